@@ -1,0 +1,54 @@
+# The verbs of this project. On a fresh machine `make run` and `make test` set up everything they need in .venv.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint format bench doctor clean
+
+help:  ## show the verbs
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 16
+
+run: $(READY)  ## train, quantize, score and record a small model on the standard library's own text
+	$(BIN)/python -m train --recipe quickstart
+
+test: $(READY)  ## run all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## rewrite the sources as ruff likes them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+doctor: $(READY)  ## what was built, what each op runs on, and a self-check
+	$(BIN)/python -m golf_kernels
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build golf_kernels/_C*.so golf_kernels/_build_info.json *.egg-info
+
+# a torch that the base interpreter already has is used as it is: another one would not match the machine's GPU driver
+$(READY): pyproject.toml setup.py $(wildcard csrc/*) $(wildcard golf_kernels/version.py)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11: install a newer one and run make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "error: $(PYTHON) has no venv module: apt install python3-venv, then run make again"; exit 2; }
+	@set -e; \
+	if $(PYTHON) -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 11))' 2>/dev/null; then \
+	  echo "setting up $(VENV) with the torch that $(PYTHON) already has"; \
+	  [ -x $(BIN)/python ] || $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  torch=; \
+	else \
+	  echo "setting up $(VENV) with $(TORCH)"; \
+	  [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); \
+	  torch=$(TORCH); \
+	fi; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$torch "setuptools>=77" wheel "pybind11>=2.13" "ninja>=1.11"; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[train,test]"; \
+	touch $(READY)

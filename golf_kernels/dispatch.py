@@ -1,0 +1,249 @@
+"""Registration of the `golf::` operators and the choice of a back end for each call, with its reason.
+
+Every operator has a PyTorch reference (back end `torch`) that runs on any device. An operator may also have `cpp` (CPU
+tensors), `triton` and `cuda` (CUDA tensors). Order of preference: cuda, triton, cpp, torch. `GOLF_BACKEND` forces:
+`torch` (every operator), `newton_schulz=triton,int6=cuda` (by name; `int6` means all operators `int6_*`), or both at
+once, `torch,int6=cpp`. A forced back end that cannot run raises; an automatic fall-back is logged once with its reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["cuda", "triton", "cpp", "torch"]
+PREFERENCE: tuple[Backend, ...] = get_args(Backend)
+ENVIRONMENT_VARIABLE = "GOLF_BACKEND"
+AVAILABLE = "available"
+
+# torch.library.Library carries no type hints
+_Library: Any = torch.library.Library
+LIBRARY = _Library("golf", "FRAGMENT")
+
+_DEVICES: dict[Backend, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), "cpp": ("cpu",), "torch": ()}
+_logger = logging.getLogger("golf_kernels")
+_logged: set[tuple[str, str, str]] = set()
+
+
+class BackendError(RuntimeError):
+    """A forced back end cannot run, or `GOLF_BACKEND` names something that does not exist."""
+
+
+class Choice(NamedTuple):
+    """The back end that runs a call, and why it and no other."""
+
+    backend: Backend
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Implementation:
+    function: Callable[..., Any]
+    supports: Callable[..., str | None]
+    opt_in: str
+
+
+_registry: dict[str, dict[Backend, _Implementation]] = {}
+
+
+def _supports_everything(*args: Any, **kwargs: Any) -> str | None:
+    return None
+
+
+def register(
+    op: str,
+    backend: Backend,
+    fn: Callable[..., Any],
+    *,
+    supports: Callable[..., str | None] = _supports_everything,
+    opt_in: str = "",
+) -> None:
+    """Registers one implementation of an operator.
+
+    Args:
+        op: name of the operator without its namespace, for example `newton_schulz`.
+        backend: `cuda`, `triton`, `cpp` or `torch`.
+        fn: takes exactly the arguments of the operator's schema, in order, and returns what the schema says.
+        supports: returns None where `fn` can run, otherwise the reason why not, as a phrase ("not built: no nvcc").
+            Called without arguments it answers for this machine (built? importable? a GPU?); called with the
+            operator's arguments it also answers for their dtypes and shapes. The device has been checked before.
+        opt_in: a reason not to take this back end unless it is forced ("slower than torch in the step on H200").
+    """
+    if backend not in PREFERENCE:
+        raise ValueError(f"back end of {op}: expected one of {', '.join(PREFERENCE)}, found {backend!r}")
+    _registry.setdefault(op, {})[backend] = _Implementation(fn, supports, opt_in)
+
+
+def define(op: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Defines `golf::<op>` with its reference and fake implementation; calls go through `choose`.
+
+    Args:
+        op: name of the operator.
+        schema: arguments and results, for example `(Tensor x, float eps) -> Tensor`.
+        reference: the PyTorch implementation, registered as back end `torch`.
+        fake: returns empty results of the right shape, dtype, device and strides.
+    """
+    LIBRARY.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    register(op, "torch", reference)
+    LIBRARY.impl(op, functools.partial(call, op), "CPU")
+    LIBRARY.impl(op, functools.partial(call, op), "CUDA")
+    torch.library.register_fake(f"golf::{op}", fake, lib=LIBRARY)
+
+
+def call(op: str, *args: Any) -> Any:
+    """Runs `op` on the back end that `choose` takes."""
+    return _registry[op][choose(op, *args).backend].function(*args)
+
+
+def choose(op: str, *args: Any) -> Choice:
+    """Chooses the back end of a call: the forced one, or the first that can run in the order of preference.
+
+    Args:
+        op: name of the operator.
+        args: its arguments; without any, the answer is for this machine and its first device.
+
+    Returns:
+        The back end and the reason.
+
+    Raises:
+        BackendError: a forced back end cannot run, or `GOLF_BACKEND` cannot be read.
+    """
+    implementations = _implementations(op)
+    device = _device(args)
+    forced = _forced(op)
+    if forced is not None:
+        problem = _problem(op, forced, device, args)
+        if problem is not None:
+            raise BackendError(
+                f"{ENVIRONMENT_VARIABLE} forces {forced} for {op}, which cannot run: {problem}; "
+                f"unset it, or choose another with {ENVIRONMENT_VARIABLE}={op}=torch"
+            )
+        return Choice(forced, f"forced by {ENVIRONMENT_VARIABLE}")
+    refused: list[str] = []
+    for backend in PREFERENCE:
+        # a back end for another device is no candidate, so passing it over is no fall-back
+        if backend not in implementations or (_DEVICES[backend] and device not in _DEVICES[backend]):
+            continue
+        opt_in = implementations[backend].opt_in
+        problem = f"only when forced: {opt_in}" if opt_in else implementations[backend].supports(*args)
+        if problem is None:
+            return Choice(backend, "; ".join(refused) or f"first choice on {device}")
+        refused.append(f"{backend}: {problem}")
+        if not opt_in:
+            _log_once(op, backend, problem)
+    raise BackendError(f"{op}: no back end runs on {device} ({'; '.join(refused) or 'none is registered'})")
+
+
+def available_backends(op: str) -> list[Backend]:
+    """The back ends of `op` that this machine can run, the preferred first."""
+    return [backend for backend, answer in describe()[_known(op)].items() if answer == AVAILABLE]
+
+
+def describe() -> dict[str, dict[Backend, str]]:
+    """For each operator each registered back end: `available`, or the reason why this machine cannot run it."""
+    answers: dict[str, dict[Backend, str]] = {}
+    for op, implementations in sorted(_registry.items()):
+        order = [backend for backend in PREFERENCE if backend in implementations]
+        answers[op] = {backend: implementations[backend].supports() or AVAILABLE for backend in order}
+    return answers
+
+
+def validate() -> None:
+    """Checks `GOLF_BACKEND` for every operator at once, so that a long run fails at its start and not at its end.
+
+    Raises:
+        BackendError: as `choose`.
+    """
+    for op in _registry:
+        forced = _forced(op)
+        if forced is not None:
+            choose(op)
+
+
+def _implementations(op: str) -> dict[Backend, _Implementation]:
+    return _registry[_known(op)]
+
+
+def _known(op: str) -> str:
+    if op not in _registry:
+        raise BackendError(f"unknown operator {op!r}; {_nearest(op, sorted(_registry))}")
+    return op
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def _problem(op: str, backend: Backend, device: str, args: tuple[Any, ...]) -> str | None:
+    implementations = _implementations(op)
+    if backend not in implementations:
+        return f"{op} has no {backend} back end, only {', '.join(b for b in PREFERENCE if b in implementations)}"
+    unavailable = implementations[backend].supports()
+    if unavailable is not None or not args:
+        return unavailable
+    # the Triton interpreter is the one way to run a GPU back end on CPU tensors
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if _DEVICES[backend] and device not in _DEVICES[backend] and not interpreted:
+        return f"its tensors must be on {' or '.join(_DEVICES[backend])}, found {device}"
+    return implementations[backend].supports(*args)
+
+
+def _forced(op: str) -> Backend | None:
+    text = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if not text:
+        return None
+    default, by_name = _parse(text)
+    for name in by_name:
+        if not any(_covers(name, known) for known in _registry):
+            raise BackendError(
+                f"{ENVIRONMENT_VARIABLE}: unknown operator {name!r}; {_nearest(name, sorted(_registry))}"
+            )
+    # the longest name that covers the operator is the most particular one
+    names = sorted((name for name in by_name if _covers(name, op)), key=len)
+    return by_name[names[-1]] if names else default
+
+
+def _covers(name: str, op: str) -> bool:
+    return op == name or op.startswith(f"{name}_")
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(text: str) -> tuple[Backend | None, dict[str, Backend]]:
+    default: Backend | None = None
+    by_name: dict[str, Backend] = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.rpartition("="))
+        matches = [backend for backend in PREFERENCE if backend == value]
+        if not matches or (equals and not name):
+            raise BackendError(
+                f"{ENVIRONMENT_VARIABLE}={text}: cannot read {part!r}; expected a back end ({', '.join(PREFERENCE)}) "
+                "or operator=backend, separated by commas"
+            )
+        if equals:
+            by_name[name] = matches[0]
+        else:
+            default = matches[0]
+    return default, by_name
+
+
+def _device(args: tuple[Any, ...]) -> str:
+    for arg in args:
+        tensor = arg[0] if isinstance(arg, (list, tuple)) and arg else arg
+        if isinstance(tensor, Tensor):
+            return tensor.device.type
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _log_once(op: str, backend: str, reason: str) -> None:
+    if (op, backend, reason) not in _logged:
+        _logged.add((op, backend, reason))
+        _logger.warning("%s: falling back from %s: %s", op, backend, reason)

@@ -1,0 +1,124 @@
+"""Settings: types, ranges, contradictions, precedence, misspelt names."""
+
+import dataclasses
+
+import pytest
+
+from train.config import Config, ConfigError, field_names, parse_value
+from train.recipes import load_recipe, recipe_names
+from train.settings import help_text, override_line, resolve
+
+
+def test_dict_round_trip_keeps_every_field() -> None:
+    config = Config(num_layers=6, recur_layers=(2, 3), mlp_mult=3.0, seed=5)
+    assert Config.from_dict(config.to_dict()) == config
+    assert list(config.to_dict()) == [field.name for field in dataclasses.fields(Config)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"num_layers": 0}, "num_layers: must be at least 1"),
+        ({"beta1": 1.5}, "beta1: must be at most"),
+        ({"loader": "random"}, "loader: expected one of"),
+        ({"seed": "1"}, "seed: expected a whole number"),
+        ({"seed": True}, "seed: expected a whole number"),
+        ({"muon_eq_r": 1}, "muon_eq_r: expected 0 or 1"),
+        ({"ve_dim": 8, "ve_layers": (9,)}, "ve_layers"),
+        ({"ve_dim": 8}, "belong together"),
+        ({"recur_layers": (3, 2)}, "must rise"),
+        ({"recur_layers": (2, 4)}, "consecutive"),
+        ({"num_heads": 3}, "num_heads"),
+        ({"num_heads": 8, "num_kv_heads": 3}, "num_kv_heads"),
+        ({"rope_dims": 66}, "rope_dims"),
+        ({"train_batch_tokens": 1000}, "train_batch_tokens"),
+        ({"mlp_slope": 1.0}, "mlp_slope"),
+        ({"gptq_reserve_seconds": 700.0}, "gptq_reserve_seconds"),
+        ({"mlp_mult": 0.3333}, "mlp_mult"),
+    ],
+)
+def test_bad_values_are_refused_by_name(changes: dict, fragment: str) -> None:
+    with pytest.raises(ConfigError, match=fragment.replace("(", r"\(")):
+        Config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("seed", "42", 42),
+        ("train_batch_tokens", "786_432", 786432),
+        ("matrix_lr", "2e-2", 0.02),
+        ("muon_eq_r", "1", True),
+        ("muon_eq_r", "false", False),
+        ("recur_layers", "3,4,5", (3, 4, 5)),
+        ("recur_layers", "", ()),
+        ("run_id", "a b", "a b"),
+    ],
+)
+def test_text_becomes_the_fields_type(name: str, text: str, value: object) -> None:
+    assert parse_value(name, text, "here") == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("seed", "4.5"), ("matrix_lr", "nan"), ("qat", "2"), ("recur_layers", "3;4")]
+)
+def test_text_of_the_wrong_type_names_its_source(name: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--here: expected"):
+        parse_value(name, text, "--here")
+
+
+def test_precedence_is_flag_then_environment_then_recipe_then_default() -> None:
+    config, overrides = resolve(
+        ["--recipe", "quickstart", "--num-layers=5", "--recur_layers", "", "--ve_layers=4"],
+        {"NUM_LAYERS": "7", "SEED": "9", "PATH": "/bin", "XSA_LAST_N": "5"},
+    )
+    assert (config.num_layers, config.seed, config.model_dim, config.logit_softcap) == (5, 9, 128, 30.0)
+    lines = {override_line(override) for override in overrides}
+    assert "setting:num_layers=5 from:command line" in lines
+    assert "setting:seed=9 from:environment SEED" in lines
+
+
+def test_overrides_equal_to_the_recipe_are_not_reported() -> None:
+    assert resolve(["--recipe", "quickstart", "--model_dim", "128"], {})[1] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "fragment"),
+    [
+        (["--num_layer", "3"], {}, "did you mean num_layers"),
+        ([], {"WARMDWN_ITERS": "1"}, "did you mean WARMDOWN_ITERS"),
+        ([], {"MUON_MOMENTM": "1"}, "did you mean MUON_MOMENTUM"),
+        ([], {"TTT_EPOCHS": "3"}, "looks like a setting"),
+        (["--recipe", "quikstart"], {}, "did you mean quickstart"),
+        (["seed", "3"], {}, "expected --field value"),
+        (["--seed"], {}, "value is missing"),
+    ],
+)
+def test_misspelt_settings_name_the_nearest(arguments: list[str], environ: dict[str, str], fragment: str) -> None:
+    with pytest.raises(ConfigError, match=fragment):
+        resolve(arguments, environ)
+
+
+def test_ordinary_environment_is_left_alone() -> None:
+    environ = {
+        "PATH": "/bin",
+        "HOME": "/root",
+        "NCCL_IB_DISABLE": "1",
+        "OMP_NUM_THREADS": "2",
+        "GITHUB_RUN_ID": "5",
+        "LANG": "C",
+    }
+    assert resolve([], environ)[1] == []
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_a_valid_config_with_a_word_about_itself(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.about
+    assert set(recipe.settings) <= set(field_names())
+    assert recipe.config().recipe == name
+
+
+def test_help_names_every_setting_and_recipe() -> None:
+    text = help_text()
+    assert all(name in text for name in (*field_names(), *recipe_names()))

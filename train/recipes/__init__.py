@@ -1,0 +1,54 @@
+"""Recipes: one file per system, holding what differs from the defaults of `train.config.Config`.
+
+A recipe module has a docstring that says what it reproduces and `SETTINGS`, a dict from field names to values. Adding
+a file here is all it takes: `--recipe NAME`, `--help` and the tests find it by its name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Any
+
+from train.config import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named set of settings.
+
+    Attributes:
+        name: the module's name.
+        about: the module's docstring.
+        settings: field name → value, where it differs from the default.
+    """
+
+    name: str
+    about: str
+    settings: dict[str, Any]
+
+    def config(self, **changes: Any) -> Config:
+        """The recipe as a `Config`, with `changes` on top."""
+        return Config(**{**self.settings, "recipe": self.name, **changes})
+
+
+def recipe_names() -> list[str]:
+    """The names that `--recipe` takes."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load_recipe(name: str) -> Recipe:
+    """Find a recipe by name.
+
+    Raises:
+        ConfigError: there is no such recipe; the message names the nearest one and all others.
+    """
+    names = recipe_names()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"recipe: no recipe {name!r}{hint} (there are: {', '.join(names)})")
+    module = importlib.import_module(f"{__name__}.{name}")
+    return Recipe(name, (module.__doc__ or "").strip(), dict(module.SETTINGS))

@@ -1,0 +1,113 @@
+"""The run folder: what one walk from text to score leaves behind, and all that a later stage needs to start again."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.config import Config
+from train.errors import UserError
+from train.files import atomic_write
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of the files in `runs/<run_id>/`.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.pt"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights.pt"
+
+    @property
+    def artifact(self) -> Path:
+        return self.path / "model.golf"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    def read_config(self) -> Config:
+        """The configuration that the run was started with.
+
+        Raises:
+            UserError: there is no such run, or its config.json is not readable.
+        """
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: no such run folder (python -m train makes one under runs/)")
+        try:
+            return Config.from_dict(json.loads(self.config.read_text()))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.config}: missing: {self.path} is not a run folder of python -m train") from error
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.config}: not readable as JSON ({error}): restore it or train again") from error
+
+    def need(self, path: Path, stage: str) -> Path:
+        """`path`, or an error that says which stage makes it."""
+        if not path.is_file():
+            raise UserError(f"{path}: missing: run {stage} first")
+        return path
+
+
+def new_run_id(config: Config) -> str:
+    """`run_id` as set, or a name from recipe and time."""
+    return config.run_id or f"{config.recipe}_{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def create_run_folder(config: Config) -> RunFolder:
+    """Make the run's folder and write its configuration into it.
+
+    With `resume=auto` an existing folder is taken up again if it was started with the same settings.
+
+    Raises:
+        UserError: the folder exists, or it belongs to a run with other settings.
+    """
+    if not config.run_id or "/" in config.run_id or config.run_id in (".", ".."):
+        raise UserError(f"run_id: expected the name of a folder, got {config.run_id!r}")
+    folder = RunFolder(Path(config.runs_dir) / config.run_id)
+    if folder.path.exists():
+        if config.resume == "never":
+            raise UserError(f"{folder.path}: this run folder exists: choose another RUN_ID, or go on with RESUME=auto")
+        changed = _changed_settings(folder.read_config(), config)
+        if changed:
+            raise UserError(
+                f"{folder.path}: cannot resume with other settings than it was started with: {', '.join(changed)}"
+            )
+        return folder
+    folder.path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkdir(folder.path)
+    atomic_write(folder.config, json.dumps(config.to_dict(), indent=1) + "\n")
+    return folder
+
+
+# settings that may differ between a run and its resumption: they do not touch the arithmetic
+_FREE = frozenset({"resume", "runs_dir", "checkpoint_every", "train_log_every"})
+
+
+def _changed_settings(old: Config, new: Config) -> list[str]:
+    before, after = old.to_dict(), new.to_dict()
+    return [
+        f"{name} was {before[name]}, is {after[name]}"
+        for name in before
+        if name not in _FREE and before[name] != after[name]
+    ]
