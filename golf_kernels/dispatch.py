@@ -99,16 +99,30 @@ def define(op: str, schema: str, *, reference: Callable[..., Any], fake: Callabl
 
 
 def call(op: str, *args: Any) -> Any:
-    """Runs `op` on the back end that `choose` takes."""
-    return _registry[op][choose(op, *args).backend].function(*args)
+    """Runs `op` on the back end that `choose` takes; the dtypes of its arguments hold, also inside `torch.autocast`."""
+    function = _registry[op][choose(op, *args).backend].function
+    device = _device(args)
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+    return function(*args)
 
 
-def choose(op: str, *args: Any) -> Choice:
+def run_on(backend: Backend, op: str, *args: Any) -> Any:
+    """Runs `op` on the back end named, whatever `choose` would take: for tests, benchmarks and the doctor."""
+    implementations = _implementations(op)
+    if backend not in implementations:
+        raise BackendError(f"{op} has no {backend} back end, only {', '.join(implementations)}")
+    return implementations[backend].function(*args)
+
+
+def choose(op: str, *args: Any, device: str | None = None) -> Choice:
     """Chooses the back end of a call: the forced one, or the first that can run in the order of preference.
 
     Args:
         op: name of the operator.
-        args: its arguments; without any, the answer is for this machine and its first device.
+        args: its arguments; without any, the answer is for this machine.
+        device: type of the tensors' device; None takes it from `args`, and without any CUDA where there is a GPU.
 
     Returns:
         The back end and the reason.
@@ -117,7 +131,7 @@ def choose(op: str, *args: Any) -> Choice:
         BackendError: a forced back end cannot run, or `GOLF_BACKEND` cannot be read.
     """
     implementations = _implementations(op)
-    device = _device(args)
+    device = _device(args) if device is None else device
     forced = _forced(op)
     if forced is not None:
         problem = _problem(op, forced, device, args)
@@ -135,7 +149,8 @@ def choose(op: str, *args: Any) -> Choice:
         opt_in = implementations[backend].opt_in
         problem = f"only when forced: {opt_in}" if opt_in else implementations[backend].supports(*args)
         if problem is None:
-            return Choice(backend, "; ".join(refused) or f"first choice on {device}")
+            usual = "the only back end" if len(implementations) == 1 else f"first choice on {device}"
+            return Choice(backend, "; ".join(refused) or usual)
         refused.append(f"{backend}: {problem}")
         if not opt_in:
             _log_once(op, backend, problem)

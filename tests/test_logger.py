@@ -155,6 +155,16 @@ def test_resume_cuts_the_torn_line_and_appends_without_a_second_header(tmp_path:
     assert series(records, "train", "train_loss") == [(1, 0.0434, 6.91), (10, 435.4 / 1000, 5.12345), (12, 0.5, 5.0)]
 
 
+def test_curves_rise_in_steps_and_take_the_last_word_on_each() -> None:
+    records = [
+        {"kind": "val", "step": step, "seconds": step / 10, "val_bpb": bpb} for step, bpb in ((0, 4.0), (30, 3.0))
+    ]
+    records += [
+        {"kind": "val", "step": step, "seconds": step / 5, "val_bpb": bpb} for step, bpb in ((20, 2.5), (30, 2.0))
+    ]
+    assert series(records, "val", "val_bpb") == [(0, 0.0, 4.0), (20, 4.0, 2.5), (30, 6.0, 2.0)]
+
+
 def test_a_kill_loses_no_whole_line(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\n"
@@ -176,8 +186,9 @@ def test_metrics_that_are_not_torn_but_foreign_are_refused(tmp_path: Path) -> No
     path.write_text('{"kind": "train"}\nnonsense\n{"kind": "val"}\n')
     with pytest.raises(UserError, match="line 2"):
         read_metrics(path)
-    path.write_text("[1]\n")
-    with pytest.raises(UserError, match=r"line 1.*with a kind"):
-        read_metrics(path)
+    for line in ("[1]", '{"step": 1}'):
+        path.write_text(f"{line}\n")
+        with pytest.raises(UserError, match=r"line 1.*with a kind"):
+            read_metrics(path)
     with pytest.raises(UserError, match="missing"):
         read_metrics(tmp_path / "none.jsonl")

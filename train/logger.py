@@ -38,7 +38,7 @@ class RunLogger:
     def __init__(self, run_dir: str | os.PathLike[str], seed: int, rank: int = 0, *, echo: bool = True) -> None:
         self.path = Path(run_dir) / f"train_seed{seed}.log"
         self.metrics_path = Path(run_dir) / "metrics.jsonl"
-        self.echo = echo and rank == 0
+        self.echo = echo
         self._log: TextIO | None = None
         self._metrics: TextIO | None = None
         self.resumed = False

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import random
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from train.checkpoint import load_checkpoint, save_checkpoint
 from train.config import Config
 from train.data.loaders import Loader, make_loader
-from train.data.shards import load_validation_tokens
-from train.data.tokenizer import ByteTables
+from train.data.shards import find_shards, load_validation_tokens
+from train.data.tokenizer import ByteTables, byte_tables, find_tokenizer, load_tokenizer
 from train.distributed import Ranks
-from train.evaluate import EvalResult, evaluate_model
-from train.files import atomic_writer
+from train.errors import UserError
+from train.evaluate import flat_evaluation
 from train.logger import RunLogger
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
-from train.optimize.reduction import average_gradients
 from train.optimize.schedules import WallClock, lr_scale, muon_momentum
 from train.run import RunFolder
+from train.scores import EvalResult
+
+# the first steps are logged one by one, as in the published logs
+FIRST_LOGGED_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class TrainResult:
         model: the model, holding the averaged weights if the recipe averages.
         steps: optimizer steps taken.
         seconds: time inside the clock.
+        recurrence: whether the repeated layers run twice in the model that was trained last.
         first: validation before the first step.
         last: validation of the averaged weights, before quantization.
     """
@@ -41,5 +47,194 @@ class TrainResult:
     model: GPT
     steps: int
     seconds: float
+    recurrence: bool
     first: EvalResult
     last: EvalResult
+
+
+@dataclass
+class Validation:
+    """The validation text and how its bytes are counted."""
+
+    tokens: np.ndarray
+    tables: ByteTables
+
+    def score(self, model: GPT, config: Config, ranks: Ranks, *, recurrence: bool) -> EvalResult:
+        return flat_evaluation(
+            model, self.tokens, self.tables, config, recurrence=recurrence, rank=ranks.rank, world_size=ranks.world_size
+        )
+
+
+def load_validation(config: Config) -> Validation:
+    """Read tokenizer and validation shards of `config`, and check that they belong together."""
+    path = find_tokenizer(config.data_path, config.vocab_size, config.tokenizer_path)
+    tables = byte_tables(load_tokenizer(path, config.vocab_size), config.vocab_size)
+    seq_len = max(config.train_seq_len, config.window)
+    return Validation(load_validation_tokens(config.data_path, seq_len, config.vocab_size), tables)
+
+
+def recurrence_on(config: Config, step: int) -> bool:
+    """Whether the repeated layers run twice in `step`, counted from 0."""
+    return bool(config.recur_layers) and step >= config.recur_start_step
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> TrainResult:
+    """Train a model as `config` says, from its run folder's checkpoint if there is one and `resume` is auto.
+
+    Returns:
+        The trained model and what was measured; all ranks return the same weights.
+
+    Raises:
+        UserError: the data does not fit the settings, or the loss is no longer a number.
+    """
+    seed_everything(config.seed)
+    validation = load_validation(config)
+    model = GPT(config).to(ranks.device)
+    optimizers = build_optimizers(model, config, ranks.group)
+    loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
+    loss_of = compiled_loss(model, config, ranks.device)
+    log.facts(
+        dataset=config.data_path,
+        train_shards=len(find_shards(config.data_path, "train")),
+        model_params=sum(parameter.numel() for parameter in model.parameters()),
+        world_size=ranks.world_size,
+        grad_accum_steps=ranks.accumulation,
+        seed=config.seed,
+    )
+    if config.warmup_steps:
+        warm_up(model, optimizers, loss_of, loader, config, ranks, log)
+        loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
+    ema = EMA(model, config.ema_decay) if config.ema_decay else None
+    swa = SWA(model, config.swa_every, config.swa_start_frac) if config.swa_every else None
+    parts = {"model": model, "optimizers": optimizers, "loader": loader, "ema": ema, "swa": swa}
+
+    resumed = load_checkpoint(folder.checkpoint, parts, ranks) if config.resume == "auto" else None
+    step, seconds = (resumed["step"], resumed["seconds"]) if resumed else (0, 0.0)
+    first = EvalResult(**resumed["first"]) if resumed else None
+    if resumed:
+        log.resume(step, seconds * 1000)
+    clock = WallClock(
+        config.training_seconds, group=ranks.group, device=ranks.device, elapsed_seconds=seconds, steps=step
+    )
+    clock.resume()
+    stop = config.training_seconds > 0 and seconds >= config.training_seconds
+    while True:
+        last = stop or step == config.iterations
+        due = config.val_loss_every > 0 and step % config.val_loss_every == 0
+        if first is None or (not last and due):
+            seconds = clock.pause()
+            result = validation.score(model, config, ranks, recurrence=recurrence_on(config, step))
+            log.val_step(step, config.iterations, result.val_loss, result.val_bpb, seconds * 1000)
+            first = first or result
+            clock.resume()
+        if last:
+            break
+        scale = lr_scale(step, clock.elapsed_seconds, config)
+        batch_loss = training_step(
+            optimizers, loss_of, loader, ranks, recurrence_on(config, step), scale, muon_momentum(step, config)
+        )
+        step += 1
+        if ema:
+            ema.update()
+        if swa:
+            swa.update(step, scale)
+        stop = clock.tick()
+        if step <= FIRST_LOGGED_STEPS or step % config.train_log_every == 0 or stop:
+            log_step(log, config, ranks, step, batch_loss, clock.elapsed_seconds, scale)
+        if config.checkpoint_every and step % config.checkpoint_every == 0 and not stop:
+            seconds = clock.pause()
+            extra = {"step": step, "seconds": seconds, "first": vars(first)}
+            save_checkpoint(folder.checkpoint, parts, ranks, extra)
+            clock.resume()
+    seconds = clock.pause()
+    if stop:
+        log.stopping_early(step, config.iterations, seconds * 1000)
+    if ranks.device.type == "cuda":
+        log.peak_memory(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+    # the averaged weights are the model from here on
+    average = ema or (swa if swa and swa.count else None)
+    if average:
+        average.apply()
+    final = validation.score(model, config, ranks, recurrence=recurrence_on(config, step))
+    log.val_step(step, config.iterations, final.val_loss, final.val_bpb, seconds * 1000)
+    return TrainResult(model, step, seconds, recurrence_on(config, step), first, final)
+
+
+def training_step(
+    optimizers: Optimizers,
+    loss_of: Callable[..., Tensor],
+    loader: Loader,
+    ranks: Ranks,
+    recurrence: bool,
+    scale: float,
+    momentum: float,
+) -> Tensor:
+    """One optimizer step over all micro-batches of this rank.
+
+    Returns:
+        This rank's mean training loss, 0-dimensional, still on the device.
+    """
+    losses = []
+    for inputs, targets in loader.next_batch():
+        loss = loss_of(inputs, targets, recurrence=recurrence)
+        (loss / ranks.accumulation).backward()
+        losses.append(loss.detach())
+    optimizers.step(scale, momentum)
+    optimizers.zero_grad()
+    return torch.stack(losses).mean()
+
+
+def warm_up(
+    model: GPT,
+    optimizers: Optimizers,
+    loss_of: Callable[..., Tensor],
+    loader: Loader,
+    config: Config,
+    ranks: Ranks,
+    log: RunLogger,
+) -> None:
+    """Run real steps before the clock, with and without recurrence, then put weights and optimizers back.
+
+    Both graphs are compiled here, so that no step inside the clock waits for a compiler.
+    """
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    forms = sorted({recurrence_on(config, 0), recurrence_on(config, config.recur_start_step)})
+    total = config.warmup_steps * len(forms)
+    for number in range(total):
+        training_step(optimizers, loss_of, loader, ranks, forms[number // config.warmup_steps], 1.0, 0.0)
+        if number < FIRST_LOGGED_STEPS or number + 1 == total:
+            log.warmup_step(number + 1, total)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(weights[name])
+    optimizers.reset()
+
+
+def compiled_loss(model: GPT, config: Config, device: torch.device) -> Callable[..., Tensor]:
+    """The model's loss, through torch.compile if the settings say so; one static graph for each form of recurrence."""
+    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        return torch.compile(model, dynamic=False, fullgraph=True)
+    return model
+
+
+def log_step(
+    log: RunLogger, config: Config, ranks: Ranks, step: int, loss: Tensor, seconds: float, scale: float
+) -> None:
+    """Log the loss, as the mean over ranks.
+
+    Raises:
+        UserError: the loss is infinite or not a number.
+    """
+    mean = float(ranks.sum(loss.float())) / ranks.world_size
+    log.train_step(step, config.iterations, mean, seconds * 1000, lr_scale=scale)
+    if not math.isfinite(mean):
+        raise UserError(
+            f"training diverged: the loss is {mean} at step {step}: lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or set "
+            "GRAD_CLIP_NORM"
+        )

@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from train.config import Config
 from train.errors import UserError
@@ -40,6 +41,10 @@ class RunFolder:
         return self.path / "model.golf"
 
     @property
+    def training(self) -> Path:
+        return self.path / "training.json"
+
+    @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
 
@@ -61,6 +66,23 @@ class RunFolder:
             raise UserError(f"{self.config}: missing: {self.path} is not a run folder of python -m train") from error
         except json.JSONDecodeError as error:
             raise UserError(f"{self.config}: not readable as JSON ({error}): restore it or train again") from error
+
+    def read_training(self) -> dict[str, Any]:
+        """What the training stage measured.
+
+        Raises:
+            UserError: training has not finished, or its file is not readable.
+        """
+        path = self.need(self.training, f"python -m train --run_id {self.path.name} --resume auto")
+        try:
+            return dict(json.loads(path.read_text()))
+        except (json.JSONDecodeError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: not readable as JSON ({error}): restore it or train again") from error
+
+    def trained_config(self) -> Config:
+        """The configuration of the function that was trained: without recurrence where the run ended before its start."""
+        config = self.read_config()
+        return config if self.read_training()["recurrence"] else config.replace(recur_layers=())
 
     def need(self, path: Path, stage: str) -> Path:
         """`path`, or an error that says which stage makes it."""

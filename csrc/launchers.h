@@ -1,0 +1,42 @@
+// The whole interface between Python and the native code: addresses, 64-bit sizes, a stream, an error code.
+// No launcher allocates, synchronizes or keeps a pointer. Every function returns 0, or an error code.
+#pragma once
+
+#include <cstdint>
+
+// counts the changes of this file that make an older build unusable; golf_kernels/native.py expects the same number
+#define GOLF_ABI 1
+
+extern "C" {
+
+enum GolfDtype : int { GOLF_FLOAT32 = 0, GOLF_FLOAT16 = 1, GOLF_BFLOAT16 = 2 };
+
+// CPU functions answer with this code for a dtype they do not implement; CUDA functions answer with a cudaError_t
+enum GolfError : int { GOLF_OK = 0, GOLF_UNSUPPORTED_DTYPE = 1 };
+
+// one matrix of a model: 6-bit codes of rows * columns elements, one scale per row
+struct GolfInt6Matrix {
+    const void* packed;  // ceil(6 * rows * columns / 8) bytes
+    const void* scales;  // rows values
+    void* values;        // rows * columns values
+    int64_t rows;
+    int64_t columns;
+};
+
+// first_bad: int64; the first index whose code lies outside -32..31, left alone where there is none
+int golf_int6_pack_cpu(const void* codes, void* packed, int64_t count, void* first_bad);
+int golf_int6_unpack_cpu(const void* packed, void* codes, int64_t count);
+int golf_int6_dequantize_cpu(const void* matrices, int64_t count, int scale_dtype, int value_dtype);
+int golf_int6_fake_quantize_cpu(const void* weight, const void* scales, void* result, int64_t rows, int64_t columns);
+
+// addresses on the GPU, 16-byte aligned, except `matrices`, which is read on the host before the function returns
+int golf_int6_pack_cuda(const void* codes, void* packed, int64_t count, void* first_bad, void* stream);
+int golf_int6_unpack_cuda(const void* packed, void* codes, int64_t count, void* stream);
+int golf_int6_dequantize_cuda(const void* matrices, int64_t count, int scale_dtype, int value_dtype, void* stream);
+int golf_int6_fake_quantize_cuda(const void* weight, const void* scales, void* result, int64_t rows, int64_t columns,
+                                 int dtype, void* stream);
+
+// 0 if the kernels of this build can run on the current GPU
+int golf_cuda_probe();
+const char* golf_cuda_error_text(int error);
+}

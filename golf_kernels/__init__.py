@@ -1,0 +1,37 @@
+"""Fused kernels for Parameter Golf: PyTorch operators under `golf::`, and the Muon optimizers on top of one of them.
+
+Every operator runs everywhere in PyTorch; C++, Triton and CUDA back ends take over where they are built and fit.
+`python -m golf_kernels` shows which do and why.
+"""
+
+# some functions have the name of their module: importing them here, and not on first use, is what makes
+# `golf_kernels.newton_schulz` the function for everyone, whichever module was imported first
+from golf_kernels.int6 import (
+    int6_dequantize,
+    int6_dequantize_many,
+    int6_fake_quantize,
+    int6_pack,
+    int6_unpack,
+)
+from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
+from golf_kernels.muon import Muon
+from golf_kernels.newton_schulz import COEFFICIENTS, CoefficientSet, newton_schulz
+from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
+from golf_kernels.version import __version__
+from golf_kernels.window_nll import window_nll
+
+__all__ = [
+    "COEFFICIENTS",
+    "CoefficientSet",
+    "Muon",
+    "__version__",
+    "int6_dequantize",
+    "int6_dequantize_many",
+    "int6_fake_quantize",
+    "int6_pack",
+    "int6_unpack",
+    "leaky_relu2_mlp",
+    "newton_schulz",
+    "softcapped_cross_entropy",
+    "window_nll",
+]

@@ -1,0 +1,339 @@
+"""6-bit codes: packing, unpacking, dequantization by rows and fake quantization for training (`golf::int6_*`).
+
+The layout is one stream of two's-complement 6-bit codes, lowest bit first; four codes are three bytes:
+
+    byte        0                 1                 2
+    bit   7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0
+    code  1 1 0 0 0 0 0 0   2 2 2 2 1 1 1 1   3 3 3 3 3 3 2 2
+
+Element i lies at bits [6i, 6i + 6), n elements take ceil(6n / 8) bytes, unused bits of the last byte are zero. A matrix is
+one stream without padding between its rows, so a row may start within a byte. This is the packing of Parameter Golf's
+`w6_e16_clean_per_row_v1` (#122). PyTorch, C++ and CUDA agree bit for bit: products of a code and a scale are rounded once
+to float32 (float64 where a float64 takes part) and once more to the dtype asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from golf_kernels import dispatch, int6_native
+
+CODE_MIN, CODE_MAX = -32, 31
+FAKE_LIMIT = 31
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def int6_pack(codes: Tensor) -> Tensor:
+    """Packs codes into a stream of 6 bits each.
+
+    Args:
+        codes: any shape, int8, every value in -32..31; read in row-major order. On CUDA the check waits for the GPU.
+
+    Returns:
+        `(ceil(6 n / 8),)` uint8 for n codes.
+
+    Raises:
+        ValueError: another dtype, or a code outside -32..31, which is named with its place.
+    """
+    packed: Tensor = torch.ops.golf.int6_pack(codes)
+    return packed
+
+
+def int6_unpack(packed: Tensor, count: int) -> Tensor:
+    """Unpacks `count` codes, the inverse of `int6_pack`.
+
+    Args:
+        packed: `(ceil(6 count / 8),)` uint8.
+        count: number of codes, >= 0.
+
+    Returns:
+        `(count,)` int8, every value in -32..31.
+
+    Raises:
+        ValueError: another dtype, or a length that does not fit the count.
+    """
+    codes: Tensor = torch.ops.golf.int6_unpack(packed, count)
+    return codes
+
+
+def int6_dequantize(packed: Tensor, scales: Tensor, columns: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values of a packed matrix: value[r, c] = code[r, c] · scale[r].
+
+    Differentiable in the scales: d scale[r] = sum over c of d value[r, c] · code[r, c].
+
+    Args:
+        packed: `(ceil(6 rows columns / 8),)` uint8, the codes of the rows one after another.
+        scales: `(rows,)`, floating.
+        columns: length of a row, >= 0.
+        dtype: of the result, floating.
+
+    Returns:
+        `(rows, columns)` in `dtype`.
+
+    Raises:
+        ValueError: a wrong shape, length, dtype or device.
+    """
+    return int6_dequantize_many([packed], [scales], [columns], dtype=dtype)[0]
+
+
+def int6_dequantize_many(
+    packed: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    columns: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """`int6_dequantize` of all matrices of a model at once, on CUDA in one launch for every 80 of them.
+
+    Args:
+        packed: streams, as in `int6_dequantize`.
+        scales: one `(rows,)` tensor for each, all of one floating dtype.
+        columns: one row length for each.
+        dtype: of the results, floating.
+
+    Returns:
+        One `(rows, columns)` tensor for each.
+
+    Raises:
+        ValueError: lists of different lengths, or as `int6_dequantize`.
+    """
+    if len(packed) == 0 and len(scales) == 0 and len(columns) == 0:
+        return []
+    values: list[Tensor] = torch.ops.golf.int6_dequantize(list(packed), list(scales), list(columns), dtype)
+    return values
+
+
+def int6_fake_quantize(weight: Tensor, scales: Tensor) -> Tensor:
+    """Rounds weights to what int6 can hold: round(clamp(w / s, -31, 31)) · s, halves to even.
+
+    The gradient passes straight through to `weight` unchanged; `scales` gets none.
+
+    Args:
+        weight: `(..., rows, columns)`, floating.
+        scales: `(..., rows)`, floating, positive. Not checked, because a check would wait for the GPU: a scale of zero
+            gives NaN where the weight is zero too, and zero elsewhere.
+
+    Returns:
+        The shape and dtype of `weight`.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device.
+    """
+    result: Tensor = torch.ops.golf.int6_fake_quantize(weight, scales)
+    return result
+
+
+def packed_bytes(count: int) -> int:
+    """Bytes that `count` codes take: ceil(6 count / 8)."""
+    return (6 * count + 7) // 8
+
+
+def _check_codes(codes: Tensor) -> None:
+    if codes.dtype != torch.int8:
+        raise ValueError(f"codes: expected int8, found {codes.dtype}; convert with codes.to(torch.int8)")
+
+
+def _check_packed(packed: Tensor, count: int, what: str) -> None:
+    if packed.dtype != torch.uint8 or packed.ndim != 1:
+        raise ValueError(f"packed: expected a uint8 vector, found {packed.dtype} of shape {tuple(packed.shape)}")
+    if packed.shape[0] != packed_bytes(count):
+        raise ValueError(f"packed: expected {packed_bytes(count)} bytes for {what}, found {packed.shape[0]}")
+
+
+def _check_count(packed: Tensor, count: int) -> None:
+    if count < 0:
+        raise ValueError(f"count: expected a number >= 0, found {count}")
+    _check_packed(packed, count, f"{count} codes")
+
+
+def _check_matrices(
+    packed: Sequence[Tensor], scales: Sequence[Tensor], columns: Sequence[int], dtype: torch.dtype
+) -> None:
+    if not len(packed) == len(scales) == len(columns):
+        raise ValueError(
+            f"expected lists of one length, found {len(packed)} packed, {len(scales)} scales and {len(columns)} columns"
+        )
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, FLOATS))}, found {dtype}")
+    for codes, steps, width in zip(packed, scales, columns, strict=True):
+        if steps.ndim != 1 or steps.dtype not in FLOATS:
+            raise ValueError(f"scales: expected a floating vector, found {steps.dtype} of shape {tuple(steps.shape)}")
+        if width < 0:
+            raise ValueError(f"columns: expected a number >= 0, found {width}")
+        _check_packed(codes, steps.shape[0] * width, f"{steps.shape[0]} rows of {width} codes")
+        if not (codes.device == steps.device == scales[0].device and steps.dtype == scales[0].dtype):
+            raise ValueError(
+                f"packed and scales: expected one device and one dtype of scales, found packed on {codes.device} and "
+                f"{steps.dtype} scales on {steps.device} beside {scales[0].dtype} on {scales[0].device}"
+            )
+
+
+def _check_weight(weight: Tensor, scales: Tensor) -> None:
+    if weight.dtype not in FLOATS or scales.dtype not in FLOATS:
+        raise ValueError(f"weight and scales: expected floating dtypes, found {weight.dtype} and {scales.dtype}")
+    if weight.ndim < 2 or scales.shape != weight.shape[:-1]:
+        raise ValueError(
+            "expected weight (..., rows, columns) and scales (..., rows), found "
+            f"weight {tuple(weight.shape)} and scales {tuple(scales.shape)}"
+        )
+    if weight.device != scales.device:
+        raise ValueError(f"devices: expected one, found {weight.device} (weight) and {scales.device} (scales)")
+
+
+def _refuse_code(codes: Tensor, place: int) -> None:
+    raise ValueError(
+        f"codes: expected {CODE_MIN}..{CODE_MAX}, found {int(codes.reshape(-1)[place])} at flat index {place} "
+        f"of shape {tuple(codes.shape)}"
+    )
+
+
+def _compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _pack(codes: Tensor) -> Tensor:
+    _check_codes(codes)
+    flat = codes.reshape(-1)
+    wrong = (flat < CODE_MIN) | (flat > CODE_MAX)
+    if bool(wrong.any()):
+        _refuse_code(codes, int(wrong.nonzero()[0]))
+    groups = torch.nn.functional.pad(flat, (0, -flat.numel() % 4)).reshape(-1, 4).to(torch.int32) & 63
+    shifts = torch.arange(0, 24, 6, dtype=torch.int32, device=codes.device)
+    words = (groups << shifts).sum(1, dtype=torch.int32, keepdim=True)
+    octets = (words >> torch.arange(0, 24, 8, dtype=torch.int32, device=codes.device)) & 255
+    return octets.to(torch.uint8).reshape(-1)[: packed_bytes(flat.numel())].contiguous()
+
+
+def _unpack(packed: Tensor, count: int) -> Tensor:
+    _check_count(packed, count)
+    octets = torch.nn.functional.pad(packed, (0, -packed.numel() % 3)).reshape(-1, 3).to(torch.int32)
+    shifts = torch.arange(0, 24, 8, dtype=torch.int32, device=packed.device)
+    words = (octets << shifts).sum(1, dtype=torch.int32, keepdim=True)
+    codes = (words >> torch.arange(0, 24, 6, dtype=torch.int32, device=packed.device)) & 63
+    return ((codes ^ 32) - 32).to(torch.int8).reshape(-1)[:count].contiguous()
+
+
+def _dequantize(
+    packed: Sequence[Tensor], scales: Sequence[Tensor], columns: Sequence[int], dtype: torch.dtype
+) -> list[Tensor]:
+    _check_matrices(packed, scales, columns, dtype)
+    compute = _compute_dtype(scales[0].dtype, dtype)
+    values = []
+    for one, steps, width in zip(packed, scales, columns, strict=True):
+        codes = _unpack(one, steps.shape[0] * width).reshape(steps.shape[0], width)
+        values.append((codes.to(compute) * steps.to(compute).unsqueeze(1)).to(dtype))
+    return values
+
+
+def _fake_quantize(weight: Tensor, scales: Tensor) -> Tensor:
+    _check_weight(weight, scales)
+    compute = _compute_dtype(weight.dtype, scales.dtype)
+    steps = scales.to(compute).unsqueeze(-1)
+    rounded = (weight.to(compute) / steps).clamp(-FAKE_LIMIT, FAKE_LIMIT).round()
+    return (rounded * steps).to(weight.dtype).contiguous()
+
+
+def _allocate_packed(codes: Tensor) -> Tensor:
+    _check_codes(codes)
+    return codes.new_empty(packed_bytes(codes.numel()), dtype=torch.uint8)
+
+
+def _allocate_codes(packed: Tensor, count: int) -> Tensor:
+    _check_count(packed, count)
+    return packed.new_empty(count, dtype=torch.int8)
+
+
+def _allocate_values(
+    packed: Sequence[Tensor], scales: Sequence[Tensor], columns: Sequence[int], dtype: torch.dtype
+) -> list[Tensor]:
+    _check_matrices(packed, scales, columns, dtype)
+    return [s.new_empty((s.shape[0], width), dtype=dtype) for s, width in zip(scales, columns, strict=True)]
+
+
+def _allocate_like_weight(weight: Tensor, scales: Tensor) -> Tensor:
+    _check_weight(weight, scales)
+    return weight.new_empty(weight.shape)
+
+
+def _pack_native(codes: Tensor) -> Tensor:
+    packed = _allocate_packed(codes)
+    bad = int6_native.pack(codes, packed)
+    if bad is not None:
+        _refuse_code(codes, bad)
+    return packed
+
+
+def _unpack_native(packed: Tensor, count: int) -> Tensor:
+    codes = _allocate_codes(packed, count)
+    int6_native.unpack(packed, codes)
+    return codes
+
+
+def _dequantize_native(
+    packed: Sequence[Tensor], scales: Sequence[Tensor], columns: Sequence[int], dtype: torch.dtype
+) -> list[Tensor]:
+    values = _allocate_values(packed, scales, columns, dtype)
+    int6_native.dequantize(packed, scales, values)
+    return values
+
+
+def _fake_quantize_native(weight: Tensor, scales: Tensor) -> Tensor:
+    result = _allocate_like_weight(weight, scales)
+    int6_native.fake_quantize(weight, scales, result)
+    return result
+
+
+def _save_for_scales(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.packed, ctx.scale_dtype, ctx.columns = inputs[0], inputs[1][0].dtype, inputs[2]
+
+
+def _backward_to_scales(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    to_scales: list[Tensor | None] = []
+    for gradient, packed, width in zip(gradients, ctx.packed, ctx.columns, strict=True):
+        if gradient is None:
+            to_scales.append(None)
+            continue
+        codes = int6_unpack(packed, gradient.shape[0] * width).reshape(gradient.shape)
+        products = gradient.to(_compute_dtype(gradient.dtype)) * codes
+        to_scales.append(products.sum(1).to(ctx.scale_dtype))
+    return [None] * len(to_scales), to_scales, None, None
+
+
+def _backward_straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return gradient, None
+
+
+_MATRICES = "(Tensor[] packed, Tensor[] scales, SymInt[] columns, ScalarType dtype) -> Tensor[]"
+for _op, _schema, _reference, _allocate, _native, _supports in (
+    ("int6_pack", "(Tensor codes) -> Tensor", _pack, _allocate_packed, _pack_native, int6_native.supports_codes),
+    (
+        "int6_unpack",
+        "(Tensor packed, SymInt count) -> Tensor",
+        _unpack,
+        _allocate_codes,
+        _unpack_native,
+        int6_native.supports_codes,
+    ),
+    ("int6_dequantize", _MATRICES, _dequantize, _allocate_values, _dequantize_native, int6_native.supports_dequantize),
+    (
+        "int6_fake_quantize",
+        "(Tensor weight, Tensor scales) -> Tensor",
+        _fake_quantize,
+        _allocate_like_weight,
+        _fake_quantize_native,
+        int6_native.supports_fake_quantize,
+    ),
+):
+    dispatch.define(_op, _schema, reference=_reference, fake=_allocate)
+    dispatch.register(_op, "cpp", _native, supports=functools.partial(_supports, "cpp"))
+    dispatch.register(_op, "cuda", _native, supports=functools.partial(_supports, "cuda"))
+
+torch.library.register_autograd(
+    "golf::int6_dequantize", _backward_to_scales, setup_context=_save_for_scales, lib=dispatch.LIBRARY
+)
+torch.library.register_autograd("golf::int6_fake_quantize", _backward_straight_through, lib=dispatch.LIBRARY)

@@ -1,0 +1,123 @@
+"""The C++ and CUDA back ends of `int6`: hands checked tensors and allocated results to `golf_kernels._C`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from golf_kernels import native
+
+# the numbers of GolfDtype in csrc/launchers.h
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+VALUE_DTYPES = {"cpp": (torch.float32, torch.bfloat16), "cuda": tuple(DTYPES)}
+WEIGHT_DTYPES = {"cpp": (torch.float32,), "cuda": tuple(DTYPES)}
+_NO_BAD_CODE = 2**63 - 1
+
+Part = Literal["cpp", "cuda"]
+
+
+def supports_codes(part: Part, *args: Any) -> str | None:
+    """Why packing and unpacking cannot run on a back end, or None."""
+    return native.problem(part)
+
+
+def supports_dequantize(part: Part, *args: Any) -> str | None:
+    """Why `int6_dequantize` cannot run on a back end, or None."""
+    unavailable = native.problem(part)
+    if unavailable is not None or not args:
+        return unavailable
+    _, scales, _, dtype = args
+    if not scales:
+        return None
+    return _unsupported("scales", scales[0].dtype, tuple(DTYPES)) or _unsupported("results", dtype, VALUE_DTYPES[part])
+
+
+def supports_fake_quantize(part: Part, *args: Any) -> str | None:
+    """Why `int6_fake_quantize` cannot run on a back end, or None."""
+    unavailable = native.problem(part)
+    if unavailable is not None or not args:
+        return unavailable
+    weight, scales = args
+    return _unsupported("weights", weight.dtype, WEIGHT_DTYPES[part]) or _unsupported(
+        "scales", scales.dtype, tuple(DTYPES)
+    )
+
+
+def _unsupported(what: str, dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> str | None:
+    # what no back end takes is refused by the check that every back end makes
+    if dtype in dtypes or not dtype.is_floating_point:
+        return None
+    return f"{what} of {dtype}, which only PyTorch computes"
+
+
+def pack(codes: Tensor, packed: Tensor) -> int | None:
+    """Fills `packed`; returns the first flat index of a code outside -32..31, or None."""
+    codes = _laid_out(codes)
+    if not codes.is_cuda:
+        bad = native.extension().int6_pack_cpu(codes.data_ptr(), packed.data_ptr(), codes.numel())
+        return None if bad < 0 else int(bad)
+    first_bad = torch.full((), _NO_BAD_CODE, dtype=torch.int64, device=codes.device)
+    with _stream(codes) as stream:
+        native.extension().int6_pack_cuda(
+            codes.data_ptr(), packed.data_ptr(), codes.numel(), first_bad.data_ptr(), stream
+        )
+    bad = int(first_bad)
+    return None if bad == _NO_BAD_CODE else bad
+
+
+def unpack(packed: Tensor, codes: Tensor) -> None:
+    """Fills `codes`."""
+    packed = _laid_out(packed)
+    if not packed.is_cuda:
+        native.extension().int6_unpack_cpu(packed.data_ptr(), codes.data_ptr(), codes.numel())
+        return
+    with _stream(packed) as stream:
+        native.extension().int6_unpack_cuda(packed.data_ptr(), codes.data_ptr(), codes.numel(), stream)
+
+
+def dequantize(packed: Sequence[Tensor], scales: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Fills `values`, matrices of one dtype, in one call."""
+    # the lists keep contiguous copies alive until the launch is queued
+    packed = [_laid_out(one) for one in packed]
+    scales = [_laid_out(one) for one in scales]
+    table = [
+        number
+        for stream_of_codes, steps, value in zip(packed, scales, values, strict=True)
+        for number in (stream_of_codes.data_ptr(), steps.data_ptr(), value.data_ptr(), *value.shape)
+    ]
+    scale_dtype, value_dtype = DTYPES[scales[0].dtype], DTYPES[values[0].dtype]
+    if not values[0].is_cuda:
+        native.extension().int6_dequantize_cpu(table, scale_dtype, value_dtype)
+        return
+    with _stream(values[0]) as stream:
+        native.extension().int6_dequantize_cuda(table, scale_dtype, value_dtype, stream)
+
+
+def fake_quantize(weight: Tensor, scales: Tensor, result: Tensor) -> None:
+    """Fills `result`."""
+    weight = _laid_out(weight)
+    # rows are few, and a step of 16 bits is a float32 too
+    steps = _laid_out(scales.to(torch.float32))
+    columns = weight.shape[-1]
+    sizes = (weight.data_ptr(), steps.data_ptr(), result.data_ptr(), steps.numel(), columns)
+    if not weight.is_cuda:
+        native.extension().int6_fake_quantize_cpu(*sizes)
+        return
+    with _stream(weight) as stream:
+        native.extension().int6_fake_quantize_cuda(*sizes, DTYPES[weight.dtype], stream)
+
+
+def _laid_out(tensor: Tensor) -> Tensor:
+    """Contiguous, and on CUDA at an address that 16-byte accesses can use."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % 16 else tensor
+
+
+@contextlib.contextmanager
+def _stream(tensor: Tensor) -> Iterator[int]:
+    with torch.cuda.device(tensor.device):
+        yield torch.cuda.current_stream().cuda_stream

@@ -1,0 +1,282 @@
+"""The LeakyReLU² MLP with its norm, scale and residual as one operator: `golf::leaky_relu2_mlp`.
+
+    n = gain · x · rstd,  rstd = 1 / √(mean(x²) + norm_eps)     (without a norm: n = gain · x)
+    pre = n · w_upᵀ,  post = leaky_relu(pre, slope)²,  y = residual + scale ⊙ (post · w_downᵀ)
+
+What training keeps beside the inputs is `post`, one sign bit per element of `pre` (nothing for slope 0) and `rstd`:
+the derivative of post is 2√post where pre > 0 and −2·slope·√post elsewhere. The block is homogeneous of degree 2 in n,
+so ⟨n, dn⟩ = 2⟨post, dpost⟩ per row, and with r = gain · rstd
+
+    dpost = (dy ⊙ scale) · w_down,  dpre = dpost ⊙ dpost/dpre
+    dx = r · (dpre · w_up) − x · (2 · rstd² / d) · ⟨post, dpost⟩
+    dw_up = (r · dpre)ᵀ · x,  dw_down = scale ⊙ (dyᵀ · post),  dscale = rowsum((dyᵀ · post) ⊙ w_down)
+
+`golf::leaky_relu2_mlp_backward` computes these; the pair of operators is what a kernel replaces.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from golf_kernels import dispatch
+
+# eight bytes that are 0 or 1, read as one integer: the product gathers them, the first as the lowest bit, in its top byte
+_GATHER_BITS = 0x0102040810204080
+
+
+def leaky_relu2_mlp(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    slope: float = 0.5,
+    norm_eps: float | None = None,
+    gain: float = 1.0,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """MLP block: residual + scale ⊙ (leaky_relu(gain · rms(x) · w_upᵀ, slope)² · w_downᵀ).
+
+    Differentiable once in all tensors. Under `torch.no_grad()` nothing is kept for a backward pass.
+
+    Args:
+        x: `(..., d)`, floating; any number of rows, 0 included.
+        w_up: `(h, d)`, the dtype of x.
+        w_down: `(d, h)`, the dtype of x.
+        slope: slope of the negative side, in [0, 1): 0 is ReLU².
+        norm_eps: epsilon of the RMS norm x / √(mean(x²) + norm_eps) over the last dimension; None: no norm.
+        gain: constant factor on the norm's output (or on x).
+        residual: `(..., d)` like x, added to the result; None: nothing is added.
+        scale: `(d,)`, the dtype of x, factor of each output channel; None: 1.
+
+    Returns:
+        `(..., d)` in the dtype of x. Products run in that dtype; mean squares in float32 at least.
+
+    Raises:
+        ValueError: a shape, dtype, device or number that does not fit.
+    """
+    tensors = [tensor for tensor in (x, w_up, w_down, residual, scale) if tensor is not None]
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    rows = x.reshape(-1, x.shape[-1]) if x.ndim else x
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(f"residual: expected shape {tuple(x.shape)} like x, found {tuple(residual.shape)}")
+        residual = residual.reshape(rows.shape)
+    y: Tensor = torch.ops.golf.leaky_relu2_mlp(rows, w_up, w_down, residual, scale, slope, norm_eps, gain, save)[0]
+    return y.reshape(x.shape)
+
+
+def _check(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    slope: float,
+    norm_eps: float | None,
+) -> None:
+    if x.ndim != 2 or not x.dtype.is_floating_point:
+        raise ValueError(f"x: expected shape (..., d) and a floating dtype, found {tuple(x.shape)} and {x.dtype}")
+    if not 0.0 <= slope < 1.0:
+        raise ValueError(f"slope: expected 0 <= slope < 1 (0 is ReLU², 1 would be a plain square), found {slope}")
+    if norm_eps is not None and not norm_eps >= 0.0:
+        raise ValueError(f"norm_eps: expected a number >= 0, or None for no norm, found {norm_eps}")
+    rows, width = x.shape
+    hidden = w_up.shape[0]
+    expected = {
+        "w_up": (w_up, (hidden, width)),
+        "w_down": (w_down, (width, hidden)),
+        "residual": (residual, (rows, width)),
+        "scale": (scale, (width,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, found {tuple(tensor.shape)}")
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"{name}: expected {x.dtype} on {x.device} like x, found {tensor.dtype} on {tensor.device}"
+            )
+
+
+def _fake(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    slope: float,
+    norm_eps: float | None,
+    gain: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(x, w_up, w_down, residual, scale, slope, norm_eps)
+    rows, hidden = x.shape[0], w_up.shape[0]
+    rstd_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((rows, hidden) if save else (0, 0)),
+        x.new_empty((rows, (hidden + 7) // 8) if save and slope > 0 else (0, 0), dtype=torch.uint8),
+        x.new_empty((rows,) if save and norm_eps is not None else (0,), dtype=rstd_dtype),
+    )
+
+
+def _reference(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    slope: float,
+    norm_eps: float | None,
+    gain: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(x, w_up, w_down, residual, scale, slope, norm_eps)
+    _, post, sign, rstd = _fake(x, w_up, w_down, residual, scale, slope, norm_eps, gain, False)
+    inverse = None if norm_eps is None else _inverse_rms(x, norm_eps)
+    hidden = _normalize(x, inverse, gain) @ w_up.T
+    if save and slope > 0:
+        sign = _pack(hidden > 0)
+    hidden = F.leaky_relu_(hidden, slope) if slope > 0 else hidden.relu_()
+    hidden.mul_(hidden)
+    columns = (w_down if scale is None else scale.unsqueeze(1) * w_down).T
+    y = hidden @ columns if residual is None else torch.addmm(residual, hidden, columns)
+    if save:
+        post, rstd = hidden, rstd if inverse is None else inverse
+    return y, post, sign, rstd
+
+
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    scale: Tensor | None,
+    post: Tensor,
+    sign: Tensor,
+    rstd: Tensor,
+    slope: float,
+    norm: bool,
+    gain: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        w_up.new_empty(w_up.shape),
+        w_down.new_empty(w_down.shape),
+        x.new_empty((0,) if scale is None else scale.shape),
+    )
+
+
+def _backward_reference(
+    dy: Tensor,
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    scale: Tensor | None,
+    post: Tensor,
+    sign: Tensor,
+    rstd: Tensor,
+    slope: float,
+    norm: bool,
+    gain: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    columns = w_down if scale is None else scale.unsqueeze(1) * w_down
+    dpost = dy @ columns
+    inverse = rstd if norm else None
+    # the norm's own share first: dpost is overwritten by dpre
+    euler = torch.linalg.vecdot(post.to(rstd.dtype), dpost.to(rstd.dtype)) if norm else None
+    dpre = dpost.mul_(post.sqrt()).mul_(2.0)
+    if slope > 0:
+        dpre = torch.where(_unpack(sign, post.shape[1]), dpre, dpre * -slope)
+    dx = dpre @ w_up
+    dw_up = dpre.T @ _normalize(x, inverse, gain)
+    if inverse is not None and euler is not None:
+        factor = euler * inverse.square() * (2.0 / x.shape[1])
+        dx = _normalize(dx, inverse, gain).sub_((x * factor.unsqueeze(1)).to(x.dtype))
+    else:
+        dx.mul_(gain)
+    dw_down = dy.T @ post
+    dscale = x.new_empty((0,))
+    if scale is not None:
+        dscale = torch.linalg.vecdot(dw_down, w_down)
+        dw_down = scale.unsqueeze(1) * dw_down
+    return dx, dw_up, dw_down, dscale
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide.square().mean(dim=1) + eps).rsqrt()
+
+
+def _normalize(x: Tensor, inverse_rms: Tensor | None, gain: float) -> Tensor:
+    if inverse_rms is None:
+        return x if gain == 1.0 else x * gain
+    return (x * (inverse_rms * gain).unsqueeze(1)).to(x.dtype)
+
+
+def _pack(positive: Tensor) -> Tensor:
+    """Bits of each row, the first element lowest, in ⌈columns / 8⌉ bytes."""
+    padded = F.pad(positive, (0, -positive.shape[1] % 8)).contiguous()
+    return (padded.view(torch.int64) * _GATHER_BITS).bitwise_right_shift_(56).to(torch.uint8)
+
+
+def _unpack(packed: Tensor, columns: int) -> Tensor:
+    masks = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=packed.device)
+    return packed.unsqueeze(2).bitwise_and(masks).ne(0).reshape(packed.shape[0], packed.shape[1] * 8)[:, :columns]
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    x, w_up, w_down, residual, scale, slope, norm_eps, gain, save = inputs
+    if not save:
+        raise RuntimeError(
+            "golf::leaky_relu2_mlp was told to keep nothing for the backward pass, but an input requires a gradient; "
+            "call golf_kernels.leaky_relu2_mlp, which keeps what is needed"
+        )
+    _, post, sign, rstd = output
+    ctx.mark_non_differentiable(post, sign, rstd)
+    ctx.save_for_backward(x, w_up, w_down, scale, post, sign, rstd)
+    ctx.has_residual = residual is not None
+    ctx.options = (slope, norm_eps is not None, gain)
+
+
+def _backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Any, ...]:
+    x, w_up, w_down, scale, post, sign, rstd = ctx.saved_tensors
+    dx, dw_up, dw_down, dscale = torch.ops.golf.leaky_relu2_mlp_backward(
+        dy.contiguous(), x, w_up, w_down, scale, post, sign, rstd, *ctx.options
+    )
+    d_residual = dy if ctx.has_residual else None
+    return dx, dw_up, dw_down, d_residual, None if scale is None else dscale, None, None, None, None
+
+
+def _refuse_gradient(ctx: Any, inputs: Any, output: Any) -> None:
+    raise RuntimeError("golf::leaky_relu2_mlp is not differentiable twice; leave create_graph at False")
+
+
+def _no_backward(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError("golf::leaky_relu2_mlp_backward has no gradient")
+
+
+dispatch.define(
+    "leaky_relu2_mlp",
+    "(Tensor x, Tensor w_up, Tensor w_down, Tensor? residual, Tensor? scale, float slope, float? norm_eps, "
+    "float gain, bool save) -> (Tensor y, Tensor post, Tensor sign, Tensor rstd)",
+    reference=_reference,
+    fake=_fake,
+)
+dispatch.define(
+    "leaky_relu2_mlp_backward",
+    "(Tensor dy, Tensor x, Tensor w_up, Tensor w_down, Tensor? scale, Tensor post, Tensor sign, Tensor rstd, "
+    "float slope, bool norm, float gain) -> (Tensor dx, Tensor dw_up, Tensor dw_down, Tensor dscale)",
+    reference=_backward_reference,
+    fake=_backward_fake,
+)
+torch.library.register_autograd("golf::leaky_relu2_mlp", _backward, setup_context=_setup_context, lib=dispatch.LIBRARY)
+torch.library.register_autograd(
+    "golf::leaky_relu2_mlp_backward", _no_backward, setup_context=_refuse_gradient, lib=dispatch.LIBRARY
+)

@@ -1,0 +1,325 @@
+"""Muon on top of `golf::newton_schulz`: a drop-in for `torch.optim.Muon`, with MuonEq-R, NorMuon and sharding over ranks.
+
+One step, for each matrix with gradient g (elementwise parts through `torch._foreach`, one Newton-Schulz call for all):
+
+    m ← m + (1 − β)·(g − m),  u = g + β·(m − g)     (dampened, as torch.optim.Muon; without Nesterov u = m)
+    m ← β·m + g,              u = g + β·m           (not dampened, as the published Parallel Muon)
+    u ← u / √(Σ_row u² + row_eps)                   (row_normalize)
+    O = newton_schulz(u)
+    s ← β₂·s + (1 − β₂)·mean_row(O²);  O ← O / (√s + 1e-10), rescaled to its former Frobenius norm     (normuon)
+    w ← w·(1 − lr·weight_decay) − lr·ratio·O,  ratio = √max(1, rows / columns)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from golf_kernels.newton_schulz import CoefficientSet, coefficient_set, default_compute_dtype, newton_schulz
+
+ADJUST_LR = ("original", "match_rms_adamw")
+_NORMUON_EPS = 1e-10
+# what a state_dict of torch.optim.Muon does not have
+_EXTRAS: dict[str, Any] = {
+    "row_normalize": False,
+    "row_eps": 1e-7,
+    "normuon": False,
+    "normuon_beta2": 0.95,
+    "dampened": True,
+    "coefficients": "quintic",
+    "compute_dtype": None,
+}
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with the arguments of `torch.optim.Muon`; its calls and its `state_dict` work here as they are.
+
+    Every option can differ between parameter groups, and `lr` and `momentum` may change from step to step. Nothing
+    waits for the GPU.
+
+    Args:
+        params: matrices `(rows, columns)` and banks `(b, rows, columns)`, or groups of them.
+        lr: learning rate; a float or a one-element tensor.
+        weight_decay: decoupled: w ← w·(1 − lr·weight_decay).
+        momentum: β. While β changes, dampened and not dampened momentum weigh old gradients differently; with a
+            constant β they differ by a factor that Newton-Schulz removes.
+        nesterov: look ahead by one momentum step.
+        ns_coefficients: one (a, b, c) for every iteration, as in `torch.optim.Muon`; None takes `coefficients`.
+        eps: updates with a norm below it count as zero.
+        ns_steps: iterations; None takes the coefficient set's own number, which is 5 for `quintic`.
+        adjust_lr_fn: `original` (None is the same): ratio √max(1, rows / columns); `match_rms_adamw`:
+            0.2·√max(rows, columns).
+        row_normalize: MuonEq-R: rows of the update to unit length before Newton-Schulz.
+        row_eps: added to a row's squared length. The update is (1 − β) times smaller when dampened, so the
+            published 1e-7 belongs to `dampened=False`; #1471's maximum with 1e-7 is 1e-14 here.
+        normuon: NorMuon: rows scaled by their running second moment after Newton-Schulz.
+        normuon_beta2: decay of that second moment, which starts at 0 without bias correction.
+        dampened: form of the momentum, see above.
+        coefficients: a name in `golf_kernels.newton_schulz.COEFFICIENTS`.
+        compute_dtype: of the Newton-Schulz products; None: bfloat16 on CUDA, float32 on a CPU, float64 for float64.
+        process_group: ranks that share the Newton-Schulz work. All must hold the same parameters and the same
+            (already reduced) gradients; each orthogonalizes the matrices assigned to it by cost and all receive all
+            results in one all-gather. The state is the same on every rank, so a `state_dict` fits any world size.
+
+    Raises:
+        ValueError: an option or a parameter's shape does not fit.
+        RuntimeError: complex parameters or sparse gradients.
+
+    Source:
+        https://kellerjordan.github.io/posts/muon/; NorMuon arXiv:2510.05491; the momentum and row forms of the
+        Parameter Golf records.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] | None = None,
+        eps: float = 1e-7,
+        ns_steps: int | None = None,
+        adjust_lr_fn: str | None = None,
+        *,
+        row_normalize: bool = False,
+        row_eps: float = 1e-7,
+        normuon: bool = False,
+        normuon_beta2: float = 0.95,
+        dampened: bool = True,
+        coefficients: str = "quintic",
+        compute_dtype: torch.dtype | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.process_group = process_group
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "row_normalize": row_normalize,
+            "row_eps": row_eps,
+            "normuon": normuon,
+            "normuon_beta2": normuon_beta2,
+            "dampened": dampened,
+            "coefficients": coefficients,
+            "compute_dtype": compute_dtype,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters with its own options; refuses what does not fit before anything is changed."""
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("process_group", None)
+        for group in self.param_groups:
+            for name, value in _EXTRAS.items():
+                group.setdefault(name, value)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work: list[tuple[dict[str, Any], list[Tensor]]] = []
+        calls: dict[Any, list[Tensor]] = {}
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if params:
+                work.append((group, params))
+                calls.setdefault(_call_key(group, params), []).extend(self._updates(group, params))
+        results = {key: iter(self._orthogonalize(updates, key)) for key, updates in calls.items()}
+        for group, params in work:
+            orthogonal = [next(results[_call_key(group, params)]) for _ in params]
+            self._apply(group, params, orthogonal)
+        return loss
+
+    def _updates(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        """Momentum, Nesterov and row normalization: the matrices that Newton-Schulz gets."""
+        grads = [param.grad for param in params if param.grad is not None]
+        for grad in grads:
+            if grad.is_complex() or grad.layout != torch.strided:
+                raise RuntimeError(f"Muon: expected real dense gradients, found {grad.dtype}, {grad.layout}")
+        buffers = [self._state(param, "momentum_buffer", grad) for param, grad in zip(params, grads, strict=True)]
+        momentum = group["momentum"]
+        if group["dampened"]:
+            torch._foreach_lerp_(buffers, grads, 1 - momentum)
+            updates = list(torch._foreach_lerp(grads, buffers, momentum)) if group["nesterov"] else buffers
+        else:
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, grads)
+            updates = list(torch._foreach_add(grads, buffers, alpha=momentum)) if group["nesterov"] else buffers
+        if group["row_normalize"]:
+            updates = [u * (u.square().sum(-1, keepdim=True) + group["row_eps"]).rsqrt() for u in updates]
+        return updates
+
+    def _state(self, param: Tensor, name: str, like: Tensor) -> Tensor:
+        state = self.state[param]
+        if name not in state:
+            state[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
+        buffer: Tensor = state[name]
+        return buffer
+
+    def _orthogonalize(self, updates: list[Tensor], key: Any) -> list[Tensor]:
+        chosen, steps, eps, dtype, _ = key
+        run = functools.partial(newton_schulz, coefficients=chosen, steps=steps, eps=eps, compute_dtype=dtype)
+        if self.process_group is None or dist.get_world_size(self.process_group) == 1:
+            return run(updates)
+        return _orthogonalize_sharded(updates, run, dtype, self.process_group)
+
+    def _apply(self, group: dict[str, Any], params: list[Tensor], orthogonal: list[Tensor]) -> None:
+        """NorMuon, scale, weight decay and the update of the weights."""
+        if group["normuon"]:
+            rows = [o.square().mean(-1, keepdim=True) for o in orthogonal]
+            moments = [self._state(param, "second_moment", row) for param, row in zip(params, rows, strict=True)]
+            torch._foreach_lerp_(moments, rows, 1 - group["normuon_beta2"])
+            orthogonal = [_normuon(o, moment) for o, moment in zip(orthogonal, moments, strict=True)]
+        lr, decay = group["lr"], group["weight_decay"]
+        ratios = [learning_rate_ratio(group["adjust_lr_fn"], *param.shape[-2:]) for param in params]
+        if isinstance(lr, Tensor):
+            lr = lr.reshape(()).to(params[0].device)
+            torch._foreach_mul_(orthogonal, [-ratio for ratio in ratios])
+            torch._foreach_mul_(orthogonal, lr)
+            torch._foreach_mul_(params, 1 - lr * decay)
+        else:
+            torch._foreach_mul_(orthogonal, [-lr * ratio for ratio in ratios])
+            torch._foreach_mul_(params, 1 - lr * decay)
+        torch._foreach_add_(params, orthogonal)
+
+
+def learning_rate_ratio(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
+    """Factor on the learning rate of a matrix: √max(1, rows / columns), or 0.2·√max(rows, columns)."""
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / max(1, columns)))
+
+
+def newton_schulz_cost(rows: int, columns: int) -> int:
+    """FLOPs of one iteration: two products with the long side, one on the short side."""
+    short, long = sorted((rows, columns))
+    return 4 * short * short * long + 2 * short**3
+
+
+@functools.lru_cache(maxsize=64)
+def assign(shapes: tuple[tuple[int, int], ...], ranks: int) -> tuple[int, ...]:
+    """The rank of each matrix: the dearest first, each to the rank with the least work so far.
+
+    Args:
+        shapes: (rows, columns) of each matrix.
+        ranks: number of ranks.
+
+    Returns:
+        One rank per matrix, the same on every rank.
+    """
+    costs = [newton_schulz_cost(*shape) for shape in shapes]
+    loads = [0] * ranks
+    owners = [0] * len(shapes)
+    for index in sorted(range(len(shapes)), key=lambda i: (-costs[i], i)):
+        owners[index] = min(range(ranks), key=lambda rank: (loads[rank], rank))
+        loads[owners[index]] += costs[index]
+    return tuple(owners)
+
+
+def _orthogonalize_sharded(
+    updates: Sequence[Tensor], run: Callable[[list[Tensor]], list[Tensor]], dtype: torch.dtype, group: dist.ProcessGroup
+) -> list[Tensor]:
+    # a bank's matrices are shared out one by one, because a whole bank may be half of the work
+    matrices = [matrix for update in updates for matrix in (update.unbind() if update.ndim == 3 else (update,))]
+    ranks = dist.get_world_size(group)
+    owners = assign(tuple((matrix.shape[0], matrix.shape[1]) for matrix in matrices), ranks)
+    shares = [[index for index, owner in enumerate(owners) if owner == rank] for rank in range(ranks)]
+    longest = max(sum(matrices[index].numel() for index in share) for share in shares)
+    flat = torch.zeros(longest, dtype=dtype, device=matrices[0].device)
+    position = 0
+    for result in run([matrices[index] for index in shares[dist.get_rank(group)]]):
+        flat[position : position + result.numel()] = result.flatten()
+        position += result.numel()
+    gathered = torch.empty(ranks * longest, dtype=dtype, device=flat.device)
+    # torch 2.13 renamed it and warns about the old name
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, flat, group=group)
+    results = [torch.empty_like(update, memory_format=torch.contiguous_format) for update in updates]
+    targets = [piece for result in results for piece in (result.unbind() if result.ndim == 3 else (result,))]
+    for rank, share in enumerate(shares):
+        position = rank * longest
+        for index in share:
+            count = targets[index].numel()
+            targets[index].copy_(gathered[position : position + count].view(targets[index].shape))
+            position += count
+    return results
+
+
+def _normuon(orthogonal: Tensor, second_moment: Tensor) -> Tensor:
+    before = torch.linalg.vector_norm(orthogonal, dim=(-2, -1), keepdim=True)
+    scaled = orthogonal / (second_moment.sqrt() + _NORMUON_EPS)
+    after = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
+    rescaled: Tensor = scaled * (before / (after + _NORMUON_EPS))
+    return rescaled
+
+
+def _call_key(group: dict[str, Any], params: Sequence[Tensor]) -> Any:
+    dtype = group["compute_dtype"] or default_compute_dtype(params)
+    return _coefficients(group), group["ns_steps"], group["eps"], dtype, params[0].device
+
+
+def _coefficients(group: dict[str, Any]) -> CoefficientSet:
+    triple = group["ns_coefficients"]
+    if triple is None:
+        return coefficient_set(group["coefficients"])
+    return CoefficientSet("ns_coefficients", (tuple(triple),), "the argument ns_coefficients")
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr: expected a float or a tensor of one element, found shape {tuple(lr.shape)}")
+    elif not lr >= 0.0:
+        raise ValueError(f"lr: expected a number >= 0, found {lr}")
+    for name in ("weight_decay", "momentum", "eps", "row_eps"):
+        if not group[name] >= 0.0:
+            raise ValueError(f"{name}: expected a number >= 0, found {group[name]}")
+    if not 0.0 <= group["normuon_beta2"] < 1.0:
+        raise ValueError(f"normuon_beta2: expected 0 <= beta2 < 1, found {group['normuon_beta2']}")
+    if group["adjust_lr_fn"] not in (None, *ADJUST_LR):
+        raise ValueError(
+            f"adjust_lr_fn: expected None or one of {', '.join(ADJUST_LR)}, found {group['adjust_lr_fn']!r}"
+        )
+    if group["ns_coefficients"] is not None:
+        if len(group["ns_coefficients"]) != 3:
+            raise ValueError(f"ns_coefficients: expected three numbers, found {group['ns_coefficients']}")
+        if group["coefficients"] != "quintic":
+            raise ValueError("ns_coefficients and coefficients: expected one of them, found both")
+    _coefficients(group).schedule(group["ns_steps"])
+    for index, param in enumerate(group["params"]):
+        if param.ndim not in (2, 3):
+            raise ValueError(
+                f"params[{index}]: expected a matrix or a bank of matrices, found shape {tuple(param.shape)}; "
+                "give other parameters to torch.optim.AdamW"
+            )

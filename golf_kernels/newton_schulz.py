@@ -1,0 +1,280 @@
+"""Newton-Schulz orthogonalization of a list of matrices: `golf::newton_schulz`.
+
+Each iteration maps every singular value σ of X by an odd polynomial and keeps the singular vectors:
+
+    X ← X / max(‖X‖_F, eps)
+    X ← a·X + (b·A + c·A²)·X   with A = X·Xᵀ          (m ≤ n)
+    X ← a·X + X·(b·A + c·A²)   with A = Xᵀ·X          (m > n, the same map on the short side)
+
+so that σ ↦ a·σ + b·σ³ + c·σ⁵ drives all of them towards 1. One call takes all matrices of a model: the cost of an
+operator boundary is paid once, and matrices of one shape share batched products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from golf_kernels import dispatch
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class CoefficientSet:
+    """One published set of polynomial coefficients.
+
+    Args:
+        name: its key in `COEFFICIENTS`.
+        triples: (a, b, c) of each iteration; a single triple is repeated for as many steps as asked for.
+        source: where the numbers were published.
+        prescale: `frobenius` divides by ‖X‖_F; `aol` divides each row (of the short side) by √Σⱼ|X·Xᵀ|ᵢⱼ, which also
+            bounds the spectral norm by 1, and starts closer to orthogonal (Prach & Lampert, arXiv:2208.03160).
+        safety: the pre-scaled matrix is divided by it, for sets that diverge where rounding lifts a σ above 1.
+        default_steps: iterations when none are asked for.
+        band: (start, low, high): every σ of the pre-scaled matrix in [start, 1] ends in [low, high] after
+            `default_steps`.
+    """
+
+    name: str
+    triples: tuple[Triple, ...]
+    source: str
+    prescale: str = "frobenius"
+    safety: float = 1.0
+    default_steps: int = 5
+    band: tuple[float, float, float] | None = None
+
+    def schedule(self, steps: int | None = None) -> list[Triple]:
+        """The triple of each iteration, `safety` folded into the first.
+
+        Args:
+            steps: number of iterations; None takes `default_steps`.
+
+        Raises:
+            ValueError: fewer than one step, or a per-iteration set asked for another number than it has.
+        """
+        steps = self.default_steps if steps is None else steps
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, found {steps}")
+        if len(self.triples) > 1 and steps != len(self.triples):
+            raise ValueError(
+                f"steps: coefficients {self.name!r} are made for exactly {len(self.triples)} iterations, found {steps}; "
+                "leave steps at None, or take 'quintic', which repeats"
+            )
+        triples = list(self.triples) if len(self.triples) > 1 else list(self.triples) * steps
+        a, b, c = triples[0]
+        return [(a / self.safety, b / self.safety**3, c / self.safety**5), *triples[1:]]
+
+
+_MUON_PLUS: tuple[Triple, ...] = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+COEFFICIENTS: dict[str, CoefficientSet] = {
+    entry.name: entry
+    for entry in (
+        CoefficientSet(
+            "quintic",
+            ((3.4445, -4.7750, 2.0315),),
+            "Keller Jordan, https://kellerjordan.github.io/posts/muon/; the default of torch.optim.Muon",
+            band=(0.01, 0.6818, 1.1344),
+        ),
+        CoefficientSet(
+            "polar_express",
+            (
+                (8.156554524902461, -22.48329292557795, 15.878769915207462),
+                (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+            ),
+            "Amsel et al., Polar Express, arXiv:2505.16932; the five triples of KellerJordan/modded-nanogpt",
+            band=(0.001, 0.8588, 1.1412),
+        ),
+        CoefficientSet(
+            "cubic",
+            (
+                (3.3656576, -3.3420992, 0.0),
+                (2.5744352, -1.4957376, 0.0),
+                (2.5368962, -1.4312570, 0.0),
+                (2.4418906, -1.2764040, 0.0),
+                (2.2230472, -0.9630650, 0.0),
+            ),
+            "`cubic5` of NVIDIA-NeMo/Emerging-Optimizers; c = 0 saves the product A·A. Its map turns negative from "
+            "σ = 1.004 on, hence the safety",
+            safety=1.01,
+            band=(0.0101, 0.7741, 1.3000),
+        ),
+        CoefficientSet(
+            "muon_plus",
+            _MUON_PLUS,
+            "KellerJordan/modded-nanogpt train_gpt_medium.py; derivation: "
+            "https://leloykun.github.io/ponder/muon-opt-coeffs/",
+            band=(0.01, 0.9777, 1.0318),
+        ),
+        CoefficientSet(
+            "aol",
+            _MUON_PLUS[1:],
+            "Boissin et al., Turbo-Muon, https://hal.science/hal-05390446; thib-s/flash-newton-schulz NS_ours with "
+            "iter=4: AOL pre-scaling and the last four triples of `muon_plus`",
+            prescale="aol",
+            default_steps=4,
+            band=(0.05, 0.9777, 1.0318),
+        ),
+    )
+}
+
+
+def coefficient_set(coefficients: str | CoefficientSet) -> CoefficientSet:
+    """The set of that name, or the set itself; an unknown name raises `ValueError`."""
+    if isinstance(coefficients, CoefficientSet):
+        return coefficients
+    if coefficients not in COEFFICIENTS:
+        raise ValueError(f"coefficients: expected one of {', '.join(COEFFICIENTS)}, found {coefficients!r}")
+    return COEFFICIENTS[coefficients]
+
+
+def default_compute_dtype(matrices: Sequence[Tensor]) -> torch.dtype:
+    """float64 if any matrix is float64, otherwise bfloat16 on CUDA and float32 on a CPU."""
+    if any(matrix.dtype == torch.float64 for matrix in matrices):
+        return torch.float64
+    return torch.bfloat16 if any(matrix.is_cuda for matrix in matrices) else torch.float32
+
+
+def newton_schulz(
+    matrices: Sequence[Tensor],
+    *,
+    coefficients: str | CoefficientSet = "quintic",
+    steps: int | None = None,
+    eps: float = 1e-7,
+    compute_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Orthogonalizes every matrix of a list: U·S·Vᵀ → U·f(S)·Vᵀ with f(S) close to 1.
+
+    Args:
+        matrices: matrices `(m, n)` and banks `(b, m, n)` in any mix of shapes and floating dtypes, on one device, any
+            strides. They are not changed.
+        coefficients: a name in `COEFFICIENTS`, or a set of your own.
+        steps: iterations; None takes the set's own number.
+        eps: matrices with a norm below it count as zero: X / max(‖X‖_F, eps). Zero matrices stay zero.
+        compute_dtype: dtype of the products; None: float64 if any input is float64, otherwise bfloat16 on CUDA and
+            float32 on a CPU. Norms are taken in float32 at least and cannot overflow.
+
+    Returns:
+        New contiguous tensors of the shapes and dtypes of the inputs. NaN and infinities give NaN in their own matrix.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, name or number of steps.
+        RuntimeError: an input requires a gradient (outside `torch.no_grad()`); the operator has none.
+
+    Source:
+        https://kellerjordan.github.io/posts/muon/; each set's own in `COEFFICIENTS`.
+    """
+    chosen = coefficient_set(coefficients)
+    flat = [value for triple in chosen.schedule(steps) for value in triple]
+    if not matrices:
+        return []
+    dtype = default_compute_dtype(matrices) if compute_dtype is None else compute_dtype
+    results: list[Tensor] = torch.ops.golf.newton_schulz(list(matrices), flat, eps, chosen.prescale, dtype)
+    return results
+
+
+def _check(
+    matrices: Sequence[Tensor], coefficients: Sequence[float], prescale: str, compute_dtype: torch.dtype
+) -> None:
+    for index, matrix in enumerate(matrices):
+        if matrix.ndim not in (2, 3):
+            raise ValueError(f"matrices[{index}]: expected shape (m, n) or (b, m, n), found {tuple(matrix.shape)}")
+        if not matrix.dtype.is_floating_point:
+            raise ValueError(f"matrices[{index}]: expected a floating dtype, found {matrix.dtype}")
+        if matrix.device != matrices[0].device:
+            raise ValueError(f"matrices[{index}]: expected device {matrices[0].device}, found {matrix.device}")
+    if not coefficients or len(coefficients) % 3:
+        raise ValueError(f"coefficients: expected a, b, c for each iteration, found {len(coefficients)} numbers")
+    if prescale not in ("frobenius", "aol"):
+        raise ValueError(f"prescale: expected 'frobenius' or 'aol', found {prescale!r}")
+    if not compute_dtype.is_floating_point:
+        raise ValueError(f"compute_dtype: expected a floating dtype, found {compute_dtype}")
+
+
+def _fake(
+    matrices: Sequence[Tensor], coefficients: Sequence[float], eps: float, prescale: str, compute_dtype: torch.dtype
+) -> list[Tensor]:
+    _check(matrices, coefficients, prescale, compute_dtype)
+    return [matrix.new_empty(matrix.shape) for matrix in matrices]
+
+
+def _reference(
+    matrices: Sequence[Tensor], coefficients: Sequence[float], eps: float, prescale: str, compute_dtype: torch.dtype
+) -> list[Tensor]:
+    _check(matrices, coefficients, prescale, compute_dtype)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        groups.setdefault(tuple(matrix.shape[-2:]), []).append(index)
+    results: list[Tensor] = [matrix.new_empty(0) for matrix in matrices]
+    norm_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
+    for indices in groups.values():
+        banks = [matrices[index] if matrices[index].ndim == 3 else matrices[index].unsqueeze(0) for index in indices]
+        stack = torch.cat([bank.to(norm_dtype) for bank in banks]).contiguous()
+        if stack.numel():
+            stack = _iterate(_prescale(stack, eps, prescale).to(compute_dtype), coefficients)
+        for index, result in zip(indices, torch.split(stack, [len(bank) for bank in banks]), strict=True):
+            # a copy, because outputs of an operator must not share memory
+            results[index] = result.to(matrices[index].dtype, copy=True).view(matrices[index].shape)
+    return results
+
+
+def _prescale(stack: Tensor, eps: float, prescale: str) -> Tensor:
+    # the largest entry comes out first, so that the squares neither overflow nor underflow
+    largest = stack.abs().amax(dim=(-2, -1), keepdim=True)
+    largest = torch.where(largest == 0, torch.ones_like(largest), largest)
+    stack = stack / largest
+    if prescale == "frobenius":
+        norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True)
+        return stack / torch.maximum(norm, eps / largest)
+    tall = stack.shape[-2] > stack.shape[-1]
+    gram = stack.mT @ stack if tall else stack @ stack.mT
+    # eps bounds a norm, and the row sums of a Gram matrix are squares of norms
+    factor = gram.abs().sum(dim=-1).clamp_min(eps**2).rsqrt()
+    return stack * factor.unsqueeze(-2 if tall else -1)
+
+
+def _iterate(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    tall = x.shape[-2] > x.shape[-1]
+    for a, b, c in zip(coefficients[0::3], coefficients[1::3], coefficients[2::3], strict=True):
+        gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
+        scale = b
+        if c != 0.0:
+            gram, scale = torch.baddbmm(gram, gram, gram, beta=b, alpha=c), 1.0
+        left, right = (x, gram) if tall else (gram, x)
+        x = torch.baddbmm(x, left, right, beta=a, alpha=scale)
+    return x
+
+
+def _refuse_gradient(ctx: Any, inputs: Any, output: Any) -> None:
+    raise RuntimeError(
+        "golf::newton_schulz has no gradient, but an input requires one; call it under torch.no_grad(), or detach it"
+    )
+
+
+def _no_backward(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError("golf::newton_schulz has no gradient")
+
+
+dispatch.define(
+    "newton_schulz",
+    "(Tensor[] matrices, float[] coefficients, float eps, str prescale, ScalarType compute_dtype) -> Tensor[]",
+    reference=_reference,
+    fake=_fake,
+)
+torch.library.register_autograd(
+    "golf::newton_schulz", _no_backward, setup_context=_refuse_gradient, lib=dispatch.LIBRARY
+)

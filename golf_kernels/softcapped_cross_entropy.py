@@ -1,0 +1,217 @@
+"""Head product, softcap and cross-entropy as one operator that also returns the gradients: `golf::softcapped_cross_entropy`.
+
+    z = softcap · tanh(hidden · weightᵀ / softcap)
+    loss = mean or sum over rows of  lse − z[target] + z_loss · lse²,  lse = logsumexp(z)
+
+The rows go through in chunks and each chunk's logits turn into its gradients at once, so the whole logits never exist.
+With p = softmax(z), e the one-hot target and w the row's weight (1 / count for a mean, 0 for an ignored row):
+
+    d logits = w · (p · (1 + 2 · z_loss · lse) − e) · (1 − (z / softcap)²)
+    d hidden = d logits · weight,  d weight = d logitsᵀ · hidden
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from golf_kernels import dispatch
+
+# float32 logits held at once: 16 MiB stay near a CPU's caches, 256 MiB keep a GPU busy
+CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
+
+
+def softcapped_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float = 30.0,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of softcapped logits, from the hidden states: loss of `softcap·tanh(hidden·weightᵀ / softcap)`.
+
+    The gradients are computed in the forward pass when one is needed, and multiplied by the upstream gradient in the
+    backward pass. Under `torch.no_grad()` only the loss is computed. Deterministic. Not differentiable twice.
+
+    Args:
+        hidden: `(M, d)`, floating.
+        weight: `(V, d)`, the dtype of `hidden`.
+        targets: `(M,)`, int64 or int32, in [0, V) or `ignore_index`. Checked on the CPU; unchecked on CUDA, where a
+            check would wait for the GPU.
+        softcap: logits are bounded by ± this, > 0.
+        reduction: `mean` over the rows that are not ignored (0 when there are none), or `sum`.
+        ignore_index: rows with this target count neither in the loss nor in the mean.
+        z_loss: weight of logsumexp², which keeps the logits from drifting; reduced like the loss.
+
+    Returns:
+        Scalar loss in nats, float32 (float64 for float64 inputs). The products run in the dtype of `hidden`.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or option, or (on the CPU) a target outside [0, V).
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: expected 'mean' or 'sum', found {reduction!r}")
+    grad = torch.is_grad_enabled()
+    loss: Tensor = torch.ops.golf.softcapped_cross_entropy(
+        hidden,
+        weight,
+        targets,
+        softcap,
+        reduction == "mean",
+        ignore_index,
+        z_loss,
+        grad and hidden.requires_grad,
+        grad and weight.requires_grad,
+    )[0]
+    return loss
+
+
+def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> None:
+    """Raises `ValueError` unless the three tensors fit together and the softcap is a positive number."""
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden: expected shape (M, d), found {tuple(hidden.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"weight: expected shape (V, {hidden.shape[1]}), found {tuple(weight.shape)}")
+    if targets.ndim != 1 or targets.shape[0] != hidden.shape[0]:
+        raise ValueError(f"targets: expected shape ({hidden.shape[0]},), found {tuple(targets.shape)}")
+    if not hidden.dtype.is_floating_point or weight.dtype != hidden.dtype:
+        raise ValueError(f"hidden and weight: expected one floating dtype, found {hidden.dtype} and {weight.dtype}")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"targets: expected int64 or int32, found {targets.dtype}")
+    if not hidden.device == weight.device == targets.device:
+        raise ValueError(f"devices: expected one, found {hidden.device}, {weight.device} and {targets.device}")
+    if not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap: expected a number > 0, found {softcap}")
+
+
+def check_targets(targets: Tensor, vocabulary: int, ignore_index: int | None) -> None:
+    """Raises `ValueError` for a target outside [0, vocabulary) on the CPU; does nothing on a GPU."""
+    if targets.device.type != "cpu":
+        return
+    wrong = (targets < 0) | (targets >= vocabulary)
+    if ignore_index is not None:
+        wrong &= targets != ignore_index
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"targets[{row}]: expected 0 <= target < {vocabulary}"
+            f"{'' if ignore_index is None else f' or ignore_index {ignore_index}'}, found {int(targets[row])}"
+        )
+
+
+def chunk_rows(device: torch.device, vocabulary: int) -> int:
+    """Rows whose float32 logits fill one chunk."""
+    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * max(1, vocabulary)))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, otherwise float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float,
+    mean: bool,
+    ignore_index: int,
+    z_loss: float,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_head(hidden, weight, targets, softcap)
+    return (
+        hidden.new_empty((), dtype=accumulation_dtype(hidden.dtype)),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+    )
+
+
+def _reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float,
+    mean: bool,
+    ignore_index: int,
+    z_loss: float,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_head(hidden, weight, targets, softcap)
+    check_targets(targets, weight.shape[0], ignore_index)
+    dtype = accumulation_dtype(hidden.dtype)
+    kept = targets != ignore_index
+    row_weight = kept.to(dtype)
+    if mean:
+        row_weight /= row_weight.sum().clamp_min(1.0)
+    picked = torch.where(kept, targets, 0).long().unsqueeze(1)
+    loss = hidden.new_zeros((), dtype=dtype)
+    d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
+    d_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=dtype, device=weight.device)
+    step = chunk_rows(hidden.device, weight.shape[0])
+    for start in range(0, hidden.shape[0], step):
+        rows = slice(start, start + step)
+        capped = (hidden[rows] @ weight.T).to(dtype).div_(softcap).tanh_()
+        z = capped * softcap
+        lse = torch.logsumexp(z, dim=1, keepdim=True)
+        per_row = (lse - z.gather(1, picked[rows])).squeeze(1) + z_loss * lse.squeeze(1).square()
+        # where, not a product: the logits of an ignored row may be anything, NaN included
+        loss += torch.where(kept[rows], per_row * row_weight[rows], 0.0).sum()
+        if not (need_hidden or need_weight):
+            continue
+        d_logits = z.sub_(lse).exp_().mul_(1 + 2 * z_loss * lse)
+        d_logits.scatter_(1, picked[rows], d_logits.gather(1, picked[rows]) - 1)
+        d_logits.mul_(capped.square_().neg_().add_(1)).mul_(row_weight[rows].unsqueeze(1))
+        d_logits = d_logits.masked_fill_(~kept[rows].unsqueeze(1), 0.0).to(hidden.dtype)
+        if need_hidden:
+            torch.mm(d_logits, weight, out=d_hidden[rows])
+        if need_weight:
+            d_weight += d_logits.T @ hidden[rows]
+    return loss, d_hidden, d_weight.to(weight.dtype)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    hidden, weight, *_, need_hidden, need_weight = inputs
+    if (hidden.requires_grad and not need_hidden) or (weight.requires_grad and not need_weight):
+        raise RuntimeError(
+            "golf::softcapped_cross_entropy was told to compute no gradient for an input that requires one; "
+            "call golf_kernels.softcapped_cross_entropy, which asks for what is needed"
+        )
+    _, d_hidden, d_weight = output
+    ctx.mark_non_differentiable(d_hidden, d_weight)
+    ctx.save_for_backward(d_hidden, d_weight)
+    ctx.needs = (need_hidden, need_weight)
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("golf::softcapped_cross_entropy is not differentiable twice; leave create_graph at False")
+    d_hidden, d_weight = ctx.saved_tensors
+    need_hidden, need_weight = ctx.needs
+    # in float32 at least: torch would round the upstream gradient to 16 bits, and with it every step's loss scale
+    wide = accumulation_dtype(d_hidden.dtype)
+    return (
+        (d_hidden.to(wide) * grad_loss).to(d_hidden.dtype) if need_hidden else None,
+        (d_weight.to(wide) * grad_loss).to(d_weight.dtype) if need_weight else None,
+        *[None] * 7,
+    )
+
+
+dispatch.define(
+    "softcapped_cross_entropy",
+    "(Tensor hidden, Tensor weight, Tensor targets, float softcap, bool mean, int ignore_index, float z_loss, "
+    "bool need_hidden, bool need_weight) -> (Tensor, Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+)
+torch.library.register_autograd(
+    "golf::softcapped_cross_entropy", _backward, setup_context=_setup_context, lib=dispatch.LIBRARY
+)

@@ -1,0 +1,92 @@
+"""Negative log-likelihood of each row under softcapped logits, for evaluation: `golf::window_nll`.
+
+    z = softcap · tanh(logits / softcap),  nll[i] = logsumexp(z[i]) − z[i, targets[i]]
+
+No gradient. The rows go through in chunks, so the whole logits never exist.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from golf_kernels import dispatch
+from golf_kernels.softcapped_cross_entropy import accumulation_dtype, check_head, check_targets, chunk_rows
+
+
+def window_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float = 30.0,
+    logits_rounding: str = "none",
+) -> Tensor:
+    """Negative log-likelihood of every target: −log softmax(softcap·tanh(hidden·weightᵀ / softcap))[target].
+
+    Args:
+        hidden: `(M, d)`, floating.
+        weight: `(V, d)`, the dtype of `hidden`.
+        targets: `(M,)`, int64 or int32, in [0, V). Checked on the CPU; unchecked on CUDA, where a check would wait for
+            the GPU.
+        softcap: logits are bounded by ± this, > 0.
+        logits_rounding: `none` keeps the logits in float32 (float64 for float64); `bf16` rounds them to bfloat16
+            before the softcap, as the published evaluations do.
+
+    Returns:
+        `(M,)` in nats, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or option, or (on the CPU) a target outside [0, V).
+        RuntimeError: an input requires a gradient (outside `torch.no_grad()`); the operator has none.
+    """
+    if logits_rounding not in ("none", "bf16"):
+        raise ValueError(f"logits_rounding: expected 'none' or 'bf16', found {logits_rounding!r}")
+    nll: Tensor = torch.ops.golf.window_nll(hidden, weight, targets, softcap, logits_rounding == "bf16")
+    return nll
+
+
+def _fake(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, round_to_bf16: bool) -> Tensor:
+    check_head(hidden, weight, targets, softcap)
+    return hidden.new_empty((hidden.shape[0],), dtype=accumulation_dtype(hidden.dtype))
+
+
+def _reference(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, round_to_bf16: bool) -> Tensor:
+    check_head(hidden, weight, targets, softcap)
+    check_targets(targets, weight.shape[0], None)
+    dtype = accumulation_dtype(hidden.dtype)
+    # 16-bit products would round the logits, which is for logits_rounding to decide
+    columns = weight.to(dtype).T
+    picked = targets.long().unsqueeze(1)
+    nll = hidden.new_empty((hidden.shape[0],), dtype=dtype)
+    step = chunk_rows(hidden.device, weight.shape[0])
+    for start in range(0, hidden.shape[0], step):
+        rows = slice(start, start + step)
+        logits = hidden[rows].to(dtype) @ columns
+        if round_to_bf16:
+            logits = logits.bfloat16().to(dtype)
+        z = logits.div_(softcap).tanh_().mul_(softcap)
+        nll[rows] = torch.logsumexp(z, dim=1) - z.gather(1, picked[rows]).squeeze(1)
+    return nll
+
+
+def _refuse_gradient(ctx: Any, inputs: Any, output: Any) -> None:
+    raise RuntimeError(
+        "golf::window_nll has no gradient, but an input requires one; call it under torch.no_grad(), or train with "
+        "golf_kernels.softcapped_cross_entropy"
+    )
+
+
+def _no_backward(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError("golf::window_nll has no gradient")
+
+
+dispatch.define(
+    "window_nll",
+    "(Tensor hidden, Tensor weight, Tensor targets, float softcap, bool round_to_bf16) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+)
+torch.library.register_autograd("golf::window_nll", _no_backward, setup_context=_refuse_gradient, lib=dispatch.LIBRARY)

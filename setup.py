@@ -1,0 +1,195 @@
+"""Builds `golf_kernels._C` without torch: finds the compilers, writes build.ninja, runs ninja.
+
+C++ is compiled where there is a compiler with Python's headers, CUDA where there is nvcc too; without them the package is
+pure Python. `golf_kernels/_build_info.json` records what was built or why not; `python -m golf_kernels` shows it.
+
+Environment: CXX (the compiler), CUDA_HOME (the toolkit), GOLF_CUDA_ARCHS (default 90a; for example "80,90a"),
+GOLF_SKIP_CUDA=1 (no CUDA), GOLF_FORCE_CUDA=1 (a missing nvcc is an error).
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import ClassVar
+
+from setuptools import Command, Distribution, setup
+from setuptools.command.build import build
+from setuptools.errors import CompileError, PlatformError
+
+ROOT = Path(__file__).resolve().parent
+EXTENSION = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+AGAIN = "then install golf_kernels again (pip install --no-build-isolation --no-deps -e .)"
+CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-trapping-math", "-Wall", "-Wextra"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+# static and unexported, so that a torch with another CUDA runtime can live in the same process
+NVCC_LINK = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]
+
+
+class Missing(Exception):
+    """A part that cannot be built here; its arguments are the reason and what to type."""
+
+
+def switched_on(name):
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+def output_of(*command):
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise CompileError(f"{shlex.join(command)} failed:\n{result.stdout}{result.stderr}")
+    return result.stdout + result.stderr
+
+
+def find_cxx():
+    """The C++ compiler as a command."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    command = named or next(([name] for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
+    if command is None or not shutil.which(command[0]):
+        why = f"CXX names {command[0]}, which was not found" if command else "g++, c++ and clang++ are not on PATH"
+        raise Missing(f"no C++ compiler: {why}", f"apt install g++, or name a compiler in CXX, {AGAIN}")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        raise Missing(f"no Python headers: {header} was not found", f"apt install python3-dev, {AGAIN}")
+    return [shutil.which(command[0]), *command[1:]]
+
+
+def find_nvcc():
+    """The path of nvcc: CUDA_HOME's where that is set, else the one on PATH or in the usual place."""
+    if switched_on("GOLF_SKIP_CUDA"):
+        raise Missing("switched off by GOLF_SKIP_CUDA=1", f"unset GOLF_SKIP_CUDA, {AGAIN}")
+    home = os.environ.get("CUDA_HOME")
+    places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next(filter(None, map(shutil.which, places)), None)
+    if nvcc is None:
+        why = f"CUDA_HOME={home} has no bin/nvcc" if home else "it is neither on PATH nor in /usr/local/cuda/bin"
+        raise Missing(f"no nvcc: {why}", f"install a CUDA toolkit and set CUDA_HOME to it, {AGAIN}")
+    return nvcc
+
+
+def cpp_part(cxx):
+    version = output_of(*cxx, "--version").splitlines()[0]
+    return {"built": True, "compiler": shlex.join(cxx), "version": version, "flags": CXX_FLAGS}
+
+
+def cuda_part(nvcc, cxx):
+    archs = re.split(r"[,; ]+", os.environ.get("GOLF_CUDA_ARCHS", "90a").strip())
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch):
+            raise PlatformError(f"GOLF_CUDA_ARCHS: expected architectures such as 90a or 80,90a, found {arch!r}")
+    version = re.search(r"V(\d+\.\d+\.\d+)", output_of(nvcc, "--version"))
+    # nvcc may be a wrapper in another folder; only its own dry run knows the toolkit
+    top = re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "-x", "cu", os.devnull), re.MULTILINE)
+    toolkit = os.environ.get("CUDA_HOME") or (os.path.realpath(top[1].strip()) if top else None)
+    # a command of several words (ccache g++) cannot be handed on; nvcc then takes its own default
+    flags = [*NVCC_FLAGS, *(["-ccbin", cxx[0]] if len(cxx) == 1 else [])]
+    flags += [word for arch in archs for word in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
+    known = {"version": version[1] if version else "unknown", "toolkit": toolkit, "archs": archs, "flags": flags}
+    return {"built": True, "compiler": nvcc, **known}
+
+
+def find_parts():
+    """What can be built here: the records for C++ and CUDA that go to _build_info.json."""
+    cpp = cuda = None
+    try:
+        cxx = find_cxx()
+        cpp = cpp_part(cxx)
+        cuda = cuda_part(find_nvcc(), cxx)
+    except Missing as missing:
+        cuda = dict(zip(("built", "reason", "remedy"), (False, *missing.args), strict=True))
+    if switched_on("GOLF_FORCE_CUDA") and not cuda["built"]:
+        raise PlatformError(f"GOLF_FORCE_CUDA=1, but {cuda['reason']}; to repair it, {cuda['remedy']}")
+    return cpp or cuda, cuda
+
+
+def ninja_file(cpp, cuda):
+    """Rules with the complete commands, so that changed flags compile again and nothing else does."""
+    import pybind11
+
+    cxx = [*shlex.split(cpp["compiler"]), *cpp["flags"]]
+    include = [f"-I{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
+    compile_cpp, link, suffixes = [*cxx, *include], [*cxx, "-shared"], [".cpp"]
+    rules = {}
+    if cuda["built"]:
+        nvcc = [cuda["compiler"], *cuda["flags"]]
+        compile_cpp, link, suffixes = [*compile_cpp, "-DGOLF_WITH_CUDA"], [*nvcc, *NVCC_LINK], [".cpp", ".cu"]
+        rules["cu"] = f"{shlex.join(nvcc)} -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
+    rules["cpp"] = f"{shlex.join(compile_cpp)} -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
+    rules["link"] = f"{shlex.join(link)} $in -o $out"
+    lines = [f"rule {name}\n  command = {command}" for name, command in rules.items()]
+    sources = sorted(path for path in (ROOT / "csrc").iterdir() if path.suffix in suffixes)
+    for source in sources:
+        lines.append(f"build {source.name}.o: {source.suffix[1:]} " + re.sub(r"([$ :])", r"$\1", str(source)))
+    lines.append(f"build {EXTENSION}: link " + " ".join(f"{source.name}.o" for source in sources))
+    return "\n".join(lines) + "\n"
+
+
+def compile_extension(cpp, cuda):
+    """Runs ninja in a folder that outlives the installation and returns the path of the extension."""
+    folder = ROOT / "build" / "native" / (f"{sys.implementation.cache_tag}" + ("-cuda" if cuda["built"] else ""))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import ninja
+
+        (folder / "build.ninja").write_text(ninja_file(cpp, cuda))
+    except ImportError as error:
+        raise PlatformError(f"{error}; type: pip install 'pybind11>=2.13' 'ninja>=1.11'") from None
+    if subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder]).returncode:
+        hint = "; GOLF_SKIP_CUDA=1 installs without the CUDA kernels" if cuda["built"] else ""
+        raise CompileError(f"golf_kernels._C was not built, see the compiler's message above{hint}")
+    return folder / EXTENSION
+
+
+class BuildNative(Command):
+    """The step of `build` that leaves the extension and the record in the package."""
+
+    user_options: ClassVar = []
+    editable_mode = False
+
+    def initialize_options(self):
+        self.build_lib = None
+
+    def finalize_options(self):
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def run(self):
+        cpp, cuda = find_parts()
+        built = compile_extension(cpp, cuda) if cpp["built"] else None
+        folder = ROOT / "golf_kernels" if self.editable_mode else Path(self.build_lib, "golf_kernels")
+        record = {"extension": built and built.name, "cpp": cpp, "cuda": cuda}
+        new = folder / "_C.new"
+        if built:
+            shutil.copy2(built, new)
+            os.replace(new, folder / built.name)
+        else:
+            (folder / EXTENSION).unlink(missing_ok=True)
+        new.write_text(json.dumps(record, indent=2) + "\n")
+        os.replace(new, folder / "_build_info.json")
+
+
+class Build(build):
+    sub_commands: ClassVar = [*build.sub_commands, ("build_native", None)]
+
+
+class NativeDistribution(Distribution):
+    """Gives the wheel a platform tag where there is something to compile."""
+
+    def has_ext_modules(self):
+        try:
+            return bool(find_cxx())
+        except Missing:
+            return False
+
+
+setup(
+    packages=["golf_kernels"],
+    package_data={"golf_kernels": ["py.typed"]},
+    include_package_data=False,
+    distclass=NativeDistribution,
+    cmdclass={"build": Build, "build_native": BuildNative},
+)

@@ -1,0 +1,44 @@
+"""What of the code counts, and how much it is."""
+
+import lzma
+from pathlib import Path
+
+import pytest
+
+from train.artifact import code_bytes, package_code_bytes
+from train.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_code_is_counted_in_utf8_bytes_and_as_one_lzma_stream(tmp_path: Path) -> None:
+    sources = {
+        "csrc/a.cu": "// é\n", "golf_kernels/b.py": "x = 1\n", "train/deep/c.py": "", "train/d.py": "y = 'ü'\n",
+    }  # fmt: skip
+    others = {"train/e.json": "{}", "tests/f.py": "z = 3\n", "train/__pycache__/g.pyc": "no"}
+    for name, text in (sources | others).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    size = package_code_bytes(tmp_path)
+    assert (size.files, size.plain_bytes) == (4, 6 + 6 + 0 + 9)
+    joined = b"".join(b"%s\0%d\0%s" % (n.encode(), len(t.encode()), t.encode()) for n, t in sorted(sources.items()))
+    stream = lzma.compress(joined, lzma.FORMAT_XZ, lzma.CHECK_NONE, 9 | lzma.PRESET_EXTREME)
+    assert size.packed_bytes == len(stream)
+    assert code_bytes([tmp_path / "train/d.py", tmp_path / "csrc/a.cu"]) == 15
+
+
+def test_this_projects_code_is_found() -> None:
+    size = package_code_bytes()
+    assert size == package_code_bytes(ROOT)
+    assert size.plain_bytes > (ROOT / "train/config.py").stat().st_size
+    assert 0 < size.packed_bytes < size.plain_bytes
+
+
+def test_code_that_cannot_be_counted_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected a folder golf_kernels in it"):
+        package_code_bytes(tmp_path)
+    with pytest.raises(UserError, match=r"none\.py: no such file"):
+        code_bytes([tmp_path / "none.py"])
+    (tmp_path / "latin.py").write_bytes(b"# \xe9")
+    with pytest.raises(UserError, match=r"latin\.py: expected UTF-8 source, found byte 0xe9 at 2"):
+        code_bytes([tmp_path / "latin.py"])

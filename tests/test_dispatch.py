@@ -1,0 +1,162 @@
+"""Choice of a back end: preference, GOLF_BACKEND, fall-backs with their reasons."""
+
+import logging
+
+import pytest
+import torch
+
+import golf_kernels.newton_schulz
+from golf_kernels import dispatch
+
+
+@pytest.fixture(autouse=True)
+def clean_registry(monkeypatch):
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_registry", {})
+    monkeypatch.setattr(dispatch, "_logged", set())
+
+
+def register(op, backend, *, problem=None, opt_in="", only_dtype=None):
+    def supports(*args):
+        if problem is not None:
+            return problem
+        if only_dtype is not None and args and args[0].dtype != only_dtype:
+            return f"only {only_dtype}"
+        return None
+
+    dispatch.register(op, backend, lambda *args: (backend, *args), supports=supports, opt_in=opt_in)
+
+
+def test_prefers_cpp_on_the_cpu_and_the_gpu_back_ends_on_cuda():
+    for backend in ("torch", "triton", "cpp", "cuda"):
+        register("op", backend)
+    assert dispatch.choose("op", torch.zeros(1)).backend == "cpp"
+    assert dispatch.choose("op", device="cuda").backend == "cuda"
+    assert dispatch.choose("op", [torch.zeros(1)]).backend == "cpp"
+    assert dispatch.available_backends("op") == ["cuda", "triton", "cpp", "torch"]
+
+
+def test_call_runs_the_choice_and_run_on_the_back_end_named():
+    register("op", "torch")
+    register("op", "cpp")
+    tensor = torch.zeros(1)
+    assert dispatch.call("op", tensor, 3) == ("cpp", tensor, 3)
+    assert dispatch.run_on("torch", "op", tensor) == ("torch", tensor)
+    with pytest.raises(dispatch.BackendError, match="op has no triton back end, only torch, cpp"):
+        dispatch.run_on("triton", "op", tensor)
+
+
+def test_falls_back_with_its_reason_and_logs_it_once(caplog):
+    register("op", "torch")
+    register("op", "cpp", only_dtype=torch.float32)
+    with caplog.at_level(logging.WARNING, logger="golf_kernels"):
+        for _ in range(3):
+            choice = dispatch.choose("op", torch.zeros(1, dtype=torch.float64))
+    assert choice == ("torch", "cpp: only torch.float32")
+    assert [record.getMessage() for record in caplog.records] == ["op: falling back from cpp: only torch.float32"]
+
+
+def test_a_back_end_for_another_device_is_no_fall_back(caplog):
+    register("op", "torch")
+    register("op", "cuda", problem="no GPU")
+    assert dispatch.choose("op", torch.zeros(1)) == ("torch", "first choice on cpu")
+    assert not caplog.records
+
+
+def test_an_opt_in_back_end_runs_only_when_forced(monkeypatch, caplog):
+    register("op", "torch")
+    register("op", "cpp", opt_in="slower in the step")
+    assert dispatch.choose("op", torch.zeros(1)) == ("torch", "cpp: only when forced: slower in the step")
+    assert not caplog.records
+    monkeypatch.setenv("GOLF_BACKEND", "op=cpp")
+    assert dispatch.choose("op", torch.zeros(1)).backend == "cpp"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("torch", {"int6_pack": "torch", "mlp": "torch"}),
+        ("int6=torch", {"int6_pack": "torch", "mlp": "cpp"}),
+        ("mlp=torch,int6=cpp", {"int6_pack": "cpp", "mlp": "torch"}),
+        (" torch , int6_pack = cpp ", {"int6_pack": "cpp", "mlp": "torch"}),
+        ("int6=cpp,int6_pack=torch", {"int6_pack": "torch", "mlp": "cpp"}),
+    ],
+)
+def test_the_environment_forces(monkeypatch, value, expected):
+    for op in ("int6_pack", "mlp"):
+        register(op, "torch")
+        register(op, "cpp")
+    monkeypatch.setenv("GOLF_BACKEND", value)
+    assert {op: dispatch.choose(op, torch.zeros(1)).backend for op in expected} == expected
+
+
+@pytest.mark.parametrize("value", ["gpu", "op=gpu", "=torch", "op=", "torch,,op=torch"])
+def test_an_unreadable_environment_is_refused(monkeypatch, value):
+    register("op", "torch")
+    monkeypatch.setenv("GOLF_BACKEND", value)
+    with pytest.raises(dispatch.BackendError, match="expected a back end"):
+        dispatch.choose("op", torch.zeros(1))
+
+
+def test_a_misspelt_operator_is_refused_with_the_nearest(monkeypatch):
+    register("newton_schulz", "torch")
+    monkeypatch.setenv("GOLF_BACKEND", "newton_shulz=torch")
+    with pytest.raises(dispatch.BackendError, match="did you mean 'newton_schulz'"):
+        dispatch.choose("newton_schulz", torch.zeros(1))
+    with pytest.raises(dispatch.BackendError, match="unknown operator 'newton'"):
+        dispatch.choose("newton")
+
+
+def test_forcing_what_cannot_run_raises_with_the_reason(monkeypatch):
+    register("op", "torch")
+    register("op", "cpp", only_dtype=torch.float32)
+    register("op", "cuda", problem="not built: no nvcc")
+    register("op", "triton")
+    monkeypatch.setenv("GOLF_BACKEND", "op=cuda")
+    with pytest.raises(dispatch.BackendError, match="not built: no nvcc"):
+        dispatch.choose("op", torch.zeros(1))
+    monkeypatch.setenv("GOLF_BACKEND", "op=cpp")
+    with pytest.raises(dispatch.BackendError, match=r"only torch\.float32"):
+        dispatch.choose("op", torch.zeros(1, dtype=torch.float64))
+    monkeypatch.setenv("GOLF_BACKEND", "op=triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(dispatch.BackendError, match="must be on cuda, found cpu"):
+        dispatch.choose("op", torch.zeros(1))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.choose("op", torch.zeros(1)).backend == "triton"
+
+
+def test_validate_finds_what_a_late_call_would(monkeypatch):
+    register("early", "torch")
+    register("early", "cpp")
+    register("late", "torch")
+    monkeypatch.setenv("GOLF_BACKEND", "cpp")
+    assert dispatch.choose("early", torch.zeros(1)).backend == "cpp"
+    with pytest.raises(dispatch.BackendError, match="late has no cpp back end, only torch"):
+        dispatch.validate()
+    monkeypatch.setenv("GOLF_BACKEND", "cpp,late=torch")
+    dispatch.validate()
+
+
+def test_describe_says_why_not():
+    register("op", "torch")
+    register("op", "cuda", problem="no GPU")
+    assert dispatch.describe() == {"op": {"cuda": "no GPU", "torch": "available"}}
+    assert dispatch.available_backends("op") == ["torch"]
+
+
+def test_no_back_end_for_the_device_raises():
+    register("op", "cuda")
+    with pytest.raises(dispatch.BackendError, match="no back end runs on cpu"):
+        dispatch.choose("op", torch.zeros(1))
+    with pytest.raises(ValueError, match="expected one of cuda"):
+        dispatch.register("op", "opencl", lambda: None)
+
+
+def test_autocast_does_not_reach_into_an_operator(monkeypatch):
+    monkeypatch.undo()
+    matrix = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    plain = golf_kernels.newton_schulz.newton_schulz([matrix])[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(golf_kernels.newton_schulz.newton_schulz([matrix])[0], plain)
+        assert (matrix @ matrix.T).dtype == torch.bfloat16

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from train.config import Config
+from train.model.attention import BACKENDS, Attention, causal_attention, remove_value_direction
+from train.model.documents import document_mask
+from train.model.rope import rotary_table
+
+DEVICE = torch.device("cpu")
+
+
+def heads(count: int, *, seed: int, length: int = 7, dim: int = 6) -> torch.Tensor:
+    return torch.randn(2, length, count, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(q)
+    group = q.shape[2] // k.shape[2]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            scores = q[b, :, h] @ k[b, :, h // group].T / math.sqrt(q.shape[-1])
+            weights = torch.where(allowed[b], scores.exp(), torch.zeros_like(scores))
+            out[b, :, h] = weights / weights.sum(-1, keepdim=True) @ v[b, :, h // group]
+    return out
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_equals_softmax_over_the_past_in_groups(backend: str, kv_heads: int) -> None:
+    q, k, v = heads(4, seed=0), heads(kv_heads, seed=1), heads(kv_heads, seed=2)
+    allowed = torch.ones(2, 7, 7, dtype=torch.bool).tril()
+    found = causal_attention(q, k, v, backend=backend)
+    torch.testing.assert_close(found, softmax_attention(q, k, v, allowed), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_mask_replaces_the_causal_one(backend: str) -> None:
+    q, k, v = heads(4, seed=0), heads(2, seed=1), heads(2, seed=2)
+    mask = document_mask(torch.tensor([[1, 5, 5, 1, 5, 5, 5], [5, 5, 1, 5, 5, 1, 5]]))
+    found = causal_attention(q, k, v, mask=mask, backend=backend)
+    torch.testing.assert_close(found, softmax_attention(q, k, v, mask[:, 0]), rtol=0, atol=1e-12)
+
+
+def test_unknown_back_end_is_named() -> None:
+    q = heads(2, seed=0)
+    with pytest.raises(ValueError, match=r"'flash9'.*sdpa"):
+        causal_attention(q, q, q, backend="flash9")
+
+
+def test_xsa_leaves_nothing_along_the_value() -> None:
+    y, v = heads(4, seed=0), heads(2, seed=1)
+    found = remove_value_direction(y, v)
+    for head in range(4):
+        along = (found[:, :, head] * v[:, :, head // 2]).sum(-1)
+        torch.testing.assert_close(along, torch.zeros_like(along), rtol=0, atol=1e-13)
+        expected = y[:, :, head].clone()
+        value = v[:, :, head // 2]
+        expected -= (expected * value).sum(-1, keepdim=True) / (value * value).sum(-1, keepdim=True) * value
+        torch.testing.assert_close(found[:, :, head], expected, rtol=0, atol=1e-13)
+
+
+def test_xsa_of_a_multiple_of_the_value_is_zero() -> None:
+    v = heads(2, seed=1)
+    factors = heads(4, seed=2, dim=1)
+    y = torch.stack([factors[:, :, head] * v[:, :, head // 2] for head in range(4)], dim=2)
+    torch.testing.assert_close(remove_value_direction(y, v), torch.zeros_like(y), rtol=0, atol=1e-14)
+
+
+def test_xsa_of_a_zero_value_leaves_the_output() -> None:
+    y = heads(2, seed=0)
+    assert torch.equal(remove_value_direction(y, torch.zeros_like(y)), y)
+
+
+def test_xsa_is_on_in_the_last_layers_alone() -> None:
+    config = Config(num_layers=5, model_dim=16, num_heads=2, num_kv_heads=1, xsa_last_n=2)
+    assert [Attention(config, layer).xsa for layer in range(5)] == [False, False, False, True, True]
+
+
+def test_query_gain_multiplies_scores_head_by_head() -> None:
+    torch.manual_seed(0)
+    attention = Attention(Config(model_dim=16, num_heads=2, num_kv_heads=1, qk_gain_init=5.0), 0).double()
+    assert attention.q_gain.tolist() == [5.0, 5.0]
+    x = torch.randn(1, 4, 16, dtype=torch.float64)
+    rotary = rotary_table(4, 8, 1e4, dtype=torch.float64, device=DEVICE)
+    # after QK-norm every rotated query has length √D times its head's gain
+    attention.q_gain.data.copy_(torch.tensor([2.0, -3.0]))
+    lengths = attention.queries(x, rotary).norm(dim=-1)
+    torch.testing.assert_close(
+        lengths, math.sqrt(8) * torch.tensor([2.0, 3.0]).double().expand(1, 4, 2), rtol=1e-5, atol=0
+    )
+    key, _ = attention.keys_values(x, rotary)
+    torch.testing.assert_close(key.norm(dim=-1), torch.full((1, 4, 1), math.sqrt(8)).double(), rtol=1e-5, atol=0)
+
+
+def test_output_projection_starts_at_zero() -> None:
+    attention = Attention(Config(model_dim=16, num_heads=2, num_kv_heads=1), 0)
+    rotary = rotary_table(3, 8, 1e4, dtype=torch.float32, device=DEVICE)
+    assert attention(torch.randn(1, 3, 16), rotary).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("xsa", [False, True])
+def test_attention_passes_gradcheck(xsa: bool) -> None:
+    torch.manual_seed(0)
+    config = Config(num_layers=1, model_dim=8, num_heads=2, num_kv_heads=1, rope_dims=2, xsa_last_n=int(xsa))
+    attention = Attention(config, 0).double()
+    names = [name for name, _ in attention.named_parameters()]
+    weights = [torch.randn_like(weight, requires_grad=True) for weight in attention.parameters()]
+    rotary = rotary_table(3, 2, 1e4, dtype=torch.float64, device=DEVICE)
+    x = torch.randn(1, 3, 8, dtype=torch.float64, requires_grad=True)
+    extra = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def run(x: torch.Tensor, extra: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(names, weights, strict=True))
+        return torch.func.functional_call(attention, named, (x, rotary), {"extra_value": extra})
+
+    # one random direction through all the weights at once
+    assert torch.autograd.gradcheck(run, (x, extra, *weights), fast_mode=True)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from model_systems import SYSTEMS, narrow_config, one_thread, random_ids, random_model
+
+from train.model.linear import linear, observe_inputs, observing
+from train.model.norm import rms_norm
+
+# one core: more only wait for each other at these widths
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+
+
+def observed(system: str, *, recurrence: bool) -> tuple[list[tuple[str, torch.Tensor]], torch.Tensor]:
+    config = narrow_config(system)
+    model, ids, calls = random_model(config).eval(), random_ids(config), []
+    with observe_inputs(model, lambda name, x: calls.append((name, x))):
+        hidden = model.hidden(ids, recurrence=recurrence)
+    return calls, hidden
+
+
+def test_weight_is_cast_to_the_activations() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(4, 8, generator=generator), torch.randn(5, 8, generator=generator)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 0.1)):
+        found = linear(x.to(dtype), weight)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), x.double() @ weight.double().T, rtol=0, atol=tolerance)
+
+
+def test_every_matrix_is_seen_once_per_run_of_its_layer() -> None:
+    calls, _ = observed("sp8192", recurrence=True)
+    names = [name for name, _ in calls]
+    model = random_model(narrow_config("sp8192"))
+    expected = {*model.matrices(), "ve.proj", "embedding.weight"}
+    assert set(names) == expected and len(model.matrices()) == 66
+    repeated = {name for name in names if names.count(name) == 2}
+    assert repeated == {name for name in model.matrices() if name.split(".")[1] in ("3", "4", "5")}
+    assert {names.count(name) for name in expected - repeated} == {1}
+
+
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
+def test_observed_inputs_have_the_width_of_their_matrix_and_the_result_is_the_same(system: str) -> None:
+    config = narrow_config(system)
+    calls, hidden = observed(system, recurrence=True)
+    model = random_model(config).eval()
+    parameters = dict(model.named_parameters())
+    for name, x in calls:
+        assert x.shape == (2, 13, parameters[name].shape[1]) and not x.requires_grad
+    torch.testing.assert_close(hidden, model.hidden(random_ids(config), recurrence=True), rtol=0, atol=1e-12)
+    assert torch.equal(calls[-1][1], hidden) and calls[-1][0] == "embedding.weight"
+
+
+def test_inputs_are_the_ones_that_the_products_use() -> None:
+    config = narrow_config("baseline")
+    calls, _ = observed("baseline", recurrence=False)
+    model, ids = random_model(config), random_ids(config)
+    seen = dict(calls)
+    query, key, value = (seen[f"blocks.0.attention.{name}"] for name in ("query", "key", "value"))
+    assert query is key or query.data_ptr() == key.data_ptr() == value.data_ptr()
+    x0 = rms_norm(model.embedding.weight[ids], config.norm_eps)
+    mix = model.blocks[0].resid_mix
+    torch.testing.assert_close(query, rms_norm((mix[0] + mix[1]) * x0, config.norm_eps), rtol=0, atol=1e-12)
+    hidden = seen["blocks.0.mlp.up"] @ model.blocks[0].mlp.up.T
+    torch.testing.assert_close(seen["blocks.0.mlp.down"], hidden.clamp_min(0) ** 2, rtol=0, atol=1e-12)
+
+
+def test_observation_ends_with_its_context_and_is_not_nested() -> None:
+    model = random_model(narrow_config("baseline", num_layers=2))
+    calls: list[str] = []
+    with observe_inputs(model, lambda name, _: calls.append(name)):
+        assert observing()
+        with pytest.raises(RuntimeError, match="already"), observe_inputs(model, lambda *_: None):
+            pass
+        # another model's matrices are not reported
+        random_model(narrow_config("baseline", num_layers=2)).hidden(torch.tensor([[1, 2]]), recurrence=False)
+    assert calls == [] and not observing()
+    with pytest.raises(KeyError), observe_inputs(model, lambda *_: None):
+        raise KeyError
+    assert not observing()

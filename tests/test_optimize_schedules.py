@@ -1,0 +1,247 @@
+"""Schedules against the published figures, and the clock against a hand-driven one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from train.config import Config
+from train.optimize.schedules import WallClock, lr_scale, muon_momentum
+
+
+def config(**settings: float) -> Config:
+    return Config(**{"max_wallclock_seconds": 600.0, "warmdown_iters": 3000, **settings})
+
+
+def test_lr_by_fraction_gives_the_figures_of_1471() -> None:
+    settings = config(warmdown_frac=0.72, gptq_reserve_seconds=10.0)
+    expected = {0.0: 1.0, 0.27: 1.0, 0.5: 0.694444, 0.64: 0.5, 0.9: 0.138889, 1.0: 0.0, 1.01: 0.0}
+    for fraction, scale in expected.items():
+        # 590 seconds are left for training, and the step has no part in it
+        assert lr_scale(17, fraction * 590, settings) == pytest.approx(scale, abs=5e-7)
+
+
+def test_lr_by_fraction_counts_steps_without_a_cap() -> None:
+    settings = config(warmdown_frac=0.72, max_wallclock_seconds=0.0, iterations=1000)
+    for step, scale in {0: 1.0, 270: 1.0, 500: 0.694444, 640: 0.5, 900: 0.138889, 1000: 0.0}.items():
+        assert lr_scale(step, 1e9, settings) == pytest.approx(scale, abs=5e-7)
+
+
+def test_lr_by_steps() -> None:
+    settings = config(max_wallclock_seconds=0.0, iterations=1000, warmdown_iters=400)
+    for step, scale in {0: 1.0, 599: 1.0, 600: 1.0, 601: 0.9975, 800: 0.5, 999: 0.0025, 1000: 0.0, 1001: 0.0}.items():
+        assert lr_scale(step, 1e9, settings) == pytest.approx(scale, abs=1e-12)
+    # a run shorter than its warm-down begins below one
+    assert lr_scale(0, 0.0, settings.replace(iterations=300)) == 0.75
+    assert lr_scale(900, 0.0, settings.replace(warmdown_iters=0)) == 1.0
+
+
+def test_lr_by_time_under_a_cap() -> None:
+    settings = config(warmdown_iters=1000)
+    assert lr_scale(0, 0.0, settings) == 1.0
+    # 0.1 s per step: 1,000 steps are the last 100 s, and halfway through them half is left
+    assert lr_scale(4999, 499.9, settings) == 1.0
+    assert lr_scale(5500, 550.0, settings) == pytest.approx(0.5)
+    assert lr_scale(6000, 600.0, settings) == 0.0
+    assert lr_scale(6001, 600.1, settings) == 0.0
+    # at the same moment slower steps mean a longer warm-down, and iterations have no part
+    assert lr_scale(2750, 550.0, settings.replace(iterations=2751)) == pytest.approx(0.25)
+    assert lr_scale(5500, 550.0, settings.replace(warmdown_iters=0)) == 1.0
+    # the reserve for calibration ends training before the cap
+    assert lr_scale(5500, 550.0, settings.replace(gptq_reserve_seconds=50.0)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmdown", "threshold", "every", "first", "count"),
+    [
+        pytest.param(11132, 3000, 0.5, 200, 9800, 7, id="122"),
+        pytest.param(7412, 3000, 0.5, 200, 6000, 8, id="198"),
+        pytest.param(6976, 3000, 0.5, 120, 5520, 13, id="265"),
+    ],
+)
+def test_warm_down_starts_averaging_where_the_published_runs_did(
+    steps: int, warmdown: int, threshold: float, every: int, first: int, count: int
+) -> None:
+    settings = config(warmdown_iters=warmdown)
+    seconds = 600.0 / steps
+    # the scale of the step that ends as number s was computed before it
+    taken = [s for s in range(every, steps + 1, every) if lr_scale(s - 1, (s - 1) * seconds, settings) < threshold]
+    assert (taken[0], len(taken)) == (first, count)
+
+
+@pytest.mark.parametrize(
+    ("steps", "stall", "average_start", "qat_step"),
+    [(5733, 31.3, 4950, 5133), (5945, 10.5, 5200, 5366), (5936, 10.7, 5200, 5356)],
+)
+def test_warm_down_follows_a_run_whose_steps_became_slower(
+    steps: int, stall: float, average_start: int, qat_step: int
+) -> None:
+    # #1392: 95.3 ms per step up to 3,000, a stall for recompiling, then what is left of 600 s
+    after = (600.0 - 3000 * 0.0953 - stall) / (steps - 3000)
+    settings = config(warmdown_iters=4000)
+
+    def scale(step: int) -> float:
+        return lr_scale(step, 3000 * 0.0953 + stall + (step - 3000) * after, settings)
+
+    assert next(s for s in range(3050, steps, 50) if scale(s - 1) < 0.2) == average_start
+    assert scale(qat_step) == pytest.approx(0.14985, abs=0.003)
+
+
+def test_momentum_rises_as_published() -> None:
+    settings = config(muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500)
+    for step, momentum in {0: 0.92, 750: 0.955, 1499: 0.989953, 1500: 0.99, 9999: 0.99}.items():
+        assert muon_momentum(step, settings) == pytest.approx(momentum, abs=5e-7)
+    assert muon_momentum(0, settings.replace(muon_momentum_warmup_steps=0)) == 0.99
+
+
+@dataclass
+class Hand:
+    """A clock whose hand the test moves."""
+
+    seconds: float = 100.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def test_one_process_stops_with_the_first_step_that_reaches_the_cap() -> None:
+    hand = Hand()
+    clock = WallClock(1.0, now=hand)
+    clock.resume()
+    elapsed = []
+    stop = False
+    while not stop:
+        hand.seconds += 0.3
+        stop = clock.tick()
+        elapsed.append(clock.elapsed_seconds)
+    assert clock.steps == 4
+    assert elapsed == pytest.approx([0.3, 0.6, 0.9, 1.2])
+
+
+def test_validation_does_not_count() -> None:
+    hand = Hand()
+    clock = WallClock(2.0, now=hand)
+    hand.seconds += 50
+    clock.resume()
+    hand.seconds += 0.75
+    assert not clock.tick()
+    hand.seconds += 0.25
+    assert clock.pause() == pytest.approx(1.0)
+    hand.seconds += 1000
+    assert clock.elapsed_seconds == pytest.approx(1.0)
+    clock.resume()
+    hand.seconds += 0.75
+    assert not clock.tick()
+    assert clock.elapsed_seconds == pytest.approx(1.75)
+    hand.seconds += 0.25
+    assert clock.tick()
+    assert clock.pause() == pytest.approx(2.0)
+
+
+def test_no_cap_never_stops_and_a_checkpoint_goes_on() -> None:
+    hand = Hand()
+    clock = WallClock(0.0, now=hand)
+    clock.resume()
+    hand.seconds += 1e9
+    assert not clock.tick()
+    resumed = WallClock(10.0, elapsed_seconds=9.5, steps=19, now=hand)
+    assert resumed.elapsed_seconds == 9.5
+    resumed.resume()
+    hand.seconds += 0.5
+    assert resumed.tick()
+    assert (resumed.steps, resumed.elapsed_seconds) == (20, pytest.approx(10.0))
+
+
+def test_calls_in_the_wrong_order_are_refused() -> None:
+    clock = WallClock(1.0)
+    for call in (clock.tick, clock.pause):
+        with pytest.raises(RuntimeError, match="stands still"):
+            call()
+    clock.resume()
+    with pytest.raises(RuntimeError, match="runs already"):
+        clock.resume()
+
+
+@dataclass
+class Reductions:
+    """Stands in for the process group: every all-reduce yields what the slower rank measured, and counts its wait."""
+
+    slower_by: float
+    waits: list[int] = field(default_factory=list)
+    started: int = 0
+
+    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp, group: object, async_op: bool) -> object:
+        assert async_op and op == dist.ReduceOp.MAX
+        self.started += 1
+        number, reductions = self.started, self
+
+        class Work:
+            def wait(self) -> None:
+                tensor.add_(reductions.slower_by)
+                reductions.waits.append(number)
+
+        return Work()
+
+
+def test_ranks_wait_only_for_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    hand, reductions = Hand(), Reductions(slower_by=0.05)
+    monkeypatch.setattr("torch.distributed.all_reduce", reductions.all_reduce)
+    clock = WallClock(1.0, group=object(), now=hand)
+    clock.resume()
+    for step in range(1, 100):
+        hand.seconds += 0.25
+        stop = clock.tick()
+        # the reduction of this step is under way, and only the one before has been waited for
+        assert (reductions.started, len(reductions.waits)) == (step, step - 1)
+        if step == 1:
+            assert clock.elapsed_seconds == 0.0
+        else:
+            known = (step - 1) * 0.25 + 0.05
+            assert clock.elapsed_seconds == pytest.approx(known * step / (step - 1))
+        if stop:
+            break
+    # at the end of step 4 the slower rank is at 1.05 s; carried forward from step 3 that is 1.067
+    assert step == 4 and math.isclose(clock.elapsed_seconds, 0.8 * 4 / 3)
+    assert clock.pause() == pytest.approx(1.05)
+    assert reductions.waits == [1, 2, 3, 4, 5]
+
+
+def test_on_a_gpu_the_host_waits_only_for_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a stand-in for the device: each step takes 0.25 s there, while the host queues them at once
+    device = {"seconds": 10.0, "waited": [], "synchronized": 0}
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object) -> None:
+            self.seconds = device["seconds"]
+
+        def synchronize(self) -> None:
+            device["waited"].append(self.seconds - 10.0)
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e3 * (end.seconds - self.seconds)
+
+    def synchronize(device_: object) -> None:
+        device["synchronized"] += 1
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device_: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    clock = WallClock(1.0, device="cuda")
+    clock.resume()
+    stop = False
+    while not stop:
+        device["seconds"] += 0.25
+        stop = clock.tick()
+        steps = clock.steps
+        assert device["waited"] == pytest.approx([0.25 * step for step in range(1, steps)])
+        assert clock.elapsed_seconds == pytest.approx(0.25 * steps if steps > 1 else 0.0)
+    assert (clock.steps, device["synchronized"]) == (4, 0)
+    assert clock.pause() == pytest.approx(1.0)
+    assert device["synchronized"] == 1

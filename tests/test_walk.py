@@ -1,0 +1,225 @@
+"""The walk as a whole on a small text: what it leaves, kills and resumption, ranks, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.artifact import load_model
+from train.checkpoint import read_tensors
+from train.config import Config
+from train.data.build import build_dataset
+from train.data.corpus import split_documents, stdlib_documents
+from train.errors import UserError
+from train.evaluate import evaluate_model
+from train.log_grammar import parse_log
+from train.logger import read_metrics, series
+from train.loop import load_validation
+from train.recipes import load_recipe
+from train.run import RunFolder
+from train.stages import load_weights, quantize_stage
+from train.walk import walk
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few hundred kilobytes of the standard library with a vocabulary of 512."""
+    documents = []
+    for document in stdlib_documents():
+        documents.append(document)
+        if sum(len(d.text) for d in documents) > 400_000:
+            break
+    out = tmp_path_factory.mktemp("data") / "small"
+    training, validation = split_documents(documents, 20_000)
+    build_dataset(training, validation, out, 512, with_yardsticks=True)
+    return out
+
+
+def small(dataset: Path, runs: Path, **changes: object) -> Config:
+    """A narrow quickstart: every part of it, a few seconds of work."""
+    values: dict[str, object] = dict(  # noqa: C408
+        data_path=str(dataset), corpus="", runs_dir=str(runs), run_id="run", vocab_size=512, model_dim=32, num_heads=2,
+        num_kv_heads=1, rope_dims=4, ve_dim=8, train_seq_len=64, rope_train_seq_len=64, train_batch_tokens=1024, iterations=STEPS,
+        max_wallclock_seconds=0.0, gptq_reserve_seconds=0.0, recur_start_step=6, gptq_calib_batches=4, val_loss_every=6,
+        passthrough_max_elements=512, eval_stride=32, eval_max_tokens=2048, val_max_tokens=1024, warmup_steps=1, device="cpu",
+    )  # fmt: skip
+    return load_recipe("quickstart").config(**{**values, **changes})
+
+
+def command(module: str, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environ}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def flags(config: Config) -> list[str]:
+    """The command line of a configuration."""
+    base = load_recipe(config.recipe).config().to_dict()
+    changed = {name: value for name, value in config.to_dict().items() if value != base[name]}
+    return [
+        f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in changed.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Finished:
+    folder: RunFolder
+    config: Config
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    config = small(dataset, tmp_path_factory.mktemp("runs"))
+    result = command("train", *flags(config))
+    assert result.returncode == 0, result.stderr
+    return Finished(RunFolder(Path(config.runs_dir) / "run"), config)
+
+
+def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
+    left = {path.name for path in finished.folder.path.iterdir()}
+    assert left >= {
+        "config.json", "train_seed1337.log", "metrics.jsonl", "weights.pt", "training.json", "model.golf", "evaluation.json",
+        "summary.json", "submission.json", "README.md", "loss.png", "bpb.png", "size_budget.png",
+    }  # fmt: skip
+    assert "checkpoint.pt" not in left
+    submission = json.loads((finished.folder.path / "submission.json").read_text())
+    assert submission["bytes_total"] == submission["bytes_code"] + finished.folder.artifact.stat().st_size
+    log = parse_log(finished.folder.path / "train_seed1337.log")
+    readme = (finished.folder.path / "README.md").read_text()
+    assert f"{submission['val_bpb']:.8f}" in readme
+    exact = [
+        line
+        for line in (finished.folder.path / "train_seed1337.log").read_text().splitlines()
+        if "sliding_window_exact" in line
+    ]
+    assert exact[-1].endswith(f"val_bpb:{submission['val_bpb']:.8f}")
+    assert log
+
+
+def test_training_lowers_the_loss(finished: Finished) -> None:
+    losses = series(read_metrics(finished.folder.path / "metrics.jsonl"), "train", "train_loss")
+    assert losses[0][2] == pytest.approx(6.24, abs=0.1)
+    assert losses[-1][2] < losses[0][2] - 0.5
+
+
+def test_the_artifact_scores_what_the_quantized_model_in_memory_scores(finished: Finished) -> None:
+    config = finished.folder.trained_config()
+    model = load_weights(finished.folder)
+
+    class Silent:
+        def line(self, text: str) -> None: ...
+
+    from train.distributed import Ranks
+    from train.quantize.tensors import dequantize_state
+
+    tensors = quantize_stage(config, model, Ranks(), Silent())  # type: ignore[arg-type]
+    state = dequantize_state(tensors)
+    model.load_state_dict({name: state[name].to(parameter.dtype) for name, parameter in model.named_parameters()})
+    validation = load_validation(config)
+    scores = [
+        evaluate_model(candidate, validation.tokens, validation.tables, config)
+        for candidate in (model, load_model(finished.folder.artifact))
+    ]
+    assert scores[0].val_bpb == pytest.approx(scores[1].val_bpb, abs=1e-9)
+    recorded = json.loads(finished.folder.summary.read_text())
+    assert scores[1].val_bpb == pytest.approx(recorded["val_bpb"], abs=1e-6)
+    assert (scores[1].tokens, scores[1].bytes) == (recorded["tokens"], recorded["bytes"])
+
+
+def test_a_run_folder_that_exists_is_refused(finished: Finished) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.folder.path.iterdir()}
+    with pytest.raises(UserError, match="this run folder exists"):
+        walk(finished.config)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.folder.path.iterdir()}
+
+
+def test_resuming_with_other_settings_is_refused(finished: Finished) -> None:
+    with pytest.raises(UserError, match="matrix_lr was"):
+        walk(finished.config.replace(resume="auto", matrix_lr=0.5))
+
+
+def test_a_missing_dataset_says_how_to_make_it(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"python -m train\.data"):
+        walk(small(tmp_path / "none", tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_vocabulary_that_does_not_match_is_refused(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="512"):
+        walk(small(dataset, tmp_path, vocab_size=1024))
+
+
+def test_an_artifact_over_the_cap_is_not_written(finished: Finished, tmp_path: Path) -> None:
+    result = command(
+        "train.quantize", finished.folder.path, "--max_artifact_bytes", "1000", "--out", tmp_path / "a.golf"
+    )
+    assert result.returncode == 2
+    assert "1,000" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_run_goes_on_bit_for_bit(finished: Finished, dataset: Path, tmp_path: Path) -> None:
+    config = small(dataset, tmp_path, checkpoint_every=2)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", *flags(config)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step:5/"):
+            process.kill()
+            break
+    process.wait()
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    result = command("train", *flags(config), "--resume=auto")
+    assert result.returncode == 0, result.stderr
+    assert "resumed: step:4" in result.stdout
+    expected, found = (read_tensors(folder.weights) for folder in (finished.folder, RunFolder(tmp_path / "run")))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_two_ranks_train_like_one(finished: Finished, dataset: Path, tmp_path: Path) -> None:
+    config = small(dataset, tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "train", *flags(config)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    curves = [
+        series(read_metrics(folder.path / "metrics.jsonl"), "train", "train_loss")
+        for folder in (finished.folder, RunFolder(tmp_path / "run"))
+    ]
+    assert [point[0] for point in curves[0]] == [point[0] for point in curves[1]]
+    # float32 sums in another order; the difference grows with the steps
+    assert [point[2] for point in curves[0]] == pytest.approx([point[2] for point in curves[1]], abs=2e-4)
+    scores = [json.loads(folder.summary.read_text()) for folder in (finished.folder, RunFolder(tmp_path / "run"))]
+    assert scores[0]["val_bpb"] == pytest.approx(scores[1]["val_bpb"], abs=2e-3)
+    assert scores[0]["tokens"] == scores[1]["tokens"]
+
+
+@pytest.mark.parametrize("world_size", ["3", "16"])
+def test_a_world_size_that_does_not_divide_8_is_refused(world_size: str, dataset: Path, tmp_path: Path) -> None:
+    result = command("train", *flags(small(dataset, tmp_path)), WORLD_SIZE=world_size, RANK="0", LOCAL_RANK="0")
+    assert result.returncode == 2
+    assert "WORLD_SIZE" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["train", "train.data", "train.quantize", "train.artifact", "train.evaluate", "train.submission", "golf_kernels"],
+)
+def test_every_command_explains_itself(module: str) -> None:
+    result = command(module, "--help")
+    assert result.returncode == 0
+    assert "example" in result.stdout
+    assert f"python -m {module}" in result.stdout

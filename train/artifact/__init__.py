@@ -1,0 +1,27 @@
+"""The artifact: one file from which a model is loaded, and nothing else is needed but the code that is counted with it.
+
+`train.artifact.container` describes the format byte by byte. `python -m train.artifact inspect FILE` shows what is in one.
+"""
+
+from __future__ import annotations
+
+from train.artifact.budget import ArtifactInfo, BudgetError, BudgetRow, budget_table
+from train.artifact.code_size import CodeSize, code_bytes, package_code_bytes
+from train.artifact.container import ArtifactError
+from train.artifact.storage import MODEL_FIELDS, Artifact, load_model, read_artifact, write_artifact
+
+__all__ = [
+    "MODEL_FIELDS",
+    "Artifact",
+    "ArtifactError",
+    "ArtifactInfo",
+    "BudgetError",
+    "BudgetRow",
+    "CodeSize",
+    "budget_table",
+    "code_bytes",
+    "load_model",
+    "package_code_bytes",
+    "read_artifact",
+    "write_artifact",
+]

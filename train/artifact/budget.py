@@ -1,0 +1,124 @@
+"""The size budget of a submission: what each group of tensors costs, and the refusal of what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from train.artifact.container import Section
+from train.errors import UserError
+
+
+class BudgetError(UserError):
+    """Code and model together exceed the cap."""
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """What one part of an artifact costs.
+
+    Attributes:
+        group: section's group, or "header".
+        type: type of its values, e.g. "int6".
+        codec: how it is packed.
+        elements: number of values.
+        unpacked_bytes: bytes without codec.
+        packed_bytes: bytes in the file.
+    """
+
+    group: str
+    type: str
+    codec: str
+    elements: int
+    unpacked_bytes: int
+    packed_bytes: int
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits in the file per value; 0 for no values."""
+        return 8 * self.packed_bytes / self.elements if self.elements else 0.0
+
+
+@dataclass(frozen=True)
+class ArtifactInfo:
+    """Sizes of an artifact.
+
+    Attributes:
+        version: of the container.
+        model_bytes: bytes of the file.
+        header_bytes: bytes of preamble and header.
+        json_bytes: bytes of the header's JSON.
+        sections: the header's table of sections.
+        tensors: number of tensors.
+    """
+
+    version: int
+    model_bytes: int
+    header_bytes: int
+    json_bytes: int
+    sections: tuple[Section, ...]
+    tensors: int
+
+    def rows(self) -> list[BudgetRow]:
+        """The budget, the largest part first; the packed bytes add up to `model_bytes`."""
+        rows = [
+            BudgetRow(part.group, part.type, part.codec, part.elements, part.unpacked_bytes, part.packed_bytes)
+            for part in self.sections
+        ]
+        rows.append(BudgetRow("header", "json", "zlib", 0, self.json_bytes, self.header_bytes))
+        return sorted(rows, key=lambda row: -row.packed_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the numbers above and the rows of the budget."""
+        return {
+            "version": self.version,
+            "model_bytes": self.model_bytes,
+            "header_bytes": self.header_bytes,
+            "tensors": self.tensors,
+            "groups": [
+                {**vars(row), "bits_per_element": row.bits_per_element, "share": row.packed_bytes / self.model_bytes}
+                for row in self.rows()
+            ],
+        }
+
+
+def budget_table(rows: Sequence[BudgetRow]) -> str:
+    """The budget as aligned text: elements, type, bytes before and after packing, bits per element and share."""
+    total = sum(row.packed_bytes for row in rows)
+    lines = [("group", "type", "codec", "elements", "unpacked", "packed", "bits/el", "share")]
+    for row in rows:
+        bits = f"{row.bits_per_element:.3f}" if row.elements else "-"
+        share = f"{100 * row.packed_bytes / max(total, 1):.1f} %"
+        elements, unpacked, packed = f"{row.elements:,}", f"{row.unpacked_bytes:,}", f"{row.packed_bytes:,}"
+        lines.append((row.group, row.type, row.codec, elements, unpacked, packed, bits, share))
+    elements, unpacked = sum(row.elements for row in rows), sum(row.unpacked_bytes for row in rows)
+    lines.append(("total", "", "", f"{elements:,}", f"{unpacked:,}", f"{total:,}", "", "100.0 %"))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    left = 3
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def check_budget(where: str, info: ArtifactInfo, code_bytes: int, max_bytes: int) -> None:
+    """Refuse what is over the cap.
+
+    Raises:
+        BudgetError: code and model exceed `max_bytes`; the message has the budget, the excess and the costliest group.
+    """
+    total = code_bytes + info.model_bytes
+    if total <= max_bytes:
+        return
+    rows = info.rows()
+    costliest = rows[0]
+    raise BudgetError(
+        f"{where}: code {code_bytes:,} + model {info.model_bytes:,} = {total:,} bytes, expected at most {max_bytes:,} "
+        f"(max_artifact_bytes): {total - max_bytes:,} bytes over. Nothing was written.\n{budget_table(rows)}\n"
+        f"{costliest.group} costs most, {costliest.packed_bytes:,} bytes: raise MATRIX_CLIP_SIGMAS or EMBED_CLIP_SIGMAS, "
+        "lower MATRIX_BITS or EMBED_BITS, or train a smaller model"
+    )

@@ -1,0 +1,83 @@
+"""The size of a submission's code, which counts against the cap with the model."""
+
+from __future__ import annotations
+
+import lzma
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.errors import UserError
+
+COUNTED_FOLDERS = ("csrc", "golf_kernels", "train")
+COUNTED_SUFFIXES = frozenset({".py", ".cpp", ".cu", ".cuh", ".h"})
+
+
+@dataclass(frozen=True)
+class CodeSize:
+    """What code costs.
+
+    Attributes:
+        files: number of files.
+        plain_bytes: their UTF-8 bytes together.
+        packed_bytes: bytes of all of them as one LZMA stream, names included.
+    """
+
+    files: int
+    plain_bytes: int
+    packed_bytes: int
+
+
+def code_bytes(paths: Iterable[str | os.PathLike[str]]) -> int:
+    """UTF-8 bytes of some source files together, as published submissions count their script.
+
+    Raises:
+        UserError: a file is missing or not UTF-8.
+    """
+    return sum(len(_source(Path(path))) for path in paths)
+
+
+def package_code_bytes(root: str | os.PathLike[str] | None = None) -> CodeSize:
+    """Size of all the code that a run of this project may execute.
+
+    Counted are the files with the suffixes .py, .cpp, .cu, .cuh and .h anywhere under `csrc`, `golf_kernels` and `train`
+    of `root`: recipes and tools that a given run does not touch included; tests, benchmarks and set-up not. `csrc` may be
+    missing. `packed_bytes` is the length of one .xz stream (preset 9e, no check) over, for each file in the order of
+    its path: path relative to `root` with slashes, a zero byte, its length in decimal, a zero byte, its contents.
+
+    Args:
+        root: folder that holds these folders; None takes the one that this module was imported from.
+
+    Raises:
+        UserError: there is no `train` or `golf_kernels` in `root`, or a file is not UTF-8.
+    """
+    base = Path(__file__).resolve().parents[2] if root is None else Path(root)
+    for needed in ("golf_kernels", "train"):
+        if not (base / needed).is_dir():
+            raise UserError(
+                f"{base}: expected a folder {needed} in it, found none: give the folder of the project's sources"
+            )
+    paths = sorted(
+        path.relative_to(base).as_posix()
+        for folder in COUNTED_FOLDERS
+        for path in (base / folder).rglob("*")
+        if path.suffix in COUNTED_SUFFIXES and path.is_file()
+    )
+    sources = {path: _source(base / path) for path in paths}
+    joined = b"".join(b"%s\0%d\0%s" % (path.encode(), len(source), source) for path, source in sources.items())
+    packed = lzma.compress(joined, lzma.FORMAT_XZ, lzma.CHECK_NONE, 9 | lzma.PRESET_EXTREME)
+    return CodeSize(len(sources), sum(map(len, sources.values())), len(packed))
+
+
+def _source(path: Path) -> bytes:
+    try:
+        source = path.read_bytes()
+        source.decode()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file: code that counts must be there") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: expected UTF-8 source, found byte {source[error.start]:#04x} at {error.start}"
+        ) from error
+    return source

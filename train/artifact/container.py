@@ -1,0 +1,298 @@
+"""The artifact's bytes: a preamble, a compressed JSON header, and sections, every byte under a checksum.
+
+All numbers are little-endian; nothing is aligned; nothing stands between the parts or after the last one.
+
+    offset   bytes  content
+    0        8      magic 89 47 4F 4C 46 0D 0A 1A ("\\x89GOLF\\r\\n\\x1a"; damaged by any transfer as text)
+    8        2      uint16  version of what follows offset 22, now 1; the preamble is the same in every version
+    10       4      uint32  H, bytes of the header as it stands in the file
+    14       4      uint32  J, bytes of the header's JSON, at most 2^24
+    18       4      uint32  CRC-32 (that of zlib and PNG) of bytes 0..17 followed by the H bytes of the header
+    22       H      the header: a zlib stream (RFC 1950) of J bytes of UTF-8 JSON
+    22 + H   …      section 0, section 1, … in the header's order
+
+The JSON is one object:
+
+    {"config": {field: value, …},
+     "sections": [[group, type, codec, stride, unpacked, packed, crc], …],
+     "tensors": [[name, [dimension, …], section, scales], …]}
+
+config     the fields of `train.config.Config` that shape the model (`MODEL_FIELDS`); lists stand for tuples.
+sections   group: what the tensors in it have in common, for people to read. type: "int2" … "int8" (one signed byte per
+           code, whatever the bits), "float16", "bfloat16" or "float32". codec: a name in `train.codecs.CODECS`:
+           "brotli" (RFC 7932), "zstd" (RFC 8878, one frame that states its content size), "lzma" (.xz, one stream), "zlib"
+           (RFC 1950), "raw" (as is) or "raw6" (codes as a stream of 6 bits each, lowest bit first). stride: 0, or the n
+           of the byte shuffle that was applied before the codec: 5 bytes (`BSHF`, n), then bytes 0, n, 2n, …, then
+           1, n+1, …, and so on. unpacked: bytes of the section without codec and shuffle. packed: bytes in the file.
+           crc: CRC-32 of the packed bytes.
+tensors    name and shape of a parameter. Its values are the next ones, row by row, of the section with that index: each
+           section is filled by its tensors in the order of this list, without gaps. scales: for codes the index of the
+           float16 section that holds one scale per row, consumed in the same order; null for a tensor of floats. A
+           weight is code · scale of its row, in float32.
+
+To read: check the magic, the CRC, the version; inflate the header; check that the packed sizes add up to the file and the
+unpacked ones to the tensors; check each section's CRC before decoding it. Nothing in the file is executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from train.codecs import CODECS, SHUFFLE_HEADER_BYTES, CodecError, byte_unshuffle
+from train.errors import UserError
+
+MAGIC = b"\x89GOLF\r\n\x1a"
+VERSION = 1
+PREAMBLE_BYTES = 22
+MAX_HEADER_BYTES = 1 << 24
+MAX_UNPACKED_BYTES = 1 << 32
+
+_AGAIN = "the file is damaged: copy it again, or write it anew with python -m train"
+
+_FIELDS = struct.Struct("<8sHII")
+_CRC = struct.Struct("<I")
+
+ITEM_BYTES = {**{f"int{bits}": 1 for bits in range(2, 9)}, "float16": 2, "bfloat16": 2, "float32": 4}
+"""Section types and the bytes that one value takes before the codec."""
+
+
+class ArtifactError(UserError):
+    """A file is no artifact, a damaged one, or one of a newer version."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One line of the header's table of sections; see the module's description of the format."""
+
+    group: str
+    type: str
+    codec: str
+    stride: int
+    unpacked_bytes: int
+    packed_bytes: int
+    crc32: int
+
+    @property
+    def elements(self) -> int:
+        return self.unpacked_bytes // ITEM_BYTES[self.type]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One line of the header's table of tensors."""
+
+    name: str
+    shape: tuple[int, ...]
+    section: int
+    scales: int | None
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for dimension in self.shape:
+            count *= dimension
+        return count
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of an artifact: the model's configuration fields, its sections and its tensors."""
+
+    config: dict[str, Any]
+    sections: list[Section]
+    tensors: list[TensorEntry]
+
+
+class Packed(NamedTuple):
+    """An artifact's bytes, and how many of them are preamble and header, and what the header's JSON takes."""
+
+    data: bytes
+    header_bytes: int
+    json_bytes: int
+
+
+class Unpacked(NamedTuple):
+    """An artifact's header, its sections decoded, and the same sizes as in `Packed`."""
+
+    header: Header
+    contents: list[bytes]
+    header_bytes: int
+    json_bytes: int
+
+
+def pack(header: Header, payloads: list[bytes]) -> Packed:
+    """Put an artifact together; `payloads` are the packed sections in the header's order."""
+    table = {
+        "config": header.config,
+        "sections": [list(astuple(section)) for section in header.sections],
+        "tensors": [[entry.name, list(entry.shape), entry.section, entry.scales] for entry in header.tensors],
+    }
+    text = json.dumps(table, separators=(",", ":"), allow_nan=False).encode()
+    packed = zlib.compress(text, 9)
+    fields = _FIELDS.pack(MAGIC, VERSION, len(packed), len(text))
+    crc = zlib.crc32(packed, zlib.crc32(fields))
+    data = b"".join([fields, _CRC.pack(crc), packed, *payloads])
+    return Packed(data, PREAMBLE_BYTES + len(packed), len(text))
+
+
+def unpack(path: Path) -> Unpacked:
+    """Read an artifact's header and its sections, decoded and unshuffled.
+
+    Raises:
+        ArtifactError: the file is missing, foreign, truncated, damaged, inconsistent or of a newer version; the message
+            names the file and the part, what was expected and what to do.
+        MissingCodec: a section's codec is not installed.
+    """
+    data = _read(path)
+    header, begin, json_bytes = _unpack_header(path, data)
+    header_bytes = begin
+    _check_length(path, header, begin, len(data))
+    contents = []
+    for index, section in enumerate(header.sections):
+        packed = data[begin : begin + section.packed_bytes]
+        begin += section.packed_bytes
+        found = zlib.crc32(packed)
+        if found != section.crc32:
+            _damaged(path, _name(index, section), f"checksum {section.crc32:08x}", f"{found:08x}")
+        contents.append(_decode(path, index, section, packed))
+    return Unpacked(header, contents, header_bytes, json_bytes)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            # a large foreign file is recognized before it is read
+            start = file.read(PREAMBLE_BYTES)
+            if start[: len(MAGIC)] != MAGIC:
+                raise ArtifactError(
+                    f"{path}: not an artifact: expected it to begin with {MAGIC.hex(' ')}, found "
+                    f"{start[: len(MAGIC)].hex(' ') or 'nothing'}: give a model.golf that python -m train wrote"
+                )
+            return start + file.read()
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: no such file: give a model.golf that python -m train wrote") from error
+    except IsADirectoryError as error:
+        raise ArtifactError(f"{path}: a folder, not an artifact: give the file in it, model.golf") from error
+
+
+def _unpack_header(path: Path, data: bytes) -> tuple[Header, int, int]:
+    if len(data) < PREAMBLE_BYTES:
+        _damaged(path, "preamble", f"{PREAMBLE_BYTES} bytes", f"{len(data)}")
+    _, version, packed_bytes, text_bytes = _FIELDS.unpack_from(data)
+    packed = data[PREAMBLE_BYTES : PREAMBLE_BYTES + packed_bytes]
+    if len(packed) < packed_bytes:
+        _damaged(path, "header", f"{packed_bytes:,} bytes", f"{len(packed):,}")
+    (expected,) = _CRC.unpack_from(data, _FIELDS.size)
+    found = zlib.crc32(packed, zlib.crc32(data[: _FIELDS.size]))
+    if found != expected:
+        _damaged(path, "preamble and header", f"checksum {expected:08x}", f"{found:08x}")
+    if version != VERSION:
+        raise ArtifactError(
+            f"{path}: preamble: expected version {VERSION}, found {version}: read it with the golf_kernels that wrote it, "
+            "or a newer one"
+        )
+    if text_bytes > MAX_HEADER_BYTES:
+        _damaged(path, "header", f"at most {MAX_HEADER_BYTES:,} bytes", f"{text_bytes:,}")
+    try:
+        table = json.loads(CODECS["zlib"].decode(packed, text_bytes))
+    except (CodecError, ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path}: header: expected JSON in a zlib stream, found another ({error}): {_AGAIN}"
+        ) from error
+    return _parse(path, table), PREAMBLE_BYTES + packed_bytes, text_bytes
+
+
+def _parse(path: Path, table: Any) -> Header:
+    try:
+        header = Header(
+            dict(table["config"]),
+            [Section(*row) for row in table["sections"]],
+            [TensorEntry(name, tuple(shape), section, scales) for name, shape, section, scales in table["tensors"]],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{path}: header: expected config, sections and tensors, found other JSON ({error})"
+        ) from error
+    for index, section in enumerate(header.sections):
+        _check_section(path, index, section)
+    filled = [0] * len(header.sections)
+    for entry in header.tensors:
+        _check_entry(path, header.sections, entry)
+        filled[entry.section] += entry.elements
+        if entry.scales is not None:
+            filled[entry.scales] += entry.shape[0]
+    for index, section in enumerate(header.sections):
+        if filled[index] * ITEM_BYTES[section.type] != section.unpacked_bytes:
+            _damaged(
+                path,
+                _name(index, section),
+                f"{filled[index] * ITEM_BYTES[section.type]:,} bytes for its tensors",
+                f"{section.unpacked_bytes:,}",
+            )
+    if len({entry.name for entry in header.tensors}) != len(header.tensors):
+        _damaged(path, "header", "each tensor once", "a name twice")
+    if sum(section.unpacked_bytes for section in header.sections) > MAX_UNPACKED_BYTES:
+        _damaged(path, "header", f"at most {MAX_UNPACKED_BYTES:,} bytes of tensors", "more")
+    return header
+
+
+def _check_section(path: Path, index: int, section: Section) -> None:
+    where = f"section {index}"
+    numbers = (section.stride, section.unpacked_bytes, section.packed_bytes, section.crc32)
+    if not isinstance(section.group, str) or not all(type(number) is int and number >= 0 for number in numbers):
+        _damaged(path, where, "a name and whole numbers", repr(astuple(section)))
+    if section.type not in ITEM_BYTES or section.stride > 255:
+        _damaged(path, where, f"one of {', '.join(ITEM_BYTES)} and a stride up to 255", repr(astuple(section)))
+    if section.codec not in CODECS:
+        raise ArtifactError(
+            f"{path}: {where}: expected a codec among {', '.join(CODECS)}, found {section.codec!r}: read it with a newer "
+            "golf_kernels"
+        )
+
+
+def _check_entry(path: Path, sections: list[Section], entry: TensorEntry) -> None:
+    where = f"tensor {entry.name}"
+    indices = [entry.section] if entry.scales is None else [entry.section, entry.scales]
+    if not isinstance(entry.name, str) or not all(type(size) is int and size >= 0 for size in entry.shape):
+        _damaged(path, where, "a name and a shape", repr(astuple(entry)))
+    if not all(type(index) is int and 0 <= index < len(sections) for index in indices):
+        _damaged(path, where, f"sections 0 to {len(sections) - 1}", repr(indices))
+    coded = sections[entry.section].type.startswith("int")
+    if coded != (entry.scales is not None):
+        _damaged(path, where, "scales for codes and none for floats", repr(astuple(entry)))
+    if entry.scales is not None and (sections[entry.scales].type != "float16" or len(entry.shape) != 2):
+        _damaged(path, where, "a matrix with float16 scales", repr(astuple(entry)))
+
+
+def _check_length(path: Path, header: Header, begin: int, length: int) -> None:
+    end = begin
+    for index, section in enumerate(header.sections):
+        end += section.packed_bytes
+        if end > length:
+            _damaged(
+                path, _name(index, section), f"the section to end at byte {end:,}", f"the file's end at {length:,}"
+            )
+    if end != length:
+        _damaged(path, "end of file", f"{end:,} bytes", f"{length:,}")
+
+
+def _decode(path: Path, index: int, section: Section, packed: bytes) -> bytes:
+    header_bytes = SHUFFLE_HEADER_BYTES if section.stride else 0
+    try:
+        content = CODECS[section.codec].decode(packed, section.unpacked_bytes + header_bytes)
+        return byte_unshuffle(content) if section.stride else content
+    except CodecError as error:
+        raise ArtifactError(f"{path}: {_name(index, section)}: {error}: {_AGAIN}") from error
+
+
+def _name(index: int, section: Section) -> str:
+    return f"section {index} ({section.group}, {section.type})"
+
+
+def _damaged(path: Path, where: str, expected: str, found: str) -> NoReturn:
+    raise ArtifactError(f"{path}: {where}: expected {expected}, found {found}: {_AGAIN}")

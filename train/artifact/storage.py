@@ -1,0 +1,302 @@
+"""Writing a quantized model to its artifact, and reading it back into tensors or a model."""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.artifact.budget import ArtifactInfo, check_budget
+from train.artifact.container import (
+    ITEM_BYTES,
+    VERSION,
+    ArtifactError,
+    Header,
+    Section,
+    TensorEntry,
+    pack,
+    unpack,
+)
+from train.codecs import CODECS, Codec, byte_shuffle
+from train.config import Config, ConfigError
+from train.errors import UserError
+from train.files import atomic_write
+from train.model.gpt import GPT
+from train.progress import Progress
+from train.quantize.row_scales import largest_code
+from train.quantize.tensors import QuantizedTensor, StoredTensors, dequantize_state
+
+MODEL_FIELDS = (
+    "vocab_size", "document_masking", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope",
+    "rope_base", "rope_dims", "rope_train_seq_len", "norm_eps", "logit_softcap", "embed_dtype", "ln_scale", "xsa_last_n",
+    "smear_gate", "bigram_vocab_size", "bigram_dim", "ve_dim", "ve_layers", "unet_skips", "skip_gates",
+    "parallel_start_layer", "parallel_form", "recur_layers", "recur_form", "recur_scale_params",
+)  # fmt: skip
+"""The settings that an artifact holds: all that decide what the model computes from its weights."""
+
+# below this a tensor has no section of its own
+_OWN_SECTION_ELEMENTS = 4096
+
+_FLOAT_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_FLOAT_TYPES = {name: dtype for dtype, name in _FLOAT_NAMES.items()}
+
+# brotli needs some hundred MB for each stream that it encodes
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a file holds.
+
+    Attributes:
+        config: defaults, with the model's fields as the file has them.
+        tensors: by parameter name.
+        info: sizes.
+    """
+
+    config: Config
+    tensors: StoredTensors
+    info: ArtifactInfo
+
+
+def write_artifact(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, QuantizedTensor | Tensor],
+    config: Config,
+    *,
+    code_bytes: int,
+    max_bytes: int | None = None,
+    progress: bool = False,
+) -> ArtifactInfo:
+    """Pack a quantized model with `config.codec` into one file, whole or not at all.
+
+    Codes of the matrices that play the same part in all layers form a section, so that like data stand together; the
+    sections are encoded on several threads. The same tensors give the same bytes.
+
+    Args:
+        path: of the file.
+        tensors: as `quantize_model` returns them.
+        config: its model fields are stored, its codec is used.
+        code_bytes: size of the code that counts with the model.
+        max_bytes: cap on both together; None takes `config.max_artifact_bytes`.
+        progress: show it.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        BudgetError: code and model exceed the cap; nothing is written.
+        UserError: a tensor holds NaN or infinity, codes outside its bits or a dtype that the format does not have, the
+            codec's library is not installed, or the folder does not exist.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise UserError(f"{target}: its folder does not exist: create {target.parent} first")
+    if config.codec not in CODECS:
+        raise UserError(f"codec: expected one of {', '.join(CODECS)}, got {config.codec!r}")
+    plans, entries = _plan(tensors)
+    with (
+        Progress(sum(len(plan.content()) for plan in plans), "pack", "bytes", enabled=progress) as bar,
+        ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool,
+    ):
+        encoded = []
+        for section, payload in pool.map(lambda plan: _encode(plan, CODECS[config.codec]), plans):
+            encoded.append((section, payload))
+            bar.advance(section.unpacked_bytes)
+    values = config.to_dict()
+    header = Header({name: values[name] for name in MODEL_FIELDS}, [section for section, _ in encoded], entries)
+    data, header_bytes, json_bytes = pack(header, [payload for _, payload in encoded])
+    info = ArtifactInfo(VERSION, len(data), header_bytes, json_bytes, tuple(header.sections), len(entries))
+    check_budget(str(target), info, code_bytes, config.max_artifact_bytes if max_bytes is None else max_bytes)
+    atomic_write(target, data)
+    return info
+
+
+def read_artifact(path: str | os.PathLike[str]) -> Artifact:
+    """Read an artifact from its bytes alone, checking every one of them.
+
+    Raises:
+        ArtifactError: the file is missing, foreign, truncated, damaged or of a newer version; the message names the file
+            and the part, what was expected and what to do.
+        MissingCodec: a section's codec is not installed.
+    """
+    source = Path(path)
+    header, contents, header_bytes, json_bytes = unpack(source)
+    try:
+        if set(header.config) != set(MODEL_FIELDS):
+            odd = min(set(header.config) ^ set(MODEL_FIELDS))
+            raise ConfigError(f"{odd}: {'not expected' if odd in header.config else 'missing'}")
+        config = Config.from_dict(header.config)
+    except (ConfigError, TypeError) as error:
+        raise ArtifactError(
+            f"{source}: header, config: expected the model's fields of this version, found others ({error}): read it with "
+            "the golf_kernels that wrote it"
+        ) from error
+    sizes = sum(section.packed_bytes for section in header.sections)
+    info = ArtifactInfo(
+        VERSION, header_bytes + sizes, header_bytes, json_bytes, tuple(header.sections), len(header.tensors)
+    )
+    return Artifact(config, _tensors(source, header, contents), info)
+
+
+def load_model(path: str | os.PathLike[str], config: Config | None = None) -> GPT:
+    """Build the model that an artifact holds, in evaluation mode, on the CPU.
+
+    Its weights are bit for bit those of a model that loaded the quantized tensors before they were written.
+
+    Args:
+        path: of the artifact.
+        config: settings other than the model's own, such as `device` and `compute_dtype`; None takes the defaults.
+
+    Raises:
+        ArtifactError: as `read_artifact`, or its tensors are not those of the model that its fields describe.
+    """
+    return build_model(path, read_artifact(path), config)
+
+
+def build_model(path: str | os.PathLike[str], artifact: Artifact, config: Config | None = None) -> GPT:
+    """The second half of `load_model`, from what was read; `path` is only named in errors."""
+    shape = {name: getattr(artifact.config, name) for name in MODEL_FIELDS}
+    # on the meta device nothing is drawn, so that loading is quick and leaves the generators alone
+    with torch.device("meta"):
+        model = GPT((config or artifact.config).replace(**shape))
+    state = dequantize_state(artifact.tensors)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if expected != found:
+        odd = min(name for name in expected | found if expected.get(name) != found.get(name))
+        raise ArtifactError(
+            f"{path}: tensor {odd}: expected {expected.get(odd, 'none')}, found {found.get(odd, 'none')}: its tensors are "
+            "not those of the model that its fields describe; write it anew with python -m train"
+        )
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    model.load_state_dict({name: tensor.to(dtypes[name]) for name, tensor in state.items()}, assign=True)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A section to be written: its tensors' bytes in order."""
+
+    group: str
+    type: str
+    parts: list[bytes] = field(default_factory=list)
+
+    def content(self) -> bytes:
+        return b"".join(self.parts)
+
+
+def _plan(tensors: Mapping[str, QuantizedTensor | Tensor]) -> tuple[list[_Plan], list[TensorEntry]]:
+    plans: dict[tuple[str, str], _Plan] = {}
+
+    def append(group: str, kind: str, content: bytes) -> int:
+        plan = plans.setdefault((group, kind), _Plan(group, kind))
+        plan.parts.append(content)
+        return list(plans).index((group, kind))
+
+    entries = []
+    for name, tensor in tensors.items():
+        group = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        if isinstance(tensor, QuantizedTensor):
+            _check_codes(name, tensor)
+            section = append(group, f"int{tensor.bits}", _to_bytes(tensor.codes))
+            scales = append("row scales", "float16", _to_bytes(tensor.scales))
+            entries.append(TensorEntry(name, tuple(tensor.shape), section, scales))
+            continue
+        if tensor.dtype not in _FLOAT_NAMES:
+            raise UserError(
+                f"{name}: expected {', '.join(_FLOAT_TYPES)}, got {tensor.dtype}: convert it before writing"
+            )
+        _need_finite(name, tensor)
+        own = group if tensor.numel() >= _OWN_SECTION_ELEMENTS else "small tensors"
+        section = append(own, _FLOAT_NAMES[tensor.dtype], _to_bytes(tensor))
+        entries.append(TensorEntry(name, tuple(tensor.shape), section, None))
+    return list(plans.values()), entries
+
+
+def _check_codes(name: str, tensor: QuantizedTensor) -> None:
+    _need_finite(name, tensor.scales)
+    if tensor.codes.numel():
+        limit = largest_code(tensor.bits)
+        low, high = (int(bound) for bound in tensor.codes.aminmax())
+        if low < -limit - 1 or high > limit:
+            raise UserError(
+                f"{name}: expected codes in {-limit - 1}..{limit} for int{tensor.bits}, found {low}..{high}"
+            )
+
+
+def _need_finite(name: str, tensor: Tensor) -> None:
+    bad = int((~tensor.isfinite()).sum())
+    if bad:
+        raise UserError(
+            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite: training diverged; nothing was written"
+        )
+
+
+def _encode(plan: _Plan, codec: Codec) -> tuple[Section, bytes]:
+    """The smallest of the codec, for floats also after a shuffle, and no codec at all; the first of equals."""
+    content = plan.content()
+    floats = plan.type in _FLOAT_TYPES
+    choices = [("raw", 0, content)]
+    if codec.max_bits == 8 or (not floats and int(plan.type.removeprefix("int")) <= codec.max_bits):
+        choices.append((codec.name, 0, codec.encode(content)))
+        if floats:
+            stride = ITEM_BYTES[plan.type]
+            choices.append((codec.name, stride, codec.encode(byte_shuffle(content, stride))))
+    name, stride, packed = min(choices, key=lambda choice: len(choice[2]))
+    return Section(plan.group, plan.type, name, stride, len(content), len(packed), zlib.crc32(packed)), packed
+
+
+def _tensors(source: Path, header: Header, contents: list[bytes]) -> StoredTensors:
+    offsets = [0] * len(contents)
+
+    def take(index: int, shape: tuple[int, ...]) -> Tensor:
+        kind = header.sections[index].type
+        count = int(np.prod(shape, dtype=np.int64))
+        begin = offsets[index]
+        offsets[index] += count * ITEM_BYTES[kind]
+        return _from_bytes(contents[index][begin : offsets[index]], kind).reshape(shape)
+
+    tensors: StoredTensors = {}
+    for entry in header.tensors:
+        values = take(entry.section, entry.shape)
+        if entry.scales is None:
+            tensors[entry.name] = values
+            continue
+        scales = take(entry.scales, entry.shape[:1])
+        bits = int(header.sections[entry.section].type.removeprefix("int"))
+        tensors[entry.name] = QuantizedTensor(values, scales, bits)
+        try:
+            _check_codes(entry.name, tensors[entry.name])
+        except UserError as error:
+            raise ArtifactError(f"{source}: tensor {error}: write it anew with python -m train") from error
+    return tensors
+
+
+# the format is little-endian on every machine; bfloat16 travels as its bits, for which numpy has a type
+_NUMPY = {"float16": "<f2", "float32": "<f4", "bfloat16": "<i2"}
+
+
+def _to_bytes(tensor: Tensor) -> bytes:
+    plain = tensor.detach().cpu().contiguous()
+    if plain.dtype == torch.int8:
+        return plain.numpy().tobytes()
+    kind = _FLOAT_NAMES[plain.dtype]
+    bits = plain.view(torch.int16) if kind == "bfloat16" else plain
+    return bits.numpy().astype(_NUMPY[kind]).tobytes()
+
+
+def _from_bytes(content: bytes, kind: str) -> Tensor:
+    if kind not in _NUMPY:
+        return torch.from_numpy(np.frombuffer(content, np.int8).copy())
+    array = np.frombuffer(content, _NUMPY[kind])
+    values = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    return values.view(torch.bfloat16) if kind == "bfloat16" else values

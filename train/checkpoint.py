@@ -1,0 +1,71 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.distributed import Ranks
+from train.errors import UserError
+from train.files import atomic_writer
+
+
+def save_checkpoint(path: Path, parts: Mapping[str, Any], ranks: Ranks, extra: Mapping[str, Any]) -> None:
+    """Write the state of every part, so that the file is whole or the former one.
+
+    Args:
+        path: the checkpoint's file.
+        parts: name → object with `state_dict`, or None for a part that this run does not have. All ranks call this,
+            since sharded state is gathered.
+        ranks: rank 0 writes.
+        extra: plain values, such as the step and the seconds.
+    """
+    states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+    if ranks.is_main:
+        with atomic_writer(path) as file:
+            torch.save({"parts": states, **extra}, file)
+
+
+def load_checkpoint(path: Path, parts: Mapping[str, Any], ranks: Ranks) -> dict[str, Any] | None:
+    """Put a checkpoint's states back into the parts.
+
+    Returns:
+        The extra values, or None if there is no checkpoint.
+
+    Raises:
+        UserError: the file is damaged, or made for other settings.
+    """
+    if not path.exists():
+        return None
+    saved = read_tensors(path, ranks.device)
+    states = saved.pop("parts", None)
+    wanted = {name for name, part in parts.items() if part is not None}
+    if not isinstance(states, dict) or set(states) != wanted:
+        found = sorted(states) if isinstance(states, dict) else "none"
+        raise UserError(f"{path}: expected the state of {sorted(wanted)}, found {found}: delete it to start over")
+    for name in sorted(wanted):
+        parts[name].load_state_dict(states[name])
+    return saved
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a file of `torch.save` that holds tensors and plain values alone; no code in it is ever run.
+
+    Raises:
+        UserError: the file is damaged or not of that kind.
+    """
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: damaged or not a checkpoint ({reason}): delete it to start over") from error
+    if not isinstance(saved, dict):
+        raise UserError(
+            f"{path}: expected a dictionary of states, found {type(saved).__name__}: delete it to start over"
+        )
+    return saved

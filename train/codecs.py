@@ -1,0 +1,245 @@
+"""Lossless byte codecs by name, and the byte shuffle that some of them are helped by.
+
+Decoding never makes more than it was told to expect: a stream that ends early, goes on, or unpacks to another size is a
+`CodecError`. zlib, lzma and raw need nothing; brotli and zstd name the package to install where it is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import lzma
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from golf_kernels import int6_pack, int6_unpack
+from train.errors import UserError
+
+SHUFFLE_MAGIC = b"BSHF"
+SHUFFLE_HEADER_BYTES = 5
+
+_BROTLI_QUALITY = 11
+_ZSTD_LEVEL = 22
+_ZSTD_WINDOW_BYTES = 1 << 27
+_LZMA_PRESET = 9 | lzma.PRESET_EXTREME
+_LZMA_LEAST_DICTIONARY = 1 << 12
+_LZMA_LARGEST_DICTIONARY = 1 << 26
+_LZMA_MEMORY_BYTES = 2 * _LZMA_LARGEST_DICTIONARY
+
+
+class CodecError(UserError):
+    """Bytes that the codec cannot decode, or cannot encode."""
+
+
+class MissingCodec(UserError):
+    """The codec's library is not installed."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A lossless coder of bytes.
+
+    Attributes:
+        name: its name in `CODECS`.
+        max_bits: it takes only bytes that are two's-complement numbers of at most so many bits.
+    """
+
+    name: str
+    max_bits: int
+    _encode: Callable[[bytes], bytes]
+    _decode: Callable[[bytes, int], bytes]
+
+    def encode(self, data: bytes) -> bytes:
+        """Encode `data`; the same bytes give the same result.
+
+        Raises:
+            MissingCodec: the library is not installed; the message says which to install.
+            CodecError: a byte lies outside `max_bits`.
+        """
+        return self._encode(data)
+
+    def decode(self, data: bytes, size: int) -> bytes:
+        """Decode to exactly `size` bytes.
+
+        Raises:
+            MissingCodec: the library is not installed; the message says which to install.
+            CodecError: not a stream of this codec, or it is cut short, followed by more, or of another size.
+        """
+        decoded = self._decode(data, size)
+        if len(decoded) != size:
+            found = "more" if len(decoded) > size else f"{len(decoded):,}"
+            raise CodecError(f"codec {self.name}: expected {size:,} decoded bytes, found {found}: the data are damaged")
+        return decoded
+
+
+def byte_shuffle(data: bytes, stride: int = 2) -> bytes:
+    """Put byte 0 of every `stride` bytes first, then byte 1, and so on, so that like bytes stand together.
+
+    Layout: `BSHF`, one byte stride, data[0::stride], data[1::stride], …; the result is 5 bytes longer.
+
+    Args:
+        data: any bytes; a last incomplete group is fine.
+        stride: 1 to 255, the size of one number in bytes.
+
+    Raises:
+        ValueError: stride out of range.
+
+    Source: #1471.
+    """
+    if not 1 <= stride <= 255:
+        raise ValueError(f"stride: expected 1 to 255, got {stride}")
+    return b"".join([SHUFFLE_MAGIC, bytes([stride]), *(data[i::stride] for i in range(stride))])
+
+
+def byte_unshuffle(data: bytes) -> bytes:
+    """The inverse of `byte_shuffle`.
+
+    Raises:
+        CodecError: the bytes do not begin with its header.
+    """
+    stride = data[4] if len(data) >= SHUFFLE_HEADER_BYTES else 0
+    if data[:4] != SHUFFLE_MAGIC or not stride:
+        raise CodecError(f"byte shuffle: expected a header BSHF and a stride, found {bytes(data[:5])!r}")
+    planes = np.frombuffer(data, np.uint8, offset=SHUFFLE_HEADER_BYTES)
+    result = np.empty_like(planes)
+    begin = 0
+    for i in range(stride):
+        end = begin + len(result[i::stride])
+        result[i::stride] = planes[begin:end]
+        begin = end
+    return result.tobytes()
+
+
+def _library(codec: str, module: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingCodec(f"codec {codec}: needs {package}: pip install {package!r}, or set CODEC=lzma") from error
+
+
+def _brotli() -> ModuleType:
+    brotli = _library("brotli", "brotli", "brotli>=1.2")
+    # older ones cannot bound what a stream unpacks to
+    if not hasattr(brotli.Decompressor, "can_accept_more_data"):
+        raise MissingCodec(
+            f"codec brotli: brotli {brotli.__version__} is too old: pip install --upgrade 'brotli>=1.2', or set CODEC=lzma"
+        )
+    return brotli
+
+
+def _brotli_encode(data: bytes) -> bytes:
+    return _brotli().compress(data, quality=_BROTLI_QUALITY)
+
+
+def _brotli_decode(data: bytes, size: int) -> bytes:
+    brotli = _brotli()
+    decoder = brotli.Decompressor()
+    parts, total, rest = [], 0, data
+    try:
+        while total <= size:
+            parts.append(decoder.process(rest, output_buffer_limit=size + 1 - total))
+            total += len(parts[-1])
+            rest = b""
+            if decoder.is_finished() or decoder.can_accept_more_data():
+                break
+    except brotli.error as error:
+        raise CodecError(f"codec brotli: not a brotli stream, or a damaged one ({error})") from error
+    if total <= size and not decoder.is_finished():
+        raise CodecError(f"codec brotli: the stream ends early, after {total:,} decoded bytes")
+    return b"".join(parts)
+
+
+def _zstd_encode(data: bytes) -> bytes:
+    return _library("zstd", "zstandard", "zstandard").ZstdCompressor(level=_ZSTD_LEVEL).compress(data)
+
+
+def _zstd_decode(data: bytes, size: int) -> bytes:
+    zstandard = _library("zstd", "zstandard", "zstandard")
+    decoder = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
+    try:
+        # the library allocates what the frame promises, and stops at it
+        promised = zstandard.frame_content_size(data)
+        if promised != size:
+            raise CodecError(f"codec zstd: expected a frame of {size:,} decoded bytes, found {promised:,}")
+        return decoder.decompress(data, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise CodecError(f"codec zstd: not a zstd frame, or a damaged one ({error})") from error
+
+
+def _lzma_encode(data: bytes) -> bytes:
+    # a dictionary beyond the data would only cost memory, ten times its size
+    dictionary = min(max(len(data), _LZMA_LEAST_DICTIONARY), _LZMA_LARGEST_DICTIONARY)
+    chain = [{"id": lzma.FILTER_LZMA2, "preset": _LZMA_PRESET, "dict_size": dictionary}]
+    return lzma.compress(data, lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=chain)
+
+
+def _lzma_decode(data: bytes, size: int) -> bytes:
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, _LZMA_MEMORY_BYTES)
+    try:
+        decoded = decoder.decompress(data, size + 1)
+    except lzma.LZMAError as error:
+        raise CodecError(f"codec lzma: not an xz stream, or a damaged one ({error})") from error
+    if len(decoded) <= size:
+        _need_end("lzma", decoder.eof, decoder.unused_data)
+    return decoded
+
+
+def _zlib_encode(data: bytes) -> bytes:
+    return zlib.compress(data, 9)
+
+
+def _zlib_decode(data: bytes, size: int) -> bytes:
+    decoder = zlib.decompressobj()
+    try:
+        decoded = decoder.decompress(data, size + 1)
+    except zlib.error as error:
+        raise CodecError(f"codec zlib: not a zlib stream, or a damaged one ({error})") from error
+    if len(decoded) <= size:
+        _need_end("zlib", decoder.eof, decoder.unused_data)
+    return decoded
+
+
+def _raw_decode(data: bytes, size: int) -> bytes:
+    return bytes(data)
+
+
+def _raw6_encode(data: bytes) -> bytes:
+    codes = np.frombuffer(data, np.int8)
+    if len(codes) and not -32 <= int(codes.min()) <= int(codes.max()) <= 31:
+        raise CodecError(
+            f"codec raw6: expected codes in -32..31, found {codes.min()}..{codes.max()}: choose another codec"
+        )
+    return int6_pack(torch.from_numpy(codes.copy())).numpy().tobytes()
+
+
+def _raw6_decode(data: bytes, size: int) -> bytes:
+    expected = (6 * size + 7) // 8
+    if len(data) != expected:
+        raise CodecError(f"codec raw6: {size:,} codes take {expected:,} bytes, found {len(data):,}")
+    packed = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+    return int6_unpack(packed, size).numpy().tobytes()
+
+
+def _need_end(codec: str, ended: bool, unused: bytes) -> None:
+    if not ended:
+        raise CodecError(f"codec {codec}: the stream ends early")
+    if unused:
+        raise CodecError(f"codec {codec}: {len(unused):,} bytes follow the stream's end")
+
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        Codec("brotli", 8, _brotli_encode, _brotli_decode),
+        Codec("zstd", 8, _zstd_encode, _zstd_decode),
+        Codec("lzma", 8, _lzma_encode, _lzma_decode),
+        Codec("zlib", 8, _zlib_encode, _zlib_decode),
+        Codec("raw", 8, bytes, _raw_decode),
+        Codec("raw6", 6, _raw6_encode, _raw6_decode),
+    )
+}
+"""All codecs by the name that the setting `codec` takes."""

@@ -1,0 +1,141 @@
+"""Causal grouped-query attention with QK-norm, query gain, partial RoPE and, if asked, XSA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.config import Config
+from train.model.init import constant, matrix, zero_matrix
+from train.model.linear import linear
+from train.model.norm import rms_norm
+from train.model.rope import rotate
+
+Rotary = tuple[Tensor, Tensor]
+Core = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """PyTorch's scaled dot-product attention; see `causal_attention`."""
+    heads_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    output = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return output.transpose(1, 2)
+
+
+BACKENDS: dict[str, Core] = {"sdpa": sdpa_attention}
+"""Attention cores by name; each takes and returns `(B, T, heads, D)`."""
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, backend: str = "sdpa"
+) -> Tensor:
+    """Causal attention in which equal groups of query heads share a key and value head.
+
+    y[t, h] = Σ_{s ≤ t} softmax_s(q[t, h] · k[s, g] / √D) v[s, g], g = ⌊h · H_kv / H⌋
+
+    Args:
+        query: `(B, T, H, D)`.
+        key: `(B, T, H_kv, D)`.
+        value: `(B, T, H_kv, D)`.
+        mask: `(B, 1, T, T)` bool that replaces the causal mask, True where a query may see a key.
+        backend: a name in `BACKENDS`.
+
+    Returns:
+        `(B, T, H, D)`.
+
+    Raises:
+        ValueError: no such back end.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention back end {backend!r}: expected one of {sorted(BACKENDS)}")
+    return BACKENDS[backend](query, key, value, mask)
+
+
+def remove_value_direction(output: Tensor, value: Tensor) -> Tensor:
+    """XSA: take from each head's output what lies along the value of the same position.
+
+    y ← y − (y·v̂) v̂, v̂ = v/‖v‖₂
+
+    Query heads are viewed in groups of their value head, so nothing is repeated in memory.
+
+    Args:
+        output: `(B, T, H, D)`, attention's output.
+        value: `(B, T, H_kv, D)`, the values it attended to.
+
+    Returns:
+        `(B, T, H, D)`.
+    """
+    batch, length, heads, dim = output.shape
+    kv_heads = value.shape[2]
+    direction = F.normalize(value, dim=-1).unsqueeze(3)
+    grouped = output.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    along = (grouped * direction).sum(dim=-1, keepdim=True)
+    return (grouped - along * direction).reshape(batch, length, heads, dim)
+
+
+class Attention(nn.Module):
+    """The attention of one layer, from the normed input to the output projection.
+
+    q, k ← rms(q), rms(k) per head; RoPE; q ← q · q_gain[head]; causal attention; XSA in the last `xsa_last_n` layers.
+
+    Args:
+        config: `model_dim`, `num_heads`, `num_kv_heads`, `qk_gain_init`, `norm_eps`, `xsa_last_n`, `orthogonal_init`, `qat`.
+        layer: 0-based index of the physical layer.
+    """
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        dim, orthogonal = config.model_dim, config.orthogonal_init
+        self.query = matrix(dim, dim, orthogonal=orthogonal)
+        self.key = matrix(config.kv_dim, dim, orthogonal=orthogonal)
+        self.value = matrix(config.kv_dim, dim, orthogonal=orthogonal)
+        self.output = zero_matrix(dim, dim)
+        self.q_gain = constant(config.qk_gain_init, config.num_heads)
+        self.head_dim = config.head_dim
+        self.eps = config.norm_eps
+        self.xsa = layer >= config.num_layers - config.xsa_last_n
+        self.qat = config.qat
+        self.backend = "sdpa"
+
+    def queries(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """Normed, rotated and scaled queries `(B, T, H, D)` of the normed input `(B, T, d)`."""
+        query = self._heads(linear(x, self.query, fake_quantize=self.qat and self.training))
+        return rotate(rms_norm(query, self.eps), rotary) * self.q_gain.to(x.dtype)[:, None]
+
+    def keys_values(self, x: Tensor, rotary: Rotary, extra_value: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values `(B, T, H_kv, D)` of the normed input; `extra_value` `(B, T, kv_dim)` joins the values."""
+        fake_quantize = self.qat and self.training
+        key = self._heads(linear(x, self.key, fake_quantize=fake_quantize))
+        value = linear(x, self.value, fake_quantize=fake_quantize)
+        if extra_value is not None:
+            value = value + extra_value
+        return rotate(rms_norm(key, self.eps), rotary), self._heads(value)
+
+    def project(self, output: Tensor, value: Tensor) -> Tensor:
+        """From the heads' outputs `(B, T, H, D)` and the values of the same positions to `(B, T, d)`."""
+        if self.xsa:
+            output = remove_value_direction(output, value)
+        return linear(output.flatten(-2), self.output, fake_quantize=self.qat and self.training)
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, *, extra_value: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: `(B, T, d)`, normed input.
+            rotary: table of `train.model.rope.rotary_table` for T positions, in the dtype of `x`.
+            extra_value: `(B, T, kv_dim)` added to the values before the split into heads.
+            mask: `(B, 1, T, T)` bool instead of the causal mask.
+
+        Returns:
+            `(B, T, d)`, not yet scaled or added.
+        """
+        query = self.queries(x, rotary)
+        key, value = self.keys_values(x, rotary, extra_value)
+        return self.project(causal_attention(query, key, value, mask=mask, backend=self.backend), value)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))

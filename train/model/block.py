@@ -1,0 +1,97 @@
+"""One layer: residual mix, attention and MLP, one after the other or side by side."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from train.config import Config
+from train.model.attention import Attention, Rotary
+from train.model.init import parameter
+from train.model.mlp import MLP
+from train.model.norm import layer_scale, rms_norm
+
+BLOCK_MATRICES = ("query", "key", "value", "output", "up", "down")
+"""Last parts of the names of a layer's weight matrices."""
+
+
+class BlockInputs(NamedTuple):
+    """What a layer reads besides the stream.
+
+    Attributes:
+        x0: `(B, T, d)`, the embedding that every layer may mix in.
+        rotary: rotary table for T positions.
+        extra_value: `(B, T, kv_dim)` that joins the values, or None.
+        mask: `(B, 1, T, T)` bool attention mask, or None for plain causality.
+    """
+
+    x0: Tensor
+    rotary: Rotary
+    extra_value: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Block(nn.Module):
+    """One layer, in the three published forms; with m = resid_mix, a = attn_scale, b = mlp_scale and n(x) = g · rms(x):
+
+    serial: h = m₀⊙x + m₁⊙x0; u = h + a⊙Attn(n(h)); x ← u + b⊙MLP(n(u))
+    gptj (#1392): h = m₀⊙x + m₁⊙x0; x ← h + a⊙Attn(n(h)) + b⊙MLP(n(h))
+    lanes (#1471): h = m₀⊙lane0 + m₁⊙x0; lane0 ← h + a⊙Attn(n(h)); lane1 ← lane1 + b⊙MLP(n(lane1))
+
+    resid_mix `(2, d)` starts at (1, 0), the scales `(d,)` at 1, and g is 1/√(layer + 1) with `ln_scale`, else 1.
+
+    Args:
+        config: the model's fields.
+        layer: 0-based index of the physical layer.
+    """
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.gain = layer_scale(layer) if config.ln_scale else 1.0
+        self.eps = config.norm_eps
+        self.attention = Attention(config, layer)
+        self.mlp = MLP(config, self.gain)
+        self.resid_mix = parameter(torch.tensor([[1.0], [0.0]]).repeat(1, config.model_dim))
+        self.attn_scale = parameter(torch.ones(config.model_dim))
+        self.mlp_scale = parameter(torch.ones(config.model_dim))
+
+    def forward(self, x: Tensor, inputs: BlockInputs, *, form: str) -> Tensor:
+        """Run the layer on one stream, "serial" or "gptj".
+
+        Args:
+            x: `(B, T, d)`.
+            inputs: see `BlockInputs`.
+            form: "serial" or "gptj".
+
+        Returns:
+            `(B, T, d)`.
+        """
+        mixed = self.mix(x, inputs.x0)
+        attended = self.attend(mixed, inputs)
+        return self.feed(mixed if form == "gptj" else attended, residual=attended)
+
+    def run_lanes(self, attention_lane: Tensor, mlp_lane: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
+        """Run the layer on two lanes, each `(B, T, d)`, that do not exchange anything."""
+        mixed = self.mix(attention_lane, inputs.x0)
+        return self.attend(mixed, inputs), self.feed(mlp_lane, residual=mlp_lane)
+
+    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
+        """m₀ ⊙ x + m₁ ⊙ x0."""
+        stream, embedding = self.resid_mix.to(x.dtype).unbind()
+        return torch.addcmul(stream * x, embedding, x0)
+
+    def attend(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        """x + a ⊙ Attn(g · rms(x))."""
+        output = self.attention(self.normed(x), inputs.rotary, extra_value=inputs.extra_value, mask=inputs.mask)
+        return torch.addcmul(x, self.attn_scale.to(x.dtype), output)
+
+    def feed(self, x: Tensor, *, residual: Tensor) -> Tensor:
+        """residual + b ⊙ MLP(g · rms(x))."""
+        return self.mlp(x, residual, self.mlp_scale.to(x.dtype))
+
+    def normed(self, x: Tensor) -> Tensor:
+        """g · rms(x), the input of attention."""
+        normed = rms_norm(x, self.eps)
+        return normed if self.gain == 1.0 else normed * self.gain

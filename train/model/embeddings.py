@@ -1,0 +1,150 @@
+"""Tables looked up by token: the tied embedding, hashed bigrams, and values shared between layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.model.init import constant, matrix, normal_table, zero_matrix
+from train.model.linear import linear
+
+_BIGRAM_SCALE = 0.05
+_VALUE_SCALE = 0.1
+_VALUE_DEVIATION = 0.01
+
+
+def lookup(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of an embedding table in the compute dtype.
+
+    Args:
+        table: `(rows, width)`, the master.
+        ids: integers, any shape.
+        dtype: compute dtype.
+
+    Returns:
+        `(..., width)` in `dtype`.
+    """
+    # the gradient of a row sums over all its tokens, so it is gathered in the wider of the two dtypes
+    wide = table.to(torch.promote_types(table.dtype, dtype))
+    return F.embedding(ids, wide).to(dtype)
+
+
+class TokenEmbedding(nn.Module):
+    """The tied embedding E `(V, d)`, N(0, deviation²): rows at the input, `hidden Eᵀ` at the head.
+
+    Args:
+        vocab_size: V.
+        dim: d.
+        deviation: deviation of the initial values.
+        dtype: dtype of the table.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, deviation: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = normal_table(vocab_size, dim, deviation, dtype)
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of `ids` `(B, T)` as `(B, T, d)` in `dtype`."""
+        return lookup(self.weight, ids, dtype)
+
+
+def bigram_hash(ids: Tensor, rows: int) -> Tensor:
+    """Row of the bigram table for each position, from the token and its predecessor.
+
+    index[0] = rows − 1; index[t] = (36313 · ids[t] XOR 27191 · ids[t−1]) mod (rows − 1)
+
+    Args:
+        ids: `(B, T)` int64 token ids; the predecessor may belong to the document before.
+        rows: rows of the table, at least 2.
+
+    Returns:
+        `(B, T)` int64 in [0, rows).
+    """
+    hashed = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % (rows - 1)
+    return F.pad(hashed, (1, 0), value=rows - 1)
+
+
+class BigramHash(nn.Module):
+    """Adds to each token's embedding one of its bigram: scale · W · table[hash(token, predecessor)].
+
+    The table starts at zero and the scale at 0.05. W is drawn with gain 1/√(2·layers); it must not be zero as well,
+    or neither it nor the table would ever get a gradient.
+
+    Args:
+        rows: rows of the table.
+        width: width of the table.
+        dim: width of the residual stream.
+        num_layers: layers of the model.
+        orthogonal: how W is drawn.
+        dtype: dtype of the table.
+        qat: fake-quantize W while training.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        dim: int,
+        num_layers: int,
+        *,
+        orthogonal: bool,
+        dtype: torch.dtype,
+        qat: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embedding = normal_table(rows, width, 0.0, dtype)
+        self.proj = matrix(dim, width, orthogonal=orthogonal, gain=(2 * num_layers) ** -0.5)
+        self.scale = constant(_BIGRAM_SCALE)
+        self.qat = qat
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Bigram embedding of `ids` `(B, T)` as `(B, T, dim)` in `dtype`."""
+        rows = lookup(self.embedding, bigram_hash(ids, self.embedding.shape[0]), dtype)
+        return self.scale.to(dtype) * linear(rows, self.proj, fake_quantize=self.qat and self.training)
+
+
+class ValueEmbedding(nn.Module):
+    """Values that a few layers share: h = scale · W · table[ids]; layer i of them adds layer_scales[i] · h to its values.
+
+    The table is N(0, 0.01²), scale starts at 0.1, layer scales at 1. W is orthogonal where the matrices are, else zero.
+
+    Args:
+        vocab_size: rows of the table.
+        width: width of the table.
+        kv_dim: width of the values.
+        layers: physical layers that take part.
+        orthogonal: how W is drawn.
+        dtype: dtype of the table.
+        qat: fake-quantize W while training.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        kv_dim: int,
+        layers: tuple[int, ...],
+        *,
+        orthogonal: bool,
+        dtype: torch.dtype,
+        qat: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embedding = normal_table(vocab_size, width, _VALUE_DEVIATION, dtype)
+        self.proj = matrix(kv_dim, width, orthogonal=True) if orthogonal else zero_matrix(kv_dim, width)
+        self.scale = constant(_VALUE_SCALE)
+        self.layer_scales = constant(1.0, len(layers))
+        self.layers = layers
+        self.qat = qat
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The shared h of `ids` `(B, T)` as `(B, T, kv_dim)` in `dtype`."""
+        rows = lookup(self.embedding, ids, dtype)
+        return self.scale.to(dtype) * linear(rows, self.proj, fake_quantize=self.qat and self.training)
+
+    def of_layer(self, layer: int, shared: Tensor) -> Tensor | None:
+        """What a physical layer adds to its values, or None where it takes no part."""
+        if layer not in self.layers:
+            return None
+        return self.layer_scales[self.layers.index(layer)].to(shared.dtype) * shared

@@ -1,0 +1,214 @@
+"""The whole model, put together from the fields of a `Config`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
+from train.config import Config
+from train.model.block import BLOCK_MATRICES, Block, BlockInputs
+from train.model.documents import document_mask, document_starts
+from train.model.embeddings import BigramHash, TokenEmbedding, ValueEmbedding
+from train.model.head import head_logits
+from train.model.init import constant, parameter
+from train.model.linear import observe
+from train.model.norm import rms_norm
+from train.model.order import Step, make_plan, skip_count
+from train.model.rope import ntk_base, rotary_table
+from train.model.skips import UNetSkips
+from train.model.smear import DocumentSmearGate, SmearGate
+
+_BLEND = 0.5
+
+
+class Stream(NamedTuple):
+    """The residual stream between two layers: `x` `(B, T, d)`, and once lanes have begun the MLP's lane beside it."""
+
+    x: Tensor
+    mlp_lane: Tensor | None = None
+
+
+class Shared(NamedTuple):
+    """What all layers of one forward pass read: block inputs without values, and the shared value embedding."""
+
+    inputs: BlockInputs
+    values: Tensor | None
+
+
+def resolve_compute_dtype(config: Config) -> torch.dtype:
+    """The dtype of the forward pass; "auto" is bfloat16 where the run goes to a GPU and float32 elsewhere."""
+    if config.compute_dtype != "auto":
+        return getattr(torch, config.compute_dtype)
+    on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return torch.bfloat16 if on_gpu else torch.float32
+
+
+class GPT(nn.Module):
+    """A Parameter Golf transformer with tied embeddings.
+
+    Master weights are float32, embedding tables `config.embed_dtype`; everything is cast to `compute_dtype` at use.
+    `recurrence` is a plain bool everywhere, so that a compiled model has two static graphs and no switch inside one.
+
+    Args:
+        config: its model fields are the whole description.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        dim, tables = config.model_dim, getattr(torch, config.embed_dtype)
+        orthogonal, qat = config.orthogonal_init, config.qat
+        self.config = config
+        self.compute_dtype = resolve_compute_dtype(config)
+        self.plan = make_plan(config, recurrence=False)
+        self.recurrent_plan = make_plan(config, recurrence=True)
+        self.embedding = TokenEmbedding(config.vocab_size, dim, config.tied_embed_init_std, tables)
+        self.bigram = self.smear = self.skips = self.ve = None
+        if config.bigram_vocab_size:
+            self.bigram = BigramHash(
+                config.bigram_vocab_size, config.bigram_dim, dim, config.num_layers, orthogonal=orthogonal, dtype=tables, qat=qat
+            )  # fmt: skip
+        if config.smear_gate != "off":
+            self.smear = SmearGate(dim) if config.smear_gate == "published" else DocumentSmearGate(dim)
+        if config.ve_dim:
+            self.ve = ValueEmbedding(
+                config.vocab_size, config.ve_dim, config.kv_dim, config.ve_layers, orthogonal=orthogonal, dtype=tables, qat=qat
+            )  # fmt: skip
+        if skip_count(config):
+            self.skips = UNetSkips(skip_count(config), dim, gated=config.skip_gates)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        lanes = any(step.form == "lanes" for step in self.plan)
+        self.lane_mix = constant(0.5) if lanes else None
+        # #1392 counts and saves these vectors, but no optimizer ever had them
+        scales = torch.full((config.recur_scale_params, dim), _BLEND)
+        self.recur_scales = parameter(scales, trained=False) if len(scales) else None
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The tied embedding `(V, d)` in the compute dtype."""
+        return self.embedding.weight.to(self.compute_dtype)
+
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """The 2-D weights of the blocks by name: query, key, value, output, up and down of every layer."""
+        return {
+            f"blocks.{name}": weight
+            for name, weight in self.blocks.named_parameters()
+            if name.split(".")[-1] in BLOCK_MATRICES
+        }
+
+    def forward(self, ids: Tensor, targets: Tensor, *, recurrence: bool) -> Tensor:
+        """The training loss; see `loss`."""
+        return self.loss(ids, targets, recurrence=recurrence)
+
+    def loss(self, ids: Tensor, targets: Tensor, *, recurrence: bool) -> Tensor:
+        """Mean cross-entropy of the softcapped logits.
+
+        Args:
+            ids: `(B, T)` int64 input tokens.
+            targets: `(B, T)` integer tokens to predict.
+            recurrence: whether the repeated layers run twice.
+
+        Returns:
+            Scalar, natural log per token, float32 (float64 where the compute dtype is).
+        """
+        hidden = self.hidden(ids, recurrence=recurrence).flatten(0, 1)
+        return softcapped_cross_entropy(
+            hidden, self.head_weight, targets.flatten(), softcap=self.config.logit_softcap, reduction="mean"
+        )
+
+    def logits(self, ids: Tensor, *, recurrence: bool) -> Tensor:
+        """Softcapped logits `(B, T, V)` of `ids` `(B, T)`, float32 (float64 where the compute dtype is)."""
+        return head_logits(self.hidden(ids, recurrence=recurrence), self.head_weight, self.config.logit_softcap)
+
+    def hidden(self, ids: Tensor, *, recurrence: bool) -> Tensor:
+        """The head's input.
+
+        Args:
+            ids: `(B, T)` int64 token ids.
+            recurrence: whether the repeated layers run twice.
+
+        Returns:
+            `(B, T, d)` after the final norm, compute dtype.
+        """
+        stream, shared = self.trunk(ids, recurrence=recurrence)
+        hidden = rms_norm(self.last_block(stream, shared), self.config.norm_eps)
+        observe(self.embedding.weight, hidden)
+        return hidden
+
+    def trunk(self, ids: Tensor, *, recurrence: bool) -> tuple[Stream, Shared]:
+        """Everything before the last layer, so that an evaluation can run that one for the scored rows alone.
+
+        Args:
+            ids: `(B, T)` int64 token ids.
+            recurrence: whether the repeated layers run twice.
+
+        Returns:
+            The stream that the last layer reads, its skip taken up and its lanes begun, and what all layers share.
+        """
+        plan = self.recurrent_plan if recurrence else self.plan
+        shared = self.embed(ids)
+        stream = Stream(shared.inputs.x0)
+        saved: dict[int, Tensor] = {}
+        for index, step in enumerate(plan[:-1]):
+            stream = self._run(step, self._enter(step, stream, saved), shared)
+            if step.saves:
+                saved[index] = stream.x
+        return self._enter(plan[-1], stream, saved), shared
+
+    def last_block(self, stream: Stream, shared: Shared) -> Tensor:
+        """The last layer and the merge of the lanes: from `trunk`'s result to `(B, T, d)` before the final norm."""
+        # recurrence changes neither which layer is last nor in which form it runs
+        x, mlp_lane = self._run(self.plan[-1], stream, shared)
+        if mlp_lane is None:
+            return x
+        mix = self.lane_mix.to(x.dtype)
+        return mlp_lane + mix * (x - mlp_lane)
+
+    def embed(self, ids: Tensor) -> Shared:
+        """What is known before the first layer: x0 = smear(rms(E[ids] + bigram)), rotary table, values, mask.
+
+        Args:
+            ids: `(B, T)` int64 token ids.
+
+        Returns:
+            The inputs that all layers share.
+        """
+        config, dtype = self.config, self.compute_dtype
+        x = self.embedding(ids, dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(ids, dtype)
+        x = rms_norm(x, config.norm_eps)
+        if self.smear is not None:
+            masked = config.document_masking or config.smear_gate == "document"
+            x = self.smear(x, document_starts(ids) if masked else None)
+        length, rotary_dims = ids.shape[1], config.rope_dims or config.head_dim
+        base = ntk_base(config.rope_base, rotary_dims, length, config.rope_train_seq_len)
+        rotary = rotary_table(length, rotary_dims, base, dtype=dtype, device=ids.device)
+        mask = document_mask(ids) if config.document_masking else None
+        values = None if self.ve is None else self.ve(ids, dtype)
+        return Shared(BlockInputs(x, rotary, None, mask), values)
+
+    def _enter(self, step: Step, stream: Stream, saved: dict[int, Tensor]) -> Stream:
+        x, mlp_lane = stream
+        if step.skip is not None:
+            row, source = step.skip
+            x = self.skips(x, saved[source], row)
+        return Stream(x, x if step.form == "lanes" and mlp_lane is None else mlp_lane)
+
+    def _run(self, step: Step, stream: Stream, shared: Shared) -> Stream:
+        block, inputs = self.blocks[step.layer], shared.inputs
+        if shared.values is not None:
+            inputs = inputs._replace(extra_value=self.ve.of_layer(step.layer, shared.values))
+        if stream.mlp_lane is not None:
+            return Stream(*block.run_lanes(stream.x, stream.mlp_lane, inputs))
+        output = block(stream.x, inputs, form=step.form)
+        if step.blend is not None:
+            output = torch.lerp(stream.x, output, self._blend_weight(step.blend, output.dtype))
+        return Stream(output)
+
+    def _blend_weight(self, repeat: int, dtype: torch.dtype) -> Tensor | float:
+        if self.recur_scales is not None and repeat < len(self.recur_scales):
+            return self.recur_scales[repeat].to(dtype)
+        return _BLEND

@@ -1,0 +1,64 @@
+"""Initial values. Every one is rounded to bfloat16, as the published scripts leave them; masters are float32."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def parameter(values: Tensor, dtype: torch.dtype = torch.float32, *, trained: bool = True) -> nn.Parameter:
+    """Make a parameter of `values`, rounded to bfloat16.
+
+    Args:
+        values: initial values, any shape.
+        dtype: dtype in which the parameter is kept.
+        trained: whether it takes gradients.
+
+    Returns:
+        The parameter.
+    """
+    return nn.Parameter(values.to(torch.bfloat16).to(dtype), requires_grad=trained)
+
+
+def constant(value: float, *shape: int) -> nn.Parameter:
+    """Make a float32 parameter of one repeated value; no shape makes a scalar."""
+    return parameter(torch.full(shape, value))
+
+
+def normal_table(rows: int, columns: int, deviation: float, dtype: torch.dtype) -> nn.Parameter:
+    """Make an embedding table `(rows, columns)` drawn from N(0, deviation²); a deviation of 0 makes zeros."""
+    return parameter(torch.empty(rows, columns).normal_(0.0, deviation), dtype)
+
+
+def matrix(rows: int, columns: int, *, orthogonal: bool, gain: float = 1.0) -> nn.Parameter:
+    """Make a float32 weight `(rows, columns)` = (out_features, in_features).
+
+    Orthogonal (rows or columns orthonormal, times `gain`), or Kaiming-uniform as `torch.nn.Linear` draws it:
+    U(−1/√columns, 1/√columns), times `gain`.
+
+    Args:
+        rows: output features.
+        columns: input features.
+        orthogonal: which of the two.
+        gain: factor on all entries.
+
+    Returns:
+        The parameter.
+    """
+    values = torch.empty(rows, columns)
+    # a model on the meta device is only counted, and a decomposition of nothing has a price all the same
+    if values.is_meta:
+        return parameter(values)
+    if orthogonal:
+        nn.init.orthogonal_(values, gain=gain)
+    else:
+        bound = gain / math.sqrt(columns)
+        values.uniform_(-bound, bound)
+    return parameter(values)
+
+
+def zero_matrix(rows: int, columns: int) -> nn.Parameter:
+    """Make a float32 weight `(rows, columns)` of zeros: output projections, so that a block starts as the identity."""
+    return parameter(torch.zeros(rows, columns))

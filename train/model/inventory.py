@@ -1,0 +1,97 @@
+"""What a model consists of: the class of every parameter, tables of names and counts, and its arithmetic per token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from train.config import Config
+from train.model.block import BLOCK_MATRICES
+from train.model.gpt import GPT
+from train.model.order import virtual_order
+
+
+class ParameterRow(NamedTuple):
+    """One tensor of a model: its name, shape, number of elements, dtype and optimizer class."""
+
+    name: str
+    shape: tuple[int, ...]
+    count: int
+    dtype: torch.dtype
+    kind: str
+
+
+def classify(name: str, parameter: torch.Tensor, config: Config) -> str:
+    """The optimizer class of a parameter.
+
+    Args:
+        name: its name in `named_parameters`.
+        parameter: the parameter.
+        config: `ve_proj_optimizer` decides about the projection of the value embedding.
+
+    Returns:
+        "matrix" (Muon), "embedding" (AdamW at the embeddings' rate) or "scalar" (AdamW; vectors, scalars and control
+        tensors). `recur_scales` is a "scalar" that takes no gradient: no optimizer may hold it.
+    """
+    parts = name.split(".")
+    if name in ("embedding.weight", "bigram.embedding", "ve.embedding"):
+        return "embedding"
+    if name == "bigram.proj" or (parts[0] == "blocks" and parts[-1] in BLOCK_MATRICES):
+        return "matrix"
+    if name == "ve.proj" and config.ve_proj_optimizer == "muon":
+        return "matrix"
+    return "scalar"
+
+
+def parameter_table(model: nn.Module, config: Config | None = None) -> list[ParameterRow]:
+    """All parameters of a model, in order.
+
+    Args:
+        model: a `GPT`; one on the meta device costs nothing.
+        config: its configuration, if the model is not a `GPT`.
+
+    Returns:
+        One row per tensor.
+    """
+    config = config or model.config
+    return [
+        ParameterRow(name, tuple(weight.shape), weight.numel(), weight.dtype, classify(name, weight, config))
+        for name, weight in model.named_parameters()
+    ]
+
+
+def describe_parameters(config: Config) -> list[ParameterRow]:
+    """All parameters of the model that a configuration makes, without making it."""
+    with torch.device("meta"):
+        return parameter_table(GPT(config))
+
+
+def count_parameters(config: Config) -> int:
+    """Number of parameters of the model that a configuration makes, the untrained ones included."""
+    return sum(row.count for row in describe_parameters(config))
+
+
+def mflop_per_token(config: Config, *, recurrence: bool, seq_len: int | None = None) -> float:
+    """Arithmetic of one training token, forward and backward, in MFLOP (recipes 3.3).
+
+    6 · (weights of all products executed, head included, lookups not) + 6 · layer runs · T · d for causal attention.
+
+    Args:
+        config: the model's fields.
+        recurrence: whether the repeated layers run twice.
+        seq_len: T; None takes `train_seq_len`.
+
+    Returns:
+        10⁶ floating-point operations per token.
+    """
+    dim, runs = config.model_dim, len(virtual_order(config, recurrence=recurrence))
+    block = 2 * dim * dim + 2 * config.kv_dim * dim + 2 * config.mlp_hidden * dim
+    weights = runs * block + config.vocab_size * dim
+    if config.bigram_vocab_size:
+        weights += config.bigram_dim * dim
+    if config.ve_dim:
+        weights += config.ve_dim * config.kv_dim
+    attention = runs * (seq_len or config.train_seq_len) * dim
+    return 6 * (weights + attention) / 1e6

@@ -1,0 +1,58 @@
+"""The MLP with a squared LeakyReLU, its norm and its residual."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
+from train.config import Config
+from train.model.init import matrix, zero_matrix
+from train.model.linear import linear, observing, working_weight
+from train.model.norm import rms_norm
+
+
+class MLP(nn.Module):
+    """y = residual + scale ⊙ (leaky_relu(g · rms(x) W_upᵀ)² W_downᵀ); slope 0 is ReLU².
+
+    Args:
+        config: `model_dim`, `mlp_hidden`, `mlp_slope`, `norm_eps`, `orthogonal_init`, `qat`.
+        gain: g, the layer's LN scale.
+    """
+
+    def __init__(self, config: Config, gain: float) -> None:
+        super().__init__()
+        self.up = matrix(config.mlp_hidden, config.model_dim, orthogonal=config.orthogonal_init)
+        self.down = zero_matrix(config.model_dim, config.mlp_hidden)
+        self.slope = config.mlp_slope
+        self.eps = config.norm_eps
+        self.gain = gain
+        self.qat = config.qat
+
+    def forward(self, x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
+        """Apply the MLP and add it to the stream.
+
+        Args:
+            x: `(B, T, d)`, the input before its norm.
+            residual: `(B, T, d)`, what the result is added to.
+            scale: `(d,)`, per-channel factor of the result, in the dtype of `x`.
+
+        Returns:
+            `(B, T, d)`.
+        """
+        fake_quantize = self.qat and self.training
+        # the fused op hides the input of the second matrix, which calibration has to see
+        if observing():
+            normed = rms_norm(x, self.eps) * self.gain
+            hidden = F.leaky_relu(linear(normed, self.up, fake_quantize=fake_quantize), self.slope).square()
+            return residual + scale * linear(hidden, self.down, fake_quantize=fake_quantize)
+        return leaky_relu2_mlp(
+            x,
+            working_weight(self.up, x.dtype, fake_quantize=fake_quantize),
+            working_weight(self.down, x.dtype, fake_quantize=fake_quantize),
+            slope=self.slope,
+            norm_eps=self.eps,
+            gain=self.gain,
+            residual=residual,
+            scale=scale,
+        )

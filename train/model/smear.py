@@ -1,0 +1,61 @@
+"""SmearGate: let each token take something of its predecessor, in the two published forms."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.model.init import constant
+
+_GATE_CHANNELS = 12
+
+
+def predecessor(x: Tensor, starts: Tensor | None = None) -> Tensor:
+    """x[t−1] at each t, and zero at t = 0 and where a document begins.
+
+    Args:
+        x: `(B, T, d)`.
+        starts: `(B, T)` bool, where documents begin; None lets documents leak into each other.
+
+    Returns:
+        `(B, T, d)`.
+    """
+    shifted = F.pad(x[:, :-1], (0, 0, 1, 0))
+    return shifted if starts is None else shifted.masked_fill(starts[..., None], 0.0)
+
+
+class SmearGate(nn.Module):
+    """The form of #262 and #1392: y[t] = (1 − σ(γ)) ⊙ x[t] + σ(γ) ⊙ x[t−1], γ `(d,)` starting at 0.
+
+    Args:
+        dim: d.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gate = constant(0.0, dim)
+
+    def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Smear `x` `(B, T, d)`; `starts` `(B, T)` bool keeps it inside documents, None is as published."""
+        return torch.lerp(x, predecessor(x, starts), torch.sigmoid(self.gate).to(x.dtype))
+
+
+class DocumentSmearGate(nn.Module):
+    """The later form (#1851): y[t] = x[t] + λ σ(w · x[t, :12]) x[t−1], and nothing of the document before.
+
+    λ and w `(1, 12)` start at 0, so the model starts without smear.
+
+    Args:
+        dim: d; narrower models gate on all their channels.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gate = constant(0.0, 1, min(_GATE_CHANNELS, dim))
+        self.scale = constant(0.0)
+
+    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+        """Smear `x` `(B, T, d)` inside the documents that begin at `starts` `(B, T)` bool."""
+        gate = torch.sigmoid(F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)))
+        return x + self.scale.to(x.dtype) * gate * predecessor(x, starts)

@@ -1,0 +1,50 @@
+"""Training through int6 rows (#122): the forward pass sees the rounded weight, the gradient passes straight through."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from golf_kernels.int6 import int6_fake_quantize
+
+CLIP_QUANTILE = 0.9999984
+"""Row quantile of |w| at which #122 clips; with fewer than 625,000 columns it lies between the two largest."""
+
+_LARGEST_CODE = 31
+_SMALLEST_CLIP = 1e-8
+
+
+def fake_quantize_scales(weight: Tensor) -> Tensor:
+    """Row scales of training: s = max(quantile(|w|, 0.9999984), 1e-8) / 31, without the floor that the export has.
+
+    The quantile interpolates linearly between the two largest magnitudes of the row, which is what sorting the whole
+    row would give.
+
+    Args:
+        weight: `(rows, columns)`, float32 or float64.
+
+    Returns:
+        `(rows,)` in the dtype of `weight`, without gradient.
+
+    Raises:
+        ValueError: the quantile would lie below the two largest of that many columns.
+    """
+    columns = weight.shape[-1]
+    position = (columns - 1) * CLIP_QUANTILE
+    if columns < 2 or position < columns - 2:
+        raise ValueError(f"expected 2 to 625,000 columns, got {columns}: the row clip needs the two largest magnitudes")
+    largest, second = torch.topk(weight.detach().abs(), 2, dim=-1).values.unbind(-1)
+    clip = torch.lerp(second, largest, position - (columns - 2))
+    return clip.clamp_min(_SMALLEST_CLIP) / _LARGEST_CODE
+
+
+def fake_quantize_rows(weight: Tensor) -> Tensor:
+    """Round each row to 63 int6 levels: w ← round(clamp(w/s, −31, 31)) · s, with the identity as gradient.
+
+    Args:
+        weight: `(rows, columns)`, float32 or float64.
+
+    Returns:
+        `(rows, columns)` in the dtype of `weight`.
+    """
+    return int6_fake_quantize(weight, fake_quantize_scales(weight))

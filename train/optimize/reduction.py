@@ -1,0 +1,176 @@
+"""Gradients to their mean over ranks, clipping, and weights back to all ranks, without the host waiting for a number."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Reduction:
+    """What the ranks of a run exchange in a step: mean gradients before the optimizers, changed weights after them.
+
+    Replicated parameters (embeddings, vectors, scalars) travel together in one all-reduce, and every rank updates them
+    by itself. Each matrix has one rank that updates it, its owner: the gradients of all matrices travel in one
+    reduce-scatter, after which the owner holds the mean and the others hold nothing, and the changed weights come back
+    in one all-gather. A step's gradient is then the mean over all micro-batches if each rank has accumulated its own
+    with the factor 1 / accumulation. A parameter without a gradient counts as one with a zero gradient, whatever the
+    number of ranks, so that weight decay does not depend on how the graph was cut.
+
+    Args:
+        replicated: parameters that every rank updates by itself.
+        matrices: parameters that one rank updates for all.
+        owners: for each of `matrices`, the rank that updates it; not looked at without a group.
+        group: process group of all ranks; None for one process, which then owns everything.
+
+    Attributes:
+        owned: the matrices that this rank updates, in their order.
+    """
+
+    def __init__(
+        self,
+        replicated: Sequence[nn.Parameter],
+        matrices: Sequence[nn.Parameter],
+        owners: Sequence[int] = (),
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.owned = list(matrices)
+        self._replicated = list(replicated)
+        self._matrices = list(matrices)
+        self._group = group
+        self._rank = dist.get_rank(group) if group is not None else 0
+        self._world_size = dist.get_world_size(group) if group is not None else 1
+        self._gathering: dist.Work | None = None
+        if group is not None:
+            if len(owners) != len(self._matrices) or not all(0 <= owner < self._world_size for owner in owners):
+                raise ValueError(
+                    f"owners: expected one rank in 0..{self._world_size - 1} for each of {len(self._matrices)} matrices, "
+                    f"got {list(owners)}"
+                )
+            self._lay_out(owners)
+
+    def _lay_out(self, owners: Sequence[int]) -> None:
+        ranks = range(self._world_size)
+        shares = [[m for m, o in zip(self._matrices, owners, strict=True) if o == rank] for rank in ranks]
+        self.owned = shares[self._rank]
+        self._by_owner = [matrix for share in shares for matrix in share]
+        self._flat = _buffer(self._replicated, sum(p.numel() for p in self._replicated))
+        self._flat_views = _views(self._flat, self._replicated)
+        longest = max(sum(matrix.numel() for matrix in share) for share in shares)
+        self._all = _buffer(self._matrices, self._world_size * longest)
+        rows = self._all.view(self._world_size, longest)
+        self._all_views = [view for rank in ranks for view in _views(rows[rank], shares[rank])]
+        # gradients stay readable after a step, so weights leave from a place of their own
+        self._own_gradients, self._own_weights = (_buffer(self._matrices, longest) for _ in range(2))
+        self._own_gradient_views = _views(self._own_gradients, self.owned)
+        self._own_weight_views = _views(self._own_weights, self.owned)
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        """Replace `.grad` by the mean over ranks: of replicated parameters everywhere, of a matrix at its owner.
+
+        At the other ranks a matrix's `.grad` becomes None. An owner's may be a view of a buffer that the next call
+        overwrites.
+        """
+        for parameter in (*self._replicated, *self._matrices):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self._group is None:
+            return
+        scattering = None
+        # the larger transfer goes first, so that packing the smaller one overlaps it
+        if self._matrices:
+            torch._foreach_copy_(self._all_views, _gradients(self._by_owner))
+            scattering = _reduce_scatter(self._own_gradients, self._all, self._group)
+        if self._replicated:
+            torch._foreach_copy_(self._flat_views, _gradients(self._replicated))
+            dist.all_reduce(self._flat, op=dist.ReduceOp.SUM, group=self._group)
+            # a sum and a power of two give the exact mean, which not every back end and version has as an operation
+            self._flat.mul_(1 / self._world_size)
+            torch._foreach_copy_(_gradients(self._replicated), self._flat_views)
+        if scattering is not None:
+            scattering.wait()
+            self._own_gradients.mul_(1 / self._world_size)
+            for matrix in self._matrices:
+                matrix.grad = None
+            for matrix, view in zip(self.owned, self._own_gradient_views, strict=True):
+                matrix.grad = view.to(matrix.dtype)
+
+    @torch.no_grad()
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale all reduced gradients by min(1, max_norm / (norm + 1e-6)), with the L2 norm over all of them.
+
+        Args:
+            max_norm: largest norm; 0 only measures.
+
+        Returns:
+            The norm before clipping, 0-dimensional, float32 (float64 for float64 gradients), on the device, equal on
+            all ranks.
+
+        Source: `torch.nn.utils.clip_grad_norm_`, whose formula this is.
+        """
+        parameters = [*self._replicated, *self._matrices]
+        gradients = _gradients([*self._replicated, *self.owned])
+        # each matrix is counted at its owner, and what all ranks hold is counted by the first
+        counted = gradients if self._rank == 0 else _gradients(self.owned)
+        dtype = _wide_dtype(parameters)
+        square = torch.zeros((), dtype=dtype, device=parameters[0].device)
+        if counted:
+            square = torch.stack(torch._foreach_norm(counted, 2, dtype)).square().sum()
+        if self._group is not None:
+            dist.all_reduce(square, op=dist.ReduceOp.SUM, group=self._group)
+        norm = square.sqrt()
+        if max_norm > 0 and gradients:
+            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    @torch.no_grad()
+    def start_gathering(self) -> None:
+        """Send the owned matrices, just updated, on their way to the other ranks."""
+        if self._group is None or not self._matrices:
+            return
+        if self.owned:
+            torch._foreach_copy_(self._own_weight_views, self.owned)
+        self._gathering = _all_gather(self._all, self._own_weights, self._group)
+
+    @torch.no_grad()
+    def finish_gathering(self) -> None:
+        """Put the matrices of all owners into the model; every rank then holds the same bits."""
+        if self._gathering is not None:
+            self._gathering.wait()
+            torch._foreach_copy_(self._by_owner, self._all_views)
+            self._gathering = None
+
+
+def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters]
+
+
+def _wide_dtype(parameters: Sequence[nn.Parameter]) -> torch.dtype:
+    # float32 at least, so that a sum of bfloat16 gradients is rounded once and not per rank
+    return functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)
+
+
+def _buffer(parameters: Sequence[nn.Parameter], size: int) -> Tensor:
+    device = parameters[0].device if parameters else None
+    return torch.zeros(size, dtype=_wide_dtype(parameters), device=device)
+
+
+def _views(buffer: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    sizes = [parameter.numel() for parameter in parameters]
+    pieces = buffer[: sum(sizes)].split(sizes)
+    return [piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters, strict=True)]
+
+
+def _reduce_scatter(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    # torch 2.13 renames this collective and the next, and warns about their old names
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return scatter(output, source, op=dist.ReduceOp.SUM, group=group, async_op=True)
+
+
+def _all_gather(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(output, source, group=group, async_op=True)

@@ -1,0 +1,70 @@
+"""`python -m train.quantize RUN`: make the artifact of a trained run again, or try other quantization settings on it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from train.config import Config, ConfigError, field_help, parse_value
+from train.errors import main_guard
+
+SETTINGS = (
+    "quantizer", "matrix_bits", "embed_bits", "matrix_clip", "matrix_clip_sigmas", "embed_clip", "embed_clip_sigmas",
+    "scale_floor", "gptq_calib_batches", "gptq_damp", "gptq_block_size", "gptq_act_order", "passthrough_max_elements", "codec",
+    "max_artifact_bytes", "data_path", "device",
+)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Calibrate, quantize and pack the weights of a run folder; under torchrun its ranks share the calibration."""
+    arguments = _parser().parse_args(argv)
+    # imported after the arguments are read: torch takes seconds, --help should not
+    from train.distributed import start_ranks
+    from train.logger import RunLogger
+    from train.model.gpt import GPT
+    from train.run import RunFolder
+    from train.stages import artifact_stage, load_weights, quantize_stage
+
+    folder = RunFolder(arguments.run)
+    config = folder.trained_config()
+    changes = _changes(arguments, config)
+    config = config.replace(**changes)
+    if changes and arguments.out is None:
+        raise ConfigError(
+            f"--out: needed with other settings than the run's ({', '.join(changes)}): its own artifact stays"
+        )
+    with start_ranks(config.device) as ranks, RunLogger(folder.path, config.seed, ranks.rank) as log:
+        model: GPT = load_weights(folder).to(ranks.device)
+        tensors = quantize_stage(config, model, ranks, log)
+        artifact_stage(config, arguments.out or folder.artifact, model, tensors, ranks, log)
+    return 0
+
+
+def _changes(arguments: argparse.Namespace, config: Config) -> dict[str, object]:
+    given = {name: text for name in SETTINGS if (text := getattr(arguments, name)) is not None}
+    values = {name: parse_value(name, text, f"--{name}") for name, text in given.items()}
+    return {name: value for name, value in values.items() if getattr(config, name) != value}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.quantize",
+        description="Quantize a run's trained weights and pack them: RUN/weights.pt becomes RUN/model.golf.",
+        epilog="examples:\n"
+        "  python -m train.quantize runs/quickstart_20260101-120000\n"
+        "  python -m train.quantize runs/quickstart_20260101-120000 --matrix_clip_sigmas 10 --out /tmp/k10.golf\n"
+        "  torchrun --standalone --nproc_per_node=2 -m train.quantize runs/quickstart_20260101-120000",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, help="run folder with config.json, training.json and weights.pt"
+    )
+    parser.add_argument("--out", type=Path, help="write the artifact here instead of RUN/model.golf")
+    for name in SETTINGS:
+        parser.add_argument(f"--{name}", metavar="VALUE", help=field_help(name).replace("%", "%%"))
+    return parser
+
+
+if __name__ == "__main__":
+    main_guard(lambda: main(sys.argv[1:]))

@@ -1,0 +1,181 @@
+"""Row scales: how far from zero each row of a matrix is clipped before it is rounded to codes.
+
+Every function takes the same arguments and returns one float16 scale per row, s = max(clip / (2^(bits−1) − 1), floor);
+a weight w becomes the code round(clamp(w / s)) within ±(2^(bits−1) − 1). `ROW_SCALES` names them for the settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from train.errors import UserError
+
+QUANTILE = 0.9999984
+"""The row quantile of |w| at which #122, #265 and #1392 clip."""
+
+SEARCH_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+"""The row quantiles among which #1392 chooses."""
+
+HESSIAN_STRENGTH = 0.175
+"""λ of the Hessian-aware SDClip (#1412)."""
+
+# float16(1e-10) is zero, and a row must never be divided by it
+_SMALLEST_SCALE = 2.0**-24
+
+# torch.quantile refuses more than 2^24 elements at once
+_QUANTILE_ELEMENTS = 1 << 22
+
+
+class RowScales(Protocol):
+    """Scales of the rows of a matrix; see `sdclip` for the arguments, of which each function reads what it needs."""
+
+    def __call__(
+        self, rows: Tensor, bits: int, *, sigmas: float = ..., floor: str = ..., hessian: Tensor | None = None
+    ) -> Tensor: ...
+
+
+def largest_code(bits: int) -> int:
+    """The largest code of `bits` bits, 2^(bits−1) − 1: 31 for int6, 127 for int8. The smallest is its negative.
+
+    Raises:
+        UserError: `bits` is outside 2..8.
+    """
+    if not 2 <= bits <= 8:
+        raise UserError(f"bits: codes have 2 to 8 bits, got {bits}: choose one of these")
+    return 2 ** (bits - 1) - 1
+
+
+def rtn(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Round to nearest: q = round(clamp(w / s, −m, m)), m = 2^(bits−1) − 1, ties to even.
+
+    Args:
+        weight: `(..., rows, columns)`, float32 or float64.
+        scales: `(..., rows)`, positive.
+        bits: 2 to 8.
+
+    Returns:
+        `(..., rows, columns)` int8.
+    """
+    limit = largest_code(bits)
+    return (weight / scales.to(weight.dtype).unsqueeze(-1)).clamp(-limit, limit).round().to(torch.int8)
+
+
+def row_max(
+    rows: Tensor, bits: int, *, sigmas: float = 0.0, floor: str = "published", hessian: Tensor | None = None
+) -> Tensor:
+    """Clip at the largest magnitude: c = max |w| (#262). Arguments as for `sdclip`."""
+    return _to_scales(rows.abs().amax(dim=1), bits, floor)
+
+
+def quantile(
+    rows: Tensor, bits: int, *, sigmas: float = 0.0, floor: str = "published", hessian: Tensor | None = None
+) -> Tensor:
+    """Clip at the 0.9999984 quantile of |w| (#122). Arguments as for `sdclip`."""
+    return _to_scales(_row_quantiles(rows, QUANTILE), bits, floor)
+
+
+def percentile_candidates(rows: Tensor, bits: int, *, floor: str = "published") -> list[Tensor]:
+    """The scales of all five candidates of `percentile_search`, for a search under another rounding than to nearest."""
+    return [_to_scales(_row_quantiles(rows, share), bits, floor) for share in SEARCH_QUANTILES]
+
+
+def percentile_search(
+    rows: Tensor, bits: int, *, sigmas: float = 0.0, floor: str = "published", hessian: Tensor | None = None
+) -> Tensor:
+    """Of five row quantiles take, for the whole matrix, that with the least Σ (w − ŵ)² (#1392). Arguments as for `sdclip`.
+
+    ŵ is rounded to nearest; a tie goes to the smaller quantile.
+    """
+    candidates = percentile_candidates(rows, bits, floor=floor)
+    errors = [squared_error(rows, rtn(rows, scales, bits), scales) for scales in candidates]
+    return candidates[errors.index(min(errors))]
+
+
+def squared_error(rows: Tensor, codes: Tensor, scales: Tensor) -> float:
+    """Σ (w − q s)² over a matrix, summed in float64."""
+    return (rows - codes * scales.to(rows.dtype).unsqueeze(-1)).double().square().sum().item()
+
+
+def sdclip(
+    rows: Tensor, bits: int, *, sigmas: float = 12.85, floor: str = "published", hessian: Tensor | None = None
+) -> Tensor:
+    """Clip at a number of standard deviations of the row: c = k σ, s = max(k σ / (2^(bits−1) − 1), floor).
+
+    Args:
+        rows: `(rows, columns)`, float32 or float64.
+        bits: bits of the codes, 2 to 8.
+        sigmas: k, in (unbiased) standard deviations of each row.
+        floor: "published", 1/(2^(bits−1) − 1), as #1471 has it, or "none", 1e-10, as #1394 has it.
+        hessian: `(columns, columns)` of the matrix; only `hessian_sdclip` reads it.
+
+    Returns:
+        `(rows,)` float16, positive: where float16 would round a scale to zero, it is 2⁻²⁴.
+
+    Raises:
+        UserError: `bits` or `floor` is none of these, or a row has one element and hence no deviation.
+
+    Source: #1394, #1471.
+    """
+    return _to_scales(sigmas * _row_deviations(rows), bits, floor)
+
+
+def hessian_sdclip(
+    rows: Tensor, bits: int, *, sigmas: float = 12.85, floor: str = "published", hessian: Tensor | None = None
+) -> Tensor:
+    """SDClip that spares rows whose large weights meet strong inputs: c = k σ (1 + λ (r − 1)), λ = 0.175.
+
+    h_j = H_jj / mean(diag H), r_i = mean_j |w_ij| h_j, divided by its mean over the rows. Arguments as for `sdclip`.
+
+    Raises:
+        UserError: as `sdclip`, or there is no Hessian.
+
+    Source: #1412.
+    """
+    if hessian is None:
+        raise UserError("hessian_sdclip: this row clip needs the matrix's Hessian: choose sdclip where there is none")
+    diagonal = hessian.diagonal().to(rows.dtype).clamp_min(1e-8)
+    importance = (rows.abs() * (diagonal / diagonal.mean())).mean(dim=1)
+    # a matrix of zeros has no important rows
+    relative = importance / importance.mean().clamp_min(torch.finfo(rows.dtype).tiny)
+    adjusted = 1 + HESSIAN_STRENGTH * (relative - 1)
+    return _to_scales(sigmas * _row_deviations(rows) * adjusted, bits, floor)
+
+
+ROW_SCALES: dict[str, RowScales] = {
+    "sdclip": sdclip,
+    "hessian_sdclip": hessian_sdclip,
+    "row_max": row_max,
+    "quantile": quantile,
+    "percentile_search": percentile_search,
+}
+"""Row scales by the name that `matrix_clip` and `embed_clip` take."""
+
+
+_FLOORS: dict[str, Callable[[int], float]] = {
+    "published": lambda bits: 1 / largest_code(bits),
+    "none": lambda bits: 1e-10,
+}
+
+
+def _to_scales(clip: Tensor, bits: int, floor: str) -> Tensor:
+    if floor not in _FLOORS:
+        raise UserError(f"scale_floor: expected one of {', '.join(_FLOORS)}, got {floor!r}")
+    scales = (clip / largest_code(bits)).clamp_min(_FLOORS[floor](bits)).to(torch.float16)
+    return scales.clamp_min(_SMALLEST_SCALE)
+
+
+def _row_deviations(rows: Tensor) -> Tensor:
+    if rows.shape[1] < 2:
+        raise UserError("sdclip: rows of one element have no standard deviation: choose row_max for this matrix")
+    return rows.std(dim=1) if len(rows) else rows.new_empty(0)
+
+
+def _row_quantiles(rows: Tensor, share: float) -> Tensor:
+    if not len(rows):
+        return rows.new_empty(0)
+    step = max(_QUANTILE_ELEMENTS // rows.shape[1], 1)
+    return torch.cat([torch.quantile(part.abs(), share, dim=1) for part in rows.split(step)])

@@ -1,0 +1,159 @@
+"""The stages of a run, each of which needs only what the ones before it left in the run folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from train.artifact import load_model, write_artifact
+from train.artifact.code_size import package_code_bytes
+from train.checkpoint import read_tensors
+from train.config import Config
+from train.data.build import build_dataset
+from train.data.corpus import split_documents, stdlib_documents
+from train.data.loaders import make_loader
+from train.distributed import Ranks
+from train.errors import UserError
+from train.evaluate import evaluate_model
+from train.files import atomic_write, atomic_writer
+from train.logger import RunLogger
+from train.loop import load_validation, train
+from train.model.gpt import GPT
+from train.quantize.calibrate import collect_hessians
+from train.quantize.tensors import StoredTensors, dequantize_state, matrices_to_calibrate, quantize_model
+from train.run import RunFolder
+from train.scores import evaluation_entry, write_evaluation
+
+
+def prepare_data(config: Config, ranks: Ranks) -> None:
+    """Build the embedded corpus's shards if the recipe has one and they are not there yet.
+
+    Raises:
+        UserError: the data is missing and the recipe has no embedded text to make it from.
+    """
+    path = Path(config.data_path)
+    if not config.data_path:
+        raise UserError("data_path: not set: give a folder of shards (python -m train.data makes one)")
+    if ranks.is_main and not path.exists():
+        if not config.corpus:
+            raise UserError(
+                f"data_path: {path} does not exist: make it with python -m train.data (fineweb --variant sp{config.vocab_size}, "
+                "or text PATH… for your own), or set DATA_PATH"
+            )
+        print("text: the Python standard library's own sources and documentation (nothing is downloaded)", flush=True)
+        training, validation = split_documents(stdlib_documents())
+        build_dataset(training, validation, path, config.vocab_size, name="stdlib", source="Python standard library")
+    ranks.barrier()
+
+
+def train_stage(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> GPT:
+    """Train, and leave weights.pt and training.json; a run that has them already is not trained again."""
+    if folder.weights.exists() and folder.training.exists():
+        log.line("training: finished before, weights.pt is taken")
+        return load_weights(folder).to(ranks.device)
+    result = train(config, folder, ranks, log)
+    if ranks.is_main:
+        with atomic_writer(folder.weights) as file:
+            torch.save(result.model.state_dict(), file)
+        measured = {
+            "steps": result.steps,
+            "seconds": result.seconds,
+            "recurrence": result.recurrence,
+            "first": asdict(result.first),
+            "last": asdict(result.last),
+        }
+        atomic_write(folder.training, json.dumps(measured, indent=1) + "\n")
+        folder.checkpoint.unlink(missing_ok=True)
+    ranks.barrier()
+    return result.model
+
+
+def load_weights(folder: RunFolder) -> GPT:
+    """The trained model of a run, from weights.pt.
+
+    Raises:
+        UserError: training has not finished, or the file is not the weights of this run.
+    """
+    model = GPT(folder.trained_config())
+    path = folder.need(folder.weights, f"python -m train --run_id {folder.path.name} --resume auto")
+    try:
+        model.load_state_dict(read_tensors(path))
+    except RuntimeError as error:
+        raise UserError(f"{path}: not the weights of this run ({str(error).splitlines()[0]}): train again") from error
+    return model
+
+
+def quantize_stage(config: Config, model: GPT, ranks: Ranks, log: RunLogger) -> StoredTensors:
+    """Calibrate on training batches, round, and return what the artifact stores; the same on every rank."""
+    names = matrices_to_calibrate(model, config)
+    hessians = {}
+    if names:
+        loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
+        share = -(-config.gptq_calib_batches // ranks.world_size)
+        started = time.perf_counter()
+        batches = []
+        while len(batches) < share:
+            batches += [inputs for inputs, _ in loader.next_batch()]
+        recurrence = bool(config.recur_layers)
+        hessians = collect_hessians(model, batches[:share], names, recurrence=recurrence, all_reduce=ranks.sum)
+        log.line(
+            f"gptq:calibrated {len(hessians)} matrices on {share * ranks.world_size} training batches in {time.perf_counter() - started:.1f}s"
+        )
+    started = time.perf_counter()
+    tensors = quantize_model(model, config, hessians, note=log.line)
+    log.line(f"gptq:quantized {len(tensors)} tensors in {time.perf_counter() - started:.1f}s")
+    return tensors
+
+
+def artifact_stage(config: Config, path: Path, model: GPT, tensors: StoredTensors, ranks: Ranks, log: RunLogger) -> GPT:
+    """Write the artifact, read it back from its bytes, and make sure that nothing was lost on the way.
+
+    Returns:
+        The model that the artifact's bytes hold.
+    """
+    if ranks.is_main:
+        size = package_code_bytes()
+        info = write_artifact(path, tensors, config, code_bytes=size.plain_bytes)
+        log.sizes(
+            raw_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+            code_bytes=size.plain_bytes,
+            model_bytes=info.model_bytes,
+            bits=config.matrix_bits,
+            codec=config.codec,
+        )
+    ranks.barrier()
+    loaded = load_model(path, config)
+    expected = dequantize_state(tensors)
+    for name, parameter in loaded.named_parameters():
+        if not torch.equal(parameter, expected[name].to(parameter.dtype)):
+            raise RuntimeError(f"{path}: {name} differs from the quantized tensor that was written")
+    return loaded.to(ranks.device)
+
+
+def evaluate_stage(folder: RunFolder, model: GPT, ranks: Ranks, log: RunLogger) -> None:
+    """Score the artifact's model, flat and with the recipe's sliding window."""
+    config = folder.trained_config()
+    validation = load_validation(config)
+    recurrence = bool(config.recur_layers)
+    common = {"recurrence": recurrence, "rank": ranks.rank, "world_size": ranks.world_size, "progress": True}
+    for stride in sorted({0, config.eval_stride}):
+        scored = config.replace(eval_stride=stride)
+        result = evaluate_model(
+            model,
+            validation.tokens,
+            validation.tables,
+            scored,
+            description=f"evaluate, stride {stride or 'flat'}",
+            **common,
+        )
+        if not ranks.is_main:
+            continue
+        entry = evaluation_entry(
+            result, scored, weights="artifact", world_size=ranks.world_size, device=str(ranks.device)
+        )
+        write_evaluation(folder, entry)
+        log.final(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=stride)
