@@ -17,6 +17,9 @@ constexpr int kChunkBytes = kChunk / 4 * 3;
 // so many descriptors fit in the 4 KB of kernel arguments that every driver takes; a model has fewer matrices
 constexpr int kMatrices = 80;
 
+// so that a column plus an offset in the chunk fits in 32 bits
+constexpr int64_t kMaxColumns = 2147483647;
+
 struct Table {
     GolfInt6Matrix matrices[kMatrices];
     int first_block[kMatrices + 1];
@@ -256,6 +259,7 @@ int dequantize(const GolfInt6Matrix* matrices, int64_t count, int scale_dtype, c
     table.count = 0;
     int64_t blocks = 0;
     for (int64_t i = 0; i < count; ++i) {
+        if (matrices[i].columns > kMaxColumns) return cudaErrorInvalidValue;
         const int64_t elements = matrices[i].rows * matrices[i].columns;
         if (elements > 0) {
             table.matrices[table.count] = matrices[i];
@@ -276,6 +280,7 @@ int dequantize(const GolfInt6Matrix* matrices, int64_t count, int scale_dtype, c
 template <typename Value>
 int fake_quantize(const void* weight, const void* scales, void* result, int64_t rows, int64_t columns,
                   cudaStream_t stream) {
+    if (columns > kMaxColumns) return cudaErrorInvalidValue;
     if (rows * columns == 0) return cudaSuccess;
     fake_quantize_kernel<Value><<<static_cast<unsigned>(blocks_of(rows * columns)), kThreads, 0, stream>>>(
         static_cast<const Value*>(weight), static_cast<const float*>(scales), static_cast<Value*>(result), rows,

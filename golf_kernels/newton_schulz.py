@@ -223,7 +223,7 @@ def _reference(
     norm_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
     for indices in groups.values():
         banks = [matrices[index] if matrices[index].ndim == 3 else matrices[index].unsqueeze(0) for index in indices]
-        stack = torch.cat([bank.to(norm_dtype) for bank in banks]).contiguous()
+        stack = torch.cat([bank.to(norm_dtype) for bank in banks])
         if stack.numel():
             stack = _iterate(_prescale(stack, eps, prescale).to(compute_dtype), coefficients)
         for index, result in zip(indices, torch.split(stack, [len(bank) for bank in banks]), strict=True):

@@ -84,6 +84,13 @@ def test_every_truncation_and_any_addition_is_refused(name: str) -> None:
             CODECS[name].decode(damaged, 200)
 
 
+def test_a_stream_that_has_all_its_bytes_but_no_end_is_refused() -> None:
+    encoder = brotli.Compressor()
+    stream = encoder.process(SAMPLE) + encoder.flush()
+    with pytest.raises(CodecError, match="codec brotli: the stream ends early, after 3,001 decoded bytes"):
+        CODECS["brotli"].decode(stream, len(SAMPLE))
+
+
 @pytest.mark.parametrize("name", STREAM_CODECS)
 def test_foreign_bytes_are_refused(name: str) -> None:
     for foreign in (b"", b"\xff" * 50, SAMPLE):

@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,9 @@ def test_a_foreign_manifest_is_refused_and_none_is_none(tmp_path: Path) -> None:
             read_manifest(tmp_path)
 
 
+@pytest.mark.skipif(
+    not (shutil.which("gzip") and shutil.which("xz")), reason="the programs gzip and xz are not installed"
+)
 def test_yardsticks_are_what_the_programs_need(documents: list[Document]) -> None:
     before, text = (
         "".join(document.text for document in documents[5:]),

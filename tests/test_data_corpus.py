@@ -95,6 +95,8 @@ def test_text_files_folders_and_jsonl_in_order(tmp_path: Path) -> None:
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-20], r"a\.jsonl\.gz: broken"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: broken"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 999)[:-20], r"a\.jsonl\.xz: broken"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:20] + b"\xff" * 40, r"a\.jsonl\.gz: broken"),
+        ("a.jsonl.xz", b"no xz", r"a\.jsonl\.xz: broken"),
         ("folder/a.png", b"x", r"folder: no text file"),
     ],
 )

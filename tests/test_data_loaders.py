@@ -118,8 +118,8 @@ def windows(loader: Loader, count: int) -> list[int]:
 def test_shuffled_sees_every_window_once_per_epoch(data: Path) -> None:
     loader = make_loader(config(data, loader="shuffled"), 0, 1)
     per_epoch = 999 // SEQ + 699 // SEQ + 1049 // SEQ
-    firsts = windows(loader, 3 * per_epoch // 16)
-    epochs = [firsts[:per_epoch], firsts[per_epoch : 2 * per_epoch]]
+    firsts = windows(loader, 4 * per_epoch // 16)
+    epochs = [firsts[index * per_epoch : (index + 1) * per_epoch] for index in range(3)]
     for epoch in epochs:
         assert epoch != sorted(epoch)
         placed = sorted(epoch)
@@ -129,6 +129,8 @@ def test_shuffled_sees_every_window_once_per_epoch(data: Path) -> None:
             assert inside == [low + phase + SEQ * index for index in range(count)]
             assert phase + count * SEQ < length
     assert epochs[0] != epochs[1]
+    # shards are cut in other places as well
+    assert len({min(epoch) for epoch in epochs}) > 1
 
 
 def test_shuffled_depends_on_the_seed_and_coprime_does_not(data: Path) -> None:

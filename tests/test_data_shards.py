@@ -83,9 +83,13 @@ def test_writer_puts_bos_first_and_lets_documents_straddle(tmp_path: Path) -> No
 
 
 def test_writer_leaves_no_part_behind_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="65535"), ShardWriter(tmp_path, "x", "val", shard_tokens=100) as writer:
-        for document in ([5], [70000]):
-            writer.add(document)
+    def add() -> None:
+        with ShardWriter(tmp_path, "x", "val", shard_tokens=100) as writer:
+            writer.add([5])
+            writer.add([70000])
+
+    with pytest.raises(UserError, match="65535"):
+        add()
     assert not list(tmp_path.iterdir())
 
 
@@ -95,7 +99,7 @@ def test_validation_tokens_are_all_shards_trimmed(tmp_path: Path) -> None:
     write_shard(tmp_path / "x_val_000000.bin", stream[:20])
     # the bytes sidecar of another export is no shard of this split
     (tmp_path / "x_val_bytes_000000.bin").write_bytes(b"other")
-    for seq_len in (1, 4, 7, 29):
+    for seq_len in (1, 4, 7, 10, 15, 29):
         kept = (30 - 1) // seq_len * seq_len + 1
         assert load_validation_tokens(tmp_path, seq_len).tolist() == stream[:kept].tolist()
     with pytest.raises(UserError, match="30 tokens, one sequence needs 31"):

@@ -71,6 +71,13 @@ def test_long_documents_are_not_left_out(tmp_path: Path) -> None:
     assert any("z" in tokenizer.IdToPiece(index) for index in range(260, 290))
 
 
+def test_digits_stay_apart(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["the year 2024 was 2024 days long "] * 50, 290, tmp_path / "digits.model")
+    assert not [
+        piece for piece in map(tokenizer.IdToPiece, range(260, 290)) if any(map(str.isdigit, piece)) and len(piece) > 1
+    ]
+
+
 def test_tables_follow_the_published_rules(model: Path) -> None:
     tokenizer = load_tokenizer(model, VOCAB)
     tables = byte_tables(tokenizer, VOCAB + 3)
@@ -119,7 +126,9 @@ def test_a_space_after_bos_is_free_and_bos_is_no_byte(model: Path) -> None:
 
 def test_tensors_count_like_arrays(model: Path) -> None:
     tables = byte_tables(load_tokenizer(model, VOCAB), VOCAB)
-    ids = np.random.default_rng(0).integers(0, VOCAB, (3, 50))
+    # half of them special, so that spaces often follow a boundary
+    ids = np.random.default_rng(0).integers(0, VOCAB, (3, 400)) * np.random.default_rng(1).integers(0, 2, (3, 400))
+    assert (tables.has_leading_space[ids[:, 1:]] & tables.is_boundary[ids[:, :-1]]).any()
     expected = [
         [
             int(tables.base_bytes[t]) + int(tables.has_leading_space[t] and not tables.is_boundary[p])
@@ -179,7 +188,11 @@ def test_refuses_another_vocabulary_a_foreign_file_and_none(model: Path, tmp_pat
         ([], 300, "text is empty"),
         (["  \n "], 300, "text is empty"),
         (["ab ab"], 300, "pieces to offer"),
-        (["abcdefgh"], 262, "262 pieces can't"),
+        (
+            ["abcdefgh"],
+            262,
+            "262 pieces can't be trained on this text: its characters alone take 268: give --vocab 268 or more",
+        ),
     ],
 )
 def test_training_says_what_is_wrong_with_the_text(
@@ -190,12 +203,13 @@ def test_training_says_what_is_wrong_with_the_text(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_while_reading_documents_is_passed_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [UserError("line 7"), KeyboardInterrupt("line 7")])
+def test_an_error_while_reading_documents_is_passed_on(tmp_path: Path, error: BaseException) -> None:
     def documents():
         yield "some text"
-        raise UserError("line 7: not UTF-8")
+        raise error
 
-    with pytest.raises(UserError, match="line 7"):
+    with pytest.raises(type(error), match="line 7"):
         train_tokenizer(documents(), 300, tmp_path / "x.model")
     assert not list(tmp_path.iterdir())
 

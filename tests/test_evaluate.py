@@ -1,35 +1,31 @@
-"""Windows, sums and counts against a plain loop, the published counts, and the command on a run folder."""
+"""Sums and counts against a plain loop, shapes, ranks, progress and refusals."""
 
-import json
 import math
-import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from plain_evaluation import plain_score, plain_windows
 from torch import Tensor, nn
 
-from train.artifact import load_model, write_artifact
 from train.config import Config
-from train.data.shards import load_validation_tokens, write_shard
-from train.data.tokenizer import ByteTables, byte_tables, load_tokenizer, train_tokenizer
+from train.data.tokenizer import ByteTables
 from train.errors import UserError
-from train.evaluate import evaluate_model, flat_evaluation, main, plan_windows
-from train.log_grammar import GRAMMAR
-from train.logger import read_metrics
-from train.model.gpt import GPT
-from train.quantize.tensors import quantize_model
+from train.evaluate import evaluate_model, flat_evaluation
 
 VOCAB = 37
 CONFIG = Config(vocab_size=259, eval_batch_seqs=4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small are slower on several threads, above all beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class StandIn(nn.Module):
@@ -59,112 +55,6 @@ def make_text(count: int, seed: int = 0) -> tuple[np.ndarray, ByteTables]:
     base = np.where(boundary, 0, random.integers(1, 9, VOCAB)).astype(np.int16)
     space = (random.random(VOCAB) < 0.4) & ~boundary
     return tokens, ByteTables(base, space, boundary)
-
-
-def plain_windows(total: int, length: int, stride: int, rule: str) -> Iterator[tuple[int, list[int]]]:
-    """Start and scored targets of each window, straight from the published table."""
-    start = 0
-    while True:
-        end = min(start + length, total)
-        if stride == 0:
-            if start >= total:
-                return
-            yield start, list(range(start, end))
-            start += length
-            continue
-        if rule == "once":
-            if start > 0 and start + length - stride >= total:
-                return
-            scored = range(start if start == 0 else start + length - stride, end)
-        elif rule == "overlap_tail":
-            if start >= total:
-                return
-            scored = range(start if start == 0 else max(end - stride, start), end)
-        else:
-            if start + length > total:
-                return
-            scored = range(end - stride, end)
-        yield start, list(scored)
-        start += stride
-
-
-def plain_score(
-    model: StandIn, tokens: np.ndarray, tables: ByteTables, length: int, stride: int, rule: str, softcap: float
-) -> tuple[float, int, int]:
-    """Nats, tokens and bytes: full logits, one window at a time, one token at a time."""
-    nats, count, size = 0.0, 0, 0
-    total = len(tokens) - 1
-    for start, scored in plain_windows(total, length, stride, rule):
-        ids = torch.tensor([[int(token) for token in tokens[start : min(start + length, total)]]])
-        with torch.no_grad():
-            logits = model.hidden(ids, recurrence=True)[0] @ model.head_weight.T
-        z = (softcap * torch.tanh(logits / softcap)).double()
-        for index in scored:
-            target, previous = int(tokens[index + 1]), int(tokens[index])
-            row = z[index - start]
-            nats += math.log(sum(math.exp(float(value)) for value in row)) - float(row[target])
-            count += 1
-            size += int(tables.base_bytes[target])
-            size += int(bool(tables.has_leading_space[target]) and not bool(tables.is_boundary[previous]))
-    return nats, count, size
-
-
-@pytest.mark.parametrize(
-    ("targets", "seq_len", "overlap_tail", "once"),
-    [(62_021_632, 2048, 969_088, 969_057), (45_508_608, 2048, 711_072, 711_041), (40_540_160, 2048, 633_440, 633_409)],
-)
-def test_published_window_counts(targets: int, seq_len: int, overlap_tail: int, once: int) -> None:
-    old, new = plan_windows(targets, seq_len, 64, "overlap_tail"), plan_windows(targets, seq_len, 64, "once")
-    assert (len(old.start), old.scored) == (overlap_tail, targets + 1_984)
-    assert (len(new.start), new.scored) == (once, targets)
-    assert old.start.dtype == new.length.dtype == new.score_from.dtype == np.int64
-
-
-def test_published_counts_of_the_rule_with_full_windows() -> None:
-    plan = plan_windows(50_905_088, 4096, 64, "full_windows")
-    assert (len(plan.start), plan.scored) == (795_329, 50_901_056)
-    assert int(plan.score_from[0]) == 4_032 and 50_905_088 - plan.scored == 4_032
-
-
-def test_flat_rows_of_the_published_validation_set() -> None:
-    plan = plan_windows(62_021_632, 2048, 0)
-    assert (len(plan.start), plan.scored) == (30_284, 62_021_632)
-
-
-@given(total=st.integers(1, 60), seq_len=st.integers(1, 20), data=st.data())
-@settings(max_examples=200, deadline=None)
-def test_every_rule_scores_the_targets_it_promises(total: int, seq_len: int, data: st.DataObject) -> None:
-    stride = data.draw(st.integers(0, seq_len))
-    for rule in ("once", "overlap_tail", "full_windows"):
-        if rule == "full_windows" and stride and total < seq_len:
-            with pytest.raises(UserError, match="no window of"):
-                plan_windows(total, seq_len, stride, rule)
-            continue
-        plan = plan_windows(total, seq_len, stride, rule)
-        found = [
-            (start, list(range(start + score_from, start + length)))
-            for start, length, score_from in zip(*plan, strict=True)
-        ]
-        assert found == list(plain_windows(total, seq_len, stride, rule))
-        times = np.bincount([target for _, targets in found for target in targets], minlength=total)
-        if rule == "once" or stride == 0:
-            assert times.tolist() == [1] * total
-        elif rule == "overlap_tail":
-            assert times.min() == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "fragment"),
-    [
-        ((0, 8, 2, "once"), "nothing to score"),
-        ((10, 8, 9, "once"), "stride: expected 0"),
-        ((10, 8, -1, "once"), "stride: expected 0"),
-        ((10, 8, 2, "twice"), "rule: expected one of once, overlap_tail, full_windows"),
-    ],
-)
-def test_bad_plans_are_refused(arguments: tuple[int, int, int, str], fragment: str) -> None:
-    with pytest.raises(UserError, match=fragment):
-        plan_windows(*arguments)
 
 
 @pytest.mark.parametrize("rule", ["once", "overlap_tail", "full_windows"])
@@ -296,177 +186,3 @@ def test_progress_shows_the_running_bpb(capsys: pytest.CaptureFixture[str], monk
     assert lines[-1].endswith(f"bpb {result.val_bpb:.4f}")
     evaluate_model(StandIn(), tokens, tables, CONFIG, seq_len=16, stride=4)
     assert capsys.readouterr().out == ""
-
-
-TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. ".split()
-MODEL = Config(
-    vocab_size=300,
-    num_layers=2,
-    model_dim=16,
-    num_heads=2,
-    num_kv_heads=1,
-    train_seq_len=32,
-    train_batch_tokens=256,
-    rope_train_seq_len=64,
-    recur_layers=(1,),
-    quantizer="rtn",
-    passthrough_max_elements=64,
-    embed_dtype="float32",
-    eval_stride=8,
-    eval_batch_seqs=7,
-)
-
-
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with data, weights and artifact of a model that was not trained."""
-    root = tmp_path_factory.mktemp("finished")
-    data, run = root / "data", root / "run"
-    data.mkdir()
-    run.mkdir()
-    random = np.random.default_rng(3)
-    documents = [" ".join(random.choice(TEXT, 40)) for _ in range(60)]
-    tokenizer = train_tokenizer(documents, MODEL.vocab_size, data / "tiny_300_bpe.model")
-    ids = np.concatenate([[1, *tokenizer.Encode(document)] for document in documents[:12]])
-    write_shard(data / "tiny_val_000000.bin", ids)
-    config = MODEL.replace(data_path=str(data))
-    (run / "config.json").write_text(json.dumps(config.to_dict()))
-    torch.manual_seed(5)
-    model = GPT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
-    torch.save(model.state_dict(), run / "weights.pt")
-    (run / "training.json").write_text(json.dumps({"recurrence": True}))
-    write_artifact(run / "model.golf", quantize_model(model, config, {}), config, code_bytes=0)
-    return run
-
-
-def run_truth(run: Path, seq_len: int, stride: int, limit: int | None = None) -> tuple[float, int, int]:
-    """Nats, tokens and bytes of the artifact's model by the plain loop."""
-    config = Config.from_dict(json.loads((run / "config.json").read_text()))
-    tokens = load_validation_tokens(config.data_path, 32)[:limit]
-    tables = byte_tables(load_tokenizer(Path(config.data_path) / "tiny_300_bpe.model", 300), 300)
-    return plain_score(load_model(run / "model.golf"), tokens, tables, seq_len, stride, "once", config.logit_softcap)
-
-
-def test_command_scores_the_artifact_from_its_bytes(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
-    assert main([str(run)]) == 0
-    nats, tokens, size = run_truth(run, 32, 8)
-    (entry,) = json.loads((run / "evaluation.json").read_text()).values()
-    assert (entry["tokens"], entry["bytes"]) == (tokens, size)
-    assert entry["val_loss"] == pytest.approx(nats / tokens, rel=1e-6)
-    assert entry["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
-    rounded, exact = capsys.readouterr().out.splitlines()[-2:]
-    match = GRAMMAR["final"].fullmatch(rounded)
-    assert match and match["name"] == "int6_sliding_window" and match["stride"] == "8"
-    assert exact == f"final_int6_sliding_window_exact val_loss:{entry['val_loss']:.8f} val_bpb:{entry['val_bpb']:.8f}"
-    assert read_metrics(run / "metrics.jsonl") == [{"kind": "final", **entry}]
-
-
-def test_command_options_change_what_is_scored_and_scores_stand_side_by_side(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
-    arguments = ["--stride", "0", "--max-tokens", "150", "--seq-len", "16", "--batch-seqs", "3", "--json"]
-    main([str(run), *arguments])
-    entry = json.loads(capsys.readouterr().out)
-    nats, tokens, size = run_truth(run, 16, 0, 151)
-    assert (entry["tokens"], entry["bytes"], entry["windows"], entry["name"]) == (150, size, 10, "int6_roundtrip")
-    assert entry["val_loss"] == pytest.approx(nats / tokens, rel=1e-6)
-    main([str(run), *arguments, "--weights", "master"])
-    master = json.loads(capsys.readouterr().out)
-    assert master["name"] == "prequant_roundtrip" and 0 < abs(master["val_loss"] - entry["val_loss"]) < 0.2
-    main([str(run), "--rule", "overlap_tail", "--max-tokens", "150", "--json"])
-    repeated = json.loads(capsys.readouterr().out)
-    # windows at 120, 128, 136 and 144 end at 150 with the 8 targets that the one at 112 ... scored already
-    assert repeated["tokens"] == plan_windows(150, 32, 8, "overlap_tail").scored > 150
-    main([str(run), *arguments])
-    scores = json.loads((run / "evaluation.json").read_text())
-    assert len(scores) == 3 and len(read_metrics(run / "metrics.jsonl")) == 4
-
-
-def test_command_gives_the_same_score_on_two_ranks(finished_run: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
-    main([str(run), "--json"])
-    (alone,) = json.loads((run / "evaluation.json").read_text()).values()
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "train.evaluate",
-    ]
-    root = Path(__file__).parents[1]
-    result = subprocess.run([*command, str(run)], cwd=root, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    (shared,) = json.loads((run / "evaluation.json").read_text()).values()
-    assert shared["world_size"] == 2 and alone["world_size"] == 1
-    for name in ("tokens", "bytes", "windows"):
-        assert shared[name] == alone[name]
-    assert shared["val_bpb"] == pytest.approx(alone["val_bpb"], rel=1e-7)
-    # one rank reports for both
-    assert result.stdout.count("final_int6_sliding_window_exact") == 1
-    assert len(read_metrics(run / "metrics.jsonl")) == 2
-
-
-def damage(run: Path, name: str) -> None:
-    path = run / name
-    path.write_bytes(path.read_bytes()[:-20])
-
-
-@pytest.mark.parametrize(
-    ("spoil", "arguments", "fragment"),
-    [
-        (lambda run: (run / "model.golf").unlink(), [], r"model\.golf: missing: run python -m train first"),
-        (lambda run: (run / "config.json").unlink(), [], r"config\.json: missing"),
-        (lambda run: damage(run, "model.golf"), [], r"model\.golf"),
-        (lambda run: damage(run, "config.json"), [], r"config\.json: not readable"),
-        (lambda run: (run / "evaluation.json").write_text("["), [], r"evaluation\.json: not readable"),
-        (lambda run: None, ["--data-path", "/nowhere"], "/nowhere"),
-        (lambda run: None, ["--stride", "33"], "stride: expected 0"),
-        (lambda run: None, ["--stride", "-1"], "eval_stride: must be at least 0"),
-        (lambda run: None, ["--seq-len", "5000"], "one sequence needs 5001"),
-        (lambda run: (run / "weights.pt").unlink(), ["--weights", "master"], r"weights\.pt: missing"),
-        (lambda run: damage(run, "weights.pt"), ["--weights", "master"], r"weights\.pt"),
-        (lambda run: torch.save({}, run / "weights.pt"), ["--weights", "master"], "not the weights of this run"),
-    ],
-)
-def test_bad_runs_are_refused_and_leave_no_score(
-    finished_run: Path, tmp_path: Path, spoil: Callable[[Path], object], arguments: list[str], fragment: str
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
-    spoil(run)
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
-    with pytest.raises(UserError, match=fragment):
-        main([str(run), *arguments])
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
-
-
-def test_help_is_complete_and_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    text = capsys.readouterr().out
-    assert caught.value.code == 0
-    flags = {
-        "--stride",
-        "--rule",
-        "--seq-len",
-        "--max-tokens",
-        "--batch-seqs",
-        "--data-path",
-        "--weights",
-        "--device",
-        "--json",
-    }
-    assert flags <= set(re.findall(r"--[a-z-]+", text))
-    assert "python -m train.evaluate runs/" in text and "torchrun --standalone" in text

@@ -104,7 +104,8 @@ def test_strided_and_offset_inputs(device):
 @pytest.mark.parametrize("place", [0, 7, 31, 32, 64, 98])
 def test_a_code_out_of_range_is_named(device, value, place):
     codes = random_codes(9, 11)
-    codes[8, 10] = 99
+    # the first one is named, and not the one after it
+    codes.reshape(-1)[place : place + 2] = 99
     codes.reshape(-1)[place] = value
     with pytest.raises(
         ValueError, match=rf"expected -32\.\.31, found {value} at flat index {place} of shape \(9, 11\)"
@@ -310,7 +311,10 @@ def test_fake_tensors_on_a_gpu():
 def test_a_forced_back_end_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setenv("GOLF_BACKEND", "int6=cpp")
     packed, scales = golf_kernels.int6_pack(torch.zeros(2, 4, dtype=torch.int8)), torch.ones(2)
-    with pytest.raises(dispatch.BackendError, match=r"results of torch\.float64, which only PyTorch computes"):
-        golf_kernels.int6_dequantize(packed, scales, 4, dtype=torch.float64)
+    for dtype in (torch.float64, torch.float16):
+        with pytest.raises(dispatch.BackendError, match=f"results of {dtype}, which only PyTorch computes"):
+            golf_kernels.int6_dequantize(packed, scales, 4, dtype=dtype)
+    with pytest.raises(dispatch.BackendError, match=r"scales of torch\.float64, which only PyTorch computes"):
+        golf_kernels.int6_dequantize(packed, scales.double(), 4)
     with pytest.raises(dispatch.BackendError, match=r"weights of torch\.bfloat16, which only PyTorch computes"):
         golf_kernels.int6_fake_quantize(torch.ones(2, 4, dtype=torch.bfloat16), scales)

@@ -121,24 +121,34 @@ def quintic(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.T if tall else x
 
 
-@pytest.mark.parametrize("row_normalize", [False, True], ids=["muon", "muon_eq_r"])
-def test_muon_gets_rate_decay_momentum_and_form(row_normalize: bool) -> None:
+FORMS = {"muon": {}, "muon_eq_r": {"muon_eq_r": True}, "normuon": {"normuon": True, "normuon_beta2": 0.8}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_muon_gets_rate_decay_momentum_and_form(form: str) -> None:
     model = Model()
-    optimizers = build_optimizers(model, CONFIG.replace(muon_eq_r=row_normalize, muon_backend_steps=4))
+    optimizers = build_optimizers(model, CONFIG.replace(muon_backend_steps=4, **FORMS[form]))
     truth = {name: value for name, value in weights(model).items() if kind_of(name) == "matrix"}
     buffers = {name: torch.zeros_like(value) for name, value in truth.items()}
-    # the momentum stays the same, so both customary scalings of the buffer give the same direction
-    for step, scale in enumerate((1.0, 0.5), start=1):
+    rows = {name: torch.zeros(len(value), 1, dtype=torch.float64) for name, value in truth.items()}
+    for step, (scale, momentum) in enumerate([(1.0, 0.6), (0.5, 0.9), (0.4, 0.95)]):
         gradients = set_gradients(model, step)
-        optimizers.step(scale, 0.7)
+        optimizers.step(scale, momentum)
         for name, value in truth.items():
-            buffers[name] = 0.7 * buffers[name] + gradients[name]
-            update = gradients[name] + 0.7 * buffers[name]
-            if row_normalize:
+            # while the momentum moves, the dampened form of #122 differs from the others' by more than a factor
+            damping = 1 - momentum if form == "normuon" else 1.0
+            buffers[name] = momentum * buffers[name] + damping * gradients[name]
+            update = damping * gradients[name] + momentum * buffers[name]
+            if form == "muon_eq_r":
                 update = update / update.norm(dim=1, keepdim=True)
-            update = quintic(update, 4) * max(1.0, value.shape[0] / value.shape[1]) ** 0.5
+            update = quintic(update, 4)
+            if form == "normuon":
+                rows[name] = 0.8 * rows[name] + 0.2 * (update**2).mean(1, keepdim=True)
+                scaled = update / (rows[name].sqrt() + 1e-10)
+                update = scaled * update.norm() / (scaled.norm() + 1e-10)
+            update = update * max(1.0, value.shape[0] / value.shape[1]) ** 0.5
             truth[name] = value * (1 - scale * 0.02 * 0.1) - scale * 0.02 * update
-            torch.testing.assert_close(weights(model)[name], truth[name], rtol=0, atol=2e-5, msg=name)
+            torch.testing.assert_close(weights(model)[name], truth[name], rtol=0, atol=2e-6, msg=name)
 
 
 def test_untrained_parameters_stay_and_their_gradients_go() -> None:

@@ -170,12 +170,19 @@ def test_calls_in_the_wrong_order_are_refused() -> None:
 class Reductions:
     """Stands in for the process group: every all-reduce yields what the slower rank measured, and counts its wait."""
 
+    hand: Hand
     slower_by: float
     waits: list[int] = field(default_factory=list)
     started: int = 0
 
-    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp, group: object, async_op: bool) -> object:
-        assert async_op and op == dist.ReduceOp.MAX
+    def all_reduce(
+        self, tensor: torch.Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM, group: object = None, async_op: bool = False
+    ) -> object:
+        if not async_op:
+            # the other rank is still busy with something that is not training
+            self.hand.seconds += 7.0
+            return None
+        assert op == dist.ReduceOp.MAX
         self.started += 1
         number, reductions = self.started, self
 
@@ -188,7 +195,8 @@ class Reductions:
 
 
 def test_ranks_wait_only_for_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    hand, reductions = Hand(), Reductions(slower_by=0.05)
+    hand = Hand()
+    reductions = Reductions(hand, slower_by=0.05)
     monkeypatch.setattr("torch.distributed.all_reduce", reductions.all_reduce)
     clock = WallClock(1.0, group=object(), now=hand)
     clock.resume()

@@ -44,6 +44,11 @@ def test_sdclip_gives_the_published_scales(deviation: float, floor: str, expecte
     assert scales.double().tolist() == pytest.approx([expected] * 3, abs=1e-6)
 
 
+def test_without_a_floor_small_rows_keep_small_scales() -> None:
+    scales = sdclip(rows_of_deviation(1e-3), 6, sigmas=12.85, floor="none").double()
+    assert scales.tolist() == pytest.approx([12.85e-3 / 31] * 3, rel=2.0**-11)
+
+
 @pytest.mark.parametrize(("bits", "floor"), [(6, 0.032257080078125), (8, 0.00787353515625), (5, 1 / 15)])
 @pytest.mark.parametrize("name", [name for name in ROW_SCALES if name != "hessian_sdclip"])
 def test_the_published_floor_is_one_over_the_largest_code_in_float16(name: str, bits: int, floor: float) -> None:

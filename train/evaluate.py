@@ -31,7 +31,7 @@ from train.logger import append_metric, final_lines
 from train.model.gpt import GPT
 from train.progress import Progress
 from train.run import RunFolder
-from train.scores import EvalResult, evaluation_entry, write_evaluation
+from train.scores import EvalResult, evaluation_entry, read_evaluation, write_evaluation
 from train.windows import RULES, WindowPlan, plan_windows
 
 NOTE_INTERVAL_SECONDS = 0.5
@@ -270,6 +270,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     folder = RunFolder(arguments.run)
     config = _run_config(folder, arguments)
+    if folder.evaluation.exists():
+        # an unreadable file of scores is better found before the work than after it
+        read_evaluation(folder)
     tokens = load_validation_tokens(config.data_path, max(config.train_seq_len, config.window), config.vocab_size)
     tokenizer = find_tokenizer(config.data_path, config.vocab_size, config.tokenizer_path)
     tables = byte_tables(load_tokenizer(tokenizer, config.vocab_size), config.vocab_size)

@@ -114,9 +114,12 @@ class WallClock:
         return seconds * self.steps / steps if steps else seconds
 
     def resume(self) -> None:
-        """Let the time run; the device must have nothing queued that should not be counted."""
+        """Wait for the other ranks and let the time run; the device has nothing queued that should not be counted."""
         if self._start is not None:
             raise RuntimeError("the wall clock runs already: pause it before resume")
+        # a rank that wrote a file meanwhile must not make the others count their wait for it
+        if self._group is not None:
+            dist.all_reduce(torch.zeros(1), group=self._group)
         self._start = self._mark()
 
     def tick(self) -> bool:

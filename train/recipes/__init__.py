@@ -1,7 +1,8 @@
 """Recipes: one file per system, holding what differs from the defaults of `train.config.Config`.
 
-A recipe module has a docstring that says what it reproduces and `SETTINGS`, a dict from field names to values. Adding
-a file here is all it takes: `--recipe NAME`, `--help` and the tests find it by its name.
+A recipe module has a docstring that says what it reproduces, `SETTINGS`, a dict from field names to values, and, where
+there is a published result, `PUBLISHED`, its figures. Adding a file here is all it takes: `--recipe NAME`, `--help`,
+`--describe` and the tests find it by its name.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ class Recipe:
         name: the module's name.
         about: the module's docstring.
         settings: field name → value, where it differs from the default.
+        published: figures of the published run, such as `step_ms`; empty where there is none.
     """
 
     name: str
     about: str
     settings: dict[str, Any]
+    published: dict[str, float]
 
     def config(self, **changes: Any) -> Config:
         """The recipe as a `Config`, with `changes` on top."""
@@ -51,4 +54,4 @@ def load_recipe(name: str) -> Recipe:
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(f"recipe: no recipe {name!r}{hint} (there are: {', '.join(names)})")
     module = importlib.import_module(f"{__name__}.{name}")
-    return Recipe(name, (module.__doc__ or "").strip(), dict(module.SETTINGS))
+    return Recipe(name, (module.__doc__ or "").strip(), dict(module.SETTINGS), dict(getattr(module, "PUBLISHED", {})))

@@ -1,0 +1,58 @@
+"""Evaluation the slow way: one window and one token at a time, from full logits, as the published rules read."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from train.data.tokenizer import ByteTables
+
+
+def plain_windows(total: int, length: int, stride: int, rule: str) -> Iterator[tuple[int, list[int]]]:
+    """Start and scored targets of each window, straight from the published table."""
+    start = 0
+    while True:
+        end = min(start + length, total)
+        if stride == 0:
+            if start >= total:
+                return
+            yield start, list(range(start, end))
+            start += length
+            continue
+        if rule == "once":
+            if start > 0 and start + length - stride >= total:
+                return
+            scored = range(start if start == 0 else start + length - stride, end)
+        elif rule == "overlap_tail":
+            if start >= total:
+                return
+            scored = range(start if start == 0 else max(end - stride, start), end)
+        else:
+            if start + length > total:
+                return
+            scored = range(end - stride, end)
+        yield start, list(scored)
+        start += stride
+
+
+def plain_score(
+    model: Any, tokens: np.ndarray, tables: ByteTables, length: int, stride: int, rule: str, softcap: float
+) -> tuple[float, int, int]:
+    """Nats, tokens and bytes: full logits, one window at a time, one token at a time."""
+    nats, count, size = 0.0, 0, 0
+    total = len(tokens) - 1
+    for start, scored in plain_windows(total, length, stride, rule):
+        ids = torch.tensor([[int(token) for token in tokens[start : min(start + length, total)]]])
+        with torch.no_grad():
+            logits = model.hidden(ids, recurrence=True)[0] @ model.head_weight.T
+        z = (softcap * torch.tanh(logits / softcap)).double()
+        for index in scored:
+            target, previous = int(tokens[index + 1]), int(tokens[index])
+            row = z[index - start]
+            nats += math.log(sum(math.exp(float(value)) for value in row)) - float(row[target])
+            count += 1
+            size += int(tables.base_bytes[target])
+            size += int(bool(tables.has_leading_space[target]) and not bool(tables.is_boundary[previous]))
+    return nats, count, size

@@ -1,0 +1,95 @@
+"""`--describe` against the published figures that need no data."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from train.describe import describe, describe_text
+from train.recipes import load_recipe, recipe_names
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "state", "container", "packed"),
+    [
+        ("baseline", 17_059_912, 67_191_072, None, None),
+        ("sp1024_smear_bigram", 19_745_345, 77_408_516, 19_893_378, 15_174_786),
+        # published: 16,384,256 with the 18,496 control numbers in float32; they are in float16 here
+        ("sp2048_normuon", 19_941_440, 77_668_608, None, 16_384_256 - 2 * 18_496),
+        ("sp4096_recurrence", 34_400_347, 132_358_508, 34_566_326, 26_636_470),
+        ("sp8192_sdclip", 37_022_812, 137_605_488, 37_206_200, 29_276_344),
+    ],
+)
+def test_parameters_and_bytes_are_the_published_ones(
+    name: str, parameters: int, state: int, container: int | None, packed: int | None
+) -> None:
+    recipe = load_recipe(name)
+    facts = describe(recipe.config(), recipe.published)
+    assert facts["parameters"] == parameters
+    assert facts["state_bytes"] == state
+    assert container is None or facts["container_bytes"] == container
+    assert packed is None or facts["packed_bytes"] == packed
+
+
+def test_smear_bigram_with_float16_embedding_has_the_other_published_size() -> None:
+    facts = describe(load_recipe("sp1024_smear_bigram").config(embed_bits=16), {})
+    # only the tied embedding was a question; the bigram table is int8 in both readings
+    bigram = 2048 * 128 - 2 * 2048
+    assert facts["container_bytes"] - bigram == 20_415_618
+    assert facts["packed_bytes"] - bigram == 15_697_026
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "order"),
+    [
+        ("baseline", 130.5, 130.5, list(range(9))),
+        ("sp1024_smear_bigram", 167.1, 167.1, list(range(8))),
+        ("sp2048_normuon", 220.2, 220.2, list(range(8))),
+        ("sp4096_recurrence", 272.3, 295.9, [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9, 10]),
+        ("sp8192_sdclip", 284.9, 355.7, [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]),
+    ],
+)
+def test_arithmetic_and_order_are_the_published_ones(name: str, before: float, after: float, order: list[int]) -> None:
+    facts = describe(load_recipe(name).config(), {})
+    assert facts["mflop_per_token"]["before_recurrence"] == pytest.approx(before, abs=0.05)
+    assert facts["mflop_per_token"]["after_recurrence"] == pytest.approx(after, abs=0.05)
+    assert facts["virtual_order"]["after_recurrence"] == order
+
+
+@pytest.mark.parametrize(
+    ("name", "matrices"), [("sp4096_recurrence", 66), ("sp8192_sdclip", 66), ("sp2048_normuon", 48)]
+)
+def test_as_many_matrices_as_published_are_int6(name: str, matrices: int) -> None:
+    facts = describe(load_recipe(name).config(), {})
+    assert sum(tensor["stored"] == "int6" for tensor in facts["tensors"]) == matrices
+
+
+def test_the_schedule_of_sdclip_is_the_published_one() -> None:
+    recipe = load_recipe("sp8192_sdclip")
+    points = {
+        round(point["seconds"] / 590, 6): point for point in describe(recipe.config(), recipe.published)["schedule"]
+    }
+    assert points[0.5]["lr_scale"] == pytest.approx(0.694444, abs=1e-6)
+    assert points[0.25]["lr_scale"] == 1
+    assert points[1.0]["lr_scale"] == 0
+    assert points[1.0]["step"] == pytest.approx(recipe.published["steps"], abs=1)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_page_names_every_tensor(name: str) -> None:
+    recipe = load_recipe(name)
+    facts = describe(recipe.config(), recipe.published)
+    text = describe_text(facts)
+    assert f"{facts['parameters']:,} parameters" in text
+    assert all(tensor["name"] in text for tensor in facts["tensors"])
+    assert sum(tensor["parameters"] for tensor in facts["tensors"]) == facts["parameters"]
+
+
+def test_the_command_prints_json() -> None:
+    command = [sys.executable, "-m", "train", "--recipe", "sp8192_sdclip", "--num_layers", "11", "--describe", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert json.loads(result.stdout)["parameters"] == 37_022_812
+    result = subprocess.run([*command[:-2], "--json"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert "--describe" in result.stderr

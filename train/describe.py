@@ -1,0 +1,123 @@
+"""`python -m train --recipe NAME --describe`: what a configuration is, without a GPU, data or a single weight drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from train.config import Config
+from train.model.gpt import GPT
+from train.model.inventory import mflop_per_token, parameter_table
+from train.model.order import virtual_order
+from train.optimize.schedules import lr_scale, muon_momentum
+from train.quantize.tensors import stored_bits
+
+SCHEDULE_POINTS = 13
+
+
+def describe(config: Config, published: Mapping[str, float]) -> dict[str, Any]:
+    """All figures of a configuration that need no data.
+
+    Bytes: `state` is the trained masters in their own dtypes; `container` the quantized tensors with one code per byte
+    and float16 row scales, which is what an entropy coder gets; `packed` the same with codes of b bits in b/8 bytes.
+
+    Args:
+        config: the configuration.
+        published: the recipe's published figures; `step_ms` places its schedule.
+
+    Returns:
+        A dictionary fit for JSON.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    tensors = []
+    for row, (name, parameter) in zip(parameter_table(model, config), model.named_parameters(), strict=True):
+        bits = stored_bits(name, parameter, config)
+        scales = 2 * parameter.shape[0] if bits < 16 else 0
+        tensors.append(
+            {
+                "name": name,
+                "shape": list(row.shape),
+                "parameters": row.count,
+                "optimizer": row.kind,
+                "stored": f"int{bits}" if bits < 16 else "float16",
+                "state_bytes": row.count * parameter.element_size(),
+                "container_bytes": row.count * (1 if bits < 16 else 2) + scales,
+                "packed_bytes": math.ceil(row.count * bits / 8) + scales,
+            }
+        )
+    totals = {key: sum(tensor[key] for tensor in tensors) for key in ("state_bytes", "container_bytes", "packed_bytes")}
+    return {
+        "recipe": config.recipe,
+        "published": dict(published),
+        "parameters": sum(tensor["parameters"] for tensor in tensors),
+        **totals,
+        "virtual_order": {
+            "before_recurrence": list(virtual_order(config, recurrence=False)),
+            "after_recurrence": list(virtual_order(config, recurrence=True)),
+            "recurrence_from_step": config.recur_start_step if config.recur_layers else None,
+        },
+        "mflop_per_token": {
+            "before_recurrence": mflop_per_token(config, recurrence=False),
+            "after_recurrence": mflop_per_token(config, recurrence=True),
+        },
+        "schedule": schedule(config, published.get("step_ms")),
+        "tensors": tensors,
+    }
+
+
+def schedule(config: Config, step_ms: float | None) -> list[dict[str, float]]:
+    """Learning-rate scale and momentum along a run.
+
+    Under a wall-clock cap the points divide the time, and the step is what `step_ms` per step reaches by then; without
+    a cap, or without a step time, they divide the steps.
+    """
+    cap = config.training_seconds
+    points = []
+    for index in range(SCHEDULE_POINTS):
+        done = index / (SCHEDULE_POINTS - 1)
+        if cap and step_ms:
+            seconds = done * cap
+            step = int(seconds * 1000 / step_ms)
+        else:
+            step, seconds = int(done * config.iterations), done * cap
+        point = {"seconds": seconds, "step": step}
+        points.append(
+            {**point, "lr_scale": lr_scale(step, seconds, config), "muon_momentum": muon_momentum(step, config)}
+        )
+    return points
+
+
+def describe_text(facts: Mapping[str, Any]) -> str:
+    """The figures as a page to read."""
+    order, flops = facts["virtual_order"], facts["mflop_per_token"]
+    lines = [
+        f"recipe {facts['recipe']}: {facts['parameters']:,} parameters",
+        f"  state {facts['state_bytes']:,} bytes; quantized {facts['container_bytes']:,} bytes with one code per byte, "
+        f"{facts['packed_bytes']:,} packed",
+    ]
+    if facts["published"]:
+        lines.append("  published: " + ", ".join(f"{name} {value:,}" for name, value in facts["published"].items()))
+    lines.append(
+        f"  layers {' '.join(map(str, order['before_recurrence']))}: {flops['before_recurrence']:.1f} MFLOP per token"
+    )
+    if order["recurrence_from_step"] is not None:
+        lines.append(
+            f"  from step {order['recurrence_from_step']:,} layers {' '.join(map(str, order['after_recurrence']))}: "
+            f"{flops['after_recurrence']:.1f} MFLOP per token"
+        )
+    lines += ["", f"{'seconds':>8} {'step':>7} {'lr scale':>9} {'momentum':>9}"]
+    lines += [
+        f"{p['seconds']:8.1f} {p['step']:7,} {p['lr_scale']:9.4f} {p['muon_momentum']:9.4f}" for p in facts["schedule"]
+    ]
+    header = f"{'tensor':<34} {'shape':>13} {'parameters':>11} {'optimizer':>10} {'stored':>8} {'state':>12} {'per byte':>11} {'packed':>11}"
+    lines += ["", header]
+    lines += [
+        f"{t['name']:<34} {'x'.join(map(str, t['shape'])) or 'scalar':>13} {t['parameters']:11,} {t['optimizer']:>10} {t['stored']:>8} "
+        f"{t['state_bytes']:12,} {t['container_bytes']:11,} {t['packed_bytes']:11,}"
+        for t in facts["tensors"]
+    ]
+    return "\n".join(lines)
