@@ -115,11 +115,12 @@ def test_build_reports_what_it_made(run, texts: list[str], tmp_path: Path) -> No
     assert [path.name for path in find_shards(tmp_path / "d", "train")] == ["fineweb_train_000000.bin"]
 
 
-def test_stdlib_checks_the_folder_before_it_works(run, tmp_path: Path) -> None:
+def test_stdlib_checks_the_folder_before_it_works(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(UserError, match="exists already"):
         run("stdlib", "--out", tmp_path / "full")
+    assert capsys.readouterr().out == ""
 
 
 def ended(*arguments: object) -> tuple[int, str]:

@@ -32,6 +32,10 @@ def test_lanes_begin_at_the_first_decoder_layer_and_never_end() -> None:
     for recurrence in (False, True):
         forms = [step.form for step in make_plan(SP8192, recurrence=recurrence)]
         assert forms == ["serial"] * (len(forms) - 4) + ["lanes"] * 4
+    # a repeat from below the first parallel layer stays in the lanes
+    across = Config(num_layers=11, parallel_start_layer=7, parallel_form="lanes", recur_layers=(6, 7))
+    assert virtual_order(across, recurrence=True)[6:9] == (6, 7, 6)
+    assert [step.form for step in make_plan(across, recurrence=True)][6:] == ["serial"] + ["lanes"] * 6
     early = Config(num_layers=6, parallel_start_layer=1, parallel_form="lanes", recur_layers=(3, 4))
     assert [step.form for step in make_plan(early, recurrence=False)] == ["serial"] * 3 + ["lanes"] * 3
     assert [step.form for step in make_plan(early, recurrence=True)] == ["serial"] * 4 + ["lanes"] * 4

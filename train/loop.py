@@ -161,9 +161,11 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     average = ema or (swa if swa and swa.count else None)
     if average:
         average.apply()
-    final = validation.score(model, config, ranks, recurrence=recurrence_on(config, step))
+    # what the last step trained, not what the next one would
+    recurrence = recurrence_on(config, max(step - 1, 0))
+    final = validation.score(model, config, ranks, recurrence=recurrence)
     log.val_step(step, config.iterations, final.val_loss, final.val_bpb, seconds * 1000)
-    return TrainResult(model, step, seconds, recurrence_on(config, step), first, final)
+    return TrainResult(model, step, seconds, recurrence, first, final)
 
 
 def training_step(

@@ -6,7 +6,7 @@ text is the Python standard library's own sources and documentation.
 """
 
 SETTINGS = {
-    "data_path": "data/stdlib_sp1024",
+    "data_path": "data/stdlib_1024",
     "corpus": "stdlib",
     "vocab_size": 1024,
     "train_seq_len": 256,
@@ -53,8 +53,7 @@ SETTINGS = {
     "passthrough_max_elements": 4096,
     # the published floor of 1/31 is above the deviation of this width's rows and would round them to zero
     "scale_floor": "none",
-    "val_loss_every": 200,
-    "val_max_tokens": 16384,
+    "val_loss_every": 100,
     "val_batch_size": 16384,
     "train_log_every": 25,
 }
