@@ -196,7 +196,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Any, ...]:
         raise RuntimeError("golf::softcapped_cross_entropy is not differentiable twice; leave create_graph at False")
     d_hidden, d_weight = ctx.saved_tensors
     need_hidden, need_weight = ctx.needs
-    # in float32 at least: torch would round the upstream gradient to 16 bits, and with it every step's loss scale
+    # in float32 at least: on CUDA a product with a 16-bit tensor rounds the upstream gradient to 16 bits first
     wide = accumulation_dtype(d_hidden.dtype)
     return (
         (d_hidden.to(wide) * grad_loss).to(d_hidden.dtype) if need_hidden else None,

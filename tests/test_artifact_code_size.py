@@ -12,19 +12,24 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_code_is_counted_in_utf8_bytes_and_as_one_lzma_stream(tmp_path: Path) -> None:
+    # long enough that another order of the files would have another size
+    text = {i: "".join(f"v{k * k * i % 997} = {k}\n" for k in range(60 * i)) for i in (1, 3, 7)}
     sources = {
-        "csrc/a.cu": "// é\n", "golf_kernels/b.py": "x = 1\n", "train/deep/c.py": "", "train/d.py": "y = 'ü'\n",
-    }  # fmt: skip
+        "csrc/a.cu": "// é\n" + text[3],
+        "golf_kernels/b.py": text[1],
+        "train/deep/c.py": "",
+        "train/d.py": "y = 'ü'\n" + text[7],
+    }
     others = {"train/e.json": "{}", "tests/f.py": "z = 3\n", "train/__pycache__/g.pyc": "no"}
-    for name, text in (sources | others).items():
+    for name, source in (sources | others).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(source)
     size = package_code_bytes(tmp_path)
-    assert (size.files, size.plain_bytes) == (4, 6 + 6 + 0 + 9)
+    assert (size.files, size.plain_bytes) == (4, 6 + 9 + sum(map(len, text.values())))
     joined = b"".join(b"%s\0%d\0%s" % (n.encode(), len(t.encode()), t.encode()) for n, t in sorted(sources.items()))
     stream = lzma.compress(joined, lzma.FORMAT_XZ, lzma.CHECK_NONE, 9 | lzma.PRESET_EXTREME)
     assert size.packed_bytes == len(stream)
-    assert code_bytes([tmp_path / "train/d.py", tmp_path / "csrc/a.cu"]) == 15
+    assert code_bytes([tmp_path / "train/d.py", tmp_path / "csrc/a.cu"]) == 6 + 9 + len(text[3]) + len(text[7])
 
 
 def test_this_projects_code_is_found() -> None:

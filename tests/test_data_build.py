@@ -243,6 +243,8 @@ def test_bulk_goes_on_after_a_kill_with_the_same_bytes(documents: list[Document]
     finished = shards["train"]
     assert 2 <= finished < 15 and not (tmp_path / "d").exists()
     kept = {path.name: path.stat().st_ino for path in sorted(work.glob("docs_train_*.bin"))[:finished]}
+    # what the kill may have cut off in the middle of a write
+    (work / ".docs_train_000099.bin.x.part").write_bytes(b"half")
     again = subprocess.run(bulk_command(docs, tmp_path / "d", 1), capture_output=True, text=True, check=True)
     assert f"going on with {sum(shards.values())} finished shards" in again.stdout and "MB/s" in again.stdout
     assert {name: (tmp_path / "d" / name).stat().st_ino for name in kept} == kept

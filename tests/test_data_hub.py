@@ -102,10 +102,14 @@ def test_goes_on_where_it_was_stopped(tmp_path: Path, model: bytes, monkeypatch:
     whole = cut.read_bytes()
     cut.unlink()
     cut.write_bytes(whole[:-10])
+    (folder / ".x.part").mkdir()
+    (folder / ".x.part" / "link").touch()
+    (folder / ".y.part").touch()
     download(f"sp{VOCAB}", 4, tmp_path / "data", source)
     assert fetched[5:] == ["manifest.json", "fineweb_val_000001.bin"] + [
         f"fineweb_train_{index:06d}.bin" for index in range(4)
     ]
+    assert not list(folder.glob(".*"))
     assert cut.read_bytes() == whole and len(find_shards(folder, "train")) == 4
     del fetched[:]
     download(f"sp{VOCAB}", 4, tmp_path / "data", source)

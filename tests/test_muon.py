@@ -188,6 +188,9 @@ def test_normuon_keeps_the_norm_and_row_normalization_forgets_row_lengths():
     plain, normed = (Muon(parameters(), lr=1.0, weight_decay=0.0, normuon=n) for n in (False, True))
     before = [param.detach().clone() for param in parameters()]
     first, second = train(plain, steps=1), train(normed, steps=1)
+    for a, start, param in zip(first, before, normed.param_groups[0]["params"], strict=True):
+        update = (start - a) / learning_rate_ratio(None, *a.shape)
+        assert_close([normed.state[param]["second_moment"]], [0.05 * update.square().mean(1, keepdim=True)])
     for a, b, start in zip(first, second, before, strict=True):
         assert float((a - start).norm()) == pytest.approx(float((b - start).norm()), rel=1e-9)
         assert float((a - b).norm()) > 1e-3

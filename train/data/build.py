@@ -1,0 +1,319 @@
+"""Documents to a dataset's folder: tokenizer, shards and a manifest, complete or not there at all."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+
+from train.data.corpus import Document, total_bytes
+from train.data.shards import BOS, SHARD_TOKENS, ShardWriter, check_shard, find_shards, read_shard
+from train.data.tokenizer import SETTINGS, ByteTables, byte_tables, load_tokenizer, train_tokenizer
+from train.errors import UserError
+from train.files import atomic_write, sha256_file
+from train.progress import Progress
+
+MANIFEST = "manifest.json"
+# xz -9 takes a second for 2 to 3 MB
+YARDSTICK_TRAIN_BYTES = 8_000_000
+YARDSTICK_VAL_BYTES = 2_000_000
+_BATCH_BYTES = 4_000_000
+_CHUNK_TOKENS = 1 << 22
+_NOTES = {
+    "tokenizer_settings": SETTINGS,
+    "normalized_bytes": "bytes after the tokenizer's normalization, which is what bits per byte are per",
+    "yardsticks": "bits per byte of gzip -9 and xz -9: (|train+val| - |train|) * 8 / val, normalized text, "
+    f"of the last {YARDSTICK_TRAIN_BYTES} bytes of train and the first {YARDSTICK_VAL_BYTES} of val",
+}
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """What one split holds.
+
+    Attributes:
+        documents: number of documents.
+        text_bytes: UTF-8 bytes of their text as it came.
+        normalized_bytes: bytes the tokens stand for, the denominator of bits per byte; None where it was not counted.
+        tokens: tokens, BOS included.
+        shards: number of files.
+    """
+
+    documents: int
+    text_bytes: int
+    normalized_bytes: int | None
+    tokens: int
+    shards: int
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """A dataset's manifest, as `build_dataset` returns and `read_manifest` reads it.
+
+    Attributes:
+        yardsticks: bits per byte that `gzip -9` and `xz -9` need, see `yardsticks`; empty where not measured.
+    """
+
+    name: str
+    source: str
+    vocab_size: int
+    tokenizer: str
+    tokenizer_sha256: str
+    train: SplitInfo
+    val: SplitInfo
+    shard_tokens: int
+    yardsticks: dict[str, float] = field(default_factory=dict)
+
+
+def build_dataset(
+    train_docs: Sequence[Document],
+    val_docs: Sequence[Document],
+    out: str | Path,
+    vocab_size: int,
+    *,
+    name: str = "text",
+    source: str = "",
+    tokenizer_path: str | Path = "",
+    shard_tokens: int = SHARD_TOKENS,
+    threads: int = 0,
+    overwrite: bool = False,
+    with_yardsticks: bool = True,
+) -> DatasetInfo:
+    """Make a dataset in `out`: `<name>_<V>_bpe.model`, `<name>_train_*.bin`, `<name>_val_*.bin` and `manifest.json`.
+
+    The same documents and settings give the same bytes. The tokenizer never sees validation text.
+
+    Args:
+        train_docs, val_docs: the documents, in the order in which they are written.
+        out: folder to make; everything is written beside it first and renamed at the end.
+        vocab_size: pieces of the tokenizer.
+        name: first part of the files' names.
+        source: where the text is from, for the manifest.
+        tokenizer_path: use this SentencePiece model instead of training one.
+        shard_tokens: tokens per shard.
+        threads: threads that encode; 0 takes one per core.
+        overwrite: replace a dataset that is there.
+        with_yardsticks: measure `yardsticks`.
+
+    Raises:
+        UserError: no text, `out` exists, or the tokenizer can't be had.
+    """
+    for split, documents in (("training", train_docs), ("validation", val_docs)):
+        if not any(document.text.strip() for document in documents):
+            raise UserError(f"the {split} text is empty: give at least one document with text in it")
+    with _staged_folder(out, overwrite) as folder:
+        model = folder / f"{name}_{vocab_size}_bpe.model"
+        tokenizer = prepare_tokenizer((document.text for document in train_docs), vocab_size, model, tokenizer_path)
+        counts: dict[str, tuple[int, int]] = {}
+        for split, documents in (("val", val_docs), ("train", train_docs)):
+            size, started = total_bytes(documents), time.monotonic()
+            counts[split] = len(documents), size
+            with (
+                ShardWriter(folder, name, split, shard_tokens) as writer,
+                Progress(size, f"encoding {split}", "bytes") as bar,
+            ):
+                for batch in _batches(documents):
+                    texts = [document.text for document in batch]
+                    for ids in tokenizer.Encode(texts, num_threads=threads or os.cpu_count() or 1):
+                        writer.add(ids)
+                    bar.advance(total_bytes(batch))
+            seconds = max(time.monotonic() - started, 1e-9)
+            print(f"encoded {split}: {size:,} bytes of text at {size / seconds / 1e6:.1f} MB/s", flush=True)
+        return describe_dataset(
+            folder, name, source, model, tokenizer, shard_tokens, counts, with_yardsticks=with_yardsticks
+        )
+
+
+def describe_dataset(
+    folder: Path,
+    name: str,
+    source: str,
+    model: Path,
+    tokenizer: SentencePieceProcessor,
+    shard_tokens: int,
+    counts: dict[str, tuple[int, int]],
+    *,
+    with_yardsticks: bool,
+    count_train_bytes: bool = True,
+) -> DatasetInfo:
+    """Write the manifest of the finished shards in `folder`.
+
+    Args:
+        counts: documents and bytes of text per split.
+        with_yardsticks: measure `yardsticks` on the text that the tokens decode to: exactly what is scored.
+        count_train_bytes: count normalized bytes of the training split too, which reads all of it.
+    """
+    tables = byte_tables(tokenizer, tokenizer.vocab_size())
+    paths = {split: find_shards(folder, split) for split in counts}
+    counted = {
+        split: count_bytes(paths[split], tables) if split == "val" or count_train_bytes else None for split in counts
+    }
+    splits = {
+        split: SplitInfo(*counts[split], counted[split], sum(map(check_shard, paths[split])), len(paths[split]))
+        for split in counts
+    }
+    measured = {}
+    if with_yardsticks:
+        # a token stands for a byte at least (BOS aside), so as many tokens as bytes are enough
+        before = np.concatenate(_last([read_shard(path) for path in paths["train"]], YARDSTICK_TRAIN_BYTES))
+        text = read_shard(paths["val"][0])[:YARDSTICK_VAL_BYTES]
+        measured = yardsticks(tokenizer.Decode(before.tolist()), tokenizer.Decode(text.tolist()))
+    info = DatasetInfo(
+        name=name, source=source, vocab_size=tokenizer.vocab_size(), tokenizer=model.name, tokenizer_sha256=sha256_file(model),
+        shard_tokens=shard_tokens, train=splits["train"], val=splits["val"], yardsticks=measured,
+    )  # fmt: skip
+    atomic_write(folder / MANIFEST, json.dumps(asdict(info) | {"notes": _NOTES}, indent=2) + "\n")
+    return info
+
+
+def prepare_tokenizer(
+    documents: Iterable[str], vocab_size: int, path: Path, existing: str | Path = ""
+) -> SentencePieceProcessor:
+    """Put a tokenizer at `path`: a copy of `existing`, or one trained on the documents.
+
+    Raises:
+        UserError: see `load_tokenizer` and `train_tokenizer`.
+    """
+    if existing:
+        tokenizer = load_tokenizer(existing, vocab_size)
+        atomic_write(path, Path(existing).read_bytes())
+        return tokenizer
+    started = time.monotonic()
+    tokenizer = train_tokenizer(documents, vocab_size, path)
+    print(f"tokenizer: {vocab_size} pieces, trained in {time.monotonic() - started:.1f} s", flush=True)
+    return tokenizer
+
+
+def count_bytes(paths: Sequence[Path], tables: ByteTables) -> int:
+    """Bytes of normalized text that the tokens of all these shards stand for."""
+    total, previous = 0, np.array([BOS], dtype=np.uint16)
+    for path in paths:
+        shard = read_shard(path)
+        for start in range(0, len(shard), _CHUNK_TOKENS):
+            targets = np.asarray(shard[start : start + _CHUNK_TOKENS])
+            total += int(tables.count(np.concatenate((previous, targets[:-1])), targets).sum())
+            previous = targets[-1:]
+    return total
+
+
+def yardsticks(train_text: str, val_text: str) -> dict[str, float]:
+    """What general compressors need for the validation text with the training text before it, in bits per byte.
+
+    (|compress(train + val)| - |compress(train)|) · 8 / |val|, with `gzip -9` and `xz -9`, of UTF-8 bytes. Of the training text the
+    last 8 MB count, of the validation text the first 2 MB: gzip looks back 32 KiB only, and xz would take minutes on more.
+
+    Returns:
+        `gzip` and `xz`.
+
+    Raises:
+        UserError: the validation text is empty.
+    """
+    before, text = train_text.encode()[-YARDSTICK_TRAIN_BYTES:], val_text.encode()[:YARDSTICK_VAL_BYTES]
+    if not text:
+        raise UserError("the validation text is empty: give at least one document with text in it")
+    compressors = {
+        # level 9 with a header of 18 bytes, which cancels
+        "gzip": lambda data: len(gzip.compress(data, 9)),
+        "xz": lambda data: len(lzma.compress(data, preset=9)),
+    }
+    # both compressors let other threads run
+    with ThreadPoolExecutor() as pool:
+        sizes = {
+            name: [pool.submit(size, data) for data in (before + text, before)] for name, size in compressors.items()
+        }
+        return {name: (both.result() - first.result()) * 8 / len(text) for name, (both, first) in sizes.items()}
+
+
+def check_output(out: str | Path, overwrite: bool) -> None:
+    """Refuse to write over anything, unless it is a dataset and `overwrite` says so.
+
+    Raises:
+        UserError: `out` is a file, or a folder that may not be replaced.
+    """
+    folder = Path(out)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{folder}: exists already: choose another --out, or replace it with --overwrite")
+    if not (folder / MANIFEST).is_file():
+        raise UserError(
+            f"{folder}: is no dataset (it has no {MANIFEST}), so --overwrite leaves it alone: choose another --out"
+        )
+
+
+def install_folder(folder: Path, out: str | Path) -> None:
+    """Rename a finished folder to `out`; what stood there goes away only then."""
+    target = Path(out)
+    old = None
+    if target.exists():
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+        os.rename(target, old / target.name)
+    os.rename(folder, target)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def read_manifest(data_path: str | Path) -> DatasetInfo | None:
+    """The manifest of a dataset that `build_dataset` made; None where there is none, as in the published exports.
+
+    Raises:
+        UserError: the file is there but not what it should be.
+    """
+    path = Path(data_path) / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        fields = json.loads(path.read_text())
+        del fields["notes"]
+        return DatasetInfo(**fields | {split: SplitInfo(**fields[split]) for split in ("train", "val")})
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: not a dataset's manifest ({error!r}): build the dataset again with --overwrite"
+        ) from None
+
+
+@contextmanager
+def _staged_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
+    check_output(out, overwrite)
+    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".part") as work:
+        folder = Path(work, target.name)
+        folder.mkdir()
+        yield folder
+        install_folder(folder, target)
+
+
+def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _last(shards: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+    taken: list[np.ndarray] = []
+    for shard in reversed(shards):
+        taken.insert(0, np.asarray(shard[-count:]))
+        count -= len(taken[0])
+        if count <= 0:
+            break
+    return taken

@@ -1,0 +1,346 @@
+"""Datasets too large for memory: documents in `.jsonl` files to shards, in parallel processes, going on after a kill.
+
+Work happens in `<out>.partial`, which becomes `<out>` at the end. After each finished shard `state.json` there says which
+document, and which token of it, comes next; a restart with the same settings goes on from that place. Processes encode batches
+of lines; their results are joined in the order of the documents, so the bytes are the same at any number of processes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sentencepiece import SentencePieceProcessor
+
+from train.data.build import DatasetInfo, check_output, describe_dataset, install_folder, prepare_tokenizer
+from train.data.corpus import document_lines, parse_document
+from train.data.shards import SHARD_TOKENS, ShardWriter, Tokens
+from train.data.tokenizer import load_tokenizer
+from train.errors import UserError
+from train.files import atomic_write, sha256_file
+from train.progress import Progress
+
+VAL_DOCS = 50_000
+STATE = "state.json"
+LOCK = ".lock"
+_BATCH_BYTES = 1_000_000
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a document begins: file, byte of the uncompressed file, and line in it, all counted from 0."""
+
+    file: int = 0
+    byte: int = 0
+    line: int = 0
+
+
+@dataclass
+class State:
+    """What is finished: all documents before `place`, and `skip` tokens of the one there.
+
+    Attributes:
+        settings: what the bytes depend on; a restart must agree.
+        split: the split that is being written.
+        place, skip: what comes next.
+        documents, text_bytes, shards: per split, finished so far.
+    """
+
+    settings: dict[str, Any]
+    split: str = "val"
+    place: Place = field(default_factory=Place)
+    skip: int = 0
+    documents: dict[str, int] = field(default_factory=lambda: {"val": 0, "train": 0})
+    text_bytes: dict[str, int] = field(default_factory=lambda: {"val": 0, "train": 0})
+    shards: dict[str, int] = field(default_factory=lambda: {"val": 0, "train": 0})
+
+    def save(self, folder: Path) -> None:
+        atomic_write(folder / STATE, json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A batch of lines of one file; `read` is what reading them took from the file on disk, in bytes."""
+
+    path: Path
+    place: Place
+    lines: list[bytes]
+    read: int
+
+    def place_of(self, index: int) -> Place:
+        return Place(self.place.file, self.place.byte + sum(map(len, self.lines[:index])), self.place.line + index)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch's tokens in a row, BOS before each document; `lengths` in tokens and `sizes` in bytes of text, per document."""
+
+    tokens: Tokens
+    lengths: Integers
+    sizes: Integers
+
+
+def build_bulk(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    vocab_size: int,
+    *,
+    name: str = "docs",
+    tokenizer_docs: int = 100_000,
+    tokenizer_path: str | Path = "",
+    val_docs: int = VAL_DOCS,
+    max_train_tokens: int = 0,
+    workers: int = 0,
+    shard_tokens: int = SHARD_TOKENS,
+    overwrite: bool = False,
+    with_yardsticks: bool = True,
+) -> DatasetInfo:
+    """Make a dataset of `.jsonl` files (also `.gz`, `.xz`), whose first `val_docs` documents are the validation split.
+
+    A document with empty text is kept as a lone BOS, as published. The tokenizer is trained on the documents that follow the
+    validation ones.
+
+    Args:
+        paths: files of documents, read in this order.
+        out: folder to make.
+        vocab_size: pieces of the tokenizer.
+        name: first part of the files' names.
+        tokenizer_docs: documents to train the tokenizer on.
+        tokenizer_path: use this SentencePiece model instead.
+        val_docs: documents of the validation split.
+        max_train_tokens: stop after so many training tokens; 0: all.
+        workers: processes that encode; 0: one per core.
+        shard_tokens: tokens per shard.
+        overwrite: replace a dataset that is there.
+        with_yardsticks: measure `train.data.build.yardsticks`.
+
+    Raises:
+        UserError: bad files or settings, or the unfinished work in `<out>.partial` is of other settings.
+    """
+    check_output(out, overwrite)
+    files = [Path(path) for path in paths]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f'{file}: no such file: --docs takes .jsonl files with one {{"text": …}} per line')
+    settings = {
+        "files": [[str(file.resolve()), file.stat().st_size] for file in files],
+        "tokenizer": sha256_file(tokenizer_path) if tokenizer_path else tokenizer_docs,
+        "name": name, "vocab_size": vocab_size, "val_docs": val_docs,
+        "max_train_tokens": max_train_tokens, "shard_tokens": shard_tokens,
+    }  # fmt: skip
+    work = Path(f"{out}.partial")
+    work.mkdir(parents=True, exist_ok=True)
+    count = workers or os.cpu_count() or 1
+    with _locked(work):
+        state = _load_state(work, settings)
+        model = work / f"{name}_{vocab_size}_bpe.model"
+        if not model.is_file():
+            print(f"tokenizer: reading {tokenizer_docs:,} documents after the first {val_docs:,}", flush=True)
+            prepare_tokenizer(_texts(files, val_docs, tokenizer_docs), vocab_size, model, tokenizer_path)
+        tokenizer = load_tokenizer(model, vocab_size)
+        context = get_context("spawn")
+        with ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(model, vocab_size)) as pool:
+            job = _Job(files, work, name, shard_tokens, pool, 2 * count + 2)
+            try:
+                if state.split == "val":
+                    job.write(state, "val", documents=val_docs)
+                    state.split = "train"
+                    state.save(work)
+                job.write(state, "train", tokens=max_train_tokens)
+                if not state.shards["train"]:
+                    raise UserError(f"{files[-1]}: no document is left for training: choose a smaller --val-docs")
+            except BrokenProcessPool:
+                raise UserError(
+                    f"{work}: a process that encoded text died, perhaps for want of memory: run the same command again, "
+                    "with fewer --workers; finished shards are kept"
+                ) from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+        counts = {split: (state.documents[split], state.text_bytes[split]) for split in ("val", "train")}
+        source = ", ".join(file.name for file in files)
+        info = describe_dataset(
+            work, name, source, model, tokenizer, shard_tokens, counts,
+            with_yardsticks=with_yardsticks, count_train_bytes=False,
+        )  # fmt: skip
+        install_folder(work, out)
+        for file in (STATE, LOCK):
+            Path(out, file).unlink()
+    return info
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Encodes documents in processes and writes shards, saving the state after each."""
+
+    files: list[Path]
+    work: Path
+    name: str
+    shard_tokens: int
+    pool: ProcessPoolExecutor
+    ahead: int
+
+    def write(self, state: State, split: str, *, documents: int = 0, tokens: int = 0) -> None:
+        """Write the rest of a split: up to `documents` documents or, where that is 0, all there are or up to `tokens` tokens."""
+        writer = ShardWriter(self.work, self.name, split, self.shard_tokens, first_shard=state.shards[split])
+        stored, bytes_before = state.shards[split] * self.shard_tokens, state.text_bytes[split]
+        started = time.monotonic()
+        if documents:
+            total, unit = documents - state.documents[split], "documents"
+        elif tokens:
+            total, unit = tokens - stored, "tokens"
+        else:
+            total, unit = sum(file.stat().st_size for file in self.files[state.place.file :]), "bytes"
+        batches = _batches(self.files, state.place, total if documents else None)
+        with Progress(total, f"encoding {split}", unit) as bar:
+            for batch, encoded in self._encoded(batches):
+                position, bounds = state.skip, np.concatenate(([0], np.cumsum(encoded.lengths)))
+                whole_documents, whole_bytes = state.documents[split], state.text_bytes[split]
+                while position < len(encoded.tokens) and (not tokens or stored < tokens):
+                    room = min(self.shard_tokens - writer.pending, tokens - stored if tokens else self.shard_tokens)
+                    piece = encoded.tokens[position : position + room]
+                    writer.extend(piece)
+                    stored, position = stored + len(piece), position + len(piece)
+                    index = int(np.searchsorted(bounds, position, side="right")) - 1
+                    state.place, state.skip = batch.place_of(index), position - int(bounds[index])
+                    state.documents[split] = whole_documents + index
+                    state.text_bytes[split] = whole_bytes + int(encoded.sizes[:index].sum())
+                    if not writer.pending:
+                        state.shards[split] += 1
+                        state.save(self.work)
+                rate = (state.text_bytes[split] - bytes_before) / 1e6 / (time.monotonic() - started)
+                done = {"documents": len(batch.lines), "tokens": len(encoded.tokens), "bytes": batch.read}[unit]
+                bar.advance(done, f"{rate:.1f} MB/s of text")
+                if tokens and stored >= tokens:
+                    break
+        state.shards[split] += bool(writer.pending)
+        writer.flush()
+        size, seconds = state.text_bytes[split] - bytes_before, max(time.monotonic() - started, 1e-9)
+        print(f"encoded {split}: {size:,} bytes of text at {size / seconds / 1e6:.1f} MB/s", flush=True)
+        if documents and state.documents[split] < documents:
+            raise UserError(
+                f"{self.files[-1]}: the files hold {state.documents[split]} documents, validation alone takes the first {documents}: "
+                "give more documents, or choose a smaller --val-docs"
+            )
+
+    def _encoded(self, batches: Iterator[Lines]) -> Iterator[tuple[Lines, Encoded]]:
+        """Results in the order of the batches, with a bounded number of batches under way."""
+        waiting: deque[tuple[Lines, Future[Encoded]]] = deque()
+        for batch in batches:
+            waiting.append((batch, self.pool.submit(_encode, batch)))
+            if len(waiting) >= self.ahead:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
+
+
+def _texts(files: Sequence[Path], first: int, count: int) -> Iterator[str]:
+    lines = ((file, number, line) for file in files for number, (line, _) in enumerate(document_lines(file), 1))
+    file = None
+    for file, number, line in itertools.islice(lines, first, first + count):
+        yield parse_document(line, f"{file}, line {number}")
+    if file is None:
+        raise UserError(
+            f"{files[-1]}: the files hold no document after the first {first}, which are for validation: choose a smaller --val-docs"
+        )
+
+
+def _batches(files: Sequence[Path], place: Place, limit: int | None) -> Iterator[Lines]:
+    for number in range(place.file, len(files)):
+        if limit == 0:
+            return
+        file, start = files[number], place if number == place.file else Place(number)
+        lines: list[bytes] = []
+        size, before, position = 0, 0 if file.suffix in (".gz", ".xz") else start.byte, 0
+        for line, position in itertools.islice(document_lines(file, start.byte), limit):
+            lines.append(line)
+            size += len(line)
+            if size >= _BATCH_BYTES:
+                yield Lines(file, start, lines, position - before)
+                start = Place(number, start.byte + size, start.line + len(lines))
+                limit = None if limit is None else limit - len(lines)
+                lines, size, before = [], 0, position
+        if lines:
+            yield Lines(file, start, lines, position - before)
+            limit = None if limit is None else limit - len(lines)
+
+
+_tokenizer: SentencePieceProcessor | None = None
+
+
+def _start_worker(model: Path, vocab_size: int) -> None:
+    global _tokenizer
+    # an interrupt is the parent's business; without a parent there is nobody to work for
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _tokenizer = load_tokenizer(model, vocab_size)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode(batch: Lines) -> Encoded:
+    assert _tokenizer is not None
+    texts = [
+        parse_document(line, f"{batch.path}, line {batch.place.line + index}")
+        for index, line in enumerate(batch.lines, 1)
+    ]
+    ids = [np.array(one, dtype=np.uint16) for one in _tokenizer.Encode(texts, add_bos=True, num_threads=1)]
+    sizes = [len(text.encode()) for text in texts]
+    return Encoded(np.concatenate(ids), np.array([len(one) for one in ids]), np.array(sizes))
+
+
+def _load_state(work: Path, settings: dict[str, Any]) -> State:
+    path = work / STATE
+    if not path.is_file():
+        if {file.name for file in work.iterdir()} != {LOCK}:
+            raise UserError(f"{work}: holds files, but no {STATE} of an unfinished build: delete that folder")
+        state = State(settings)
+        state.save(work)
+        return state
+    fields = json.loads(path.read_text())
+    there = fields["settings"]
+    for name, value in settings.items():
+        if there.get(name) != value:
+            raise UserError(
+                f"{work}: holds unfinished work with {name} {there.get(name)}, this command has {value}: "
+                "run it with the same settings again, or delete that folder"
+            )
+    state = State(**fields | {"place": Place(**fields["place"])})
+    # what a killed process was writing; the lock says that nobody writes now
+    for part in work.glob(".*.part"):
+        part.unlink()
+    print(f"going on with {sum(state.shards.values())} finished shards in {work}", flush=True)
+    return state
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    with (work / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{work}: another process is building here: wait for it, or choose another --out") from None
+        yield

@@ -1,0 +1,348 @@
+"""The published FineWeb exports: all validation shards, the first N training shards and the tokenizer, from the Hub or a folder.
+
+Remote layout, below a prefix: `manifest.json`, `datasets/fineweb10B_sp<V>/fineweb_{train,val}_NNNNNN.bin`,
+`tokenizers/fineweb_<V>_bpe.model`. The local layout is the same without the prefix, as the published run commands expect it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from train.data.shards import check_shard
+from train.data.tokenizer import load_tokenizer
+from train.errors import UserError
+from train.files import atomic_write, atomic_writer
+from train.progress import Progress
+
+DEFAULT_REPO = "willdepueoai/parameter-golf"
+DEFAULT_PREFIX = "datasets"
+DEFAULT_TRAIN_SHARDS = 80
+ORIGIN = "source.json"
+
+_VARIANT = re.compile(r"sp(\d+)")
+_LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+
+
+class Unreachable(UserError):
+    """The remote can't be asked at all."""
+
+
+class Source(ABC):
+    """Where an export lives.
+
+    Args:
+        prefix: folder of the export inside the repository; may be empty.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix.strip("/")
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What identifies the export, in messages and in the local record of where files are from."""
+
+    @abstractmethod
+    def fetch(self, path: str) -> Path | None:
+        """A local copy of a remote file, None if the remote has no such file."""
+
+    @abstractmethod
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in a remote folder; none if it does not exist."""
+
+    def remote(self, path: str) -> str:
+        """The path inside the repository."""
+        return f"{self.prefix}/{path}" if self.prefix else path
+
+
+class HubSource(Source):
+    """A dataset repository on the Hugging Face Hub; its client resumes broken downloads and keeps a cache."""
+
+    def __init__(self, repo: str, prefix: str) -> None:
+        super().__init__(prefix)
+        self.repo = repo
+
+    @property
+    def name(self) -> str:
+        return f"{self.repo}:{self.prefix}"
+
+    def fetch(self, path: str) -> Path | None:
+        folder, _, file = self.remote(path).rpartition("/")
+        with self._translated():
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+            try:
+                return Path(hf_hub_download(self.repo, file, subfolder=folder or None, repo_type="dataset"))
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                return None
+
+    def names(self, folder: str) -> list[str]:
+        with self._translated():
+            from huggingface_hub import HfApi
+            from huggingface_hub.errors import EntryNotFoundError
+
+            try:
+                entries = list(HfApi().list_repo_tree(self.repo, self.remote(folder), repo_type="dataset"))
+            except EntryNotFoundError:
+                return []
+            return [PurePosixPath(entry.path).name for entry in entries]
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+        except ImportError as error:
+            raise UserError(f"huggingface_hub is needed to download ({error}): pip install huggingface_hub") from None
+        try:
+            yield
+        except HFValidationError as error:
+            raise UserError(f"--repo {self.repo}: not a repository's name: {error}") from None
+        except RepositoryNotFoundError:
+            raise UserError(
+                f"--repo {self.repo}: no such dataset repository, or it is private: check the name, or log in with `hf auth login`"
+            ) from None
+        # the base classes are the transport's own errors, whose library differs between releases
+        except (OSError, *HfHubHTTPError.__bases__) as error:
+            if getattr(error, "errno", None) in _LOCAL_FAULTS:
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise Unreachable(
+                f"{self.repo}: can't be reached ({reason}): check the network and that HF_HUB_OFFLINE is not set; "
+                "with a copy of the repository on disk give --source DIR; "
+                "without FineWeb, `python -m train.data stdlib` makes a dataset from what every machine has"
+            ) from None
+
+
+class FolderSource(Source):
+    """A copy of a repository in a local folder, or the folder behind a `file://` address."""
+
+    def __init__(self, folder: str, prefix: str) -> None:
+        super().__init__(prefix)
+        parsed = urlparse(folder)
+        self.folder = Path(unquote(parsed.path) if parsed.scheme == "file" else folder).resolve()
+        if not self.folder.is_dir():
+            raise UserError(
+                f"--source {folder}: no such folder: expected a copy of the repository, with {self.remote('datasets')} in it"
+            )
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder}:{self.prefix}"
+
+    def fetch(self, path: str) -> Path | None:
+        file = self.folder / self.remote(path)
+        return file if file.is_file() else None
+
+    def names(self, folder: str) -> list[str]:
+        path = self.folder / self.remote(folder)
+        return [file.name for file in path.iterdir()] if path.is_dir() else []
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to get: paths below the prefix, in the order in which they are got."""
+
+    dataset: str
+    tokenizer: str
+    shards: list[str]
+
+
+def download(
+    variant: str, train_shards: int, out: str | Path, source: Source, *, skip_manifest: bool = False
+) -> tuple[Path, Path]:
+    """Get a variant's validation shards, first training shards and tokenizer; what is there already and whole is kept.
+
+    Several processes may call this at once: one works, the others wait and find the files.
+
+    Args:
+        variant: `sp<V>`.
+        train_shards: N, of 10^8 tokens each.
+        out: local root, which gets `datasets/fineweb10B_sp<V>`, `tokenizers` and the manifest.
+        source: where from.
+        skip_manifest: go by the names of the files, for repositories without a manifest.
+
+    Returns:
+        the dataset's folder and the tokenizer.
+
+    Raises:
+        UserError: the variant or so many shards are not there, a file is broken, the remote can't be reached, or `out` holds
+            the same variant from another source.
+    """
+    match = _VARIANT.fullmatch(variant)
+    if not match:
+        raise UserError(f"--variant {variant}: expected sp<V>, a SentencePiece vocabulary such as sp1024 or sp8192")
+    if train_shards < 0:
+        raise UserError(f"--train-shards {train_shards}: expected 0 or more")
+    vocab_size, root = int(match[1]), Path(out)
+    root.mkdir(parents=True, exist_ok=True)
+    with _locked(root / ".download.lock"):
+        make = _plan_by_names if skip_manifest else _plan_by_manifest
+        plan = make(source, root, vocab_size, train_shards)
+        folder = root / "datasets" / plan.dataset
+        _claim(folder, source)
+        tokenizer = root / "tokenizers" / PurePosixPath(plan.tokenizer).name
+        _get(source, plan.tokenizer, tokenizer)
+        load_tokenizer(tokenizer, vocab_size)
+        with Progress(len(plan.shards), f"downloading {plan.dataset}", "shards") as bar:
+            for path in plan.shards:
+                _get(source, path, folder / PurePosixPath(path).name)
+                bar.advance(1, PurePosixPath(path).name)
+    return folder, tokenizer
+
+
+def _plan_by_manifest(source: Source, root: Path, vocab_size: int, train_shards: int) -> Plan:
+    manifest = _manifest(source, root)
+    dataset = f"fineweb10B_sp{vocab_size}"
+    place = f"{source.name}, {source.remote('manifest.json')}"
+    entries = {entry["name"]: entry for entry in manifest["datasets"]}
+    if dataset not in entries:
+        raise UserError(
+            f"{place}: has no {dataset}, only {', '.join(sorted(entries)) or 'nothing'}: choose another --variant or --repo"
+        )
+    entry = entries[dataset]
+    _check_count(source, dataset, train_shards, int(entry["stats"]["files_train"]))
+    models = [item["model_path"] for item in manifest["tokenizers"] if item["name"] == entry["tokenizer_name"]]
+    if not models or ".." in PurePosixPath(models[0]).parts or PurePosixPath(models[0]).is_absolute():
+        raise UserError(
+            f"{place}: has no usable model_path for tokenizer {entry['tokenizer_name']!r}: try --skip-manifest"
+        )
+    names = [f"fineweb_val_{index:06d}.bin" for index in range(int(entry["stats"]["files_val"]))]
+    names += [f"fineweb_train_{index:06d}.bin" for index in range(train_shards)]
+    return Plan(dataset, models[0], [f"datasets/{dataset}/{name}" for name in names])
+
+
+def _plan_by_names(source: Source, root: Path, vocab_size: int, train_shards: int) -> Plan:
+    dataset = f"fineweb10B_sp{vocab_size}"
+    names = sorted(source.names(f"datasets/{dataset}"))
+    val, train = (
+        [name for name in names if re.fullmatch(rf"fineweb_{split}_\d{{6}}\.bin", name)] for split in ("val", "train")
+    )
+    if not val:
+        raise UserError(
+            f"{source.name}: no fineweb_val_*.bin in {source.remote(f'datasets/{dataset}')}: choose another --variant, --repo or --prefix"
+        )
+    _check_count(source, dataset, train_shards, len(train))
+    return Plan(
+        dataset,
+        f"tokenizers/fineweb_{vocab_size}_bpe.model",
+        [f"datasets/{dataset}/{name}" for name in val + train[:train_shards]],
+    )
+
+
+def _check_count(source: Source, dataset: str, wanted: int, there: int) -> None:
+    if wanted > there:
+        raise UserError(
+            f"{source.name}: {dataset} has {there} training shards, {wanted} were asked for: give --train-shards {there} or fewer"
+        )
+
+
+def _manifest(source: Source, root: Path) -> dict[str, Any]:
+    # named after the source: the manifest of one repository must not speak for another
+    kept = root / f"manifest.{re.sub(r'[^A-Za-z0-9]+', '-', source.name).strip('-')}.json"
+    try:
+        fetched = source.fetch("manifest.json")
+    except Unreachable:
+        if not kept.is_file():
+            raise
+        print(f"{source.name}: can't be reached, using {kept} of an earlier download", flush=True)
+        fetched = kept
+    if fetched is None:
+        raise UserError(
+            f"{source.name}: has no {source.remote('manifest.json')}: give --skip-manifest to go by the files' names, or another --prefix"
+        )
+    data = fetched.read_bytes()
+    try:
+        manifest = json.loads(data)
+        for entry in manifest["datasets"]:
+            _ = entry["name"], entry["tokenizer_name"], int(entry["stats"]["files_train"] + entry["stats"]["files_val"])
+        _ = [item["name"] for item in manifest["tokenizers"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{source.name}, manifest.json: not an export's manifest ({error!r}): try --skip-manifest"
+        ) from None
+    atomic_write(kept, data)
+    return manifest
+
+
+def _claim(folder: Path, source: Source) -> None:
+    """Record where the folder's files are from, so that shards of two sources never mix."""
+    tokenizers = folder.parent.parent / "tokenizers"
+    for place in (folder, tokenizers):
+        place.mkdir(parents=True, exist_ok=True)
+        # what a killed process was writing; the lock says that nobody writes now
+        for part in place.glob(".*.part"):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+    record = folder / ORIGIN
+    if record.is_file():
+        origin = json.loads(record.read_text())["source"]
+        if origin != source.name:
+            raise UserError(
+                f"{folder}: holds files of {origin}, not of {source.name}: choose another --out, or delete that folder"
+            )
+        return
+    if any(folder.glob("*.bin")):
+        print(f"{folder}: shards of unknown origin are taken to be of {source.name}", flush=True)
+    atomic_write(record, json.dumps({"source": source.name}) + "\n")
+
+
+def _get(source: Source, path: str, target: Path) -> None:
+    is_shard = target.suffix == ".bin"
+    if target.is_file():
+        if not is_shard:
+            return
+        try:
+            check_shard(target)
+            return
+        except UserError as error:
+            print(f"getting it again: {error}", flush=True)
+    fetched = source.fetch(path)
+    if fetched is None:
+        raise UserError(f"{source.name}: has no {source.remote(path)}: choose another --variant, --repo or --prefix")
+    # the cache hands out links to its own files
+    whole = fetched.resolve()
+    if is_shard:
+        check_shard(whole)
+    _place(whole, target)
+
+
+def _place(whole: Path, target: Path) -> None:
+    """Link the file in place, or copy it where the file system can't."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".", suffix=".part") as work:
+        link = Path(work, target.name)
+        try:
+            os.link(whole, link)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EACCES):
+                raise
+        else:
+            os.replace(link, target)
+            return
+    with whole.open("rb") as file, atomic_writer(target) as copy:
+        shutil.copyfileobj(file, copy, 1 << 22)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that downloads to {path.parent}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

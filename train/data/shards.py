@@ -1,0 +1,254 @@
+"""Token shards: 256 little-endian int32 of header (magic 20240520, version 1, token count), then uint16 tokens.
+
+The format is Parameter Golf's. Validation and training never share a shard, a document begins with BOS and may straddle
+shards of its own split, and EOS is not written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from train.errors import UserError
+from train.files import atomic_writer
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 1024
+SHARD_TOKENS = 10**8
+BOS = 1
+MAX_VOCAB = 65536
+
+Tokens = npt.NDArray[np.uint16]
+
+_SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val)_\d{6}\.bin")
+_REMEDY = "download it again, or rebuild it with `python -m train.data`"
+
+
+def write_shard(path: str | os.PathLike[str], tokens: npt.ArrayLike) -> None:
+    """Write one shard: 1,024 bytes of header and two bytes per token; no reader ever sees a part of it.
+
+    Args:
+        path: the file; its folder must exist.
+        tokens: `(n,)` integers, 0 <= token < 65,536, 0 < n < 2^31.
+
+    Raises:
+        UserError: there is no token, too many, or one does not fit 16 bits.
+    """
+    values = np.asarray(tokens)
+    if values.ndim != 1 or not 0 < len(values) < 2**31:
+        raise UserError(f"{path}: a shard holds 1 to 2^31 - 1 tokens in one row, got shape {values.shape}")
+    if values.dtype != np.uint16:
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= MAX_VOCAB or values.dtype.kind not in "iu":
+            raise UserError(
+                f"{path}: tokens are integers from 0 to 65535, got {values.dtype} from {low} to {high}: choose a smaller vocabulary"
+            )
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(values)
+    with atomic_writer(path) as file:
+        file.write(header.tobytes())
+        file.write(np.ascontiguousarray(values, dtype="<u2").data)
+
+
+def check_shard(path: str | os.PathLike[str]) -> int:
+    """Validate a shard's header against the published format and its size; return its token count.
+
+    Raises:
+        UserError: the file is missing, foreign, of another version, empty, truncated or too long.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{file}: no such shard: {_REMEDY}")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        raw = stream.read(HEADER_BYTES)
+    if len(raw) < HEADER_BYTES:
+        raise UserError(f"{file}: a shard's header takes {HEADER_BYTES} bytes, the file has {size}: {_REMEDY}")
+    magic, version, count = (int(value) for value in np.frombuffer(raw, dtype="<i4", count=3))
+    if magic != MAGIC:
+        raise UserError(
+            f"{file}: not a token shard: expected magic {MAGIC} in its first four bytes, found {magic}: {_REMEDY}"
+        )
+    if version != VERSION:
+        raise UserError(f"{file}: expected shard version {VERSION}, found {version}: {_REMEDY}")
+    if count <= 0:
+        raise UserError(f"{file}: expected at least one token, the header promises {count}: {_REMEDY}")
+    expected = HEADER_BYTES + 2 * count
+    if size != expected:
+        kind = "truncated" if size < expected else "too long"
+        raise UserError(f"{file}: {kind}: expected {expected} bytes for {count} tokens, found {size}: {_REMEDY}")
+    return count
+
+
+def read_shard(path: str | os.PathLike[str]) -> np.memmap:
+    """Map a shard's tokens into memory, after validating it.
+
+    Returns:
+        `(n,)` uint16, read-only; nothing is read from disk until it is used.
+
+    Raises:
+        UserError: see `check_shard`.
+    """
+    count = check_shard(path)
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+
+
+def check_tokens(tokens: Tokens, vocab_size: int, name: str | os.PathLike[str]) -> None:
+    """Refuse tokens that the vocabulary does not have, before they index out of the embedding.
+
+    Raises:
+        UserError: the largest token is not below `vocab_size`.
+    """
+    if len(tokens) and int(tokens.max()) >= vocab_size:
+        raise UserError(
+            f"{name}: holds token {int(tokens.max())}, but vocab_size is {vocab_size}: "
+            "set VOCAB_SIZE to that of the tokenizer that made these shards, or choose another DATA_PATH"
+        )
+
+
+def find_shards(data_path: str | os.PathLike[str], split: str) -> list[Path]:
+    """The shards `<name>_<split>_NNNNNN.bin` of a folder, in order.
+
+    Args:
+        data_path: folder of shards of one dataset.
+        split: `train` or `val`.
+
+    Raises:
+        UserError: no such folder, no shard of this split, or shards of several datasets.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"split must be 'train' or 'val', got {split!r}")
+    folder = Path(data_path)
+    if not data_path or not folder.is_dir():
+        raise UserError(
+            f"data_path {str(data_path)!r}: no such folder: make it with `python -m train.data stdlib|text|fineweb`, or set DATA_PATH"
+        )
+    named = [
+        (match["name"], path)
+        for path in sorted(folder.iterdir())
+        if (match := _SHARD_NAME.fullmatch(path.name)) and match["split"] == split
+    ]
+    if not named:
+        raise UserError(
+            f"{folder}: no *_{split}_NNNNNN.bin shard in it: make it with `python -m train.data stdlib|text|fineweb`, or set DATA_PATH"
+        )
+    names = sorted({name for name, _ in named})
+    # shards of two tokenizers in one folder would train on nonsense without any error
+    if len(names) > 1:
+        raise UserError(
+            f"{folder}: holds shards of several datasets ({', '.join(names)}): expected one: move the others elsewhere"
+        )
+    return [path for _, path in named]
+
+
+def load_validation_tokens(data_path: str | os.PathLike[str], seq_len: int, vocab_size: int | None = None) -> Tokens:
+    """All validation shards in a row, trimmed to whole sequences: ⌊(N-1)/S⌋·S + 1 of N tokens.
+
+    Args:
+        data_path: folder of shards.
+        seq_len: S, the larger of training and evaluation sequence length, in tokens.
+        vocab_size: where given, tokens are checked against it.
+
+    Returns:
+        `(k·S + 1,)` uint16.
+
+    Raises:
+        UserError: a shard is bad (see `check_shard`), a token is not in the vocabulary, or not one sequence is there.
+    """
+    paths = find_shards(data_path, "val")
+    shards = [read_shard(path) for path in paths]
+    if vocab_size is not None:
+        for path, shard in zip(paths, shards, strict=True):
+            check_tokens(shard, vocab_size, path)
+    total = sum(len(shard) for shard in shards)
+    if total < seq_len + 1:
+        raise UserError(
+            f"{data_path}: its validation shards hold {total} tokens, one sequence needs {seq_len + 1}: "
+            "choose a smaller TRAIN_SEQ_LEN and EVAL_SEQ_LEN, or build the dataset with more validation text"
+        )
+    return np.concatenate(shards)[: (total - 1) // seq_len * seq_len + 1].astype(np.uint16, copy=False)
+
+
+class ShardWriter:
+    """Writes documents of one split as shards `<prefix>_<split>_NNNNNN.bin`, as a context manager.
+
+    Args:
+        folder: where the shards go; must exist.
+        prefix: name of the dataset, the first part of each file's name.
+        split: `train` or `val`; one writer never mixes them.
+        shard_tokens: tokens per full shard.
+        first_shard: number of the first shard, where earlier ones exist already.
+
+    Attributes:
+        paths: finished shards, each whole on disk.
+        documents: documents added.
+        tokens: tokens added, BOS included.
+        pending: tokens added but not yet in a finished shard.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        prefix: str,
+        split: str,
+        shard_tokens: int = SHARD_TOKENS,
+        first_shard: int = 0,
+    ) -> None:
+        if split not in ("train", "val"):
+            raise ValueError(f"split must be 'train' or 'val', got {split!r}")
+        if not 0 < shard_tokens < 2**31:
+            raise UserError(f"shard_tokens: expected 1 to 2^31 - 1, got {shard_tokens}")
+        self.folder, self.prefix, self.split, self.first_shard = Path(folder), prefix, split, first_shard
+        self.buffer: Tokens = np.empty(shard_tokens, dtype=np.uint16)
+        self.pending = self.tokens = self.documents = 0
+        self.paths: list[Path] = []
+
+    def add(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> None:
+        """Add one document's tokens; BOS is put in front.
+
+        Raises:
+            UserError: a token does not fit 16 bits.
+        """
+        values = np.asarray(ids, dtype=np.int64)
+        if len(values) and (int(values.min()) < 0 or int(values.max()) >= MAX_VOCAB):
+            raise UserError(
+                f"{self.prefix}: tokens run from 0 to 65535, got {int(values.min())} to {int(values.max())}: choose a smaller vocabulary"
+            )
+        self.documents += 1
+        self.extend(np.concatenate((np.array([BOS], dtype=np.uint16), values.astype(np.uint16))))
+
+    def extend(self, tokens: Tokens) -> None:
+        """Add tokens as they are, for a document whose first part is in a finished shard already."""
+        self.tokens += len(tokens)
+        while len(tokens):
+            taken = tokens[: len(self.buffer) - self.pending]
+            self.buffer[self.pending : self.pending + len(taken)] = taken
+            self.pending += len(taken)
+            tokens = tokens[len(taken) :]
+            if self.pending == len(self.buffer):
+                self.flush()
+
+    def flush(self) -> None:
+        """Write the tokens held back as a shard of their own, if there are any."""
+        if self.pending:
+            path = self.folder / f"{self.prefix}_{self.split}_{self.first_shard + len(self.paths):06d}.bin"
+            write_shard(path, self.buffer[: self.pending])
+            self.paths.append(path)
+            self.pending = 0
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # after an error the rest is not a shard: it would pass for a complete one
+        if kind is None:
+            self.flush()

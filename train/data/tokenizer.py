@@ -1,0 +1,262 @@
+"""SentencePiece BPE as Parameter Golf trains it, and the byte tables that turn tokens into bytes of text.
+
+The normalization (nmt_nfkc) is lossy: runs of blanks, tabs and newlines become one space and blanks at either end of a
+document vanish. Bits per byte are therefore per byte of the *normalized* text.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+from train.data.shards import BOS
+from train.errors import UserError
+from train.files import atomic_write
+
+if TYPE_CHECKING:
+    import torch
+
+SETTINGS: dict[str, Any] = {
+    "model_type": "bpe",
+    "character_coverage": 0.999,
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "nmt_nfkc",
+    "add_dummy_prefix": False,
+    "pad_id": 0,
+    "bos_id": BOS,
+    "eos_id": 2,
+    "unk_id": 3,
+    "hard_vocab_limit": False,
+}
+# the trainer drops longer sentences without a word
+MAX_SENTENCE_BYTES = 4192
+SPACE = "▁"
+_PROBES = (
+    "Hello world",
+    "a  b\tc\nd",
+    "x = 12345 + 67",
+    "naïve café – 日本語 🙂 ﬁne",
+    "  leading and trailing  ",
+    "0 1  2",
+)
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path) -> SentencePieceProcessor:
+    """Train a BPE tokenizer with the published settings; the same documents give the same bytes.
+
+    Documents longer than 4,192 bytes are cut at blanks, as the trainer would leave them out altogether.
+
+    Args:
+        documents: texts; read once.
+        vocab_size: number of pieces, of which 4 are special and 256 are bytes.
+        path: the model file to write.
+
+    Raises:
+        UserError: no text, or not enough different text for so many pieces.
+    """
+    model = io.BytesIO()
+    feed = _Feed(documents)
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=feed, model_writer=model, vocab_size=vocab_size, minloglevel=2,
+            max_sentence_length=MAX_SENTENCE_BYTES, **SETTINGS,
+        )  # fmt: skip
+    except RuntimeError as error:
+        if feed.failure is not None:
+            raise feed.failure from None
+        if not feed.sentences:
+            raise UserError("tokenizer: the text is empty: give at least one document with text in it") from None
+        least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
+        reason = (
+            f"its characters alone take {least[1]}: give --vocab {least[1]} or more" if least else str(error).strip()
+        )
+        raise UserError(f"tokenizer: {vocab_size} pieces can't be trained on this text: {reason}") from None
+    data = model.getvalue()
+    found = SentencePieceProcessor(model_proto=data).vocab_size()
+    if found != vocab_size:
+        raise UserError(
+            f"tokenizer: the text has {found} pieces to offer, {vocab_size} were asked for: give more text, or --vocab {found}"
+        )
+    _check(SentencePieceProcessor(model_proto=data), path)
+    atomic_write(path, data)
+    return load_tokenizer(path, vocab_size)
+
+
+def load_tokenizer(path: str | Path, vocab_size: int) -> SentencePieceProcessor:
+    """Load a SentencePiece model, refusing one whose tokens would be charged the wrong number of bytes.
+
+    Raises:
+        UserError: no such file, not a SentencePiece model, another vocabulary size, or a model that miscounts.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{file}: no such tokenizer: set TOKENIZER_PATH to the .model file that made the shards")
+    tokenizer = SentencePieceProcessor()
+    try:
+        tokenizer.LoadFromSerializedProto(file.read_bytes())
+    except RuntimeError:
+        raise UserError(
+            f"{file}: not a SentencePiece model: set TOKENIZER_PATH to the .model file that made the shards"
+        ) from None
+    if tokenizer.vocab_size() != vocab_size:
+        raise UserError(
+            f"{file}: has {tokenizer.vocab_size()} pieces, but vocab_size is {vocab_size}: set VOCAB_SIZE={tokenizer.vocab_size()}, or choose the matching tokenizer"
+        )
+    _check(tokenizer, file)
+    return tokenizer
+
+
+def find_tokenizer(data_path: str | Path, vocab_size: int, tokenizer_path: str | Path = "") -> Path:
+    """Where a dataset's tokenizer is: as given, in the dataset's folder, or in the published layout beside `datasets`.
+
+    Raises:
+        UserError: there is none, or more than one could be meant.
+    """
+    if tokenizer_path:
+        return Path(tokenizer_path)
+    folder = Path(data_path)
+    beside = folder.resolve().parent.parent / "tokenizers" / f"fineweb_{vocab_size}_bpe.model"
+    inside = sorted(folder.glob("*.model"))
+    if len(inside) > 1:
+        raise UserError(
+            f"{folder}: holds several tokenizers ({', '.join(path.name for path in inside)}): set TOKENIZER_PATH to one"
+        )
+    if not inside and not beside.is_file():
+        raise UserError(f"{folder}: no tokenizer (*.model) in it, nor {beside}: set TOKENIZER_PATH")
+    return inside[0] if inside else beside
+
+
+@dataclass(frozen=True, eq=False)
+class ByteTables:
+    """How many bytes of normalized text each token stands for.
+
+    bytes(target | previous) = base_bytes[target] + (has_leading_space[target] and not is_boundary[previous])
+
+    Attributes:
+        base_bytes: `(V,)` int16, UTF-8 bytes of the piece without its leading space.
+        has_leading_space: `(V,)` bool, the piece begins with a space.
+        is_boundary: `(V,)` bool, special tokens; a space right after one is free, as it is not in the text.
+    """
+
+    base_bytes: npt.NDArray[np.int16]
+    has_leading_space: npt.NDArray[np.bool_]
+    is_boundary: npt.NDArray[np.bool_]
+
+    def count(self, previous: Any, targets: Any) -> Any:
+        """Bytes charged to each target, given the token before it.
+
+        Args:
+            previous: integer ids of any shape, a tensor on any device or a numpy array.
+            targets: ids of the same shape and kind.
+
+        Returns:
+            int64 of the same shape, kind and device.
+        """
+        if isinstance(targets, np.ndarray):
+            charged = self.base_bytes[targets].astype(np.int64)
+            return charged + (self.has_leading_space[targets] & ~self.is_boundary[previous])
+        base, space, boundary = _tensors(self, targets.device)
+        previous, targets = previous.long(), targets.long()
+        return base[targets].long() + (space[targets] & ~boundary[previous]).long()
+
+
+@functools.lru_cache(maxsize=16)
+def _tensors(tables: ByteTables, device: torch.device) -> list[torch.Tensor]:
+    # imported here, as processes that only encode text start faster without it
+    import torch
+
+    arrays = (tables.base_bytes, tables.has_leading_space, tables.is_boundary)
+    return [torch.from_numpy(array).to(device) for array in arrays]
+
+
+def byte_tables(tokenizer: SentencePieceProcessor, vocab_size: int) -> ByteTables:
+    """The published tables (Parameter Golf's `build_sentencepiece_luts`), of max(pieces, vocab_size) entries.
+
+    Control, unknown and unused ids are boundaries of 0 bytes; a byte piece is 1 byte; any other piece loses one leading
+    space and counts the UTF-8 bytes of the rest.
+    """
+    pieces = tokenizer.vocab_size()
+    size = max(pieces, vocab_size)
+    base, space, boundary = np.zeros(size, np.int16), np.zeros(size, bool), np.ones(size, bool)
+    for index in range(pieces):
+        if tokenizer.IsControl(index) or tokenizer.IsUnknown(index) or tokenizer.IsUnused(index):
+            continue
+        boundary[index] = False
+        if tokenizer.IsByte(index):
+            base[index] = 1
+            continue
+        piece = tokenizer.IdToPiece(index)
+        space[index] = piece.startswith(SPACE)
+        base[index] = len(piece.removeprefix(SPACE).encode())
+    return ByteTables(base, space, boundary)
+
+
+def _check(tokenizer: SentencePieceProcessor, path: str | Path) -> None:
+    def refuse(reason: str) -> UserError:
+        return UserError(
+            f"{path}: bytes would be miscounted with this tokenizer: {reason}; train one with `python -m train.data`"
+        )
+
+    if tokenizer.bos_id() != BOS:
+        raise refuse(f"expected BOS as token {BOS}, found {tokenizer.bos_id()}")
+    # without it a lone space becomes three byte tokens: one byte of text counts three (openai/parameter-golf issue 897)
+    if tokenizer.PieceToId(SPACE) == tokenizer.unk_id():
+        raise refuse(f"it has no piece {SPACE!r} for a lone space")
+    if sum(tokenizer.IsByte(index) for index in range(tokenizer.vocab_size())) != 256:
+        raise refuse("expected 256 byte pieces, so that no text is unknown (0 bytes)")
+    for index in range(tokenizer.vocab_size()):
+        if SPACE in tokenizer.IdToPiece(index)[1:]:
+            raise refuse(
+                f"piece {index} {tokenizer.IdToPiece(index)!r} has a space that is not its first character, which counts 3 bytes"
+            )
+    tables = byte_tables(tokenizer, tokenizer.vocab_size())
+    for probe in _PROBES:
+        ids = np.array([BOS, *tokenizer.Encode(probe)])
+        counted, length = int(tables.count(ids[:-1], ids[1:]).sum()), len(tokenizer.Decode(ids[1:].tolist()).encode())
+        if counted != length:
+            raise refuse(f"{probe!r} is {length} bytes when normalized, its tokens count {counted}")
+
+
+class _Feed(Iterator[str]):
+    """Sentences for the trainer, which turns whatever an iterator raises into a RuntimeError: the original is kept."""
+
+    def __init__(self, documents: Iterable[str]) -> None:
+        self.source = (sentence for document in documents for sentence in _sentences(document))
+        self.sentences = 0
+        self.failure: BaseException | None = None
+
+    def __next__(self) -> str:
+        try:
+            sentence = next(self.source)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self.failure = error
+            raise
+        self.sentences += 1
+        return sentence
+
+
+def _sentences(text: str) -> Iterator[str]:
+    data = text.replace("\x00", " ").strip().encode()
+    start = 0
+    while start < len(data):
+        end = start + MAX_SENTENCE_BYTES
+        if end < len(data):
+            blank = max(data.rfind(b" ", start + 1, end), data.rfind(b"\n", start + 1, end))
+            end = blank if blank > 0 else end
+            # a cut inside a character would make two bad ones
+            while data[end] & 0xC0 == 0x80:
+                end -= 1
+        yield data[start:end].decode()
+        start = end
