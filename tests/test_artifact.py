@@ -249,6 +249,10 @@ def test_tensors_of_another_model_are_refused(tmp_path: Path, config: Config, te
     write_artifact(path, fewer, config, **ROOMY)
     with pytest.raises(ArtifactError, match=r"tensor blocks\.1\.mlp\.up: expected \(32, 16\), found none"):
         load_model(path)
+    for huge in ({"num_layers": 10**9}, {"model_dim": 2**40}, {"mlp_mult": 2.0**40}, {"bigram_vocab_size": 2**40}):
+        write_artifact(path, tensors, config.replace(**huge), **ROOMY)
+        with pytest.raises(ArtifactError, match=r"expected tensors of .* layers and widths up to .*, found 37 tensors"):
+            load_model(path)
     write_artifact(path, tensors, config.replace(mlp_mult=3.0), **ROOMY)
     with pytest.raises(ArtifactError, match=r"tensor blocks\.0\.mlp\.down: expected \(16, 48\), found \(16, 32\)"):
         load_model(path)

@@ -190,18 +190,42 @@ def test_the_threshold_lets_exactly_65536_elements_pass() -> None:
         stored_bits("embedding.weight", torch.empty(1024, 512, device="meta"), config.replace(embed_bits=12))
 
 
-def test_payload_bytes_are_those_of_the_published_122() -> None:
-    # int6 packed + fp16 row scales + fp16 embedding; its control tensors were float32 (73,984 bytes) and here are float16
-    config = Config(vocab_size=2048, num_layers=8, mlp_mult=3.0, embed_bits=16)
-    packed = scales = floats = 0
+SP4096_RECURRENT: dict[str, Any] = {
+    "vocab_size": 4096, "num_layers": 11, "mlp_mult": 4.0, "smear_gate": "published", "ve_dim": 128, "ve_layers": (9, 10),
+    "recur_scale_params": 2,
+}  # fmt: skip
+SP8192_SDCLIP: dict[str, Any] = {
+    "vocab_size": 8192, "num_layers": 11, "mlp_mult": 4.0, "ve_dim": 128, "ve_layers": (9, 10), "skip_gates": True,
+    "parallel_start_layer": 7, "parallel_form": "lanes", "recur_layers": (3, 4, 5),
+}  # fmt: skip
+SP1024_8_LAYERS: dict[str, Any] = {
+    "num_layers": 8, "mlp_mult": 3.0, "smear_gate": "published", "bigram_vocab_size": 2048,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (SP4096_RECURRENT, 34_566_326),
+        (SP8192_SDCLIP, 37_206_200),
+        (SP1024_8_LAYERS, 19_893_378),
+        (SP1024_8_LAYERS | {"embed_bits": 16}, 20_415_618),
+    ],
+    ids=["1392", "1471", "262", "262 with a float16 embedding"],
+)
+def test_payload_bytes_are_those_of_the_published_systems(changes: dict[str, Any], expected: int) -> None:
+    config = Config(**changes)
     with torch.device("meta"):
-        parameters = dict(GPT(config).named_parameters())
-    for name, parameter in parameters.items():
-        if stored_bits(name, parameter, config) == 6:
-            packed, scales = packed + parameter.numel() * 6 // 8, scales + 2 * len(parameter)
-        else:
-            floats += 2 * parameter.numel()
-    assert (packed, scales, floats) == (14_155_776, 57_344, 2_097_152 + 73_984 // 2)
+        model = GPT(config)
+    payload = 0
+    for name, parameter in model.named_parameters():
+        coded = stored_bits(name, parameter, config) < 16
+        # int8 containers of one byte per code, float16 row scales, float16 for the rest
+        payload += parameter.numel() + 2 * len(parameter) if coded else 2 * parameter.numel()
+    # the hashed bigrams, alone of the tables, follow `embed_bits` here and are int8 in #262
+    if config.bigram_vocab_size and config.embed_bits == 16:
+        payload -= 2048 * 128 - 2 * 2048
+    assert payload == expected
 
 
 def test_matrices_get_gptq_and_embeddings_are_rounded(model: GPT, config: Config, hessians: dict[str, Tensor]) -> None:

@@ -223,9 +223,10 @@ def test_two_ranks_give_the_weights_of_one(tokens: Path, tmp_path: Path) -> None
         ranks = [torch.load(tmp_path / f"{name}.{rank}.pt", weights_only=True) for rank in range(2)]
         for key, tensor in one.weights().items():
             assert torch.equal(ranks[0][key], ranks[1][key]), (name, key)
-            # float32 sums in another order, 20 steps long; Adam divides by moments that begin near zero
+            # float32 sums in another order: Adam divides by moments that begin near zero, and a fake-quantized weight may round
+            # the other way; 2e-3 is a three-hundredth of the way that Adam's rate allows in 20 steps
             torch.testing.assert_close(
-                ranks[0][key], tensor, rtol=0, atol=2e-4, msg=lambda m, k=f"{name} {key}": f"{k}: {m}"
+                ranks[0][key], tensor, rtol=0, atol=2e-3, msg=lambda m, k=f"{name} {key}": f"{k}: {m}"
             )
 
 
@@ -277,13 +278,14 @@ def test_fake_quantization_takes_part_in_the_compiled_step(
         for parameter in run.model.matrices().values():
             parameter.normal_(std=0.1)
     step = weight.detach().abs().amax(dim=1) / 31
-    # a twentieth of a step moves a weight that lies in the middle of its cell, but not its code
+    # a twentieth of a step moves weights that lie in the middle of their cells, but not their codes
     offset = (weight.detach() / step[:, None]).frac().abs()
-    middle = ((offset < 0.3) & (weight.detach().abs() < 10 * step[:, None])).nonzero()[0].tolist()
+    middle = (offset < 0.3) & (weight.detach().abs() < 10 * step[:, None])
+    assert middle.sum() > 1000
     losses, gradients = [], []
     for shift in (0.0, 0.05):
         with torch.no_grad():
-            weight[middle[0], middle[1]] += shift * step[middle[0]]
+            weight += shift * step[:, None] * middle
         run.optimizers.zero_grad()
         loss = loss_of(inputs, targets, recurrence=False)
         loss.backward()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from golf_kernels import dispatch
 from train.artifact import package_code_bytes, read_artifact
 from train.config import Config
 from train.data.build import read_manifest
@@ -68,6 +69,8 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
     Raises:
         UserError: anything in settings, data or on the disk that the user can mend.
     """
+    # a back end that cannot run should fail now and not at the end of training
+    dispatch.validate()
     with start_ranks(config.device) as ranks:
         clock = StageClock()
         with clock("data"):

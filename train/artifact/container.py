@@ -243,9 +243,11 @@ def _parse(path: Path, table: Any) -> Header:
 
 def _check_section(path: Path, index: int, section: Section) -> None:
     where = f"section {index}"
+    texts = (section.group, section.type, section.codec)
     numbers = (section.stride, section.unpacked_bytes, section.packed_bytes, section.crc32)
-    if not isinstance(section.group, str) or not all(type(number) is int and number >= 0 for number in numbers):
-        _damaged(path, where, "a name and whole numbers", repr(astuple(section)))
+    sound = all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
+    if not sound or min(numbers) < 0:
+        _damaged(path, where, "three names and four whole numbers", repr(astuple(section)))
     if section.type not in ITEM_BYTES or section.stride > 255:
         _damaged(path, where, f"one of {', '.join(ITEM_BYTES)} and a stride up to 255", repr(astuple(section)))
     if section.codec not in CODECS:

@@ -103,14 +103,19 @@ def write_artifact(
     if config.codec not in CODECS:
         raise UserError(f"codec: expected one of {', '.join(CODECS)}, got {config.codec!r}")
     plans, entries = _plan(tensors)
+    contents = [b"".join(plan.parts) for plan in plans]
+    codec = CODECS[config.codec]
     with (
-        Progress(sum(len(plan.content()) for plan in plans), "pack", "bytes", enabled=progress) as bar,
+        Progress(sum(map(len, contents)), "pack", "bytes", enabled=progress) as bar,
         ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool,
     ):
+        # the longest first, so that no thread is left alone with it at the end
+        order = sorted(range(len(plans)), key=lambda index: -len(contents[index]))
+        jobs = {index: pool.submit(_encode, plans[index], contents[index], codec) for index in order}
         encoded = []
-        for section, payload in pool.map(lambda plan: _encode(plan, CODECS[config.codec]), plans):
-            encoded.append((section, payload))
-            bar.advance(section.unpacked_bytes)
+        for index, content in enumerate(contents):
+            encoded.append(jobs[index].result())
+            bar.advance(len(content))
     values = config.to_dict()
     header = Header({name: values[name] for name in MODEL_FIELDS}, [section for section, _ in encoded], entries)
     data, header_bytes, json_bytes = pack(header, [payload for _, payload in encoded])
@@ -165,6 +170,7 @@ def load_model(path: str | os.PathLike[str], config: Config | None = None) -> GP
 def build_model(path: str | os.PathLike[str], artifact: Artifact, config: Config | None = None) -> GPT:
     """The second half of `load_model`, from what was read; `path` is only named in errors."""
     shape = {name: getattr(artifact.config, name) for name in MODEL_FIELDS}
+    _check_size(path, artifact)
     # on the meta device nothing is drawn, so that loading is quick and leaves the generators alone
     with torch.device("meta"):
         model = GPT((config or artifact.config).replace(**shape))
@@ -182,6 +188,20 @@ def build_model(path: str | os.PathLike[str], artifact: Artifact, config: Config
     return model.eval()
 
 
+def _check_size(path: str | os.PathLike[str], artifact: Artifact) -> None:
+    """Refuse fields of a model far larger than the tensors before it is built."""
+    config, count = artifact.config, len(artifact.tensors)
+    elements = sum(tensor.shape.numel() for tensor in artifact.tensors.values())
+    widths = [config.model_dim, config.mlp_hidden, config.vocab_size, config.ve_dim, config.recur_scale_params]
+    if config.bigram_vocab_size:
+        widths += [config.bigram_vocab_size, config.bigram_dim]
+    if config.num_layers > count or max(widths) > elements:
+        raise ArtifactError(
+            f"{path}: expected tensors of {config.num_layers:,} layers and widths up to {max(widths):,}, found {count:,} tensors "
+            f"of {elements:,} elements: write it anew with python -m train"
+        )
+
+
 @dataclass(frozen=True)
 class _Plan:
     """A section to be written: its tensors' bytes in order."""
@@ -189,9 +209,6 @@ class _Plan:
     group: str
     type: str
     parts: list[bytes] = field(default_factory=list)
-
-    def content(self) -> bytes:
-        return b"".join(self.parts)
 
 
 def _plan(tensors: Mapping[str, QuantizedTensor | Tensor]) -> tuple[list[_Plan], list[TensorEntry]]:
@@ -241,9 +258,8 @@ def _need_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def _encode(plan: _Plan, codec: Codec) -> tuple[Section, bytes]:
+def _encode(plan: _Plan, content: bytes, codec: Codec) -> tuple[Section, bytes]:
     """The smallest of the codec, for floats also after a shuffle, and no codec at all; the first of equals."""
-    content = plan.content()
     floats = plan.type in _FLOAT_TYPES
     choices = [("raw", 0, content)]
     if codec.max_bits == 8 or (not floats and int(plan.type.removeprefix("int")) <= codec.max_bits):

@@ -231,7 +231,7 @@ def _add_small_options(one: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="bytes of validation text (default: 5 %%, 32 kB to 400 kB)",
+        help="bytes of validation text (default: 5 %%, 32 kB to 200 kB)",
     )
     one.add_argument("--threads", type=int, default=0, metavar="N", help="threads that encode (default: one per core)")
 
