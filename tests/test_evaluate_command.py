@@ -106,15 +106,24 @@ def test_command_scores_the_artifact_from_its_bytes(
 
 
 def test_command_options_change_what_is_scored_and_scores_stand_side_by_side(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
+    # with --json not even the progress may reach stdout
+    monkeypatch.setattr("train.progress.LINE_INTERVAL_SECONDS", 0.0)
+    batches: list[tuple[int, ...]] = []
+    hidden = GPT.hidden
+    monkeypatch.setattr(
+        GPT, "hidden", lambda self, ids, **flags: (batches.append(tuple(ids.shape)), hidden(self, ids, **flags))[1]
+    )
     arguments = ["--stride", "0", "--max-tokens", "150", "--seq-len", "16", "--batch-seqs", "3", "--json"]
     main([str(run), *arguments])
     entry = json.loads(capsys.readouterr().out)
     nats, tokens, size = run_truth(run, 16, 0, 151)
     assert (entry["tokens"], entry["bytes"], entry["windows"], entry["name"]) == (150, size, 10, "int6_roundtrip")
+    # ten windows in batches of at most three, made even
+    assert set(batches[:4]) == {(3, 16)}
     assert entry["val_loss"] == pytest.approx(nats / tokens, rel=1e-6)
     main([str(run), *arguments, "--weights", "master"])
     master = json.loads(capsys.readouterr().out)
@@ -154,6 +163,12 @@ def test_command_gives_the_same_score_on_two_ranks(finished_run: Path, tmp_path:
     assert len(read_metrics(run / "metrics.jsonl")) == 2
 
 
+def spoil_scores_and_artifact(run: Path) -> None:
+    """What would be noticed last has to be noticed first: before the work, not after it."""
+    (run / "evaluation.json").write_text("[")
+    (run / "model.golf").unlink()
+
+
 def damage(run: Path, name: str) -> None:
     path = run / name
     path.write_bytes(path.read_bytes()[:-20])
@@ -167,6 +182,7 @@ def damage(run: Path, name: str) -> None:
         (lambda run: damage(run, "model.golf"), [], r"model\.golf"),
         (lambda run: damage(run, "config.json"), [], r"config\.json: not readable"),
         (lambda run: (run / "evaluation.json").write_text("["), [], r"evaluation\.json: not readable"),
+        (spoil_scores_and_artifact, [], r"evaluation\.json: not readable"),
         (lambda run: None, ["--data-path", "/nowhere"], "/nowhere"),
         (lambda run: None, ["--stride", "33"], "stride: expected 0"),
         (lambda run: None, ["--stride", "-1"], "eval_stride: must be at least 0"),

@@ -135,6 +135,20 @@ def test_the_artifact_scores_what_the_quantized_model_in_memory_scores(finished:
     assert (scores[1].tokens, scores[1].bytes) == (recorded["tokens"], recorded["bytes"])
 
 
+def test_a_file_system_that_takes_no_more_leaves_nothing_half_written(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text that is long enough to be learned from, line by line\n" * 2000)
+    # a limit on the size of a file is what a test can have of a full disk
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); sys.argv[0] = 'train.data'; "
+    arguments = ["text", tmp_path / "text.txt", "--out", tmp_path / "out", "--vocab", "300"]
+    result = subprocess.run(
+        [sys.executable, "-c", f"{limit} runpy.run_module('train.data', run_name='__main__')", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert "error: " in result.stderr and "run again" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
 def test_a_run_folder_that_exists_is_refused(finished: Finished) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.folder.path.iterdir()}
     with pytest.raises(UserError, match="this run folder exists"):
@@ -204,6 +218,17 @@ def test_two_ranks_train_like_one(finished: Finished, dataset: Path, tmp_path: P
     scores = [json.loads(folder.summary.read_text()) for folder in (finished.folder, RunFolder(tmp_path / "run"))]
     assert scores[0]["val_bpb"] == pytest.approx(scores[1]["val_bpb"], abs=2e-3)
     assert scores[0]["tokens"] == scores[1]["tokens"]
+
+
+def test_both_ranks_learn_of_a_refusal(finished: Finished, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "train.quantize",
+         str(finished.folder.path), "--max_artifact_bytes", "1000", "--out", str(tmp_path / "a.golf")],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert result.stderr.count("error: ") >= 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("world_size", ["3", "16"])

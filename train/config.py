@@ -161,7 +161,7 @@ class Config:
     matrix_clip: str = _field(
         "sdclip",
         "row clip of the matrices: a name in train.quantize.row_scales",
-        choices=("sdclip", "row_max", "quantile", "percentile_search"),
+        choices=("sdclip", "hessian_sdclip", "row_max", "quantile", "percentile_search"),
     )
     matrix_clip_sigmas: float = _field(12.85, "SDClip: row clip of the matrices in deviations", low=0.1)
     embed_clip_sigmas: float = _field(20.0, "SDClip: row clip of the embeddings in deviations", low=0.1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -59,6 +59,23 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=source, group=self.group, device=torch.device("cpu"))
         return box[0]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Let rank 0 do `work` while the others wait, and give every rank its small picklable result.
+
+        Raises:
+            UserError: on every rank, if rank 0 raised it; nobody is left waiting.
+        """
+        result, problem = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except UserError as error:
+                problem = str(error)
+        result, problem = self.broadcast((result, problem))
+        if problem is not None:
+            raise UserError(problem)
+        return result  # type: ignore[return-value]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replace `tensor` (any shape, dtype and device) by its sum over the ranks, in place, and return it."""

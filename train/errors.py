@@ -26,7 +26,7 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
         code = 141
     except OSError as error:
         # any other OSError is a defect of ours and keeps its traceback
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
         name = error.filename or "an output file"
         print(

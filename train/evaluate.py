@@ -276,8 +276,10 @@ def main(argv: list[str] | None = None) -> int:
     tokens = load_validation_tokens(config.data_path, max(config.train_seq_len, config.window), config.vocab_size)
     tokenizer = find_tokenizer(config.data_path, config.vocab_size, config.tokenizer_path)
     tables = byte_tables(load_tokenizer(tokenizer, config.vocab_size), config.vocab_size)
+    # whatever is wrong with the run is found before the ranks wait for one another
+    model = _load(folder, config, arguments.weights).eval()
     with start_ranks(config.device) as ranks:
-        model = _load(folder, config, arguments.weights).to(ranks.device).eval()
+        model = model.to(ranks.device)
         # a bar goes to stderr, but plain progress lines would stand between a script and its JSON
         progress = not arguments.json or sys.stderr.isatty()
         result = evaluate_model(

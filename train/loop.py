@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
 from train.optimize.schedules import WallClock, lr_scale, muon_momentum
+from train.progress import Progress
 from train.run import RunFolder
 from train.scores import EvalResult
 
@@ -124,6 +126,8 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     )
     clock.resume()
     stop = config.training_seconds > 0 and seconds >= config.training_seconds
+    # without a terminal the log's own lines are the progress
+    bar = Progress(1000, "training", "‰", enabled=ranks.is_main and sys.stderr.isatty())
     while True:
         last = stop or step == config.iterations
         due = config.val_loss_every > 0 and step % config.val_loss_every == 0
@@ -145,6 +149,8 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
         if swa:
             swa.update(step, scale)
         stop = clock.tick()
+        done = max(step / config.iterations, clock.elapsed_seconds / (config.training_seconds or math.inf))
+        bar.advance(int(1000 * min(done, 1)) - bar.done, f"step {step:,}")
         if step <= FIRST_LOGGED_STEPS or step % config.train_log_every == 0 or stop:
             log_step(log, config, ranks, step, batch_loss, clock.elapsed_seconds, scale)
         if config.checkpoint_every and step % config.checkpoint_every == 0 and not stop:
@@ -153,6 +159,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
             save_checkpoint(folder.checkpoint, parts, ranks, extra)
             clock.resume()
     seconds = clock.pause()
+    bar.close()
     if stop:
         log.stopping_early(step, config.iterations, seconds * 1000)
     if ranks.device.type == "cuda":

@@ -38,16 +38,20 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
     path = Path(config.data_path)
     if not config.data_path:
         raise UserError("data_path: not set: give a folder of shards (python -m train.data makes one)")
-    if ranks.is_main and not path.exists():
+
+    def build() -> None:
+        if path.exists():
+            return
         if not config.corpus:
             raise UserError(
-                f"data_path: {path} does not exist: make it with python -m train.data (fineweb --variant sp{config.vocab_size}, "
-                "or text PATH… for your own), or set DATA_PATH"
+                f"data_path: {path} does not exist: make it with python -m train.data (fineweb --variant "
+                f"sp{config.vocab_size}, or text PATH… for your own), or set DATA_PATH"
             )
         print("text: the Python standard library's own sources and documentation (nothing is downloaded)", flush=True)
         training, validation = split_documents(stdlib_documents())
         build_dataset(training, validation, path, config.vocab_size, name="stdlib", source="Python standard library")
-    ranks.barrier()
+
+    ranks.on_main(build)
 
 
 def train_stage(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> GPT:
@@ -115,7 +119,8 @@ def artifact_stage(config: Config, path: Path, model: GPT, tensors: StoredTensor
     Returns:
         The model that the artifact's bytes hold.
     """
-    if ranks.is_main:
+
+    def write() -> None:
         size = package_code_bytes()
         info = write_artifact(path, tensors, config, code_bytes=size.plain_bytes)
         log.sizes(
@@ -125,7 +130,8 @@ def artifact_stage(config: Config, path: Path, model: GPT, tensors: StoredTensor
             bits=config.matrix_bits,
             codec=config.codec,
         )
-    ranks.barrier()
+
+    ranks.on_main(write)
     loaded = load_model(path, config)
     expected = dequantize_state(tensors)
     for name, parameter in loaded.named_parameters():

@@ -18,7 +18,6 @@ from train.artifact import package_code_bytes, read_artifact
 from train.config import Config
 from train.data.build import read_manifest
 from train.distributed import Ranks, start_ranks
-from train.errors import UserError
 from train.files import atomic_write
 from train.logger import RunLogger
 from train.run import RunFolder, create_run_folder, new_run_id
@@ -76,7 +75,7 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
         with clock("data"):
             prepare_data(config, ranks)
         config = config.replace(run_id=ranks.broadcast(new_run_id(config)))
-        folder = open_folder(config, ranks)
+        folder = ranks.on_main(lambda: create_run_folder(config))
         if ranks.is_main:
             clock.keep_in(folder.path / "stages.json")
         with RunLogger(folder.path, config.seed, ranks.rank) as log:
@@ -98,20 +97,6 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
                 write_record(folder.path, summary)
                 log.line(summary_text(summary, folder.path))
     return folder
-
-
-def open_folder(config: Config, ranks: Ranks) -> RunFolder:
-    """Make or take up the run folder on rank 0; every rank learns of a refusal."""
-    folder, problem = None, None
-    if ranks.is_main:
-        try:
-            folder = create_run_folder(config)
-        except UserError as error:
-            problem = str(error)
-    problem = ranks.broadcast(problem)
-    if problem is not None:
-        raise UserError(problem)
-    return folder or RunFolder(Path(config.runs_dir) / config.run_id)
 
 
 def summarize(folder: RunFolder, stage_seconds: dict[str, float], ranks: Ranks) -> Summary:
