@@ -7,13 +7,16 @@ READY := $(VENV)/.ready
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format bench doctor clean
+.PHONY: help run test lint format doctor clean
 
 help:  ## show the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 16
 
+# a process for each GPU, or for each core: one thread each loses less than one process with many on small matrices
+PROCESSES = $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c GPU); [ $$n -gt 0 ] || n=$$(nproc); for p in 8 4 2 1; do [ $$p -le $$n ] && echo $$p && break; done)
+
 run: $(READY)  ## train, quantize, score and record a small model on the standard library's own text
-	$(BIN)/python -m train --recipe quickstart
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES) -m train --recipe quickstart
 
 test: $(READY)  ## run all tests
 	$(BIN)/python -m pytest

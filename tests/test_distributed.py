@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -150,3 +152,49 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
     assert (first["box"], first["total"], first["arrived"]) == ("from 1", 3, True)
     # the slower rank needs 17 steps of 0.06 s to reach 1 s
     assert first["clock"]["steps"] == 17 and first["clock"]["paused"] == pytest.approx(1.02)
+
+
+LEAVE_SCRIPT = """
+import sys
+from pathlib import Path
+from train.distributed import start_ranks
+from train.errors import UserError
+
+def refuse():
+    raise UserError("no")
+
+def main(mode, out):
+    with start_ranks("cpu") as ranks:
+        import torch._dynamo
+        from train.model.gpt import GPT
+        try:
+            learned = ranks.on_main(refuse if mode == "refuse" else lambda: 7)
+        except UserError as error:
+            learned = error
+        (out / f"{ranks.rank}").write_text(str(learned))
+        return ranks.rank
+
+out = Path(sys.argv[2])
+rank = main(sys.argv[1], out)
+names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+(out / f"{rank}.threads").write_text(" ".join(name for name in names if "gloo" in name))
+"""
+
+
+@pytest.mark.parametrize(("mode", "said"), [("refuse", "no"), ("agree", "7")])
+def test_every_rank_learns_what_the_first_one_did_and_leaves_no_thread(mode: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(LEAVE_SCRIPT)
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    result = subprocess.run(
+        [*command, tmp_path / "script.py", mode, out], env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert {path.name: path.read_text() for path in out.iterdir()} == {
+        "0": said,
+        "1": said,
+        "0.threads": "",
+        "1.threads": "",
+    }

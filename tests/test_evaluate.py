@@ -141,7 +141,7 @@ def test_flat_evaluation_takes_the_training_rows_and_the_first_tokens() -> None:
     tokens, tables = make_text(100)
     model, plain = StandIn(), StandIn()
     config = CONFIG.replace(
-        train_seq_len=16, train_batch_tokens=64, val_max_tokens=40, val_batch_size=32, eval_stride=4
+        train_seq_len=16, train_batch_tokens=128, val_max_tokens=40, val_batch_size=32, eval_stride=4
     )
     result = flat_evaluation(model, tokens, tables, config)
     nats, scored, size = plain_score(plain, tokens[:41], tables, 16, 0, "once", config.logit_softcap)

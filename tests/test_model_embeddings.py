@@ -5,7 +5,7 @@ import torch
 
 from train.model.embeddings import BigramHash, TokenEmbedding, ValueEmbedding, bigram_hash, lookup
 
-# (token, predecessor) → row of a table of 2,048 rows (recipes 5.6)
+# (token, predecessor) → row of a table of 2,048 rows
 PUBLISHED = {
     (0, 0): 0, (1, 1): 11, (1, 2): 450, (2, 1): 435, (1023, 1023): 977, (1023, 0): 1290, (0, 1023): 1757,
     (17, 400): 1071, (940, 939): 297, (500, 700): 1181,

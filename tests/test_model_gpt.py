@@ -22,7 +22,7 @@ def test_first_loss_is_the_logarithm_of_the_vocabulary(system: str, recurrence: 
     ids, targets = (torch.randint(0, vocab_size, (8, 64)) for _ in range(2))
     loss = model.loss(ids, targets, recurrence=recurrence)
     assert loss.dtype == torch.float32
-    # the tolerance that holds for all published logs (recipes 5.6)
+    # the tolerance that holds for all published logs
     assert loss.item() == pytest.approx(math.log(vocab_size), abs=0.012)
 
 

@@ -14,7 +14,7 @@ VE = {"ve_dim": 128, "ve_layers": (9, 10)}
 LARGE = {"num_layers": 11, "mlp_mult": 4.0}
 LANES = {"parallel_start_layer": 7, "parallel_form": "lanes"}
 
-# recipes 5.1; #1394 and #1477 have seven skips, which no field makes
+# the published counts; #1394 and #1477 have seven skips, which no field makes
 COUNTS = [
     (SYSTEMS["baseline"], 17_059_912),
     ({"mlp_mult": 1.9375}, 16_765_000),

@@ -43,7 +43,7 @@ def test_mlp_equals_the_formula_observed_or_not(slope: float, observed: bool) ->
 
 
 def test_squared_leaky_relu_has_the_published_values_and_slopes() -> None:
-    # with one channel, no norm to speak of and unit weights the MLP is its activation (recipes 5.6)
+    # with one channel, no norm to speak of and unit weights the MLP is its activation
     mlp = MLP(Config(model_dim=8, num_heads=1, num_kv_heads=1, mlp_mult=1.0, mlp_slope=0.5), 1.0).double()
     mlp.up.data.copy_(torch.eye(8) * 2)
     mlp.down.data.copy_(torch.eye(8))

@@ -18,7 +18,7 @@ def test_rms_norm_equals_the_formula(dtype: torch.dtype) -> None:
 
 
 def test_epsilon_is_the_given_one_for_a_small_bfloat16_row() -> None:
-    # torch before 2.7 took bfloat16's own epsilon, which would make this row's deviation 0.056 (recipes 2.0)
+    # torch before 2.7 took bfloat16's own epsilon, which would make this row's deviation 0.056
     row = torch.full((1, 512), 0.005, dtype=torch.bfloat16)
     assert rms_norm(row, 1.1920928955078125e-07).float().std(correction=0) < 1e-6
     assert rms_norm(row, 1.1920928955078125e-07).float().mean().item() == pytest.approx(0.998, abs=2e-3)

@@ -345,7 +345,7 @@ def test_costs_and_ratios():
 
 
 def test_matrices_are_shared_out_by_cost():
-    # the eleven-layer model of recipes 2.1: 22 q/o, 22 k/v, 22 MLP matrices
+    # the eleven-layer model of #1392: 22 q/o, 22 k/v, 22 MLP matrices
     shapes = ((512, 512),) * 22 + ((256, 512),) * 22 + ((2048, 512), (512, 2048)) * 11
     owners = assign(shapes, 8)
     loads = [0] * 8

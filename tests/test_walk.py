@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -102,7 +103,9 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
         if "sliding_window_exact" in line
     ]
     assert exact[-1].endswith(f"val_bpb:{submission['val_bpb']:.8f}")
-    assert log
+    assert set(log["steps"]) == set(range(1, 11)) | {12}
+    assert log["sizes"]["total"] == submission["bytes_total"]
+    assert log["finals"]["int6_sliding_window_exact"]["val_bpb"] == pytest.approx(submission["val_bpb"], abs=1e-8)
 
 
 def test_training_lowers_the_loss(finished: Finished) -> None:
@@ -220,17 +223,6 @@ def test_two_ranks_train_like_one(finished: Finished, dataset: Path, tmp_path: P
     assert scores[0]["tokens"] == scores[1]["tokens"]
 
 
-def test_both_ranks_learn_of_a_refusal(finished: Finished, tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "train.quantize",
-         str(finished.folder.path), "--max_artifact_bytes", "1000", "--out", str(tmp_path / "a.golf")],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert result.returncode != 0
-    assert result.stderr.count("error: ") >= 1
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("world_size", ["3", "16"])
 def test_a_world_size_that_does_not_divide_8_is_refused(world_size: str, dataset: Path, tmp_path: Path) -> None:
     result = command("train", *flags(small(dataset, tmp_path)), WORLD_SIZE=world_size, RANK="0", LOCAL_RANK="0")
@@ -248,3 +240,48 @@ def test_every_command_explains_itself(module: str) -> None:
     assert result.returncode == 0
     assert "example" in result.stdout
     assert f"python -m {module}" in result.stdout
+
+
+def test_stages_done_again_alone_make_the_same_record(finished: Finished, tmp_path: Path) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    before = json.loads((folder.path / "submission.json").read_text())
+    assert command("train.quantize", folder.path).returncode == 0
+    assert not folder.evaluation.exists()
+    refused = command("train.submission", "record", folder.path)
+    assert refused.returncode == 2
+    assert "train.evaluate" in refused.stderr
+    for stride in ("0", "32"):
+        result = command("train.evaluate", folder.path, "--stride", stride)
+        assert result.returncode == 0, result.stderr
+    # another text's score must not take the place of the run's
+    assert command("train.evaluate", folder.path, "--max-tokens", "500").returncode == 0
+    assert command("train.submission", "record", folder.path).returncode == 0
+    after = json.loads((folder.path / "submission.json").read_text())
+    assert (after["val_bpb"], after["bytes_total"], after["date"]) == (
+        before["val_bpb"],
+        before["bytes_total"],
+        before["date"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("CODEC=broli", "codec"),
+        ("EMBED_BITS=12", "embed_bits"),
+        ("EVAL_STRIDE=5000", "eval_stride"),
+        ("BIGRAM_VOCAB_SIZE=1", "bigram_vocab_size"),
+        ("TRAIN_BATCH_TOKENS=256", "train_batch_tokens"),
+        ("MUON_COEFFICIENTS=nope", "muon_coefficients"),
+        ("MUON_COEFFICIENTS=aol", "muon_backend_steps"),
+        ("GOLF_BACKEND=bogus", "GOLF_BACKEND"),
+        ("RESUME=auto", "RUN_ID"),
+    ],
+)
+def test_bad_settings_end_before_anything_is_made(setting: str, said: str, tmp_path: Path) -> None:
+    name, _, value = setting.partition("=")
+    result = command("train", "--runs_dir", tmp_path / "runs", "--data_path", tmp_path / "data", **{name: value})
+    assert result.returncode == 2, result.stderr
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,9 +62,19 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
     """
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        struct.error,
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: damaged or not a checkpoint ({reason}): delete it to start over") from error
+        raise UserError(
+            f"{path}: damaged or not written by this program ({reason}): delete it and train again"
+        ) from error
     if not isinstance(saved, dict):
         raise UserError(
             f"{path}: expected a dictionary of states, found {type(saved).__name__}: delete it to start over"

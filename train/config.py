@@ -19,6 +19,9 @@ from typing import Any
 
 from train.errors import UserError
 
+# a step is the mean over this many micro-batches, shared by 1, 2, 4 or 8 ranks
+MICRO_BATCHES = 8
+
 
 class ConfigError(UserError):
     """A setting is unknown, of the wrong type, out of range, or contradicts another."""
@@ -60,9 +63,7 @@ class Config:
     vocab_size: int = _field(1024, "number of tokens, of the tokenizer and of the embedding", low=259, high=65536)
     train_seq_len: int = _field(1024, "tokens per training sequence", low=1)
     train_batch_tokens: int = _field(524288, "tokens per step over all ranks", low=1)
-    loader: str = _field(
-        "sequential", "order of the training tokens (recipes 2)", choices=("sequential", "shuffled", "coprime")
-    )
+    loader: str = _field("sequential", "order of the training tokens", choices=("sequential", "shuffled", "coprime"))
     document_masking: bool = _field(False, "keep attention and SmearGate inside documents")
 
     # model
@@ -137,6 +138,7 @@ class Config:
     )
     muon_wd: float = _field(0.0, "decoupled weight decay of the matrices", low=0.0)
     muon_eq_r: bool = _field(False, "normalize rows before Newton-Schulz (MuonEq-R)")
+    muon_row_eps: float = _field(1e-7, "added to a row's squared norm in MuonEq-R", low=0.0)
     normuon: bool = _field(False, "normalize rows after Newton-Schulz by their running second moment (NorMuon)")
     normuon_beta2: float = _field(0.95, "decay of NorMuon's second moment", low=0.0, high=0.9999)
     beta1: float = _field(0.9, "AdamW's first decay", low=0.0, high=0.9999)
@@ -157,7 +159,9 @@ class Config:
     # quantization and artifact
     quantizer: str = _field("gptq", "how matrices are rounded", choices=("gptq", "rtn"))
     matrix_bits: int = _field(6, "bits of the matrices' codes", low=2, high=8)
-    embed_bits: int = _field(8, "bits of the embeddings' codes; 16 keeps them in float16", low=2, high=16)
+    embed_bits: int = _field(
+        8, "bits of the embeddings' codes; 16 keeps them in float16", choices=(2, 3, 4, 5, 6, 7, 8, 16)
+    )
     matrix_clip: str = _field(
         "sdclip",
         "row clip of the matrices: a name in train.quantize.row_scales",
@@ -176,7 +180,9 @@ class Config:
     gptq_block_size: int = _field(128, "columns per GPTQ block", low=1)
     gptq_act_order: bool = _field(True, "quantize columns by falling Hessian diagonal")
     passthrough_max_elements: int = _field(65536, "tensors of at most this many elements stay in float16", low=0)
-    codec: str = _field("brotli", "entropy coder of the artifact: a name in train.codecs.CODECS")
+    codec: str = _field(
+        "brotli", "entropy coder of the artifact", choices=("brotli", "zstd", "lzma", "zlib", "raw", "raw6")
+    )
     max_artifact_bytes: int = _field(16_000_000, "cap on code plus model, decimal bytes", low=1)
 
     # validation and evaluation
@@ -245,10 +251,25 @@ class Config:
             self.parallel_start_layer < self.num_layers,
             f"parallel_start_layer {self.parallel_start_layer} is not below num_layers {self.num_layers}",
         )
+        share = MICRO_BATCHES * self.train_seq_len
         need(
-            self.train_batch_tokens % self.train_seq_len == 0,
-            f"train_batch_tokens {self.train_batch_tokens} is not a multiple of train_seq_len {self.train_seq_len}: a step holds whole sequences",
+            self.train_batch_tokens % share == 0,
+            f"train_batch_tokens {self.train_batch_tokens} is not a multiple of {MICRO_BATCHES} · train_seq_len = {share}: "
+            f"a step is {MICRO_BATCHES} micro-batches of whole sequences",
         )
+        need(
+            self.eval_stride <= self.window,
+            f"eval_stride {self.eval_stride} is longer than the window of {self.window} tokens: some would never be scored",
+        )
+        need(
+            self.quantizer == "gptq" or self.matrix_clip != "hessian_sdclip",
+            "matrix_clip hessian_sdclip needs the Hessians of quantizer gptq",
+        )
+        need(
+            not self.qat or self.matrix_bits == 6,
+            f"qat trains through 6-bit rows, but matrix_bits is {self.matrix_bits}: set MATRIX_BITS=6 or QAT=0",
+        )
+        need(self.bigram_vocab_size != 1, "bigram_vocab_size 1 has no row to hash into: set 0 for none, or at least 2")
         need(bool(self.ve_dim) == bool(self.ve_layers), "ve_dim and ve_layers belong together: set both or neither")
         need(
             self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,

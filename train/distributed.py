@@ -12,10 +12,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from train.errors import UserError
+# imported before there is a process group: its functions' default arguments would keep one that exists alive, and gloo's
+# threads, outliving the interpreter, then abort the process at its end
+import torch.distributed.nn
 
-# a step's gradient is the mean over this many micro-batches, at any number of ranks
-MICRO_BATCHES = 8
+from train.config import MICRO_BATCHES
+from train.errors import UserError
 
 # the first step of each rank may compile for minutes
 TIMEOUT = timedelta(minutes=30)

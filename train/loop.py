@@ -119,7 +119,8 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     resumed = load_checkpoint(folder.checkpoint, parts, ranks) if config.resume == "auto" else None
     step, seconds = (resumed["step"], resumed["seconds"]) if resumed else (0, 0.0)
     first = EvalResult(**resumed["first"]) if resumed else None
-    if resumed:
+    # without a checkpoint a killed run begins again, and the points it had written are void
+    if log.resumed:
         log.resume(step, seconds * 1000)
     clock = WallClock(
         config.training_seconds, group=ranks.group, device=ranks.device, elapsed_seconds=seconds, steps=step
@@ -151,7 +152,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
         stop = clock.tick()
         done = max(step / config.iterations, clock.elapsed_seconds / (config.training_seconds or math.inf))
         bar.advance(int(1000 * min(done, 1)) - bar.done, f"step {step:,}")
-        if step <= FIRST_LOGGED_STEPS or step % config.train_log_every == 0 or stop:
+        if step <= FIRST_LOGGED_STEPS or step % config.train_log_every == 0 or stop or step == config.iterations:
             log_step(log, config, ranks, step, batch_loss, clock.elapsed_seconds, scale)
         if config.checkpoint_every and step % config.checkpoint_every == 0 and not stop:
             seconds = clock.pause()

@@ -29,6 +29,10 @@ class RunFolder:
         return self.path / "config.json"
 
     @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint.pt"
 
@@ -47,6 +51,10 @@ class RunFolder:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
+
+    @property
+    def stages(self) -> Path:
+        return self.path / "stages.json"
 
     @property
     def summary(self) -> Path:

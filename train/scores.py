@@ -39,11 +39,7 @@ def evaluation_entry(result: EvalResult, config: Config, *, weights: str, **fact
     form = f"int{config.matrix_bits}" if weights == "artifact" else "prequant"
     return {
         "name": f"{form}_{'sliding_window' if stride else 'roundtrip'}",
-        "weights": weights,
-        "stride": stride,
-        "rule": config.eval_rule if stride else "flat",
-        "seq_len": config.window,
-        "max_tokens": config.eval_max_tokens,
+        **_settings(config, weights),
         **asdict(result),
         **facts,
     }
@@ -51,9 +47,42 @@ def evaluation_entry(result: EvalResult, config: Config, *, weights: str, **fact
 
 def write_evaluation(folder: RunFolder, entry: dict[str, Any]) -> None:
     """Add a score to the run's evaluation.json, in the place of one made under the same settings."""
-    key = " ".join(f"{name}={entry[name]}" for name in ("weights", "rule", "seq_len", "stride", "max_tokens"))
     scores = read_evaluation(folder) if folder.evaluation.exists() else {}
-    atomic_write(folder.evaluation, json.dumps({**scores, key: entry}, indent=1) + "\n")
+    atomic_write(folder.evaluation, json.dumps({**scores, _key(entry): entry}, indent=1) + "\n")
+
+
+def find_evaluation(folder: RunFolder, config: Config, *, weights: str = "artifact") -> dict[str, Any]:
+    """The score that was made under exactly these settings.
+
+    Raises:
+        UserError: there is none.
+    """
+    wanted = _settings(config, weights)
+    for entry in read_evaluation(folder).values():
+        if all(entry.get(name) == value for name, value in wanted.items()):
+            return entry
+    raise UserError(
+        f"{folder.evaluation}: no score of the {weights} with {_key(wanted)}: run python -m train.evaluate {folder.path} "
+        f"--stride {config.eval_stride}"
+    )
+
+
+def _settings(config: Config, weights: str) -> dict[str, Any]:
+    return {
+        "weights": weights,
+        "stride": config.eval_stride,
+        "rule": config.eval_rule if config.eval_stride else "flat",
+        "seq_len": config.window,
+        "max_tokens": config.eval_max_tokens,
+        "data_path": config.data_path,
+    }
+
+
+def _key(entry: dict[str, Any]) -> str:
+    return " ".join(f"{name}={entry[name]}" for name in _KEY)
+
+
+_KEY = ("weights", "rule", "seq_len", "stride", "max_tokens", "data_path")
 
 
 def read_evaluation(folder: RunFolder) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +22,7 @@ from train.distributed import Ranks
 from train.errors import UserError
 from train.evaluate import evaluate_model
 from train.files import atomic_write, atomic_writer
+from train.hardware import hardware
 from train.logger import RunLogger
 from train.loop import load_validation, train
 from train.model.gpt import GPT
@@ -45,7 +48,7 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
         if not config.corpus:
             raise UserError(
                 f"data_path: {path} does not exist: make it with python -m train.data (fineweb --variant "
-                f"sp{config.vocab_size}, or text PATH… for your own), or set DATA_PATH"
+                f"sp{config.vocab_size}, see its --help for repositories; or text PATH… for your own), or set DATA_PATH"
             )
         print("text: the Python standard library's own sources and documentation (nothing is downloaded)", flush=True)
         training, validation = split_documents(stdlib_documents())
@@ -67,6 +70,10 @@ def train_stage(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger)
             "steps": result.steps,
             "seconds": result.seconds,
             "recurrence": result.recurrence,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "hardware": hardware(ranks),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
             "first": asdict(result.first),
             "last": asdict(result.last),
         }

@@ -52,6 +52,18 @@ def package_code_bytes(root: str | os.PathLike[str] | None = None) -> CodeSize:
     Raises:
         UserError: there is no `train` or `golf_kernels` in `root`, or a file is not UTF-8.
     """
+    sources = _sources(root)
+    joined = b"".join(b"%s\0%d\0%s" % (path.encode(), len(source), source) for path, source in sources.items())
+    packed = lzma.compress(joined, lzma.FORMAT_XZ, lzma.CHECK_NONE, 9 | lzma.PRESET_EXTREME)
+    return CodeSize(len(sources), sum(map(len, sources.values())), len(packed))
+
+
+def package_source() -> str:
+    """All the code that counts, one file after the other under its name, as a run's log begins with it."""
+    return "\n".join(f"# {path}\n{source.decode()}" for path, source in _sources(None).items())
+
+
+def _sources(root: str | os.PathLike[str] | None) -> dict[str, bytes]:
     base = Path(__file__).resolve().parents[2] if root is None else Path(root)
     for needed in ("golf_kernels", "train"):
         if not (base / needed).is_dir():
@@ -64,10 +76,7 @@ def package_code_bytes(root: str | os.PathLike[str] | None = None) -> CodeSize:
         for path in (base / folder).rglob("*")
         if path.suffix in COUNTED_SUFFIXES and path.is_file()
     )
-    sources = {path: _source(base / path) for path in paths}
-    joined = b"".join(b"%s\0%d\0%s" % (path.encode(), len(source), source) for path, source in sources.items())
-    packed = lzma.compress(joined, lzma.FORMAT_XZ, lzma.CHECK_NONE, 9 | lzma.PRESET_EXTREME)
-    return CodeSize(len(sources), sum(map(len, sources.values())), len(packed))
+    return {path: _source(base / path) for path in paths}
 
 
 def _source(path: Path) -> bytes:

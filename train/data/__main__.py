@@ -87,6 +87,9 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="python -m train.data",
         description="Make or download the token shards and the tokenizer that a run trains on.",
+        epilog="example:\n  python -m train.data text notes.md books/ --vocab 2048 --out data/books\n\n"
+        "`python -m train.data COMMAND --help` explains a command, with an example.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

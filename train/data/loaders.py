@@ -17,11 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from train.config import Config
+from train.config import MICRO_BATCHES, Config
 from train.data.shards import Tokens, check_tokens, find_shards, read_shard
 from train.errors import UserError
-
-SHARES = 8
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 State = dict[str, Any]
@@ -108,7 +106,7 @@ class Sequential(Order):
         length = self.sequences * self.seq_len
         rows = []
         for share in shares:
-            span = self.stream.span((self.step * SHARES + share) * (length + 1), length + 1)
+            span = self.stream.span((self.step * MICRO_BATCHES + share) * (length + 1), length + 1)
             rows.append(np.lib.stride_tricks.sliding_window_view(span, self.seq_len + 1)[:: self.seq_len])
         self.step += 1
         return rows
@@ -128,12 +126,12 @@ class Shuffled(Order):
         self.epochs: dict[int, tuple[Integers, Integers]] = {}
 
     def next_rows(self, shares: range) -> list[Tokens]:
-        first = self.step * SHARES * self.sequences
+        first = self.step * MICRO_BATCHES * self.sequences
         # a step at the end of an epoch reaches into the next one
         self.epochs = {epoch: drawn for epoch, drawn in self.epochs.items() if epoch >= first // int(self.ends[-1])}
-        numbers = range(first, first + SHARES * self.sequences)
+        numbers = range(first, first + MICRO_BATCHES * self.sequences)
         self.step += 1
-        return [self._windows([self._place(number) for number in numbers[share::SHARES]]) for share in shares]
+        return [self._windows([self._place(number) for number in numbers[share::MICRO_BATCHES]]) for share in shares]
 
     def _place(self, number: int) -> tuple[int, int]:
         epoch, index = divmod(number, int(self.ends[-1]))
@@ -177,7 +175,7 @@ class Coprime(Order):
     def next_rows(self, shares: range) -> list[Tokens]:
         places = self._draw_step()
         self.step += 1
-        return [self._windows(places[share::SHARES]) for share in shares]
+        return [self._windows(places[share::MICRO_BATCHES]) for share in shares]
 
     def state_dict(self) -> State:
         inner = self.random.bit_generator.state
@@ -198,14 +196,14 @@ class Coprime(Order):
         }
 
     def _draw_step(self) -> list[tuple[int, int]]:
-        needed = SHARES * self.sequences
+        needed = MICRO_BATCHES * self.sequences
         progress = min(self.step / self.RAMP_STEPS, 1.0)
         blocks, taken = self.walks[self.eligible, 3], self.walks[self.eligible, 4]
         unseen = (self.stream.lengths[self.eligible] - 1) // self.seq_len
         remaining = np.where(blocks > 0, np.maximum(blocks - taken, 1), unseen).astype(np.float64)
         weights = remaining ** (0.9 - 0.4 * progress)
         chances = weights / weights.sum()
-        mixed = min(round(SHARES + progress * (8 * SHARES - SHARES)), len(self.eligible), needed)
+        mixed = min(round(MICRO_BATCHES + progress * (8 * MICRO_BATCHES - MICRO_BATCHES)), len(self.eligible), needed)
         drawn = self.random.choice(len(self.eligible), size=mixed, replace=False, p=chances)
         extra = self.random.multinomial(needed - mixed, chances[drawn] / chances[drawn].sum())
         queues = [
@@ -250,7 +248,7 @@ class Loader:
     """
 
     def __init__(self, order: Order, rank: int, world_size: int, device: torch.device | str = "cpu") -> None:
-        self.order, self.shares, self.device = order, range(rank, SHARES, world_size), torch.device(device)
+        self.order, self.shares, self.device = order, range(rank, MICRO_BATCHES, world_size), torch.device(device)
         self.state = order.state_dict()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self.pending: Future[tuple[list[torch.Tensor], State]] | None = None
@@ -303,11 +301,11 @@ def make_loader(config: Config, rank: int, world_size: int, device: torch.device
         UserError: world_size does not divide 8, the batch does not divide into 8 shares of whole sequences, or the shards are
             missing, bad or shorter than one sequence.
     """
-    if world_size < 1 or SHARES % world_size or not 0 <= rank < world_size:
+    if world_size < 1 or MICRO_BATCHES % world_size or not 0 <= rank < world_size:
         raise UserError(
             f"world size {world_size} (rank {rank}): expected 1, 2, 4 or 8 processes: a step is cut into 8 equal shares; set --nproc_per_node"
         )
-    share = config.train_seq_len * SHARES
+    share = config.train_seq_len * MICRO_BATCHES
     if config.train_batch_tokens % share:
         raise UserError(
             f"train_batch_tokens {config.train_batch_tokens} is not a multiple of 8 · train_seq_len {config.train_seq_len} = {share}: "

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BOS_ID = 1
-"""Token that begins every document of the shards (recipes 1.3)."""
+from train.data.shards import BOS
 
 
 def document_starts(ids: Tensor) -> Tensor:
@@ -18,7 +17,7 @@ def document_starts(ids: Tensor) -> Tensor:
     Returns:
         `(B, T)` bool.
     """
-    return ids == BOS_ID
+    return ids == BOS
 
 
 def document_mask(ids: Tensor) -> Tensor:

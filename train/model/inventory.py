@@ -74,7 +74,7 @@ def count_parameters(config: Config) -> int:
 
 
 def mflop_per_token(config: Config, *, recurrence: bool, seq_len: int | None = None) -> float:
-    """Arithmetic of one training token, forward and backward, in MFLOP (recipes 3.3).
+    """Arithmetic of one training token, forward and backward, in MFLOP.
 
     6 · (weights of all products executed, head included, lookups not) + 6 · layer runs · T · d for causal attention.
 

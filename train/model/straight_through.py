@@ -7,7 +7,7 @@ from torch import Tensor
 
 from golf_kernels.int6 import int6_fake_quantize
 
-CLIP_QUANTILE = 0.9999984
+QUANTILE = 0.9999984
 """Row quantile of |w| at which #122 clips; with fewer than 625,000 columns it lies between the two largest."""
 
 _LARGEST_CODE = 31
@@ -30,7 +30,7 @@ def fake_quantize_scales(weight: Tensor) -> Tensor:
         ValueError: the quantile would lie below the two largest of that many columns.
     """
     columns = weight.shape[-1]
-    position = (columns - 1) * CLIP_QUANTILE
+    position = (columns - 1) * QUANTILE
     if columns < 2 or position < columns - 2:
         raise ValueError(f"expected 2 to 625,000 columns, got {columns}: the row clip needs the two largest magnitudes")
     largest, second = torch.topk(weight.detach().abs(), 2, dim=-1).values.unbind(-1)

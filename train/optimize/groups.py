@@ -191,6 +191,7 @@ def _build_muon(matrices: list[nn.Parameter], config: Config) -> Muon:
         nesterov=True,
         ns_steps=config.muon_backend_steps,
         row_normalize=config.muon_eq_r,
+        row_eps=config.muon_row_eps,
         normuon=config.normuon,
         normuon_beta2=config.normuon_beta2,
         # among the published forms only #122's NorMuon weighs a gradient by 1 - momentum

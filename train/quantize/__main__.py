@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from train.config import Config, ConfigError, field_help, parse_value
@@ -34,10 +35,15 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(
             f"--out: needed with other settings than the run's ({', '.join(changes)}): its own artifact stays"
         )
-    with start_ranks(config.device) as ranks, RunLogger(folder.path, config.seed, ranks.rank) as log:
+    with start_ranks(config.device) as ranks, tempfile.TemporaryDirectory() as elsewhere:
+        # the run's log tells of the run's own artifact alone
+        log = RunLogger(elsewhere if arguments.out else folder.path, config.seed, ranks.rank)
         model: GPT = load_weights(folder).to(ranks.device)
         tensors = quantize_stage(config, model, ranks, log)
         artifact_stage(config, arguments.out or folder.artifact, model, tensors, ranks, log)
+        if arguments.out is None:
+            # its scores are the former artifact's
+            ranks.on_main(lambda: folder.evaluation.unlink(missing_ok=True))
     return 0
 
 

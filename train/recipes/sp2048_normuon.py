@@ -1,9 +1,10 @@
 """Submission #122: vocabulary 2048, 8 layers, NorMuon, int6 straight-through training from step 0, SWA, zstd.
 
-Published (8 × H100): val_bpb 1.15849349 (three more seeds: 1.16027254 on average), 11,132 steps of 53.91 ms, 15,353,270
+Published (8 × H100): val_bpb 1.15849349 (three verification runs: 1.16027254 on average), 11,132 steps of 53.91 ms, 15,353,270
 bytes, 19,941,440 parameters. Windows are 4,096 tokens long, as its script has it and not as its README says.
 
-Deviations: none known on the training side. The rule `full_windows` never scores the text's first 4,032 tokens, as published.
+Deviations: control tensors are float16 in the artifact, where they were float32, and zstd gets one code per byte, where it got
+packed ones; the container is this project's own. The rule `full_windows` never scores the text's first 4,032 tokens, as published.
 """
 
 PUBLISHED = {"val_bpb": 1.15849349, "steps": 11132, "step_ms": 53.91, "artifact_bytes": 15_353_270}
@@ -34,5 +35,6 @@ SETTINGS = {
     "embed_bits": 16,
     "codec": "zstd",
     "eval_seq_len": 4096,
+    "logits_rounding": "bf16",
     "eval_rule": "full_windows",
 }

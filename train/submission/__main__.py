@@ -8,8 +8,9 @@ from pathlib import Path
 
 from train.errors import main_guard
 from train.run import RunFolder
+from train.submission.gather import summarize
 from train.submission.record import TRACKS, write_record
-from train.submission.summary import Summary, summary_text
+from train.submission.summary import summary_text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         "record",
         help="write submission.json, README.md and plots into a run's folder",
         description="Write (again) submission.json, README.md, loss.png, bpb.png and size_budget.png into the folder of a "
-        "finished run, from its summary.json, config.json and metrics.jsonl.",
+        "finished run, from what its stages left there.",
         epilog='example:\n  python -m train.submission record runs/quickstart_20260101-120000 --author "Ada Lovelace" --github-id ada',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -44,8 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command."""
     arguments = _parser().parse_args(argv)
     options = {name: getattr(arguments, name) for name in ("author", "github_id", "name", "blurb", "track")}
-    paths = write_record(arguments.run, **options)
-    print(summary_text(Summary.read(RunFolder(arguments.run).summary), arguments.run))
+    folder = RunFolder(arguments.run)
+    # gathered anew, so that a stage done again alone is in the record
+    summary = summarize(folder)
+    summary.write(folder.summary)
+    paths = write_record(arguments.run, summary, **options)
+    print(summary_text(summary, arguments.run))
     submission = json.loads((arguments.run / "submission.json").read_text())
     for key, remedy in (("author", "--author NAME"), ("github_id", "--github-id NAME")):
         if not submission[key]:

@@ -35,7 +35,7 @@ class Summary:
         run_id: name of the run's folder.
         recipe: recipe it was started from.
         seed: its seed.
-        date: when it ended, ISO 8601.
+        date: when training ended, ISO 8601.
         steps: optimizer steps.
         step_avg_ms: training clock over steps.
         train_seconds: training clock.

@@ -1,0 +1,45 @@
+"""What is said twice, said alike: choices and tables, README and recipes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from golf_kernels import COEFFICIENTS
+from train.codecs import CODECS
+from train.config import Config
+from train.data.loaders import LOADERS
+from train.describe import describe
+from train.quantize.row_scales import ROW_SCALES
+from train.recipes import load_recipe, recipe_names
+from train.windows import RULES
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("field", "table"),
+    [("codec", CODECS), ("loader", LOADERS), ("matrix_clip", ROW_SCALES), ("eval_rule", RULES)],
+)
+def test_a_settings_choices_are_its_table(field: str, table: object) -> None:
+    assert set(Config.__dataclass_fields__[field].metadata["choices"]) == set(table)  # type: ignore[call-overload]
+
+
+def test_the_default_coefficients_exist() -> None:
+    assert Config().muon_coefficients in COEFFICIENTS
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_readme_has_every_recipe_with_its_parameters(name: str) -> None:
+    row = re.search(rf"^\| `{name}` \|.*$", README, re.MULTILINE)
+    assert row, f"README.md has no row for {name}"
+    assert f"| {describe(load_recipe(name).config(), {})['parameters']:,} |" in row[0]
+
+
+def test_the_readme_names_every_operator() -> None:
+    import torch
+
+    operators = {
+        name.removeprefix("golf::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("golf::")
+    }
+    assert {name for name in operators if not name.endswith("_backward") and f"{name}`" not in README} == set()

@@ -1,0 +1,28 @@
+"""What a run computes on, as its record names it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from train.distributed import Ranks
+
+
+def hardware(ranks: Ranks) -> str:
+    """What the run computed on, as the record names it."""
+    if ranks.device.type == "cuda":
+        return f"{ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
+    return (
+        f"{os.cpu_count()} CPU cores ({_cpu_name()}), {ranks.world_size} process{'es' if ranks.world_size > 1 else ''}"
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

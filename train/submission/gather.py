@@ -1,0 +1,55 @@
+"""The numbers of a run, gathered from what its stages left in the folder, so that any stage can be done again alone."""
+
+from __future__ import annotations
+
+import json
+
+from train.artifact import read_artifact
+from train.data.build import read_manifest
+from train.logger import read_metrics
+from train.run import RunFolder
+from train.scores import find_evaluation
+from train.submission.summary import Summary, group_bytes
+
+
+def summarize(folder: RunFolder) -> Summary:
+    """Gather a run's numbers from what its stages left in its folder.
+
+    Raises:
+        UserError: a stage has not run, or the artifact is newer than its score.
+    """
+    config, training = folder.trained_config(), folder.read_training()
+    score = find_evaluation(folder, config)
+    flat = find_evaluation(folder, config.replace(eval_stride=0))
+    artifact = read_artifact(folder.artifact)
+    # as logged when the artifact was written: the sources may have changed since
+    bytes_code = [record for record in read_metrics(folder.metrics) if record["kind"] == "sizes"][-1]["code_bytes"]
+    manifest = read_manifest(config.data_path)
+    return Summary(
+        run_id=folder.path.name,
+        recipe=config.recipe,
+        seed=config.seed,
+        date=training["date"],
+        steps=training["steps"],
+        step_avg_ms=1000 * training["seconds"] / max(training["steps"], 1),
+        train_seconds=training["seconds"],
+        stage_seconds=json.loads(folder.stages.read_text()) if folder.stages.exists() else {},
+        val_loss=score["val_loss"],
+        val_bpb=score["val_bpb"],
+        eval_seconds=score["seconds"],
+        tokens=score["tokens"],
+        bytes=score["bytes"],
+        bytes_code=bytes_code,
+        bytes_model=artifact.info.model_bytes,
+        bytes_total=bytes_code + artifact.info.model_bytes,
+        max_bytes=config.max_artifact_bytes,
+        parameters=sum(tensor.shape.numel() for tensor in artifact.tensors.values()),
+        hardware=training["hardware"],
+        torch=training["torch"],
+        python=training["python"],
+        step0_val_bpb=training["first"]["val_bpb"],
+        prequant_val_bpb=training["last"]["val_bpb"],
+        flat_val_bpb=flat["val_bpb"],
+        yardsticks=manifest.yardsticks if manifest else {},
+        model_groups=group_bytes(artifact.info.rows()),
+    )
