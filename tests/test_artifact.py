@@ -315,7 +315,7 @@ def test_bad_tensors_are_refused_by_name(tmp_path: Path, tensor: Tensor | Quanti
 def test_other_bad_arguments_are_refused(tmp_path: Path, tensors: StoredTensors) -> None:
     with pytest.raises(UserError, match="its folder does not exist"):
         write_artifact(tmp_path / "none/model.golf", tensors, tiny(), **ROOMY)
-    with pytest.raises(UserError, match=r"codec: expected one of brotli, .* got 'rar'"):
+    with pytest.raises(UserError, match=r"codec: expected one of .*brotli.* got 'rar'"):
         write_artifact(tmp_path / "model.golf", tensors, tiny(codec="rar"), **ROOMY)
 
 

@@ -155,7 +155,9 @@ def test_yardsticks_are_what_the_programs_need(documents: list[Document]) -> Non
     )
 
     def size(program: str, data: str) -> int:
-        return len(subprocess.run([program, "-9", "-c"], input=data.encode(), capture_output=True, check=True).stdout)
+        return len(
+            subprocess.run([*program.split(), "-c"], input=data.encode(), capture_output=True, check=True).stdout
+        )
 
     measured = yardsticks(before, text)
     assert set(measured) == {"gzip -9", "xz -9"}

@@ -72,7 +72,7 @@ def test_text_makes_a_dataset_that_can_be_trained_on(run, texts: list[str], tmp_
     printed = run("text", folder, "--vocab", 400, "--out", out, "--name", "mine")
     info = read_manifest(out)
     assert info and f"{info.train.tokens:,} tokens" in printed and "MB/s" in printed
-    assert f"gzip -9 {info.yardsticks['gzip']:.2f}, xz -9 {info.yardsticks['xz']:.2f}" in printed
+    assert f"gzip -9 {info.yardsticks['gzip -9']:.2f}, xz -9 {info.yardsticks['xz -9']:.2f}" in printed
     assert f"python -m train --data_path {out} --vocab_size 400" in printed
     load_tokenizer(find_tokenizer(out, 400), 400)
     assert Stream(find_shards(out, "train"), 400).total == info.train.tokens

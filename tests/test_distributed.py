@@ -170,7 +170,7 @@ def main(mode, out):
         try:
             learned = ranks.on_main(refuse if mode == "refuse" else lambda: 7)
         except UserError as error:
-            learned = error
+            learned = str(error)
         (out / f"{ranks.rank}").write_text(str(learned))
         return ranks.rank
 

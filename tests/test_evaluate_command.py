@@ -184,7 +184,7 @@ def damage(run: Path, name: str) -> None:
         (lambda run: (run / "evaluation.json").write_text("["), [], r"evaluation\.json: not readable"),
         (spoil_scores_and_artifact, [], r"evaluation\.json: not readable"),
         (lambda run: None, ["--data-path", "/nowhere"], "/nowhere"),
-        (lambda run: None, ["--stride", "33"], "stride 33 is longer than the window"),
+        (lambda run: None, ["--stride", "33"], "stride: expected 0"),
         (lambda run: None, ["--stride", "-1"], "eval_stride: must be at least 0"),
         (lambda run: None, ["--seq-len", "5000"], "one sequence needs 5001"),
         (lambda run: (run / "weights.pt").unlink(), ["--weights", "master"], r"weights\.pt: missing"),

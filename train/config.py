@@ -251,15 +251,10 @@ class Config:
             self.parallel_start_layer < self.num_layers,
             f"parallel_start_layer {self.parallel_start_layer} is not below num_layers {self.num_layers}",
         )
-        share = MICRO_BATCHES * self.train_seq_len
         need(
-            self.train_batch_tokens % share == 0,
-            f"train_batch_tokens {self.train_batch_tokens} is not a multiple of {MICRO_BATCHES} · train_seq_len = {share}: "
-            f"a step is {MICRO_BATCHES} micro-batches of whole sequences",
-        )
-        need(
-            self.eval_stride <= self.window,
-            f"eval_stride {self.eval_stride} is longer than the window of {self.window} tokens: some would never be scored",
+            self.train_batch_tokens % self.train_seq_len == 0,
+            f"train_batch_tokens {self.train_batch_tokens} is not a multiple of train_seq_len {self.train_seq_len}: a step "
+            "holds whole sequences",
         )
         need(
             self.quantizer == "gptq" or self.matrix_clip != "hessian_sdclip",

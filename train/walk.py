@@ -13,7 +13,7 @@ import torch
 from golf_kernels import dispatch, newton_schulz
 from train.artifact.code_size import package_source
 from train.codecs import CODECS
-from train.config import Config
+from train.config import MICRO_BATCHES, Config
 from train.distributed import start_ranks
 from train.errors import UserError
 from train.files import atomic_write
@@ -106,6 +106,17 @@ def preflight(config: Config) -> None:
     """
     if config.resume == "auto" and not config.run_id:
         raise UserError("resume: which run? name its folder with RUN_ID, or leave RESUME=never")
+    share = MICRO_BATCHES * config.train_seq_len
+    if config.train_batch_tokens % share:
+        raise UserError(
+            f"train_batch_tokens: {config.train_batch_tokens} is not a multiple of {MICRO_BATCHES} · train_seq_len = {share}: a step "
+            f"is {MICRO_BATCHES} micro-batches of whole sequences"
+        )
+    if config.eval_stride > config.window:
+        raise UserError(
+            f"eval_stride: {config.eval_stride} is longer than the window of {config.window} tokens, so that some would never be "
+            "scored: set EVAL_STRIDE to at most that, or EVAL_SEQ_LEN to more"
+        )
     try:
         dispatch.validate()
         newton_schulz([torch.zeros(1, 1)], coefficients=config.muon_coefficients, steps=config.muon_backend_steps)

@@ -255,7 +255,7 @@ def _report(out: str, info: DatasetInfo) -> None:
             f"{split}: {part.documents:,} documents, {part.text_bytes:,} bytes, {part.tokens:,} tokens, {part.shards} shards"
         )
     if info.yardsticks:
-        figures = ", ".join(f"{name} -9 {bits:.2f}" for name, bits in info.yardsticks.items())
+        figures = ", ".join(f"{name} {bits:.2f}" for name, bits in info.yardsticks.items())
         print(f"yardsticks, bits per byte of the validation text after the training text: {figures}")
     print(f"done: {out}\nnext: python -m train --data_path {out} --vocab_size {info.vocab_size}")
 
