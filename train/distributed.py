@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -84,6 +84,13 @@ class Ranks:
         if self.group is not None:
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group)
         return tensor
+
+    @torch.no_grad()
+    def copy_from_main(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every rank the first one's values, in place: an initialization may depend on the number of threads."""
+        if self.group is not None:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0, group=self.group)
 
     def barrier(self) -> None:
         """Wait until every rank is here and its device has finished."""

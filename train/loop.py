@@ -98,6 +98,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     seed_everything(config.seed)
     validation = load_validation(config)
     model = GPT(config).to(ranks.device)
+    ranks.copy_from_main(model.parameters())
     optimizers = build_optimizers(model, config, ranks.group)
     loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
     loss_of = compiled_loss(model, config, ranks.device)
