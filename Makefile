@@ -16,19 +16,19 @@ help:  ## show the verbs
 PROCESSES = $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c GPU); [ $$n -gt 0 ] || n=$$(nproc); for p in 8 4 2 1; do [ $$p -le $$n ] && echo $$p && break; done)
 
 run: $(READY)  ## train, quantize, score and record a small model on the standard library's own text
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES) -m train --recipe quickstart
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(PROCESSES) -m train --recipe quickstart
 
 test: $(READY)  ## run all tests
 	$(BIN)/python -m pytest
 
 lint: $(READY)  ## ruff and mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 format: $(READY)  ## rewrite the sources as ruff likes them
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 doctor: $(READY)  ## what was built, what each op runs on, and a self-check
 	$(BIN)/python -m golf_kernels
