@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from train.artifact import load_model
-from train.checkpoint import read_tensors
+from train.checkpoint import load_weights, read_tensors
 from train.config import Config
 from train.data.build import build_dataset
 from train.data.corpus import split_documents, stdlib_documents
+from train.data.validation import load_validation
 from train.errors import UserError
-from train.evaluate import evaluate_model
 from train.log_grammar import parse_log
 from train.logger import read_metrics, series
-from train.loop import load_validation
 from train.recipes import load_recipe
 from train.run import RunFolder
-from train.stages import load_weights, quantize_stage
+from train.scoring import evaluate_model
+from train.stages import quantize_stage
 from train.walk import walk
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a run needs to go on as if it had never stopped."""
+"""Checkpoints, from which a run goes on as if it had never stopped, and the trained weights at its end."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch
 from train.distributed import Ranks
 from train.errors import UserError
 from train.files import atomic_writer
+from train.model.gpt import GPT
+from train.run import RunFolder
 
 
 def save_checkpoint(path: Path, parts: Mapping[str, Any], ranks: Ranks, extra: Mapping[str, Any]) -> None:
@@ -80,3 +82,18 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
             f"{path}: expected a dictionary of states, found {type(saved).__name__}: delete it to start over"
         )
     return saved
+
+
+def load_weights(folder: RunFolder) -> GPT:
+    """The trained model of a run, from weights.pt.
+
+    Raises:
+        UserError: training has not finished, or the file is not the weights of this run.
+    """
+    model = GPT(folder.trained_config())
+    path = folder.need(folder.weights, f"python -m train --run_id {folder.path.name} --resume auto")
+    try:
+        model.load_state_dict(read_tensors(path))
+    except RuntimeError as error:
+        raise UserError(f"{path}: not the weights of this run ({str(error).splitlines()[0]}): train again") from error
+    return model

@@ -15,11 +15,10 @@ from torch import Tensor
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.config import Config
 from train.data.loaders import Loader, make_loader
-from train.data.shards import find_shards, load_validation_tokens
-from train.data.tokenizer import ByteTables, byte_tables, find_tokenizer, load_tokenizer
+from train.data.shards import find_shards
+from train.data.validation import ValidationText, load_validation
 from train.distributed import Ranks
 from train.errors import UserError
-from train.evaluate import flat_evaluation
 from train.logger import RunLogger
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
@@ -28,6 +27,7 @@ from train.optimize.schedules import WallClock, lr_scale, muon_momentum
 from train.progress import Progress
 from train.run import RunFolder
 from train.scores import EvalResult
+from train.scoring import flat_evaluation
 
 # the first steps are logged one by one, as in the published logs
 FIRST_LOGGED_STEPS = 10
@@ -54,25 +54,11 @@ class TrainResult:
     last: EvalResult
 
 
-@dataclass
-class Validation:
-    """The validation text and how its bytes are counted."""
-
-    tokens: np.ndarray
-    tables: ByteTables
-
-    def score(self, model: GPT, config: Config, ranks: Ranks, *, recurrence: bool) -> EvalResult:
-        return flat_evaluation(
-            model, self.tokens, self.tables, config, recurrence=recurrence, rank=ranks.rank, world_size=ranks.world_size
-        )
-
-
-def load_validation(config: Config) -> Validation:
-    """Read tokenizer and validation shards of `config`, and check that they belong together."""
-    path = find_tokenizer(config.data_path, config.vocab_size, config.tokenizer_path)
-    tables = byte_tables(load_tokenizer(path, config.vocab_size), config.vocab_size)
-    seq_len = max(config.train_seq_len, config.window)
-    return Validation(load_validation_tokens(config.data_path, seq_len, config.vocab_size), tables)
+def validate(text: ValidationText, model: GPT, config: Config, ranks: Ranks, *, recurrence: bool) -> EvalResult:
+    """Score the model as it is, flat."""
+    return flat_evaluation(
+        model, text.tokens, text.tables, config, recurrence=recurrence, rank=ranks.rank, world_size=ranks.world_size
+    )
 
 
 def recurrence_on(config: Config, step: int) -> bool:
@@ -96,7 +82,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
         UserError: the data does not fit the settings, or the loss is no longer a number.
     """
     seed_everything(config.seed)
-    validation = load_validation(config)
+    text = load_validation(config)
     model = GPT(config).to(ranks.device)
     ranks.copy_from_main(model.parameters())
     optimizers = build_optimizers(model, config, ranks.group)
@@ -135,7 +121,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
         due = config.val_loss_every > 0 and step % config.val_loss_every == 0
         if first is None or (not last and due):
             seconds = clock.pause()
-            result = validation.score(model, config, ranks, recurrence=recurrence_on(config, step))
+            result = validate(text, model, config, ranks, recurrence=recurrence_on(config, step))
             log.val_step(step, config.iterations, result.val_loss, result.val_bpb, seconds * 1000)
             first = first or result
             clock.resume()
@@ -172,7 +158,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
         average.apply()
     # what the last step trained, not what the next one would
     recurrence = recurrence_on(config, max(step - 1, 0))
-    final = validation.score(model, config, ranks, recurrence=recurrence)
+    final = validate(text, model, config, ranks, recurrence=recurrence)
     log.val_step(step, config.iterations, final.val_loss, final.val_bpb, seconds * 1000)
     return TrainResult(model, step, seconds, recurrence, first, final)
 

@@ -13,23 +13,24 @@ import torch
 
 from train.artifact import load_model, write_artifact
 from train.artifact.code_size import package_code_bytes
-from train.checkpoint import read_tensors
+from train.checkpoint import load_weights
 from train.config import Config
 from train.data.build import build_dataset
 from train.data.corpus import split_documents, stdlib_documents
 from train.data.loaders import make_loader
+from train.data.validation import load_validation
 from train.distributed import Ranks
 from train.errors import UserError
-from train.evaluate import evaluate_model
 from train.files import atomic_write, atomic_writer
 from train.hardware import hardware
 from train.logger import RunLogger
-from train.loop import load_validation, train
+from train.loop import train
 from train.model.gpt import GPT
 from train.quantize.calibrate import collect_hessians
 from train.quantize.tensors import StoredTensors, dequantize_state, matrices_to_calibrate, quantize_model
 from train.run import RunFolder
 from train.scores import evaluation_entry, write_evaluation
+from train.scoring import evaluate_model
 
 
 def prepare_data(config: Config, ranks: Ranks) -> None:
@@ -81,21 +82,6 @@ def train_stage(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger)
         folder.checkpoint.unlink(missing_ok=True)
     ranks.barrier()
     return result.model
-
-
-def load_weights(folder: RunFolder) -> GPT:
-    """The trained model of a run, from weights.pt.
-
-    Raises:
-        UserError: training has not finished, or the file is not the weights of this run.
-    """
-    model = GPT(folder.trained_config())
-    path = folder.need(folder.weights, f"python -m train --run_id {folder.path.name} --resume auto")
-    try:
-        model.load_state_dict(read_tensors(path))
-    except RuntimeError as error:
-        raise UserError(f"{path}: not the weights of this run ({str(error).splitlines()[0]}): train again") from error
-    return model
 
 
 def quantize_stage(config: Config, model: GPT, ranks: Ranks, log: RunLogger) -> StoredTensors:

@@ -21,11 +21,12 @@ def main(argv: list[str] | None = None) -> int:
     """Calibrate, quantize and pack the weights of a run folder; under torchrun its ranks share the calibration."""
     arguments = _parser().parse_args(argv)
     # imported after the arguments are read: torch takes seconds, --help should not
+    from train.checkpoint import load_weights
     from train.distributed import start_ranks
     from train.logger import RunLogger
     from train.model.gpt import GPT
     from train.run import RunFolder
-    from train.stages import artifact_stage, load_weights, quantize_stage
+    from train.stages import artifact_stage, quantize_stage
 
     folder = RunFolder(arguments.run)
     config = folder.trained_config()

@@ -11,9 +11,6 @@ from train.errors import UserError
 from train.model.gpt import GPT
 from train.model.linear import observe_inputs
 
-TIED_EMBEDDING = "embedding.weight"
-"""Name under which the head's input, the final norm's output, is observed."""
-
 
 @torch.no_grad()
 def collect_hessians(
