@@ -69,7 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         ),
         (verify, "check every byte against its checksum, decode every section and build the model"),
     ):
-        command = commands.add_parser(run.__name__, help=about, description=f"{about[0].upper()}{about[1:]}.")
+        command = commands.add_parser(
+            run.__name__,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=f"example: python -m train.artifact {run.__name__} runs/mine/model.golf",
+        )
         command.add_argument("file", metavar="FILE", type=Path, help="the artifact, e.g. runs/RUN/model.golf")
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         command.set_defaults(run=run)
