@@ -285,3 +285,36 @@ def test_bad_settings_end_before_anything_is_made(setting: str, said: str, tmp_p
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "module"),
+    [
+        ("config.json", b"[]", "train.evaluate"),
+        ("config.json", b"{}", "train.evaluate"),
+        ("config.json", b"\x8d\xff", "train.quantize"),
+        ("training.json", b"{}", "train.quantize"),
+        ("stages.json", b"[]", "train.submission record"),
+        ("metrics.jsonl", b"", "train.submission record"),
+        ("evaluation.json", b'{"a": 1}', "train.submission record"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(
+    finished: Finished, name: str, content: bytes, module: str, tmp_path: Path
+) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    (folder.path / name).write_bytes(content)
+    first, *rest = module.split()
+    result = command(first, *rest, folder.path)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert name in result.stderr
+
+
+def test_bad_data_leaves_no_run_folder(dataset: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(dataset, tmp_path / "data")
+    shard = next(broken.glob("*_val_*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(UserError, match=shard.name):
+        walk(small(broken, tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()

@@ -43,7 +43,7 @@ class Config:
     recipe: str = _field("quickstart", "recipe to start from: a file in train/recipes")
     run_id: str = _field("", "name of the run's folder; empty: <recipe>_<date>-<time>")
     runs_dir: str = _field("runs", "folder that holds the run folders")
-    seed: int = _field(1337, "seeds python, numpy and torch", low=0)
+    seed: int = _field(1337, "seeds python, numpy and torch", low=0, high=2**63 - 1)
     resume: str = _field(
         "never", "auto: go on from the run folder's checkpoint, if there is one", choices=("never", "auto")
     )
@@ -143,7 +143,7 @@ class Config:
     normuon_beta2: float = _field(0.95, "decay of NorMuon's second moment", low=0.0, high=0.9999)
     beta1: float = _field(0.9, "AdamW's first decay", low=0.0, high=0.9999)
     beta2: float = _field(0.95, "AdamW's second decay", low=0.0, high=0.99999)
-    adam_eps: float = _field(1e-8, "AdamW's epsilon", low=0.0)
+    adam_eps: float = _field(1e-8, "AdamW's epsilon", low=1e-30)
     embed_wd: float = _field(0.0, "decoupled weight decay of the embeddings", low=0.0)
     adam_wd: float = _field(0.0, "decoupled weight decay of vectors and scalars", low=0.0)
     grad_clip_norm: float = _field(0.0, "largest norm of the whole gradient; 0: no clipping", low=0.0)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from train.errors import UserError
 
 
 @contextmanager
@@ -43,6 +46,27 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write `data` (text as UTF-8) to `path` so that no reader ever sees a part of it."""
     with atomic_writer(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        path: the file.
+        remedy: what to do if it is not one, for the message.
+
+    Raises:
+        UserError: it is missing, not a file, or holds something else.
+    """
+    try:
+        value = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON ({type(error).__name__}): {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}: {remedy}")
+    return value
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

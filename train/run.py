@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.config import Config
+from train.config import Config, ConfigError, field_names
 from train.errors import UserError
-from train.files import atomic_write
+from train.files import atomic_write, read_json
 
 
 @dataclass(frozen=True)
@@ -68,29 +68,34 @@ class RunFolder:
         """
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such run folder (python -m train makes one under runs/)")
+        if not self.config.exists():
+            raise UserError(f"{self.config}: missing: {self.path} is not a run folder of python -m train")
+        values = read_json(self.config, "restore it or train again")
+        missing = set(field_names()) - set(values)
+        if missing:
+            raise UserError(f"{self.config}: no value for {', '.join(sorted(missing)[:3])}: restore it or train again")
         try:
-            return Config.from_dict(json.loads(self.config.read_text()))
-        except FileNotFoundError as error:
-            raise UserError(f"{self.config}: missing: {self.path} is not a run folder of python -m train") from error
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self.config}: not readable as JSON ({error}): restore it or train again") from error
+            return Config.from_dict(values)
+        except ConfigError as error:
+            raise UserError(f"{self.config}: {error}: restore it or train again") from error
 
-    def read_training(self) -> dict[str, Any]:
-        """What the training stage measured.
+    def read_training(self, *fields: str) -> dict[str, Any]:
+        """What the training stage measured, the named fields at least.
 
         Raises:
             UserError: training has not finished, or its file is not readable.
         """
         path = self.need(self.training, f"python -m train --run_id {self.path.name} --resume auto")
-        try:
-            return dict(json.loads(path.read_text()))
-        except (json.JSONDecodeError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: not readable as JSON ({error}): restore it or train again") from error
+        values = read_json(path, "restore it or train again")
+        missing = set(fields) - set(values)
+        if missing:
+            raise UserError(f"{path}: no value for {', '.join(sorted(missing))}: restore it or train again")
+        return values
 
     def trained_config(self) -> Config:
         """The configuration of the function that was trained: without recurrence where the run ended before its start."""
         config = self.read_config()
-        return config if self.read_training()["recurrence"] else config.replace(recur_layers=())
+        return config if self.read_training("recurrence")["recurrence"] else config.replace(recur_layers=())
 
     def need(self, path: Path, stage: str) -> Path:
         """`path`, or an error that says which stage makes it."""

@@ -59,7 +59,7 @@ def find_evaluation(folder: RunFolder, config: Config, *, weights: str = "artifa
     """
     wanted = _settings(config, weights)
     for entry in read_evaluation(folder).values():
-        if all(entry.get(name) == value for name, value in wanted.items()):
+        if isinstance(entry, dict) and all(entry.get(name) == value for name, value in wanted.items()):
             return entry
     raise UserError(
         f"{folder.evaluation}: no score of the {weights} with {_key(wanted)}: run python -m train.evaluate {folder.path} "

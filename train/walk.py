@@ -14,6 +14,9 @@ from golf_kernels import dispatch, newton_schulz
 from train.artifact.code_size import package_source
 from train.codecs import CODECS
 from train.config import MICRO_BATCHES, Config
+from train.data.build import read_manifest
+from train.data.loaders import make_loader
+from train.data.validation import load_validation
 from train.distributed import start_ranks
 from train.errors import UserError
 from train.files import atomic_write
@@ -72,6 +75,7 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
         with clock("data"):
             prepare_data(config, ranks)
         config = config.replace(run_id=ranks.broadcast(new_run_id(config)))
+        ranks.on_main(lambda: check_data(config))
         folder = ranks.on_main(lambda: create_run_folder(config))
         if ranks.is_main:
             clock.keep_in(folder.stages)
@@ -96,6 +100,17 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
         # torchrun takes a rank that is gone for done: nobody leaves before the record is written
         ranks.barrier()
     return folder
+
+
+def check_data(config: Config) -> None:
+    """Read what training and the record will read, before a run folder stands for nothing.
+
+    Raises:
+        UserError: shards, tokenizer or manifest are missing, damaged or of another vocabulary.
+    """
+    load_validation(config)
+    make_loader(config, 0, 1)
+    read_manifest(config.data_path)
 
 
 def preflight(config: Config) -> None:

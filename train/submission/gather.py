@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 from train.artifact import read_artifact
 from train.data.build import read_manifest
+from train.errors import UserError
+from train.files import read_json
 from train.logger import read_metrics
 from train.run import RunFolder
 from train.scores import find_evaluation
@@ -18,12 +18,18 @@ def summarize(folder: RunFolder) -> Summary:
     Raises:
         UserError: a stage has not run, or the artifact is newer than its score.
     """
-    config, training = folder.trained_config(), folder.read_training()
+    config, training = (
+        folder.trained_config(),
+        folder.read_training("steps", "seconds", "date", "hardware", "torch", "python", "first", "last"),
+    )
     score = find_evaluation(folder, config)
     flat = find_evaluation(folder, config.replace(eval_stride=0))
     artifact = read_artifact(folder.artifact)
     # as logged when the artifact was written: the sources may have changed since
-    bytes_code = [record for record in read_metrics(folder.metrics) if record["kind"] == "sizes"][-1]["code_bytes"]
+    sizes = [record for record in read_metrics(folder.metrics) if record["kind"] == "sizes" and "code_bytes" in record]
+    if not sizes:
+        raise UserError(f"{folder.metrics}: no sizes in it: run python -m train.quantize {folder.path} again")
+    bytes_code = sizes[-1]["code_bytes"]
     manifest = read_manifest(config.data_path)
     return Summary(
         run_id=folder.path.name,
@@ -33,7 +39,7 @@ def summarize(folder: RunFolder) -> Summary:
         steps=training["steps"],
         step_avg_ms=1000 * training["seconds"] / max(training["steps"], 1),
         train_seconds=training["seconds"],
-        stage_seconds=json.loads(folder.stages.read_text()) if folder.stages.exists() else {},
+        stage_seconds=read_json(folder.stages, "delete it") if folder.stages.exists() else {},
         val_loss=score["val_loss"],
         val_bpb=score["val_bpb"],
         eval_seconds=score["seconds"],
