@@ -21,7 +21,7 @@ from train.errors import UserError
 from train.log_grammar import parse_log
 from train.logger import read_metrics, series
 from train.recipes import load_recipe
-from train.run import RunFolder
+from train.run import RunFolder, open_run_folder
 from train.scoring import evaluate_model
 from train.stages import quantize_stage
 from train.walk import walk
@@ -150,6 +150,61 @@ def test_a_file_system_that_takes_no_more_leaves_nothing_half_written(tmp_path: 
     assert result.returncode == 2, result.stderr
     assert "error: " in result.stderr and "run again" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+# a disk that takes some bytes of the named file and no more
+FULL_DISK = """
+import errno, io, os, runpy, sys
+import train.files
+
+name, *sys.argv = sys.argv[1:]
+
+class FullDisk(io.FileIO):
+    left = 3000
+
+    def write(self, data):
+        self.left -= len(data)
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+real = os.fdopen
+def fdopen(handle, mode):
+    full = f".{name}." in os.readlink(f"/proc/self/fd/{handle}")
+    return io.BufferedWriter(FullDisk(handle, mode)) if full else real(handle, mode)
+
+train.files.os.fdopen = fdopen
+runpy.run_module("train", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "weights.pt", "model.golf", "loss.png"])
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
+    name: str, finished: Finished, dataset: Path, tmp_path: Path
+) -> None:
+    config = small(dataset, tmp_path, checkpoint_every=5)
+    arguments = [sys.executable, "-c", FULL_DISK, name, "train", *flags(config)]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(arguments, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert f"{name}: No space left on device: free some space" in result.stderr
+    assert "Traceback" not in result.stderr
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert name not in left and not any(path.endswith(".part") for path in left)
+    again = command("train", *flags(config), "--resume=auto")
+    assert again.returncode == 0, again.stderr
+    expected, found = (read_tensors(folder.weights) for folder in (finished.folder, RunFolder(tmp_path / "run")))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_run_folder_is_worked_on_by_one_process(finished: Finished, tmp_path: Path) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    config = finished.config.replace(runs_dir=str(tmp_path), resume="auto")
+    with open_run_folder(config):
+        result = command("train", *flags(config))
+    assert result.returncode == 2
+    assert f"{folder.path}: another process is at work on this run" in result.stderr
+    assert command("train", *flags(config)).returncode == 0
 
 
 def test_a_run_folder_that_exists_is_refused(finished: Finished) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 import zipfile
@@ -13,7 +14,7 @@ import torch
 
 from train.distributed import Ranks
 from train.errors import UserError
-from train.files import atomic_writer
+from train.files import atomic_write
 from train.model.gpt import GPT
 from train.run import RunFolder
 
@@ -30,8 +31,7 @@ def save_checkpoint(path: Path, parts: Mapping[str, Any], ranks: Ranks, extra: M
     """
     states = {name: part.state_dict() for name, part in parts.items() if part is not None}
     if ranks.is_main:
-        with atomic_writer(path) as file:
-            torch.save({"parts": states, **extra}, file)
+        write_tensors(path, {"parts": states, **extra})
 
 
 def load_checkpoint(path: Path, parts: Mapping[str, Any], ranks: Ranks) -> dict[str, Any] | None:
@@ -56,13 +56,29 @@ def load_checkpoint(path: Path, parts: Mapping[str, Any], ranks: Ranks) -> dict[
     return saved
 
 
+def write_tensors(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a dictionary of tensors and plain values, whole or not at all.
+
+    Raises:
+        OSError: as the file system reports it, with `filename` set to `path`.
+    """
+    # torch.save would hide a full disk behind an error of its own: it writes to memory, which then goes to the file
+    buffer = io.BytesIO()
+    torch.save(dict(values), buffer)
+    atomic_write(path, buffer.getbuffer())
+
+
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a file of `torch.save` that holds tensors and plain values alone; no code in it is ever run.
+    """Read a file of `write_tensors`; no code in it is ever run.
 
     Raises:
         UserError: the file is damaged or not of that kind.
     """
     try:
+        # torch.load does not look at the checksums that torch.save wrote
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
         saved = torch.load(path, map_location=device, weights_only=True)
     except (
         RuntimeError,

@@ -42,7 +42,7 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
+def atomic_write(path: str | os.PathLike[str], data: bytes | memoryview | str) -> None:
     """Write `data` (text as UTF-8) to `path` so that no reader ever sees a part of it."""
     with atomic_writer(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)

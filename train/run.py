@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +136,24 @@ def create_run_folder(config: Config) -> RunFolder:
     os.mkdir(folder.path)
     atomic_write(folder.config, json.dumps(config.to_dict(), indent=1) + "\n")
     return folder
+
+
+@contextmanager
+def open_run_folder(config: Config) -> Iterator[RunFolder]:
+    """`create_run_folder`, held for this process alone until the block ends or the process dies.
+
+    Raises:
+        UserError: as `create_run_folder`, or another process is at work in the folder.
+    """
+    folder = create_run_folder(config)
+    with open(folder.config, "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{folder.path}: another process is at work on this run: wait for its end, or stop it first"
+            ) from error
+        yield folder
 
 
 # settings that may differ between a run and its resumption: they do not touch the arithmetic

@@ -13,7 +13,7 @@ import torch
 
 from train.artifact import load_model, write_artifact
 from train.artifact.code_size import package_code_bytes
-from train.checkpoint import load_weights
+from train.checkpoint import load_weights, write_tensors
 from train.config import Config
 from train.data.build import build_dataset
 from train.data.corpus import split_documents, stdlib_documents
@@ -21,7 +21,7 @@ from train.data.loaders import make_loader
 from train.data.validation import load_validation
 from train.distributed import Ranks
 from train.errors import UserError
-from train.files import atomic_write, atomic_writer
+from train.files import atomic_write
 from train.hardware import hardware
 from train.logger import RunLogger
 from train.loop import train
@@ -65,8 +65,7 @@ def train_stage(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger)
         return load_weights(folder).to(ranks.device)
     result = train(config, folder, ranks, log)
     if ranks.is_main:
-        with atomic_writer(folder.weights) as file:
-            torch.save(result.model.state_dict(), file)
+        write_tensors(folder.weights, result.model.state_dict())
         measured = {
             "steps": result.steps,
             "seconds": result.seconds,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from train.distributed import start_ranks
 from train.errors import UserError
 from train.files import atomic_write
 from train.logger import RunLogger
-from train.run import RunFolder, create_run_folder, new_run_id
+from train.run import RunFolder, new_run_id, open_run_folder
 from train.settings import Override, override_line
 from train.stages import artifact_stage, evaluate_stage, prepare_data, quantize_stage, train_stage
 from train.submission.gather import summarize
@@ -70,13 +70,13 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
         UserError: anything in settings, data or on the disk that the user can mend.
     """
     preflight(config)
-    with start_ranks(config.device) as ranks:
+    with start_ranks(config.device) as ranks, ExitStack() as held:
         clock = StageClock()
         with clock("data"):
             prepare_data(config, ranks)
         config = config.replace(run_id=ranks.broadcast(new_run_id(config)))
         ranks.on_main(lambda: check_data(config))
-        folder = ranks.on_main(lambda: create_run_folder(config))
+        folder = ranks.on_main(lambda: held.enter_context(open_run_folder(config)))
         if ranks.is_main:
             clock.keep_in(folder.stages)
         with RunLogger(folder.path, config.seed, ranks.rank) as log:
