@@ -10,29 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from train.errors import UserError
+from train.consistency import check_consistency
+from train.values import ConfigError, check_type, check_value, format_value, parse_text, setting
 
 # a step is the mean over this many micro-batches, shared by 1, 2, 4 or 8 ranks
 MICRO_BATCHES = 8
-
-
-class ConfigError(UserError):
-    """A setting is unknown, of the wrong type, out of range, or contradicts another."""
-
-
-def _field(
-    default: Any, help: str, *, choices: Sequence[Any] = (), low: float | None = None, high: float | None = None
-) -> Any:
-    return dataclasses.field(
-        default=default, metadata={"help": help, "choices": tuple(choices), "low": low, "high": high}
-    )
 
 
 @dataclass(frozen=True)
@@ -40,236 +27,170 @@ class Config:
     """Every setting of a run; see each field's `help`, or `python -m train --help`."""
 
     # run
-    recipe: str = _field("quickstart", "recipe to start from: a file in train/recipes")
-    run_id: str = _field("", "name of the run's folder; empty: <recipe>_<date>-<time>")
-    runs_dir: str = _field("runs", "folder that holds the run folders")
-    seed: int = _field(1337, "seeds python, numpy and torch", low=0, high=2**63 - 1)
-    resume: str = _field(
+    recipe: str = setting("quickstart", "recipe to start from: a file in train/recipes")
+    run_id: str = setting("", "name of the run's folder; empty: <recipe>_<date>-<time>")
+    runs_dir: str = setting("runs", "folder that holds the run folders")
+    seed: int = setting(1337, "seeds python, numpy and torch", low=0, high=2**63 - 1)
+    resume: str = setting(
         "never", "auto: go on from the run folder's checkpoint, if there is one", choices=("never", "auto")
     )
-    checkpoint_every: int = _field(0, "steps between checkpoints; 0: none", low=0)
-    device: str = _field("auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda"))
-    compute_dtype: str = _field(
+    checkpoint_every: int = setting(0, "steps between checkpoints; 0: none", low=0)
+    device: str = setting("auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda"))
+    compute_dtype: str = setting(
         "auto",
         "dtype of the forward pass; auto: bfloat16 on CUDA, float32 on a CPU",
         choices=("auto", "bfloat16", "float32"),
     )
-    compile: str = _field("auto", "torch.compile the model; auto: on CUDA only", choices=("auto", "on", "off"))
+    compile: str = setting("auto", "torch.compile the model; auto: on CUDA only", choices=("auto", "on", "off"))
 
     # data
-    data_path: str = _field("", "folder with *_train_*.bin and *_val_*.bin shards and the tokenizer")
-    tokenizer_path: str = _field("", "SentencePiece model; empty: the one in data_path")
-    corpus: str = _field("", "text that is turned into shards when data_path does not exist", choices=("", "stdlib"))
-    vocab_size: int = _field(1024, "number of tokens, of the tokenizer and of the embedding", low=259, high=65536)
-    train_seq_len: int = _field(1024, "tokens per training sequence", low=1)
-    train_batch_tokens: int = _field(524288, "tokens per step over all ranks", low=1)
-    loader: str = _field("sequential", "order of the training tokens", choices=("sequential", "shuffled", "coprime"))
-    document_masking: bool = _field(False, "keep attention and SmearGate inside documents")
+    data_path: str = setting("", "folder with *_train_*.bin and *_val_*.bin shards and the tokenizer")
+    tokenizer_path: str = setting("", "SentencePiece model; empty: the one in data_path")
+    corpus: str = setting("", "text that is turned into shards when data_path does not exist", choices=("", "stdlib"))
+    vocab_size: int = setting(1024, "number of tokens, of the tokenizer and of the embedding", low=259, high=65536)
+    train_seq_len: int = setting(1024, "tokens per training sequence", low=1)
+    train_batch_tokens: int = setting(524288, "tokens per step over all ranks", low=1)
+    loader: str = setting("sequential", "order of the training tokens", choices=("sequential", "shuffled", "coprime"))
+    document_masking: bool = setting(False, "keep attention and SmearGate inside documents")
 
     # model
-    num_layers: int = _field(9, "transformer blocks", low=1)
-    model_dim: int = _field(512, "width of the residual stream", low=8)
-    num_heads: int = _field(8, "query heads", low=1)
-    num_kv_heads: int = _field(4, "key and value heads", low=1)
-    mlp_mult: float = _field(2.0, "hidden width of the MLP over model_dim", low=0.01)
-    mlp_slope: float = _field(0.0, "slope of LeakyReLU before the square; 0 is ReLU²", low=0.0, high=0.999)
-    rope_base: float = _field(10000.0, "base of the rotary frequencies", low=1.0)
-    rope_dims: int = _field(0, "rotary dimensions per head; 0: the whole head", low=0)
-    rope_train_seq_len: int = _field(1024, "beyond this length the base grows by the NTK rule", low=1)
-    norm_eps: float = _field(
+    num_layers: int = setting(9, "transformer blocks", low=1)
+    model_dim: int = setting(512, "width of the residual stream", low=8)
+    num_heads: int = setting(8, "query heads", low=1)
+    num_kv_heads: int = setting(4, "key and value heads", low=1)
+    mlp_mult: float = setting(2.0, "hidden width of the MLP over model_dim", low=0.01)
+    mlp_slope: float = setting(0.0, "slope of LeakyReLU before the square; 0 is ReLU²", low=0.0, high=0.999)
+    rope_base: float = setting(10000.0, "base of the rotary frequencies", low=1.0)
+    rope_dims: int = setting(0, "rotary dimensions per head; 0: the whole head", low=0)
+    rope_train_seq_len: int = setting(1024, "beyond this length the base grows by the NTK rule", low=1)
+    norm_eps: float = setting(
         1.1920928955078125e-07, "epsilon of every RMSNorm (float32's, as torch >= 2.7 takes it)", low=0.0
     )
-    qk_gain_init: float = _field(1.5, "initial gain of each query head after QK-norm")
-    logit_softcap: float = _field(30.0, "logits are cap * tanh(logits / cap)", low=1e-3)
-    tied_embed_init_std: float = _field(0.005, "deviation of the tied embedding at the start", low=0.0)
-    embed_dtype: str = _field(
+    qk_gain_init: float = setting(1.5, "initial gain of each query head after QK-norm")
+    logit_softcap: float = setting(30.0, "logits are cap * tanh(logits / cap)", low=1e-3)
+    tied_embed_init_std: float = setting(0.005, "deviation of the tied embedding at the start", low=0.0)
+    embed_dtype: str = setting(
         "bfloat16", "dtype of the embedding tables and their moments", choices=("bfloat16", "float32")
     )
-    orthogonal_init: bool = _field(False, "orthogonal instead of Kaiming-uniform matrices")
-    ln_scale: bool = _field(False, "scale the norm of layer l by 1/sqrt(l+1)")
-    xsa_last_n: int = _field(0, "the last n layers remove the value direction from attention's output", low=0)
-    smear_gate: str = _field(
+    orthogonal_init: bool = setting(False, "orthogonal instead of Kaiming-uniform matrices")
+    ln_scale: bool = setting(False, "scale the norm of layer l by 1/sqrt(l+1)")
+    xsa_last_n: int = setting(0, "the last n layers remove the value direction from attention's output", low=0)
+    smear_gate: str = setting(
         "off", "blend each token with its predecessor: as published, or without leaking across documents",
         choices=("off", "published", "document"),
     )  # fmt: skip
-    bigram_vocab_size: int = _field(0, "rows of the hashed bigram table; 0: none", low=0)
-    bigram_dim: int = _field(128, "width of the hashed bigram table", low=1)
-    ve_dim: int = _field(0, "width of the shared value embedding; 0: none", low=0)
-    ve_layers: tuple[int, ...] = _field((), "layers whose values get the shared embedding")
-    ve_proj_optimizer: str = _field("muon", "who trains the value embedding's projection", choices=("muon", "adamw"))
-    unet_skips: bool = _field(True, "U-Net skips from the first half of the layers to the second")
-    skip_gates: bool = _field(False, "sigmoid gate on each U-Net skip")
-    parallel_start_layer: int = _field(-1, "from this layer on attention and MLP run in parallel; -1: never", low=-1)
-    parallel_form: str = _field(
+    bigram_vocab_size: int = setting(0, "rows of the hashed bigram table; 0: none", low=0)
+    bigram_dim: int = setting(128, "width of the hashed bigram table", low=1)
+    ve_dim: int = setting(0, "width of the shared value embedding; 0: none", low=0)
+    ve_layers: tuple[int, ...] = setting((), "layers whose values get the shared embedding")
+    ve_proj_optimizer: str = setting("muon", "who trains the value embedding's projection", choices=("muon", "adamw"))
+    unet_skips: bool = setting(True, "U-Net skips from the first half of the layers to the second")
+    skip_gates: bool = setting(False, "sigmoid gate on each U-Net skip")
+    parallel_start_layer: int = setting(-1, "from this layer on attention and MLP run in parallel; -1: never", low=-1)
+    parallel_form: str = setting(
         "gptj",
         "gptj: one stream, both read the same input; lanes: two streams, merged at the end",
         choices=("gptj", "lanes"),
     )
-    recur_layers: tuple[int, ...] = _field((), "layers that run twice")
-    recur_form: str = _field(
+    recur_layers: tuple[int, ...] = setting((), "layers that run twice")
+    recur_form: str = setting(
         "unroll", "unroll: repeat the layers in the order; blend: average the repeat into the encoder's stream",
         choices=("unroll", "blend"),
     )  # fmt: skip
-    recur_start_step: int = _field(0, "step from which the repetition is on", low=0)
-    recur_scale_params: int = _field(
+    recur_start_step: int = setting(0, "step from which the repetition is on", low=0)
+    recur_scale_params: int = setting(
         0, "vectors of model_dim that are counted and saved but never trained (#1392)", low=0
     )
 
     # optimization
-    iterations: int = _field(20000, "steps, unless the clock ends first", low=1)
-    max_wallclock_seconds: float = _field(600.0, "training ends here; 0: no cap", low=0.0)
-    gptq_reserve_seconds: float = _field(0.0, "part of the wall clock kept for calibration", low=0.0)
-    warmup_steps: int = _field(20, "steps before the clock, after which weights and optimizer are restored", low=0)
-    warmdown_iters: int = _field(
+    iterations: int = setting(20000, "steps, unless the clock ends first", low=1)
+    max_wallclock_seconds: float = setting(600.0, "training ends here; 0: no cap", low=0.0)
+    gptq_reserve_seconds: float = setting(0.0, "part of the wall clock kept for calibration", low=0.0)
+    warmup_steps: int = setting(20, "steps before the clock, after which weights and optimizer are restored", low=0)
+    warmdown_iters: int = setting(
         1200, "steps over which the learning rate falls at the end (measured in time under a cap)", low=0
     )
-    warmdown_frac: float = _field(
+    warmdown_frac: float = setting(
         0.0, "fraction of the time over which the rate falls; > 0 replaces warmdown_iters", low=0.0, high=1.0
     )
-    matrix_lr: float = _field(0.04, "learning rate of the matrices (Muon)", low=0.0)
-    tied_embed_lr: float = _field(0.05, "learning rate of the embeddings (AdamW)", low=0.0)
-    scalar_lr: float = _field(0.04, "learning rate of vectors and scalars (AdamW)", low=0.0)
-    muon_momentum: float = _field(0.95, "momentum of Muon", low=0.0, high=0.9999)
-    muon_momentum_warmup_start: float = _field(0.85, "momentum at step 0", low=0.0, high=0.9999)
-    muon_momentum_warmup_steps: int = _field(500, "steps over which the momentum rises", low=0)
-    muon_backend_steps: int = _field(5, "Newton-Schulz iterations", low=1, high=20)
-    muon_coefficients: str = _field(
+    matrix_lr: float = setting(0.04, "learning rate of the matrices (Muon)", low=0.0)
+    tied_embed_lr: float = setting(0.05, "learning rate of the embeddings (AdamW)", low=0.0)
+    scalar_lr: float = setting(0.04, "learning rate of vectors and scalars (AdamW)", low=0.0)
+    muon_momentum: float = setting(0.95, "momentum of Muon", low=0.0, high=0.9999)
+    muon_momentum_warmup_start: float = setting(0.85, "momentum at step 0", low=0.0, high=0.9999)
+    muon_momentum_warmup_steps: int = setting(500, "steps over which the momentum rises", low=0)
+    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", low=1, high=20)
+    muon_coefficients: str = setting(
         "quintic", "Newton-Schulz coefficients: a name in golf_kernels.newton_schulz.COEFFICIENTS"
     )
-    muon_wd: float = _field(0.0, "decoupled weight decay of the matrices", low=0.0)
-    muon_eq_r: bool = _field(False, "normalize rows before Newton-Schulz (MuonEq-R)")
-    muon_row_eps: float = _field(1e-7, "added to a row's squared norm in MuonEq-R", low=0.0)
-    normuon: bool = _field(False, "normalize rows after Newton-Schulz by their running second moment (NorMuon)")
-    normuon_beta2: float = _field(0.95, "decay of NorMuon's second moment", low=0.0, high=0.9999)
-    beta1: float = _field(0.9, "AdamW's first decay", low=0.0, high=0.9999)
-    beta2: float = _field(0.95, "AdamW's second decay", low=0.0, high=0.99999)
-    adam_eps: float = _field(1e-8, "AdamW's epsilon", low=1e-30)
-    embed_wd: float = _field(0.0, "decoupled weight decay of the embeddings", low=0.0)
-    adam_wd: float = _field(0.0, "decoupled weight decay of vectors and scalars", low=0.0)
-    grad_clip_norm: float = _field(0.0, "largest norm of the whole gradient; 0: no clipping", low=0.0)
-    ema_decay: float = _field(
+    muon_wd: float = setting(0.0, "decoupled weight decay of the matrices", low=0.0)
+    muon_eq_r: bool = setting(False, "normalize rows before Newton-Schulz (MuonEq-R)")
+    muon_row_eps: float = setting(1e-7, "added to a row's squared norm in MuonEq-R", low=0.0)
+    normuon: bool = setting(False, "normalize rows after Newton-Schulz by their running second moment (NorMuon)")
+    normuon_beta2: float = setting(0.95, "decay of NorMuon's second moment", low=0.0, high=0.9999)
+    beta1: float = setting(0.9, "AdamW's first decay", low=0.0, high=0.9999)
+    beta2: float = setting(0.95, "AdamW's second decay", low=0.0, high=0.99999)
+    adam_eps: float = setting(1e-8, "AdamW's epsilon", low=1e-30)
+    embed_wd: float = setting(0.0, "decoupled weight decay of the embeddings", low=0.0)
+    adam_wd: float = setting(0.0, "decoupled weight decay of vectors and scalars", low=0.0)
+    grad_clip_norm: float = setting(0.0, "largest norm of the whole gradient; 0: no clipping", low=0.0)
+    ema_decay: float = setting(
         0.0, "decay of the weights' moving average, which is what is scored; 0: none", low=0.0, high=0.99999
     )
-    swa_every: int = _field(0, "steps between the checkpoints that are averaged; 0: none", low=0)
-    swa_start_frac: float = _field(
+    swa_every: int = setting(0, "steps between the checkpoints that are averaged; 0: none", low=0)
+    swa_start_frac: float = setting(
         0.5, "averaging begins when the rate has fallen below this fraction", low=0.0, high=1.0
     )
-    qat: bool = _field(False, "train through fake-quantized int6 matrices, straight-through, from step 0")
+    qat: bool = setting(False, "train through fake-quantized int6 matrices, straight-through, from step 0")
 
     # quantization and artifact
-    quantizer: str = _field("gptq", "how matrices are rounded", choices=("gptq", "rtn"))
-    matrix_bits: int = _field(6, "bits of the matrices' codes", low=2, high=8)
-    embed_bits: int = _field(
+    quantizer: str = setting("gptq", "how matrices are rounded", choices=("gptq", "rtn"))
+    matrix_bits: int = setting(6, "bits of the matrices' codes", low=2, high=8)
+    embed_bits: int = setting(
         8, "bits of the embeddings' codes; 16 keeps them in float16", choices=(2, 3, 4, 5, 6, 7, 8, 16)
     )
-    matrix_clip: str = _field(
+    matrix_clip: str = setting(
         "sdclip",
         "row clip of the matrices: a name in train.quantize.row_scales",
         choices=("sdclip", "hessian_sdclip", "row_max", "quantile", "percentile_search"),
     )
-    matrix_clip_sigmas: float = _field(12.85, "SDClip: row clip of the matrices in deviations", low=0.1)
-    embed_clip_sigmas: float = _field(20.0, "SDClip: row clip of the embeddings in deviations", low=0.1)
-    embed_clip: str = _field("sdclip", "row clip of the embeddings", choices=("sdclip", "row_max", "quantile"))
-    scale_floor: str = _field(
+    matrix_clip_sigmas: float = setting(12.85, "SDClip: row clip of the matrices in deviations", low=0.1)
+    embed_clip_sigmas: float = setting(20.0, "SDClip: row clip of the embeddings in deviations", low=0.1)
+    embed_clip: str = setting("sdclip", "row clip of the embeddings", choices=("sdclip", "row_max", "quantile"))
+    scale_floor: str = setting(
         "published",
         "smallest row scale: 1/(2^(bits-1)-1) as most records have it, or 1e-10",
         choices=("published", "none"),
     )
-    gptq_calib_batches: int = _field(64, "batches from which the Hessians come", low=1)
-    gptq_damp: float = _field(0.01, "damping, as a fraction of the Hessian's mean diagonal", low=0.0)
-    gptq_block_size: int = _field(128, "columns per GPTQ block", low=1)
-    gptq_act_order: bool = _field(True, "quantize columns by falling Hessian diagonal")
-    passthrough_max_elements: int = _field(65536, "tensors of at most this many elements stay in float16", low=0)
-    codec: str = _field(
+    gptq_calib_batches: int = setting(64, "batches from which the Hessians come", low=1)
+    gptq_damp: float = setting(0.01, "damping, as a fraction of the Hessian's mean diagonal", low=0.0)
+    gptq_block_size: int = setting(128, "columns per GPTQ block", low=1)
+    gptq_act_order: bool = setting(True, "quantize columns by falling Hessian diagonal")
+    passthrough_max_elements: int = setting(65536, "tensors of at most this many elements stay in float16", low=0)
+    codec: str = setting(
         "brotli", "entropy coder of the artifact", choices=("brotli", "zstd", "lzma", "zlib", "raw", "raw6")
     )
-    max_artifact_bytes: int = _field(16_000_000, "cap on code plus model, decimal bytes", low=1)
+    max_artifact_bytes: int = setting(16_000_000, "cap on code plus model, decimal bytes", low=1)
 
     # validation and evaluation
-    val_loss_every: int = _field(1000, "steps between validations; 0: only first and last", low=0)
-    train_log_every: int = _field(200, "steps between log lines of the training loss", low=1)
-    val_max_tokens: int = _field(0, "look at only so many validation tokens while training; 0: all", low=0)
-    val_batch_size: int = _field(524288, "tokens per validation batch over all ranks", low=1)
-    eval_seq_len: int = _field(0, "window of the final evaluation; 0: train_seq_len", low=0)
-    eval_stride: int = _field(64, "new tokens per window; 0: only non-overlapping windows", low=0)
-    eval_rule: str = _field(
+    val_loss_every: int = setting(1000, "steps between validations; 0: only first and last", low=0)
+    train_log_every: int = setting(200, "steps between log lines of the training loss", low=1)
+    val_max_tokens: int = setting(0, "look at only so many validation tokens while training; 0: all", low=0)
+    val_batch_size: int = setting(524288, "tokens per validation batch over all ranks", low=1)
+    eval_seq_len: int = setting(0, "window of the final evaluation; 0: train_seq_len", low=0)
+    eval_stride: int = setting(64, "new tokens per window; 0: only non-overlapping windows", low=0)
+    eval_rule: str = setting(
         "once", "which positions a window scores: once (every token once), or the older published rules",
         choices=("once", "overlap_tail", "full_windows"),
     )  # fmt: skip
-    eval_batch_seqs: int = _field(32, "windows per forward pass", low=1)
-    eval_max_tokens: int = _field(0, "score only so many tokens; 0: all", low=0)
-    logits_rounding: str = _field("none", "round logits before the softcap", choices=("none", "bf16"))
+    eval_batch_seqs: int = setting(32, "windows per forward pass", low=1)
+    eval_max_tokens: int = setting(0, "score only so many tokens; 0: all", low=0)
+    logits_rounding: str = setting("none", "round logits before the softcap", choices=("none", "bf16"))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_range(field, getattr(self, field.name))
-        self._check_consistency()
-
-    def _check_consistency(self) -> None:
-        def need(condition: bool, message: str) -> None:
-            if not condition:
-                raise ConfigError(message)
-
-        need(
-            self.model_dim % self.num_heads == 0,
-            f"model_dim {self.model_dim} is not a multiple of num_heads {self.num_heads}: choose widths that divide",
-        )
-        need(
-            self.num_heads % self.num_kv_heads == 0,
-            f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}: query heads share key heads in equal groups",
-        )
-        need(self.head_dim % 2 == 0, f"head size {self.head_dim} is odd: rotary embeddings need pairs")
-        need(
-            self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
-            f"rope_dims {self.rope_dims} must be even and at most the head size {self.head_dim}",
-        )
-        need(
-            float(self.model_dim * self.mlp_mult).is_integer(),
-            f"mlp_mult {self.mlp_mult} times model_dim {self.model_dim} is not a whole hidden width",
-        )
-        need(
-            self.xsa_last_n <= self.num_layers,
-            f"xsa_last_n {self.xsa_last_n} is more than num_layers {self.num_layers}",
-        )
-        for name in ("ve_layers", "recur_layers"):
-            layers = getattr(self, name)
-            need(
-                all(0 <= layer < self.num_layers for layer in layers),
-                f"{name} {layers} names a layer outside 0..{self.num_layers - 1}",
-            )
-            need(
-                len(set(layers)) == len(layers) and list(layers) == sorted(layers),
-                f"{name} {layers} must rise without repeats",
-            )
-        need(
-            self.recur_form != "unroll"
-            or not self.recur_layers
-            or self.recur_layers[-1] - self.recur_layers[0] + 1 == len(self.recur_layers),
-            f"recur_layers {self.recur_layers} must be consecutive for recur_form unroll",
-        )
-        need(
-            self.parallel_start_layer < self.num_layers,
-            f"parallel_start_layer {self.parallel_start_layer} is not below num_layers {self.num_layers}",
-        )
-        need(
-            self.train_batch_tokens % self.train_seq_len == 0,
-            f"train_batch_tokens {self.train_batch_tokens} is not a multiple of train_seq_len {self.train_seq_len}: a step "
-            "holds whole sequences",
-        )
-        need(
-            self.quantizer == "gptq" or self.matrix_clip != "hessian_sdclip",
-            "matrix_clip hessian_sdclip needs the Hessians of quantizer gptq",
-        )
-        need(
-            not self.qat or self.matrix_bits == 6,
-            f"qat trains through 6-bit rows, but matrix_bits is {self.matrix_bits}: set MATRIX_BITS=6 or QAT=0",
-        )
-        need(self.bigram_vocab_size != 1, "bigram_vocab_size 1 has no row to hash into: set 0 for none, or at least 2")
-        need(bool(self.ve_dim) == bool(self.ve_layers), "ve_dim and ve_layers belong together: set both or neither")
-        need(
-            self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
-            f"gptq_reserve_seconds {self.gptq_reserve_seconds} leaves nothing of max_wallclock_seconds {self.max_wallclock_seconds}",
-        )
+            check_value(field, _TYPES[field.name], getattr(self, field.name))
+        check_consistency(self)
 
     @property
     def head_dim(self) -> int:
@@ -308,8 +229,7 @@ class Config:
         for name, value in values.items():
             field = _FIELDS.get(name) or _unknown(name)
             converted[name] = tuple(value) if isinstance(value, list) else value
-            if not _is_instance(converted[name], _TYPES[field.name]):
-                raise ConfigError(f"{name}: expected {_type_name(_TYPES[field.name])}, got {value!r}")
+            check_type(name, _TYPES[field.name], converted[name])
         return cls(**converted)
 
 
@@ -328,38 +248,9 @@ def field_help(name: str) -> str:
     return f"{field.metadata['help']}{choices} [{format_value(field.default)}]"
 
 
-def format_value(value: Any) -> str:
-    """A value as it is written on a command line."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def parse_value(name: str, text: str, source: str) -> Any:
-    """Turn the text of an environment variable or flag into the field's type.
-
-    Args:
-        name: the field.
-        text: what was given; lists are comma-separated, booleans 0/1/true/false.
-        source: where it came from, for the message.
-
-    Raises:
-        ConfigError: `text` is no value of the field's type.
-    """
-    kind = _TYPES[name]
-    try:
-        if kind is bool:
-            return _BOOLEANS[text.strip().lower()]
-        if kind is int:
-            return int(text.replace("_", ""))
-        if kind is float:
-            number = float(text)
-            if not math.isfinite(number):
-                raise ValueError(text)
-            return number
-        if kind is str:
-            return text
-        return tuple(int(part) for part in text.replace(" ", "").split(",") if part)
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{source}: expected {_type_name(kind)}, got {text!r}") from error
+    """Turn the text of an environment variable or flag into the type of field `name`; see `parse_text`."""
+    return parse_text(_TYPES[name], text, source)
 
 
 def nearest(name: str) -> str:
@@ -368,33 +259,5 @@ def nearest(name: str) -> str:
     return f"; did you mean {close[0].upper() if name.isupper() else close[0]}?" if close else ""
 
 
-_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-_TYPE_NAMES = {bool: "0 or 1", int: "a whole number", float: "a number", str: "text"}
-
-
-def _type_name(kind: Any) -> str:
-    return _TYPE_NAMES.get(kind, "whole numbers separated by commas")
-
-
-def _is_instance(value: Any, kind: Any) -> bool:
-    if isinstance(kind, types.GenericAlias) or typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(type(part) is int for part in value)
-    if kind is float:
-        return type(value) in (int, float)
-    return type(value) is kind
-
-
 def _unknown(name: str) -> typing.NoReturn:
     raise ConfigError(f"{name}: no such setting{nearest(name)}")
-
-
-def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
-    if not _is_instance(value, _TYPES[field.name]):
-        raise ConfigError(f"{field.name}: expected {_type_name(_TYPES[field.name])}, got {value!r}")
-    choices, low, high = field.metadata["choices"], field.metadata["low"], field.metadata["high"]
-    if choices and value not in choices:
-        raise ConfigError(f"{field.name}: expected one of {', '.join(repr(c) for c in choices)}, got {value!r}")
-    if low is not None and value < low:
-        raise ConfigError(f"{field.name}: must be at least {low:g}, got {value}")
-    if high is not None and value > high:
-        raise ConfigError(f"{field.name}: must be at most {high:g}, got {value}")
