@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := torch==2.13.0
+# for a torch that brings none: what the kernels were tested with
+TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint format doctor clean
@@ -53,5 +55,6 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*) $(wildcard golf_kernels/ver
 	  torch=$(TORCH); \
 	fi; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$torch "setuptools>=77" wheel "pybind11>=2.13" "ninja>=1.11"; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[train,test]"; \
+	$(BIN)/python -c 'import triton' 2>/dev/null || triton=$(TRITON); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation $$triton --editable ".[train,test]"; \
 	touch $(READY)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -169,6 +170,18 @@ def describe() -> dict[str, dict[Backend, str]]:
         order = [backend for backend in PREFERENCE if backend in implementations]
         answers[op] = {backend: implementations[backend].supports() or AVAILABLE for backend in order}
     return answers
+
+
+def triton_problem() -> str | None:
+    """Why no Triton kernel can run on this machine, as a phrase; None where they can. For `supports` of such back ends."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'triton>=3.6'"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA GPU"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major == 9 else f"its kernels are made for sm_90, this GPU is sm_{major}{minor}"
 
 
 def validate() -> None:

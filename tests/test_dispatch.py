@@ -159,3 +159,18 @@ def test_autocast_does_not_reach_into_an_operator(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(newton_schulz([matrix])[0], plain)
         assert (matrix @ matrix.T).dtype == torch.bfloat16
+
+
+def test_what_keeps_triton_kernels_from_running(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.triton_problem() is None
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dispatch.triton_problem() == "PyTorch finds no CUDA GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert dispatch.triton_problem() == "its kernels are made for sm_90, this GPU is sm_80"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert dispatch.triton_problem() is None
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'triton>=3.6'" in dispatch.triton_problem()

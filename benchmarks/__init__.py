@@ -1,0 +1,1 @@
+"""Measurements and checks of the kernels; nothing imports this package but the tests."""

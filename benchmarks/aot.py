@@ -1,0 +1,243 @@
+"""Every kernel that ships, compiled for sm_90 without a GPU: `python -m benchmarks.aot`.
+
+Triton: each `golf_kernels/*_triton.py` lists its configurations in `aot_configurations()`, one dict each: `name`,
+`kernel`, `signature` (without the constexprs), `constexprs`, `options` and `promises` (`wgmma`, `tma`); integers that a
+launch finds divisible by 16 can be named in `divisible`, pointers always are. CUDA: every kernel of every `csrc/*.cu`.
+All promise to spill no register and to fit in Hopper's shared memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_LIMIT_BYTES = 232_448
+ARCHITECTURE = "90a"
+NVCC_FLAGS = ["-O3", "-std=c++17", "-gencode", f"arch=compute_{ARCHITECTURE},code=sm_{ARCHITECTURE}"]
+INSTRUCTIONS = {"wgmma": "wgmma.mma_async.sync", "tma": "cp.async.bulk.tensor."}
+
+EPILOG = "exit codes: 0 all promises hold, 1 one does not, 2 a compiler is missing, so not everything was compiled"
+
+
+class Missing(Exception):
+    """A compiler that this machine does not have; the text says which, and what to type."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel in one configuration became.
+
+    Attributes:
+        file: the source.
+        name: of the configuration (Triton) or the kernel (CUDA).
+        registers: per thread.
+        spilled_bytes: stores and loads per thread, together.
+        shared_bytes: per block; for CUDA without what a launch adds.
+        wgmma: warp group matrix instructions in the PTX.
+        tma: tensor copies in the PTX.
+        broken: the promises that do not hold, as phrases.
+    """
+
+    file: str
+    name: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    wgmma: int
+    tma: int
+    broken: tuple[str, ...]
+
+
+def judge(
+    file: str, name: str, ptx: str, log: str, shared_bytes: int | None = None, promises: Iterable[str] = ()
+) -> Compiled:
+    """Reads what `ptxas -v` said and the PTX holds.
+
+    Args:
+        file: the source.
+        name: of the configuration.
+        ptx: the text that was assembled.
+        log: what `ptxas -v` printed about this kernel.
+        shared_bytes: dynamic shared memory; None takes the static one from the log.
+        promises: `wgmma`, `tma`.
+    """
+    registers = re.search(r"Used (\d+) registers", log)
+    if registers is None:
+        raise ValueError(f"{file}, {name}: no register count in the output of ptxas -v: {log!r}")
+    spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    static = re.search(r"(\d+) bytes smem", log)
+    shared = shared_bytes if shared_bytes is not None else int(static[1]) if static else 0
+    counts = {kind: ptx.count(instruction) for kind, instruction in INSTRUCTIONS.items()}
+    broken = [f"no {kind}" for kind in promises if not counts[kind]]
+    if spilled:
+        broken.append(f"{spilled} spilled bytes")
+    if shared > SHARED_LIMIT_BYTES:
+        broken.append(f"{shared} bytes of shared memory, more than {SHARED_LIMIT_BYTES}")
+    return Compiled(file, name, int(registers[1]), spilled, shared, **counts, broken=tuple(broken))
+
+
+def compile_triton(paths: Sequence[Path]) -> list[Compiled]:
+    """Compiles every configuration of these files.
+
+    Raises:
+        Missing: Triton is not installed.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise Missing("triton is not installed: pip install 'triton==3.6.0'")
+    found = []
+    for path in paths:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for configuration in module.aot_configurations():
+            found.append(_compile_configuration(path.name, **configuration))
+    return found
+
+
+def _compile_configuration(
+    file: str,
+    *,
+    name: str,
+    kernel: Any,
+    signature: dict[str, str],
+    constexprs: dict[str, Any],
+    options: dict[str, Any],
+    promises: Sequence[str] = (),
+    divisible: Sequence[str] = (),
+) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    unknown = {*signature, *constexprs} ^ set(kernel.arg_names)
+    if unknown or set(promises) - set(INSTRUCTIONS):
+        odd = sorted(unknown or set(promises) - set(INSTRUCTIONS))
+        raise ValueError(f"{file}, {name}: expected each argument of the kernel once and known promises, found {odd}")
+    # a launch specializes aligned pointers in the same way
+    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in divisible]
+    source = ASTSource(
+        fn=kernel,
+        signature={argument: signature.get(argument, "constexpr") for argument in kernel.arg_names},
+        constexprs=constexprs,
+        attrs={(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "kernel.ptx")
+        text.write_text(ptx)
+        assembler = triton.knobs.nvidia.ptxas.path
+        log = _run(assembler, "-v", f"--gpu-name=sm_{ARCHITECTURE}", str(text), "-o", os.devnull)
+    return judge(file, name, ptx, log, compiled.metadata.shared, promises)
+
+
+def find_nvcc() -> str:
+    """nvcc: CUDA_HOME's where that is set, else the one on PATH or in the usual place.
+
+    Raises:
+        Missing: there is none.
+    """
+    home = os.environ.get("CUDA_HOME")
+    places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next(filter(None, map(shutil.which, places)), None)
+    if nvcc is None:
+        raise Missing(f"no {' and no '.join(places)}: install a CUDA toolkit and set CUDA_HOME to it")
+    return nvcc
+
+
+def compile_cuda(paths: Sequence[Path]) -> list[Compiled]:
+    """Compiles every kernel of these files.
+
+    Raises:
+        Missing: there is no nvcc.
+    """
+    nvcc = find_nvcc()
+    found = []
+    for path in paths:
+        with tempfile.TemporaryDirectory() as folder:
+            keep = ["--keep", "--keep-dir", folder, "-o", f"{folder}/out.cubin"]
+            log = _run(nvcc, *NVCC_FLAGS, "-cubin", "-Xptxas", "-v", *keep, str(path))
+            ptx = "".join(file.read_text() for file in Path(folder).glob("*.ptx"))
+        found += judge_cuda(path.name, ptx, log)
+    return found
+
+
+def judge_cuda(file: str, ptx: str, log: str) -> list[Compiled]:
+    """`judge` for each kernel of one .cu file."""
+    texts = dict(re.findall(r"\.entry\s+(\w+)(.*?)(?=\.entry\s|\Z)", ptx, re.DOTALL))
+    parts = re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", log, re.DOTALL)
+    return [judge(file, _readable(name), texts[name], part) for name, part in parts]
+
+
+def _readable(name: str) -> str:
+    filt = shutil.which("c++filt")
+    text = _run(filt, name).strip() if filt else name
+    return re.sub(r"^void |\(anonymous namespace\)::|\(.*", "", text)
+
+
+def _run(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"error: {' '.join(command)} failed:\n{result.stdout}{result.stderr}")
+    return result.stdout + result.stderr
+
+
+def render(rows: Sequence[Compiled]) -> str:
+    """The rows as a table."""
+    width = max((len(row.name) for row in rows), default=0)
+    lines = [f"{'kernel':<{width}}  registers  spilled B  shared B  wgmma  tma  file"]
+    for row in rows:
+        numbers = f"{row.registers:>9}  {row.spilled_bytes:>9}  {row.shared_bytes:>8}  {row.wgmma:>5}  {row.tma:>3}"
+        verdict = f"  BROKEN: {', '.join(row.broken)}" if row.broken else ""
+        lines.append(f"{row.name:<{width}}  {numbers}  {row.file}{verdict}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compiles everything and prints the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.aot",
+        description="Compiles every Triton kernel in every configuration that ships, and every CUDA kernel, for sm_90 "
+        "without a GPU; lists registers, spills, shared memory, wgmma and TMA instructions, and checks the promises.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("files", nargs="*", type=Path, help="*_triton.py and *.cu; default: all that ship")
+    parser.add_argument("--json", action="store_true", help="print the same as one JSON object")
+    options = parser.parse_args(arguments)
+    # kernels decorated under the interpreter cannot be compiled
+    os.environ.pop("TRITON_INTERPRET", None)
+    files = options.files or sorted([*ROOT.glob("golf_kernels/*_triton.py"), *ROOT.glob("csrc/*.cu")])
+    rows: list[Compiled] = []
+    missing: dict[str, str] = {}
+    for part, suffix, compile_all in (("triton", ".py", compile_triton), ("cuda", ".cu", compile_cuda)):
+        try:
+            rows += compile_all([file for file in files if file.suffix == suffix])
+        except Missing as absence:
+            missing[part] = str(absence)
+    if options.json:
+        print(json.dumps({"kernels": [asdict(row) for row in rows], "missing": missing}, indent=2))
+    else:
+        print(render(rows))
+    for part, why in missing.items():
+        print(f"{part}: not compiled: {why}", file=sys.stderr)
+    broken = sum(bool(row.broken) for row in rows)
+    print(f"{len(rows)} kernels compiled for sm_{ARCHITECTURE}, {broken} with a broken promise", file=sys.stderr)
+    return 1 if broken else 2 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
