@@ -1,0 +1,97 @@
+"""The measuring itself, on a CPU: checks come first, variants take turns, nothing a CPU gave is kept."""
+
+import csv
+import math
+
+import pytest
+import torch
+
+from benchmarks import common
+
+CPU = torch.device("cpu")
+
+
+def make(seed):
+    return [torch.randn(32, 32, generator=torch.Generator().manual_seed(seed)) for _ in range(2)]
+
+
+def case(**changed):
+    fields = {"op": "matmul", "shape": "32x32", "dtype": "float32", "make": make, "max_rel_err": 1e-5}
+    fields |= {"truth": lambda given: [given[0].double() @ given[1].double()], "flops": 65536.0, "bytes": 12288.0}
+    return common.Case(**(fields | changed))
+
+
+def clock(rounds=6):
+    return common.Clock(CPU, warmup_ms=1.0, rounds=rounds)
+
+
+def product(given):
+    return [given[0] @ given[1]]
+
+
+def test_every_variant_is_timed_in_turns_and_the_first_twice():
+    seen = []
+
+    def spy(name):
+        return lambda given: (seen.append((name, float(given[0][0, 0]))), product(given))[1]
+
+    limits = common.Ceilings(tflops=2.0, gbps=3.0)
+    rows = common.measure(case(), [common.Variant("a", spy("a")), common.Variant("b", spy("b"))], clock(), limits)
+    assert [row["impl"] for row in rows] == ["a", "b", "a again"]
+    for row in rows:
+        assert row["p20"] <= row["p50"] <= row["p80"] and row["n"] == 6 and row["mode"] == "eager"
+        assert 0 < row["rel_err"] < 1e-6
+        # 65,536 FLOPs at 2 TF/s are 33 ns, 12,288 bytes at 3 GB/s are 4.1 µs
+        assert row["floor"] == pytest.approx(0.004096)
+        assert row["tflops"] == pytest.approx(65536 / row["p50"] / 1e9)
+        assert row["gbps"] == pytest.approx(12288 / row["p50"] / 1e6)
+    turns = [name for name, _ in seen[-18:]]
+    assert turns.count("a") == 12 and turns.count("b") == 6
+    # in each round b has its turn once, and not always in the same place
+    assert {turns[start : start + 3].index("b") for start in range(0, 18, 3)} == {0, 1, 2}
+    assert len({value for name, value in seen[-18:] if name == "b"}) == 2
+
+
+def test_a_wrong_result_is_not_timed():
+    for wrong in (lambda given: [1.001 * (given[0] @ given[1])], lambda given: [math.nan * given[0]]):
+        variants = [common.Variant("right", product), common.Variant("wrong", wrong)]
+        with pytest.raises(common.CheckFailed, match="matmul, wrong: relative error"):
+            common.measure(case(), variants, clock(), common.Ceilings(1.0, 1.0))
+
+
+def test_inputs_rotate_over_three_caches():
+    seeds = []
+    counted = case(make=lambda seed: (seeds.append(seed), make(seed))[1])
+    timer = clock(1)
+    timer.cache_bytes = 20_000
+    common.measure(counted, [common.Variant("a", product)], timer, common.Ceilings(1.0, 1.0))
+    # 60,000 bytes are eight times two matrices of 4,096 bytes; the check has inputs of its own
+    assert sorted(set(seeds)) == list(range(8))
+    assert common.input_bytes({"x": make(0), "y": (torch.zeros(3, dtype=torch.bfloat16), None)}) == 8198
+
+
+def test_ceilings_and_quantiles():
+    found = common.ceilings(clock(2))
+    assert found.tflops > 0 and found.gbps > 0
+    assert common.Ceilings(100.0, 2000.0).floor_ms(1e12, 1e9) == pytest.approx(10.0)
+    assert common.Ceilings(100.0, 2000.0).floor_ms(1e9, 1e9) == pytest.approx(0.5)
+    assert common.quantiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == pytest.approx((2.0, 3.5, 5.0))
+
+
+def test_rows_are_kept_for_a_gpu_only(tmp_path):
+    rows = common.measure(case(), [common.Variant("a", product)], clock(2), common.Ceilings(1.0, 1.0))
+    here = common.environment(CPU)
+    assert here["gpu"] == "cpu" and here["torch"] == torch.__version__
+    assert common.append_rows(rows, here, tmp_path) is None and list(tmp_path.iterdir()) == []
+    there = here | {"gpu": "Some GPU 80GB"}
+    for _ in range(2):
+        path = common.append_rows(rows, there, tmp_path)
+    assert path == tmp_path / "Some_GPU_80GB.csv"
+    with path.open(newline="") as file:
+        kept = list(csv.DictReader(file))
+    assert len(kept) == 4 and tuple(kept[0]) == common.COLUMNS
+    assert float(kept[0]["p50"]) == pytest.approx(rows[0]["p50"], rel=1e-5) and kept[0]["gpu"] == "Some GPU 80GB"
+    path.write_text("p50,p20\n1,2\n")
+    with pytest.raises(ValueError, match="expected the columns date, commit"):
+        common.append_rows(rows, there, tmp_path)
+    assert "a again" in common.render(rows, "cpu") and "on cpu" in common.render(rows, "cpu")
