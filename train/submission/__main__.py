@@ -1,4 +1,4 @@
-"""`python -m train.submission`: the record of a run."""
+"""`python -m train.submission`: from finished runs to a record that stands."""
 
 from __future__ import annotations
 
@@ -8,55 +8,97 @@ from pathlib import Path
 
 from train.errors import main_guard
 from train.run import RunFolder
-from train.submission.gather import summarize
-from train.submission.record import TRACKS, write_record
-from train.submission.summary import summary_text
+from train.submission.record import TRACKS
+
+# each command imports its own parts, so that none waits for another's libraries
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.submission",
-        description="Turn finished runs into records.",
-        epilog="example:\n  python -m train.submission record runs/quickstart_20260101-120000\n\n"
-        "`python -m train.submission COMMAND --help` explains a command.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    record = commands.add_parser(
-        "record",
-        help="write submission.json, README.md and plots into a run's folder",
-        description="Write (again) submission.json, README.md, loss.png, bpb.png and size_budget.png into the folder of a "
-        "finished run, from what its stages left there.",
-        epilog='example:\n  python -m train.submission record runs/quickstart_20260101-120000 --author "Ada Lovelace" --github-id ada',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    record.add_argument("run", metavar="RUN", type=Path, help="run folder of python -m train")
-    record.add_argument("--author", help="who submits [git config user.name]")
-    record.add_argument("--github-id", help="their GitHub name [git config github.user]")
-    record.add_argument("--name", help="title of the submission [the recipe's name]")
-    record.add_argument("--blurb", help="one sentence about it [one made of the numbers]")
-    record.add_argument(
-        "--track", choices=TRACKS, default="non-record-16mb", help="track it is meant for [%(default)s]"
-    )
-    return parser
+def _record(arguments: argparse.Namespace) -> int:
+    from train.submission.gather import summarize
+    from train.submission.record import write_record
+    from train.submission.summary import summary_text
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Run one command."""
-    arguments = _parser().parse_args(argv)
     options = {name: getattr(arguments, name) for name in ("author", "github_id", "name", "blurb", "track")}
-    folder = RunFolder(arguments.run)
+    folder = RunFolder(arguments.run_folder)
     # gathered anew, so that a stage done again alone is in the record
     summary = summarize(folder)
     summary.write(folder.summary)
-    paths = write_record(arguments.run, summary, **options)
-    print(summary_text(summary, arguments.run))
-    submission = json.loads((arguments.run / "submission.json").read_text())
+    paths = write_record(folder.path, summary, **options)
+    print(summary_text(summary, folder.path))
+    submission = json.loads((folder.path / "submission.json").read_text())
     for key, remedy in (("author", "--author NAME"), ("github_id", "--github-id NAME")):
         if not submission[key]:
             print(f"note: {key} is empty in submission.json: give {remedy}")
     print(f"wrote {', '.join(path.name for path in paths)}")
     return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from train.submission.standing import find_standing
+    from train.submission.statistics import comparison_text
+
+    print(comparison_text(find_standing(arguments.a), find_standing(arguments.b)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.submission",
+        description="Turn finished runs into records, and judge them.",
+        epilog="examples:\n  python -m train.submission record runs/quickstart_20260101-120000\n"
+        "  python -m train.submission compare records/mine 1019\n\n"
+        "`python -m train.submission COMMAND --help` explains a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, help: str, description: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=help,
+            description=description,
+            epilog=f"example:\n  python -m train.submission {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    record = command(
+        "record",
+        "write submission.json, README.md and plots into a run's folder",
+        "Write (again) submission.json, README.md, loss.png, bpb.png and size_budget.png into the folder of a finished run, "
+        "from what its stages left there.",
+        'record runs/quickstart_20260101-120000 --author "Ada Lovelace" --github-id ada',
+    )
+    record.add_argument("run_folder", metavar="RUN", type=Path, help="run folder of python -m train")
+    _add_author(record)
+    record.set_defaults(run=_record)
+
+    compare = command(
+        "compare",
+        "is A better than B, and by the 0.005 nats that a record needs?",
+        "Welch's test between the seeds of two records, in all three readings of 0.005 nats. A and B are a record's folder, "
+        "its submission.json, or a published record (122, 549, 1019, 1392, 1471).",
+        "compare records/mine 1019",
+    )
+    compare.add_argument("a", metavar="A", help="the new record")
+    compare.add_argument("b", metavar="B", help="the one it wants to beat")
+    compare.set_defaults(run=_compare)
+    return parser
+
+
+def _add_author(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--author", help="who submits [git config user.name]")
+    parser.add_argument("--github-id", help="their GitHub name [git config github.user]")
+    parser.add_argument("--name", help="title of the submission [the recipe's name]")
+    parser.add_argument("--blurb", help="one sentence about it [one made of the numbers]")
+    parser.add_argument(
+        "--track", choices=TRACKS, default="non-record-16mb", help="track it is meant for [%(default)s]"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command."""
+    arguments = _parser().parse_args(argv)
+    return int(arguments.run(arguments))
 
 
 if __name__ == "__main__":

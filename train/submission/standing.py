@@ -1,0 +1,113 @@
+"""The scores of a record, seed by seed: read from its folder or json, or of a published one by its number."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.errors import UserError
+from train.files import read_json
+from train.log_grammar import parse_log
+
+# per-seed scores of published records, from their submission.json, README or logs; losses where they are given
+_PUBLISHED: dict[str, tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...]]] = {
+    "122": (
+        ("41", "102", "1337"),
+        (1.16192049, 1.15974176, 1.15915537),
+        (2.38498992, 2.38051780, 2.37931417),
+    ),
+    "549": ((), (1.11922988, 1.12002032, 1.11888882), ()),
+    "1019": (("314", "42", "999"), (1.11508120, 1.11437394, 1.11475014), (1.88276292, 1.88156874, 1.88220393)),
+    "1392": (("42", "314", "999"), (1.10327377, 1.10181145, 1.10101898), ()),
+    "1471": (("42", "1337", "2024"), (1.08725556, 1.08655776, 1.08585085), ()),
+}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A record's scores.
+
+    Attributes:
+        name: what to call it.
+        seeds: as written; empty: not known.
+        val_bpb: bits per byte, one per seed.
+        val_loss: nats per token, one per seed; empty: not given.
+    """
+
+    name: str
+    seeds: tuple[str, ...]
+    val_bpb: tuple[float, ...]
+    val_loss: tuple[float, ...] = ()
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """val_loss / (val_bpb · ln 2); None without losses."""
+        if not self.val_loss:
+            return None
+        return statistics.fmean(self.val_loss) / (statistics.fmean(self.val_bpb) * math.log(2))
+
+
+def published_names() -> tuple[str, ...]:
+    return tuple(_PUBLISHED)
+
+
+def find_standing(name: str) -> Standing:
+    """The scores that a command line names: a record's folder, its submission.json, or a published record's number.
+
+    Raises:
+        UserError: there is no such thing, or no score per seed in it.
+    """
+    number = name.removeprefix("#")
+    if number in _PUBLISHED and not Path(name).exists():
+        return Standing(f"#{number}", *_PUBLISHED[number])
+    path = Path(name)
+    if not path.exists():
+        raise UserError(
+            f"{name}: neither a record's folder, nor a submission.json, nor one of the published records "
+            f"{', '.join(f'#{known}' for known in _PUBLISHED)}"
+        )
+    source = path / "submission.json" if path.is_dir() else path
+    if source.exists():
+        values = read_json(source, "give a record's submission.json")
+        if values.get("seed_results"):
+            return _from_json(name, source, values["seed_results"])
+    logs = sorted(path.glob("*.log")) if path.is_dir() else []
+    if not logs:
+        raise UserError(f"{source}: expected scores per seed (seed_results), found none, nor a log beside it")
+    return _from_logs(name, logs)
+
+
+def exact_score(log: dict[str, Any]) -> dict[str, Any] | None:
+    """The score that a log ends with, as `parse_log` returns it: the last with 8 decimals, else the last; None: none."""
+    finals = [values for name, values in log["finals"].items() if name.endswith("_exact")]
+    finals = finals or list(log["finals"].values())
+    return finals[-1] if finals else None
+
+
+def _from_json(name: str, source: Path, results: Any) -> Standing:
+    if not isinstance(results, dict):
+        raise UserError(f"{source}: seed_results: expected an object, seed to scores, found {type(results).__name__}")
+    for seed, scores in results.items():
+        if not isinstance(scores, dict) or not isinstance(scores.get("val_bpb"), (int, float)):
+            raise UserError(f"{source}: seed_results: seed {seed}: expected a val_bpb")
+    losses = [scores.get("val_loss") for scores in results.values()]
+    known = all(isinstance(loss, (int, float)) for loss in losses)
+    scores = tuple(float(scores["val_bpb"]) for scores in results.values())
+    return Standing(name, tuple(results), scores, tuple(losses) if known else ())
+
+
+def _from_logs(name: str, logs: list[Path]) -> Standing:
+    seeds, scores = [], []
+    for path in logs:
+        log = parse_log(path)
+        score = exact_score(log)
+        if score is None:
+            raise UserError(f"{path}: no final score in it: the log is cut, or not in Parameter Golf's grammar")
+        seeds.append(str(log["facts"].get("seed", path.stem)))
+        scores.append(score)
+    return Standing(
+        name, tuple(seeds), tuple(score["val_bpb"] for score in scores), tuple(score["val_loss"] for score in scores)
+    )
