@@ -44,7 +44,9 @@ def plain_score(
     nats, count, size = 0.0, 0, 0
     total = len(tokens) - 1
     for start, scored in plain_windows(total, length, stride, rule):
-        ids = torch.tensor([[int(token) for token in tokens[start : min(start + length, total)]]])
+        inputs = [int(token) for token in tokens[start : min(start + length, total)]]
+        # as published: the rotary base depends on the length, which padding keeps the same for all windows
+        ids = torch.tensor([inputs + [0] * (length - len(inputs))])
         with torch.no_grad():
             logits = model.hidden(ids, recurrence=True)[0] @ model.head_weight.T
         z = (softcap * torch.tanh(logits / softcap)).double()

@@ -38,18 +38,20 @@ class StandIn(nn.Module):
         self.place = nn.Parameter(torch.randn(longest, dim))
         self.mix = nn.Parameter(torch.randn(dim, dim) / 3)
         self.seen: list[Tensor] = []
+        self.rows_from: list[int] = []
         self.modes: set[tuple[bool, bool]] = set()
 
     @property
     def shapes(self) -> set[tuple[int, ...]]:
         return {tuple(ids.shape) for ids in self.seen}
 
-    def hidden(self, ids: Tensor, *, recurrence: bool) -> Tensor:
+    def hidden(self, ids: Tensor, *, recurrence: bool, rows_from: int = 0) -> Tensor:
         self.seen.append(ids)
+        self.rows_from.append(rows_from)
         self.modes.add((recurrence, self.training))
         count = torch.arange(1, ids.shape[1] + 1)[:, None]
         mean = self.head_weight[ids].cumsum(1) / count
-        return torch.tanh((mean + self.place[: ids.shape[1]]) @ self.mix) * 2
+        return torch.tanh((mean + self.place[: ids.shape[1]])[:, rows_from:] @ self.mix) * 2
 
 
 def make_text(count: int, seed: int = 0) -> tuple[np.ndarray, ByteTables]:
@@ -113,8 +115,13 @@ def test_shapes_are_static_and_batches_even() -> None:
     tokens, tables = make_text(120)
     model = StandIn()
     evaluate_model(model, tokens, tables, CONFIG, seq_len=16, stride=4, batch_seqs=26)
-    # 27 windows go in two batches of 14, of which one row is padding
-    assert model.shapes == {(14, 16)} and len(model.seen) == 2
+    # the first window scores all its positions; the 26 others go in one batch
+    assert [tuple(ids.shape) for ids in model.seen] == [(1, 16), (26, 16)]
+    assert model.rows_from == [0, 12]
+    model = StandIn()
+    evaluate_model(model, tokens, tables, CONFIG, seq_len=16, stride=4, batch_seqs=25)
+    # in two batches of 13
+    assert [tuple(ids.shape) for ids in model.seen] == [(1, 16), (13, 16), (13, 16)]
 
 
 def test_the_model_sees_each_window_padded_with_zeros() -> None:
@@ -124,8 +131,12 @@ def test_the_model_sees_each_window_padded_with_zeros() -> None:
     model = StandIn()
     evaluate_model(model, tokens, tables, CONFIG, seq_len=16, stride=4, batch_seqs=2)
     inputs = tokens[:23].tolist()
-    windows = [inputs[0:16], inputs[4:20], [*inputs[8:23], 0], [0] * 16]
+    windows = [inputs[0:16], inputs[4:20], [*inputs[8:23], 0]]
     assert torch.cat(model.seen).tolist() == windows
+    model = StandIn()
+    evaluate_model(model, np.append(tokens, tokens[:4]), tables, CONFIG, seq_len=16, stride=4, batch_seqs=2)
+    # a window of nothing makes the last batch as long as the others
+    assert torch.cat(model.seen)[-1].tolist() == [0] * 16 and len(model.seen) == 3
 
 
 def test_recurrence_flag_and_training_mode() -> None:
@@ -206,7 +217,7 @@ def test_progress_shows_the_running_bpb(capsys: pytest.CaptureFixture[str], monk
     tokens, tables = make_text(90)
     result = evaluate_model(StandIn(), tokens, tables, CONFIG, seq_len=16, stride=4, progress=True)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 and lines[-1].startswith("evaluate: 89/89 tokens (100 %)")
+    assert len(lines) == 6 and lines[-1].startswith("evaluate: 89/89 tokens (100 %)")
     assert lines[-1].endswith(f"bpb {result.val_bpb:.4f}")
     evaluate_model(StandIn(), tokens, tables, CONFIG, seq_len=16, stride=4)
     assert capsys.readouterr().out == ""

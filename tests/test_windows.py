@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from plain_evaluation import plain_windows
 
 from train.errors import UserError
-from train.windows import plan_windows
+from train.windows import group_windows, plan_windows
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,26 @@ def test_every_rule_scores_the_targets_it_promises(total: int, seq_len: int, dat
 def test_bad_plans_are_refused(arguments: tuple[int, int, int, str], fragment: str) -> None:
     with pytest.raises(UserError, match=fragment):
         plan_windows(*arguments)
+
+
+@given(total=st.integers(1, 60), seq_len=st.integers(1, 20), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_groups_hold_every_window_once_and_cut_off_nothing_scored(
+    total: int, seq_len: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(0, seq_len))
+    rule = data.draw(st.sampled_from(["once", "overlap_tail"]))
+    plan = plan_windows(total, seq_len, stride, rule)
+    groups = group_windows(plan, seq_len, stride)
+    assert 1 <= len(groups) <= 2 and all(len(group.windows.start) for group in groups)
+    together = sorted(row for group in groups for row in zip(*group.windows, strict=True))
+    assert together == list(zip(*plan, strict=True))
+    assert all((group.windows.score_from >= group.rows_from).all() for group in groups)
+
+
+@pytest.mark.parametrize(("rule", "whole"), [("once", 1), ("overlap_tail", 32), ("full_windows", 0)])
+def test_nearly_all_windows_of_a_published_evaluation_need_their_last_rows_alone(rule: str, whole: int) -> None:
+    plan = plan_windows(45_508_608, 2048, 64, rule)
+    sizes = {group.rows_from: len(group.windows.start) for group in group_windows(plan, 2048, 64)}
+    # the first window, and under overlap_tail the partial ones at the end
+    assert sizes == ({0: whole} if whole else {}) | {1984: len(plan.start) - whole}

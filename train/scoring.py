@@ -1,13 +1,18 @@
 """Bits per byte of a text: flat, or with a sliding window under one of the three published rules.
 
-val_loss = Σ nll / tokens in nats per token; val_bpb = (Σ nll / ln 2) / Σ bytes. Sums are float64, counts are integers. The
-head and the loss are computed for scored positions only; windows are index arrays, so no Python runs per window.
+val_loss = Σ nll / tokens in nats per token; val_bpb = (Σ nll / ln 2) / Σ bytes. Sums are float64, counts are integers.
+
+Windows are index arrays and the text lies on the device, so no Python runs per window. The last layer's queries, attention
+rows, output projection and MLP, the head and the loss are computed only for positions that are scored. Batches have one
+static shape; on a GPU the compiled model is captured once and replayed for every batch (`COMPILE=off` does neither).
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +26,7 @@ from train.data.shards import check_tokens
 from train.errors import UserError
 from train.progress import Progress
 from train.scores import EvalResult
-from train.windows import WindowPlan, plan_windows
+from train.windows import WindowPlan, group_windows, plan_windows
 
 NOTE_INTERVAL_SECONDS = 0.5
 
@@ -32,7 +37,7 @@ class Scorable(Protocol):
     @property
     def head_weight(self) -> Tensor: ...
 
-    def hidden(self, ids: Tensor, *, recurrence: bool) -> Tensor: ...
+    def hidden(self, ids: Tensor, *, recurrence: bool, rows_from: int) -> Tensor: ...
 
 
 class ByteCounter(Protocol):
@@ -62,7 +67,8 @@ def evaluate_model(
     """Score a text with a model.
 
     Args:
-        model: has `hidden(ids (B, T) int64, recurrence=…) -> (B, T, d)` and `head_weight (V, d)`.
+        model: has `hidden(ids (B, T) int64, recurrence=…, rows_from=…) -> (B, T - rows_from, d)`, the rows of the positions
+            from `rows_from` on, and `head_weight (V, d)`.
         tokens: `(T + 1,)` uint16, the first input and the T targets.
         tables: `count(previous, target)` int64 bytes.
         config: settings; the arguments below replace what it says.
@@ -88,47 +94,19 @@ def evaluate_model(
     limit = config.eval_max_tokens if max_tokens is None else max_tokens
     total = len(tokens) - 1 if limit == 0 else min(len(tokens) - 1, limit)
     plan = plan_windows(total, seq_len, stride, rule or config.eval_rule)
-    head = model.head_weight
-    device = head.device
-    stream = _resident(tokens[: total + 1], head.shape[0], device)
     windows = len(plan.start)
-    first, last = windows * rank // world_size, windows * (rank + 1) // world_size
-    share = WindowPlan(*(part[first:last] for part in plan))
-    # equal batches: one static shape, and the last one wastes little
-    batches = -(-(last - first) // (batch_seqs or config.eval_batch_seqs))
-    batch = -(-(last - first) // max(batches, 1))
-    padding = batches * batch - (last - first)
-    starts, lengths, froms = (torch.from_numpy(np.pad(part, (0, padding))).to(device) for part in share)
-    rows_before = np.concatenate([[0], np.cumsum(np.pad(share.length - share.score_from, (0, padding)))])
-    columns = torch.arange(seq_len, device=device)
-    nll_sum = torch.zeros((), dtype=torch.float64, device=device)
-    byte_sum = torch.zeros((), dtype=torch.int64, device=device)
-    training = bool(getattr(model, "training", False))
-    if training:
-        model.eval()  # type: ignore[attr-defined]
-    try:
-        with Progress(share.scored, description, "tokens", enabled=progress and rank == 0) as bar:
-            shown, noted = 0, time.monotonic()
-            for low in range(0, batches * batch, max(batch, 1)):
-                start, length, score_from = (part[low : low + batch] for part in (starts, lengths, froms))
-                scored = int(rows_before[low + batch] - rows_before[low])
-                ids, window, position, at = _gather(stream, start, length, score_from, columns, scored)
-                hidden = model.hidden(ids, recurrence=recurrence)[window, position]
-                previous, target = stream[at].long(), stream[at + 1].long()
-                nll = window_nll(
-                    hidden, head, target, softcap=config.logit_softcap, logits_rounding=config.logits_rounding
-                )
-                nll_sum += nll.sum(dtype=torch.float64)
-                byte_sum += tables.count(previous, target).sum()
-                done = int(rows_before[low + batch])
-                if time.monotonic() - noted >= NOTE_INTERVAL_SECONDS or low + batch == batches * batch:
-                    bits = float(nll_sum) / math.log(2)
-                    bar.advance(done - shown, f"bpb {bits / max(int(byte_sum), 1):.4f}")
+    share = WindowPlan(*(part[windows * rank // world_size : windows * (rank + 1) // world_size] for part in plan))
+    with _evaluating(model), Progress(share.scored, description, "tokens", enabled=progress and rank == 0) as bar:
+        scorer = _Scorer(model, tokens[: total + 1], tables, config, seq_len, recurrence)
+        shown, done, noted = 0, 0, time.monotonic()
+        for windows_of_shape, rows_from in group_windows(share, seq_len, stride):
+            for scored in scorer.score(windows_of_shape, rows_from, batch_seqs or config.eval_batch_seqs):
+                done += scored
+                if time.monotonic() - noted >= NOTE_INTERVAL_SECONDS or done == share.scored:
+                    bits = float(scorer.nll_sum) / math.log(2)
+                    bar.advance(done - shown, f"bpb {bits / max(int(scorer.byte_sum), 1):.4f}")
                     shown, noted = done, time.monotonic()
-    finally:
-        if training:
-            model.train()  # type: ignore[attr-defined]
-    nll_total, token_total, byte_total = _reduce(nll_sum, share.scored, byte_sum, world_size)
+    nll_total, token_total, byte_total = _reduce(scorer.nll_sum, share.scored, scorer.byte_sum, world_size)
     if byte_total == 0:
         raise UserError(
             f"the {token_total} scored tokens stand for no bytes: bits per byte needs text; give a longer one"
@@ -143,20 +121,86 @@ def evaluate_model(
     )
 
 
-def _gather(
-    stream: Tensor, start: Tensor, length: Tensor, score_from: Tensor, columns: Tensor, scored: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The inputs of a batch of windows, and window, position and place in the stream of each of its scored rows."""
-    inside = columns < length[:, None]
-    places = (start[:, None] + columns).clamp(max=len(stream) - 2)
-    ids = (stream[places] * inside).long()
-    count = length - score_from
-    numbers = torch.arange(len(start), device=stream.device)
-    # the known size spares a wait for the device
-    window = torch.repeat_interleave(numbers, count, output_size=scored)
-    before = count.cumsum(0) - count
-    position = torch.arange(scored, device=stream.device) - before[window] + score_from[window]
-    return ids, window, position, start[window] + position
+class _Scorer:
+    """Adds up nats and bytes of windows of one text, batch by batch, on the model's device."""
+
+    def __init__(
+        self, model: Scorable, tokens: np.ndarray, tables: ByteCounter, config: Config, seq_len: int, recurrence: bool
+    ) -> None:
+        self.head = model.head_weight
+        device = self.head.device
+        self.stream = _resident(tokens, self.head.shape[0], device)
+        self.tables, self.config, self.recurrence = tables, config, recurrence
+        self.columns = torch.arange(seq_len, device=device)
+        self.nll_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.byte_sum = torch.zeros((), dtype=torch.int64, device=device)
+        compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+        self.hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True) if compiled else model.hidden
+        self.graphs = compiled and device.type == "cuda"
+
+    def score(self, windows: WindowPlan, rows_from: int, batch_seqs: int) -> Iterator[int]:
+        """Score windows; yields after each batch how many positions it scored."""
+        # equal batches: one static shape, and the last one wastes little
+        batches = -(-len(windows.start) // batch_seqs)
+        batch = -(-len(windows.start) // batches)
+        # a window of length 0 scores nothing
+        padded = np.pad(np.stack(windows), ((0, 0), (0, batches * batch - len(windows.start))))
+        counts = (padded[1] - padded[2]).reshape(batches, batch).sum(1).tolist()
+        parts = torch.from_numpy(padded).to(self.stream.device).split(batch, dim=1)
+        add = self._add_batch
+        for index, (part, count) in enumerate(zip(parts, counts, strict=True)):
+            # the first batch compiles and warms up, and is worth capturing for if more than one follows
+            if index == 1 and batches > 2 and self.graphs:
+                add = self._capture(part, rows_from)
+            add(part, rows_from)
+            yield count
+
+    def _add_batch(self, windows: Tensor, rows_from: int) -> None:
+        """Add the nats and bytes of `(3, B)` windows: starts, lengths and first scored positions."""
+        start, length, score_from = windows[..., None]
+        last = len(self.stream) - 2
+        inside = self.columns < length
+        ids = (self.stream[(start + self.columns).clamp(max=last)] * inside).long()
+        hidden = self.hidden(ids, recurrence=self.recurrence, rows_from=rows_from).flatten(0, 1)
+        positions = self.columns[rows_from:]
+        scored = ((positions >= score_from) & (positions < length)).flatten()
+        at = (start + positions).clamp(max=last).flatten()
+        previous, target = self.stream[at].long(), self.stream[at + 1].long()
+        nll = window_nll(
+            hidden,
+            self.head,
+            target,
+            softcap=self.config.logit_softcap,
+            logits_rounding=self.config.logits_rounding,
+        )
+        self.nll_sum += torch.where(scored, nll, 0.0).sum(dtype=torch.float64)
+        self.byte_sum += torch.where(scored, self.tables.count(previous, target), 0).sum()
+
+    def _capture(self, windows: Tensor, rows_from: int) -> Callable[[Tensor, int], None]:
+        """`_add_batch` as one CUDA graph, for batches of the shape of `windows`."""
+        held, graph = windows.clone(), torch.cuda.CUDAGraph()
+        # another thread may be copying training batches meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._add_batch(held, rows_from)
+
+        def replay(windows: Tensor, rows_from: int) -> None:
+            held.copy_(windows)
+            graph.replay()
+
+        return replay
+
+
+@contextmanager
+def _evaluating(model: Scorable) -> Iterator[None]:
+    """Take a model out of training mode for a while, if it is in it."""
+    training = bool(getattr(model, "training", False))
+    if training:
+        model.eval()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if training:
+            model.train()  # type: ignore[attr-defined]
 
 
 def _resident(tokens: np.ndarray, vocab_size: int, device: torch.device) -> Tensor:

@@ -30,6 +30,31 @@ class WindowPlan(NamedTuple):
         return int((self.length - self.score_from).sum())
 
 
+class WindowGroup(NamedTuple):
+    """Windows of a plan that go through the model in one shape: none of them scores a position before `rows_from`."""
+
+    windows: WindowPlan
+    rows_from: int
+
+
+def group_windows(plan: WindowPlan, seq_len: int, stride: int) -> list[WindowGroup]:
+    """Separate the windows that score only among their last `stride` positions, nearly all, from the others.
+
+    Args:
+        plan: windows of `plan_windows`, or a share of them.
+        seq_len: window length in tokens.
+        stride: new tokens per window; 0: rows side by side.
+
+    Returns:
+        One or two groups, none of them empty, which together hold every window once.
+    """
+    late = plan.score_from >= seq_len - (stride or seq_len)
+    groups = ((~late, 0), (late, seq_len - (stride or seq_len)))
+    return [
+        WindowGroup(WindowPlan(*(part[chosen] for part in plan)), first) for chosen, first in groups if chosen.any()
+    ]
+
+
 def plan_windows(total_targets: int, seq_len: int, stride: int, rule: str = "once") -> WindowPlan:
     """Lay windows of `seq_len` tokens over T targets and say what each one scores.
 

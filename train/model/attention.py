@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from train.config import Config
 from train.model.init import constant, matrix, zero_matrix
@@ -19,13 +21,20 @@ Core = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """PyTorch's scaled dot-product attention; see `causal_attention`."""
+    rows, length = query.shape[1], key.shape[1]
+    if mask is None and rows < length:
+        # is_causal would let the first query see the first key alone
+        if query.is_cuda:
+            mask = causal_lower_right(rows, length)
+        else:
+            mask = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
     heads_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
     output = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return output.transpose(1, 2)
 
 
 BACKENDS: dict[str, Core] = {"sdpa": sdpa_attention}
-"""Attention cores by name; each takes and returns `(B, T, heads, D)`."""
+"""Attention cores by name; each takes and returns what `causal_attention` does."""
 
 
 def causal_attention(
@@ -36,14 +45,14 @@ def causal_attention(
     y[t, h] = Σ_{s ≤ t} softmax_s(q[t, h] · k[s, g] / √D) v[s, g], g = ⌊h · H_kv / H⌋
 
     Args:
-        query: `(B, T, H, D)`.
+        query: `(B, R, H, D)`, the last R of the T positions, in general all of them.
         key: `(B, T, H_kv, D)`.
         value: `(B, T, H_kv, D)`.
-        mask: `(B, 1, T, T)` bool that replaces the causal mask, True where a query may see a key.
+        mask: `(B, 1, R, T)` bool that replaces the causal mask, True where a query may see a key.
         backend: a name in `BACKENDS`.
 
     Returns:
-        `(B, T, H, D)`.
+        `(B, R, H, D)`.
 
     Raises:
         ValueError: no such back end.
@@ -120,7 +129,13 @@ class Attention(nn.Module):
         return linear(output.flatten(-2), self.output, fake_quantize=self.qat and self.training)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, *, extra_value: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        *,
+        extra_value: Tensor | None = None,
+        mask: Tensor | None = None,
+        rows_from: int = 0,
     ) -> Tensor:
         """Attend.
 
@@ -129,13 +144,18 @@ class Attention(nn.Module):
             rotary: table of `train.model.rope.rotary_table` for T positions, in the dtype of `x`.
             extra_value: `(B, T, kv_dim)` added to the values before the split into heads.
             mask: `(B, 1, T, T)` bool instead of the causal mask.
+            rows_from: first position whose output is wanted; all positions serve as keys and values.
 
         Returns:
-            `(B, T, d)`, not yet scaled or added.
+            `(B, T - rows_from, d)`, not yet scaled or added.
         """
-        query = self.queries(x, rotary)
+        if rows_from and mask is not None:
+            mask = mask[:, :, rows_from:]
+        cosine, sine = rotary
+        query = self.queries(x[:, rows_from:], (cosine[rows_from:], sine[rows_from:]))
         key, value = self.keys_values(x, rotary, extra_value)
-        return self.project(causal_attention(query, key, value, mask=mask, backend=self.backend), value)
+        output = causal_attention(query, key, value, mask=mask, backend=self.backend)
+        return self.project(output, value[:, rows_from:])
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))

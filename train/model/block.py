@@ -57,35 +57,39 @@ class Block(nn.Module):
         self.attn_scale = parameter(torch.ones(config.model_dim))
         self.mlp_scale = parameter(torch.ones(config.model_dim))
 
-    def forward(self, x: Tensor, inputs: BlockInputs, *, form: str) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs, *, form: str, rows_from: int = 0) -> Tensor:
         """Run the layer on one stream, "serial" or "gptj".
 
         Args:
             x: `(B, T, d)`.
             inputs: see `BlockInputs`.
             form: "serial" or "gptj".
+            rows_from: first position whose output is wanted; the others only give keys and values.
 
         Returns:
-            `(B, T, d)`.
+            `(B, T - rows_from, d)`.
         """
         mixed = self.mix(x, inputs.x0)
-        attended = self.attend(mixed, inputs)
-        return self.feed(mixed if form == "gptj" else attended, residual=attended)
+        attended = self.attend(mixed, inputs, rows_from)
+        return self.feed(mixed[:, rows_from:] if form == "gptj" else attended, residual=attended)
 
-    def run_lanes(self, attention_lane: Tensor, mlp_lane: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
-        """Run the layer on two lanes, each `(B, T, d)`, that do not exchange anything."""
-        mixed = self.mix(attention_lane, inputs.x0)
-        return self.attend(mixed, inputs), self.feed(mlp_lane, residual=mlp_lane)
+    def run_lanes(
+        self, attention_lane: Tensor, mlp_lane: Tensor, inputs: BlockInputs, *, rows_from: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer on two lanes, each `(B, T, d)`, that do not exchange anything; `rows_from` as in `forward`."""
+        mixed, rows = self.mix(attention_lane, inputs.x0), mlp_lane[:, rows_from:]
+        return self.attend(mixed, inputs, rows_from), self.feed(rows, residual=rows)
 
     def mix(self, x: Tensor, x0: Tensor) -> Tensor:
         """m₀ ⊙ x + m₁ ⊙ x0."""
         stream, embedding = self.resid_mix.to(x.dtype).unbind()
         return torch.addcmul(stream * x, embedding, x0)
 
-    def attend(self, x: Tensor, inputs: BlockInputs) -> Tensor:
-        """x + a ⊙ Attn(g · rms(x))."""
-        output = self.attention(self.normed(x), inputs.rotary, extra_value=inputs.extra_value, mask=inputs.mask)
-        return torch.addcmul(x, self.attn_scale.to(x.dtype), output)
+    def attend(self, x: Tensor, inputs: BlockInputs, rows_from: int = 0) -> Tensor:
+        """x + a ⊙ Attn(g · rms(x)), from position `rows_from` on."""
+        _, rotary, extra_value, mask = inputs
+        output = self.attention(self.normed(x), rotary, extra_value=extra_value, mask=mask, rows_from=rows_from)
+        return torch.addcmul(x[:, rows_from:], self.attn_scale.to(x.dtype), output)
 
     def feed(self, x: Tensor, *, residual: Tensor) -> Tensor:
         """residual + b ⊙ MLP(g · rms(x))."""

@@ -122,18 +122,19 @@ class GPT(nn.Module):
         """Softcapped logits `(B, T, V)` of `ids` `(B, T)`, float32 (float64 where the compute dtype is)."""
         return head_logits(self.hidden(ids, recurrence=recurrence), self.head_weight, self.config.logit_softcap)
 
-    def hidden(self, ids: Tensor, *, recurrence: bool) -> Tensor:
+    def hidden(self, ids: Tensor, *, recurrence: bool, rows_from: int = 0) -> Tensor:
         """The head's input.
 
         Args:
             ids: `(B, T)` int64 token ids.
             recurrence: whether the repeated layers run twice.
+            rows_from: first position that is wanted; the last layer then computes keys and values alone for the others.
 
         Returns:
-            `(B, T, d)` after the final norm, compute dtype.
+            `(B, T - rows_from, d)` after the final norm, compute dtype.
         """
         stream, shared = self.trunk(ids, recurrence=recurrence)
-        hidden = rms_norm(self.last_block(stream, shared), self.config.norm_eps)
+        hidden = rms_norm(self.last_block(stream, shared, rows_from), self.config.norm_eps)
         observe(self.embedding.weight, hidden)
         return hidden
 
@@ -157,10 +158,10 @@ class GPT(nn.Module):
                 saved[index] = stream.x
         return self._enter(plan[-1], stream, saved), shared
 
-    def last_block(self, stream: Stream, shared: Shared) -> Tensor:
-        """The last layer and the merge of the lanes: from `trunk`'s result to `(B, T, d)` before the final norm."""
+    def last_block(self, stream: Stream, shared: Shared, rows_from: int = 0) -> Tensor:
+        """The last layer and the merge of the lanes: from `trunk`'s result to `(B, T - rows_from, d)` before the norm."""
         # recurrence changes neither which layer is last nor in which form it runs
-        x, mlp_lane = self._run(self.plan[-1], stream, shared)
+        x, mlp_lane = self._run(self.plan[-1], stream, shared, rows_from)
         if mlp_lane is None:
             return x
         mix = self.lane_mix.to(x.dtype)
@@ -197,13 +198,14 @@ class GPT(nn.Module):
             x = self.skips(x, saved[source], row)
         return Stream(x, x if step.form == "lanes" and mlp_lane is None else mlp_lane)
 
-    def _run(self, step: Step, stream: Stream, shared: Shared) -> Stream:
+    def _run(self, step: Step, stream: Stream, shared: Shared, rows_from: int = 0) -> Stream:
         block, inputs = self.blocks[step.layer], shared.inputs
         if shared.values is not None:
             inputs = inputs._replace(extra_value=self.ve.of_layer(step.layer, shared.values))
         if stream.mlp_lane is not None:
-            return Stream(*block.run_lanes(stream.x, stream.mlp_lane, inputs))
-        output = block(stream.x, inputs, form=step.form)
+            return Stream(*block.run_lanes(stream.x, stream.mlp_lane, inputs, rows_from=rows_from))
+        output = block(stream.x, inputs, form=step.form, rows_from=rows_from)
+        # never the last layer: a repeat that blends comes before the decoder
         if step.blend is not None:
             output = torch.lerp(stream.x, output, self._blend_weight(step.blend, output.dtype))
         return Stream(output)

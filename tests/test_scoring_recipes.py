@@ -1,0 +1,102 @@
+"""The evaluation of every recipe's model, pruned to the scored rows, against full logits one window at a time."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from model_systems import CASES, SHALLOW, SYSTEMS, narrow_config, one_thread, random_ids, random_model
+from plain_evaluation import plain_score
+
+from train.data.tokenizer import ByteTables
+from train.model.gpt import GPT
+from train.model.linear import observe_inputs
+from train.scoring import evaluate_model
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+
+VOCAB = 259
+
+
+def narrow_model(system: str) -> GPT:
+    """A narrow copy of a system in float32, every part of which speaks."""
+    model = random_model(narrow_config(system, qat=False)).float()
+    model.compute_dtype = torch.float32
+    return model.eval()
+
+
+def make_text(count: int) -> tuple[np.ndarray, ByteTables]:
+    random = np.random.default_rng(count)
+    boundary = np.arange(VOCAB) < 3
+    base = np.where(boundary, 0, random.integers(1, 9, VOCAB)).astype(np.int16)
+    space = (random.random(VOCAB) < 0.4) & ~boundary
+    return random.integers(0, VOCAB, count).astype(np.uint16), ByteTables(base, space, boundary)
+
+
+@pytest.mark.parametrize(
+    ("count", "seq_len", "stride", "rule"),
+    [
+        # every token a window of its own
+        (60, 24, 1, "once"),
+        # the last windows are partial
+        (270, 96, 64, "once"),
+        (270, 96, 64, "overlap_tail"),
+        (270, 96, 64, "full_windows"),
+        (100, 32, 32, "once"),
+        (100, 32, 0, "once"),
+        # shorter than a window
+        (20, 32, 8, "once"),
+        (20, 32, 8, "overlap_tail"),
+    ],
+)
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
+def test_pruned_evaluation_equals_the_plain_one(system: str, count: int, seq_len: int, stride: int, rule: str) -> None:
+    tokens, tables = make_text(count)
+    model = narrow_model(system)
+    nats, scored, size = plain_score(model, tokens, tables, seq_len, stride, rule, model.config.logit_softcap)
+    found = evaluate_model(model, tokens, tables, model.config, seq_len=seq_len, stride=stride, rule=rule, batch_seqs=7)
+    assert (found.tokens, found.bytes) == (scored, size)
+    assert found.val_loss == pytest.approx(nats / scored, rel=1e-6)
+    assert found.val_bpb == pytest.approx(nats / math.log(2) / size, rel=1e-6)
+
+
+@pytest.mark.parametrize("rows_from", [1, 7, 12])
+@pytest.mark.parametrize("masking", [False, True])
+@pytest.mark.parametrize(("system", "recurrence"), CASES)
+@torch.no_grad()
+def test_last_rows_alone_equal_the_last_rows_of_all(
+    system: str, recurrence: bool, masking: bool, rows_from: int
+) -> None:
+    config = narrow_config(system, document_masking=masking)
+    model, ids = random_model(config), random_ids(config)
+    whole = model.hidden(ids, recurrence=recurrence)
+    rows = model.hidden(ids, recurrence=recurrence, rows_from=rows_from)
+    torch.testing.assert_close(rows, whole[:, rows_from:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
+@torch.no_grad()
+def test_last_layer_multiplies_nothing_for_the_other_rows_but_keys_and_values(system: str) -> None:
+    config = narrow_config(system)
+    model, ids = random_model(config), random_ids(config)
+    rows: dict[str, int] = {}
+    with observe_inputs(model, lambda name, x: rows.__setitem__(name, x.shape[1])):
+        model.hidden(ids, recurrence=True, rows_from=10)
+    last = f"blocks.{config.num_layers - 1}"
+    pruned = {f"{last}.attention.query", f"{last}.attention.output", f"{last}.mlp.up", f"{last}.mlp.down"}
+    assert {name for name, count in rows.items() if count == 3} == pruned | {"embedding.weight"}
+    assert {count for name, count in rows.items() if name not in pruned | {"embedding.weight"}} == {13}
+
+
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
+def test_pruned_model_compiles_into_one_graph(system: str) -> None:
+    torch._dynamo.reset()
+    model = random_model(narrow_config(system, **SHALLOW[system], qat=False))
+    ids = random_ids(model.config)
+    compiled = torch.compile(model.hidden, dynamic=False, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = model.hidden(ids, recurrence=True, rows_from=10)
+        found = compiled(ids, recurrence=True, rows_from=10)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
