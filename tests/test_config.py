@@ -35,6 +35,9 @@ def test_dict_round_trip_keeps_every_field() -> None:
         ({"mlp_slope": 1.0}, "mlp_slope"),
         ({"gptq_reserve_seconds": 700.0}, "gptq_reserve_seconds"),
         ({"mlp_mult": 0.3333}, "mlp_mult"),
+        ({"trigram": True}, "trigram looks its rows up in the bigram table"),
+        ({"embed_wd": -0.5}, "embed_wd -0.5 is negative"),
+        ({"swa_enabled": True, "ema_decay": 0.9}, "both average"),
     ],
 )
 def test_bad_values_are_refused_by_name(changes: dict, fragment: str) -> None:
@@ -76,6 +79,17 @@ def test_precedence_is_flag_then_environment_then_recipe_then_default() -> None:
     lines = {override_line(override) for override in overrides}
     assert "setting:num_layers=5 from:command line" in lines
     assert "setting:seed=9 from:environment SEED" in lines
+
+
+def test_other_scripts_names_for_a_setting_are_taken() -> None:
+    config, overrides = resolve(["--embed-quantization-bits", "16"], {"WEIGHT_QUANTIZATION_BITS": "5"})
+    assert (config.matrix_bits, config.embed_bits) == (5, 16)
+    assert override_line(overrides[0]) == "setting:matrix_bits=5 from:environment WEIGHT_QUANTIZATION_BITS"
+
+
+def test_embeddings_decay_with_the_rest_of_adamw_unless_they_have_their_own() -> None:
+    assert Config(adam_wd=0.09).embedding_decay == 0.09
+    assert Config(adam_wd=0.09, embed_wd=0.0).embedding_decay == 0.0
 
 
 def test_overrides_equal_to_the_recipe_are_not_reported() -> None:

@@ -141,6 +141,7 @@ def test_bad_input_ends_with_2_and_a_sentence(tmp_path: Path) -> None:
     assert code == 2 and message.startswith(f"error: {tmp_path / 'none.jsonl'}: no such file")
     code, message = ended("fineweb", "--source", tmp_path / "none")
     assert code == 2 and "no such folder" in message
-    code, message = ended("stdlib", "--vocab", "many")
-    assert code == 2 and "--vocab" in message
+    for pieces in ("many", "-1", "260", "65537"):
+        code, message = ended("text", empty, "--vocab", pieces)
+        assert code == 2 and f"--vocab: expected 261 to 65536 pieces, got {pieces}" in message
     assert not (tmp_path / "d").exists() and not list(tmp_path.glob("*.partial"))

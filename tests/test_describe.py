@@ -33,11 +33,11 @@ def test_parameters_and_bytes_are_the_published_ones(
 
 
 def test_smear_bigram_with_float16_embedding_has_the_other_published_size() -> None:
-    facts = describe(load_recipe("sp1024_smear_bigram").config(embed_bits=16), {})
-    # only the tied embedding was a question; the bigram table is int8 in both readings
-    bigram = 2048 * 128 - 2 * 2048
-    assert facts["container_bytes"] - bigram == 20_415_618
-    assert facts["packed_bytes"] - bigram == 15_697_026
+    facts = describe(load_recipe("sp1024_smear_bigram").config(tied_embed_bits=16), {})
+    assert facts["container_bytes"] == 20_415_618
+    assert facts["packed_bytes"] == 15_697_026
+    stored = {tensor["name"]: tensor["stored"] for tensor in facts["tensors"]}
+    assert (stored["embedding.weight"], stored["bigram.embedding"]) == ("float16", "int8")
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,18 @@ def test_the_schedule_of_sdclip_is_the_published_one() -> None:
     assert points[0.25]["lr_scale"] == 1
     assert points[1.0]["lr_scale"] == 0
     assert points[1.0]["step"] == pytest.approx(recipe.published["steps"], abs=1)
+
+
+def test_steps_are_not_told_where_no_step_time_is_known() -> None:
+    config = load_recipe("quickstart").config()
+    points = describe(config, {})["schedule"]
+    assert all(point["step"] is None and point["muon_momentum"] is None for point in points)
+    assert points[6]["lr_scale"] == pytest.approx(0.5 / 0.72)
+    assert "no published step time" in describe_text(describe(config, {}))
+    by_steps = describe(config.replace(warmdown_frac=0.0, warmdown_iters=300), {})["schedule"]
+    assert all(point["lr_scale"] is None for point in by_steps)
+    uncapped = describe(config.replace(max_wallclock_seconds=0.0, gptq_reserve_seconds=0.0), {})["schedule"]
+    assert uncapped[-1]["step"] == config.iterations and uncapped[-1]["muon_momentum"] == pytest.approx(0.95)
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.model.embeddings import BigramHash, TokenEmbedding, ValueEmbedding, bigram_hash, lookup
+from train.model.embeddings import BigramHash, TokenEmbedding, ValueEmbedding, bigram_hash, lookup, trigram_hash
 
 # (token, predecessor) → row of a table of 2,048 rows
 PUBLISHED = {
@@ -24,6 +24,32 @@ def test_bigram_rows_of_the_largest_vocabulary_stay_inside_the_table() -> None:
     assert rows.min() >= 0 and rows[:, 1:].max() < 4095 and (rows[:, 0] == 4095).all()
     before, token = int(ids[2, 10]), int(ids[2, 11])
     assert rows[2, 11].item() == ((36313 * token) ^ (27191 * before)) % 4095
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+def test_trigram_rows_follow_the_formula(length: int) -> None:
+    ids = torch.randint(0, 65536, (2, length), generator=torch.Generator().manual_seed(length))
+    rows = trigram_hash(ids, 512)
+    assert rows.shape == ids.shape
+    for row, tokens in zip(rows.tolist(), ids.tolist(), strict=True):
+        expected = [
+            511 if t < 2 else ((36313 * tokens[t]) ^ (27191 * tokens[t - 1]) ^ (51497 * tokens[t - 2])) % 511
+            for t in range(length)
+        ]
+        assert row == expected
+
+
+def test_trigrams_add_rows_of_the_same_table_and_no_parameter() -> None:
+    torch.manual_seed(0)
+    bigram = BigramHash(31, 3, 4, 2, orthogonal=True, dtype=torch.float32).double()
+    both = BigramHash(31, 3, 4, 2, orthogonal=True, dtype=torch.float32, trigram=True).double()
+    with torch.no_grad():
+        bigram.embedding.copy_(torch.randn(31, 3))
+    both.load_state_dict(bigram.state_dict())
+    ids = torch.tensor([[7, 8, 9, 7]])
+    added = bigram.scale * (bigram.embedding[trigram_hash(ids, 31)] @ bigram.proj.T)
+    expected = bigram(ids, torch.float64) + added
+    torch.testing.assert_close(both(ids, torch.float64), expected, rtol=0, atol=1e-13)
 
 
 def test_lookup_gathers_gradients_in_the_wider_dtype() -> None:

@@ -209,7 +209,7 @@ SP1024_8_LAYERS: dict[str, Any] = {
         (SP4096_RECURRENT, 34_566_326),
         (SP8192_SDCLIP, 37_206_200),
         (SP1024_8_LAYERS, 19_893_378),
-        (SP1024_8_LAYERS | {"embed_bits": 16}, 20_415_618),
+        (SP1024_8_LAYERS | {"tied_embed_bits": 16}, 20_415_618),
     ],
     ids=["1392", "1471", "262", "262 with a float16 embedding"],
 )
@@ -222,9 +222,6 @@ def test_payload_bytes_are_those_of_the_published_systems(changes: dict[str, Any
         coded = stored_bits(name, parameter, config) < 16
         # int8 containers of one byte per code, float16 row scales, float16 for the rest
         payload += parameter.numel() + 2 * len(parameter) if coded else 2 * parameter.numel()
-    # the hashed bigrams, alone of the tables, follow `embed_bits` here and are int8 in #262
-    if config.bigram_vocab_size and config.embed_bits == 16:
-        payload -= 2048 * 128 - 2 * 2048
     assert payload == expected
 
 

@@ -65,7 +65,7 @@ def narrow(name: str, tokens: Path, **changes: object) -> Config:
         "max_wallclock_seconds": 0.0,
         "gptq_reserve_seconds": 0.0,
         "warmdown_iters": STEPS // 2,
-        "swa_every": 2 if full.swa_every else 0,
+        "swa_every": 2,
         "device": "cpu",
     }
     return load_recipe(name).config(**{**values, **changes})
@@ -92,7 +92,7 @@ class Training:
         if double:
             model.double().compute_dtype = torch.float64
         average = EMA(model, config.ema_decay) if config.ema_decay else None
-        swa = SWA(model, config.swa_every, config.swa_start_frac) if config.swa_every else None
+        swa = SWA(model, config.swa_every, config.swa_start_frac) if config.swa_enabled else None
         loader = make_loader(config, ranks.rank, ranks.world_size)
         return cls(config, ranks, model, build_optimizers(model, config, ranks.group), loader, average or swa, model)
 

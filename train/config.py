@@ -81,6 +81,7 @@ class Config:
     )  # fmt: skip
     bigram_vocab_size: int = setting(0, "rows of the hashed bigram table; 0: none", low=0)
     bigram_dim: int = setting(128, "width of the hashed bigram table", low=1)
+    trigram: bool = setting(False, "look trigrams up in the bigram table too, and add both")
     ve_dim: int = setting(0, "width of the shared value embedding; 0: none", low=0)
     ve_layers: tuple[int, ...] = setting((), "layers whose values get the shared embedding")
     ve_proj_optimizer: str = setting("muon", "who trains the value embedding's projection", choices=("muon", "adamw"))
@@ -131,13 +132,14 @@ class Config:
     beta1: float = setting(0.9, "AdamW's first decay", low=0.0, high=0.9999)
     beta2: float = setting(0.95, "AdamW's second decay", low=0.0, high=0.99999)
     adam_eps: float = setting(1e-8, "AdamW's epsilon", low=1e-30)
-    embed_wd: float = setting(0.0, "decoupled weight decay of the embeddings", low=0.0)
-    adam_wd: float = setting(0.0, "decoupled weight decay of vectors and scalars", low=0.0)
+    adam_wd: float = setting(0.0, "decoupled weight decay of whatever AdamW trains", low=0.0)
+    embed_wd: float = setting(-1.0, "decoupled weight decay of the embeddings; -1: adam_wd", low=-1.0)
     grad_clip_norm: float = setting(0.0, "largest norm of the whole gradient; 0: no clipping", low=0.0)
     ema_decay: float = setting(
         0.0, "decay of the weights' moving average, which is what is scored; 0: none", low=0.0, high=0.99999
     )
-    swa_every: int = setting(0, "steps between the checkpoints that are averaged; 0: none", low=0)
+    swa_enabled: bool = setting(False, "average checkpoints from the end of the run; the average is what is scored")
+    swa_every: int = setting(200, "steps between the checkpoints that are averaged", low=1)
     swa_start_frac: float = setting(
         0.5, "averaging begins when the rate has fallen below this fraction", low=0.0, high=1.0
     )
@@ -148,6 +150,9 @@ class Config:
     matrix_bits: int = setting(6, "bits of the matrices' codes", low=2, high=8)
     embed_bits: int = setting(
         8, "bits of the embeddings' codes; 16 keeps them in float16", choices=(2, 3, 4, 5, 6, 7, 8, 16)
+    )
+    tied_embed_bits: int = setting(
+        0, "bits of the tied embedding's codes; 0: embed_bits", choices=(0, 2, 3, 4, 5, 6, 7, 8, 16)
     )
     matrix_clip: str = setting(
         "sdclip",
@@ -208,6 +213,11 @@ class Config:
     def window(self) -> int:
         """Tokens per window of the final evaluation."""
         return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def embedding_decay(self) -> float:
+        """Weight decay of the embeddings."""
+        return self.adam_wd if self.embed_wd == -1 else self.embed_wd
 
     @property
     def training_seconds(self) -> float:

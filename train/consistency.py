@@ -76,7 +76,19 @@ def check_consistency(config: Config) -> None:
         f"qat trains through 6-bit rows, but matrix_bits is {config.matrix_bits}: set MATRIX_BITS=6 or QAT=0",
     )
     need(config.bigram_vocab_size != 1, "bigram_vocab_size 1 has no row to hash into: set 0 for none, or at least 2")
+    need(
+        not config.trigram or config.bigram_vocab_size > 0,
+        "trigram looks its rows up in the bigram table, and there is none: set BIGRAM_VOCAB_SIZE, or TRIGRAM=0",
+    )
     need(bool(config.ve_dim) == bool(config.ve_layers), "ve_dim and ve_layers belong together: set both or neither")
+    need(
+        config.embed_wd == -1 or config.embed_wd >= 0,
+        f"embed_wd {config.embed_wd} is negative: set a decay of at least 0, or -1 for that of adam_wd",
+    )
+    need(
+        not (config.swa_enabled and config.ema_decay),
+        "swa_enabled and ema_decay both average the weights: set SWA_ENABLED=0 or EMA_DECAY=0",
+    )
     need(
         config.max_wallclock_seconds == 0 or config.gptq_reserve_seconds < config.max_wallclock_seconds,
         f"gptq_reserve_seconds {config.gptq_reserve_seconds} leaves nothing of max_wallclock_seconds {config.max_wallclock_seconds}",

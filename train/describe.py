@@ -17,6 +17,14 @@ from train.quantize.tensors import stored_bits
 
 SCHEDULE_POINTS = 13
 
+# key, title, width and format of each
+SCHEDULE_COLUMNS = (
+    ("seconds", "seconds", 8, ".1f"),
+    ("step", "step", 7, ","),
+    ("lr_scale", "lr scale", 9, ".4f"),
+    ("muon_momentum", "momentum", 9, ".4f"),
+)
+
 
 def describe(config: Config, published: Mapping[str, float]) -> dict[str, Any]:
     """All figures of a configuration that need no data.
@@ -69,13 +77,16 @@ def describe(config: Config, published: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def schedule(config: Config, step_ms: float | None) -> list[dict[str, float]]:
+def schedule(config: Config, step_ms: float | None) -> list[dict[str, float | None]]:
     """Learning-rate scale and momentum along a run.
 
-    Under a wall-clock cap the points divide the time, and the step is what `step_ms` per step reaches by then; without
-    a cap, or without a step time, they divide the steps.
+    Without a wall-clock cap the points divide the steps. Under one they divide the time, and the step is what `step_ms`
+    per step reaches by then; without a step time, step and whatever depends on it is None.
     """
     cap = config.training_seconds
+    timed = bool(step_ms) or not cap
+    rate_known = timed or config.warmdown_frac > 0 or config.warmdown_iters == 0
+    momentum_known = timed or config.muon_momentum_warmup_steps == 0
     points = []
     for index in range(SCHEDULE_POINTS):
         done = index / (SCHEDULE_POINTS - 1)
@@ -84,9 +95,13 @@ def schedule(config: Config, step_ms: float | None) -> list[dict[str, float]]:
             step = int(seconds * 1000 / step_ms)
         else:
             step, seconds = int(done * config.iterations), done * cap
-        point = {"seconds": seconds, "step": step}
         points.append(
-            {**point, "lr_scale": lr_scale(step, seconds, config), "muon_momentum": muon_momentum(step, config)}
+            {
+                "seconds": seconds,
+                "step": step if timed else None,
+                "lr_scale": lr_scale(step, seconds, config) if rate_known else None,
+                "muon_momentum": muon_momentum(step, config) if momentum_known else None,
+            }
         )
     return points
 
@@ -109,9 +124,16 @@ def describe_text(facts: Mapping[str, Any]) -> str:
             f"  from step {order['recurrence_from_step']:,} layers {' '.join(map(str, order['after_recurrence']))}: "
             f"{flops['after_recurrence']:.1f} MFLOP per token"
         )
-    lines += ["", f"{'seconds':>8} {'step':>7} {'lr scale':>9} {'momentum':>9}"]
+    lines.append("")
+    if facts["schedule"][0]["step"] is None:
+        lines.append("no published step time: what depends on the step (-) is known when it has been measured")
+    lines.append(" ".join(f"{title:>{width}}" for _, title, width, _ in SCHEDULE_COLUMNS))
     lines += [
-        f"{p['seconds']:8.1f} {p['step']:7,} {p['lr_scale']:9.4f} {p['muon_momentum']:9.4f}" for p in facts["schedule"]
+        " ".join(
+            f"{'-' if point[key] is None else format(point[key], form):>{width}}"
+            for key, _, width, form in SCHEDULE_COLUMNS
+        )
+        for point in facts["schedule"]
     ]
     header = f"{'tensor':<34} {'shape':>13} {'parameters':>11} {'optimizer':>10} {'stored':>8} {'state':>12} {'per byte':>11} {'packed':>11}"
     lines += ["", header]

@@ -100,7 +100,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
         warm_up(model, optimizers, loss_of, loader, config, ranks, log)
         loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
     ema = EMA(model, config.ema_decay) if config.ema_decay else None
-    swa = SWA(model, config.swa_every, config.swa_start_frac) if config.swa_every else None
+    swa = SWA(model, config.swa_every, config.swa_start_frac) if config.swa_enabled else None
     parts = {"model": model, "optimizers": optimizers, "loader": loader, "ema": ema, "swa": swa}
 
     resumed = load_checkpoint(folder.checkpoint, parts, ranks) if config.resume == "auto" else None

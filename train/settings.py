@@ -18,8 +18,11 @@ from train.values import format_value
 # first words that only a setting of this field begins with; a variable such as MUON_MOMENTM is then no stranger
 _FAMILIES = frozenset(
     "ADAM BIGRAM COMPRESSOR EMA EMBED EVAL GPTQ LOGIT MATRIX MLP MUON NORMUON PARALLEL QAT QK RECUR ROPE SCALAR SKIP SMEAR "
-    "SWA TIED TIE TRAIN TRIGRAM TTT UNET VAL VE VOCAB WARMDOWN WARMUP XSA".split()
+    "SWA TIED TIE TRAIN TRIGRAM TTT UNET VAL VE VOCAB WARMDOWN WARMUP WEIGHT XSA".split()
 )
+
+# what other published scripts call the same thing
+_ALIASES = {"weight_quantization_bits": "matrix_bits", "embed_quantization_bits": "embed_bits"}
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,9 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Confi
     """
     given: dict[str, Override] = {}
     for name, text in environ.items():
-        if name.isupper() and name.lower() in field_names():
-            given[name.lower()] = Override(name.lower(), parse_value(name.lower(), text, name), f"environment {name}")
+        field = _ALIASES.get(name.lower(), name.lower())
+        if name.isupper() and field in field_names():
+            given[field] = Override(field, parse_value(field, text, name), f"environment {name}")
         elif _looks_like_setting(name):
             raise ConfigError(
                 f"{name}: this environment variable looks like a setting, but there is none of that name{nearest(name)} "
@@ -83,6 +87,7 @@ def _flags(arguments: Sequence[str]) -> list[tuple[str, str]]:
             raise ConfigError(f"{flag!r}: expected --field value; see python -m train --help")
         name, equals, text = flag[2:].partition("=")
         name = name.replace("-", "_").lower()
+        name = _ALIASES.get(name, name)
         if name not in field_names():
             raise ConfigError(f"{flag.partition('=')[0]}: no such setting{nearest(name)}")
         if not equals:

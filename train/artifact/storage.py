@@ -37,7 +37,7 @@ from train.quantize.tensors import QuantizedTensor, StoredTensors, dequantize_st
 MODEL_FIELDS = (
     "vocab_size", "document_masking", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope",
     "rope_base", "rope_dims", "rope_train_seq_len", "norm_eps", "logit_softcap", "embed_dtype", "ln_scale", "xsa_last_n",
-    "smear_gate", "bigram_vocab_size", "bigram_dim", "ve_dim", "ve_layers", "unet_skips", "skip_gates",
+    "smear_gate", "bigram_vocab_size", "bigram_dim", "trigram", "ve_dim", "ve_layers", "unet_skips", "skip_gates",
     "parallel_start_layer", "parallel_form", "recur_layers", "recur_form", "recur_scale_params",
 )  # fmt: skip
 """The settings that an artifact holds: all that decide what the model computes from its weights."""

@@ -211,9 +211,16 @@ def _command(
     return one
 
 
+def _pieces(text: str) -> int:
+    # 4 special pieces and 256 bytes are in every tokenizer; a token is 16 bits in a shard
+    if not text.isdecimal() or not 260 < int(text) <= 65536:
+        raise argparse.ArgumentTypeError(f"expected 261 to 65536 pieces, got {text}: choose a number between")
+    return int(text)
+
+
 def _add_dataset_options(one: argparse.ArgumentParser, vocab: int) -> None:
     one.add_argument(
-        "--vocab", type=int, default=vocab, metavar="V", help="pieces of the tokenizer (default: %(default)s)"
+        "--vocab", type=_pieces, default=vocab, metavar="V", help="pieces of the tokenizer (default: %(default)s)"
     )
     one.add_argument(
         "--tokenizer", default="", metavar="FILE", help="use this SentencePiece model instead of training one"

@@ -65,8 +65,28 @@ def bigram_hash(ids: Tensor, rows: int) -> Tensor:
     return F.pad(hashed, (1, 0), value=rows - 1)
 
 
+def trigram_hash(ids: Tensor, rows: int) -> Tensor:
+    """Row of the bigram table for each position, from the token and its two predecessors.
+
+    index[0] = index[1] = rows − 1; index[t] = (36313 · ids[t] XOR 27191 · ids[t−1] XOR 51497 · ids[t−2]) mod (rows − 1)
+
+    Args:
+        ids: `(B, T)` int64 token ids; predecessors may belong to the document before.
+        rows: rows of the table, at least 2.
+
+    Returns:
+        `(B, T)` int64 in [0, rows).
+
+    Source: #1019, whose switch TRIGRAM the descendants keep; #1392 has it off.
+    """
+    hashed = (36313 * ids[:, 2:] ^ 27191 * ids[:, 1:-1] ^ 51497 * ids[:, :-2]) % (rows - 1)
+    return F.pad(hashed, (min(ids.shape[1], 2), 0), value=rows - 1)
+
+
 class BigramHash(nn.Module):
     """Adds to each token's embedding one of its bigram: scale · W · table[hash(token, predecessor)].
+
+    With `trigram` the row of the trigram, from the same table, is added to that of the bigram: no more parameters.
 
     The table starts at zero and the scale at 0.05. W is drawn with gain 1/√(2·layers); it must not be zero as well,
     or neither it nor the table would ever get a gradient.
@@ -79,6 +99,7 @@ class BigramHash(nn.Module):
         orthogonal: how W is drawn.
         dtype: dtype of the table.
         qat: fake-quantize W while training.
+        trigram: look up trigrams too.
     """
 
     def __init__(
@@ -91,16 +112,20 @@ class BigramHash(nn.Module):
         orthogonal: bool,
         dtype: torch.dtype,
         qat: bool = False,
+        trigram: bool = False,
     ) -> None:
         super().__init__()
         self.embedding = normal_table(rows, width, 0.0, dtype)
         self.proj = matrix(dim, width, orthogonal=orthogonal, gain=(2 * num_layers) ** -0.5)
         self.scale = constant(_BIGRAM_SCALE)
         self.qat = qat
+        self.trigram = trigram
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Bigram embedding of `ids` `(B, T)` as `(B, T, dim)` in `dtype`."""
         rows = lookup(self.embedding, bigram_hash(ids, self.embedding.shape[0]), dtype)
+        if self.trigram:
+            rows = rows + lookup(self.embedding, trigram_hash(ids, self.embedding.shape[0]), dtype)
         return self.scale.to(dtype) * linear(rows, self.proj, fake_quantize=self.qat and self.training)
 
 

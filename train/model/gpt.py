@@ -68,7 +68,8 @@ class GPT(nn.Module):
         self.bigram = self.smear = self.skips = self.ve = None
         if config.bigram_vocab_size:
             self.bigram = BigramHash(
-                config.bigram_vocab_size, config.bigram_dim, dim, config.num_layers, orthogonal=orthogonal, dtype=tables, qat=qat
+                config.bigram_vocab_size, config.bigram_dim, dim, config.num_layers,
+                orthogonal=orthogonal, dtype=tables, qat=qat, trigram=config.trigram,
             )  # fmt: skip
         if config.smear_gate != "off":
             self.smear = SmearGate(dim) if config.smear_gate == "published" else DocumentSmearGate(dim)

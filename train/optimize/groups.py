@@ -172,7 +172,7 @@ def build_optimizers(model: nn.Module, config: Config, process_group: dist.Proce
         owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), dist.get_world_size(process_group))
     reduction = Reduction([*kinds["embedding"].values(), *kinds["scalar"].values()], matrices, owners, process_group)
     muon = _build_muon(reduction.owned, config) if reduction.owned else None
-    rates = {"embedding": (config.tied_embed_lr, config.embed_wd), "scalar": (config.scalar_lr, config.adam_wd)}
+    rates = {"embedding": (config.tied_embed_lr, config.embedding_decay), "scalar": (config.scalar_lr, config.adam_wd)}
     groups = [
         {"params": list(kinds[kind].values()), "lr": lr, "base_lr": lr, "weight_decay": decay}
         for kind, (lr, decay) in rates.items()

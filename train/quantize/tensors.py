@@ -74,21 +74,15 @@ StoredTensors = dict[str, QuantizedTensor | Tensor]
 def stored_bits(name: str, parameter: Tensor, config: Config) -> int:
     """Bits in which a parameter is stored: 2 to 8 as codes with row scales, 16 as float16.
 
-    Matrices of more than `passthrough_max_elements` elements get `matrix_bits`, embeddings of more `embed_bits`;
-    everything else is float16: vectors, scalars and control tensors of any size, and whatever is small.
-
-    Raises:
-        UserError: `embed_bits` lies between 9 and 15.
+    Matrices of more than `passthrough_max_elements` elements get `matrix_bits`, embeddings of more `embed_bits` (the tied
+    one `tied_embed_bits` if that is set); everything else is float16: vectors, scalars and control tensors of any size, and whatever is small.
     """
     if parameter.ndim != 2 or parameter.numel() <= config.passthrough_max_elements:
         return 16
     kind = classify(name, parameter, config)
     if kind == "embedding":
-        if 8 < config.embed_bits < 16:
-            raise UserError(
-                f"embed_bits: embeddings are stored in 2 to 8 bits or in 16, got {config.embed_bits}: choose one of these"
-            )
-        return config.embed_bits
+        bits = (config.tied_embed_bits if name == "embedding.weight" else 0) or config.embed_bits
+        return bits
     return config.matrix_bits if kind == "matrix" else 16
 
 

@@ -26,6 +26,7 @@ SETTINGS = {
     "muon_momentum_warmup_start": 0.92,
     "muon_momentum_warmup_steps": 1500,
     "normuon": True,
+    "swa_enabled": True,
     "swa_every": 200,
     "swa_start_frac": 0.5,
     # training's row scale has no floor and the export's has one: the published mismatch

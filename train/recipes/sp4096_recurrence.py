@@ -51,7 +51,6 @@ SETTINGS = {
     "muon_momentum_warmup_steps": 1500,
     "muon_eq_r": True,
     "muon_wd": 0.09,
-    "embed_wd": 0.09,
     "adam_wd": 0.09,
     "grad_clip_norm": 0.3,
     "ema_decay": 0.997,
