@@ -11,6 +11,7 @@
 #include <immintrin.h>
 #define GOLF_HAVE_AVX2 1
 #define GOLF_AVX2 __attribute__((target("avx2")))
+#define GOLF_AVX512 __attribute__((target("avx512bw")))
 #endif
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "int6 reads words of the stream as little-endian integers");
@@ -21,6 +22,9 @@ using golf::int6_bytes;
 
 // codes unpacked at a time, few enough to stay in the first-level cache; a multiple of 32
 constexpr int64_t kChunk = 2048;
+
+// from so many codes of one row on, a table of the row's values is cheaper than their products
+constexpr int64_t kTableRun = 128;
 
 bool pack_plain(const int8_t* __restrict codes, uint8_t* __restrict packed, int64_t count) {
     uint8_t out_of_range = 0;
@@ -170,6 +174,24 @@ struct Loops {
 #ifdef GOLF_HAVE_AVX2
 GOLF_AVX2 void float32_avx2(const int8_t* c, float s, float* v, int64_t n) { to_float32(c, s, v, n); }
 GOLF_AVX2 void bfloat16_avx2(const int8_t* c, float s, uint16_t* v, int64_t n) { to_bfloat16(c, s, v, n); }
+
+// a row has 64 different values at most, and one instruction looks up 32 of them in a table of so many words
+GOLF_AVX512 void bfloat16_avx512(const int8_t* codes, float scale, uint16_t* values, int64_t count) {
+    if (count < kTableRun) return bfloat16_avx2(codes, scale, values, count);
+    alignas(64) int8_t every_code[64];
+    alignas(64) uint16_t table[64];
+    for (int field = 0; field < 64; ++field) every_code[field] = static_cast<int8_t>((field ^ 32) - 32);
+    bfloat16_avx2(every_code, scale, table, 64);
+    const __m512i low = _mm512_load_si512(table), high = _mm512_load_si512(table + 32);
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+        const __m512i words = _mm512_permutex2var_epi16(low, _mm512_cvtepi8_epi16(bytes), high);
+        _mm512_storeu_si512(values + i, words);
+    }
+    for (; i < count; ++i) values[i] = table[codes[i] & 63];
+}
+
 GOLF_AVX2 void fake_avx2(const float* w, float s, float* r, int64_t n) { fake_quantize(w, s, r, n); }
 #endif
 void float32_plain(const int8_t* c, float s, float* v, int64_t n) { to_float32(c, s, v, n); }
@@ -180,8 +202,10 @@ const Loops& loops() {
     static const Loops plain = {pack_plain, unpack_plain, float32_plain, bfloat16_plain, fake_plain};
 #ifdef GOLF_HAVE_AVX2
     static const Loops avx2 = {pack_avx2, unpack_avx2, float32_avx2, bfloat16_avx2, fake_avx2};
+    static const Loops avx512 = {pack_avx2, unpack_avx2, float32_avx2, bfloat16_avx512, fake_avx2};
     static const bool have_avx2 = (__builtin_cpu_init(), __builtin_cpu_supports("avx2"));
-    return have_avx2 ? avx2 : plain;
+    static const bool have_avx512 = __builtin_cpu_supports("avx512bw");
+    return have_avx512 ? avx512 : have_avx2 ? avx2 : plain;
 #else
     return plain;
 #endif
