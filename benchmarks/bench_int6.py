@@ -1,0 +1,198 @@
+"""int6 packing, unpacking, dequantization and fake quantization beside a copy of as many bytes in the same run.
+
+The goal is half of a copy's bandwidth on one CPU core, and 85 % of it on a GPU. Native operations and the copy write to
+memory that is there already, so that neither is charged for the pages of a new allocation.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import golf_kernels
+from benchmarks import common
+from golf_kernels import dispatch, int6_native
+
+# the matrices of 11 layers: query and output, key and value, up, down
+MODEL = [(512, 512)] * 22 + [(256, 512)] * 22 + [(2048, 512)] * 11 + [(512, 2048)] * 11
+TINY = [(8, 40), (3, 7)]
+
+
+class Matrix(NamedTuple):
+    """A random matrix with its codes, and room for an operation's result."""
+
+    weight: Tensor
+    scales: Tensor
+    codes: Tensor
+    packed: Tensor
+    result: Tensor
+
+
+class Operation(NamedTuple):
+    """One operation over all matrices of a model.
+
+    Attributes:
+        op: its name.
+        dtype: of the results.
+        code_bytes: traffic per code; the scales' is added.
+        room: an empty result for a matrix of a shape.
+        truth: what a matrix must become.
+        native: fills the results.
+        reference: the operation on one matrix, in PyTorch.
+    """
+
+    op: str
+    dtype: torch.dtype
+    code_bytes: float
+    room: Callable[[int, int], Tensor]
+    truth: Callable[[Matrix], Tensor]
+    native: Callable[[Sequence[Matrix]], Any]
+    reference: Callable[[Matrix], Tensor]
+
+
+def dequantize(dtype: torch.dtype) -> Operation:
+    """int6_dequantize to one dtype."""
+
+    def native(model: Sequence[Matrix]) -> None:
+        int6_native.dequantize(*zip(*((one.packed, one.scales, one.result) for one in model), strict=True))
+
+    def reference(one: Matrix) -> Tensor:
+        return dispatch.run_on("torch", "int6_dequantize", [one.packed], [one.scales], [one.codes.shape[1]], dtype)[0]
+
+    def exact(one: Matrix) -> Tensor:
+        return one.codes.double() * one.scales.double()[:, None]
+
+    def room(rows: int, columns: int) -> Tensor:
+        return torch.zeros(rows, columns, dtype=dtype)
+
+    return Operation("int6_dequantize", dtype, 0.75 + dtype.itemsize, room, exact, native, reference)
+
+
+def one_by_one(fill: Callable[[Matrix], Any]) -> Callable[[Sequence[Matrix]], Any]:
+    """An operation that takes one matrix at a time, over a model."""
+    return lambda model: [fill(one) for one in model]
+
+
+def nearest(one: Matrix) -> Tensor:
+    """Fake quantization in float64; the quotient in float32, or a half would be rounded otherwise."""
+    steps = one.scales.float()[:, None]
+    return (one.weight / steps).clamp(-31, 31).round().double() * steps
+
+
+OPERATIONS = (
+    dequantize(torch.float32),
+    dequantize(torch.bfloat16),
+    Operation(
+        "int6_pack",
+        torch.uint8,
+        1.75,
+        lambda rows, columns: torch.zeros(golf_kernels.int6.packed_bytes(rows * columns), dtype=torch.uint8),
+        lambda one: one.packed,
+        one_by_one(lambda one: int6_native.pack(one.codes, one.result)),
+        lambda one: dispatch.run_on("torch", "int6_pack", one.codes),
+    ),
+    Operation(
+        "int6_unpack",
+        torch.int8,
+        1.75,
+        lambda rows, columns: torch.zeros(rows * columns, dtype=torch.int8),
+        lambda one: one.codes.flatten(),
+        one_by_one(lambda one: int6_native.unpack(one.packed, one.result)),
+        lambda one: dispatch.run_on("torch", "int6_unpack", one.packed, one.codes.numel()),
+    ),
+    Operation(
+        "int6_fake_quantize",
+        torch.float32,
+        8,
+        torch.zeros,
+        nearest,
+        one_by_one(lambda one: int6_native.fake_quantize(one.weight, one.scales, one.result)),
+        lambda one: dispatch.run_on("torch", "int6_fake_quantize", one.weight, one.scales),
+    ),
+)
+
+
+def make_model(
+    operation: Operation, shapes: Sequence[tuple[int, int]], device: torch.device, seed: int
+) -> list[Matrix]:
+    """Random matrices of these shapes on the device."""
+    generator = torch.Generator().manual_seed(seed)
+    model = []
+    for shape in shapes:
+        codes = torch.randint(-31, 32, shape, generator=generator, dtype=torch.int8)
+        scales = torch.rand(shape[0], generator=generator).add(0.01).half()
+        weight = torch.randn(shape, generator=generator)
+        one = Matrix(weight, scales, codes, golf_kernels.int6_pack(codes), operation.room(*shape))
+        model.append(Matrix(*(tensor.to(device) for tensor in one)))
+    return model
+
+
+def make_case(operation: Operation, shapes: Sequence[tuple[int, int]], device: torch.device) -> common.Case:
+    """The operation over a model of these shapes."""
+    traffic = sum(rows * (operation.code_bytes * columns + 2) for rows, columns in shapes)
+    return common.Case(
+        operation.op,
+        f"{len(shapes)} matrices",
+        str(operation.dtype).removeprefix("torch."),
+        functools.partial(make_model, operation, shapes, device),
+        lambda model: [operation.truth(one) for one in model],
+        flops=0.0,
+        bytes=traffic,
+        # half a unit in the last place of bfloat16; the bits are the tests' business
+        max_rel_err=2.0**-8,
+    )
+
+
+def variants(operation: Operation, device: torch.device) -> list[common.Variant]:
+    """The native back end of the device, where it is built, and PyTorch."""
+
+    def fill(model: Sequence[Matrix]) -> list[Tensor]:
+        operation.native(model)
+        return [one.result for one in model]
+
+    native = "cuda" if device.type == "cuda" else "cpp"
+    made = [common.Variant("torch", lambda model: [operation.reference(one) for one in model])]
+    if native in dispatch.available_backends(operation.op):
+        made.insert(0, common.Variant(native, fill))
+    return made
+
+
+def copy_gbps(clock: common.Clock, traffic_bytes: float, pieces: int) -> float:
+    """GB/s, read and written, of a copy that moves so many bytes in so many pieces."""
+    sources = torch.randint(0, 255, (pieces, int(traffic_bytes / 2 / pieces)), dtype=torch.uint8, device=clock.device)
+    targets = torch.zeros_like(sources)
+
+    def copy() -> None:
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)
+
+    clock.warm_up(copy)
+    return traffic_bytes / statistics.median(clock.once_ms(copy) for _ in range(clock.rounds)) / 1e6
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check, measure and report every operation on the device."""
+    arguments = common.parser("bench_int6", __doc__.splitlines()[0]).parse_args(argv)
+    clock = common.Clock(arguments.device, arguments.warmup_ms, arguments.rounds)
+    shapes = TINY if arguments.tiny else MODEL
+    # on a GPU a model is copied in one launch, as it is dequantized in one
+    pieces = len(shapes) if arguments.device.type == "cpu" else 1
+    for operation in OPERATIONS:
+        case = make_case(operation, shapes, arguments.device)
+        limits = common.Ceilings(float("inf"), copy_gbps(clock, case.bytes, pieces))
+        rows = common.measure(case, variants(operation, arguments.device), clock, limits)
+        common.report(rows, common.environment(arguments.device), keep=not arguments.tiny)
+        for row in rows:
+            print(f"{row['op']} {row['dtype']} {row['impl']}: {row['floor'] / row['p50']:.0%} of a copy's bandwidth")
+        print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
