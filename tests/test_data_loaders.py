@@ -249,7 +249,6 @@ def test_bad_settings_are_refused(data: Path, rank: int, world_size: int, change
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_cuda_gets_the_same_batches(data: Path) -> None:
     on_gpu, on_cpu = make_loader(config(data), 0, 1, "cuda"), make_loader(config(data), 0, 1)
     for _ in range(5):

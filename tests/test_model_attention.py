@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from train.config import Config
-from train.model.attention import BACKENDS, Attention, causal_attention, remove_value_direction
-from train.model.documents import document_mask
+from train.model.attention import Attention, remove_value_direction
 from train.model.rope import rotary_table
 
 DEVICE = torch.device("cpu")
@@ -15,40 +14,6 @@ DEVICE = torch.device("cpu")
 
 def heads(count: int, *, seed: int, length: int = 7, dim: int = 6) -> torch.Tensor:
     return torch.randn(2, length, count, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    out = torch.empty_like(q)
-    group = q.shape[2] // k.shape[2]
-    for b in range(q.shape[0]):
-        for h in range(q.shape[2]):
-            scores = q[b, :, h] @ k[b, :, h // group].T / math.sqrt(q.shape[-1])
-            weights = torch.where(allowed[b], scores.exp(), torch.zeros_like(scores))
-            out[b, :, h] = weights / weights.sum(-1, keepdim=True) @ v[b, :, h // group]
-    return out
-
-
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_equals_softmax_over_the_past_in_groups(backend: str, kv_heads: int) -> None:
-    q, k, v = heads(4, seed=0), heads(kv_heads, seed=1), heads(kv_heads, seed=2)
-    allowed = torch.ones(2, 7, 7, dtype=torch.bool).tril()
-    found = causal_attention(q, k, v, backend=backend)
-    torch.testing.assert_close(found, softmax_attention(q, k, v, allowed), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
-def test_mask_replaces_the_causal_one(backend: str) -> None:
-    q, k, v = heads(4, seed=0), heads(2, seed=1), heads(2, seed=2)
-    mask = document_mask(torch.tensor([[1, 5, 5, 1, 5, 5, 5], [5, 5, 1, 5, 5, 1, 5]]))
-    found = causal_attention(q, k, v, mask=mask, backend=backend)
-    torch.testing.assert_close(found, softmax_attention(q, k, v, mask[:, 0]), rtol=0, atol=1e-12)
-
-
-def test_unknown_back_end_is_named() -> None:
-    q = heads(2, seed=0)
-    with pytest.raises(ValueError, match=r"'flash9'.*sdpa"):
-        causal_attention(q, q, q, backend="flash9")
 
 
 def test_xsa_leaves_nothing_along_the_value() -> None:

@@ -128,7 +128,7 @@ def test_masked_documents_equal_documents_alone(system: str, smear_gate: str) ->
 def test_document_smear_alone_leaves_attention_open() -> None:
     config = narrow_config("sp8192", smear_gate="document")
     model = random_model(config)
-    assert model.embed(random_ids(config)).inputs.mask is None
+    assert model.embed(random_ids(config)).inputs.documents is None
     x0 = model.embed(torch.tensor([[7, 8, 1, 9]])).inputs.x0
     begins = model.embed(torch.tensor([[1, 9]])).inputs.x0
     torch.testing.assert_close(x0[:, 2:], begins, rtol=0, atol=1e-14)

@@ -41,6 +41,10 @@ class Config:
         "dtype of the forward pass; auto: bfloat16 on CUDA, float32 on a CPU",
         choices=("auto", "bfloat16", "float32"),
     )
+    attention: str = setting(
+        "auto", "attention back end; auto: the fastest that can run, measured before training",
+        choices=("auto", "sdpa", "fa3", "fa4", "cudnn", "flash", "math"),
+    )  # fmt: skip
     compile: str = setting("auto", "torch.compile the model; auto: on CUDA only", choices=("auto", "on", "off"))
 
     # data

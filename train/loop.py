@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from train.checkpoint import load_checkpoint, save_checkpoint
-from train.config import Config
+from train.config import MICRO_BATCHES, Config
 from train.data.loaders import Loader, make_loader
 from train.data.shards import find_shards
 from train.data.validation import ValidationText, load_validation
 from train.distributed import Ranks
 from train.errors import UserError
 from train.logger import RunLogger
+from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
@@ -87,6 +88,10 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     ranks.copy_from_main(model.parameters())
     optimizers = build_optimizers(model, config, ranks.group)
     loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
+    sequences = config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
+    attention = ranks.on_main(lambda: choose_attention(config, ranks.device, sequences))
+    use_attention(model, attention.name)
+    log.line(f"attention:{attention.name} ({attention.reason})")
     loss_of = compiled_loss(model, config, ranks.device)
     log.facts(
         dataset=config.data_path,

@@ -21,6 +21,7 @@ from train.distributed import start_ranks
 from train.errors import UserError
 from train.files import atomic_write
 from train.logger import RunLogger
+from train.model.attention_choice import check_attention
 from train.run import RunFolder, new_run_id, open_run_folder
 from train.settings import Override, override_line
 from train.stages import artifact_stage, evaluate_stage, prepare_data, quantize_stage, train_stage
@@ -76,6 +77,7 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
             prepare_data(config, ranks)
         config = config.replace(run_id=ranks.broadcast(new_run_id(config)))
         ranks.on_main(lambda: check_data(config))
+        ranks.on_main(lambda: check_attention(config, ranks.device))
         folder = ranks.on_main(lambda: held.enter_context(open_run_folder(config)))
         if ranks.is_main:
             clock.keep_in(folder.stages)

@@ -2,64 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from train.config import Config
+from train.model.attention_backends import causal_attention
+from train.model.documents import Documents
 from train.model.init import constant, matrix, zero_matrix
 from train.model.linear import linear
 from train.model.norm import rms_norm
 from train.model.rope import rotate
 
 Rotary = tuple[Tensor, Tensor]
-Core = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-
-def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """PyTorch's scaled dot-product attention; see `causal_attention`."""
-    rows, length = query.shape[1], key.shape[1]
-    if mask is None and rows < length:
-        # is_causal would let the first query see the first key alone
-        if query.is_cuda:
-            mask = causal_lower_right(rows, length)
-        else:
-            mask = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
-    heads_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
-    output = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return output.transpose(1, 2)
-
-
-BACKENDS: dict[str, Core] = {"sdpa": sdpa_attention}
-"""Attention cores by name; each takes and returns what `causal_attention` does."""
-
-
-def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, backend: str = "sdpa"
-) -> Tensor:
-    """Causal attention in which equal groups of query heads share a key and value head.
-
-    y[t, h] = Σ_{s ≤ t} softmax_s(q[t, h] · k[s, g] / √D) v[s, g], g = ⌊h · H_kv / H⌋
-
-    Args:
-        query: `(B, R, H, D)`, the last R of the T positions, in general all of them.
-        key: `(B, T, H_kv, D)`.
-        value: `(B, T, H_kv, D)`.
-        mask: `(B, 1, R, T)` bool that replaces the causal mask, True where a query may see a key.
-        backend: a name in `BACKENDS`.
-
-    Returns:
-        `(B, R, H, D)`.
-
-    Raises:
-        ValueError: no such back end.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown attention back end {backend!r}: expected one of {sorted(BACKENDS)}")
-    return BACKENDS[backend](query, key, value, mask)
 
 
 def remove_value_direction(output: Tensor, value: Tensor) -> Tensor:
@@ -134,7 +88,7 @@ class Attention(nn.Module):
         rotary: Rotary,
         *,
         extra_value: Tensor | None = None,
-        mask: Tensor | None = None,
+        documents: Documents | None = None,
         rows_from: int = 0,
     ) -> Tensor:
         """Attend.
@@ -143,18 +97,16 @@ class Attention(nn.Module):
             x: `(B, T, d)`, normed input.
             rotary: table of `train.model.rope.rotary_table` for T positions, in the dtype of `x`.
             extra_value: `(B, T, kv_dim)` added to the values before the split into heads.
-            mask: `(B, 1, T, T)` bool instead of the causal mask.
+            documents: where documents begin, if attention stays inside them.
             rows_from: first position whose output is wanted; all positions serve as keys and values.
 
         Returns:
             `(B, T - rows_from, d)`, not yet scaled or added.
         """
-        if rows_from and mask is not None:
-            mask = mask[:, :, rows_from:]
         cosine, sine = rotary
         query = self.queries(x[:, rows_from:], (cosine[rows_from:], sine[rows_from:]))
         key, value = self.keys_values(x, rotary, extra_value)
-        output = causal_attention(query, key, value, mask=mask, backend=self.backend)
+        output = causal_attention(query, key, value, documents=documents, backend=self.backend)
         return self.project(output, value[:, rows_from:])
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from train.config import Config
 from train.model.attention import Attention, Rotary
+from train.model.documents import Documents
 from train.model.init import parameter
 from train.model.mlp import MLP
 from train.model.norm import layer_scale, rms_norm
@@ -24,13 +25,13 @@ class BlockInputs(NamedTuple):
         x0: `(B, T, d)`, the embedding that every layer may mix in.
         rotary: rotary table for T positions.
         extra_value: `(B, T, kv_dim)` that joins the values, or None.
-        mask: `(B, 1, T, T)` bool attention mask, or None for plain causality.
+        documents: where documents begin if attention stays inside them, or None.
     """
 
     x0: Tensor
     rotary: Rotary
     extra_value: Tensor | None = None
-    mask: Tensor | None = None
+    documents: Documents | None = None
 
 
 class Block(nn.Module):
@@ -87,8 +88,10 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, inputs: BlockInputs, rows_from: int = 0) -> Tensor:
         """x + a ⊙ Attn(g · rms(x)), from position `rows_from` on."""
-        _, rotary, extra_value, mask = inputs
-        output = self.attention(self.normed(x), rotary, extra_value=extra_value, mask=mask, rows_from=rows_from)
+        _, rotary, extra_value, documents = inputs
+        output = self.attention(
+            self.normed(x), rotary, extra_value=extra_value, documents=documents, rows_from=rows_from
+        )
         return torch.addcmul(x[:, rows_from:], self.attn_scale.to(x.dtype), output)
 
     def feed(self, x: Tensor, *, residual: Tensor) -> Tensor:

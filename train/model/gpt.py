@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
 from train.config import Config
 from train.model.block import BLOCK_MATRICES, Block, BlockInputs
-from train.model.documents import document_mask, document_starts
+from train.model.documents import Documents, document_starts
 from train.model.embeddings import BigramHash, TokenEmbedding, ValueEmbedding
 from train.model.head import head_logits
 from train.model.init import constant, parameter
@@ -169,7 +169,7 @@ class GPT(nn.Module):
         return mlp_lane + mix * (x - mlp_lane)
 
     def embed(self, ids: Tensor) -> Shared:
-        """What is known before the first layer: x0 = smear(rms(E[ids] + bigram)), rotary table, values, mask.
+        """What is known before the first layer: x0 = smear(rms(E[ids] + bigram)), rotary table, values.
 
         Args:
             ids: `(B, T)` int64 token ids.
@@ -188,9 +188,9 @@ class GPT(nn.Module):
         length, rotary_dims = ids.shape[1], config.rope_dims or config.head_dim
         base = ntk_base(config.rope_base, rotary_dims, length, config.rope_train_seq_len)
         rotary = rotary_table(length, rotary_dims, base, dtype=dtype, device=ids.device)
-        mask = document_mask(ids) if config.document_masking else None
+        documents = Documents.of(ids) if config.document_masking else None
         values = None if self.ve is None else self.ve(ids, dtype)
-        return Shared(BlockInputs(x, rotary, None, mask), values)
+        return Shared(BlockInputs(x, rotary, None, documents), values)
 
     def _enter(self, step: Step, stream: Stream, saved: dict[int, Tensor]) -> Stream:
         x, mlp_lane = stream

@@ -1,0 +1,191 @@
+"""Every attention back end against the softmax written out; libraries that need a Hopper GPU are stood in for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import types
+
+import pytest
+import torch
+
+from train.config import Config
+from train.errors import UserError
+from train.model import attention_backends, attention_choice
+from train.model.attention import Attention
+from train.model.attention_backends import BACKENDS, causal_attention
+from train.model.attention_choice import check_attention, choose_attention, use_attention
+from train.model.documents import Documents
+from train.model.gpt import GPT
+
+CPU = torch.device("cpu")
+ON_CPU = sorted(name for name, backend in BACKENDS.items() if backend.problem(CPU, torch.float64, 8) is None)
+
+
+def heads(count: int, *, seed: int, length: int = 7, dim: int = 6) -> torch.Tensor:
+    return torch.randn(2, length, count, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(q)
+    group = q.shape[2] // k.shape[2]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            scores = q[b, :, h] @ k[b, :, h // group].T / math.sqrt(q.shape[-1])
+            weights = torch.where(allowed[b], scores.exp(), torch.zeros_like(scores))
+            out[b, :, h] = weights / weights.sum(-1, keepdim=True) @ v[b, :, h // group]
+    return out
+
+
+class FlashLibrary(types.ModuleType):
+    """The two functions of a FlashAttention release, by the formula: `(B, T, H, D)`, and pieces of one long row."""
+
+    def __init__(self, *, with_sums: bool) -> None:
+        super().__init__("flash")
+        self.with_sums = with_sums
+
+    def _result(self, output: torch.Tensor) -> object:
+        return (output, output.sum(-1)) if self.with_sums else output
+
+    def flash_attn_func(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> object:
+        assert causal
+        rows, length = q.shape[1], k.shape[1]
+        allowed = torch.ones(q.shape[0], rows, length, dtype=torch.bool).tril(length - rows)
+        return self._result(softmax_attention(q, k, v, allowed))
+
+    def flash_attn_varlen_func(
+        self, q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal
+    ) -> object:  # fmt: skip
+        assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
+        output = torch.full_like(q, math.nan)
+        for begin, end in itertools.pairwise(cu_seqlens_q.tolist()):
+            assert end - begin <= max_seqlen_q == max_seqlen_k
+            piece = slice(int(begin), int(end))
+            allowed = torch.ones(1, int(end - begin), int(end - begin), dtype=torch.bool).tril()
+            output[piece] = softmax_attention(q[None, piece], k[None, piece], v[None, piece], allowed)[0]
+        return self._result(output)
+
+
+@pytest.fixture(params=[*ON_CPU, "fa3", "fa4"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    library = FlashLibrary(with_sums=request.param == "fa4")
+    monkeypatch.setattr(attention_backends, "_library", lambda name: library)
+    return request.param
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_equals_softmax_over_the_past_in_groups(backend: str, kv_heads: int) -> None:
+    q, k, v = heads(4, seed=0), heads(kv_heads, seed=1), heads(kv_heads, seed=2)
+    allowed = torch.ones(2, 7, 7, dtype=torch.bool).tril()
+    found = causal_attention(q, k, v, backend=backend)
+    torch.testing.assert_close(found, softmax_attention(q, k, v, allowed), rtol=0, atol=1e-12)
+
+
+def test_documents_bound_attention(backend: str) -> None:
+    ids = torch.full((2, 70), 5)
+    ids[0, 0] = ids[0, 33] = ids[1, 2] = ids[1, 69] = 1
+    q, k, v = (heads(count, seed=seed, length=70) for seed, count in enumerate((4, 2, 2)))
+    documents = Documents.of(ids)
+    found = causal_attention(q, k, v, documents=documents, backend=backend)
+    torch.testing.assert_close(found, softmax_attention(q, k, v, documents.mask()[:, 0]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fewer_queries_than_keys_are_the_last_ones(backend: str, masked: bool) -> None:
+    q, k, v = (heads(count, seed=seed, length=9) for seed, count in enumerate((4, 2, 2)))
+    documents = Documents.of(torch.tensor([[1, 5, 5, 5, 1, 5, 5, 1, 5], [5] * 9])) if masked else None
+    whole = causal_attention(q, k, v, documents=documents, backend="math")
+    last = causal_attention(q[:, 6:], k, v, documents=documents, backend=backend)
+    torch.testing.assert_close(last, whole[:, 6:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_back_end_compiles_into_one_graph(name: str, masked: bool) -> None:
+    documents = Documents.of(torch.tensor([[1, 5, 1, 5, 5]] * 2)) if masked else None
+    q, k, v = (heads(count, seed=seed, length=5).float() for seed, count in enumerate((4, 2, 2)))
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return causal_attention(q, k, v, documents=documents, backend=name)
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), attend(q, k, v), rtol=0, atol=1e-6)
+
+
+def test_unknown_back_end_is_named() -> None:
+    q = heads(2, seed=0)
+    with pytest.raises(ValueError, match=r"'flash9'.*sdpa"):
+        causal_attention(q, q, q, backend="flash9")
+
+
+@pytest.mark.parametrize("name", sorted(set(BACKENDS) - set(ON_CPU)))
+def test_a_back_end_that_cannot_run_says_why_and_what_can(name: str) -> None:
+    with pytest.raises(UserError, match=rf"attention: {name} cannot run: needs a CUDA GPU; these can: sdpa, math"):
+        check_attention(Config(attention=name), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "head_dim", "capability", "said"),
+    [
+        ("fa3", torch.float32, 64, (9, 0), "bfloat16 or float16, not float32"),
+        ("flash", torch.bfloat16, 4, (9, 0), "multiple of 8, not 4"),
+        ("fa3", torch.bfloat16, 64, (8, 0), "Hopper"),
+        ("fa3", torch.bfloat16, 64, (9, 0), "install FlashAttention 3"),
+        ("fa4", torch.bfloat16, 64, (9, 0), "pip install flash-attn-4"),
+    ],
+)
+def test_what_a_gpu_back_end_needs(
+    name: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: tuple[int, int],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention_backends, "_library", lambda name: ImportError("No module named 'x'"))
+    assert said in BACKENDS[name].problem(torch.device("cuda"), dtype, head_dim)
+
+
+def test_the_fastest_back_end_is_taken_and_the_others_are_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention_backends, "_library", lambda name: ImportError("No module named 'x'"))
+    seconds = {"sdpa": 2.0, "cudnn": 1.25, "flash": 2.5}
+    monkeypatch.setattr(attention_choice, "_measure", lambda names, *_: {name: seconds[name] for name in names})
+    name, reason = choose_attention(Config(compute_dtype="bfloat16"), torch.device("cuda"), 1)
+    assert name == "cudnn"
+    assert "cudnn 1.250, sdpa 2.000, flash 2.500" in reason and "fa4: No module named 'x': pip install" in reason
+
+
+def test_on_a_cpu_pytorch_chooses() -> None:
+    assert choose_attention(Config(), CPU, 1).name == "sdpa"
+    assert choose_attention(Config(attention="math"), CPU, 1) == ("math", "asked for")
+
+
+def test_every_layer_gets_the_back_end() -> None:
+    model = GPT(Config(num_layers=3, model_dim=16, num_heads=2, num_kv_heads=1))
+    use_attention(model, "math")
+    assert [module.backend for module in model.modules() if isinstance(module, Attention)] == ["math"] * 3
+
+
+@pytest.mark.gpu
+def test_every_back_end_that_runs_agrees_with_the_formula_on_the_gpu() -> None:
+    device = torch.device("cuda")
+    config = Config(train_seq_len=512, compute_dtype="bfloat16", document_masking=True)
+    q, k, v = (
+        torch.randn(2, 512, count, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for count in (8, 4, 4)
+    )
+    starts = torch.rand(2, 512, device=device) < 1 / 100
+    for documents in (None, Documents(starts)):
+        exact = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
+        expected = causal_attention(*exact, documents=documents, backend="math")
+        wanted = torch.autograd.grad(expected.square().sum(), exact)
+        for name, problem in check_attention(config, device).items():
+            if problem is not None:
+                continue
+            found = causal_attention(q, k, v, documents=documents, backend=name)
+            gradients = torch.autograd.grad(found.square().sum(), (q, k, v))
+            for ours, truth in zip((found, *gradients), (expected, *wanted), strict=True):
+                error = (ours.double() - truth).norm() / truth.norm()
+                assert error < 0.02, (name, float(error))
+    assert choose_attention(config, device, 2).name in BACKENDS

@@ -1,0 +1,161 @@
+"""The back ends of causal attention: FlashAttention 3 and 4 where installed, and PyTorch's own kernels by name."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+from train.model.documents import Documents
+
+Core = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
+
+
+class AttentionBackend(NamedTuple):
+    """One way to compute causal attention.
+
+    Attributes:
+        run: takes query, key, value and documents as `causal_attention` does, and returns what it does.
+        problem: why it cannot run for a device, compute dtype and head dimension, or None if it can.
+    """
+
+    run: Core
+    problem: Callable[[torch.device, torch.dtype, int], str | None]
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, documents: Documents | None = None, backend: str = "sdpa"
+) -> Tensor:
+    """Causal attention in which equal groups of query heads share a key and value head.
+
+    y[t, h] = Σ_{s ≤ t} softmax_s(q[t, h] · k[s, g] / √D) v[s, g], g = ⌊h · H_kv / H⌋
+
+    Args:
+        query: `(B, R, H, D)`, the last R of the T positions, in general all of them.
+        key: `(B, T, H_kv, D)`.
+        value: `(B, T, H_kv, D)`.
+        documents: where documents begin; s then runs over the query's own document alone.
+        backend: a name in `BACKENDS`.
+
+    Returns:
+        `(B, R, H, D)`.
+
+    Raises:
+        ValueError: no such back end.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention back end {backend!r}: expected one of {sorted(BACKENDS)}")
+    return BACKENDS[backend].run(query, key, value, documents)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+    rows, length = query.shape[1], key.shape[1]
+    mask = None if documents is None else documents.mask()[:, :, length - rows :]
+    if mask is None and rows < length:
+        # is_causal would let the first query see the first key alone
+        if query.is_cuda:
+            mask = causal_lower_right(rows, length)
+        else:
+            mask = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
+    heads_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    output = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return output.transpose(1, 2)
+
+
+def _sdpa_by(kernel: SDPBackend) -> Core:
+    def run(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+        # not every kernel takes a mask, so what needs one is left to PyTorch's choice
+        if documents is not None or query.shape[1] < key.shape[1]:
+            return _sdpa(query, key, value, documents)
+        with sdpa_kernel(kernel):
+            return _sdpa(query, key, value, None)
+
+    return run
+
+
+@functools.cache
+def _library(name: str) -> Any:
+    """An optional attention library, or the error that says why it cannot be had."""
+    if name == "fa4":
+        return _imported("flash_attn.cute")
+    library = _imported("flash_attn_interface")
+    if isinstance(library, ImportError) and not isinstance(hub := _imported("kernels"), ImportError):
+        try:
+            return hub.get_kernel("kernels-community/flash-attn3")
+        except OSError as error:
+            return ImportError(f"kernels-community/flash-attn3 cannot be downloaded: {error}")
+    return library
+
+
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        return error
+
+
+def _flash_library(name: str) -> Core:
+    def run(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+        library = _library(name)
+        if documents is not None and query.shape[1] < key.shape[1]:
+            # the last rows of a batch are no pieces of one long row
+            return _sdpa(query, key, value, documents)
+        if documents is None:
+            # fewer queries than keys are the last ones, also in this library
+            output = library.flash_attn_func(query, key, value, causal=True)
+        else:
+            offsets, longest = documents.offsets(), query.shape[1]
+            flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
+            output = library.flash_attn_varlen_func(
+                *flat, cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=longest, max_seqlen_k=longest, causal=True
+            )  # fmt: skip
+        # some releases return the logarithms of the softmax's sums beside the output
+        output = output[0] if isinstance(output, tuple) else output
+        return output.view_as(query)
+
+    return run
+
+
+def _anywhere(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    return None
+
+
+def _on_cuda(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device.type != "cuda":
+        return "needs a CUDA GPU"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    return None if head_dim % 8 == 0 else f"needs a head dimension that is a multiple of 8, not {head_dim}"
+
+
+def _with_library(name: str, remedy: str) -> Callable[[torch.device, torch.dtype, int], str | None]:
+    def problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        reason = _on_cuda(device, dtype, head_dim)
+        if reason is None and torch.cuda.get_device_capability(device)[0] < 9:
+            reason = "needs a Hopper GPU or a newer one"
+        if reason is None and isinstance(error := _library(name), ImportError):
+            reason = f"{error}: {remedy}"
+        return reason
+
+    return problem
+
+
+BACKENDS: dict[str, AttentionBackend] = {
+    "sdpa": AttentionBackend(_sdpa, _anywhere),
+    "fa3": AttentionBackend(
+        _flash_library("fa3"),
+        _with_library("fa3", "install FlashAttention 3 (its wheel is flash_attn_3), or pip install kernels"),
+    ),
+    "fa4": AttentionBackend(_flash_library("fa4"), _with_library("fa4", "pip install flash-attn-4")),
+    "cudnn": AttentionBackend(_sdpa_by(SDPBackend.CUDNN_ATTENTION), _on_cuda),
+    "flash": AttentionBackend(_sdpa_by(SDPBackend.FLASH_ATTENTION), _on_cuda),
+    "math": AttentionBackend(_sdpa_by(SDPBackend.MATH), _anywhere),
+}
+"""Back ends by name. "sdpa" lets PyTorch choose; "math" is the plain formula, for comparison."""

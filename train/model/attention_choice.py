@@ -1,0 +1,100 @@
+"""Which attention back end a run uses: the one asked for, or the fastest of those that can run, measured at its shapes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from train.config import Config
+from train.errors import UserError
+from train.model.attention import Attention
+from train.model.attention_backends import BACKENDS, causal_attention
+from train.model.documents import Documents
+from train.model.gpt import resolve_compute_dtype
+
+_ROUNDS = 5
+
+
+class AttentionChoice(NamedTuple):
+    """A back end's name and why it was taken."""
+
+    name: str
+    reason: str
+
+
+def check_attention(config: Config, device: torch.device) -> dict[str, str | None]:
+    """Why each back end cannot run, or None where it can.
+
+    Raises:
+        UserError: the back end that `config.attention` asks for cannot.
+    """
+    dtype = resolve_compute_dtype(config)
+    problems = {name: backend.problem(device, dtype, config.head_dim) for name, backend in BACKENDS.items()}
+    if (problem := problems.get(config.attention)) is not None:
+        able = ", ".join(name for name, other in problems.items() if other is None)
+        raise UserError(f"attention: {config.attention} cannot run: {problem}; these can: {able}")
+    return problems
+
+
+def choose_attention(config: Config, device: torch.device, sequences: int) -> AttentionChoice:
+    """Choose the attention back end.
+
+    Args:
+        config: `attention`, the head shapes, `train_seq_len` and `document_masking`.
+        device: where the run computes.
+        sequences: sequences in a micro-batch.
+
+    Returns:
+        The back end asked for; or, with `attention=auto`, PyTorch's own choice on a CPU and on a GPU the fastest in
+        forward + backward at the run's shapes.
+
+    Raises:
+        UserError: the back end asked for cannot run here.
+    """
+    problems = check_attention(config, device)
+    if config.attention != "auto":
+        return AttentionChoice(config.attention, "asked for")
+    if device.type != "cuda":
+        return AttentionChoice("sdpa", f"PyTorch's own choice on {device.type}")
+    names = [name for name, problem in problems.items() if problem is None and name != "math"]
+    times = _measure(names, config, device, resolve_compute_dtype(config), sequences)
+    fastest = min(times, key=times.__getitem__)
+    measured = ", ".join(f"{name} {time:.3f}" for name, time in sorted(times.items(), key=lambda item: item[1]))
+    absent = "".join(f"; {name}: {problem}" for name, problem in problems.items() if problem is not None)
+    return AttentionChoice(fastest, f"fastest, ms forward + backward: {measured}{absent}")
+
+
+def use_attention(model: nn.Module, name: str) -> None:
+    """Let every layer of `model` attend by the back end `name`."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.backend = name
+
+
+def _measure(
+    names: list[str], config: Config, device: torch.device, dtype: torch.dtype, sequences: int
+) -> dict[str, float]:
+    """Milliseconds of one layer's attention, forward and backward, the median of rounds in which all take turns."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (sequences, config.train_seq_len)
+    query, key, value = (
+        torch.randn(*shape, heads, config.head_dim, device=device, dtype=dtype, generator=generator).requires_grad_()
+        for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    )
+    documents = None
+    if config.document_masking:
+        documents = Documents(torch.rand(shape, device=device, generator=generator) < 1 / 512)
+    gradient = torch.randn(query.shape, device=device, dtype=dtype, generator=generator)
+    rounds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(_ROUNDS + 1):
+        for name, times in rounds.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            causal_attention(query, key, value, documents=documents, backend=name).backward(gradient)
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+    # the first round loads kernels and allocates
+    return {name: sorted(times[1:])[_ROUNDS // 2] for name, times in rounds.items()}
