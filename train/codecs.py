@@ -1,7 +1,8 @@
 """Lossless byte codecs by name, and the byte shuffle that some of them are helped by.
 
 Decoding never makes more than it was told to expect: a stream that ends early, goes on, or unpacks to another size is a
-`CodecError`. zlib, lzma and raw need nothing; brotli and zstd name the package to install where it is missing.
+`CodecError`. zlib, lzma and raw need nothing; brotli, zstd and ans name the package to install where it is missing. `ans` models the
+distribution of the data's rows and columns (`train.ans`); the others take them as they come.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 
 from golf_kernels import int6_pack, int6_unpack
-from train.errors import UserError
+from train.ans import ans_decode, ans_encode
+from train.errors import CodecError, MissingCodec
 
 SHUFFLE_MAGIC = b"BSHF"
 SHUFFLE_HEADER_BYTES = 5
@@ -31,14 +33,6 @@ _LZMA_LARGEST_DICTIONARY = 1 << 26
 _LZMA_MEMORY_BYTES = 2 * _LZMA_LARGEST_DICTIONARY
 
 
-class CodecError(UserError):
-    """Bytes that the codec cannot decode, or cannot encode."""
-
-
-class MissingCodec(UserError):
-    """The codec's library is not installed."""
-
-
 @dataclass(frozen=True)
 class Codec:
     """A lossless coder of bytes.
@@ -46,21 +40,27 @@ class Codec:
     Attributes:
         name: its name in `CODECS`.
         max_bits: it takes only bytes that are two's-complement numbers of at most so many bits.
+        shaped: it packs a matrix better when it knows its shape.
     """
 
     name: str
     max_bits: int
-    _encode: Callable[[bytes], bytes]
+    _encode: Callable[..., bytes]
     _decode: Callable[[bytes, int], bytes]
+    shaped: bool = False
 
-    def encode(self, data: bytes) -> bytes:
+    def encode(self, data: bytes, shape: tuple[int, int] | None = None) -> bytes:
         """Encode `data`; the same bytes give the same result.
+
+        Args:
+            data: any bytes.
+            shape: rows and columns of the matrices of bytes that it consists of, if it does: a hint for `shaped` codecs.
 
         Raises:
             MissingCodec: the library is not installed; the message says which to install.
             CodecError: a byte lies outside `max_bits`.
         """
-        return self._encode(data)
+        return self._encode(data, shape) if self.shaped else self._encode(data)
 
     def decode(self, data: bytes, size: int) -> bytes:
         """Decode to exactly `size` bytes.
@@ -238,6 +238,7 @@ CODECS: dict[str, Codec] = {
         Codec("zstd", 8, _zstd_encode, _zstd_decode),
         Codec("lzma", 8, _lzma_encode, _lzma_decode),
         Codec("zlib", 8, _zlib_encode, _zlib_decode),
+        Codec("ans", 8, ans_encode, ans_decode, shaped=True),
         Codec("raw", 8, bytes, _raw_decode),
         Codec("raw6", 6, _raw6_encode, _raw6_decode),
     )

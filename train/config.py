@@ -177,7 +177,7 @@ class Config:
     gptq_act_order: bool = setting(True, "quantize columns by falling Hessian diagonal")
     passthrough_max_elements: int = setting(65536, "tensors of at most this many elements stay in float16", low=0)
     codec: str = setting(
-        "brotli", "entropy coder of the artifact", choices=("brotli", "zstd", "lzma", "zlib", "raw", "raw6")
+        "brotli", "entropy coder of the artifact", choices=("brotli", "zstd", "lzma", "zlib", "ans", "raw", "raw6")
     )
     max_artifact_bytes: int = setting(16_000_000, "cap on code plus model, decimal bytes", low=1)
 

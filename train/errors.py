@@ -13,6 +13,14 @@ class UserError(Exception):
     """Something the user gave is wrong; the message names it, what was expected and what to do."""
 
 
+class CodecError(UserError):
+    """Bytes that a codec cannot decode, or cannot encode."""
+
+
+class MissingCodec(UserError):
+    """A codec's library is not installed."""
+
+
 def main_guard(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit: 0 or its own code, 2 with `error: …` on bad input, 130 on an interrupt."""
     try:

@@ -209,14 +209,28 @@ class _Plan:
     group: str
     type: str
     parts: list[bytes] = field(default_factory=list)
+    shapes: set[tuple[int, ...]] = field(default_factory=set)
+
+    @property
+    def floats(self) -> bool:
+        return self.type in _FLOAT_TYPES
+
+    @property
+    def byte_shape(self) -> tuple[int, int] | None:
+        """Rows and columns of the matrices of bytes that the section consists of; a float is a row. None: of several."""
+        if self.floats:
+            return sum(map(len, self.parts)) // ITEM_BYTES[self.type], ITEM_BYTES[self.type]
+        rows, columns = min(self.shapes)
+        return (rows, columns) if len(self.shapes) == 1 else None
 
 
 def _plan(tensors: Mapping[str, QuantizedTensor | Tensor]) -> tuple[list[_Plan], list[TensorEntry]]:
     plans: dict[tuple[str, str], _Plan] = {}
 
-    def append(group: str, kind: str, content: bytes) -> int:
+    def append(group: str, kind: str, tensor: Tensor) -> int:
         plan = plans.setdefault((group, kind), _Plan(group, kind))
-        plan.parts.append(content)
+        plan.parts.append(_to_bytes(tensor))
+        plan.shapes.add(tuple(tensor.shape))
         return list(plans).index((group, kind))
 
     entries = []
@@ -224,8 +238,8 @@ def _plan(tensors: Mapping[str, QuantizedTensor | Tensor]) -> tuple[list[_Plan],
         group = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
         if isinstance(tensor, QuantizedTensor):
             _check_codes(name, tensor)
-            section = append(group, f"int{tensor.bits}", _to_bytes(tensor.codes))
-            scales = append("row scales", "float16", _to_bytes(tensor.scales))
+            section = append(group, f"int{tensor.bits}", tensor.codes)
+            scales = append("row scales", "float16", tensor.scales)
             entries.append(TensorEntry(name, tuple(tensor.shape), section, scales))
             continue
         if tensor.dtype not in _FLOAT_NAMES:
@@ -234,7 +248,7 @@ def _plan(tensors: Mapping[str, QuantizedTensor | Tensor]) -> tuple[list[_Plan],
             )
         _need_finite(name, tensor)
         own = group if tensor.numel() >= _OWN_SECTION_ELEMENTS else "small tensors"
-        section = append(own, _FLOAT_NAMES[tensor.dtype], _to_bytes(tensor))
+        section = append(own, _FLOAT_NAMES[tensor.dtype], tensor)
         entries.append(TensorEntry(name, tuple(tensor.shape), section, None))
     return list(plans.values()), entries
 
@@ -260,13 +274,14 @@ def _need_finite(name: str, tensor: Tensor) -> None:
 
 def _encode(plan: _Plan, content: bytes, codec: Codec) -> tuple[Section, bytes]:
     """The smallest of the codec, for floats also after a shuffle, and no codec at all; the first of equals."""
-    floats = plan.type in _FLOAT_TYPES
     choices = [("raw", 0, content)]
-    if codec.max_bits == 8 or (not floats and int(plan.type.removeprefix("int")) <= codec.max_bits):
-        choices.append((codec.name, 0, codec.encode(content)))
-        if floats:
-            stride = ITEM_BYTES[plan.type]
-            choices.append((codec.name, stride, codec.encode(byte_shuffle(content, stride))))
+    if codec.max_bits == 8 or (not plan.floats and int(plan.type.removeprefix("int")) <= codec.max_bits):
+        choices.append((codec.name, 0, codec.encode(content, plan.byte_shape)))
+    if plan.floats and codec.max_bits == 8:
+        # a codec that takes the shape has the planes apart already, but does not look for repetitions
+        shuffler = CODECS["lzma"] if codec.shaped else codec
+        stride = ITEM_BYTES[plan.type]
+        choices.append((shuffler.name, stride, shuffler.encode(byte_shuffle(content, stride))))
     name, stride, packed = min(choices, key=lambda choice: len(choice[2]))
     return Section(plan.group, plan.type, name, stride, len(content), len(packed), zlib.crc32(packed)), packed
 
