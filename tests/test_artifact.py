@@ -185,7 +185,7 @@ def test_every_setting_that_the_model_reads_is_stored_or_of_no_matter() -> None:
     }
     derived = {"head_dim", "kv_dim", "mlp_hidden", "replace"}
     initial = {"orthogonal_init", "qk_gain_init", "tied_embed_init_std"}
-    callers = {"compute_dtype", "device", "qat", "ve_proj_optimizer", "train_seq_len"}
+    callers = {"attention", "compute_dtype", "device", "qat", "ve_proj_optimizer", "train_seq_len"}
     assert read - derived - initial - callers <= set(MODEL_FIELDS)
     # computed from, not read by name
     assert set(MODEL_FIELDS) - read <= {"num_kv_heads", "mlp_mult"}
