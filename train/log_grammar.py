@@ -16,6 +16,8 @@ SEPARATOR = "=" * 100
 
 _NUMBER = r"(?:\d+(?:\.\d+)?|nan|inf)"
 _RESULT = rf"val_loss:(?P<val_loss>{_NUMBER}) val_bpb:(?P<val_bpb>{_NUMBER})"
+# how the packed weights are named: int6+brotli, w6e16+zstd22
+_FORM = r"(?P<form>[a-z]\w*\+\S+)"
 _CLOCK = rf"train_time:(?P<train_time_ms>{_NUMBER})ms"
 
 # one line of a log each, matched from its first character; groups carry the names under which `parse_log` returns them
@@ -34,10 +36,14 @@ GRAMMAR: dict[str, re.Pattern[str]] = {
     ),
     "size_raw": re.compile(r"Serialized model: (?P<bytes>\d+) bytes\b"),
     "size_code": re.compile(r"Code size: (?P<bytes>\d+) bytes\b"),
-    "size_model": re.compile(r"Serialized model (?P<form>int\d+\+\S+): (?P<bytes>\d+) bytes\b"),
-    "size_total": re.compile(r"Total submission size (?P<form>int\d+\+\S+): (?P<bytes>\d+) bytes\b"),
+    "size_model": re.compile(rf"Serialized model {_FORM}: (?P<bytes>\d+) bytes\b"),
+    "size_total": re.compile(rf"Total submission size {_FORM}: (?P<bytes>\d+) bytes\b"),
     "final": re.compile(
-        rf"final_(?P<name>\w+?) {_RESULT}(?: stride:(?P<stride>\d+))?(?: eval_time:(?P<eval_time_ms>{_NUMBER})ms)?"
+        rf"final_(?P<name>\w+?) (?:stride:\d+ )?{_RESULT}(?: stride:(?P<stride>\d+))?(?: eval_time:(?P<eval_time_ms>{_NUMBER})ms)?"
+    ),
+    # what reads training data behind the last step: the Hessians of GPTQ
+    "calibration": re.compile(
+        rf"(?i:gptq):\S*(?:loop-aware )?(?:calibrated|collected)\b.* in (?P<calibration_s>{_NUMBER})s\b"
     ),
     "train_loader": re.compile(r"train_loader:dataset:(?P<dataset>\S+) train_shards:(?P<train_shards>\d+)\b"),
     "model_params": re.compile(r"model_params:(?P<model_params>\d+)\b"),
@@ -57,7 +63,8 @@ def parse_log(path: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         `steps` and `vals`: step → numbers of its line; `finals`: name (`int6_roundtrip_exact`, …) → numbers;
         `sizes`: `raw`, `code`, `model`, `total` → bytes; `form`: e.g. `int6+brotli`; `warmup_steps`; `facts`: the
-        key:value lines; `stopping_early`, `peak_memory`: numbers, or None where the log has no such line.
+        key:value lines; `lines`: the text behind the header; `stopping_early`, `peak_memory`: numbers, or None where the
+        log has no such line.
 
     Raises:
         UserError: there is no such file.
@@ -66,9 +73,10 @@ def parse_log(path: str | os.PathLike[str]) -> dict[str, Any]:
         lines = Path(path).read_bytes().decode(errors="replace").split("\n")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such log") from error
+    lines = lines[_header_length(lines) :]
     found: dict[str, Any] = {"steps": {}, "vals": {}, "finals": {}, "sizes": {}, "facts": {}, "form": None}
-    found |= {"warmup_steps": 0, "stopping_early": None, "peak_memory": None}
-    for line in lines[_header_length(lines) :]:
+    found |= {"lines": lines, "warmup_steps": 0, "stopping_early": None, "peak_memory": None}
+    for line in lines:
         for kind, pattern in GRAMMAR.items():
             match = pattern.match(line)
             if match:
@@ -97,8 +105,10 @@ def _store(found: dict[str, Any], kind: str, values: dict[str, Any]) -> None:
 
 
 def _header_length(lines: list[str]) -> int:
-    # the source may hold lines that look like results, so reading begins behind the versions' closing separator
-    versions = next((number for number, line in enumerate(lines) if line.startswith("Running Python ")), None)
+    # the source may hold lines that look like results, so reading begins behind the versions' closing separator; a file
+    # to which several runs were written counts from its last one
+    heads = [number for number, line in enumerate(lines) if line.startswith("Running Python ")]
+    versions = heads[-1] if heads else None
     if versions is None or SEPARATOR not in lines[versions:]:
         return 0
     return lines.index(SEPARATOR, versions) + 1

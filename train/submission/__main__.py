@@ -41,6 +41,15 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> int:
+    from train.submission.evidence import read_evidence
+    from train.submission.rules import Verdict, judge, judgement_text
+
+    findings = judge(read_evidence(arguments.folder))
+    print(judgement_text(findings))
+    return int(any(finding.verdict is Verdict.FAILS for finding in findings))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train.submission",
@@ -82,6 +91,18 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("a", metavar="A", help="the new record")
     compare.add_argument("b", metavar="B", help="the one it wants to beat")
     compare.set_defaults(run=_compare)
+
+    check = command(
+        "check",
+        "judge a record folder, ours or another's, by the rules",
+        "Each rule as a line: verdict, rule, what was found, limit. Exit code 1 if one fails. What the README, the json and the "
+        "logs do not show is said, not guessed.",
+        "check records/mine",
+    )
+    check.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="README.md, submission.json, logs and script of a record"
+    )
+    check.set_defaults(run=_check)
     return parser
 
 

@@ -1,0 +1,183 @@
+"""Logs, submission.json and README must say the same, to the last digit that they give."""
+
+from __future__ import annotations
+
+import re
+from decimal import ROUND_DOWN, ROUND_HALF_EVEN, ROUND_HALF_UP, Decimal
+from typing import Any
+
+from train.submission.evidence import Evidence, logged_numbers, mean_and_deviation
+from train.submission.rules.finding import Finding, fails, holds, judged, unseen
+
+_COMPARED = (
+    "val_loss",
+    "val_bpb",
+    "artifact_bytes",
+    "bytes_model",
+    "steps",
+    "step_avg_ms",
+    "train_time_s",
+    "eval_time_s",
+)
+# a clock in a json may be rounded from more digits than the log has
+_CLOCKS = {"step_avg_ms": Decimal("0.01"), "train_time_s": Decimal("0.001"), "eval_time_s": Decimal("0.001")}
+_SCORE_DECIMALS = 8
+# numbers of so many decimals are not alike by chance
+_LONG = 6
+
+
+def logs(evidence: Evidence) -> Finding:
+    rule = "logs run to their final score"
+    if not evidence.logs:
+        return unseen(rule, "no log")
+    cut = [log.path.name for log in evidence.logs if log.score is None]
+    return judged(rule, not cut, f"cut short: {', '.join(cut)}" if cut else f"all {len(evidence.logs)}")
+
+
+def json_and_logs(evidence: Evidence) -> Finding:
+    rule = "submission.json agrees with the logs"
+    if not evidence.submission or not evidence.logs:
+        return unseen(rule, "no log" if evidence.submission else "no submission.json")
+    compared, wrong = 0, []
+    for log in evidence.logs:
+        found = evidence.seed_results.get(log.seed, {})
+        if not found and len(evidence.logs) == 1:
+            found = {name: evidence.submission.get(name) for name in ("val_loss", "val_bpb")}
+        measured: dict[str, Any] = logged_numbers(log)
+        if "bytes_code" in measured and measured["bytes_code"] != evidence.submission.get("bytes_code"):
+            # the shipped script is another form of what ran: its total is the sum that the rule on size checks
+            measured.pop("artifact_bytes", None)
+        for name in _COMPARED:
+            if isinstance(found.get(name), (int, float)) and name in measured:
+                compared += 1
+                if not _agree(found[name], measured[name], _CLOCKS.get(name)):
+                    wrong.append(f"{log.path.name}: {name} is {measured[name]}, json says {found[name]}")
+    if wrong:
+        return fails(rule, "; ".join(wrong))
+    if not compared:
+        return unseen(rule, "no seed of the json has a log")
+    return holds(rule, f"{compared} numbers")
+
+
+def means(evidence: Evidence) -> Finding:
+    """Mean and deviation of the json must be those of its seeds; either deviation is taken."""
+    rule = "mean and deviation are those of the seeds"
+    wrong, compared = [], 0
+    for name in ("val_bpb", "val_loss"):
+        values = [evidence.result(seed).get(name) for seed in evidence.seeds]
+        known = [value for value in values if value is not None]
+        stated = evidence.submission.get(name)
+        if len(known) != len(values) or not known or not isinstance(stated, (int, float)):
+            continue
+        mean, deviation = mean_and_deviation(known)
+        compared += 1
+        if not _agree(stated, mean):
+            wrong.append(f"{name} {stated}, of the seeds {mean:.8f}")
+        stated = evidence.submission.get(f"{name}_std")
+        if deviation is not None and isinstance(stated, (int, float)):
+            compared += 1
+            population = deviation * ((len(known) - 1) / len(known)) ** 0.5
+            if not (_agree(stated, deviation) or _agree(stated, population)):
+                wrong.append(f"{name}_std {stated}, of the seeds {deviation:.8f}")
+    if wrong:
+        return fails(rule, "; ".join(wrong))
+    return holds(rule, f"{compared} numbers") if compared else unseen(rule, "no scores per seed")
+
+
+def readme(evidence: Evidence) -> Finding:
+    """A number in the README that is one digit from a measured one, and no rounding of any, is a slip."""
+    rule = "README agrees with json and logs"
+    if not evidence.readme:
+        return unseen(rule, "no README.md")
+    known = _known_numbers(evidence)
+    if not known:
+        return unseen(rule, "no measured number to compare with")
+    wrong: list[str] = []
+    matched = 0
+    for text in re.findall(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?![\w]|\.\d)", evidence.readme):
+        plain = text.replace(",", "").rstrip(".")
+        decimals = len(plain.partition(".")[2])
+        if decimals < 4 and len(plain.partition(".")[0]) < 6:
+            continue
+        if any(_rounds_to(value, plain) for value in known):
+            matched += 1
+            continue
+        if decimals >= _LONG or (decimals == 0 and len(plain) >= 6):
+            near = next((value for value in known if _one_digit_apart(plain, _written(value, decimals))), None)
+            if near is not None:
+                wrong.append(f"{text} in README.md, {_written(near, decimals)} measured")
+    for seed in evidence.seeds:
+        wrong += _row_slips(evidence, seed)
+    if wrong:
+        return fails(rule, "; ".join(dict.fromkeys(wrong)))
+    stated = evidence.submission.get("val_bpb")
+    if isinstance(stated, (int, float)) and not matched:
+        return unseen(rule, f"the score {stated} is not in README.md")
+    return holds(rule, f"{matched} numbers of README.md are measured ones")
+
+
+def _row_slips(evidence: Evidence, seed: str) -> list[str]:
+    """Cells in the seed's rows of tables that are up to two units of their last digit from a score of the seed."""
+    result = evidence.result(seed)
+    scores = [Decimal(str(result[name])) for name in ("val_bpb", "val_loss") if name in result]
+    values = [*scores, *(value for log in evidence.logs if log.seed == seed for value in _log_numbers(log.log))]
+    slips = []
+    for row in re.findall(rf"^\|\s*\**{re.escape(seed)}\**\s*\|(.*)\|\s*$", evidence.readme, re.MULTILINE):
+        for cell in re.findall(r"(?<![\w.])\d\.\d{4,5}(?!\d)", row):
+            unit = Decimal(1).scaleb(-len(cell.partition(".")[2]))
+            if any(_rounds_to(value, cell) for value in values):
+                continue
+            near = next((value for value in scores if abs(value - Decimal(cell)) <= 2 * unit), None)
+            if near is not None:
+                slips.append(f"{cell} in README.md's row of seed {seed}, {near} measured")
+    return slips
+
+
+def _known_numbers(evidence: Evidence) -> set[Decimal]:
+    found = {Decimal(str(value)) for value in evidence.submission.values() if _is_number(value)}
+    for seed in evidence.seeds:
+        found |= {Decimal(str(value)) for value in evidence.result(seed).values()}
+        found |= {Decimal(str(value)) for value in evidence.seed_results.get(seed, {}).values() if _is_number(value)}
+    for log in evidence.logs:
+        found |= _log_numbers(log.log)
+    for name in ("val_bpb", "val_loss", "artifact_bytes"):
+        values = [evidence.result(seed)[name] for seed in evidence.seeds if name in evidence.result(seed)]
+        if values:
+            mean, deviation = mean_and_deviation(values)
+            found |= {Decimal(str(value)) for value in (mean, deviation) if value is not None}
+    return found
+
+
+def _log_numbers(log: dict[str, Any]) -> set[Decimal]:
+    parts = [log["sizes"], log["facts"], log["peak_memory"] or {}, *log["finals"].values(), *log["vals"].values()]
+    return {Decimal(str(value)) for part in parts for value in part.values() if _is_number(value)}
+
+
+def _agree(stated: float, measured: float, slack: Decimal | None = None) -> bool:
+    a, b = Decimal(str(stated)), Decimal(str(measured))
+    if slack is not None and abs(a - b) <= slack:
+        return True
+    fewer, more = sorted((a, b), key=lambda value: -int(value.as_tuple().exponent))
+    if fewer.as_tuple().exponent == 1 - _SCORE_DECIMALS:
+        # a number of 8 decimals whose last one is 0 has lost it
+        return _rounds_to(more, format(fewer, "f") + "0")
+    return _rounds_to(more, format(fewer, "f"))
+
+
+def _rounds_to(value: Decimal, text: str) -> bool:
+    """Whether `text` is `value` rounded or cut to the digits that it gives."""
+    unit = Decimal(1).scaleb(-len(text.partition(".")[2]))
+    wanted = Decimal(text)
+    return any(value.quantize(unit, mode) == wanted for mode in (ROUND_HALF_EVEN, ROUND_HALF_UP, ROUND_DOWN))
+
+
+def _written(value: Decimal, decimals: int) -> str:
+    return format(value.quantize(Decimal(1).scaleb(-decimals), ROUND_HALF_EVEN), "f")
+
+
+def _one_digit_apart(a: str, b: str) -> bool:
+    return len(a) == len(b) and sum(x != y for x, y in zip(a, b, strict=True)) == 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) < 1e18

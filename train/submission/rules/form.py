@@ -1,0 +1,86 @@
+"""What a record folder must hold, how many seeds it needs, and on what and how it was run."""
+
+from __future__ import annotations
+
+import re
+
+from train.submission.evidence import Evidence
+from train.submission.rules.finding import Finding, holds, judged, unseen
+
+KEYS = (
+    "author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_bpb_std", "seeds", "seed_results",
+    "bytes_total", "bytes_code", "hardware",
+)  # fmt: skip
+SEEDS = 3
+_H100 = r"\b8\s*[x×]\s*(?:NVIDIA\s+)?H100"
+# variables that are for the launcher and the libraries, not for the script
+_FOREIGN_VARIABLES = re.compile(
+    r"^(NCCL|CUDA|OMP|MKL|TORCH|TORCHINDUCTOR|PYTORCH|PYTHON|HF|TRITON|MASTER|WORLD|RANK|LOCAL|LD|XDG)(_|$)|^(PATH|NPROC|HOME)$"
+)
+
+
+def files(evidence: Evidence) -> Finding:
+    missing = [name for name in ("README.md", "submission.json") if not (evidence.path / name).is_file()]
+    missing += [] if evidence.logs else ["a training log"]
+    missing += [] if evidence.script else ["train_gpt.py"]
+    if evidence.problem:
+        missing.append(f"a readable submission.json ({evidence.problem})")
+    value = (
+        f"missing: {', '.join(missing)}"
+        if missing
+        else f"README.md, submission.json, {len(evidence.logs)} logs, script"
+    )
+    return judged("the files of a record", not missing, value)
+
+
+def keys(evidence: Evidence) -> Finding:
+    rule = "the 14 common keys of submission.json"
+    if not evidence.submission:
+        return unseen(rule, "no submission.json")
+    missing = [key for key in KEYS if evidence.submission.get(key) in (None, "", [], {})]
+    return judged(rule, not missing, f"missing or empty: {', '.join(missing)}" if missing else "all there")
+
+
+def seeds(evidence: Evidence) -> Finding:
+    found = evidence.seeds
+    named = evidence.submission.get("seeds")
+    if isinstance(named, list) and found and sorted(map(str, named)) != sorted(found):
+        value = f"json names {', '.join(map(str, named))}; scores are there of {', '.join(found)}"
+        return judged("seeds", False, value, f"at least {SEEDS}")
+    value = f"{len(found)}: {', '.join(found)}" if found else "none with a score"
+    return judged("seeds", len(found) >= SEEDS, value, f"at least {SEEDS}")
+
+
+def hardware(evidence: Evidence) -> Finding:
+    rule, limit = "hardware", "8 × H100 SXM"
+    stated = str(evidence.submission.get("hardware") or "")
+    if not stated:
+        found = re.search(rf"{_H100}[\w ]*", evidence.readme, re.IGNORECASE)
+        stated = found[0].strip() if found else ""
+    if not stated:
+        return unseen(rule, "named neither in submission.json nor in README.md", limit)
+    good = re.search(_H100, stated, re.IGNORECASE) and "pcie" not in stated.lower()
+    return judged(rule, bool(good), stated, limit)
+
+
+def command(evidence: Evidence) -> Finding:
+    """The variables that the README sets must be ones that the script reads, or the command reproduces another run."""
+    rule = "README's command sets variables that the script reads"
+    blocks = re.findall(r"```(?:bash|sh|shell)?\n(.*?)```|^((?: {4}.*\n)+)", evidence.readme, re.DOTALL | re.MULTILINE)
+    text = "\n".join(part for block in blocks for part in block)
+    variables = sorted(
+        {name for name in re.findall(r"(?:^|[\s;])([A-Z][A-Z0-9_]+)=", text) if not _FOREIGN_VARIABLES.search(name)}
+    )
+    if not variables:
+        return unseen(rule, "no command with variables in README.md")
+    if evidence.script is None:
+        return unseen(rule, f"{len(variables)} variables, but no script")
+    sources = [evidence.script, *evidence.package]
+    source = "\n".join(path.read_text(errors="replace") for path in sources)
+    if "b85decode" in source and len(source.splitlines()) < 20:
+        return unseen(rule, f"{len(variables)} variables, but the script is compressed")
+    # a settings dataclass has the name in lower case
+    ignored = [name for name in variables if not re.search(rf"\b({name}|{name.lower()})\b", source)]
+    if ignored:
+        return judged(rule, False, f"ignored: {', '.join(ignored)}")
+    return holds(rule, f"all {len(variables)}")

@@ -1,0 +1,139 @@
+"""The score: of which text, every token once, in bytes that were counted right.
+
+val_bpb = val_loss / ln 2 · tokens / bytes, so a pair of published numbers gives away how many bytes a token was charged
+with, to eight digits: enough to tell one validation text, one tokenizer and one rule of scoring from another.
+"""
+
+from __future__ import annotations
+
+import math
+
+from train.data.tokenizer import load_tokenizer
+from train.errors import UserError
+from train.submission.evidence import Evidence
+from train.submission.rules.finding import Finding, fails, holds, judged, unseen
+
+# two pairs of numbers with 8 decimals agree to this
+_SAME = 3e-8
+# validation texts: name → scored tokens, bytes; from the published logs
+TEXTS = {
+    "sp1024": (62_021_632, 151_080_362),
+    "sp1024, older export": (63_779_840, 155_769_746),
+    "sp2048": (50_905_088, 150_746_272),
+    "sp4096": (45_508_608, 151_074_052),
+    "sp4096 of #1285": (45_514_752, 151_074_924),
+    "sp8192": (40_540_160, 151_078_222),
+    "CaseOps sp8192": (47_851_520, 151_084_309),
+}
+# bytes of the last 64 tokens, which the older rule scores 31 times more
+_TAIL_TOKENS, _TAIL_BYTES = 31 * 64, {"sp1024": 4_434, "sp4096": 4_991}
+
+
+def text(evidence: Evidence) -> Finding:
+    rule, limit = "the challenge's validation text", "FineWeb's first 50,000 documents"
+    facts = evidence.submission.get("evaluation")
+    if isinstance(facts, dict) and isinstance(facts.get("validation_tokens"), int):
+        tokens = facts["validation_tokens"]
+        names = [name for name, (known, _) in TEXTS.items() if known == tokens]
+        return judged(rule, bool(names), f"{tokens:,} tokens: {names[0] if names else 'another text'}", limit)
+    sizes = _bytes_per_token(evidence)
+    if not sizes:
+        return unseen(rule, "no val_loss beside a val_bpb", limit)
+    near = {
+        name for name, (tokens, size) in TEXTS.items() for value in sizes.values() if _close(value, size / tokens, 1e-4)
+    }
+    value = f"{next(iter(sizes.values())):.7f} bytes per token"
+    if near:
+        return holds(rule, f"{value}: {', '.join(sorted(near))}", limit)
+    return unseen(rule, f"{value}, which is no published tokenizer's", limit)
+
+
+def once(evidence: Evidence) -> Finding:
+    rule = "every token scored once"
+    facts = evidence.submission.get("evaluation")
+    if isinstance(facts, dict) and {"tokens", "validation_tokens", "rule"} <= set(facts):
+        value = f"{facts['tokens']:,} of {facts['validation_tokens']:,} tokens, rule {facts['rule']}"
+        return judged(rule, facts["tokens"] == facts["validation_tokens"] and facts["rule"] in ("once", "flat"), value)
+    for log in evidence.logs:
+        finals = {name: final for name, final in log.log["finals"].items() if name.endswith("_exact")}
+        flat = next((final for name, final in finals.items() if "roundtrip" in name), None)
+        if flat and log.score and flat is not log.score:
+            expected, found = _ratio(flat), _ratio(log.score)
+            if not _close(found, expected, _SAME):
+                return fails(
+                    rule,
+                    f"{log.path.name}: {found:.7f} bytes per token in the score, {expected:.7f} in the flat evaluation{_tail(found)}",
+                )
+    sizes = _bytes_per_token(evidence)
+    for source, value in sizes.items():
+        if _tail(value):
+            return fails(rule, f"{source}: {value:.7f} bytes per token{_tail(value)}")
+    known = [
+        name for name, (tokens, size) in TEXTS.items() if all(_close(v, size / tokens, _SAME) for v in sizes.values())
+    ]
+    if sizes and known:
+        return holds(rule, f"{next(iter(sizes.values())):.7f} bytes per token, as {known[0]} has when each counts once")
+    if any("roundtrip" in name for log in evidence.logs for name in log.log["finals"]) and sizes:
+        return holds(rule, "bytes per token as in the flat evaluation, to 8 digits")
+    return unseen(rule, "how many tokens were scored is not written down")
+
+
+def tokenizer(evidence: Evidence) -> Finding:
+    rule = "tokenizer counts bytes right"
+    models = sorted(evidence.path.rglob("*.model"))
+    for model in models:
+        size = _pieces(model)
+        try:
+            load_tokenizer(model, size)
+        except UserError as error:
+            return fails(rule, f"{model.name}: {str(error).partition(': ')[2]}")
+    if models:
+        return holds(rule, f"{', '.join(model.name for model in models)}: a piece for the space, 256 byte pieces")
+    facts = evidence.submission.get("tokenizer")
+    if isinstance(facts, dict) and "counts_bytes" in facts:
+        return judged(rule, facts["counts_bytes"] is True, f"{facts.get('finding', '')}")
+    sizes = _bytes_per_token(evidence)
+    known = [
+        name for name, (tokens, size) in TEXTS.items() if any(_close(v, size / tokens, 1e-4) for v in sizes.values())
+    ]
+    if known:
+        return holds(rule, f"{next(iter(sizes.values())):.7f} bytes per token, as published for {known[0]}")
+    return unseen(rule, "no tokenizer in the folder, and bytes per token that no published one has")
+
+
+def _bytes_per_token(evidence: Evidence) -> dict[str, float]:
+    """Source → bytes per token, from each pair of loss and bpb."""
+    pairs = {f"seed {seed}": evidence.result(seed) for seed in evidence.seeds}
+    if not pairs:
+        pairs = {"submission.json": evidence.submission}
+    return {
+        source: _ratio(pair)
+        for source, pair in pairs.items()
+        if all(isinstance(pair.get(name), (int, float)) and pair[name] > 0 for name in ("val_loss", "val_bpb"))
+    }
+
+
+def _ratio(pair: dict[str, float]) -> float:
+    return pair["val_loss"] / (pair["val_bpb"] * math.log(2))
+
+
+def _tail(value: float) -> str:
+    for name, extra in _TAIL_BYTES.items():
+        tokens, size = TEXTS[name]
+        if _close(value, (size + extra) / (tokens + _TAIL_TOKENS), _SAME):
+            return f": {name} with its last 64 tokens scored 32 times"
+    return ""
+
+
+def _close(a: float, b: float, tolerance: float) -> bool:
+    return math.isclose(a, b, rel_tol=tolerance)
+
+
+def _pieces(model: object) -> int:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return int(SentencePieceProcessor(model_file=str(model)).vocab_size())
+    except (OSError, RuntimeError):
+        # the loader names what is wrong with it
+        return 0

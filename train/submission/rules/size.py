@@ -1,0 +1,72 @@
+"""16,000,000 bytes, decimal, with everything that is shipped."""
+
+from __future__ import annotations
+
+from train.submission.evidence import Evidence
+from train.submission.rules.finding import Finding, fails, holds, judged, unseen
+
+CAP_BYTES = 16_000_000
+
+
+def cap(evidence: Evidence) -> Finding:
+    rule, limit = "code and model together", f"{CAP_BYTES:,} bytes"
+    totals = {f"seed {seed}": evidence.result(seed).get("artifact_bytes") for seed in evidence.seeds}
+    totals["submission.json"] = evidence.submission.get("bytes_total")
+    totals |= {log.path.name: log.log["sizes"].get("total") for log in evidence.logs}
+    known = {source: int(size) for source, size in totals.items() if isinstance(size, (int, float))}
+    if not known:
+        return unseen(rule, "no total in submission.json or in a log", limit)
+    source, largest = max(known.items(), key=lambda item: item[1])
+    spare = CAP_BYTES - largest
+    return judged(
+        rule,
+        spare >= 0,
+        f"{largest:,} ({source}), {f'{spare:,} to spare' if spare >= 0 else f'{-spare:,} too many'}",
+        limit,
+    )
+
+
+def code(evidence: Evidence) -> Finding:
+    """The code that is counted must be the code that is shipped."""
+    rule = "code that is counted"
+    counted = evidence.submission.get("bytes_code", evidence.submission.get("code_bytes"))
+    logged = sorted({log.log["sizes"]["code"] for log in evidence.logs if "code" in log.log["sizes"]})
+    if counted is None:
+        found = f", the logs say {', '.join(f'{size:,}' for size in logged)}" if logged else ""
+        return fails(rule, f"no bytes_code in submission.json{found}")
+    if evidence.script is None:
+        if not logged:
+            return unseen(rule, f"{counted:,} in submission.json, but neither script nor logged size")
+        return judged(rule, counted in logged, f"{counted:,}; the logs say {', '.join(f'{size:,}' for size in logged)}")
+    shipped = sum(path.stat().st_size for path in (evidence.script, *evidence.package))
+    if shipped != counted:
+        return fails(rule, f"{counted:,} in submission.json, {shipped:,} in the folder")
+    other = [f"{size:,}" for size in logged if size != counted]
+    return holds(rule, f"{shipped:,}" + (f"; the runs logged {', '.join(other)}" if other else ""))
+
+
+def parts(evidence: Evidence) -> Finding:
+    """total = model + code: what is more was shipped too, and must be named."""
+    rule = "total = model + code"
+    sums = []
+    for seed in evidence.seeds:
+        result = evidence.result(seed)
+        total = evidence.seed_results.get(seed, {}).get("artifact_bytes", result.get("artifact_bytes"))
+        code_bytes = evidence.submission.get("bytes_code", result.get("bytes_code"))
+        if total and "bytes_model" in result and code_bytes:
+            sums.append((f"seed {seed}", int(total), int(result["bytes_model"]), int(code_bytes)))
+    for log in evidence.logs:
+        sizes = log.log["sizes"]
+        if {"total", "model", "code"} <= set(sizes):
+            sums.append((log.path.name, sizes["total"], sizes["model"], sizes["code"]))
+    top = [evidence.submission.get(key) for key in ("bytes_total", "bytes_model", "bytes_code")]
+    if all(isinstance(size, int) for size in top):
+        sums.append(("submission.json", *top))  # type: ignore[arg-type]
+    if not sums:
+        return unseen(rule, "model bytes are neither in submission.json nor in a log")
+    wrong = [
+        f"{name}: {total:,} is {total - model - code_bytes:+,} from {model:,} + {code_bytes:,}"
+        for name, total, model, code_bytes in sums
+        if total != model + code_bytes
+    ]
+    return judged(rule, not wrong, "; ".join(wrong) or f"in {len(sums)} places")
