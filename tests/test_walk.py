@@ -79,7 +79,7 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    config = small(dataset, tmp_path_factory.mktemp("runs"))
+    config = small(dataset, tmp_path_factory.mktemp("runs"), profile_steps="7:9")
     result = command("train", *flags(config))
     assert result.returncode == 0, result.stderr
     return Finished(RunFolder(Path(config.runs_dir) / "run"), config)
@@ -89,7 +89,7 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
     left = {path.name for path in finished.folder.path.iterdir()}
     assert left >= {
         "config.json", "train_seed1337.log", "metrics.jsonl", "weights.pt", "training.json", "model.golf", "evaluation.json",
-        "summary.json", "submission.json", "README.md", "loss.png", "bpb.png", "size_budget.png",
+        "summary.json", "submission.json", "README.md", "loss.png", "bpb.png", "size_budget.png", "profile",
     }  # fmt: skip
     assert "checkpoint.pt" not in left
     submission = json.loads((finished.folder.path / "submission.json").read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from train.values import ConfigError
+from train.values import ConfigError, parse_steps
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -93,3 +93,4 @@ def check_consistency(config: Config) -> None:
         config.max_wallclock_seconds == 0 or config.gptq_reserve_seconds < config.max_wallclock_seconds,
         f"gptq_reserve_seconds {config.gptq_reserve_seconds} leaves nothing of max_wallclock_seconds {config.max_wallclock_seconds}",
     )
+    parse_steps(config.profile_steps)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.config import MICRO_BATCHES, Config
@@ -25,10 +26,12 @@ from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
 from train.optimize.schedules import WallClock, lr_scale, muon_momentum
+from train.profiling import StepProfiler
 from train.progress import Progress
 from train.run import RunFolder
 from train.scores import EvalResult
 from train.scoring import flat_evaluation
+from train.values import parse_steps
 
 # the first steps are logged one by one, as in the published logs
 FIRST_LOGGED_STEPS = 10
@@ -119,6 +122,9 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     )
     clock.resume()
     stop = config.training_seconds > 0 and seconds >= config.training_seconds
+    profiler = StepProfiler(
+        parse_steps(config.profile_steps), folder.path, ranks, log, model if loss_of is model else None
+    )
     # without a terminal the log's own lines are the progress
     bar = Progress(1000, "training", "‰", enabled=ranks.is_main and sys.stderr.isatty())
     while True:
@@ -133,6 +139,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
         if last:
             break
         scale = lr_scale(step, clock.elapsed_seconds, config)
+        profiler.before(step)
         batch_loss = training_step(
             optimizers, loss_of, loader, ranks, recurrence_on(config, step), scale, muon_momentum(step, config)
         )
@@ -141,6 +148,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
             ema.update()
         if swa:
             swa.update(step, scale)
+        profiler.after(step - 1)
         stop = clock.tick()
         done = max(step / config.iterations, clock.elapsed_seconds / (config.training_seconds or math.inf))
         bar.advance(int(1000 * min(done, 1)) - bar.done, f"step {step:,}")
@@ -184,10 +192,13 @@ def training_step(
     """
     losses = []
     for inputs, targets in loader.next_batch():
-        loss = loss_of(inputs, targets, recurrence=recurrence)
-        (loss / ranks.accumulation).backward()
+        with record_function("forward"):
+            loss = loss_of(inputs, targets, recurrence=recurrence)
+        with record_function("backward"):
+            (loss / ranks.accumulation).backward()
         losses.append(loss.detach())
-    optimizers.step(scale, momentum)
+    with record_function("optimizers"):
+        optimizers.step(scale, momentum)
     optimizers.zero_grad()
     return torch.stack(losses).mean()
 

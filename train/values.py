@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -98,3 +99,17 @@ def _is_instance(value: Any, kind: Any) -> bool:
     if kind is float:
         return type(value) in (int, float)
     return type(value) is kind
+
+
+def parse_steps(text: str) -> range:
+    """The steps of `first:end`, `end` itself not among them; "" is none.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    if not text:
+        return range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ConfigError(f"profile_steps: expected FIRST:END with FIRST < END, such as 30:33, got {text!r}")
+    return range(int(match[1]), int(match[2]))

@@ -1,0 +1,84 @@
+"""Profiles of steps: whose time a kernel's is, what is written, and which steps."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from train.config import Config
+from train.distributed import Ranks
+from train.logger import RunLogger
+from train.profiling import StepProfiler, breakdown, kernel_family, named_ranges, new_trace
+from train.values import ConfigError, parse_steps
+
+
+@pytest.mark.parametrize(
+    ("kernel", "family"),
+    [
+        ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
+        ("void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4>>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma", "attention"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_TNT", "matrix products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix products"),
+        ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_3", "compiled elementwise"),
+        ("void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>", "optimizer and average"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("aten::addmm", "matrix products"),
+        ("aten::bmm", "matrix products"),
+        ("aten::tanh", "other"),
+    ],
+)
+def test_kernels_are_told_apart(kernel: str, family: str) -> None:
+    assert kernel_family(kernel) == family
+
+
+def test_breakdown_is_milliseconds_per_step_from_the_largest_on() -> None:
+    events = [("aten::mm", 3000.0), ("aten::tanh", 500.0), ("aten::bmm", 1000.0)]
+    assert breakdown(events, steps=2) == {"matrix products": 2.0, "other": 0.25}
+
+
+@pytest.mark.parametrize("text", ["3", "3:3", "4:2", "a:b", "1:2:3", "-1:2"])
+def test_steps_of_another_form_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"profile_steps: expected FIRST:END"):
+        Config(profile_steps=text)
+
+
+def test_steps_are_read() -> None:
+    assert parse_steps("") == range(0) and parse_steps("30:33") == range(30, 33)
+
+
+def test_chosen_steps_leave_a_trace_with_the_models_parts(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+    with RunLogger(tmp_path, 1, echo=False) as log:
+        profiler = StepProfiler(range(1, 3), tmp_path, Ranks(), log, model)
+        for step in range(4):
+            profiler.before(step)
+            model(torch.randn(4, 8)).sum().backward()
+            profiler.after(step)
+            assert (tmp_path / "profile").exists() == (step >= 2)
+    assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == [
+        "breakdown.json", "breakdown.png", "trace_rank0.json.gz",
+    ]  # fmt: skip
+    trace = json.loads(gzip.decompress((tmp_path / "profile" / "trace_rank0.json.gz").read_bytes()))
+    names = [event.get("name") for event in trace["traceEvents"]]
+    assert names.count("1.0") == 2 and names.count("1") == 2
+    families = json.loads((tmp_path / "profile" / "breakdown.json").read_text())
+    assert families["matrix products"] > 0
+    assert "profile:" in (tmp_path / "train_seed1.log").read_text()
+
+
+def test_ranges_end_with_their_context_and_after_an_error() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("broken")
+
+    model = nn.Sequential(nn.Linear(2, 2), Broken())
+    with new_trace(torch.device("cpu")) as trace, named_ranges(model):
+        with pytest.raises(RuntimeError, match="broken"):
+            model(torch.ones(1, 2))
+        model[0](torch.ones(1, 2))
+    assert {event.key: event.count for event in trace.key_averages()}["0"] == 2
+    assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks

@@ -1,0 +1,180 @@
+"""Profiles of training steps: a trace for Perfetto per rank, and where the time goes by family of kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from train.distributed import Ranks
+from train.files import atomic_write, atomic_writer
+from train.logger import RunLogger
+
+# the first family whose pattern is found in a kernel's (on a CPU: an operator's) name takes it
+FAMILIES: dict[str, str] = {
+    "communication": r"nccl|gloo|c10d",
+    "attention": r"flash|fmha|attention|attn|cudnn.*sdpa",
+    "newton_schulz": r"newton_schulz|gram_kernel|polynomial_kernel",
+    "mlp": r"leaky_relu2",
+    "cross_entropy": r"cross_entropy|softcap|nll",
+    "matrix products": r"gemm|cutlass|cublas|nvjet|xmma|aten::(add|ba?d?d?b?)?mm|aten::linear",
+    "optimizer and average": r"multi_tensor|foreach|adam|lerp",
+    "compiled elementwise": r"triton_|graph_\d",
+    "copies": r"memcpy|memset|copy_|aten::(cat|clone|contiguous|fill_|zero_)",
+}
+OTHER = "other"
+
+
+def kernel_family(name: str) -> str:
+    """The family of `FAMILIES` that a kernel belongs to, or "other"."""
+    lowered = name.lower()
+    return next((family for family, pattern in FAMILIES.items() if re.search(pattern, lowered)), OTHER)
+
+
+def breakdown(events: Iterable[tuple[str, float]], steps: int) -> dict[str, float]:
+    """Milliseconds per step and family, the largest first.
+
+    Args:
+        events: names of kernels and the microseconds they ran.
+        steps: steps over which they ran.
+    """
+    total: dict[str, float] = {}
+    for name, microseconds in events:
+        family = kernel_family(name)
+        total[family] = total.get(family, 0.0) + microseconds / 1e3 / steps
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def kernel_times(trace: profile) -> list[tuple[str, float]]:
+    """Name and microseconds of everything that ran on the GPU; without one, of every operator by itself."""
+    averages = trace.key_averages()
+    on_gpu = [(e.key, e.self_device_time_total) for e in averages if e.device_type == torch.autograd.DeviceType.CUDA]
+    return on_gpu or [(e.key, e.self_cpu_time_total) for e in averages if e.self_cpu_time_total > 0]
+
+
+class StepProfiler:
+    """Profiles some steps of a run into `<run>/profile/`; without steps it does nothing.
+
+    Args:
+        steps: the steps to profile, counted from 0.
+        folder: the run's folder.
+        ranks: every rank writes its own trace, rank 0 the breakdown.
+        log: gets a line for what was written.
+        parts: a model that is not compiled, whose modules get their names into the trace; else None.
+    """
+
+    def __init__(
+        self, steps: range, folder: Path, ranks: Ranks, log: RunLogger, parts: nn.Module | None = None
+    ) -> None:
+        self.steps = steps
+        self.folder = folder / "profile"
+        self._ranks = ranks
+        self._log = log
+        self._parts = parts
+        self._trace: profile | None = None
+        self._ranges = contextlib.ExitStack()
+
+    def before(self, step: int) -> None:
+        """Called before each step: begins at the first one to profile."""
+        if self.steps and step == self.steps.start:
+            self._ranks.barrier()
+            self._trace = new_trace(self._ranks.device)
+            if self._parts is not None:
+                self._ranges.enter_context(named_ranges(self._parts))
+            self._trace.start()
+
+    def after(self, step: int) -> None:
+        """Called after each step: ends behind the last one to profile and writes."""
+        if self._trace is None or step + 1 < self.steps.stop:
+            return
+        self._ranks.barrier()
+        self._trace.stop()
+        self._ranges.close()
+        if self._ranks.is_main:
+            self.folder.mkdir(exist_ok=True)
+        self._ranks.barrier()
+        write_trace(self.folder / f"trace_rank{self._ranks.rank}.json.gz", self._trace)
+        if self._ranks.is_main:
+            families = breakdown(kernel_times(self._trace), len(self.steps))
+            atomic_write(self.folder / "breakdown.json", json.dumps(families, indent=1) + "\n")
+            device = self._ranks.device
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            plot_breakdown(self.folder / "breakdown.png", families, f"steps {self.steps.start}-{step} on {name}")
+            self._log.line(
+                f"profile:{self.folder} steps:{self.steps.start}-{step} (their time is longer by the profiling)"
+            )
+        self._trace = None
+
+
+def new_trace(device: torch.device) -> profile:
+    """A profiler of operators and, on a GPU, kernels; not yet started."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    return profile(activities=activities)
+
+
+def write_trace(path: Path, trace: profile) -> None:
+    """Write a finished profile as compressed JSON, which Perfetto and chrome://tracing open."""
+    plain = path.with_name(f".{path.name}.json")
+    trace.export_chrome_trace(str(plain))
+    try:
+        with atomic_writer(path) as file:
+            file.write(gzip.compress(plain.read_bytes()))
+    finally:
+        plain.unlink()
+
+
+def plot_breakdown(path: Path, families: Mapping[str, float], title: str) -> None:
+    """Draw milliseconds per step and family as bars, the largest at the top."""
+    figure = Figure(figsize=(8, 0.4 * len(families) + 1.4), layout="constrained")
+    axis = figure.subplots()
+    total = sum(families.values())
+    bars = axis.barh(list(families), list(families.values()), color="#0072B2")
+    labels = [f"{ms:.2f} ms, {100 * ms / total:.0f} %" for ms in families.values()]
+    axis.bar_label(bars, labels, padding=4, fontsize=9)
+    axis.invert_yaxis()
+    axis.margins(x=0.25)
+    axis.set(title=f"{total:.2f} ms of kernels per step, {title}", xlabel="ms per step")
+    axis.spines[["top", "right"]].set_visible(False)
+    with atomic_writer(path) as file:
+        FigureCanvasAgg(figure).print_png(file)
+
+
+@contextlib.contextmanager
+def named_ranges(model: nn.Module) -> Iterator[None]:
+    """Give the forward pass of every module a range in the trace, under its name.
+
+    For a model that is not compiled: a compiled one runs no module's forward by itself, and its kernels carry the names
+    of the operators they were made of.
+    """
+    ranges: list[Any] = []
+
+    def enter(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            ranges.append(record_function(name))
+            ranges[-1].__enter__()
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        ranges.pop().__exit__(None, None, None)
+
+    handles = []
+    for name, module in model.named_modules():
+        if name and not isinstance(module, nn.ModuleList):
+            handles.append(module.register_forward_pre_hook(enter(name)))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
