@@ -102,8 +102,8 @@ def _check_mlp(device: str, dtype: torch.dtype) -> Results:
     dy = _random(37, 32, seed=9, device=device, dtype=dtype)
     got = [y, *torch.autograd.grad(y, [x, w_up, w_down, scale], dy)]
     x, w_up, w_down, residual, scale = _truth(*leaves)
-    saved = dispatch.run_on("torch", "leaky_relu2_mlp", x, w_up, w_down, residual, scale, 0.5, 1e-6, 1.0, True)
-    inputs = (*_truth(dy), x, w_up, w_down, scale, *saved[1:], 0.5, True, 1.0)
+    saved = dispatch.run_on("torch", "leaky_relu2_mlp", x, w_up, w_down, residual, scale, 0.5, 1e-6, 1.0, False, True)
+    inputs = (*_truth(dy), x, w_up, w_down, scale, *saved[1:], 0.5, True, 1.0, False)
     return got, [saved[0], *dispatch.run_on("torch", "leaky_relu2_mlp_backward", *inputs)]
 
 

@@ -8,7 +8,7 @@ the derivative of post is 2√post where pre > 0 and −2·slope·√post elsewh
 so ⟨n, dn⟩ = 2⟨post, dpost⟩ per row, and with r = gain · rstd
 
     dpost = (dy ⊙ scale) · w_down,  dpre = dpost ⊙ dpost/dpre
-    dx = r · (dpre · w_up) − x · (2 · rstd² / d) · ⟨post, dpost⟩
+    dx = r · (dpre · w_up) − x · (2 · rstd² / d) · ⟨post, dpost⟩ (+ dy where x is the residual too)
     dw_up = (r · dpre)ᵀ · x,  dw_down = scale ⊙ (dyᵀ · post),  dscale = rowsum((dyᵀ · post) ⊙ w_down)
 
 `golf::leaky_relu2_mlp_backward` computes these; the pair of operators is what a kernel replaces.
@@ -50,7 +50,8 @@ def leaky_relu2_mlp(
         slope: slope of the negative side, in [0, 1): 0 is ReLU².
         norm_eps: epsilon of the RMS norm x / √(mean(x²) + norm_eps) over the last dimension; None: no norm.
         gain: constant factor on the norm's output (or on x).
-        residual: `(..., d)` like x, added to the result; None: nothing is added.
+        residual: `(..., d)` like x, added to the result; None: nothing is added. Where it is x itself, dx comes with the
+            residual's share, which saves adding the two.
         scale: `(d,)`, the dtype of x, factor of each output channel; None: 1.
 
     Returns:
@@ -62,11 +63,13 @@ def leaky_relu2_mlp(
     tensors = [tensor for tensor in (x, w_up, w_down, residual, scale) if tensor is not None]
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     rows = x.reshape(-1, x.shape[-1]) if x.ndim else x
+    add_x = residual is x
     if residual is not None:
         if residual.shape != x.shape:
             raise ValueError(f"residual: expected shape {tuple(x.shape)} like x, found {tuple(residual.shape)}")
-        residual = residual.reshape(rows.shape)
-    y: Tensor = torch.ops.golf.leaky_relu2_mlp(rows, w_up, w_down, residual, scale, slope, norm_eps, gain, save)[0]
+        residual = None if add_x else residual.reshape(rows.shape)
+    options = (slope, norm_eps, gain, add_x, save)
+    y: Tensor = torch.ops.golf.leaky_relu2_mlp(rows, w_up, w_down, residual, scale, *options)[0]
     return y.reshape(x.shape)
 
 
@@ -113,6 +116,7 @@ def _fake(
     slope: float,
     norm_eps: float | None,
     gain: float,
+    add_x: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, w_up, w_down, residual, scale, slope, norm_eps)
@@ -135,10 +139,11 @@ def _reference(
     slope: float,
     norm_eps: float | None,
     gain: float,
+    add_x: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, w_up, w_down, residual, scale, slope, norm_eps)
-    _, post, sign, rstd = _fake(x, w_up, w_down, residual, scale, slope, norm_eps, gain, False)
+    _, post, sign, rstd = _fake(x, w_up, w_down, residual, scale, slope, norm_eps, gain, add_x, False)
     inverse = None if norm_eps is None else _inverse_rms(x, norm_eps)
     hidden = _normalize(x, inverse, gain) @ w_up.T
     if save and slope > 0:
@@ -146,6 +151,7 @@ def _reference(
     hidden = F.leaky_relu_(hidden, slope) if slope > 0 else hidden.relu_()
     hidden.mul_(hidden)
     columns = (w_down if scale is None else scale.unsqueeze(1) * w_down).T
+    residual = x if add_x else residual
     y = hidden @ columns if residual is None else torch.addmm(residual, hidden, columns)
     if save:
         post, rstd = hidden, rstd if inverse is None else inverse
@@ -164,6 +170,7 @@ def _backward_fake(
     slope: float,
     norm: bool,
     gain: float,
+    add_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape),
@@ -185,6 +192,7 @@ def _backward_reference(
     slope: float,
     norm: bool,
     gain: float,
+    add_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     columns = w_down if scale is None else scale.unsqueeze(1) * w_down
     dpost = dy @ columns
@@ -201,6 +209,8 @@ def _backward_reference(
         dx = _normalize(dx, inverse, gain).sub_((x * factor.unsqueeze(1)).to(x.dtype))
     else:
         dx.mul_(gain)
+    if add_x:
+        dx.add_(dy)
     dw_down = dy.T @ post
     dscale = x.new_empty((0,))
     if scale is not None:
@@ -232,7 +242,7 @@ def _unpack(packed: Tensor, columns: int) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    x, w_up, w_down, residual, scale, slope, norm_eps, gain, save = inputs
+    x, w_up, w_down, residual, scale, slope, norm_eps, gain, add_x, save = inputs
     if not save:
         raise RuntimeError(
             "golf::leaky_relu2_mlp was told to keep nothing for the backward pass, but an input requires a gradient; "
@@ -242,7 +252,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.mark_non_differentiable(post, sign, rstd)
     ctx.save_for_backward(x, w_up, w_down, scale, post, sign, rstd)
     ctx.has_residual = residual is not None
-    ctx.options = (slope, norm_eps is not None, gain)
+    ctx.options = (slope, norm_eps is not None, gain, add_x)
 
 
 def _backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Any, ...]:
@@ -251,7 +261,7 @@ def _backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Any, ...]:
         dy.contiguous(), x, w_up, w_down, scale, post, sign, rstd, *ctx.options
     )
     d_residual = dy if ctx.has_residual else None
-    return dx, dw_up, dw_down, d_residual, None if scale is None else dscale, None, None, None, None
+    return dx, dw_up, dw_down, d_residual, None if scale is None else dscale, *(None,) * 5
 
 
 def _refuse_gradient(ctx: Any, inputs: Any, output: Any) -> None:
@@ -262,21 +272,60 @@ def _no_backward(ctx: Any, *gradients: Any) -> Any:
     raise RuntimeError("golf::leaky_relu2_mlp_backward has no gradient")
 
 
+def _triton_problem(x: Tensor, w_up: Tensor) -> str | None:
+    # the interpreter multiplies the bit patterns of bfloat16, without a word
+    dtypes = (torch.bfloat16, torch.float16) if x.is_cuda else (torch.float16, torch.float32)
+    if x.dtype not in dtypes:
+        return f"x is {x.dtype}, its kernels take {' and '.join(map(str, dtypes))}"
+    width, hidden = x.shape[-1] if x.ndim else 0, w_up.shape[0] if w_up.ndim else 0
+    if width == 0 or width % 8 or hidden == 0 or hidden % 64:
+        return (
+            f"its kernels take a width in multiples of 8 and a hidden size in multiples of 64, found {width}, {hidden}"
+        )
+    return None
+
+
+def _triton_supports(*args: Any) -> str | None:
+    return dispatch.triton_problem() or (_triton_problem(args[0], args[1]) if args else None)
+
+
+def _triton_backward_supports(*args: Any) -> str | None:
+    return dispatch.triton_problem() or (_triton_problem(args[1], args[2]) if args else None)
+
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from golf_kernels import leaky_relu2_mlp_triton
+
+    _check(*args[:7])
+    return leaky_relu2_mlp_triton.forward(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from golf_kernels import leaky_relu2_mlp_triton
+
+    return leaky_relu2_mlp_triton.backward(*args)
+
+
 dispatch.define(
     "leaky_relu2_mlp",
     "(Tensor x, Tensor w_up, Tensor w_down, Tensor? residual, Tensor? scale, float slope, float? norm_eps, "
-    "float gain, bool save) -> (Tensor y, Tensor post, Tensor sign, Tensor rstd)",
+    "float gain, bool add_x, bool save) -> (Tensor y, Tensor post, Tensor sign, Tensor rstd)",
     reference=_reference,
     fake=_fake,
 )
 dispatch.define(
     "leaky_relu2_mlp_backward",
     "(Tensor dy, Tensor x, Tensor w_up, Tensor w_down, Tensor? scale, Tensor post, Tensor sign, Tensor rstd, "
-    "float slope, bool norm, float gain) -> (Tensor dx, Tensor dw_up, Tensor dw_down, Tensor dscale)",
+    "float slope, bool norm, float gain, bool add_x) -> (Tensor dx, Tensor dw_up, Tensor dw_down, Tensor dscale)",
     reference=_backward_reference,
     fake=_backward_fake,
 )
 torch.library.register_autograd("golf::leaky_relu2_mlp", _backward, setup_context=_setup_context, lib=dispatch.LIBRARY)
 torch.library.register_autograd(
     "golf::leaky_relu2_mlp_backward", _no_backward, setup_context=_refuse_gradient, lib=dispatch.LIBRARY
+)
+_opt_in = "not yet measured in a training step"
+dispatch.register("leaky_relu2_mlp", "triton", _triton, supports=_triton_supports, opt_in=_opt_in)
+dispatch.register(
+    "leaky_relu2_mlp_backward", "triton", _triton_backward, supports=_triton_backward_supports, opt_in=_opt_in
 )

