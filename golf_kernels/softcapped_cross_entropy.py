@@ -3,7 +3,8 @@
     z = softcap · tanh(hidden · weightᵀ / softcap)
     loss = mean or sum over rows of  lse − z[target] + z_loss · lse²,  lse = logsumexp(z)
 
-The rows go through in chunks and each chunk's logits turn into its gradients at once, so the whole logits never exist.
+The rows go through in chunks and each chunk's logits turn into its gradients at once, so the whole logits never exist;
+what is needed beside the results is `CHUNK_BYTES`, whatever the number of rows and the vocabulary.
 With p = softmax(z), e the one-hot target and w the row's weight (1 / count for a mean, 0 for an ignored row):
 
     d logits = w · (p · (1 + 2 · z_loss · lse) − e) · (1 − (z / softcap)²)
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from golf_kernels import dispatch
 
-# float32 logits held at once: 16 MiB stay near a CPU's caches, 256 MiB keep a GPU busy
+# float32 logits of one chunk: 16 MiB stay near a CPU's caches, 256 MiB keep a GPU busy
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
@@ -50,7 +51,8 @@ def softcapped_cross_entropy(
         z_loss: weight of logsumexp², which keeps the logits from drifting; reduced like the loss.
 
     Returns:
-        Scalar loss in nats, float32 (float64 for float64 inputs). The products run in the dtype of `hidden`.
+        Scalar loss in nats, float32 (float64 for float64 inputs). Operands of the products have the dtype of `hidden`,
+        sums float32 at least; the Triton back end rounds the logits to that dtype too.
 
     Raises:
         ValueError: a wrong shape, dtype, device or option, or (on the CPU) a target outside [0, V).
@@ -115,6 +117,22 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left · right in `accumulation_dtype`, not rounded to the dtype of the operands."""
+    dtype = accumulation_dtype(left.dtype)
+    if left.dtype == dtype:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
+
+
+def _scale(kept: Tensor, mean: bool, dtype: torch.dtype) -> Tensor:
+    """What each row that is kept counts, as a scalar on the device: 1, or one over their number."""
+    count = kept.sum().clamp_min(1) if mean else kept.new_ones((), dtype=dtype)
+    return count.to(dtype).reciprocal()
+
+
 def _fake(
     hidden: Tensor,
     weight: Tensor,
@@ -149,9 +167,7 @@ def _reference(
     check_targets(targets, weight.shape[0], ignore_index)
     dtype = accumulation_dtype(hidden.dtype)
     kept = targets != ignore_index
-    row_weight = kept.to(dtype)
-    if mean:
-        row_weight /= row_weight.sum().clamp_min(1.0)
+    row_weight = kept * _scale(kept, mean, dtype)
     picked = torch.where(kept, targets, 0).long().unsqueeze(1)
     loss = hidden.new_zeros((), dtype=dtype)
     d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
@@ -159,7 +175,7 @@ def _reference(
     step = chunk_rows(hidden.device, weight.shape[0])
     for start in range(0, hidden.shape[0], step):
         rows = slice(start, start + step)
-        capped = (hidden[rows] @ weight.T).to(dtype).div_(softcap).tanh_()
+        capped = wide_product(hidden[rows], weight.T).div_(softcap).tanh_()
         z = capped * softcap
         lse = torch.logsumexp(z, dim=1, keepdim=True)
         per_row = (lse - z.gather(1, picked[rows])).squeeze(1) + z_loss * lse.squeeze(1).square()
@@ -174,8 +190,66 @@ def _reference(
         if need_hidden:
             torch.mm(d_logits, weight, out=d_hidden[rows])
         if need_weight:
-            d_weight += d_logits.T @ hidden[rows]
+            d_weight += wide_product(d_logits.T, hidden[rows])
     return loss, d_hidden, d_weight.to(weight.dtype)
+
+
+def _triton(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float,
+    mean: bool,
+    ignore_index: int,
+    z_loss: float,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from golf_kernels import softcapped_cross_entropy_triton as kernels
+
+    check_head(hidden, weight, targets, softcap)
+    check_targets(targets, weight.shape[0], ignore_index)
+    kept = targets != ignore_index
+    scale = _scale(kept, mean, torch.float32)
+    d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
+    d_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=torch.float32, device=weight.device)
+    if not (need_hidden or need_weight):
+        lse, picked = kernels.row_nll(hidden, weight, targets, softcap, False)
+        losses = torch.where(kept, scale * (lse - picked + z_loss * lse.square()), 0.0)
+        return losses.sum(), d_hidden, d_weight.to(weight.dtype)
+    (count, vocabulary), targets = (hidden.shape[0], weight.shape[0]), targets.contiguous()
+    losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
+    step = chunk_rows(hidden.device, vocabulary)
+    chunk = hidden.new_empty((min(step, count), vocabulary))
+    for start in range(0, count, step):
+        rows = slice(start, start + step)
+        logits = torch.mm(hidden[rows], weight.T, out=chunk[: min(step, count - start)])
+        kernels.loss_and_gradient(logits, targets[rows], scale, losses[rows], softcap, z_loss, ignore_index)
+        if need_hidden:
+            torch.mm(logits, weight, out=d_hidden[rows])
+        if need_weight:
+            d_weight += wide_product(logits.T, hidden[rows])
+    return losses.sum(), d_hidden, d_weight.to(weight.dtype)
+
+
+def triton_problem(hidden: Tensor) -> str | None:
+    """Why the kernels of the head cannot take these hidden states, or None."""
+    # the interpreter multiplies the bit patterns of bfloat16, without a word
+    dtypes = (torch.float16, torch.float32) if hidden.device.type == "cpu" else (torch.bfloat16, torch.float16)
+    if hidden.dtype in dtypes:
+        return None
+    return f"hidden is {hidden.dtype}, its kernels take {' and '.join(map(str, dtypes))}"
+
+
+def _triton_supports(*args: Any) -> str | None:
+    unavailable = dispatch.triton_problem()
+    if unavailable is not None or not args:
+        return unavailable
+    from golf_kernels.softcapped_cross_entropy_triton import MAX_VOCABULARY
+
+    if args[1].shape[0] > MAX_VOCABULARY:
+        return f"a vocabulary of {args[1].shape[0]}, its kernel holds rows of at most {MAX_VOCABULARY} logits"
+    return triton_problem(args[0])
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -214,4 +288,11 @@ dispatch.define(
 )
 torch.library.register_autograd(
     "golf::softcapped_cross_entropy", _backward, setup_context=_setup_context, lib=dispatch.LIBRARY
+)
+dispatch.register(
+    "softcapped_cross_entropy",
+    "triton",
+    _triton,
+    supports=_triton_supports,
+    opt_in="not yet measured in a training step",
 )

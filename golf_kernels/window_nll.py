@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from golf_kernels import dispatch
-from golf_kernels.softcapped_cross_entropy import accumulation_dtype, check_head, check_targets, chunk_rows
+from golf_kernels.softcapped_cross_entropy import (
+    accumulation_dtype,
+    check_head,
+    check_targets,
+    chunk_rows,
+    triton_problem,
+    wide_product,
+)
 
 
 def window_nll(
@@ -57,19 +64,31 @@ def _reference(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, 
     check_head(hidden, weight, targets, softcap)
     check_targets(targets, weight.shape[0], None)
     dtype = accumulation_dtype(hidden.dtype)
-    # 16-bit products would round the logits, which is for logits_rounding to decide
-    columns = weight.to(dtype).T
     picked = targets.long().unsqueeze(1)
     nll = hidden.new_empty((hidden.shape[0],), dtype=dtype)
     step = chunk_rows(hidden.device, weight.shape[0])
     for start in range(0, hidden.shape[0], step):
         rows = slice(start, start + step)
-        logits = hidden[rows].to(dtype) @ columns
+        # a 16-bit result would round the logits, which is for logits_rounding to decide
+        logits = wide_product(hidden[rows], weight.T)
         if round_to_bf16:
             logits = logits.bfloat16().to(dtype)
         z = logits.div_(softcap).tanh_().mul_(softcap)
         nll[rows] = torch.logsumexp(z, dim=1) - z.gather(1, picked[rows]).squeeze(1)
     return nll
+
+
+def _triton(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, round_to_bf16: bool) -> Tensor:
+    from golf_kernels.softcapped_cross_entropy_triton import row_nll
+
+    check_head(hidden, weight, targets, softcap)
+    check_targets(targets, weight.shape[0], None)
+    lse, picked = row_nll(hidden, weight, targets, softcap, round_to_bf16)
+    return lse - picked
+
+
+def _triton_supports(*args: Any) -> str | None:
+    return dispatch.triton_problem() or (triton_problem(args[0]) if args else None)
 
 
 def _refuse_gradient(ctx: Any, inputs: Any, output: Any) -> None:
@@ -90,3 +109,6 @@ dispatch.define(
     fake=_fake,
 )
 torch.library.register_autograd("golf::window_nll", _no_backward, setup_context=_refuse_gradient, lib=dispatch.LIBRARY)
+dispatch.register(
+    "window_nll", "triton", _triton, supports=_triton_supports, opt_in="not yet measured in an evaluation"
+)

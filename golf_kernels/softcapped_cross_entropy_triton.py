@@ -1,0 +1,244 @@
+"""Triton kernels of the softcapped head: one pass over logits that leaves their gradient, and a loss without logits.
+
+    loss_and_gradient   a program holds a row in registers: reads it once, writes d logits over it
+    row_nll             logits of a tile of rows, some columns at a time, stay on the chip: a running logsumexp and the target
+
+Both take tanh(x) as 1 − 2s with s = 1 / (1 + e^2x), and its derivative as 4s(1 − s).
+"""
+
+# triton gives the arguments of a kernel their types
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_VOCABULARY = 8192
+"""Columns of the longest row that a program of `loss_and_gradient` holds."""
+
+
+@triton.jit
+def _folded_tanh(x):
+    # an infinite exponential is a result of 0, as it should be
+    return 1.0 / (1.0 + tl.exp(2.0 * x))
+
+
+@triton.jit
+def _round_to_bf16(x):
+    # in integers, to the nearest even: the interpreter's own conversion cuts off
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def loss_and_gradient_kernel(
+    logits_ptr,
+    targets_ptr,
+    scale_ptr,
+    loss_ptr,
+    vocabulary,
+    softcap,
+    z_loss,
+    ignore_index,
+    BLOCK_V: tl.constexpr,
+):
+    """Loss of one row, times scale, and d logits over the logits `(rows, vocabulary)`."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_V)
+    inside = column < vocabulary
+    address = logits_ptr + row * vocabulary + column
+    target = tl.load(targets_ptr + row)
+    scale = tl.load(scale_ptr)
+    folded = _folded_tanh(tl.load(address, mask=inside, other=0.0).to(tl.float32) * (1.0 / softcap))
+    z = tl.where(inside, softcap - 2.0 * softcap * folded, float("-inf"))
+    top = tl.max(z, axis=0)
+    weight = tl.exp(z - top)
+    total = tl.sum(weight, axis=0)
+    lse = top + tl.log(total)
+    picked = tl.sum(tl.where(column == target, z, 0.0), axis=0)
+    # a choice, not a product: an ignored row may hold anything, NaN included
+    kept = target != ignore_index
+    tl.store(loss_ptr + row, tl.where(kept, scale * (lse - picked + z_loss * lse * lse), 0.0))
+    gradient = weight * ((1.0 + 2.0 * z_loss * lse) / total) - tl.where(column == target, 1.0, 0.0)
+    gradient *= scale * 4.0 * folded * (1.0 - folded)
+    tl.store(address, tl.where(kept, gradient, 0.0).to(logits_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def row_nll_kernel(
+    hidden_ptr,
+    weight_ptr,
+    targets_ptr,
+    lse_ptr,
+    picked_ptr,
+    rows,
+    width,
+    vocabulary,
+    span,
+    softcap,
+    ROUND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Logsumexp of BLOCK_M rows over `span` of the columns, and the target's logit where it is among them, else 0."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    target = tl.load(targets_ptr + row, mask=row < rows, other=-1)
+    first = tl.program_id(1) * span
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    picked = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(first, tl.minimum(first + span, vocabulary), BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        logits = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, width, BLOCK_K):
+            depth = k + tl.arange(0, BLOCK_K)
+            left = (row < rows)[:, None] & (depth < width)[None, :]
+            right = (column < vocabulary)[:, None] & (depth < width)[None, :]
+            hidden = tl.load(hidden_ptr + row[:, None] * width + depth[None, :], mask=left, other=0.0)
+            weight = tl.load(weight_ptr + column[:, None].to(tl.int64) * width + depth[None, :], mask=right, other=0.0)
+            logits = tl.dot(hidden, weight.T, logits, input_precision="ieee")
+        if ROUND:
+            logits = _round_to_bf16(logits)
+        z = softcap - 2.0 * softcap * _folded_tanh(logits * (1.0 / softcap))
+        z = tl.where((column < vocabulary)[None, :], z, float("-inf"))
+        higher = tl.maximum(top, tl.max(z, axis=1))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher[:, None]), axis=1)
+        picked += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), axis=1)
+        top = higher
+    part = tl.program_id(1).to(tl.int64) * rows + row
+    tl.store(lse_ptr + part, top + tl.log(total), mask=row < rows)
+    tl.store(picked_ptr + part, picked, mask=row < rows)
+
+
+ROW_BLOCKS = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
+ROW_OPTIONS = {"num_warps": 8, "num_stages": 3}
+
+
+def loss_and_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    loss: Tensor,
+    softcap: float,
+    z_loss: float,
+    ignore_index: int,
+) -> None:
+    """Turns logits into the gradients of `scale` · loss, in place; see `golf::softcapped_cross_entropy`.
+
+    Args:
+        logits: `(rows, V)` contiguous, bfloat16, float16 or float32, V at most `MAX_VOCABULARY`; overwritten.
+        targets: `(rows,)` contiguous, int32 or int64.
+        scale: scalar float32 on the device.
+        loss: `(rows,)` contiguous float32; overwritten by each row's loss times `scale`, 0 for an ignored row.
+        softcap: cap of the logits.
+        z_loss: weight of logsumexp².
+        ignore_index: target of rows that count for nothing.
+    """
+    rows, vocabulary = logits.shape
+    if not rows:
+        return
+    block = _row_block(vocabulary)
+    with torch.cuda.device_of(logits):
+        loss_and_gradient_kernel[(rows,)](
+            logits, targets, scale, loss, vocabulary, softcap, z_loss, ignore_index, BLOCK_V=block, **_row_options(block)
+        )  # fmt: skip
+
+
+def row_nll(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, round_to_bf16: bool
+) -> tuple[Tensor, Tensor]:
+    """Logsumexp and target logit of every row; their difference is `golf::window_nll`.
+
+    Args:
+        hidden: `(M, d)`, bfloat16, float16 or float32.
+        weight: `(V, d)`, the dtype of `hidden`.
+        targets: `(M,)`, int32 or int64; a target outside [0, V) has logit 0.
+        softcap: cap of the logits.
+        round_to_bf16: round the logits to bfloat16 first.
+
+    Returns:
+        Two times `(M,)` float32.
+    """
+    (rows, width), vocabulary = hidden.shape, weight.shape[0]
+    hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
+    tiles = triton.cdiv(rows, ROW_BLOCKS["BLOCK_M"])
+    # the interpreter has no processors: two make it split a short vocabulary
+    processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 2
+    span = column_span(tiles, vocabulary, processors)
+    parts = triton.cdiv(vocabulary, span)
+    lse = torch.empty((parts, rows), dtype=torch.float32, device=hidden.device)
+    picked = torch.empty_like(lse)
+    if rows:
+        with torch.cuda.device_of(hidden):
+            row_nll_kernel[(tiles, parts)](
+                hidden, weight, targets, lse, picked, rows, width, vocabulary, span, softcap,
+                ROUND=round_to_bf16, **ROW_BLOCKS, **ROW_OPTIONS,
+            )  # fmt: skip
+    return torch.logsumexp(lse, 0), picked.sum(0)
+
+
+def column_span(row_tiles: int, vocabulary: int, processors: int) -> int:
+    """Columns for one program: whole tiles, as many as still leave every processor a program where there are few rows."""
+    tiles = triton.cdiv(vocabulary, ROW_BLOCKS["BLOCK_N"])
+    parts = min(max(processors // max(row_tiles, 1), 1), tiles)
+    return int(triton.cdiv(tiles, parts) * ROW_BLOCKS["BLOCK_N"])
+
+
+def _row_block(vocabulary: int) -> int:
+    return max(1024, int(triton.next_power_of_2(vocabulary)))
+
+
+def _row_options(block: int) -> dict[str, int]:
+    # 32 columns for each thread, and at least two rows on a processor: one is read while another is computed
+    return {"num_warps": block // 1024, "maxnreg": 128}
+
+
+def aot_configurations() -> list[dict[str, Any]]:
+    """Every configuration that ships, for ahead-of-time compilation; see benchmarks/aot.py."""
+    pointers = {
+        "targets_ptr": "*i64",
+        "scale_ptr": "*fp32",
+        "loss_ptr": "*fp32",
+        "lse_ptr": "*fp32",
+        "picked_ptr": "*fp32",
+    }
+    numbers = {"softcap": "fp32", "z_loss": "fp32"}
+
+    def configuration(name: str, kernel: Callable[..., Any], **rest: Any) -> dict[str, Any]:
+        runtime = [argument for argument in kernel.arg_names if not argument.isupper()]  # type: ignore[attr-defined]
+        kinds = pointers | numbers
+        default = {argument: "*bf16" if argument.endswith("_ptr") else "i32" for argument in runtime}
+        return {"name": name, "kernel": kernel, "signature": {a: kinds.get(a, default[a]) for a in runtime}, **rest}
+
+    blocks = [1024 << power for power in range(4)]
+    return [
+        *(
+            configuration(
+                f"loss_and_gradient_{block}",
+                loss_and_gradient_kernel,
+                constexprs={"BLOCK_V": block},
+                options=_row_options(block),
+                divisible=("vocabulary",),
+            )
+            for block in blocks
+        ),
+        *(
+            configuration(
+                f"row_nll{'_rounded' if rounded else ''}",
+                row_nll_kernel,
+                constexprs={"ROUND": rounded, **ROW_BLOCKS},
+                options=ROW_OPTIONS,
+                divisible=("width", "vocabulary", "span"),
+                promises=("wgmma",),
+            )
+            for rounded in (False, True)
+        ),
+    ]
