@@ -31,7 +31,8 @@ std::vector<GolfInt6Matrix> matrices_from(const std::vector<int64_t>& table) {
 }
 
 void check_cpu(int error) {
-    if (error != GOLF_OK) throw std::runtime_error("golf_kernels._C: dtype not implemented on the CPU");
+    if (error == GOLF_UNSUPPORTED_DTYPE) throw std::runtime_error("golf_kernels._C: dtype not implemented on the CPU");
+    if (error != GOLF_OK) throw std::runtime_error("golf_kernels._C: size not implemented on the CPU");
 }
 
 #ifdef GOLF_WITH_CUDA
@@ -50,6 +51,8 @@ PYBIND11_MODULE(_C, module) {
     module.attr("float32") = static_cast<int>(GOLF_FLOAT32);
     module.attr("float16") = static_cast<int>(GOLF_FLOAT16);
     module.attr("bfloat16") = static_cast<int>(GOLF_BFLOAT16);
+    module.attr("float64") = static_cast<int>(GOLF_FLOAT64);
+    module.attr("gptq_max_columns") = GOLF_GPTQ_MAX_COLUMNS;
 
     module.def(
         "int6_pack_cpu",
@@ -77,6 +80,14 @@ PYBIND11_MODULE(_C, module) {
         [](Address weight, Address scales, Address result, int64_t rows, int64_t columns) {
             check_cpu(golf_int6_fake_quantize_cpu(pointer<>(weight), pointer<>(scales), pointer<>(result), rows,
                                                   columns));
+        },
+        release_gil());
+    module.def(
+        "gptq_block_cpu",
+        [](Address work, Address lower, Address scales, Address codes, Address errors, int64_t batch, int64_t columns,
+           int64_t rows, int limit, int dtype) {
+            check_cpu(golf_gptq_block_cpu(pointer<>(work), pointer<>(lower), pointer<>(scales), pointer<>(codes),
+                                          pointer<>(errors), batch, columns, rows, limit, dtype));
         },
         release_gil());
 
@@ -108,6 +119,14 @@ PYBIND11_MODULE(_C, module) {
         [](Address weight, Address scales, Address result, int64_t rows, int64_t columns, int dtype, Address stream) {
             check_cuda(golf_int6_fake_quantize_cuda(pointer<>(weight), pointer<>(scales), pointer<>(result), rows,
                                                     columns, dtype, pointer<>(stream)));
+        },
+        release_gil());
+    module.def(
+        "gptq_block_cuda",
+        [](Address work, Address lower, Address scales, Address codes, Address errors, int64_t batch, int64_t columns,
+           int64_t rows, int limit, int dtype, Address stream) {
+            check_cuda(golf_gptq_block_cuda(pointer<>(work), pointer<>(lower), pointer<>(scales), pointer<>(codes),
+                                            pointer<>(errors), batch, columns, rows, limit, dtype, pointer<>(stream)));
         },
         release_gil());
 #endif

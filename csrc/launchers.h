@@ -5,14 +5,14 @@
 #include <cstdint>
 
 // counts the changes of this file that make an older build unusable; golf_kernels/native.py expects the same number
-#define GOLF_ABI 1
+#define GOLF_ABI 2
 
 extern "C" {
 
-enum GolfDtype : int { GOLF_FLOAT32 = 0, GOLF_FLOAT16 = 1, GOLF_BFLOAT16 = 2 };
+enum GolfDtype : int { GOLF_FLOAT32 = 0, GOLF_FLOAT16 = 1, GOLF_BFLOAT16 = 2, GOLF_FLOAT64 = 3 };
 
-// CPU functions answer with this code for a dtype they do not implement; CUDA functions answer with a cudaError_t
-enum GolfError : int { GOLF_OK = 0, GOLF_UNSUPPORTED_DTYPE = 1 };
+// CPU functions answer with one of these; CUDA functions answer with a cudaError_t
+enum GolfError : int { GOLF_OK = 0, GOLF_UNSUPPORTED_DTYPE = 1, GOLF_UNSUPPORTED_SIZE = 2 };
 
 // one matrix of a model: 6-bit codes of rows * columns elements, one scale per row
 struct GolfInt6Matrix {
@@ -35,6 +35,15 @@ int golf_int6_unpack_cuda(const void* packed, void* codes, int64_t count, void* 
 int golf_int6_dequantize_cuda(const void* matrices, int64_t count, int scale_dtype, int value_dtype, void* stream);
 int golf_int6_fake_quantize_cuda(const void* weight, const void* scales, void* result, int64_t rows, int64_t columns,
                                  int dtype, void* stream);
+
+// GPTQ rounds at most so many columns at once
+#define GOLF_GPTQ_MAX_COLUMNS 128
+
+// work, codes and errors (batch, columns, rows), lower (batch, columns, columns), scales (batch, rows); float32 or float64
+int golf_gptq_block_cpu(const void* work, const void* lower, const void* scales, void* codes, void* errors,
+                        int64_t batch, int64_t columns, int64_t rows, int limit, int dtype);
+int golf_gptq_block_cuda(const void* work, const void* lower, const void* scales, void* codes, void* errors,
+                         int64_t batch, int64_t columns, int64_t rows, int limit, int dtype, void* stream);
 
 // 0 if the kernels of this build can run on the current GPU
 int golf_cuda_probe();

@@ -6,6 +6,7 @@ Every operator runs everywhere in PyTorch; C++, Triton and CUDA back ends take o
 
 # some functions have the name of their module: importing them here, and not on first use, is what makes
 # `golf_kernels.newton_schulz` the function for everyone, whichever module was imported first
+from golf_kernels.gptq_block import gptq_block
 from golf_kernels.int6 import (
     int6_dequantize,
     int6_dequantize_many,
@@ -25,6 +26,7 @@ __all__ = [
     "CoefficientSet",
     "Muon",
     "__version__",
+    "gptq_block",
     "int6_dequantize",
     "int6_dequantize_many",
     "int6_fake_quantize",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from golf_kernels import dispatch, int6, native
+from golf_kernels.gptq_block import gptq_block
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
 from golf_kernels.newton_schulz import COEFFICIENTS, newton_schulz
 from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
@@ -139,6 +140,14 @@ def _check_int6(device: str, dtype: torch.dtype) -> Results:
     return got, [codes.cpu().flatten(), exact, exact]
 
 
+def _check_gptq_block(device: str, dtype: torch.dtype) -> Results:
+    work = 0.1 * _random(2, 7, 37, seed=5, device=device, dtype=dtype)
+    factor = _random(2, 7, 7, seed=6, device=device, dtype=dtype) / 7 + torch.eye(7, device=device, dtype=dtype)
+    scales = torch.full((2, 37), 0.0625, device=device, dtype=dtype)
+    want = dispatch.run_on("torch", "gptq_block", *_truth(work, factor, scales), 31)
+    return list(gptq_block(work, factor, scales, 31)), list(want)
+
+
 # the operator that stands for each kind, and its check
 CHECKS: dict[str, Callable[[str, torch.dtype], Results]] = {
     "newton_schulz": _check_newton_schulz,
@@ -146,6 +155,7 @@ CHECKS: dict[str, Callable[[str, torch.dtype], Results]] = {
     "softcapped_cross_entropy": _check_cross_entropy,
     "window_nll": _check_window_nll,
     "int6_dequantize": _check_int6,
+    "gptq_block": _check_gptq_block,
 }
 
 
@@ -158,7 +168,7 @@ def self_check(devices: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for device in devices:
         for op, check in CHECKS.items():
-            dtype = torch.bfloat16 if device == "cuda" and not op.startswith("int6") else torch.float32
+            dtype = torch.bfloat16 if device == "cuda" and not op.startswith(("int6", "gptq")) else torch.float32
             row: dict[str, Any] = {"op": op, "device": device, "dtype": str(dtype).removeprefix("torch.")}
             row |= {"error": None, "limit": LIMITS[dtype], "passed": False, "problem": None}
             try:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 # the value of GOLF_ABI in csrc/launchers.h that this Python code was written for
-ABI = 1
+ABI = 2
 REBUILD = "pip install --no-build-isolation --no-deps -e . in the source tree"
 BUILD_INFO_PATH = Path(__file__).with_name("_build_info.json")
 

@@ -37,7 +37,14 @@ def test_everything_is_reported_and_passes(capsys):
 
 def test_one_operator_of_each_kind_is_checked_on_each_device(capsys):
     checks = report(capsys)[1]["checks"]
-    kinds = {"newton_schulz", "leaky_relu2_mlp", "softcapped_cross_entropy", "window_nll", "int6_dequantize"}
+    kinds = {
+        "newton_schulz",
+        "leaky_relu2_mlp",
+        "softcapped_cross_entropy",
+        "window_nll",
+        "int6_dequantize",
+        "gptq_block",
+    }
     assert {check["op"] for check in checks if check["device"] == "cpu"} == kinds
     # a new operator needs a check of its own
     assert {op for op in dispatch.describe() if not any(op.startswith(kind.split("_de")[0]) for kind in kinds)} == set()

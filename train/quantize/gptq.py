@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from golf_kernels.gptq_block import gptq_block
 from train.quantize.row_scales import largest_code, rtn
 
 __all__ = ["DAMPING_STEPS", "GPTQResult", "gptq", "rtn"]
@@ -130,15 +131,8 @@ def _round_columns(work: Tensor, factor: Tensor, scales: Tensor, limit: int, blo
     codes = torch.empty(work.shape, dtype=torch.int8, device=work.device)
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
-        inner = factor[:, start:stop, start:stop]
-        errors = torch.empty_like(work[:, start:stop])
-        for j in range(stop - start):
-            column = work[:, start + j]
-            if j:
-                column = column - torch.matmul(inner[:, None, :j, j], errors[:, :j]).squeeze(1)
-            rounded = (column / scales).clamp_(-limit, limit).round_()
-            codes[:, start + j] = rounded
-            errors[:, j] = column.addcmul(rounded, scales, value=-1).div_(inner[:, j, j, None])
+        block = factor[:, start:stop]
+        codes[:, start:stop], errors = gptq_block(work[:, start:stop], block[:, :, start:stop], scales, limit)
         if stop < columns:
-            work[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
+            work[:, stop:].baddbmm_(block[:, :, stop:].mT, errors, alpha=-1)
     return codes

@@ -1,0 +1,115 @@
+"""GPTQ's inner loop: a block of columns rounded one by one, each one's error pushed onto the next (`golf::gptq_block`).
+
+For columns j = 0, 1, … of a block and every row of the matrix by itself:
+
+    q_j = round(clamp(w_j / s, −limit, limit)),  e_j = (w_j − q_j s) / U_jj,  w_k ← w_k − U_jk e_j for all k > j
+
+Halves are rounded to even. Each product, difference and quotient is rounded on its own and the differences are taken in the
+order of j, so PyTorch, C++ and CUDA give the same bits. What a block owes to the columns after it is one product of its
+errors, which is left to the caller and to a matrix library.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from golf_kernels import dispatch, native
+
+MAX_COLUMNS = 128
+"""Columns of a block that the native back ends take, as GOLF_GPTQ_MAX_COLUMNS in csrc/launchers.h."""
+
+# the numbers of GolfDtype in csrc/launchers.h
+_DTYPES = {torch.float32: 0, torch.float64: 3}
+
+
+def gptq_block(work: Tensor, factor: Tensor, scales: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Rounds a block of columns with error feedback; see the module for the formula.
+
+    Args:
+        work: `(batch, columns, rows)`, float32 or float64: the block, transposed.
+        factor: `(batch, columns, columns)`, the dtype of `work`: U; what lies below its diagonal is not read.
+        scales: `(batch, rows)`, the dtype of `work`, positive. Not checked, because a check would wait for the GPU.
+        limit: largest code, 1 to 127; the smallest is its negative.
+
+    Returns:
+        Codes `(batch, columns, rows)` int8, and errors e of that shape in the dtype of `work`.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or limit.
+        RuntimeError: an input requires a gradient (outside `torch.no_grad()`); the operator has none.
+
+    Source: Frantar et al., arXiv:2210.17323.
+    """
+    codes, errors = torch.ops.golf.gptq_block(work, factor, scales, limit)
+    return codes, errors
+
+
+def _check(work: Tensor, factor: Tensor, scales: Tensor, limit: int) -> None:
+    if work.dtype not in _DTYPES or not work.dtype == factor.dtype == scales.dtype:
+        raise ValueError(
+            "expected work, factor and scales all of float32 or all of float64, found "
+            f"{work.dtype}, {factor.dtype} and {scales.dtype}"
+        )
+    shape = tuple(work.shape)
+    if work.ndim != 3 or factor.shape != (shape[0], shape[1], shape[1]) or scales.shape != (shape[0], work.shape[-1]):
+        raise ValueError(
+            "expected work (batch, columns, rows), factor (batch, columns, columns) and scales (batch, rows), found "
+            f"{shape}, {tuple(factor.shape)} and {tuple(scales.shape)}"
+        )
+    if not work.device == factor.device == scales.device:
+        raise ValueError(f"devices: expected one, found {work.device}, {factor.device} and {scales.device}")
+    if not 1 <= limit <= 127:
+        raise ValueError(f"limit: expected 1 to 127, found {limit}")
+
+
+def _allocate(work: Tensor, factor: Tensor, scales: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    _check(work, factor, scales, limit)
+    return work.new_empty(work.shape, dtype=torch.int8), work.new_empty(work.shape)
+
+
+def _reference(work: Tensor, factor: Tensor, scales: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    codes, errors = _allocate(work, factor, scales, limit)
+    work = work.clone()
+    for j in range(work.shape[1]):
+        rounded = (work[:, j] / scales).clamp_(-limit, limit).round_()
+        codes[:, j] = rounded
+        errors[:, j] = (work[:, j] - rounded * scales) / factor[:, j, j, None]
+        work[:, j + 1 :] -= factor[:, j, j + 1 :, None] * errors[:, j, None]
+    return codes, errors
+
+
+def _native(work: Tensor, factor: Tensor, scales: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    codes, errors = _allocate(work, factor, scales, limit)
+    batch, columns, rows = work.shape
+    # transposed, a column of U lies in one piece
+    work, lower, scales = work.contiguous(), factor.mT.contiguous(), scales.contiguous()
+    arguments = [tensor.data_ptr() for tensor in (work, lower, scales, codes, errors)]
+    arguments += [batch, columns, rows, limit, _DTYPES[work.dtype]]
+    if not work.is_cuda:
+        native.extension().gptq_block_cpu(*arguments)
+        return codes, errors
+    with torch.cuda.device(work.device):
+        native.extension().gptq_block_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+    return codes, errors
+
+
+def _supports(part: Literal["cpp", "cuda"], *args: Any) -> str | None:
+    unavailable = native.problem(part)
+    if unavailable is not None or not args:
+        return unavailable
+    columns = args[0].shape[1] if args[0].ndim == 3 else 0
+    return f"blocks of {columns} columns, and it takes {MAX_COLUMNS} at most" if columns > MAX_COLUMNS else None
+
+
+dispatch.define(
+    "gptq_block",
+    "(Tensor work, Tensor factor, Tensor scales, int limit) -> (Tensor, Tensor)",
+    reference=_reference,
+    fake=_allocate,
+)
+for _part in ("cpp", "cuda"):
+    dispatch.register("gptq_block", _part, _native, supports=functools.partial(_supports, _part))
