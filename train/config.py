@@ -195,6 +195,9 @@ class Config:
     )  # fmt: skip
     eval_batch_seqs: int = setting(32, "windows per forward pass", low=1)
     eval_max_tokens: int = setting(0, "score only so many tokens; 0: all", low=0)
+    paid_prefix_file: str = setting(
+        "", "blob of validation targets that cost no nats (#262); NOT COMPLIANT, for checking the published arithmetic"
+    )
     logits_rounding: str = setting("none", "round logits before the softcap", choices=("none", "bf16"))
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from train.model.gpt import GPT
 from train.run import RunFolder
 from train.scores import evaluation_entry, read_evaluation, write_evaluation
 from train.scoring import evaluate_model
+from train.submission.paid_prefix import NOT_COMPLIANT, known_targets
 from train.windows import RULES
 
 
@@ -49,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
         default="artifact",
         help="model.golf, or weights.pt before rounding",
     )
+    parser.add_argument(
+        "--paid-prefix",
+        metavar="FILE",
+        help=f"blob of targets that cost no nats ({NOT_COMPLIANT}); '': none [the run's paid_prefix_file]",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute [the run's device]")
     parser.add_argument("--json", action="store_true", help="print the score as one JSON object and nothing else")
     return parser
@@ -57,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run_config(folder: RunFolder, arguments: argparse.Namespace) -> Config:
     names = {"stride": "eval_stride", "rule": "eval_rule", "seq_len": "eval_seq_len", "max_tokens": "eval_max_tokens"}
     names |= {"batch_seqs": "eval_batch_seqs", "data_path": "data_path", "device": "device"}
+    names |= {"paid_prefix": "paid_prefix_file"}
     given = {field: getattr(arguments, name) for name, field in names.items() if getattr(arguments, name) is not None}
     config = folder.read_config() if arguments.weights == "artifact" else folder.trained_config()
     return config.replace(**given)
@@ -77,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         # an unreadable file of scores is better found before the work than after it
         read_evaluation(folder)
     text = load_validation(config)
+    known = known_targets(config, text.tokens)
     # whatever is wrong with the run is found before the ranks wait for one another
     model = _load(folder, config, arguments.weights).eval()
     with start_ranks(config.device) as ranks:
@@ -84,7 +92,14 @@ def main(argv: list[str] | None = None) -> int:
         # a bar goes to stderr, but plain progress lines would stand between a script and its JSON
         progress = not arguments.json or sys.stderr.isatty()
         result = evaluate_model(
-            model, text.tokens, text.tables, config, rank=ranks.rank, world_size=ranks.world_size, progress=progress
+            model,
+            text.tokens,
+            text.tables,
+            config,
+            known=known,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            progress=progress,
         )
     if ranks.is_main:
         entry = evaluation_entry(
@@ -93,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         write_evaluation(folder, entry)
         append_metric(folder.metrics, "final", entry)
         lines = final_lines(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=entry["stride"])
+        if "label" in entry:
+            lines = (*lines, entry["label"])
         print(json.dumps(entry) if arguments.json else "\n".join(lines))
     return 0
 

@@ -136,14 +136,26 @@ class RunLogger:
         self.line(f"peak memory allocated: {allocated_bytes // mebi} MiB reserved: {reserved_bytes // mebi} MiB")
         self.metric("memory", allocated_bytes=allocated_bytes, reserved_bytes=reserved_bytes)
 
-    def sizes(self, *, raw_bytes: int, code_bytes: int, model_bytes: int, bits: int = 6, codec: str = "brotli") -> None:
-        """Log the artifact's sizes: the weights as trained, the code, the packed model, and code plus packed model."""
+    def sizes(
+        self,
+        *,
+        raw_bytes: int,
+        code_bytes: int,
+        model_bytes: int,
+        prefix_bytes: int = 0,
+        bits: int = 6,
+        codec: str = "brotli",
+    ) -> None:
+        """Log the artifact's sizes: the weights as trained, the code, the packed model, and all that counts together."""
         form = f"int{bits}+{codec}"
         self.line(f"Serialized model: {raw_bytes} bytes")
         self.line(f"Code size: {code_bytes} bytes")
         self.line(f"Serialized model {form}: {model_bytes} bytes")
-        self.line(f"Total submission size {form}: {code_bytes + model_bytes} bytes")
-        self.metric("sizes", raw_bytes=raw_bytes, code_bytes=code_bytes, model_bytes=model_bytes, form=form)
+        if prefix_bytes:
+            self.line(f"Paid prefix: {prefix_bytes} bytes")
+        self.line(f"Total submission size {form}: {code_bytes + prefix_bytes + model_bytes} bytes")
+        sizes = {"raw_bytes": raw_bytes, "code_bytes": code_bytes, "model_bytes": model_bytes}
+        self.metric("sizes", **sizes, prefix_bytes=prefix_bytes, form=form)
 
     def final(self, name: str, val_loss: float, val_bpb: float, seconds: float, *, stride: int = 0) -> None:
         """Log a final score as two lines, the second with 8 decimals.

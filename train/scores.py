@@ -10,6 +10,7 @@ from train.config import Config
 from train.errors import UserError
 from train.files import atomic_write
 from train.run import RunFolder
+from train.submission.paid_prefix import NOT_COMPLIANT
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ def evaluation_entry(result: EvalResult, config: Config, *, weights: str, **fact
     """One score with the settings it was made under, as evaluation.json and metrics.jsonl hold it."""
     stride = config.eval_stride
     form = f"int{config.matrix_bits}" if weights == "artifact" else "prequant"
+    label = {"label": NOT_COMPLIANT} if config.paid_prefix_file else {}
     return {
-        "name": f"{form}_{'sliding_window' if stride else 'roundtrip'}",
+        "name": f"{form}_{'sliding_window' if stride else 'roundtrip'}{'_paid_prefix' if label else ''}",
         **_settings(config, weights),
         **asdict(result),
         **facts,
+        **label,
     }
 
 
@@ -75,14 +78,15 @@ def _settings(config: Config, weights: str) -> dict[str, Any]:
         "seq_len": config.window,
         "max_tokens": config.eval_max_tokens,
         "data_path": config.data_path,
+        "paid_prefix_file": config.paid_prefix_file,
     }
 
 
 def _key(entry: dict[str, Any]) -> str:
-    return " ".join(f"{name}={entry[name]}" for name in _KEY)
+    return " ".join(f"{name}={entry[name]}" for name in _KEY if entry[name] != "")
 
 
-_KEY = ("weights", "rule", "seq_len", "stride", "max_tokens", "data_path")
+_KEY = ("weights", "rule", "seq_len", "stride", "max_tokens", "data_path", "paid_prefix_file")
 
 
 def read_evaluation(folder: RunFolder) -> dict[str, dict[str, Any]]:

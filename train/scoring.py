@@ -58,6 +58,7 @@ def evaluate_model(
     rule: str | None = None,
     batch_seqs: int | None = None,
     max_tokens: int | None = None,
+    known: np.ndarray | None = None,
     recurrence: bool = True,
     rank: int = 0,
     world_size: int = 1,
@@ -77,6 +78,7 @@ def evaluate_model(
         rule: see `plan_windows`.
         batch_seqs: windows per forward pass.
         max_tokens: score only the text's first so many targets; 0: all.
+        known: `(T,)` bool, targets that cost no nats though their bytes count (a paid prefix, which no rule allows).
         recurrence: passed on to the model.
         rank, world_size: this process's share of the windows; sums are reduced over `torch.distributed`.
         progress: show progress with the running bpb (of this rank's windows).
@@ -97,7 +99,7 @@ def evaluate_model(
     windows = len(plan.start)
     share = WindowPlan(*(part[windows * rank // world_size : windows * (rank + 1) // world_size] for part in plan))
     with _evaluating(model), Progress(share.scored, description, "tokens", enabled=progress and rank == 0) as bar:
-        scorer = _Scorer(model, tokens[: total + 1], tables, config, seq_len, recurrence)
+        scorer = _Scorer(model, tokens[: total + 1], tables, config, seq_len, recurrence, known)
         shown, done, noted = 0, 0, time.monotonic()
         for windows_of_shape, rows_from in group_windows(share, seq_len, stride):
             for scored in scorer.score(windows_of_shape, rows_from, batch_seqs or config.eval_batch_seqs):
@@ -125,11 +127,19 @@ class _Scorer:
     """Adds up nats and bytes of windows of one text, batch by batch, on the model's device."""
 
     def __init__(
-        self, model: Scorable, tokens: np.ndarray, tables: ByteCounter, config: Config, seq_len: int, recurrence: bool
+        self,
+        model: Scorable,
+        tokens: np.ndarray,
+        tables: ByteCounter,
+        config: Config,
+        seq_len: int,
+        recurrence: bool,
+        known: np.ndarray | None,
     ) -> None:
         self.head = model.head_weight
         device = self.head.device
         self.stream = _resident(tokens, self.head.shape[0], device)
+        self.unknown = None if known is None else torch.from_numpy(~known).to(device)
         self.tables, self.config, self.recurrence = tables, config, recurrence
         self.columns = torch.arange(seq_len, device=device)
         self.nll_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -173,7 +183,8 @@ class _Scorer:
             softcap=self.config.logit_softcap,
             logits_rounding=self.config.logits_rounding,
         )
-        self.nll_sum += torch.where(scored, nll, 0.0).sum(dtype=torch.float64)
+        charged = scored if self.unknown is None else scored & self.unknown[at]
+        self.nll_sum += torch.where(charged, nll, 0.0).sum(dtype=torch.float64)
         self.byte_sum += torch.where(scored, self.tables.count(previous, target), 0).sum()
 
     def _capture(self, windows: Tensor, rows_from: int) -> Callable[[Tensor, int], None]:

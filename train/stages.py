@@ -31,6 +31,7 @@ from train.quantize.tensors import StoredTensors, dequantize_state, matrices_to_
 from train.run import RunFolder
 from train.scores import evaluation_entry, write_evaluation
 from train.scoring import evaluate_model
+from train.submission.paid_prefix import known_targets, prefix_bytes
 
 
 def prepare_data(config: Config, ranks: Ranks) -> None:
@@ -114,11 +115,13 @@ def artifact_stage(config: Config, path: Path, model: GPT, tensors: StoredTensor
 
     def write() -> None:
         size = package_code_bytes()
-        info = write_artifact(path, tensors, config, code_bytes=size.plain_bytes)
+        paid = prefix_bytes(config)
+        info = write_artifact(path, tensors, config, code_bytes=size.plain_bytes, prefix_bytes=paid)
         log.sizes(
             raw_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
             code_bytes=size.plain_bytes,
             model_bytes=info.model_bytes,
+            prefix_bytes=paid,
             bits=config.matrix_bits,
             codec=config.codec,
         )
@@ -137,7 +140,14 @@ def evaluate_stage(folder: RunFolder, model: GPT, ranks: Ranks, log: RunLogger) 
     config = folder.trained_config()
     validation = load_validation(config)
     recurrence = bool(config.recur_layers)
-    common = {"recurrence": recurrence, "rank": ranks.rank, "world_size": ranks.world_size, "progress": True}
+    known = known_targets(config, validation.tokens)
+    common = {
+        "known": known,
+        "recurrence": recurrence,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "progress": True,
+    }
     for stride in sorted({0, config.eval_stride}):
         scored = config.replace(eval_stride=stride)
         result = evaluate_model(
@@ -155,3 +165,5 @@ def evaluate_stage(folder: RunFolder, model: GPT, ranks: Ranks, log: RunLogger) 
         )
         write_evaluation(folder, entry)
         log.final(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=stride)
+        if "label" in entry:
+            log.line(entry["label"])

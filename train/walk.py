@@ -26,6 +26,7 @@ from train.run import RunFolder, new_run_id, open_run_folder
 from train.settings import Override, override_line
 from train.stages import artifact_stage, evaluate_stage, prepare_data, quantize_stage, train_stage
 from train.submission.gather import summarize
+from train.submission.paid_prefix import known_targets
 from train.submission.record import write_record
 from train.submission.summary import summary_text
 
@@ -110,7 +111,7 @@ def check_data(config: Config) -> None:
     Raises:
         UserError: shards, tokenizer or manifest are missing, damaged or of another vocabulary.
     """
-    load_validation(config)
+    known_targets(config, load_validation(config).tokens)
     make_loader(config, 0, 1)
     read_manifest(config.data_path)
 

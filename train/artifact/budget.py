@@ -105,19 +105,19 @@ def budget_table(rows: Sequence[BudgetRow]) -> str:
     )
 
 
-def check_budget(where: str, info: ArtifactInfo, code_bytes: int, max_bytes: int) -> None:
+def check_budget(where: str, info: ArtifactInfo, code_bytes: int, max_bytes: int, prefix_bytes: int = 0) -> None:
     """Refuse what is over the cap.
 
     Raises:
-        BudgetError: code and model exceed `max_bytes`; the message has the budget, the excess and the costliest group.
+        BudgetError: code, paid prefix and model exceed `max_bytes`; the message has the budget, the excess and the costliest group.
     """
-    total = code_bytes + info.model_bytes
+    total = code_bytes + prefix_bytes + info.model_bytes
     if total <= max_bytes:
         return
     rows = info.rows()
     costliest = rows[0]
     raise BudgetError(
-        f"{where}: code {code_bytes:,} + model {info.model_bytes:,} = {total:,} bytes, expected at most {max_bytes:,} "
+        f"{where}: code {code_bytes:,}{f' + paid prefix {prefix_bytes:,}' if prefix_bytes else ''} + model {info.model_bytes:,} = {total:,} bytes, expected at most {max_bytes:,} "
         f"(max_artifact_bytes): {total - max_bytes:,} bytes over. Nothing was written.\n{budget_table(rows)}\n"
         f"{costliest.group} costs most, {costliest.packed_bytes:,} bytes: raise MATRIX_CLIP_SIGMAS or EMBED_CLIP_SIGMAS, "
         "lower MATRIX_BITS or EMBED_BITS, or train a smaller model"

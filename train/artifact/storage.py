@@ -73,6 +73,7 @@ def write_artifact(
     config: Config,
     *,
     code_bytes: int,
+    prefix_bytes: int = 0,
     max_bytes: int | None = None,
     progress: bool = False,
 ) -> ArtifactInfo:
@@ -86,7 +87,8 @@ def write_artifact(
         tensors: as `quantize_model` returns them.
         config: its model fields are stored, its codec is used.
         code_bytes: size of the code that counts with the model.
-        max_bytes: cap on both together; None takes `config.max_artifact_bytes`.
+        prefix_bytes: size of a paid prefix, which counts too.
+        max_bytes: cap on all together; None takes `config.max_artifact_bytes`.
         progress: show it.
 
     Returns:
@@ -120,7 +122,8 @@ def write_artifact(
     header = Header({name: values[name] for name in MODEL_FIELDS}, [section for section, _ in encoded], entries)
     data, header_bytes, json_bytes = pack(header, [payload for _, payload in encoded])
     info = ArtifactInfo(VERSION, len(data), header_bytes, json_bytes, tuple(header.sections), len(entries))
-    check_budget(str(target), info, code_bytes, config.max_artifact_bytes if max_bytes is None else max_bytes)
+    cap = config.max_artifact_bytes if max_bytes is None else max_bytes
+    check_budget(str(target), info, code_bytes, cap, prefix_bytes)
     atomic_write(target, data)
     return info
 

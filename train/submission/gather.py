@@ -29,8 +29,10 @@ def summarize(folder: RunFolder) -> Summary:
     sizes = [record for record in read_metrics(folder.metrics) if record["kind"] == "sizes" and "code_bytes" in record]
     if not sizes:
         raise UserError(f"{folder.metrics}: no sizes in it: run python -m train.quantize {folder.path} again")
-    bytes_code = sizes[-1]["code_bytes"]
+    bytes_code, bytes_prefix = sizes[-1]["code_bytes"], sizes[-1].get("prefix_bytes", 0)
     manifest = read_manifest(config.data_path)
+    # the compressors did not stop at eval_max_tokens
+    beyond = " over more text" if config.eval_max_tokens else ""
     return Summary(
         run_id=folder.path.name,
         recipe=config.recipe,
@@ -47,7 +49,8 @@ def summarize(folder: RunFolder) -> Summary:
         bytes=score["bytes"],
         bytes_code=bytes_code,
         bytes_model=artifact.info.model_bytes,
-        bytes_total=bytes_code + artifact.info.model_bytes,
+        bytes_prefix=bytes_prefix,
+        bytes_total=bytes_code + bytes_prefix + artifact.info.model_bytes,
         max_bytes=config.max_artifact_bytes,
         parameters=sum(tensor.shape.numel() for tensor in artifact.tensors.values()),
         hardware=training["hardware"],
@@ -56,6 +59,7 @@ def summarize(folder: RunFolder) -> Summary:
         step0_val_bpb=training["first"]["val_bpb"],
         prequant_val_bpb=training["last"]["val_bpb"],
         flat_val_bpb=flat["val_bpb"],
-        yardsticks=manifest.yardsticks if manifest else {},
+        yardsticks={f"{name}{beyond}": value for name, value in (manifest.yardsticks if manifest else {}).items()},
+        label=score.get("label", ""),
         model_groups=group_bytes(artifact.info.rows()),
     )

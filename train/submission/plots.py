@@ -42,7 +42,7 @@ def plot_loss(path: str | os.PathLike[str], records: list[dict[str, Any]], summa
     train, val = series(records, "train", "train_loss"), series(records, "val", "val_loss")
     if not train and not val:
         raise UserError(f"{path}: nothing to draw: metrics.jsonl holds no training or validation loss")
-    figure, panels = _two_panels(f"Loss of {summary.run_id}", "loss (nats per token)")
+    figure, panels = _two_panels(_title("Loss", summary), "loss (nats per token)")
     for axis, column in zip(panels, (0, 1), strict=True):
         if train:
             _curve(axis, train, column, color=SKY, linewidth=1.2, label="training (batch)")
@@ -62,7 +62,7 @@ def plot_bpb(path: str | os.PathLike[str], records: list[dict[str, Any]], summar
     val = series(records, "val", "val_bpb")
     if not val:
         raise UserError(f"{path}: nothing to draw: metrics.jsonl holds no validation")
-    figure, panels = _two_panels(f"Validation of {summary.run_id}", "bits per byte of text")
+    figure, panels = _two_panels(_title("Validation", summary), "bits per byte of text")
     levels = [(f"artifact {summary.val_bpb:.4f}", summary.val_bpb, VERMILION, "-")]
     colors = (INK, PURPLE, GREEN, ORANGE)
     for (name, value), color in zip(summary.yardsticks.items(), colors, strict=False):
@@ -81,12 +81,13 @@ def plot_size_budget(path: str | os.PathLike[str], summary: Summary) -> None:
     model = summary.model_groups or {"model": summary.bytes_model}
     palette = (BLUE, SKY, GREEN, PURPLE, VERMILION, "#F0E442", "#999999")
     parts = [("code", summary.bytes_code, ORANGE)]
+    parts += [("paid prefix", summary.bytes_prefix, INK)] if summary.bytes_prefix else []
     parts += [(name, size, palette[index % len(palette)]) for index, (name, size) in enumerate(model.items())]
     remaining = summary.max_bytes - summary.bytes_total
     figure = Figure(figsize=(9, 3.9), layout="constrained")
     title = f"{summary.bytes_total:,} of {summary.max_bytes:,} bytes"
     title += f", {remaining:,} to spare" if remaining >= 0 else f", {-remaining:,} TOO MANY"
-    figure.suptitle(f"Size of {summary.run_id}: {title}", fontsize=12, color=INK, x=0.01, ha="left")
+    figure.suptitle(f"{_title('Size', summary)}: {title}", fontsize=12, color=INK, x=0.01, ha="left")
     whole, enlarged = figure.subplots(2, 1)
     _stack(whole, parts)
     if remaining > 0:
@@ -107,6 +108,10 @@ def plot_size_budget(path: str | os.PathLike[str], summary: Summary) -> None:
     enlarged.set_xlabel("bytes (1 kB = 1,000 B)")
     figure.legend(*enlarged.get_legend_handles_labels(), frameon=False, loc="outside lower left", ncols=3, fontsize=9)
     _save(figure, path)
+
+
+def _title(what: str, summary: Summary) -> str:
+    return f"{f'{summary.label}. ' if summary.label else ''}{what} of {summary.run_id}"
 
 
 def _stack(axis: Axes, parts: list[tuple[str, int, str]]) -> None:

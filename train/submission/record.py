@@ -86,7 +86,7 @@ def submission_json(
         "author": author,
         "github_id": github_id,
         "name": name,
-        "blurb": blurb or default_blurb(summary, config),
+        "blurb": " ".join(filter(None, (summary.label, blurb))) if blurb else default_blurb(summary, config),
         "date": summary.date[:10],
         "track": track,
         "val_loss": seed_result["val_loss"],
@@ -100,6 +100,8 @@ def submission_json(
         "bytes_model": summary.bytes_model,
         "pytorch_version": summary.torch,
         "train_time_seconds": round(summary.train_seconds, 3),
+        **({"bytes_paid_prefix": summary.bytes_prefix} if summary.bytes_prefix else {}),
+        **({"label": summary.label} if summary.label else {}),
         "pre_quant_val_bpb": None if summary.prequant_val_bpb is None else round(summary.prequant_val_bpb, 8),
     }
 
@@ -107,7 +109,7 @@ def submission_json(
 def default_blurb(summary: Summary, config: Config) -> str:
     """One sentence made of the run's numbers."""
     return (
-        f"Recipe {summary.recipe}: {summary.parameters:,} parameters, {summary.steps:,} steps in {summary.train_seconds:.1f} s "
+        f"{f'{summary.label}. ' if summary.label else ''}Recipe {summary.recipe}: {summary.parameters:,} parameters, {summary.steps:,} steps in {summary.train_seconds:.1f} s "
         f"on {summary.hardware}; {form(config)} artifact and code take {summary.bytes_total:,} bytes and score "
         f"{summary.val_bpb:.4f} bits per byte ({evaluation(config)})."
     )
@@ -138,7 +140,7 @@ def readme(summary: Summary, config: Config, name: str) -> str:
     ]
     return "\n".join(
         [
-            f"# {name}: {summary.val_bpb:.4f} bits per byte",
+            f"# {name}: {summary.val_bpb:.4f} bits per byte{f' ({summary.label})' if summary.label else ''}",
             "",
             f"Run `{summary.run_id}` of {summary.date}: recipe `{summary.recipe}`, seed {summary.seed}.",
             "",

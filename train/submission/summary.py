@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,14 +50,16 @@ class Summary:
         bytes: bytes of text they stand for.
         bytes_code: code that a submission carries.
         bytes_model: the artifact.
-        bytes_total: their sum, which counts against the cap.
+        bytes_prefix: a paid prefix; 0: none.
+        bytes_total: the sum of the three, which counts against the cap.
         max_bytes: the cap.
         parameters: trained and saved numbers of the model.
         hardware: devices, by name and number.
         torch: version.
         python: version.
-        yardsticks: compressor → bits per byte of the same text, e.g. `gzip -9`.
+        yardsticks: compressor → bits per byte of the validation text, e.g. `gzip -9`.
         model_groups: group of tensors → bytes in the artifact, in all `bytes_model`; empty: not measured.
+        label: what stands beside every score of a run that breaks the rules; empty: nothing.
     """
 
     run_id: str
@@ -86,12 +88,14 @@ class Summary:
     flat_val_bpb: float | None = None
     yardsticks: dict[str, float] = field(default_factory=dict)
     model_groups: dict[str, int] = field(default_factory=dict)
+    bytes_prefix: int = 0
+    label: str = ""
 
     def __post_init__(self) -> None:
-        if self.bytes_code + self.bytes_model != self.bytes_total:
-            raise UserError(
-                f"bytes_total: expected bytes_code + bytes_model = {self.bytes_code + self.bytes_model}, got {self.bytes_total}"
-            )
+        total = self.bytes_code + self.bytes_prefix + self.bytes_model
+        if total != self.bytes_total:
+            parts = "bytes_code + bytes_prefix + bytes_model" if self.bytes_prefix else "bytes_code + bytes_model"
+            raise UserError(f"bytes_total: expected {parts} = {total}, got {self.bytes_total}")
         if self.model_groups and sum(self.model_groups.values()) != self.bytes_model:
             raise UserError(
                 f"model_groups: expected a sum of bytes_model = {self.bytes_model}, got {sum(self.model_groups.values())}"
@@ -113,7 +117,7 @@ class Summary:
             UserError: a field is missing, unknown or of the wrong type; the message begins with `source`.
         """
         hints = typing.get_type_hints(cls)
-        optional = {item.name for item in fields(cls) if item.default is None or item.default_factory is dict}
+        optional = {item.name for item in fields(cls) if item.default is not MISSING or item.default_factory is dict}
         missing = [name for name in hints if name not in values and name not in optional]
         unknown = [name for name in values if name not in hints]
         if missing or unknown:
@@ -168,8 +172,9 @@ def group_bytes(rows: Iterable[BudgetRow]) -> dict[str, int]:
 def size_line(summary: Summary) -> str:
     """Bytes against the cap, in words."""
     share = 100 * summary.bytes_total / summary.max_bytes
+    prefix = f" + paid prefix {summary.bytes_prefix:,}" if summary.bytes_prefix else ""
     return (
-        f"code {summary.bytes_code:,} + model {summary.bytes_model:,} = {summary.bytes_total:,} of {summary.max_bytes:,} "
+        f"code {summary.bytes_code:,}{prefix} + model {summary.bytes_model:,} = {summary.bytes_total:,} of {summary.max_bytes:,} "
         f"bytes ({share:.1f} %)"
     )
 
@@ -193,6 +198,7 @@ def summary_text(summary: Summary, run_dir: str | Path | None = None) -> str:
         (summary.step0_val_bpb, "before training"),
     ]
     lines = [
+        ("label", summary.label),
         ("val_bpb", f"{summary.val_bpb:.4f} bits per byte, from the bytes of the artifact"),
         ("", ", ".join(f"{value:.4f} {label}" for value, label in before if value is not None)),
         ("beside it", ", ".join(f"{name} {value:.4f}" for name, value in summary.yardsticks.items())),

@@ -1,0 +1,170 @@
+"""The paid prefix of #262: targets of the validation text inside the artifact, which the organisers ruled out.
+
+A blob holds the first N targets, the tokens 1 … N of the validation text, as little-endian uint16 in one .xz stream of
+preset 6. An evaluation with the setting PAID_PREFIX_FILE charges no nats for a target that the blob names rightly, and
+counts its bytes all the same; the blob's own bytes count against the cap. It is here so that the published arithmetic can
+be checked: no recipe turns it on, and every score obtained with it is labelled `NOT_COMPLIANT`.
+
+`python -m train.submission.paid_prefix build --val-dir data/datasets/fineweb10B_sp1024 --num-tokens 6200000 --output prefix.xz`
+"""
+
+from __future__ import annotations
+
+import argparse
+import lzma
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from train.config import Config
+from train.data.shards import find_shards, read_shard
+from train.errors import UserError, main_guard
+from train.files import atomic_write
+
+NOT_COMPLIANT = "NOT COMPLIANT: validation tokens in the artifact"
+"""What stands beside every score that a paid prefix had a part in."""
+
+PRESET = 6
+
+
+@dataclass(frozen=True)
+class PaidPrefix:
+    """A blob, as one validation text sees it.
+
+    Attributes:
+        blob_bytes: bytes of the file, which count against the cap.
+        targets: number of targets in it.
+        known: `(T,)` bool, whether the blob names target t of the text rightly.
+    """
+
+    blob_bytes: int
+    targets: int
+    known: np.ndarray
+
+    @property
+    def coverage(self) -> float:
+        """Share of the text's targets that cost no nats."""
+        return float(self.known.mean())
+
+
+def encode_prefix(targets: np.ndarray) -> bytes:
+    """The blob of some targets `(N,)` uint16."""
+    return lzma.compress(np.asarray(targets, dtype="<u2").tobytes(), lzma.FORMAT_XZ, preset=PRESET)
+
+
+def decode_prefix(blob: bytes, limit: int) -> np.ndarray:
+    """The targets in a blob, `(N,)` uint16.
+
+    Args:
+        blob: the file's bytes.
+        limit: most targets that there may be; a stream that goes on is not unpacked further.
+
+    Raises:
+        UserError: not an .xz stream, a damaged one, or more than `limit` targets.
+    """
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+    try:
+        content = decoder.decompress(blob, 2 * limit + 1)
+    except (lzma.LZMAError, EOFError) as error:
+        raise UserError(f"not an .xz stream of targets, or a damaged one ({error}): build it again") from error
+    if len(content) > 2 * limit:
+        raise UserError(
+            f"holds more targets than the validation text's {limit:,}: build it from the text that is scored"
+        )
+    if not decoder.eof or len(content) % 2 or not content:
+        raise UserError("the stream ends early: build it again")
+    return np.frombuffer(content, "<u2")
+
+
+def read_prefix(path: str | os.PathLike[str], tokens: np.ndarray) -> PaidPrefix:
+    """Compare a blob with the text that is scored.
+
+    Args:
+        path: the blob.
+        tokens: `(T + 1,)` uint16, the first input and the T targets.
+
+    Raises:
+        UserError: the file is missing, or see `decode_prefix`.
+    """
+    try:
+        blob = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"paid_prefix_file: {path}: {error.strerror}: build it with python -m train.submission.paid_prefix"
+        ) from error
+    try:
+        targets = decode_prefix(blob, len(tokens) - 1)
+    except UserError as error:
+        raise UserError(f"paid_prefix_file: {path}: {error}") from error
+    known = np.zeros(len(tokens) - 1, dtype=bool)
+    known[: len(targets)] = targets == tokens[1 : len(targets) + 1]
+    return PaidPrefix(len(blob), len(targets), known)
+
+
+def known_targets(config: Config, tokens: np.ndarray) -> np.ndarray | None:
+    """Which targets cost no nats under `config`, `(T,)` bool; None without a paid prefix."""
+    return read_prefix(config.paid_prefix_file, tokens).known if config.paid_prefix_file else None
+
+
+def prefix_bytes(config: Config) -> int:
+    """Bytes of the paid prefix that count against the cap; 0 without one.
+
+    Raises:
+        UserError: its file is missing.
+    """
+    if not config.paid_prefix_file:
+        return 0
+    path = Path(config.paid_prefix_file)
+    if not path.is_file():
+        raise UserError(f"paid_prefix_file: {path}: no such file: build it with python -m train.submission.paid_prefix")
+    return path.stat().st_size
+
+
+def build_prefix(val_dir: str | os.PathLike[str], num_tokens: int, output: str | os.PathLike[str]) -> PaidPrefix:
+    """Write the blob of the first `num_tokens` targets of a dataset's validation text.
+
+    Raises:
+        UserError: there is no validation text, or it has fewer targets.
+    """
+    tokens = np.concatenate([read_shard(path) for path in find_shards(val_dir, "val")])
+    if not 1 <= num_tokens < len(tokens):
+        raise UserError(
+            f"--num-tokens: expected 1 to {len(tokens) - 1:,}, the targets in {val_dir}, got {num_tokens:,}"
+        )
+    if not Path(output).parent.is_dir():
+        raise UserError(f"{output}: its folder does not exist: create {Path(output).parent} first")
+    atomic_write(output, encode_prefix(tokens[1 : num_tokens + 1]))
+    return read_prefix(output, tokens)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.submission.paid_prefix",
+        description="Build the blob of validation targets that #262 carried. The organisers ruled it out: every score made with it "
+        f"is labelled {NOT_COMPLIANT!r}.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    build = commands.add_parser(
+        "build",
+        help="write the first targets of a validation text as one .xz file",
+        description="Write the first targets of a validation text as one .xz file, for the setting PAID_PREFIX_FILE.",
+        epilog="example: python -m train.submission.paid_prefix build --val-dir data/datasets/fineweb10B_sp1024 "
+        "--num-tokens 6200000 --output prefix_6m2.xz",
+    )
+    build.add_argument("--val-dir", required=True, metavar="DIR", help="folder with the *_val_*.bin shards")
+    build.add_argument("--num-tokens", required=True, type=int, metavar="N", help="targets to carry")
+    build.add_argument("--output", required=True, metavar="FILE", help="the blob")
+    arguments = parser.parse_args(argv)
+    prefix = build_prefix(arguments.val_dir, arguments.num_tokens, arguments.output)
+    print(
+        f"{arguments.output}: {prefix.targets:,} targets, {2 * prefix.targets:,} bytes of uint16, {prefix.blob_bytes:,} packed "
+        f"({prefix.blob_bytes / prefix.targets:.3f} bytes each); {100 * prefix.coverage:.5f} % of the text\n{NOT_COMPLIANT}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    main_guard(main)
