@@ -169,6 +169,11 @@ def spoil_scores_and_artifact(run: Path) -> None:
     (run / "model.golf").unlink()
 
 
+def folder_in_place_of_artifact(run: Path) -> None:
+    (run / "model.golf").unlink()
+    (run / "model.golf").mkdir()
+
+
 def damage(run: Path, name: str) -> None:
     path = run / name
     path.write_bytes(path.read_bytes()[:-20])
@@ -178,6 +183,7 @@ def damage(run: Path, name: str) -> None:
     ("spoil", "arguments", "fragment"),
     [
         (lambda run: (run / "model.golf").unlink(), [], r"model\.golf: missing: run python -m train first"),
+        (folder_in_place_of_artifact, [], r"model\.golf: expected a file, found a folder: move it away"),
         (lambda run: (run / "config.json").unlink(), [], r"config\.json: missing"),
         (lambda run: damage(run, "model.golf"), [], r"model\.golf"),
         (lambda run: damage(run, "config.json"), [], r"config\.json: not readable"),
@@ -197,10 +203,10 @@ def test_bad_runs_are_refused_and_leave_no_score(
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     spoil(run)
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     with pytest.raises(UserError, match=fragment):
         main([str(run), *arguments])
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
 def test_help_is_complete_and_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:

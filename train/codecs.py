@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class Codec:
     name: str
     max_bits: int
     _encode: Callable[..., bytes]
-    _decode: Callable[[bytes, int], bytes]
+    _decode: Callable[[Any, int], bytes | memoryview]
     shaped: bool = False
 
     def encode(self, data: bytes, shape: tuple[int, int] | None = None) -> bytes:
@@ -62,8 +63,8 @@ class Codec:
         """
         return self._encode(data, shape) if self.shaped else self._encode(data)
 
-    def decode(self, data: bytes, size: int) -> bytes:
-        """Decode to exactly `size` bytes.
+    def decode(self, data: bytes | memoryview, size: int) -> bytes | memoryview:
+        """Decode to exactly `size` bytes; `raw` hands back what it is given.
 
         Raises:
             MissingCodec: the library is not installed; the message says which to install.
@@ -95,7 +96,7 @@ def byte_shuffle(data: bytes, stride: int = 2) -> bytes:
     return b"".join([SHUFFLE_MAGIC, bytes([stride]), *(data[i::stride] for i in range(stride))])
 
 
-def byte_unshuffle(data: bytes) -> bytes:
+def byte_unshuffle(data: bytes | memoryview) -> bytes:
     """The inverse of `byte_shuffle`.
 
     Raises:
@@ -203,8 +204,8 @@ def _zlib_decode(data: bytes, size: int) -> bytes:
     return decoded
 
 
-def _raw_decode(data: bytes, size: int) -> bytes:
-    return bytes(data)
+def _raw_decode(data: bytes | memoryview, size: int) -> bytes | memoryview:
+    return data
 
 
 def _raw6_encode(data: bytes) -> bytes:

@@ -102,7 +102,9 @@ class RunFolder:
 
     def need(self, path: Path, stage: str) -> Path:
         """`path`, or an error that says which stage makes it."""
-        if not path.is_file():
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: expected a file, found a folder: move it away and run {stage}")
+        if not path.exists():
             raise UserError(f"{path}: missing: run {stage} first")
         return path
 

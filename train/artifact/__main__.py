@@ -1,21 +1,25 @@
-"""Look into an artifact, or check one: `python -m train.artifact inspect|verify FILE`."""
+"""Look into artifacts and turn them into others: `python -m train.artifact inspect|verify|diff|convert FILE …`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from train.artifact.budget import budget_table
-from train.artifact.storage import MODEL_FIELDS, build_model, read_artifact
-from train.errors import main_guard
-from train.files import sha256_file
+from train.artifact.difference import difference
+from train.artifact.export import PUBLISHED_FORMATS, export
+from train.artifact.storage import MODEL_FIELDS, build_model, read_artifact, write_artifact
+from train.codecs import CODECS
+from train.errors import UserError, main_guard
+from train.files import atomic_write, sha256_file
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int | None:
     """Run the command line."""
     options = _parser().parse_args(arguments)
-    options.run(options)
+    return options.run(options)
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -51,33 +55,98 @@ def verify(options: argparse.Namespace) -> None:
     )
 
 
+def diff(options: argparse.Namespace) -> int:
+    """Compare two artifacts; 0: the same model, 1: another."""
+    found = difference(read_artifact(options.file), read_artifact(options.other))
+    print(json.dumps(found.to_dict(), indent=1) if options.json else found.text(str(options.file), str(options.other)))
+    return 0 if found.same else 1
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Write the same weights in another format or with another codec."""
+    if options.codec and options.format != "golf":
+        raise UserError(f"--codec: format {options.format} has its own: leave it out, or choose --format golf")
+    if not options.out.resolve().parent.is_dir():
+        raise UserError(f"--out: the folder {options.out.parent} does not exist: create it first")
+    artifact, before = read_artifact(options.file), options.file.stat().st_size
+    report = {"file": str(options.file), "out": str(options.out), "format": options.format, "bytes_before": before}
+    if options.format == "golf":
+        if not options.codec:
+            raise UserError(f"--codec: needed for format golf: one of {', '.join(CODECS)}")
+        config = artifact.config.replace(codec=options.codec)
+        info = write_artifact(options.out, artifact.tensors, config, code_bytes=0, max_bytes=sys.maxsize)
+        report |= {"codec": options.codec, "bytes": info.model_bytes}
+    else:
+        exported = export(artifact.tensors, options.format)
+        atomic_write(options.out, exported.data)
+        report |= {"codec": PUBLISHED_FORMATS[options.format].codec, "bytes": len(exported.data)}
+        report |= {"payload_bytes": exported.payload_bytes, "pickled_bytes": exported.pickled_bytes}
+    if options.json:
+        print(json.dumps(report, indent=1))
+        return
+    details = ", ".join(
+        f"{key.removesuffix('_bytes')} {report[key]:,}" for key in ("payload_bytes", "pickled_bytes") if key in report
+    )
+    print(f"{options.file}: {before:,} bytes\n{options.out}: {report['bytes']:,} bytes{details and f' ({details})'}")
+
+
 def _parser() -> argparse.ArgumentParser:
+    run = "runs/quickstart_20260101-120000/model.golf"
     parser = argparse.ArgumentParser(
         prog="python -m train.artifact",
-        description="Look into the artifact of a run, or check it. Nothing in the file is executed.",
+        description="Look into the artifact of a run, check it, compare it with another or convert it. Nothing in the file "
+        "is executed.",
         epilog="examples:\n"
-        "  python -m train.artifact inspect runs/quickstart_20260101-120000/model.golf\n"
-        "  python -m train.artifact verify --json runs/quickstart_20260101-120000/model.golf\n\n"
+        f"  python -m train.artifact inspect {run}\n"
+        f"  python -m train.artifact verify --json {run}\n"
+        f"  python -m train.artifact diff {run} runs/other/model.golf\n"
+        f"  python -m train.artifact convert {run} --codec ans --out smaller.golf\n"
+        f"  python -m train.artifact convert {run} --format pr1471 --out final_model.int6.ptz\n\n"
         "The format is described byte by byte in train/artifact/container.py. Exit code 2: the file is no good artifact.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for run, about in (
-        (
-            inspect,
+    texts = {
+        inspect: (
             "print a table by tensor group: elements, bytes before and after packing, bits each, share of the file",
+            "runs/mine/model.golf",
         ),
-        (verify, "check every byte against its checksum, decode every section and build the model"),
-    ):
+        verify: (
+            "check every byte against its checksum, decode every section and build the model",
+            "runs/mine/model.golf",
+        ),
+        diff: (
+            "compare the models in two artifacts, whatever their codecs: fields, tensors, codes, weights, bytes; exit code 1 "
+            "if they differ",
+            "runs/mine/model.golf runs/other/model.golf",
+        ),
+        convert: (
+            "write the same weights with another codec, or in a published format that a single script reads",
+            "runs/mine/model.golf --codec ans --out smaller.golf",
+        ),
+    }
+    made = {}
+    for function, (about, example) in texts.items():
         command = commands.add_parser(
-            run.__name__,
+            function.__name__,
             help=about,
             description=f"{about[0].upper()}{about[1:]}.",
-            epilog=f"example: python -m train.artifact {run.__name__} runs/mine/model.golf",
+            epilog=f"example: python -m train.artifact {function.__name__} {example}",
         )
         command.add_argument("file", metavar="FILE", type=Path, help="the artifact, e.g. runs/RUN/model.golf")
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-        command.set_defaults(run=run)
+        command.set_defaults(run=function)
+        made[function] = command
+    made[diff].add_argument("other", metavar="OTHER", type=Path, help="the artifact to compare it with")
+    formats = "; ".join(f"{name}: {form.about}" for name, form in PUBLISHED_FORMATS.items())
+    made[convert].add_argument("--out", metavar="OUT", type=Path, required=True, help="the file to write")
+    made[convert].add_argument(
+        "--format",
+        default="golf",
+        choices=("golf", *PUBLISHED_FORMATS),
+        help=f"golf: this project's container, with --codec; {formats} [golf]",
+    )
+    made[convert].add_argument("--codec", choices=sorted(CODECS), help="codec of format golf")
     return parser
 
 

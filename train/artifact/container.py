@@ -17,7 +17,8 @@ The JSON is one object:
      "sections": [[group, type, codec, stride, unpacked, packed, crc], …],
      "tensors": [[name, [dimension, …], section, scales], …]}
 
-config     the fields of `train.config.Config` that shape the model (`MODEL_FIELDS`); lists stand for tuples.
+config     the fields of `train.config.Config` that shape the model (`MODEL_FIELDS`); lists stand for tuples. A field that
+           is missing is younger than the file and has its default.
 sections   group: what the tensors in it have in common, for people to read. type: "int2" … "int8" (one signed byte per
            code, whatever the bits), "float16", "bfloat16" or "float32". codec: a name in `train.codecs.CODECS`:
            "brotli" (RFC 7932), "zstd" (RFC 8878, one frame that states its content size), "lzma" (.xz, one stream), "zlib"
@@ -31,12 +32,14 @@ tensors    name and shape of a parameter. Its values are the next ones, row by r
            weight is code · scale of its row, in float32.
 
 To read: check the magic, the CRC, the version; inflate the header; check that the packed sizes add up to the file and the
-unpacked ones to the tensors; check each section's CRC before decoding it. Nothing in the file is executed or unpickled.
+unpacked ones to the tensors; check each section's CRC before decoding it. Nothing in the file is executed or unpickled. The
+file is mapped into memory, so that only the sections' contents take any.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import struct
 import zlib
 from dataclasses import astuple, dataclass
@@ -120,7 +123,7 @@ class Unpacked(NamedTuple):
     """An artifact's header, its sections decoded, and the same sizes as in `Packed`."""
 
     header: Header
-    contents: list[bytes]
+    contents: list[bytes | memoryview]
     header_bytes: int
     json_bytes: int
 
@@ -148,7 +151,7 @@ def unpack(path: Path) -> Unpacked:
             names the file and the part, what was expected and what to do.
         MissingCodec: a section's codec is not installed.
     """
-    data = _read(path)
+    data = _map(path)
     header, begin, json_bytes = _unpack_header(path, data)
     header_bytes = begin
     _check_length(path, header, begin, len(data))
@@ -163,7 +166,7 @@ def unpack(path: Path) -> Unpacked:
     return Unpacked(header, contents, header_bytes, json_bytes)
 
 
-def _read(path: Path) -> bytes:
+def _map(path: Path) -> memoryview:
     try:
         with open(path, "rb") as file:
             # a large foreign file is recognized before it is read
@@ -173,14 +176,15 @@ def _read(path: Path) -> bytes:
                     f"{path}: not an artifact: expected it to begin with {MAGIC.hex(' ')}, found "
                     f"{start[: len(MAGIC)].hex(' ') or 'nothing'}: give a model.golf that python -m train wrote"
                 )
-            return start + file.read()
+            # unmapped when its last view is gone
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: no such file: give a model.golf that python -m train wrote") from error
     except IsADirectoryError as error:
         raise ArtifactError(f"{path}: a folder, not an artifact: give the file in it, model.golf") from error
 
 
-def _unpack_header(path: Path, data: bytes) -> tuple[Header, int, int]:
+def _unpack_header(path: Path, data: memoryview) -> tuple[Header, int, int]:
     if len(data) < PREAMBLE_BYTES:
         _damaged(path, "preamble", f"{PREAMBLE_BYTES} bytes", f"{len(data)}")
     _, version, packed_bytes, text_bytes = _FIELDS.unpack_from(data)
@@ -283,7 +287,7 @@ def _check_length(path: Path, header: Header, begin: int, length: int) -> None:
         _damaged(path, "end of file", f"{end:,} bytes", f"{length:,}")
 
 
-def _decode(path: Path, index: int, section: Section, packed: bytes) -> bytes:
+def _decode(path: Path, index: int, section: Section, packed: memoryview) -> bytes | memoryview:
     header_bytes = SHUFFLE_HEADER_BYTES if section.stride else 0
     try:
         content = CODECS[section.codec].decode(packed, section.unpacked_bytes + header_bytes)

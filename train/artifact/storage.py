@@ -139,9 +139,9 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
     source = Path(path)
     header, contents, header_bytes, json_bytes = unpack(source)
     try:
-        if set(header.config) != set(MODEL_FIELDS):
-            odd = min(set(header.config) ^ set(MODEL_FIELDS))
-            raise ConfigError(f"{odd}: {'not expected' if odd in header.config else 'missing'}")
+        unknown = set(header.config) - set(MODEL_FIELDS)
+        if unknown:
+            raise ConfigError(f"{min(unknown)}: not expected")
         config = Config.from_dict(header.config)
     except (ConfigError, TypeError) as error:
         raise ArtifactError(
@@ -289,7 +289,7 @@ def _encode(plan: _Plan, content: bytes, codec: Codec) -> tuple[Section, bytes]:
     return Section(plan.group, plan.type, name, stride, len(content), len(packed), zlib.crc32(packed)), packed
 
 
-def _tensors(source: Path, header: Header, contents: list[bytes]) -> StoredTensors:
+def _tensors(source: Path, header: Header, contents: list[bytes | memoryview]) -> StoredTensors:
     offsets = [0] * len(contents)
 
     def take(index: int, shape: tuple[int, ...]) -> Tensor:
@@ -328,7 +328,7 @@ def _to_bytes(tensor: Tensor) -> bytes:
     return bits.numpy().astype(_NUMPY[kind]).tobytes()
 
 
-def _from_bytes(content: bytes, kind: str) -> Tensor:
+def _from_bytes(content: bytes | memoryview, kind: str) -> Tensor:
     if kind not in _NUMPY:
         return torch.from_numpy(np.frombuffer(content, np.int8).copy())
     array = np.frombuffer(content, _NUMPY[kind])

@@ -1,0 +1,108 @@
+"""The command line of artifacts: diff and convert."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from test_artifact import ROOMY, assert_same, quantized, tiny
+
+from train.artifact import read_artifact, write_artifact
+from train.artifact.__main__ import main
+from train.codecs import CODECS
+from train.errors import UserError
+from train.quantize.tensors import QuantizedTensor, StoredTensors
+
+
+@pytest.fixture(scope="module")
+def tensors() -> StoredTensors:
+    return quantized(tiny())
+
+
+@pytest.fixture
+def file(tmp_path: Path, tensors: StoredTensors) -> Path:
+    path = tmp_path / "model.golf"
+    write_artifact(path, tensors, tiny(), **ROOMY)
+    return path
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_convert_changes_the_codec_and_nothing_else(
+    file: Path, tensors: StoredTensors, codec: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = file.parent / "other.golf"
+    main(["convert", str(file), "--codec", codec, "--out", str(out)])
+    assert f"{out}: {out.stat().st_size:,} bytes" in capsys.readouterr().out
+    assert_same(read_artifact(out).tensors, tensors)
+    assert codec in {section.codec for section in read_artifact(out).info.sections}
+    assert main(["diff", str(file), str(out)]) == 0
+    main(["convert", str(out), "--codec", "brotli", "--out", str(out)])
+    assert out.read_bytes() == file.read_bytes()
+
+
+def test_convert_reports_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = file.parent / "model.ptz"
+    main(["convert", "--json", str(file), "--format", "pr1392", "--out", str(out)])
+    report = json.loads(capsys.readouterr().out)
+    assert (report["bytes_before"], report["bytes"]) == (file.stat().st_size, out.stat().st_size)
+    assert report["codec"] == "brotli"
+    assert report["payload_bytes"] < report["pickled_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x"], "--codec: needed for format golf: one of .*ans"),
+        (["--out", "x", "--format", "pr1471", "--codec", "ans"], "--codec: format pr1471 has its own"),
+        (["--out", "none/x", "--codec", "ans"], "--out: the folder none does not exist: create it first"),
+    ],
+)
+def test_convert_refuses_what_it_cannot_do(
+    file: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(file.parent)
+    with pytest.raises(UserError, match=message):
+        main(["convert", str(file), *arguments])
+    assert os.listdir(file.parent) == ["model.golf"]
+
+
+def test_diff_names_what_differs(file: Path, tensors: StoredTensors, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = dict(tensors)
+    up, scale = changed["blocks.1.mlp.up"], changed["ve.scale"]
+    assert isinstance(up, QuantizedTensor) and isinstance(scale, torch.Tensor)
+    codes = up.codes.clone()
+    codes[0, 0] = codes[0, 0] - 1 if codes[0, 0] > 0 else codes[0, 0] + 1
+    changed["blocks.1.mlp.up"] = QuantizedTensor(codes, up.scales, up.bits)
+    changed["ve.scale"] = -torch.zeros_like(scale)
+    del changed["skips.gates"], changed["blocks.0.attn_scale"]
+    changed["blocks.0.attn_scale"] = torch.ones(3)
+    other = file.parent / "other.golf"
+    write_artifact(other, changed, tiny(rope_base=500.0), **ROOMY)
+    assert main(["diff", str(file), str(other)]) == 1
+    text = capsys.readouterr().out
+    assert "field rope_base: 10000.0 and 500.0" in text
+    assert f"tensor blocks.1.mlp.up: int6 {tuple(codes.shape)}, {100 / codes.numel():.2f} % of the codes" in text
+    assert f"weights by up to {up.scales[0].float().item():.4g}" in text
+    assert "tensor blocks.0.attn_scale: float16 (16,) and float32 (3,)" in text
+    assert f"tensors differ; {len(tensors) - 4} tensors are equal" in text
+    main(["diff", "--json", str(file), str(other)])
+    report = json.loads(capsys.readouterr().out)
+    assert not report["same"]
+    assert report["model_bytes"] == [file.stat().st_size, other.stat().st_size]
+    assert [sum(sizes) for sizes in zip(*report["groups"].values(), strict=True)] == report["model_bytes"]
+
+
+def test_diff_sees_the_sign_of_zero(file: Path, tensors: StoredTensors) -> None:
+    other = file.parent / "other.golf"
+    zeros = dict(tensors) | {"ve.scale": torch.zeros(())}
+    write_artifact(file, zeros, tiny(), **ROOMY)
+    write_artifact(other, zeros | {"ve.scale": -torch.zeros(())}, tiny(), **ROOMY)
+    assert main(["diff", str(file), str(other)]) == 1
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "diff", "convert"])
+def test_each_command_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"example: python -m train.artifact {command} runs/" in " ".join(capsys.readouterr().out.split())

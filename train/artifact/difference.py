@@ -1,0 +1,144 @@
+"""What two artifacts have in common and what not: fields, tensors, codes, weights, and what each group costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.artifact.storage import MODEL_FIELDS, Artifact
+from train.quantize.tensors import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """A tensor that is not the same in both.
+
+    Attributes:
+        name: its name.
+        first: its shape and type in the first artifact; "none": it is not there.
+        second: the same of the second.
+        codes_changed: share of its codes that differ; None unless both hold codes of one shape.
+        weight_error: largest difference of a weight; None for other shapes.
+        relative_error: root of the sum of squared differences over that of the first's weights; None for other shapes.
+    """
+
+    name: str
+    first: str
+    second: str
+    codes_changed: float | None
+    weight_error: float | None
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two artifacts differ.
+
+    Attributes:
+        fields: model field → its two values, where they differ.
+        tensors: those that differ.
+        equal_tensors: number of those that do not.
+        model_bytes: sizes of the two files.
+        groups: tensor group → its bytes in the two files, 0 where it is not.
+    """
+
+    fields: dict[str, tuple[Any, Any]]
+    tensors: list[TensorDifference]
+    equal_tensors: int
+    model_bytes: tuple[int, int]
+    groups: dict[str, tuple[int, int]]
+
+    @property
+    def same(self) -> bool:
+        """Whether both hold the same model, bit for bit."""
+        return not self.fields and not self.tensors
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"same": self.same, **asdict(self)}
+
+    def text(self, first: str, second: str) -> str:
+        """For people; the files' names are given."""
+        lines = [
+            f"first   {first}: {self.model_bytes[0]:,} bytes",
+            f"second  {second}: {self.model_bytes[1]:,} bytes",
+            "",
+        ]
+        width = max(map(len, self.groups))
+        for group, (before, after) in self.groups.items():
+            lines.append(f"{group:{width}}  {before:>12,}  {after:>12,}  {after - before:>+12,}")
+        before, after = self.model_bytes
+        lines += [f"{'total':{width}}  {before:>12,}  {after:>12,}  {after - before:>+12,}", ""]
+        lines += [f"field {name}: {a} and {b}" for name, (a, b) in self.fields.items()]
+        for row in self.tensors:
+            parts = [row.first if row.first == row.second else f"{row.first} and {row.second}"]
+            if row.codes_changed is not None:
+                parts.append(f"{100 * row.codes_changed:.2f} % of the codes")
+            if row.weight_error is not None:
+                parts.append(f"weights by up to {row.weight_error:.4g}, {100 * row.relative_error:.3g} % in norm")
+            lines.append(f"tensor {row.name}: {', '.join(parts)}")
+        verdict = "the same model" if self.same else f"{len(self.tensors)} tensors differ"
+        return "\n".join([*lines, f"{verdict}; {self.equal_tensors} tensors are equal"])
+
+
+def difference(first: Artifact, second: Artifact) -> Difference:
+    """Compare two artifacts, whatever their codecs."""
+    fields = {
+        name: (getattr(first.config, name), getattr(second.config, name))
+        for name in MODEL_FIELDS
+        if getattr(first.config, name) != getattr(second.config, name)
+    }
+    names = list(dict.fromkeys([*first.tensors, *second.tensors]))
+    rows = [_compare(name, first.tensors.get(name), second.tensors.get(name)) for name in names]
+    changed = [row for row in rows if row is not None]
+    sizes: tuple[Counter[str], Counter[str]] = Counter(), Counter()
+    for artifact, counter in zip((first, second), sizes, strict=True):
+        for row in artifact.info.rows():
+            counter[row.group] += row.packed_bytes
+    groups = {group: (sizes[0][group], sizes[1][group]) for group in {**sizes[0], **sizes[1]}}
+    model_bytes = (first.info.model_bytes, second.info.model_bytes)
+    return Difference(fields, changed, len(rows) - len(changed), model_bytes, groups)
+
+
+def _compare(
+    name: str, first: QuantizedTensor | Tensor | None, second: QuantizedTensor | Tensor | None
+) -> TensorDifference | None:
+    forms = _form(first), _form(second)
+    if first is None or second is None or first.shape != second.shape:
+        return TensorDifference(name, *forms, None, None, None)
+    share = None
+    if isinstance(first, QuantizedTensor) and isinstance(second, QuantizedTensor):
+        equal = forms[0] == forms[1] and torch.equal(first.codes, second.codes) and _equal(first.scales, second.scales)
+        if first.codes.numel():
+            share = (first.codes != second.codes).double().mean().item()
+    else:
+        equal = (
+            forms[0] == forms[1] and isinstance(first, Tensor) and isinstance(second, Tensor) and _equal(first, second)
+        )
+    if equal:
+        return None
+    before, after = _weights(first), _weights(second)
+    error = before - after
+    norm = before.norm().item()
+    largest = error.abs().max().item() if error.numel() else 0.0
+    return TensorDifference(name, *forms, share, largest, error.norm().item() / norm if norm else 0.0)
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    # by their bits, since −0 equals 0
+    return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
+
+
+def _form(tensor: QuantizedTensor | Tensor | None) -> str:
+    if tensor is None:
+        return "none"
+    kind = f"int{tensor.bits}" if isinstance(tensor, QuantizedTensor) else str(tensor.dtype).removeprefix("torch.")
+    return f"{kind} {tuple(tensor.shape)}"
+
+
+def _weights(tensor: QuantizedTensor | Tensor) -> Tensor:
+    return tensor.dequantize().double() if isinstance(tensor, QuantizedTensor) else tensor.double()
