@@ -1,0 +1,351 @@
+"""The MLP block of a layer, forward and backward, beside torch.compile with each of its switches and the peers' kernels.
+
+y = x + scale ⊙ (leaky_relu(rms(x) · w_upᵀ, slope)² · w_downᵀ), and the gradients of x, both matrices and the scale. The
+goal is 1.35 times the speed of the best compiled block, and at most 1.25 times the six products alone in the same run.
+Peers know no leaky activation, so they run beside slope 0. On a CPU the compiler is only traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import itertools
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import common
+from golf_kernels import dispatch
+from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
+
+EPS = 1e-6
+GRADIENTS = ("x", "w_up", "w_down", "scale")
+# Inductor's own switches that could help this block
+SWITCHES: dict[str, dict[str, Any]] = {
+    "compile": {},
+    "compile, no mixed-order reduction": {"triton.mix_order_reduction": False},
+    "compile, dependent launch": {"triton.enable_pdl": True},
+    "compile, combo kernels": {"combo_kernels": True},
+    "compile, tuned products": {"max_autotune_gemm": True},
+    "compile, tuned TMA products": {
+        "max_autotune_gemm": True,
+        "triton.enable_persistent_tma_matmul": True,
+        "triton.enable_template_tma_store": True,
+    },
+    "compile, CUTLASS epilogues": {
+        "max_autotune_gemm": True,
+        "max_autotune_gemm_backends": "ATEN,TRITON,CUTLASS",
+        "cutlass.cutlass_epilogue_fusion_enabled": True,
+    },
+}
+NUMBERS = itertools.count()
+Inputs = dict[str, Tensor]
+Block = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
+class Shape(NamedTuple):
+    """rows × d activations, and the hidden size."""
+
+    rows: int
+    d: int
+    hidden: int
+
+
+class Device(NamedTuple):
+    """Dense bfloat16 TFLOP/s and GB/s that a prediction is computed from."""
+
+    name: str
+    tflops: float
+    gbps: float
+
+
+# the H100's from its data sheet; the H200's are what one reached
+DEVICES = (Device("H100", 989.0, 3350.0), Device("H200", 790.0, 4300.0))
+
+
+class Kernel(NamedTuple):
+    """One launch of the block: its arithmetic, and its traffic with device memory."""
+
+    name: str
+    flops: float
+    bytes: float
+
+    def floor_ms(self, device: Device) -> float:
+        return max(self.flops / (device.tflops * 1e9), self.bytes / (device.gbps * 1e6))
+
+
+def kernels(shape: Shape) -> dict[str, list[Kernel]]:
+    """The launches of this package's block, by pass; `extra` is what a better up and down product would not need."""
+    x, post = 2.0 * shape.rows * shape.d, 2.0 * shape.rows * shape.hidden
+    sign, flops = post / 16, 2.0 * shape.rows * shape.d * shape.hidden
+    return {
+        "forward": [Kernel("up", flops, x + post + sign), Kernel("down", flops, post + 2 * x)],
+        "backward": [
+            Kernel("dpre", flops, x + 2 * post + sign),
+            Kernel("dx", flops, post + 3 * x),
+            Kernel("dw_up", flops, post + x),
+            Kernel("dw_down", flops, post + x),
+        ],
+        "extra": [Kernel("inverse rms", 0.0, x), Kernel("copy of the residual", 0.0, 2 * x)],
+    }
+
+
+def predict(shape: Shape) -> str:
+    """Times computed from bytes and FLOPs, per pass and device."""
+    lines = [f"computed, not measured: {shape.rows}x{shape.d}x{shape.hidden}, ms"]
+    for device in DEVICES:
+        passes = {name: sum(k.floor_ms(device) for k in group) for name, group in kernels(shape).items()}
+        products = 12.0 * shape.rows * shape.d * shape.hidden / (device.tflops * 1e9)
+        parts = ", ".join(f"{name} {time:.3f}" for name, time in passes.items())
+        lines.append(
+            f"  {device.name} ({device.tflops:.0f} TF/s, {device.gbps:.0f} GB/s): {parts}; products {products:.3f}"
+        )
+    return "\n".join(lines)
+
+
+def plain(x: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor, slope: float) -> Tensor:
+    """The block as people write it."""
+    hidden = F.leaky_relu(F.rms_norm(x, x.shape[-1:], eps=EPS) @ w_up.T, slope).square()
+    return x + scale * (hidden @ w_down.T)
+
+
+def ours(x: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor, slope: float) -> Tensor:
+    """The block as one operator."""
+    return leaky_relu2_mlp(x, w_up, w_down, slope=slope, norm_eps=EPS, residual=x, scale=scale)
+
+
+def quack() -> Block:
+    """quack-kernels' MLP between PyTorch's norm and residual."""
+    mlp = importlib.import_module("quack.mlp")
+
+    def block(x: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor, slope: float) -> Tensor:
+        hidden = F.rms_norm(x, x.shape[-1:], eps=EPS)
+        return x + scale * mlp.mlp_func(hidden, w_up, w_down, "relu_sq")
+
+    return block
+
+
+def liger() -> Block:
+    """Liger's activation between PyTorch's norm, products and residual."""
+    function = importlib.import_module("liger_kernel.ops.relu_squared").LigerReLUSquaredFunction
+
+    def block(x: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor, slope: float) -> Tensor:
+        hidden = function.apply(F.rms_norm(x, x.shape[-1:], eps=EPS) @ w_up.T)
+        return x + scale * (hidden @ w_down.T)
+
+    return block
+
+
+PEERS = {"quack-kernels": quack, "liger-kernel": liger}
+
+
+def make_inputs(shape: Shape, device: torch.device, seed: int) -> Inputs:
+    """Random activations, weights of a model's size, and the gradient of the result."""
+    generator = torch.Generator(device).manual_seed(seed)
+    rows, d, hidden = shape
+    sizes = {"x": (rows, d), "w_up": (hidden, d), "w_down": (d, hidden), "scale": (d,), "dy": (rows, d)}
+    scales = {"w_up": d**-0.5, "w_down": hidden**-0.5}
+    # the interpreter, which stands in for a GPU, knows no bfloat16
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    made = {
+        name: (scales.get(name, 1.0) * torch.randn(size, generator=generator, device=device)).to(dtype)
+        for name, size in sizes.items()
+    }
+    return {name: tensor.requires_grad_(name in GRADIENTS) for name, tensor in made.items()}
+
+
+def both_passes(block: Block, slope: float, inputs: Inputs) -> list[Tensor]:
+    """The result and the gradients."""
+    leaves = [inputs[name] for name in GRADIENTS]
+    y = block(*leaves, slope)
+    return [y.detach(), *torch.autograd.grad(y, leaves, inputs["dy"])]
+
+
+def truth(slope: float, inputs: Inputs) -> list[Tensor]:
+    """The same in float64."""
+    exact = {name: tensor.detach().double().requires_grad_(tensor.requires_grad) for name, tensor in inputs.items()}
+    return both_passes(plain, slope, exact)
+
+
+def make_case(shape: Shape, slope: float, device: torch.device) -> common.Case:
+    """Forward and backward of one block."""
+    needed = [kernel for name in ("forward", "backward") for kernel in kernels(shape)[name]]
+    return common.Case(
+        f"leaky_relu2_mlp, slope {slope}",
+        f"{shape.rows}x{shape.d}x{shape.hidden}",
+        "bfloat16" if device.type == "cuda" else "float16",
+        functools.partial(make_inputs, shape, device),
+        functools.partial(truth, slope),
+        flops=sum(kernel.flops for kernel in needed),
+        bytes=sum(kernel.bytes for kernel in needed),
+        # twice what the plain chain errs in bfloat16
+        max_rel_err=1e-2,
+    )
+
+
+def products_case(shape: Shape, device: torch.device) -> common.Case:
+    """The six products of the block alone, on tensors of the same sizes."""
+
+    def make(seed: int) -> Inputs:
+        made = {name: tensor.detach() for name, tensor in make_inputs(shape, device, seed).items()}
+        made["post"], made["dpre"] = (made[name] @ made["w_up"].T for name in ("x", "dy"))
+        return made
+
+    case = make_case(shape, 0.5, device)
+    return common.Case(
+        "leaky_relu2_mlp, products alone",
+        case.shape,
+        case.dtype,
+        make,
+        lambda inputs: products({name: tensor.double() for name, tensor in inputs.items()}),
+        case.flops,
+        case.bytes,
+        case.max_rel_err,
+    )
+
+
+def products(inputs: Inputs) -> list[Tensor]:
+    """up, down, dpre, dx, dw_up and dw_down without anything between them."""
+    x, w_up, w_down, _, dy, post, dpre = inputs.values()
+    return [x @ w_up.T, post @ w_down.T, dy @ w_down, dpre @ w_up, dpre.T @ x, dy.T @ post]
+
+
+@contextlib.contextmanager
+def forced(tiles: str) -> Iterator[None]:
+    """The Triton back end, with one family of tiles where `tiles` names it."""
+    from golf_kernels import leaky_relu2_mlp_triton as module
+
+    before, choose = os.environ.get(dispatch.ENVIRONMENT_VARIABLE), module.choose_tile
+    os.environ[dispatch.ENVIRONMENT_VARIABLE] = "leaky_relu2_mlp=triton"
+    if tiles:
+        module.choose_tile = lambda product, columns: module.TILES[product][tiles]
+    try:
+        yield
+    finally:
+        module.choose_tile = choose
+        if before is None:
+            del os.environ[dispatch.ENVIRONMENT_VARIABLE]
+        else:
+            os.environ[dispatch.ENVIRONMENT_VARIABLE] = before
+
+
+def triton_variant(name: str, tiles: str, slope: float) -> common.Variant:
+    def run(inputs: Inputs) -> list[Tensor]:
+        with forced(tiles):
+            return both_passes(ours, slope, inputs)
+
+    return common.Variant(name, run, graph=True)
+
+
+def variants(slope: float, device: torch.device) -> list[common.Variant]:
+    """Everything that can run here; what cannot is printed with its reason."""
+    made = []
+    if "triton" in dispatch.available_backends("leaky_relu2_mlp"):
+        made += [triton_variant("triton", "", slope), triton_variant("triton, narrow tiles", "narrow", slope)]
+    else:
+        print(f"triton: {dispatch.describe()['leaky_relu2_mlp']['triton']}")
+
+    def both(block: Block) -> Callable[[Inputs], list[Tensor]]:
+        return functools.partial(both_passes, block, slope)
+
+    made.append(common.Variant("torch", both(plain), graph=True))
+    for name, switches in SWITCHES.items():
+        made.append(common.Variant(name, both(compiled(plain, switches, device)), graph=True))
+    for name, peer in PEERS.items() if slope == 0.0 else ():
+        try:
+            made.append(common.Variant(name, both(compiled(peer(), {}, device)), graph=False))
+        except ImportError as error:
+            print(f"{name}: {error}; pip install {name}")
+    return made
+
+
+def compiled(block: Block, switches: dict[str, Any], device: torch.device) -> Block:
+    """The block compiled with Inductor's switches; on a CPU only traced, because there they change nothing."""
+
+    # a code object of its own, or variants would share what was compiled, and the limit on compiling one function again
+    code = block.__code__.replace(co_name=f"{block.__name__}_{next(NUMBERS)}")
+    own = types.FunctionType(code, block.__globals__, closure=block.__closure__)
+    if device.type == "cpu":
+        return torch.compile(own, backend="aot_eager")
+    return torch.compile(own, dynamic=False, options=switches)
+
+
+def peak_bytes(variant: common.Variant, inputs: Inputs) -> int:
+    """Most memory that a GPU held during both passes beyond the inputs."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    variant.run(inputs)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def profile(variant: common.Variant, inputs: Inputs) -> str:
+    """Time per kernel of one call."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    variant.run(inputs)
+    with torch.profiler.profile(activities=activities) as recorded:
+        variant.run(inputs)
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    return recorded.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60)
+
+
+def compare(shape: Shape, slope: float, clock: common.Clock, limits: common.Ceilings) -> list[list[common.Row]]:
+    """Rows of the products alone, and of every variant."""
+    device = clock.device
+    alone = [common.Variant("products alone", products, graph=True)]
+    listed, case = variants(slope, device), make_case(shape, slope, device)
+    measured = [
+        common.measure(products_case(shape, device), alone, clock, limits),
+        common.measure(case, listed, clock, limits),
+    ]
+    if device.type == "cuda":
+        inputs = case.make(0)
+        for variant in listed:
+            print(f"{variant.impl}: {peak_bytes(variant, inputs) / 1e6:.0f} MB at most beyond the inputs")
+    return measured
+
+
+def verdict(rows: Sequence[common.Row], floor_ms: float) -> str:
+    """The two goals in numbers."""
+    times = {row["impl"]: row["p50"] for row in rows}
+    if "triton" not in times:
+        return "no Triton kernel ran here"
+    best = min((name for name in times if name.startswith("compile")), key=lambda name: times[name])
+    return (
+        f"triton is {times[best] / times['triton']:.2f} times as fast as {best!r} (goal 1.35) and takes "
+        f"{times['triton'] / floor_ms:.2f} times the products alone (goal 1.25)"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check, measure and report the block."""
+    parser = common.parser("bench_leaky_relu2_mlp", __doc__.splitlines()[0])
+    parser.add_argument("--profile", action="store_true", help="print the time of each kernel of the first variant too")
+    arguments = parser.parse_args(argv)
+    shapes = [Shape(160, 64, 128)] if arguments.tiny else [Shape(98_304, 512, 2048), Shape(98_304, 512, 1536)]
+    clock = common.Clock(arguments.device, arguments.warmup_ms, arguments.rounds)
+    limits = common.ceilings(clock)
+    for shape in shapes:
+        print(predict(shape))
+        # the peers' activation at the first shape alone
+        for slope in (0.5, 0.0) if shape == shapes[0] else (0.5,):
+            alone, rows = compare(shape, slope, clock, limits)
+            for group in (alone, rows):
+                common.report(group, common.environment(arguments.device), keep=not arguments.tiny)
+            print(verdict(rows, alone[0]["p50"]), end="\n\n")
+        if arguments.profile:
+            print(profile(variants(0.5, arguments.device)[0], make_inputs(shape, arguments.device, 0)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
