@@ -45,7 +45,14 @@ def test_xsa_is_on_in_the_last_layers_alone() -> None:
     assert [Attention(config, layer).xsa for layer in range(5)] == [False, False, False, True, True]
 
 
-def test_query_gain_multiplies_scores_head_by_head() -> None:
+def test_query_gain_multiplies_scores_head_by_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def core(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.extend([query, key])
+        return query
+
+    monkeypatch.setattr("train.model.attention.causal_attention", core)
     torch.manual_seed(0)
     attention = Attention(Config(model_dim=16, num_heads=2, num_kv_heads=1, qk_gain_init=5.0), 0).double()
     assert attention.q_gain.tolist() == [5.0, 5.0]
@@ -53,11 +60,10 @@ def test_query_gain_multiplies_scores_head_by_head() -> None:
     rotary = rotary_table(4, 8, 1e4, dtype=torch.float64, device=DEVICE)
     # after QK-norm every rotated query has length √D times its head's gain
     attention.q_gain.data.copy_(torch.tensor([2.0, -3.0]))
-    lengths = attention.queries(x, rotary).norm(dim=-1)
-    torch.testing.assert_close(
-        lengths, math.sqrt(8) * torch.tensor([2.0, 3.0]).double().expand(1, 4, 2), rtol=1e-5, atol=0
-    )
-    key, _ = attention.keys_values(x, rotary)
+    attention(x, rotary)
+    query, key = seen
+    expected = math.sqrt(8) * torch.tensor([2.0, 3.0]).double().expand(1, 4, 2)
+    torch.testing.assert_close(query.norm(dim=-1), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(key.norm(dim=-1), torch.full((1, 4, 1), math.sqrt(8)).double(), rtol=1e-5, atol=0)
 
 

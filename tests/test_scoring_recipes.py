@@ -90,6 +90,30 @@ def test_last_layer_multiplies_nothing_for_the_other_rows_but_keys_and_values(sy
     assert {count for name, count in rows.items() if name not in pruned | {"embedding.weight"}} == {13}
 
 
+@pytest.mark.parametrize("masking", [False, True])
+@pytest.mark.parametrize(("system", "recurrence"), CASES)
+@torch.no_grad()
+def test_windows_that_share_layer_0_equal_windows_alone(system: str, recurrence: bool, masking: bool) -> None:
+    config = narrow_config(
+        system, document_masking=masking, ve_layers=(0, 9, 10) if SYSTEMS[system].get("ve_dim") else ()
+    )
+    model, text = random_model(config), random_ids(config, rows=1, length=24)[0]
+    options = {"recurrence": recurrence, "rows_from": 11}
+    if system in ("sp1024", "sp4096"):
+        with pytest.raises(RuntimeError, match="cannot share layer 0: smear gate and bigrams"):
+            model.overlapping_hidden(text, windows=4, stride=3, **options)
+        return
+    rows: list[int] = []
+    with observe_inputs(
+        model, lambda name, x: rows.append(x.shape[1]) if name.startswith("blocks.0.attention.") else None
+    ):
+        found = model.overlapping_hidden(text, windows=4, stride=3, **options)
+    # queries, keys and values of the text, the output projection of each window; a repeated layer 0 has its own
+    assert rows[:4] == [24, 24, 24, 15]
+    expected = model.hidden(text.unfold(0, 15, 3), **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("system", sorted(SYSTEMS))
 def test_pruned_model_compiles_into_one_graph(system: str) -> None:
     torch._dynamo.reset()
@@ -100,3 +124,9 @@ def test_pruned_model_compiles_into_one_graph(system: str) -> None:
         expected = model.hidden(ids, recurrence=True, rows_from=10)
         found = compiled(ids, recurrence=True, rows_from=10)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    if model.overlap_problem is None:
+        options = {"windows": 2, "stride": 3, "recurrence": True, "rows_from": 7}
+        compiled = torch.compile(model.overlapping_hidden, dynamic=False, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            shared = model.overlapping_hidden(ids[0], **options)
+            torch.testing.assert_close(compiled(ids[0], **options), shared, rtol=0, atol=1e-12)

@@ -3,8 +3,8 @@
 val_loss = Σ nll / tokens in nats per token; val_bpb = (Σ nll / ln 2) / Σ bytes. Sums are float64, counts are integers.
 
 Windows are index arrays and the text lies on the device, so no Python runs per window. The last layer's queries, attention
-rows, output projection and MLP, the head and the loss are computed only for positions that are scored. Batches have one
-static shape; on a GPU the compiled model is captured once and replayed for every batch (`COMPILE=off` does neither).
+rows, output projection and MLP, the head and the loss are computed only for positions that are scored, and layer 0's
+projections once per token of a batch where the model allows it. Batches have one static shape; on a GPU the compiled model is captured once and replayed for every batch (`COMPILE=off` does neither).
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ class Scorable(Protocol):
 
     def hidden(self, ids: Tensor, *, recurrence: bool, rows_from: int) -> Tensor: ...
 
+    @property
+    def overlap_problem(self) -> str | None: ...
+
+    def overlapping_hidden(
+        self, text: Tensor, *, windows: int, stride: int, recurrence: bool, rows_from: int
+    ) -> Tensor: ...
+
 
 class ByteCounter(Protocol):
     """Bytes that targets stand for, given the tokens before them."""
@@ -58,6 +65,7 @@ def evaluate_model(
     rule: str | None = None,
     batch_seqs: int | None = None,
     max_tokens: int | None = None,
+    share_layer0: bool = True,
     known: np.ndarray | None = None,
     recurrence: bool = True,
     rank: int = 0,
@@ -69,7 +77,8 @@ def evaluate_model(
 
     Args:
         model: has `hidden(ids (B, T) int64, recurrence=…, rows_from=…) -> (B, T - rows_from, d)`, the rows of the positions
-            from `rows_from` on, and `head_weight (V, d)`.
+            from `rows_from` on, and `head_weight (V, d)`; `overlapping_hidden` of windows in one text, unless
+            `overlap_problem` says why not.
         tokens: `(T + 1,)` uint16, the first input and the T targets.
         tables: `count(previous, target)` int64 bytes.
         config: settings; the arguments below replace what it says.
@@ -78,6 +87,7 @@ def evaluate_model(
         rule: see `plan_windows`.
         batch_seqs: windows per forward pass.
         max_tokens: score only the text's first so many targets; 0: all.
+        share_layer0: let the windows of a batch share embeddings and layer 0's projections, where the model allows it.
         known: `(T,)` bool, targets that cost no nats though their bytes count (a paid prefix, which no rule allows).
         recurrence: passed on to the model.
         rank, world_size: this process's share of the windows; sums are reduced over `torch.distributed`.
@@ -99,7 +109,7 @@ def evaluate_model(
     windows = len(plan.start)
     share = WindowPlan(*(part[windows * rank // world_size : windows * (rank + 1) // world_size] for part in plan))
     with _evaluating(model), Progress(share.scored, description, "tokens", enabled=progress and rank == 0) as bar:
-        scorer = _Scorer(model, tokens[: total + 1], tables, config, seq_len, recurrence, known)
+        scorer = _Scorer(model, tokens[: total + 1], tables, config, seq_len, recurrence, share_layer0, known)
         shown, done, noted = 0, 0, time.monotonic()
         for windows_of_shape, rows_from in group_windows(share, seq_len, stride):
             for scored in scorer.score(windows_of_shape, rows_from, batch_seqs or config.eval_batch_seqs):
@@ -134,6 +144,7 @@ class _Scorer:
         config: Config,
         seq_len: int,
         recurrence: bool,
+        share_layer0: bool,
         known: np.ndarray | None,
     ) -> None:
         self.head = model.head_weight
@@ -145,7 +156,11 @@ class _Scorer:
         self.nll_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.byte_sum = torch.zeros((), dtype=torch.int64, device=device)
         compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
-        self.hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True) if compiled else model.hidden
+        self.hidden, self.overlapping_hidden = model.hidden, model.overlapping_hidden
+        if compiled:
+            self.hidden = torch.compile(self.hidden, dynamic=False, fullgraph=True)
+            self.overlapping_hidden = torch.compile(self.overlapping_hidden, dynamic=False, fullgraph=True)
+        self.shares = share_layer0 and model.overlap_problem is None
         self.graphs = compiled and device.type == "cuda"
 
     def score(self, windows: WindowPlan, rows_from: int, batch_seqs: int) -> Iterator[int]:
@@ -169,9 +184,7 @@ class _Scorer:
         """Add the nats and bytes of `(3, B)` windows: starts, lengths and first scored positions."""
         start, length, score_from = windows[..., None]
         last = len(self.stream) - 2
-        inside = self.columns < length
-        ids = (self.stream[(start + self.columns).clamp(max=last)] * inside).long()
-        hidden = self.hidden(ids, recurrence=self.recurrence, rows_from=rows_from).flatten(0, 1)
+        hidden = self._rows(start, length, rows_from).flatten(0, 1)
         positions = self.columns[rows_from:]
         scored = ((positions >= score_from) & (positions < length)).flatten()
         at = (start + positions).clamp(max=last).flatten()
@@ -186,6 +199,20 @@ class _Scorer:
         charged = scored if self.unknown is None else scored & self.unknown[at]
         self.nll_sum += torch.where(charged, nll, 0.0).sum(dtype=torch.float64)
         self.byte_sum += torch.where(scored, self.tables.count(previous, target), 0).sum()
+
+    def _rows(self, start: Tensor, length: Tensor, rows_from: int) -> Tensor:
+        """The head's input for the positions from `rows_from` on, `(B, T - rows_from, d)`."""
+        last = len(self.stream) - 2
+        options = {"recurrence": self.recurrence, "rows_from": rows_from}
+        if self.shares and rows_from:
+            # windows of which only the last rows are scored lie one stride apart
+            windows, stride = len(start), len(self.columns) - rows_from
+            places = start[0] + torch.arange((windows - 1) * stride + len(self.columns), device=start.device)
+            text = self.stream[places.clamp(max=last)].long()
+            return self.overlapping_hidden(text, windows=windows, stride=stride, **options)
+        inside = self.columns < length
+        ids = self.stream[(start + self.columns).clamp(max=last)] * inside
+        return self.hidden(ids.long(), **options)
 
     def _capture(self, windows: Tensor, rows_from: int) -> Callable[[Tensor, int], None]:
         """`_add_batch` as one CUDA graph, for batches of the shape of `windows`."""

@@ -14,6 +14,8 @@ from train.model.norm import rms_norm
 from train.model.rope import rotate
 
 Rotary = tuple[Tensor, Tensor]
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries `(B, R, H, D)`, keys and values `(B, T, H_kv, D)`, normed but not rotated."""
 
 
 def remove_value_direction(output: Tensor, value: Tensor) -> Tensor:
@@ -62,24 +64,39 @@ class Attention(nn.Module):
         self.qat = config.qat
         self.backend = "sdpa"
 
-    def queries(self, x: Tensor, rotary: Rotary) -> Tensor:
-        """Normed, rotated and scaled queries `(B, T, H, D)` of the normed input `(B, T, d)`."""
-        query = self._heads(linear(x, self.query, fake_quantize=self.qat and self.training))
-        return rotate(rms_norm(query, self.eps), rotary) * self.q_gain.to(x.dtype)[:, None]
+    def heads(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
+        """Queries, keys and values, which know nothing of positions yet.
 
-    def keys_values(self, x: Tensor, rotary: Rotary, extra_value: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values `(B, T, H_kv, D)` of the normed input; `extra_value` `(B, T, kv_dim)` joins the values."""
+        Args:
+            x: `(B, T, d)`, normed input.
+            extra_value: `(B, T, kv_dim)` added to the values before the split into heads.
+            rows_from: first position that gets a query.
+        """
         fake_quantize = self.qat and self.training
-        key = self._heads(linear(x, self.key, fake_quantize=fake_quantize))
-        value = linear(x, self.value, fake_quantize=fake_quantize)
+        query, key, value = (
+            linear(rows, weight, fake_quantize=fake_quantize)
+            for rows, weight in ((x[:, rows_from:], self.query), (x, self.key), (x, self.value))
+        )
         if extra_value is not None:
             value = value + extra_value
-        return rotate(rms_norm(key, self.eps), rotary), self._heads(value)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
+        return rms_norm(query, self.eps), rms_norm(key, self.eps), value
 
-    def project(self, output: Tensor, value: Tensor) -> Tensor:
-        """From the heads' outputs `(B, T, H, D)` and the values of the same positions to `(B, T, d)`."""
+    def attend(self, heads: Heads, rotary: Rotary, documents: Documents | None = None) -> Tensor:
+        """From `heads` through attention, XSA and the output projection to `(B, R, d)`.
+
+        Args:
+            heads: of `heads`; R queries are those of the last R positions.
+            rotary: table of `train.model.rope.rotary_table` for T positions, in the dtype of the heads.
+            documents: where documents begin, if attention stays inside them.
+        """
+        query, key, value = heads
+        (cosine, sine), first = rotary, key.shape[1] - query.shape[1]
+        query = rotate(query, (cosine[first:], sine[first:])) * self.q_gain.to(query.dtype)[:, None]
+        key = rotate(key, rotary)
+        output = causal_attention(query, key, value, documents=documents, backend=self.backend)
         if self.xsa:
-            output = remove_value_direction(output, value)
+            output = remove_value_direction(output, value[:, first:])
         return linear(output.flatten(-2), self.output, fake_quantize=self.qat and self.training)
 
     def forward(
@@ -103,11 +120,4 @@ class Attention(nn.Module):
         Returns:
             `(B, T - rows_from, d)`, not yet scaled or added.
         """
-        cosine, sine = rotary
-        query = self.queries(x[:, rows_from:], (cosine[rows_from:], sine[rows_from:]))
-        key, value = self.keys_values(x, rotary, extra_value)
-        output = causal_attention(query, key, value, documents=documents, backend=self.backend)
-        return self.project(output, value[:, rows_from:])
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
+        return self.attend(self.heads(x, extra_value, rows_from), rotary, documents)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from train.config import Config
-from train.model.attention import Attention, Rotary
+from train.model.attention import Attention, Heads, Rotary
 from train.model.documents import Documents
 from train.model.init import parameter
 from train.model.mlp import MLP
@@ -26,12 +26,14 @@ class BlockInputs(NamedTuple):
         rotary: rotary table for T positions.
         extra_value: `(B, T, kv_dim)` that joins the values, or None.
         documents: where documents begin if attention stays inside them, or None.
+        heads: the layer's queries, keys and values, if they are known already, or None.
     """
 
     x0: Tensor
     rotary: Rotary
     extra_value: Tensor | None = None
     documents: Documents | None = None
+    heads: Heads | None = None
 
 
 class Block(nn.Module):
@@ -88,10 +90,13 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, inputs: BlockInputs, rows_from: int = 0) -> Tensor:
         """x + a ⊙ Attn(g · rms(x)), from position `rows_from` on."""
-        _, rotary, extra_value, documents = inputs
-        output = self.attention(
-            self.normed(x), rotary, extra_value=extra_value, documents=documents, rows_from=rows_from
-        )
+        _, rotary, extra_value, documents, heads = inputs
+        if heads is not None:
+            output = self.attention.attend(heads, rotary, documents)
+        else:
+            output = self.attention(
+                self.normed(x), rotary, extra_value=extra_value, documents=documents, rows_from=rows_from
+            )
         return torch.addcmul(x[:, rows_from:], self.attn_scale.to(x.dtype), output)
 
     def feed(self, x: Tensor, *, residual: Tensor) -> Tensor:

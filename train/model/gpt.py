@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
 from train.config import Config
+from train.model.attention import Heads
 from train.model.block import BLOCK_MATRICES, Block, BlockInputs
 from train.model.documents import Documents, document_starts
 from train.model.embeddings import BigramHash, TokenEmbedding, ValueEmbedding
@@ -134,10 +135,52 @@ class GPT(nn.Module):
         Returns:
             `(B, T - rows_from, d)` after the final norm, compute dtype.
         """
-        stream, shared = self.trunk(ids, recurrence=recurrence)
-        hidden = rms_norm(self.last_block(stream, shared, rows_from), self.config.norm_eps)
-        observe(self.embedding.weight, hidden)
-        return hidden
+        return self._finish(*self.trunk(ids, recurrence=recurrence), rows_from)
+
+    def overlapping_hidden(
+        self, text: Tensor, *, windows: int, stride: int, recurrence: bool, rows_from: int
+    ) -> Tensor:
+        """`hidden` of windows that overlap in one text; embeddings and layer 0's heads are computed once per token.
+
+        Args:
+            text: `(T + (windows - 1) * stride,)` int64 token ids.
+            windows: B; window b begins at b * stride.
+            stride: tokens between the starts of two windows.
+            recurrence: whether the repeated layers run twice.
+            rows_from: first position that is wanted.
+
+        Returns:
+            `(B, T - rows_from, d)`.
+
+        Raises:
+            RuntimeError: `overlap_problem` says why not.
+        """
+        if self.overlap_problem is not None:
+            raise RuntimeError(f"windows cannot share layer 0: {self.overlap_problem}")
+        length = len(text) - (windows - 1) * stride
+        once = self.embed(text[None], length)
+        inputs = self._inputs(self.plan[0].layer, once)
+        block = self.blocks[self.plan[0].layer]
+        heads = block.attention.heads(block.normed(block.mix(inputs.x0, inputs.x0)), inputs.extra_value)
+
+        def laid(x: Tensor) -> Tensor:
+            # a view: windows share the memory of the text
+            return x[0].unfold(0, length, stride).movedim(-1, 1)
+
+        documents = None if inputs.documents is None else Documents(laid(inputs.documents.starts))
+        everywhere = BlockInputs(laid(inputs.x0), inputs.rotary, None, documents)
+        shared = Shared(everywhere, None if once.values is None else laid(once.values))
+        stream = self._layers(shared, recurrence, tuple(map(laid, heads)))
+        return self._finish(stream, shared, rows_from)
+
+    @property
+    def overlap_problem(self) -> str | None:
+        """Why `overlapping_hidden` is not `hidden`, or None where it is."""
+        if self.smear is not None or self.bigram is not None:
+            return "smear gate and bigrams read a predecessor that the first token of a window does not have"
+        if self.plan[0].form == "lanes" or len(self.plan) == 1:
+            return "layer 0 is the first in lanes, or the last"
+        return None
 
     def trunk(self, ids: Tensor, *, recurrence: bool) -> tuple[Stream, Shared]:
         """Everything before the last layer, so that an evaluation can run that one for the scored rows alone.
@@ -149,15 +192,8 @@ class GPT(nn.Module):
         Returns:
             The stream that the last layer reads, its skip taken up and its lanes begun, and what all layers share.
         """
-        plan = self.recurrent_plan if recurrence else self.plan
         shared = self.embed(ids)
-        stream = Stream(shared.inputs.x0)
-        saved: dict[int, Tensor] = {}
-        for index, step in enumerate(plan[:-1]):
-            stream = self._run(step, self._enter(step, stream, saved), shared)
-            if step.saves:
-                saved[index] = stream.x
-        return self._enter(plan[-1], stream, saved), shared
+        return self._layers(shared, recurrence), shared
 
     def last_block(self, stream: Stream, shared: Shared, rows_from: int = 0) -> Tensor:
         """The last layer and the merge of the lanes: from `trunk`'s result to `(B, T - rows_from, d)` before the norm."""
@@ -168,11 +204,12 @@ class GPT(nn.Module):
         mix = self.lane_mix.to(x.dtype)
         return mlp_lane + mix * (x - mlp_lane)
 
-    def embed(self, ids: Tensor) -> Shared:
+    def embed(self, ids: Tensor, length: int | None = None) -> Shared:
         """What is known before the first layer: x0 = smear(rms(E[ids] + bigram)), rotary table, values.
 
         Args:
             ids: `(B, T)` int64 token ids.
+            length: positions of the rotary table; None: T.
 
         Returns:
             The inputs that all layers share.
@@ -185,7 +222,7 @@ class GPT(nn.Module):
         if self.smear is not None:
             masked = config.document_masking or config.smear_gate == "document"
             x = self.smear(x, document_starts(ids) if masked else None)
-        length, rotary_dims = ids.shape[1], config.rope_dims or config.head_dim
+        length, rotary_dims = length or ids.shape[1], config.rope_dims or config.head_dim
         base = ntk_base(config.rope_base, rotary_dims, length, config.rope_train_seq_len)
         rotary = rotary_table(length, rotary_dims, base, dtype=dtype, device=ids.device)
         documents = Documents.of(ids) if config.document_masking else None
@@ -199,10 +236,33 @@ class GPT(nn.Module):
             x = self.skips(x, saved[source], row)
         return Stream(x, x if step.form == "lanes" and mlp_lane is None else mlp_lane)
 
-    def _run(self, step: Step, stream: Stream, shared: Shared, rows_from: int = 0) -> Stream:
-        block, inputs = self.blocks[step.layer], shared.inputs
-        if shared.values is not None:
-            inputs = inputs._replace(extra_value=self.ve.of_layer(step.layer, shared.values))
+    def _layers(self, shared: Shared, recurrence: bool, heads: Heads | None = None) -> Stream:
+        """All layers but the last; `heads` are layer 0's, if they are known already."""
+        plan = self.recurrent_plan if recurrence else self.plan
+        stream = Stream(shared.inputs.x0)
+        saved: dict[int, Tensor] = {}
+        for index, step in enumerate(plan[:-1]):
+            stream = self._run(step, self._enter(step, stream, saved), shared, heads=None if index else heads)
+            if step.saves:
+                saved[index] = stream.x
+        return self._enter(plan[-1], stream, saved)
+
+    def _finish(self, stream: Stream, shared: Shared, rows_from: int) -> Tensor:
+        hidden = rms_norm(self.last_block(stream, shared, rows_from), self.config.norm_eps)
+        observe(self.embedding.weight, hidden)
+        return hidden
+
+    def _inputs(self, layer: int, shared: Shared) -> BlockInputs:
+        if shared.values is None:
+            return shared.inputs
+        return shared.inputs._replace(extra_value=self.ve.of_layer(layer, shared.values))
+
+    def _run(
+        self, step: Step, stream: Stream, shared: Shared, rows_from: int = 0, heads: Heads | None = None
+    ) -> Stream:
+        block, inputs = self.blocks[step.layer], self._inputs(step.layer, shared)
+        if heads is not None:
+            inputs = inputs._replace(heads=heads)
         if stream.mlp_lane is not None:
             return Stream(*block.run_lanes(stream.x, stream.mlp_lane, inputs, rows_from=rows_from))
         output = block(stream.x, inputs, form=step.form, rows_from=rows_from)
