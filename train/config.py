@@ -179,6 +179,9 @@ class Config:
     codec: str = setting(
         "brotli", "entropy coder of the artifact", choices=("brotli", "zstd", "lzma", "zlib", "ans", "raw", "raw6")
     )
+    target_mb: float = setting(
+        0.0, "prune codes ±1 until code and model take so many MiB (1,048,576 bytes, as published); 0: never", low=0.0
+    )
     max_artifact_bytes: int = setting(16_000_000, "cap on code plus model, decimal bytes", low=1)
 
     # validation and evaluation

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from train.artifact import load_model, write_artifact
+from train.artifact import encode_artifact, load_model, write_artifact
 from train.artifact.code_size import package_code_bytes
 from train.checkpoint import load_weights, write_tensors
 from train.config import Config
@@ -26,12 +26,16 @@ from train.hardware import hardware
 from train.logger import RunLogger
 from train.loop import train
 from train.model.gpt import GPT
+from train.model.inventory import classify
 from train.quantize.calibrate import collect_hessians
+from train.quantize.pruning import count_ones, prune_ones, prunes_needed
 from train.quantize.tensors import StoredTensors, dequantize_state, matrices_to_calibrate, quantize_model
 from train.run import RunFolder
 from train.scores import evaluation_entry, write_evaluation
 from train.scoring import evaluate_model
 from train.submission.paid_prefix import known_targets, prefix_bytes
+
+MEBIBYTE = 1 << 20
 
 
 def prepare_data(config: Config, ranks: Ranks) -> None:
@@ -107,15 +111,16 @@ def quantize_stage(config: Config, model: GPT, ranks: Ranks, log: RunLogger) -> 
 
 
 def artifact_stage(config: Config, path: Path, model: GPT, tensors: StoredTensors, ranks: Ranks, log: RunLogger) -> GPT:
-    """Write the artifact, read it back from its bytes, and make sure that nothing was lost on the way.
+    """Prune if `target_mb` says so, write the artifact, read it back from its bytes, and make sure that nothing was lost.
 
     Returns:
         The model that the artifact's bytes hold.
     """
+    size, paid = package_code_bytes(), prefix_bytes(config)
+    if config.target_mb:
+        tensors = prune(config, model, tensors, size.plain_bytes + paid, ranks, log)
 
     def write() -> None:
-        size = package_code_bytes()
-        paid = prefix_bytes(config)
         info = write_artifact(path, tensors, config, code_bytes=size.plain_bytes, prefix_bytes=paid)
         log.sizes(
             raw_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
@@ -133,6 +138,26 @@ def artifact_stage(config: Config, path: Path, model: GPT, tensors: StoredTensor
         if not torch.equal(parameter, expected[name].to(parameter.dtype)):
             raise RuntimeError(f"{path}: {name} differs from the quantized tensor that was written")
     return loaded.to(ranks.device)
+
+
+def prune(
+    config: Config, model: GPT, tensors: StoredTensors, other_bytes: int, ranks: Ranks, log: RunLogger
+) -> StoredTensors:
+    """Prune the matrices' codes ±1 until they and `other_bytes` of code take at most `target_mb`."""
+    target = int(config.target_mb * MEBIBYTE)
+    if target > config.max_artifact_bytes:
+        log.line(
+            f"warning: target_mb {config.target_mb:g} is {target:,} bytes, beyond the cap of {config.max_artifact_bytes:,}: "
+            "pruning does not keep to the cap"
+        )
+    names = {name for name, parameter in model.named_parameters() if classify(name, parameter, config) == "matrix"}
+    count = ranks.on_main(
+        lambda: prunes_needed(
+            tensors, names, target - other_bytes, lambda pruned: encode_artifact(pruned, config)[1].model_bytes
+        )
+    )
+    log.line(f"prune:{count} of {count_ones(tensors, names)} codes ±1 for a target of {target} bytes")
+    return prune_ones(tensors, names, count)
 
 
 def evaluate_stage(folder: RunFolder, model: GPT, ranks: Ranks, log: RunLogger) -> None:

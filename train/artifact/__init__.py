@@ -9,7 +9,7 @@ from __future__ import annotations
 from train.artifact.budget import ArtifactInfo, BudgetError, BudgetRow, budget_table
 from train.artifact.code_size import CodeSize, code_bytes, package_code_bytes
 from train.artifact.container import ArtifactError
-from train.artifact.storage import MODEL_FIELDS, Artifact, load_model, read_artifact, write_artifact
+from train.artifact.storage import MODEL_FIELDS, Artifact, encode_artifact, load_model, read_artifact, write_artifact
 
 __all__ = [
     "MODEL_FIELDS",
@@ -21,6 +21,7 @@ __all__ = [
     "CodeSize",
     "budget_table",
     "code_bytes",
+    "encode_artifact",
     "load_model",
     "package_code_bytes",
     "read_artifact",

@@ -102,6 +102,21 @@ def write_artifact(
     target = Path(path)
     if not target.parent.is_dir():
         raise UserError(f"{target}: its folder does not exist: create {target.parent} first")
+    data, info = encode_artifact(tensors, config, progress=progress)
+    cap = config.max_artifact_bytes if max_bytes is None else max_bytes
+    check_budget(str(target), info, code_bytes, cap, prefix_bytes)
+    atomic_write(target, data)
+    return info
+
+
+def encode_artifact(
+    tensors: Mapping[str, QuantizedTensor | Tensor], config: Config, *, progress: bool = False
+) -> tuple[bytes, ArtifactInfo]:
+    """The bytes of a quantized model's artifact, and its sizes; see `write_artifact`.
+
+    Raises:
+        UserError: as `write_artifact`.
+    """
     if config.codec not in CODECS:
         raise UserError(f"codec: expected one of {', '.join(CODECS)}, got {config.codec!r}")
     plans, entries = _plan(tensors)
@@ -121,11 +136,7 @@ def write_artifact(
     values = config.to_dict()
     header = Header({name: values[name] for name in MODEL_FIELDS}, [section for section, _ in encoded], entries)
     data, header_bytes, json_bytes = pack(header, [payload for _, payload in encoded])
-    info = ArtifactInfo(VERSION, len(data), header_bytes, json_bytes, tuple(header.sections), len(entries))
-    cap = config.max_artifact_bytes if max_bytes is None else max_bytes
-    check_budget(str(target), info, code_bytes, cap, prefix_bytes)
-    atomic_write(target, data)
-    return info
+    return data, ArtifactInfo(VERSION, len(data), header_bytes, json_bytes, tuple(header.sections), len(entries))
 
 
 def read_artifact(path: str | os.PathLike[str]) -> Artifact:

@@ -13,7 +13,7 @@ from train.errors import main_guard
 SETTINGS = (
     "quantizer", "matrix_bits", "embed_bits", "matrix_clip", "matrix_clip_sigmas", "embed_clip", "embed_clip_sigmas",
     "scale_floor", "gptq_calib_batches", "gptq_damp", "gptq_block_size", "gptq_act_order", "passthrough_max_elements", "codec",
-    "max_artifact_bytes", "data_path", "device",
+    "tied_embed_bits", "target_mb", "max_artifact_bytes", "data_path", "device",
 )  # fmt: skip
 
 

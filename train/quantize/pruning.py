@@ -1,0 +1,87 @@
+"""Pruning, the published last resort of an artifact that is too large: codes ±1 of the smallest rows become 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+
+from train.quantize.tensors import QuantizedTensor, StoredTensors
+
+# the search stops when it knows the number of codes to so many parts of them all
+_RESOLUTION = 4096
+
+
+def count_ones(tensors: Mapping[str, object], names: Collection[str]) -> int:
+    """Number of codes that are 1 or −1 in the named tensors."""
+    return sum(int((tensor.codes.abs() == 1).sum()) for tensor in _coded(tensors, names).values())
+
+
+def prune_ones(tensors: StoredTensors, names: Collection[str], count: int) -> StoredTensors:
+    """Set to zero the `count` codes ±1 that cost the least squared error, which is scale² each.
+
+    Args:
+        tensors: as `quantize_model` returns them; they stay as they are.
+        names: tensors to prune; those kept in float16 are passed over.
+        count: codes to prune; rows of equal scale go in the tensors' order, codes of a row from the left.
+
+    Returns:
+        All tensors, the pruned ones new.
+
+    Source: #1392 and its ancestors; their int6 matrices were pruned, their int8 tables were not.
+    """
+    coded = _coded(tensors, names)
+    if not coded:
+        return dict(tensors)
+    ones = {name: tensor.codes.abs() == 1 for name, tensor in coded.items()}
+    scales = torch.cat([tensor.scales.float() for tensor in coded.values()])
+    per_row = torch.cat([mask.sum(dim=1) for mask in ones.values()])
+    order = scales.argsort(stable=True)
+    before = torch.empty_like(per_row)
+    before[order] = per_row[order].cumsum(0) - per_row[order]
+    # of each row as many as are left of the count when its turn comes
+    quota = (count - before).clamp(min=0)
+    pruned = dict(tensors)
+    first = 0
+    for name, tensor in coded.items():
+        rows = quota[first : first + len(tensor.codes)]
+        first += len(tensor.codes)
+        gone = ones[name] & (ones[name].cumsum(dim=1) <= rows[:, None])
+        pruned[name] = QuantizedTensor(tensor.codes.masked_fill(gone, 0), tensor.scales, tensor.bits)
+    return pruned
+
+
+def prunes_needed(
+    tensors: StoredTensors, names: Collection[str], target_bytes: int, size: Callable[[StoredTensors], int]
+) -> int:
+    """How many codes ±1 must go until the encoded model has at most `target_bytes`.
+
+    Found by bisection, to one part in 4,096 of all such codes on the side that fits. If even all of them are not
+    enough, all of them.
+
+    Args:
+        tensors, names: as for `prune_ones`.
+        target_bytes: what the encoded model may take.
+        size: bytes of a model, really encoded.
+
+    Returns:
+        The `count` for `prune_ones`; 0 if the model fits as it is.
+    """
+    if size(tensors) <= target_bytes:
+        return 0
+    total = count_ones(tensors, names)
+    step = max(total // _RESOLUTION, 1)
+    over, fits = 0, -(-total // step)
+    if size(prune_ones(tensors, names, total)) > target_bytes:
+        return total
+    while fits - over > 1:
+        middle = (over + fits) // 2
+        if size(prune_ones(tensors, names, middle * step)) <= target_bytes:
+            fits = middle
+        else:
+            over = middle
+    return min(fits * step, total)
+
+
+def _coded(tensors: Mapping[str, object], names: Collection[str]) -> dict[str, QuantizedTensor]:
+    return {name: tensor for name, tensor in tensors.items() if name in names and isinstance(tensor, QuantizedTensor)}
