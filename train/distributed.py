@@ -86,11 +86,11 @@ class Ranks:
         return tensor
 
     @torch.no_grad()
-    def copy_from_main(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Give every rank the first one's values, in place: an initialization may depend on the number of threads."""
+    def copy_from(self, source: int, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every rank the values of rank `source`, in place; shapes, dtypes and kinds of device must agree."""
         if self.group is not None:
             for tensor in tensors:
-                dist.broadcast(tensor.detach(), src=0, group=self.group)
+                dist.broadcast(tensor.detach(), src=source, group=self.group)
 
     def barrier(self) -> None:
         """Wait until every rank is here and its device has finished."""

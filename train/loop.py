@@ -88,7 +88,8 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     seed_everything(config.seed)
     text = load_validation(config)
     model = GPT(config).to(ranks.device)
-    ranks.copy_from_main(model.parameters())
+    # an initialization may depend on the number of threads
+    ranks.copy_from(0, model.parameters())
     optimizers = build_optimizers(model, config, ranks.group)
     loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
     sequences = config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)

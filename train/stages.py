@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from golf_kernels import dispatch
 from train.artifact import encode_artifact, load_model, write_artifact
 from train.artifact.code_size import package_code_bytes
 from train.checkpoint import load_weights, write_tensors
@@ -105,8 +106,11 @@ def quantize_stage(config: Config, model: GPT, ranks: Ranks, log: RunLogger) -> 
             f"gptq:calibrated {len(hessians)} matrices on {share * ranks.world_size} training batches in {time.perf_counter() - started:.1f}s"
         )
     started = time.perf_counter()
-    tensors = quantize_model(model, config, hessians, note=log.line)
+    tensors = quantize_model(model, config, hessians, ranks=ranks, note=log.line)
     log.line(f"gptq:quantized {len(tensors)} tensors in {time.perf_counter() - started:.1f}s")
+    if names:
+        backend, reason = dispatch.choose("gptq_block", device=ranks.device.type)
+        log.line(f"gptq:column loop in {backend} ({reason})")
     return tensors
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from train.config import Config
+from train.distributed import Ranks
 from train.errors import UserError
 from train.model.inventory import classify
 from train.progress import Progress
 from train.quantize.gptq import gptq
 from train.quantize.row_scales import ROW_SCALES, largest_code, percentile_candidates, rtn, squared_error
+from train.quantize.spread import assign, gather, gptq_cost
 
-# matrices of one shape share the column loop; their Hessians together stay below 128 MiB
+# on a GPU matrices of one shape go together; their Hessians stay below 128 MiB
 _BATCH_ELEMENTS = 1 << 25
 
 
@@ -32,7 +34,6 @@ class _Job(NamedTuple):
     shape: torch.Size
     bits: int
     clip: _Clip
-    calibrated: bool
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class QuantizedTensor:
             raise ValueError(
                 f"scales: expected float16 {tuple(self.codes.shape[:1])}, got {self.scales.dtype} {tuple(self.scales.shape)}"
             )
+
+    @classmethod
+    def empty(cls, shape: torch.Size, bits: int) -> QuantizedTensor:
+        """Room for codes `(rows, columns)` and their scales."""
+        return cls(torch.empty(shape, dtype=torch.int8), torch.empty(shape[0], dtype=torch.float16), bits)
 
     @property
     def shape(self) -> torch.Size:
@@ -103,6 +109,7 @@ def quantize_model(
     config: Config,
     hessians: Mapping[str, Tensor],
     *,
+    ranks: Ranks | None = None,
     note: Callable[[str], None] = warnings.warn,
     progress: bool = False,
 ) -> StoredTensors:
@@ -112,10 +119,14 @@ def quantize_model(
     unless there is a Hessian for them: then by GPTQ too. `percentile_search` runs GPTQ once per candidate and keeps
     the one with the least squared error of the matrix, as #1392 does.
 
+    Ranks share GPTQ by matrix and get each other's results. On a CPU each matrix is a product of its own, so that the
+    result has the same bits with any number of ranks; on a GPU matrices of one shape go together.
+
     Args:
-        model: its parameters are read.
+        model: its parameters are read; the same on every rank.
         config: the quantization settings.
-        hessians: by parameter name; every name of `matrices_to_calibrate` is needed.
+        hessians: by parameter name, the same on every rank; every name of `matrices_to_calibrate` is needed.
+        ranks: this process among the others, all of which must call; None for one process.
         note: is told, in a sentence, of each matrix that needed more damping or had to be rounded to nearest.
         progress: show it.
 
@@ -126,10 +137,12 @@ def quantize_model(
         UserError: a tensor holds NaN or infinity or does not fit float16, a Hessian is missing or holds NaN, or a
             setting is out of range; the message names the tensor or the setting.
     """
+    ranks = ranks or Ranks()
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    device = next(iter(parameters.values())).device
     needed = set(matrices_to_calibrate(model, config))
     stored: StoredTensors = {}
-    jobs: dict[_Job, list[str]] = defaultdict(list)
+    jobs: dict[str, _Job] = {}
     for name, parameter in parameters.items():
         _need_finite(name, parameter)
         bits = stored_bits(name, parameter, config)
@@ -138,22 +151,46 @@ def quantize_model(
             continue
         if name in needed and name not in hessians:
             raise UserError(f"{name}: GPTQ needs this matrix's Hessian: calibrate first, or set QUANTIZER=rtn")
-        calibrated = config.quantizer == "gptq" and name in hessians
-        jobs[_Job(parameter.shape, bits, _clip(name, parameter, config), calibrated)].append(name)
-    with Progress(sum(map(len, jobs.values())), "quantize", "matrices", enabled=progress) as bar:
-        for job, names in jobs.items():
-            step = max(_BATCH_ELEMENTS // job.shape[1] ** 2, 1)
-            for part in (names[i : i + step] for i in range(0, len(names), step)):
-                weights = {name: parameters[name].float() for name in part}
-                given = {name: _checked(name, hessians[name], weights[name]) for name in part if name in hessians}
-                if job.calibrated:
-                    stored |= _gptq_batch(weights, given, job.bits, job.clip, config, note)
-                else:
-                    stored |= {
-                        name: _nearest(name, weights[name], given.get(name), job.bits, job.clip) for name in part
-                    }
-                bar.advance(len(part))
+        clip = _clip(name, parameter, config)
+        if config.quantizer == "gptq" and name in hessians:
+            jobs[name] = _Job(parameter.shape, bits, clip)
+        else:
+            weight = parameter.float()
+            given = _checked(name, hessians[name], weight) if name in hessians else None
+            stored[name] = _nearest(name, weight, given, bits, clip)
+    shares = assign({name: gptq_cost(*job.shape) for name, job in jobs.items()}, ranks.world_size)
+
+    def round_share() -> list[str]:
+        notes: list[str] = []
+        mine = shares[ranks.rank]
+        with Progress(len(mine), "quantize", "matrices", enabled=progress) as bar:
+            for job, names in _batches({name: jobs[name] for name in mine}, device):
+                weights = {name: parameters[name].float() for name in names}
+                given = {name: _checked(name, hessians[name], weights[name]) for name in names}
+                stored.update(_gptq_batch(weights, given, job.bits, job.clip, config, notes.append))
+                bar.advance(len(names))
+        return notes
+
+    for notes in gather(ranks, round_share):
+        for text in notes:
+            note(text)
+    for source, names in enumerate(shares):
+        for name in names:
+            if name not in stored:
+                stored[name] = QuantizedTensor.empty(jobs[name].shape, jobs[name].bits)
+            ranks.copy_from(source, [stored[name].codes, stored[name].scales])
     return {name: stored[name] for name in parameters}
+
+
+def _batches(jobs: Mapping[str, _Job], device: torch.device) -> Iterator[tuple[_Job, list[str]]]:
+    """Matrices that are rounded together: alike, and one by one on a CPU, where a batch gains nothing."""
+    alike: dict[_Job, list[str]] = defaultdict(list)
+    for name, job in jobs.items():
+        alike[job].append(name)
+    for job, names in alike.items():
+        step = max(_BATCH_ELEMENTS // job.shape[1] ** 2, 1) if device.type == "cuda" else 1
+        for start in range(0, len(names), step):
+            yield job, names[start : start + step]
 
 
 def dequantize_state(tensors: Mapping[str, QuantizedTensor | Tensor]) -> dict[str, Tensor]:
@@ -195,29 +232,29 @@ def _gptq_batch(
     config: Config,
     note: Callable[[str], None],
 ) -> dict[str, QuantizedTensor]:
-    stack, curvature = torch.stack([*weights.values()]), torch.stack([*hessians.values()])
+    rows = next(iter(weights.values())).shape[0]
     if clip.name == "percentile_search":
-        found = [percentile_candidates(weight, bits, floor=clip.floor) for weight in weights.values()]
-        candidates = [dict(zip(weights, scales, strict=True)) for scales in zip(*found, strict=True)]
-        candidates = [{name: _fitting(name, scales[name]) for name in weights} for scales in candidates]
+        found = {name: percentile_candidates(weight, bits, floor=clip.floor) for name, weight in weights.items()}
     else:
-        candidates = [{name: _scales(name, weights[name], hessians[name], bits, clip) for name in weights}]
+        found = {name: [_scales(name, weights[name], hessians[name], bits, clip)] for name in weights}
+    candidates = {name: torch.cat([_fitting(name, one) for one in scales]) for name, scales in found.items()}
+    repeats = len(next(iter(found.values())))
+    # rows are rounded independently, so candidates of one matrix are more rows for the same factorization
+    codes, damping = gptq(
+        torch.stack([weight.repeat(repeats, 1) for weight in weights.values()]),
+        torch.stack([*hessians.values()]),
+        torch.stack([*candidates.values()]),
+        bits,
+        damp=config.gptq_damp,
+        block_size=config.gptq_block_size,
+        act_order=config.gptq_act_order,
+    )
     best: dict[str, QuantizedTensor] = {}
-    least = dict.fromkeys(weights, float("inf"))
-    for scales in candidates:
-        codes, damping = gptq(
-            stack,
-            curvature,
-            torch.stack([*scales.values()]),
-            bits,
-            damp=config.gptq_damp,
-            block_size=config.gptq_block_size,
-            act_order=config.gptq_act_order,
-        )
-        for name, rounded in zip(weights, codes, strict=True):
-            error = squared_error(weights[name], rounded, scales[name])
-            if error < least[name]:
-                least[name], best[name] = error, QuantizedTensor(rounded.cpu(), scales[name].cpu(), bits)
+    for (name, weight), rounded in zip(weights.items(), codes, strict=True):
+        passes = list(zip(rounded.split(rows), candidates[name].split(rows), strict=True))
+        errors = [squared_error(weight, *one) for one in passes]
+        least = passes[errors.index(min(errors))]
+        best[name] = QuantizedTensor(*(tensor.clone().cpu() for tensor in least), bits)
     for name, used in zip(weights, damping, strict=True):
         if used is None:
             note(f"{name}: the Hessian could not be factorized at any damping; rounded to nearest instead of GPTQ")

@@ -1,0 +1,55 @@
+"""Work that ranks share matrix by matrix: who rounds which, and how everybody gets every result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from train.distributed import Ranks
+from train.errors import UserError
+
+Name = TypeVar("Name")
+T = TypeVar("T")
+
+
+def assign(costs: Mapping[Name, float], shares: int) -> list[list[Name]]:
+    """Divide work so that the slowest share ends early: the costliest piece left goes to the share with the least.
+
+    Args:
+        costs: cost of each piece, in any unit.
+        shares: number of shares.
+
+    Returns:
+        The pieces of each share, in the order of `costs`; the same on every rank.
+    """
+    order = {name: place for place, name in enumerate(costs)}
+    loads = [0.0] * shares
+    owned: list[list[Name]] = [[] for _ in range(shares)]
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        share = loads.index(min(loads))
+        loads[share] += costs[name]
+        owned[share].append(name)
+    return [sorted(names, key=order.__getitem__) for names in owned]
+
+
+def gptq_cost(rows: int, columns: int) -> float:
+    """Operations of GPTQ on a matrix: factorization and inverse of its Hessian, 4/3 n³, and the errors' products, m n²."""
+    return 4 / 3 * columns**3 + rows * columns**2
+
+
+def gather(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+    """Do this rank's share, and learn the small picklable result of every rank's, in their order.
+
+    Raises:
+        UserError: of the first rank that raised one, on every rank, so that nobody waits for a rank that is gone.
+    """
+    result, problem = None, None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    found = [ranks.broadcast((result, problem), source) for source in range(ranks.world_size)]
+    for _, problem in found:
+        if problem is not None:
+            raise UserError(problem)
+    return [result for result, _ in found]
