@@ -16,6 +16,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class Kernel(NamedTuple):
 
 
 def kernels(shape: Shape) -> dict[str, list[Kernel]]:
-    """The launches of this package's block, by pass; `extra` is what a better up and down product would not need."""
+    """The launches of this package's block, by pass; `extra` is a pass that an up product could do beside."""
     x, post = 2.0 * shape.rows * shape.d, 2.0 * shape.rows * shape.hidden
     sign, flops = post / 16, 2.0 * shape.rows * shape.d * shape.hidden
     return {
@@ -93,7 +94,7 @@ def kernels(shape: Shape) -> dict[str, list[Kernel]]:
             Kernel("dw_up", flops, post + x),
             Kernel("dw_down", flops, post + x),
         ],
-        "extra": [Kernel("inverse rms", 0.0, x), Kernel("copy of the residual", 0.0, 2 * x)],
+        "extra": [Kernel("inverse rms", 0.0, x)],
     }
 
 
@@ -218,27 +219,36 @@ def products(inputs: Inputs) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def forced(tiles: str) -> Iterator[None]:
-    """The Triton back end, with one family of tiles where `tiles` names it."""
-    from golf_kernels import leaky_relu2_mlp_triton as module
-
-    before, choose = os.environ.get(dispatch.ENVIRONMENT_VARIABLE), module.choose_tile
-    os.environ[dispatch.ENVIRONMENT_VARIABLE] = "leaky_relu2_mlp=triton"
-    if tiles:
-        module.choose_tile = lambda product, columns: module.TILES[product][tiles]
-    try:
-        yield
-    finally:
-        module.choose_tile = choose
-        if before is None:
-            del os.environ[dispatch.ENVIRONMENT_VARIABLE]
-        else:
-            os.environ[dispatch.ENVIRONMENT_VARIABLE] = before
+def forced(**replaced: Any) -> Iterator[None]:
+    """The Triton back end, with functions of its module replaced."""
+    module = importlib.import_module("golf_kernels.leaky_relu2_mlp_triton")
+    with mock.patch.dict(os.environ, {dispatch.ENVIRONMENT_VARIABLE: "leaky_relu2_mlp=triton"}):
+        with mock.patch.multiple(module, **replaced) if replaced else contextlib.nullcontext():
+            yield
 
 
-def triton_variant(name: str, tiles: str, slope: float) -> common.Variant:
+def narrow_tile(product: str, columns: int) -> Any:
+    """The narrow tile of every product."""
+    return importlib.import_module("golf_kernels.leaky_relu2_mlp_triton").TILES[product]["narrow"]
+
+
+def cublas_down(post: Tensor, w_down: Tensor, residual: Tensor) -> Tensor:
+    """The down product in cuBLAS, which copies the residual first."""
+    return torch.addmm(residual, post, w_down.T)
+
+
+TRITON: dict[str, dict[str, Any]] = {
+    "triton": {},
+    "triton, narrow tiles": {"choose_tile": narrow_tile},
+    "triton, down by cuBLAS": {"down": cublas_down},
+}
+
+
+def triton_variant(name: str, slope: float) -> common.Variant:
+    """One of the ways to run our kernels."""
+
     def run(inputs: Inputs) -> list[Tensor]:
-        with forced(tiles):
+        with forced(**TRITON[name]):
             return both_passes(ours, slope, inputs)
 
     return common.Variant(name, run, graph=True)
@@ -248,7 +258,7 @@ def variants(slope: float, device: torch.device) -> list[common.Variant]:
     """Everything that can run here; what cannot is printed with its reason."""
     made = []
     if "triton" in dispatch.available_backends("leaky_relu2_mlp"):
-        made += [triton_variant("triton", "", slope), triton_variant("triton, narrow tiles", "narrow", slope)]
+        made += [triton_variant(name, slope) for name in TRITON]
     else:
         print(f"triton: {dispatch.describe()['leaky_relu2_mlp']['triton']}")
 

@@ -1,11 +1,13 @@
-"""Triton kernels of the LeakyReLU² MLP for Hopper: the rest of the block lives in the epilogues of three products.
+"""Triton kernels of the LeakyReLU² MLP for Hopper: the rest of the block lives in the epilogues of four products.
 
     up    post = leaky_relu(r ⊙ (x · w_upᵀ))², one sign bit per element         (r = gain · rstd, one number per row)
+    down  y = post · w_downᵀ + residual
     dpre  dpre = r ⊙ (dy · w_down) ⊙ dpost/dpre, and ⟨post, dpost⟩ of each row and tile
     dx    dx = dpre · w_up − x · (2 · rstd² / d) · ⟨post, dpost⟩ + dy            (+ dy where x is the residual too)
 
 Each kernel is persistent, moves its tiles with TMA and finishes a tile in two halves of its columns, so that the tile
-it stores takes half the shared memory. The other three products have nothing to fuse and stay with cuBLAS.
+it stores takes half the shared memory. The two weight gradients have nothing to fuse and stay with cuBLAS, as does a
+down product without a residual; with one, torch's addmm would copy the residual first.
 """
 
 # triton gives the arguments of a kernel their types
@@ -97,6 +99,35 @@ def up_kernel(
                 positive = tl.reshape(pre > 0, (BLOCK_M, HALF // 32, 32))
                 bits = tl.where(positive, (1 << tl.arange(0, 32))[None, None, :], 0)
                 tl.store(address, tl.sum(bits, axis=2), mask=inside)
+
+
+@triton.jit
+def down_kernel(
+    post_desc,
+    w_down_desc,
+    residual_desc,
+    y_desc,
+    rows,
+    hidden,
+    width,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y from post `(rows, hidden)`, w_down `(width, hidden)` and the residual."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    tl.assume(hidden > 0)
+    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(width, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        m, n = _origin(tile, width, BLOCK_M, BLOCK_N)
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, hidden, BLOCK_K):
+            product = tl.dot(post_desc.load([m, k]), w_down_desc.load([n, k]).T, product)
+        halves = _halves(product, BLOCK_M, BLOCK_N)
+        for half in tl.static_range(2):
+            column = n + half * HALF
+            y = halves[half] + residual_desc.load([m, column]).to(tl.float32)
+            y_desc.store([m, column], y.to(y_desc.dtype))
 
 
 @triton.jit
@@ -216,12 +247,13 @@ class Tile(NamedTuple):
 # wide tiles read least per product; of the narrow ones two share an SM, one's epilogue beside the other's products
 TILES = {
     "up": {"wide": Tile(128, 256, 64, 8, 4, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
+    "down": {"wide": Tile(128, 256, 64, 8, 3, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
     "dpre": {"wide": Tile(128, 256, 64, 8, 3, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
     "dx": {"wide": Tile(128, 256, 64, 8, 4, 1), "narrow": Tile(128, 128, 64, 4, 3, 2)},
 }
 INVERSE_RMS = {"BLOCK_M": 16, "BLOCK_K": 128}
 FLAGS = ("NORM", "LEAKY", "SIGN", "ADD")
-KERNELS = {"up": up_kernel, "dpre": dpre_kernel, "dx": dx_kernel}
+KERNELS = {"up": up_kernel, "down": down_kernel, "dpre": dpre_kernel, "dx": dx_kernel}
 
 
 def forward(
@@ -264,12 +296,21 @@ def forward(
             pointers = (rstd, _words(sign))
             numbers = (rows, hidden, x.shape[1], gain, slope)
             _launch("up", (x, w_up, post), *pointers, *numbers, NORM=norm, LEAKY=slope > 0, SIGN=signed)
-    columns = (w_down if scale is None else scale.unsqueeze(1) * w_down).T
-    residual = x if add_x else residual
-    y = post @ columns if residual is None else torch.addmm(residual, post, columns)
+    y = down(post, w_down if scale is None else scale.unsqueeze(1) * w_down, x if add_x else residual)
     if not save:
         post, rstd = post.new_empty((0, 0)), rstd.new_empty((0,))
     return y, post, sign, rstd
+
+
+def down(post: Tensor, w_down: Tensor, residual: Tensor | None) -> Tensor:
+    """post · w_downᵀ + residual."""
+    if residual is None:
+        return post @ w_down.T
+    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    if y.numel():
+        with torch.cuda.device_of(y):
+            _launch("down", (post, _laid_out(w_down), _laid_out(residual), y), y.shape[0], post.shape[1], y.shape[1])
+    return y
 
 
 def backward(
@@ -312,7 +353,7 @@ def backward(
 
 
 def choose_tile(product: str, columns: int) -> Tile:
-    """The wide tile of `up`, `dpre` or `dx` where it divides the columns of the result, else the narrow one."""
+    """The wide tile of a product where it divides the columns of the result, else the narrow one."""
     tiles = TILES[product]
     return tiles["narrow" if columns % tiles["wide"].n else "wide"]
 
@@ -320,7 +361,7 @@ def choose_tile(product: str, columns: int) -> Tile:
 def _blocks(product: str, tile: Tile) -> list[list[int]]:
     """Block shapes of a kernel's descriptors: two operands, then what its epilogue reads and stores in halves."""
     halves = sum(name.endswith("_desc") for name in KERNELS[product].arg_names) - 2
-    right = [tile.n, tile.k] if product == "up" else [tile.k, tile.n]
+    right = [tile.n, tile.k] if product in ("up", "down") else [tile.k, tile.n]
     return [[tile.m, tile.k], right, *([[tile.m, tile.n // 2]] * halves)]
 
 

@@ -22,7 +22,8 @@ def test_every_variant_is_checked_and_compared(capsys):
     for name in ("products alone", "torch", *bench.SWITCHES):
         assert len(re.findall(rf"^{name} +eager ", printed, re.MULTILINE)) == 2, name
     if "triton" in dispatch.available_backends("leaky_relu2_mlp"):
-        assert len(re.findall(r"^triton, narrow tiles +eager ", printed, re.MULTILINE)) == 2
+        for name in bench.TRITON:
+            assert len(re.findall(rf"^{name} +eager ", printed, re.MULTILINE)) == 2, name
         assert len(re.findall(r"^triton is \d+\.\d+ times as fast as 'compile", printed, re.MULTILINE)) == 2
     assert "computed, not measured: 160x64x128" in printed and "not kept" in printed
 
@@ -88,19 +89,12 @@ def test_variants_compile_apart():
 
 def test_a_forced_variant_leaves_no_trace(monkeypatch):
     module = pytest.importorskip("golf_kernels.leaky_relu2_mlp_triton")
-    for before in (None, "torch"):
-        monkeypatch.delenv("GOLF_BACKEND", raising=False)
-        if before:
-            monkeypatch.setenv("GOLF_BACKEND", before)
-        choose = module.choose_tile
-        seen = []
-
-        def inside(seen=seen, module=module):
-            seen += [os.environ["GOLF_BACKEND"], module.choose_tile("up", 256)]
-            raise RuntimeError("wrong shape")
-
-        with pytest.raises(RuntimeError), bench.forced("narrow"):
-            inside()
-        assert seen == ["leaky_relu2_mlp=triton", module.TILES["up"]["narrow"]]
-        assert os.environ.get("GOLF_BACKEND") == before and module.choose_tile is choose
-        assert module.choose_tile("up", 256) == module.TILES["up"]["wide"]
+    monkeypatch.setenv("GOLF_BACKEND", "torch")
+    before = module.choose_tile, module.down
+    with bench.forced(**bench.TRITON["triton, narrow tiles"]):
+        assert os.environ["GOLF_BACKEND"] == "leaky_relu2_mlp=triton"
+        assert module.choose_tile("up", 256) == module.TILES["up"]["narrow"]
+    with bench.forced(**bench.TRITON["triton, down by cuBLAS"]):
+        assert module.down is bench.cublas_down
+    assert os.environ["GOLF_BACKEND"] == "torch" and before == (module.choose_tile, module.down)
+    assert module.choose_tile("up", 256) == module.TILES["up"]["wide"]

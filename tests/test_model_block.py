@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -67,6 +69,24 @@ def test_a_block_starts_as_the_identity(form: str) -> None:
     block, x, inputs = Block(CONFIG, 2).double(), *make()[1:]
     assert torch.equal(block(x, inputs, form=form), x)
     assert block.resid_mix.tolist() == [[1.0] * 8, [0.0] * 8]
+
+
+@pytest.mark.parametrize(("form", "own"), [("serial", True), ("gptj", False), ("lanes", True)])
+def test_the_mlp_knows_when_its_input_is_the_residual(form: str, own: bool) -> None:
+    block, x, inputs = make()
+    seen = []
+
+    def backend(module: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        calls = [node for node in module.graph.nodes if "leaky_relu2_mlp" in str(node.target)]
+        # (x, w_up, w_down, residual, scale, slope, norm_eps, gain, add_x, save)
+        seen.extend((node.args[3] is None, node.args[8]) for node in calls)
+        return module.forward
+
+    def run(x: torch.Tensor, x0: torch.Tensor) -> object:
+        return block.run_lanes(x, x0, inputs) if form == "lanes" else block(x, inputs, form=form)
+
+    torch.compile(run, backend=backend, fullgraph=True)(x, inputs.x0)
+    assert seen == [(own, own)]
 
 
 @pytest.mark.parametrize("form", ["serial", "gptj", "lanes"])

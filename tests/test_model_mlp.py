@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from golf_kernels import dispatch
 from train.config import Config
 from train.model.linear import observe_inputs
 from train.model.mlp import MLP
@@ -74,3 +75,25 @@ def test_mlp_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(
         run, (*leaves, mlp.up.detach().requires_grad_(), mlp.down.detach().requires_grad_())
     )
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+@pytest.mark.skipif(
+    "triton" not in dispatch.available_backends("leaky_relu2_mlp"), reason=f"{dispatch.triton_problem()}"
+)
+def test_mlp_is_the_same_on_triton_kernels(slope: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    torch.manual_seed(0)
+    mlp = MLP(Config(model_dim=64, num_heads=1, num_kv_heads=1, mlp_mult=3.0, mlp_slope=slope), 0.7)
+    mlp.down.data.normal_(std=0.1)
+    mlp.to(device)
+    x = torch.randn(2, 70, 64, device=device, dtype=dtype)
+    scale = torch.randn(64, device=device, dtype=dtype)
+    found = {}
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("GOLF_BACKEND", f"leaky_relu2_mlp={backend}")
+        leaf = x.clone().requires_grad_()
+        y = mlp(leaf, leaf, scale)
+        found[backend] = [y, *torch.autograd.grad(y.square().sum(), [leaf, mlp.up, mlp.down])]
+    for mine, usual in zip(found["triton"], found["torch"], strict=True):
+        assert (mine - usual).norm() <= (2e-6 if dtype == torch.float32 else 2e-2) * usual.norm()
