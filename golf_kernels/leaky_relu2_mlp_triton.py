@@ -24,6 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def inverse_rms_kernel(x_ptr, rstd_ptr, rows, width, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -43,6 +45,28 @@ def _origin(tile, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     # tiles of the same rows follow each other: those rows are then read from memory once
     across = tl.cdiv(columns, BLOCK_N)
     return tile // across * BLOCK_M, tile % across * BLOCK_N
+
+
+@triton.jit
+def _late(depth, BLOCK_K: tl.constexpr):
+    # so many steps before the last that memory answers in time, and so few that L2 has not forgotten the answer
+    return tl.maximum(tl.cdiv(depth, BLOCK_K) - 8, 0) * BLOCK_K
+
+
+@triton.jit
+def _prefetch(pointer, m, n, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    # an epilogue waits for its loads on the spot, so what it reads is brought to L2, a line of 128 bytes at a time
+    if not INTERPRETED:
+        row = tl.minimum(m + tl.arange(0, BLOCK_M), rows - 1)
+        column = tl.minimum(n + 64 * tl.arange(0, (BLOCK_N + 63) // 64), columns - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [pointer + row.to(tl.int64)[:, None] * columns + column[None, :]],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -107,6 +131,7 @@ def down_kernel(
     w_down_desc,
     residual_desc,
     y_desc,
+    residual_ptr,
     rows,
     hidden,
     width,
@@ -117,11 +142,14 @@ def down_kernel(
     """y from post `(rows, hidden)`, w_down `(width, hidden)` and the residual."""
     HALF: tl.constexpr = BLOCK_N // 2
     tl.assume(hidden > 0)
+    late = _late(hidden, BLOCK_K)
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(width, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         m, n = _origin(tile, width, BLOCK_M, BLOCK_N)
         product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, hidden, BLOCK_K):
+            if k == late:
+                _prefetch(residual_ptr, m, n, rows, width, BLOCK_M, BLOCK_N)
             product = tl.dot(post_desc.load([m, k]), w_down_desc.load([n, k]).T, product)
         halves = _halves(product, BLOCK_M, BLOCK_N)
         for half in tl.static_range(2):
@@ -136,6 +164,7 @@ def dpre_kernel(
     w_down_desc,
     post_desc,
     dpre_desc,
+    post_ptr,
     rstd_ptr,
     sign_ptr,
     euler_ptr,
@@ -153,11 +182,16 @@ def dpre_kernel(
     """r · dpre from dy `(rows, width)` and w_down `(width, hidden)`; ⟨post, dpost⟩ of each tile and row in euler."""
     HALF: tl.constexpr = BLOCK_N // 2
     tl.assume(width > 0)
+    late = _late(width, BLOCK_K)
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(hidden, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         m, n = _origin(tile, hidden, BLOCK_M, BLOCK_N)
         product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, width, BLOCK_K):
+            if k == late:
+                _prefetch(post_ptr, m, n, rows, hidden, BLOCK_M, BLOCK_N)
+                if LEAKY:
+                    _prefetch(sign_ptr, m, n // 32, rows, hidden // 32, BLOCK_M, BLOCK_N // 32)
             product = tl.dot(dy_desc.load([m, k]), w_down_desc.load([k, n]), product)
         row = m + tl.arange(0, BLOCK_M)
         positive = tl.full((BLOCK_M,), 2.0 * gain, tl.float32)
@@ -192,6 +226,8 @@ def dx_kernel(
     x_desc,
     dy_desc,
     dx_desc,
+    x_ptr,
+    dy_ptr,
     rstd_ptr,
     euler_ptr,
     rows,
@@ -200,26 +236,32 @@ def dx_kernel(
     parts,
     NORM: tl.constexpr,
     ADD: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dx from r · dpre `(rows, hidden)` and w_up `(hidden, width)`; euler is `(parts, rows)`."""
+    """dx from r · dpre `(rows, hidden)` and w_up `(hidden, width)`; euler is `(parts, rows)`, PARTS a power of 2."""
     HALF: tl.constexpr = BLOCK_N // 2
     tl.assume(hidden > 0)
+    late = _late(hidden, BLOCK_K)
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(width, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         m, n = _origin(tile, width, BLOCK_M, BLOCK_N)
         product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, hidden, BLOCK_K):
+            if k == late:
+                if NORM:
+                    _prefetch(x_ptr, m, n, rows, width, BLOCK_M, BLOCK_N)
+                if ADD:
+                    _prefetch(dy_ptr, m, n, rows, width, BLOCK_M, BLOCK_N)
             product = tl.dot(dpre_desc.load([m, k]), w_up_desc.load([k, n]), product)
         row = m + tl.arange(0, BLOCK_M)
         factor = tl.zeros((BLOCK_M,), tl.float32)
         if NORM:
-            address = euler_ptr + row
-            for _ in range(0, parts):
-                factor += tl.load(address, mask=row < rows, other=0.0)
-                address += rows
+            part = tl.arange(0, PARTS)
+            inside = (part < parts)[:, None] & (row < rows)[None, :]
+            factor = tl.sum(tl.load(euler_ptr + part[:, None] * rows + row[None, :], mask=inside, other=0.0), axis=0)
             rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
             factor *= rstd * rstd * (2.0 / width)
         halves = _halves(product, BLOCK_M, BLOCK_N)
@@ -249,7 +291,7 @@ TILES = {
     "up": {"wide": Tile(128, 256, 64, 8, 4, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
     "down": {"wide": Tile(128, 256, 64, 8, 3, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
     "dpre": {"wide": Tile(128, 256, 64, 8, 3, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
-    "dx": {"wide": Tile(128, 256, 64, 8, 4, 1), "narrow": Tile(128, 128, 64, 4, 3, 2)},
+    "dx": {"wide": Tile(128, 256, 64, 8, 3, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
 }
 INVERSE_RMS = {"BLOCK_M": 16, "BLOCK_K": 128}
 FLAGS = ("NORM", "LEAKY", "SIGN", "ADD")
@@ -272,15 +314,9 @@ def forward(
 
     Args:
         x: `(rows, d)`, bfloat16 or float16; d a multiple of 8.
-        w_up: `(hidden, d)`; hidden a multiple of 64.
-        w_down: `(d, hidden)`.
-        residual: `(rows, d)` or None.
-        scale: `(d,)` or None.
-        slope: of the negative side, in [0, 1).
-        norm_eps: None for no norm.
-        gain: factor of the norm's output.
-        add_x: x is the residual.
-        save: keep what `backward` needs.
+        w_up, w_down: `(hidden, d)` and `(d, hidden)`; hidden a multiple of 64.
+        residual, scale: `(rows, d)` and `(d,)`, or None; add_x takes x for the residual.
+        slope, norm_eps, gain: of the negative side, in [0, 1); of the norm, or None for no norm; behind the norm.
     """
     rows, hidden = x.shape[0], w_up.shape[0]
     x, w_up = _laid_out(x), _laid_out(w_up)
@@ -309,7 +345,9 @@ def down(post: Tensor, w_down: Tensor, residual: Tensor | None) -> Tensor:
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
     if y.numel():
         with torch.cuda.device_of(y):
-            _launch("down", (post, _laid_out(w_down), _laid_out(residual), y), y.shape[0], post.shape[1], y.shape[1])
+            residual = _laid_out(residual)
+            numbers = (y.shape[0], post.shape[1], y.shape[1])
+            _launch("down", (post, _laid_out(w_down), residual, y), residual, *numbers)
     return y
 
 
@@ -336,14 +374,11 @@ def backward(
     euler = rstd.new_empty((parts, rows) if norm else (0, 0))
     if rows:
         with torch.cuda.device_of(x):
-            pointers = (rstd, _words(sign), euler)
             numbers = (rows, hidden, width, gain, slope)
-            _launch("dpre", (dy, columns, post, dpre), *pointers, *numbers, NORM=norm, LEAKY=slope > 0)
-            add = add_x and norm
-            _launch("dx", (dpre, w_up, x, dy, dx), rstd, euler, rows, hidden, width, parts, NORM=norm, ADD=add)
-            # without a norm the addition's tile does not fit into shared memory
-            if add_x and not norm:
-                dx += dy
+            arguments = (post, rstd, _words(sign), euler, *numbers)
+            _launch("dpre", (dy, columns, post, dpre), *arguments, NORM=norm, LEAKY=slope > 0)
+            flags = {"NORM": norm, "ADD": add_x, "PARTS": triton.next_power_of_2(parts)}
+            _launch("dx", (dpre, w_up, x, dy, dx), x, dy, rstd, euler, rows, hidden, width, parts, **flags)
     dw_up, dw_down = dpre.T @ x, dy.T @ post
     dscale = x.new_empty((0,))
     if scale is not None:
@@ -365,7 +400,7 @@ def _blocks(product: str, tile: Tile) -> list[list[int]]:
     return [[tile.m, tile.k], right, *([[tile.m, tile.n // 2]] * halves)]
 
 
-def _launch(product: str, tensors: tuple[Tensor, ...], *arguments: Any, **flags: bool) -> None:
+def _launch(product: str, tensors: tuple[Tensor, ...], *arguments: Any, **flags: int) -> None:
     (rows, columns), device = tensors[-1].shape, tensors[-1].device
     tile = choose_tile(product, columns)
     # the interpreter has no processors: one makes a program go on to further tiles
@@ -396,6 +431,7 @@ def _laid_out(tensor: Tensor) -> Tensor:
 def aot_configurations() -> list[dict[str, Any]]:
     """Every configuration that ships, for ahead-of-time compilation; see benchmarks/aot.py."""
     kinds = {"rstd_ptr": "*fp32", "sign_ptr": "*i32", "euler_ptr": "*fp32", "gain": "fp32", "slope": "fp32"}
+    kinds |= dict.fromkeys(("residual_ptr", "post_ptr", "x_ptr", "dy_ptr"), "*bf16")
     found: list[dict[str, Any]] = [
         {
             "name": "inverse_rms",
@@ -412,7 +448,8 @@ def aot_configurations() -> list[dict[str, Any]]:
             TILES[product].items(), itertools.product((True, False), repeat=len(flags))
         ):
             constants = dict(zip(flags, values, strict=True))
-            if (constants.get("SIGN") and not constants["LEAKY"]) or (constants.get("ADD") and not constants["NORM"]):
+            # only a leaky activation has signs to keep
+            if constants.get("SIGN") and not constants["LEAKY"]:
                 continue
             blocks = iter(_blocks(product, tile))
             runtime = [name for name in kernel.arg_names if not name.isupper()]
@@ -424,7 +461,7 @@ def aot_configurations() -> list[dict[str, Any]]:
                         name: f"tensordesc<bf16{next(blocks)}>" if name.endswith("_desc") else kinds.get(name, "i32")
                         for name in runtime
                     },
-                    "constexprs": constants | _constexprs(tile),
+                    "constexprs": constants | ({"PARTS": 8} if "PARTS" in kernel.arg_names else {}) | _constexprs(tile),
                     "options": _options(tile),
                     "promises": ("wgmma", "tma"),
                     "divisible": ("hidden", "width"),
