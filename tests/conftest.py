@@ -1,6 +1,7 @@
 """Where there is no GPU, tests that need one are left out, and Triton's kernels run in its interpreter."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,3 +15,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def narrow_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three finished runs of a very narrow quickstart, seeds 42, 314 and 999; copy what you change."""
+    from submission_runs import make_dataset, make_runs
+
+    folder = tmp_path_factory.mktemp("narrow")
+    return make_runs(folder / "runs", make_dataset(folder / "small"))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import lzma
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from train.errors import UserError
 
+# the single file that this program was packed into, which then is all the code that counts; None: it runs from sources
+SCRIPT: Path | None = getattr(sys.modules.get("__main__"), "PACKED_SCRIPT", None)
 COUNTED_FOLDERS = ("csrc", "golf_kernels", "train")
 COUNTED_SUFFIXES = frozenset({".py", ".cpp", ".cu", ".cuh", ".h"})
 
@@ -43,7 +46,7 @@ def package_code_bytes(root: str | os.PathLike[str] | None = None) -> CodeSize:
 
     Counted are the files with the suffixes .py, .cpp, .cu, .cuh and .h anywhere under `csrc`, `golf_kernels` and `train`
     of `root`: recipes and tools that a given run does not touch included; tests, benchmarks and set-up not. `csrc` may be
-    missing. `packed_bytes` is the length of one .xz stream (preset 9e, no check) over, for each file in the order of
+    missing. A packed script counts itself alone. `packed_bytes` is the length of one .xz stream (preset 9e, no check) over, for each file in the order of
     its path: path relative to `root` with slashes, a zero byte, its length in decimal, a zero byte, its contents.
 
     Args:
@@ -64,6 +67,8 @@ def package_source() -> str:
 
 
 def _sources(root: str | os.PathLike[str] | None) -> dict[str, bytes]:
+    if root is None and SCRIPT is not None:
+        return {SCRIPT.name: _source(SCRIPT)}
     base = Path(__file__).resolve().parents[2] if root is None else Path(root)
     for needed in ("golf_kernels", "train"):
         if not (base / needed).is_dir():

@@ -33,11 +33,38 @@ def _record(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _code(arguments: argparse.Namespace) -> int:
+    from train.artifact.single_file import form_bytes
+
+    for form, size in form_bytes(arguments.recipe).items():
+        print(f"{form:<9} {size:>9,} bytes")
+    return 0
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     from train.submission.standing import find_standing
     from train.submission.statistics import comparison_text
 
     print(comparison_text(find_standing(arguments.a), find_standing(arguments.b)))
+    return 0
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from train.submission.base import find_base
+    from train.submission.build import Labels, build_record
+    from train.submission.evidence import read_evidence
+    from train.submission.record import git_setting
+    from train.submission.rules import judge, summary_lines
+
+    author = git_setting("user.name") if arguments.author is None else arguments.author
+    github_id = git_setting("github.user") if arguments.github_id is None else arguments.github_id
+    labels = Labels(author, github_id, arguments.name or "", arguments.blurb or "", arguments.track)
+    base = find_base(arguments.base) if arguments.base else None
+    proof = build_record(arguments.runs, arguments.out, labels, single_file=arguments.single_file or "", base=base)
+    size = json.loads((arguments.out / "submission.json").read_text())["bytes_code"]
+    print(f"{arguments.out}: {', '.join(sorted(path.name for path in arguments.out.iterdir()))}")
+    print(f"code: {size:,} bytes; {proof}")
+    print("\n".join(summary_lines(judge(read_evidence(arguments.out)))))
     return 0
 
 
@@ -80,6 +107,38 @@ def _parser() -> argparse.ArgumentParser:
     record.add_argument("run_folder", metavar="RUN", type=Path, help="run folder of python -m train")
     _add_author(record)
     record.set_defaults(run=_record)
+
+    build = command(
+        "build",
+        "a complete record folder from one run per seed",
+        "Write README.md, submission.json, logs, requirements.txt and train_gpt.py of a record, and say which rules it breaks. "
+        "The script is scored on a CPU, from an empty folder, against the package before the folder appears.",
+        "build runs/seed1 runs/seed2 runs/seed3 --out records/mine --single-file wrapped --base 1019",
+    )
+    build.add_argument(
+        "runs", metavar="RUN", type=Path, nargs="+", help="finished run folder of python -m train, one per seed"
+    )
+    build.add_argument("--out", type=Path, required=True, help="the record folder to make")
+    build.add_argument(
+        "--single-file",
+        nargs="?",
+        const="wrapped",
+        choices=("plain", "minified", "wrapped"),
+        help="all code in one train_gpt.py, in this form [wrapped]; without the option the modules stand beside it",
+    )
+    build.add_argument("--base", help="recipe, run, record or published record to compare with [the recipe]")
+    _add_author(build)
+    build.set_defaults(run=_build)
+
+    code = command(
+        "code",
+        "what the code of a recipe costs in each form",
+        "Pack the modules that a run of a recipe imports into one train_gpt.py, plain, minified, and minified and compressed, "
+        "and count its bytes.",
+        "code sp8192_sdclip",
+    )
+    code.add_argument("recipe", metavar="RECIPE", help="a name in train/recipes")
+    code.set_defaults(run=_code)
 
     compare = command(
         "compare",

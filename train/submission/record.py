@@ -13,8 +13,9 @@ from train.config import Config
 from train.files import atomic_write
 from train.logger import read_metrics
 from train.run import RunFolder
+from train.submission.gather import summarize
 from train.submission.plots import plot_bpb, plot_loss, plot_size_budget
-from train.submission.summary import Summary, size_line, stage_line
+from train.submission.summary import Summary, size_line, stage_line, summary_text
 
 TRACKS = ("10min_16mb", "non-record-16mb")
 
@@ -52,8 +53,8 @@ def write_record(
     submission = submission_json(
         summary,
         config,
-        author=_git_setting("user.name") if author is None else author,
-        github_id=_git_setting("github.user") if github_id is None else github_id,
+        author=git_setting("user.name") if author is None else author,
+        github_id=git_setting("github.user") if github_id is None else github_id,
         name=name or summary.recipe,
         blurb=blurb,
         track=track,
@@ -65,6 +66,14 @@ def write_record(
     atomic_write(paths[3], json.dumps(submission, indent=2, ensure_ascii=False) + "\n")
     atomic_write(paths[4], readme(summary, config, submission["name"]))
     return paths
+
+
+def record_run(folder: RunFolder) -> str:
+    """Gather a finished run's numbers, write its summary and its record, and return the block that it ends with."""
+    summary = summarize(folder)
+    summary.write(folder.summary)
+    write_record(folder.path, summary)
+    return summary_text(summary, folder.path)
 
 
 def submission_json(
@@ -184,7 +193,8 @@ def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> list[str]:
     return [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]
 
 
-def _git_setting(key: str) -> str:
+def git_setting(key: str) -> str:
+    """A value of git's configuration; empty where there is no git or no such value."""
     git = shutil.which("git")
     if git is None:
         return ""

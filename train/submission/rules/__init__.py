@@ -50,10 +50,15 @@ def judgement_text(findings: list[Finding]) -> str:
         line + (f"  (limit: {finding.limit})" if finding.limit else "")
         for line, finding in zip(lines, findings, strict=True)
     ]
+    return "\n".join([*lines, "", *summary_lines(findings)])
+
+
+def summary_lines(findings: list[Finding]) -> list[str]:
+    """How many rules hold, which fail, and about which nothing could be seen."""
     counts = {verdict: [item.rule for item in findings if item.verdict is verdict] for verdict in Verdict}
-    lines += ["", f"{len(counts[Verdict.HOLDS])} of {len(findings)} rules hold."]
+    lines = [f"{len(counts[Verdict.HOLDS])} of {len(findings)} rules hold."]
     if counts[Verdict.FAILS]:
         lines.append(f"Failed: {'; '.join(counts[Verdict.FAILS])}.")
     if counts[Verdict.UNSEEN]:
         lines.append(f"Could not be seen: {'; '.join(counts[Verdict.UNSEEN])}.")
-    return "\n".join(lines)
+    return lines

@@ -22,7 +22,7 @@ _COMPARED = (
 # a clock in a json may be rounded from more digits than the log has
 _CLOCKS = {"step_avg_ms": Decimal("0.01"), "train_time_s": Decimal("0.001"), "eval_time_s": Decimal("0.001")}
 _SCORE_DECIMALS = 8
-# numbers of so many decimals are not alike by chance
+# numbers of so many digits are not alike by chance
 _LONG = 6
 
 
@@ -92,6 +92,7 @@ def readme(evidence: Evidence) -> Finding:
     known = _known_numbers(evidence)
     if not known:
         return unseen(rule, "no measured number to compare with")
+    precise = {value for value in known if len(value.as_tuple().digits) >= _LONG}
     wrong: list[str] = []
     matched = 0
     for text in re.findall(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?![\w]|\.\d)", evidence.readme):
@@ -103,7 +104,7 @@ def readme(evidence: Evidence) -> Finding:
             matched += 1
             continue
         if decimals >= _LONG or (decimals == 0 and len(plain) >= 6):
-            near = next((value for value in known if _one_digit_apart(plain, _written(value, decimals))), None)
+            near = next((value for value in precise if _one_digit_apart(plain, _written(value, decimals))), None)
             if near is not None:
                 wrong.append(f"{text} in README.md, {_written(near, decimals)} measured")
     for seed in evidence.seeds:

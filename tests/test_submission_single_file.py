@@ -1,0 +1,147 @@
+"""train_gpt.py in its three forms: alone in an empty folder it trains and scores as the package does, to the last bit."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train.artifact import single_file
+from train.artifact.single_file import FORMS, form_bytes, minify, pack, used_sources
+from train.config import format_value
+from train.errors import UserError
+from train.log_grammar import parse_log
+from train.run import RunFolder
+from train.submission.__main__ import main
+from train.submission.build import package_score, recipe_settings, script_score, write_script
+from train.submission.runs import read_run
+
+
+@pytest.fixture(scope="module")
+def run(narrow_runs: list[Path]) -> Path:
+    return narrow_runs[0]
+
+
+@pytest.fixture(scope="module")
+def expected(run: Path) -> dict[str, Any]:
+    return package_score(read_run(run))
+
+
+@pytest.mark.parametrize("form", ["", *FORMS])
+def test_every_form_scores_the_artifact_as_the_package_does(
+    run: Path, expected: dict[str, Any], tmp_path: Path, form: str
+) -> None:
+    write_script(tmp_path, RunFolder(run).read_config(), form, "A title.")
+    assert [path.name for path in tmp_path.iterdir()] == ["train_gpt.py"] or not form
+    found = script_score(tmp_path, read_run(run))
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+
+
+def test_the_smallest_form_trains_alone_in_an_empty_folder_as_the_package_did(run: Path, tmp_path: Path) -> None:
+    config = RunFolder(run).read_config()
+    write_script(tmp_path, config, "wrapped", "A title.")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {
+        "SEED": "42",
+        "DATA_PATH": config.data_path,
+        "RUN_ID": "again",
+        "DEVICE": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "train_gpt.py", "--train_log_every", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    again = parse_log(tmp_path / "runs/again/train_seed42.log")
+    before = parse_log(run / "train_seed42.log")
+    for log in (again, before):
+        for final in log["finals"].values():
+            final.pop("eval_time_ms", None)
+    assert again["finals"] == before["finals"]
+    # what it counts as code is itself, and its log begins with it
+    script = (tmp_path / "train_gpt.py").read_text()
+    assert again["sizes"]["code"] == len(script.encode())
+    assert script in (tmp_path / "runs/again/train_seed42.log").read_text()
+    assert not (tmp_path / "runs/again/README.md").exists()
+
+
+def test_nothing_is_missing_and_nothing_foreign_is_carried() -> None:
+    sources = used_sources("quickstart")
+    assert {"train/loop.py", "train/recipes/quickstart.py", "golf_kernels/muon.py", "train/script.py"} <= set(sources)
+    writers = ("train/submission/record", "train/submission/plots", "train/data/hub", "train/describe")
+    assert not [name for name in sources if name.startswith(writers)]
+    assert [name for name in sources if name.startswith("train/recipes/")] == [
+        "train/recipes/__init__.py",
+        "train/recipes/quickstart.py",
+    ]
+    # whatever a carried module imports from this project is carried, or left out on purpose
+    for source in sources.values():
+        for module in single_file._imports(source):
+            path = single_file._path(module)
+            assert path is None or path.relative_to(single_file.ROOT).as_posix() in sources
+
+
+def test_the_plain_form_holds_each_module_as_it_is(tmp_path: Path) -> None:
+    text = pack("baseline", {"SEED": "7"}, "plain", "A title.")
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree).startswith("A title.")
+    held = {
+        node.targets[0].slice.value: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript)
+    }
+    assert held == used_sources("baseline")
+    assert "r'''" in text and "\\n" not in text.split("FILES['train/loop.py']")[1][:200]
+    assert "    'RECIPE': 'baseline',\n    'SEED': '7',\n" in text
+
+
+def test_forms_fall_in_size_and_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = form_bytes("quickstart")
+    assert list(sizes) == list(FORMS)
+    assert sizes["plain"] > 1.5 * sizes["minified"] and sizes["minified"] > 2 * sizes["wrapped"]
+    assert sizes == {form: len(pack("quickstart", {}, form).encode()) for form in FORMS}
+    assert main(["code", "quickstart"]) == 0
+    assert f"wrapped {sizes['wrapped']:>11,} bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "source", ["x = 1\n", "'''a'''\n", "a = '''b''' + \"\"\"c\"\"\"\n", "r = r'\\n'  # \\", "", "é = 'ü\\x00'\n"]
+)
+def test_any_source_survives_its_quotes(source: str) -> None:
+    assert ast.literal_eval(single_file._literal(source)) == source
+
+
+def test_minifying_keeps_what_programs_read() -> None:
+    source = (
+        '"""doc"""\nfrom dataclasses import dataclass\n\n@dataclass\nclass A:\n    first: int = 3\n\n'
+        "def public(argument: int) -> int:\n    # comment\n    intermediate_value = argument + 1\n    return intermediate_value\n"
+    )
+    small = minify("train/x.py", source)
+    assert "doc" not in small and "comment" not in small and "intermediate_value" not in small
+    values: dict[str, object] = {}
+    exec(small, values)
+    assert values["A"](4).first == 4 and values["public"](argument=4) == 5
+    kernel = "def kernel(x_ptr, BLOCK: tl.constexpr):\n    offsets = BLOCK\n    return offsets\n"
+    assert minify("golf_kernels/x_triton.py", kernel).count("BLOCK:tl.constexpr") == 1
+    assert "offsets" in minify("golf_kernels/x_triton.py", kernel)
+
+
+def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="form: expected one of plain, minified, wrapped, got 'tiny'"):
+        pack("quickstart", {}, "tiny")
+    with pytest.raises(UserError, match=r"no file train/recipes/nothing\.py"):
+        pack("nothing", {}, "plain")
+    minify.cache_clear()
+    monkeypatch.setitem(sys.modules, "python_minifier", None)
+    with pytest.raises(UserError, match="python-minifier: not installed: pip install"):
+        pack("quickstart", {}, "minified")
+
+
+def test_settings_of_the_script_are_text(run: Path) -> None:
+    settings = recipe_settings(RunFolder(run).read_config())
+    text = pack("quickstart", {name.upper(): format_value(value) for name, value in settings.items()}, "plain")
+    assert "'RECUR_LAYERS': '1,2'" in text and "'MODEL_DIM': '32'" in text
+    assert json.dumps(settings["recur_layers"]) == "[1, 2]"

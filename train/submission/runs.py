@@ -1,0 +1,148 @@
+"""Finished runs, one per seed, that go into one record: read, and checked to belong together."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.config import Config
+from train.data.tokenizer import byte_tables, find_tokenizer, load_tokenizer
+from train.data.validation import load_validation
+from train.errors import UserError
+from train.files import sha256_file
+from train.log_grammar import parse_log
+from train.run import RunFolder
+from train.scores import find_evaluation
+from train.submission.gather import summarize
+from train.submission.standing import exact_score
+from train.submission.summary import Summary
+
+# settings in which the seeds of one record may differ: they do not touch what is computed
+_FREE = frozenset({"seed", "run_id", "runs_dir", "resume", "checkpoint_every", "train_log_every"})
+_PROVEN_TOKENS = 1_000_000
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has its score.
+
+    Attributes:
+        folder: its folder.
+        config: what was trained.
+        summary: its numbers.
+        log_path: its log.
+        log: see `parse_log`.
+        evaluation: the entry of evaluation.json that is its score.
+    """
+
+    folder: RunFolder
+    config: Config
+    summary: Summary
+    log_path: Path
+    log: dict[str, Any]
+    evaluation: dict[str, Any]
+
+    @property
+    def seed(self) -> str:
+        return str(self.config.seed)
+
+    @property
+    def calibration_seconds(self) -> float | None:
+        return self.log["facts"].get("calibration_s")
+
+
+def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
+    """Read the runs of one record, by rising seed.
+
+    Raises:
+        UserError: a run is not finished, its log is cut or says something else than its files, two have one seed, or one
+            was trained with other settings than the first.
+    """
+    runs = [read_run(path) for path in paths]
+    first = runs[0]
+    for run in runs[1:]:
+        changed = changed_settings(first.config, run.config)
+        if changed:
+            listed = ", ".join(f"{name} is {new}, there {old}" for name, old, new in changed[:4])
+            raise UserError(
+                f"{run.folder.path}: not of one record with {first.folder.path}: {listed}: give runs that differ in their seed only"
+            )
+    for run in runs:
+        twins = [str(other.folder.path) for other in runs if other.seed == run.seed]
+        if len(twins) > 1:
+            raise UserError(f"seed {run.seed}: both of {' and '.join(twins)}: give one run per seed")
+    return sorted(runs, key=lambda run: run.config.seed)
+
+
+def read_run(path: Path) -> FinishedRun:
+    """Read one run.
+
+    Raises:
+        UserError: see `read_runs`.
+    """
+    folder = RunFolder(path)
+    config = folder.trained_config()
+    log_path = path / f"train_seed{config.seed}.log"
+    if not log_path.is_file():
+        raise UserError(f"{log_path}: missing: a record needs the log of every run: restore it, or train again")
+    log = parse_log(log_path)
+    score = exact_score(log)
+    if score is None:
+        raise UserError(
+            f"{log_path}: ends before its final score: the run did not finish, or the log was cut: train again"
+        )
+    summary = summarize(folder)
+    for name in ("val_loss", "val_bpb"):
+        measured = getattr(summary, name)
+        if not math.isclose(measured, score[name], rel_tol=0, abs_tol=5.1e-9):
+            raise UserError(
+                f"{log_path}: {name} is {score[name]:.8f}, but evaluation.json has {measured:.8f}: the log must be of the same "
+                "artifact: train again"
+            )
+    if log["sizes"].get("model") != summary.bytes_model:
+        raise UserError(
+            f"{log_path}: the model has {log['sizes'].get('model')} bytes, but {folder.artifact} has {summary.bytes_model}: the log must "
+            "be of the same artifact: train again"
+        )
+    return FinishedRun(folder, config, summary, log_path, log, find_evaluation(folder, config))
+
+
+def changed_settings(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """(name, old, new) of each setting that differs and may not within a record."""
+    before, after = old.to_dict(), new.to_dict()
+    return [(name, before[name], after[name]) for name in before if name not in _FREE and before[name] != after[name]]
+
+
+def tokenizer_facts(config: Config) -> dict[str, Any]:
+    """Count the bytes of validation documents twice, by the tables and in the decoded text.
+
+    Returns:
+        File name, SHA-256 and size of the tokenizer, `counts_bytes`, and the finding in words.
+
+    Raises:
+        UserError: tokenizer or validation text are missing, or the tokenizer is one that miscounts.
+    """
+    path = find_tokenizer(config.data_path, config.vocab_size, config.tokenizer_path)
+    tokenizer = load_tokenizer(path, config.vocab_size)
+    tables = byte_tables(tokenizer, config.vocab_size)
+    tokens = load_validation(config).tokens[:_PROVEN_TOKENS]
+    begins = (tokens == tokenizer.bos_id()).nonzero()[0]
+    charged = decoded = 0
+    for begin, end in itertools.pairwise([*begins, len(tokens)]):
+        document = tokens[begin:end].astype(int)
+        # the text may be cut inside a character
+        while end == len(tokens) and tokenizer.IsByte(int(document[-1])):
+            document = document[:-1]
+        charged += int(tables.count(document[:-1], document[1:]).sum())
+        decoded += len(tokenizer.Decode(document[1:].tolist()).encode())
+    return {
+        "file": path.name,
+        "sha256": sha256_file(path),
+        "vocab_size": config.vocab_size,
+        "counts_bytes": charged == decoded and charged > 0,
+        "finding": f"{len(begins):,} validation documents: {charged:,} bytes charged, {decoded:,} in the text",
+    }
