@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,7 +151,13 @@ def split_parameters(model: nn.Module, config: Config) -> dict[str, dict[str, nn
     return kinds
 
 
-def build_optimizers(model: nn.Module, config: Config, process_group: dist.ProcessGroup | None = None) -> Optimizers:
+def build_optimizers(
+    model: nn.Module,
+    config: Config,
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    owned: Sequence[int] | None = None,
+) -> Optimizers:
     """Muon and AdamW over the classes of parameters, with the configuration's rates and decays.
 
     Matrices: Muon, p <- p (1 - lr wd) - lr sqrt(max(1, rows / columns)) update, with Nesterov momentum. Embeddings and
@@ -164,6 +170,7 @@ def build_optimizers(model: nn.Module, config: Config, process_group: dist.Proce
         config: `matrix_lr`, `tied_embed_lr`, `scalar_lr`, `muon_*`, `normuon*`, `beta*`, `adam_eps`, `*_wd`,
             `grad_clip_norm`.
         process_group: process group of all ranks; None for one process.
+        owned: without a group, numbers of the matrices that are updated: one rank's share, to measure it alone.
     """
     kinds = split_parameters(model, config)
     matrices = list(kinds["matrix"].values())
@@ -171,7 +178,8 @@ def build_optimizers(model: nn.Module, config: Config, process_group: dist.Proce
     if process_group is not None:
         owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), dist.get_world_size(process_group))
     reduction = Reduction([*kinds["embedding"].values(), *kinds["scalar"].values()], matrices, owners, process_group)
-    muon = _build_muon(reduction.owned, config) if reduction.owned else None
+    updated = reduction.owned if owned is None else [matrices[number] for number in owned]
+    muon = _build_muon(updated, config) if updated else None
     rates = {"embedding": (config.tied_embed_lr, config.embedding_decay), "scalar": (config.scalar_lr, config.adam_wd)}
     groups = [
         {"params": list(kinds[kind].values()), "lr": lr, "base_lr": lr, "weight_decay": decay}

@@ -1,0 +1,132 @@
+"""A training step written plainly, as the published scripts have it: the yardstick of `benchmarks.bench_step`.
+
+The model is the recipe's, compiled with torch.compile's defaults on PyTorch's own operators. Around it stands what the
+scripts have: batches as int64 from memory that is not pinned, one optimizer step per matrix (per bank of equal shapes
+for #1392, whose Muon was batched), one moving average per tensor over a fresh state_dict, and an `.item()` on the wall
+clock's flag in every step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from train.config import Config
+from train.model.gpt import GPT
+from train.optimize.groups import split_parameters
+
+# #1392 kept its matrices in banks and orthogonalized each bank in one batch
+BANKED = ("sp4096_recurrence",)
+
+
+def quintic(gradient: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Newton-Schulz of a matrix `(m, n)` or a bank `(k, m, n)` with Keller Jordan's numbers, in `dtype`."""
+    x = gradient.to(dtype)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class PlainMuon:
+    """Muon, MuonEq-R or NorMuon over some matrices, one after the other or by banks of equal shapes.
+
+    Args:
+        matrices: what it updates.
+        config: rates, momentum and the variants.
+        banked: stack matrices of one shape and orthogonalize them together.
+        dtype: of the orthogonalization.
+    """
+
+    def __init__(
+        self, matrices: Sequence[nn.Parameter], config: Config, *, banked: bool, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        self.dtype = dtype
+        shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for number, matrix in enumerate(matrices):
+            shapes.setdefault(tuple(matrix.shape) if banked else (number,), []).append(matrix)
+        self.banks = list(shapes.values())
+        self.config = config
+        self.momentum = [[torch.zeros_like(matrix) for matrix in bank] for bank in self.banks]
+        self.second = [[torch.zeros(len(matrix), 1, device=matrix.device) for matrix in bank] for bank in self.banks]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        config, beta = self.config, self.config.muon_momentum
+        for bank, buffers, seconds in zip(self.banks, self.momentum, self.second, strict=True):
+            updates = []
+            for matrix, buffer in zip(bank, buffers, strict=True):
+                weight = 1 - beta if config.normuon else 1.0
+                buffer.mul_(beta).add_(matrix.grad, alpha=weight)
+                update = matrix.grad.mul(weight).add(buffer, alpha=beta)
+                if config.muon_eq_r:
+                    update = update / (update.square().sum(-1, keepdim=True) + config.muon_row_eps).sqrt()
+                updates.append(update)
+            steps = config.muon_backend_steps
+            results = quintic(torch.stack(updates), steps, self.dtype).unbind() if len(bank) > 1 else None
+            for number, (matrix, second) in enumerate(zip(bank, seconds, strict=True)):
+                result = (results[number] if results else quintic(updates[number], steps, self.dtype)).float()
+                if config.normuon:
+                    before = result.norm()
+                    second.lerp_(result.square().mean(-1, keepdim=True), 1 - config.normuon_beta2)
+                    result = result / (second.sqrt() + 1e-10)
+                    result = result * (before / (result.norm() + 1e-10))
+                scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                matrix.mul_(1 - lr * config.muon_wd).add_(result, alpha=-lr * scale)
+
+
+class PublishedStep:
+    """One GPU's step of a recipe, written as the published scripts write it.
+
+    Args:
+        model: the recipe's model, on its device.
+        config: the recipe.
+        share: which matrices this rank would update, by their number among all matrices.
+        compiled: the loss, compiled.
+    """
+
+    def __init__(self, model: GPT, config: Config, share: Sequence[int], compiled: Callable[..., Tensor]) -> None:
+        kinds = split_parameters(model, config)
+        matrices = list(kinds["matrix"].values())
+        self.model, self.config, self.compiled = model, config, compiled
+        self.muon = PlainMuon([matrices[number] for number in share], config, banked=config.recipe in BANKED)
+        betas = (config.beta1, config.beta2)
+        self.adamw = [
+            torch.optim.AdamW(list(kinds[kind].values()), lr, betas, config.adam_eps, decay, fused=True)
+            for kind, lr, decay in (
+                ("embedding", config.tied_embed_lr, config.embedding_decay),
+                ("scalar", config.scalar_lr, config.adam_wd),
+            )
+            if kinds[kind]
+        ]
+        self.average = (
+            {k: v.detach().float().clone() for k, v in model.state_dict().items()} if config.ema_decay else {}
+        )
+        self.started = time.perf_counter()
+
+    def __call__(self, tokens: np.ndarray, recurrence: bool) -> Tensor:
+        """One step on `(sequences, length + 1)` token ids; the loss."""
+        config, device = self.config, self.model.embedding.weight.device
+        batch = torch.from_numpy(tokens.astype(np.int64))
+        inputs, targets = (part.to(device, non_blocking=True) for part in (batch[:, :-1], batch[:, 1:]))
+        self.model.zero_grad(set_to_none=True)
+        loss = self.compiled(inputs, targets, recurrence=recurrence)
+        loss.backward()
+        if config.grad_clip_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip_norm)
+        for optimizer in self.adamw:
+            optimizer.step()
+        self.muon.step(config.matrix_lr)
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items() if self.average else ():
+                self.average[name].mul_(config.ema_decay).add_(tensor.detach().float(), alpha=1 - config.ema_decay)
+        # the scripts agree on the end of training here, and the host waits for the device
+        torch.tensor(int(time.perf_counter() - self.started > config.max_wallclock_seconds), device=device).item()
+        return loss.detach()
