@@ -109,16 +109,34 @@ def test_tensors_and_fields_come_back_bit_for_bit(
     assert used == {codec}
 
 
-def arrays(rows: int, columns: int, bits: int, generator: torch.Generator) -> QuantizedTensor:
+def arrays(rows: int, columns: int, bits: int, pattern: str, generator: torch.Generator) -> QuantizedTensor:
+    """A matrix of codes that is random, or of a kind that a coder could stumble over."""
     limit = 2 ** (bits - 1)
     codes = torch.randint(-limit, limit, (rows, columns), generator=generator).to(torch.int8)
-    scales = torch.randn(rows, generator=generator).half()
-    return QuantizedTensor(codes, scales, bits)
+    if pattern == "lowest":
+        codes.fill_(-limit)
+    elif pattern == "ends":
+        codes = torch.where(codes < 0, -limit, limit - 1).to(torch.int8)
+    elif pattern == "copies":
+        codes[rows // 2 :] = codes[:1]
+    elif pattern == "stripes":
+        codes[:, ::2] //= 2 ** min(bits - 1, 4)
+        codes[::3] = 0
+    elif pattern == "lonely":
+        codes.zero_()
+        codes[-1:, -1:] = limit - 1
+    return QuantizedTensor(codes, torch.randn(rows, generator=generator).half(), bits)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PATTERNS = ["random", "lowest", "ends", "copies", "stripes", "lonely"]
+SIZES = st.sampled_from([0, 1, 2, 3, 5, 7, 16, 31, 64, 65])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    parts=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7), st.integers(2, 8)), max_size=5),
+    parts=st.lists(
+        st.tuples(SIZES, SIZES, st.integers(2, 8), st.sampled_from(PATTERNS), st.integers(1, 3)), max_size=4
+    ),
     floats=st.lists(
         st.tuples(
             st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
@@ -131,13 +149,18 @@ def arrays(rows: int, columns: int, bits: int, generator: torch.Generator) -> Qu
 )
 def test_any_tensors_come_back(
     tmp_path: Path,
-    parts: list[tuple[int, int, int]],
+    parts: list[tuple[int, int, int, str, int]],
     floats: list[tuple[torch.dtype, list[int]]],
     codec: str,
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    stored: StoredTensors = {f"blocks.{i}.w": arrays(*part, generator) for i, part in enumerate(parts)}
+    # tensors that differ in a number alone share a section
+    stored: StoredTensors = {
+        f"{i}.blocks.{layer}.w": arrays(*part, generator)
+        for i, (*part, layers) in enumerate(parts)
+        for layer in range(layers)
+    }
     stored |= {f"f.{i}": torch.randn(shape, generator=generator).to(dtype) for i, (dtype, shape) in enumerate(floats)}
     stored |= {
         "zeros": QuantizedTensor(torch.zeros(3, 5, dtype=torch.int8), torch.zeros(3).half(), 6),

@@ -34,7 +34,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def small_file(path: Path) -> bytes:
+def small_file(path: Path, codec: str = "brotli") -> bytes:
     """An artifact of a few hundred bytes with every kind of section in it."""
     generator = torch.Generator().manual_seed(0)
     stored: StoredTensors = {
@@ -43,12 +43,13 @@ def small_file(path: Path) -> bytes:
         "s": torch.ones(300),
         "h": torch.ones(9).half(),
     }
-    write_artifact(path, stored, Config(), **ROOMY)
+    write_artifact(path, stored, Config(codec=codec), **ROOMY)
     return path.read_bytes()
 
 
-def test_every_flipped_byte_is_detected(tmp_path: Path) -> None:
-    data = small_file(tmp_path / "good")
+@pytest.mark.parametrize("codec", ["brotli", "ans"])
+def test_every_flipped_byte_is_detected(tmp_path: Path, codec: str) -> None:
+    data = small_file(tmp_path / "good", codec)
     path = tmp_path / "bad"
     generator = np.random.default_rng(0)
     for position in range(len(data)):
@@ -59,8 +60,9 @@ def test_every_flipped_byte_is_detected(tmp_path: Path) -> None:
             read_artifact(path)
 
 
-def test_every_truncation_and_any_addition_is_detected(tmp_path: Path) -> None:
-    data = small_file(tmp_path / "good")
+@pytest.mark.parametrize("codec", ["brotli", "ans"])
+def test_every_truncation_and_any_addition_is_detected(tmp_path: Path, codec: str) -> None:
+    data = small_file(tmp_path / "good", codec)
     path = tmp_path / "bad"
     for length in range(len(data)):
         path.write_bytes(data[:length])
@@ -132,7 +134,9 @@ def corrupted(table: dict[str, Any], part: str, row: int, column: int, value: An
         (lambda t: corrupted(t, "sections", 0, 2, []), "section 0: expected three names and four whole numbers"),
         (lambda t: corrupted(t, "sections", 0, 5, -1), "section 0: expected three names and four whole numbers"),
         (lambda t: corrupted(t, "sections", 0, 5, True), "section 0: expected three names and four whole numbers"),
-        (lambda t: corrupted(t, "tensors", 0, 1, [1 << 40, 1 << 40]), "expected .* bytes for its tensors"),
+        (lambda t: corrupted(t, "tensors", 0, 1, [1 << 20, 1 << 20]), "expected .* bytes for its tensors"),
+        (lambda t: corrupted(t, "tensors", 0, 1, [1 << 40, 0]), "expected a name and a shape"),
+        (lambda t: corrupted(t, "tensors", 0, 1, [1] * 100_000), "expected a name and a shape"),
         (lambda t: corrupted(t, "tensors", 0, 1, [-1, 2]), "expected a name and a shape"),
         (lambda t: corrupted(t, "tensors", 0, 1, 7), "header: expected config, sections and tensors"),
         (lambda t: corrupted(t, "tensors", 0, 2, 99), "expected sections 0 to"),
@@ -165,7 +169,7 @@ def test_a_header_bomb_and_a_section_bomb_do_not_go_off(tmp_path: Path, file: Pa
 
     def huge(table: dict[str, Any]) -> None:
         table["sections"] = [["g", "float32", "raw", 0, 1 << 40, 0, 0]]
-        table["tensors"] = [["x", [1 << 38], 0, None]]
+        table["tensors"] = [["x", [1 << 19, 1 << 19], 0, None]]
 
     path.write_bytes(rewritten(data, huge))
     with pytest.raises(ArtifactError, match="header: expected at most 4,294,967,296 bytes of tensors"):

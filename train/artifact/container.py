@@ -26,7 +26,7 @@ sections   group: what the tensors in it have in common, for people to read. typ
            bit first); sections of one file may differ in it. stride: 0, or the n of the byte shuffle that was applied
            before the codec: 5 bytes (`BSHF`, n), then bytes 0, n, 2n, …, then 1, n+1, …, and so on. unpacked: bytes of
            the section without codec and shuffle. packed: bytes in the file. crc: CRC-32 of the packed bytes.
-tensors    name and shape of a parameter. Its values are the next ones, row by row, of the section with that index: each
+tensors    name and shape of a parameter, up to 4 dimensions. Its values are the next ones, row by row, of the section with that index: each
            section is filled by its tensors in the order of this list, without gaps. scales: for codes the index of the
            float16 section that holds one scale per row, consumed in the same order; null for a tensor of floats. A
            weight is code · scale of its row, in float32.
@@ -54,6 +54,7 @@ VERSION = 1
 PREAMBLE_BYTES = 22
 MAX_HEADER_BYTES = 1 << 24
 MAX_UNPACKED_BYTES = 1 << 32
+MAX_DIMENSIONS = 4
 
 _AGAIN = "the file is damaged: copy it again, or write it anew with python -m train"
 
@@ -264,8 +265,9 @@ def _check_section(path: Path, index: int, section: Section) -> None:
 def _check_entry(path: Path, sections: list[Section], entry: TensorEntry) -> None:
     where = f"tensor {entry.name}"
     indices = [entry.section] if entry.scales is None else [entry.section, entry.scales]
-    if not isinstance(entry.name, str) or not all(type(size) is int and size >= 0 for size in entry.shape):
-        _damaged(path, where, "a name and a shape", repr(astuple(entry)))
+    sizes = all(type(size) is int and 0 <= size <= MAX_UNPACKED_BYTES for size in entry.shape)
+    if not isinstance(entry.name, str) or not sizes or len(entry.shape) > MAX_DIMENSIONS:
+        _damaged(path, where, "a name and a shape", repr(astuple(entry))[:200])
     if not all(type(index) is int and 0 <= index < len(sections) for index in indices):
         _damaged(path, where, f"sections 0 to {len(sections) - 1}", repr(indices))
     coded = sections[entry.section].type.startswith("int")
