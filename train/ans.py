@@ -3,7 +3,7 @@
 A stream is a header and the words of one ANS coder, all little-endian:
 
     offset   bytes  content
-    0        1      uint8  A: row labels are 0 … A−1; 0: there are none, and every row's label is 0
+    0        1      uint8  A: row labels are 0 … A−1, A ≥ 2; 0: there are none, and every row's label is 0
     1        1      uint8  B: the same for columns
     2        1      uint8  1 if rows may be differences, otherwise 0
     3        1      int8   lowest symbol
@@ -18,7 +18,7 @@ Decoding takes from the coder, in this order:
     1. if A: a table of A symbols, then L·R row labels under it
     2. if B: a table of B symbols, then L·C column labels under it, matrix by matrix
     3. if rows may be differences: a table of 2 symbols, then L·R flags under it
-    4. K = max(A, 1) + max(B, 1) − 1 tables of n symbols, one for each class
+    4. K = max(A, 1) + max(B, 1) − 1 ≤ 256 tables of n symbols, one for each class
     5. the bytes, under the tables of their classes: of the first 2²⁰ all of class 0 in the order of their positions, then
        all of class 1, …, then the same for the next 2²⁰. A byte's class is its row's label plus its column's. A
        symbol s stands for the byte (lowest + s) mod 256.
@@ -149,9 +149,12 @@ def ans_decode(data: bytes, size: int) -> bytes:
         raise CodecError(f"codec ans: expected a header and words of 4 bytes, found {len(data):,} bytes")
     row_labels, column_labels, flagged, low, high = _HEADER.unpack_from(data)
     rows, columns = _SHAPE.unpack_from(data, _HEADER.size) if begin > _HEADER.size else (1, max(size, 1))
-    if not rows * columns or size % (rows * columns) or low >= high or flagged > 1:
+    classes = max(row_labels, 1) + max(column_labels, 1) - 1
+    labelled = 1 not in (row_labels, column_labels) and classes <= 256 and flagged <= 1
+    if not rows * columns or size % (rows * columns) or low >= high or not labelled:
         raise CodecError(
-            f"codec ans: the header does not fit {size:,} decoded bytes: {rows:,} x {columns:,}, symbols {low}..{high}"
+            f"codec ans: the header does not fit {size:,} decoded bytes: {rows:,} x {columns:,}, symbols {low}..{high}, "
+            f"labels {row_labels} and {column_labels}"
         )
     words = np.frombuffer(data, "<u4", offset=begin + _CRC.size).astype(np.uint32)
     try:
@@ -166,13 +169,13 @@ def ans_decode(data: bytes, size: int) -> bytes:
         return [_model(model, _weights(table)) for table in floats]
 
     def take_labels(symbols: int, count: int) -> _Integers | None:
-        return coder.decode(take_tables(1, max(symbols, 2))[0], count) if symbols else None
+        return coder.decode(take_tables(1, symbols)[0], count) if symbols else None
 
     plan = _Plan(take_labels(row_labels, height), take_labels(column_labels, matrices * columns))
     flags = take_labels(2 * flagged, height)
-    tables = take_tables(max(row_labels, 1) + max(column_labels, 1) - 1, high - low + 1)
+    tables = take_tables(classes, high - low + 1)
     decoded = np.empty(size, np.uint8)
-    for block, order, ends in _blocks(_class_map(plan, (height, columns), rows), len(tables)):
+    for block, order, ends in _blocks(_class_map(plan, (height, columns), rows), classes):
         counts = np.diff(ends, prepend=0, append=len(order))
         symbols = [coder.decode(table, count) for table, count in zip(tables, counts.tolist(), strict=True) if count]
         decoded[block][order] = np.concatenate(symbols)

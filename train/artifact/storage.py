@@ -119,7 +119,7 @@ def encode_artifact(
     """
     if config.codec not in CODECS:
         raise UserError(f"codec: expected one of {', '.join(CODECS)}, got {config.codec!r}")
-    plans, entries = _plan(tensors)
+    plans, entries = plan_sections(tensors)
     contents = [b"".join(plan.parts) for plan in plans]
     codec = CODECS[config.codec]
     with (
@@ -128,7 +128,7 @@ def encode_artifact(
     ):
         # the longest first, so that no thread is left alone with it at the end
         order = sorted(range(len(plans)), key=lambda index: -len(contents[index]))
-        jobs = {index: pool.submit(_encode, plans[index], contents[index], codec) for index in order}
+        jobs = {index: pool.submit(encode_section, plans[index], contents[index], codec) for index in order}
         encoded = []
         for index, content in enumerate(contents):
             encoded.append(jobs[index].result())
@@ -217,8 +217,15 @@ def _check_size(path: str | os.PathLike[str], artifact: Artifact) -> None:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """A section to be written: its tensors' bytes in order."""
+class SectionPlan:
+    """A section to be written.
+
+    Attributes:
+        group: what its tensors have in common.
+        type: of its values, as the container names it.
+        parts: its tensors' bytes in order.
+        shapes: its tensors' shapes.
+    """
 
     group: str
     type: str
@@ -238,11 +245,16 @@ class _Plan:
         return (rows, columns) if len(self.shapes) == 1 else None
 
 
-def _plan(tensors: Mapping[str, QuantizedTensor | Tensor]) -> tuple[list[_Plan], list[TensorEntry]]:
-    plans: dict[tuple[str, str], _Plan] = {}
+def plan_sections(tensors: Mapping[str, QuantizedTensor | Tensor]) -> tuple[list[SectionPlan], list[TensorEntry]]:
+    """Distribute tensors over sections: codes by part of the model, row scales together, small floats together.
+
+    Raises:
+        UserError: a tensor holds NaN or infinity, codes outside its bits or a dtype that the format does not have.
+    """
+    plans: dict[tuple[str, str], SectionPlan] = {}
 
     def append(group: str, kind: str, tensor: Tensor) -> int:
-        plan = plans.setdefault((group, kind), _Plan(group, kind))
+        plan = plans.setdefault((group, kind), SectionPlan(group, kind))
         plan.parts.append(_to_bytes(tensor))
         plan.shapes.add(tuple(tensor.shape))
         return list(plans).index((group, kind))
@@ -286,8 +298,8 @@ def _need_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def _encode(plan: _Plan, content: bytes, codec: Codec) -> tuple[Section, bytes]:
-    """The smallest of the codec, for floats also after a shuffle, and no codec at all; the first of equals."""
+def encode_section(plan: SectionPlan, content: bytes, codec: Codec) -> tuple[Section, bytes]:
+    """Pack a section's content: the smallest of the codec, for floats also after a shuffle, and none; the first of equals."""
     choices = [("raw", 0, content)]
     if codec.max_bits == 8 or (not plan.floats and int(plan.type.removeprefix("int")) <= codec.max_bits):
         choices.append((codec.name, 0, codec.encode(content, plan.byte_shape)))

@@ -1,0 +1,315 @@
+"""What a trained model takes under each codec, and what SDClip's width costs: bytes, seconds and bits per byte.
+
+    python -m benchmarks.bench_artifact runs/quickstart_20260101-120000
+    python -m benchmarks.bench_artifact runs/mine --sigmas 8,10,12.85,16 --curve-codecs ans --max-tokens 1000000
+    python -m benchmarks.bench_artifact --made --codecs ans,zstd
+
+First two tables of codecs: every codec packs the run's own artifact on one thread, section by section, and what it wrote is
+read back; a codec that loses a bit has no row. Beside them stands the order-0 entropy of the codes, each group of tensors by
+itself. Then the matrices are quantized again at several SDClip widths k; each model is packed, read back from its bytes and
+scored flat. The curve is drawn into the run's folder. Nothing else of the run is changed. `--made` takes, instead of a run, 36
+million codes of Gaussian rows in the shapes of the 11-layer systems, of which there is nothing to score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.common import CheckFailed
+from train.artifact import load_model, read_artifact, write_artifact
+from train.artifact.difference import difference
+from train.artifact.storage import encode_section, plan_sections
+from train.checkpoint import load_weights
+from train.codecs import CODECS
+from train.config import Config
+from train.data.validation import load_validation
+from train.distributed import Ranks, start_ranks
+from train.errors import UserError, main_guard
+from train.files import atomic_writer
+from train.logger import RunLogger
+from train.quantize.tensors import QuantizedTensor, StoredTensors
+from train.run import RunFolder
+from train.scoring import evaluate_model
+from train.stages import quantize_stage
+from train.submission.plots import BLUE, DPI, FAINT, INK, ORANGE
+
+SIGMAS = (5.0, 6.5, 8.0, 10.0, 12.85, 16.0, 20.0, 26.0)
+_COLORS = (BLUE, ORANGE)
+
+
+class CodecRow(NamedTuple):
+    """One codec on one artifact.
+
+    Attributes:
+        codec: its name.
+        file_bytes: of the whole artifact.
+        groups: bytes of each section that holds codes.
+        encode_s: seconds of all sections on one thread; 0 for the entropy, which is no codec.
+        read_s: seconds from the file to tensors on one thread.
+    """
+
+    codec: str
+    file_bytes: int
+    groups: dict[str, float]
+    encode_s: float
+    read_s: float
+
+    @property
+    def code_bytes(self) -> float:
+        """Bytes of all codes."""
+        return sum(self.groups.values())
+
+
+class CurvePoint(NamedTuple):
+    """One SDClip width.
+
+    Attributes:
+        sigmas: k, the row clip of the matrices in deviations.
+        model_bytes: size of the artifact by codec.
+        matrix_bits: order-0 entropy of a matrix's code, in bits.
+        val_bpb: of the model that the bytes hold, flat.
+    """
+
+    sigmas: float
+    model_bytes: dict[str, int]
+    matrix_bits: float
+    val_bpb: float
+
+
+def entropy_bytes(codes: bytes) -> float:
+    """Order-0 entropy of the bytes of one group, in bytes: −Σ n log2(n/N) / 8 over its values."""
+    counts = np.bincount(np.frombuffer(codes, np.uint8))
+    counts = counts[counts > 0]
+    return float(-(counts * np.log2(counts / counts.sum())).sum() / 8) if len(counts) else 0.0
+
+
+def predicted_bits(bits: int, sigmas: float) -> float:
+    """Entropy of a Gaussian row's codes under SDClip: ½ log2(πe/2) + b − log2 k. Source: #1394."""
+    return 0.5 * math.log2(math.pi * math.e / 2) + bits - math.log2(sigmas)
+
+
+def made_tensors(layers: int = 11, dim: int = 512, vocab_size: int = 8192) -> StoredTensors:
+    """The large matrices of a model with 4 × MLP, as SDClip makes them of Gaussian rows: k 12.85 at 6 bits, 20 at 8."""
+    generator = torch.Generator().manual_seed(0)
+
+    def codes(rows: int, columns: int, bits: int, sigmas: float) -> QuantizedTensor:
+        limit = 2 ** (bits - 1) - 1
+        values = torch.randn(rows, columns, generator=generator).mul_(limit / sigmas).round_().clamp_(-limit, limit)
+        return QuantizedTensor(values.to(torch.int8), torch.rand(rows, generator=generator).half(), bits)
+
+    shapes = {
+        "attention.query": (dim, dim),
+        "attention.key": (dim // 2, dim),
+        "attention.value": (dim // 2, dim),
+        "attention.output": (dim, dim),
+        "mlp.up": (4 * dim, dim),
+        "mlp.down": (dim, 4 * dim),
+    }
+    made: StoredTensors = {"embedding.weight": codes(vocab_size, dim, 8, 20.0)}
+    for layer in range(layers):
+        made |= {f"blocks.{layer}.{name}": codes(*shape, 6, 12.85) for name, shape in shapes.items()}
+    return made
+
+
+def codec_rows(tensors: StoredTensors, config: Config, codecs: Sequence[str]) -> list[CodecRow]:
+    """The order-0 entropy of some tensors' codes, and what each codec makes of them.
+
+    Raises:
+        CheckFailed: what was read is not what was written.
+    """
+    plans, _ = plan_sections(tensors)
+    coded = {plan.group: b"".join(plan.parts) for plan in plans if not plan.floats}
+    rows = [CodecRow("entropy", 0, {group: entropy_bytes(codes) for group, codes in coded.items()}, 0.0, 0.0)]
+    with tempfile.TemporaryDirectory() as folder:
+        path, plain = Path(folder) / "model.golf", Path(folder) / "plain.golf"
+        write_artifact(plain, tensors, config.replace(codec="raw"), code_bytes=0, max_bytes=sys.maxsize)
+        expected = read_artifact(plain)
+        for name in codecs:
+            started = time.perf_counter()
+            sections = [encode_section(plan, b"".join(plan.parts), CODECS[name])[0] for plan in plans]
+            encode_s = time.perf_counter() - started
+            info = write_artifact(path, tensors, config.replace(codec=name), code_bytes=0, max_bytes=sys.maxsize)
+            started = time.perf_counter()
+            found = read_artifact(path)
+            read_s = time.perf_counter() - started
+            if not difference(expected, found).same:
+                raise CheckFailed(f"{name}: what was read from the artifact is not what was written")
+            groups = {part.group: float(part.packed_bytes) for part in sections if part.group in coded}
+            rows.append(CodecRow(name, info.model_bytes, groups, encode_s, read_s))
+    return rows
+
+
+def codec_table(rows: Sequence[CodecRow], codes: int) -> str:
+    """The rows as aligned text; the first is the entropy, `codes` the number of them."""
+    entropy = rows[0].code_bytes
+    lines = [
+        f"{'codec':<8}  {'file bytes':>12}  {'bits/code':>9}  {'over entropy':>12}  {'encode s':>8}  {'read s':>7}"
+    ]
+    for row in rows:
+        bits, excess = f"{8 * row.code_bytes / max(codes, 1):.4f}", f"{row.code_bytes / max(entropy, 1) - 1:+.2%}"
+        seconds = (f"{row.encode_s:.3f}", f"{row.read_s:.3f}", f"{row.file_bytes:,}") if row.file_bytes else "---"
+        lines.append(f"{row.codec:<8}  {seconds[2]:>12}  {bits:>9}  {excess:>12}  {seconds[0]:>8}  {seconds[1]:>7}")
+    return "\n".join(lines)
+
+
+def group_table(rows: Sequence[CodecRow], codes: dict[str, int]) -> str:
+    """Bits per code of each group under each codec, the entropy first; `codes` is their number by group."""
+    width = max(map(len, codes))
+    lines = [f"{'group':<{width}}  {'codes':>10}  {'  '.join(f'{row.codec:>8}' for row in rows)}"]
+    for group, count in codes.items():
+        bits = "  ".join(f"{8 * row.groups[group] / max(count, 1):>8.4f}" for row in rows)
+        lines.append(f"{group:<{width}}  {count:>10,}  {bits}")
+    return "\n".join(lines)
+
+
+def curve(
+    folder: RunFolder, config: Config, sigmas: Sequence[float], codecs: Sequence[str], ranks: Ranks
+) -> list[CurvePoint]:
+    """Quantize a run's weights at each width, pack them with each codec, and score what the last one's bytes hold.
+
+    Raises:
+        CheckFailed: two codecs do not hold the same model.
+    """
+    model, text = load_weights(folder).to(ranks.device), load_validation(config)
+    points = []
+    with tempfile.TemporaryDirectory() as elsewhere, RunLogger(elsewhere, config.seed, echo=False) as log:
+        for k in sigmas:
+            clipped = config.replace(matrix_clip="sdclip", matrix_clip_sigmas=k)
+            tensors = quantize_stage(clipped, model, ranks, log)
+            path, sizes, read = Path(elsewhere) / "model.golf", {}, None
+            for name in codecs:
+                info = write_artifact(path, tensors, clipped.replace(codec=name), code_bytes=0, max_bytes=sys.maxsize)
+                sizes[name], before, read = info.model_bytes, read, read_artifact(path)
+                if before is not None and not difference(before, read).same:
+                    raise CheckFailed(f"k {k:g}: {codecs[0]} and {name} do not hold the same model")
+            plans, _ = plan_sections(tensors)
+            matrices = [b"".join(plan.parts) for plan in plans if plan.type == f"int{config.matrix_bits}"]
+            bits = 8 * sum(map(entropy_bytes, matrices)) / max(sum(map(len, matrices)), 1)
+            loaded = load_model(path, clipped).to(ranks.device)
+            recurrence = bool(config.recur_layers)
+            result = evaluate_model(loaded, text.tokens, text.tables, clipped, stride=0, recurrence=recurrence)
+            points.append(CurvePoint(k, sizes, bits, result.val_bpb))
+    return points
+
+
+def curve_table(points: Sequence[CurvePoint], bits: int) -> str:
+    """The points as aligned text, with the entropy that the Gaussian model predicts."""
+    codecs = list(points[0].model_bytes)
+    heads = "  ".join(f"{f'{name} bytes':>14}" for name in codecs)
+    lines = [f"{'k':>6}  {'bits/code':>9}  {'predicted':>9}  {heads}  {'val_bpb':>10}"]
+    for point in points:
+        sizes = "  ".join(f"{point.model_bytes[name]:>14,}" for name in codecs)
+        predicted = predicted_bits(bits, point.sigmas)
+        lines.append(
+            f"{point.sigmas:>6g}  {point.matrix_bits:>9.4f}  {predicted:>9.4f}  {sizes}  {point.val_bpb:>10.6f}"
+        )
+    return "\n".join(lines)
+
+
+def plot_curve(path: str | os.PathLike[str], points: Sequence[CurvePoint], title: str) -> None:
+    """Draw bits per byte over the artifact's size, one line per codec, each point with its k."""
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for name, color in zip(points[0].model_bytes, _COLORS, strict=False):
+        sizes = [point.model_bytes[name] / 1e6 for point in points]
+        axis.plot(sizes, [point.val_bpb for point in points], color=color, marker="o", markersize=5, label=name)
+    for point in points:
+        axis.annotate(
+            f"k={point.sigmas:g}", (min(point.model_bytes.values()) / 1e6, point.val_bpb), (-5, -11), color=INK,
+            textcoords="offset points", fontsize=8, ha="right",
+        )  # fmt: skip
+    axis.set(title=title, xlabel="artifact (MB, decimal)", ylabel="val_bpb, flat")
+    axis.margins(x=0.12, y=0.12)
+    axis.grid(color=FAINT)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, title="codec")
+    with atomic_writer(path) as file:
+        figure.savefig(file, format="png", dpi=DPI)
+
+
+def report_codecs(tensors: StoredTensors, config: Config, codecs: Sequence[str]) -> None:
+    """Print both tables of codecs."""
+    rows = codec_rows(tensors, config, codecs)
+    plans, _ = plan_sections(tensors)
+    codes = {plan.group: sum(map(len, plan.parts)) for plan in plans if not plan.floats}
+    print(f"{codec_table(rows, sum(codes.values()))}\n\n{group_table(rows, codes)}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure a run from the command line."""
+    options = _parser().parse_args(argv)
+    if options.made == (options.run is not None):
+        raise UserError("RUN: give either a run folder or --made")
+    if options.made:
+        report_codecs(made_tensors(), Config(), options.codecs)
+        return 0
+    folder = RunFolder(options.run)
+    config = folder.trained_config().replace(eval_max_tokens=options.max_tokens)
+    artifact = read_artifact(folder.need(folder.artifact, "python -m train"))
+    report_codecs(artifact.tensors, artifact.config, options.codecs)
+    if not options.sigmas:
+        return 0
+    with start_ranks(config.device) as ranks:
+        points = curve(folder, config, options.sigmas, options.curve_codecs, ranks)
+    print(f"\n{curve_table(points, config.matrix_bits)}")
+    picture = options.out or folder.path / "size_bpb.png"
+    plot_curve(
+        picture, points, f"{folder.path.name}: int{config.matrix_bits} {config.quantizer}, SDClip at k deviations"
+    )
+    print(f"-> {picture}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    about, _, more = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_artifact",
+        description=about,
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, nargs="?", help="run folder with config.json, weights.pt and model.golf"
+    )
+    parser.add_argument("--made", action="store_true", help="36 million codes of Gaussian rows instead of a run")
+    parser.add_argument("--codecs", type=_codecs, default=list(CODECS), help="codecs of the first table [all]")
+    parser.add_argument("--sigmas", type=_numbers, default=SIGMAS, help="widths k of the curve; '': no curve [5 to 26]")
+    parser.add_argument(
+        "--curve-codecs", type=_codecs, default=["brotli", "ans"], help="codecs of the curve, at most 2"
+    )
+    parser.add_argument("--max-tokens", type=int, default=0, help="score only so many tokens for the curve; 0: all [0]")
+    parser.add_argument("--out", type=Path, help="the curve's PNG [RUN/size_bpb.png]")
+    return parser
+
+
+def _codecs(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in CODECS]
+    if unknown:
+        raise UserError(f"codecs: expected names among {', '.join(CODECS)}, got {unknown[0]!r}")
+    return names
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return sorted(float(part) for part in text.split(",") if part)
+    except ValueError as error:
+        raise UserError(f"--sigmas: expected numbers separated by commas, got {text!r}") from error
+
+
+if __name__ == "__main__":
+    main_guard(main)
