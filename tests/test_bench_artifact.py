@@ -73,14 +73,18 @@ def test_the_command_prints_tables_and_draws_the_curve(
     text = capsys.readouterr().out
     assert re.search(r"^ans +[\d,]+ +\d\.\d{4} +[+-][\d.]+% +\d+\.\d{3} +\d+\.\d{3}$", text, re.MULTILINE)
     assert "blocks.*.mlp.up" in text
-    clipped = config.replace(matrix_clip="sdclip")
-    tensors = quantize_model(load_weights(folder), clipped, {})
-    info = write_artifact(tmp_path / "a", tensors, clipped.replace(codec="ans"), code_bytes=0, max_bytes=10**9)
-    (line,) = re.findall(rf"^ *{k:g} .*$", text, re.MULTILINE)
-    *_, size, bpb = line.split()
-    assert int(size.replace(",", "")) == info.model_bytes
-    nats, _, count = run_truth(finished_run, config.window, 0)
-    assert float(bpb) == pytest.approx(nats / np.log(2) / count, abs=1e-5)
+    for sigmas in (6.0, k):
+        clipped = config.replace(matrix_clip="sdclip", matrix_clip_sigmas=sigmas, codec="ans")
+        run = tmp_path / f"{sigmas:g}"
+        run.mkdir()
+        (run / "config.json").write_bytes(folder.config.read_bytes())
+        tensors = quantize_model(load_weights(folder), clipped, {})
+        info = write_artifact(run / "model.golf", tensors, clipped, code_bytes=0, max_bytes=10**9)
+        (line,) = re.findall(rf"^ *{sigmas:g} .*$", text, re.MULTILINE)
+        *_, size, bpb = line.split()
+        assert int(size.replace(",", "")) == info.model_bytes
+        nats, _, count = run_truth(run, config.window, 0)
+        assert float(bpb) == pytest.approx(nats / np.log(2) / count, abs=1e-5)
 
 
 @pytest.mark.parametrize(
