@@ -276,6 +276,16 @@ def variants(slope: float, device: torch.device) -> list[common.Variant]:
     return made
 
 
+def runs(variant: common.Variant, inputs: Inputs) -> bool:
+    """Whether somebody else's variant runs at all; one that does not is named with its reason, and the others go on."""
+    try:
+        variant.run(inputs)
+    except Exception as error:
+        print(f"{variant.impl}: left out: {type(error).__name__}: {str(error).strip().split(chr(10))[0]}")
+        return False
+    return True
+
+
 def compiled(block: Block, switches: dict[str, Any], device: torch.device) -> Block:
     """The block compiled with Inductor's switches; on a CPU only traced, because there they change nothing."""
 
@@ -312,13 +322,14 @@ def compare(shape: Shape, slope: float, clock: common.Clock, limits: common.Ceil
     """Rows of the products alone, and of every variant."""
     device = clock.device
     alone = [common.Variant("products alone", products, graph=True)]
-    listed, case = variants(slope, device), make_case(shape, slope, device)
+    case = make_case(shape, slope, device)
+    inputs = case.make(0)
+    listed = [v for v in variants(slope, device) if v.impl in TRITON or runs(v, inputs)]
     measured = [
         common.measure(products_case(shape, device), alone, clock, limits),
         common.measure(case, listed, clock, limits),
     ]
     if device.type == "cuda":
-        inputs = case.make(0)
         for variant in listed:
             print(f"{variant.impl}: {peak_bytes(variant, inputs) / 1e6:.0f} MB at most beyond the inputs")
     return measured

@@ -77,6 +77,21 @@ def test_a_wrong_result_has_no_time():
             )
 
 
+def test_what_does_not_run_is_named_and_ours_is_never_left_out(monkeypatch, capsys):
+    def broken(*_):
+        raise TypeError("expected another number of arguments\nand more")
+
+    monkeypatch.setattr(bench, "compiled", lambda *_: broken)
+    clock, limits = common.Clock(CPU, 1.0, 2), common.Ceilings(1.0, 1.0)
+    _, rows = bench.compare(TINY, 0.5, clock, limits)
+    assert {row["impl"] for row in rows} - set(bench.TRITON) <= {"torch", "torch again", "triton again"}
+    assert "compile: left out: TypeError: expected another number of arguments\n" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "ours", broken)
+    if "triton" in dispatch.available_backends("leaky_relu2_mlp"):
+        with pytest.raises(TypeError):
+            bench.compare(TINY, 0.5, clock, limits)
+
+
 def test_variants_compile_apart():
     inputs = bench.make_inputs(TINY, CPU, 0)
     counted = torch._dynamo.utils.counters["frames"]
