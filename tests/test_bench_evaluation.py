@@ -1,0 +1,64 @@
+"""The evaluation's benchmark runs, its arithmetic is the published model's, and both ways agree."""
+
+import re
+
+import pytest
+import torch
+
+from benchmarks import bench_evaluation, common
+from train.config import Config
+from train.recipes import load_recipe
+
+
+def test_both_ways_are_measured_and_compared(capsys):
+    arguments = [
+        "--device",
+        "cpu",
+        "--rounds",
+        "1",
+        "--warmup-ms",
+        "1",
+        "--tiny",
+        "--tokens",
+        "300",
+        "--batch-seqs",
+        "2",
+    ]
+    assert bench_evaluation.main([*arguments, "--recipes", "sp8192_sdclip"]) == 0
+    printed = capsys.readouterr().out
+    found = re.findall(
+        r"^(.*): [\d,]+ tokens/s, \d+\.\d\d x published, \d+% of the matrix rate$", printed, re.MULTILINE
+    )
+    assert found == ["published", "golf", "golf, layer 0 per window", "published again"]
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "mlp_mult", "mflop", "saved"),
+    [(4096, 4.0, 90.7, 12.3), (8192, 4.0, 94.9, 16.0), (1024, 3.0, 76.0, 9.2)],
+)
+def test_arithmetic_of_a_window(vocab_size, mlp_mult, mflop, saved):
+    # eleven layers without repeats and tables: 2 · 63.4 M or 51.9 M weights, 23.1 MF attention, and the head
+    config = Config(vocab_size=vocab_size, num_layers=11, mlp_mult=mlp_mult, train_seq_len=2048, eval_seq_len=2048)
+    whole = bench_evaluation.window_flops(config, 2048)
+    assert whole / 2048 / 1e6 == pytest.approx(mflop, abs=0.05)
+    # of the last layer and the head only 64 rows
+    pruned = bench_evaluation.window_flops(config, 64)
+    assert 100 * (1 - pruned / whole) == pytest.approx(saved, abs=0.15)
+
+
+def test_a_way_that_counts_wrong_has_no_time():
+    config = Config(
+        **(load_recipe("sp8192_sdclip").settings | bench_evaluation.NARROW | {"device": "cpu", "eval_rule": "once"})
+    )
+    config = config.replace(logits_rounding="none", recipe="sp8192_sdclip")
+    model = bench_evaluation.random_model(config, torch.device("cpu"))
+    case = bench_evaluation.make_case(model, config, 280)
+    right = bench_evaluation.golf_way(model, config, share_layer0=True)
+
+    def wrong(text):
+        nats, size = right(text)
+        return [nats, size + 1]
+
+    clock = common.Clock(torch.device("cpu"), 1.0, 1)
+    with pytest.raises(common.CheckFailed, match="evaluation, wrong"):
+        common.measure(case, [common.Variant("wrong", wrong)], clock, common.Ceilings(1.0, 1.0))
