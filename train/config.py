@@ -171,7 +171,19 @@ class Config:
         "smallest row scale: 1/(2^(bits-1)-1) as most records have it, or 1e-10",
         choices=("published", "none"),
     )
-    gptq_calib_batches: int = setting(64, "batches from which the Hessians come", low=1)
+    gptq_calib_source: str = setting(
+        "train",
+        "text for the Hessians: training batches, or what the model writes itself",
+        choices=("train", "generated"),
+    )
+    gptq_calib_graph: str = setting(
+        "evaluated", "function for the Hessians: the one evaluated, or plain, without repeated and parallel layers (#1392)",
+        choices=("evaluated", "plain"),
+    )  # fmt: skip
+    gptq_calib_batches: int = setting(
+        64, "training batches, or sequences of train_seq_len tokens that the model writes, for the Hessians", low=1
+    )
+    gptq_calib_temperature: float = setting(0.8, "temperature at which the model writes them", low=0.01)
     gptq_damp: float = setting(0.01, "damping, as a fraction of the Hessian's mean diagonal", low=0.0)
     gptq_block_size: int = setting(128, "columns per GPTQ block", low=1)
     gptq_act_order: bool = setting(True, "quantize columns by falling Hessian diagonal")

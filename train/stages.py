@@ -18,7 +18,6 @@ from train.checkpoint import load_weights, write_tensors
 from train.config import Config
 from train.data.build import build_dataset
 from train.data.corpus import split_documents, stdlib_documents
-from train.data.loaders import make_loader
 from train.data.validation import load_validation
 from train.distributed import Ranks
 from train.errors import UserError
@@ -28,7 +27,7 @@ from train.logger import RunLogger
 from train.loop import train
 from train.model.gpt import GPT
 from train.model.inventory import classify
-from train.quantize.calibrate import collect_hessians
+from train.quantize.calibrate import calibrate
 from train.quantize.pruning import count_ones, prune_ones, prunes_needed
 from train.quantize.tensors import StoredTensors, dequantize_state, matrices_to_calibrate, quantize_model
 from train.run import RunFolder
@@ -90,21 +89,9 @@ def train_stage(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger)
 
 
 def quantize_stage(config: Config, model: GPT, ranks: Ranks, log: RunLogger) -> StoredTensors:
-    """Calibrate on training batches, round, and return what the artifact stores; the same on every rank."""
+    """Calibrate, round, and return what the artifact stores; the same on every rank."""
     names = matrices_to_calibrate(model, config)
-    hessians = {}
-    if names:
-        loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
-        share = -(-config.gptq_calib_batches // ranks.world_size)
-        started = time.perf_counter()
-        batches = []
-        while len(batches) < share:
-            batches += [inputs for inputs, _ in loader.next_batch()]
-        recurrence = bool(config.recur_layers)
-        hessians = collect_hessians(model, batches[:share], names, recurrence=recurrence, all_reduce=ranks.sum)
-        log.line(
-            f"gptq:calibrated {len(hessians)} matrices on {share * ranks.world_size} training batches in {time.perf_counter() - started:.1f}s"
-        )
+    hessians = calibrate(config, model, names, ranks, log.line) if names else {}
     started = time.perf_counter()
     tensors = quantize_model(model, config, hessians, ranks=ranks, note=log.line)
     log.line(f"gptq:quantized {len(tensors)} tensors in {time.perf_counter() - started:.1f}s")

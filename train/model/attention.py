@@ -9,6 +9,7 @@ from train.config import Config
 from train.model.attention_backends import causal_attention
 from train.model.documents import Documents
 from train.model.init import constant, matrix, zero_matrix
+from train.model.key_values import KeyValues
 from train.model.linear import linear
 from train.model.norm import rms_norm
 from train.model.rope import rotate
@@ -82,19 +83,23 @@ class Attention(nn.Module):
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
         return rms_norm(query, self.eps), rms_norm(key, self.eps), value
 
-    def attend(self, heads: Heads, rotary: Rotary, documents: Documents | None = None) -> Tensor:
+    def attend(
+        self, heads: Heads, rotary: Rotary, documents: Documents | None = None, past: KeyValues | None = None
+    ) -> Tensor:
         """From `heads` through attention, XSA and the output projection to `(B, R, d)`.
 
         Args:
             heads: of `heads`; R queries are those of the last R positions.
             rotary: table of `train.model.rope.rotary_table` for T positions, in the dtype of the heads.
             documents: where documents begin, if attention stays inside them.
+            past: keys and values of positions before these T, which take part and which these join.
         """
         query, key, value = heads
         (cosine, sine), first = rotary, key.shape[1] - query.shape[1]
         query = rotate(query, (cosine[first:], sine[first:])) * self.q_gain.to(query.dtype)[:, None]
         key = rotate(key, rotary)
-        output = causal_attention(query, key, value, documents=documents, backend=self.backend)
+        keys, values = (key, value) if past is None else past.extend(key, value)
+        output = causal_attention(query, keys, values, documents=documents, backend=self.backend)
         if self.xsa:
             output = remove_value_direction(output, value[:, first:])
         return linear(output.flatten(-2), self.output, fake_quantize=self.qat and self.training)
@@ -107,6 +112,7 @@ class Attention(nn.Module):
         extra_value: Tensor | None = None,
         documents: Documents | None = None,
         rows_from: int = 0,
+        past: KeyValues | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -116,8 +122,9 @@ class Attention(nn.Module):
             extra_value: `(B, T, kv_dim)` added to the values before the split into heads.
             documents: where documents begin, if attention stays inside them.
             rows_from: first position whose output is wanted; all positions serve as keys and values.
+            past: keys and values of positions before these, if the text grows token by token.
 
         Returns:
             `(B, T - rows_from, d)`, not yet scaled or added.
         """
-        return self.attend(self.heads(x, extra_value, rows_from), rotary, documents)
+        return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past)

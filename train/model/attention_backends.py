@@ -58,14 +58,17 @@ def causal_attention(
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
     rows, length = query.shape[1], key.shape[1]
     mask = None if documents is None else documents.mask()[:, :, length - rows :]
-    if mask is None and rows < length:
+    # a single query is the last position and sees every key
+    if mask is None and 1 < rows < length:
         # is_causal would let the first query see the first key alone
         if query.is_cuda:
             mask = causal_lower_right(rows, length)
         else:
             mask = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
     heads_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
-    output = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    output = F.scaled_dot_product_attention(
+        *heads_first, attn_mask=mask, is_causal=mask is None and rows > 1, enable_gqa=True
+    )
     return output.transpose(1, 2)
 
 

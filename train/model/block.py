@@ -11,6 +11,7 @@ from train.config import Config
 from train.model.attention import Attention, Heads, Rotary
 from train.model.documents import Documents
 from train.model.init import parameter
+from train.model.key_values import KeyValues
 from train.model.mlp import MLP
 from train.model.norm import layer_scale, rms_norm
 
@@ -27,6 +28,7 @@ class BlockInputs(NamedTuple):
         extra_value: `(B, T, kv_dim)` that joins the values, or None.
         documents: where documents begin if attention stays inside them, or None.
         heads: the layer's queries, keys and values, if they are known already, or None.
+        past: keys and values of the positions before, if the text grows token by token, or None.
     """
 
     x0: Tensor
@@ -34,6 +36,7 @@ class BlockInputs(NamedTuple):
     extra_value: Tensor | None = None
     documents: Documents | None = None
     heads: Heads | None = None
+    past: KeyValues | None = None
 
 
 class Block(nn.Module):
@@ -90,12 +93,12 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, inputs: BlockInputs, rows_from: int = 0) -> Tensor:
         """x + a ⊙ Attn(g · rms(x)), from position `rows_from` on."""
-        _, rotary, extra_value, documents, heads = inputs
+        _, rotary, extra_value, documents, heads, past = inputs
         if heads is not None:
-            output = self.attention.attend(heads, rotary, documents)
+            output = self.attention.attend(heads, rotary, documents, past)
         else:
             output = self.attention(
-                self.normed(x), rotary, extra_value=extra_value, documents=documents, rows_from=rows_from
+                self.normed(x), rotary, extra_value=extra_value, documents=documents, rows_from=rows_from, past=past
             )
         return torch.addcmul(x[:, rows_from:], self.attn_scale.to(x.dtype), output)
 

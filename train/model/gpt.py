@@ -173,6 +173,10 @@ class GPT(nn.Module):
         stream = self._layers(shared, recurrence, tuple(map(laid, heads)))
         return self._finish(stream, shared, rows_from)
 
+    def hidden_of(self, shared: Shared, *, recurrence: bool) -> Tensor:
+        """`hidden` of what `embed` made, every row."""
+        return self._finish(self._layers(shared, recurrence), shared, 0)
+
     @property
     def overlap_problem(self) -> str | None:
         """Why `overlapping_hidden` is not `hidden`, or None where it is."""

@@ -1,15 +1,104 @@
-"""Calibration: the second moments of every matrix's inputs, gathered on the function that is evaluated."""
+"""Calibration: the second moments of every matrix's inputs, on training batches or on the model's own text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from train.config import Config
+from train.data.loaders import make_loader
+from train.distributed import Ranks
 from train.errors import UserError
 from train.model.gpt import GPT
 from train.model.linear import observe_inputs
+from train.quantize.generate import generate_tokens
+
+# sequences per forward pass over generated text, as published
+_GENERATED_BATCH = 8
+
+
+def calibrate(
+    config: Config, model: GPT, names: Sequence[str], ranks: Ranks, note: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """The Hessians that the settings ask for, summed over the ranks.
+
+    `gptq_calib_source` "train" reads training batches; "generated" lets the model write `gptq_calib_batches` texts, which the
+    ranks share, and reads no data. `gptq_calib_graph` "evaluated" collects on the function that is evaluated, "plain" on the
+    same weights without repeated and parallel layers, as #1392 did.
+
+    Args:
+        config: the calibration settings.
+        model: not compiled; the same on every rank.
+        names: matrices, as for `collect_hessians`.
+        ranks: this process among the others, all of which must call.
+        note: is told, in a line each, what was done and how long it took.
+
+    Returns:
+        As `collect_hessians`, the same on every rank.
+
+    Raises:
+        UserError: as `collect_hessians`, or there are fewer texts than ranks.
+    """
+    started = time.perf_counter()
+    recurrence = bool(config.recur_layers)
+    if config.gptq_calib_source == "generated":
+        batches = _generated_batches(config, model, ranks, recurrence=recurrence)
+    else:
+        batches = _training_batches(config, ranks)
+    if config.gptq_calib_graph == "plain":
+        model, recurrence = plain_graph(model), False
+    hessians = collect_hessians(model, batches, names, recurrence=recurrence, all_reduce=ranks.sum)
+    seconds = f"in {time.perf_counter() - started:.1f}s"
+    graph = f"{config.gptq_calib_graph} graph"
+    if config.gptq_calib_source == "generated":
+        texts = f"{config.gptq_calib_batches} sequences of {config.train_seq_len} tokens"
+        note(f"gptq:generated {texts}, {len(hessians)} Hessians of the {graph} {seconds}")
+    else:
+        count = len(batches) * ranks.world_size
+        note(f"gptq:calibrated {len(hessians)} matrices of the {graph} on {count} training batches {seconds}")
+    return hessians
+
+
+def plain_graph(model: GPT) -> GPT:
+    """The model's weights, not copied, in a function without repeated and without parallel layers."""
+    with torch.device("meta"):
+        plain = GPT(model.config.replace(recur_layers=(), parallel_start_layer=-1))
+    plain.compute_dtype = model.compute_dtype
+    # the mix of the lanes has no place in it
+    own = {name for name, _ in plain.named_parameters()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in own}
+    plain.load_state_dict(state, assign=True)
+    return plain
+
+
+def _training_batches(config: Config, ranks: Ranks) -> list[Tensor]:
+    loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
+    share = -(-config.gptq_calib_batches // ranks.world_size)
+    batches: list[Tensor] = []
+    while len(batches) < share:
+        batches += [inputs for inputs, _ in loader.next_batch()]
+    return batches[:share]
+
+
+def _generated_batches(config: Config, model: GPT, ranks: Ranks, *, recurrence: bool) -> Sequence[Tensor]:
+    if config.gptq_calib_batches < ranks.world_size:
+        raise UserError(
+            f"gptq_calib_batches: {config.gptq_calib_batches} sequences leave some of {ranks.world_size} ranks without any: "
+            f"set GPTQ_CALIB_BATCHES to {ranks.world_size} at least"
+        )
+    texts = generate_tokens(
+        model,
+        range(ranks.rank, config.gptq_calib_batches, ranks.world_size),
+        config.train_seq_len,
+        temperature=config.gptq_calib_temperature,
+        seed=config.seed,
+        recurrence=recurrence,
+        progress=ranks.is_main,
+    )
+    return texts.split(_GENERATED_BATCH)
 
 
 @torch.no_grad()

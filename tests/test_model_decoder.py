@@ -1,0 +1,74 @@
+"""Token by token with kept keys and values, against the whole text at once, for every system."""
+
+import pytest
+import torch
+from model_systems import CASES, narrow_config, one_thread, random_ids, random_model
+
+from train.model.decoder import Decoder
+from train.model.gpt import GPT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+__all__ = ["one_thread"]
+
+# beyond the length at which the narrow systems' rotary base begins to grow
+LENGTH = 14
+
+
+def decoded(model: GPT, ids: torch.Tensor, *, recurrence: bool) -> torch.Tensor:
+    decoder = Decoder(model, len(ids), ids.shape[1], recurrence=recurrence)
+    return torch.stack([decoder.step(tokens) for tokens in ids.T], dim=1)
+
+
+@pytest.mark.parametrize(("system", "recurrence"), CASES)
+def test_every_steps_logits_are_those_of_the_whole_text(system: str, recurrence: bool) -> None:
+    config = narrow_config(system)
+    model, ids = random_model(config).eval(), random_ids(config, 3, LENGTH)
+    with torch.no_grad():
+        whole = model.logits(ids, recurrence=recurrence)
+    stepwise = decoded(model, ids, recurrence=recurrence)
+    assert stepwise.dtype == torch.float64
+    torch.testing.assert_close(stepwise, whole, rtol=0, atol=1e-9)
+    # the text matters: another first token changes the last logits
+    ids[:, 0] = (ids[:, 0] + 5) % config.vocab_size
+    assert (decoded(model, ids, recurrence=recurrence)[:, -1] - whole[:, -1]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"document_masking": True, "smear_gate": "document"},
+        {"document_masking": True, "smear_gate": "published"},
+        {"bigram_vocab_size": 41, "bigram_dim": 12, "trigram": True, "smear_gate": "published"},
+        {"parallel_start_layer": 9, "recur_layers": (8, 9)},
+    ],
+    ids=["documents", "documents, published gate", "trigrams behind the gate", "a repeat in the decoder"],
+)
+def test_parts_that_no_recipe_combines(changes: dict[str, object]) -> None:
+    config = narrow_config("sp8192", **changes)
+    model, ids = random_model(config).eval(), random_ids(config, 3, LENGTH)
+    with torch.no_grad():
+        whole = model.logits(ids, recurrence=True)
+    torch.testing.assert_close(decoded(model, ids, recurrence=True), whole, rtol=0, atol=1e-9)
+
+
+def test_the_rotary_base_is_that_of_the_whole_length() -> None:
+    config = narrow_config("sp4096")
+    model, ids = random_model(config).eval(), random_ids(config, 2, LENGTH)
+    half = LENGTH // 2
+    with torch.no_grad():
+        short = model.logits(ids[:, :half], recurrence=True)
+    # below the training length the short text has the plain base, the beginning of the long one has not
+    assert half < config.rope_train_seq_len < LENGTH
+    assert (decoded(model, ids, recurrence=True)[:, :half] - short).abs().max() > 1e-3
+    torch.testing.assert_close(decoded(model, ids[:, :half], recurrence=True), short, rtol=0, atol=1e-9)
+
+
+def test_a_full_text_takes_no_more() -> None:
+    config = narrow_config("baseline")
+    decoder = Decoder(random_model(config).eval(), 2, 1, recurrence=False)
+    tokens = torch.tensor([3, 4])
+    decoder.step(tokens)
+    with pytest.raises(ValueError, match="room for 1 tokens, not for 2"):
+        decoder.step(tokens)
+    with pytest.raises(ValueError, match="room for 1 tokens, not for 2"):
+        decoder.past.extend(*torch.zeros(2, 2, 1, 2, 8))
