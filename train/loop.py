@@ -22,6 +22,7 @@ from train.distributed import Ranks
 from train.errors import UserError
 from train.logger import RunLogger
 from train.model.attention_choice import choose_attention, use_attention
+from train.model.fusion import write_out_references
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
@@ -233,6 +234,7 @@ def warm_up(
 def compiled_loss(model: GPT, config: Config, device: torch.device) -> Callable[..., Tensor]:
     """The model's loss, through torch.compile if the settings say so; one static graph for each form of recurrence."""
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        write_out_references(model, device.type)
         return torch.compile(model, dynamic=False, fullgraph=True)
     return model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
@@ -63,6 +64,8 @@ class GPT(nn.Module):
         orthogonal, qat = config.orthogonal_init, config.qat
         self.config = config
         self.compute_dtype = resolve_compute_dtype(config)
+        # False: a plain loss for a compiler to fuse; see train.model.fusion
+        self.fused = True
         self.plan = make_plan(config, recurrence=False)
         self.recurrent_plan = make_plan(config, recurrence=True)
         self.embedding = TokenEmbedding(config.vocab_size, dim, config.tied_embed_init_std, tables)
@@ -115,10 +118,10 @@ class GPT(nn.Module):
         Returns:
             Scalar, natural log per token, float32 (float64 where the compute dtype is).
         """
-        hidden = self.hidden(ids, recurrence=recurrence).flatten(0, 1)
-        return softcapped_cross_entropy(
-            hidden, self.head_weight, targets.flatten(), softcap=self.config.logit_softcap, reduction="mean"
-        )
+        hidden, cap = self.hidden(ids, recurrence=recurrence).flatten(0, 1), self.config.logit_softcap
+        if not self.fused:
+            return F.cross_entropy(head_logits(hidden, self.head_weight, cap), targets.flatten().long())
+        return softcapped_cross_entropy(hidden, self.head_weight, targets.flatten(), softcap=cap, reduction="mean")
 
     def logits(self, ids: Tensor, *, recurrence: bool) -> Tensor:
         """Softcapped logits `(B, T, V)` of `ids` `(B, T)`, float32 (float64 where the compute dtype is)."""

@@ -28,6 +28,8 @@ class MLP(nn.Module):
         self.eps = config.norm_eps
         self.gain = gain
         self.qat = config.qat
+        # False: plain PyTorch, for a compiler to fuse; see train.model.fusion
+        self.fused = True
 
     def forward(self, x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
         """Apply the MLP and add it to the stream.
@@ -42,7 +44,7 @@ class MLP(nn.Module):
         """
         fake_quantize = self.qat and self.training
         # the fused op hides the input of the second matrix, which calibration has to see
-        if observing():
+        if observing() or not self.fused:
             normed = rms_norm(x, self.eps) * self.gain
             hidden = F.leaky_relu(linear(normed, self.up, fake_quantize=fake_quantize), self.slope).square()
             return residual + scale * linear(hidden, self.down, fake_quantize=fake_quantize)

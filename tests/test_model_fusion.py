@@ -1,0 +1,63 @@
+"""The written-out forms equal the operators, and only they are in a compiled graph where no kernel runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model_systems import SYSTEMS, narrow_config, random_ids, random_model
+
+from golf_kernels import dispatch
+from train.model.fusion import write_out_references
+from train.model.gpt import GPT
+
+
+def loss_and_gradients(model: GPT, ids: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
+    loss = model(ids, targets, recurrence=bool(model.config.recur_layers))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
+def test_written_out_forms_equal_the_operators(system: str) -> None:
+    model = random_model(narrow_config(system))
+    ids = random_ids(model.config)
+    targets = ids.roll(-1, 1)
+    with_operators = loss_and_gradients(model, ids, targets)
+    assert write_out_references(model, "cpu") == ["leaky_relu2_mlp", "softcapped_cross_entropy"]
+    for ours, plain in zip(with_operators, loss_and_gradients(model, ids, targets), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-12)
+
+
+def operators_in_graph(model: GPT, ids: torch.Tensor) -> set[str]:
+    found: set[str] = set()
+
+    def look(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        found.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch.compile(model, backend=look, fullgraph=True)(ids, ids, recurrence=False)
+    return {name for name in found if "golf" in name}
+
+
+def test_a_compiled_model_has_an_operator_only_where_a_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(narrow_config("sp8192"))
+    ids = random_ids(model.config)
+    assert {name.split(".")[1] for name in operators_in_graph(model, ids)} == {
+        "leaky_relu2_mlp",
+        "softcapped_cross_entropy",
+    }
+    # the same code, compiled again for a model that calls other forms
+    write_out_references(model, "cpu")
+    assert operators_in_graph(model, ids) == set()
+
+
+def test_a_kernel_that_is_asked_for_stays_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(narrow_config("sp8192"))
+    choose = dispatch.choose
+    triton = dispatch.Choice("triton", "asked for")
+    monkeypatch.setattr(
+        dispatch, "choose", lambda op, **kwargs: triton if op == "leaky_relu2_mlp" else choose(op, **kwargs)
+    )
+    assert write_out_references(model, "cpu") == ["softcapped_cross_entropy"]
+    assert all(block.mlp.fused for block in model.blocks) and not model.fused

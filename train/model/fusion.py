@@ -1,0 +1,32 @@
+"""Whether a compiled model calls the package's operators or writes their formulas out for the compiler."""
+
+from __future__ import annotations
+
+from golf_kernels import dispatch
+from train.model.gpt import GPT
+from train.model.mlp import MLP
+
+
+def write_out_references(model: GPT, device: str) -> list[str]:
+    """Let a model that will be compiled call an operator only where a kernel stands behind it.
+
+    A compiler cannot look into an operator. Where its back end would be PyTorch's own products and passes, the formula in
+    plain PyTorch is the faster form, because the compiler fuses the passes with their surroundings.
+
+    Args:
+        model: the model, not yet compiled.
+        device: type of the device it will run on.
+
+    Returns:
+        The operators that are written out.
+    """
+
+    def has_kernel(op: str) -> bool:
+        return dispatch.choose(op, device=device).backend != "torch"
+
+    in_step = {op: has_kernel(op) for op in ("leaky_relu2_mlp", "softcapped_cross_entropy")}
+    model.fused = in_step["softcapped_cross_entropy"]
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.fused = in_step["leaky_relu2_mlp"]
+    return [op for op, kernel in in_step.items() if not kernel]
