@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.ans import ans_decode, ans_encode
@@ -131,6 +131,7 @@ def test_the_cases_use_every_part_of_the_stream() -> None:
     assert {flags for _, _, flags in used} == {0, 1}
 
 
+@settings(deadline=None)
 @given(
     data=st.binary(max_size=400) | st.tuples(st.binary(max_size=6), st.integers(0, 300)).map(lambda t: t[0] * t[1]),
     rows=st.integers(-1, 40),
@@ -140,6 +141,7 @@ def test_bytes_come_back_whatever_shape_is_claimed(data: bytes, rows: int, colum
     assert ans_decode(ans_encode(data, (rows, columns)), len(data)) == data
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 99), matrices=st.integers(0, 3), rows=st.integers(1, 70), columns=st.integers(1, 70))
 def test_striped_matrices_come_back(seed: int, matrices: int, rows: int, columns: int) -> None:
     generator = np.random.default_rng(seed)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import lzma
 import os
 import struct
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_ans import SecondReader
 from torch import Tensor
 
 from train.artifact import (
@@ -29,7 +31,7 @@ from train.artifact import (
 from train.artifact.__main__ import main
 from train.codecs import CODECS
 from train.config import Config
-from train.errors import UserError
+from train.errors import MissingCodec, UserError
 from train.model.gpt import GPT
 from train.quantize.tensors import QuantizedTensor, StoredTensors, dequantize_state, quantize_model
 
@@ -234,7 +236,9 @@ def second_reader(data: bytes) -> dict[str, np.ndarray]:
     for _, kind, codec, stride, unpacked, length, section_crc in table["sections"]:
         payload, position = data[position : position + length], position + length
         assert zlib.crc32(payload) == section_crc
-        content = {"brotli": brotli.decompress, "raw": bytes}[codec](payload)
+        decode = {"brotli": brotli.decompress, "lzma": lzma.decompress, "raw": bytes}
+        # a stream of the entropy coder says only how its bytes are distributed, not how many there are
+        content = SecondReader(payload, unpacked).content if codec == "ans" else decode[codec](payload)
         if stride:
             assert content[:5] == b"BSHF" + bytes([stride])
             body, content = content[5:], bytearray(len(content) - 5)
@@ -259,11 +263,31 @@ def second_reader(data: bytes) -> dict[str, np.ndarray]:
     return tensors
 
 
-def test_a_second_implementation_reads_the_format_from_its_description(file: Path, tensors: StoredTensors) -> None:
-    found, expected = second_reader(file.read_bytes()), dequantize_state(tensors)
+@pytest.mark.parametrize("codec", ["brotli", "ans"])
+def test_a_second_implementation_reads_the_format_from_its_description(
+    tmp_path: Path, config: Config, tensors: StoredTensors, codec: str
+) -> None:
+    write_artifact(tmp_path / "a", tensors, config.replace(codec=codec), **ROOMY)
+    found, expected = second_reader((tmp_path / "a").read_bytes()), dequantize_state(tensors)
     assert list(found) == list(expected)
     for name, tensor in expected.items():
         np.testing.assert_array_equal(found[name], tensor.numpy())
+
+
+@pytest.mark.parametrize(("codec", "module"), [("ans", "constriction"), ("zstd", "zstandard")])
+def test_a_missing_codec_is_named_with_the_file_and_what_to_install(
+    tmp_path: Path, config: Config, tensors: StoredTensors, codec: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.golf"
+    write_artifact(path, tensors, config.replace(codec=codec), **ROOMY)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(
+        MissingCodec, match=rf"{path}: section 0 \(.*\): codec {codec}: needs {module}.*: pip install '{module}"
+    ):
+        read_artifact(path)
+    with pytest.raises(MissingCodec, match=f"codec {codec}: needs {module}"):
+        write_artifact(tmp_path / "other.golf", tensors, config.replace(codec=codec), **ROOMY)
+    assert os.listdir(tmp_path) == ["model.golf"]
 
 
 def test_tensors_of_another_model_are_refused(tmp_path: Path, config: Config, tensors: StoredTensors) -> None:

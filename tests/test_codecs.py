@@ -10,7 +10,7 @@ import brotli
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.codecs import (
@@ -32,12 +32,15 @@ def test_the_table_has_the_promised_names() -> None:
     assert all(codec.name == name for name, codec in CODECS.items())
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=300) | st.integers(0, 5000).map(bytes), name=st.sampled_from(BYTE_CODECS))
-def test_bytes_come_back(data: bytes, name: str) -> None:
+def test_bytes_come_back_with_a_shape_and_without(data: bytes, name: str) -> None:
     codec = CODECS[name]
     assert codec.decode(codec.encode(data), len(data)) == data
+    assert codec.decode(codec.encode(data, (1, len(data))), len(data)) == data
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-32, 31), max_size=100))
 def test_codes_come_back_from_six_bits_each(codes: list[int]) -> None:
     data = np.array(codes, np.int8).tobytes()
@@ -140,6 +143,7 @@ def test_a_brotli_that_cannot_bound_its_output_is_refused(monkeypatch: pytest.Mo
         CODECS["brotli"].decode(b"", 0)
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=100), stride=st.integers(1, 255))
 def test_the_shuffle_comes_back_and_is_five_bytes_longer(data: bytes, stride: int) -> None:
     shuffled = byte_shuffle(data, stride)

@@ -46,8 +46,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from train.codecs import CODECS, SHUFFLE_HEADER_BYTES, CodecError, byte_unshuffle
-from train.errors import UserError
+from train.codecs import CODECS, SHUFFLE_HEADER_BYTES, byte_unshuffle
+from train.errors import CodecError, MissingCodec, UserError
 
 MAGIC = b"\x89GOLF\r\n\x1a"
 VERSION = 1
@@ -294,6 +294,8 @@ def _decode(path: Path, index: int, section: Section, packed: memoryview) -> byt
     try:
         content = CODECS[section.codec].decode(packed, section.unpacked_bytes + header_bytes)
         return byte_unshuffle(content) if section.stride else content
+    except MissingCodec as error:
+        raise MissingCodec(f"{path}: {_name(index, section)}: {error}") from error
     except CodecError as error:
         raise ArtifactError(f"{path}: {_name(index, section)}: {error}: {_AGAIN}") from error
 
