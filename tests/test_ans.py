@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.ans import ans_decode, ans_encode
+from train.ans import _small_floats, _weights, ans_decode, ans_encode
 from train.codecs import CODECS, CodecError, MissingCodec
 
 GENERATOR = np.random.default_rng(0)
@@ -185,6 +185,14 @@ def test_near_copies_of_a_row_cost_little() -> None:
     data = codes((1, 256, 128), bits=8)
     data[0, 128:] = data[0, 128] + GENERATOR.integers(0, 2, (128, 128))
     assert len(ans_encode(data.tobytes(), (256, 128))) < 0.75 * entropy_bytes(data)
+
+
+def test_tables_hold_any_count_with_three_bits() -> None:
+    counts = np.unique(np.concatenate([np.arange(1, 5000), np.geomspace(5000, 2**31 - 1, 500).astype(np.int64)]))
+    weights = _weights(_small_floats(counts[None]))[0]
+    np.testing.assert_allclose(weights, 16 * counts, rtol=1 / 16)
+    assert np.array_equal(weights[:8], 16 * counts[:8])
+    assert _small_floats(np.array([[0, 2**32]])).tolist() == [[0, 255]]
 
 
 def test_brotli_takes_more() -> None:

@@ -98,7 +98,7 @@ def ans_encode(data: bytes, shape: tuple[int, int] | None = None) -> bytes:
     Raises:
         MissingCodec: constriction is not installed.
     """
-    model = _library()
+    stream = _library()
     rows, columns = shape or (1, len(data))
     if rows <= 0 or columns <= 0 or len(data) % (rows * columns):
         rows, columns = 1, max(len(data), 1)
@@ -121,11 +121,11 @@ def ans_encode(data: bytes, shape: tuple[int, int] | None = None) -> bytes:
     for labels in (plan.rows, plan.columns, plan.flags):
         if labels is not None:
             table = _small_floats(np.bincount(labels, minlength=2)[None])
-            parts += [(_steps(table), _model(model, _STEP_WEIGHTS)), (labels, _model(model, _weights(table[0])))]
-    parts.append((_steps(floats), _model(model, _STEP_WEIGHTS)))
-    tables = [_model(model, _weights(table)) for table in floats]
+            parts += [(_steps(table), _model(stream, _STEP_WEIGHTS)), (labels, _model(stream, _weights(table[0])))]
+    parts.append((_steps(floats), _model(stream, _STEP_WEIGHTS)))
+    tables = [_model(stream, _weights(table)) for table in floats]
     parts += [(piece, tables[k]) for k, piece in pieces]
-    coder = model.stack.AnsCoder()
+    coder = stream.stack.AnsCoder()
     for part, table_model in reversed(parts):
         coder.encode_reverse(np.ascontiguousarray(part, np.int32), table_model)
     labels = [0 if given is None else _labels(given) for given in (plan.rows, plan.columns)]
@@ -142,7 +142,7 @@ def ans_decode(data: bytes, size: int) -> bytes:
         MissingCodec: constriction is not installed.
         CodecError: not such a stream, or a damaged one.
     """
-    model = _library()
+    stream = _library()
     data = bytes(data)
     begin = _HEADER.size + (_SHAPE.size if any(data[:3]) else 0)
     if len(data) < begin + _CRC.size or (len(data) - begin) % 4:
@@ -158,15 +158,15 @@ def ans_decode(data: bytes, size: int) -> bytes:
         )
     words = np.frombuffer(data, "<u4", offset=begin + _CRC.size).astype(np.uint32)
     try:
-        coder = model.stack.AnsCoder(words)
+        coder = stream.stack.AnsCoder(words)
     except ValueError as error:
         raise CodecError("codec ans: the stream ends early") from error
     height, matrices = size // columns, size // (rows * columns)
 
     def take_tables(count: int, symbols: int) -> list[Any]:
-        steps = coder.decode(_model(model, _STEP_WEIGHTS), count * symbols).reshape(count, symbols)
+        steps = coder.decode(_model(stream, _STEP_WEIGHTS), count * symbols).reshape(count, symbols)
         floats = np.cumsum(np.where(steps % 2, -(steps + 1) // 2, steps // 2), axis=1) % 256
-        return [_model(model, _weights(table)) for table in floats]
+        return [_model(stream, _weights(table)) for table in floats]
 
     def take_labels(symbols: int, count: int) -> _Integers | None:
         return coder.decode(take_tables(1, symbols)[0], count) if symbols else None
@@ -211,7 +211,7 @@ def _choose(matrices: NDArray[np.int8]) -> _Plan:
             plans += [replace(plan, flags=flags.reshape(-1)) for plan in _candidates(mixed)]
     if len(plans) == 1:
         return plans[0]
-    # an odd number of rows, evenly spread
+    # rows evenly spread over all matrices
     sample = np.unique(np.linspace(0, height - 1, min(max(_SAMPLE_BYTES // columns, 1), height)).astype(np.int64))
     flat = matrices.reshape(height, columns)
     shown = flat[sample]
@@ -235,9 +235,10 @@ def _choose(matrices: NDArray[np.int8]) -> _Plan:
 def _candidates(magnitudes: _Bytes) -> Iterator[_Plan]:
     yield _Plan()
     _, rows, columns = magnitudes.shape
+    of_rows, of_columns = magnitudes.mean(2).reshape(-1), magnitudes.mean(1).reshape(-1)
     for steps in _CLASSES_PER_OCTAVE:
-        by_row = _by_spread(magnitudes.mean(2).reshape(-1), steps) if columns >= _LEAST_LABELLED else None
-        by_column = _by_spread(magnitudes.mean(1).reshape(-1), steps) if rows >= _LEAST_LABELLED else None
+        by_row = _by_spread(of_rows, steps) if columns >= _LEAST_LABELLED else None
+        by_column = _by_spread(of_columns, steps) if rows >= _LEAST_LABELLED else None
         if by_row is not None:
             yield _Plan(_compact(by_row))
         if by_column is not None:
@@ -319,7 +320,7 @@ def _small_floats(counts: _Integers) -> _Integers:
     exponents = np.maximum(np.frexp(values.astype(np.float64))[1] - 4, 0)
     mantissas = np.rint(values / 2.0**exponents).astype(np.int64)
     # rounded up to 16, the next exponent's 8 follows by itself
-    return np.where(counts > 0, 8 * exponents + mantissas - 8, 0)
+    return np.where(counts > 0, np.minimum(8 * exponents + mantissas - 8, 255), 0)
 
 
 def _weights(floats: _Integers) -> _Integers:
