@@ -1,0 +1,65 @@
+"""`python -m benchmarks`: tables, plots and comparisons of what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks import report
+from benchmarks.common import RESULTS
+from benchmarks.results import Change, ResultsError, compare, read_results
+
+EPILOG = """examples:
+  python -m benchmarks report                 put the newest figures into README.md, and draw benchmarks/plots/
+  python -m benchmarks compare 9f22c17        what changed since that commit, beyond the spread (exit 1 if slower)
+
+To measure: python -m benchmarks.bench_step, bench_newton_schulz, bench_leaky_relu2_mlp, … (each has --help);
+python -m benchmarks.aot compiles every kernel for sm_90 without a GPU.
+"""
+
+
+def main() -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__, epilog=EPILOG, formatter_class=formatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    reporting = verbs.add_parser("report", help="README tables and plots from the newest results")
+    reporting.add_argument("--readme", type=Path, default=report.README)
+    reporting.add_argument("--plots", type=Path, default=RESULTS.parent / "plots")
+    comparing = verbs.add_parser("compare", help="the newest results against those of a commit")
+    comparing.add_argument("revision", metavar="REV", help="commit, as in the column of that name")
+    arguments = parser.parse_args()
+    try:
+        measurements = read_results(arguments.results)
+        if arguments.verb == "compare":
+            return print_changes(compare(measurements, arguments.revision))
+        changed = report.write_readme(arguments.readme, measurements)
+        print(f"{arguments.readme}: {'updated' if changed else 'up to date'}")
+        print(f"plots: {report.describe_written(report.plots(measurements, arguments.plots))}")
+    except (ResultsError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def print_changes(changes: list[Change]) -> int:
+    """Print a line per subject; 1 if one is slower beyond the spread."""
+    slower = False
+    for gpu in sorted({change.before.subject.gpu for change in changes}):
+        print(gpu)
+        for change in sorted((c for c in changes if c.before.subject.gpu == gpu), key=lambda c: -c.ratio):
+            verdict = "within the spread"
+            if change.beyond_spread:
+                verdict = "SLOWER" if change.ratio > 1 else "faster"
+                slower |= change.ratio > 1
+            print(
+                f"  {change.before.p50:9.3f} → {change.after.p50:9.3f} ms  {change.ratio - 1:+7.1%}  {verdict:<17}  {change.before.subject}"
+            )
+    return int(slower)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
