@@ -136,6 +136,32 @@ def test_command_options_change_what_is_scored_and_scores_stand_side_by_side(
     assert len(scores) == 3 and len(read_metrics(run / "metrics.jsonl")) == 4
 
 
+def test_flags_are_understood_as_the_trainer_writes_them(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    forms = (
+        ["--stride", "4", "--seq-len", "16", "--max-tokens=60", "--logits-rounding", "bf16"],
+        ["--eval_stride", "4", "--eval_seq_len", "16", "--eval_max_tokens=60", "--logits_rounding", "bf16"],
+        ["--eval-stride=4", "--seq_len", "16", "--eval-max-tokens", "60", "--logits-rounding=bf16"],
+    )
+    entries = []
+    for form in forms:
+        main([str(run), *form, "--json"])
+        entries.append(json.loads(capsys.readouterr().out))
+    assert all(
+        (entry["stride"], entry["seq_len"], entry["tokens"], entry["logits_rounding"]) == (4, 16, 60, "bf16")
+        for entry in entries
+    )
+    main([str(run), *forms[0][:-1], "none", "--json"])
+    exact = json.loads(capsys.readouterr().out)
+    # a score of rounded logits does not take the place of one without
+    assert exact["val_loss"] != entries[0]["val_loss"] == entries[1]["val_loss"]
+    assert len(json.loads((run / "evaluation.json").read_text())) == 2
+    assert exact["tokens_per_second"] == pytest.approx(60 / exact["seconds"], abs=0.1)
+
+
 def test_command_gives_the_same_score_on_two_ranks(finished_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
@@ -191,6 +217,7 @@ def damage(run: Path, name: str) -> None:
         (spoil_scores_and_artifact, [], r"evaluation\.json: not readable"),
         (lambda run: None, ["--data-path", "/nowhere"], "/nowhere"),
         (lambda run: None, ["--stride", "33"], "stride: expected 0"),
+        (lambda run: None, ["--attention", "fa3"], "attention: fa3 cannot run: needs a CUDA GPU"),
         (lambda run: None, ["--stride", "-1"], "eval_stride: must be at least 0"),
         (lambda run: None, ["--seq-len", "5000"], "one sequence needs 5001"),
         (lambda run: (run / "weights.pt").unlink(), ["--weights", "master"], r"weights\.pt: missing"),
@@ -223,6 +250,9 @@ def test_help_is_complete_and_shows_examples(capsys: pytest.CaptureFixture[str])
         "--data-path",
         "--weights",
         "--device",
+        "--attention",
+        "--compile",
+        "--logits-rounding",
         "--json",
     }
     assert flags <= set(re.findall(r"--[a-z-]+", text))

@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from train.config import Config
 from train.errors import UserError
@@ -97,6 +98,27 @@ def test_fewer_queries_than_keys_are_the_last_ones(backend: str, masked: bool) -
     whole = causal_attention(q, k, v, documents=documents, backend="math")
     last = causal_attention(q[:, 6:], k, v, documents=documents, backend=backend)
     torch.testing.assert_close(last, whole[:, 6:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fewer_queries_on_a_gpu_take_a_way_that_has_shapes(dtype: torch.dtype) -> None:
+    with FakeTensorMode():
+        q, k, v = (
+            torch.empty(2, rows, count, 16, device="cuda", dtype=dtype) for rows, count in ((3, 4), (9, 2), (9, 2))
+        )
+        found = causal_attention(q, k, v)
+        assert found.shape == q.shape and found.dtype == dtype and found.device == q.device
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_fewer_queries_on_a_gpu_are_the_last_ones() -> None:
+    q, k, v = (heads(count, seed=seed, length=96, dim=64).cuda() for seed, count in enumerate((4, 2, 2)))
+    whole = causal_attention(q, k, v, backend="math")[:, 70:]
+    attend = torch.compile(lambda q, k, v: causal_attention(q, k, v), fullgraph=True)
+    for run in (causal_attention, attend):
+        last = run(q[:, 70:].bfloat16(), k.bfloat16(), v.bfloat16())
+        torch.testing.assert_close(last.double(), whole, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("name", ON_CPU)

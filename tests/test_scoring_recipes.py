@@ -62,6 +62,22 @@ def test_pruned_evaluation_equals_the_plain_one(system: str, count: int, seq_len
     assert found.val_bpb == pytest.approx(nats / math.log(2) / size, rel=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("system", ["sp4096", "sp8192"])
+def test_compiled_and_replayed_evaluation_on_a_gpu_equals_the_cpu(system: str) -> None:
+    torch._dynamo.reset()
+    tokens, tables = make_text(700)
+    model = random_model(narrow_config(system, **SHALLOW[system])).float().eval()
+    model.compute_dtype = torch.float32
+    # enough batches for a graph that is replayed, and a last one that is padded
+    options = {"seq_len": 96, "stride": 16, "batch_seqs": 7}
+    wanted = evaluate_model(model, tokens, tables, model.config, **options)
+    found = evaluate_model(model.cuda(), tokens, tables, model.config, **options)
+    assert (found.tokens, found.bytes) == (wanted.tokens, wanted.bytes)
+    assert found.val_loss == pytest.approx(wanted.val_loss, rel=1e-5)
+
+
 @pytest.mark.parametrize("rows_from", [1, 7, 12])
 @pytest.mark.parametrize("masking", [False, True])
 @pytest.mark.parametrize(("system", "recurrence"), CASES)

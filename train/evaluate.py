@@ -9,11 +9,13 @@ from pathlib import Path
 
 from train.artifact import load_model
 from train.checkpoint import load_weights
-from train.config import Config
+from train.config import Config, field_names
 from train.data.validation import load_validation
 from train.distributed import start_ranks
 from train.errors import main_guard
 from train.logger import append_metric, final_lines
+from train.model.attention_backends import BACKENDS
+from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
 from train.run import RunFolder
 from train.scores import evaluation_entry, read_evaluation, write_evaluation
@@ -30,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         "  python -m train.evaluate runs/quickstart_20260101-120000\n"
         "  python -m train.evaluate runs/quickstart_20260101-120000 --stride 0 --max-tokens 20000\n"
         "  torchrun --standalone --nproc_per_node=2 -m train.evaluate runs/quickstart_20260101-120000\n\n"
+        "Flags are understood with underscores too, and under the settings' names (--eval_stride 0).\n"
         "The score is printed in the log's grammar, kept in RUN/evaluation.json and added to RUN/metrics.jsonl.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -41,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq-len", type=int, help="window length in tokens [the run's eval_seq_len]")
     parser.add_argument(
         "--max-tokens", type=int, help="score only the first N tokens; 0: all [the run's eval_max_tokens]"
+    )
+    parser.add_argument(
+        "--logits-rounding", choices=("none", "bf16"), help="round logits before the cap [the run's logits_rounding]"
     )
     parser.add_argument("--batch-seqs", type=int, help="windows per forward pass [the run's eval_batch_seqs]")
     parser.add_argument("--data-path", help="folder with the validation shards and the tokenizer [the run's data_path]")
@@ -56,15 +62,38 @@ def _parser() -> argparse.ArgumentParser:
         help=f"blob of targets that cost no nats ({NOT_COMPLIANT}); '': none [the run's paid_prefix_file]",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute [the run's device]")
+    parser.add_argument("--attention", choices=sorted(BACKENDS), help="attention back end [the run's attention]")
+    parser.add_argument(
+        "--compile", choices=("auto", "on", "off"), help="compile, and on a GPU replay a CUDA graph [the run's compile]"
+    )
     parser.add_argument("--json", action="store_true", help="print the score as one JSON object and nothing else")
     return parser
 
 
+# flags that are not named as their settings are
+_SETTINGS = {
+    "stride": "eval_stride",
+    "rule": "eval_rule",
+    "seq_len": "eval_seq_len",
+    "max_tokens": "eval_max_tokens",
+    "batch_seqs": "eval_batch_seqs",
+    "paid_prefix": "paid_prefix_file",
+}
+
+
+def _as_named(argument: str) -> str:
+    """A flag as the parser knows it, for one with underscores or under its setting's name."""
+    flag, equals, value = argument.partition("=")
+    if not flag.startswith("--"):
+        return argument
+    name = flag[2:].replace("-", "_")
+    name = next((short for short, setting in _SETTINGS.items() if setting == name), name)
+    return f"--{name.replace('_', '-')}{equals}{value}"
+
+
 def _run_config(folder: RunFolder, arguments: argparse.Namespace) -> Config:
-    names = {"stride": "eval_stride", "rule": "eval_rule", "seq_len": "eval_seq_len", "max_tokens": "eval_max_tokens"}
-    names |= {"batch_seqs": "eval_batch_seqs", "data_path": "data_path", "device": "device"}
-    names |= {"paid_prefix": "paid_prefix_file"}
-    given = {field: getattr(arguments, name) for name, field in names.items() if getattr(arguments, name) is not None}
+    fields = {_SETTINGS.get(name, name): value for name, value in vars(arguments).items() if value is not None}
+    given = {name: value for name, value in fields.items() if name in field_names()}
     config = folder.read_config() if arguments.weights == "artifact" else folder.trained_config()
     return config.replace(**given)
 
@@ -77,7 +106,7 @@ def _load(folder: RunFolder, config: Config, weights: str) -> GPT:
 
 def main(argv: list[str] | None = None) -> int:
     """Score a run folder from the command line; under torchrun its ranks share the windows."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args(map(_as_named, sys.argv[1:] if argv is None else argv))
     folder = RunFolder(arguments.run)
     config = _run_config(folder, arguments)
     if folder.evaluation.exists():
@@ -89,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     model = _load(folder, config, arguments.weights).eval()
     with start_ranks(config.device) as ranks:
         model = model.to(ranks.device)
+        use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, config.eval_batch_seqs)).name)
         # a bar goes to stderr, but plain progress lines would stand between a script and its JSON
         progress = not arguments.json or sys.stderr.isatty()
         result = evaluate_model(

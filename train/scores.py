@@ -33,6 +33,10 @@ class EvalResult:
     windows: int
     seconds: float
 
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
 
 def evaluation_entry(result: EvalResult, config: Config, *, weights: str, **facts: Any) -> dict[str, Any]:
     """One score with the settings it was made under, as evaluation.json and metrics.jsonl hold it."""
@@ -43,6 +47,7 @@ def evaluation_entry(result: EvalResult, config: Config, *, weights: str, **fact
         "name": f"{form}_{'sliding_window' if stride else 'roundtrip'}{'_paid_prefix' if label else ''}",
         **_settings(config, weights),
         **asdict(result),
+        "tokens_per_second": round(result.tokens_per_second, 1),
         **facts,
         **label,
     }
@@ -77,6 +82,7 @@ def _settings(config: Config, weights: str) -> dict[str, Any]:
         "rule": config.eval_rule if config.eval_stride else "flat",
         "seq_len": config.window,
         "max_tokens": config.eval_max_tokens,
+        "logits_rounding": config.logits_rounding,
         "data_path": config.data_path,
         "paid_prefix_file": config.paid_prefix_file,
     }
@@ -86,7 +92,7 @@ def _key(entry: dict[str, Any]) -> str:
     return " ".join(f"{name}={entry[name]}" for name in _KEY if entry[name] != "")
 
 
-_KEY = ("weights", "rule", "seq_len", "stride", "max_tokens", "data_path", "paid_prefix_file")
+_KEY = ("weights", "rule", "seq_len", "stride", "max_tokens", "logits_rounding", "data_path", "paid_prefix_file")
 
 
 def read_evaluation(folder: RunFolder) -> dict[str, dict[str, Any]]:

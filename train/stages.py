@@ -25,6 +25,7 @@ from train.files import atomic_write
 from train.hardware import hardware
 from train.logger import RunLogger
 from train.loop import train
+from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
 from train.model.inventory import classify
 from train.quantize.calibrate import calibrate
@@ -155,6 +156,7 @@ def evaluate_stage(folder: RunFolder, model: GPT, ranks: Ranks, log: RunLogger) 
     """Score the artifact's model, flat and with the recipe's sliding window."""
     config = folder.trained_config()
     validation = load_validation(config)
+    use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, config.eval_batch_seqs)).name)
     recurrence = bool(config.recur_layers)
     known = known_targets(config, validation.tokens)
     common = {

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from train.model.documents import Documents
 
@@ -58,14 +57,14 @@ def causal_attention(
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
     rows, length = query.shape[1], key.shape[1]
     mask = None if documents is None else documents.mask()[:, :, length - rows :]
+    heads_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
     # a single query is the last position and sees every key
     if mask is None and 1 < rows < length:
-        # is_causal would let the first query see the first key alone
-        if query.is_cuda:
-            mask = causal_lower_right(rows, length)
-        else:
-            mask = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
-    heads_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+        # is_causal would let the first query see the first key alone; the kernel beneath it lets the last see the last,
+        # but what leads there, causal_lower_right, cannot be compiled
+        if query.is_cuda and _on_cuda(query.device, query.dtype, query.shape[-1]) is None and query.shape[-1] <= 256:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*heads_first, is_causal=True)[0].transpose(1, 2)
+        mask = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
     output = F.scaled_dot_product_attention(
         *heads_first, attn_mask=mask, is_causal=mask is None and rows > 1, enable_gqa=True
     )
