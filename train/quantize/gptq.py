@@ -46,8 +46,11 @@ def gptq(
 
     With U the upper Cholesky factor of (H + damp · mean(diag H) · I)⁻¹, for columns j in order of falling H_jj:
     q_j = round(clamp(w_j / s)), e = (w_j − q_j s) / U_jj, w_k ← w_k − e U_jk for all k > j. Columns whose input was
-    always zero (H_jj = 0) get code 0. Errors go to the columns of the same block one by one and to all later ones in
-    one product per block, which is the same sum. Matrices of one shape may be given as a batch.
+    always zero (H_jj = 0) get code 0. Errors go to the columns of the same block one by one, in `golf_kernels.gptq_block`,
+    and to all later ones in one product per block, which is the same sum. Matrices of one shape may be given as a batch.
+
+    On one machine the codes have the same bits whichever back end runs the blocks. Between a CPU and a GPU factorization and
+    products round differently, and a weight that falls on the other side of a half changes what comes after it in its row.
 
     Args:
         weight: `(..., rows, columns)`, float32 or float64; the dtype of the arithmetic.
@@ -56,7 +59,7 @@ def gptq(
         bits: bits of the codes, 2 to 8.
         damp: damping, as a fraction of the mean diagonal. Where the factorization fails, 10 and 100 times as much is
             tried (of 0.001 at least), then the matrix is rounded to nearest; the result says which it was.
-        block_size: columns per block.
+        block_size: columns per block; up to 128 are rounded natively.
         act_order: order the columns by falling diagonal (stable), not as they lie.
 
     Returns:

@@ -6,7 +6,7 @@ a weight w becomes the code round(clamp(w / s)) within ±(2^(bits−1) − 1). `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -75,12 +75,12 @@ def quantile(
     rows: Tensor, bits: int, *, sigmas: float = 0.0, floor: str = "published", hessian: Tensor | None = None
 ) -> Tensor:
     """Clip at the 0.9999984 quantile of |w| (#122). Arguments as for `sdclip`."""
-    return _to_scales(_row_quantiles(rows, QUANTILE), bits, floor)
+    return _to_scales(_row_quantiles(rows, (QUANTILE,))[0], bits, floor)
 
 
 def percentile_candidates(rows: Tensor, bits: int, *, floor: str = "published") -> list[Tensor]:
     """The scales of all five candidates of `percentile_search`, for a search under another rounding than to nearest."""
-    return [_to_scales(_row_quantiles(rows, share), bits, floor) for share in SEARCH_QUANTILES]
+    return [_to_scales(clip, bits, floor) for clip in _row_quantiles(rows, SEARCH_QUANTILES)]
 
 
 def percentile_search(
@@ -174,8 +174,10 @@ def _row_deviations(rows: Tensor) -> Tensor:
     return rows.std(dim=1) if len(rows) else rows.new_empty(0)
 
 
-def _row_quantiles(rows: Tensor, share: float) -> Tensor:
+def _row_quantiles(rows: Tensor, shares: Sequence[float]) -> Tensor:
+    """Quantiles of |rows| `(shares, rows)`; each row is sorted once for all of them."""
     if not len(rows):
-        return rows.new_empty(0)
+        return rows.new_empty(len(shares), 0)
     step = max(_QUANTILE_ELEMENTS // rows.shape[1], 1)
-    return torch.cat([torch.quantile(part.abs(), share, dim=1) for part in rows.split(step)])
+    wanted = torch.tensor(shares, dtype=rows.dtype, device=rows.device)
+    return torch.cat([torch.quantile(part.abs(), wanted, dim=1) for part in rows.split(step)], dim=1)
