@@ -260,6 +260,12 @@ def test_a_hessian_for_the_tied_embedding_means_gptq_for_it(
     weight = model.embedding.weight.detach()
     scales = sdclip(weight, 4, sigmas=3.0, floor="none")
     assert torch.equal(stored.codes, gptq(weight, head["embedding.weight"], scales, 4).codes)
+    # #1394: 66 matrices and the embedding; no other table is multiplied by
+    asking = config.replace(gptq_tied_embed=True)
+    assert set(matrices_to_calibrate(model, asking)) - set(matrices_to_calibrate(model, config)) == {"embedding.weight"}
+    assert matrices_to_calibrate(model, asking.replace(embed_bits=16)) == matrices_to_calibrate(model, config)
+    with pytest.raises(UserError, match=r"embedding\.weight: GPTQ needs this matrix's Hessian"):
+        quantize_model(model, asking, hessians)
     assert not torch.equal(stored.codes, rtn(weight, scales, 4))
 
 

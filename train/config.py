@@ -184,6 +184,9 @@ class Config:
         64, "training batches, or sequences of train_seq_len tokens that the model writes, for the Hessians", low=1
     )
     gptq_calib_temperature: float = setting(0.8, "temperature at which the model writes them", low=0.01)
+    gptq_tied_embed: bool = setting(
+        False, "round the tied embedding by GPTQ too, on the final norm's outputs (#1394), not to nearest"
+    )
     gptq_damp: float = setting(0.01, "damping, as a fraction of the Hessian's mean diagonal", low=0.0)
     gptq_block_size: int = setting(128, "columns per GPTQ block", low=1)
     gptq_act_order: bool = setting(True, "quantize columns by falling Hessian diagonal")

@@ -12,7 +12,7 @@ from train.errors import main_guard
 
 SETTINGS = (
     "quantizer", "matrix_bits", "embed_bits", "matrix_clip", "matrix_clip_sigmas", "embed_clip", "embed_clip_sigmas",
-    "scale_floor", "gptq_calib_source", "gptq_calib_graph", "gptq_calib_batches", "gptq_calib_temperature", "gptq_damp", "gptq_block_size", "gptq_act_order", "passthrough_max_elements", "codec",
+    "scale_floor", "gptq_calib_source", "gptq_calib_graph", "gptq_calib_batches", "gptq_calib_temperature", "gptq_tied_embed", "gptq_damp", "gptq_block_size", "gptq_act_order", "passthrough_max_elements", "codec",
     "tied_embed_bits", "target_mb", "max_artifact_bytes", "data_path", "device",
 )  # fmt: skip
 

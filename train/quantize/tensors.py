@@ -93,13 +93,17 @@ def stored_bits(name: str, parameter: Tensor, config: Config) -> int:
 
 
 def matrices_to_calibrate(model: nn.Module, config: Config) -> list[str]:
-    """Names of the matrices for which `quantize_model` wants a Hessian; none if they are rounded to nearest."""
+    """Names of the matrices for which `quantize_model` wants a Hessian; none if they are rounded to nearest.
+
+    With `gptq_tied_embed` the tied embedding is one of them: its inputs are the final norm's outputs (#1394).
+    """
     if config.quantizer != "gptq":
         return []
     return [
         name
         for name, parameter in model.named_parameters()
-        if stored_bits(name, parameter, config) < 16 and classify(name, parameter, config) == "matrix"
+        if stored_bits(name, parameter, config) < 16
+        and (classify(name, parameter, config) == "matrix" or (config.gptq_tied_embed and name == "embedding.weight"))
     ]
 
 
