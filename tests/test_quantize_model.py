@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from train.config import Config
 from train.errors import UserError
 from train.model.gpt import GPT
 from train.model.linear import observe_inputs
-from train.quantize.calibrate import collect_hessians
+from train.quantize.calibrate import collect_hessians, second_moment
 from train.quantize.gptq import gptq, rtn
 from train.quantize.row_scales import percentile_candidates, quantile, row_max, sdclip
 from train.quantize.tensors import (
@@ -92,6 +93,22 @@ def test_hessians_are_the_second_moments_of_the_inputs_over_all_uses(model: GPT,
         torch.testing.assert_close(hessian.double(), rows.T @ rows / 3, rtol=1e-4, atol=1e-5)
     # layers 1 and 2 run twice
     assert [len(inputs[f"blocks.{layer}.attention.query"]) for layer in range(4)] == [3, 6, 6, 3]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_moments_of_bfloat16_are_summed_in_float32(device: str) -> None:
+    rows = torch.randn(4096, 24, generator=torch.Generator().manual_seed(0)).bfloat16() + 3
+    moment = second_moment(rows.to(device)).cpu()
+    exact = rows.double().T @ rows.double()
+    assert moment.dtype == torch.float32
+    # bfloat16 sums would be off by 4e-3
+    torch.testing.assert_close(moment.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_moments_on_a_gpu_are_float32_too() -> None:
+    with FakeTensorMode():
+        moment = second_moment(torch.empty(9, 5, dtype=torch.bfloat16, device="cuda"))
+    assert (moment.dtype, moment.shape, moment.device.type) == (torch.float32, (5, 5), "cuda")
 
 
 def test_query_key_and_value_share_a_hessian_but_not_its_memory(hessians: dict[str, Tensor]) -> None:
