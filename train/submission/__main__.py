@@ -77,6 +77,17 @@ def _check(arguments: argparse.Namespace) -> int:
     return int(any(finding.verdict is Verdict.FAILS for finding in findings))
 
 
+def _dashboard(arguments: argparse.Namespace) -> int:
+    from train.submission.dashboard import write_dashboard
+
+    out = arguments.out or arguments.runs[0] / "dashboard.html"
+    runs, problems = write_dashboard(arguments.runs, out)
+    print(f"{out}: {out.stat().st_size:,} bytes, {len(runs)} runs: {', '.join(run['id'] for run in runs)}")
+    for problem in problems:
+        print(f"not shown: {problem}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train.submission",
@@ -162,6 +173,17 @@ def _parser() -> argparse.ArgumentParser:
         "folder", metavar="FOLDER", type=Path, help="README.md, submission.json, logs and script of a record"
     )
     check.set_defaults(run=_check)
+
+    dashboard = command(
+        "dashboard",
+        "one page over all runs of a folder",
+        "Write one HTML file that needs no network: curves, speed, bytes against the limit, seeds side by side, filter and sort, "
+        "light and dark.",
+        "dashboard runs --out runs.html",
+    )
+    dashboard.add_argument("runs", metavar="RUNS", type=Path, nargs="+", help="folder of run folders, or run folders")
+    dashboard.add_argument("--out", type=Path, help="the file to write [RUNS/dashboard.html]")
+    dashboard.set_defaults(run=_dashboard)
     return parser
 
 

@@ -1,0 +1,162 @@
+"""One HTML page over all runs of a folder, which needs no network: curves, speed, bytes, seeds side by side."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from train.config import Config
+from train.errors import UserError
+from train.files import atomic_write
+from train.logger import read_metrics, series
+from train.run import RunFolder
+from train.submission.runs import changed_settings
+from train.submission.summary import Summary
+
+TEMPLATE = Path(__file__).with_name("dashboard.html")
+# a curve of more points is thinned: a screen shows no more
+MAX_POINTS = 1500
+_NAMED_SETTINGS = 3
+
+
+def write_dashboard(paths: Sequence[Path], out: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Write the page.
+
+    Args:
+        paths: run folders, or folders that hold run folders.
+        out: the HTML file.
+
+    Returns:
+        What it shows of each run, and why it does not show some.
+
+    Raises:
+        UserError: there is no run that can be shown.
+    """
+    if not out.resolve().parent.is_dir():
+        raise UserError(f"--out: the folder {out.parent} does not exist: create it first")
+    runs, problems = collect(find_runs(paths))
+    if not runs:
+        raise UserError("; ".join(problems))
+    atomic_write(out, page(runs, ", ".join(map(str, paths)), problems))
+    return runs, problems
+
+
+def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
+    """The run folders among and inside `paths`, in the order of their names.
+
+    Raises:
+        UserError: there is no such folder, or no run in it.
+    """
+    found = set()
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder: give a run folder, or the folder that holds them")
+        inside = [path] if (path / "config.json").is_file() else [item for item in path.iterdir() if item.is_dir()]
+        runs = [item for item in inside if (item / "config.json").is_file() and (item / "metrics.jsonl").is_file()]
+        if not runs:
+            raise UserError(f"{path}: no run in it: python -m train makes one under runs/")
+        found |= set(runs)
+    return [RunFolder(path) for path in sorted(found)]
+
+
+def page(runs: list[dict[str, Any]], source: str, problems: Sequence[str] = ()) -> str:
+    """The page with its data and the plotting library inside."""
+    notes = [f"Colors are settings, dashes are seeds. Curves of more than {MAX_POINTS:,} points are thinned."]
+    notes += [f"Not shown: {'; '.join(problems)}."] if problems else []
+    data = json.dumps({"runs": runs, "source": source, "notes": notes}, allow_nan=False)
+    # a name that holds </script> must not end the block
+    data = data.replace("</", "<\\/")
+    return TEMPLATE.read_text().replace("/*PLOTLY*/", get_plotlyjs(), 1).replace("/*DATA*/", data, 1)
+
+
+def collect(folders: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], list[str]]:
+    """What the page shows of each run, and why some cannot be shown; what a run has not measured is None."""
+    configs: list[Config] = []
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            config = folder.read_config()
+            shown = _run(folder, config)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        configs.append(config)
+        # runs that differ in their seed alone are one group, named after the first of them
+        group = next(index for index, other in enumerate(configs) if not changed_settings(other, config))
+        runs.append({**shown, "group": group})
+    names = group_names({run["group"]: configs[run["group"]] for run in runs})
+    for run in runs:
+        run["group_name"] = names[run["group"]]
+    return runs, problems
+
+
+def speed(points: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
+    """(step, seconds, milliseconds per step) between points of a curve, each placed at its later one."""
+    return [
+        (after[0], after[1], 1000 * (after[1] - before[1]) / (after[0] - before[0]))
+        for before, after in itertools.pairwise(points)
+    ]
+
+
+def _run(folder: RunFolder, config: Config) -> dict[str, Any]:
+    records = read_metrics(folder.metrics)
+    loss, bpb = series(records, "train", "train_loss"), series(records, "val", "val_bpb")
+    summary = Summary.read(folder.summary).to_dict() if folder.summary.exists() else {}
+    curves = {"loss": loss, "bpb": bpb, "speed": speed(loss)}
+    numbers = (
+        "val_bpb",
+        "val_loss",
+        "steps",
+        "step_avg_ms",
+        "train_seconds",
+        "eval_seconds",
+        "bytes_total",
+        "parameters",
+    )
+    labels = {record["label"] for record in records if record.get("label")}
+    return {
+        "id": folder.path.name,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "date": summary.get("date", "")[:10] or None,
+        "status": "finished" if summary else "not finished",
+        "hardware": summary.get("hardware", ""),
+        "label": ", ".join(sorted(labels)),
+        "max_bytes": config.max_artifact_bytes,
+        **{name: summary.get(name) for name in numbers},
+        "parts": _parts(summary),
+        "series": {name: _thinned(points) for name, points in curves.items()},
+    }
+
+
+def _parts(summary: dict[str, Any]) -> dict[str, int]:
+    if not summary:
+        return {}
+    model = summary["model_groups"] or {"model": summary["bytes_model"]}
+    prefix = {"paid prefix": summary["bytes_prefix"]} if summary.get("bytes_prefix") else {}
+    return {**model, **prefix, "code": summary["bytes_code"]}
+
+
+def _thinned(points: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
+    """Every n-th point, the last one always."""
+    stride = -(-len(points) // MAX_POINTS) or 1
+    kept = list(points[::stride])
+    return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
+
+
+def group_names(groups: dict[int, Config]) -> dict[int, str]:
+    """A name for each group: its recipe, and what tells it from the other groups of that recipe."""
+    names = {}
+    for number, config in groups.items():
+        others = [other for other in groups.values() if other.recipe == config.recipe]
+        varied = {name for other in others for name, _, _ in changed_settings(config, other)}
+        values = config.to_dict()
+        parts = [f"{name} {values[name]}" for name in values if name in varied]
+        more = f" and {len(parts) - _NAMED_SETTINGS} more" if len(parts) > _NAMED_SETTINGS else ""
+        names[number] = ", ".join([config.recipe, *parts[:_NAMED_SETTINGS]]) + more
+    return names
