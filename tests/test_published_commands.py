@@ -20,13 +20,13 @@ from train.describe import describe
 from train.distributed import Ranks
 from train.errors import UserError
 from train.evaluate import main as evaluate
+from train.fitting import prune
 from train.loop import recurrence_on
 from train.model.gpt import GPT
 from train.optimize.groups import build_optimizers
 from train.quantize.tensors import quantize_model
 from train.recipes import load_recipe
 from train.settings import resolve
-from train.stages import prune
 from train.submission.__main__ import main as submission
 from train.submission.paid_prefix import NOT_COMPLIANT, build_prefix
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from train.artifact import load_model
+from train.artifact.code_size import package_code_bytes
 from train.checkpoint import load_weights, read_tensors
 from train.config import Config
 from train.data.build import build_dataset
@@ -373,3 +375,30 @@ def test_bad_data_leaves_no_run_folder(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=shard.name):
         walk(small(broken, tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_fitted_to_its_cap_and_scored_again(finished: Finished, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder.path, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    sizes = [record for record in read_metrics(folder.metrics) if record["kind"] == "sizes"][-1]
+    code = package_code_bytes().plain_bytes
+    target = code + int(0.8 * sizes["model_bytes"])
+    result = command("train.quantize", folder.path, "--target-bytes", target)
+    assert result.returncode == 0, result.stderr
+    assert 0.99 * target <= code + folder.artifact.stat().st_size <= target
+    assert "fit:blocks.*.mlp.up int6 k 12.85 -> " in result.stdout
+    assert folder.read_config().target_bytes == target and not folder.evaluation.exists()
+    for stride in ("0", "32"):
+        assert command("train.evaluate", folder.path, "--stride", stride).returncode == 0
+    assert command("train.submission", "record", folder.path).returncode == 0
+    assert json.loads((folder.path / "submission.json").read_text())["bytes_total"] <= target
+
+
+def test_what_no_clip_fits_is_refused_by_its_costliest_group(finished: Finished, tmp_path: Path) -> None:
+    artifact = finished.folder.artifact.read_bytes()
+    result = command("train.quantize", finished.folder.path, "--target-bytes", package_code_bytes().plain_bytes + 500)
+    assert result.returncode == 2
+    assert re.search(r"expected at most [\d,]+ .*: [\d,]+ bytes over\. Nothing was written", result.stderr)
+    assert "costs most" in result.stderr and "codes ±1, because no row clip fits" in result.stdout
+    assert finished.folder.artifact.read_bytes() == artifact
+    assert finished.folder.read_config().target_bytes == 0

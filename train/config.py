@@ -194,6 +194,9 @@ class Config:
     codec: str = setting(
         "brotli", "entropy coder of the artifact", choices=("brotli", "zstd", "lzma", "zlib", "ans", "raw", "raw6")
     )
+    target_bytes: int = setting(
+        0, "search the row clips (SDClip's k) so that code and model take at most so many bytes; 0: as set", low=0
+    )
     target_mb: float = setting(
         0.0, "prune codes ±1 until code and model take so many MiB (1,048,576 bytes, as published); 0: never", low=0.0
     )

@@ -75,6 +75,10 @@ def check_consistency(config: Config) -> None:
         not config.qat or config.matrix_bits == 6,
         f"qat trains through 6-bit rows, but matrix_bits is {config.matrix_bits}: set MATRIX_BITS=6 or QAT=0",
     )
+    need(
+        not config.target_bytes or config.matrix_clip in ("sdclip", "hessian_sdclip"),
+        f"target_bytes searches the k of SDClip, and matrix_clip {config.matrix_clip} has none: set MATRIX_CLIP=sdclip",
+    )
     need(config.bigram_vocab_size != 1, "bigram_vocab_size 1 has no row to hash into: set 0 for none, or at least 2")
     need(
         not config.trigram or config.bigram_vocab_size > 0,

@@ -82,6 +82,10 @@ class RunFolder:
         except ConfigError as error:
             raise UserError(f"{self.config}: {error}: restore it or train again") from error
 
+    def write_config(self, config: Config) -> None:
+        """Replace the run's settings."""
+        atomic_write(self.config, json.dumps(config.to_dict(), indent=1) + "\n")
+
     def read_training(self, *fields: str) -> dict[str, Any]:
         """What the training stage measured, the named fields at least.
 
@@ -136,7 +140,7 @@ def create_run_folder(config: Config) -> RunFolder:
         return folder
     folder.path.parent.mkdir(parents=True, exist_ok=True)
     os.mkdir(folder.path)
-    atomic_write(folder.config, json.dumps(config.to_dict(), indent=1) + "\n")
+    folder.write_config(config)
     return folder
 
 

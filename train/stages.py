@@ -6,13 +6,14 @@ import datetime
 import json
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from golf_kernels import dispatch
-from train.artifact import encode_artifact, load_model, write_artifact
+from train.artifact import load_model, write_artifact
 from train.artifact.code_size import package_code_bytes
 from train.checkpoint import load_weights, write_tensors
 from train.config import Config
@@ -22,21 +23,18 @@ from train.data.validation import load_validation
 from train.distributed import Ranks
 from train.errors import UserError
 from train.files import atomic_write
+from train.fitting import fit_target, prune
 from train.hardware import hardware
 from train.logger import RunLogger
 from train.loop import train
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
-from train.model.inventory import classify
 from train.quantize.calibrate import calibrate
-from train.quantize.pruning import count_ones, prune_ones, prunes_needed
 from train.quantize.tensors import StoredTensors, dequantize_state, matrices_to_calibrate, quantize_model
 from train.run import RunFolder
 from train.scores import evaluation_entry, write_evaluation
 from train.scoring import evaluate_model
 from train.submission.paid_prefix import known_targets, prefix_bytes
-
-MEBIBYTE = 1 << 20
 
 
 def prepare_data(config: Config, ranks: Ranks) -> None:
@@ -94,7 +92,11 @@ def quantize_stage(config: Config, model: GPT, ranks: Ranks, log: RunLogger) -> 
     names = matrices_to_calibrate(model, config)
     hessians = calibrate(config, model, names, ranks, log.line) if names else {}
     started = time.perf_counter()
-    tensors = quantize_model(model, config, hessians, ranks=ranks, note=log.line)
+
+    def quantize(sigmas: Mapping[str, float]) -> StoredTensors:
+        return quantize_model(model, config, hessians, ranks=ranks, note=log.line, sigmas=sigmas)
+
+    tensors = fit_target(config, model, hessians, quantize, ranks, log) if config.target_bytes else quantize({})
     log.line(f"gptq:quantized {len(tensors)} tensors in {time.perf_counter() - started:.1f}s")
     if names:
         backend, reason = dispatch.choose("gptq_block", device=ranks.device.type)
@@ -113,7 +115,8 @@ def artifact_stage(config: Config, path: Path, model: GPT, tensors: StoredTensor
         tensors = prune(config, model, tensors, size.plain_bytes + paid, ranks, log)
 
     def write() -> None:
-        info = write_artifact(path, tensors, config, code_bytes=size.plain_bytes, prefix_bytes=paid)
+        cap = min(config.target_bytes or config.max_artifact_bytes, config.max_artifact_bytes)
+        info = write_artifact(path, tensors, config, code_bytes=size.plain_bytes, prefix_bytes=paid, max_bytes=cap)
         log.sizes(
             raw_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
             code_bytes=size.plain_bytes,
@@ -130,26 +133,6 @@ def artifact_stage(config: Config, path: Path, model: GPT, tensors: StoredTensor
         if not torch.equal(parameter, expected[name].to(parameter.dtype)):
             raise RuntimeError(f"{path}: {name} differs from the quantized tensor that was written")
     return loaded.to(ranks.device)
-
-
-def prune(
-    config: Config, model: GPT, tensors: StoredTensors, other_bytes: int, ranks: Ranks, log: RunLogger
-) -> StoredTensors:
-    """Prune the matrices' codes ±1 until they and `other_bytes` of code take at most `target_mb`."""
-    target = int(config.target_mb * MEBIBYTE)
-    if target > config.max_artifact_bytes:
-        log.line(
-            f"warning: target_mb {config.target_mb:g} is {target:,} bytes, beyond the cap of {config.max_artifact_bytes:,}: "
-            "pruning does not keep to the cap"
-        )
-    names = {name for name, parameter in model.named_parameters() if classify(name, parameter, config) == "matrix"}
-    count = ranks.on_main(
-        lambda: prunes_needed(
-            tensors, names, target - other_bytes, lambda pruned: encode_artifact(pruned, config)[1].model_bytes
-        )
-    )
-    log.line(f"prune:{count} of {count_ones(tensors, names)} codes ±1 for a target of {target} bytes")
-    return prune_ones(tensors, names, count)
 
 
 def evaluate_stage(folder: RunFolder, model: GPT, ranks: Ranks, log: RunLogger) -> None:

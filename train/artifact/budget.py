@@ -119,6 +119,6 @@ def check_budget(where: str, info: ArtifactInfo, code_bytes: int, max_bytes: int
     raise BudgetError(
         f"{where}: code {code_bytes:,}{f' + paid prefix {prefix_bytes:,}' if prefix_bytes else ''} + model {info.model_bytes:,} = {total:,} bytes, expected at most {max_bytes:,} "
         f"(max_artifact_bytes): {total - max_bytes:,} bytes over. Nothing was written.\n{budget_table(rows)}\n"
-        f"{costliest.group} costs most, {costliest.packed_bytes:,} bytes: raise MATRIX_CLIP_SIGMAS or EMBED_CLIP_SIGMAS, "
+        f"{costliest.group} costs most, {costliest.packed_bytes:,} bytes: let TARGET_BYTES search the row clips, "
         "lower MATRIX_BITS or EMBED_BITS, or train a smaller model"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from train.files import atomic_write
 from train.model.gpt import GPT
 from train.progress import Progress
 from train.quantize.row_scales import largest_code
-from train.quantize.tensors import QuantizedTensor, StoredTensors, dequantize_state
+from train.quantize.tensors import QuantizedTensor, StoredTensors, dequantize_state, tensor_group
 
 MODEL_FIELDS = (
     "vocab_size", "document_masking", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope",
@@ -261,7 +260,7 @@ def plan_sections(tensors: Mapping[str, QuantizedTensor | Tensor]) -> tuple[list
 
     entries = []
     for name, tensor in tensors.items():
-        group = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        group = tensor_group(name)
         if isinstance(tensor, QuantizedTensor):
             _check_codes(name, tensor)
             section = append(group, f"int{tensor.bits}", tensor.codes)

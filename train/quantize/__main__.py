@@ -11,10 +11,14 @@ from train.config import Config, ConfigError, field_help, parse_value
 from train.errors import main_guard
 
 SETTINGS = (
-    "quantizer", "matrix_bits", "embed_bits", "matrix_clip", "matrix_clip_sigmas", "embed_clip", "embed_clip_sigmas",
-    "scale_floor", "gptq_calib_source", "gptq_calib_graph", "gptq_calib_batches", "gptq_calib_temperature", "gptq_tied_embed", "gptq_damp", "gptq_block_size", "gptq_act_order", "passthrough_max_elements", "codec",
-    "tied_embed_bits", "target_mb", "max_artifact_bytes", "data_path", "device",
+    "quantizer", "matrix_bits", "embed_bits", "tied_embed_bits", "matrix_clip", "matrix_clip_sigmas", "embed_clip",
+    "embed_clip_sigmas", "scale_floor", "gptq_calib_source", "gptq_calib_graph", "gptq_calib_batches", "gptq_calib_temperature",
+    "gptq_tied_embed", "gptq_damp", "gptq_block_size", "gptq_act_order", "passthrough_max_elements", "codec", "target_bytes",
+    "target_mb", "max_artifact_bytes", "data_path", "device",
 )  # fmt: skip
+
+# with these the artifact is still the run's own
+BUDGET = frozenset({"target_bytes", "target_mb"})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     config = folder.trained_config()
     changes = _changes(arguments, config)
     config = config.replace(**changes)
-    if changes and arguments.out is None:
+    if set(changes) - BUDGET and arguments.out is None:
         raise ConfigError(
             f"--out: needed with other settings than the run's ({', '.join(changes)}): its own artifact stays"
         )
@@ -43,8 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         tensors = quantize_stage(config, model, ranks, log)
         artifact_stage(config, arguments.out or folder.artifact, model, tensors, ranks, log)
         if arguments.out is None:
-            # its scores are the former artifact's
+            # its scores are the former artifact's, its settings those of the new one
             ranks.on_main(lambda: folder.evaluation.unlink(missing_ok=True))
+            ranks.on_main(lambda: folder.write_config(folder.read_config().replace(**changes)))
     return 0
 
 
@@ -60,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Quantize a run's trained weights and pack them: RUN/weights.pt becomes RUN/model.golf.",
         epilog="examples:\n"
         "  python -m train.quantize runs/quickstart_20260101-120000\n"
+        "  python -m train.quantize runs/quickstart_20260101-120000 --target-bytes 16000000\n"
         "  python -m train.quantize runs/quickstart_20260101-120000 --matrix_clip_sigmas 10 --out /tmp/k10.golf\n"
         "  torchrun --standalone --nproc_per_node=2 -m train.quantize runs/quickstart_20260101-120000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -69,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="write the artifact here instead of RUN/model.golf")
     for name in SETTINGS:
-        parser.add_argument(f"--{name}", metavar="VALUE", help=field_help(name).replace("%", "%%"))
+        spellings = {f"--{name}", f"--{name.replace('_', '-')}"}
+        parser.add_argument(*sorted(spellings), dest=name, metavar="VALUE", help=field_help(name).replace("%", "%%"))
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,9 @@ from train.quantize.spread import assign, gather, gptq_cost
 _BATCH_ELEMENTS = 1 << 25
 
 
-class _Clip(NamedTuple):
+class Clip(NamedTuple):
+    """How a tensor's rows are clipped: a name in `ROW_SCALES`, SDClip's k, and the floor of the scales."""
+
     name: str
     sigmas: float
     floor: str
@@ -33,7 +36,7 @@ class _Clip(NamedTuple):
 class _Job(NamedTuple):
     shape: torch.Size
     bits: int
-    clip: _Clip
+    clip: Clip
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ def quantize_model(
     ranks: Ranks | None = None,
     note: Callable[[str], None] = warnings.warn,
     progress: bool = False,
+    sigmas: Mapping[str, float] | None = None,
 ) -> StoredTensors:
     """Turn a model's parameters into what its artifact stores; see `stored_bits` for which tensor becomes what.
 
@@ -133,6 +137,7 @@ def quantize_model(
         ranks: this process among the others, all of which must call; None for one process.
         note: is told, in a sentence, of each matrix that needed more damping or had to be rounded to nearest.
         progress: show it.
+        sigmas: SDClip's k of single tensors, by parameter name, in place of the settings'.
 
     Returns:
         name → `QuantizedTensor` or float16 tensor, on the CPU, in the model's order.
@@ -155,7 +160,8 @@ def quantize_model(
             continue
         if name in needed and name not in hessians:
             raise UserError(f"{name}: GPTQ needs this matrix's Hessian: calibrate first, or set QUANTIZER=rtn")
-        clip = _clip(name, parameter, config)
+        clip = clip_settings(name, parameter, config)
+        clip = clip._replace(sigmas=(sigmas or {}).get(name, clip.sigmas))
         if config.quantizer == "gptq" and name in hessians:
             jobs[name] = _Job(parameter.shape, bits, clip)
         else:
@@ -205,13 +211,19 @@ def dequantize_state(tensors: Mapping[str, QuantizedTensor | Tensor]) -> dict[st
     }
 
 
-def _clip(name: str, parameter: Tensor, config: Config) -> _Clip:
+def tensor_group(name: str) -> str:
+    """What a tensor has in common with those that play its part in other layers: `blocks.3.mlp.up` is in `blocks.*.mlp.up`."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def clip_settings(name: str, parameter: Tensor, config: Config) -> Clip:
+    """How the settings clip a coded tensor's rows."""
     if classify(name, parameter, config) == "embedding":
-        return _Clip(config.embed_clip, config.embed_clip_sigmas, config.scale_floor)
-    return _Clip(config.matrix_clip, config.matrix_clip_sigmas, config.scale_floor)
+        return Clip(config.embed_clip, config.embed_clip_sigmas, config.scale_floor)
+    return Clip(config.matrix_clip, config.matrix_clip_sigmas, config.scale_floor)
 
 
-def _scales(name: str, weight: Tensor, hessian: Tensor | None, bits: int, clip: _Clip) -> Tensor:
+def _scales(name: str, weight: Tensor, hessian: Tensor | None, bits: int, clip: Clip) -> Tensor:
     scales = ROW_SCALES[clip.name](weight, bits, sigmas=clip.sigmas, floor=clip.floor, hessian=hessian)
     return _fitting(name, scales)
 
@@ -223,7 +235,7 @@ def _fitting(name: str, scales: Tensor) -> Tensor:
     return scales
 
 
-def _nearest(name: str, weight: Tensor, hessian: Tensor | None, bits: int, clip: _Clip) -> QuantizedTensor:
+def _nearest(name: str, weight: Tensor, hessian: Tensor | None, bits: int, clip: Clip) -> QuantizedTensor:
     scales = _scales(name, weight, hessian, bits, clip)
     return QuantizedTensor(rtn(weight, scales, bits).cpu(), scales.cpu(), bits)
 
@@ -232,7 +244,7 @@ def _gptq_batch(
     weights: dict[str, Tensor],
     hessians: dict[str, Tensor],
     bits: int,
-    clip: _Clip,
+    clip: Clip,
     config: Config,
     note: Callable[[str], None],
 ) -> dict[str, QuantizedTensor]:

@@ -1,0 +1,101 @@
+"""A run's artifact brought below its targets: by the row clips (`target_bytes`), or by pruning (`target_mb`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from train.artifact import encode_artifact
+from train.artifact.code_size import package_code_bytes
+from train.config import Config
+from train.data.loaders import make_loader
+from train.distributed import Ranks
+from train.logger import RunLogger
+from train.model.gpt import GPT
+from train.model.inventory import classify
+from train.quantize.fit import Encoded, fit
+from train.quantize.pruning import count_ones, prune_ones, prunes_needed
+from train.quantize.tensors import StoredTensors
+from train.submission.paid_prefix import prefix_bytes
+
+MEBIBYTE = 1 << 20
+
+# on so many tokens per rank the loss is measured by which row clips are weighed
+FIT_TOKENS = 1 << 15
+
+
+def fit_target(
+    config: Config,
+    model: GPT,
+    hessians: Mapping[str, Tensor],
+    quantize: Callable[[Mapping[str, float]], StoredTensors],
+    ranks: Ranks,
+    log: RunLogger,
+) -> StoredTensors:
+    """Quantize so that code and model take at most `target_bytes`: by the row clips, and if these do not do by pruning."""
+    loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
+    batches: list[tuple[Tensor, Tensor]] = []
+    while sum(inputs.numel() for inputs, _ in batches) < FIT_TOKENS:
+        batches += loader.next_batch()
+    counted = package_code_bytes().plain_bytes + prefix_bytes(config)
+    recurrence = bool(config.recur_layers)
+
+    def loss() -> float:
+        mean = torch.stack([model.loss(*batch, recurrence=recurrence) for batch in batches]).double().mean()
+        return float(ranks.sum(mean)) / ranks.world_size
+
+    def encode(tensors: StoredTensors) -> Encoded:
+        def sizes() -> Encoded:
+            info = encode_artifact(tensors, config)[1]
+            codes = {part.group: part.packed_bytes for part in info.sections if part.type.startswith("int")}
+            return Encoded(counted + info.model_bytes, codes)
+
+        return ranks.on_main(sizes)
+
+    training = model.training
+    model.eval()
+    tensors, encoded = fit(
+        model,
+        config,
+        hessians,
+        config.target_bytes,
+        counted_bytes=counted,
+        loss=loss,
+        quantize=quantize,
+        encode=encode,
+        note=log.line,
+    )
+    model.train(training)
+    if encoded.total <= config.target_bytes:
+        return tensors
+    names = matrix_names(model, config)
+    count = prunes_needed(tensors, names, config.target_bytes, lambda pruned: encode(pruned).total)
+    log.line(f"prune:{count} of {count_ones(tensors, names)} codes ±1, because no row clip fits")
+    return prune_ones(tensors, names, count)
+
+
+def prune(
+    config: Config, model: GPT, tensors: StoredTensors, other_bytes: int, ranks: Ranks, log: RunLogger
+) -> StoredTensors:
+    """Prune the matrices' codes ±1 until they and `other_bytes` of code take at most `target_mb`."""
+    target = int(config.target_mb * MEBIBYTE)
+    if target > config.max_artifact_bytes:
+        log.line(
+            f"warning: target_mb {config.target_mb:g} is {target:,} bytes, beyond the cap of {config.max_artifact_bytes:,}: "
+            "pruning does not keep to the cap"
+        )
+    names = matrix_names(model, config)
+    count = ranks.on_main(
+        lambda: prunes_needed(
+            tensors, names, target - other_bytes, lambda pruned: encode_artifact(pruned, config)[1].model_bytes
+        )
+    )
+    log.line(f"prune:{count} of {count_ones(tensors, names)} codes ±1 for a target of {target} bytes")
+    return prune_ones(tensors, names, count)
+
+
+def matrix_names(model: GPT, config: Config) -> set[str]:
+    """The parameters whose codes may be pruned."""
+    return {name for name, parameter in model.named_parameters() if classify(name, parameter, config) == "matrix"}

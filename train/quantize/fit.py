@@ -1,0 +1,297 @@
+"""Fitting the cap: a row clip for every group of tensors, so that the encoded model fits and the loss suffers least.
+
+SDClip's k is the lever: a larger one makes coarser codes, fewer bytes and more loss. For each group (the matrices that
+play the same part in all layers, and each table) two curves over k are predicted, and a multiplier λ picks from all of
+them the k that minimize (expected loss) + λ · (bytes). The model is then quantized and really encoded; what each group
+took corrects the prediction, until the encoded model is just below the target.
+
+bytes   a row of N(0, σ²) rounded to codes of scale s has the entropy of the discretized normal distribution at σ / s,
+        which at high rate is ½ log2(2πe (σ²/s² + 1/12)) bits per weight, with s = kσ / (2^(bits-1) - 1).
+loss    proportional to the squared rounding error of the group; the factor is measured by rounding this group alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from train.config import Config
+from train.quantize.row_scales import ROW_SCALES, largest_code, rtn
+from train.quantize.tensors import StoredTensors, clip_settings, stored_bits, tensor_group
+
+SEARCHED_CLIPS = ("sdclip", "hessian_sdclip")
+"""Row clips that have a k to search."""
+
+# encodings at most; the prediction is corrected after each
+ROUNDS = 8
+# of the target, left free at most
+TOLERANCE = 0.002
+
+_GRID = 800
+_SMALLEST_SIGMAS = 2.0
+# a group's share in the loss is measured with errors so much coarser than the settings', to stand out from the noise
+_PROBE = 2.0
+# float16 scales at k = 1 would lose bits below 2^-14
+_UNIT_SIGMAS = 1024.0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a really encoded model takes.
+
+    Attributes:
+        total: bytes that count against the target, code included.
+        codes: group → bytes of its codes.
+    """
+
+    total: int
+    codes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One group of tensors over the grid of k.
+
+    Attributes:
+        name: of the group.
+        tensors: its parameters.
+        bits: of a code.
+        start: the settings' k.
+        sigmas: `(grid,)` float64, rising.
+        size: `(grid,)` float64, predicted bytes.
+        error: `(grid,)` float64, predicted squared error.
+        elements: weights in it.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    bits: int
+    start: float
+    sigmas: Tensor
+    size: Tensor
+    error: Tensor
+    elements: int
+
+
+def gaussian_codes(ratio: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Entropy and squared error of N(0, σ²) rounded to codes of scale s within ±(2^(bits−1) − 1).
+
+    Args:
+        ratio: σ / s, positive, any shape, float64.
+        bits: 2 to 8.
+
+    Returns:
+        Bits per code, and the mean squared error over s²; both of the shape of `ratio`.
+    """
+    limit = largest_code(bits)
+    codes = torch.arange(-limit, limit + 1, dtype=torch.float64)
+    bounds = (codes[:-1] + 0.5) / ratio[..., None]
+    below = torch.special.ndtr(bounds)
+    density = torch.exp(-0.5 * bounds.square()) / math.sqrt(2 * math.pi)
+    nothing, everything = torch.zeros_like(below[..., :1]), torch.ones_like(below[..., :1])
+    # moments of order 0, 1 and 2 of the standard normal distribution between the bounds
+    mass = torch.cat([nothing, below, everything], -1).diff()
+    first = -torch.cat([nothing, density, nothing], -1).diff()
+    second = mass - torch.cat([nothing, bounds * density, nothing], -1).diff()
+    entropy = -torch.xlogy(mass, mass.clamp_min(1e-300)).sum(-1) / math.log(2)
+    wide = ratio[..., None]
+    error = (wide.square() * second - 2 * codes * wide * first + codes.square() * mass).sum(-1)
+    return entropy, error
+
+
+@torch.no_grad()
+def group_curves(model: nn.Module, config: Config, hessians: Mapping[str, Tensor]) -> list[Curves]:
+    """The curves of all groups that have a k: coded tensors whose clip is one of `SEARCHED_CLIPS`."""
+    members: dict[tuple[str, int], list[str]] = defaultdict(list)
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        bits = stored_bits(name, parameter, config)
+        if bits < 16 and clip_settings(name, parameter, config).name in SEARCHED_CLIPS:
+            members[tensor_group(name), bits].append(name)
+    curves = []
+    for (group, bits), names in members.items():
+        limit = largest_code(bits)
+        sigmas = torch.logspace(math.log10(_SMALLEST_SIGMAS), math.log10(2 * limit), _GRID, dtype=torch.float64)
+        size, error = torch.zeros(_GRID, dtype=torch.float64), torch.zeros(_GRID, dtype=torch.float64)
+        # between the points of a table over log(σ / s): exact sums over codes are for the table alone
+        table = torch.linspace(-7.0, 9.0, 1601, dtype=torch.float64)
+        entropies, errors = gaussian_codes(table.exp(), bits)
+        for name in names:
+            weight = parameters[name].detach().float()
+            unit, floor, deviation = _row_units(name, weight, bits, config, hessians.get(name))
+            scales = torch.maximum(sigmas[:, None] * unit, floor)
+            place = ((deviation / scales).clamp_min(1e-300).log() - table[0]) / (table[1] - table[0])
+            place = place.clamp(0, len(table) - 1.001)
+            low, part = place.long(), place.frac()
+            size += weight.shape[1] / 8 * torch.lerp(entropies[low], entropies[low + 1], part).sum(1)
+            relative = torch.lerp(errors[low], errors[low + 1], part)
+            error += weight.shape[1] * (relative * scales.square()).sum(1)
+        start = clip_settings(names[0], parameters[names[0]], config).sigmas
+        elements = sum(parameters[name].numel() for name in names)
+        curves.append(Curves(group, tuple(names), bits, start, sigmas, size, error, elements))
+    return curves
+
+
+@torch.no_grad()
+def loss_factors(
+    model: nn.Module,
+    config: Config,
+    curves: Sequence[Curves],
+    hessians: Mapping[str, Tensor],
+    loss: Callable[[], float],
+) -> list[float]:
+    """How much the loss rises per squared error of each group, measured by rounding it alone, more coarsely than set.
+
+    Args:
+        model: its parameters are changed while a group is measured and put back.
+        config: the quantization settings.
+        curves: the groups.
+        hessians: for `hessian_sdclip`.
+        loss: the model's mean loss on some text, the same on every rank.
+    """
+    parameters = dict(model.named_parameters())
+    before = loss()
+    factors = []
+    for group in curves:
+        kept = {name: parameters[name].detach().clone() for name in group.tensors}
+        error = 0.0
+        for name, weight in kept.items():
+            clip = clip_settings(name, weight, config)
+            rows = weight.float()
+            scales = ROW_SCALES[clip.name](
+                rows, group.bits, sigmas=_PROBE * group.start, floor=clip.floor, hessian=hessians.get(name)
+            )
+            rounded = rtn(rows, scales, group.bits) * scales.float()[:, None]
+            error += (rows - rounded).double().square().sum().item()
+            parameters[name].copy_(rounded)
+        factors.append((loss() - before) / error if error else 0.0)
+        for name, weight in kept.items():
+            parameters[name].copy_(weight)
+    # a measurement may drown in noise, but no error is free
+    least = 0.01 * max([*factors, 1e-12])
+    return [max(factor, least) for factor in factors]
+
+
+def choose_sigmas(
+    curves: Sequence[Curves], factors: Sequence[float], correction: Mapping[str, float], budget: float
+) -> list[int]:
+    """The place in each group's grid that loses least while all of them are predicted to take at most `budget` bytes.
+
+    Args:
+        curves: the groups.
+        factors: loss per squared error of each.
+        correction: bytes per weight to add to a group's prediction.
+        budget: bytes for the codes; what cannot be reached gives the smallest prediction.
+    """
+    sizes = [group.size + correction.get(group.name, 0.0) * group.elements for group in curves]
+    losses = [factor * group.error for factor, group in zip(factors, curves, strict=True)]
+
+    def picked(multiplier: float) -> list[int]:
+        return [int((loss + multiplier * size).argmin()) for loss, size in zip(losses, sizes, strict=True)]
+
+    def taken(places: list[int]) -> float:
+        return sum(float(size[place]) for size, place in zip(sizes, places, strict=True))
+
+    # in powers of two, from no price at all to one that only size counts for
+    low, high = -100.0, 40.0
+    if taken(picked(2.0**low)) <= budget:
+        return picked(2.0**low)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if taken(picked(2.0**middle)) <= budget:
+            high = middle
+        else:
+            low = middle
+    return picked(2.0**high)
+
+
+def fit(
+    model: nn.Module,
+    config: Config,
+    hessians: Mapping[str, Tensor],
+    target_bytes: int,
+    *,
+    counted_bytes: int,
+    loss: Callable[[], float],
+    quantize: Callable[[Mapping[str, float]], StoredTensors],
+    encode: Callable[[StoredTensors], Encoded],
+    note: Callable[[str], None],
+) -> tuple[StoredTensors, Encoded]:
+    """Quantize a model so that, really encoded, it takes at most `target_bytes`, with the least expected loss.
+
+    Args:
+        model: its parameters are read; while loss factors are measured they change, and are put back.
+        config: the quantization settings; its k are where the search begins.
+        hessians: by parameter name, for `hessian_sdclip`.
+        target_bytes: cap on what `encode` counts.
+        counted_bytes: what counts beside the model: code, for one.
+        loss: the model's mean loss on some text.
+        quantize: the model under the k of each tensor that is searched, by parameter name.
+        encode: what a quantized model really takes.
+        note: is told what was found, a line per group and round.
+
+    Returns:
+        The quantized tensors of the best round that fits, and what they take. If none fits, those of the smallest one,
+        for whoever writes them to prune or to refuse.
+    """
+    curves = group_curves(model, config, hessians)
+    factors = loss_factors(model, config, curves, hessians, loss)
+    correction: dict[str, float] = {}
+    # before anything is encoded: what is not searched as it lies in memory
+    other, places = float(_uncoded_bytes(model, curves) + counted_bytes), None
+    best: tuple[bool, float, StoredTensors, list[int], Encoded] | None = None
+    for _ in range(ROUNDS):
+        chosen = choose_sigmas(curves, factors, correction, target_bytes * (1 - TOLERANCE / 2) - other)
+        if chosen == places:
+            break
+        places = chosen
+        sigmas = {
+            name: float(group.sigmas[place])
+            for group, place in zip(curves, places, strict=True)
+            for name in group.tensors
+        }
+        tensors = quantize(sigmas)
+        encoded = encode(tensors)
+        expected = sum(f * float(g.error[p]) for f, g, p in zip(factors, curves, places, strict=True))
+        fits = encoded.total <= target_bytes
+        note(f"fit:{encoded.total} of {target_bytes} bytes, expected loss +{expected:.5f}")
+        # among those that fit the least loss, among those that do not the fewest bytes
+        rank = expected if fits else float(encoded.total)
+        if best is None or (fits, -rank) > (best[0], -best[1]):
+            best = (fits, rank, tensors, places, encoded)
+        other = encoded.total - sum(encoded.codes[group.name] for group in curves)
+        for group, place in zip(curves, places, strict=True):
+            correction[group.name] = (encoded.codes[group.name] - float(group.size[place])) / group.elements
+        if fits and encoded.total >= target_bytes * (1 - TOLERANCE):
+            break
+    assert best is not None
+    _, _, tensors, places, encoded = best
+    for group, place in zip(curves, places, strict=True):
+        size = encoded.codes[group.name]
+        note(
+            f"fit:{group.name} int{group.bits} k {group.start:g} -> {float(group.sigmas[place]):.3f}: {size} bytes, "
+            f"{8 * size / group.elements:.3f} bits per weight"
+        )
+    return tensors, encoded
+
+
+def _uncoded_bytes(model: nn.Module, curves: Sequence[Curves]) -> int:
+    """Bytes of the float16 tensors and of the row scales."""
+    coded = {name for group in curves for name in group.tensors}
+    return sum(2 * (len(weight) if name in coded else weight.numel()) for name, weight in model.named_parameters())
+
+
+def _row_units(
+    name: str, weight: Tensor, bits: int, config: Config, hessian: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the scale at k = 1 without a floor, the floor, and the deviation; float64, on the CPU."""
+    clip = clip_settings(name, weight, config)
+    scales = ROW_SCALES[clip.name]
+    unit = scales(weight, bits, sigmas=_UNIT_SIGMAS, floor="none", hessian=hessian).cpu().double() / _UNIT_SIGMAS
+    floor = scales(torch.zeros_like(weight), bits, sigmas=1.0, floor=clip.floor, hessian=hessian).cpu().double()
+    return unit, floor, weight.double().std(dim=1).cpu()
