@@ -62,6 +62,23 @@ def test_pruned_evaluation_equals_the_plain_one(system: str, count: int, seq_len
     assert found.val_bpb == pytest.approx(nats / math.log(2) / size, rel=1e-6)
 
 
+def test_a_compiled_evaluation_scores_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    calls: list[dict[str, object]] = []
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: (calls.append(how), compile_(f, backend="eager", **how))[1])
+    tokens, tables = make_text(300)
+    model = random_model(narrow_config("sp8192", **SHALLOW["sp8192"])).eval()
+    options = {"seq_len": 64, "stride": 16, "batch_seqs": 4}
+    wanted = evaluate_model(model, tokens, tables, model.config.replace(compile="off"), **options)
+    assert calls == [] and model.blocks[0].mlp.fused
+    found = evaluate_model(model, tokens, tables, model.config.replace(compile="on"), **options)
+    assert calls == [{"dynamic": False, "fullgraph": True}] * 2
+    # no kernel stands behind the operator here, so the compiler gets the formula
+    assert not model.blocks[0].mlp.fused
+    assert found.val_loss == pytest.approx(wanted.val_loss, rel=1e-12)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("system", ["sp4096", "sp8192"])

@@ -24,6 +24,7 @@ from golf_kernels import window_nll
 from train.config import Config
 from train.data.shards import check_tokens
 from train.errors import UserError
+from train.model.fusion import write_out_references
 from train.progress import Progress
 from train.scores import EvalResult
 from train.windows import WindowPlan, group_windows, plan_windows
@@ -158,6 +159,7 @@ class _Scorer:
         compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
         self.hidden, self.overlapping_hidden = model.hidden, model.overlapping_hidden
         if compiled:
+            write_out_references(model, device.type)
             self.hidden = torch.compile(self.hidden, dynamic=False, fullgraph=True)
             self.overlapping_hidden = torch.compile(self.overlapping_hidden, dynamic=False, fullgraph=True)
         self.shares = share_layer0 and model.overlap_problem is None
