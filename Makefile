@@ -20,9 +20,9 @@ PROCESSES = $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c GPU); [ $$n -gt 0 ]
 run: $(READY)  ## train, quantize, score and record a small model on the standard library's own text
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(PROCESSES) -m train --recipe quickstart
 
-# one thread: on the tests' small tensors more of them only wait for each other, for minutes where other programs run
+# a process per core with one thread: on the tests' small tensors more threads only wait for each other
 test: $(READY)  ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/python -m ruff check .
