@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from golf_kernels import dispatch
 from train.quantize import gptq as module
 from train.quantize.gptq import gptq, rtn
 from train.quantize.row_scales import sdclip
@@ -128,6 +129,21 @@ def test_a_hessian_that_cannot_be_factorized_is_damped_more_and_then_given_up_an
     assert torch.equal(result.codes[2], rtn(weight, scales, 6))
     assert gptq(weight, indefinite, scales, 6, damp=0.0).damping == [0.1]
     assert module.DAMPING_STEPS == (1.0, 10.0, 100.0)
+
+
+def test_every_back_end_of_the_column_loop_gives_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # three blocks, the last of them short
+    weight, _, hessian, scales = problem(70, 300, batch=(2,))
+    found = {}
+    for backend in dispatch.available_backends("gptq_block"):
+        monkeypatch.setenv("GOLF_BACKEND", f"gptq_block={backend}")
+        device = "cuda" if backend == "cuda" else "cpu"
+        given = (tensor.float().to(device) for tensor in (weight, hessian, scales))
+        found[backend] = gptq(*given, 6).codes.cpu()
+    # on a GPU the products between the blocks are summed in another order
+    reference = found.pop("torch")
+    for backend, codes in found.items():
+        assert (codes != reference).float().mean() <= (0.01 if backend == "cuda" else 0), backend
 
 
 def test_the_arguments_are_not_changed() -> None:

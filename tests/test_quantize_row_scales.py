@@ -92,13 +92,15 @@ def test_hessian_sdclip_widens_rows_whose_large_weights_meet_strong_inputs() -> 
 def test_percentile_search_takes_one_quantile_for_the_whole_matrix_by_squared_error() -> None:
     weight = torch.randn(6, 2000, generator=torch.Generator().manual_seed(3))
     weight[0, 0] = 40.0
+    candidates = percentile_candidates(weight, 6, floor="none")
     truth = []
-    for share in SEARCH_QUANTILES:
+    for share, candidate in zip(SEARCH_QUANTILES, candidates, strict=True):
         scale = np.quantile(weight.double().abs().numpy(), share, axis=1) / 31
+        # float16, and a place between the outlier and its neighbour that is computed in float32
+        np.testing.assert_allclose(candidate.double().numpy(), scale, rtol=2.0**-11 + 2e-4)
         scale = scale.astype(np.float16).astype(np.float64)[:, None]
         codes = np.rint(np.clip(weight.double().numpy() / scale, -31, 31))
         truth.append(((weight.double().numpy() - codes * scale) ** 2).sum())
-    candidates = percentile_candidates(weight, 6, floor="none")
     assert len(candidates) == 5
     chosen = percentile_search(weight, 6, floor="none")
     assert torch.equal(chosen, candidates[int(np.argmin(truth))])
