@@ -205,6 +205,7 @@ class Config:
     # validation and evaluation
     val_loss_every: int = setting(1000, "steps between validations; 0: only first and last", low=0)
     profile_steps: str = setting("", "profile these steps into the run folder, FIRST:END, such as 30:33; empty: none")
+    loggers: str = setting("", "also log to tensorboard, wandb, or both, separated by a comma; empty: files alone")
     train_log_every: int = setting(200, "steps between log lines of the training loss", low=1)
     val_max_tokens: int = setting(0, "look at only so many validation tokens while training; 0: all", low=0)
     val_batch_size: int = setting(524288, "tokens per validation batch over all ranks", low=1)

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from train.errors import UserError
 from train.log_grammar import SEPARATOR
+from train.sinks import Sink
 
 
 class RunLogger:
@@ -33,12 +35,23 @@ class RunLogger:
         seed: the run's seed, part of the log's name.
         rank: rank of this process.
         echo: also print each line; False writes files only.
+        sinks: take the numbers of each metric too, see `train.sinks`; closed with the logger.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str], seed: int, rank: int = 0, *, echo: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        seed: int,
+        rank: int = 0,
+        *,
+        echo: bool = True,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
         self.path = Path(run_dir) / f"train_seed{seed}.log"
         self.metrics_path = Path(run_dir) / "metrics.jsonl"
         self.echo = echo
+        self.sinks = tuple(sinks)
+        self._step = 0
         self._log: TextIO | None = None
         self._metrics: TextIO | None = None
         self.resumed = False
@@ -52,6 +65,9 @@ class RunLogger:
             if file is not None:
                 file.close()
         self._log = self._metrics = None
+        for sink in self.sinks:
+            sink.close()
+        self.sinks = ()
 
     def __enter__(self) -> RunLogger:
         return self
@@ -72,6 +88,12 @@ class RunLogger:
     def metric(self, kind: str, **values: Any) -> None:
         """Add one JSON object, `{"kind": kind, **values}`, to metrics.jsonl; numbers that are not finite become null."""
         append_metric(self._metrics, kind, values)
+        # what comes behind the last step, such as the final score, is placed at it
+        self._step = values.get("step", self._step)
+        prefix = f"{kind}/{values['name']}" if "name" in values else kind
+        numbers = {f"{prefix}/{name}": value for name, value in values.items() if name != "step" and _is_number(value)}
+        for sink in self.sinks:
+            sink.scalars(self._step, numbers)
 
     def header(self, source_text: str, *, gpu_report: str | None = None) -> None:
         """Write the file's head: the script's source, the versions, what `nvidia-smi` says (not written again on resume).
@@ -237,6 +259,10 @@ def series(records: list[dict[str, Any]], kind: str, field: str) -> list[tuple[i
         elif record["kind"] == kind and record.get(field) is not None:
             points[record["step"]] = (record["step"], record["seconds"], record[field])
     return [points[step] for step in sorted(points)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _finite(value: Any) -> Any:

@@ -163,7 +163,7 @@ def open_run_folder(config: Config) -> Iterator[RunFolder]:
 
 
 # settings that may differ between a run and its resumption: they do not touch the arithmetic
-_FREE = frozenset({"resume", "runs_dir", "checkpoint_every", "train_log_every"})
+_FREE = frozenset({"resume", "runs_dir", "checkpoint_every", "train_log_every", "loggers"})
 
 
 def _changed_settings(old: Config, new: Config) -> list[str]:

@@ -25,6 +25,7 @@ from train.logger import RunLogger
 from train.model.attention_choice import check_attention
 from train.run import RunFolder, new_run_id, open_run_folder
 from train.settings import Override, override_line
+from train.sinks import Sink, check_sinks, open_sinks
 from train.stages import artifact_stage, evaluate_stage, prepare_data, quantize_stage, train_stage
 from train.submission.paid_prefix import known_targets
 
@@ -80,7 +81,9 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
         folder = ranks.on_main(lambda: held.enter_context(open_run_folder(config)))
         if ranks.is_main:
             clock.keep_in(folder.stages)
-        with RunLogger(folder.path, config.seed, ranks.rank) as log:
+        sinks: list[Sink] = []
+        ranks.on_main(lambda: sinks.extend(open_sinks(config.loggers, folder.path, config.to_dict())))
+        with RunLogger(folder.path, config.seed, ranks.rank, sinks=sinks) as log:
             log.header(package_source())
             log.line(f"run_id:{config.run_id} recipe:{config.recipe} device:{ranks.device}")
             for override in overrides:
@@ -118,7 +121,7 @@ def preflight(config: Config) -> None:
     """Find out now what would otherwise fail at the end of training.
 
     Raises:
-        UserError: a forced back end cannot run, the coefficients do not fit the steps, or the codec is not installed.
+        UserError: a forced back end cannot run, the coefficients do not fit the steps, or the codec or a logger is not installed.
     """
     if config.resume == "auto" and not config.run_id:
         raise UserError("resume: which run? name its folder with RUN_ID, or leave RESUME=never")
@@ -141,3 +144,4 @@ def preflight(config: Config) -> None:
     except ValueError as error:
         raise UserError(f"muon_coefficients, muon_backend_steps: {error}") from error
     CODECS[config.codec].encode(b"")
+    check_sinks(config.loggers)

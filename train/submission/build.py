@@ -29,7 +29,18 @@ from train.submission.writeup import writeup
 
 # what belongs to a machine or to one seed is not part of the recipe
 _LOCAL = frozenset(
-    {"recipe", "run_id", "runs_dir", "seed", "resume", "checkpoint_every", "data_path", "tokenizer_path", "device"}
+    {
+        "recipe",
+        "run_id",
+        "runs_dir",
+        "seed",
+        "resume",
+        "checkpoint_every",
+        "loggers",
+        "data_path",
+        "tokenizer_path",
+        "device",
+    }
 )
 _PROOF_TOKENS = 32_768
 # libraries that are imported by a name in a string
@@ -139,7 +150,7 @@ def record_json(runs: Sequence[FinishedRun], labels: Labels, code_bytes: int) ->
         "val_loss_std": None if loss_std is None else round(loss_std, 8),
         "pytorch_version": first.summary.torch,
         "python_version": first.summary.python,
-        "calibration": "none" if first.config.quantizer == "rtn" else "training data",
+        "calibration": _calibration(first.config),
         "evaluation": scored,
         "tokenizer": tokenizer_facts(first.config),
     }
@@ -215,6 +226,12 @@ def requirements(folder: Path, config: Config) -> str:
     providers = importlib.metadata.packages_distributions()
     packages = {providers[name][0] for name in names - {"train", "golf_kernels"} if name in providers}
     return "".join(f"{package}=={importlib.metadata.version(package)}\n" for package in sorted(packages))
+
+
+def _calibration(config: Config) -> str:
+    if config.quantizer == "rtn":
+        return "none"
+    return "training data" if config.gptq_calib_source == "train" else "text that the model wrote"
 
 
 def _blurb(runs: Sequence[FinishedRun], bpb: float, total: int) -> str:

@@ -22,7 +22,7 @@ from train.submission.standing import exact_score
 from train.submission.summary import Summary
 
 # settings in which the seeds of one record may differ: they do not touch what is computed
-_FREE = frozenset({"seed", "run_id", "runs_dir", "resume", "checkpoint_every", "train_log_every"})
+_FREE = frozenset({"seed", "run_id", "runs_dir", "resume", "checkpoint_every", "train_log_every", "loggers"})
 _PROVEN_TOKENS = 1_000_000
 
 

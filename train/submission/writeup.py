@@ -24,6 +24,7 @@ _ASIDE = frozenset(
         "resume",
         "checkpoint_every",
         "train_log_every",
+        "loggers",
         "data_path",
         "tokenizer_path",
         "device",
