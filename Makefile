@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format doctor clean
+.PHONY: help run test lint format bench doctor clean
 
 help:  ## show the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 16
@@ -32,6 +32,14 @@ lint: $(READY)  ## ruff and mypy
 format: $(READY)  ## rewrite the sources as ruff likes them
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+
+# bench_artifact wants a run to measure, so it is called by hand
+BENCHES = $(filter-out bench_artifact,$(basename $(notdir $(wildcard benchmarks/bench_*.py))))
+
+bench: $(READY)  ## measure everything and write tables and plots; without a GPU on tiny shapes, which proves nothing
+	@set -e; tiny=$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "--tiny --rounds 2 --warmup-ms 1")'); \
+	for name in $(BENCHES); do echo "== $$name $$tiny"; $(BIN)/python -m benchmarks.$$name $$tiny; done; \
+	$(BIN)/python -m benchmarks report
 
 doctor: $(READY)  ## what was built, what each op runs on, and a self-check
 	$(BIN)/python -m golf_kernels
