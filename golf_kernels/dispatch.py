@@ -24,6 +24,8 @@ Backend = Literal["cuda", "triton", "cpp", "torch"]
 PREFERENCE: tuple[Backend, ...] = get_args(Backend)
 ENVIRONMENT_VARIABLE = "GOLF_BACKEND"
 AVAILABLE = "available"
+# the reason of a GPU back end until the training step was measured with and without it
+UNMEASURED = "not yet measured in a training step"
 
 # torch.library.Library carries no type hints
 _Library: Any = torch.library.Library

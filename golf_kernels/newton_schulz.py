@@ -269,6 +269,27 @@ def _no_backward(ctx: Any, *gradients: Any) -> Any:
     raise RuntimeError("golf::newton_schulz has no gradient")
 
 
+def _triton(*args: Any) -> list[Tensor]:
+    # in a function, because importing golf_kernels must not need Triton
+    from golf_kernels import newton_schulz_triton
+
+    _check(*args[:2], *args[3:])
+    results: list[Tensor] = newton_schulz_triton.newton_schulz(*args)
+    return results
+
+
+def triton_problem(dtypes: Sequence[torch.dtype], compute_dtype: torch.dtype | None = None) -> str | None:
+    """Why the Triton kernels cannot take matrices of these dtypes on this machine, or None."""
+    for dtype in (*dtypes, *([] if compute_dtype is None else [compute_dtype])):
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"its matrices and products are float32, bfloat16 or float16, found {dtype}"
+    return dispatch.triton_problem()
+
+
+def _triton_supports(*args: Any) -> str | None:
+    return triton_problem([matrix.dtype for matrix in args[0]], args[4]) if args else triton_problem([])
+
+
 dispatch.define(
     "newton_schulz",
     "(Tensor[] matrices, float[] coefficients, float eps, str prescale, ScalarType compute_dtype) -> Tensor[]",
@@ -278,3 +299,4 @@ dispatch.define(
 torch.library.register_autograd(
     "golf::newton_schulz", _no_backward, setup_context=_refuse_gradient, lib=dispatch.LIBRARY
 )
+dispatch.register("newton_schulz", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)

@@ -86,7 +86,7 @@ def test_a_forced_back_end_that_cannot_run_is_a_failed_check(monkeypatch, capsys
     code, data = report(capsys)
     assert code == 1
     chosen = data["operators"]["newton_schulz"]["chosen"]["cpu"]
-    assert chosen["backend"] is None and "newton_schulz has no cuda back end, only torch" in chosen["reason"]
+    assert chosen["backend"] is None and "newton_schulz has no cuda back end, only triton, torch" in chosen["reason"]
     assert [check["op"] for check in data["checks"] if not check["passed"]] == ["newton_schulz"]
     doctor.main([])
     assert "Operators (GOLF_BACKEND=newton_schulz=cuda)" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from newton_schulz_truth import prescaled, random, relative_error, scalar_map, spread, triples_of, truth
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import _muon
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,56 +15,14 @@ from golf_kernels.newton_schulz import COEFFICIENTS, CoefficientSet, default_com
 SHAPES = [(5, 9), (9, 5), (8, 8), (1, 7), (7, 1), (1, 1), (3, 6, 11), (2, 11, 6)]
 
 
-@pytest.fixture(params=dispatch.available_backends("newton_schulz"), autouse=True)
-def backend(request, monkeypatch):
-    monkeypatch.setenv("GOLF_BACKEND", f"newton_schulz={request.param}")
+# the Triton back end has no float64; its tests are in test_newton_schulz_triton.py
+@pytest.fixture(autouse=True)
+def backend(monkeypatch):
+    monkeypatch.setenv("GOLF_BACKEND", "newton_schulz=torch")
     # memory that nothing writes to then holds NaN
     torch.use_deterministic_algorithms(True)
-    yield request.param
+    yield
     torch.use_deterministic_algorithms(False)
-
-
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def scalar_map(triples, sigma):
-    for a, b, c in triples:
-        sigma = a * sigma + b * sigma**3 + c * sigma**5
-    return sigma
-
-
-def triples_of(name, steps=5):
-    found = COEFFICIENTS[name]
-    return found.triples * steps if len(found.triples) == 1 else found.triples
-
-
-def prescaled(name, matrix, eps=1e-7):
-    """The matrix whose singular values the map acts on, straight from the definition."""
-    if COEFFICIENTS[name].prescale == "frobenius":
-        norm = matrix.square().sum((-2, -1), keepdim=True).sqrt()
-        return matrix / norm.clamp_min(eps) / COEFFICIENTS[name].safety
-    if matrix.shape[-2] > matrix.shape[-1]:
-        return prescaled(name, matrix.mT).mT
-    sums = (matrix @ matrix.mT).abs().sum(-1, keepdim=True)
-    return matrix / sums.sqrt()
-
-
-def truth(name, matrix, eps=1e-7):
-    u, sigma, vh = torch.linalg.svd(prescaled(name, matrix, eps), full_matrices=False)
-    return u * scalar_map(triples_of(name), sigma).unsqueeze(-2) @ vh
-
-
-def relative_error(got, want):
-    return float((got.double() - want).norm() / want.norm())
-
-
-def spread(rows, columns, low, high, seed=0):
-    """A matrix with singular values from low to high, evenly on a logarithmic scale."""
-    rank = min(rows, columns)
-    u = torch.linalg.qr(random(rows, rank, seed=seed)).Q
-    v = torch.linalg.qr(random(columns, rank, seed=seed + 1)).Q
-    return u * torch.logspace(math.log10(low), math.log10(high), rank, dtype=torch.float64) @ v.T
 
 
 @pytest.mark.parametrize("name", COEFFICIENTS)

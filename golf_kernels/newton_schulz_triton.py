@@ -1,0 +1,573 @@
+"""Newton-Schulz of a whole list of matrices, one launch per phase, in Triton for Hopper.
+
+Imports only torch and triton, so this file can be pasted into a single-file script:
+
+    results = newton_schulz(matrices, (3.4445, -4.7750, 2.0315) * 5)
+
+All matrices lie in one workspace, each padded with zeros to whole tiles, and every phase is one launch over a table of
+tiles that depends on the shapes alone:
+
+    pack       X ← matrix in the compute dtype, and each block's largest entry and sum of squares, for ‖X‖
+    norm       s = 1 / max(‖X‖, eps); entries far from 1 are brought near it by a power of two
+    symmetric  A = s²·X·Xᵀ (tall matrices: XᵀX, read as they lie), lower triangle and mirror image; long sides are split
+    symmetric  B = b·A + c·A², likewise; left out where c = 0
+    product    X ← s·(a·X + B·X), tall: s·(a·X + X·B); s is 1 after the first iteration
+
+AOL scaling divides each row i of A's side by √Σⱼ|A|ᵢⱼ after the first product. The same list gives the same bits again.
+"""
+
+# triton gives the arguments of a kernel their types
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# a dtype's place is its code in tables of addresses
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# a program of the elementwise kernels takes so many whole rows, in chunks of so many columns
+ROWS, CHUNK = 16, 256
+# depth of one step of a product; tiles are square
+STEP = 64
+ELEMENTWISE = {"num_warps": 8}
+# two blocks on a processor: one loads and stores while the other multiplies
+PRODUCT = {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
+
+# fields of a matrix in the layout: rows, columns, padded columns, where it starts, its first block, its blocks, tall,
+# where its Gram matrix starts, that one's side, where its row factors start
+LAYOUT = tl.constexpr(10)
+# fields of a tile of a symmetric product: matrix, tall, left operand, right operand, their leading dimension, steps,
+# result, its mirror image, their leading dimension, parts of a split sum, the first part's place, this part, its counter
+SYMMETRIC = tl.constexpr(13)
+# fields of a tile of X ← a·X + B·X: matrix, tall, left operand, right operand, their leading dimensions, steps, result
+GENERAL = tl.constexpr(8)
+
+
+@triton.jit
+def pointer_to(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(dtype))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def load_float(address, offsets, mask, code, ALIGNED: tl.constexpr):
+    """Elements of a tensor, given by its address and the code of its dtype, in float32."""
+    if code == 0:
+        value = tl.load(pointer_to(address, tl.float32, ALIGNED) + offsets, mask=mask, other=0.0)
+    elif code == 1:
+        value = tl.load(pointer_to(address, tl.bfloat16, ALIGNED) + offsets, mask=mask, other=0.0).to(tl.float32)
+    else:
+        value = tl.load(pointer_to(address, tl.float16, ALIGNED) + offsets, mask=mask, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def reciprocal_power(value):
+    """2^-e for a value in [2^e, 2^(e+1)), exact."""
+    bits = value.to(tl.int32, bitcast=True) & 0x7F800000
+    return (0x7F000000 - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pack_kernel(
+    addresses_ptr, layout_ptr, blocks_ptr, x_ptr, stats_ptr, scales_ptr, matrices,
+    SCALED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    matrix = tl.load(blocks_ptr + 3 * block)
+    at = tl.load(blocks_ptr + 3 * block + 1) + tl.arange(0, ROWS)[:, None]
+    layout = layout_ptr + matrix * LAYOUT
+    rows, columns = tl.load(layout), tl.load(layout + 1)
+    ld, start = tl.multiple_of(tl.load(layout + 2), 16), tl.multiple_of(tl.load(layout + 3), 16)
+    if ALIGNED:
+        columns = tl.multiple_of(columns, 8)
+    source, code = tl.load(addresses_ptr + 2 * matrix), tl.load(addresses_ptr + 2 * matrix + 1)
+    largest = 0.0
+    squares = 0.0
+    for first in range(0, ld, CHUNK):
+        column = first + tl.arange(0, CHUNK)[None, :]
+        value = load_float(source, at * columns + column, (at < rows) & (column < columns), code, ALIGNED)
+        if SCALED:
+            # two factors, because each alone stays in range
+            value = value * tl.load(scales_ptr + 2 * matrices + matrix) * tl.load(scales_ptr + matrix)
+        else:
+            # relative to a power of two near the largest entry so far, so that no square overflows
+            before = reciprocal_power(largest)
+            largest = tl.maximum(largest, tl.max(tl.abs(value)))
+            unit = reciprocal_power(largest)
+            scaled = value * unit
+            squares = squares * (unit / before) * (unit / before) + tl.sum(scaled * scaled)
+        # float16 has too few exponents for anything but the scaled matrix
+        if SCALED or x_ptr.dtype.element_ty != tl.float16:
+            tl.store(x_ptr + start + at * ld + column, value.to(x_ptr.dtype.element_ty), mask=column < ld)
+    if not SCALED:
+        tl.store(stats_ptr + 2 * block, largest)
+        tl.store(stats_ptr + 2 * block + 1, squares)
+
+
+@triton.jit
+def norm_kernel(
+    layout_ptr, blocks_ptr, x_ptr, stats_ptr, scales_ptr, matrices, eps,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    matrix = tl.load(blocks_ptr + 3 * block)
+    layout = layout_ptr + matrix * LAYOUT
+    first_block, count = tl.load(layout + 4), tl.load(layout + 5)
+    largest = 0.0
+    for first in range(0, count, CHUNK):
+        index = first + tl.arange(0, CHUNK)
+        largest = tl.maximum(
+            largest, tl.max(tl.load(stats_ptr + 2 * (first_block + index), mask=index < count, other=0.0))
+        )
+    unit = reciprocal_power(largest)
+    squares = 0.0
+    for first in range(0, count, CHUNK):
+        index = first + tl.arange(0, CHUNK)
+        own = reciprocal_power(tl.load(stats_ptr + 2 * (first_block + index), mask=index < count, other=0.0))
+        part = tl.load(stats_ptr + 2 * (first_block + index) + 1, mask=index < count, other=0.0)
+        squares += tl.sum(part * (unit / own) * (unit / own))
+    # the products of entries in this range stay far inside float32
+    tame = (largest > 9.1e-13) & (largest < 1.1e12)
+    unit = tl.where(tame, 1.0, unit)
+    norm = tl.sqrt(squares) * tl.where(tame, 1.0 / reciprocal_power(largest), 1.0)
+    if block == first_block:
+        tl.store(scales_ptr + matrix, 1.0 / tl.maximum(norm, eps * unit, propagate_nan=tl.PropagateNan.ALL))
+        tl.store(scales_ptr + matrices + matrix, 1.0)
+        tl.store(scales_ptr + 2 * matrices + matrix, unit)
+    if unit != 1.0 and x_ptr.dtype.element_ty != tl.float16:
+        at = tl.load(blocks_ptr + 3 * block + 1) + tl.arange(0, ROWS)[:, None]
+        ld, start = tl.multiple_of(tl.load(layout + 2), 16), tl.multiple_of(tl.load(layout + 3), 16)
+        for first in range(0, ld, CHUNK):
+            column = first + tl.arange(0, CHUNK)[None, :]
+            pointers = x_ptr + start + at * ld + column
+            value = tl.load(pointers, mask=column < ld, other=0.0).to(tl.float32) * unit
+            tl.store(pointers, value.to(x_ptr.dtype.element_ty), mask=column < ld)
+
+
+@triton.jit
+def aol_sums_kernel(
+    layout_ptr, blocks_ptr, gram_ptr, factors_ptr, eps,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    entry = blocks_ptr + 3 * tl.program_id(0)
+    layout = layout_ptr + tl.load(entry) * LAYOUT
+    at = tl.load(entry + 1) + tl.arange(0, ROWS)
+    start, ld = tl.multiple_of(tl.load(layout + 7), 16), tl.multiple_of(tl.load(layout + 8), 16)
+    sums = tl.zeros((ROWS,), dtype=tl.float32)
+    for first in range(0, ld, CHUNK):
+        column = first + tl.arange(0, CHUNK)[None, :]
+        value = tl.load(gram_ptr + start + at[:, None] * ld + column, mask=column < ld, other=0.0)
+        sums += tl.sum(tl.abs(value.to(tl.float32)), axis=1)
+    # eps bounds a norm, and these are squares of norms
+    sums = tl.maximum(sums, eps * eps, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(factors_ptr + tl.load(layout + 9) + at, tl.rsqrt(sums))
+
+
+@triton.jit
+def aol_scale_kernel(
+    layout_ptr, blocks_ptr, work_ptr, gram_start, scales_ptr, factors_ptr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """In place X ← s·D·X, tall: s·X·D, and A ← D·A·D."""
+    entry = blocks_ptr + 3 * tl.program_id(0)
+    matrix, is_gram = tl.load(entry), tl.load(entry + 2) != 0
+    layout = layout_ptr + matrix * LAYOUT
+    tall = tl.load(layout + 6) != 0
+    at = tl.load(entry + 1) + tl.arange(0, ROWS)[:, None]
+    start = tl.multiple_of(tl.load(layout + tl.where(is_gram, 7, 3)) + tl.where(is_gram, gram_start, 0), 16)
+    ld = tl.multiple_of(tl.load(layout + tl.where(is_gram, 8, 2)), 16)
+    factors = factors_ptr + tl.load(layout + 9)
+    scale = tl.where(is_gram, 1.0, tl.load(scales_ptr + matrix))
+    scale = scale * tl.load(factors + at, mask=(at >= 0) & (is_gram | (not tall)), other=1.0)
+    for first in range(0, ld, CHUNK):
+        column = first + tl.arange(0, CHUNK)[None, :]
+        pointers = work_ptr + start + at * ld + column
+        value = tl.load(pointers, mask=column < ld, other=0.0).to(tl.float32) * scale
+        value = value * tl.load(factors + column, mask=(column < ld) & (is_gram | tall), other=1.0)
+        tl.store(pointers, value.to(work_ptr.dtype.element_ty), mask=column < ld)
+
+
+@triton.jit
+def add_rows_product(total, lefts, rights, ld, steps, TILE: tl.constexpr, STEP: tl.constexpr):
+    """total + L·Rᵀ, each row of L and R along memory."""
+    within = tl.arange(0, TILE)[:, None] * ld + tl.arange(0, STEP)[None, :]
+    lefts, rights = lefts + within, rights + within
+    for _ in range(steps):
+        total = tl.dot(tl.load(lefts), tl.trans(tl.load(rights)), total, input_precision="ieee")
+        lefts += STEP
+        rights += STEP
+    return total
+
+
+@triton.jit
+def add_columns_product(total, lefts, rights, ld, steps, TILE: tl.constexpr, STEP: tl.constexpr):
+    """total + Lᵀ·R, each row of L and R along memory."""
+    within = tl.arange(0, STEP)[:, None] * ld + tl.arange(0, TILE)[None, :]
+    lefts, rights = lefts + within, rights + within
+    for _ in range(steps):
+        total = tl.dot(tl.trans(tl.load(lefts)), tl.load(rights), total, input_precision="ieee")
+        lefts += STEP * ld
+        rights += STEP * ld
+    return total
+
+
+@triton.jit
+def symmetric_kernel(
+    in_ptr, out_ptr, tiles_ptr, scales_ptr, partials_ptr, counters_ptr, linear, quadratic,
+    GRAM: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """GRAM: s²·X·Xᵀ or s²·Xᵀ·X; otherwise linear·A + quadratic·A·Aᵀ."""
+    entry = tiles_ptr + tl.program_id(0) * SYMMETRIC
+    matrix, tall = tl.load(entry), tl.load(entry + 1)
+    left, right = tl.multiple_of(tl.load(entry + 2), 16), tl.multiple_of(tl.load(entry + 3), 16)
+    # offsets inside a tile fit in 32 bits, which saves registers
+    ld, steps = tl.multiple_of(tl.load(entry + 4).to(tl.int32), 16), tl.load(entry + 5).to(tl.int32)
+    total = tl.zeros((TILE, TILE), dtype=tl.float32)
+    if GRAM and tall != 0:
+        total = add_columns_product(total, in_ptr + left, in_ptr + right, ld, steps, TILE, STEP)
+    else:
+        total = add_rows_product(total, in_ptr + left, in_ptr + right, ld, steps, TILE, STEP)
+    side = tl.arange(0, TILE)
+    out, mirror = tl.multiple_of(tl.load(entry + 6), 16), tl.multiple_of(tl.load(entry + 7), 16)
+    out_ld = tl.multiple_of(tl.load(entry + 8).to(tl.int32), 16)
+    within = side[:, None] * out_ld + side[None, :]
+    complete = True
+    if GRAM:
+        parts = tl.load(entry + 9)
+        if parts > 1:
+            # the last part to arrive adds all of them up, in the same order whichever it is
+            partial = partials_ptr + tl.load(entry + 10) * TILE * TILE + side[:, None] * TILE + side[None, :]
+            tl.store(partial + tl.load(entry + 11) * TILE * TILE, total)
+            tl.debug_barrier()
+            counter = counters_ptr + tl.load(entry + 12)
+            complete = tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
+            if complete:
+                total = tl.zeros((TILE, TILE), dtype=tl.float32)
+                for part in range(parts):
+                    total += tl.load(partial + part * TILE * TILE, cache_modifier=".cg")
+                tl.store(counter, 0)
+        scale = tl.load(scales_ptr + matrix)
+        total = total * scale * scale
+    else:
+        total = quadratic * total + linear * tl.load(in_ptr + out + within).to(tl.float32)
+    if complete:
+        result = total.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + out + within, result)
+        if mirror != out:
+            tl.store(out_ptr + mirror + within, tl.trans(result))
+
+
+@triton.jit
+def product_kernel(
+    work_ptr, tiles_ptr, scales_ptr, x_start, square_start, out_start, linear, quadratic,
+    TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """s·(linear·X + quadratic·B·X), tall: s·(linear·X + quadratic·X·B)."""
+    entry = tiles_ptr + tl.program_id(0) * GENERAL
+    matrix, tall = tl.load(entry), tl.load(entry + 1) != 0
+    left = tl.multiple_of(tl.load(entry + 2) + tl.where(tall, x_start, square_start), 16)
+    right = tl.multiple_of(tl.load(entry + 3) + tl.where(tall, square_start, x_start), 16)
+    left_ld = tl.multiple_of(tl.load(entry + 4).to(tl.int32), 16)
+    right_ld = tl.multiple_of(tl.load(entry + 5).to(tl.int32), 16)
+    inner, side = tl.arange(0, STEP), tl.arange(0, TILE)
+    lefts = work_ptr + left + side[:, None] * left_ld + inner[None, :]
+    rights = work_ptr + right + inner[:, None] * right_ld + side[None, :]
+    total = tl.zeros((TILE, TILE), dtype=tl.float32)
+    for _ in range(tl.load(entry + 6).to(tl.int32)):
+        total = tl.dot(tl.load(lefts), tl.load(rights), total, input_precision="ieee")
+        lefts += STEP
+        rights += STEP * right_ld
+    # the result lies as X does, with X's leading dimension
+    out = tl.multiple_of(tl.load(entry + 7), 16)
+    within = side[:, None] * tl.multiple_of(tl.where(tall, left_ld, right_ld), 16) + side[None, :]
+    before = tl.load(work_ptr + x_start + out + within).to(tl.float32)
+    total = (linear * before + quadratic * total) * tl.load(scales_ptr + matrix)
+    tl.store(work_ptr + out_start + out + within, total.to(work_ptr.dtype.element_ty))
+
+
+class Plan(NamedTuple):
+    """What depends on the shapes of a list alone; the tables are on the device."""
+
+    shapes: tuple[tuple[int, int], ...]
+    tile: int
+    layout: Tensor
+    # (matrix, first row, of its Gram matrix?) of each program of an elementwise kernel
+    blocks: Tensor
+    gram_blocks: Tensor
+    gram_tiles: Tensor
+    square_tiles: Tensor
+    product_tiles: Tensor
+    x_size: int
+    gram_size: int
+    factors: int
+    partials: int
+    counters: int
+    # start and leading dimension of each matrix
+    places: tuple[tuple[int, int], ...]
+
+
+def tile_of(dtype: torch.dtype) -> int:
+    """Side of a tile: float32 products run outside the tensor cores and need more registers."""
+    return 64 if dtype == torch.float32 else 128
+
+
+@functools.lru_cache(maxsize=32)
+def make_plan(shapes: tuple[tuple[int, int], ...], tile: int, device: torch.device, processors: int = 132) -> Plan:
+    """Lays out the workspace and the tables.
+
+    Args:
+        shapes: (rows, columns) of each matrix, none of them 0.
+        tile: side of a tile of a product.
+        device: where the tables go.
+        processors: multiprocessors of the GPU; sums are split where one would keep its processor longer than fair.
+    """
+    layout: list[tuple[int, ...]] = []
+    blocks: list[tuple[int, ...]] = []
+    gram_blocks: list[tuple[int, ...]] = []
+    grams: list[tuple[int, ...]] = []
+    squares: list[tuple[int, ...]] = []
+    products: list[tuple[int, ...]] = []
+    x_size = gram_size = factors = partials = counters = 0
+    padded = [(-(-rows // tile) * tile, -(-columns // tile) * tile) for rows, columns in shapes]
+    work = sum(min(p) // tile * (min(p) // tile + 1) // 2 * (max(p) // STEP) for p in padded)
+    fair = max(8, work // processors)
+    for matrix, (rows, columns) in enumerate(shapes):
+        height, ld = padded[matrix]
+        tall = rows > columns
+        short, long = sorted((height, ld))
+        own = [(matrix, row, 0) for row in range(0, height, ROWS)]
+        layout.append((rows, columns, ld, x_size, len(blocks), len(own), tall, gram_size, short, factors))
+        blocks += own
+        gram_blocks += [(matrix, row, 1) for row in range(0, short, ROWS)]
+        parts = -(-(long // STEP) // fair)
+        cuts = [long // STEP * part // parts for part in range(parts + 1)]
+        for i, j in ((high, low) for high in range(0, short, tile) for low in range(0, high + 1, tile)):
+            out = (gram_size + i * short + j, gram_size + j * short + i, short)
+            for part, (cut, next_cut) in enumerate(itertools.pairwise(cuts)):
+                k = cut * STEP
+                starts = [x_size + (k * ld + at if tall else at * ld + k) for at in (i, j)]
+                split = (parts, partials, part, counters)
+                grams.append((matrix, tall, *starts, ld, next_cut - cut, *out, *split))
+            partials += parts if parts > 1 else 0
+            counters += parts > 1
+            starts = [gram_size + at * short for at in (i, j)]
+            squares.append((matrix, 0, *starts, short, short // STEP, *out, 1, 0, 0, 0))
+        for i, j in itertools.product(range(0, height, tile), range(0, ld, tile)):
+            operands = (x_size + i * ld, gram_size + j) if tall else (gram_size + i * short, x_size + j)
+            lds = (ld, short) if tall else (short, ld)
+            products.append((matrix, tall, *operands, *lds, short // STEP, x_size + i * ld + j))
+        x_size += height * ld
+        gram_size += short * short
+        factors += short
+
+    # the longest first, so that the last ones to run are short
+    grams.sort(key=lambda entry: -entry[5])
+    squares.sort(key=lambda entry: -entry[5])
+    products.sort(key=lambda entry: -entry[6])
+    tables = [
+        torch.tensor(entries, dtype=torch.int64).to(device)
+        for entries in (layout, blocks, gram_blocks, grams, squares, products)
+    ]
+    places = tuple((entry[3], entry[2]) for entry in layout)
+    return Plan._make((shapes, tile, *tables, x_size, gram_size, factors, partials, counters, places))
+
+
+class Workspace:
+    """The memory of one call: two places for X, A and B behind each other, norms, scales and partial sums."""
+
+    def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
+        device = plan.layout.device
+        self.plan = plan
+        self.work = torch.empty(2 * (plan.x_size + plan.gram_size), dtype=dtype, device=device)
+        self.stats = torch.empty(2 * len(plan.blocks), dtype=torch.float32, device=device)
+        self.scales = torch.empty(3 * len(plan.shapes), dtype=torch.float32, device=device)
+        self.factors = torch.empty(plan.factors, dtype=torch.float32, device=device)
+        self.partials = torch.empty(plan.partials * plan.tile**2, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(plan.counters, dtype=torch.int32, device=device)
+
+    def views(self, start: int) -> list[Tensor]:
+        """Each matrix where X starts there, without its padding."""
+        shapes = zip(self.plan.shapes, self.plan.places, strict=True)
+        return [self.work.as_strided(shape, (ld, 1), start + place) for shape, (place, ld) in shapes]
+
+    def norms(self, eps: float) -> None:
+        """‖X‖ from the sums that packing left."""
+        plan = self.plan
+        norm_kernel[(len(plan.blocks),)](
+            plan.layout, plan.blocks, self.work, self.stats, self.scales, len(plan.shapes), eps,
+            ROWS=ROWS, CHUNK=CHUNK, **ELEMENTWISE,
+        )  # fmt: skip
+
+    def _symmetric(self, tiles: Tensor, source: int, target: int, ones: bool, b: float, c: float, gram: bool) -> None:
+        symmetric_kernel[(len(tiles),)](
+            self.work[source:], self.work[target:], tiles, self._scales(ones), self.partials, self.counters, b, c,
+            GRAM=gram, TILE=self.plan.tile, STEP=STEP, **PRODUCT,
+        )  # fmt: skip
+
+    def _scales(self, ones: bool) -> Tensor:
+        return self.scales[len(self.plan.shapes) :] if ones else self.scales
+
+    def _aol(self, gram: int, eps: float, ones: bool) -> None:
+        plan = self.plan
+        aol_sums_kernel[(len(plan.gram_blocks),)](
+            plan.layout, plan.gram_blocks, self.work[gram:], self.factors, eps, ROWS=ROWS, CHUNK=CHUNK, **ELEMENTWISE
+        )
+        for blocks in (plan.blocks, plan.gram_blocks):
+            aol_scale_kernel[(len(blocks),)](
+                plan.layout, blocks, self.work, gram, self._scales(ones), self.factors,
+                ROWS=ROWS, CHUNK=CHUNK, **ELEMENTWISE,
+            )  # fmt: skip
+
+    def iterate(self, coefficients: Sequence[float], eps: float, prescale: str, *, scaled: bool = False) -> int:
+        """All iterations, from X at the start of the workspace.
+
+        Args:
+            coefficients: a, b, c of each iteration, one after the other.
+            eps: as in `newton_schulz`.
+            prescale: `frobenius` or `aol`.
+            scaled: X has been divided by its norm already.
+
+        Returns:
+            Where the last X starts.
+        """
+        plan = self.plan
+        x, other = 0, plan.x_size
+        gram = 2 * plan.x_size
+        square = gram + plan.gram_size
+        for number in range(0, len(coefficients), 3):
+            a, b, c = coefficients[number : number + 3]
+            ones = scaled or number > 0
+            self._symmetric(plan.gram_tiles, x, gram, ones, 0.0, 0.0, True)
+            if prescale == "aol" and number == 0:
+                self._aol(gram, eps, ones)
+                ones = True
+            if c != 0.0:
+                self._symmetric(plan.square_tiles, gram, square, ones, b, c, False)
+            product_kernel[(len(plan.product_tiles),)](
+                self.work, plan.product_tiles, self._scales(ones), x, square if c != 0.0 else gram, other,
+                a, 1.0 if c != 0.0 else b, TILE=plan.tile, STEP=STEP, **PRODUCT,
+            )  # fmt: skip
+            x, other = other, x
+        return x
+
+
+@functools.lru_cache(maxsize=32)
+def upload(entries: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """A table on the device; while a graph is captured only one that was there before.
+
+    Raises:
+        RuntimeError: it was not, and a copy from the host must not be part of a graph.
+    """
+    table = torch.tensor(entries, dtype=torch.int64)
+    if device.type != "cuda":
+        return table
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("tensors at new addresses during CUDA graph capture: run once with the same tensors before")
+    return table.pin_memory().to(device, non_blocking=True)
+
+
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of a GPU; an H100's for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def matrices_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The matrices of a list of matrices and banks."""
+    return [piece for t in tensors for piece in (t.unbind() if t.ndim == 3 else (t,))]
+
+
+def newton_schulz(
+    matrices: Sequence[Tensor],
+    coefficients: Sequence[float],
+    eps: float = 1e-7,
+    prescale: str = "frobenius",
+    compute_dtype: torch.dtype = torch.bfloat16,
+) -> list[Tensor]:
+    """Orthogonalizes every matrix of a list: U·S·Vᵀ → U·f(S)·Vᵀ with f(S) close to 1.
+
+    Args:
+        matrices: matrices `(m, n)` and banks `(b, m, n)`, float32, bfloat16 or float16, on one GPU, any strides.
+        coefficients: a, b, c of each iteration, one after the other.
+        eps: matrices with a norm below it count as zero.
+        prescale: `frobenius` or `aol`.
+        compute_dtype: of the products: bfloat16, float16 or float32, with float32 sums.
+
+    Returns:
+        New contiguous tensors of the shapes and dtypes of the inputs.
+    """
+    results = [torch.empty_like(matrix, memory_format=torch.contiguous_format) for matrix in matrices]
+    sources = [matrix for matrix in matrices_of([m.contiguous() for m in matrices]) if matrix.numel()]
+    if not sources:
+        return results
+    device = sources[0].device
+    shapes = tuple((matrix.shape[0], matrix.shape[1]) for matrix in sources)
+    aligned = all(m.data_ptr() % 16 == 0 and m.shape[1] % 8 == 0 for m in sources)
+    with torch.cuda.device_of(sources[0]):
+        workspace = Workspace(make_plan(shapes, tile_of(compute_dtype), device, processors_of(device)), compute_dtype)
+        plan, w = workspace.plan, workspace
+        addresses = upload(tuple((m.data_ptr(), DTYPES.index(m.dtype)) for m in sources), device)
+
+        def pack(scaled: bool) -> None:
+            pack_kernel[(len(plan.blocks),)](
+                addresses, plan.layout, plan.blocks, w.work, w.stats, w.scales, len(shapes),
+                SCALED=scaled, ALIGNED=aligned, ROWS=ROWS, CHUNK=CHUNK, **ELEMENTWISE,
+            )  # fmt: skip
+
+        pack(False)
+        w.norms(eps)
+        scaled = compute_dtype == torch.float16
+        if scaled:
+            pack(True)
+        start = w.iterate(coefficients, eps, prescale, scaled=scaled)
+        targets = [matrix for matrix in matrices_of(results) if matrix.numel()]
+        torch._foreach_copy_(targets, w.views(start))
+    return results
+
+
+def aot_configurations() -> list[dict[str, Any]]:
+    """Every configuration that ships, for ahead-of-time compilation; see benchmarks/aot.py."""
+    return [entry for kind in ("bf16", "fp16", "fp32") for entry in _aot_of(kind)]
+
+
+def _aot_of(kind: str) -> list[dict[str, Any]]:
+    tables = dict.fromkeys(("layout_ptr", "blocks_ptr"), "*i64")
+    packed = {**tables, "x_ptr": f"*{kind}", "stats_ptr": "*fp32", "scales_ptr": "*fp32", "matrices": "i32"}
+    factors = {**tables, "factors_ptr": "*fp32"}
+    scaled = {**factors, "work_ptr": f"*{kind}", "gram_start": "i32", "scales_ptr": "*fp32"}
+    elementwise: list[tuple[str, Any, dict[str, str], dict[str, bool]]] = [
+        (f"pack_{aligned=:d}_{scaled=:d}", pack_kernel, {**packed, "addresses_ptr": "*i64"}, flags)
+        for aligned, scaled in itertools.product((False, True), (False, True) if kind == "fp16" else (False,))
+        for flags in [{"ALIGNED": aligned, "SCALED": scaled}]
+    ]
+    elementwise += [
+        ("norm", norm_kernel, {**packed, "eps": "fp32"}, {}),
+        ("aol_sums", aol_sums_kernel, {**factors, "gram_ptr": f"*{kind}", "eps": "fp32"}, {}),
+        ("aol_scale", aol_scale_kernel, scaled, {}),
+    ]
+    common = {"tiles_ptr": "*i64", "scales_ptr": "*fp32", "linear": "fp32", "quadratic": "fp32"}
+    symmetric = {**common, "in_ptr": f"*{kind}", "out_ptr": f"*{kind}", "partials_ptr": "*fp32", "counters_ptr": "*i32"}
+    starts = ("x_start", "square_start", "out_start")
+    products: list[tuple[str, Any, dict[str, str], dict[str, bool]]] = [
+        ("gram", symmetric_kernel, symmetric, {"GRAM": True}),
+        ("square", symmetric_kernel, symmetric, {"GRAM": False}),
+        ("product", product_kernel, {**common, "work_ptr": f"*{kind}", **dict.fromkeys(starts, "i32")}, {}),
+    ]
+    tile = 64 if kind == "fp32" else 128
+    # there are no tensor core products of float32 numbers
+    promises = ("wgmma",) if kind != "fp32" else ()
+    return [
+        {"name": f"{name}_{kind}", "kernel": kernel, "signature": signature, "constexprs": {**flags, **constants}}
+        | {"options": options, "promises": promised, "divisible": (*starts, "gram_start")}
+        for group, constants, options, promised in (
+            (elementwise, {"ROWS": ROWS, "CHUNK": CHUNK}, ELEMENTWISE, ()),
+            (products, {"TILE": tile, "STEP": STEP}, PRODUCT, promises),
+        )
+        for name, kernel, signature, flags in group
+    ]
