@@ -4,6 +4,9 @@ Every operator runs everywhere in PyTorch; C++, Triton and CUDA back ends take o
 `python -m golf_kernels` shows which do and why.
 """
 
+# imported for the back end that it registers
+from golf_kernels import muon_step as _muon_step  # noqa: F401
+
 # some functions have the name of their module: importing them here, and not on first use, is what makes
 # `golf_kernels.newton_schulz` the function for everyone, whichever module was imported first
 from golf_kernels.gptq_block import gptq_block

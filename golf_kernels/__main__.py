@@ -18,6 +18,7 @@ from torch import Tensor
 from golf_kernels import dispatch, int6, native
 from golf_kernels.gptq_block import gptq_block
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
+from golf_kernels.muon import Muon, learning_rate_ratio
 from golf_kernels.newton_schulz import COEFFICIENTS, newton_schulz
 from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
 from golf_kernels.version import __version__
@@ -95,6 +96,21 @@ def _check_newton_schulz(device: str, dtype: torch.dtype) -> Results:
     return newton_schulz(matrices, compute_dtype=dtype), want
 
 
+def _check_muon_step(device: str, dtype: torch.dtype) -> Results:
+    shapes = ((24, 40), (40, 24), (2, 24, 40))
+    weights = [_random(*s, seed=i, device=device, dtype=torch.float32).requires_grad_() for i, s in enumerate(shapes)]
+    for index, weight in enumerate(weights):
+        weight.grad = _random(*weight.shape, seed=index + 5, device=device, dtype=torch.float32)
+    schedule = [value for triple in COEFFICIENTS["quintic"].schedule() for value in triple]
+    # momentum only scales the first step's gradient, and Newton-Schulz takes the scale away
+    exact = _truth(*(weight.grad for weight in weights if weight.grad is not None))
+    steps = dispatch.run_on("torch", "newton_schulz", exact, schedule, 1e-7, "frobenius", torch.float64)
+    rates = [0.5 * learning_rate_ratio(None, *weight.shape[-2:]) for weight in weights]
+    want = [0.95 * w - rate * step for w, rate, step in zip(_truth(*weights), rates, steps, strict=True)]
+    Muon(weights, lr=0.5, weight_decay=0.1, compute_dtype=dtype).step()
+    return list(weights), want
+
+
 def _check_mlp(device: str, dtype: torch.dtype) -> Results:
     shapes = ((37, 32), (128, 32), (32, 128), (37, 32), (32,))
     leaves = [_random(*s, seed=i, device=device, dtype=dtype).requires_grad_() for i, s in enumerate(shapes)]
@@ -151,6 +167,7 @@ def _check_gptq_block(device: str, dtype: torch.dtype) -> Results:
 # the operator that stands for each kind, and its check
 CHECKS: dict[str, Callable[[str, torch.dtype], Results]] = {
     "newton_schulz": _check_newton_schulz,
+    "muon_step": _check_muon_step,
     "leaky_relu2_mlp": _check_mlp,
     "softcapped_cross_entropy": _check_cross_entropy,
     "window_nll": _check_window_nll,

@@ -8,6 +8,8 @@ One step, for each matrix with gradient g (elementwise parts through `torch._for
     O = newton_schulz(u)
     s ← β₂·s + (1 − β₂)·mean_row(O²);  O ← O / (√s + 1e-10), rescaled to its former Frobenius norm     (normuon)
     w ← w·(1 − lr·weight_decay) − lr·ratio·O,  ratio = √max(1, rows / columns)
+
+The back end `triton` of `muon_step` (muon_step.py) does all matrices of a group in one launch for each of these lines.
 """
 
 from __future__ import annotations
@@ -21,10 +23,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from golf_kernels.newton_schulz import CoefficientSet, coefficient_set, default_compute_dtype, newton_schulz
+from golf_kernels import dispatch
+from golf_kernels.newton_schulz import (
+    CoefficientSet,
+    coefficient_set,
+    default_compute_dtype,
+    newton_schulz,
+)
 
 ADJUST_LR = ("original", "match_rms_adamw")
 _NORMUON_EPS = 1e-10
+# a group and those of its parameters that have a gradient
+Work = tuple[dict[str, Any], list[Tensor]]
 # what a state_dict of torch.optim.Muon does not have
 _EXTRAS: dict[str, Any] = {
     "row_normalize": False,
@@ -41,13 +51,14 @@ class Muon(torch.optim.Optimizer):
     """Muon with the arguments of `torch.optim.Muon`; its calls and its `state_dict` work here as they are.
 
     Every option can differ between parameter groups, and `lr` and `momentum` may change from step to step. Nothing
-    waits for the GPU.
+    waits for the GPU. A step can be captured in a CUDA graph if one with the same tensors has run before; `lr` and
+    `momentum` are then tensors on the device, which are read at each replay.
 
     Args:
         params: matrices `(rows, columns)` and banks `(b, rows, columns)`, or groups of them.
         lr: learning rate; a float or a one-element tensor.
         weight_decay: decoupled: w ← w·(1 − lr·weight_decay).
-        momentum: β. While β changes, dampened and not dampened momentum weigh old gradients differently; with a
+        momentum: β; a float or a one-element tensor. While β changes, dampened and not dampened momentum weigh old gradients differently; with a
             constant β they differ by a factor that Newton-Schulz removes.
         nesterov: look ahead by one momentum step.
         ns_coefficients: one (a, b, c) for every iteration, as in `torch.optim.Muon`; None takes `coefficients`.
@@ -98,6 +109,7 @@ class Muon(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.process_group = process_group
+        self.copies: dict[Tensor, Tensor] = {}
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -129,6 +141,7 @@ class Muon(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("copies", {})
         for group in self.param_groups:
             for name, value in _EXTRAS.items():
                 group.setdefault(name, value)
@@ -147,28 +160,58 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work: list[tuple[dict[str, Any], list[Tensor]]] = []
-        calls: dict[Any, list[Tensor]] = {}
+        work: list[Work] = []
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
+            for param in params:
+                if param.grad.is_complex() or param.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"Muon: expected real dense gradients, found {param.grad.dtype}, {param.grad.layout}"
+                    )
             if params:
                 work.append((group, params))
-                calls.setdefault(_call_key(group, params), []).extend(self._updates(group, params))
+        if work:
+            dispatch.call("muon_step", [param for _, params in work for param in params], self, work)
+        return loss
+
+    def copy_to(self, param: Tensor, copy: Tensor) -> None:
+        """Lets every step also write the new weights of `param` to `copy`, for example the bfloat16 ones of a model.
+
+        Raises:
+            ValueError: another shape or device.
+        """
+        if copy.shape != param.shape or copy.device != param.device:
+            found = f"{tuple(copy.shape)} on {copy.device}"
+            raise ValueError(f"copy: expected shape {tuple(param.shape)} on {param.device}, found {found}")
+        self.copies[param] = copy
+
+    def _step_by_parts(self, work: list[Work]) -> None:
+        calls: dict[Any, list[Tensor]] = {}
+        for group, params in work:
+            calls.setdefault(_call_key(group, params), []).extend(self._updates(group, params))
         results = {key: iter(self._orthogonalize(updates, key)) for key, updates in calls.items()}
         for group, params in work:
             orthogonal = [next(results[_call_key(group, params)]) for _ in params]
             self._apply(group, params, orthogonal)
-        return loss
+            for param in params:
+                if param in self.copies:
+                    self.copies[param].copy_(param)
 
     def _updates(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         """Momentum, Nesterov and row normalization: the matrices that Newton-Schulz gets."""
         grads = [param.grad for param in params if param.grad is not None]
-        for grad in grads:
-            if grad.is_complex() or grad.layout != torch.strided:
-                raise RuntimeError(f"Muon: expected real dense gradients, found {grad.dtype}, {grad.layout}")
-        buffers = [self._state(param, "momentum_buffer", grad) for param, grad in zip(params, grads, strict=True)]
+        buffers = [self.moment(param, "momentum_buffer", grad) for param, grad in zip(params, grads, strict=True)]
         momentum = group["momentum"]
-        if group["dampened"]:
+        if isinstance(momentum, Tensor):
+            momentum = momentum.reshape(()).to(grads[0].device, grads[0].dtype)
+            torch._foreach_mul_(buffers, momentum)
+            share = 1 - momentum if group["dampened"] else torch.ones_like(momentum)
+            torch._foreach_add_(buffers, torch._foreach_mul(grads, share))
+            updates = buffers
+            if group["nesterov"]:
+                updates = list(torch._foreach_mul(buffers, momentum))
+                torch._foreach_add_(updates, torch._foreach_mul(grads, share))
+        elif group["dampened"]:
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
             updates = list(torch._foreach_lerp(grads, buffers, momentum)) if group["nesterov"] else buffers
         else:
@@ -179,7 +222,7 @@ class Muon(torch.optim.Optimizer):
             updates = [u * (u.square().sum(-1, keepdim=True) + group["row_eps"]).rsqrt() for u in updates]
         return updates
 
-    def _state(self, param: Tensor, name: str, like: Tensor) -> Tensor:
+    def moment(self, param: Tensor, name: str, like: Tensor) -> Tensor:
         state = self.state[param]
         if name not in state:
             state[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
@@ -197,7 +240,7 @@ class Muon(torch.optim.Optimizer):
         """NorMuon, scale, weight decay and the update of the weights."""
         if group["normuon"]:
             rows = [o.square().mean(-1, keepdim=True) for o in orthogonal]
-            moments = [self._state(param, "second_moment", row) for param, row in zip(params, rows, strict=True)]
+            moments = [self.moment(param, "second_moment", row) for param, row in zip(params, rows, strict=True)]
             torch._foreach_lerp_(moments, rows, 1 - group["normuon_beta2"])
             orthogonal = [_normuon(o, moment) for o, moment in zip(orthogonal, moments, strict=True)]
         lr, decay = group["lr"], group["weight_decay"]
@@ -285,10 +328,10 @@ def _normuon(orthogonal: Tensor, second_moment: Tensor) -> Tensor:
 
 def _call_key(group: dict[str, Any], params: Sequence[Tensor]) -> Any:
     dtype = group["compute_dtype"] or default_compute_dtype(params)
-    return _coefficients(group), group["ns_steps"], group["eps"], dtype, params[0].device
+    return coefficients_of(group), group["ns_steps"], group["eps"], dtype, params[0].device
 
 
-def _coefficients(group: dict[str, Any]) -> CoefficientSet:
+def coefficients_of(group: dict[str, Any]) -> CoefficientSet:
     triple = group["ns_coefficients"]
     if triple is None:
         return coefficient_set(group["coefficients"])
@@ -296,15 +339,15 @@ def _coefficients(group: dict[str, Any]) -> CoefficientSet:
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"lr: expected a float or a tensor of one element, found shape {tuple(lr.shape)}")
-    elif not lr >= 0.0:
-        raise ValueError(f"lr: expected a number >= 0, found {lr}")
-    for name in ("weight_decay", "momentum", "eps", "row_eps"):
-        if not group[name] >= 0.0:
-            raise ValueError(f"{name}: expected a number >= 0, found {group[name]}")
+    for name in ("lr", "momentum", "weight_decay", "eps", "row_eps"):
+        value = group[name]
+        if isinstance(value, Tensor) and name in ("lr", "momentum"):
+            if value.numel() != 1:
+                raise ValueError(
+                    f"{name}: expected a float or a tensor of one element, found shape {tuple(value.shape)}"
+                )
+        elif not value >= 0.0:
+            raise ValueError(f"{name}: expected a number >= 0, found {value}")
     if not 0.0 <= group["normuon_beta2"] < 1.0:
         raise ValueError(f"normuon_beta2: expected 0 <= beta2 < 1, found {group['normuon_beta2']}")
     if group["adjust_lr_fn"] not in (None, *ADJUST_LR):
@@ -316,10 +359,17 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"ns_coefficients: expected three numbers, found {group['ns_coefficients']}")
         if group["coefficients"] != "quintic":
             raise ValueError("ns_coefficients and coefficients: expected one of them, found both")
-    _coefficients(group).schedule(group["ns_steps"])
+    coefficients_of(group).schedule(group["ns_steps"])
     for index, param in enumerate(group["params"]):
         if param.ndim not in (2, 3):
             raise ValueError(
                 f"params[{index}]: expected a matrix or a bank of matrices, found shape {tuple(param.shape)}; "
                 "give other parameters to torch.optim.AdamW"
             )
+
+
+def _step_torch(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> None:
+    optimizer._step_by_parts(work)
+
+
+dispatch.register("muon_step", "torch", _step_torch)

@@ -1,0 +1,99 @@
+"""The whole step of Muon on a GPU, in one launch per phase: the back end `triton` of `muon_step`.
+
+Each parameter group is a step of its own: its directions go to the workspace of Newton-Schulz, are orthogonalized there,
+and are read from there when the weights are updated. Nothing waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from golf_kernels import dispatch
+from golf_kernels.muon import Muon, Work, coefficients_of, learning_rate_ratio
+from golf_kernels.newton_schulz import default_compute_dtype, triton_problem
+
+
+@functools.lru_cache(maxsize=32)
+def _ratios(ratios: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(ratios, dtype=torch.float32).to(device)
+
+
+def _step_triton(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> None:
+    # in a function, because importing golf_kernels must not need Triton
+    from golf_kernels import muon_triton
+    from golf_kernels import newton_schulz_triton as kernels
+
+    for group, members in work:
+        state = [optimizer.moment(p, "momentum_buffer", g) for p in members if (g := p.grad) is not None]
+        second = [optimizer.moment(p, "second_moment", p[..., :1]) for p in members] if group["normuon"] else members
+        copies = [optimizer.copies.get(p, p) for p in members]
+        lists = ([p.grad for p in members if p.grad is not None], state, members, second, copies)
+        # empty matrices have nothing to update, and no address
+        pieces = [p for p in zip(*map(kernels.matrices_of, lists), strict=True) if p[2].numel()]
+        if not pieces:
+            continue
+        device = members[0].device
+        shapes = tuple((weight.shape[0], weight.shape[1]) for _, _, weight, _, _ in pieces)
+        addresses = tuple(tuple(tensor.data_ptr() for tensor in piece) for piece in pieces)
+        ratios = tuple(learning_rate_ratio(group["adjust_lr_fn"], *shape) for shape in shapes)
+        aligned = all(a % 16 == 0 for row in addresses for a in row) and all(n % 8 == 0 for _, n in shapes)
+        dtype = group["compute_dtype"] or default_compute_dtype(members)
+        with torch.cuda.device_of(members[0]):  # type: ignore[no-untyped-call]
+            plan = kernels.make_plan(shapes, kernels.tile_of(dtype), device, kernels.processors_of(device))
+            workspace = kernels.Workspace(plan, dtype)
+            scalars = torch.empty(2, dtype=torch.float32, device=device)
+            for place, name in enumerate(("lr", "momentum")):
+                value = group[name]
+                scalars[place].copy_(value.reshape(())) if isinstance(value, Tensor) else scalars[place].fill_(value)
+            common = (kernels.upload(addresses, device), scalars, kernels.ROWS)
+            muon_triton.momentum(
+                plan,
+                workspace.work,
+                workspace.stats,
+                *common,
+                row_eps=group["row_eps"] if group["row_normalize"] else None,
+                nesterov=group["nesterov"],
+                dampened=group["dampened"],
+                aligned=aligned,
+            )
+            workspace.norms(group["eps"])
+            chosen = coefficients_of(group)
+            flat = [value for triple in chosen.schedule(group["ns_steps"]) for value in triple]
+            start = workspace.iterate(flat, group["eps"], chosen.prescale)
+            muon_triton.apply(
+                plan,
+                workspace.work[start:],
+                workspace.stats,
+                *common,
+                ratios=_ratios(ratios, device),
+                weight_decay=group["weight_decay"],
+                beta2=group["normuon_beta2"] if group["normuon"] else None,
+                copy=all(p in optimizer.copies for p in members),
+                aligned=aligned,
+            )
+
+
+def _triton_supports(*args: Any) -> str | None:
+    if not args:
+        return triton_problem([])
+    _, optimizer, work = args
+    if optimizer.process_group is not None and dist.get_world_size(optimizer.process_group) > 1:
+        return "the work is shared out over a process group"
+    for group, members in work:
+        tensors = [tensor for p in members for tensor in (p, p.grad, *optimizer.state.get(p, {}).values())]
+        if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in tensors):
+            return "its weights, gradients and moments are float32 and contiguous"
+        copies = [optimizer.copies[p] for p in members if p in optimizer.copies]
+        if copies and (len(copies) < len(members) or any(c.dtype != torch.bfloat16 for c in copies)):
+            return "it copies all weights of a group in bfloat16, or none"
+        if group["compute_dtype"] not in (None, torch.float32, torch.bfloat16):
+            return f"its products are bfloat16 or float32, found {group['compute_dtype']}"
+    return triton_problem([])
+
+
+dispatch.register("muon_step", "triton", _step_triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)

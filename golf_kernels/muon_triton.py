@@ -1,0 +1,261 @@
+"""What surrounds Newton-Schulz in a step of Muon, one launch each for all matrices, in Triton for Hopper.
+
+    momentum  m ← β·m + g (dampened: m + (1 − β)·(g − m)); u = the Nesterov or plain direction, its rows normalized or not;
+              X ← u in the workspace of newton_schulz_triton.py, and each block's largest entry and sum of squares
+    moments   NorMuon: s ← β₂·s + (1 − β₂)·mean_row(X²), and each block's sums of X² and of (X / (√s + 1e-10))²
+    apply     w ← w·(1 − lr·weight_decay) − lr·ratio·X, with NorMuon's row and norm factors, and a bfloat16 copy of w
+
+β and lr are read from the device, so that a CUDA graph of the step can be replayed with other values.
+"""
+
+# triton gives the arguments of a kernel their types
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+OPTIONS = {"num_warps": 8}
+CHUNK = 256
+# fields of a matrix in the layout of newton_schulz_triton.py, and of its addresses: gradient, momentum, weight, second
+# moment, copy
+LAYOUT = tl.constexpr(10)
+ADDRESSES = tl.constexpr(5)
+# added to NorMuon's divisors
+TINY = tl.constexpr(1e-10)
+
+
+@triton.jit
+def float_pointer(address, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(tl.float32))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def reciprocal_power(value):
+    """2^-e for a value in [2^e, 2^(e+1)), exact."""
+    bits = value.to(tl.int32, bitcast=True) & 0x7F800000
+    return (0x7F000000 - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def momentum_kernel(
+    addresses_ptr, layout_ptr, blocks_ptr, x_ptr, stats_ptr, scalars_ptr, row_eps, nesterov, dampened,
+    ROW_NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    matrix = tl.load(blocks_ptr + 3 * block)
+    at = tl.load(blocks_ptr + 3 * block + 1) + tl.arange(0, ROWS)[:, None]
+    layout = layout_ptr + matrix * LAYOUT
+    rows, columns = tl.load(layout), tl.load(layout + 1)
+    ld, start = tl.multiple_of(tl.load(layout + 2), 16), tl.multiple_of(tl.load(layout + 3), 16)
+    if ALIGNED:
+        columns = tl.multiple_of(columns, 8)
+    gradients = float_pointer(tl.load(addresses_ptr + matrix * ADDRESSES), ALIGNED)
+    momenta = float_pointer(tl.load(addresses_ptr + matrix * ADDRESSES + 1), ALIGNED)
+    beta = tl.load(scalars_ptr + 1)
+    # nesterov and dampened are 0 or 1: m ← β·m + take·g, u = look·g + keep·m
+    take = 1 - dampened * beta
+    look, keep = nesterov * take, 1 - nesterov * (1 - beta)
+    factor = tl.full((ROWS, 1), 1.0, dtype=tl.float32)
+    if ROW_NORMALIZE:
+        sums = tl.zeros((ROWS,), dtype=tl.float32)
+        for first in range(0, ld, CHUNK):
+            column = first + tl.arange(0, CHUNK)[None, :]
+            inside = (at < rows) & (column < columns)
+            gradient = tl.load(gradients + at * columns + column, mask=inside, other=0.0)
+            momentum = tl.load(momenta + at * columns + column, mask=inside, other=0.0)
+            value = look * gradient + keep * (beta * momentum + take * gradient)
+            sums += tl.sum(value * value, axis=1)
+        factor = tl.rsqrt(sums + row_eps)[:, None]
+    largest = 0.0
+    squares = 0.0
+    for first in range(0, ld, CHUNK):
+        column = first + tl.arange(0, CHUNK)[None, :]
+        inside = (at < rows) & (column < columns)
+        gradient = tl.load(gradients + at * columns + column, mask=inside, other=0.0)
+        momentum = tl.load(momenta + at * columns + column, mask=inside, other=0.0)
+        momentum = beta * momentum + take * gradient
+        tl.store(momenta + at * columns + column, momentum, mask=inside)
+        value = (look * gradient + keep * momentum) * factor
+        # a row of zeros has no factor without row_eps
+        value = tl.where(inside, value, 0.0)
+        # relative to a power of two near the largest entry so far, so that no square overflows
+        before = reciprocal_power(largest)
+        largest = tl.maximum(largest, tl.max(tl.abs(value)))
+        unit = reciprocal_power(largest)
+        scaled = value * unit
+        squares = squares * (unit / before) * (unit / before) + tl.sum(scaled * scaled)
+        tl.store(x_ptr + start + at * ld + column, value.to(x_ptr.dtype.element_ty), mask=column < ld)
+    tl.store(stats_ptr + 2 * block, largest)
+    tl.store(stats_ptr + 2 * block + 1, squares)
+
+
+@triton.jit
+def moments_kernel(
+    addresses_ptr, layout_ptr, blocks_ptr, x_ptr, stats_ptr, factors_ptr, beta2,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    matrix = tl.load(blocks_ptr + 3 * block)
+    within = tl.arange(0, ROWS)
+    at = tl.load(blocks_ptr + 3 * block + 1) + within
+    layout = layout_ptr + matrix * LAYOUT
+    rows, columns = tl.load(layout), tl.load(layout + 1)
+    ld, start = tl.multiple_of(tl.load(layout + 2), 16), tl.multiple_of(tl.load(layout + 3), 16)
+    sums = tl.zeros((ROWS,), dtype=tl.float32)
+    for first in range(0, ld, CHUNK):
+        column = first + tl.arange(0, CHUNK)[None, :]
+        # beyond the matrix there are zeros
+        value = tl.load(x_ptr + start + at[:, None] * ld + column, mask=column < ld, other=0.0).to(tl.float32)
+        sums += tl.sum(value * value, axis=1)
+    moments = float_pointer(tl.load(addresses_ptr + matrix * ADDRESSES + 3), False) + at
+    moment = tl.load(moments, mask=at < rows, other=0.0)
+    moment = moment + (1 - beta2) * (sums / columns.to(tl.float32) - moment)
+    tl.store(moments, moment, mask=at < rows)
+    factor = 1.0 / (tl.sqrt(moment) + TINY)
+    tl.store(factors_ptr + block * ROWS + within, factor)
+    tl.store(stats_ptr + 2 * block, tl.sum(sums))
+    tl.store(stats_ptr + 2 * block + 1, tl.sum(tl.where(at < rows, sums * factor * factor, 0.0)))
+
+
+@triton.jit
+def apply_kernel(
+    addresses_ptr, layout_ptr, blocks_ptr, x_ptr, stats_ptr, factors_ptr, ratios_ptr, scalars_ptr, weight_decay,
+    NORMUON: tl.constexpr, COPY: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    matrix = tl.load(blocks_ptr + 3 * block)
+    within = tl.arange(0, ROWS)[:, None]
+    at = tl.load(blocks_ptr + 3 * block + 1) + within
+    layout = layout_ptr + matrix * LAYOUT
+    rows, columns = tl.load(layout), tl.load(layout + 1)
+    ld, start = tl.multiple_of(tl.load(layout + 2), 16), tl.multiple_of(tl.load(layout + 3), 16)
+    if ALIGNED:
+        columns = tl.multiple_of(columns, 8)
+    weights = float_pointer(tl.load(addresses_ptr + matrix * ADDRESSES + 2), ALIGNED)
+    lr = tl.load(scalars_ptr)
+    rate = lr * tl.load(ratios_ptr + matrix)
+    factor = tl.full((ROWS, 1), 1.0, dtype=tl.float32)
+    if NORMUON:
+        first_block, count = tl.load(layout + 4), tl.load(layout + 5)
+        before = 0.0
+        after = 0.0
+        for first in range(0, count, CHUNK):
+            index = first + tl.arange(0, CHUNK)
+            before += tl.sum(tl.load(stats_ptr + 2 * (first_block + index), mask=index < count, other=0.0))
+            after += tl.sum(tl.load(stats_ptr + 2 * (first_block + index) + 1, mask=index < count, other=0.0))
+        factor = tl.load(factors_ptr + block * ROWS + within) * (tl.sqrt(before) / (tl.sqrt(after) + TINY))
+    for first in range(0, ld, CHUNK):
+        column = first + tl.arange(0, CHUNK)[None, :]
+        inside = (at < rows) & (column < columns)
+        value = tl.load(x_ptr + start + at * ld + column, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weights + at * columns + column, mask=inside, other=0.0)
+        weight = weight * (1 - lr * weight_decay) - rate * factor * value
+        tl.store(weights + at * columns + column, weight, mask=inside)
+        if COPY:
+            copies = tl.load(addresses_ptr + matrix * ADDRESSES + 4).to(tl.pointer_type(tl.bfloat16))
+            copies = tl.multiple_of(copies, 16) if ALIGNED else copies
+            tl.store(copies + at * columns + column, weight.to(tl.bfloat16), mask=inside)
+
+
+def momentum(
+    plan: Any,
+    x: Tensor,
+    stats: Tensor,
+    addresses: Tensor,
+    scalars: Tensor,
+    rows: int,
+    *,
+    row_eps: float | None,
+    nesterov: bool,
+    dampened: bool,
+    aligned: bool,
+) -> None:
+    """Updates every momentum and writes every direction to the workspace.
+
+    Args:
+        plan: of the shapes, from `newton_schulz_triton.make_plan`.
+        x: workspace for the directions.
+        stats: two floats for each of the plan's blocks.
+        addresses: `(matrices, 5)`, int64: gradient, momentum, weight, second moment, copy; all contiguous, float32, the
+            copy bfloat16; 0 for what there is not.
+        scalars: lr and β, float32, on the device.
+        rows: of a block.
+        row_eps: added to a row's squared length; None: rows keep their length.
+        nesterov: look ahead by one step.
+        dampened: form of the momentum.
+        aligned: all addresses are multiples of 16 and all numbers of columns of 8.
+    """
+    momentum_kernel[(len(plan.blocks),)](
+        addresses, plan.layout, plan.blocks, x, stats, scalars, row_eps or 0.0, float(nesterov),
+        float(dampened), ROW_NORMALIZE=row_eps is not None, ALIGNED=aligned, ROWS=rows, CHUNK=CHUNK, **OPTIONS,
+    )  # fmt: skip
+
+
+def apply(
+    plan: Any,
+    x: Tensor,
+    stats: Tensor,
+    addresses: Tensor,
+    scalars: Tensor,
+    rows: int,
+    *,
+    ratios: Tensor,
+    weight_decay: float,
+    beta2: float | None,
+    copy: bool,
+    aligned: bool,
+) -> None:
+    """Updates every weight, and NorMuon's second moments, from the orthogonalized directions in the workspace.
+
+    Args:
+        plan, x, stats, addresses, scalars, rows, aligned: as in `momentum`.
+        ratios: factor on the learning rate of each matrix, float32, on the device.
+        weight_decay: decoupled.
+        beta2: decay of NorMuon's second moments; None: no NorMuon.
+        copy: also write the new weights in bfloat16.
+    """
+    grid = (len(plan.blocks),)
+    factors = torch.empty(len(plan.blocks) * rows if beta2 is not None else 0, dtype=torch.float32, device=x.device)
+    if beta2 is not None:
+        moments_kernel[grid](
+            addresses, plan.layout, plan.blocks, x, stats, factors, beta2, ROWS=rows, CHUNK=CHUNK, **OPTIONS
+        )
+    apply_kernel[grid](
+        addresses, plan.layout, plan.blocks, x, stats, factors, ratios, scalars, weight_decay,
+        NORMUON=beta2 is not None, COPY=copy, ALIGNED=aligned, ROWS=rows, CHUNK=CHUNK, **OPTIONS,
+    )  # fmt: skip
+
+
+def aot_configurations() -> list[dict[str, Any]]:
+    """Every configuration that ships, for ahead-of-time compilation; see benchmarks/aot.py."""
+    tables = dict.fromkeys(("addresses_ptr", "layout_ptr", "blocks_ptr"), "*i64")
+    found = []
+    for kind in ("bf16", "fp32"):
+        common = {**tables, "x_ptr": f"*{kind}", "stats_ptr": "*fp32"}
+        kernels: list[tuple[Any, dict[str, str], tuple[str, ...]]] = [
+            (
+                momentum_kernel,
+                {**common, "scalars_ptr": "*fp32", **dict.fromkeys(("row_eps", "nesterov", "dampened"), "fp32")},
+                ("ROW_NORMALIZE", "ALIGNED"),
+            ),
+            (moments_kernel, {**common, "factors_ptr": "*fp32", "beta2": "fp32"}, ()),
+            (
+                apply_kernel,
+                {**common, **dict.fromkeys(("factors_ptr", "ratios_ptr", "scalars_ptr"), "*fp32")}
+                | {"weight_decay": "fp32"},
+                ("NORMUON", "COPY", "ALIGNED"),
+            ),
+        ]
+        for kernel, signature, flags in kernels:
+            for number in range(2 ** len(flags)):
+                chosen = {flag: bool(number >> index & 1) for index, flag in enumerate(flags)}
+                name = "_".join([kernel.__name__.removesuffix("_kernel"), *(f.lower() for f in flags if chosen[f])])
+                configuration = {"constexprs": {**chosen, "ROWS": 16, "CHUNK": CHUNK}, "options": OPTIONS}
+                found.append({"name": f"{name}_{kind}", "kernel": kernel, "signature": signature, **configuration})
+    return found
