@@ -10,6 +10,7 @@ from train.codecs import CODECS
 from train.config import Config
 from train.data.loaders import LOADERS
 from train.describe import describe
+from train.model.rope import ntk_base
 from train.quantize.row_scales import ROW_SCALES
 from train.recipes import load_recipe, recipe_names
 from train.windows import RULES
@@ -27,6 +28,28 @@ def test_a_settings_choices_are_its_table(field: str, table: object) -> None:
 
 def test_the_default_coefficients_exist() -> None:
     assert Config().muon_coefficients in COEFFICIENTS
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "parts"),
+    [
+        ("baseline", 10_000, {"qk_gain_init": 1.5, "mlp_slope": 0.0, "xsa_last_n": 0, "ln_scale": False}),
+        (
+            "sp1024_smear_bigram",
+            20_452.2287,
+            {"qk_gain_init": 1.5, "mlp_slope": 0.0, "xsa_last_n": 0, "ln_scale": False},
+        ),
+        ("sp2048_normuon", 10_000, {"qk_gain_init": 1.5, "mlp_slope": 0.0, "xsa_last_n": 0, "orthogonal_init": False}),
+        ("sp4096_recurrence", 22_081.7903, {"qk_gain_init": 5.0, "mlp_slope": 0.5, "xsa_last_n": 11, "ln_scale": True}),
+        ("sp8192_sdclip", 10_000, {"qk_gain_init": 5.0, "mlp_slope": 0.5, "xsa_last_n": 11, "ln_scale": True}),
+    ],
+)
+def test_what_no_count_shows_is_as_published(name: str, base: float, parts: dict[str, object]) -> None:
+    config = load_recipe(name).config()
+    rotary_dims = config.rope_dims or config.head_dim
+    found = ntk_base(config.rope_base, rotary_dims, config.train_seq_len, config.rope_train_seq_len)
+    assert found == pytest.approx(base, abs=1e-4)
+    assert {part: getattr(config, part) for part in parts} == parts
 
 
 @pytest.mark.parametrize("name", recipe_names())

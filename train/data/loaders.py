@@ -276,7 +276,7 @@ class Loader:
         self.state = self.order.state_dict()
 
     def _prepare(self) -> tuple[list[torch.Tensor], State]:
-        rows = [torch.from_numpy(np.ascontiguousarray(row).view(np.int16)) for row in self.order.next_rows(self.shares)]
+        rows = [torch.from_numpy(np.array(row).view(np.int16)) for row in self.order.next_rows(self.shares)]
         if self.device.type == "cuda":
             rows = [row.pin_memory() for row in rows]
         return rows, self.order.state_dict()
