@@ -1,6 +1,7 @@
 """The rule check: a sound record passes, and each broken rule fails with its own line and no other."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from train.errors import UserError
 from train.submission.__main__ import main
 from train.submission.evidence import read_evidence
 from train.submission.rules import RULES, Verdict, judge
+from train.submission.rules.scoring import TEXTS
 
 
 def verdicts(folder: Path, verdict: Verdict) -> dict[str, str]:
@@ -294,6 +296,61 @@ def test_what_is_no_record_is_an_error(tmp_path: Path) -> None:
         read_evidence(tmp_path / "none")
     with pytest.raises(UserError, match="not a record: neither"):
         read_evidence(tmp_path)
+
+
+# model, other parts, code, total of published records; #1392 with the code of its README and with the logged one
+SIZES = [
+    (15_815_847, 0, 47_642, 15_863_489),
+    (11_667_026, 4_240_472, 67_890, 15_975_388),
+    (12_201_906, 4_240_256, 83_592, 16_525_754),
+    (15_289_740, 0, 63_530, 15_353_270),
+    (15_624_965, 0, 64_415, 15_689_380),
+    (15_748_095, 0, 76_450, 15_824_545),
+    (15_792_991, 0, 76_450, 15_869_441),
+    (15_799_271, 0, 76_450, 15_875_721),
+    (15_748_095, 0, 143_667, 15_891_762),
+    (15_792_991, 0, 143_667, 15_936_658),
+    (15_799_271, 0, 143_667, 15_942_938),
+    (15_898_181, 0, 83_119, 15_981_300),
+    (15_895_751, 0, 83_119, 15_978_870),
+    (15_892_700, 0, 83_119, 15_975_819),
+    (15_973_467, 0, 15_516, 15_988_983),
+]
+
+
+@pytest.mark.parametrize(("model", "other", "code", "total"), SIZES)
+def test_published_totals_are_judged_from_their_parts(
+    tmp_path: Path, model: int, other: int, code: int, total: int
+) -> None:
+    values = {"bytes_model": model, "bytes_code": code, "bytes_total": total, "bytes_paid_prefix": other}
+    (tmp_path / "submission.json").write_text(json.dumps(values))
+    found = failures(tmp_path)
+    assert "total = model + code" in verdicts(tmp_path, Verdict.HOLDS)
+    assert ("code and model together" in found) == (total > 16_000_000)
+    # a prefix that nobody names is so many bytes too many
+    (tmp_path / "submission.json").write_text(json.dumps({**values, "bytes_paid_prefix": 0, "bytes_total": total + 1}))
+    assert f"is {other + 1:+,} from" in failures(tmp_path)["total = model + code"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "bpb", "name", "bytes_per_token"),
+    [
+        (1.94077647, 1.14943715, "sp1024", 2.4359301),
+        (2.39821507, 1.16836161, "sp2048", 2.9613203),
+        (2.58004547, 1.12125804, "sp4096", 3.3196808),
+        (2.85199103, 1.10409460, "sp8192", 3.7266311),
+    ],
+)
+def test_published_pairs_name_their_validation_text(
+    tmp_path: Path, loss: float, bpb: float, name: str, bytes_per_token: float
+) -> None:
+    tokens, size = TEXTS[name]
+    assert loss / math.log(2) * tokens / size == pytest.approx(bpb, abs=1.2e-8)
+    assert round(size / tokens, 7) == bytes_per_token
+    (tmp_path / "submission.json").write_text(json.dumps({"val_loss": loss, "val_bpb": bpb}))
+    held = verdicts(tmp_path, Verdict.HOLDS)
+    assert held["the challenge's validation text"].endswith(f"bytes per token: {name}")
+    assert name in held["every token scored once"] and name in held["tokenizer counts bytes right"]
 
 
 def test_losses_of_the_example_are_the_identity() -> None:

@@ -38,7 +38,8 @@ def test_every_form_scores_the_artifact_as_the_package_does(
     write_script(tmp_path, RunFolder(run).read_config(), form, "A title.")
     assert [path.name for path in tmp_path.iterdir()] == ["train_gpt.py"] or not form
     found = script_score(tmp_path, read_run(run))
-    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+    for name in ("val_loss", "val_bpb", "tokens", "bytes", "windows", "stride", "rule"):
+        assert found[name] == expected[name]
 
 
 def test_the_smallest_form_trains_alone_in_an_empty_folder_as_the_package_did(run: Path, tmp_path: Path) -> None:
