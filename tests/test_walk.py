@@ -113,6 +113,14 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
     assert log["finals"]["int6_sliding_window_exact"]["val_bpb"] == pytest.approx(submission["val_bpb"], abs=1e-8)
 
 
+def test_metrics_keep_the_whole_score_with_its_timing(finished: Finished) -> None:
+    kept = [record for record in read_metrics(finished.folder.metrics) if record["kind"] == "final"]
+    scores = json.loads(finished.folder.evaluation.read_text()).values()
+    assert [{"kind": "final", **score} for score in scores] == kept and len(kept) == 2
+    for score in kept:
+        assert score["tokens_per_second"] == pytest.approx(score["tokens"] / score["seconds"], rel=1e-3)
+
+
 def test_training_lowers_the_loss(finished: Finished) -> None:
     losses = series(read_metrics(finished.folder.path / "metrics.jsonl"), "train", "train_loss")
     assert losses[0][2] == pytest.approx(6.24, abs=0.1)

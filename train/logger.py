@@ -179,7 +179,16 @@ class RunLogger:
         sizes = {"raw_bytes": raw_bytes, "code_bytes": code_bytes, "model_bytes": model_bytes}
         self.metric("sizes", **sizes, prefix_bytes=prefix_bytes, form=form)
 
-    def final(self, name: str, val_loss: float, val_bpb: float, seconds: float, *, stride: int = 0) -> None:
+    def final(
+        self,
+        name: str,
+        val_loss: float,
+        val_bpb: float,
+        seconds: float,
+        *,
+        stride: int = 0,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
         """Log a final score as two lines, the second with 8 decimals.
 
         Args:
@@ -188,10 +197,12 @@ class RunLogger:
             val_bpb: bits per byte.
             seconds: duration of the evaluation.
             stride: new tokens per window; 0 is a flat evaluation, whose line names no stride.
+            facts: what else metrics.jsonl keeps of it.
         """
         for text in final_lines(name, val_loss, val_bpb, seconds, stride=stride):
             self.line(text)
-        self.metric("final", name=name, val_loss=val_loss, val_bpb=val_bpb, stride=stride, seconds=seconds)
+        score = {"name": name, "val_loss": val_loss, "val_bpb": val_bpb, "stride": stride, "seconds": seconds}
+        self.metric("final", **score | (facts or {}))
 
     def final_roundtrip(self, val_loss: float, val_bpb: float, seconds: float, *, bits: int = 6) -> None:
         """Log the reloaded artifact's flat score."""

@@ -165,6 +165,6 @@ def evaluate_stage(folder: RunFolder, model: GPT, ranks: Ranks, log: RunLogger) 
             result, scored, weights="artifact", world_size=ranks.world_size, device=str(ranks.device)
         )
         write_evaluation(folder, entry)
-        log.final(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=stride)
+        log.final(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=stride, facts=entry)
         if "label" in entry:
             log.line(entry["label"])
