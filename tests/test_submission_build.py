@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from train.submission.__main__ import main
 from train.submission.base import find_base
 from train.submission.build import Labels, build_record, recipe_settings
 from train.submission.evidence import read_evidence
+from train.submission.paid_prefix import NOT_COMPLIANT
 from train.submission.rules import Verdict, judge
-from train.submission.runs import read_runs, tokenizer_facts
+from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
 
 LABELS = Labels("Ada", "ada", "", "", "10min_16mb")
 
@@ -138,6 +140,30 @@ def test_a_base_is_compared_in_settings_and_scores(
     assert "No setting." in text and "In words" not in text and "over 1 seed," in text
     with pytest.raises(UserError, match=r"base: .*neither a record's folder.*nor a recipe \(baseline"):
         find_base("nothing")
+
+
+def test_a_label_stands_in_readme_and_json_and_the_check_finds_it(
+    runs: list[Path], tmp_path: Path, no_proof: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = build.read_runs
+
+    def labelled(paths: list[Path]) -> list[FinishedRun]:
+        changes = {"label": NOT_COMPLIANT, "bytes_prefix": 4388}
+        found = []
+        for run in read(paths):
+            total = run.summary.bytes_total + 4388
+            found.append(replace(run, summary=replace(run.summary, **changes, bytes_total=total)))
+        return found
+
+    monkeypatch.setattr(build, "read_runs", labelled)
+    build_record(runs, tmp_path / "mine", LABELS)
+    submission = json.loads((tmp_path / "mine/submission.json").read_text())
+    assert submission["label"] == NOT_COMPLIANT and submission["blurb"].startswith(NOT_COMPLIANT)
+    assert submission["bytes_total"] == submission["bytes_model"] + submission["bytes_code"] + 4388
+    text = (tmp_path / "mine/README.md").read_text()
+    assert text.splitlines()[0].endswith(f"({NOT_COMPLIANT})") and "| paid prefix | 4,388 |" in text
+    findings = judge(read_evidence(tmp_path / "mine"))
+    assert "no validation tokens in the artifact" in [item.rule for item in findings if item.verdict is Verdict.FAILS]
 
 
 def test_command_says_what_it_made_and_which_rules_fail(

@@ -1,9 +1,15 @@
 """The rule check: a sound record passes, and each broken rule fails with its own line and no other."""
 
+import base64
 import json
+import lzma
 import math
+import random
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
+import brotli
 import pytest
 from record_example import BYTES, CODE, RUNS, TOKENS, edit, edit_json, log_text, loss_of, make_record
 from sentencepiece import SentencePieceTrainer
@@ -261,6 +267,24 @@ def test_a_command_whose_variables_the_script_ignores(record: Path) -> None:
     edit(record / "README.md", "MATRIX_LR=0.02", "MATRIX_LR=0.02 MUON_WD=0.09 RECUR_LAYERS=4,5")
     rule = "README's command sets variables that the script reads"
     assert failures(record) == {rule: "ignored: MUON_WD, RECUR_LAYERS"}
+
+
+RAW = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2, "preset": 6, "pb": 0}]}
+
+
+@pytest.mark.parametrize(
+    "compress", [brotli.compress, lzma.compress, zlib.compress, lambda data: lzma.compress(data, **RAW)]
+)
+def test_a_compressed_script_is_read_without_running_it(record: Path, compress: Callable[[bytes], bytes]) -> None:
+    rng = random.Random(1)
+    filler = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=4000))
+    rule = "README's command sets variables that the script reads"
+    for known, verdict in (("seed matrix_lr", Verdict.HOLDS), ("seed", Verdict.FAILS)):
+        packed = base64.b85encode(compress(f"raise SystemExit  # {known} {filler}".encode())).decode()
+        (record / "train_gpt.py").write_text(f'import base64 as B;exec(L.decompress(B.b85decode("{packed}")))')
+        assert rule in verdicts(record, verdict)
+    (record / "train_gpt.py").write_text(f"exec(f(b85decode('{'0' * 2000}')))")
+    assert "compressed in an unknown way" in verdicts(record, Verdict.UNSEEN)[rule]
 
 
 def test_missing_keys_and_files(record: Path) -> None:

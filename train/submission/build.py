@@ -146,7 +146,7 @@ def record_json(runs: Sequence[FinishedRun], labels: Labels, code_bytes: int) ->
         "bytes_code": code_bytes,
         "hardware": first.summary.hardware,
         "bytes_model": largest.summary.bytes_model,
-        **({"bytes_paid_prefix": prefix_bytes} if prefix_bytes else {}),
+        **({"bytes_paid_prefix": prefix_bytes, "label": first.summary.label} if first.summary.label else {}),
         "val_loss_std": None if loss_std is None else round(loss_std, 8),
         "pytorch_version": first.summary.torch,
         "python_version": first.summary.python,
@@ -239,8 +239,9 @@ def _blurb(runs: Sequence[FinishedRun], bpb: float, total: int) -> str:
     steps = " to ".join(
         f"{steps:,}" for steps in sorted({min(r.summary.steps for r in runs), max(r.summary.steps for r in runs)})
     )
+    label = f"{first.summary.label}. " if first.summary.label else ""
     return (
-        f"Recipe {first.config.recipe}: {first.summary.parameters:,} parameters, {steps} steps on {first.summary.hardware}; "
+        f"{label}Recipe {first.config.recipe}: {first.summary.parameters:,} parameters, {steps} steps on {first.summary.hardware}; "
         f"{form(first.config)} artifact and code take at most {total:,} bytes and score {bpb:.4f} bits per byte "
         f"({evaluation(first.config)}), mean of {len(runs)} seed{'s' if len(runs) > 1 else ''}."
     )

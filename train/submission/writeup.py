@@ -46,8 +46,9 @@ def writeup(runs: Sequence[FinishedRun], submission: dict[str, Any], single_file
     first, config = runs[0], runs[0].config
     parameters = f"{first.summary.parameters:,} parameters"
     shape = f"{config.num_layers} layers of width {config.model_dim}, vocabulary {config.vocab_size:,}"
+    label = first.summary.label
     lines = [
-        f"# {submission['name']}: {submission['val_bpb']:.4f} bits per byte",
+        f"# {submission['name']}: {submission['val_bpb']:.4f} bits per byte{f' ({label})' if label else ''}",
         "",
         f"**val_bpb {submission['val_bpb']:.8f}**{_deviation(submission['val_bpb_std'])} over {len(runs)} "
         f"seed{'s' if len(runs) > 1 else ''}, {evaluation(config)}. {parameters}, {shape}, {form(config)}. "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import lzma
 import re
+import zlib
 
 from train.submission.evidence import Evidence
 from train.submission.rules.finding import Finding, holds, judged, unseen
@@ -76,11 +79,38 @@ def command(evidence: Evidence) -> Finding:
     if evidence.script is None:
         return unseen(rule, f"{len(variables)} variables, but no script")
     sources = [evidence.script, *evidence.package]
-    source = "\n".join(path.read_text(errors="replace") for path in sources)
-    if "b85decode" in source and len(source.splitlines()) < 20:
-        return unseen(rule, f"{len(variables)} variables, but the script is compressed")
+    source = "\n".join(unwrapped(path.read_text(errors="replace")) for path in sources)
+    if not source:
+        return unseen(rule, f"{len(variables)} variables, but the script is compressed in an unknown way")
     # a settings dataclass has the name in lower case
     ignored = [name for name in variables if not re.search(rf"\b({name}|{name.lower()})\b", source)]
     if ignored:
         return judged(rule, False, f"ignored: {', '.join(ignored)}")
     return holds(rule, f"all {len(variables)}")
+
+
+def unwrapped(source: str) -> str:
+    """A script as it is, or what it unpacks from base85 and runs; empty where that cannot be told. Nothing is executed."""
+    packed = re.search(r"""b85decode\(b?(["'])([^"']{1000,})\1""", source)
+    if packed is None:
+        return source
+    data = base64.b85decode(packed[2])
+    for decode in (_brotli, lzma.decompress, _raw_lzma, zlib.decompress):
+        try:
+            return decode(data).decode(errors="replace")
+        except (ImportError, ValueError, lzma.LZMAError, zlib.error):
+            continue
+    return ""
+
+
+def _brotli(data: bytes) -> bytes:
+    import brotli
+
+    try:
+        return bytes(brotli.decompress(data))
+    except brotli.error as error:
+        raise ValueError("not brotli") from error
+
+
+def _raw_lzma(data: bytes) -> bytes:
+    return lzma.decompress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}])
