@@ -18,7 +18,9 @@ def loss_at(step: int, offset: float) -> float:
     return 2.9 + offset + 6 * math.exp(-step / 60)
 
 
-def add_run(folder: Path, config: Config, offset: float, *, finished: bool = True, extra_bytes: int = 0) -> None:
+def add_run(
+    folder: Path, config: Config, offset: float, *, finished: bool = True, extra_bytes: int = 0, label: str = ""
+) -> None:
     run = RunFolder(folder / config.run_id)
     run.path.mkdir(parents=True)
     run.config.write_text(json.dumps(config.to_dict()))
@@ -36,7 +38,7 @@ def add_run(folder: Path, config: Config, offset: float, *, finished: bool = Tru
         make_summary(
             run_id=config.run_id, seed=config.seed, recipe=config.recipe, val_bpb=loss_at(STEPS, offset) / 2.58,
             val_loss=loss_at(STEPS, offset), step_avg_ms=STEP_MS * (1 + offset), steps=STEPS, bytes_model=model,
-            bytes_total=model + 83_119, model_groups=groups,
+            bytes_total=model + 83_119, model_groups=groups, label=label,
         ).write(run.summary)  # fmt: skip
 
 
@@ -44,6 +46,6 @@ def make_runs_folder(folder: Path) -> Path:
     for index, seed in enumerate((42, 314, 999)):
         add_run(folder, CONFIG.replace(run_id=f"base_{seed}", seed=seed), 0.01 * index)
         add_run(folder, CONFIG.replace(run_id=f"wide_{seed}", seed=seed, mlp_mult=3.0), 0.005 * index - 0.06)
-    add_run(folder, CONFIG.replace(run_id="large", mlp_mult=4.0), -0.1, extra_bytes=300_000)
+    add_run(folder, CONFIG.replace(run_id="large", mlp_mult=4.0), -0.1, extra_bytes=300_000, label="NOT COMPLIANT: why")
     add_run(folder, CONFIG.replace(run_id="still_going", muon_wd=0.5), 0.08, finished=False)
     return folder

@@ -118,7 +118,6 @@ def _run(folder: RunFolder, config: Config) -> dict[str, Any]:
         "bytes_total",
         "parameters",
     )
-    labels = {record["label"] for record in records if record.get("label")}
     return {
         "id": folder.path.name,
         "recipe": config.recipe,
@@ -126,7 +125,7 @@ def _run(folder: RunFolder, config: Config) -> dict[str, Any]:
         "date": summary.get("date", "")[:10] or None,
         "status": "finished" if summary else "not finished",
         "hardware": summary.get("hardware", ""),
-        "label": ", ".join(sorted(labels)),
+        "label": summary.get("label", ""),
         "max_bytes": config.max_artifact_bytes,
         **{name: summary.get(name) for name in numbers},
         "parts": _parts(summary),
