@@ -221,6 +221,9 @@ def _prepare(variant: Variant, inputs: Sequence[Any], clock: Clock) -> tuple[Cal
     wanted = variant.graph if variant.graph is not None else duration < GRAPH_BELOW_MS
     if clock.device.type != "cuda" or not wanted:
         return one, 1, "eager"
+    # what a first call with some inputs prepares must not become part of the graph
+    for given in inputs:
+        variant.run(given)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for given in inputs:

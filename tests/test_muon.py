@@ -90,6 +90,7 @@ OPTIONS = [
     {"ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 7, "eps": 1e-3},
     {"lr": torch.tensor(0.01, dtype=torch.float64)},
 ]
+DEVICE_MOMENTUM = {"momentum": torch.tensor(0.95, dtype=torch.float64)}
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -139,6 +140,9 @@ def test_defaults_are_those_of_torch():
         ({"normuon": True, "normuon_beta2": 0.5, "nesterov": False}, {"beta2": 0.5, "nesterov": False}),
         ({"dampened": False}, {"dampened": False}),
         ({"dampened": False, "nesterov": False}, {"dampened": False, "nesterov": False}),
+        (DEVICE_MOMENTUM, {}),
+        (DEVICE_MOMENTUM | {"dampened": False}, {"dampened": False}),
+        (DEVICE_MOMENTUM | {"nesterov": False}, {"nesterov": False}),
         (
             {"row_normalize": True, "normuon": True, "weight_decay": 0.0},
             {"row_eps": 1e-7, "beta2": 0.95, "weight_decay": 0.0},
@@ -310,6 +314,7 @@ def test_the_step_never_waits_for_the_gpu():
         ((2, 2), {"lr": -1.0}, "lr: expected a number >= 0, found -1.0"),
         ((2, 2), {"lr": torch.zeros(2)}, "lr: expected a float or a tensor of one element"),
         ((2, 2), {"momentum": -0.1}, "momentum: expected"),
+        ((2, 2), {"momentum": torch.zeros(2)}, "momentum: expected a float or a tensor of one element"),
         ((2, 2), {"weight_decay": float("nan")}, "weight_decay: expected"),
         ((2, 2), {"normuon_beta2": 1.0}, "normuon_beta2: expected"),
         ((2, 2), {"adjust_lr_fn": "adam"}, "adjust_lr_fn: expected None or one of original, match_rms_adamw"),
@@ -361,19 +366,44 @@ def test_matrices_are_shared_out_by_cost():
 WORLD_SHAPES = (*SHAPES, (3, 6, 10))
 
 
-def run_rank(rank, world_size, store, out):
+OPTIONS_OF_RANKS = {"lr": 0.02, "row_normalize": True, "normuon": True}
+
+
+class Linear(torch.nn.Module):
+    """A model whose gradients are what it is given."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = torch.nn.ParameterList(torch.nn.Parameter(weight) for weight in weights)
+
+    def forward(self, gradients):
+        return sum((weight * gradient).sum() for weight, gradient in zip(self.weights, gradients, strict=True))
+
+
+def run_rank(rank, world_size, store, folder):
     # a rank that fails must not leave the other one waiting for half an hour
     limit = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
-    options = {"lr": 0.02, "row_normalize": True, "normuon": True, "process_group": dist.group.WORLD}
-    optimizer = Muon(parameters(WORLD_SHAPES), **options)
+    start = torch.load(f"{folder}/start.pt", weights_only=True)
+    model = torch.nn.parallel.DistributedDataParallel(Linear(start["weights"]))
+    optimizer = Muon(model.parameters(), process_group=dist.group.WORLD, **OPTIONS_OF_RANKS)
+    optimizer.load_state_dict(start["state"])
+    plain = parameters(WORLD_SHAPES)
     with Launches() as launches:
-        weights = train(optimizer, steps=3)
-    torch.save({"weights": weights, "state": optimizer.state_dict(), "sizes": launches.sizes}, f"{out}/{rank}.pt")
+        for step in range(2, 4):
+            set_gradients(plain, step)
+            optimizer.zero_grad()
+            # the mean over ranks is the gradient of one process
+            model([param.grad * (1.5 - rank) for param in plain]).backward()
+            optimizer.step()
+    weights = [param.detach() for param in model.parameters()]
+    torch.save({"weights": weights, "state": optimizer.state_dict(), "sizes": launches.sizes}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_ranks_make_the_step_of_one_and_their_state_fits_one(tmp_path):
+def test_one_rank_then_two_under_ddp_then_one_are_one_rank_all_along(tmp_path):
+    first = Muon(parameters(WORLD_SHAPES), **OPTIONS_OF_RANKS)
+    torch.save({"weights": train(first, steps=2), "state": first.state_dict()}, tmp_path / "start.pt")
     store = str(tmp_path / "store")
     # both in processes of their own: torch numbers the groups that a process has had, and here other tests had some
     spawn = torch.multiprocessing.get_context("spawn")
@@ -384,15 +414,27 @@ def test_two_ranks_make_the_step_of_one_and_their_state_fits_one(tmp_path):
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    one = Muon(parameters(WORLD_SHAPES), lr=0.02, row_normalize=True, normuon=True)
-    alone = train(one, steps=3)
+    one = Muon(parameters(WORLD_SHAPES), **OPTIONS_OF_RANKS)
+    alone = train(one, steps=4)
     for found in ranks:
-        assert_close(found["weights"], alone, 1e-12)
+        assert_close(found["weights"], alone, 1e-11)
     # bit for bit between the ranks, or they would drift apart
     assert all(torch.equal(a, b) for a, b in zip(ranks[0]["weights"], ranks[1]["weights"], strict=True))
     # every rank works on its own share only: 4 matrices and a bank of 3 between them
-    assert len(ranks[0]["sizes"]) == 3 and ranks[0]["sizes"][0] + ranks[1]["sizes"][0] == 7
+    assert len(ranks[0]["sizes"]) == 2 and ranks[0]["sizes"][0] + ranks[1]["sizes"][0] == 7
     assert min(ranks[0]["sizes"][0], ranks[1]["sizes"][0]) >= 3
-    restored = Muon([torch.nn.Parameter(w) for w in ranks[1]["weights"]])
+    restored = Muon([torch.nn.Parameter(w) for w in ranks[1]["weights"]], **OPTIONS_OF_RANKS)
     restored.load_state_dict(ranks[1]["state"])
-    assert_close(train(restored, start=3, steps=2), train(one, start=3, steps=2), 1e-11)
+    assert_close(train(restored, start=4, steps=2), train(one, start=4, steps=2), 1e-10)
+
+
+def test_plain_shards_make_the_step_of_the_whole():
+    whole = Muon(parameters(), **OPTIONS_OF_RANKS)
+    pieces = parameters()
+    shards = [Muon(pieces[rank::2], **OPTIONS_OF_RANKS) for rank in range(2)]
+    for step in range(2):
+        set_gradients(whole.param_groups[0]["params"], step)
+        set_gradients(pieces, step)
+        for optimizer in (whole, *shards):
+            optimizer.step()
+    assert_close([p.detach() for p in pieces], [p.detach() for p in whole.param_groups[0]["params"]], 1e-12)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from golf_kernels import dispatch
 from golf_kernels.muon import Muon, assign
 from train.config import Config
 from train.errors import UserError
 from train.model.inventory import classify
+from train.optimize.capture import Captured
 from train.optimize.reduction import Reduction
 
 KINDS = ("matrix", "embedding", "scalar")
@@ -55,6 +57,17 @@ class Optimizers:
         self._max_norm = max_norm
         self._group = process_group
         self._each = [optimizer for optimizer in (muon, adamw) if optimizer is not None]
+        self._step_muon: Callable[[], object] | None = None if muon is None else muon.step
+        if muon is not None and captures(muon):
+            for group in muon.param_groups:
+                device = group["params"][0].device
+                group["lr"], group["momentum"] = (torch.zeros((), device=device) for _ in range(2))
+            self._step_muon = Captured(muon.step, self._muon_tensors)
+
+    def _muon_tensors(self) -> list[Tensor]:
+        parameters = [parameter for group in self.muon.param_groups for parameter in group["params"]]
+        moments = [moment for p in parameters for moment in self.muon.state.get(p, {}).values()]
+        return [*parameters, *(p.grad for p in parameters if p.grad is not None), *moments]
 
     def step(self, lr_scale: float, momentum: float) -> Tensor | None:
         """Reduce the gradients over the ranks, clip them, and move every parameter.
@@ -72,11 +85,11 @@ class Optimizers:
         norm = self._reduction.clip_gradients(self._max_norm) if self._max_norm > 0 else None
         for optimizer in self._each:
             for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * lr_scale
+                _set(group, "lr", group["base_lr"] * lr_scale)
         if self.muon is not None:
             for group in self.muon.param_groups:
-                group["momentum"] = momentum
-            self.muon.step()
+                _set(group, "momentum", momentum)
+            self._step_muon()
         # the matrices travel while the replicated parameters are updated
         self._reduction.start_gathering()
         if self.adamw is not None:
@@ -86,8 +99,14 @@ class Optimizers:
 
     def zero_grad(self) -> None:
         """Drop every gradient of the model, those of parameters in no group too."""
+        kept: set[Tensor] = set()
+        if isinstance(self._step_muon, Captured) and self._group is None:
+            # a graph wants the next gradients where these are
+            kept = {p for p in self._names["muon"].values() if p.grad is not None}
+            torch._foreach_zero_([parameter.grad for parameter in kept])
         for parameter in self._model.parameters():
-            parameter.grad = None
+            if parameter not in kept:
+                parameter.grad = None
 
     def reset(self) -> None:
         """Forget all moments and step counts, Muon's momentum included, as after the warm-up."""
@@ -137,6 +156,19 @@ class Optimizers:
                 parameter = self._names[key][name]
                 if parameter in held:
                     optimizer.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in moments.items()}
+
+
+def captures(muon: Muon) -> bool:
+    """Whether Muon's step is replayed as a CUDA graph: where it is the fused one, which reads its rates on the GPU."""
+    device = muon.param_groups[0]["params"][0].device.type
+    return device == "cuda" and dispatch.choose("muon_step", device=device).backend == "triton"
+
+
+def _set(group: dict[str, Any], name: str, value: float) -> None:
+    if isinstance(group[name], Tensor):
+        group[name].fill_(value)
+    else:
+        group[name] = value
 
 
 def split_parameters(model: nn.Module, config: Config) -> dict[str, dict[str, nn.Parameter]]:
