@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+# packing the code into one script takes seconds, which the many small runs of the tests do not spend
+os.environ.setdefault("CODE_FORM", "sources")
 # Triton reads it when a kernel is defined, so it is set before any is imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

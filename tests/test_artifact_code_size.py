@@ -1,12 +1,17 @@
 """What of the code counts, and how much it is."""
 
+import importlib.util
 import lzma
 from pathlib import Path
 
 import pytest
 
 from train.artifact import code_bytes, package_code_bytes
+from train.artifact.code_size import check_code_form, counted_code_bytes
+from train.artifact.single_file import pack, script_settings
+from train.config import Config
 from train.errors import UserError
+from train.recipes import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,3 +52,22 @@ def test_code_that_cannot_be_counted_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.py").write_bytes(b"# \xe9")
     with pytest.raises(UserError, match=r"latin\.py: expected UTF-8 source, found byte 0xe9 at 2"):
         code_bytes([tmp_path / "latin.py"])
+
+
+def test_the_code_that_counts_is_the_script_that_a_record_ships(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_recipe("quickstart").config(seed=7, matrix_lr=0.03)
+    sizes = {
+        form: counted_code_bytes(config.replace(code_form=form)) for form in ("wrapped", "minified", "plain", "sources")
+    }
+    assert sorted(sizes, key=sizes.__getitem__) == ["wrapped", "minified", "plain", "sources"]
+    # build gives the script a title, which no small form keeps
+    shipped = pack("quickstart", script_settings(config), "wrapped", "A title of its own.")
+    assert sizes["wrapped"] == len(shipped.encode())
+    assert sizes["sources"] == package_code_bytes().plain_bytes
+
+
+def test_a_form_that_cannot_be_made_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"code_form: wrapped needs python-minifier.*CODE_FORM=plain"):
+        check_code_form(Config())
+    check_code_form(Config(code_form="plain"))

@@ -200,6 +200,10 @@ class Config:
     target_mb: float = setting(
         0.0, "prune codes ±1 until code and model take so many MiB (1,048,576 bytes, as published); 0: never", low=0.0
     )
+    code_form: str = setting(
+        "wrapped", "code that counts: one script of all a run uses, or the sources as they are",
+        choices=("plain", "minified", "wrapped", "sources"),
+    )  # fmt: skip
     max_artifact_bytes: int = setting(16_000_000, "cap on code plus model, decimal bytes", low=1)
 
     # validation and evaluation

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from train.artifact import encode_artifact
-from train.artifact.code_size import package_code_bytes
+from train.artifact.code_size import counted_code_bytes
 from train.config import Config
 from train.data.loaders import make_loader
 from train.distributed import Ranks
@@ -39,7 +39,7 @@ def fit_target(
     batches: list[tuple[Tensor, Tensor]] = []
     while sum(inputs.numel() for inputs, _ in batches) < FIT_TOKENS:
         batches += loader.next_batch()
-    counted = package_code_bytes().plain_bytes + prefix_bytes(config)
+    counted = ranks.on_main(lambda: counted_code_bytes(config)) + prefix_bytes(config)
     recurrence = bool(config.recur_layers)
 
     def loss() -> float:

@@ -14,7 +14,7 @@ import torch
 
 from golf_kernels import dispatch
 from train.artifact import load_model, write_artifact
-from train.artifact.code_size import package_code_bytes
+from train.artifact.code_size import counted_code_bytes
 from train.checkpoint import load_weights, write_tensors
 from train.config import Config
 from train.data.build import build_dataset
@@ -110,16 +110,16 @@ def artifact_stage(config: Config, path: Path, model: GPT, tensors: StoredTensor
     Returns:
         The model that the artifact's bytes hold.
     """
-    size, paid = package_code_bytes(), prefix_bytes(config)
+    code, paid = ranks.on_main(lambda: counted_code_bytes(config)), prefix_bytes(config)
     if config.target_mb:
-        tensors = prune(config, model, tensors, size.plain_bytes + paid, ranks, log)
+        tensors = prune(config, model, tensors, code + paid, ranks, log)
 
     def write() -> None:
         cap = min(config.target_bytes or config.max_artifact_bytes, config.max_artifact_bytes)
-        info = write_artifact(path, tensors, config, code_bytes=size.plain_bytes, prefix_bytes=paid, max_bytes=cap)
+        info = write_artifact(path, tensors, config, code_bytes=code, prefix_bytes=paid, max_bytes=cap)
         log.sizes(
             raw_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-            code_bytes=size.plain_bytes,
+            code_bytes=code,
             model_bytes=info.model_bytes,
             prefix_bytes=paid,
             bits=config.matrix_bits,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from golf_kernels import dispatch, newton_schulz
-from train.artifact.code_size import package_source
+from train.artifact.code_size import check_code_form, package_source
 from train.codecs import CODECS
 from train.config import MICRO_BATCHES, Config
 from train.data.build import read_manifest
@@ -144,4 +144,5 @@ def preflight(config: Config) -> None:
     except ValueError as error:
         raise UserError(f"muon_coefficients, muon_backend_steps: {error}") from error
     CODECS[config.codec].encode(b"")
+    check_code_form(config)
     check_sinks(config.loggers)

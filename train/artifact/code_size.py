@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import lzma
 import os
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.config import Config
 from train.errors import UserError
 
 # the single file that this program was packed into, which then is all the code that counts; None: it runs from sources
@@ -59,6 +61,38 @@ def package_code_bytes(root: str | os.PathLike[str] | None = None) -> CodeSize:
     joined = b"".join(b"%s\0%d\0%s" % (path.encode(), len(source), source) for path, source in sources.items())
     packed = lzma.compress(joined, lzma.FORMAT_XZ, lzma.CHECK_NONE, 9 | lzma.PRESET_EXTREME)
     return CodeSize(len(sources), sum(map(len, sources.values())), len(packed))
+
+
+def counted_code_bytes(config: Config) -> int:
+    """Bytes of code that count against the cap with a run's model.
+
+    A packed script counts itself. A run from sources counts the train_gpt.py that it would be packed into, in the form
+    `config.code_form`; or, with "sources", all files of `package_code_bytes`.
+
+    Raises:
+        UserError: see `check_code_form`.
+    """
+    check_code_form(config)
+    if SCRIPT is not None or config.code_form == "sources":
+        return package_code_bytes().plain_bytes
+    # not part of a packed script
+    from train.artifact.single_file import pack, script_settings
+
+    return len(pack(config.recipe, script_settings(config), config.code_form).encode())
+
+
+def check_code_form(config: Config) -> None:
+    """Find out now whether the code can be counted at the end.
+
+    Raises:
+        UserError: the form needs python-minifier, which is not installed.
+    """
+    minified = SCRIPT is None and config.code_form in ("minified", "wrapped")
+    if minified and importlib.util.find_spec("python_minifier") is None:
+        raise UserError(
+            f"code_form: {config.code_form} needs python-minifier, which is not installed: pip install 'python-minifier>=3', or set "
+            "CODE_FORM=plain"
+        )
 
 
 def package_source() -> str:

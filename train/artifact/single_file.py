@@ -12,8 +12,12 @@ import functools
 import lzma
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from train.config import Config
 from train.errors import UserError
+from train.recipes import load_recipe
+from train.values import format_value
 
 FORMS = ("plain", "minified", "wrapped")
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +30,10 @@ EXCLUDED = (
     "train.data.hub",
     "train.describe",
     "train.submission.record",
+)
+# what belongs to a machine or to one seed is not part of the recipe
+_LOCAL = frozenset(
+    "recipe run_id runs_dir seed resume checkpoint_every loggers profile_steps data_path tokenizer_path device code_form".split()
 )
 _LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0, "dict_size": 1 << 22}]
 
@@ -146,6 +154,21 @@ def minify(name: str, source: str) -> str:
         # a kernel must not read globals, and repeated text costs a compressor nothing
         hoist_literals=False,
     )
+
+
+def recipe_settings(config: Config) -> dict[str, Any]:
+    """The settings that the default or the recipe does not have anyway, without what belongs to a machine or a seed."""
+    defaults, recipe = vars(Config()), vars(load_recipe(config.recipe).config())
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if name not in _LOCAL and not value == defaults[name] == recipe[name]
+    }
+
+
+def script_settings(config: Config) -> dict[str, str]:
+    """`recipe_settings` as a script carries them: name in upper case → value as text."""
+    return {name.upper(): format_value(value) for name, value in recipe_settings(config).items()}
 
 
 def form_bytes(recipe: str) -> dict[str, int]:

@@ -15,33 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.artifact.single_file import pack, used_sources
-from train.config import Config, format_value
+from train.artifact.single_file import pack, recipe_settings, script_settings, used_sources
+from train.config import Config
 from train.data.validation import load_validation
 from train.errors import UserError
 from train.files import atomic_write
-from train.recipes import load_recipe
 from train.submission.base import Base
 from train.submission.evidence import mean_and_deviation
 from train.submission.record import evaluation, form
 from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
 from train.submission.writeup import writeup
 
-# what belongs to a machine or to one seed is not part of the recipe
-_LOCAL = frozenset(
-    {
-        "recipe",
-        "run_id",
-        "runs_dir",
-        "seed",
-        "resume",
-        "checkpoint_every",
-        "loggers",
-        "data_path",
-        "tokenizer_path",
-        "device",
-    }
-)
 _PROOF_TOKENS = 32_768
 # libraries that are imported by a name in a string
 _CODEC_PACKAGES = {"brotli": "brotli", "zstd": "zstandard", "ans": "constriction"}
@@ -158,7 +142,7 @@ def record_json(runs: Sequence[FinishedRun], labels: Labels, code_bytes: int) ->
 
 def write_script(folder: Path, config: Config, single_file: str, title: str) -> None:
     """Write train_gpt.py, and beside it the modules it imports unless it holds them itself."""
-    settings = {name.upper(): format_value(value) for name, value in recipe_settings(config).items()}
+    settings = script_settings(config)
     if single_file:
         atomic_write(folder / "train_gpt.py", pack(config.recipe, settings, single_file, title))
         return
@@ -172,16 +156,6 @@ def write_script(folder: Path, config: Config, single_file: str, title: str) -> 
         f'"""{title}"""\n\nfrom train.errors import main_guard\nfrom train.script import main\n\nSETTINGS = {{\n{values}}}\n\n'
         'if __name__ == "__main__":\n    main_guard(lambda: main(SETTINGS))\n',
     )
-
-
-def recipe_settings(config: Config) -> dict[str, Any]:
-    """The settings that the default or the recipe does not have anyway, without what belongs to a machine or a seed."""
-    defaults, recipe = vars(Config()), vars(load_recipe(config.recipe).config())
-    return {
-        name: value
-        for name, value in vars(config).items()
-        if name not in _LOCAL and not value == defaults[name] == recipe[name]
-    }
 
 
 def prove(folder: Path, run: FinishedRun) -> str:
