@@ -44,13 +44,14 @@ def _step_triton(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> No
         aligned = all(a % 16 == 0 for row in addresses for a in row) and all(n % 8 == 0 for _, n in shapes)
         dtype = group["compute_dtype"] or default_compute_dtype(members)
         with torch.cuda.device_of(members[0]):  # type: ignore[no-untyped-call]
-            plan = kernels.make_plan(shapes, kernels.tile_of(dtype), device, kernels.processors_of(device))
+            processors = kernels.processors_of(device)
+            plan = kernels.lasting(kernels.make_plan(shapes, kernels.tile_of(dtype), device, processors), device)
             workspace = kernels.Workspace(plan, dtype)
             scalars = torch.empty(2, dtype=torch.float32, device=device)
             for place, name in enumerate(("lr", "momentum")):
                 value = group[name]
                 scalars[place].copy_(value.reshape(())) if isinstance(value, Tensor) else scalars[place].fill_(value)
-            common = (kernels.upload(addresses, device), scalars, kernels.ROWS)
+            common = (kernels.lasting(kernels.upload(addresses, device), device), scalars, kernels.ROWS)
             muon_triton.momentum(
                 plan,
                 workspace.work,
@@ -70,7 +71,7 @@ def _step_triton(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> No
                 workspace.work[start:],
                 workspace.stats,
                 *common,
-                ratios=_ratios(ratios, device),
+                ratios=kernels.lasting(_ratios(ratios, device), device),
                 weight_decay=group["weight_decay"],
                 beta2=group["normuon_beta2"] if group["normuon"] else None,
                 copy=all(p in optimizer.copies for p in members),

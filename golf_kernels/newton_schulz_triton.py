@@ -22,12 +22,14 @@ AOL scaling divides each row i of A's side by √Σⱼ|A|ᵢⱼ after the first 
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+T = TypeVar("T")
 
 # a dtype's place is its code in tables of addresses
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -458,6 +460,16 @@ class Workspace:
         return x
 
 
+_captured: list[object] = []
+
+
+def lasting(table: T, device: torch.device) -> T:
+    """The same; kept for good while a CUDA graph is captured, because the graph will look for it at the same address."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(table)
+    return table
+
+
 @functools.lru_cache(maxsize=32)
 def upload(entries: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """A table on the device; while a graph is captured only one that was there before.
@@ -510,9 +522,10 @@ def newton_schulz(
     shapes = tuple((matrix.shape[0], matrix.shape[1]) for matrix in sources)
     aligned = all(m.data_ptr() % 16 == 0 and m.shape[1] % 8 == 0 for m in sources)
     with torch.cuda.device_of(sources[0]):
-        workspace = Workspace(make_plan(shapes, tile_of(compute_dtype), device, processors_of(device)), compute_dtype)
-        plan, w = workspace.plan, workspace
-        addresses = upload(tuple((m.data_ptr(), DTYPES.index(m.dtype)) for m in sources), device)
+        plan = lasting(make_plan(shapes, tile_of(compute_dtype), device, processors_of(device)), device)
+        w = Workspace(plan, compute_dtype)
+        entries = tuple((m.data_ptr(), DTYPES.index(m.dtype)) for m in sources)
+        addresses = lasting(upload(entries, device), device)
 
         def pack(scaled: bool) -> None:
             pack_kernel[(len(plan.blocks),)](

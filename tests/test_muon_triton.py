@@ -148,7 +148,7 @@ def test_zero_rows_and_huge_gradients_stay_finite():
     assert_close(cpu(params), reference(lr=0.02, momenta=(0.95,)), 2e-6)
 
 
-def test_what_it_cannot_take_is_refused_by_name():
+def test_what_it_cannot_take_is_refused_by_name(monkeypatch):
     for options, message in (
         ({"params": parameters()}, "its weights, gradients and moments are float32"),
         ({"params": single(), "compute_dtype": torch.float16}, r"bfloat16 or float32, found torch\.float16"),
@@ -163,6 +163,13 @@ def test_what_it_cannot_take_is_refused_by_name():
     set_gradients(params, 0)
     with pytest.raises(dispatch.BackendError, match="all weights of a group in bfloat16, or none"):
         optimizer.step()
+    optimizer = Muon(params, process_group=object())
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    with pytest.raises(dispatch.BackendError, match="the work is shared out over a process group"):
+        optimizer.step()
+    monkeypatch.delenv("GOLF_BACKEND")
+    choice = dispatch.choose("muon_step", device="cuda")
+    assert choice == ("torch", "triton: only when forced: not yet measured in a training step")
 
 
 @pytest.mark.gpu
