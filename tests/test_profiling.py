@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,20 +24,37 @@ from train.values import ConfigError, parse_steps
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma", "attention"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_TNT", "matrix products"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix products"),
-        ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_3", "compiled elementwise"),
+        ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_3", "elementwise and norms"),
         ("void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>", "optimizer and average"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("triton_tem_fused_mm_7", "matrix products"),
         ("aten::addmm", "matrix products"),
         ("aten::bmm", "matrix products"),
-        ("aten::tanh", "other"),
+        ("aten::tanh", "elementwise and norms"),
+        ("void at::native::vectorized_elementwise_kernel<4, MulFunctor<float>>", "elementwise and norms"),
+        ("golf::leaky_relu2_mlp_backward", "mlp"),
+        ("cudaLaunchKernel", "other"),
     ],
 )
 def test_kernels_are_told_apart(kernel: str, family: str) -> None:
     assert kernel_family(kernel) == family
 
 
+@pytest.mark.parametrize(
+    ("module", "family"),
+    [
+        ("newton_schulz_triton", "muon"), ("muon_triton", "muon"), ("leaky_relu2_mlp_triton", "mlp"),
+        ("softcapped_cross_entropy_triton", "head and loss"),
+    ],
+)  # fmt: skip
+def test_every_triton_kernel_is_counted_where_it_belongs(module: str, family: str) -> None:
+    source = (Path(__file__).resolve().parents[1] / "golf_kernels" / f"{module}.py").read_text()
+    kernels = re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)
+    assert kernels and {kernel: kernel_family(kernel) for kernel in kernels} == dict.fromkeys(kernels, family)
+
+
 def test_breakdown_is_milliseconds_per_step_from_the_largest_on() -> None:
-    events = [("aten::mm", 3000.0), ("aten::tanh", 500.0), ("aten::bmm", 1000.0)]
+    events = [("aten::mm", 3000.0), ("unheard_of", 500.0), ("aten::bmm", 1000.0)]
     assert breakdown(events, steps=2) == {"matrix products": 2.0, "other": 0.25}
 
 

@@ -20,25 +20,29 @@ from train.distributed import Ranks
 from train.files import atomic_write, atomic_writer
 from train.logger import RunLogger
 
-# the first family whose pattern is found in a kernel's (on a CPU: an operator's) name takes it
-FAMILIES: dict[str, str] = {
-    "communication": r"nccl|gloo|c10d",
-    "attention": r"flash|fmha|attention|attn|cudnn.*sdpa",
-    "newton_schulz": r"newton_schulz|gram_kernel|polynomial_kernel",
-    "mlp": r"leaky_relu2",
-    "cross_entropy": r"cross_entropy|softcap|nll",
-    "matrix products": r"gemm|cutlass|cublas|nvjet|xmma|aten::(add|ba?d?d?b?)?mm|aten::linear",
-    "optimizer and average": r"multi_tensor|foreach|adam|lerp",
-    "compiled elementwise": r"triton_|graph_\d",
-    "copies": r"memcpy|memset|copy_|aten::(cat|clone|contiguous|fill_|zero_)",
-}
+# the first family whose pattern is found in a kernel's (on a CPU: an operator's) name takes it; the package's Triton kernels
+# go by their whole names
+_ELEMENTWISE = "elementwise and norms"
+FAMILIES: tuple[tuple[str, str], ...] = (
+    # a compiler's kernels have the names of all that was fused into them; tem are its matrix products
+    (_ELEMENTWISE, r"^triton_(?!tem)"),
+    ("communication", r"nccl|gloo|c10d"),
+    ("muon", r"newton_schulz|muon|^(pack|norm|aol_sums|aol_scale|symmetric|product|momentum|moments|apply)_kernel"),
+    ("mlp", r"leaky_relu2|^(inverse_rms|up|down|dpre|dx)_kernel"),
+    ("head and loss", r"cross_entropy|nll_|softcap|^(loss_and_gradient|row_nll)_kernel"),
+    ("attention", r"flash|fmha|attention|attn|sdpa"),
+    ("matrix products", r"^triton_tem|gemm|cutlass|cublas|nvjet|xmma|aten::(mm|addmm|bmm|baddbmm|linear|matmul)\b"),
+    ("optimizer and average", r"multi_tensor|foreach|adam|lerp"),
+    ("copies", r"memcpy|memset|copy|aten::(cat|clone|contiguous|fill|zero|ones|empty|index|nonzero|arange)"),
+    (_ELEMENTWISE, r"elementwise|vectorized|reduce_kernel|aten::[a-z]"),
+)
 OTHER = "other"
 
 
 def kernel_family(name: str) -> str:
     """The family of `FAMILIES` that a kernel belongs to, or "other"."""
     lowered = name.lower()
-    return next((family for family, pattern in FAMILIES.items() if re.search(pattern, lowered)), OTHER)
+    return next((family for family, pattern in FAMILIES if re.search(pattern, lowered)), OTHER)
 
 
 def breakdown(events: Iterable[tuple[str, float]], steps: int) -> dict[str, float]:
@@ -143,7 +147,8 @@ def plot_breakdown(path: Path, families: Mapping[str, float], title: str) -> Non
     axis.bar_label(bars, labels, padding=4, fontsize=9)
     axis.invert_yaxis()
     axis.margins(x=0.25)
-    axis.set(title=f"{total:.2f} ms of kernels per step, {title}", xlabel="ms per step")
+    axis.set(xlabel="ms per step")
+    figure.suptitle(f"{total:.2f} ms of kernels per step\n{title}", fontsize=10, x=0.01, ha="left")
     axis.spines[["top", "right"]].set_visible(False)
     with atomic_writer(path) as file:
         FigureCanvasAgg(figure).print_png(file)
