@@ -32,6 +32,21 @@ def test_parameters_and_bytes_are_the_published_ones(
     assert packed is None or facts["packed_bytes"] == packed
 
 
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("baseline", 7_224_688_640),
+        ("sp1024_smear_bigram", 4_900_257_792),
+        ("sp2048_normuon", 5_836_374_016),
+        ("sp4096_recurrence", 4_508_614_656),
+        ("sp8192_sdclip", 3_903_848_448),
+    ],
+)
+def test_published_steps_saw_the_published_tokens(name: str, tokens: int) -> None:
+    recipe = load_recipe(name)
+    assert recipe.published["steps"] * recipe.config().train_batch_tokens == tokens
+
+
 def test_smear_bigram_with_float16_embedding_has_the_other_published_size() -> None:
     facts = describe(load_recipe("sp1024_smear_bigram").config(tied_embed_bits=16), {})
     assert facts["container_bytes"] == 20_415_618

@@ -24,7 +24,7 @@ from train.fitting import prune
 from train.loop import recurrence_on
 from train.model.gpt import GPT
 from train.optimize.groups import build_optimizers
-from train.quantize.tensors import quantize_model
+from train.quantize.tensors import QuantizedTensor, quantize_model
 from train.recipes import load_recipe
 from train.settings import resolve
 from train.submission.__main__ import main as submission
@@ -218,7 +218,7 @@ def test_target_mb_prunes_and_warns_when_it_is_above_the_cap() -> None:
             self.append(text)
 
     def pruned(target_mb: float, log: Lines) -> int:
-        result = prune(config.replace(target_mb=target_mb), built, tensors, 50_000, Ranks(), log)  # type: ignore[arg-type]
+        result = prune(config.replace(target_mb=target_mb), tensors, 50_000, Ranks(), log)  # type: ignore[arg-type]
         return int((result["blocks.3.mlp.up"].codes == 0).sum() - (tensors["blocks.3.mlp.up"].codes == 0).sum())  # type: ignore[union-attr]
 
     log = Lines()
@@ -226,6 +226,10 @@ def test_target_mb_prunes_and_warns_when_it_is_above_the_cap() -> None:
     assert "15.9 is 16,672,358 bytes, beyond the cap of 16,000,000" in log[0] and log[1].startswith("prune:0 of ")
     log = Lines()
     assert pruned(0.05, log) > 0
+    # as published, the int8 tables are pruned beside the int6 matrices
+    ones = {name: int((t.codes.abs() == 1).sum()) for name, t in tensors.items() if isinstance(t, QuantizedTensor)}
+    assert tensors["embedding.weight"].bits == 8 and ones["embedding.weight"] > 0  # type: ignore[union-attr]
+    assert f" of {sum(ones.values())} codes ±1" in log[-1]
     assert "target of 52428 bytes" in log[-1] and len(log) == 1
 
 

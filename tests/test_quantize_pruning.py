@@ -8,24 +8,22 @@ import torch
 from train.quantize.pruning import count_ones, prune_ones, prunes_needed
 from train.quantize.tensors import QuantizedTensor, StoredTensors
 
-NAMES = {"a", "b", "half"}
-
 
 @pytest.fixture
 def tensors() -> StoredTensors:
     draw = torch.Generator().manual_seed(0)
 
-    def coded(rows: int, columns: int) -> QuantizedTensor:
+    def coded(rows: int, columns: int, bits: int) -> QuantizedTensor:
         codes = torch.randn(rows, columns, generator=draw).mul(1.5).round().clamp(-31, 31).to(torch.int8)
         # few different scales, so that ties are decided too
         scales = torch.randint(1, 4, (rows,), generator=draw).to(torch.float16) / 32
-        return QuantizedTensor(codes, scales, 6)
+        return QuantizedTensor(codes, scales, bits)
 
     return {
-        "a": coded(7, 11),
+        "a": coded(7, 11, 6),
         "half": torch.ones(3, dtype=torch.float16),
-        "other": coded(5, 5),
-        "b": coded(9, 6),
+        "table": coded(5, 5, 8),
+        "b": coded(9, 6, 6),
     }
 
 
@@ -35,13 +33,13 @@ def by_sorting(tensors: StoredTensors, count: int) -> dict[str, torch.Tensor]:
         (float(tensors[name].scales[row]) ** 2, place, name, row, column)
         for place, (name, row, column) in enumerate(
             (name, row, column)
-            for name in ("a", "b")
+            for name in ("a", "table", "b")
             for row in range(tensors[name].codes.shape[0])
             for column in range(tensors[name].codes.shape[1])
         )
         if abs(int(tensors[name].codes[row, column])) == 1
     ]
-    codes = {name: tensors[name].codes.clone() for name in ("a", "b")}
+    codes = {name: tensors[name].codes.clone() for name in ("a", "table", "b")}
     for *_, name, row, column in sorted(entries)[:count]:
         codes[name][row, column] = 0
     return codes
@@ -50,19 +48,19 @@ def by_sorting(tensors: StoredTensors, count: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("count", [0, 1, 2, 13, 29, 10_000])
 def test_the_smallest_rows_go_first(tensors: StoredTensors, count: int) -> None:
     untouched = {name: getattr(tensor, "codes", tensor).clone() for name, tensor in tensors.items()}
-    pruned = prune_ones(tensors, NAMES, count)
+    pruned = prune_ones(tensors, count)
     for name, codes in by_sorting(tensors, count).items():
         assert torch.equal(pruned[name].codes, codes)
-        assert torch.equal(pruned[name].scales, tensors[name].scales) and pruned[name].bits == 6
-    assert pruned["other"] is tensors["other"] and pruned["half"] is tensors["half"]
+        assert torch.equal(pruned[name].scales, tensors[name].scales) and pruned[name].bits == tensors[name].bits
+    assert pruned["half"] is tensors["half"]
     assert list(pruned) == list(tensors)
     assert all(torch.equal(getattr(tensors[name], "codes", tensors[name]), codes) for name, codes in untouched.items())
-    assert count_ones(pruned, NAMES) == max(count_ones(tensors, NAMES) - count, 0)
+    assert count_ones(pruned) == max(count_ones(tensors) - count, 0)
 
 
 def test_nothing_to_prune_is_no_error() -> None:
-    assert prune_ones({"half": torch.ones(2)}, NAMES, 5).keys() == {"half"}
-    assert count_ones({}, NAMES) == 0
+    assert prune_ones({"half": torch.ones(2)}, 5).keys() == {"half"}
+    assert count_ones({}) == 0
 
 
 def encoded_bytes(tensors: StoredTensors) -> int:
@@ -74,17 +72,17 @@ def encoded_bytes(tensors: StoredTensors) -> int:
 
 
 def test_the_search_finds_what_just_fits(tensors: StoredTensors) -> None:
-    sizes = [encoded_bytes(prune_ones(tensors, NAMES, count)) for count in range(count_ones(tensors, NAMES) + 1)]
+    sizes = [encoded_bytes(prune_ones(tensors, count)) for count in range(count_ones(tensors) + 1)]
     target = (sizes[0] + sizes[-1]) // 2
-    count = prunes_needed(tensors, NAMES, target, encoded_bytes)
+    count = prunes_needed(tensors, target, encoded_bytes)
     assert 0 < count < len(sizes) - 1
     assert sizes[count] <= target < sizes[count - 1]
 
 
 def test_a_model_that_fits_is_left_alone_and_one_that_cannot_loses_all(tensors: StoredTensors) -> None:
-    total = count_ones(tensors, NAMES)
-    assert prunes_needed(tensors, NAMES, encoded_bytes(tensors), encoded_bytes) == 0
-    assert prunes_needed(tensors, NAMES, 1, encoded_bytes) == total
+    total = count_ones(tensors)
+    assert prunes_needed(tensors, encoded_bytes(tensors), encoded_bytes) == 0
+    assert prunes_needed(tensors, 1, encoded_bytes) == total
 
 
 def test_the_search_encodes_few_times_on_a_large_model() -> None:
@@ -96,7 +94,7 @@ def test_the_search_encodes_few_times_on_a_large_model() -> None:
         probes.append(int((pruned["a"].codes != 0).sum()))
         return probes[-1]
 
-    total = count_ones(tensors, {"a"})
-    count = prunes_needed(tensors, {"a"}, total // 3, size)
+    total = count_ones(tensors)
+    count = prunes_needed(tensors, total // 3, size)
     assert 0 <= count - (total - total // 3) < total / 4096 + 1
     assert len(probes) <= 2 + 13

@@ -14,7 +14,6 @@ from train.data.loaders import make_loader
 from train.distributed import Ranks
 from train.logger import RunLogger
 from train.model.gpt import GPT
-from train.model.inventory import classify
 from train.quantize.fit import Encoded, fit
 from train.quantize.pruning import count_ones, prune_ones, prunes_needed
 from train.quantize.tensors import StoredTensors
@@ -70,32 +69,23 @@ def fit_target(
     model.train(training)
     if encoded.total <= config.target_bytes:
         return tensors
-    names = matrix_names(model, config)
-    count = prunes_needed(tensors, names, config.target_bytes, lambda pruned: encode(pruned).total)
-    log.line(f"prune:{count} of {count_ones(tensors, names)} codes ±1, because no row clip fits")
-    return prune_ones(tensors, names, count)
+    count = prunes_needed(tensors, config.target_bytes, lambda pruned: encode(pruned).total)
+    log.line(f"prune:{count} of {count_ones(tensors)} codes ±1, because no row clip fits")
+    return prune_ones(tensors, count)
 
 
-def prune(
-    config: Config, model: GPT, tensors: StoredTensors, other_bytes: int, ranks: Ranks, log: RunLogger
-) -> StoredTensors:
-    """Prune the matrices' codes ±1 until they and `other_bytes` of code take at most `target_mb`."""
+def prune(config: Config, tensors: StoredTensors, other_bytes: int, ranks: Ranks, log: RunLogger) -> StoredTensors:
+    """Prune codes ±1 until the model and `other_bytes` of code take at most `target_mb`."""
     target = int(config.target_mb * MEBIBYTE)
     if target > config.max_artifact_bytes:
         log.line(
             f"warning: target_mb {config.target_mb:g} is {target:,} bytes, beyond the cap of {config.max_artifact_bytes:,}: "
             "pruning does not keep to the cap"
         )
-    names = matrix_names(model, config)
     count = ranks.on_main(
         lambda: prunes_needed(
-            tensors, names, target - other_bytes, lambda pruned: encode_artifact(pruned, config)[1].model_bytes
+            tensors, target - other_bytes, lambda pruned: encode_artifact(pruned, config)[1].model_bytes
         )
     )
-    log.line(f"prune:{count} of {count_ones(tensors, names)} codes ±1 for a target of {target} bytes")
-    return prune_ones(tensors, names, count)
-
-
-def matrix_names(model: GPT, config: Config) -> set[str]:
-    """The parameters whose codes may be pruned."""
-    return {name for name, parameter in model.named_parameters() if classify(name, parameter, config) == "matrix"}
+    log.line(f"prune:{count} of {count_ones(tensors)} codes ±1 for a target of {target} bytes")
+    return prune_ones(tensors, count)

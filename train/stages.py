@@ -112,7 +112,7 @@ def artifact_stage(config: Config, path: Path, model: GPT, tensors: StoredTensor
     """
     code, paid = ranks.on_main(lambda: counted_code_bytes(config)), prefix_bytes(config)
     if config.target_mb:
-        tensors = prune(config, model, tensors, code + paid, ranks, log)
+        tensors = prune(config, tensors, code + paid, ranks, log)
 
     def write() -> None:
         cap = min(config.target_bytes or config.max_artifact_bytes, config.max_artifact_bytes)

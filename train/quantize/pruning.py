@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -12,25 +12,24 @@ from train.quantize.tensors import QuantizedTensor, StoredTensors
 _RESOLUTION = 4096
 
 
-def count_ones(tensors: Mapping[str, object], names: Collection[str]) -> int:
-    """Number of codes that are 1 or −1 in the named tensors."""
-    return sum(int((tensor.codes.abs() == 1).sum()) for tensor in _coded(tensors, names).values())
+def count_ones(tensors: Mapping[str, object]) -> int:
+    """Number of codes that are 1 or −1."""
+    return sum(int((tensor.codes.abs() == 1).sum()) for tensor in _coded(tensors).values())
 
 
-def prune_ones(tensors: StoredTensors, names: Collection[str], count: int) -> StoredTensors:
+def prune_ones(tensors: StoredTensors, count: int) -> StoredTensors:
     """Set to zero the `count` codes ±1 that cost the least squared error, which is scale² each.
 
     Args:
-        tensors: as `quantize_model` returns them; they stay as they are.
-        names: tensors to prune; those kept in float16 are passed over.
+        tensors: as `quantize_model` returns them; they stay as they are. Those kept in float16 are passed over.
         count: codes to prune; rows of equal scale go in the tensors' order, codes of a row from the left.
 
     Returns:
         All tensors, the pruned ones new.
 
-    Source: #1392 and its ancestors; their int6 matrices were pruned, their int8 tables were not.
+    Source: #1392, which prunes its int8 tables beside its int6 matrices; they go first, as their scales are smaller.
     """
-    coded = _coded(tensors, names)
+    coded = _coded(tensors)
     if not coded:
         return dict(tensors)
     ones = {name: tensor.codes.abs() == 1 for name, tensor in coded.items()}
@@ -51,16 +50,14 @@ def prune_ones(tensors: StoredTensors, names: Collection[str], count: int) -> St
     return pruned
 
 
-def prunes_needed(
-    tensors: StoredTensors, names: Collection[str], target_bytes: int, size: Callable[[StoredTensors], int]
-) -> int:
+def prunes_needed(tensors: StoredTensors, target_bytes: int, size: Callable[[StoredTensors], int]) -> int:
     """How many codes ±1 must go until the encoded model has at most `target_bytes`.
 
     Found by bisection, to one part in 4,096 of all such codes on the side that fits. If even all of them are not
     enough, all of them.
 
     Args:
-        tensors, names: as for `prune_ones`.
+        tensors: as for `prune_ones`.
         target_bytes: what the encoded model may take.
         size: bytes of a model, really encoded.
 
@@ -69,19 +66,19 @@ def prunes_needed(
     """
     if size(tensors) <= target_bytes:
         return 0
-    total = count_ones(tensors, names)
+    total = count_ones(tensors)
     step = max(total // _RESOLUTION, 1)
     over, fits = 0, -(-total // step)
-    if size(prune_ones(tensors, names, total)) > target_bytes:
+    if size(prune_ones(tensors, total)) > target_bytes:
         return total
     while fits - over > 1:
         middle = (over + fits) // 2
-        if size(prune_ones(tensors, names, middle * step)) <= target_bytes:
+        if size(prune_ones(tensors, middle * step)) <= target_bytes:
             fits = middle
         else:
             over = middle
     return min(fits * step, total)
 
 
-def _coded(tensors: Mapping[str, object], names: Collection[str]) -> dict[str, QuantizedTensor]:
-    return {name: tensor for name, tensor in tensors.items() if name in names and isinstance(tensor, QuantizedTensor)}
+def _coded(tensors: Mapping[str, object]) -> dict[str, QuantizedTensor]:
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, QuantizedTensor)}

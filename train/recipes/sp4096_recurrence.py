@@ -11,7 +11,9 @@ scored.
 Deviations: sequences are written with kept keys and values, all under the rotary base of 2,048 tokens, which is that of the
 evaluation, where the published run recomputed everything for each length, in 430 s, with the plain base up to 1,024 tokens; ranks
 share them; the random numbers are other ones; clipping comes after the reduction over ranks; gradients and momentum are float32
-where they were bfloat16, and the momentum is reset after the warm-up; the container is this project's own.
+where they were bfloat16, and the momentum is reset after the warm-up; the untrained vectors have no gradient, where theirs added up
+from step to step inside the clipped norm; late fake-quantization, which could reach the value embedding's projection at most, is not
+there; the container is this project's own.
 """
 
 # of the first seed named above, val_bpb the mean where there are several

@@ -6,7 +6,7 @@ are dead, and the scale floor of 1/31 binds wherever a row's deviation is below 
 
 Deviations: Hessians are summed over ranks, where rank 0's own 64 batches were used; a failing Cholesky is tried again with
 more damping before a matrix is rounded to nearest; the loader's seed comes from shard names, not from absolute paths; ±1
-pruning, which never triggered, is not there; the container is this project's own.
+pruning, which never triggered, is off (TARGET_MB); the container is this project's own.
 """
 
 # of the first seed named above, val_bpb the mean where there are several
