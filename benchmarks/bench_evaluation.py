@@ -1,7 +1,7 @@
 """Sliding-window evaluation of random text and weights: the published way, this one, and what this one leaves out.
 
 `published`: full logits of every window (compiled on a GPU), batches of 32 windows that a Python loop fills and sums up,
-window by window. `golf`: `train.scoring.evaluate_model`; `golf, layer 0 per window` without sharing layer 0. The goals: on
+window by window. `golf`: `train.evaluate.scoring.evaluate_model`; `golf, layer 0 per window` without sharing layer 0. The goals: on
 a GPU twice the published tokens per second and 45 % of the matrix rate of the same run, on a CPU three times the former.
 """
 
@@ -20,13 +20,13 @@ from torch import Tensor
 from benchmarks import common
 from train.config import Config
 from train.data.tokenizer import ByteTables
+from train.evaluate.scoring import evaluate_model
+from train.evaluate.windows import plan_windows
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.fusion import write_out_references
 from train.model.gpt import GPT
 from train.model.order import make_plan
 from train.recipes import load_recipe
-from train.scoring import evaluate_model
-from train.windows import plan_windows
 
 RECIPES = ("sp4096_recurrence", "sp8192_sdclip")
 # targets of the published validation text, and the batch of the published loop

@@ -35,8 +35,8 @@ else:
     watched = contextlib.nullcontext()
 with watched:
     from train.artifact import container
+    from train.artifact.codecs import CODECS, byte_unshuffle
     from train.artifact.storage import build_model, read_artifact, write_artifact
-    from train.codecs import CODECS, byte_unshuffle
     from train.config import Config
     from train.errors import CodecError, UserError
     from train.model.gpt import GPT

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_ans import SecondReader
+from test_artifact_ans import SecondReader
 from torch import Tensor
 
 from train.artifact import (
@@ -29,7 +29,7 @@ from train.artifact import (
     write_artifact,
 )
 from train.artifact.__main__ import main
-from train.codecs import CODECS
+from train.artifact.codecs import CODECS
 from train.config import Config
 from train.errors import MissingCodec, UserError
 from train.model.gpt import GPT

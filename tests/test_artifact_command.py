@@ -10,7 +10,7 @@ from test_artifact import ROOMY, assert_same, quantized, tiny
 
 from train.artifact import read_artifact, write_artifact
 from train.artifact.__main__ import main
-from train.codecs import CODECS
+from train.artifact.codecs import CODECS
 from train.errors import UserError
 from train.quantize.tensors import QuantizedTensor, StoredTensors
 

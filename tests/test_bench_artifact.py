@@ -11,8 +11,8 @@ from test_evaluate import finished_run, run_truth
 from benchmarks import bench_artifact
 from benchmarks.common import CheckFailed
 from train.artifact import write_artifact
+from train.artifact.codecs import CODECS
 from train.checkpoint import load_weights
-from train.codecs import CODECS
 from train.config import Config
 from train.errors import UserError
 from train.quantize.tensors import quantize_model

@@ -19,12 +19,12 @@ from train.config import Config
 from train.data.shards import load_validation_tokens, write_shard
 from train.data.tokenizer import byte_tables, load_tokenizer, train_tokenizer
 from train.errors import UserError
-from train.evaluate import main
+from train.evaluate.__main__ import main
+from train.evaluate.windows import plan_windows
 from train.log_grammar import GRAMMAR
 from train.logger import read_metrics
 from train.model.gpt import GPT
 from train.quantize.tensors import quantize_model
-from train.windows import plan_windows
 
 TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. ".split()
 MODEL = Config(

@@ -12,6 +12,9 @@ HOUSE = {"golf_kernels", "train", "benchmarks", "tests", "setup"}
 # what each part may import besides the standard library; train's list is open, except for these
 KERNELS_MAY = {"torch", "golf_kernels", "triton"}
 TRAIN_MAY_NOT = {"triton", "benchmarks", "tests", "setup"}
+# the way of a run through train's folders: none imports from one that comes later, but for what is started by hand
+WALK = ("data", "model", "optimize", "quantize", "script", "artifact", "evaluate", "submission")
+STARTED = {"__main__.py", "entry.py"}
 
 
 def imports(source, package=""):
@@ -62,6 +65,19 @@ def test_golf_kernels_imports_torch_and_guarded_triton_only(path):
 def test_train_imports_neither_triton_nor_what_is_above_it(path):
     found = imports(path.read_text(), "train")
     assert [f"{path.name}:{line} imports {name}" for name, line, _ in found if name in TRAIN_MAY_NOT] == []
+
+
+@pytest.mark.parametrize("room", WALK)
+def test_no_folder_of_train_looks_ahead_on_the_walk(room):
+    later = {f"train.{name}" for name in WALK[WALK.index(room) + 1 :]}
+    found = []
+    for path in sources(f"train/{room}"):
+        if path.name in STARTED:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and ".".join((node.module or "").split(".")[:2]) in later:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {node.module}")
+    assert found == []
 
 
 def test_nothing_imports_the_tests_and_setup_needs_no_torch():

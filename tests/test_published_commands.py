@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from train.__main__ import main
+from train.artifact.target import prune
 from train.config import Config
 from train.data.build import build_dataset
 from train.data.corpus import split_documents, stdlib_documents
+from train.data.paid_prefix import NOT_COMPLIANT, build_prefix
 from train.describe import describe
 from train.distributed import Ranks
 from train.errors import UserError
-from train.evaluate import main as evaluate
-from train.fitting import prune
+from train.evaluate.__main__ import main as evaluate
 from train.loop import recurrence_on
 from train.model.gpt import GPT
 from train.optimize.groups import build_optimizers
@@ -28,7 +29,6 @@ from train.quantize.tensors import QuantizedTensor, quantize_model
 from train.recipes import load_recipe
 from train.settings import resolve
 from train.submission.__main__ import main as submission
-from train.submission.paid_prefix import NOT_COMPLIANT, build_prefix
 
 COMMANDS = {
     "sp4096_recurrence": 'VOCAB_SIZE=4096 MLP_MULT=4.0 QK_GAIN_INIT=5.0 MUON_EQ_R=1 RECUR_LAYERS="4,5" RECUR_START_STEP=3000 '

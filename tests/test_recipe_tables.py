@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from golf_kernels import COEFFICIENTS
-from train.codecs import CODECS
+from train.artifact.codecs import CODECS
 from train.config import Config
 from train.data.loaders import LOADERS
 from train.describe import describe
+from train.evaluate.windows import RULES
 from train.model.rope import ntk_base
 from train.quantize.row_scales import ROW_SCALES
 from train.recipes import load_recipe, recipe_names
-from train.windows import RULES
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from train.config import Config
+from train.data.paid_prefix import NOT_COMPLIANT
 from train.errors import UserError
 from train.run import RunFolder
 from train.settings import resolve
@@ -19,7 +20,6 @@ from train.submission.__main__ import main
 from train.submission.base import find_base
 from train.submission.build import Labels, build_record, recipe_settings
 from train.submission.evidence import read_evidence
-from train.submission.paid_prefix import NOT_COMPLIANT
 from train.submission.rules import Verdict, judge
 from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
 

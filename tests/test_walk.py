@@ -13,18 +13,18 @@ import pytest
 import torch
 
 from train.artifact import load_model
-from train.artifact.code_size import package_code_bytes
 from train.checkpoint import load_weights, read_tensors
 from train.config import Config
 from train.data.build import build_dataset
 from train.data.corpus import split_documents, stdlib_documents
 from train.data.validation import load_validation
 from train.errors import UserError
+from train.evaluate.scoring import evaluate_model
 from train.log_grammar import parse_log
 from train.logger import read_metrics, series
 from train.recipes import load_recipe
 from train.run import RunFolder, open_run_folder
-from train.scoring import evaluate_model
+from train.script.code_size import package_code_bytes
 from train.stages import quantize_stage
 from train.walk import walk
 

@@ -20,6 +20,8 @@ from train.data.shards import find_shards
 from train.data.validation import ValidationText, load_validation
 from train.distributed import Ranks
 from train.errors import UserError
+from train.evaluate.scores import EvalResult
+from train.evaluate.scoring import flat_evaluation
 from train.logger import RunLogger
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.fusion import write_out_references
@@ -30,8 +32,6 @@ from train.optimize.schedules import WallClock, lr_scale, muon_momentum
 from train.profiling import StepProfiler
 from train.progress import Progress
 from train.run import RunFolder
-from train.scores import EvalResult
-from train.scoring import flat_evaluation
 from train.values import parse_steps
 
 # the first steps are logged one by one, as in the published logs

@@ -14,16 +14,18 @@ import torch
 
 from golf_kernels import dispatch
 from train.artifact import load_model, write_artifact
-from train.artifact.code_size import counted_code_bytes
+from train.artifact.target import fit_target, prune
 from train.checkpoint import load_weights, write_tensors
 from train.config import Config
 from train.data.build import build_dataset
 from train.data.corpus import split_documents, stdlib_documents
+from train.data.paid_prefix import known_targets, prefix_bytes
 from train.data.validation import load_validation
 from train.distributed import Ranks
 from train.errors import UserError
+from train.evaluate.scores import evaluation_entry, write_evaluation
+from train.evaluate.scoring import evaluate_model
 from train.files import atomic_write
-from train.fitting import fit_target, prune
 from train.hardware import hardware
 from train.logger import RunLogger
 from train.loop import train
@@ -32,9 +34,7 @@ from train.model.gpt import GPT
 from train.quantize.calibrate import calibrate
 from train.quantize.tensors import StoredTensors, dequantize_state, matrices_to_calibrate, quantize_model
 from train.run import RunFolder
-from train.scores import evaluation_entry, write_evaluation
-from train.scoring import evaluate_model
-from train.submission.paid_prefix import known_targets, prefix_bytes
+from train.script.code_size import counted_code_bytes
 
 
 def prepare_data(config: Config, ranks: Ranks) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from golf_kernels import dispatch, newton_schulz
-from train.artifact.code_size import check_code_form, package_source
-from train.codecs import CODECS
+from train.artifact.codecs import CODECS
 from train.config import MICRO_BATCHES, Config
 from train.data.build import read_manifest
 from train.data.loaders import make_loader
+from train.data.paid_prefix import known_targets
 from train.data.validation import load_validation
 from train.distributed import start_ranks
 from train.errors import UserError
@@ -24,10 +24,10 @@ from train.files import atomic_write
 from train.logger import RunLogger
 from train.model.attention_choice import check_attention
 from train.run import RunFolder, new_run_id, open_run_folder
+from train.script.code_size import check_code_form, package_source
 from train.settings import Override, override_line
 from train.sinks import Sink, check_sinks, open_sinks
 from train.stages import artifact_stage, evaluate_stage, prepare_data, quantize_stage, train_stage
-from train.submission.paid_prefix import known_targets
 
 
 class StageClock:

@@ -7,7 +7,6 @@ what is in one, checks it, compares it, or writes it in another form.
 from __future__ import annotations
 
 from train.artifact.budget import ArtifactInfo, BudgetError, BudgetRow, budget_table
-from train.artifact.code_size import CodeSize, code_bytes, package_code_bytes
 from train.artifact.container import ArtifactError
 from train.artifact.storage import MODEL_FIELDS, Artifact, encode_artifact, load_model, read_artifact, write_artifact
 
@@ -18,12 +17,9 @@ __all__ = [
     "ArtifactInfo",
     "BudgetError",
     "BudgetRow",
-    "CodeSize",
     "budget_table",
-    "code_bytes",
     "encode_artifact",
     "load_model",
-    "package_code_bytes",
     "read_artifact",
     "write_artifact",
 ]

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from train.artifact.budget import budget_table
+from train.artifact.codecs import CODECS
 from train.artifact.difference import difference
 from train.artifact.export import PUBLISHED_FORMATS, export
 from train.artifact.storage import MODEL_FIELDS, build_model, read_artifact, write_artifact
-from train.codecs import CODECS
 from train.errors import UserError, main_guard
 from train.files import atomic_write, sha256_file
 

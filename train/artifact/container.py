@@ -20,9 +20,9 @@ The JSON is one object:
 config     the fields of `train.config.Config` that shape the model (`MODEL_FIELDS`); lists stand for tuples. A field that
            is missing is younger than the file and has its default.
 sections   group: what the tensors in it have in common, for people to read. type: "int2" … "int8" (one signed byte per
-           code, whatever the bits), "float16", "bfloat16" or "float32". codec: a name in `train.codecs.CODECS`:
+           code, whatever the bits), "float16", "bfloat16" or "float32". codec: a name in `train.artifact.codecs.CODECS`:
            "brotli" (RFC 7932), "zstd" (RFC 8878, one frame that states its content size), "lzma" (.xz, one stream), "zlib"
-           (RFC 1950), "ans" (`train.ans` describes it), "raw" (as is) or "raw6" (codes as a stream of 6 bits each, lowest
+           (RFC 1950), "ans" (`train.artifact.ans` describes it), "raw" (as is) or "raw6" (codes as a stream of 6 bits each, lowest
            bit first); sections of one file may differ in it. stride: 0, or the n of the byte shuffle that was applied
            before the codec: 5 bytes (`BSHF`, n), then bytes 0, n, 2n, …, then 1, n+1, …, and so on. unpacked: bytes of
            the section without codec and shuffle. packed: bytes in the file. crc: CRC-32 of the packed bytes.
@@ -46,7 +46,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from train.codecs import CODECS, SHUFFLE_HEADER_BYTES, byte_unshuffle
+from train.artifact.codecs import CODECS, SHUFFLE_HEADER_BYTES, byte_unshuffle
 from train.errors import CodecError, MissingCodec, UserError
 
 MAGIC = b"\x89GOLF\r\n\x1a"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from golf_kernels import int6_pack
-from train.codecs import CODECS, byte_shuffle
+from train.artifact.codecs import CODECS, byte_shuffle
 from train.errors import UserError
 from train.quantize.tensors import QuantizedTensor
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from train.artifact.budget import ArtifactInfo, check_budget
+from train.artifact.codecs import CODECS, Codec, byte_shuffle
 from train.artifact.container import (
     ITEM_BYTES,
     VERSION,
@@ -24,7 +25,6 @@ from train.artifact.container import (
     pack,
     unpack,
 )
-from train.codecs import CODECS, Codec, byte_shuffle
 from train.config import Config, ConfigError
 from train.errors import UserError
 from train.files import atomic_write

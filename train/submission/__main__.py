@@ -34,7 +34,7 @@ def _record(arguments: argparse.Namespace) -> int:
 
 
 def _code(arguments: argparse.Namespace) -> int:
-    from train.artifact.single_file import form_bytes
+    from train.script.single_file import form_bytes
 
     for form, size in form_bytes(arguments.recipe).items():
         print(f"{form:<9} {size:>9,} bytes")

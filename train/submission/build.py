@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.artifact.single_file import pack, recipe_settings, script_settings, used_sources
 from train.config import Config
 from train.data.validation import load_validation
 from train.errors import UserError
 from train.files import atomic_write
+from train.script.single_file import pack, recipe_settings, script_settings, used_sources
 from train.submission.base import Base
 from train.submission.evidence import mean_and_deviation
 from train.submission.record import evaluation, form
@@ -58,7 +58,7 @@ def build_record(
         paths: finished runs, one per seed.
         out: the folder, which must not exist.
         labels: what people say about it.
-        single_file: form of the one-file script, see `train.artifact.single_file`; empty: the modules in folders beside it.
+        single_file: form of the one-file script, see `train.script.single_file`; empty: the modules in folders beside it.
         base: what the settings and scores are compared with; None: the recipe.
 
     Returns:
@@ -153,7 +153,7 @@ def write_script(folder: Path, config: Config, single_file: str, title: str) -> 
     values = "".join(f"    {name!r}: {value!r},\n" for name, value in {"RECIPE": config.recipe, **settings}.items())
     atomic_write(
         folder / "train_gpt.py",
-        f'"""{title}"""\n\nfrom train.errors import main_guard\nfrom train.script import main\n\nSETTINGS = {{\n{values}}}\n\n'
+        f'"""{title}"""\n\nfrom train.errors import main_guard\nfrom train.script.entry import main\n\nSETTINGS = {{\n{values}}}\n\n'
         'if __name__ == "__main__":\n    main_guard(lambda: main(SETTINGS))\n',
     )
 

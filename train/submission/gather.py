@@ -5,10 +5,10 @@ from __future__ import annotations
 from train.artifact import read_artifact
 from train.data.build import read_manifest
 from train.errors import UserError
+from train.evaluate.scores import find_evaluation
 from train.files import read_json
 from train.logger import read_metrics
 from train.run import RunFolder
-from train.scores import find_evaluation
 from train.submission.summary import Summary, group_bytes
 
 

@@ -13,10 +13,10 @@ from train.config import Config
 from train.data.tokenizer import byte_tables, find_tokenizer, load_tokenizer
 from train.data.validation import load_validation
 from train.errors import UserError
+from train.evaluate.scores import find_evaluation
 from train.files import sha256_file
 from train.log_grammar import parse_log
 from train.run import RunFolder
-from train.scores import find_evaluation
 from train.submission.gather import summarize
 from train.submission.standing import exact_score
 from train.submission.summary import Summary

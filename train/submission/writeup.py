@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train.artifact.single_file import FORMS
+from train.script.single_file import FORMS
 from train.submission.base import Base
 from train.submission.record import evaluation, form
 from train.submission.runs import FinishedRun

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from train.artifact import encode_artifact
-from train.artifact.code_size import counted_code_bytes
 from train.config import Config
 from train.data.loaders import make_loader
+from train.data.paid_prefix import prefix_bytes
 from train.distributed import Ranks
 from train.logger import RunLogger
 from train.model.gpt import GPT
 from train.quantize.fit import Encoded, fit
 from train.quantize.pruning import count_ones, prune_ones, prunes_needed
 from train.quantize.tensors import StoredTensors
-from train.submission.paid_prefix import prefix_bytes
+from train.script.code_size import counted_code_bytes
 
 MEBIBYTE = 1 << 20
 

@@ -11,9 +11,9 @@ from model_systems import CASES, SHALLOW, SYSTEMS, narrow_config, one_thread, ra
 from plain_evaluation import plain_score
 
 from train.data.tokenizer import ByteTables
+from train.evaluate.scoring import evaluate_model
 from train.model.gpt import GPT
 from train.model.linear import observe_inputs
-from train.scoring import evaluate_model
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 

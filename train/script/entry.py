@@ -24,7 +24,7 @@ def main(settings: Mapping[str, str]) -> int:
     """
     arguments = sys.argv[1:]
     if arguments[:1] == ["evaluate"]:
-        from train.evaluate import main as evaluate
+        from train.evaluate.__main__ import main as evaluate
 
         return evaluate(arguments[1:])
     if any(argument in ("-h", "--help") for argument in arguments):

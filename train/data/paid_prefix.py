@@ -5,7 +5,7 @@ preset 6. An evaluation with the setting PAID_PREFIX_FILE charges no nats for a 
 counts its bytes all the same; the blob's own bytes count against the cap. It is here so that the published arithmetic can
 be checked: no recipe turns it on, and every score obtained with it is labelled `NOT_COMPLIANT`.
 
-`python -m train.submission.paid_prefix build --val-dir data/datasets/fineweb10B_sp1024 --num-tokens 6200000 --output prefix.xz`
+`python -m train.data.paid_prefix build --val-dir data/datasets/fineweb10B_sp1024 --num-tokens 6200000 --output prefix.xz`
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def read_prefix(path: str | os.PathLike[str], tokens: np.ndarray) -> PaidPrefix:
         blob = Path(path).read_bytes()
     except OSError as error:
         raise UserError(
-            f"paid_prefix_file: {path}: {error.strerror}: build it with python -m train.submission.paid_prefix"
+            f"paid_prefix_file: {path}: {error.strerror}: build it with python -m train.data.paid_prefix"
         ) from error
     try:
         targets = decode_prefix(blob, len(tokens) - 1)
@@ -118,7 +118,7 @@ def prefix_bytes(config: Config) -> int:
         return 0
     path = Path(config.paid_prefix_file)
     if not path.is_file():
-        raise UserError(f"paid_prefix_file: {path}: no such file: build it with python -m train.submission.paid_prefix")
+        raise UserError(f"paid_prefix_file: {path}: no such file: build it with python -m train.data.paid_prefix")
     return path.stat().st_size
 
 
@@ -142,7 +142,7 @@ def build_prefix(val_dir: str | os.PathLike[str], num_tokens: int, output: str |
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m train.submission.paid_prefix",
+        prog="python -m train.data.paid_prefix",
         description="Build the blob of validation targets that #262 carried. The organisers ruled it out: every score made with it "
         f"is labelled {NOT_COMPLIANT!r}.",
     )
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         "build",
         help="write the first targets of a validation text as one .xz file",
         description="Write the first targets of a validation text as one .xz file, for the setting PAID_PREFIX_FILE.",
-        epilog="example: python -m train.submission.paid_prefix build --val-dir data/datasets/fineweb10B_sp1024 "
+        epilog="example: python -m train.data.paid_prefix build --val-dir data/datasets/fineweb10B_sp1024 "
         "--num-tokens 6200000 --output prefix_6m2.xz",
     )
     build.add_argument("--val-dir", required=True, metavar="DIR", help="folder with the *_val_*.bin shards")

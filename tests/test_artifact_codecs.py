@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.codecs import (
+from train.artifact.codecs import (
     CODECS,
     SHUFFLE_HEADER_BYTES,
     CodecError,

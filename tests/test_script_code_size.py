@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from train.artifact import code_bytes, package_code_bytes
-from train.artifact.code_size import check_code_form, counted_code_bytes
-from train.artifact.single_file import pack, script_settings
 from train.config import Config
 from train.errors import UserError
 from train.recipes import load_recipe
+from train.script.code_size import check_code_form, code_bytes, counted_code_bytes, package_code_bytes
+from train.script.single_file import pack, script_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 

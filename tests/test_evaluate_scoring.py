@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from train.config import Config
 from train.data.tokenizer import ByteTables
 from train.errors import UserError
-from train.scoring import evaluate_model, flat_evaluation
+from train.evaluate.scoring import evaluate_model, flat_evaluation
 
 VOCAB = 37
 CONFIG = Config(vocab_size=259, eval_batch_seqs=4)
@@ -218,7 +218,7 @@ def test_texts_that_cannot_be_scored_are_refused() -> None:
 
 def test_progress_shows_the_running_bpb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.progress.LINE_INTERVAL_SECONDS", 0.0)
-    monkeypatch.setattr("train.scoring.NOTE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr("train.evaluate.scoring.NOTE_INTERVAL_SECONDS", 0.0)
     tokens, tables = make_text(90)
     result = evaluate_model(StandIn(), tokens, tables, CONFIG, seq_len=16, stride=4, progress=True)
     lines = capsys.readouterr().out.splitlines()

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from train.config import Config
+from train.data.paid_prefix import NOT_COMPLIANT
 from train.errors import UserError
 from train.files import atomic_write
 from train.run import RunFolder
-from train.submission.paid_prefix import NOT_COMPLIANT
 
 
 @dataclass(frozen=True)

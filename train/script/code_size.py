@@ -76,7 +76,7 @@ def counted_code_bytes(config: Config) -> int:
     if SCRIPT is not None or config.code_form == "sources":
         return package_code_bytes().plain_bytes
     # not part of a packed script
-    from train.artifact.single_file import pack, script_settings
+    from train.script.single_file import pack, script_settings
 
     return len(pack(config.recipe, script_settings(config), config.code_form).encode())
 

@@ -2,7 +2,7 @@
 
 Decoding never makes more than it was told to expect: a stream that ends early, goes on, or unpacks to another size is a
 `CodecError`. zlib, lzma and raw need nothing; brotli, zstd and ans name the package to install where it is missing. `ans` models the
-distribution of the data's rows and columns (`train.ans`); the others take them as they come.
+distribution of the data's rows and columns (`train.artifact.ans`); the others take them as they come.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from golf_kernels import int6_pack, int6_unpack
-from train.ans import ans_decode, ans_encode
+from train.artifact.ans import ans_decode, ans_encode
 from train.errors import CodecError, MissingCodec
 
 SHUFFLE_MAGIC = b"BSHF"

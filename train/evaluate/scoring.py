@@ -24,10 +24,10 @@ from golf_kernels import window_nll
 from train.config import Config
 from train.data.shards import check_tokens
 from train.errors import UserError
+from train.evaluate.scores import EvalResult
+from train.evaluate.windows import WindowPlan, group_windows, plan_windows
 from train.model.fusion import write_out_references
 from train.progress import Progress
-from train.scores import EvalResult
-from train.windows import WindowPlan, group_windows, plan_windows
 
 NOTE_INTERVAL_SECONDS = 0.5
 

@@ -22,10 +22,10 @@ from train.values import format_value
 FORMS = ("plain", "minified", "wrapped")
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("golf_kernels", "train")
-ENTRY = ("train.script", "train.walk", "train.evaluate")
+ENTRY = ("train.script.entry", "train.walk", "train.evaluate.__main__")
 # what only writes about a run, builds its data, or packs it
 EXCLUDED = (
-    "train.artifact.single_file",
+    "train.script.single_file",
     "train.data.bulk",
     "train.data.hub",
     "train.describe",
@@ -68,7 +68,7 @@ def unpack():
 if __name__ == "__main__":
     unpack()
     from train.errors import main_guard
-    from train.script import main
+    from train.script.entry import main
 
     main_guard(lambda: main(SETTINGS))
 '''

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from train.artifact import single_file
-from train.artifact.single_file import FORMS, form_bytes, minify, pack, used_sources
 from train.config import format_value
 from train.errors import UserError
 from train.log_grammar import parse_log
 from train.run import RunFolder
+from train.script import single_file
+from train.script.single_file import FORMS, form_bytes, minify, pack, used_sources
 from train.submission.__main__ import main
 from train.submission.build import package_score, recipe_settings, script_score, write_script
 from train.submission.runs import read_run
@@ -71,7 +71,9 @@ def test_the_smallest_form_trains_alone_in_an_empty_folder_as_the_package_did(ru
 
 def test_nothing_is_missing_and_nothing_foreign_is_carried() -> None:
     sources = used_sources("quickstart")
-    assert {"train/loop.py", "train/recipes/quickstart.py", "golf_kernels/muon.py", "train/script.py"} <= set(sources)
+    assert {"train/loop.py", "train/recipes/quickstart.py", "golf_kernels/muon.py", "train/script/entry.py"} <= set(
+        sources
+    )
     writers = ("train/submission/record", "train/submission/plots", "train/data/hub", "train/describe")
     assert not [name for name in sources if name.startswith(writers)]
     assert [name for name in sources if name.startswith("train/recipes/")] == [

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.ans import _small_floats, _weights, ans_decode, ans_encode
-from train.codecs import CODECS, CodecError, MissingCodec
+from train.artifact.ans import _small_floats, _weights, ans_decode, ans_encode
+from train.artifact.codecs import CODECS, CodecError, MissingCodec
 
 GENERATOR = np.random.default_rng(0)
 
 
 class SecondReader:
-    """A decoder in whole numbers alone, written from the description in `train.ans`."""
+    """A decoder in whole numbers alone, written from the description in `train.artifact.ans`."""
 
     def __init__(self, stream: bytes, size: int) -> None:
         row_labels, column_labels, flagged, low, high = struct.unpack("<BBBbb", stream[:5])

@@ -10,18 +10,18 @@ from pathlib import Path
 from train.artifact import load_model
 from train.checkpoint import load_weights
 from train.config import Config, field_names
+from train.data.paid_prefix import NOT_COMPLIANT, known_targets
 from train.data.validation import load_validation
 from train.distributed import start_ranks
 from train.errors import main_guard
+from train.evaluate.scores import evaluation_entry, read_evaluation, write_evaluation
+from train.evaluate.scoring import evaluate_model
+from train.evaluate.windows import RULES
 from train.logger import append_metric, final_lines
 from train.model.attention_backends import BACKENDS
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
 from train.run import RunFolder
-from train.scores import evaluation_entry, read_evaluation, write_evaluation
-from train.scoring import evaluate_model
-from train.submission.paid_prefix import NOT_COMPLIANT, known_targets
-from train.windows import RULES
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from plain_evaluation import plain_windows
 
 from train.errors import UserError
-from train.windows import group_windows, plan_windows
+from train.evaluate.windows import group_windows, plan_windows
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Scoring: windows over the validation text, bits per byte, and the file that keeps the scores."""
