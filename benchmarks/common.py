@@ -306,12 +306,25 @@ def render(rows: Sequence[Row], gpu: str) -> str:
     return "\n".join(lines)
 
 
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}") from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
     """Arguments that every benchmark has: `--device`, `--rounds`, `--warmup-ms` and `--tiny`."""
     made = argparse.ArgumentParser(prog=f"python -m benchmarks.{prog}", description=description)
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    made.add_argument("--device", default=default, type=torch.device, help="default: cuda where there is a GPU")
-    made.add_argument("--rounds", default=50, type=int, help="measurements of each variant; default 50")
+    made.add_argument("--device", default=default, type=_device, help="default: cuda where there is a GPU")
+    made.add_argument("--rounds", default=50, type=_positive, help="measurements of each variant; default 50")
     made.add_argument("--warmup-ms", default=300.0, type=float, help="before each variant is timed; default 300")
     made.add_argument("--tiny", action="store_true", help="small shapes that run anywhere; proves nothing about speed")
     return made

@@ -1,6 +1,7 @@
 """The container: every byte is checked, and what is wrong with a file is said by part."""
 
 import json
+import os
 import struct
 import tracemalloc
 import zlib
@@ -218,3 +219,6 @@ def test_newer_versions_and_foreign_files_are_refused(tmp_path: Path, file: Path
         read_artifact(tmp_path / "none.golf")
     with pytest.raises(ArtifactError, match="a folder, not an artifact"):
         read_artifact(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ArtifactError, match="pipe: a pipe, not an artifact"):
+        read_artifact(tmp_path / "pipe")

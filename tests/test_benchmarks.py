@@ -70,6 +70,14 @@ def test_inputs_rotate_over_three_caches():
     assert common.input_bytes({"x": make(0), "y": (torch.zeros(3, dtype=torch.bfloat16), None)}) == 8198
 
 
+@pytest.mark.parametrize("given", [["--rounds", "0"], ["--rounds", "-3"], ["--device", "nope"]])
+def test_options_that_measure_nothing_are_refused(given, capsys):
+    with pytest.raises(SystemExit) as ended:
+        common.parser("bench_x", "x").parse_args(given)
+    assert ended.value.code == 2
+    assert f"argument {given[0]}: expected" in capsys.readouterr().err
+
+
 def test_ceilings_and_quantiles():
     found = common.ceilings(clock(2))
     assert found.tflops > 0 and found.gbps > 0

@@ -20,6 +20,11 @@ def test_dict_round_trip_keeps_every_field() -> None:
     [
         ({"num_layers": 0}, "num_layers: must be at least 1"),
         ({"beta1": 1.5}, "beta1: must be at most"),
+        ({"num_layers": 10**8}, "num_layers: must be at most 1024"),
+        ({"model_dim": 10**12}, "model_dim: must be at most 65536"),
+        ({"iterations": 10**400}, "iterations: expected a finite number"),
+        ({"qk_gain_init": float("nan")}, "qk_gain_init: expected a finite number"),
+        ({"logit_softcap": float("inf")}, "logit_softcap: expected a finite number"),
         ({"loader": "random"}, "loader: expected one of"),
         ({"seed": "1"}, "seed: expected a whole number"),
         ({"seed": True}, "seed: expected a whole number"),

@@ -257,6 +257,15 @@ def test_bulk_goes_on_after_a_kill_with_the_same_bytes(documents: list[Document]
     assert not work.exists()
 
 
+def test_bulk_work_whose_state_is_damaged_is_refused(documents: list[Document], tmp_path: Path) -> None:
+    docs = write_docs(tmp_path / "docs.jsonl", [document.text for document in documents])
+    (tmp_path / "d.partial").mkdir()
+    for content in (b"\xff", b"[]", b"{}"):
+        (tmp_path / "d.partial" / "state.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"state\.json: .*: delete the folder .*d\.partial"):
+            build_bulk([docs], tmp_path / "d", VOCAB, val_docs=3, workers=1)
+
+
 def test_bulk_work_of_other_settings_is_not_mixed_in(documents: list[Document], tmp_path: Path) -> None:
     docs = write_docs(tmp_path / "docs.jsonl", [document.text for document in documents] + ["{"])
     broken = docs.read_bytes().replace(b'{"text": "{"}', b'{"txt": 1}')

@@ -106,7 +106,7 @@ def test_build_reports_what_it_made(run, texts: list[str], tmp_path: Path) -> No
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     printed = run(
         "build", "--docs", tmp_path / "docs.jsonl", "--vocab", 400, "--val-docs", 5, "--tokenizer-train-docs", 20, "--max-train-tokens", 3000,
-        "--workers", 1, "--out", tmp_path / "d", "--name", "fineweb",
+        "--workers", 1, "--out", f"{tmp_path / 'd'}/", "--name", "fineweb",
     )  # fmt: skip
     info = read_manifest(tmp_path / "d")
     assert (
@@ -144,4 +144,17 @@ def test_bad_input_ends_with_2_and_a_sentence(tmp_path: Path) -> None:
     for pieces in ("many", "-1", "260", "65537"):
         code, message = ended("text", empty, "--vocab", pieces)
         assert code == 2 and f"--vocab: expected 261 to 65536 pieces, got {pieces}" in message
+    for option, value, said in (
+        ("--name", "a/b", "expected the first part of a file's name, got 'a/b'"),
+        ("--name", "", "expected the first part of a file's name, got ''"),
+        ("--val-bytes", "-5", "expected a whole number from 0, got '-5'"),
+        ("--threads", "-1", "expected a whole number from 0, got '-1'"),
+    ):
+        code, message = ended("text", empty, option, value, "--out", tmp_path / "d")
+        assert code == 2 and f"{option}: {said}" in message
+    (tmp_path / "docs.jsonl").write_text('{"text": "x"}\n')
+    code, message = ended("build", "--docs", tmp_path / "docs.jsonl", "--tokenizer", tmp_path, "--out", tmp_path / "d")
+    assert code == 2 and message.startswith(f"error: {tmp_path}: no such tokenizer")
+    code, message = ended("build", "--docs", tmp_path / "docs.jsonl", "--out", empty / "d")
+    assert code == 2 and message.startswith(f"error: {empty / 'd.partial'}: Not a directory: choose another path")
     assert not (tmp_path / "d").exists() and not list(tmp_path.glob("*.partial"))

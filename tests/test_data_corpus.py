@@ -93,6 +93,7 @@ def test_text_files_folders_and_jsonl_in_order(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n\n', r"a\.jsonl, line 2: not JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl, line 2: not UTF-8 \(byte 0xff\)"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999, mtime=0)[:-20], r"a\.jsonl\.gz: broken"),
+        ("a.jsonl", b"[" * 200_000, r"a\.jsonl, line 1: not JSON"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: broken"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 999)[:-20], r"a\.jsonl\.xz: broken"),
         ("a.jsonl.gz", gzip.compress(b"x", mtime=0)[:10] + b"\xff" * 40, r"a\.jsonl\.gz: broken"),

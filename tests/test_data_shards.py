@@ -93,6 +93,13 @@ def test_writer_leaves_no_part_behind_after_an_error(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_writer_refuses_a_shard_whose_name_nobody_would_read(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "x", "val", shard_tokens=1, first_shard=999_999)
+    with pytest.raises(UserError, match=r"at most 1,000,000 shards.*larger --shard-tokens"):
+        writer.add([5])
+    assert [path.name for path in find_shards(tmp_path, "val")] == ["x_val_999999.bin"]
+
+
 def test_validation_tokens_are_all_shards_trimmed(tmp_path: Path) -> None:
     stream = np.arange(1000, 1030)
     write_shard(tmp_path / "x_val_000001.bin", stream[20:])

@@ -63,6 +63,8 @@ def test_one_process_needs_no_group(variables: dict[str, str], monkeypatch: pyte
         ({"LOCAL_RANK": None}, r"LOCAL_RANK: not set"),
         ({"MASTER_ADDR": None}, r"MASTER_ADDR.*not set.*torchrun"),
         ({"MASTER_PORT": ""}, r"MASTER_PORT.*not set"),
+        ({"MASTER_PORT": "x"}, r"MASTER_PORT: expected a whole number, found 'x'"),
+        ({"MASTER_PORT": "99999999"}, r"MASTER_PORT: expected 0 to 65535, found 99999999"),
     ],
 )
 def test_bad_variables_are_named(changes: dict[str, str | None], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

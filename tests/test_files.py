@@ -3,12 +3,14 @@
 import errno
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from train.errors import UserError, main_guard
-from train.files import atomic_write, atomic_writer, sha256_file
+from train.files import atomic_write, atomic_writer, read_json, sha256_file
 
 
 def test_a_file_appears_whole_and_follows_the_umask(tmp_path: Path) -> None:
@@ -47,6 +49,17 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
             2,
             "error: runs/a/model.golf: No space left",
         ),
+        (FileExistsError(errno.EEXIST, "File exists", "runs"), 2, "error: runs: File exists: choose another path"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "xxx"), 2, "error: xxx: File name too long: choose another"),
+        (OSError(errno.ELOOP, "Too many levels", "a"), 2, "error: a: Too many levels"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a"),
+            2,
+            "error: a: Permission denied: give this user the right",
+        ),
+        (MemoryError(), 2, "error: out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 2, "lower TRAIN_BATCH_TOKENS"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "lower TRAIN_BATCH_TOKENS"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -62,9 +75,43 @@ def test_bad_input_ends_a_command_with_a_sentence(
     assert said in capsys.readouterr().err
 
 
-def test_a_defect_keeps_its_traceback() -> None:
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "broken"), OSError(errno.ENOENT, "broken"), RuntimeError("broken")]
+)
+def test_a_defect_keeps_its_traceback(error: Exception) -> None:
     def main() -> int:
-        raise OSError(errno.EIO, "broken")
+        raise error
 
-    with pytest.raises(OSError, match="broken"):
+    with pytest.raises(type(error), match="broken"):
         main_guard(main)
+
+
+def test_an_argument_that_is_not_utf8_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "--run_id", "x\udcff"])
+    with pytest.raises(SystemExit) as caught:
+        main_guard(lambda: pytest.fail("went on"))
+    assert caught.value.code == 2
+    assert r"'x\udcff' is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(UserError, match="a device or a pipe"):
+        atomic_write(tmp_path / "a", b"new")
+    assert (tmp_path / "a").is_fifo()
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_place_where_nothing_can_be_written_is_named_as_given(tmp_path: Path) -> None:
+    target = tmp_path / "missing" / "a"
+    with pytest.raises(FileNotFoundError) as caught:
+        atomic_write(target, b"new")
+    assert caught.value.filename == str(target)
+
+
+def test_json_nested_beyond_reading_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"a\.json: not readable as JSON .*: write it again"):
+        read_json(tmp_path / "a.json", "write it again")

@@ -232,6 +232,25 @@ def test_resuming_with_other_settings_is_refused(finished: Finished) -> None:
         walk(finished.config.replace(resume="auto", matrix_lr=0.5))
 
 
+def test_a_tokenizer_of_the_same_size_that_made_no_shard_is_refused(dataset: Path, tmp_path: Path) -> None:
+    documents = [document for document, _ in zip(stdlib_documents(), range(60), strict=False)][40:]
+    build_dataset(documents[1:], documents[:1], tmp_path / "other", 512, with_yardsticks=False)
+    (other,) = (tmp_path / "other").glob("*.model")
+    with pytest.raises(UserError, match=r"not the tokenizer that made the shards.*text_512_bpe\.model"):
+        walk(small(dataset, tmp_path / "runs", tokenizer_path=str(other)))
+    shutil.copyfile(next(dataset.glob("*.model")), tmp_path / "same.model")
+    load_validation(small(dataset, tmp_path, tokenizer_path=str(tmp_path / "same.model")))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("run_id", "said"), [("a\nb", "expected the name of a folder"), ("x" * 300, "name too long")])
+def test_a_name_that_no_folder_has_is_refused(dataset: Path, tmp_path: Path, run_id: str, said: str) -> None:
+    result = command("train", *flags(small(dataset, tmp_path / "runs", run_id=run_id)))
+    assert result.returncode == 2
+    assert said in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
 def test_a_missing_dataset_says_how_to_make_it(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"python -m train\.data"):
         walk(small(tmp_path / "none", tmp_path))
@@ -363,6 +382,7 @@ def test_bad_settings_end_before_anything_is_made(setting: str, said: str, tmp_p
         ("config.json", b"\x8d\xff", "train.quantize"),
         ("training.json", b"{}", "train.quantize"),
         ("stages.json", b"[]", "train.submission record"),
+        ("stages.json", b'{"train": "x"}', "train"),
         ("metrics.jsonl", b"", "train.submission record"),
         ("evaluation.json", b'{"a": 1}', "train.submission record"),
     ],
@@ -373,7 +393,8 @@ def test_a_damaged_file_of_a_run_is_named(
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
     (folder.path / name).write_bytes(content)
     first, *rest = module.split()
-    result = command(first, *rest, folder.path)
+    resumed = flags(finished.config.replace(runs_dir=str(tmp_path), resume="auto"))
+    result = command(first, *rest, *(resumed if first == "train" else [folder.path]))
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert name in result.stderr

@@ -53,16 +53,16 @@ class Config:
     corpus: str = setting("", "text that is turned into shards when data_path does not exist", choices=("", "stdlib"))
     vocab_size: int = setting(1024, "number of tokens, of the tokenizer and of the embedding", low=259, high=65536)
     train_seq_len: int = setting(1024, "tokens per training sequence", low=1)
-    train_batch_tokens: int = setting(524288, "tokens per step over all ranks", low=1)
+    train_batch_tokens: int = setting(524288, "tokens per step over all ranks", low=1, high=2**31)
     loader: str = setting("sequential", "order of the training tokens", choices=("sequential", "shuffled", "coprime"))
     document_masking: bool = setting(False, "keep attention and SmearGate inside documents")
 
     # model
-    num_layers: int = setting(9, "transformer blocks", low=1)
-    model_dim: int = setting(512, "width of the residual stream", low=8)
+    num_layers: int = setting(9, "transformer blocks", low=1, high=1024)
+    model_dim: int = setting(512, "width of the residual stream", low=8, high=65536)
     num_heads: int = setting(8, "query heads", low=1)
     num_kv_heads: int = setting(4, "key and value heads", low=1)
-    mlp_mult: float = setting(2.0, "hidden width of the MLP over model_dim", low=0.01)
+    mlp_mult: float = setting(2.0, "hidden width of the MLP over model_dim", low=0.01, high=1024.0)
     mlp_slope: float = setting(0.0, "slope of LeakyReLU before the square; 0 is ReLU²", low=0.0, high=0.999)
     rope_base: float = setting(10000.0, "base of the rotary frequencies", low=1.0)
     rope_dims: int = setting(0, "rotary dimensions per head; 0: the whole head", low=0)
@@ -83,10 +83,10 @@ class Config:
         "off", "blend each token with its predecessor: as published, or without leaking across documents",
         choices=("off", "published", "document"),
     )  # fmt: skip
-    bigram_vocab_size: int = setting(0, "rows of the hashed bigram table; 0: none", low=0)
-    bigram_dim: int = setting(128, "width of the hashed bigram table", low=1)
+    bigram_vocab_size: int = setting(0, "rows of the hashed bigram table; 0: none", low=0, high=2**24)
+    bigram_dim: int = setting(128, "width of the hashed bigram table", low=1, high=65536)
     trigram: bool = setting(False, "look trigrams up in the bigram table too, and add both")
-    ve_dim: int = setting(0, "width of the shared value embedding; 0: none", low=0)
+    ve_dim: int = setting(0, "width of the shared value embedding; 0: none", low=0, high=65536)
     ve_layers: tuple[int, ...] = setting((), "layers whose values get the shared embedding")
     ve_proj_optimizer: str = setting("muon", "who trains the value embedding's projection", choices=("muon", "adamw"))
     unet_skips: bool = setting(True, "U-Net skips from the first half of the layers to the second")
@@ -104,7 +104,7 @@ class Config:
     )  # fmt: skip
     recur_start_step: int = setting(0, "step from which the repetition is on", low=0)
     recur_scale_params: int = setting(
-        0, "vectors of model_dim that are counted and saved but never trained (#1392)", low=0
+        0, "vectors of model_dim that are counted and saved but never trained (#1392)", low=0, high=1024
     )
 
     # optimization

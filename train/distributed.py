@@ -134,6 +134,8 @@ def start_ranks(device: str = "auto") -> Iterator[Ranks]:
             raise UserError(
                 f"{name}: WORLD_SIZE is {world_size}, but {name} is not set: start the processes with torchrun"
             )
+    if not 0 <= _number("MASTER_PORT", None) < 65536:
+        raise UserError(f"MASTER_PORT: expected 0 to 65535, found {os.environ['MASTER_PORT']}: let torchrun set it")
     # with both back ends, numbers in host memory are agreed on without touching the GPU's queue
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     try:

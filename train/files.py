@@ -22,11 +22,15 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         path: where the file shall stand; its folder must exist.
 
     Raises:
+        UserError: a device, a pipe or a socket stands there: the rename would put a file in its place.
         OSError: as the file system reports it, with `filename` set to `path`; nothing is left behind.
     """
     target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    name = ""
     try:
+        if target.exists() and not (target.is_file() or target.is_dir()):
+            raise UserError(f"{target}: a device or a pipe, expected the name of a file to write: choose another")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
@@ -35,10 +39,10 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
     except BaseException as error:
-        if os.path.exists(name):
+        if name and os.path.exists(name):
             os.unlink(name)
         if isinstance(error, OSError):
-            error.filename = str(target)
+            error.filename, error.filename2 = str(target), None
         raise
 
 
@@ -62,7 +66,7 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
         value = json.loads(Path(path).read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({type(error).__name__}): {remedy}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}: {remedy}")

@@ -249,7 +249,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(whole, start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{path}: line {number}: expected a JSON object, found {line[:40]!r}") from error
         if not isinstance(record, dict) or "kind" not in record:
             raise UserError(f"{path}: line {number}: expected an object with a kind, found {line[:40]!r}")

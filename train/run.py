@@ -126,8 +126,8 @@ def create_run_folder(config: Config) -> RunFolder:
     Raises:
         UserError: the folder exists, or it belongs to a run with other settings.
     """
-    if not config.run_id or "/" in config.run_id or config.run_id in (".", ".."):
-        raise UserError(f"run_id: expected the name of a folder, got {config.run_id!r}")
+    if not config.run_id.isprintable() or "/" in config.run_id or config.run_id in ("", ".", ".."):
+        raise UserError(f"run_id: expected the name of a folder, got {config.run_id!r}: choose another RUN_ID")
     folder = RunFolder(Path(config.runs_dir) / config.run_id)
     if folder.path.exists():
         if config.resume == "never":

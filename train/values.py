@@ -10,7 +10,10 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from train.errors import UserError
+from train.errors import UserError, check_text
+
+# beyond it a number is infinite in float32, which the model computes in
+_LARGEST = 1e38
 
 
 class ConfigError(UserError):
@@ -48,6 +51,7 @@ def parse_text(kind: Any, text: str, source: str) -> Any:
                 raise ValueError(text)
             return number
         if kind is str:
+            check_text(text, source)
             return text
         return tuple(int(part) for part in text.replace(" ", "").split(",") if part)
     except (ValueError, KeyError) as error:
@@ -77,6 +81,8 @@ def check_value(field: dataclasses.Field[Any], kind: Any, value: Any) -> None:
     """
     check_type(field.name, kind, value)
     choices, low, high = field.metadata["choices"], field.metadata["low"], field.metadata["high"]
+    if isinstance(value, (int, float)) and not -_LARGEST <= value <= _LARGEST:
+        raise ConfigError(f"{field.name}: expected a finite number of at most {_LARGEST:g}, got {value}")
     if choices and value not in choices:
         raise ConfigError(f"{field.name}: expected one of {', '.join(repr(c) for c in choices)}, got {value!r}")
     if low is not None and value < low:

@@ -20,7 +20,7 @@ from train.data.paid_prefix import known_targets
 from train.data.validation import load_validation
 from train.distributed import start_ranks
 from train.errors import UserError
-from train.files import atomic_write
+from train.files import atomic_write, read_json
 from train.logger import RunLogger
 from train.model.attention_choice import check_attention
 from train.run import RunFolder, new_run_id, open_run_folder
@@ -39,7 +39,10 @@ class StageClock:
 
     def keep_in(self, path: Path) -> None:
         """From now on keep the seconds in a file; what it holds already is added to."""
-        earlier = json.loads(path.read_text()) if path.exists() else {}
+        remedy = "delete it, which loses only the seconds of the stages, and resume again"
+        earlier = read_json(path, remedy) if path.exists() else {}
+        if not all(type(seconds) in (int, float) for seconds in earlier.values()):
+            raise UserError(f"{path}: expected seconds per stage, found {earlier}: {remedy}")
         for name, seconds in earlier.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self.path = path

@@ -66,7 +66,7 @@ def convert(options: argparse.Namespace) -> None:
     """Write the same weights in another format or with another codec."""
     if options.codec and options.format != "golf":
         raise UserError(f"--codec: format {options.format} has its own: leave it out, or choose --format golf")
-    if not options.out.resolve().parent.is_dir():
+    if not options.out.parent.is_dir():
         raise UserError(f"--out: the folder {options.out.parent} does not exist: create it first")
     artifact, before = read_artifact(options.file), options.file.stat().st_size
     report = {"file": str(options.file), "out": str(options.out), "format": options.format, "bytes_before": before}

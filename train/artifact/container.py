@@ -169,6 +169,9 @@ def unpack(path: Path) -> Unpacked:
 
 def _map(path: Path) -> memoryview:
     try:
+        # opening a pipe would wait for whoever writes into it
+        if path.is_fifo():
+            raise ArtifactError(f"{path}: a pipe, not an artifact: give the file, model.golf")
         with open(path, "rb") as file:
             # a large foreign file is recognized before it is read
             start = file.read(PREAMBLE_BYTES)

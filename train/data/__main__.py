@@ -116,7 +116,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--val", nargs="+", default=[], metavar="PATH", help="validation text; default: a fixed part of PATH"
     )
-    one.add_argument("--name", default="text", help="first part of the shards' names (default: %(default)s)")
+    one.add_argument(
+        "--name", type=_name, default="text", help="first part of the shards' names (default: %(default)s)"
+    )
     _add_dataset_options(one, 1024)
     _add_small_options(one)
 
@@ -196,7 +198,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes that encode; the bytes do not depend on it (default: one per core)",
     )
-    one.add_argument("--name", default="docs", help="first part of the shards' names (default: %(default)s)")
+    one.add_argument(
+        "--name", type=_name, default="docs", help="first part of the shards' names (default: %(default)s)"
+    )
     _add_dataset_options(one, 2048)
     return root
 
@@ -215,6 +219,20 @@ def _pieces(text: str) -> int:
     # 4 special pieces and 256 bytes are in every tokenizer; a token is 16 bits in a shard
     if not text.isdecimal() or not 260 < int(text) <= 65536:
         raise argparse.ArgumentTypeError(f"expected 261 to 65536 pieces, got {text}: choose a number between")
+    return int(text)
+
+
+def _name(text: str) -> str:
+    if not text or "/" in text or not text.isprintable():
+        raise argparse.ArgumentTypeError(
+            f"expected the first part of a file's name, got {text!r}: choose one without / and without line breaks"
+        )
+    return text
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}: choose one")
     return int(text)
 
 
@@ -238,12 +256,14 @@ def _add_dataset_options(one: argparse.ArgumentParser, vocab: int) -> None:
 def _add_small_options(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--val-bytes",
-        type=int,
+        type=_natural,
         default=0,
         metavar="N",
         help="bytes of validation text (default: 5 %%, 32 kB to 200 kB)",
     )
-    one.add_argument("--threads", type=int, default=0, metavar="N", help="threads that encode (default: one per core)")
+    one.add_argument(
+        "--threads", type=_natural, default=0, metavar="N", help="threads that encode (default: one per core)"
+    )
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, object]:

@@ -278,7 +278,7 @@ def read_manifest(data_path: str | Path) -> DatasetInfo | None:
         fields = json.loads(path.read_text())
         del fields["notes"]
         return DatasetInfo(**fields | {split: SplitInfo(**fields[split]) for split in ("train", "val")})
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
             f"{path}: not a dataset's manifest ({error!r}): build the dataset again with --overwrite"
         ) from None

@@ -33,7 +33,7 @@ from train.data.corpus import document_lines, parse_document
 from train.data.shards import SHARD_TOKENS, ShardWriter, Tokens
 from train.data.tokenizer import load_tokenizer
 from train.errors import UserError
-from train.files import atomic_write, sha256_file
+from train.files import atomic_write, read_json, sha256_file
 from train.progress import Progress
 
 VAL_DOCS = 50_000
@@ -140,13 +140,15 @@ def build_bulk(
     for file in files:
         if not file.is_file():
             raise UserError(f'{file}: no such file: --docs takes .jsonl files with one {{"text": …}} per line')
+    if tokenizer_path:
+        load_tokenizer(tokenizer_path, vocab_size)
     settings = {
         "files": [[str(file.resolve()), file.stat().st_size] for file in files],
         "tokenizer": sha256_file(tokenizer_path) if tokenizer_path else tokenizer_docs,
         "name": name, "vocab_size": vocab_size, "val_docs": val_docs,
         "max_train_tokens": max_train_tokens, "shard_tokens": shard_tokens,
     }  # fmt: skip
-    work = Path(f"{out}.partial")
+    work = Path(f"{Path(out)}.partial")
     work.mkdir(parents=True, exist_ok=True)
     count = workers or os.cpu_count() or 1
     with _locked(work):
@@ -320,8 +322,10 @@ def _load_state(work: Path, settings: dict[str, Any]) -> State:
         state = State(settings)
         state.save(work)
         return state
-    fields = json.loads(path.read_text())
-    there = fields["settings"]
+    fields = read_json(path, f"delete the folder {work}, and with it the unfinished work")
+    there = fields.get("settings")
+    if not isinstance(there, dict):
+        raise UserError(f"{path}: holds no settings: delete the folder {work}, and with it the unfinished work")
     for name, value in settings.items():
         if there.get(name) != value:
             raise UserError(

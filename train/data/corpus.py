@@ -188,7 +188,8 @@ def parse_document(line: bytes, place: str) -> str:
     """
     try:
         record = json.loads(_decode(line, place))
-    except json.JSONDecodeError as error:
+    # brackets nested by the thousand end in a RecursionError
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f'{place}: not JSON ({error}): expected one object per line, such as {{"text": "…"}}') from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):

@@ -236,9 +236,20 @@ class ShardWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Write the tokens held back as a shard of their own, if there are any."""
+        """Write the tokens held back as a shard of their own, if there are any.
+
+        Raises:
+            UserError: a file's name has no number left.
+        """
         if self.pending:
-            path = self.folder / f"{self.prefix}_{self.split}_{self.first_shard + len(self.paths):06d}.bin"
+            number = self.first_shard + len(self.paths)
+            # with a seventh digit the name is no shard's, and nobody would read it
+            if number > 999_999:
+                raise UserError(
+                    f"{self.folder}: a split has at most 1,000,000 shards, and {len(self.buffer)} tokens in each are too few: "
+                    "choose larger --shard-tokens"
+                )
+            path = self.folder / f"{self.prefix}_{self.split}_{number:06d}.bin"
             write_shard(path, self.buffer[: self.pending])
             self.paths.append(path)
             self.pending = 0

@@ -99,5 +99,5 @@ def read_evaluation(folder: RunFolder) -> dict[str, dict[str, Any]]:
     """The scores in evaluation.json, by their settings."""
     try:
         return dict(json.loads(folder.need(folder.evaluation, f"python -m train.evaluate {folder.path}").read_text()))
-    except (json.JSONDecodeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{folder.evaluation}: not readable ({error}): delete it and evaluate again") from error

@@ -37,7 +37,7 @@ def write_dashboard(paths: Sequence[Path], out: Path) -> tuple[list[dict[str, An
     Raises:
         UserError: there is no run that can be shown.
     """
-    if not out.resolve().parent.is_dir():
+    if not out.parent.is_dir():
         raise UserError(f"--out: the folder {out.parent} does not exist: create it first")
     runs, problems = collect(find_runs(paths))
     if not runs:

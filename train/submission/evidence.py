@@ -156,7 +156,7 @@ def _read_submission(path: Path) -> tuple[dict[str, Any], str]:
         return {}, ""
     try:
         values = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return {}, f"not readable as JSON ({error})"
     return (values, "") if isinstance(values, dict) else ({}, "not a JSON object")
 

@@ -146,7 +146,7 @@ class Summary:
             raise UserError(
                 f"{path}: missing: the run is not finished (python -m train writes it at its end)"
             ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(f"{path}: not readable as JSON ({error}): run the walk again") from error
         if not isinstance(values, dict):
             raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}: run the walk again")
