@@ -5,12 +5,11 @@ preset 6. An evaluation with the setting PAID_PREFIX_FILE charges no nats for a 
 counts its bytes all the same; the blob's own bytes count against the cap. It is here so that the published arithmetic can
 be checked: no recipe turns it on, and every score obtained with it is labelled `NOT_COMPLIANT`.
 
-`python -m train.data.paid_prefix build --val-dir data/datasets/fineweb10B_sp1024 --num-tokens 6200000 --output prefix.xz`
+`python -m train.submission.paid_prefix` builds the blob.
 """
 
 from __future__ import annotations
 
-import argparse
 import lzma
 import os
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 
 from train.config import Config
 from train.data.shards import find_shards, read_shard
-from train.errors import UserError, main_guard
+from train.errors import UserError
 from train.files import atomic_write
 
 NOT_COMPLIANT = "NOT COMPLIANT: validation tokens in the artifact"
@@ -92,7 +91,7 @@ def read_prefix(path: str | os.PathLike[str], tokens: np.ndarray) -> PaidPrefix:
         blob = Path(path).read_bytes()
     except OSError as error:
         raise UserError(
-            f"paid_prefix_file: {path}: {error.strerror}: build it with python -m train.data.paid_prefix"
+            f"paid_prefix_file: {path}: {error.strerror}: build it with python -m train.submission.paid_prefix"
         ) from error
     try:
         targets = decode_prefix(blob, len(tokens) - 1)
@@ -118,7 +117,7 @@ def prefix_bytes(config: Config) -> int:
         return 0
     path = Path(config.paid_prefix_file)
     if not path.is_file():
-        raise UserError(f"paid_prefix_file: {path}: no such file: build it with python -m train.data.paid_prefix")
+        raise UserError(f"paid_prefix_file: {path}: no such file: build it with python -m train.submission.paid_prefix")
     return path.stat().st_size
 
 
@@ -137,34 +136,3 @@ def build_prefix(val_dir: str | os.PathLike[str], num_tokens: int, output: str |
         raise UserError(f"{output}: its folder does not exist: create {Path(output).parent} first")
     atomic_write(output, encode_prefix(tokens[1 : num_tokens + 1]))
     return read_prefix(output, tokens)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.data.paid_prefix",
-        description="Build the blob of validation targets that #262 carried. The organisers ruled it out: every score made with it "
-        f"is labelled {NOT_COMPLIANT!r}.",
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    build = commands.add_parser(
-        "build",
-        help="write the first targets of a validation text as one .xz file",
-        description="Write the first targets of a validation text as one .xz file, for the setting PAID_PREFIX_FILE.",
-        epilog="example: python -m train.data.paid_prefix build --val-dir data/datasets/fineweb10B_sp1024 "
-        "--num-tokens 6200000 --output prefix_6m2.xz",
-    )
-    build.add_argument("--val-dir", required=True, metavar="DIR", help="folder with the *_val_*.bin shards")
-    build.add_argument("--num-tokens", required=True, type=int, metavar="N", help="targets to carry")
-    build.add_argument("--output", required=True, metavar="FILE", help="the blob")
-    arguments = parser.parse_args(argv)
-    prefix = build_prefix(arguments.val_dir, arguments.num_tokens, arguments.output)
-    print(
-        f"{arguments.output}: {prefix.targets:,} targets, {2 * prefix.targets:,} bytes of uint16, {prefix.blob_bytes:,} packed "
-        f"({prefix.blob_bytes / prefix.targets:.3f} bytes each); {100 * prefix.coverage:.5f} % of the text\n{NOT_COMPLIANT}"
-    )
-    return 0
-
-
-if __name__ == "__main__":
-    main_guard(main)

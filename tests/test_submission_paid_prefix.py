@@ -17,7 +17,6 @@ from train.data.paid_prefix import (
     build_prefix,
     decode_prefix,
     encode_prefix,
-    main,
     prefix_bytes,
     read_prefix,
 )
@@ -25,6 +24,7 @@ from train.data.shards import write_shard
 from train.errors import UserError
 from train.evaluate.scoring import evaluate_model
 from train.recipes import load_recipe, recipe_names
+from train.submission.paid_prefix import main
 from train.submission.record import write_record
 from train.submission.summary import Summary, size_line, summary_text
 
@@ -101,7 +101,7 @@ def test_a_text_that_is_too_short_is_refused(tmp_path: Path, count: int) -> None
 
 
 def test_the_command_ends_on_bad_input_with_a_sentence(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "train.data.paid_prefix", "build", "--val-dir", str(tmp_path / "none")]
+    command = [sys.executable, "-m", "train.submission.paid_prefix", "build", "--val-dir", str(tmp_path / "none")]
     command += ["--num-tokens", "3", "--output", str(tmp_path / "p.xz")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and result.stderr.startswith("error: ") and "Traceback" not in result.stderr
