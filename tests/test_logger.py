@@ -38,8 +38,8 @@ def write_run(folder: Path) -> Path:
         log.peak_memory(10184 * 2**20 + 5, 10200 * 2**20)
         log.line("gptq:calibrated 66 matrices on 64 training batches in 9.5s")
         log.sizes(raw_bytes=67224983, code_bytes=47642, model_bytes=15815847)
-        log.final_roundtrip(2.0727, 1.2244, 1.401)
-        log.final_sliding(1.94077647, 1.14943715, 85.5214, 64)
+        log.final("int6_roundtrip", 2.0727, 1.2244, 1.401)
+        log.final("int6_sliding_window", 1.94077647, 1.14943715, 85.5214, stride=64)
     return log.path
 
 
@@ -154,7 +154,7 @@ def test_console_repeats_the_lines_but_not_the_header_and_only_on_rank_0(
     with RunLogger(other, 1, rank=1) as log:
         log.header("SOURCE")
         log.train_step(1, 2, 3.0, 4.0)
-        log.final_sliding(1.0, 1.0, 1.0, 64)
+        log.final("int6_sliding_window", 1.0, 1.0, 1.0, stride=64)
     assert capsys.readouterr().out == "" and list(other.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ def log_a_run(folder: Path, loggers: str) -> None:
         log.val_step(0, 20, 6.9, 4.1, 0.0)
         log.train_step(5, 20, 5.5, 500.0, lr_scale=0.5)
         log.train_step(10, 20, float("nan"), 1000.0)
-        log.final_sliding(1.9, 1.1, 80.0, 64)
+        log.final("int6_sliding_window", 1.9, 1.1, 80.0, stride=64)
 
 
 def test_tensorboard_gets_every_number_at_its_step(tmp_path: Path) -> None:

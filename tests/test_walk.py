@@ -413,7 +413,7 @@ def test_a_run_is_fitted_to_its_cap_and_scored_again(finished: Finished, tmp_pat
     shutil.copytree(finished.folder.path, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
     sizes = [record for record in read_metrics(folder.metrics) if record["kind"] == "sizes"][-1]
-    code = package_code_bytes().plain_bytes
+    code = package_code_bytes()
     target = code + int(0.8 * sizes["model_bytes"])
     result = command("train.quantize", folder.path, "--target-bytes", target)
     assert result.returncode == 0, result.stderr
@@ -428,7 +428,7 @@ def test_a_run_is_fitted_to_its_cap_and_scored_again(finished: Finished, tmp_pat
 
 def test_what_no_clip_fits_is_refused_by_its_costliest_group(finished: Finished, tmp_path: Path) -> None:
     artifact = finished.folder.artifact.read_bytes()
-    result = command("train.quantize", finished.folder.path, "--target-bytes", package_code_bytes().plain_bytes + 500)
+    result = command("train.quantize", finished.folder.path, "--target-bytes", package_code_bytes() + 500)
     assert result.returncode == 2
     assert re.search(r"expected at most [\d,]+ .*: [\d,]+ bytes over\. Nothing was written", result.stderr)
     assert "costs most" in result.stderr and "codes ±1, because no row clip fits" in result.stdout

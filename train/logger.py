@@ -204,14 +204,6 @@ class RunLogger:
         score = {"name": name, "val_loss": val_loss, "val_bpb": val_bpb, "stride": stride, "seconds": seconds}
         self.metric("final", **score | (facts or {}))
 
-    def final_roundtrip(self, val_loss: float, val_bpb: float, seconds: float, *, bits: int = 6) -> None:
-        """Log the reloaded artifact's flat score."""
-        self.final(f"int{bits}_roundtrip", val_loss, val_bpb, seconds)
-
-    def final_sliding(self, val_loss: float, val_bpb: float, seconds: float, stride: int, *, bits: int = 6) -> None:
-        """Log the reloaded artifact's sliding-window score."""
-        self.final(f"int{bits}_sliding_window", val_loss, val_bpb, seconds, stride=stride)
-
 
 def final_lines(name: str, val_loss: float, val_bpb: float, seconds: float, *, stride: int = 0) -> tuple[str, str]:
     """The two lines of a final score: with 4 and with 8 decimals (see `RunLogger.final`)."""

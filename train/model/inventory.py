@@ -9,7 +9,6 @@ from torch import nn
 
 from train.config import Config
 from train.model.block import BLOCK_MATRICES
-from train.model.gpt import GPT
 from train.model.order import virtual_order
 
 
@@ -60,17 +59,6 @@ def parameter_table(model: nn.Module, config: Config | None = None) -> list[Para
         ParameterRow(name, tuple(weight.shape), weight.numel(), weight.dtype, classify(name, weight, config))
         for name, weight in model.named_parameters()
     ]
-
-
-def describe_parameters(config: Config) -> list[ParameterRow]:
-    """All parameters of the model that a configuration makes, without making it."""
-    with torch.device("meta"):
-        return parameter_table(GPT(config))
-
-
-def count_parameters(config: Config) -> int:
-    """Number of parameters of the model that a configuration makes, the untrained ones included."""
-    return sum(row.count for row in describe_parameters(config))
 
 
 def mflop_per_token(config: Config, *, recurrence: bool, seq_len: int | None = None) -> float:

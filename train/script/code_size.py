@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import lzma
 import os
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from train.config import Config
@@ -19,37 +16,12 @@ COUNTED_FOLDERS = ("csrc", "golf_kernels", "train")
 COUNTED_SUFFIXES = frozenset({".py", ".cpp", ".cu", ".cuh", ".h"})
 
 
-@dataclass(frozen=True)
-class CodeSize:
-    """What code costs.
-
-    Attributes:
-        files: number of files.
-        plain_bytes: their UTF-8 bytes together.
-        packed_bytes: bytes of all of them as one LZMA stream, names included.
-    """
-
-    files: int
-    plain_bytes: int
-    packed_bytes: int
-
-
-def code_bytes(paths: Iterable[str | os.PathLike[str]]) -> int:
-    """UTF-8 bytes of some source files together, as published submissions count their script.
-
-    Raises:
-        UserError: a file is missing or not UTF-8.
-    """
-    return sum(len(_source(Path(path))) for path in paths)
-
-
-def package_code_bytes(root: str | os.PathLike[str] | None = None) -> CodeSize:
-    """Size of all the code that a run of this project may execute.
+def package_code_bytes(root: str | os.PathLike[str] | None = None) -> int:
+    """UTF-8 bytes of all the code that a run of this project may execute.
 
     Counted are the files with the suffixes .py, .cpp, .cu, .cuh and .h anywhere under `csrc`, `golf_kernels` and `train`
     of `root`: recipes and tools that a given run does not touch included; tests, benchmarks and set-up not. `csrc` may be
-    missing. A packed script counts itself alone. `packed_bytes` is the length of one .xz stream (preset 9e, no check) over, for each file in the order of
-    its path: path relative to `root` with slashes, a zero byte, its length in decimal, a zero byte, its contents.
+    missing. A packed script counts itself alone.
 
     Args:
         root: folder that holds these folders; None takes the one that this module was imported from.
@@ -57,10 +29,7 @@ def package_code_bytes(root: str | os.PathLike[str] | None = None) -> CodeSize:
     Raises:
         UserError: there is no `train` or `golf_kernels` in `root`, or a file is not UTF-8.
     """
-    sources = _sources(root)
-    joined = b"".join(b"%s\0%d\0%s" % (path.encode(), len(source), source) for path, source in sources.items())
-    packed = lzma.compress(joined, lzma.FORMAT_XZ, lzma.CHECK_NONE, 9 | lzma.PRESET_EXTREME)
-    return CodeSize(len(sources), sum(map(len, sources.values())), len(packed))
+    return sum(map(len, _sources(root).values()))
 
 
 def counted_code_bytes(config: Config) -> int:
@@ -74,7 +43,7 @@ def counted_code_bytes(config: Config) -> int:
     """
     check_code_form(config)
     if SCRIPT is not None or config.code_form == "sources":
-        return package_code_bytes().plain_bytes
+        return package_code_bytes()
     # not part of a packed script
     from train.script.single_file import pack, script_settings
 

@@ -50,10 +50,6 @@ class Standing:
         return statistics.fmean(self.val_loss) / (statistics.fmean(self.val_bpb) * math.log(2))
 
 
-def published_names() -> tuple[str, ...]:
-    return tuple(_PUBLISHED)
-
-
 def find_standing(name: str) -> Standing:
     """The scores that a command line names: a record's folder, its submission.json, or a published record's number.
 
