@@ -24,7 +24,7 @@ from train.evaluate.scores import EvalResult
 from train.evaluate.scoring import flat_evaluation
 from train.logger import RunLogger
 from train.model.attention_choice import choose_attention, use_attention
-from train.model.fusion import write_out_references
+from train.model.fusion import compiles, write_out_references
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
@@ -233,7 +233,7 @@ def warm_up(
 
 def compiled_loss(model: GPT, config: Config, device: torch.device) -> Callable[..., Tensor]:
     """The model's loss, through torch.compile if the settings say so; one static graph for each form of recurrence."""
-    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+    if compiles(config, device):
         write_out_references(model, device.type)
         return torch.compile(model, dynamic=False, fullgraph=True)
     return model

@@ -26,7 +26,7 @@ from train.data.shards import check_tokens
 from train.errors import UserError
 from train.evaluate.scores import EvalResult
 from train.evaluate.windows import WindowPlan, group_windows, plan_windows
-from train.model.fusion import write_out_references
+from train.model.fusion import compiles, write_out_references
 from train.progress import Progress
 
 NOTE_INTERVAL_SECONDS = 0.5
@@ -156,7 +156,7 @@ class _Scorer:
         self.columns = torch.arange(seq_len, device=device)
         self.nll_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.byte_sum = torch.zeros((), dtype=torch.int64, device=device)
-        compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+        compiled = compiles(config, device)
         self.hidden, self.overlapping_hidden = model.hidden, model.overlapping_hidden
         if compiled:
             write_out_references(model, device.type)

@@ -1,10 +1,18 @@
-"""Whether a compiled model calls the package's operators or writes their formulas out for the compiler."""
+"""Whether a model is compiled, and whether it then calls the package's operators or writes their formulas out for the compiler."""
 
 from __future__ import annotations
 
+import torch
+
 from golf_kernels import dispatch
+from train.config import Config
 from train.model.gpt import GPT
 from train.model.mlp import MLP
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether the settings compile the model on `device`: `compile`, where auto is on a GPU only."""
+    return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
 
 
 def write_out_references(model: GPT, device: str) -> list[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,12 +12,11 @@ from train.errors import UserError
 
 
 class _Average:
-    """What both averages share: the model's parameters, one tensor for each, and the exchange of the two."""
+    """What both averages share: the model's parameters, and one tensor for each."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = [name for name, _ in model.named_parameters()]
         self._parameters = [parameter for _, parameter in model.named_parameters()]
-        self._backup: list[Tensor] | None = None
 
     def average(self) -> dict[str, Tensor]:
         """The averaged weights by parameter name; not in the model's dtype, and not to be written to."""
@@ -26,29 +24,8 @@ class _Average:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Put the average, rounded to each parameter's dtype, into the model and keep the weights for `restore`."""
-        if self._backup is not None:
-            raise RuntimeError("the average is in the model already: restore before another apply")
-        average = list(self.average().values())
-        self._backup = [parameter.detach().clone() for parameter in self._parameters]
-        torch._foreach_copy_(self._parameters, average)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the weights of before `apply` back, bit for bit."""
-        if self._backup is None:
-            raise RuntimeError("the average is not in the model: apply before restore")
-        torch._foreach_copy_(self._parameters, self._backup)
-        self._backup = None
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The model holds the average inside the block and its own weights after it."""
-        self.apply()
-        try:
-            yield
-        finally:
-            self.restore()
+        """Put the average into the model, rounded to each parameter's dtype; the weights that were in it are gone."""
+        torch._foreach_copy_(self._parameters, list(self.average().values()))
 
     def _named(self, tensors: list[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self._names, tensors, strict=True))
@@ -123,33 +100,25 @@ class EMA(_Average):
 class SWA(_Average):
     """Uniform average of every n-th step's weights, once the learning rate has fallen.
 
-    average = (sum of the weights after each step s with s mod every = 0 and scale < threshold) / their number.
+    average = (sum of the weights after each step s with s mod every = 0 and scale < threshold) / their number, summed in
+    each parameter's dtype, as published: bfloat16 embeddings lose bits.
 
     Args:
         model: its parameters, trained or not, are averaged.
         every: steps between two that are taken.
         threshold: a step is taken when its learning-rate scale is below this.
-        sum_dtype: "parameter" keeps each sum in its parameter's dtype, as published (bfloat16 embeddings lose bits);
-            "float32" in float32 at least.
 
     Source: submission #198 (every 200, below 0.5), the parent of #262; #122 has the same rule.
     """
 
-    def __init__(self, model: nn.Module, every: int, threshold: float, *, sum_dtype: str = "parameter") -> None:
+    def __init__(self, model: nn.Module, every: int, threshold: float) -> None:
         super().__init__(model)
         if every < 1:
             raise ValueError(f"every: expected a positive number of steps, got {every}")
-        if sum_dtype not in ("parameter", "float32"):
-            raise ValueError(f"sum_dtype: expected parameter or float32, got {sum_dtype!r}")
         self.every = every
         self.threshold = threshold
         self.count = 0
-        wide = [torch.promote_types(p.dtype, torch.float32) for p in self._parameters]
-        dtypes = wide if sum_dtype == "float32" else [p.dtype for p in self._parameters]
-        self._sums = [
-            torch.zeros_like(p, dtype=dtype, requires_grad=False)
-            for p, dtype in zip(self._parameters, dtypes, strict=True)
-        ]
+        self._sums = [torch.zeros_like(p, requires_grad=False) for p in self._parameters]
 
     @torch.no_grad()
     def update(self, step: int, scale: float) -> bool:
