@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -139,6 +137,10 @@ def write_trace(path: Path, trace: profile) -> None:
 
 def plot_breakdown(path: Path, families: Mapping[str, float], title: str) -> None:
     """Draw milliseconds per step and family as bars, the largest at the top."""
+    # imported here, as training without a profile draws nothing
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 0.4 * len(families) + 1.4), layout="constrained")
     axis = figure.subplots()
     total = sum(families.values())

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,11 +132,10 @@ def create_run_folder(config: Config) -> RunFolder:
     if folder.path.exists():
         if config.resume == "never":
             raise UserError(f"{folder.path}: this run folder exists: choose another RUN_ID, or go on with RESUME=auto")
-        changed = _changed_settings(folder.read_config(), config)
+        changed = changed_settings(folder.read_config(), config)
         if changed:
-            raise UserError(
-                f"{folder.path}: cannot resume with other settings than it was started with: {', '.join(changed)}"
-            )
+            listed = ", ".join(f"{name} was {before}, is {now}" for name, before, now in changed)
+            raise UserError(f"{folder.path}: cannot resume with other settings than it was started with: {listed}")
         return folder
     folder.path.parent.mkdir(parents=True, exist_ok=True)
     os.mkdir(folder.path)
@@ -162,14 +161,11 @@ def open_run_folder(config: Config) -> Iterator[RunFolder]:
         yield folder
 
 
-# settings that may differ between a run and its resumption: they do not touch the arithmetic
-_FREE = frozenset({"resume", "runs_dir", "checkpoint_every", "train_log_every", "loggers"})
+# settings that do not touch what is computed
+_FREE = frozenset({"run_id", "runs_dir", "resume", "checkpoint_every", "train_log_every", "loggers", "profile_steps"})
 
 
-def _changed_settings(old: Config, new: Config) -> list[str]:
-    before, after = old.to_dict(), new.to_dict()
-    return [
-        f"{name} was {before[name]}, is {after[name]}"
-        for name in before
-        if name not in _FREE and before[name] != after[name]
-    ]
+def changed_settings(old: Config, new: Config, *, free: Iterable[str] = ()) -> list[tuple[str, Any, Any]]:
+    """(name, old, new) of each setting that differs and touches what is computed, but for those that are `free` to."""
+    before, after, skipped = old.to_dict(), new.to_dict(), _FREE.union(free)
+    return [(name, before[name], after[name]) for name in before if name not in skipped and before[name] != after[name]]

@@ -14,8 +14,7 @@ from train.config import Config
 from train.errors import UserError
 from train.files import atomic_write
 from train.logger import read_metrics, series
-from train.run import RunFolder
-from train.submission.runs import changed_settings
+from train.run import RunFolder, changed_settings
 from train.submission.summary import Summary
 
 TEMPLATE = Path(__file__).with_name("dashboard.html")
@@ -87,7 +86,9 @@ def collect(folders: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], list[st
             continue
         configs.append(config)
         # runs that differ in their seed alone are one group, named after the first of them
-        group = next(index for index, other in enumerate(configs) if not changed_settings(other, config))
+        group = next(
+            index for index, other in enumerate(configs) if not changed_settings(other, config, free=("seed",))
+        )
         runs.append({**shown, "group": group})
     names = group_names({run["group"]: configs[run["group"]] for run in runs})
     for run in runs:
@@ -153,7 +154,7 @@ def group_names(groups: dict[int, Config]) -> dict[int, str]:
     names = {}
     for number, config in groups.items():
         others = [other for other in groups.values() if other.recipe == config.recipe]
-        varied = {name for other in others for name, _, _ in changed_settings(config, other)}
+        varied = {name for other in others for name, _, _ in changed_settings(config, other, free=("seed",))}
         values = config.to_dict()
         parts = [f"{name} {values[name]}" for name in values if name in varied]
         more = f" and {len(parts) - _NAMED_SETTINGS} more" if len(parts) > _NAMED_SETTINGS else ""

@@ -16,13 +16,11 @@ from train.errors import UserError
 from train.evaluate.scores import find_evaluation
 from train.files import sha256_file
 from train.log_grammar import parse_log
-from train.run import RunFolder
+from train.run import RunFolder, changed_settings
 from train.submission.gather import summarize
 from train.submission.standing import exact_score
 from train.submission.summary import Summary
 
-# settings in which the seeds of one record may differ: they do not touch what is computed
-_FREE = frozenset({"seed", "run_id", "runs_dir", "resume", "checkpoint_every", "train_log_every", "loggers"})
 _PROVEN_TOKENS = 1_000_000
 
 
@@ -65,7 +63,7 @@ def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
     runs = [read_run(path) for path in paths]
     first = runs[0]
     for run in runs[1:]:
-        changed = changed_settings(first.config, run.config)
+        changed = changed_settings(first.config, run.config, free=("seed",))
         if changed:
             listed = ", ".join(f"{name} is {new}, there {old}" for name, old, new in changed[:4])
             raise UserError(
@@ -109,12 +107,6 @@ def read_run(path: Path) -> FinishedRun:
             "be of the same artifact: train again"
         )
     return FinishedRun(folder, config, summary, log_path, log, find_evaluation(folder, config))
-
-
-def changed_settings(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    """(name, old, new) of each setting that differs and may not within a record."""
-    before, after = old.to_dict(), new.to_dict()
-    return [(name, before[name], after[name]) for name in before if name not in _FREE and before[name] != after[name]]
 
 
 def tokenizer_facts(config: Config) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
-from train.files import atomic_write
+from train.files import atomic_write, read_json
 
 if TYPE_CHECKING:
     from train.artifact.budget import BudgetRow
@@ -24,7 +24,7 @@ _PARTS = {
     "ve.": "embeddings",
 }
 
-STAGES = ("data", "train", "quantize", "artifact", "evaluate", "record")
+STAGES = ("data", "train", "quantize", "artifact", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -140,17 +140,9 @@ class Summary:
         Raises:
             UserError: it is missing, no JSON object, or see `from_dict`.
         """
-        try:
-            values = json.loads(path.read_text())
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{path}: missing: the run is not finished (python -m train writes it at its end)"
-            ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise UserError(f"{path}: not readable as JSON ({error}): run the walk again") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}: run the walk again")
-        return cls.from_dict(values, str(path))
+        if not path.exists():
+            raise UserError(f"{path}: missing: the run is not finished (python -m train writes it at its end)")
+        return cls.from_dict(read_json(path, "run the walk again"), str(path))
 
     def write(self, path: Path) -> None:
         """Write summary.json, whole or not at all."""
