@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import train.data.build
-from train.data.build import build_dataset, read_manifest, yardsticks
+from train.data.build import build_dataset, yardsticks
 from train.data.bulk import build_bulk
 from train.data.corpus import Document, stdlib_documents
+from train.data.manifest import read_manifest
 from train.data.shards import read_shard
 from train.data.tokenizer import load_tokenizer
 from train.errors import UserError

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from train.data.__main__ import main, parser
-from train.data.build import read_manifest
 from train.data.corpus import stdlib_documents
 from train.data.loaders import Stream
+from train.data.manifest import read_manifest
 from train.data.shards import find_shards, load_validation_tokens, read_shard
 from train.data.tokenizer import find_tokenizer, load_tokenizer
 from train.errors import UserError

@@ -14,8 +14,8 @@ import torch
 from golf_kernels import dispatch, newton_schulz
 from train.artifact.codecs import CODECS
 from train.config import MICRO_BATCHES, Config
-from train.data.build import read_manifest
 from train.data.loaders import make_loader
+from train.data.manifest import read_manifest
 from train.data.paid_prefix import known_targets
 from train.data.validation import load_validation
 from train.distributed import start_ranks

@@ -12,20 +12,20 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from train.data.corpus import Document, total_bytes
+from train.data.manifest import MANIFEST, DatasetInfo, SplitInfo
 from train.data.shards import BOS, SHARD_TOKENS, ShardWriter, check_shard, find_shards, read_shard
 from train.data.tokenizer import SETTINGS, ByteTables, byte_tables, load_tokenizer, train_tokenizer
 from train.errors import UserError
 from train.files import atomic_write, sha256_file
 from train.progress import Progress
 
-MANIFEST = "manifest.json"
 # xz -9 takes a second for 2 to 3 MB
 YARDSTICK_TRAIN_BYTES = 8_000_000
 YARDSTICK_VAL_BYTES = 2_000_000
@@ -37,44 +37,6 @@ _NOTES = {
     "yardsticks": "bits per byte of gzip -9 and xz -9: (|train+val| - |train|) * 8 / val, normalized text, "
     f"of the last {YARDSTICK_TRAIN_BYTES} bytes of train and the first {YARDSTICK_VAL_BYTES} of val",
 }
-
-
-@dataclass(frozen=True)
-class SplitInfo:
-    """What one split holds.
-
-    Attributes:
-        documents: number of documents.
-        text_bytes: UTF-8 bytes of their text as it came.
-        normalized_bytes: bytes the tokens stand for, the denominator of bits per byte; None where it was not counted.
-        tokens: tokens, BOS included.
-        shards: number of files.
-    """
-
-    documents: int
-    text_bytes: int
-    normalized_bytes: int | None
-    tokens: int
-    shards: int
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """A dataset's manifest, as `build_dataset` returns and `read_manifest` reads it.
-
-    Attributes:
-        yardsticks: bits per byte that `gzip -9` and `xz -9` need, see `yardsticks`; empty where not measured.
-    """
-
-    name: str
-    source: str
-    vocab_size: int
-    tokenizer: str
-    tokenizer_sha256: str
-    train: SplitInfo
-    val: SplitInfo
-    shard_tokens: int
-    yardsticks: dict[str, float] = field(default_factory=dict)
 
 
 def build_dataset(
@@ -263,25 +225,6 @@ def install_folder(folder: Path, out: str | Path) -> None:
     os.rename(folder, target)
     if old is not None:
         shutil.rmtree(old)
-
-
-def read_manifest(data_path: str | Path) -> DatasetInfo | None:
-    """The manifest of a dataset that `build_dataset` made; None where there is none, as in the published exports.
-
-    Raises:
-        UserError: the file is there but not what it should be.
-    """
-    path = Path(data_path) / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        fields = json.loads(path.read_text())
-        del fields["notes"]
-        return DatasetInfo(**fields | {split: SplitInfo(**fields[split]) for split in ("train", "val")})
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(
-            f"{path}: not a dataset's manifest ({error!r}): build the dataset again with --overwrite"
-        ) from None
 
 
 @contextmanager

@@ -28,8 +28,9 @@ import numpy as np
 import numpy.typing as npt
 from sentencepiece import SentencePieceProcessor
 
-from train.data.build import DatasetInfo, check_output, describe_dataset, install_folder, prepare_tokenizer
+from train.data.build import check_output, describe_dataset, install_folder, prepare_tokenizer
 from train.data.corpus import document_lines, parse_document
+from train.data.manifest import DatasetInfo
 from train.data.shards import SHARD_TOKENS, ShardWriter, Tokens
 from train.data.tokenizer import load_tokenizer
 from train.errors import UserError

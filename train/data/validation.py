@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from train.config import Config
-from train.data.build import read_manifest
+from train.data.manifest import read_manifest
 from train.data.shards import Tokens, load_validation_tokens
 from train.data.tokenizer import ByteTables, byte_tables, find_tokenizer, load_tokenizer
 from train.errors import UserError

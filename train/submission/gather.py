@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from train.artifact import read_artifact
-from train.data.build import read_manifest
+from train.data.manifest import read_manifest
 from train.errors import UserError
 from train.evaluate.scores import find_evaluation
 from train.files import read_json
