@@ -100,7 +100,7 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
             with clock("evaluate"):
                 evaluate_stage(folder, model, ranks, log)
             # a submission's script carries no code that only writes about a run
-            if ranks.is_main and importlib.util.find_spec("train.submission.record"):
+            if ranks.is_main and importlib.util.find_spec("train.submission"):
                 from train.submission.record import record_run
 
                 log.line(record_run(folder))
