@@ -324,8 +324,11 @@ torch.library.register_autograd("golf::leaky_relu2_mlp", _backward, setup_contex
 torch.library.register_autograd(
     "golf::leaky_relu2_mlp_backward", _no_backward, setup_context=_refuse_gradient, lib=dispatch.LIBRARY
 )
-_opt_in = "not yet measured in a training step"
-dispatch.register("leaky_relu2_mlp", "triton", _triton, supports=_triton_supports, opt_in=_opt_in)
+dispatch.register("leaky_relu2_mlp", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
 dispatch.register(
-    "leaky_relu2_mlp_backward", "triton", _triton_backward, supports=_triton_backward_supports, opt_in=_opt_in
+    "leaky_relu2_mlp_backward",
+    "triton",
+    _triton_backward,
+    supports=_triton_backward_supports,
+    opt_in=dispatch.UNMEASURED,
 )

@@ -294,5 +294,5 @@ dispatch.register(
     "triton",
     _triton,
     supports=_triton_supports,
-    opt_in="not yet measured in a training step",
+    opt_in=dispatch.UNMEASURED,
 )

@@ -210,7 +210,6 @@ def test_sources_that_do_not_compile_fail_the_installation(tree):
     assert not list((tree / "golf_kernels").glob("_[Cb]*"))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not (HAS_CXX and shutil.which("nvcc")), reason="no nvcc")
 def test_real_cuda_imports_without_a_driver_and_spills_nothing(compiled):
     tree, _ = compiled

@@ -80,7 +80,6 @@ def test_a_compiled_evaluation_scores_the_same(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("system", ["sp4096", "sp8192"])
 def test_compiled_and_replayed_evaluation_on_a_gpu_equals_the_cpu(system: str) -> None:
     torch._dynamo.reset()

@@ -230,7 +230,6 @@ def full_size(hidden):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("hidden", [1536, 2048])
 def test_full_size(hidden):
     tensors, dy = full_size(hidden)
@@ -247,7 +246,6 @@ def test_full_size(hidden):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_keeps_a_hidden_tensor_less_than_the_plain_chain():
     tensors, _ = full_size(2048)
     kept = {}
@@ -261,7 +259,6 @@ def test_keeps_a_hidden_tensor_less_than_the_plain_chain():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_cuda_graph_replays_on_new_inputs():
     tensors, dy = block(4099, 512, 1536, torch.bfloat16), random(4099, 512, seed=9, dtype=torch.bfloat16)
     stream = torch.cuda.Stream()
@@ -281,7 +278,6 @@ def test_cuda_graph_replays_on_new_inputs():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiles_as_one_graph(mode):
     tensors, dy = block(257, 256, 512, torch.bfloat16), random(257, 256, seed=9, dtype=torch.bfloat16)

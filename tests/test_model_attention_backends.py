@@ -111,7 +111,6 @@ def test_fewer_queries_on_a_gpu_take_a_way_that_has_shapes(dtype: torch.dtype) -
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_fewer_queries_on_a_gpu_are_the_last_ones() -> None:
     q, k, v = (heads(count, seed=seed, length=96, dim=64).cuda() for seed, count in enumerate((4, 2, 2)))
     whole = causal_attention(q, k, v, backend="math")[:, 70:]

@@ -19,7 +19,7 @@ from train.model.inventory import classify
 from train.progress import Progress
 from train.quantize.gptq import gptq
 from train.quantize.row_scales import ROW_SCALES, largest_code, percentile_candidates, rtn, squared_error
-from train.quantize.spread import assign, gather, gptq_cost
+from train.quantize.shares import assign, gather, gptq_cost
 
 # on a GPU matrices of one shape go together; their Hessians stay below 128 MiB
 _BATCH_ELEMENTS = 1 << 25
@@ -90,8 +90,7 @@ def stored_bits(name: str, parameter: Tensor, config: Config) -> int:
         return 16
     kind = classify(name, parameter, config)
     if kind == "embedding":
-        bits = (config.tied_embed_bits if name == "embedding.weight" else 0) or config.embed_bits
-        return bits
+        return (config.tied_embed_bits if name == "embedding.weight" else 0) or config.embed_bits
     return config.matrix_bits if kind == "matrix" else 16
 
 

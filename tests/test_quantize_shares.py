@@ -15,7 +15,7 @@ from test_quantize_model import random_batches, random_model, tiny
 from train.distributed import Ranks, start_ranks
 from train.errors import UserError
 from train.quantize.calibrate import collect_hessians
-from train.quantize.spread import assign, gather, gptq_cost
+from train.quantize.shares import assign, gather, gptq_cost
 from train.quantize.tensors import QuantizedTensor, StoredTensors, matrices_to_calibrate, quantize_model
 
 CLIPS = ("sdclip", "percentile_search")
