@@ -4,11 +4,12 @@
     python -m benchmarks.bench_artifact runs/mine --sigmas 8,10,12.85,16 --curve-codecs ans --max-tokens 1000000
     python -m benchmarks.bench_artifact --made --codecs ans,zstd
 
-First two tables of codecs: every codec packs the run's own artifact on one thread, section by section, and what it wrote is
-read back; a codec that loses a bit has no row. Beside them stands the order-0 entropy of the codes, each group of tensors by
-itself. Then the matrices are quantized again at several SDClip widths k; each model is packed, read back from its bytes and
-scored flat. The curve is drawn into the run's folder. Nothing else of the run is changed. `--made` takes, instead of a run, 36
-million codes of Gaussian rows in the shapes of the 11-layer systems, of which there is nothing to score.
+First two tables of codecs: every codec packs the run's own artifact on one thread, section by section, and what it
+wrote is read back; a codec that loses a bit has no row. Beside them stands the order-0 entropy of the codes, each group
+of tensors by itself. Then the matrices are quantized again at several SDClip widths k; each model is packed, read back
+from its bytes and scored flat. The curve is drawn into the run's folder. Nothing else of the run is changed. `--made`
+takes, instead of a run, 36 million codes of Gaussian rows in the shapes of the 11-layer systems, of which there is
+nothing to score.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Sliding-window evaluation of random text and weights: the published way, this one, and what this one leaves out.
 
-`published`: full logits of every window (compiled on a GPU), batches of 32 windows that a Python loop fills and sums up,
-window by window. `golf`: `train.evaluate.scoring.evaluate_model`; `golf, layer 0 per window` without sharing layer 0. The goals: on
-a GPU twice the published tokens per second and 45 % of the matrix rate of the same run, on a CPU three times the former.
+`published`: full logits of every window (compiled on a GPU), batches of 32 windows that a Python loop fills and sums
+up, window by window. `golf`: `train.evaluate.scoring.evaluate_model`; `golf, layer 0 per window` without sharing layer
+0. The goals: on a GPU twice the published tokens per second and 45 % of the matrix rate of the same run, on a CPU three
+times the former.
 """
 
 from __future__ import annotations

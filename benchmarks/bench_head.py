@@ -1,9 +1,9 @@
 """The head of a training step, forward and backward: loss, dx and dW at M = 98,304 rows of width 512.
 
-`compiled` is the plain chain under torch.compile (on a CPU: plain), `torch` and `triton` are this project's back ends of
-`golf::softcapped_cross_entropy`, `triton, 32 MiB` and `512 MiB` with chunks that stay in the L2 cache, and few ones. The
-goals on a GPU: 1.3 times as fast as `compiled` at vocabulary 8,192, not slower at 1,024, and 1.5 GB less memory at 8,192.
-Memory is the peak above what is there before a call.
+`compiled` is the plain chain under torch.compile (on a CPU: plain), `torch` and `triton` are this project's back ends
+of `golf::softcapped_cross_entropy`, `triton, 32 MiB` and `512 MiB` with chunks that stay in the L2 cache, and few ones.
+The goals on a GPU: 1.3 times as fast as `compiled` at vocabulary 8,192, not slower at 1,024, and 1.5 GB less memory at
+8,192. Memory is the peak above what is there before a call.
 """
 
 from __future__ import annotations

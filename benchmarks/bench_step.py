@@ -3,8 +3,8 @@
 `published` is the recipe written plainly (`benchmarks.published`), `torch` is this trainer on PyTorch's reference
 operators, `golf` is this trainer on every kernel that can run here, and `op=backend` is `torch` with that one switched.
 All start from the same weights and read the same made tokens; a variant whose loss leaves the published one's writes no
-row. The share is what one of 8 GPUs has: an eighth of the batch, and the matrices that one rank orthogonalizes. What the
-ranks would exchange is not in it.
+row. The share is what one of 8 GPUs has: an eighth of the batch, and the matrices that one rank orthogonalizes. What
+the ranks would exchange is not in it.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ REACHED = 0.75
 def exchanged_bytes(config: Config, ranks: int = MICRO_BATCHES) -> dict[str, float]:
     """Bytes that one rank sends in a step, by collective.
 
-    Reduce-scatter and all-gather send (W - 1) / W of the whole buffer, an all-reduce twice that; the matrices' buffer has
-    as much room for every rank as the fullest one needs.
+    Reduce-scatter and all-gather send (W - 1) / W of the whole buffer, an all-reduce twice that; the matrices' buffer
+    has as much room for every rank as the fullest one needs.
     """
     with torch.device("meta"):
         model = GPT(config)

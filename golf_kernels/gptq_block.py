@@ -4,9 +4,9 @@ For columns j = 0, 1, … of a block and every row of the matrix by itself:
 
     q_j = round(clamp(w_j / s, −limit, limit)),  e_j = (w_j − q_j s) / U_jj,  w_k ← w_k − U_jk e_j for all k > j
 
-Halves are rounded to even. Each product, difference and quotient is rounded on its own and the differences are taken in the
-order of j, so PyTorch, C++ and CUDA give the same bits. What a block owes to the columns after it is one product of its
-errors, which is left to the caller and to a matrix library.
+Halves are rounded to even. Each product, difference and quotient is rounded on its own and the differences are taken in
+the order of j, so PyTorch, C++ and CUDA give the same bits. What a block owes to the columns after it is one product of
+its errors, which is left to the caller and to a matrix library.
 """
 
 from __future__ import annotations

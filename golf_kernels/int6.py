@@ -6,10 +6,10 @@ The layout is one stream of two's-complement 6-bit codes, lowest bit first; four
     bit   7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0
     code  1 1 0 0 0 0 0 0   2 2 2 2 1 1 1 1   3 3 3 3 3 3 2 2
 
-Element i lies at bits [6i, 6i + 6), n elements take ceil(6n / 8) bytes, unused bits of the last byte are zero. A matrix is
-one stream without padding between its rows, so a row may start within a byte. This is the packing of Parameter Golf's
-`w6_e16_clean_per_row_v1` (#122). PyTorch, C++ and CUDA agree bit for bit: products of a code and a scale are rounded once
-to float32 (float64 where a float64 takes part) and once more to the dtype asked for.
+Element i lies at bits [6i, 6i + 6), n elements take ceil(6n / 8) bytes, unused bits of the last byte are zero. A matrix
+is one stream without padding between its rows, so a row may start within a byte. This is the packing of Parameter
+Golf's `w6_e16_clean_per_row_v1` (#122). PyTorch, C++ and CUDA agree bit for bit: products of a code and a scale are
+rounded once to float32 (float64 where a float64 takes part) and once more to the dtype asked for.
 """
 
 from __future__ import annotations

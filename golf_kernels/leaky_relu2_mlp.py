@@ -50,8 +50,8 @@ def leaky_relu2_mlp(
         slope: slope of the negative side, in [0, 1): 0 is ReLU².
         norm_eps: epsilon of the RMS norm x / √(mean(x²) + norm_eps) over the last dimension; None: no norm.
         gain: constant factor on the norm's output (or on x).
-        residual: `(..., d)` like x, added to the result; None: nothing is added. Where it is x itself, dx comes with the
-            residual's share, which saves adding the two.
+        residual: `(..., d)` like x, added to the result; None: nothing is added. Where it is x itself, dx comes with
+            the residual's share, which saves adding the two.
         scale: `(d,)`, the dtype of x, factor of each output channel; None: 1.
 
     Returns:

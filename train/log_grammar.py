@@ -63,8 +63,8 @@ def parse_log(path: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         `steps` and `vals`: step → numbers of its line; `finals`: name (`int6_roundtrip_exact`, …) → numbers;
         `sizes`: `raw`, `code`, `model`, `total` → bytes; `form`: e.g. `int6+brotli`; `warmup_steps`; `facts`: the
-        key:value lines; `lines`: the text behind the header; `stopping_early`, `peak_memory`: numbers, or None where the
-        log has no such line.
+        key:value lines; `lines`: the text behind the header; `stopping_early`, `peak_memory`: numbers, or None where
+        the log has no such line.
 
     Raises:
         UserError: there is no such file.

@@ -124,7 +124,8 @@ def preflight(config: Config) -> None:
     """Find out now what would otherwise fail at the end of training.
 
     Raises:
-        UserError: a forced back end cannot run, the coefficients do not fit the steps, or the codec or a logger is not installed.
+        UserError: a forced back end cannot run, the coefficients do not fit the steps, or the codec or a logger is not
+            installed.
     """
     if config.resume == "auto" and not config.run_id:
         raise UserError("resume: which run? name its folder with RUN_ID, or leave RESUME=never")

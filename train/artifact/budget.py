@@ -109,7 +109,8 @@ def check_budget(where: str, info: ArtifactInfo, code_bytes: int, max_bytes: int
     """Refuse what is over the cap.
 
     Raises:
-        BudgetError: code, paid prefix and model exceed `max_bytes`; the message has the budget, the excess and the costliest group.
+        BudgetError: code, paid prefix and model exceed `max_bytes`; the message has the budget, the excess and the
+            costliest group.
     """
     total = code_bytes + prefix_bytes + info.model_bytes
     if total <= max_bytes:

@@ -1,8 +1,8 @@
 """Lossless byte codecs by name, and the byte shuffle that some of them are helped by.
 
 Decoding never makes more than it was told to expect: a stream that ends early, goes on, or unpacks to another size is a
-`CodecError`. zlib, lzma and raw need nothing; brotli, zstd and ans name the package to install where it is missing. `ans` models the
-distribution of the data's rows and columns (`train.artifact.ans`); the others take them as they come.
+`CodecError`. zlib, lzma and raw need nothing; brotli, zstd and ans name the package to install where it is missing.
+`ans` models the distribution of the data's rows and columns (`train.artifact.ans`); the others take them as they come.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Codec:
 
         Args:
             data: any bytes.
-            shape: rows and columns of the matrices of bytes that it consists of, if it does: a hint for `shaped` codecs.
+            shape: rows and columns of the matrices of bytes that it consists of, if it does: a hint for `shaped`
+                codecs.
 
         Raises:
             MissingCodec: the library is not installed; the message says which to install.

@@ -17,23 +17,24 @@ The JSON is one object:
      "sections": [[group, type, codec, stride, unpacked, packed, crc], …],
      "tensors": [[name, [dimension, …], section, scales], …]}
 
-config     the fields of `train.config.Config` that shape the model (`MODEL_FIELDS`); lists stand for tuples. A field that
-           is missing is younger than the file and has its default.
+config     the fields of `train.config.Config` that shape the model (`MODEL_FIELDS`); lists stand for tuples. A field
+           that is missing is younger than the file and has its default.
 sections   group: what the tensors in it have in common, for people to read. type: "int2" … "int8" (one signed byte per
-           code, whatever the bits), "float16", "bfloat16" or "float32". codec: a name in `train.artifact.codecs.CODECS`:
-           "brotli" (RFC 7932), "zstd" (RFC 8878, one frame that states its content size), "lzma" (.xz, one stream), "zlib"
-           (RFC 1950), "ans" (`train.artifact.ans` describes it), "raw" (as is) or "raw6" (codes as a stream of 6 bits each, lowest
-           bit first); sections of one file may differ in it. stride: 0, or the n of the byte shuffle that was applied
-           before the codec: 5 bytes (`BSHF`, n), then bytes 0, n, 2n, …, then 1, n+1, …, and so on. unpacked: bytes of
-           the section without codec and shuffle. packed: bytes in the file. crc: CRC-32 of the packed bytes.
-tensors    name and shape of a parameter, up to 4 dimensions. Its values are the next ones, row by row, of the section with that index: each
-           section is filled by its tensors in the order of this list, without gaps. scales: for codes the index of the
-           float16 section that holds one scale per row, consumed in the same order; null for a tensor of floats. A
-           weight is code · scale of its row, in float32.
+           code, whatever the bits), "float16", "bfloat16" or "float32". codec: a name in
+           `train.artifact.codecs.CODECS`: "brotli" (RFC 7932), "zstd" (RFC 8878, one frame that states its content
+           size), "lzma" (.xz, one stream), "zlib" (RFC 1950), "ans" (`train.artifact.ans` describes it), "raw" (as is)
+           or "raw6" (codes as a stream of 6 bits each, lowest bit first); sections of one file may differ in it.
+           stride: 0, or the n of the byte shuffle that was applied before the codec: 5 bytes (`BSHF`, n), then bytes 0,
+           n, 2n, …, then 1, n+1, …, and so on. unpacked: bytes of the section without codec and shuffle. packed: bytes
+           in the file. crc: CRC-32 of the packed bytes.
+tensors    name and shape of a parameter, up to 4 dimensions. Its values are the next ones, row by row, of the section
+           with that index: each section is filled by its tensors in the order of this list, without gaps. scales: for
+           codes the index of the float16 section that holds one scale per row, consumed in the same order; null for a
+           tensor of floats. A weight is code · scale of its row, in float32.
 
-To read: check the magic, the CRC, the version; inflate the header; check that the packed sizes add up to the file and the
-unpacked ones to the tensors; check each section's CRC before decoding it. Nothing in the file is executed or unpickled. The
-file is mapped into memory, so that only the sections' contents take any.
+To read: check the magic, the CRC, the version; inflate the header; check that the packed sizes add up to the file and
+the unpacked ones to the tensors; check each section's CRC before decoding it. Nothing in the file is executed or
+unpickled. The file is mapped into memory, so that only the sections' contents take any.
 """
 
 from __future__ import annotations

@@ -142,8 +142,8 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
     """Read an artifact from its bytes alone, checking every one of them.
 
     Raises:
-        ArtifactError: the file is missing, foreign, truncated, damaged or of a newer version; the message names the file
-            and the part, what was expected and what to do.
+        ArtifactError: the file is missing, foreign, truncated, damaged or of a newer version; the message names the
+            file and the part, what was expected and what to do.
         MissingCodec: a section's codec is not installed.
     """
     source = Path(path)

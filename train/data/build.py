@@ -173,8 +173,9 @@ def count_bytes(paths: Sequence[Path], tables: ByteTables) -> int:
 def yardsticks(train_text: str, val_text: str) -> dict[str, float]:
     """What general compressors need for the validation text with the training text before it, in bits per byte.
 
-    (|compress(train + val)| - |compress(train)|) · 8 / |val|, with `gzip -9` and `xz -9`, of UTF-8 bytes. Of the training text the
-    last 8 MB count, of the validation text the first 2 MB: gzip looks back 32 KiB only, and xz would take minutes on more.
+    (|compress(train + val)| - |compress(train)|) · 8 / |val|, with `gzip -9` and `xz -9`, of UTF-8 bytes. Of the
+    training text the last 8 MB count, of the validation text the first 2 MB: gzip looks back 32 KiB only, and xz would
+    take minutes on more.
 
     Returns:
         `gzip -9` and `xz -9`.

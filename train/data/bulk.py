@@ -1,8 +1,9 @@
 """Datasets too large for memory: documents in `.jsonl` files to shards, in parallel processes, going on after a kill.
 
-Work happens in `<out>.partial`, which becomes `<out>` at the end. After each finished shard `state.json` there says which
-document, and which token of it, comes next; a restart with the same settings goes on from that place. Processes encode batches
-of lines; their results are joined in the order of the documents, so the bytes are the same at any number of processes.
+Work happens in `<out>.partial`, which becomes `<out>` at the end. After each finished shard `state.json` there says
+which document, and which token of it, comes next; a restart with the same settings goes on from that place. Processes
+encode batches of lines; their results are joined in the order of the documents, so the bytes are the same at any number
+of processes.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ def build_bulk(
 ) -> DatasetInfo:
     """Make a dataset of `.jsonl` files (also `.gz`, `.xz`), whose first `val_docs` documents are the validation split.
 
-    A document with empty text is kept as a lone BOS, as published. The tokenizer is trained on the documents that follow the
-    validation ones.
+    A document with empty text is kept as a lone BOS, as published. The tokenizer is trained on the documents that
+    follow the validation ones.
 
     Args:
         paths: files of documents, read in this order.

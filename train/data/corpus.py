@@ -72,8 +72,9 @@ def stdlib_documents(root: str | Path | None = None) -> Iterator[Document]:
 def text_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
     """Documents from the user's files, in the order given; a folder's files by name.
 
-    A `.jsonl` file (also `.jsonl.gz` and `.jsonl.xz`) holds one JSON object with a string `text` per line, each a document. Any
-    other file is one document of UTF-8 text. In a folder, files with a known suffix are taken, at any depth.
+    A `.jsonl` file (also `.jsonl.gz` and `.jsonl.xz`) holds one JSON object with a string `text` per line, each a
+    document. Any other file is one document of UTF-8 text. In a folder, files with a known suffix are taken, at any
+    depth.
 
     Raises:
         UserError: a file is missing, empty, not UTF-8 or not the JSON it should be; the message names file and line.
@@ -106,9 +107,9 @@ def text_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
 def split_documents(documents: Iterable[Document], val_bytes: int = 0) -> tuple[list[Document], list[Document]]:
     """A fixed split into training and validation documents, which depends on names and sizes alone.
 
-    Documents are ordered by SHA-256 of their names. The first ones of at most a quarter of `val_bytes` become validation until
-    it is reached, so that no single file is most of it. Where documents are too few or too long for that, the end of the last
-    one is cut off instead.
+    Documents are ordered by SHA-256 of their names. The first ones of at most a quarter of `val_bytes` become
+    validation until it is reached, so that no single file is most of it. Where documents are too few or too long for
+    that, the end of the last one is cut off instead.
 
     Args:
         documents: all documents.

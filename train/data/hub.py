@@ -1,7 +1,8 @@
 """The published FineWeb exports: all validation shards, the first N training shards and the tokenizer, from the Hub or a folder.
 
 Remote layout, below a prefix: `manifest.json`, `datasets/fineweb10B_sp<V>/fineweb_{train,val}_NNNNNN.bin`,
-`tokenizers/fineweb_<V>_bpe.model`. The local layout is the same without the prefix, as the published run commands expect it.
+`tokenizers/fineweb_<V>_bpe.model`. The local layout is the same without the prefix, as the published run commands
+expect it.
 """
 
 from __future__ import annotations
@@ -181,8 +182,8 @@ def download(
         the dataset's folder and the tokenizer.
 
     Raises:
-        UserError: the variant or so many shards are not there, a file is broken, the remote can't be reached, or `out` holds
-            the same variant from another source.
+        UserError: the variant or so many shards are not there, a file is broken, the remote can't be reached, or `out`
+            holds the same variant from another source.
     """
     match = _VARIANT.fullmatch(variant)
     if not match:

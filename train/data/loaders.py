@@ -98,8 +98,8 @@ class Order(ABC):
 class Sequential(Order):
     """The token stream in its order: with L tokens per share, share v of step s is span [(8s + v)(L + 1), +L + 1).
 
-    Consecutive spans have no token in common, so the first token of a span is an input but never a target. The stream begins
-    anew at its end.
+    Consecutive spans have no token in common, so the first token of a span is an input but never a target. The stream
+    begins anew at its end.
     """
 
     def next_rows(self, shares: range) -> list[Tokens]:
@@ -115,8 +115,8 @@ class Sequential(Order):
 class Shuffled(Order):
     """All windows of all shards in a random order, a fresh one and freshly cut ones in each epoch.
 
-    Epoch e draws from PCG64 of (seed, e) where each shard's windows begin and the permutation of all windows. Windows that are
-    needed for a step are dealt to the shares in turn.
+    Epoch e draws from PCG64 of (seed, e) where each shard's windows begin and the permutation of all windows. Windows
+    that are needed for a step are dealt to the shares in turn.
     """
 
     def __init__(self, stream: Stream, seq_len: int, sequences: int, seed: int) -> None:
@@ -152,11 +152,11 @@ class Shuffled(Order):
 class Coprime(Order):
     """The coprime-stride order of #1471: each step mixes many shards, and walks each in a stride coprime to its blocks.
 
-    A PCG64 generator is seeded with FNV-1a of the shards' names; as published, the run's seed plays no part. A shard is walked
-    as phase + ((start + i·stride) mod blocks)·seq_len with random phase, start and stride, drawn anew when it is used up. A step
-    draws its shards with probability ∝ remaining^α, without replacement; with progress p = min(step / 1800, 1), α is
-    0.9 - 0.4 p and the number of shards 8 + 56 p, as far as there are any. Each gives one window, the rest are dealt by a
-    multinomial; windows are interleaved over the shards and share v takes every 8th.
+    A PCG64 generator is seeded with FNV-1a of the shards' names; as published, the run's seed plays no part. A shard is
+    walked as phase + ((start + i·stride) mod blocks)·seq_len with random phase, start and stride, drawn anew when it is
+    used up. A step draws its shards with probability ∝ remaining^α, without replacement; with progress p = min(step /
+    1800, 1), α is 0.9 - 0.4 p and the number of shards 8 + 56 p, as far as there are any. Each gives one window, the
+    rest are dealt by a multinomial; windows are interleaved over the shards and share v takes every 8th.
 
     Names instead of the published absolute paths make the order independent of where the data lies.
     """
@@ -298,8 +298,8 @@ def make_loader(config: Config, rank: int, world_size: int, device: torch.device
     """The loader that `config.loader` names, over the training shards in `config.data_path`.
 
     Raises:
-        UserError: world_size does not divide 8, the batch does not divide into 8 shares of whole sequences, or the shards are
-            missing, bad or shorter than one sequence.
+        UserError: world_size does not divide 8, the batch does not divide into 8 shares of whole sequences, or the
+            shards are missing, bad or shorter than one sequence.
     """
     if world_size < 1 or MICRO_BATCHES % world_size or not 0 <= rank < world_size:
         raise UserError(

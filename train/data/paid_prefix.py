@@ -2,8 +2,8 @@
 
 A blob holds the first N targets, the tokens 1 … N of the validation text, as little-endian uint16 in one .xz stream of
 preset 6. An evaluation with the setting PAID_PREFIX_FILE charges no nats for a target that the blob names rightly, and
-counts its bytes all the same; the blob's own bytes count against the cap. It is here so that the published arithmetic can
-be checked: no recipe turns it on, and every score obtained with it is labelled `NOT_COMPLIANT`.
+counts its bytes all the same; the blob's own bytes count against the cap. It is here so that the published arithmetic
+can be checked: no recipe turns it on, and every score obtained with it is labelled `NOT_COMPLIANT`.
 
 `python -m train.submission.paid_prefix` builds the blob.
 """

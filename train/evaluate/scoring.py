@@ -2,9 +2,10 @@
 
 val_loss = Σ nll / tokens in nats per token; val_bpb = (Σ nll / ln 2) / Σ bytes. Sums are float64, counts are integers.
 
-Windows are index arrays and the text lies on the device, so no Python runs per window. The last layer's queries, attention
-rows, output projection and MLP, the head and the loss are computed only for positions that are scored, and layer 0's
-projections once per token of a batch where the model allows it. Batches have one static shape; on a GPU the compiled model is captured once and replayed for every batch (`COMPILE=off` does neither).
+Windows are index arrays and the text lies on the device, so no Python runs per window. The last layer's queries,
+attention rows, output projection and MLP, the head and the loss are computed only for positions that are scored, and
+layer 0's projections once per token of a batch where the model allows it. Batches have one static shape; on a GPU the
+compiled model is captured once and replayed for every batch (`COMPILE=off` does neither).
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ def evaluate_model(
     """Score a text with a model.
 
     Args:
-        model: has `hidden(ids (B, T) int64, recurrence=…, rows_from=…) -> (B, T - rows_from, d)`, the rows of the positions
-            from `rows_from` on, and `head_weight (V, d)`; `overlapping_hidden` of windows in one text, unless
+        model: has `hidden(ids (B, T) int64, recurrence=…, rows_from=…) -> (B, T - rows_from, d)`, the rows of the
+            positions from `rows_from` on, and `head_weight (V, d)`; `overlapping_hidden` of windows in one text, unless
             `overlap_problem` says why not.
         tokens: `(T + 1,)` uint16, the first input and the T targets.
         tables: `count(previous, target)` int64 bytes.

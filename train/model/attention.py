@@ -47,7 +47,8 @@ class Attention(nn.Module):
     q, k ← rms(q), rms(k) per head; RoPE; q ← q · q_gain[head]; causal attention; XSA in the last `xsa_last_n` layers.
 
     Args:
-        config: `model_dim`, `num_heads`, `num_kv_heads`, `qk_gain_init`, `norm_eps`, `xsa_last_n`, `orthogonal_init`, `qat`.
+        config: `model_dim`, `num_heads`, `num_kv_heads`, `qk_gain_init`, `norm_eps`, `xsa_last_n`, `orthogonal_init`,
+            `qat`.
         layer: 0-based index of the physical layer.
     """
 

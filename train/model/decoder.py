@@ -18,8 +18,9 @@ _PREDECESSORS = 3
 class Decoder:
     """Feeds texts to a model token by token; each step's logits are those of `GPT.logits` on the whole text of `length` tokens.
 
-    The rotary base is the one of the whole length from the first token on, as in an evaluation of the finished text. (#1392
-    recomputed everything for each length, with the base of the length so far; that keeps nothing and took 430 s.)
+    The rotary base is the one of the whole length from the first token on, as in an evaluation of the finished text.
+    (#1392 recomputed everything for each length, with the base of the length so far; that keeps nothing and took 430
+    s.)
 
     Args:
         model: in evaluation mode.

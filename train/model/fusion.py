@@ -18,8 +18,8 @@ def compiles(config: Config, device: torch.device) -> bool:
 def write_out_references(model: GPT, device: str) -> list[str]:
     """Let a model that will be compiled call an operator only where a kernel stands behind it.
 
-    A compiler cannot look into an operator. Where its back end would be PyTorch's own products and passes, the formula in
-    plain PyTorch is the faster form, because the compiler fuses the passes with their surroundings.
+    A compiler cannot look into an operator. Where its back end would be PyTorch's own products and passes, the formula
+    in plain PyTorch is the faster form, because the compiler fuses the passes with their surroundings.
 
     Args:
         model: the model, not yet compiled.

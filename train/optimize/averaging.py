@@ -100,8 +100,8 @@ class EMA(_Average):
 class SWA(_Average):
     """Uniform average of every n-th step's weights, once the learning rate has fallen.
 
-    average = (sum of the weights after each step s with s mod every = 0 and scale < threshold) / their number, summed in
-    each parameter's dtype, as published: bfloat16 embeddings lose bits.
+    average = (sum of the weights after each step s with s mod every = 0 and scale < threshold) / their number, summed
+    in each parameter's dtype, as published: bfloat16 embeddings lose bits.
 
     Args:
         model: its parameters, trained or not, are averaged.

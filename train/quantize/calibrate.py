@@ -25,9 +25,9 @@ def calibrate(
 ) -> dict[str, Tensor]:
     """The Hessians that the settings ask for, summed over the ranks.
 
-    `gptq_calib_source` "train" reads training batches; "generated" lets the model write `gptq_calib_batches` texts, which the
-    ranks share, and reads no data. `gptq_calib_graph` "evaluated" collects on the function that is evaluated, "plain" on the
-    same weights without repeated and parallel layers, as #1392 did.
+    `gptq_calib_source` "train" reads training batches; "generated" lets the model write `gptq_calib_batches` texts,
+    which the ranks share, and reads no data. `gptq_calib_graph` "evaluated" collects on the function that is evaluated,
+    "plain" on the same weights without repeated and parallel layers, as #1392 did.
 
     Args:
         config: the calibration settings.

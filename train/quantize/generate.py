@@ -29,8 +29,8 @@ def generate_tokens(
 ) -> Tensor:
     """Let a model write texts: the first token uniform over the vocabulary, each next one from softmax(logits / temperature).
 
-    Text i takes its random numbers from (seed, i) alone, so that it does not matter which rank writes it, nor how many are
-    written side by side, beyond the rounding of the logits.
+    Text i takes its random numbers from (seed, i) alone, so that it does not matter which rank writes it, nor how many
+    are written side by side, beyond the rounding of the logits.
 
     Args:
         model: not compiled; it runs in evaluation mode and is left in the mode it was in.

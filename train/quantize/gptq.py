@@ -46,11 +46,13 @@ def gptq(
 
     With U the upper Cholesky factor of (H + damp · mean(diag H) · I)⁻¹, for columns j in order of falling H_jj:
     q_j = round(clamp(w_j / s)), e = (w_j − q_j s) / U_jj, w_k ← w_k − e U_jk for all k > j. Columns whose input was
-    always zero (H_jj = 0) get code 0. Errors go to the columns of the same block one by one, in `golf_kernels.gptq_block`,
-    and to all later ones in one product per block, which is the same sum. Matrices of one shape may be given as a batch.
+    always zero (H_jj = 0) get code 0. Errors go to the columns of the same block one by one, in
+    `golf_kernels.gptq_block`, and to all later ones in one product per block, which is the same sum. Matrices of one
+    shape may be given as a batch.
 
-    On one machine the codes have the same bits whichever back end runs the blocks. Between a CPU and a GPU factorization and
-    products round differently, and a weight that falls on the other side of a half changes what comes after it in its row.
+    On one machine the codes have the same bits whichever back end runs the blocks. Between a CPU and a GPU
+    factorization and products round differently, and a weight that falls on the other side of a half changes what comes
+    after it in its row.
 
     Args:
         weight: `(..., rows, columns)`, float32 or float64; the dtype of the arithmetic.

@@ -83,8 +83,9 @@ StoredTensors = dict[str, QuantizedTensor | Tensor]
 def stored_bits(name: str, parameter: Tensor, config: Config) -> int:
     """Bits in which a parameter is stored: 2 to 8 as codes with row scales, 16 as float16.
 
-    Matrices of more than `passthrough_max_elements` elements get `matrix_bits`, embeddings of more `embed_bits` (the tied
-    one `tied_embed_bits` if that is set); everything else is float16: vectors, scalars and control tensors of any size, and whatever is small.
+    Matrices of more than `passthrough_max_elements` elements get `matrix_bits`, embeddings of more `embed_bits` (the
+    tied one `tied_embed_bits` if that is set); everything else is float16: vectors, scalars and control tensors of any
+    size, and whatever is small.
     """
     if parameter.ndim != 2 or parameter.numel() <= config.passthrough_max_elements:
         return 16

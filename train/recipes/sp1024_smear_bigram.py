@@ -1,12 +1,12 @@
 """Submission #262 without its paid prefix: vocabulary 1024, 8 layers, SmearGate, BigramHash, SWA, int6 rows, zstd.
 
 Published (8 × H100): 6,231 steps of 96.3 ms, 11,667,026 bytes of model, 19,745,345 parameters; 1.1822 before and 1.1924
-after quantization, flat. Its 1.0539 counted 6.2 million validation tokens that it carried, which the organisers ruled out;
-the same model without them scored 1.1693 in a derivative. Mechanics are those of its parent #198.
+after quantization, flat. Its 1.0539 counted 6.2 million validation tokens that it carried, which the organisers ruled
+out; the same model without them scored 1.1693 in a derivative. Mechanics are those of its parent #198.
 
-Deviations: the published rule for its 6 averaged checkpoints is unknown, and the one here (every 200 steps below 0.4 of the
-rate) gives as many; the tied embedding is int8 as in #198, where #262's README has it in float16 (TIED_EMBED_BITS=16); the
-container is this project's own.
+Deviations: the published rule for its 6 averaged checkpoints is unknown, and the one here (every 200 steps below 0.4 of
+the rate) gives as many; the tied embedding is int8 as in #198, where #262's README has it in float16
+(TIED_EMBED_BITS=16); the container is this project's own.
 """
 
 PUBLISHED = {"steps": 6231, "step_ms": 96.3, "model_bytes": 11_667_026}

@@ -1,19 +1,19 @@
 """Submission #1392: vocabulary 4096, one repeated layer, parallel residuals, MuonEq-R, GPTQ int6, brotli.
 
 Published (8 × H100): val_bpb 1.1020 (seeds 42, 314, 999: 1.10327377, 1.10181145, 1.10101898), 5,733 to 5,945 steps of
-100.9 to 104.7 ms, 15.82 to 15.88 MB, 34,400,347 parameters. As its script does, and not as its README says, only layer 4
-repeats (the blend exists in the encoder alone), the parallel layers are in GPT-J form, and only the EMA is loaded.
+100.9 to 104.7 ms, 15.82 to 15.88 MB, 34,400,347 parameters. As its script does, and not as its README says, only layer
+4 repeats (the blend exists in the encoder alone), the parallel layers are in GPT-J form, and only the EMA is loaded.
 
-As published, the trained model writes the 128 sequences that it is calibrated on, without training data and so outside the 600 s,
-and the Hessians are collected without the repeat and the parallel layers; GPTQ_CALIB_GRAPH=evaluated takes the function that is
-scored.
+As published, the trained model writes the 128 sequences that it is calibrated on, without training data and so outside
+the 600 s, and the Hessians are collected without the repeat and the parallel layers; GPTQ_CALIB_GRAPH=evaluated takes
+the function that is scored.
 
-Deviations: sequences are written with kept keys and values, all under the rotary base of 2,048 tokens, which is that of the
-evaluation, where the published run recomputed everything for each length, in 430 s, with the plain base up to 1,024 tokens; ranks
-share them; the random numbers are other ones; clipping comes after the reduction over ranks; gradients and momentum are float32
-where they were bfloat16, and the momentum is reset after the warm-up; the untrained vectors have no gradient, where theirs added up
-from step to step inside the clipped norm; late fake-quantization, which could reach the value embedding's projection at most, is not
-there; the container is this project's own.
+Deviations: sequences are written with kept keys and values, all under the rotary base of 2,048 tokens, which is that of
+the evaluation, where the published run recomputed everything for each length, in 430 s, with the plain base up to 1,024
+tokens; ranks share them; the random numbers are other ones; clipping comes after the reduction over ranks; gradients
+and momentum are float32 where they were bfloat16, and the momentum is reset after the warm-up; the untrained vectors
+have no gradient, where theirs added up from step to step inside the clipped norm; late fake-quantization, which could
+reach the value embedding's projection at most, is not there; the container is this project's own.
 """
 
 # of the first seed named above, val_bpb the mean where there are several

@@ -1,12 +1,12 @@
 """Submission #1471: vocabulary 8192, three repeated layers, two lanes, EMA, SDClip, GPTQ int6, brotli.
 
 Published (8 × H100): val_bpb 1.0866 (seeds 42, 1337, 2024: 1.08725556, 1.08655776, 1.08585085), 4,964 to 4,972 steps of
-118.8 ms, 15,975,819 to 15,981,300 bytes, 37,022,812 parameters. As in its script, skips into layers whose lanes have begun
-are dead, and the scale floor of 1/31 binds wherever a row's deviation is below 0.078.
+118.8 ms, 15,975,819 to 15,981,300 bytes, 37,022,812 parameters. As in its script, skips into layers whose lanes have
+begun are dead, and the scale floor of 1/31 binds wherever a row's deviation is below 0.078.
 
-Deviations: Hessians are summed over ranks, where rank 0's own 64 batches were used; a failing Cholesky is tried again with
-more damping before a matrix is rounded to nearest; the loader's seed comes from shard names, not from absolute paths; ±1
-pruning, which never triggered, is off (TARGET_MB); the container is this project's own.
+Deviations: Hessians are summed over ranks, where rank 0's own 64 batches were used; a failing Cholesky is tried again
+with more damping before a matrix is rounded to nearest; the loader's seed comes from shard names, not from absolute
+paths; ±1 pruning, which never triggered, is off (TARGET_MB); the container is this project's own.
 """
 
 # of the first seed named above, val_bpb the mean where there are several

@@ -19,9 +19,9 @@ COUNTED_SUFFIXES = frozenset({".py", ".cpp", ".cu", ".cuh", ".h"})
 def package_code_bytes(root: str | os.PathLike[str] | None = None) -> int:
     """UTF-8 bytes of all the code that a run of this project may execute.
 
-    Counted are the files with the suffixes .py, .cpp, .cu, .cuh and .h anywhere under `csrc`, `golf_kernels` and `train`
-    of `root`: recipes and tools that a given run does not touch included; tests, benchmarks and set-up not. `csrc` may be
-    missing. A packed script counts itself alone.
+    Counted are the files with the suffixes .py, .cpp, .cu, .cuh and .h anywhere under `csrc`, `golf_kernels` and
+    `train` of `root`: recipes and tools that a given run does not touch included; tests, benchmarks and set-up not.
+    `csrc` may be missing. A packed script counts itself alone.
 
     Args:
         root: folder that holds these folders; None takes the one that this module was imported from.

@@ -125,8 +125,8 @@ def used_sources(recipe: str) -> dict[str, str]:
 def minify(name: str, source: str) -> str:
     """A module without comments, docstrings and annotations, its local names shortened.
 
-    Annotations of classes stay, since dataclasses are made of them; of Triton kernels all names and annotations stay, since
-    `tl.constexpr` is one.
+    Annotations of classes stay, since dataclasses are made of them; of Triton kernels all names and annotations stay,
+    since `tl.constexpr` is one.
 
     Raises:
         UserError: python-minifier is not installed.

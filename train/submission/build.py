@@ -58,7 +58,8 @@ def build_record(
         paths: finished runs, one per seed.
         out: the folder, which must not exist.
         labels: what people say about it.
-        single_file: form of the one-file script, see `train.script.single_file`; empty: the modules in folders beside it.
+        single_file: form of the one-file script, see `train.script.single_file`; empty: the modules in folders beside
+            it.
         base: what the settings and scores are compared with; None: the recipe.
 
     Returns:

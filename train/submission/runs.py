@@ -57,8 +57,8 @@ def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
     """Read the runs of one record, by rising seed.
 
     Raises:
-        UserError: a run is not finished, its log is cut or says something else than its files, two have one seed, or one
-            was trained with other settings than the first.
+        UserError: a run is not finished, its log is cut or says something else than its files, two have one seed, or
+            one was trained with other settings than the first.
     """
     runs = [read_run(path) for path in paths]
     first = runs[0]

@@ -1,7 +1,7 @@
 """The rules of Parameter Golf, each judged from what a record folder shows: value, limit, verdict.
 
-A rule is a function from `Evidence` to a `Finding`. A rule about which a folder shows nothing is "not seen", which is no
-failure, but is said.
+A rule is a function from `Evidence` to a `Finding`. A rule about which a folder shows nothing is "not seen", which is
+no failure, but is said.
 """
 
 from __future__ import annotations
