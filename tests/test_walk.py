@@ -23,7 +23,7 @@ from train.evaluate.scoring import evaluate_model
 from train.log_grammar import parse_log
 from train.logger import read_metrics, series
 from train.recipes import load_recipe
-from train.run import RunFolder, open_run_folder
+from train.run import RunFolder, create_run_folder, open_run_folder
 from train.script.code_size import package_code_bytes
 from train.stages import quantize_stage
 from train.walk import walk
@@ -218,6 +218,25 @@ def test_a_run_folder_is_worked_on_by_one_process(finished: Finished, tmp_path: 
     assert result.returncode == 2
     assert f"{folder.path}: another process is at work on this run" in result.stderr
     assert command("train", *flags(config)).returncode == 0
+
+
+def test_a_kill_leaves_no_run_folder_without_settings(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException): ...
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    config = small(dataset, tmp_path / "runs", resume="auto")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(RunFolder, "write_config", kill)
+        create_run_folder(config)
+    assert not (tmp_path / "runs" / "run").exists()
+    with open_run_folder(config) as folder:
+        (folder.path / ".model.golf.abc.part").touch()
+    with open_run_folder(config) as folder:
+        assert [path.name for path in folder.path.iterdir()] == ["config.json"]
 
 
 def test_a_run_folder_that_exists_is_refused(finished: Finished) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -138,8 +139,12 @@ def create_run_folder(config: Config) -> RunFolder:
             raise UserError(f"{folder.path}: cannot resume with other settings than it was started with: {listed}")
         return folder
     folder.path.parent.mkdir(parents=True, exist_ok=True)
-    os.mkdir(folder.path)
-    folder.write_config(config)
+    # a folder without its settings, as a kill would leave it, could neither be resumed nor begun again
+    with tempfile.TemporaryDirectory(dir=folder.path.parent, prefix=f".{config.run_id}.", suffix=".part") as work:
+        made = RunFolder(Path(work, config.run_id))
+        made.path.mkdir()
+        made.write_config(config)
+        os.rename(made.path, folder.path)
     return folder
 
 
@@ -158,6 +163,9 @@ def open_run_folder(config: Config) -> Iterator[RunFolder]:
             raise UserError(
                 f"{folder.path}: another process is at work on this run: wait for its end, or stop it first"
             ) from error
+        # what a killed process was writing; the lock says that nobody writes now
+        for part in folder.path.glob(".*.part"):
+            part.unlink()
         yield folder
 
 
