@@ -12,6 +12,7 @@ operator boundary is paid once, and matrices of one shape share batched products
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,7 +173,7 @@ def newton_schulz(
         New contiguous tensors of the shapes and dtypes of the inputs. NaN and infinities give NaN in their own matrix.
 
     Raises:
-        ValueError: a wrong shape, dtype, device, name or number of steps.
+        ValueError: a wrong shape, dtype, device, name, eps or number of steps.
         RuntimeError: an input requires a gradient (outside `torch.no_grad()`); the operator has none.
 
     Source:
@@ -180,6 +181,8 @@ def newton_schulz(
     """
     chosen = coefficient_set(coefficients)
     flat = [value for triple in chosen.schedule(steps) for value in triple]
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a number >= 0, found {eps}")
     if not matrices:
         return []
     dtype = default_compute_dtype(matrices) if compute_dtype is None else compute_dtype

@@ -208,6 +208,8 @@ def test_steps_and_own_coefficients():
         ([torch.zeros(2, 2), torch.zeros(2, 2, device="meta")], {}, r"matrices\[1\]: expected device cpu, found meta"),
         ([torch.zeros(2, 2)], {"coefficients": "quintik"}, "expected one of quintic, polar_express"),
         ([torch.zeros(2, 2)], {"steps": 0}, "expected at least 1, found 0"),
+        ([torch.ones(2, 2)], {"eps": -1.0}, r"eps: expected a number >= 0, found -1\.0"),
+        ([torch.ones(2, 2)], {"eps": float("nan")}, "eps: expected a number >= 0, found nan"),
         ([torch.zeros(2, 2)], {"coefficients": "aol", "steps": 5}, "exactly 4 iterations, found 5"),
         ([torch.zeros(2, 2)], {"compute_dtype": torch.int8}, "compute_dtype: expected a floating dtype"),
         (

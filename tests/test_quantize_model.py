@@ -350,6 +350,15 @@ def test_what_float16_cannot_hold_is_refused_by_name(config: Config, hessians: d
         quantize_model(model, config, hessians)
 
 
+def test_rows_of_one_element_are_refused_by_the_tensors_name(config: Config) -> None:
+    class Narrow(torch.nn.Module):
+        def named_parameters(self, *_: object, **__: object) -> Iterator[tuple[str, Tensor]]:  # type: ignore[override]
+            yield "blocks.0.mlp.down", torch.ones(600, 1)
+
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.down: sdclip: rows of one element .*MATRIX_CLIP"):
+        quantize_model(Narrow(), config.replace(quantizer="rtn", passthrough_max_elements=0), {})  # type: ignore[arg-type]
+
+
 def test_missing_and_bad_hessians_are_refused_by_name(model: GPT, config: Config, hessians: dict[str, Tensor]) -> None:
     name = "blocks.3.attention.key"
     with pytest.raises(UserError, match=rf"{name}: GPTQ needs this matrix's Hessian"):

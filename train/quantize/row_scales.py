@@ -170,7 +170,9 @@ def _to_scales(clip: Tensor, bits: int, floor: str) -> Tensor:
 
 def _row_deviations(rows: Tensor) -> Tensor:
     if rows.shape[1] < 2:
-        raise UserError("sdclip: rows of one element have no standard deviation: choose row_max for this matrix")
+        raise UserError(
+            "sdclip: rows of one element have no standard deviation: set MATRIX_CLIP or EMBED_CLIP to row_max"
+        )
     return rows.std(dim=1) if len(rows) else rows.new_empty(0)
 
 

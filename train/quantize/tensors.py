@@ -224,14 +224,19 @@ def clip_settings(name: str, parameter: Tensor, config: Config) -> Clip:
 
 
 def _scales(name: str, weight: Tensor, hessian: Tensor | None, bits: int, clip: Clip) -> Tensor:
-    scales = ROW_SCALES[clip.name](weight, bits, sigmas=clip.sigmas, floor=clip.floor, hessian=hessian)
+    try:
+        scales = ROW_SCALES[clip.name](weight, bits, sigmas=clip.sigmas, floor=clip.floor, hessian=hessian)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     return _fitting(name, scales)
 
 
 def _fitting(name: str, scales: Tensor) -> Tensor:
     bad = (~scales.isfinite()).nonzero()
     if len(bad):
-        raise UserError(f"{name}: the weights of row {int(bad[0])} are so large that its scale exceeds float16")
+        raise UserError(
+            f"{name}: the weights of row {int(bad[0])} are so large that its scale exceeds float16: lower the clip's sigmas"
+        )
     return scales
 
 
