@@ -229,9 +229,10 @@ def test_a_kill_leaves_no_run_folder_without_settings(
         raise Killed
 
     config = small(dataset, tmp_path / "runs", resume="auto")
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         patched.setattr(RunFolder, "write_config", kill)
-        create_run_folder(config)
+        with pytest.raises(Killed):
+            create_run_folder(config)
     assert not (tmp_path / "runs" / "run").exists()
     with open_run_folder(config) as folder:
         (folder.path / ".model.golf.abc.part").touch()
