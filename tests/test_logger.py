@@ -187,6 +187,22 @@ def test_curves_rise_in_steps_and_take_the_last_word_on_each() -> None:
     assert series(records, "val", "val_bpb") == [(0, 0.0, 4.0), (20, 4.0, 2.5), (30, 6.0, 2.0)]
 
 
+def test_a_full_disk_is_named_by_the_file(tmp_path: Path) -> None:
+    program = (
+        "import resource, signal, sys\n"
+        "from train.errors import main_guard\n"
+        "from train.logger import RunLogger\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "main_guard(lambda: getattr(RunLogger(sys.argv[1], 7, echo=False), sys.argv[2])(*sys.argv[3:]))\n"
+    )
+    for call, name in ((("line", "x" * 2000), "train_seed7.log"), (("metric", "y" * 2000), "metrics.jsonl")):
+        command = [sys.executable, "-c", program, str(tmp_path), *call]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == 2, ended.stderr
+        assert f"error: {tmp_path / name}: File too large: free some space" in ended.stderr
+
+
 def test_a_kill_loses_no_whole_line(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\n"

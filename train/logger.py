@@ -79,7 +79,7 @@ class RunLogger:
         """Add `text` to the log, and to the console unless `console` is False."""
         if self._log is None:
             return
-        self._log.write(text + "\n")
+        _write_line(self._log, text)
         if self.echo and console:
             # tqdm.write keeps a progress bar in one piece
             tqdm.write(text, file=sys.stdout)
@@ -223,7 +223,7 @@ def append_metric(target: TextIO | str | os.PathLike[str] | None, kind: str, val
             append_metric(file, kind, values)
         return
     record = {"kind": kind, **{name: _finite(value) for name, value in values.items()}}
-    target.write(json.dumps(record, allow_nan=False) + "\n")
+    _write_line(target, json.dumps(record, allow_nan=False))
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -274,6 +274,15 @@ def _finite(value: Any) -> Any:
 
 def _format(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _write_line(file: TextIO, text: str) -> None:
+    try:
+        file.write(text + "\n")
+    except OSError as error:
+        # a full disk is told of without a name
+        error.filename = file.name
+        raise
 
 
 def _open_for_lines(path: Path) -> TextIO:
