@@ -8,6 +8,8 @@ import torch
 
 # packing the code into one script takes seconds, which the many small runs of the tests do not spend
 os.environ.setdefault("CODE_FORM", "sources")
+# matrices this small only lose by being shared between threads, which would also round otherwise than two ranks do
+torch.set_num_threads(1)
 # Triton reads it when a kernel is defined, so it is set before any is imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
 import torch
 
 from train.config import Config
@@ -47,15 +44,6 @@ CASES = [("baseline", False), ("sp1024", False), ("sp2048", False)] + [
     (system, recurrence) for system in ("sp4096", "sp8192") for recurrence in (False, True)
 ]
 """Systems with the states of recurrence that they know."""
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Keep tests of narrow models on one core: more only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def narrow_config(system: str, **changes: object) -> Config:

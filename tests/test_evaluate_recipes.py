@@ -7,15 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from model_systems import CASES, SHALLOW, SYSTEMS, narrow_config, one_thread, random_ids, random_model
+from model_systems import CASES, SHALLOW, SYSTEMS, narrow_config, random_ids, random_model
 from plain_evaluation import plain_score
 
 from train.data.tokenizer import ByteTables
 from train.evaluate.scoring import evaluate_model
 from train.model.gpt import GPT
 from train.model.linear import observe_inputs
-
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 VOCAB = 259
 

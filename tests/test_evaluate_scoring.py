@@ -1,7 +1,6 @@
 """Sums and counts against a plain loop, shapes, ranks, progress and refusals."""
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,15 +16,6 @@ from train.evaluate.scoring import evaluate_model, flat_evaluation
 
 VOCAB = 37
 CONFIG = Config(vocab_size=259, eval_batch_seqs=4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small are slower on several threads, above all beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class StandIn(nn.Module):

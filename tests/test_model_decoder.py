@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from model_systems import CASES, narrow_config, one_thread, random_ids, random_model
+from model_systems import CASES, narrow_config, random_ids, random_model
 
 from train.model.decoder import Decoder
 from train.model.gpt import GPT
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-__all__ = ["one_thread"]
 
 # beyond the length at which the narrow systems' rotary base begins to grow
 LENGTH = 14

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from model_systems import CASES, SHALLOW, SYSTEMS, narrow_config, one_thread, random_ids, random_model
+from model_systems import CASES, SHALLOW, SYSTEMS, narrow_config, random_ids, random_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from train.config import Config
@@ -151,7 +151,6 @@ def test_last_block_is_separable(system: str, recurrence: bool) -> None:
 
 
 # one core: more only wait for each other at these widths
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 
 @pytest.mark.parametrize("system", sorted(SYSTEMS))

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_systems import SYSTEMS, narrow_config, one_thread, random_ids, random_model
+from model_systems import SYSTEMS, narrow_config, random_ids, random_model
 
 from train.model.linear import linear, observe_inputs, observing
 from train.model.norm import rms_norm
 
 # one core: more only wait for each other at these widths
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 
 def observed(system: str, *, recurrence: bool) -> tuple[list[tuple[str, torch.Tensor]], torch.Tensor]:

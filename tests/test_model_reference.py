@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from model_systems import CASES, narrow_config, one_thread, random_ids, random_model
+from model_systems import CASES, narrow_config, random_ids, random_model
 from torch import Tensor
 
 # one core: more only wait for each other at these widths
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 EPS = 1.1920928955078125e-07
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,15 +30,6 @@ CONFIG = Config(
     beta2=0.9,
 )
 RATES = {"embedding": (0.03, 0.2), "scalar": (0.01, 0.05)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # tensors this small lose most of their time to threads waiting for each other
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Layer(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,16 +18,6 @@ from train.distributed import MICRO_BATCHES, start_ranks
 from train.model.gpt import GPT
 from train.optimize.groups import Optimizers, build_optimizers
 from train.optimize.reduction import Reduction
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # tensors this small lose most of their time to threads waiting for each other
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 SHAPES = [(3, 5), (4, 4), (2, 7), (1, 1)]
 OWNERS = [1, 0, 1, 1]

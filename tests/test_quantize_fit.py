@@ -3,7 +3,7 @@
 import copy
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -26,14 +26,6 @@ from train.quantize.fit import (
 )
 from train.quantize.row_scales import largest_code, rtn, sdclip
 from train.quantize.tensors import QuantizedTensor, StoredTensors, matrices_to_calibrate, quantize_model, tensor_group
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("bits", "sigmas", "published"), [(6, 12.85, 3.363), (8, 20.0, 4.725)])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from model_systems import SHALLOW, narrow_config, one_thread, random_model
+from model_systems import SHALLOW, narrow_config, random_model
 from test_distributed import free_port, torchrun_variables
 
 from train.config import Config
@@ -20,9 +20,6 @@ from train.model.gpt import GPT
 from train.quantize import generate
 from train.quantize.calibrate import calibrate, collect_hessians, plain_graph
 from train.quantize.generate import generate_tokens, sample
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-__all__ = ["one_thread"]
 
 SEED, TEMPERATURE, LENGTH = 7, 0.8, 12
 NAMES = ["blocks.0.attention.query", "blocks.3.mlp.down", "embedding.weight"]

@@ -1,6 +1,5 @@
 """Quantizing a whole model: classes, Hessians on the evaluated function, refusals, and the way back to weights."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,15 +23,6 @@ from train.quantize.tensors import (
     quantize_model,
     stored_bits,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose by being shared between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(**changes: Any) -> Config:

@@ -91,10 +91,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("clip", CLIPS)
 def test_two_ranks_give_the_bits_of_one_process(two_ranks: list[dict[str, Any]], clip: str) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     alone, notes = quantize(Ranks(), clip)
-    torch.set_num_threads(threads)
     assert len(notes) == 1 and notes[0].startswith(f"{BAD}: the Hessian could not be factorized")
     for rank in two_ranks:
         shared, told = rank["result"][clip]

@@ -211,7 +211,7 @@ with start_ranks("cpu") as ranks:
 """
 
 
-def test_two_ranks_give_the_weights_of_one(tokens: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_two_ranks_give_the_weights_of_one(tokens: Path, tmp_path: Path) -> None:
     (tmp_path / "ranks.py").write_text(RANK_SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
@@ -219,10 +219,6 @@ def test_two_ranks_give_the_weights_of_one(tokens: Path, tmp_path: Path, request
         [*command, tmp_path / "ranks.py", tokens, tmp_path], env=environ, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr
-    # orthogonal initialization rounds another way with another number of threads
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    request.addfinalizer(lambda: torch.set_num_threads(threads))
     for name in recipe_names():
         one = Training.begin(narrow(name, tokens), double=True)
         one.run(STEPS)
