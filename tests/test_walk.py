@@ -53,6 +53,7 @@ def small(dataset: Path, runs: Path, **changes: object) -> Config:
         num_kv_heads=1, rope_dims=4, ve_dim=8, train_seq_len=64, rope_train_seq_len=64, train_batch_tokens=1024, iterations=STEPS,
         max_wallclock_seconds=0.0, gptq_reserve_seconds=0.0, recur_start_step=6, gptq_calib_batches=4, val_loss_every=6,
         passthrough_max_elements=512, eval_stride=32, eval_max_tokens=2048, val_max_tokens=1024, warmup_steps=1, device="cpu",
+        code_form="sources",
     )  # fmt: skip
     return load_recipe("quickstart").config(**{**values, **changes})
 
