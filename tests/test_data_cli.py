@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from train.data.loaders import Stream
 from train.data.manifest import read_manifest
 from train.data.shards import find_shards, load_validation_tokens, read_shard
 from train.data.tokenizer import find_tokenizer, load_tokenizer
-from train.errors import UserError
+from train.errors import UserError, main_guard
 
 COMMANDS = ("stdlib", "text", "fineweb", "build")
 
@@ -123,13 +124,29 @@ def test_stdlib_checks_the_folder_before_it_works(run, tmp_path: Path, capsys: p
     assert capsys.readouterr().out == ""
 
 
-def ended(*arguments: object) -> tuple[int, str]:
-    result = subprocess.run([sys.executable, "-m", "train.data", *map(str, arguments)], capture_output=True, text=True)
-    assert "Traceback" not in result.stderr
-    return result.returncode, result.stderr
+Ended = Callable[..., tuple[int, str]]
 
 
-def test_bad_input_ends_with_2_and_a_sentence(tmp_path: Path) -> None:
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ended:
+    """Exit code and error output of a command line, as `python -m train.data` ends with them."""
+
+    def end(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["train.data", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main_guard(main)
+        return caught.value.code, capsys.readouterr().err
+
+    return end
+
+
+def test_the_module_itself_ends_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "train.data", "text", tmp_path / "none", "--out", tmp_path / "d"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+
+
+def test_bad_input_ends_with_2_and_a_sentence(ended: Ended, tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.touch()
     code, message = ended("text", empty, "--out", tmp_path / "d")

@@ -1,5 +1,6 @@
 """Quantizing a whole model: classes, Hessians on the evaluated function, refusals, and the way back to weights."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
