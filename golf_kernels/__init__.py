@@ -20,6 +20,7 @@ from golf_kernels.int6 import (
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
 from golf_kernels.muon import Muon
 from golf_kernels.newton_schulz import COEFFICIENTS, CoefficientSet, newton_schulz
+from golf_kernels.qk_norm_rope import qk_norm_rope
 from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
 from golf_kernels.version import __version__
 from golf_kernels.window_nll import window_nll
@@ -37,6 +38,7 @@ __all__ = [
     "int6_unpack",
     "leaky_relu2_mlp",
     "newton_schulz",
+    "qk_norm_rope",
     "softcapped_cross_entropy",
     "window_nll",
 ]

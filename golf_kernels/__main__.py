@@ -20,6 +20,7 @@ from golf_kernels.gptq_block import gptq_block
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
 from golf_kernels.muon import Muon, learning_rate_ratio
 from golf_kernels.newton_schulz import COEFFICIENTS, newton_schulz
+from golf_kernels.qk_norm_rope import qk_norm_rope
 from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
 from golf_kernels.version import __version__
 from golf_kernels.window_nll import window_nll
@@ -124,6 +125,22 @@ def _check_mlp(device: str, dtype: torch.dtype) -> Results:
     return got, [saved[0], *dispatch.run_on("torch", "leaky_relu2_mlp_backward", *inputs)]
 
 
+def _check_qk_norm_rope(device: str, dtype: torch.dtype) -> Results:
+    shapes = ((2, 19, 4, 16), (2, 19, 2, 16), (4,))
+    leaves = [_random(*s, seed=i, device=device, dtype=dtype).requires_grad_() for i, s in enumerate(shapes)]
+    angles = _random(19, 1, 4, seed=3, device=device, dtype=dtype)
+    cosine, sine = angles.cos(), angles.sin()
+    q, k, gain = leaves
+    rotated = qk_norm_rope(q, k, cosine, sine, gain, eps=1e-6)
+    upstream = [_random(*s, seed=i + 5, device=device, dtype=dtype) for i, s in enumerate(shapes[:2])]
+    got = [*rotated, *torch.autograd.grad(rotated, leaves, upstream)]
+    q, k, gain = _truth(*leaves)
+    arguments = (*_truth(cosine, sine), gain)
+    *outputs, rstd = dispatch.run_on("torch", "qk_norm_rope", q, k, *arguments, 1e-6)
+    backward = (*_truth(*upstream), *outputs, *arguments, rstd)
+    return got, [*outputs, *dispatch.run_on("torch", "qk_norm_rope_backward", *backward)]
+
+
 def _head(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     targets = torch.randint(0, 129, (53,), generator=torch.Generator().manual_seed(2)).to(device)
     hidden = _random(53, 32, seed=0, device=device, dtype=dtype)
@@ -169,6 +186,7 @@ CHECKS: dict[str, Callable[[str, torch.dtype], Results]] = {
     "newton_schulz": _check_newton_schulz,
     "muon_step": _check_muon_step,
     "leaky_relu2_mlp": _check_mlp,
+    "qk_norm_rope": _check_qk_norm_rope,
     "softcapped_cross_entropy": _check_cross_entropy,
     "window_nll": _check_window_nll,
     "int6_dequantize": _check_int6,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from golf_kernels.qk_norm_rope import qk_norm_rope
 from train.config import Config
 from train.model.attention_backends import causal_attention
 from train.model.documents import Documents
@@ -65,6 +66,20 @@ class Attention(nn.Module):
         self.xsa = layer >= config.num_layers - config.xsa_last_n
         self.qat = config.qat
         self.backend = "sdpa"
+        # False: plain PyTorch, for a compiler to fuse; see train.model.fusion
+        self.fused = True
+
+    def project(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
+        """`heads` before the norm of queries and keys."""
+        fake_quantize = self.qat and self.training
+        query, key, value = (
+            linear(rows, weight, fake_quantize=fake_quantize)
+            for rows, weight in ((x[:, rows_from:], self.query), (x, self.key), (x, self.value))
+        )
+        if extra_value is not None:
+            value = value + extra_value
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
+        return query, key, value
 
     def heads(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
         """Queries, keys and values, which know nothing of positions yet.
@@ -74,14 +89,7 @@ class Attention(nn.Module):
             extra_value: `(B, T, kv_dim)` added to the values before the split into heads.
             rows_from: first position that gets a query.
         """
-        fake_quantize = self.qat and self.training
-        query, key, value = (
-            linear(rows, weight, fake_quantize=fake_quantize)
-            for rows, weight in ((x[:, rows_from:], self.query), (x, self.key), (x, self.value))
-        )
-        if extra_value is not None:
-            value = value + extra_value
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
+        query, key, value = self.project(x, extra_value, rows_from)
         return rms_norm(query, self.eps), rms_norm(key, self.eps), value
 
     def attend(
@@ -98,11 +106,15 @@ class Attention(nn.Module):
         query, key, value = heads
         (cosine, sine), first = rotary, key.shape[1] - query.shape[1]
         query = rotate(query, (cosine[first:], sine[first:])) * self.q_gain.to(query.dtype)[:, None]
-        key = rotate(key, rotary)
+        return self.output_of((query, rotate(key, rotary), value), documents, past)
+
+    def output_of(self, heads: Heads, documents: Documents | None = None, past: KeyValues | None = None) -> Tensor:
+        """`attend` behind the rotation: `heads` are normed, rotated and their queries multiplied by the gain."""
+        query, key, value = heads
         keys, values = (key, value) if past is None else past.extend(key, value)
         output = causal_attention(query, keys, values, documents=documents, backend=self.backend)
         if self.xsa:
-            output = remove_value_direction(output, value[:, first:])
+            output = remove_value_direction(output, value[:, key.shape[1] - query.shape[1] :])
         return linear(output.flatten(-2), self.output, fake_quantize=self.qat and self.training)
 
     def forward(
@@ -128,4 +140,9 @@ class Attention(nn.Module):
         Returns:
             `(B, T - rows_from, d)`, not yet scaled or added.
         """
-        return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past)
+        # the op turns queries and keys by one table, so it takes the same positions of both
+        if not self.fused or rows_from:
+            return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past)
+        query, key, value = self.project(x, extra_value)
+        query, key = qk_norm_rope(query, key, *rotary, self.q_gain, eps=self.eps)
+        return self.output_of((query, key, value), documents, past)

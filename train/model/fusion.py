@@ -6,6 +6,7 @@ import torch
 
 from golf_kernels import dispatch
 from train.config import Config
+from train.model.attention import Attention
 from train.model.gpt import GPT
 from train.model.mlp import MLP
 
@@ -32,9 +33,11 @@ def write_out_references(model: GPT, device: str) -> list[str]:
     def has_kernel(op: str) -> bool:
         return dispatch.choose(op, device=device).backend != "torch"
 
-    in_step = {op: has_kernel(op) for op in ("leaky_relu2_mlp", "softcapped_cross_entropy")}
+    in_step = {op: has_kernel(op) for op in ("leaky_relu2_mlp", "qk_norm_rope", "softcapped_cross_entropy")}
     model.fused = in_step["softcapped_cross_entropy"]
     for module in model.modules():
         if isinstance(module, MLP):
             module.fused = in_step["leaky_relu2_mlp"]
+        elif isinstance(module, Attention):
+            module.fused = in_step["qk_norm_rope"]
     return [op for op, kernel in in_step.items() if not kernel]

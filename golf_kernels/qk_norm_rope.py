@@ -1,0 +1,239 @@
+"""QK-norm, rotary embedding and query gain as one pass each way: `golf::qk_norm_rope`.
+
+    n = x · rstd,  rstd = 1 / √(mean(x²) + eps) of each head's vector of D numbers
+    q̂ = g · R n(q),  k̂ = R n(k),  R (a, b) = (a cos + b sin, −a sin + b cos) on the halves of the first r dimensions
+
+What training keeps is q̂ and k̂, which attention keeps anyway, and the rstd; q and k are never saved. With u = q̂ / g,
+
+    s = ⟨dq̂, u⟩ = ⟨Rᵀ dq̂, n⟩,  dg = Σ s,  dq = rstd · g · (Rᵀ dq̂ − n · s / D),  n = R⁻¹ u = Rᵀ u / (cos² + sin²)
+
+and the same with g = 1 for k: one read of dq̂ and q̂ gives dq and dg. Dividing by cos² + sin² makes this exact for
+tables that were rounded to bfloat16. A gain of 0 would leave nothing of u in q̂, and its own gradient is made of u: so a
+gain nearer to zero than `GAIN_FLOOR` counts as plus or minus that floor, which no softmax in float32 tells from zero.
+
+`golf::qk_norm_rope_backward` computes the gradients; the pair of operators is what a kernel replaces.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from golf_kernels import dispatch
+
+GAIN_FLOOR = {torch.float16: 2.0**-12}
+"""Smallest gain by dtype, else 2⁻⁶⁰. float16 has no exponents for that: at 2⁻¹² it has 12 bits behind the point."""
+_WIDE_FLOOR = 2.0**-60
+
+
+def qk_norm_rope(
+    q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys as attention takes them: q̂ = gain · rotate(rms(q)), k̂ = rotate(rms(k)).
+
+    Differentiable once in q, k and gain; the tables are constants.
+
+    Args:
+        q: `(B, T, H, D)`, floating, of any strides; any size may be 0 but D.
+        k: `(B, T, H_kv, D)`, the dtype of q, of any strides.
+        cosine: `(T, 1, r/2)`, the dtype of q; r ≤ D, the dimensions behind r pass through, r = 0 turns nothing.
+        sine: `(T, 1, r/2)`, the dtype of q; cos² + sin² has to be 1 up to rounding.
+        gain: `(H,)`, float32 or the dtype of q, to which it is rounded at use; its gradient is not.
+        eps: epsilon of the norm x / √(mean(x²) + eps).
+
+    Returns:
+        q̂ and k̂, contiguous, of the shapes and dtype of q and k.
+
+    Raises:
+        ValueError: a shape, dtype, device or number that does not fit.
+    """
+    rotated: tuple[Tensor, Tensor, Tensor] = torch.ops.golf.qk_norm_rope(q, k, cosine, sine, gain, eps)
+    return rotated[0], rotated[1]
+
+
+def _check(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, eps: float) -> None:
+    if q.ndim != 4 or not q.dtype.is_floating_point or q.shape[-1] == 0:
+        raise ValueError(f"q: expected shape (B, T, H, D) and a floating dtype, found {tuple(q.shape)} and {q.dtype}")
+    if not eps >= 0.0:
+        raise ValueError(f"eps: expected a number >= 0, found {eps}")
+    batch, length, heads, dim = q.shape
+    if k.ndim != 4 or (*k.shape[:2], k.shape[3]) != (batch, length, dim):
+        raise ValueError(f"k: expected shape ({batch}, {length}, H_kv, {dim}) like q, found {tuple(k.shape)}")
+    if cosine.ndim != 3 or cosine.shape[:2] != (length, 1) or 2 * cosine.shape[2] > dim:
+        raise ValueError(
+            f"cosine: expected shape ({length}, 1, r/2) with r <= {dim} for q's positions, found {tuple(cosine.shape)}"
+        )
+    for name, tensor, shape in (("sine", sine, cosine.shape), ("gain", gain, (heads,))):
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, found {tuple(tensor.shape)}")
+    for name, tensor in {"k": k, "cosine": cosine, "sine": sine, "gain": gain}.items():
+        dtypes = (q.dtype, torch.float32) if name == "gain" else (q.dtype,)
+        if tensor.dtype not in dtypes or tensor.device != q.device:
+            raise ValueError(
+                f"{name}: expected {' or '.join(dict.fromkeys(map(str, dtypes)))} on {q.device} like q, "
+                f"found {tensor.dtype} on {tensor.device}"
+            )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _fake(
+    q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(q, k, cosine, sine, gain, eps)
+    rstd = q.new_empty((*q.shape[:2], q.shape[2] + k.shape[2]), dtype=_wide(q.dtype))
+    return q.new_empty(q.shape), k.new_empty(k.shape), rstd
+
+
+def _floored(gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gain `(H, 1)` as it counts: rounded to dtype, and off zero by the floor."""
+    floor = GAIN_FLOOR.get(dtype, _WIDE_FLOOR)
+    rounded = gain.to(dtype).to(_wide(dtype)).unsqueeze(1)
+    return torch.where(rounded.abs() < floor, torch.where(rounded < 0, -floor, floor), rounded)
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """R of each head's vector; with −sine Rᵀ."""
+    half = cosine.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cosine + second * sine, second * cosine - first * sine, rest], dim=-1)
+
+
+def _reference(
+    q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(q, k, cosine, sine, gain, eps)
+    dtype = _wide(q.dtype)
+    cosine, sine = cosine.to(dtype), sine.to(dtype)
+    rotated, rstds = [], []
+    for x in (q.to(dtype), k.to(dtype)):
+        rstd = (x.square().mean(dim=-1) + eps).rsqrt()
+        rotated.append(_rotate(x * rstd.unsqueeze(-1), cosine, sine))
+        rstds.append(rstd)
+    queries, keys = rotated[0] * _floored(gain, q.dtype), rotated[1]
+    return queries.to(q.dtype), keys.to(k.dtype), torch.cat(rstds, dim=-1)
+
+
+def _backward_fake(
+    dq_hat: Tensor,
+    dk_hat: Tensor,
+    q_hat: Tensor,
+    k_hat: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    gain: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q_hat.new_empty(q_hat.shape), k_hat.new_empty(k_hat.shape), gain.new_empty(gain.shape)
+
+
+def _backward_reference(
+    dq_hat: Tensor,
+    dk_hat: Tensor,
+    q_hat: Tensor,
+    k_hat: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    gain: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    cosine, sine = cosine.to(rstd.dtype), sine.to(rstd.dtype)
+    size = cosine.square() + sine.square()
+    heads, dim = q_hat.shape[2:]
+    floored = _floored(gain, q_hat.dtype)
+    groups = (
+        (dq_hat, q_hat, floored, rstd[..., :heads]),
+        (dk_hat, k_hat, floored.new_ones(1, 1), rstd[..., heads:]),
+    )
+    gradients, sums = [], []
+    for upstream, output, factor, inverse_rms in groups:
+        upstream, unit = upstream.to(rstd.dtype), output.to(rstd.dtype) / factor
+        along = torch.linalg.vecdot(upstream, unit).unsqueeze(-1)
+        normed = _rotate(unit, cosine / size, -sine / size)
+        gradient = inverse_rms.unsqueeze(-1) * factor * (_rotate(upstream, cosine, -sine) - normed * (along / dim))
+        gradients.append(gradient.to(output.dtype))
+        sums.append(along.sum(dim=(0, 1, 3)))
+    return gradients[0], gradients[1], sums[0].to(gain.dtype)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    _, _, cosine, sine, gain, _ = inputs
+    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        raise RuntimeError("golf::qk_norm_rope has no gradient for cosine and sine; detach the tables")
+    q_hat, k_hat, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(q_hat, k_hat, cosine, sine, gain, rstd)
+
+
+def _backward(ctx: Any, dq_hat: Tensor, dk_hat: Tensor, unused: Any) -> tuple[Any, ...]:
+    dq, dk, dgain = torch.ops.golf.qk_norm_rope_backward(dq_hat, dk_hat, *ctx.saved_tensors)
+    return dq, dk, None, None, dgain, None
+
+
+def _refuse_gradient(ctx: Any, inputs: Any, output: Any) -> None:
+    raise RuntimeError("golf::qk_norm_rope is not differentiable twice; leave create_graph at False")
+
+
+def _no_backward(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError("golf::qk_norm_rope_backward has no gradient")
+
+
+def _triton_problem(q: Tensor, k: Tensor) -> str | None:
+    # the interpreter cuts the mantissas of bfloat16 off
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if q.is_cuda else (torch.float16, torch.float32)
+    if q.dtype not in dtypes:
+        return f"q is {q.dtype}, its kernels take {', '.join(map(str, dtypes))}"
+    heads, dim = max(q.shape[2], k.shape[2]), q.shape[3]
+    if heads > 64 or dim > 256:
+        return f"its kernels take at most 64 heads of at most 256 dimensions, found {heads} of {dim}"
+    return None
+
+
+def _triton_supports(*args: Any) -> str | None:
+    fits = args and all(tensor.ndim == 4 for tensor in args[:2])
+    return dispatch.triton_problem() or (_triton_problem(*args[:2]) if fits else None)
+
+
+def _triton_backward_supports(*args: Any) -> str | None:
+    return dispatch.triton_problem() or (_triton_problem(*args[2:4]) if args else None)
+
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from golf_kernels import qk_norm_rope_triton
+
+    _check(*args)
+    return qk_norm_rope_triton.forward(*args, floor=GAIN_FLOOR.get(args[0].dtype, _WIDE_FLOOR))
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from golf_kernels import qk_norm_rope_triton
+
+    return qk_norm_rope_triton.backward(*args, floor=GAIN_FLOOR.get(args[2].dtype, _WIDE_FLOOR))
+
+
+dispatch.define(
+    "qk_norm_rope",
+    "(Tensor q, Tensor k, Tensor cosine, Tensor sine, Tensor gain, float eps) "
+    "-> (Tensor q_hat, Tensor k_hat, Tensor rstd)",
+    reference=_reference,
+    fake=_fake,
+)
+dispatch.define(
+    "qk_norm_rope_backward",
+    "(Tensor dq_hat, Tensor dk_hat, Tensor q_hat, Tensor k_hat, Tensor cosine, Tensor sine, Tensor gain, Tensor rstd) "
+    "-> (Tensor dq, Tensor dk, Tensor dgain)",
+    reference=_backward_reference,
+    fake=_backward_fake,
+)
+torch.library.register_autograd("golf::qk_norm_rope", _backward, setup_context=_setup_context, lib=dispatch.LIBRARY)
+torch.library.register_autograd(
+    "golf::qk_norm_rope_backward", _no_backward, setup_context=_refuse_gradient, lib=dispatch.LIBRARY
+)
+dispatch.register("qk_norm_rope", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
+dispatch.register(
+    "qk_norm_rope_backward", "triton", _triton_backward, supports=_triton_backward_supports, opt_in=dispatch.UNMEASURED
+)
