@@ -21,6 +21,13 @@ from train.values import ConfigError, check_type, check_value, format_value, par
 # a step is the mean over this many micro-batches, shared by 1, 2, 4 or 8 ranks
 MICRO_BATCHES = 8
 
+# settings that compute nothing: where a run writes, what it tells, when it saves
+BOOKKEEPING = frozenset(
+    {"run_id", "runs_dir", "resume", "checkpoint_every", "train_log_every", "loggers", "profile_steps"}
+)
+# with them, what belongs to a machine or to one seed and makes no other recipe
+LOCAL = BOOKKEEPING | {"recipe", "seed", "data_path", "tokenizer_path", "device", "code_form"}
+
 
 @dataclass(frozen=True)
 class Config:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.config import Config, ConfigError, field_names
+from train.config import BOOKKEEPING, Config, ConfigError, field_names
 from train.errors import UserError
 from train.files import atomic_write, read_json
 
@@ -169,11 +169,7 @@ def open_run_folder(config: Config) -> Iterator[RunFolder]:
         yield folder
 
 
-# settings that do not touch what is computed
-_FREE = frozenset({"run_id", "runs_dir", "resume", "checkpoint_every", "train_log_every", "loggers", "profile_steps"})
-
-
 def changed_settings(old: Config, new: Config, *, free: Iterable[str] = ()) -> list[tuple[str, Any, Any]]:
     """(name, old, new) of each setting that differs and touches what is computed, but for those that are `free` to."""
-    before, after, skipped = old.to_dict(), new.to_dict(), _FREE.union(free)
+    before, after, skipped = old.to_dict(), new.to_dict(), BOOKKEEPING.union(free)
     return [(name, before[name], after[name]) for name in before if name not in skipped and before[name] != after[name]]

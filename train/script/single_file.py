@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.config import Config
+from train.config import LOCAL, Config
 from train.errors import UserError
 from train.recipes import load_recipe
 from train.values import format_value
@@ -30,10 +30,6 @@ EXCLUDED = (
     "train.data.hub",
     "train.describe",
     "train.submission",
-)
-# what belongs to a machine or to one seed is not part of the recipe
-_LOCAL = frozenset(
-    "recipe run_id runs_dir seed resume checkpoint_every loggers profile_steps data_path tokenizer_path device code_form".split()
 )
 _LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0, "dict_size": 1 << 22}]
 
@@ -162,7 +158,7 @@ def recipe_settings(config: Config) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(config).items()
-        if name not in _LOCAL and not value == defaults[name] == recipe[name]
+        if name not in LOCAL and not value == defaults[name] == recipe[name]
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from train.config import LOCAL
 from train.script.single_file import FORMS
 from train.submission.base import Base
 from train.submission.record import evaluation, form
@@ -15,22 +16,6 @@ from train.submission.statistics import comparison_text
 from train.submission.summary import STAGES
 
 _FORM_NAMES = dict(zip(FORMS, ("one file", "one file, minified", "one file, minified and compressed"), strict=True))
-# settings of a machine, a seed or a log, which do not make another recipe
-_ASIDE = frozenset(
-    {
-        "seed",
-        "run_id",
-        "runs_dir",
-        "resume",
-        "checkpoint_every",
-        "train_log_every",
-        "loggers",
-        "data_path",
-        "tokenizer_path",
-        "device",
-        "recipe",
-    }
-)
 
 
 def writeup(runs: Sequence[FinishedRun], submission: dict[str, Any], single_file: str, base: Base, proof: str) -> str:
@@ -117,7 +102,7 @@ def _differences(run: FinishedRun, submission: dict[str, Any], base: Base) -> li
     changed = [
         (f"`{name}`", _value(before[name]), _value(value))
         for name, value in run.folder.read_config().to_dict().items()
-        if name not in _ASIDE and name in before and before[name] != value
+        if name not in LOCAL and name in before and before[name] != value
     ]
     none = f"Its settings are not known; against {named.name} no setting is different."
     lines = _table(("setting", named.name, "here"), changed)
