@@ -218,7 +218,9 @@ def main() -> int:
     parser = common.parser("bench_step", __doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--recipe", default="sp8192_sdclip", choices=recipe_names())
     parser.add_argument(
-        "--ways", default="published,torch,golf", help="comma-separated; also op=backend for torch with one switched"
+        "--ways",
+        default="published,torch,golf",
+        help="of published, torch, golf, and op=backend (torch with one kernel, such as muon_step=triton); comma-separated",
     )
     parser.add_argument("--warmup-steps", type=int, default=10, help="steps before timing, whose losses are compared")
     parser.add_argument(

@@ -321,7 +321,13 @@ def _positive(text: str) -> int:
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
     """Arguments that every benchmark has: `--device`, `--rounds`, `--warmup-ms` and `--tiny`."""
-    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{prog}", description=description)
+    command = f"python -m benchmarks.{prog}"
+    made = argparse.ArgumentParser(
+        prog=command,
+        description=description,
+        epilog=f"examples:\n  {command}\n  {command} --tiny --rounds 2      (anywhere; proves nothing about speed)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     made.add_argument("--device", default=default, type=_device, help="default: cuda where there is a GPU")
     made.add_argument("--rounds", default=50, type=_positive, help="measurements of each variant; default 50")

@@ -52,8 +52,10 @@ def test_what_no_count_shows_is_as_published(name: str, base: float, parts: dict
     assert {part: getattr(config, part) for part in parts} == parts
 
 
-@pytest.mark.parametrize("name", recipe_names())
-def test_the_readme_has_every_recipe_with_its_parameters(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [name for name in recipe_names() if load_recipe(name).published or f"| `{name}`" in README]
+)
+def test_the_readme_has_every_published_recipe_with_its_parameters(name: str) -> None:
     row = re.search(rf"^\| `{name}` \|.*$", README, re.MULTILINE)
     assert row, f"README.md has no row for {name}"
     assert f"| {describe(load_recipe(name).config(), {})['parameters']:,} |" in row[0]

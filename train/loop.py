@@ -155,7 +155,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
         done = max(step / config.iterations, clock.elapsed_seconds / (config.training_seconds or math.inf))
         bar.advance(int(1000 * min(done, 1)) - bar.done, f"step {step:,}")
         if step <= FIRST_LOGGED_STEPS or step % config.train_log_every == 0 or stop or step == config.iterations:
-            log_step(log, config, ranks, step, batch_loss, clock.elapsed_seconds, scale)
+            log_step(log, config, ranks, step, batch_loss, clock, scale)
         if config.checkpoint_every and step % config.checkpoint_every == 0 and not stop:
             seconds = clock.pause()
             extra = {"step": step, "seconds": seconds, "first": vars(first)}
@@ -240,7 +240,7 @@ def compiled_loss(model: GPT, config: Config, device: torch.device) -> Callable[
 
 
 def log_step(
-    log: RunLogger, config: Config, ranks: Ranks, step: int, loss: Tensor, seconds: float, scale: float
+    log: RunLogger, config: Config, ranks: Ranks, step: int, loss: Tensor, clock: WallClock, scale: float
 ) -> None:
     """Log the loss, as the mean over ranks.
 
@@ -248,7 +248,8 @@ def log_step(
         UserError: the loss is infinite or not a number.
     """
     mean = float(ranks.sum(loss.float())) / ranks.world_size
-    log.train_step(step, config.iterations, mean, seconds * 1000, lr_scale=scale)
+    # the sum has waited for the step, so the clock may be asked, too
+    log.train_step(step, config.iterations, mean, clock.read() * 1000, lr_scale=scale)
     if not math.isfinite(mean):
         raise UserError(
             f"training diverged: the loss is {mean} at step {step}: lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or set "

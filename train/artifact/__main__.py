@@ -131,7 +131,8 @@ def _parser() -> argparse.ArgumentParser:
             function.__name__,
             help=about,
             description=f"{about[0].upper()}{about[1:]}.",
-            epilog=f"example: python -m train.artifact {function.__name__} {example}",
+            epilog=f"example:\n  python -m train.artifact {function.__name__} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("file", metavar="FILE", type=Path, help="the artifact, e.g. runs/RUN/model.golf")
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")

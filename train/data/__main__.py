@@ -210,7 +210,11 @@ def _command(
     commands: argparse._SubParsersAction, name: str, run: object, summary: str, example: str
 ) -> argparse.ArgumentParser:
     one = commands.add_parser(
-        name, help=summary, description=f"Make a dataset of {summary}.", epilog=f"example: {example}"
+        name,
+        help=summary,
+        description=f"Make a dataset of {summary}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     one.set_defaults(run=run)
     return one

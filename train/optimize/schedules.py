@@ -113,6 +113,12 @@ class WallClock:
         steps, seconds = self._known
         return seconds * self.steps / steps if steps else seconds
 
+    def read(self) -> float:
+        """This rank's training time until now, in seconds; waits for the device."""
+        if self._start is None:
+            return self._base
+        return self._base + self._seconds_until(self._mark())
+
     def resume(self) -> None:
         """Wait for the other ranks and let the time run; the device has nothing queued that should not be counted."""
         if self._start is not None:

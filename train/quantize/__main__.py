@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         model: GPT = load_weights(folder).to(ranks.device)
         tensors = quantize_stage(config, model, ranks, log)
         artifact_stage(config, arguments.out or folder.artifact, model, tensors, ranks, log)
+        log.line(f"wrote {arguments.out or folder.artifact}")
         if arguments.out is None:
             # its scores are the former artifact's, its settings those of the new one
             ranks.on_main(lambda: folder.evaluation.unlink(missing_ok=True))
