@@ -217,6 +217,7 @@ def test_only_what_backward_needs_is_kept():
         q_hat, k_hat = qk_norm_rope(**tensors, eps=EPS)
     shapes = [(2, 5, 4, 8), (2, 5, 2, 8), (5, 1, 2), (5, 1, 2), (4,), (2, 5, 6)]
     assert sorted(tuple(t.shape) for t in kept) == sorted(shapes)
+    assert not torch.ops.golf.qk_norm_rope(*tensors.values(), EPS)[2].requires_grad
     # the large ones are the results themselves
     addresses = {t.data_ptr() for t in kept if t.ndim == 4 and t.shape[-1] == 8}
     assert addresses == {q_hat.data_ptr(), k_hat.data_ptr()}
@@ -270,6 +271,8 @@ def test_second_derivatives_and_gradients_of_tables_are_refused():
 def test_opcheck():
     tensors = heads(dtype=torch.float32)
     torch.library.opcheck(torch.ops.golf.qk_norm_rope.default, (*tensors.values(), EPS))
+    heads_first = random(2, 4, 5, 6, dtype=torch.float32).transpose(1, 2)
+    torch.library.opcheck(torch.ops.golf.qk_norm_rope.default, (heads_first, *list(tensors.values())[1:], EPS))
     plain = [t.detach() for t in tensors.values()]
     q_hat, k_hat, rstd = torch.ops.golf.qk_norm_rope(*plain, EPS)
     backward = (*upstream(tensors), q_hat, k_hat, *plain[2:], rstd)

@@ -175,12 +175,19 @@ def test_strides_and_a_table_from_some_position_on_do_not_matter():
         n: v.detach().clone(memory_format=torch.contiguous_format).requires_grad_(n in LEAVES) for n, v in views.items()
     }
     # as the gradients of a sum and of an attention with heads first arrive
-    gradients = [random(1, 1, 1, 8, seed=9).expand(2, 6, 4, 8), random(2, 2, 6, 8, seed=10).transpose(1, 2)]
-    gradients = [gradient.to(dtype) for gradient in gradients]
+    summed = random(1, 1, 1, 8, seed=9, dtype=dtype).expand(2, 6, 4, 8)
+    gradients = [summed, random(2, 2, 6, 8, seed=10, dtype=dtype).transpose(1, 2)]
     got, want = (run(qk_norm_rope, t, g) for t, g in ((views, gradients), (laid, [g.contiguous() for g in gradients])))
     assert all(torch.equal(got[name], want[name]) for name in want)
     found = errors(got, run(formula, exactly(views), [g.double() for g in gradients]))
     assert max(found.values()) < 2 * torch.finfo(dtype).eps, found
+
+
+def test_tables_that_were_rounded_are_inverted_exactly():
+    tensors = heads(1, 13, 4, 2, 16, 16, torch.float32)
+    tensors |= {name: tensors[name].bfloat16().float() for name in ("cosine", "sine")}
+    found, _ = errors_of_both(tensors)
+    assert max(found.values()) < 1e-6, found
 
 
 def test_results_repeat_bit_by_bit():
