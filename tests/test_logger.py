@@ -37,6 +37,7 @@ def write_run(folder: Path) -> Path:
         log.stopping_early(12, 20, 522.4)
         log.peak_memory(10184 * 2**20 + 5, 10200 * 2**20)
         log.line("gptq:calibrated 66 matrices on 64 training batches in 9.5s")
+        log.line("fit:measured on 32768 training tokens in 2.5s")
         log.sizes(raw_bytes=67224983, code_bytes=47642, model_bytes=15815847)
         log.final("int6_roundtrip", 2.0727, 1.2244, 1.401)
         log.final("int6_sliding_window", 1.94077647, 1.14943715, 85.5214, stride=64)
@@ -64,6 +65,7 @@ def test_lines_are_the_published_ones_to_the_character(tmp_path: Path) -> None:
         "stopping_early: wallclock_cap train_time:522ms step:12/20",
         "peak memory allocated: 10184 MiB reserved: 10200 MiB",
         "gptq:calibrated 66 matrices on 64 training batches in 9.5s",
+        "fit:measured on 32768 training tokens in 2.5s",
         "Serialized model: 67224983 bytes",
         "Code size: 47642 bytes",
         "Serialized model int6+brotli: 15815847 bytes",
@@ -91,7 +93,9 @@ def test_lines_of_other_programs_are_read_too_and_of_several_runs_the_last(tmp_p
     head = f"source\n{'=' * 100}\nRunning Python 3.12\nRunning PyTorch 2.10\n{'=' * 100}\n"
     lines = [
         "seed:41",
+        "gptq:calibrated 66 matrices on 64 training batches in 9.9s",
         "GPTQ:collected 67 Hessians in 10.6s",
+        "fit:measured on 32768 training tokens in 2.5s",
         "Serialized model w6e16+zstd22: 15283986 bytes (payload:16384256)",
         "Total submission size w6e16+zstd22: 15347515 bytes",
         "final_sliding_window stride:64 val_loss:2.3850 val_bpb:1.1619 eval_time:200721ms",
@@ -100,7 +104,7 @@ def test_lines_of_other_programs_are_read_too_and_of_several_runs_the_last(tmp_p
     path = tmp_path / "train.log"
     path.write_text(head + "seed:40\nwarmup_step:1/20\n" + head + "\n".join(lines) + "\n")
     log = parse_log(path)
-    assert log["facts"] == {"seed": 41, "calibration_s": 10.6} and log["warmup_steps"] == 0
+    assert log["facts"] == {"seed": 41, "calibration_s": 13.1} and log["warmup_steps"] == 0
     assert log["sizes"] == {"model": 15283986, "total": 15347515} and log["form"] == "w6e16+zstd22"
     assert log["finals"]["sliding_window_exact"] == {"val_loss": 2.38498992, "val_bpb": 1.16192049}
     assert log["finals"]["sliding_window"]["eval_time_ms"] == 200721.0

@@ -440,6 +440,10 @@ def test_a_run_is_fitted_to_its_cap_and_scored_again(finished: Finished, tmp_pat
     assert result.returncode == 0, result.stderr
     assert 0.99 * target <= code + folder.artifact.stat().st_size <= target
     assert "fit:blocks.*.mlp.up int6 k 12.85 -> " in result.stdout
+    calibrated = re.search(r"gptq:calibrated .* in ([\d.]+)s", result.stdout)
+    measured = re.search(r"fit:measured on \d+ training tokens in ([\d.]+)s", result.stdout)
+    logged = parse_log(folder.path / "train_seed1337.log")["facts"]["calibration_s"]
+    assert logged == pytest.approx(float(calibrated[1]) + float(measured[1]))
     assert folder.read_config().target_bytes == target and not folder.evaluation.exists()
     for stride in ("0", "32"):
         assert command("train.evaluate", folder.path, "--stride", stride).returncode == 0

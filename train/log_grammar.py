@@ -45,6 +45,8 @@ GRAMMAR: dict[str, re.Pattern[str]] = {
     "calibration": re.compile(
         rf"(?i:gptq):\S*(?:loop-aware )?(?:calibrated|collected)\b.* in (?P<calibration_s>{_NUMBER})s\b"
     ),
+    # and the losses by which row clips are weighed, which come after them
+    "fitting": re.compile(rf"fit:measured on \d+ training tokens in (?P<fitting_s>{_NUMBER})s\b"),
     "train_loader": re.compile(r"train_loader:dataset:(?P<dataset>\S+) train_shards:(?P<train_shards>\d+)\b"),
     "model_params": re.compile(r"model_params:(?P<model_params>\d+)\b"),
     "world_size": re.compile(r"world_size:(?P<world_size>\d+) grad_accum_steps:(?P<grad_accum_steps>\d+)\b"),
@@ -100,6 +102,8 @@ def _store(found: dict[str, Any], kind: str, values: dict[str, Any]) -> None:
         case "size_raw" | "size_code" | "size_model" | "size_total":
             found["sizes"][kind.removeprefix("size_")] = values["bytes"]
             found["form"] = values.get("form", found["form"])
+        case "fitting":
+            found["facts"]["calibration_s"] = found["facts"].get("calibration_s", 0.0) + values["fitting_s"]
         case _:
             found["facts"] |= values
 

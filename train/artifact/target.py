@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -34,16 +35,23 @@ def fit_target(
     log: RunLogger,
 ) -> StoredTensors:
     """Quantize so that code and model take at most `target_bytes`: by the row clips, and if these do not do by pruning."""
+    started = time.perf_counter()
     loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
     batches: list[tuple[Tensor, Tensor]] = []
     while sum(inputs.numel() for inputs, _ in batches) < FIT_TOKENS:
         batches += loader.next_batch()
-    counted = ranks.on_main(lambda: counted_code_bytes(config)) + prefix_bytes(config)
     recurrence = bool(config.recur_layers)
+    # what reads training data belongs to the clock of training
+    reading_seconds = time.perf_counter() - started
+    counted = ranks.on_main(lambda: counted_code_bytes(config)) + prefix_bytes(config)
 
     def loss() -> float:
+        nonlocal reading_seconds
+        begun = time.perf_counter()
         mean = torch.stack([model.loss(*batch, recurrence=recurrence) for batch in batches]).double().mean()
-        return float(ranks.sum(mean)) / ranks.world_size
+        result = float(ranks.sum(mean)) / ranks.world_size
+        reading_seconds += time.perf_counter() - begun
+        return result
 
     def encode(tensors: StoredTensors) -> Encoded:
         def sizes() -> Encoded:
@@ -67,6 +75,8 @@ def fit_target(
         note=log.line,
     )
     model.train(training)
+    tokens = ranks.world_size * sum(inputs.numel() for inputs, _ in batches)
+    log.line(f"fit:measured on {tokens} training tokens in {reading_seconds:.1f}s")
     if encoded.total <= config.target_bytes:
         return tensors
     count = prunes_needed(tensors, config.target_bytes, lambda pruned: encode(pruned).total)
