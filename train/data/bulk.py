@@ -311,9 +311,10 @@ def _encode(batch: Lines) -> Encoded:
         parse_document(line, f"{batch.path}, line {batch.place.line + index}")
         for index, line in enumerate(batch.lines, 1)
     ]
-    ids = [np.array(one, dtype=np.uint16) for one in _tokenizer.Encode(texts, add_bos=True, num_threads=1)]
+    # arrays from the start: a list has an object per token, which costs a tenth of the time
+    ids = [_tokenizer.EncodeAsNumpy(text, add_bos=True) for text in texts]
     sizes = [len(text.encode()) for text in texts]
-    return Encoded(np.concatenate(ids), np.array([len(one) for one in ids]), np.array(sizes))
+    return Encoded(np.concatenate(ids).astype(np.uint16), np.array([len(one) for one in ids]), np.array(sizes))
 
 
 def _load_state(work: Path, settings: dict[str, Any]) -> State:
