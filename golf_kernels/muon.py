@@ -271,7 +271,7 @@ def newton_schulz_cost(rows: int, columns: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def assign(shapes: tuple[tuple[int, int], ...], ranks: int) -> tuple[int, ...]:
-    """The rank of each matrix: the dearest first, each to the rank with the least work so far.
+    """The rank of each matrix, so that every rank orthogonalizes about as long.
 
     Args:
         shapes: (rows, columns) of each matrix.
@@ -280,11 +280,23 @@ def assign(shapes: tuple[tuple[int, int], ...], ranks: int) -> tuple[int, ...]:
     Returns:
         One rank per matrix, the same on every rank.
     """
-    costs = [newton_schulz_cost(*shape) for shape in shapes]
-    loads = [0] * ranks
-    owners = [0] * len(shapes)
-    for index in sorted(range(len(shapes)), key=lambda i: (-costs[i], i)):
-        owners[index] = min(range(ranks), key=lambda rank: (loads[rank], rank))
+    return share_out([newton_schulz_cost(*shape) for shape in shapes], ranks)
+
+
+def share_out(costs: Sequence[float], shares: int) -> tuple[int, ...]:
+    """The share of each piece of work: the dearest first, each to the share with the least so far.
+
+    Args:
+        costs: of each piece, in any unit.
+        shares: their number.
+
+    Returns:
+        One share per piece.
+    """
+    loads = [0.0] * shares
+    owners = [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[index] = min(range(shares), key=lambda share: (loads[share], share))
         loads[owners[index]] += costs[index]
     return tuple(owners)
 

@@ -1,16 +1,16 @@
 """The LeakyReLU² MLP and its analytic backward against autograd of the plain formula in float64."""
 
+import collections
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from leaky_relu2_mlp_truth import NAMES, errors, exactly, formula, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
-
-NAMES = ("x", "w_up", "w_down", "residual", "scale")
 
 
 @pytest.fixture(autouse=True)
@@ -27,37 +27,13 @@ def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def block(rows=(7,), d=6, hidden=13, dtype=torch.float64, residual=True, scale=True):
+def block(rows=(7,), d=6, hidden=13, dtype=torch.float64, residual=True, scale=True, seed=0):
     """Random tensors of one MLP by name, all requiring gradients."""
     shapes = {"x": (*rows, d), "w_up": (hidden, d), "w_down": (d, hidden), "residual": (*rows, d), "scale": (d,)}
-    tensors = {name: random(*shapes[name], seed=i, dtype=dtype) for i, name in enumerate(NAMES)}
+    tensors = {name: random(*shapes[name], seed=seed + i, dtype=dtype) for i, name in enumerate(NAMES)}
     tensors["residual"] = tensors["residual"] if residual else None
     tensors["scale"] = tensors["scale"] if scale else None
     return {name: None if t is None else t.requires_grad_() for name, t in tensors.items()}
-
-
-def formula(x, w_up, w_down, *, slope=0.5, norm_eps=None, gain=1.0, residual=None, scale=None):
-    """The block written down straight, in the dtype of its inputs."""
-    n = x if norm_eps is None else x * torch.rsqrt((x * x).mean(-1, keepdim=True) + norm_eps)
-    pre = (gain * n) @ w_up.T
-    out = torch.where(pre > 0, pre, slope * pre) ** 2 @ w_down.T
-    out = out if scale is None else scale * out
-    return out if residual is None else residual + out
-
-
-def run(function, tensors, dy, **options):
-    """Result and gradients by name."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    y = function(**given, **options)
-    return {"y": y.detach(), **dict(zip(given, torch.autograd.grad(y, list(given.values()), dy), strict=True))}
-
-
-def exactly(tensors):
-    return {name: None if t is None else t.detach().double().requires_grad_() for name, t in tensors.items()}
-
-
-def errors(got, want):
-    return {name: float((got[name].double() - want[name]).norm() / want[name].norm()) for name in want}
 
 
 OPTIONS = list(itertools.product((0.0, 0.3, 0.5), (None, 1e-2), (False, True), (False, True)))
@@ -141,17 +117,21 @@ def test_float32_is_close_to_float64():
 
 @pytest.mark.parametrize("slope", [0.0, 0.5])
 def test_bfloat16_errs_no_more_than_the_plain_chain(slope):
-    tensors = block((192,), 64, 256, dtype=torch.bfloat16)
-    dy = random(192, 64, seed=9, dtype=torch.bfloat16)
     options = {"slope": slope, "norm_eps": 1e-6}
-    want = run(formula, exactly(tensors), dy.double(), **options)
-    got = run(leaky_relu2_mlp, tensors, dy, **options)
-    plain = errors(run(formula, tensors, dy, **options), want)
-    found = errors(got, want)
-    # the residual's gradient is exact in both; 5 % is room for another seed
-    assert all(found[name] <= 1.05 * plain[name] for name in want), (found, plain)
-    bias = (got["y"].double() - want["y"]).mean() / want["y"].abs().mean()
-    assert abs(float(bias)) < 5e-4
+    found, plain, bias = collections.Counter(), collections.Counter(), []
+    # many blocks, as the error of one `scale` is that of a few numbers
+    for seed in range(0, 160, 10):
+        tensors = block((192,), 64, 256, dtype=torch.bfloat16, seed=seed)
+        dy = random(192, 64, seed=seed + 9, dtype=torch.bfloat16)
+        want = run(formula, exactly(tensors), dy.double(), **options)
+        got = run(leaky_relu2_mlp, tensors, dy, **options)
+        found.update(errors(got, want))
+        plain.update(errors(run(formula, tensors, dy, **options), want))
+        bias.append(float((got["y"].double() - want["y"]).mean() / want["y"].abs().mean()))
+    assert found["residual"] == plain["residual"] == 0.0
+    assert all(found[name] <= 1.02 * plain[name] for name in ("y", "x", "w_up", "w_down")), (found, plain)
+    assert found["scale"] <= 1.05 * plain["scale"], (found, plain)
+    assert abs(sum(bias) / len(bias)) < 5e-4
 
 
 def test_large_small_and_broken_rows():

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from leaky_relu2_mlp_truth import NAMES, errors, exactly, formula, run
 
 from golf_kernels import dispatch
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
@@ -12,7 +13,6 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # the interpreter multiplies the bit patterns of bfloat16
 DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16, torch.float32)
-NAMES = ("x", "w_up", "w_down", "residual", "scale")
 
 pytestmark = pytest.mark.skipif(dispatch.triton_problem() is not None, reason=str(dispatch.triton_problem()))
 
@@ -40,31 +40,6 @@ def block(rows, d, hidden, dtype, residual=True, scale=True):
     tensors["residual"] = tensors["residual"] if residual else None
     tensors["scale"] = tensors["scale"] if scale else None
     return {name: None if t is None else t.requires_grad_() for name, t in tensors.items()}
-
-
-def formula(x, w_up, w_down, *, slope=0.5, norm_eps=None, gain=1.0, residual=None, scale=None):
-    """The block as people write it, in the dtype of its inputs; the norm in float32 at least, as torch does it."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    n = x if norm_eps is None else (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + norm_eps)).to(x.dtype)
-    pre = (gain * n) @ w_up.T
-    out = torch.where(pre > 0, pre, slope * pre) ** 2 @ w_down.T
-    out = out if scale is None else scale * out
-    return out if residual is None else residual + out
-
-
-def run(function, tensors, dy, **options):
-    """Result and gradients by name."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    y = function(**given, **options)
-    return {"y": y.detach(), **dict(zip(given, torch.autograd.grad(y, list(given.values()), dy), strict=True))}
-
-
-def exactly(tensors):
-    return {name: None if t is None else t.detach().double().requires_grad_() for name, t in tensors.items()}
-
-
-def errors(got, want):
-    return {name: float((got[name].double() - want[name]).norm() / want[name].norm()) for name in want}
 
 
 def errors_of_both(tensors, dy, **options):

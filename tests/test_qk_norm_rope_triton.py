@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from qk_norm_rope_truth import EPS, LEAVES, errors, exactly, formula, run
 
 from golf_kernels import dispatch
 from golf_kernels.qk_norm_rope import qk_norm_rope
@@ -10,8 +11,6 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # the interpreter cuts the mantissas of bfloat16 off
 DTYPES = (torch.bfloat16, torch.float16, torch.float32) if ON_GPU else (torch.float16, torch.float32)
-LEAVES = ("q", "k", "gain")
-EPS = 1e-6
 
 pytestmark = pytest.mark.skipif(dispatch.triton_problem() is not None, reason=str(dispatch.triton_problem()))
 
@@ -42,38 +41,8 @@ def heads(batch, length, queries, keys, dim, rotary, dtype):
     }
 
 
-def formula(q, k, cosine, sine, gain, *, eps):
-    """The chain as people write it, in the dtype of its inputs; the norm in float32 at least, as torch does it."""
-
-    def normed(x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-    def turned(x):
-        half = cosine.shape[-1]
-        a, b = x[..., :half], x[..., half : 2 * half]
-        return torch.cat([a * cosine + b * sine, -a * sine + b * cosine, x[..., 2 * half :]], dim=-1)
-
-    return turned(normed(q)) * gain.to(q.dtype)[:, None], turned(normed(k))
-
-
 def upstream(tensors, seed=9):
     return [random(*tensors[name].shape, seed=seed + i, dtype=tensors[name].dtype) for i, name in enumerate(("q", "k"))]
-
-
-def run(function, tensors, gradients, eps=EPS):
-    """Results and gradients by name."""
-    results = function(**tensors, eps=eps)
-    found = torch.autograd.grad(results, [tensors[name] for name in LEAVES], gradients)
-    return dict(zip(("q_hat", "k_hat", *LEAVES), [*(r.detach() for r in results), *found], strict=True))
-
-
-def exactly(tensors):
-    return {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in tensors.items()}
-
-
-def errors(got, want):
-    return {name: float((got[name].double() - want[name]).norm() / want[name].norm()) for name in want}
 
 
 def errors_of_both(tensors):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from golf_kernels.muon import share_out
 from train.distributed import Ranks
 from train.errors import UserError
 
@@ -13,7 +14,7 @@ T = TypeVar("T")
 
 
 def assign(costs: Mapping[Name, float], shares: int) -> list[list[Name]]:
-    """Divide work so that the slowest share ends early: the costliest piece left goes to the share with the least.
+    """Divide work so that the slowest share ends early, as `golf_kernels.muon.share_out` does.
 
     Args:
         costs: cost of each piece, in any unit.
@@ -22,14 +23,8 @@ def assign(costs: Mapping[Name, float], shares: int) -> list[list[Name]]:
     Returns:
         The pieces of each share, in the order of `costs`; the same on every rank.
     """
-    order = {name: place for place, name in enumerate(costs)}
-    loads = [0.0] * shares
-    owned: list[list[Name]] = [[] for _ in range(shares)]
-    for name in sorted(costs, key=lambda name: -costs[name]):
-        share = loads.index(min(loads))
-        loads[share] += costs[name]
-        owned[share].append(name)
-    return [sorted(names, key=order.__getitem__) for names in owned]
+    owners = share_out(list(costs.values()), shares)
+    return [[name for name, owner in zip(costs, owners, strict=True) if owner == share] for share in range(shares)]
 
 
 def gptq_cost(rows: int, columns: int) -> float:
