@@ -4,15 +4,17 @@ import gzip
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 
 from train.config import Config
 from train.distributed import Ranks
 from train.logger import RunLogger
-from train.profiling import StepProfiler, breakdown, kernel_family, named_ranges, new_trace
+from train.profiling import StepProfiler, breakdown, busy_ms, kernel_family, kernel_times, named_ranges, new_trace
 from train.values import ConfigError, parse_steps
 
 
@@ -65,6 +67,12 @@ def test_steps_of_another_form_are_refused(text: str) -> None:
         Config(profile_steps=text)
 
 
+def test_steps_behind_the_last_one_are_refused() -> None:
+    with pytest.raises(ConfigError, match="profile_steps 30:33 begins behind the last of 30 iterations"):
+        Config(profile_steps="30:33", iterations=30)
+    assert Config(profile_steps="29:33", iterations=30)
+
+
 def test_steps_are_read() -> None:
     assert parse_steps("") == range(0) and parse_steps("30:33") == range(30, 33)
 
@@ -87,6 +95,41 @@ def test_chosen_steps_leave_a_trace_with_the_models_parts(tmp_path: Path) -> Non
     families = json.loads((tmp_path / "profile" / "breakdown.json").read_text())
     assert families["matrix products"] > 0
     assert "profile:" in (tmp_path / "train_seed1.log").read_text()
+
+
+@pytest.mark.parametrize(("last", "said"), [(2, "steps:1-2 "), (0, "profile:none, step 1 was not among the steps")])
+def test_a_run_that_ends_early_writes_what_there_is(last: int, said: str, tmp_path: Path) -> None:
+    with RunLogger(tmp_path, 1, echo=False) as log:
+        profiler = StepProfiler(range(1, 5), tmp_path, Ranks(), log)
+        for step in range(last + 1):
+            profiler.before(step)
+            torch.ones(8, 8) @ torch.ones(8, 8)
+            profiler.after(step)
+        assert not profiler.written
+        profiler.finish(last)
+    assert said in (tmp_path / "train_seed1.log").read_text()
+    assert (tmp_path / "profile" / "breakdown.json").exists() == profiler.written == bool(last)
+
+
+def made_event(name: str, start: float, end: float, *, gpu: bool = True, annotation: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(
+        key=name, device_type=DeviceType.CUDA if gpu else DeviceType.CPU, is_user_annotation=annotation,
+        time_range=SimpleNamespace(start=start, end=end), self_device_time_total=end - start, self_cpu_time_total=end - start,
+    )  # fmt: skip
+
+
+def test_ranges_and_overlaps_are_no_time_of_the_gpu() -> None:
+    events = [
+        made_event("forward", 0, 9000, annotation=True), made_event("aten::mm", 0, 9000, gpu=False),
+        made_event("gemm", 1000, 4000), made_event("ncclDevKernel", 2000, 3000), made_event("flash", 3500, 5000),
+        made_event("gemm", 7000, 8000),
+    ]  # fmt: skip
+    trace = SimpleNamespace(events=lambda: events, key_averages=lambda: events)
+    assert kernel_times(trace) == [("gemm", 3000), ("ncclDevKernel", 1000), ("flash", 1500), ("gemm", 1000)]
+    # 1,000 to 5,000 and 7,000 to 8,000 microseconds, in two steps
+    assert busy_ms(trace, 2) == 2.5
+    on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
+    assert busy_ms(SimpleNamespace(events=lambda: on_cpu), 2) is None
 
 
 def test_ranges_end_with_their_context_and_after_an_error() -> None:

@@ -97,4 +97,8 @@ def check_consistency(config: Config) -> None:
         config.max_wallclock_seconds == 0 or config.gptq_reserve_seconds < config.max_wallclock_seconds,
         f"gptq_reserve_seconds {config.gptq_reserve_seconds} leaves nothing of max_wallclock_seconds {config.max_wallclock_seconds}",
     )
-    parse_steps(config.profile_steps)
+    profiled = parse_steps(config.profile_steps)
+    need(
+        not profiled or profiled.start < config.iterations,
+        f"profile_steps {config.profile_steps} begins behind the last of {config.iterations} iterations: choose earlier steps",
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from train.distributed import Ranks
 from train.errors import UserError
 from train.evaluate.scores import EvalResult
 from train.evaluate.scoring import flat_evaluation
+from train.inductor import chosen_options
 from train.logger import RunLogger
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.fusion import compiles, write_out_references
@@ -98,6 +100,8 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     use_attention(model, attention.name)
     log.line(f"attention:{attention.name} ({attention.reason})")
     loss_of = compiled_loss(model, config, ranks.device)
+    if loss_of is not model:
+        log.line(f"inductor:{chosen_options()[1]}")
     log.facts(
         dataset=config.data_path,
         train_shards=len(find_shards(config.data_path, "train")),
@@ -162,6 +166,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
             save_checkpoint(folder.checkpoint, parts, ranks, extra)
             clock.resume()
     seconds = clock.pause()
+    profiler.finish(step - 1)
     bar.close()
     if stop:
         log.stopping_early(step, config.iterations, seconds * 1000)
@@ -231,11 +236,21 @@ def warm_up(
     optimizers.reset()
 
 
-def compiled_loss(model: GPT, config: Config, device: torch.device) -> Callable[..., Tensor]:
-    """The model's loss, through torch.compile if the settings say so; one static graph for each form of recurrence."""
+def compiled_loss(
+    model: GPT, config: Config, device: torch.device, options: Mapping[str, Any] | None = None
+) -> Callable[..., Tensor]:
+    """The model's loss, through torch.compile if the settings say so; one static graph for each form of recurrence.
+
+    Args:
+        model: the model.
+        config: `compile`.
+        device: where it runs.
+        options: Inductor's switches; None: those that `train.inductor` has chosen.
+    """
     if compiles(config, device):
         write_out_references(model, device.type)
-        return torch.compile(model, dynamic=False, fullgraph=True)
+        options = chosen_options()[0] if options is None else dict(options)
+        return torch.compile(model, dynamic=False, fullgraph=True, options=options)
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -60,8 +61,23 @@ def breakdown(events: Iterable[tuple[str, float]], steps: int) -> dict[str, floa
 def kernel_times(trace: profile) -> list[tuple[str, float]]:
     """Name and microseconds of everything that ran on the GPU; without one, of every operator by itself."""
     averages = trace.key_averages()
-    on_gpu = [(e.key, e.self_device_time_total) for e in averages if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu = [(e.key, e.self_device_time_total) for e in averages if _is_kernel(e)]
     return on_gpu or [(e.key, e.self_cpu_time_total) for e in averages if e.self_cpu_time_total > 0]
+
+
+def busy_ms(trace: profile, steps: int) -> float | None:
+    """Milliseconds per step in which the GPU ran anything, what overlaps counted once; None where no GPU ran."""
+    spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events() if _is_kernel(e))
+    busy, until = 0.0, -math.inf
+    for start, end in spans:
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return busy / 1e3 / steps if spans else None
+
+
+def _is_kernel(event: Any) -> bool:
+    # a range of record_function has a shadow on the GPU, as long as all its kernels together
+    return event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
 
 
 class StepProfiler:
@@ -73,6 +89,9 @@ class StepProfiler:
         ranks: every rank writes its own trace, rank 0 the breakdown.
         log: gets a line for what was written.
         parts: a model that is not compiled, whose modules get their names into the trace; else None.
+
+    Attributes:
+        written: whether there is a profile.
     """
 
     def __init__(
@@ -80,6 +99,7 @@ class StepProfiler:
     ) -> None:
         self.steps = steps
         self.folder = folder / "profile"
+        self.written = False
         self._ranks = ranks
         self._log = log
         self._parts = parts
@@ -89,6 +109,9 @@ class StepProfiler:
     def before(self, step: int) -> None:
         """Called before each step: begins at the first one to profile."""
         if self.steps and step == self.steps.start:
+            # what earlier steps have queued is not these steps' work
+            if self._ranks.device.type == "cuda":
+                torch.cuda.synchronize(self._ranks.device)
             self._ranks.barrier()
             self._trace = new_trace(self._ranks.device)
             if self._parts is not None:
@@ -97,17 +120,28 @@ class StepProfiler:
 
     def after(self, step: int) -> None:
         """Called after each step: ends behind the last one to profile and writes."""
-        if self._trace is None or step + 1 < self.steps.stop:
-            return
+        if self._trace is not None and step + 1 >= self.steps.stop:
+            self._write(self._trace, step)
+
+    def finish(self, step: int) -> None:
+        """Called with the run's last step: writes what there is of a profile, or says why there is none."""
+        if self._trace is not None:
+            self._write(self._trace, step)
+        elif self.steps and not self.written:
+            self._log.line(f"profile:none, step {self.steps.start} was not among the steps of this process")
+
+    def _write(self, trace: profile, step: int) -> None:
+        if self._ranks.device.type == "cuda":
+            torch.cuda.synchronize(self._ranks.device)
+        trace.stop()
         self._ranks.barrier()
-        self._trace.stop()
         self._ranges.close()
         if self._ranks.is_main:
             self.folder.mkdir(exist_ok=True)
         self._ranks.barrier()
-        write_trace(self.folder / f"trace_rank{self._ranks.rank}.json.gz", self._trace)
+        write_trace(self.folder / f"trace_rank{self._ranks.rank}.json.gz", trace)
         if self._ranks.is_main:
-            families = breakdown(kernel_times(self._trace), len(self.steps))
+            families = breakdown(kernel_times(trace), step + 1 - self.steps.start)
             atomic_write(self.folder / "breakdown.json", json.dumps(families, indent=1) + "\n")
             device = self._ranks.device
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -115,7 +149,7 @@ class StepProfiler:
             self._log.line(
                 f"profile:{self.folder} steps:{self.steps.start}-{step} (their time is longer by the profiling)"
             )
-        self._trace = None
+        self._trace, self.written = None, True
 
 
 def new_trace(device: torch.device) -> profile:
