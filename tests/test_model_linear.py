@@ -27,6 +27,40 @@ def test_weight_is_cast_to_the_activations() -> None:
         torch.testing.assert_close(found.double(), x.double() @ weight.double().T, rtol=0, atol=tolerance)
 
 
+def scaled(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, upstream: torch.Tensor, *, folded: bool):
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, scale)]
+    x, weight, scale = leaves
+    y = linear(x, weight, scale=scale) if folded else scale.to(x.dtype) * linear(x, weight)
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_scale_joins_the_weight_and_errs_no_more_than_behind_the_product(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(3, 67, width, generator=generator).to(dtype) for width in (32, 24))
+    # masters are float32 and are rounded at use, so the truth is the one of unrounded masters
+    weight, scale = (torch.randn(*size, generator=generator) for size in ((24, 32), (24,)))
+    masters = [tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in (weight, scale)]
+    y = scale.double() * (x.double() @ weight.double().T)
+    through = (upstream.double() * scale.double()).flatten(0, 1)
+    summed = (upstream.double() * (x.double() @ weight.double().T)).sum((0, 1))
+    want = [y, upstream.double() * scale.double() @ weight.double(), through.T @ x.double().flatten(0, 1), summed]
+    found, plain = (
+        [float((g.double() - w).norm() / w.norm()) for g, w in zip(results, want, strict=True)]
+        for results in (scaled(x, *masters, upstream, folded=folded) for folded in (True, False))
+    )
+    limits = [1e-14] * 4 if dtype == torch.float64 else plain
+    assert all(error <= limit for error, limit in zip(found, limits, strict=True)), (found, plain)
+
+
+def test_a_scale_keeps_nothing_of_the_size_of_the_result() -> None:
+    x, weight, scale = torch.randn(50, 8), torch.randn(6, 8).requires_grad_(), torch.randn(6).requires_grad_()
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        linear(x, weight, scale=scale)
+    assert (50, 8) in kept and (50, 6) not in kept
+
+
 def test_every_matrix_is_seen_once_per_run_of_its_layer() -> None:
     calls, _ = observed("sp8192", recurrence=True)
     names = [name for name, _ in calls]

@@ -93,7 +93,12 @@ class Attention(nn.Module):
         return rms_norm(query, self.eps), rms_norm(key, self.eps), value
 
     def attend(
-        self, heads: Heads, rotary: Rotary, documents: Documents | None = None, past: KeyValues | None = None
+        self,
+        heads: Heads,
+        rotary: Rotary,
+        documents: Documents | None = None,
+        past: KeyValues | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """From `heads` through attention, XSA and the output projection to `(B, R, d)`.
 
@@ -102,20 +107,27 @@ class Attention(nn.Module):
             rotary: table of `train.model.rope.rotary_table` for T positions, in the dtype of the heads.
             documents: where documents begin, if attention stays inside them.
             past: keys and values of positions before these T, which take part and which these join.
+            scale: `(d,)` factor of each channel of the result, or None for 1.
         """
         query, key, value = heads
         (cosine, sine), first = rotary, key.shape[1] - query.shape[1]
         query = rotate(query, (cosine[first:], sine[first:])) * self.q_gain.to(query.dtype)[:, None]
-        return self.output_of((query, rotate(key, rotary), value), documents, past)
+        return self.output_of((query, rotate(key, rotary), value), documents, past, scale)
 
-    def output_of(self, heads: Heads, documents: Documents | None = None, past: KeyValues | None = None) -> Tensor:
+    def output_of(
+        self,
+        heads: Heads,
+        documents: Documents | None = None,
+        past: KeyValues | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
         """`attend` behind the rotation: `heads` are normed, rotated and their queries multiplied by the gain."""
         query, key, value = heads
         keys, values = (key, value) if past is None else past.extend(key, value)
         output = causal_attention(query, keys, values, documents=documents, backend=self.backend)
         if self.xsa:
             output = remove_value_direction(output, value[:, key.shape[1] - query.shape[1] :])
-        return linear(output.flatten(-2), self.output, fake_quantize=self.qat and self.training)
+        return linear(output.flatten(-2), self.output, scale=scale, fake_quantize=self.qat and self.training)
 
     def forward(
         self,
@@ -126,6 +138,7 @@ class Attention(nn.Module):
         documents: Documents | None = None,
         rows_from: int = 0,
         past: KeyValues | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -136,13 +149,14 @@ class Attention(nn.Module):
             documents: where documents begin, if attention stays inside them.
             rows_from: first position whose output is wanted; all positions serve as keys and values.
             past: keys and values of positions before these, if the text grows token by token.
+            scale: `(d,)` factor of each channel of the result, or None for 1.
 
         Returns:
-            `(B, T - rows_from, d)`, not yet scaled or added.
+            `(B, T - rows_from, d)`, not yet added to the stream.
         """
         # the op turns queries and keys by one table, so it takes the same positions of both
         if not self.fused or rows_from:
-            return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past)
+            return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past, scale)
         query, key, value = self.project(x, extra_value)
         query, key = qk_norm_rope(query, key, *rotary, self.q_gain, eps=self.eps)
-        return self.output_of((query, key, value), documents, past)
+        return self.output_of((query, key, value), documents, past, scale)

@@ -95,12 +95,13 @@ class Block(nn.Module):
         """x + a ⊙ Attn(g · rms(x)), from position `rows_from` on."""
         _, rotary, extra_value, documents, heads, past = inputs
         if heads is not None:
-            output = self.attention.attend(heads, rotary, documents, past)
+            output = self.attention.attend(heads, rotary, documents, past, self.attn_scale)
         else:
             output = self.attention(
-                self.normed(x), rotary, extra_value=extra_value, documents=documents, rows_from=rows_from, past=past
-            )
-        return torch.addcmul(x[:, rows_from:], self.attn_scale.to(x.dtype), output)
+                self.normed(x), rotary,
+                extra_value=extra_value, documents=documents, rows_from=rows_from, past=past, scale=self.attn_scale,
+            )  # fmt: skip
+        return x[:, rows_from:] + output
 
     def feed(self, x: Tensor, *, residual: Tensor) -> Tensor:
         """residual + b ⊙ MLP(g · rms(x))."""

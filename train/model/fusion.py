@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from golf_kernels import dispatch
 from train.config import Config
 from train.model.attention import Attention
 from train.model.gpt import GPT
 from train.model.mlp import MLP
+
+CALLERS: dict[str, type[nn.Module]] = {
+    "leaky_relu2_mlp": MLP,
+    "qk_norm_rope": Attention,
+    "softcapped_cross_entropy": GPT,
+}
+"""The operators of a training step, and whose `fused` says whether they are called."""
 
 
 def compiles(config: Config, device: torch.device) -> bool:
@@ -30,14 +38,9 @@ def write_out_references(model: GPT, device: str) -> list[str]:
         The operators that are written out.
     """
 
-    def has_kernel(op: str) -> bool:
-        return dispatch.choose(op, device=device).backend != "torch"
-
-    in_step = {op: has_kernel(op) for op in ("leaky_relu2_mlp", "qk_norm_rope", "softcapped_cross_entropy")}
-    model.fused = in_step["softcapped_cross_entropy"]
-    for module in model.modules():
-        if isinstance(module, MLP):
-            module.fused = in_step["leaky_relu2_mlp"]
-        elif isinstance(module, Attention):
-            module.fused = in_step["qk_norm_rope"]
+    in_step = {op: dispatch.choose(op, device=device).backend != "torch" for op in CALLERS}
+    for op, caller in CALLERS.items():
+        for module in model.modules():
+            if isinstance(module, caller):
+                module.fused = in_step[op]
     return [op for op, kernel in in_step.items() if not kernel]

@@ -24,33 +24,40 @@ class _Observation(NamedTuple):
 _observation: _Observation | None = None
 
 
-def linear(x: Tensor, weight: Tensor, *, fake_quantize: bool = False) -> Tensor:
-    """Multiply by a master weight cast to the dtype of the activations: y = x Wᵀ.
+def linear(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, fake_quantize: bool = False) -> Tensor:
+    """Multiply by a master weight cast to the dtype of the activations: y = scale ⊙ (x Wᵀ).
+
+    The scale joins the weight, not y: its gradient is then a sum over the weight's gradient and not over all rows.
 
     Args:
         x: `(..., in_features)`, compute dtype.
         weight: `(out_features, in_features)`, the master parameter itself.
+        scale: `(out_features,)`, any floating dtype, or None for 1.
         fake_quantize: round the weight to int6 rows first, straight-through.
 
     Returns:
         `(..., out_features)` in the dtype of `x`.
     """
     observe(weight, x)
-    return F.linear(x, working_weight(weight, x.dtype, fake_quantize=fake_quantize))
+    return F.linear(x, working_weight(weight, x.dtype, scale=scale, fake_quantize=fake_quantize))
 
 
-def working_weight(weight: Tensor, dtype: torch.dtype, *, fake_quantize: bool = False) -> Tensor:
-    """The weight as products use it: fake-quantized if asked, then cast.
+def working_weight(
+    weight: Tensor, dtype: torch.dtype, *, scale: Tensor | None = None, fake_quantize: bool = False
+) -> Tensor:
+    """The weight as products use it: fake-quantized if asked, its rows scaled if asked, then cast.
 
     Args:
         weight: `(out_features, in_features)`, master.
         dtype: compute dtype.
+        scale: `(out_features,)`, or None for 1.
         fake_quantize: round to int6 rows first, straight-through.
 
     Returns:
         `(out_features, in_features)` in `dtype`.
     """
-    return (fake_quantize_rows(weight) if fake_quantize else weight).to(dtype)
+    rows = fake_quantize_rows(weight) if fake_quantize else weight
+    return (rows if scale is None else scale.unsqueeze(1) * rows).to(dtype)
 
 
 def observe(weight: Tensor, x: Tensor) -> None:

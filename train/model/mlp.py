@@ -47,7 +47,7 @@ class MLP(nn.Module):
         if observing() or not self.fused:
             normed = rms_norm(x, self.eps) * self.gain
             hidden = F.leaky_relu(linear(normed, self.up, fake_quantize=fake_quantize), self.slope).square()
-            return residual + scale * linear(hidden, self.down, fake_quantize=fake_quantize)
+            return residual + linear(hidden, self.down, scale=scale, fake_quantize=fake_quantize)
         return leaky_relu2_mlp(
             x,
             working_weight(self.up, x.dtype, fake_quantize=fake_quantize),
