@@ -203,7 +203,8 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.moment(param, "momentum_buffer", grad) for param, grad in zip(params, grads, strict=True)]
         momentum = group["momentum"]
         if isinstance(momentum, Tensor):
-            momentum = momentum.reshape(()).to(grads[0].device, grads[0].dtype)
+            # a half precision β would be another one
+            momentum = momentum.reshape(()).to(grads[0].device, _wide_dtype(grads[0]))
             torch._foreach_mul_(buffers, momentum)
             share = 1 - momentum if group["dampened"] else torch.ones_like(momentum)
             torch._foreach_add_(buffers, torch._foreach_mul(grads, share))
@@ -215,11 +216,11 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
             updates = list(torch._foreach_lerp(grads, buffers, momentum)) if group["nesterov"] else buffers
         else:
-            torch._foreach_mul_(buffers, momentum)
+            _multiply(buffers, momentum)
             torch._foreach_add_(buffers, grads)
             updates = list(torch._foreach_add(grads, buffers, alpha=momentum)) if group["nesterov"] else buffers
         if group["row_normalize"]:
-            updates = [u * (u.square().sum(-1, keepdim=True) + group["row_eps"]).rsqrt() for u in updates]
+            updates = [_row_normalize(u, group["row_eps"]) for u in updates]
         return updates
 
     def moment(self, param: Tensor, name: str, like: Tensor) -> Tensor:
@@ -239,21 +240,34 @@ class Muon(torch.optim.Optimizer):
     def _apply(self, group: dict[str, Any], params: list[Tensor], orthogonal: list[Tensor]) -> None:
         """NorMuon, scale, weight decay and the update of the weights."""
         if group["normuon"]:
-            rows = [o.square().mean(-1, keepdim=True) for o in orthogonal]
+            rows = [_wide(o).square().mean(-1, keepdim=True).to(o.dtype) for o in orthogonal]
             moments = [self.moment(param, "second_moment", row) for param, row in zip(params, rows, strict=True)]
             torch._foreach_lerp_(moments, rows, 1 - group["normuon_beta2"])
             orthogonal = [_normuon(o, moment) for o, moment in zip(orthogonal, moments, strict=True)]
         lr, decay = group["lr"], group["weight_decay"]
-        ratios = [learning_rate_ratio(group["adjust_lr_fn"], *param.shape[-2:]) for param in params]
         if isinstance(lr, Tensor):
             lr = lr.reshape(()).to(params[0].device)
-            torch._foreach_mul_(orthogonal, [-ratio for ratio in ratios])
-            torch._foreach_mul_(orthogonal, lr)
-            torch._foreach_mul_(params, 1 - lr * decay)
-        else:
-            torch._foreach_mul_(orthogonal, [-lr * ratio for ratio in ratios])
-            torch._foreach_mul_(params, 1 - lr * decay)
-        torch._foreach_add_(params, orthogonal)
+        _multiply(params, 1 - lr * decay)
+        alike: dict[float, list[tuple[Tensor, Tensor]]] = {}
+        for param, o in zip(params, orthogonal, strict=True):
+            ratio = learning_rate_ratio(group["adjust_lr_fn"], *param.shape[-2:])
+            alike.setdefault(ratio, []).append((param, o))
+        for ratio, pairs in alike.items():
+            moved, updates = (list(column) for column in zip(*pairs, strict=True))
+            if isinstance(lr, Tensor):
+                torch._foreach_mul_(updates, lr * -ratio)
+                torch._foreach_add_(moved, updates)
+            else:
+                torch._foreach_add_(moved, updates, alpha=-lr * ratio)
+
+
+def _multiply(tensors: list[Tensor], factor: float | Tensor) -> None:
+    if isinstance(factor, Tensor) or not tensors[0].is_cpu:
+        torch._foreach_mul_(tensors, factor)
+        return
+    for tensor in tensors:
+        # the foreach form rounds a number to the dtype of CPU tensors, and 1 − lr·decay to another decay
+        tensor.mul_(factor)
 
 
 def learning_rate_ratio(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
@@ -330,12 +344,27 @@ def _orthogonalize_sharded(
     return results
 
 
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    # squares leave the range of float16, and its smallest number is larger than 1e-10
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(_wide_dtype(tensor))
+
+
+def _row_normalize(update: Tensor, row_eps: float) -> Tensor:
+    wide = _wide(update)
+    return (wide * (wide.square().sum(-1, keepdim=True) + row_eps).rsqrt()).to(update.dtype)
+
+
 def _normuon(orthogonal: Tensor, second_moment: Tensor) -> Tensor:
-    before = torch.linalg.vector_norm(orthogonal, dim=(-2, -1), keepdim=True)
-    scaled = orthogonal / (second_moment.sqrt() + _NORMUON_EPS)
+    wide = _wide(orthogonal)
+    before = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
+    scaled = wide / (_wide(second_moment).sqrt() + _NORMUON_EPS)
     after = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
     rescaled: Tensor = scaled * (before / (after + _NORMUON_EPS))
-    return rescaled
+    return rescaled.to(orthogonal.dtype)
 
 
 def _call_key(group: dict[str, Any], params: Sequence[Tensor]) -> Any:

@@ -540,7 +540,11 @@ def newton_schulz(
             pack(True)
         start = w.iterate(coefficients, eps, prescale, scaled=scaled)
         targets = [matrix for matrix in matrices_of(results) if matrix.numel()]
-        torch._foreach_copy_(targets, w.views(start))
+        for dtype in DTYPES:
+            # one by one: before PyTorch 2.11 a list of several dtypes is copied wrongly, since then one by one
+            alike = [pair for pair in zip(targets, w.views(start), strict=True) if pair[0].dtype == dtype]
+            if alike:
+                torch._foreach_copy_([target for target, _ in alike], [view for _, view in alike])
     return results
 
 

@@ -128,6 +128,49 @@ def test_one_to_one_with_torch_as_it_is(options):
             assert (a - b).norm() < 2.5 * (b - c).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"lr": torch.tensor(0.02)}, {"adjust_lr_fn": "match_rms_adamw"}])
+def test_half_precision_weights_err_as_torchs(options, dtype):
+    def changes(kind, dtype):
+        # the same start for all, and one that bfloat16 has
+        params = [torch.nn.Parameter(p.detach().bfloat16().to(dtype)) for p in parameters(((48, 80), (80, 48)))]
+        before = [param.detach().double() for param in params]
+        after = train(kind(params, **({"lr": 0.02} | options)))
+        return [a.double() - b for a, b in zip(after, before, strict=True)]
+
+    exact = changes(Muon, torch.float64)
+    for ours, theirs, want in zip(changes(Muon, dtype), changes(torch.optim.Muon, dtype), exact, strict=True):
+        # weights keep 8 or 11 bits, so most of both errors is the same rounding
+        assert (ours - want).norm() < 1.03 * (theirs - want).norm()
+
+
+@pytest.mark.parametrize("options", [{"row_normalize": True}, {"normuon": True}])
+def test_rows_beyond_float16_and_rows_of_zeros(options):
+    def train_in(dtype):
+        params = parameters(((6, 300), (300, 6)), dtype)
+        optimizer = Muon(params, lr=1.0, weight_decay=0.0, dampened=False, **options)
+        for step in range(3):
+            set_gradients(params, step)
+            params[0].grad[1] = 0
+            # squares of these are beyond float16
+            params[0].grad[2] *= 300
+            optimizer.step()
+        return [param.detach().double() for param in params]
+
+    assert_close(train_in(torch.float16), train_in(torch.float64), 5e-3)
+
+
+@pytest.mark.parametrize("options", [{"momentum": torch.tensor(0.99)}, {"momentum": 0.99, "dampened": False}])
+def test_momentum_is_not_rounded_to_bfloat16(options):
+    def moments(dtype):
+        optimizer = Muon(parameters(dtype=dtype), **options)
+        train(optimizer, steps=1 if options.get("dampened", True) else 8)
+        return [state["momentum_buffer"].double() for state in optimizer.state.values()]
+
+    # 0.99 would become 0.98828, and 1 - 0.99 would become 0.0117; the moments themselves are rounded once a step
+    assert_close(moments(torch.bfloat16), moments(torch.float64), 8e-3)
+
+
 def test_defaults_are_those_of_torch():
     ours, theirs = Muon(parameters()).param_groups[0], torch.optim.Muon(parameters()).param_groups[0]
     resolved = {"ns_coefficients": QUINTIC, "ns_steps": COEFFICIENTS["quintic"].default_steps}
