@@ -1,220 +1,265 @@
 """ms per training step of one GPU's share of a recipe, three ways in turn in one process.
 
-`published` is the recipe written plainly (`benchmarks.published`), `torch` is this trainer on PyTorch's reference
-operators, `golf` is this trainer on every kernel that can run here, and `op=backend` is `torch` with that one switched.
-All start from the same weights and read the same made tokens; a variant whose loss leaves the published one's writes no
-row. The share is what one of 8 GPUs has: an eighth of the batch, and the matrices that one rank orthogonalizes. What
-the ranks would exchange is not in it.
+The ways are those of `benchmarks.ways`: published, torch, golf, any one operator switched, and any of Inductor's switches.
+All start from the same weights and read the same tokens; a way that fails, or whose loss leaves the first one's, is named
+and writes no row. Rows are on disk before the next measurement begins.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks import common
-from benchmarks.published import PublishedStep
-from golf_kernels import dispatch
-from golf_kernels.muon import assign
+from benchmarks.ways import TINY, MadeTokens, ShardTokens, StepVariant, Tokens, make_variants
 from train.config import MICRO_BATCHES, Config
 from train.describe import describe
-from train.distributed import Ranks
-from train.loop import compiled_loss, training_step
-from train.model.attention_choice import choose_attention, use_attention
-from train.model.gpt import GPT
-from train.optimize.averaging import EMA
-from train.optimize.groups import build_optimizers, split_parameters
-from train.profiling import breakdown, kernel_times, new_trace, plot_breakdown, write_trace
+from train.errors import UserError
+from train.inductor import SWITCHES, parse_switch
+from train.model.attention_choice import choose_attention
+from train.profiling import breakdown, busy_ms, kernel_times, new_trace, plot_breakdown, write_trace
 from train.recipes import load_recipe, recipe_names
 
-# dense bfloat16 TFLOP/s of the datasheets, for a utilization beside the measured one
-DATASHEET_TFLOPS = {"H100": 989.4, "H200": 989.4}
-# how far a variant's loss may be from the published way's after the warm-up, relative: bfloat16 in another order
+# dense bfloat16 TFLOP/s of the datasheets, for a utilization beside the measured one; the first name that fits counts
+DATASHEET_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "H200 NVL": 835.0, "H200": 989.4}
+# how far a way's loss may be from the first one's after the warm-up, relative: bfloat16 in another order
 MAX_LOSS_ERROR = 0.02
-TINY = {"model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 512, "train_seq_len": 64, "bigram_dim": 16}
+# steps between two looks at the clock: the host may run ahead of the GPU, as it does in training
+STEPS_PER_TURN = 4
 
 
 @dataclass
-class StepVariant:
-    """One way to take a step.
+class Bench:
+    """What all measurements of one call share.
 
     Attributes:
-        name: of the way.
-        backends: value of GOLF_BACKEND while it runs.
-        step: takes token ids `(sequences, length + 1)` and whether layers repeat, and returns the loss.
-        times_ms: measured.
+        config: the recipe.
+        clock: device and number of measurements.
+        limits: what the device reaches in this run.
+        surroundings: device and versions, for the rows.
+        warmup_steps: steps before timing, whose losses are compared.
+        data: folder of shards; None for made tokens.
+        keep: whether rows go to the results.
     """
 
-    name: str
-    backends: str
-    step: Callable[[np.ndarray, bool], Tensor]
-    times_ms: list[float] = field(default_factory=list)
+    config: Config
+    clock: common.Clock
+    limits: common.Ceilings
+    surroundings: common.Row
+    warmup_steps: int
+    data: Path | None
+    keep: bool
 
-    def run(self, tokens: np.ndarray, recurrence: bool) -> Tensor:
-        with forced_backends(self.backends):
-            return self.step(tokens, recurrence)
+    @property
+    def sequences(self) -> int:
+        return self.config.train_batch_tokens // (MICRO_BATCHES * self.config.train_seq_len)
 
+    @property
+    def share_tokens(self) -> int:
+        return self.sequences * self.config.train_seq_len
 
-@contextlib.contextmanager
-def forced_backends(text: str) -> Iterator[None]:
-    """GOLF_BACKEND set to `text` for the block."""
-    before = os.environ.get(dispatch.ENVIRONMENT_VARIABLE)
-    os.environ[dispatch.ENVIRONMENT_VARIABLE] = text
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[dispatch.ENVIRONMENT_VARIABLE]
-        else:
-            os.environ[dispatch.ENVIRONMENT_VARIABLE] = before
+    def tokens(self) -> Tokens:
+        """The same tokens again, from the first on."""
+        if self.data is None:
+            return MadeTokens(self.config, self.sequences)
+        return ShardTokens(self.config, self.sequences, self.data)
 
+    def step_flops(self, recurrence: bool) -> float:
+        return 1e6 * describe(self.config, {})["mflop_per_token"][phase_name(recurrence)] * self.share_tokens
 
-def all_kernels() -> str:
-    """GOLF_BACKEND with the fastest kind of kernel of every operator that has one here, and PyTorch for the rest."""
-    found = {op: dispatch.available_backends(op) for op in dispatch.describe()}
-    return ",".join(["torch", *(f"{op}={backends[0]}" for op, backends in found.items() if backends[0] != "torch")])
-
-
-class MadeTokens:
-    """Random tokens in the place of a loader, so that a step is measured and not a disk."""
-
-    def __init__(self, config: Config, sequences: int, seed: int = 0) -> None:
-        self.shape = (sequences, config.train_seq_len + 1)
-        self.vocab_size = config.vocab_size
-        self.generator = np.random.default_rng(seed)
-
-    def next(self) -> np.ndarray:
-        """`(sequences, length + 1)` uint16, Zipf-like as text is."""
-        ranks = self.generator.zipf(1.2, self.shape)
-        return np.minimum(ranks, self.vocab_size - 1).astype(np.uint16)
-
-
-class OneBatch:
-    """A loader that gives one batch, from pinned memory as the trainer's does."""
-
-    def __init__(self, tokens: np.ndarray, device: torch.device) -> None:
-        batch = torch.from_numpy(tokens.astype(np.int32))
-        if device.type == "cuda":
-            batch = batch.pin_memory().to(device, non_blocking=True)
-        self.batch = batch.long()
-
-    def next_batch(self) -> list[tuple[Tensor, Tensor]]:
-        return [(self.batch[:, :-1], self.batch[:, 1:])]
-
-
-def trainer_step(model: GPT, config: Config, share: list[int], device: torch.device) -> Callable[..., Tensor]:
-    """The trainer's own step on one rank's share: its loop, its optimizers, its moving average."""
-    # one micro-batch is the whole of a rank's part of the step
-    ranks = Ranks(world_size=MICRO_BATCHES, device=device)
-    optimizers = build_optimizers(model, config, owned=share)
-    average = EMA(model, config.ema_decay) if config.ema_decay else None
-    loss_of = compiled_loss(model, config, device)
-
-    def step(tokens: np.ndarray, recurrence: bool) -> Tensor:
-        loss = training_step(
-            optimizers, loss_of, OneBatch(tokens, device), ranks, recurrence, 1.0, config.muon_momentum
+    def row(self, variant: StepVariant, recurrence: bool, error: float) -> common.Row:
+        p20, p50, p80 = common.quantiles(variant.times_ms)
+        flops = self.step_flops(recurrence)
+        return (
+            {"op": f"step {self.config.recipe}", "impl": variant.name, "mode": phase_name(recurrence).replace("_", " ")}
+            | {"shape": f"{self.sequences}x{self.config.train_seq_len}"}
+            | {"dtype": "bf16" if self.clock.device.type == "cuda" else "f32", "p50": p50, "p20": p20, "p80": p80}
+            | {"tflops": flops / p50 / 1e9, "gbps": "", "floor": flops / self.limits.tflops / 1e9}
+            | {"rel_err": error, "n": self.clock.rounds}
         )
-        if average:
-            average.update()
-        return loss
 
-    return step
+    def store(self, rows: Sequence[common.Row]) -> None:
+        """Keep rows at once, so that whatever ends the process later cannot lose them."""
+        path = common.append_rows(rows, self.surroundings) if self.keep else None
+        if path:
+            print(f"-> {path.relative_to(common.ROOT)}", flush=True)
 
 
-def make_variants(config: Config, names: list[str], device: torch.device, sequences: int) -> list[StepVariant]:
-    """The ways to measure, each with a model of its own that starts from the same weights."""
-    torch.manual_seed(config.seed)
-    first = GPT(config).to(device)
-    choice = choose_attention(config, device, sequences)
-    print(f"attention: {choice.name} ({choice.reason})")
-    use_attention(first, choice.name)
-    matrices = list(split_parameters(first, config)["matrix"].values())
-    owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), MICRO_BATCHES)
-    share = [number for number, owner in enumerate(owners) if owner == 0]
-    variants = []
-    for name in names:
-        model = copy.deepcopy(first)
-        if name == "published":
-            compiled = compiled_loss(model, config, device)
-            variants.append(StepVariant(name, "torch", PublishedStep(model, config, share, compiled)))
-            continue
-        backends = {"torch": "torch", "golf": all_kernels()}.get(name, f"torch,{name}")
-        with forced_backends(backends):
-            dispatch.validate()
-            variants.append(StepVariant(name, backends, trainer_step(model, config, share, device)))
-    return variants
+def phase_name(recurrence: bool) -> str:
+    return "after_recurrence" if recurrence else "before_recurrence"
 
 
 def measure_steps(
-    variants: list[StepVariant], tokens: MadeTokens, recurrence: bool, clock: common.Clock, warmup_steps: int
-) -> dict[str, float]:
-    """Warm every variant up on the same tokens, compare their losses, then time them in turns.
+    variants: Sequence[StepVariant], bench: Bench, recurrence: bool
+) -> tuple[dict[str, float], list[str]]:
+    """Warm every variant up on the same tokens, compare their losses, then time those that agree in turns.
 
     Returns:
-        Relative distance of each variant's mean warm-up loss from the first one's.
-
-    Raises:
-        CheckFailed: it is too large.
+        Relative distance of each variant's mean warm-up loss from the first one's, and what is wrong with the others.
     """
-    losses: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    for _ in range(warmup_steps):
-        batch = tokens.next()
-        for variant in variants:
-            losses[variant.name].append(float(variant.run(batch, recurrence)))
-    means = {name: statistics.fmean(values) for name, values in losses.items()}
-    wanted = means[variants[0].name]
+    device, rounds = bench.clock.device, bench.clock.rounds
+    tokens = bench.tokens()
+    batches = [tokens.next() for _ in range(bench.warmup_steps)]
+    problems = []
+    for variant in variants:
+        variant.times_ms = []
+        if variant.warmup_loss is not None:
+            continue
+        try:
+            started = time.perf_counter()
+            losses = [float(variant.run(batches[0], recurrence))]
+            variant.first_step_s = time.perf_counter() - started
+            losses += [float(variant.run(batch, recurrence)) for batch in batches[1:]]
+            variant.warmup_loss = statistics.fmean(losses)
+        # whatever a kernel or the compiler dies of, the other ways have figures
+        except Exception as error:
+            traceback.print_exc()
+            problems.append(f"{variant.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    means = {variant.name: variant.warmup_loss for variant in variants if variant.warmup_loss is not None}
+    wanted = next(iter(means.values()), float("nan"))
     errors = {name: abs(mean - wanted) / wanted for name, mean in means.items()}
-    for name, error in errors.items():
+    for name, error in list(errors.items()):
         if not error <= MAX_LOSS_ERROR:
-            raise common.CheckFailed(f"{name}: mean loss {means[name]:.4f}, {variants[0].name} has {wanted:.4f}")
-    for number in range(clock.rounds):
-        batch = tokens.next()
-        turn = number % len(variants)
-        for variant in variants[turn:] + variants[:turn]:
-            variant.times_ms.append(clock.once_ms(lambda variant=variant, batch=batch: variant.run(batch, recurrence)))
-    return errors
+            problems.append(f"{name}: mean loss {means[name]:.4f}, {next(iter(means))} has {wanted:.4f}")
+            del errors[name]
+    timed = [variant for variant in variants if variant.name in errors]
+    steps = STEPS_PER_TURN if device.type == "cuda" else 1
+    for number in range(rounds if timed else 0):
+        batches = [tokens.next() for _ in range(steps)]
+        turn = number % len(timed)
+        for variant in timed[turn:] + timed[:turn]:
+
+            def run(variant: StepVariant = variant) -> None:
+                for batch in batches:  # noqa: B023
+                    variant.run(batch, recurrence)
+
+            variant.times_ms.append(bench.clock.once_ms(run) / steps)
+    return errors, problems
 
 
 def profile_variant(
-    variant: StepVariant, tokens: MadeTokens, recurrence: bool, device: torch.device, steps: int = 3
-) -> tuple[Any, dict[str, float], float]:
-    """A trace of some steps, milliseconds per step by family, and the wall milliseconds per step beside them."""
+    variant: StepVariant, bench: Bench, recurrence: bool, steps: int = 3
+) -> tuple[Any, dict[str, float], float | None]:
+    """A trace of some steps, milliseconds per step by family of kernels, and those in which the GPU was busy."""
+    tokens = bench.tokens()
     batches = [tokens.next() for _ in range(steps)]
-    trace = new_trace(device)
+    trace = new_trace(bench.clock.device)
     with trace:
-        started = time.perf_counter()
         for batch in batches:
             variant.run(batch, recurrence)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        wall_ms = 1e3 * (time.perf_counter() - started) / steps
-    return trace, breakdown(kernel_times(trace), steps), wall_ms
+        if bench.clock.device.type == "cuda":
+            torch.cuda.synchronize(bench.clock.device)
+    return trace, breakdown(kernel_times(trace), steps), busy_ms(trace, steps)
 
 
-def peak_mib(variant: StepVariant, tokens: MadeTokens, recurrence: bool, device: torch.device) -> float:
+def peak_mib(variant: StepVariant, bench: Bench, recurrence: bool) -> float:
     """Largest memory allocated in a step above what is allocated between steps, all variants' weights among it."""
+    device = bench.clock.device
     if device.type != "cuda":
         return float("nan")
     torch.cuda.synchronize(device)
     between = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    variant.run(tokens.next(), recurrence)
+    variant.run(bench.tokens().next(), recurrence)
     return (torch.cuda.max_memory_allocated(device) - between) / 2**20
 
 
-def main() -> int:
+def measure_ways(names: list[str], bench: Bench, recurrence: bool, traces: Path | None) -> bool:
+    """Measure the ways against each other, print their table, and keep their rows; whether all of them ran."""
+    config, limits, gpu = bench.config, bench.limits, bench.surroundings["gpu"]
+    variants = make_variants(config, names, bench.clock.device, bench.sequences)
+    errors, problems = measure_steps(variants, bench, recurrence)
+    rows = {v.name: bench.row(v, recurrence, errors[v.name]) for v in variants if v.name in errors}
+    print(
+        f"\n{config.recipe}, {bench.share_tokens:,} tokens, {phase_name(recurrence).replace('_', ' ')}, on {gpu}, matrix rate of "
+        f"this run {limits.tflops:.3g} TFLOP/s"
+    )
+    if rows:
+        bench.store(list(rows.values()))
+    datasheet = next((tflops for name, tflops in DATASHEET_TFLOPS.items() if name in gpu), None)
+    columns = (
+        "p20",
+        "p50",
+        "p80",
+        "tokens/s",
+        "speed-up",
+        "util.",
+        "of sheet",
+        "GPU busy",
+        "idle",
+        "peak MiB",
+        "first s",
+    )
+    print(f"{'':<28}" + "".join(f"{column:>10}" for column in columns))
+    base = next(iter(rows.values()), None)
+    for variant in variants:
+        row = rows.get(variant.name)
+        if row is None or base is None:
+            continue
+        trace, families, busy = profile_variant(variant, bench, recurrence)
+        cells = [f"{row[name]:.2f}" for name in ("p20", "p50", "p80")]
+        cells += [f"{1e3 * bench.share_tokens / row['p50']:,.0f}", f"{base['p50'] / row['p50']:.2f} x"]
+        cells += [f"{row['tflops'] / limits.tflops:.1%}", f"{row['tflops'] / datasheet:.1%}" if datasheet else "–"]
+        cells += [f"{busy:.2f}", f"{row['p50'] - busy:.2f}"] if busy is not None else ["–", "–"]
+        cells += [f"{peak_mib(variant, bench, recurrence):.0f}", f"{variant.first_step_s:.1f}"]
+        print(f"{variant.name:<28}" + "".join(f"{cell:>10}" for cell in cells))
+        print("    " + ", ".join(f"{family} {ms:.2f}" for family, ms in families.items()), flush=True)
+        if traces:
+            traces.mkdir(parents=True, exist_ok=True)
+            stem = f"{config.recipe}_{phase_name(recurrence).partition('_')[0]}_{variant.name.replace('=', '_')}"
+            write_trace(traces / f"{stem}_rank0.json.gz", trace)
+            title = f"{config.recipe}, {variant.name}, {gpu} ({row['p50']:.1f} ms of wall time without the profiler)"
+            plot_breakdown(traces / f"{stem}.png", families, title)
+    for problem in problems:
+        print(f"FAILED {problem}", flush=True)
+    return not problems
+
+
+def measure_switches(way: str, switches: list[str], bench: Bench, recurrence: bool) -> bool:
+    """Measure a way beside itself with each of Inductor's switches, one pair after the other; whether all of them ran.
+
+    A pair's rows are kept before the next switch is compiled.
+    """
+    (base,) = make_variants(bench.config, [way], bench.clock.device, bench.sequences)
+    phase, gpu = phase_name(recurrence).replace("_", " "), bench.surroundings["gpu"]
+    print(f"\n{bench.config.recipe}, {phase}, on {gpu}: {way} beside itself with each switch, ms per step")
+    fine = True
+    for name in switches:
+        (candidate,) = make_variants(bench.config, [f"{way}+{name}"], bench.clock.device, bench.sequences)
+        errors, problems = measure_steps([base, candidate], bench, recurrence)
+        for problem in problems:
+            print(f"FAILED {problem}", flush=True)
+        fine &= not problems
+        if not {base.name, candidate.name} <= set(errors):
+            continue
+        before, after = (bench.row(variant, recurrence, errors[variant.name]) for variant in (base, candidate))
+        bench.store([before, after])
+        verdict = "within the spread"
+        if after["p80"] < before["p20"] or after["p20"] > before["p80"]:
+            verdict = "faster" if after["p50"] < before["p50"] else "SLOWER"
+        print(
+            f"{name:<28}{before['p50']:>9.2f} → {after['p50']:>9.2f}  {after['p50'] / before['p50'] - 1:>+7.1%}  {verdict:<18}"
+            f"first step {candidate.first_step_s:.1f} s"
+        )
+        if verdict == "faster" and bench.keep:
+            commit = bench.surroundings["commit"]
+            figure = (
+                f"{gpu}, {commit}, {bench.config.recipe} {phase}: {before['p50']:.2f} to {after['p50']:.2f} ms per step"
+            )
+            print(f"    to set it, in train/inductor.py: figure={figure!r}", flush=True)
+        del candidate
+    return fine
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("bench_step", __doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--recipe", default="sp8192_sdclip", choices=recipe_names())
     parser.add_argument(
@@ -222,84 +267,61 @@ def main() -> int:
         default="published,torch,golf",
         help="of published, torch, golf, and op=backend (torch with one kernel, such as muon_step=triton); comma-separated",
     )
+    parser.add_argument(
+        "--phase", default="both", choices=("before", "after", "both"), help="recurrence off, on, or both"
+    )
     parser.add_argument("--warmup-steps", type=int, default=10, help="steps before timing, whose losses are compared")
     parser.add_argument(
-        "--inductor", action="append", default=[], metavar="NAME=VALUE", help="set torch._inductor.config.NAME"
+        "--inductor",
+        action="append",
+        default=[],
+        metavar="SWITCH",
+        help="measure each way but published beside itself with a switch of train.inductor, one NAME=VALUE, or all of them",
     )
+    parser.add_argument("--data", type=Path, help="folder of shards; default: made tokens")
     parser.add_argument("--profile", type=Path, help="folder for a trace and a picture of each way")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    switches = [switch.name for switch in SWITCHES] if arguments.inductor == ["all"] else arguments.inductor
+    names = arguments.ways.split(",")
+    try:
+        for name in [*switches, *(name.partition("+")[2] for name in names if "+" in name)]:
+            parse_switch(name)
+    except ValueError as error:
+        parser.error(f"--inductor: {error}")
     device = arguments.device
-    for item in arguments.inductor:
-        name, _, value = item.partition("=")
-        set_inductor(name, value)
     changes: dict[str, Any] = {"compile": "on" if device.type == "cuda" else "off"}
     if arguments.tiny:
         changes |= TINY | {"train_batch_tokens": MICRO_BATCHES * 2 * TINY["train_seq_len"], "compute_dtype": "float32"}
     config = load_recipe(arguments.recipe).config(**changes)
-    sequences = config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
-    share_tokens = sequences * config.train_seq_len
+    # each way has code of its own for one and the same forward
+    torch._dynamo.config.recompile_limit = 64
     clock = common.Clock(device, warmup_ms=arguments.warmup_ms, rounds=arguments.rounds)
-    limits = common.ceilings(clock)
     surroundings = common.environment(device)
-    datasheet = next((tflops for gpu, tflops in DATASHEET_TFLOPS.items() if gpu in surroundings["gpu"]), None)
-    flops = describe(config, {})["mflop_per_token"]
-    rows = []
-    for recurrence in sorted({False, bool(config.recur_layers)}):
-        tokens = MadeTokens(config, sequences)
-        variants = make_variants(config, arguments.ways.split(","), device, sequences)
-        errors = measure_steps(variants, tokens, recurrence, clock, arguments.warmup_steps)
-        phase = "after" if recurrence else "before"
-        step_flops = 1e6 * flops[f"{phase}_recurrence"] * share_tokens
-        print(
-            f"\n{config.recipe}, {share_tokens:,} tokens, {phase} recurrence, on {surroundings['gpu']}, matrix rate of this run "
-            f"{limits.tflops:.0f} TFLOP/s"
-        )
-        print(
-            f"{'':<24}{'p20':>9}{'p50':>9}{'p80':>9}  {'tokens/s':>10}  {'util.':>6}  {'of datasheet':>12}  {'kernels ms':>10}  {'peak MiB':>9}"
-        )
-        for variant in variants:
-            p20, p50, p80 = common.quantiles(variant.times_ms)
-            tflops = step_flops / p50 / 1e9
-            trace, families, wall_ms = profile_variant(variant, tokens, recurrence, device)
-            of_sheet = f"{tflops / datasheet:>12.1%}" if datasheet else f"{'':>12}"
-            print(
-                f"{variant.name:<24}{p20:>9.2f}{p50:>9.2f}{p80:>9.2f}  {1e3 * share_tokens / p50:>10,.0f}  {tflops / limits.tflops:>6.1%}  "
-                f"{of_sheet}  {sum(families.values()):>10.2f}  {peak_mib(variant, tokens, recurrence, device):>9.0f}"
-            )
-            print("    " + ", ".join(f"{family} {ms:.2f}" for family, ms in families.items()))
-            rows.append(
-                {"op": f"step {config.recipe}", "impl": variant.name, "mode": f"{phase} recurrence"}
-                | {"shape": f"{sequences}x{config.train_seq_len}", "dtype": "bf16" if device.type == "cuda" else "f32"}
-                | {"p50": p50, "p20": p20, "p80": p80, "tflops": tflops, "gbps": "", "floor": step_flops / limits.tflops / 1e9}
-                | {"rel_err": errors[variant.name], "n": clock.rounds}
-            )  # fmt: skip
-            if arguments.profile:
-                arguments.profile.mkdir(parents=True, exist_ok=True)
-                stem = f"{config.recipe}_{phase}_{variant.name.replace('=', '_')}"
-                write_trace(arguments.profile / f"{stem}.json.gz", trace)
-                title = (
-                    f"{config.recipe}, {variant.name}, {surroundings['gpu']} (wall {wall_ms:.1f} ms under the profiler)"
-                )
-                plot_breakdown(arguments.profile / f"{stem}.png", families, title)
-        del variants
-    path = None if arguments.tiny else common.append_rows(rows, surroundings)
-    print(f"-> {path.relative_to(common.ROOT)}" if path else "not kept: only a GPU's full shapes are")
-    return 0
-
-
-def set_inductor(name: str, value: str) -> None:
-    """Set one of Inductor's switches, such as `triton.mix_order_reduction=False`.
-
-    Raises:
-        SystemExit: there is no such switch.
-    """
-    import torch._inductor.config as inductor
-
+    sequences = config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
     try:
-        before = getattr(inductor, name)
-    except AttributeError:
-        sys.exit(f"--inductor: torch {torch.__version__} has no switch {name!r}")
-    setattr(inductor, name, value == "True" if isinstance(before, bool) else type(before)(value))
+        choice = choose_attention(config, device, sequences)
+    except UserError as error:
+        parser.error(str(error))
+    print(f"attention: {choice.name} ({choice.reason})", flush=True)
+    # all ways attend by one back end
+    config = config.replace(attention=choice.name)
+    bench = Bench(
+        config, clock, common.ceilings(clock), surroundings, arguments.warmup_steps, arguments.data, not arguments.tiny
+    )
+    fine = True
+    for recurrence in sorted({False, bool(config.recur_layers)}):
+        if arguments.phase not in ("both", phase_name(recurrence).partition("_")[0]):
+            continue
+        try:
+            if not switches:
+                fine &= measure_ways(names, bench, recurrence, arguments.profile)
+            for way in names if switches else ():
+                fine &= way == "published" or measure_switches(way, switches, bench, recurrence)
+        except UserError as error:
+            parser.error(str(error))
+    if not bench.keep or device.type != "cuda":
+        print("not kept: only a GPU's full shapes are")
+    return int(not fine)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from benchmarks import bench_step, common
-from benchmarks.bench_step import MadeTokens, StepVariant, make_variants, measure_steps
+from benchmarks.bench_step import Bench, measure_steps
 from benchmarks.published import quintic
+from benchmarks.ways import MadeTokens, ShardTokens, StepVariant, all_kernels, make_variants
 from train.config import Config
+from train.data.shards import write_shard
 from train.recipes import load_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +75,7 @@ def test_loss_curves_of_300_steps_lie_within_the_spread_of_seeds() -> None:
 
 def test_kernels_in_the_interpreter_train_like_the_reference() -> None:
     config = load_recipe("sp8192_sdclip").config(**SHALLOW, matrix_lr=0.005)
-    assert "leaky_relu2_mlp=triton" in bench_step.all_kernels()
+    assert "leaky_relu2_mlp=triton" in all_kernels()
     curves = [curve(variant, config, 8, smooth=1) for variant in make_variants(config, ["torch", "golf"], CPU, 2)]
     np.testing.assert_allclose(*curves, rtol=1e-3)
     assert not np.array_equal(*curves)
@@ -85,14 +87,90 @@ def test_the_plain_orthogonalization_brings_singular_values_near_one(shape: tupl
     assert float(values.min()) > 0.6 and float(values.max()) < 1.25
 
 
-def test_a_way_whose_loss_leaves_the_published_one_is_refused() -> None:
+def made_bench(rounds: int = 2) -> Bench:
     config = load_recipe("quickstart").config(**NARROW)
-    ways = [
-        StepVariant(name, "torch", lambda *_, loss=loss: torch.tensor(loss)) for name, loss in (("a", 5.0), ("b", 5.2))
-    ]
-    with pytest.raises(common.CheckFailed, match=r"b: mean loss 5\.2000, a has 5\.0000"):
-        measure_steps(ways, MadeTokens(config, 2), False, common.Clock(CPU, rounds=1), 2)
-    assert not ways[0].times_ms
+    return Bench(config, common.Clock(CPU, rounds=rounds), common.Ceilings(1.0, 1.0), {}, 2, None, False)
+
+
+def made_way(name: str, loss: float, fails_at: int = -1) -> StepVariant:
+    calls = []
+
+    def step(*_: object) -> torch.Tensor:
+        calls.append(name)
+        if len(calls) == fails_at:
+            raise RuntimeError(f"no {name}\nand more")
+        return torch.tensor(loss)
+
+    return StepVariant(name, "torch", step)
+
+
+def test_a_way_that_fails_or_whose_loss_leaves_the_first_ones_has_no_time_and_the_others_have() -> None:
+    ways = [made_way("a", 5.0), made_way("b", 5.2), made_way("c", 5.0, fails_at=2), made_way("d", 5.05)]
+    errors, problems = measure_steps(ways, made_bench(rounds=3), recurrence=False)
+    assert errors == pytest.approx({"a": 0.0, "d": 0.01}, abs=1e-6)
+    assert sorted(problems) == ["b: mean loss 5.2000, a has 5.0000", "c: RuntimeError: no c"]
+    assert [len(way.times_ms) for way in ways] == [3, 0, 0, 3]
+
+
+def test_a_way_is_warmed_up_once_and_timed_anew_beside_each_other() -> None:
+    losses = iter([5.0, 5.0, *[1.0] * 50])
+    base = StepVariant("base", "torch", lambda *_: torch.tensor(next(losses)))
+    for name in ("one", "two"):
+        errors, problems = measure_steps([base, made_way(name, 5.0)], made_bench(), recurrence=False)
+        assert errors == {"base": 0.0, name: 0.0} and problems == [] and len(base.times_ms) == 2
+
+
+def test_each_switch_is_measured_beside_the_way_without_it_and_kept_before_the_next(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, stored = [], []
+
+    def make(config: Config, names: list[str], *_: object) -> list[StepVariant]:
+        made.extend(names)
+        return [made_way(names[0], 5.0, fails_at=1 if "combo" in names[0] else -1)]
+
+    bench = made_bench()
+    bench.surroundings |= {"gpu": "Made GPU", "commit": "aaaaaaa"}
+    monkeypatch.setattr(bench_step, "make_variants", make)
+    monkeypatch.setattr(bench.clock, "once_ms", lambda run: (run(), 1.0 if "mix" in made[-1] else 2.0)[1])
+    monkeypatch.setattr(Bench, "store", lambda self, rows: stored.append([row["impl"] for row in rows]))
+    assert not bench_step.measure_switches("torch", ["mix_order_reduction_off", "combo_kernels"], bench, False)
+    assert made == ["torch", "torch+mix_order_reduction_off", "torch+combo_kernels"]
+    assert stored == [["torch", "torch+mix_order_reduction_off"]]
+    printed = capsys.readouterr().out
+    assert "mix_order_reduction_off          1.00 →      1.00" in printed and "within the spread" in printed
+    assert "FAILED torch+combo_kernels: RuntimeError: no torch+combo_kernels" in printed
+
+
+def test_a_switch_that_wins_is_offered_with_its_figure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = made_bench()
+    bench.keep, bench.surroundings = True, {"gpu": "Made GPU", "commit": "aaaaaaa"}
+    monkeypatch.setattr(Bench, "store", lambda *_: None)
+    times = {"torch": 2.0, "torch+pdl": 1.0}
+    current = []
+
+    def make(config: Config, names: list[str], *_: object) -> list[StepVariant]:
+        way = made_way(names[0], 5.0)
+        step = way.step
+        way.step = lambda *given: (current.append(way.name), step(*given))[1]
+        return [way]
+
+    monkeypatch.setattr(bench_step, "make_variants", make)
+    monkeypatch.setattr(bench.clock, "once_ms", lambda run: (run(), times[current[-1]])[1])
+    assert bench_step.measure_switches("torch", ["pdl"], bench, False)
+    printed = capsys.readouterr().out
+    assert "-50.0%  faster" in printed
+    assert "figure='Made GPU, aaaaaaa, quickstart before recurrence: 2.00 to 1.00 ms per step'" in printed
+
+
+def test_tokens_of_shards_follow_each_other(tmp_path: Path) -> None:
+    config = load_recipe("quickstart").config(**NARROW)
+    write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(200, dtype=np.uint16) % 300)
+    tokens = ShardTokens(config, 2, tmp_path)
+    first, second = tokens.next(), tokens.next()
+    assert first.shape == (2, 33) and np.array_equal(np.concatenate([first, second]).ravel(), np.arange(132) % 300)
 
 
 def test_made_tokens_are_the_same_for_every_way_and_inside_the_vocabulary() -> None:
@@ -125,10 +203,19 @@ def test_the_command_prints_a_table_and_keeps_nothing_from_a_cpu(tmp_path: Path)
     assert "before recurrence, on cpu" in result.stdout and "after recurrence, on cpu" in result.stdout
     for way in ("published", "golf"):
         assert f"\n{way} " in result.stdout
-        assert (tmp_path / f"quickstart_after_{way}.json.gz").stat().st_size > 1000
+        assert (tmp_path / f"quickstart_after_{way}_rank0.json.gz").stat().st_size > 1000
     assert "not kept" in result.stdout
 
 
-def test_an_unknown_inductor_switch_is_named() -> None:
-    with pytest.raises(SystemExit, match="has no switch 'no_such_thing'"):
-        bench_step.set_inductor("no_such_thing", "1")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--inductor", "no_such"], "no_such' is no switch"),
+        (["--ways", "torch+no_such=1"], "has no switch no_such"),
+        (["--tiny", "--data", "no_such_folder"], "no_such_folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench_step.main([*given, "--device", "cpu", "--recipe", "quickstart", "--warmup-ms", "1", "--rounds", "1"])
+    assert ended.value.code == 2 and message in capsys.readouterr().err

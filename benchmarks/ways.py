@@ -1,0 +1,176 @@
+"""The ways to take a training step that are measured beside each other: models, optimizers and tokens of one GPU's share.
+
+`published` is the recipe written plainly (`benchmarks.published`), `torch` is this trainer on PyTorch's reference
+operators, `golf` is this trainer on every kernel that can run here, and `op=backend` is `torch` with that one switched.
+`WAY+SWITCH` is a way with one of Inductor's switches (`train.inductor`). The share is what one of 8 GPUs has: an eighth of
+the batch, and the matrices that one rank orthogonalizes. What the ranks would exchange is not in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.published import PublishedStep
+from golf_kernels import dispatch
+from golf_kernels.muon import assign
+from train.config import MICRO_BATCHES, Config
+from train.data.loaders import Stream
+from train.data.shards import find_shards
+from train.distributed import Ranks
+from train.inductor import chosen_options, parse_switch
+from train.loop import compiled_loss, training_step
+from train.model.attention_choice import choose_attention, use_attention
+from train.model.gpt import GPT
+from train.optimize.averaging import EMA
+from train.optimize.groups import build_optimizers, split_parameters
+
+TINY = {"model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 512, "train_seq_len": 64, "bigram_dim": 16}
+
+
+@dataclass
+class StepVariant:
+    """One way to take a step.
+
+    Attributes:
+        name: of the way.
+        backends: value of GOLF_BACKEND while it runs.
+        step: takes token ids `(sequences, length + 1)` and whether layers repeat, and returns the loss.
+        times_ms: measured.
+        first_step_s: seconds of the first step, in which it was compiled.
+        warmup_loss: mean loss of the steps before it was timed; None before them.
+    """
+
+    name: str
+    backends: str
+    step: Callable[[np.ndarray, bool], Tensor]
+    times_ms: list[float] = field(default_factory=list)
+    first_step_s: float = float("nan")
+    warmup_loss: float | None = None
+
+    def run(self, tokens: np.ndarray, recurrence: bool) -> Tensor:
+        with forced_backends(self.backends):
+            return self.step(tokens, recurrence)
+
+
+@contextlib.contextmanager
+def forced_backends(text: str) -> Iterator[None]:
+    """GOLF_BACKEND set to `text` for the block."""
+    before = os.environ.get(dispatch.ENVIRONMENT_VARIABLE)
+    os.environ[dispatch.ENVIRONMENT_VARIABLE] = text
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[dispatch.ENVIRONMENT_VARIABLE]
+        else:
+            os.environ[dispatch.ENVIRONMENT_VARIABLE] = before
+
+
+def all_kernels() -> str:
+    """GOLF_BACKEND with the fastest kind of kernel of every operator that has one here, and PyTorch for the rest."""
+    found = {op: dispatch.available_backends(op) for op in dispatch.describe()}
+    return ",".join(["torch", *(f"{op}={backends[0]}" for op, backends in found.items() if backends[0] != "torch")])
+
+
+class Tokens(Protocol):
+    """Where batches come from: `(sequences, length + 1)` uint16 each."""
+
+    def next(self) -> np.ndarray: ...
+
+
+class MadeTokens:
+    """Random tokens in the place of a loader, so that a step is measured and not a disk."""
+
+    def __init__(self, config: Config, sequences: int, seed: int = 0) -> None:
+        self.shape = (sequences, config.train_seq_len + 1)
+        self.vocab_size = config.vocab_size
+        self.generator = np.random.default_rng(seed)
+
+    def next(self) -> np.ndarray:
+        """`(sequences, length + 1)` uint16, Zipf-like as text is."""
+        ranks = self.generator.zipf(1.2, self.shape)
+        return np.minimum(ranks, self.vocab_size - 1).astype(np.uint16)
+
+
+class ShardTokens:
+    """The tokens of a dataset's training shards, in their order."""
+
+    def __init__(self, config: Config, sequences: int, folder: Path) -> None:
+        self.stream = Stream(find_shards(folder, "train"), config.vocab_size)
+        self.shape = (sequences, config.train_seq_len + 1)
+        self.place = 0
+
+    def next(self) -> np.ndarray:
+        """`(sequences, length + 1)` uint16."""
+        rows = self.stream.span(self.place, self.shape[0] * self.shape[1])
+        self.place += len(rows)
+        return rows.reshape(self.shape)
+
+
+class OneBatch:
+    """A loader that gives one batch, from pinned memory as the trainer's does."""
+
+    def __init__(self, tokens: np.ndarray, device: torch.device) -> None:
+        batch = torch.from_numpy(tokens.astype(np.int32))
+        if device.type == "cuda":
+            batch = batch.pin_memory().to(device, non_blocking=True)
+        self.batch = batch.long()
+
+    def next_batch(self) -> list[tuple[Tensor, Tensor]]:
+        return [(self.batch[:, :-1], self.batch[:, 1:])]
+
+
+def trainer_step(
+    model: GPT, config: Config, share: list[int], device: torch.device, options: Mapping[str, Any] | None
+) -> Callable[..., Tensor]:
+    """The trainer's own step on one rank's share: its loop, its optimizers, its moving average."""
+    # one micro-batch is the whole of a rank's part of the step
+    ranks = Ranks(world_size=MICRO_BATCHES, device=device)
+    optimizers = build_optimizers(model, config, owned=share)
+    average = EMA(model, config.ema_decay) if config.ema_decay else None
+    loss_of = compiled_loss(model, config, device, options)
+
+    def step(tokens: np.ndarray, recurrence: bool) -> Tensor:
+        loss = training_step(
+            optimizers, loss_of, OneBatch(tokens, device), ranks, recurrence, 1.0, config.muon_momentum
+        )
+        if average:
+            average.update()
+        return loss
+
+    return step
+
+
+def make_variants(config: Config, names: list[str], device: torch.device, sequences: int) -> list[StepVariant]:
+    """The ways to measure, each with a model of its own that starts from the same weights."""
+    torch.manual_seed(config.seed)
+    first = GPT(config).to(device)
+    use_attention(first, choose_attention(config, device, sequences).name)
+    matrices = list(split_parameters(first, config)["matrix"].values())
+    owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), MICRO_BATCHES)
+    share = [number for number, owner in enumerate(owners) if owner == 0]
+    variants = []
+    for name in names:
+        model = copy.deepcopy(first)
+        if name == "published":
+            # torch.compile's defaults, whatever train.inductor has chosen
+            compiled = compiled_loss(model, config, device, {})
+            variants.append(StepVariant(name, "torch", PublishedStep(model, config, share, compiled)))
+            continue
+        way, _, switch = name.partition("+")
+        backends = {"torch": "torch", "golf": all_kernels()}.get(way, f"torch,{way}")
+        options = chosen_options()[0] | dict(parse_switch(switch).options) if switch else None
+        with forced_backends(backends):
+            dispatch.validate()
+            variants.append(StepVariant(name, backends, trainer_step(model, config, share, device, options)))
+    return variants
