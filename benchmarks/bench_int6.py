@@ -157,9 +157,11 @@ def variants(operation: Operation, device: torch.device) -> list[common.Variant]
         return [one.result for one in model]
 
     native = "cuda" if device.type == "cuda" else "cpp"
-    made = [common.Variant("torch", lambda model: [operation.reference(one) for one in model])]
+    # packing looks for a bad code, for which the host waits: no part of a graph
+    graph = False if operation.op == "int6_pack" else None
+    made = [common.Variant("torch", lambda model: [operation.reference(one) for one in model], graph)]
     if native in dispatch.available_backends(operation.op):
-        made.insert(0, common.Variant(native, fill))
+        made.insert(0, common.Variant(native, fill, graph))
     return made
 
 

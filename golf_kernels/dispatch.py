@@ -3,7 +3,8 @@
 Every operator has a PyTorch reference (back end `torch`) that runs on any device. An operator may also have `cpp` (CPU
 tensors), `triton` and `cuda` (CUDA tensors). Order of preference: cuda, triton, cpp, torch. `GOLF_BACKEND` forces:
 `torch` (every operator), `newton_schulz=triton,int6=cuda` (by name; `int6` means all operators `int6_*`), or both at
-once, `torch,int6=cpp`. A forced back end that cannot run raises; an automatic fall-back is logged once with its reason.
+once, `torch,int6=cpp`. A forced back end that cannot run raises; tensors on a device that it is not made for go their
+usual way, as a run has tensors on both. An automatic fall-back is logged once with its reason.
 """
 
 from __future__ import annotations
@@ -136,15 +137,20 @@ def choose(op: str, *args: Any, device: str | None = None) -> Choice:
     implementations = _implementations(op)
     device = _device(args) if device is None else device
     forced = _forced(op)
+    refused: list[str] = []
     if forced is not None:
-        problem = _problem(op, forced, device, args)
+        elsewhere = bool(args) and not _made_for(forced, device)
+        problem = _problem(op, forced, () if elsewhere else args)
         if problem is not None:
             raise BackendError(
                 f"{ENVIRONMENT_VARIABLE} forces {forced} for {op}, which cannot run: {problem}; "
                 f"unset it, or choose another with {ENVIRONMENT_VARIABLE}={op}=torch"
             )
-        return Choice(forced, f"forced by {ENVIRONMENT_VARIABLE}")
-    refused: list[str] = []
+        if not elsewhere:
+            return Choice(forced, f"forced by {ENVIRONMENT_VARIABLE}")
+        problem = f"forced, but for tensors on {' or '.join(_DEVICES[forced])}, found {device}"
+        refused.append(f"{forced}: {problem}")
+        _log_once(op, forced, problem)
     for backend in PREFERENCE:
         # a back end for another device is no candidate, so passing it over is no fall-back
         if backend not in implementations or (_DEVICES[backend] and device not in _DEVICES[backend]):
@@ -213,17 +219,19 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def _problem(op: str, backend: Backend, device: str, args: tuple[Any, ...]) -> str | None:
+def _made_for(backend: Backend, device: str) -> bool:
+    # the Triton interpreter is the one way to run a GPU back end on CPU tensors
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return not _DEVICES[backend] or device in _DEVICES[backend] or interpreted
+
+
+def _problem(op: str, backend: Backend, args: tuple[Any, ...]) -> str | None:
     implementations = _implementations(op)
     if backend not in implementations:
         return f"{op} has no {backend} back end, only {', '.join(b for b in PREFERENCE if b in implementations)}"
     unavailable = implementations[backend].supports()
     if unavailable is not None or not args:
         return unavailable
-    # the Triton interpreter is the one way to run a GPU back end on CPU tensors
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if _DEVICES[backend] and device not in _DEVICES[backend] and not interpreted:
-        return f"its tensors must be on {' or '.join(_DEVICES[backend])}, found {device}"
     return implementations[backend].supports(*args)
 
 

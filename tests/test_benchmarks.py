@@ -1,6 +1,7 @@
 """The measuring itself, on a CPU: checks come first, variants take turns, nothing a CPU gave is kept."""
 
 import csv
+import dataclasses
 import math
 
 import pytest
@@ -68,6 +69,17 @@ def test_inputs_rotate_over_three_caches():
     # 60,000 bytes are eight times two matrices of 4,096 bytes; the check has inputs of its own
     assert sorted(set(seeds)) == list(range(8))
     assert common.input_bytes({"x": make(0), "y": (torch.zeros(3, dtype=torch.bfloat16), None)}) == 8198
+
+
+def test_inputs_on_the_host_do_not_rotate():
+    seeds = []
+    text = case(make=lambda seed: (seeds.append(seed), [t.numpy() for t in make(seed)])[1])
+    timer = clock(1)
+    timer.cache_bytes = 20_000
+    product_of_arrays = common.Variant("a", lambda given: [torch.from_numpy(given[0] @ given[1])])
+    truth = {"truth": lambda given: [torch.from_numpy(given[0].astype(float) @ given[1].astype(float))]}
+    common.measure(dataclasses.replace(text, **truth), [product_of_arrays], timer, common.Ceilings(1.0, 1.0))
+    assert sorted(set(seeds)) == [0, 1]
 
 
 @pytest.mark.parametrize("given", [["--rounds", "0"], ["--rounds", "-3"], ["--device", "nope"]])

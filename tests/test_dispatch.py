@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golf_kernels import dispatch, newton_schulz
 
@@ -119,10 +120,24 @@ def test_forcing_what_cannot_run_raises_with_the_reason(monkeypatch):
         dispatch.choose("op", torch.zeros(1, dtype=torch.float64))
     monkeypatch.setenv("GOLF_BACKEND", "op=triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(dispatch.BackendError, match="must be on cuda, found cpu"):
-        dispatch.choose("op", torch.zeros(1))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert dispatch.choose("op", torch.zeros(1)).backend == "triton"
+
+
+def test_tensors_elsewhere_go_their_usual_way(monkeypatch, caplog):
+    # int6 fake-quantizes on the GPU while a run trains, and packs on the CPU when it ends
+    for backend in ("torch", "cpp", "cuda", "triton"):
+        register("op", backend)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for forced in ("cuda", "triton"):
+        monkeypatch.setenv("GOLF_BACKEND", f"op={forced}")
+        backend, reason = dispatch.choose("op", torch.zeros(1))
+        assert backend == "cpp" and reason == f"{forced}: forced, but for tensors on cuda, found cpu"
+        assert f"op: falling back from {forced}: forced, but" in caplog.text
+        assert dispatch.choose("op", device="cuda").backend == forced
+    monkeypatch.setenv("GOLF_BACKEND", "op=cpp")
+    with FakeTensorMode():
+        assert dispatch.choose("op", torch.empty(1, device="cuda")).backend == "cuda"
 
 
 def test_validate_finds_what_a_late_call_would(monkeypatch):

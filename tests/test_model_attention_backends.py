@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import types
 
 import pytest
@@ -133,6 +134,48 @@ def test_a_back_end_compiles_into_one_graph(name: str, masked: bool) -> None:
     torch.testing.assert_close(compiled(q, k, v), attend(q, k, v), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "module"), [("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute")])
+def test_a_library_is_imported_before_anything_is_compiled(
+    name: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        return causal_attention(q, k, v, backend="math")
+
+    library = types.ModuleType(module)
+    library.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, module.partition(".")[0], library)
+    monkeypatch.setitem(sys.modules, module, library)
+    monkeypatch.setattr(attention_backends, "_libraries", {})
+    # as on a rank that was only told which back end the first one had chosen
+    use_attention(GPT(Config(num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1)), name)
+    q, k, v = (heads(count, seed=seed, length=5).float() for seed, count in enumerate((4, 2, 2)))
+    attend = torch.compile(lambda q, k, v: causal_attention(q, k, v, backend=name), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(attend(q, k, v), causal_attention(q, k, v), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fa3", "fa4"])
+def test_a_library_that_breaks_while_it_loads_is_a_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(module: str) -> None:
+        raise AttributeError(f"{module} wants another torch")
+
+    monkeypatch.setattr(attention_backends.importlib, "import_module", broken)
+    monkeypatch.setattr(attention_backends, "_libraries", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    problem = BACKENDS[name].problem(torch.device("cuda"), torch.bfloat16, 64)
+    assert "cannot be loaded: AttributeError: flash_attn" in problem and "wants another torch" in problem
+
+
+def test_a_hub_without_a_network_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub(types.ModuleType):
+        def get_kernel(self, repository: str) -> None:
+            raise Exception(f"no route to {repository}")
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    monkeypatch.setitem(sys.modules, "kernels", Hub("kernels"))
+    monkeypatch.setattr(attention_backends, "_libraries", {})
+    assert "no route to kernels-community/flash-attn3" in str(attention_backends._library("fa3"))
+
+
 def test_unknown_back_end_is_named() -> None:
     q = heads(2, seed=0)
     with pytest.raises(ValueError, match=r"'flash9'.*sdpa"):
@@ -176,6 +219,49 @@ def test_the_fastest_back_end_is_taken_and_the_others_are_accounted_for(monkeypa
     name, reason = choose_attention(Config(compute_dtype="bfloat16"), torch.device("cuda"), 1)
     assert name == "cudnn"
     assert "cudnn 1.250, sdpa 2.000, flash 2.500" in reason and "fa4: No module named 'x': pip install" in reason
+
+
+class Event:
+    """Stands for a CUDA event; all take equally long."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        pass
+
+    synchronize = record
+
+    def elapsed_time(self, end: object) -> float:
+        return 1.0
+
+
+def test_a_back_end_that_fails_at_these_shapes_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    config = Config(model_dim=16, num_heads=2, num_kv_heads=1, train_seq_len=8, compute_dtype="float32")
+    attend = attention_choice.causal_attention
+
+    def failing(*args: object, backend: str, **rest: object) -> torch.Tensor:
+        if backend == "cudnn":
+            raise RuntimeError("No available kernel. Aborting execution.\nand a long trace")
+        return attend(*args, backend="math", **rest)
+
+    monkeypatch.setattr(attention_choice, "causal_attention", failing)
+    problems: dict[str, str | None] = {"sdpa": None, "cudnn": None}
+    times = attention_choice._measure(list(problems), config, CPU, torch.float32, 1, problems)
+    assert times == {"sdpa": 1.0}
+    assert problems == {"sdpa": None, "cudnn": "No available kernel. Aborting execution."}
+
+
+def test_a_choice_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(names: list[str], *rest: object) -> dict[str, float]:
+        rest[-1].update(dict.fromkeys(names, "No available kernel"))
+        return {}
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(attention_choice, "_measure", nothing)
+    with pytest.raises(UserError, match=r"sdpa: No available kernel; cudnn: .*ATTENTION=math always can"):
+        choose_attention(Config(compute_dtype="bfloat16"), torch.device("cuda"), 1)
 
 
 def test_on_a_cpu_pytorch_chooses() -> None:

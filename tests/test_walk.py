@@ -26,7 +26,7 @@ from train.recipes import load_recipe
 from train.run import RunFolder, create_run_folder, open_run_folder
 from train.script.code_size import package_code_bytes
 from train.stages import quantize_stage
-from train.walk import walk
+from train.walk import preflight, walk
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 12
@@ -393,6 +393,17 @@ def test_bad_settings_end_before_anything_is_made(setting: str, said: str, tmp_p
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("backends", ["newton_schulz=triton", "torch,newton_schulz=triton,muon_step=triton"])
+def test_a_back_end_forced_for_a_gpu_passes_the_check_before_a_run(
+    backends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOLF_BACKEND", backends)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    preflight(load_recipe("quickstart").config())
 
 
 @pytest.mark.parametrize(

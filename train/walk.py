@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
-
-from golf_kernels import dispatch, newton_schulz
+from golf_kernels import dispatch
+from golf_kernels.newton_schulz import coefficient_set
 from train.artifact.codecs import CODECS
 from train.config import MICRO_BATCHES, Config
 from train.data.loaders import make_loader
@@ -142,7 +141,7 @@ def preflight(config: Config) -> None:
         )
     try:
         dispatch.validate()
-        newton_schulz([torch.zeros(1, 1)], coefficients=config.muon_coefficients, steps=config.muon_backend_steps)
+        coefficient_set(config.muon_coefficients).schedule(config.muon_backend_steps)
     except dispatch.BackendError as error:
         raise UserError(str(error)) from error
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -82,17 +81,14 @@ def _sdpa_by(kernel: SDPBackend) -> Core:
     return run
 
 
-@functools.cache
-def _library(name: str) -> Any:
-    """An optional attention library, or the error that says why it cannot be had."""
-    if name == "fa4":
-        return _imported("flash_attn.cute")
+def _flash_attention_3() -> Any:
     library = _imported("flash_attn_interface")
     if isinstance(library, ImportError) and not isinstance(hub := _imported("kernels"), ImportError):
         try:
             return hub.get_kernel("kernels-community/flash-attn3")
-        except OSError as error:
-            return ImportError(f"kernels-community/flash-attn3 cannot be downloaded: {error}")
+        # without a network, or for this torch, it fails in ways of other libraries
+        except Exception as error:
+            return ImportError(f"kernels-community/flash-attn3 cannot be loaded: {_first_line(error)}")
     return library
 
 
@@ -101,6 +97,33 @@ def _imported(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         return error
+    # installed for another torch, a library fails as it likes while it loads its native code
+    except Exception as error:
+        return ImportError(f"{module} cannot be loaded: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+_FINDERS: dict[str, Callable[[], Any]] = {
+    "fa3": _flash_attention_3,
+    "fa4": lambda: _imported("flash_attn.cute"),
+}
+_libraries: dict[str, Any] = {}
+
+
+def _library(name: str) -> Any:
+    """An optional attention library, or the error that says why it cannot be had."""
+    if name not in _libraries:
+        _libraries[name] = _FINDERS[name]()
+    return _libraries[name]
+
+
+def load_library(name: str) -> None:
+    """Import the library of the back end `name`, if it has one: no compiler that meets the back end later could."""
+    if name in _FINDERS:
+        _library(name)
 
 
 def _flash_library(name: str) -> Core:

@@ -10,7 +10,7 @@ from torch import nn
 from train.config import Config
 from train.errors import UserError
 from train.model.attention import Attention
-from train.model.attention_backends import BACKENDS, causal_attention
+from train.model.attention_backends import BACKENDS, causal_attention, load_library
 from train.model.documents import Documents
 from train.model.gpt import resolve_compute_dtype
 
@@ -51,7 +51,7 @@ def choose_attention(config: Config, device: torch.device, sequences: int) -> At
         forward + backward at the run's shapes.
 
     Raises:
-        UserError: the back end asked for cannot run here.
+        UserError: the back end asked for cannot run here, or none can.
     """
     problems = check_attention(config, device)
     if config.attention != "auto":
@@ -59,7 +59,10 @@ def choose_attention(config: Config, device: torch.device, sequences: int) -> At
     if device.type != "cuda":
         return AttentionChoice("sdpa", f"PyTorch's own choice on {device.type}")
     names = [name for name, problem in problems.items() if problem is None and name != "math"]
-    times = _measure(names, config, device, resolve_compute_dtype(config), sequences)
+    times = _measure(names, config, device, resolve_compute_dtype(config), sequences, problems)
+    if not times:
+        reasons = "; ".join(f"{name}: {problems[name]}" for name in names)
+        raise UserError(f"attention: no back end computes this model's heads: {reasons}; ATTENTION=math always can")
     fastest = min(times, key=times.__getitem__)
     measured = ", ".join(f"{name} {time:.3f}" for name, time in sorted(times.items(), key=lambda item: item[1]))
     absent = "".join(f"; {name}: {problem}" for name, problem in problems.items() if problem is not None)
@@ -68,15 +71,24 @@ def choose_attention(config: Config, device: torch.device, sequences: int) -> At
 
 def use_attention(model: nn.Module, name: str) -> None:
     """Let every layer of `model` attend by the back end `name`."""
+    load_library(name)
     for module in model.modules():
         if isinstance(module, Attention):
             module.backend = name
 
 
 def _measure(
-    names: list[str], config: Config, device: torch.device, dtype: torch.dtype, sequences: int
+    names: list[str],
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    sequences: int,
+    problems: dict[str, str | None],
 ) -> dict[str, float]:
-    """Milliseconds of one layer's attention, forward and backward, the median of rounds in which all take turns."""
+    """Milliseconds of one layer's attention, forward and backward, the median of rounds in which all take turns.
+
+    A back end that fails at these shapes gets its reason into `problems` and no time.
+    """
     generator = torch.Generator(device).manual_seed(0)
     shape = (sequences, config.train_seq_len)
     query, key, value = (
@@ -90,11 +102,17 @@ def _measure(
     rounds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(_ROUNDS + 1):
         for name, times in rounds.items():
+            if problems[name] is not None:
+                continue
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            causal_attention(query, key, value, documents=documents, backend=name).backward(gradient)
+            try:
+                causal_attention(query, key, value, documents=documents, backend=name).backward(gradient)
+            except RuntimeError as error:
+                problems[name] = str(error).split("\n")[0]
+                continue
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end))
     # the first round loads kernels and allocates
-    return {name: sorted(times[1:])[_ROUNDS // 2] for name, times in rounds.items()}
+    return {name: sorted(times[1:])[_ROUNDS // 2] for name, times in rounds.items() if problems[name] is None}
