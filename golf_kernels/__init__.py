@@ -24,6 +24,7 @@ from golf_kernels.qk_norm_rope import qk_norm_rope
 from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
 from golf_kernels.version import __version__
 from golf_kernels.window_nll import window_nll
+from golf_kernels.xsa import xsa
 
 __all__ = [
     "COEFFICIENTS",
@@ -41,4 +42,5 @@ __all__ = [
     "qk_norm_rope",
     "softcapped_cross_entropy",
     "window_nll",
+    "xsa",
 ]

@@ -24,6 +24,7 @@ from golf_kernels.qk_norm_rope import qk_norm_rope
 from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
 from golf_kernels.version import __version__
 from golf_kernels.window_nll import window_nll
+from golf_kernels.xsa import xsa
 
 EXAMPLES = """examples:
   python -m golf_kernels              the report; exit code 1 if a check fails
@@ -141,6 +142,17 @@ def _check_qk_norm_rope(device: str, dtype: torch.dtype) -> Results:
     return got, [*outputs, *dispatch.run_on("torch", "qk_norm_rope_backward", *backward)]
 
 
+def _check_xsa(device: str, dtype: torch.dtype) -> Results:
+    shapes = ((2, 19, 4, 16), (2, 19, 2, 16))
+    leaves = [_random(*s, seed=i, device=device, dtype=dtype).requires_grad_() for i, s in enumerate(shapes)]
+    y = xsa(*leaves)
+    dy = _random(*shapes[0], seed=9, device=device, dtype=dtype)
+    got = [y, *torch.autograd.grad(y, leaves, dy)]
+    exact = _truth(*leaves)
+    want = dispatch.run_on("torch", "xsa", *exact)
+    return got, [want, *dispatch.run_on("torch", "xsa_backward", *_truth(dy), *exact)]
+
+
 def _head(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     targets = torch.randint(0, 129, (53,), generator=torch.Generator().manual_seed(2)).to(device)
     hidden = _random(53, 32, seed=0, device=device, dtype=dtype)
@@ -187,6 +199,7 @@ CHECKS: dict[str, Callable[[str, torch.dtype], Results]] = {
     "muon_step": _check_muon_step,
     "leaky_relu2_mlp": _check_mlp,
     "qk_norm_rope": _check_qk_norm_rope,
+    "xsa": _check_xsa,
     "softcapped_cross_entropy": _check_cross_entropy,
     "window_nll": _check_window_nll,
     "int6_dequantize": _check_int6,

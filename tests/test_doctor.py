@@ -42,6 +42,7 @@ def test_one_operator_of_each_kind_is_checked_on_each_device(capsys):
         "muon_step",
         "leaky_relu2_mlp",
         "qk_norm_rope",
+        "xsa",
         "softcapped_cross_entropy",
         "window_nll",
         "int6_dequantize",

@@ -24,7 +24,7 @@ def test_written_out_forms_equal_the_operators(system: str) -> None:
     ids = random_ids(model.config)
     targets = ids.roll(-1, 1)
     with_operators = loss_and_gradients(model, ids, targets)
-    assert write_out_references(model, "cpu") == ["leaky_relu2_mlp", "qk_norm_rope", "softcapped_cross_entropy"]
+    assert write_out_references(model, "cpu") == ["leaky_relu2_mlp", "qk_norm_rope", "softcapped_cross_entropy", "xsa"]
     for ours, plain in zip(with_operators, loss_and_gradients(model, ids, targets), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-12)
 
@@ -47,20 +47,22 @@ def test_a_compiled_model_has_an_operator_only_where_a_kernel_runs(monkeypatch: 
         "leaky_relu2_mlp",
         "qk_norm_rope",
         "softcapped_cross_entropy",
+        "xsa",
     }
     # the same code, compiled again for a model that calls other forms
     write_out_references(model, "cpu")
     assert operators_in_graph(model, ids) == set()
 
 
-@pytest.mark.parametrize("asked_for", ["leaky_relu2_mlp", "qk_norm_rope"])
+@pytest.mark.parametrize("asked_for", ["leaky_relu2_mlp", "qk_norm_rope", "xsa"])
 def test_a_kernel_that_is_asked_for_stays_an_operator(asked_for: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(narrow_config("sp8192"))
     choose = dispatch.choose
     triton = dispatch.Choice("triton", "asked for")
     monkeypatch.setattr(dispatch, "choose", lambda op, **kwargs: triton if op == asked_for else choose(op, **kwargs))
-    operators = {"leaky_relu2_mlp", "qk_norm_rope", "softcapped_cross_entropy"}
+    operators = {"leaky_relu2_mlp", "qk_norm_rope", "softcapped_cross_entropy", "xsa"}
     assert set(write_out_references(model, "cpu")) == operators - {asked_for}
     assert all(block.mlp.fused == (asked_for == "leaky_relu2_mlp") for block in model.blocks)
     assert all(block.attention.fused == (asked_for == "qk_norm_rope") for block in model.blocks)
+    assert all(block.attention.fused_xsa == (asked_for == "xsa") for block in model.blocks)
     assert not model.fused

@@ -36,6 +36,7 @@ from train.values import ConfigError, parse_steps
         ("void at::native::vectorized_elementwise_kernel<4, MulFunctor<float>>", "elementwise and norms"),
         ("golf::leaky_relu2_mlp_backward", "mlp"),
         ("golf::qk_norm_rope_backward", "attention"),
+        ("golf::xsa_backward", "attention"),
         ("cudaLaunchKernel", "other"),
     ],
 )
@@ -48,6 +49,7 @@ def test_kernels_are_told_apart(kernel: str, family: str) -> None:
     [
         ("newton_schulz_triton", "muon"), ("muon_triton", "muon"), ("leaky_relu2_mlp_triton", "mlp"),
         ("softcapped_cross_entropy_triton", "head and loss"), ("qk_norm_rope_triton", "attention"),
+        ("xsa_triton", "attention"),
     ],
 )  # fmt: skip
 def test_every_triton_kernel_is_counted_where_it_belongs(module: str, family: str) -> None:

@@ -29,7 +29,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ("muon", r"newton_schulz|muon|^(pack|norm|aol_sums|aol_scale|symmetric|product|momentum|moments|apply)_kernel"),
     ("mlp", r"leaky_relu2|^(inverse_rms|up|down|dpre|dx)_kernel"),
     ("head and loss", r"cross_entropy|nll_|softcap|^(loss_and_gradient|row_nll)_kernel"),
-    ("attention", r"flash|fmha|attention|attn|sdpa|qk_norm_rope|^(rotate|unrotate)_kernel"),
+    ("attention", r"flash|fmha|attention|attn|sdpa|qk_norm_rope|xsa|^(rotate|unrotate)_kernel"),
     ("matrix products", r"^triton_tem|gemm|cutlass|cublas|nvjet|xmma|aten::(mm|addmm|bmm|baddbmm|linear|matmul)\b"),
     ("optimizer and average", r"multi_tensor|foreach|adam|lerp"),
     ("copies", r"memcpy|memset|copy|aten::(cat|clone|contiguous|fill|zero|ones|empty|index|nonzero|arange)"),

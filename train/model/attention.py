@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golf_kernels.qk_norm_rope import qk_norm_rope
+from golf_kernels.xsa import xsa
 from train.config import Config
 from train.model.attention_backends import causal_attention
 from train.model.documents import Documents
@@ -25,7 +26,7 @@ def remove_value_direction(output: Tensor, value: Tensor) -> Tensor:
 
     y ← y − (y·v̂) v̂, v̂ = v/‖v‖₂
 
-    Query heads are viewed in groups of their value head, so nothing is repeated in memory.
+    Query heads are viewed in groups of their value head, so nothing is repeated in memory. `golf::xsa` written out.
 
     Args:
         output: `(B, T, H, D)`, attention's output.
@@ -66,8 +67,9 @@ class Attention(nn.Module):
         self.xsa = layer >= config.num_layers - config.xsa_last_n
         self.qat = config.qat
         self.backend = "sdpa"
-        # False: plain PyTorch, for a compiler to fuse; see train.model.fusion
+        # of QK-norm and rotation, and of XSA; False: plain PyTorch, for a compiler to fuse; see train.model.fusion
         self.fused = True
+        self.fused_xsa = True
 
     def project(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
         """`heads` before the norm of queries and keys."""
@@ -126,7 +128,8 @@ class Attention(nn.Module):
         keys, values = (key, value) if past is None else past.extend(key, value)
         output = causal_attention(query, keys, values, documents=documents, backend=self.backend)
         if self.xsa:
-            output = remove_value_direction(output, value[:, key.shape[1] - query.shape[1] :])
+            own = value[:, key.shape[1] - query.shape[1] :]
+            output = xsa(output, own) if self.fused_xsa else remove_value_direction(output, own)
         return linear(output.flatten(-2), self.output, scale=scale, fake_quantize=self.qat and self.training)
 
     def forward(

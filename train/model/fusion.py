@@ -11,12 +11,13 @@ from train.model.attention import Attention
 from train.model.gpt import GPT
 from train.model.mlp import MLP
 
-CALLERS: dict[str, type[nn.Module]] = {
-    "leaky_relu2_mlp": MLP,
-    "qk_norm_rope": Attention,
-    "softcapped_cross_entropy": GPT,
+CALLERS: dict[str, tuple[type[nn.Module], str]] = {
+    "leaky_relu2_mlp": (MLP, "fused"),
+    "qk_norm_rope": (Attention, "fused"),
+    "softcapped_cross_entropy": (GPT, "fused"),
+    "xsa": (Attention, "fused_xsa"),
 }
-"""The operators of a training step, and whose `fused` says whether they are called."""
+"""The operators of a training step, by whom they are called, and the attribute there that says whether they are."""
 
 
 def compiles(config: Config, device: torch.device) -> bool:
@@ -38,9 +39,9 @@ def write_out_references(model: GPT, device: str) -> list[str]:
         The operators that are written out.
     """
 
-    in_step = {op: dispatch.choose(op, device=device).backend != "torch" for op in CALLERS}
-    for op, caller in CALLERS.items():
+    has_kernel = {op: dispatch.choose(op, device=device).backend != "torch" for op in CALLERS}
+    for op, (caller, flag) in CALLERS.items():
         for module in model.modules():
             if isinstance(module, caller):
-                module.fused = in_step[op]
-    return [op for op, kernel in in_step.items() if not kernel]
+                setattr(module, flag, has_kernel[op])
+    return [op for op, kernel in has_kernel.items() if not kernel]

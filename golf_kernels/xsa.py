@@ -1,0 +1,181 @@
+"""Exclusive self-attention (XSA) as one pass each way: `golf::xsa`.
+
+    v̂ = v / n,  n = max(‖v‖₂, 1e-12) as in `torch.nn.functional.normalize`
+    s = ⟨o, v̂⟩,  y = o − s v̂ for each of the H / H_kv query heads that share the value
+
+With t = ⟨dy, v̂⟩, and u = 1 where ‖v‖ ≥ 1e-12, else 0,
+
+    do = dy − t v̂,  dv = −(1 / n) Σ (s dy + t o − 2 u s t v̂), the sum over the heads that share the value
+
+Saved are o and v, which attention saves anyway, and nothing else. A training step adds dv to attention's own gradient of
+the values.
+
+`golf::xsa_backward` computes the gradients; the pair of operators is what a kernel replaces. Source: Zhai, "Exclusive
+Self Attention", 2026 (arXiv 2603.09078); grouped as in Parameter Golf.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from golf_kernels import dispatch
+
+EPS = 1e-12
+"""Shortest value that counts with its length, as in `torch.nn.functional.normalize`."""
+
+
+def xsa(output: Tensor, value: Tensor) -> Tensor:
+    """Attention's output without what lies along the value of the same position: y = o − ⟨o, v̂⟩ v̂.
+
+    Differentiable once in both. Kernels read both, and the upstream gradient, of any strides without a copy, such as
+    values from some position on or an output with its heads first; nothing is repeated for the heads of a group.
+
+    Args:
+        output: `(B, T, H, D)`, attention's output, floating; B, T and H may be 0.
+        value: `(B, T, H_kv, D)`, the dtype of output; query head h belongs to value head ⌊h · H_kv / H⌋.
+
+    Returns:
+        `(B, T, H, D)`, contiguous, as the output projection reads it, in the dtype of output.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    removed: Tensor = torch.ops.golf.xsa(output, value)
+    return removed
+
+
+def _check(output: Tensor, value: Tensor) -> None:
+    if output.ndim != 4 or not output.dtype.is_floating_point or output.shape[-1] == 0:
+        raise ValueError(
+            f"output: expected shape (B, T, H, D) and a floating dtype, found {tuple(output.shape)} and {output.dtype}"
+        )
+    batch, length, heads, dim = output.shape
+    if (
+        value.ndim != 4
+        or (*value.shape[:2], value.shape[3]) != (batch, length, dim)
+        or value.shape[2] == 0
+        or heads % value.shape[2]
+    ):
+        raise ValueError(
+            f"value: expected shape ({batch}, {length}, H_kv, {dim}) like output with H_kv a divisor of its {heads} heads, "
+            f"found {tuple(value.shape)}"
+        )
+    if value.dtype != output.dtype or value.device != output.device:
+        raise ValueError(
+            f"value: expected {output.dtype} on {output.device} like output, found {value.dtype} on {value.device}"
+        )
+
+
+def _fake(output: Tensor, value: Tensor) -> Tensor:
+    _check(output, value)
+    return output.new_empty(output.shape)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _grouped(x: Tensor, value: Tensor) -> Tensor:
+    """`(B, T, H, D)` as `(B, T, H_kv, H / H_kv, D)`."""
+    batch, length, heads, dim = x.shape
+    return _wide(x).reshape(batch, length, value.shape[2], heads // value.shape[2], dim)
+
+
+def _along(x: Tensor, direction: Tensor) -> Tensor:
+    along: Tensor = torch.linalg.vecdot(x, direction)
+    return along.unsqueeze(-1)
+
+
+def _length(value: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(_wide(value), dim=-1, keepdim=True)
+    return length.unsqueeze(3)
+
+
+def _reference(output: Tensor, value: Tensor) -> Tensor:
+    _check(output, value)
+    grouped = _grouped(output, value)
+    direction = _wide(value).unsqueeze(3) / _length(value).clamp_min(EPS)
+    removed = grouped - _along(grouped, direction) * direction
+    return removed.to(output.dtype).reshape(output.shape).contiguous()
+
+
+def _backward_fake(dy: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return output.new_empty(output.shape), value.new_empty(value.shape)
+
+
+def _backward_reference(dy: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    upstream, grouped, length = _grouped(dy, value), _grouped(output, value), _length(value)
+    clamped = length.clamp_min(EPS)
+    direction = _wide(value).unsqueeze(3) / clamped
+    s, t = _along(grouped, direction), _along(upstream, direction)
+    doutput = upstream - t * direction
+    shares = s * upstream + t * grouped - 2 * (length >= EPS) * s * t * direction
+    dvalue = -(shares / clamped).sum(dim=3)
+    doutput = doutput.to(output.dtype).reshape(output.shape)
+    return doutput.contiguous(), dvalue.to(value.dtype).contiguous()
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    doutput, dvalue = torch.ops.golf.xsa_backward(dy, *ctx.saved_tensors)
+    return doutput, dvalue
+
+
+def _refuse_gradient(ctx: Any, inputs: Any, output: Any) -> None:
+    raise RuntimeError("golf::xsa is not differentiable twice; leave create_graph at False")
+
+
+def _no_backward(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError("golf::xsa_backward has no gradient")
+
+
+def _triton_problem(output: Tensor, value: Tensor) -> str | None:
+    # the interpreter cuts the mantissas of bfloat16 off
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if output.is_cuda else (torch.float16, torch.float32)
+    if output.dtype not in dtypes:
+        return f"output is {output.dtype}, its kernels take {', '.join(map(str, dtypes))}"
+    group, dim = output.shape[2] // max(value.shape[2], 1), output.shape[3]
+    if group > 16 or dim > 256:
+        return f"its kernels take at most 16 heads of at most 256 dimensions to a value, found {group} of {dim}"
+    if value.numel() // dim > 2**30:
+        return f"its kernels count up to 2^30 values, found {value.numel() // dim}"
+    return None
+
+
+def _triton_supports(*args: Any) -> str | None:
+    fits = args and all(tensor.ndim == 4 and tensor.shape[3] for tensor in args[-2:])
+    return dispatch.triton_problem() or (_triton_problem(*args[-2:]) if fits else None)
+
+
+def _triton(output: Tensor, value: Tensor) -> Tensor:
+    from golf_kernels import xsa_triton
+
+    _check(output, value)
+    return xsa_triton.forward(output, value, EPS)
+
+
+def _triton_backward(dy: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    from golf_kernels import xsa_triton
+
+    return xsa_triton.backward(dy, output, value, EPS)
+
+
+dispatch.define("xsa", "(Tensor output, Tensor value) -> Tensor", reference=_reference, fake=_fake)
+dispatch.define(
+    "xsa_backward",
+    "(Tensor dy, Tensor output, Tensor value) -> (Tensor doutput, Tensor dvalue)",
+    reference=_backward_reference,
+    fake=_backward_fake,
+)
+torch.library.register_autograd("golf::xsa", _backward, setup_context=_setup_context, lib=dispatch.LIBRARY)
+torch.library.register_autograd(
+    "golf::xsa_backward", _no_backward, setup_context=_refuse_gradient, lib=dispatch.LIBRARY
+)
+dispatch.register("xsa", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
+dispatch.register("xsa_backward", "triton", _triton_backward, supports=_triton_supports, opt_in=dispatch.UNMEASURED)

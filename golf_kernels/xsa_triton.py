@@ -1,0 +1,214 @@
+"""Triton kernels of exclusive self-attention: one pass over attention's output and the values each way.
+
+    xsa            y = o − ⟨o, v̂⟩ v̂
+    xsa_backward   do, and dv summed over the heads that share a value
+
+A program takes some values, and of each the query heads that share it one after the other: a value is read once and kept
+in registers, its gradient is summed there, and the sum has one order.
+"""
+
+# triton gives the arguments of a kernel their types
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NUM_WARPS = 4
+
+
+@triton.jit
+def _places(rows, length, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    # row: a position's value head; tiles are (row, dimension)
+    PADDED: tl.constexpr = triton.next_power_of_2(DIM)
+    row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    dim = tl.arange(0, PADDED)[None, :]
+    position = row // KV_HEADS
+    inside = (row < rows) & (dim < DIM)
+    return row.to(tl.int64), (position // length).to(tl.int64), (position % length).to(tl.int64), dim, inside
+
+
+@triton.jit
+def _load(address, offset, inside):
+    return tl.load(address + offset, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(address, offset, x, inside):
+    tl.store(address + offset, x.to(address.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _length(value):
+    return tl.sqrt(tl.sum(value * value, axis=1))[:, None]
+
+
+@triton.jit
+def _along(x, direction):
+    return tl.sum(x * direction, axis=1)[:, None]
+
+
+@triton.jit
+def xsa_kernel(
+    output_ptr,
+    value_ptr,
+    y_ptr,
+    rows,
+    length,
+    eps,
+    output_stride_b,
+    output_stride_t,
+    output_stride_h,
+    output_stride_d,
+    value_stride_b,
+    value_stride_t,
+    value_stride_h,
+    value_stride_d,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y of the heads that share BLOCK values."""
+    row, batch, time, dim, inside = _places(rows, length, KV_HEADS, DIM, BLOCK)
+    kv_head = row % KV_HEADS
+    value_at = batch * value_stride_b + time * value_stride_t + kv_head * value_stride_h + dim * value_stride_d
+    value = _load(value_ptr, value_at, inside)
+    direction = value * (1.0 / tl.maximum(_length(value), eps))
+    output_at = batch * output_stride_b + time * output_stride_t + dim * output_stride_d
+    for member in tl.static_range(GROUP):
+        output = _load(output_ptr, output_at + (kv_head * GROUP + member) * output_stride_h, inside)
+        y = output - _along(output, direction) * direction
+        _store(y_ptr, (row * GROUP + member) * DIM + dim, y, inside)
+
+
+@triton.jit
+def xsa_backward_kernel(
+    dy_ptr,
+    output_ptr,
+    value_ptr,
+    doutput_ptr,
+    dvalue_ptr,
+    rows,
+    length,
+    eps,
+    dy_stride_b,
+    dy_stride_t,
+    dy_stride_h,
+    dy_stride_d,
+    output_stride_b,
+    output_stride_t,
+    output_stride_h,
+    output_stride_d,
+    value_stride_b,
+    value_stride_t,
+    value_stride_h,
+    value_stride_d,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """do of the heads that share BLOCK values, and dv of these."""
+    row, batch, time, dim, inside = _places(rows, length, KV_HEADS, DIM, BLOCK)
+    kv_head = row % KV_HEADS
+    value_at = batch * value_stride_b + time * value_stride_t + kv_head * value_stride_h + dim * value_stride_d
+    value = _load(value_ptr, value_at, inside)
+    norm = _length(value)
+    inverse = 1.0 / tl.maximum(norm, eps)
+    direction = value * inverse
+    output_at = batch * output_stride_b + time * output_stride_t + dim * output_stride_d
+    dy_at = batch * dy_stride_b + time * dy_stride_t + dim * dy_stride_d
+    shares = tl.zeros_like(value)
+    products = tl.zeros_like(norm)
+    for member in tl.static_range(GROUP):
+        head = kv_head * GROUP + member
+        dy = _load(dy_ptr, dy_at + head * dy_stride_h, inside)
+        output = _load(output_ptr, output_at + head * output_stride_h, inside)
+        s = _along(output, direction)
+        t = _along(dy, direction)
+        _store(doutput_ptr, (row * GROUP + member) * DIM + dim, dy - t * direction, inside)
+        shares += s * dy + t * output
+        products += s * t
+    # below eps the length is a constant, so nothing passes through it
+    through_length = tl.where(norm < eps, 0.0, 2.0 * products)
+    _store(dvalue_ptr, row * DIM + dim, inverse * (through_length * direction - shares), inside)
+
+
+def forward(output: Tensor, value: Tensor, eps: float) -> Tensor:
+    """`golf::xsa`.
+
+    Args:
+        output: `(B, T, H, D)` of any strides, bfloat16, float16 or float32.
+        value: `(B, T, H_kv, D)` of any strides, in the dtype of output.
+        eps: length below which a value counts as that long.
+    """
+    y = output.new_empty(output.shape)
+    if y.numel():
+        sizes, rows = _sizes(output, value), value.numel() // value.shape[3]
+        with torch.cuda.device_of(output):
+            xsa_kernel[(triton.cdiv(rows, sizes["BLOCK"]),)](
+                output, value, y, rows, output.shape[1], eps, *output.stride(), *value.stride(), **sizes, num_warps=NUM_WARPS
+            )  # fmt: skip
+    return y
+
+
+def backward(dy: Tensor, output: Tensor, value: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`golf::xsa_backward`: do and dv, contiguous; dy of any strides."""
+    doutput, dvalue = output.new_empty(output.shape), value.new_empty(value.shape)
+    if dvalue.numel():
+        sizes, rows = _sizes(output, value), value.numel() // value.shape[3]
+        with torch.cuda.device_of(output):
+            xsa_backward_kernel[(triton.cdiv(rows, sizes["BLOCK"]),)](
+                dy, output, value, doutput, dvalue, rows, output.shape[1], eps,
+                *dy.stride(), *output.stride(), *value.stride(), **sizes, num_warps=NUM_WARPS,
+            )  # fmt: skip
+    return doutput, dvalue
+
+
+def _sizes(output: Tensor, value: Tensor) -> dict[str, int]:
+    kv_heads, dim = value.shape[2:]
+    return {"KV_HEADS": kv_heads, "GROUP": output.shape[2] // kv_heads, "DIM": dim, "BLOCK": choose_block(dim)}
+
+
+def choose_block(dim: int) -> int:
+    """Values of a program: 16 numbers of a tensor per thread, padding counted; more cost registers."""
+    return int(max(1, 512 * NUM_WARPS // triton.next_power_of_2(dim)))
+
+
+SHAPES = {
+    "grouped": {"KV_HEADS": 4, "GROUP": 2, "DIM": 64},
+    "single": {"KV_HEADS": 8, "GROUP": 1, "DIM": 64},
+    "wide": {"KV_HEADS": 2, "GROUP": 4, "DIM": 128},
+    "odd": {"KV_HEADS": 3, "GROUP": 2, "DIM": 80},
+    "largest": {"KV_HEADS": 1, "GROUP": 16, "DIM": 256},
+}
+"""Heads that are compiled ahead of time: those of the recipes, and the ends of what the kernels take."""
+
+
+def aot_configurations() -> list[dict[str, Any]]:
+    """Every configuration that ships, for ahead-of-time compilation; see benchmarks/aot.py."""
+    found: list[dict[str, Any]] = []
+    for kernel in (xsa_kernel, xsa_backward_kernel):
+        for shape, sizes in SHAPES.items():
+            # a launch takes a stride of 1 for a constant
+            strides = {name: 1 for name in kernel.arg_names if name.endswith("stride_d")}
+            constants = {**strides, **sizes, "BLOCK": choose_block(sizes["DIM"])}
+            runtime = [name for name in kernel.arg_names if name not in constants]
+            kinds = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in runtime} | {"eps": "fp32"}
+            found.append(
+                {
+                    "name": f"{kernel.__name__.removesuffix('_kernel')}_{shape}",
+                    "kernel": kernel,
+                    "signature": kinds,
+                    "constexprs": constants,
+                    "options": {"num_warps": NUM_WARPS},
+                    "divisible": tuple(name for name in runtime if "stride" in name),
+                }
+            )
+    return found
