@@ -241,7 +241,8 @@ def _pack(positive: Tensor) -> Tensor:
 
 
 def _unpack(packed: Tensor, columns: int) -> Tensor:
-    masks = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=packed.device)
+    # made on the device: a copy from the host could not be captured in a CUDA graph
+    masks = 1 << torch.arange(8, dtype=torch.uint8, device=packed.device)
     return packed.unsqueeze(2).bitwise_and(masks).ne(0).reshape(packed.shape[0], packed.shape[1] * 8)[:, :columns]
 
 

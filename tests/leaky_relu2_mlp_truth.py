@@ -28,3 +28,26 @@ def exactly(tensors):
 
 def errors(got, want):
     return {name: float((got[name].double() - want[name]).norm() / want[name].norm()) for name in want}
+
+
+def as_the_kernels_round(x, w_up, w_down, dy, *, slope, norm_eps, gain=1.0, scale=None):
+    """Result and gradients of the block whose residual is x, rounded to the dtype of x where the Triton kernels round.
+
+    float32 within a kernel and the dtype of x for what it stores: it shows the kernels' error in bfloat16, of which their
+    interpreter knows nothing.
+    """
+    dtype, wide = x.dtype, torch.float32
+    columns = (w_down if scale is None else scale[:, None] * w_down).to(wide)
+    x, w_up, dy = (t.detach().to(wide) for t in (x, w_up, dy))
+    rstd = (x.square().mean(1, keepdim=True) + norm_eps).rsqrt()
+    factor = gain * rstd
+    pre = factor * (x @ w_up.T)
+    post = torch.maximum(pre, slope * pre).square().to(dtype).to(wide)
+    y = (post @ columns.T + x).to(dtype)
+    dpost = dy @ columns
+    along = (post * dpost).sum(1, keepdim=True)
+    dpre = (2 * factor * torch.where(pre > 0, 1.0, -slope) * (post.sqrt() * dpost)).to(dtype).to(wide)
+    dx = (dpre @ w_up + dy - x * (2 * rstd**2 / x.shape[1] * along)).to(dtype)
+    d_up, d_down = (dpre.T @ x).to(dtype), (dy.T @ post).to(dtype)
+    found = {"y": y, "x": dx, "w_up": d_up, "w_down": d_down if scale is None else scale[:, None] * d_down}
+    return found if scale is None else found | {"scale": torch.linalg.vecdot(d_down, w_down)}

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import importlib
 import math
 
 import numpy as np
 import pytest
 import torch
+from host_traffic import NoHostTraffic
 from model_systems import CASES, SHALLOW, SYSTEMS, narrow_config, random_ids, random_model
 from plain_evaluation import plain_score
 
 from train.data.tokenizer import ByteTables
-from train.evaluate.scoring import evaluate_model
+from train.evaluate.scoring import _Scorer, evaluate_model
 from train.model.gpt import GPT
 from train.model.linear import observe_inputs
 
+# the package's name of this module is the function
+nll_module = importlib.import_module("golf_kernels.window_nll")
 VOCAB = 259
 
 
@@ -58,6 +64,26 @@ def test_pruned_evaluation_equals_the_plain_one(system: str, count: int, seq_len
     assert (found.tokens, found.bytes) == (scored, size)
     assert found.val_loss == pytest.approx(nats / scored, rel=1e-6)
     assert found.val_bpb == pytest.approx(nats / math.log(2) / size, rel=1e-6)
+
+
+@pytest.mark.parametrize("masking", [False, True])
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
+def test_a_cuda_graph_can_hold_a_batch(system: str, masking: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # which only a CPU's targets go through
+    monkeypatch.setattr(nll_module, "check_targets", lambda *_: None)
+    add, seen = _Scorer._add_batch, collections.Counter()
+
+    def add_batch(scorer: _Scorer, windows: torch.Tensor, rows_from: int) -> None:
+        seen[rows_from] += 1
+        # the first batch of a shape is not captured: it fills what is kept for the others
+        with NoHostTraffic() if seen[rows_from] > 1 else contextlib.nullcontext():
+            add(scorer, windows, rows_from)
+
+    monkeypatch.setattr(_Scorer, "_add_batch", add_batch)
+    tokens, tables = make_text(100)
+    model = random_model(narrow_config(system, document_masking=masking, qat=False)).eval()
+    evaluate_model(model, tokens, tables, model.config, seq_len=32, stride=8, rule="once", batch_seqs=4)
+    assert seen == {0: 1, 24: 3}
 
 
 def test_a_compiled_evaluation_scores_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,12 @@ def test_flat_rows_of_the_published_validation_set() -> None:
     assert (len(plan.start), plan.scored) == (30_284, 62_021_632)
 
 
+@pytest.mark.parametrize(("targets", "chunks"), [(62_021_632, 1_893), (45_508_608, 1_389), (40_540_160, 1_238)])
+def test_published_chunks_of_32768(targets: int, chunks: int) -> None:
+    plan = plan_windows(targets, 32_768, 0)
+    assert (len(plan.start), plan.scored) == (chunks, targets)
+
+
 @given(total=st.integers(1, 60), seq_len=st.integers(1, 20), data=st.data())
 @settings(max_examples=200, deadline=None)
 def test_every_rule_scores_the_targets_it_promises(total: int, seq_len: int, data: st.DataObject) -> None:

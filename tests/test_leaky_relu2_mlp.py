@@ -6,10 +6,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from host_traffic import NoHostTraffic
 from leaky_relu2_mlp_truth import NAMES, errors, exactly, formula, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from golf_kernels import dispatch
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
 
 
@@ -245,6 +247,14 @@ def test_opcheck(slope, norm_eps):
         False,
     )
     torch.library.opcheck(torch.ops.golf.leaky_relu2_mlp_backward.default, backward)
+
+
+def test_a_cuda_graph_can_hold_both_passes():
+    x, w_up, w_down, residual, scale = (tensor.detach() for tensor in block(dtype=torch.float32).values())
+    with NoHostTraffic():
+        options = (0.5, 1e-6, 1.1, False, True)
+        y, *saved = dispatch.run_on("torch", "leaky_relu2_mlp", x, w_up, w_down, residual, scale, *options)
+        dispatch.run_on("torch", "leaky_relu2_mlp_backward", y, x, w_up, w_down, scale, *saved, 0.5, True, 1.1, False)
 
 
 def test_compiles_as_one_graph():

@@ -1,10 +1,11 @@
 """The Triton kernels of the LeakyReLU² MLP against float64: on a Hopper GPU, else in Triton's interpreter."""
 
+import collections
 import itertools
 
 import pytest
 import torch
-from leaky_relu2_mlp_truth import NAMES, errors, exactly, formula, run
+from leaky_relu2_mlp_truth import NAMES, as_the_kernels_round, errors, exactly, formula, run
 
 from golf_kernels import dispatch
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
@@ -32,11 +33,11 @@ def random(*shape, seed=0, dtype=torch.float64, size=1.0):
     return (size * made).to(DEVICE, dtype)
 
 
-def block(rows, d, hidden, dtype, residual=True, scale=True):
+def block(rows, d, hidden, dtype, residual=True, scale=True, seed=0):
     """Random tensors of one MLP by name, all requiring gradients, with products of order one."""
     shapes = {"x": (rows, d), "w_up": (hidden, d), "w_down": (d, hidden), "residual": (rows, d), "scale": (d,)}
     sizes = {"w_up": d**-0.5, "w_down": hidden**-0.5}
-    tensors = {n: random(*shapes[n], seed=i, dtype=dtype, size=sizes.get(n, 1.0)) for i, n in enumerate(NAMES)}
+    tensors = {n: random(*shapes[n], seed=seed + i, dtype=dtype, size=sizes.get(n, 1.0)) for i, n in enumerate(NAMES)}
     tensors["residual"] = tensors["residual"] if residual else None
     tensors["scale"] = tensors["scale"] if scale else None
     return {name: None if t is None else t.requires_grad_() for name, t in tensors.items()}
@@ -71,14 +72,58 @@ def within(found, plain, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "d", "hidden"),
-    [(1, 8, 64), (127, 8, 128), (128, 256, 256), (129, 264, 320), (5, 16, 768), (300, 256, 512)],
+    [(127, 8, 128), (128, 256, 256), (129, 264, 320), (5, 16, 768), (300, 256, 512)],
 )
 def test_shapes(dtype, rows, d, hidden):
     tensors = block(rows, d, hidden, dtype)
     found, plain = errors_of_both(tensors, random(rows, d, seed=9, dtype=dtype), norm_eps=1e-6)
-    # in a single row chance may favour the plain chain
-    room = 1.0 if rows > 1 else 1.5
-    assert within(found, {name: room * error for name, error in plain.items()}, dtype), (found, plain)
+    assert within(found, plain, dtype), (found, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_single_row(dtype):
+    found, plain = collections.Counter(), collections.Counter()
+    # in one block of so few numbers chance may favour the plain chain, over all of them it does not
+    for seed in range(0, 200, 10):
+        tensors = block(1, 8, 64, dtype, seed=seed)
+        errors_of_row = errors_of_both(tensors, random(1, 8, seed=seed + 9, dtype=dtype), norm_eps=1e-6)
+        found.update(errors_of_row[0])
+        plain.update(errors_of_row[1])
+    assert within(
+        {name: error / 20 for name, error in found.items()}, {n: 0.8 * e / 20 for n, e in plain.items()}, dtype
+    )
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_rounds_where_the_formula_of_the_kernels_rounds(slope):
+    tensors = block(133, 264, 320, DTYPES[0], residual=False)
+    dy, options = random(133, 264, seed=9, dtype=DTYPES[0]), {"slope": slope, "norm_eps": 1e-6, "gain": 0.7}
+    got = run(lambda x, **rest: leaky_relu2_mlp(x, residual=x, **rest), tensors, dy, **options)
+    given = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+    want = as_the_kernels_round(dy=dy, **given, **options)
+    # sums in another order move a few numbers by a rounding; the plain chain is off by half an epsilon and more
+    exact = {name: tensor.double() for name, tensor in want.items()}
+    assert max(errors(got, exact).values()) < 0.1 * torch.finfo(DTYPES[0]).eps
+
+
+@pytest.mark.parametrize(("slope", "hidden"), [(0.0, 2048), (0.5, 2048), (0.5, 1536)])
+def test_that_formula_errs_far_less_than_the_plain_chain_in_bfloat16(slope, hidden):
+    tensors = block(128, 512, hidden, torch.bfloat16, residual=False)
+    dy, options = random(128, 512, seed=9, dtype=torch.bfloat16), {"slope": slope, "norm_eps": 1e-6}
+
+    def through(tensors, dy):
+        return run(lambda x, **rest: formula(x, residual=x, **rest), tensors, dy, **options)
+
+    want = through(exactly(tensors), dy.double())
+    plain = errors(through(tensors, dy), want)
+    given = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+    got = as_the_kernels_round(dy=dy, **given, **options)
+    found = errors(got, want)
+    # 0.58 for dw_down to 0.69 for dx
+    assert all(found[name] < 0.75 * plain[name] for name in plain), (found, plain)
+    # without the residual, which would hide it, cut-off mantissas move the mean by 2.5e-3
+    y, exact = (result["y"].double() - tensors["x"].detach().double() for result in (got, want))
+    assert abs(float((y * exact).sum() / (exact * exact).sum()) - 1) < 2e-4
 
 
 @pytest.mark.parametrize("norm_eps", [None, 1e-6])

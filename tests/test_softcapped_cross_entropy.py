@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from host_traffic import NoHostTraffic
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -244,6 +245,15 @@ def test_memory_is_bounded_whatever_the_rows_and_the_vocabulary(rows, vocabulary
     chunk = module.CHUNK_BYTES["cpu"]
     # three arrays of a chunk's 16 MiB, and vectors; the logits alone are 16 or 64 MiB
     assert 2 * chunk <= memory.peak <= 3.1 * chunk
+
+
+@pytest.mark.parametrize("needs", [(True, True), (False, False)])
+def test_nothing_waits_for_the_device(small_chunks, monkeypatch, needs):
+    # which only a CPU's targets go through
+    monkeypatch.setattr(module, "check_targets", lambda *_: None)
+    hidden, weight, targets = (t.detach() for t in head(ignored=(3,)))
+    with NoHostTraffic():
+        dispatch.run_on("torch", "softcapped_cross_entropy", hidden, weight, targets, 30.0, True, -100, 0.1, *needs)
 
 
 def test_the_same_call_gives_the_same_bits(small_chunks):

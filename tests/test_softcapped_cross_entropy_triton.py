@@ -36,8 +36,8 @@ def chunks_of_five_rows(monkeypatch):
     monkeypatch.setattr(module, "chunk_rows", lambda device, vocabulary: 5)
 
 
-def head(rows=11, d=24, vocabulary=37, dtype=torch.float16, ignored=(), spread=1.0):
-    generator = torch.Generator().manual_seed(rows + vocabulary)
+def head(rows=11, d=24, vocabulary=37, dtype=torch.float16, ignored=(), spread=1.0, seed=0):
+    generator = torch.Generator().manual_seed(rows + vocabulary + 100_000 * seed)
     hidden = spread * torch.randn(rows, d, generator=generator, dtype=torch.float64)
     weight = torch.randn(vocabulary, d, generator=generator, dtype=torch.float64)
     targets = torch.randint(0, vocabulary, (rows,), generator=generator)
@@ -88,15 +88,20 @@ def test_loss_and_gradients(chunks_of_five_rows, dtype, softcap, reduction, z_lo
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 1023, 1024, 1025, 2048, 4096, 8192])
 def test_errs_no_more_than_the_plain_chain(vocabulary):
-    tensors = head(rows=40, d=32, vocabulary=vocabulary, dtype=DTYPES[0])
-    got, want = run(softcapped_cross_entropy, *tensors), run(formula, *exactly(*tensors))
-    if vocabulary == 1:
-        # one token alone has loss and gradients of exactly zero
-        assert all(torch.equal(g, torch.zeros_like(g)) for g in got)
-        return
-    plain = errors(run(formula, *tensors), want)
-    # both round logits and gradients once: 2 % is the difference between two orders of a sum
-    assert all(a <= 1.02 * b for a, b in zip(errors(got, want), plain, strict=True)), (errors(got, want), plain)
+    found, plain = torch.zeros(3), torch.zeros(3)
+    # several heads, as the error of one loss is that of a single number
+    for seed in range(8):
+        tensors = head(rows=40, d=32, vocabulary=vocabulary, dtype=DTYPES[0], seed=seed)
+        got, want = run(softcapped_cross_entropy, *tensors), run(formula, *exactly(*tensors))
+        if vocabulary == 1:
+            # one token alone has loss and gradients of exactly zero
+            assert all(torch.equal(g, torch.zeros_like(g)) for g in got)
+            return
+        found += torch.tensor(errors(got, want))
+        plain += torch.tensor(errors(run(formula, *tensors), want))
+    # both round logits and gradients once, and differ by the order of their sums: over other seeds the loss's ratio lies
+    # in 0.995 to 1.005, the gradients' in 0.9999 to 1.0004
+    assert (found <= torch.tensor([1.01, 1.001, 1.001]) * plain).all(), (found, plain)
 
 
 def test_logits_at_the_cap():

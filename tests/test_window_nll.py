@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from host_traffic import NoHostTraffic
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -11,7 +12,8 @@ from golf_kernels import dispatch
 
 # the package's names of these modules are the functions
 head_module = importlib.import_module("golf_kernels.softcapped_cross_entropy")
-window_nll = importlib.import_module("golf_kernels.window_nll").window_nll
+nll_module = importlib.import_module("golf_kernels.window_nll")
+window_nll = nll_module.window_nll
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +106,15 @@ def test_the_whole_logits_never_exist(small_chunks):
     with Largest() as largest:
         dispatch.run_on("torch", "window_nll", *head(rows=60), 30.0, False)
     assert largest.numel == 60 * 5
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+def test_nothing_waits_for_the_device(small_chunks, monkeypatch, rounding):
+    # which only a CPU's targets go through
+    monkeypatch.setattr(nll_module, "check_targets", lambda *_: None)
+    tensors = head()
+    with NoHostTraffic():
+        dispatch.run_on("torch", "window_nll", *tensors, 30.0, rounding)
 
 
 ONES = {"hidden": torch.ones(3, 4), "weight": torch.ones(5, 4), "targets": torch.zeros(3, dtype=torch.int64)}
