@@ -21,6 +21,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+@pytest.fixture
+def true_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets Triton's interpreter multiply and round bfloat16 as a GPU does.
+
+    As it comes it multiplies the bits of bfloat16 numbers as if they were integers, and cuts float32 off.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast = InterpreterBuilder.cast_impl
+
+    def wide(handle):
+        return cast(None, handle, tl.float32).data if handle.dtype.scalar == tl.bfloat16 else handle.data
+
+    def create_dot(self, a, b, total, *_):
+        with np.errstate(invalid="ignore"):
+            product = np.matmul(wide(a), wide(b), dtype=total.data.dtype)
+            return TensorHandle(product + total.data, total.dtype.scalar)
+
+    def cast_impl(self, source, target):
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+            return TensorHandle(rounded.view(torch.uint16).numpy(), target.scalar)
+        return cast(self, source, target)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+
+
 @pytest.fixture(scope="session")
 def narrow_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three finished runs of a very narrow quickstart, seeds 42, 314 and 999; copy what you change."""
