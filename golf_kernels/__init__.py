@@ -18,6 +18,7 @@ from golf_kernels.int6 import (
     int6_unpack,
 )
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
+from golf_kernels.mix_rms_norm import mix_rms_norm
 from golf_kernels.muon import Muon
 from golf_kernels.newton_schulz import COEFFICIENTS, CoefficientSet, newton_schulz
 from golf_kernels.qk_norm_rope import qk_norm_rope
@@ -38,6 +39,7 @@ __all__ = [
     "int6_pack",
     "int6_unpack",
     "leaky_relu2_mlp",
+    "mix_rms_norm",
     "newton_schulz",
     "qk_norm_rope",
     "softcapped_cross_entropy",

@@ -18,6 +18,7 @@ from torch import Tensor
 from golf_kernels import dispatch, int6, native
 from golf_kernels.gptq_block import gptq_block
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
+from golf_kernels.mix_rms_norm import mix_rms_norm
 from golf_kernels.muon import Muon, learning_rate_ratio
 from golf_kernels.newton_schulz import COEFFICIENTS, newton_schulz
 from golf_kernels.qk_norm_rope import qk_norm_rope
@@ -126,6 +127,18 @@ def _check_mlp(device: str, dtype: torch.dtype) -> Results:
     return got, [saved[0], *dispatch.run_on("torch", "leaky_relu2_mlp_backward", *inputs)]
 
 
+def _check_mix_rms_norm(device: str, dtype: torch.dtype) -> Results:
+    shapes = ((2, 19, 48), (2, 19, 48), (2, 48))
+    leaves = [_random(*s, seed=i, device=device, dtype=dtype).requires_grad_() for i, s in enumerate(shapes)]
+    x, x0, mix = leaves
+    mixed = mix_rms_norm(x, x0, mix, eps=1e-6, gain=0.5)
+    upstream = [_random(*s, seed=i + 5, device=device, dtype=dtype) for i, s in enumerate(shapes[:2])]
+    got = [*mixed, *torch.autograd.grad(mixed, leaves, upstream)]
+    inputs = (*_truth(*leaves), 1e-6, 0.5)
+    outputs = dispatch.run_on("torch", "mix_rms_norm", *inputs)
+    return got, [*outputs, *dispatch.run_on("torch", "mix_rms_norm_backward", *_truth(*upstream), *inputs)]
+
+
 def _check_qk_norm_rope(device: str, dtype: torch.dtype) -> Results:
     shapes = ((2, 19, 4, 16), (2, 19, 2, 16), (4,))
     leaves = [_random(*s, seed=i, device=device, dtype=dtype).requires_grad_() for i, s in enumerate(shapes)]
@@ -198,6 +211,7 @@ CHECKS: dict[str, Callable[[str, torch.dtype], Results]] = {
     "newton_schulz": _check_newton_schulz,
     "muon_step": _check_muon_step,
     "leaky_relu2_mlp": _check_mlp,
+    "mix_rms_norm": _check_mix_rms_norm,
     "qk_norm_rope": _check_qk_norm_rope,
     "xsa": _check_xsa,
     "softcapped_cross_entropy": _check_cross_entropy,

@@ -41,6 +41,7 @@ def test_one_operator_of_each_kind_is_checked_on_each_device(capsys):
         "newton_schulz",
         "muon_step",
         "leaky_relu2_mlp",
+        "mix_rms_norm",
         "qk_norm_rope",
         "xsa",
         "softcapped_cross_entropy",

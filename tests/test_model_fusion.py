@@ -10,6 +10,8 @@ from golf_kernels import dispatch
 from train.model.fusion import write_out_references
 from train.model.gpt import GPT
 
+OPERATORS = {"leaky_relu2_mlp", "mix_rms_norm", "qk_norm_rope", "softcapped_cross_entropy", "xsa"}
+
 
 def loss_and_gradients(model: GPT, ids: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
     loss = model(ids, targets, recurrence=bool(model.config.recur_layers))
@@ -24,7 +26,7 @@ def test_written_out_forms_equal_the_operators(system: str) -> None:
     ids = random_ids(model.config)
     targets = ids.roll(-1, 1)
     with_operators = loss_and_gradients(model, ids, targets)
-    assert write_out_references(model, "cpu") == ["leaky_relu2_mlp", "qk_norm_rope", "softcapped_cross_entropy", "xsa"]
+    assert write_out_references(model, "cpu") == sorted(OPERATORS)
     for ours, plain in zip(with_operators, loss_and_gradients(model, ids, targets), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-12)
 
@@ -43,26 +45,21 @@ def operators_in_graph(model: GPT, ids: torch.Tensor) -> set[str]:
 def test_a_compiled_model_has_an_operator_only_where_a_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(narrow_config("sp8192"))
     ids = random_ids(model.config)
-    assert {name.split(".")[1] for name in operators_in_graph(model, ids)} == {
-        "leaky_relu2_mlp",
-        "qk_norm_rope",
-        "softcapped_cross_entropy",
-        "xsa",
-    }
+    assert {name.split(".")[1] for name in operators_in_graph(model, ids)} == OPERATORS
     # the same code, compiled again for a model that calls other forms
     write_out_references(model, "cpu")
     assert operators_in_graph(model, ids) == set()
 
 
-@pytest.mark.parametrize("asked_for", ["leaky_relu2_mlp", "qk_norm_rope", "xsa"])
+@pytest.mark.parametrize("asked_for", sorted(OPERATORS - {"softcapped_cross_entropy"}))
 def test_a_kernel_that_is_asked_for_stays_an_operator(asked_for: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(narrow_config("sp8192"))
     choose = dispatch.choose
     triton = dispatch.Choice("triton", "asked for")
     monkeypatch.setattr(dispatch, "choose", lambda op, **kwargs: triton if op == asked_for else choose(op, **kwargs))
-    operators = {"leaky_relu2_mlp", "qk_norm_rope", "softcapped_cross_entropy", "xsa"}
-    assert set(write_out_references(model, "cpu")) == operators - {asked_for}
+    assert set(write_out_references(model, "cpu")) == OPERATORS - {asked_for}
     assert all(block.mlp.fused == (asked_for == "leaky_relu2_mlp") for block in model.blocks)
+    assert all(block.fused == (asked_for == "mix_rms_norm") for block in model.blocks)
     assert all(block.attention.fused == (asked_for == "qk_norm_rope") for block in model.blocks)
     assert all(block.attention.fused_xsa == (asked_for == "xsa") for block in model.blocks)
     assert not model.fused

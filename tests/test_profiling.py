@@ -36,6 +36,7 @@ from train.values import ConfigError, parse_steps
         ("void at::native::vectorized_elementwise_kernel<4, MulFunctor<float>>", "elementwise and norms"),
         ("golf::leaky_relu2_mlp_backward", "mlp"),
         ("golf::qk_norm_rope_backward", "attention"),
+        ("golf::mix_rms_norm_backward", "elementwise and norms"),
         ("golf::xsa_backward", "attention"),
         ("cudaLaunchKernel", "other"),
     ],
@@ -49,6 +50,7 @@ def test_kernels_are_told_apart(kernel: str, family: str) -> None:
     [
         ("newton_schulz_triton", "muon"), ("muon_triton", "muon"), ("leaky_relu2_mlp_triton", "mlp"),
         ("softcapped_cross_entropy_triton", "head and loss"), ("qk_norm_rope_triton", "attention"),
+        ("mix_rms_norm_triton", "elementwise and norms"),
         ("xsa_triton", "attention"),
     ],
 )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from golf_kernels.mix_rms_norm import mix_rms_norm
 from train.config import Config
 from train.model.attention import Attention, Heads, Rotary
 from train.model.documents import Documents
@@ -62,6 +63,8 @@ class Block(nn.Module):
         self.resid_mix = parameter(torch.tensor([[1.0], [0.0]]).repeat(1, config.model_dim))
         self.attn_scale = parameter(torch.ones(config.model_dim))
         self.mlp_scale = parameter(torch.ones(config.model_dim))
+        # False: plain PyTorch, for a compiler to fuse; see train.model.fusion
+        self.fused = True
 
     def forward(self, x: Tensor, inputs: BlockInputs, *, form: str, rows_from: int = 0) -> Tensor:
         """Run the layer on one stream, "serial" or "gptj".
@@ -75,33 +78,42 @@ class Block(nn.Module):
         Returns:
             `(B, T - rows_from, d)`.
         """
-        mixed = self.mix(x, inputs.x0)
-        attended = self.attend(mixed, inputs, rows_from)
+        mixed, attended = self.attend(x, inputs, rows_from)
         return self.feed(mixed[:, rows_from:] if form == "gptj" else attended, residual=attended)
 
     def run_lanes(
         self, attention_lane: Tensor, mlp_lane: Tensor, inputs: BlockInputs, *, rows_from: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Run the layer on two lanes, each `(B, T, d)`, that do not exchange anything; `rows_from` as in `forward`."""
-        mixed, rows = self.mix(attention_lane, inputs.x0), mlp_lane[:, rows_from:]
-        return self.attend(mixed, inputs, rows_from), self.feed(rows, residual=rows)
+        rows = mlp_lane[:, rows_from:]
+        return self.attend(attention_lane, inputs, rows_from)[1], self.feed(rows, residual=rows)
 
     def mix(self, x: Tensor, x0: Tensor) -> Tensor:
         """m₀ ⊙ x + m₁ ⊙ x0."""
         stream, embedding = self.resid_mix.to(x.dtype).unbind()
         return torch.addcmul(stream * x, embedding, x0)
 
-    def attend(self, x: Tensor, inputs: BlockInputs, rows_from: int = 0) -> Tensor:
-        """x + a ⊙ Attn(g · rms(x)), from position `rows_from` on."""
-        _, rotary, extra_value, documents, heads, past = inputs
+    def mix_and_norm(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """h = m₀ ⊙ x + m₁ ⊙ x0, and g · rms(h)."""
+        if self.fused:
+            return mix_rms_norm(x, x0, self.resid_mix, eps=self.eps, gain=self.gain)
+        mixed = self.mix(x, x0)
+        return mixed, self.normed(mixed)
+
+    def attend(self, x: Tensor, inputs: BlockInputs, rows_from: int = 0) -> tuple[Tensor, Tensor]:
+        """h = m₀ ⊙ x + m₁ ⊙ x0, and from position `rows_from` on h + a ⊙ Attn(g · rms(h))."""
+        x0, rotary, extra_value, documents, heads, past = inputs
         if heads is not None:
+            # the norm is in these heads already
+            mixed = self.mix(x, x0)
             output = self.attention.attend(heads, rotary, documents, past, self.attn_scale)
         else:
+            mixed, normed = self.mix_and_norm(x, x0)
             output = self.attention(
-                self.normed(x), rotary,
+                normed, rotary,
                 extra_value=extra_value, documents=documents, rows_from=rows_from, past=past, scale=self.attn_scale,
             )  # fmt: skip
-        return x[:, rows_from:] + output
+        return mixed, mixed[:, rows_from:] + output
 
     def feed(self, x: Tensor, *, residual: Tensor) -> Tensor:
         """residual + b ⊙ MLP(g · rms(x))."""

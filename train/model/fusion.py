@@ -8,11 +8,13 @@ from torch import nn
 from golf_kernels import dispatch
 from train.config import Config
 from train.model.attention import Attention
+from train.model.block import Block
 from train.model.gpt import GPT
 from train.model.mlp import MLP
 
 CALLERS: dict[str, tuple[type[nn.Module], str]] = {
     "leaky_relu2_mlp": (MLP, "fused"),
+    "mix_rms_norm": (Block, "fused"),
     "qk_norm_rope": (Attention, "fused"),
     "softcapped_cross_entropy": (GPT, "fused"),
     "xsa": (Attention, "fused_xsa"),

@@ -164,7 +164,7 @@ class GPT(nn.Module):
         once = self.embed(text[None], length)
         inputs = self._inputs(self.plan[0].layer, once)
         block = self.blocks[self.plan[0].layer]
-        heads = block.attention.heads(block.normed(block.mix(inputs.x0, inputs.x0)), inputs.extra_value)
+        heads = block.attention.heads(block.mix_and_norm(inputs.x0, inputs.x0)[1], inputs.extra_value)
 
         def laid(x: Tensor) -> Tensor:
             # a view: windows share the memory of the text

@@ -1,0 +1,172 @@
+"""The residual mix and the norm behind it as one pass each way: `golf::mix_rms_norm`.
+
+    h = m₀ ⊙ x + m₁ ⊙ x0,  n = gain · h · r,  r = 1 / √(mean(h²) + eps) of each row of d numbers
+
+The norm reads h before it is rounded. What training keeps is x, x0 and the mix: h costs two multiplications, and x and x0
+have to be read for the gradient of the mix anyway, so neither h nor r is kept or read. With t = dL/dh in all,
+
+    t = dh + gain · r · (dn − h · r² · ⟨dn, h⟩ / d)
+    dx = m₀ ⊙ t,  dx0 = m₁ ⊙ t,  dm₀ = Σ t ⊙ x,  dm₁ = Σ t ⊙ x0  (sums over rows)
+
+`golf::mix_rms_norm_backward` computes these; the pair of operators is what a kernel replaces.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from golf_kernels import dispatch
+
+
+def mix_rms_norm(x: Tensor, x0: Tensor, mix: Tensor, *, eps: float, gain: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Mix of two streams and its norm: h = m₀ ⊙ x + m₁ ⊙ x0, n = gain · h / √(mean(h²) + eps).
+
+    Differentiable once in x, x0 and mix.
+
+    Args:
+        x: `(B, T, d)`, floating, of any strides; B and T may be 0.
+        x0: `(B, T, d)`, the dtype of x, of any strides; may be x itself.
+        mix: `(2, d)`, m₀ and m₁, float32 or the dtype of x, to which it is rounded at use; its gradient is not.
+        eps: epsilon of the norm.
+        gain: constant factor on n.
+
+    Returns:
+        h and n, contiguous, of the shape and dtype of x.
+
+    Raises:
+        ValueError: a shape, dtype, device or number that does not fit.
+    """
+    mixed: tuple[Tensor, Tensor] = torch.ops.golf.mix_rms_norm(x, x0, mix, eps, gain)
+    return mixed
+
+
+def _check(x: Tensor, x0: Tensor, mix: Tensor, eps: float, gain: float) -> None:
+    if x.ndim != 3 or not x.dtype.is_floating_point or x.shape[2] == 0:
+        raise ValueError(f"x: expected shape (B, T, d) and a floating dtype, found {tuple(x.shape)} and {x.dtype}")
+    if not eps >= 0.0:
+        raise ValueError(f"eps: expected a number >= 0, found {eps}")
+    for name, tensor, shape in (("x0", x0, x.shape), ("mix", mix, (2, x.shape[2]))):
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, found {tuple(tensor.shape)}")
+        dtypes = (x.dtype, torch.float32) if name == "mix" else (x.dtype,)
+        if tensor.dtype not in dtypes or tensor.device != x.device:
+            raise ValueError(
+                f"{name}: expected {' or '.join(dict.fromkeys(map(str, dtypes)))} on {x.device} like x, "
+                f"found {tensor.dtype} on {tensor.device}"
+            )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _fake(x: Tensor, x0: Tensor, mix: Tensor, eps: float, gain: float) -> tuple[Tensor, Tensor]:
+    _check(x, x0, mix, eps, gain)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _mixed(x: Tensor, x0: Tensor, mix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mix as it counts, h and mean(h²), none of them rounded to the dtype of x."""
+    dtype = _wide(x.dtype)
+    rounded = mix.to(x.dtype).to(dtype)
+    h = rounded[0] * x.to(dtype) + rounded[1] * x0.to(dtype)
+    return rounded, h, h.square().mean(dim=-1, keepdim=True)
+
+
+def _reference(x: Tensor, x0: Tensor, mix: Tensor, eps: float, gain: float) -> tuple[Tensor, Tensor]:
+    _check(x, x0, mix, eps, gain)
+    _, h, mean_square = _mixed(x, x0, mix)
+    normed = h * (gain * (mean_square + eps).rsqrt())
+    return h.to(x.dtype).contiguous(), normed.to(x.dtype).contiguous()
+
+
+def _backward_fake(
+    dh: Tensor, dn: Tensor, x: Tensor, x0: Tensor, mix: Tensor, eps: float, gain: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), mix.new_empty(mix.shape)
+
+
+def _backward_reference(
+    dh: Tensor, dn: Tensor, x: Tensor, x0: Tensor, mix: Tensor, eps: float, gain: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rounded, h, mean_square = _mixed(x, x0, mix)
+    upstream = dn.to(h.dtype)
+    rstd = (mean_square + eps).rsqrt()
+    along = (upstream * h).mean(dim=-1, keepdim=True) * rstd.square()
+    total = dh.to(h.dtype) + gain * rstd * (upstream - h * along)
+    dx, dx0 = ((factor * total).to(x.dtype).contiguous() for factor in rounded.unbind())
+    sums = [(total * stream).sum(dim=(0, 1)) for stream in (x, x0)]
+    return dx, dx0, torch.stack(sums).to(mix.dtype)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    x, x0, mix, eps, gain = inputs
+    ctx.save_for_backward(x, x0, mix)
+    ctx.options = (eps, gain)
+
+
+def _backward(ctx: Any, dh: Tensor, dn: Tensor) -> tuple[Any, ...]:
+    return *torch.ops.golf.mix_rms_norm_backward(dh, dn, *ctx.saved_tensors, *ctx.options), None, None
+
+
+def _refuse_gradient(ctx: Any, inputs: Any, output: Any) -> None:
+    raise RuntimeError("golf::mix_rms_norm is not differentiable twice; leave create_graph at False")
+
+
+def _no_backward(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError("golf::mix_rms_norm_backward has no gradient")
+
+
+def _triton_problem(x: Tensor) -> str | None:
+    # the interpreter cuts the mantissas of bfloat16 off
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if x.is_cuda else (torch.float16, torch.float32)
+    if x.dtype not in dtypes:
+        return f"x is {x.dtype}, its kernels take {', '.join(map(str, dtypes))}"
+    return f"its kernels take a width of at most 4096, found {x.shape[2]}" if x.shape[2] > 4096 else None
+
+
+def _triton_supports(*args: Any) -> str | None:
+    return dispatch.triton_problem() or (_triton_problem(args[0]) if args and args[0].ndim == 3 else None)
+
+
+def _triton_backward_supports(*args: Any) -> str | None:
+    return dispatch.triton_problem() or (_triton_problem(args[2]) if args else None)
+
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from golf_kernels import mix_rms_norm_triton
+
+    _check(*args)
+    return mix_rms_norm_triton.forward(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from golf_kernels import mix_rms_norm_triton
+
+    return mix_rms_norm_triton.backward(*args)
+
+
+dispatch.define(
+    "mix_rms_norm",
+    "(Tensor x, Tensor x0, Tensor mix, float eps, float gain) -> (Tensor h, Tensor n)",
+    reference=_reference,
+    fake=_fake,
+)
+dispatch.define(
+    "mix_rms_norm_backward",
+    "(Tensor dh, Tensor dn, Tensor x, Tensor x0, Tensor mix, float eps, float gain) "
+    "-> (Tensor dx, Tensor dx0, Tensor dmix)",
+    reference=_backward_reference,
+    fake=_backward_fake,
+)
+torch.library.register_autograd("golf::mix_rms_norm", _backward, setup_context=_setup_context, lib=dispatch.LIBRARY)
+torch.library.register_autograd(
+    "golf::mix_rms_norm_backward", _no_backward, setup_context=_refuse_gradient, lib=dispatch.LIBRARY
+)
+dispatch.register("mix_rms_norm", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
+dispatch.register(
+    "mix_rms_norm_backward", "triton", _triton_backward, supports=_triton_backward_supports, opt_in=dispatch.UNMEASURED
+)

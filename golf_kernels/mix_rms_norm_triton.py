@@ -1,0 +1,220 @@
+"""Triton kernels of the residual mix and its norm: one pass over both streams each way.
+
+    mix      h = m₀ ⊙ x + m₁ ⊙ x0 and n = gain · rms(h)
+    unmix    dx, dx0 and each program's share of dm₀ and dm₁, from dh, dn, x and x0
+
+A program holds whole rows, because a norm needs them. The backward one takes `SHARE_ROWS` rows a few at a time and keeps
+its sums over them in registers; the shares are added in one order always.
+"""
+
+# triton gives the arguments of a kernel their types
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SHARE_ROWS = 64
+"""Rows of one share of dm: of 98,304, 1,536 shares, which are 1 % of what the pass reads and writes."""
+
+
+@triton.jit
+def _load(address, row, column, rows, length, stride_b, stride_t, stride_d, WIDTH: tl.constexpr):
+    offset = (row // length).to(tl.int64) * stride_b + (row % length).to(tl.int64) * stride_t
+    inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    # a stride may be one of 2³¹ numbers and a column the last
+    places = offset[:, None] + (column.to(tl.int64) * stride_d)[None, :]
+    return tl.load(address + places, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(address, value, row, column, rows, WIDTH: tl.constexpr):
+    inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    places = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(address + places, value.to(address.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _mix(mix_ptr, column, dtype: tl.constexpr, WIDTH: tl.constexpr):
+    inside = column < WIDTH
+    first = tl.load(mix_ptr + column, mask=inside, other=0.0).to(dtype).to(tl.float32)
+    second = tl.load(mix_ptr + WIDTH + column, mask=inside, other=0.0).to(dtype).to(tl.float32)
+    return first[None, :], second[None, :]
+
+
+@triton.jit
+def _rstd(h, row, rows, eps, WIDTH: tl.constexpr):
+    mean_square = tl.sum(h * h, axis=1) / WIDTH
+    # rows that are not there have nothing, whose norm would be none where eps is 0
+    return tl.rsqrt(tl.where(row < rows, mean_square + eps, 1.0))
+
+
+@triton.jit
+def mix_kernel(
+    x_ptr,
+    x0_ptr,
+    mix_ptr,
+    h_ptr,
+    n_ptr,
+    rows,
+    length,
+    eps,
+    gain,
+    x_stride_b,
+    x_stride_t,
+    x_stride_d,
+    x0_stride_b,
+    x0_stride_t,
+    x0_stride_d,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """h and n of BLOCK rows."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, triton.next_power_of_2(WIDTH))
+    m0, m1 = _mix(mix_ptr, column, x_ptr.dtype.element_ty, WIDTH)
+    h = m0 * _load(x_ptr, row, column, rows, length, x_stride_b, x_stride_t, x_stride_d, WIDTH)
+    h += m1 * _load(x0_ptr, row, column, rows, length, x0_stride_b, x0_stride_t, x0_stride_d, WIDTH)
+    factor = gain * _rstd(h, row, rows, eps, WIDTH)
+    _store(h_ptr, h, row, column, rows, WIDTH)
+    _store(n_ptr, h * factor[:, None], row, column, rows, WIDTH)
+
+
+@triton.jit
+def unmix_kernel(
+    dh_ptr,
+    dn_ptr,
+    x_ptr,
+    x0_ptr,
+    mix_ptr,
+    dx_ptr,
+    dx0_ptr,
+    share_ptr,
+    rows,
+    length,
+    eps,
+    gain,
+    dh_stride_b,
+    dh_stride_t,
+    dh_stride_d,
+    dn_stride_b,
+    dn_stride_t,
+    dn_stride_d,
+    x_stride_b,
+    x_stride_t,
+    x_stride_d,
+    x0_stride_b,
+    x0_stride_t,
+    x0_stride_d,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHARE: tl.constexpr,
+):
+    """dx and dx0 of SHARE rows, and the program's part of `share` `(programs, 2, WIDTH)`, whose sum is dm."""
+    column = tl.arange(0, triton.next_power_of_2(WIDTH))
+    m0, m1 = _mix(mix_ptr, column, x_ptr.dtype.element_ty, WIDTH)
+    dm0 = tl.zeros((BLOCK, column.shape[0]), tl.float32)
+    dm1 = tl.zeros((BLOCK, column.shape[0]), tl.float32)
+    for first in range(0, SHARE, BLOCK):
+        row = tl.program_id(0) * SHARE + first + tl.arange(0, BLOCK)
+        x = _load(x_ptr, row, column, rows, length, x_stride_b, x_stride_t, x_stride_d, WIDTH)
+        x0 = _load(x0_ptr, row, column, rows, length, x0_stride_b, x0_stride_t, x0_stride_d, WIDTH)
+        dn = _load(dn_ptr, row, column, rows, length, dn_stride_b, dn_stride_t, dn_stride_d, WIDTH)
+        dh = _load(dh_ptr, row, column, rows, length, dh_stride_b, dh_stride_t, dh_stride_d, WIDTH)
+        h = m0 * x + m1 * x0
+        rstd = _rstd(h, row, rows, eps, WIDTH)
+        along = rstd * rstd * (tl.sum(dn * h, axis=1) / WIDTH)
+        total = dh + (gain * rstd)[:, None] * (dn - h * along[:, None])
+        _store(dx_ptr, m0 * total, row, column, rows, WIDTH)
+        _store(dx0_ptr, m1 * total, row, column, rows, WIDTH)
+        dm0 += total * x
+        dm1 += total * x0
+    place = share_ptr + tl.program_id(0).to(tl.int64) * 2 * WIDTH + column
+    tl.store(place, tl.sum(dm0, axis=0), mask=column < WIDTH)
+    tl.store(place + WIDTH, tl.sum(dm1, axis=0), mask=column < WIDTH)
+
+
+def forward(x: Tensor, x0: Tensor, mix: Tensor, eps: float, gain: float) -> tuple[Tensor, Tensor]:
+    """`golf::mix_rms_norm`: h and n.
+
+    Args:
+        x, x0: `(B, T, d)` of any strides, bfloat16, float16 or float32.
+        mix: `(2, d)` float32 or in the dtype of x.
+        eps: of the norm.
+        gain: factor of n.
+    """
+    h, n = x.new_empty(x.shape), x.new_empty(x.shape)
+    rows, width = x.shape[0] * x.shape[1], x.shape[2]
+    if rows:
+        block, warps = choose_block(width, 2048)
+        with torch.cuda.device_of(x):
+            mix_kernel[(triton.cdiv(rows, block),)](
+                x, x0, mix.contiguous(), h, n, rows, x.shape[1], eps, gain, *x.stride(), *x0.stride(),
+                WIDTH=width, BLOCK=block, num_warps=warps,
+            )  # fmt: skip
+    return h, n
+
+
+def backward(
+    dh: Tensor, dn: Tensor, x: Tensor, x0: Tensor, mix: Tensor, eps: float, gain: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`golf::mix_rms_norm_backward`: dx, dx0 and dmix."""
+    dx, dx0 = x.new_empty(x.shape), x.new_empty(x.shape)
+    rows, width = x.shape[0] * x.shape[1], x.shape[2]
+    if not rows:
+        return dx, dx0, torch.zeros_like(mix)
+    block, warps = choose_block(width, 1024)
+    programs = triton.cdiv(rows, SHARE_ROWS)
+    share = x.new_empty((programs, 2, width), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        unmix_kernel[(programs,)](
+            dh, dn, x, x0, mix.contiguous(), dx, dx0, share, rows, x.shape[1], eps, gain,
+            *dh.stride(), *dn.stride(), *x.stride(), *x0.stride(),
+            WIDTH=width, BLOCK=block, SHARE=SHARE_ROWS, num_warps=warps,
+        )  # fmt: skip
+    return dx, dx0, share.sum(dim=0).to(mix.dtype)
+
+
+def choose_block(width: int, numbers: int) -> tuple[int, int]:
+    """Rows that a program holds at once and its warps, for so many numbers of each tensor in registers."""
+    padded = triton.next_power_of_2(width)
+    return min(max(1, numbers // padded), SHARE_ROWS), max(4, padded // 512)
+
+
+WIDTHS = {"512": 512, "768": 768, "odd": 333, "wide": 4096}
+"""Widths that are compiled ahead of time: those of the recipes, and the ends of what the kernels take."""
+
+
+def aot_configurations() -> list[dict[str, Any]]:
+    """Every configuration that ships, for ahead-of-time compilation; see benchmarks/aot.py."""
+    kinds = {"mix_ptr": "*fp32", "share_ptr": "*fp32", "eps": "fp32", "gain": "fp32"}
+    found: list[dict[str, Any]] = []
+    for kernel, numbers in ((mix_kernel, 2048), (unmix_kernel, 1024)):
+        for name, width in WIDTHS.items():
+            block, warps = choose_block(width, numbers)
+            # a launch takes a stride of 1 for a constant
+            constants = {stride: 1 for stride in kernel.arg_names if stride.endswith("_stride_d")}
+            constants |= {"WIDTH": width, "BLOCK": block}
+            if kernel is unmix_kernel:
+                constants["SHARE"] = SHARE_ROWS
+            runtime = [argument for argument in kernel.arg_names if argument not in constants]
+            strides = tuple(argument for argument in runtime if "stride" in argument)
+            found.append(
+                {
+                    "name": f"{kernel.__name__.removesuffix('_kernel')}_{name}",
+                    "kernel": kernel,
+                    "signature": {
+                        argument: kinds.get(argument, "*bf16" if argument.endswith("_ptr") else "i32")
+                        for argument in runtime
+                    },
+                    "constexprs": constants,
+                    "options": {"num_warps": warps},
+                    "divisible": () if width % 16 else strides,
+                }
+            )
+    return found

@@ -1,0 +1,48 @@
+"""The residual mix and its norm as people write them, and how results are compared with float64, for every back end."""
+
+import torch
+
+LEAVES = ("x", "x0", "mix")
+EPS = 1e-6
+
+
+def formula(x, x0, mix, *, eps, gain):
+    """The chain as people write it, in the dtype of its inputs; the norm in float32 at least, as torch does it."""
+    first, second = mix.to(x.dtype).unbind()
+    h = torch.addcmul(first * x, second, x0)
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    normed = (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)).to(h.dtype)
+    return h, normed * gain
+
+
+def streams(batch, length, width, dtype=torch.float64, device="cpu"):
+    """Random tensors of one call by name, all of which require gradients."""
+    shapes = {"x": (batch, length, width), "x0": (batch, length, width), "mix": (2, width)}
+    return {
+        name: random(*shape, seed=seed, dtype=dtype, device=device).requires_grad_()
+        for seed, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def random(*shape, seed=0, dtype=torch.float64, device="cpu"):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
+
+
+def upstream(tensors, seed=9):
+    x = tensors["x"]
+    return [random(*x.shape, seed=seed + i, dtype=x.dtype, device=x.device) for i in range(2)]
+
+
+def run(function, tensors, gradients, eps=EPS, gain=0.5):
+    """Results and gradients by name."""
+    results = function(**tensors, eps=eps, gain=gain)
+    found = torch.autograd.grad(results, [tensors[name] for name in LEAVES], gradients)
+    return dict(zip(("h", "n", "dx", "dx0", "dmix"), [*(r.detach() for r in results), *found], strict=True))
+
+
+def exactly(tensors):
+    return {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+
+
+def errors(got, want):
+    return {name: float((got[name].double() - want[name]).norm() / want[name].norm()) for name in want}
