@@ -20,11 +20,13 @@ from train.data.shards import load_validation_tokens, write_shard
 from train.data.tokenizer import byte_tables, load_tokenizer, train_tokenizer
 from train.errors import UserError
 from train.evaluate.__main__ import main
+from train.evaluate.scores import read_evaluation
 from train.evaluate.windows import plan_windows
 from train.log_grammar import GRAMMAR
 from train.logger import read_metrics
 from train.model.gpt import GPT
 from train.quantize.tensors import quantize_model
+from train.run import RunFolder
 
 TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. ".split()
 MODEL = Config(
@@ -72,7 +74,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_truth(run: Path, seq_len: int, stride: int, limit: int | None = None) -> tuple[float, int, int]:
     """Nats, tokens and bytes of the artifact's model by the plain loop."""
-    config = Config.from_dict(json.loads((run / "config.json").read_text()))
+    config = RunFolder(run).read_config()
     tokens = load_validation_tokens(config.data_path, 32)[:limit]
     tables = byte_tables(load_tokenizer(Path(config.data_path) / "tiny_300_bpe.model", 300), 300)
     return plain_score(load_model(run / "model.golf"), tokens, tables, seq_len, stride, "once", config.logit_softcap)
@@ -85,7 +87,7 @@ def test_command_scores_the_artifact_from_its_bytes(
     shutil.copytree(finished_run, run)
     assert main([str(run)]) == 0
     nats, tokens, size = run_truth(run, 32, 8)
-    (entry,) = json.loads((run / "evaluation.json").read_text()).values()
+    (entry,) = read_evaluation(RunFolder(run)).values()
     assert (entry["tokens"], entry["bytes"]) == (tokens, size)
     assert entry["val_loss"] == pytest.approx(nats / tokens, rel=1e-6)
     assert entry["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
@@ -123,7 +125,7 @@ def test_command_options_change_what_is_scored_and_scores_stand_side_by_side(
     repeated = json.loads(capsys.readouterr().out)
     assert repeated["tokens"] == plan_windows(150, 32, 8, "overlap_tail").scored > 150
     main([str(run), *arguments])
-    scores = json.loads((run / "evaluation.json").read_text())
+    scores = read_evaluation(RunFolder(run))
     assert len(scores) == 3 and len(read_metrics(run / "metrics.jsonl")) == 4
 
 
@@ -149,7 +151,7 @@ def test_flags_are_understood_as_the_trainer_writes_them(
     exact = json.loads(capsys.readouterr().out)
     # a score of rounded logits does not take the place of one without
     assert exact["val_loss"] != entries[0]["val_loss"] == entries[1]["val_loss"]
-    assert len(json.loads((run / "evaluation.json").read_text())) == 2
+    assert len(read_evaluation(RunFolder(run))) == 2
     assert exact["tokens_per_second"] == pytest.approx(60 / exact["seconds"], abs=0.1)
 
 
@@ -157,7 +159,7 @@ def test_command_gives_the_same_score_on_two_ranks(finished_run: Path, tmp_path:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     main([str(run), "--json"])
-    (alone,) = json.loads((run / "evaluation.json").read_text()).values()
+    (alone,) = read_evaluation(RunFolder(run)).values()
     command = [
         sys.executable,
         "-m",
@@ -170,7 +172,7 @@ def test_command_gives_the_same_score_on_two_ranks(finished_run: Path, tmp_path:
     root = Path(__file__).parents[1]
     result = subprocess.run([*command, str(run)], cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    (shared,) = json.loads((run / "evaluation.json").read_text()).values()
+    (shared,) = read_evaluation(RunFolder(run)).values()
     assert shared["world_size"] == 2 and alone["world_size"] == 1
     for name in ("tokens", "bytes", "windows"):
         assert shared[name] == alone[name]
@@ -178,6 +180,10 @@ def test_command_gives_the_same_score_on_two_ranks(finished_run: Path, tmp_path:
     # one rank reports for both
     assert result.stdout.count("final_int6_sliding_window_exact") == 1
     assert len(read_metrics(run / "metrics.jsonl")) == 2
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != ".lock"}
 
 
 def spoil_scores_and_artifact(run: Path) -> None:
@@ -221,10 +227,10 @@ def test_bad_runs_are_refused_and_leave_no_score(
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     spoil(run)
-    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    before = contents(run)
     with pytest.raises(UserError, match=fragment):
         main([str(run), *arguments])
-    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    assert contents(run) == before
 
 
 def test_help_is_complete_and_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,13 +4,14 @@ import errno
 import hashlib
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from train.errors import UserError, main_guard
-from train.files import atomic_write, atomic_writer, read_json, sha256_file
+from train.files import atomic_write, atomic_writer, read_json, sha256_file, write_json
 
 
 def test_a_file_appears_whole_and_follows_the_umask(tmp_path: Path) -> None:
@@ -115,3 +116,34 @@ def test_json_nested_beyond_reading_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[" * 200_000)
     with pytest.raises(UserError, match=r"a\.json: not readable as JSON .*: write it again"):
         read_json(tmp_path / "a.json", "write it again")
+
+
+def test_every_flipped_byte_of_an_object_is_noticed_or_means_nothing(tmp_path: Path) -> None:
+    path, values = (
+        tmp_path / "a.json",
+        {"seed": 1337, "val_bpb": 1.08725556, "name": "é", "layers": [3, 4], "none": None},
+    )
+    write_json(path, values)
+    assert read_json(path, "") == values
+    whole = path.read_bytes()
+    checksum = whole.index(b'"crc32"')
+    unnoticed = 0
+    for place in range(checksum):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with suppress(UserError):
+            assert read_json(path, "") == values
+            unnoticed += 1
+    # line breaks and indents alone may become other white space
+    assert unnoticed <= whole.count(b"\n") + whole.count(b" ")
+
+
+def test_a_changed_object_says_how_to_keep_the_change(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"data_path": "here"})
+    path.write_text(path.read_text().replace("here", "there"))
+    with pytest.raises(
+        UserError, match=r"a\.json: changed since it was written .*: restore it; .* delete the field crc32"
+    ):
+        read_json(path, "restore it")
+    path.write_text(path.read_text().replace(path.read_text()[path.read_text().index(",") : -2], ""))
+    assert read_json(path, "") == {"data_path": "there"}

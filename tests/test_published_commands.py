@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from train.__main__ import main
+from train.artifact import Encoder, encode_artifact
 from train.artifact.target import prune
 from train.config import Config
 from train.data.build import build_dataset
@@ -22,11 +23,14 @@ from train.describe import describe
 from train.distributed import Ranks
 from train.errors import UserError
 from train.evaluate.__main__ import main as evaluate
+from train.evaluate.scores import read_evaluation
 from train.loop import recurrence_on
 from train.model.gpt import GPT
 from train.optimize.groups import build_optimizers
+from train.quantize.pruning import count_ones
 from train.quantize.tensors import QuantizedTensor, quantize_model
 from train.recipes import load_recipe
+from train.run import RunFolder
 from train.settings import resolve
 from train.submission.__main__ import main as submission
 
@@ -208,17 +212,20 @@ def test_adam_wd_is_the_embeddings_too() -> None:
     assert [group["weight_decay"] for group in groups("sp4096_recurrence", ADAM_WD="0.07")] == [0.09, 0.07, 0.07]
 
 
+class Lines(list[str]):
+    """A log in memory."""
+
+    def line(self, text: str) -> None:
+        self.append(text)
+
+
 def test_target_mb_prunes_and_warns_when_it_is_above_the_cap() -> None:
     built = model("sp4096_recurrence")
     config = narrow_config("sp4096_recurrence", QUANTIZER="rtn", MATRIX_CLIP="row_max")
     tensors = quantize_model(built, config, {})
 
-    class Lines(list[str]):
-        def line(self, text: str) -> None:
-            self.append(text)
-
     def pruned(target_mb: float, log: Lines) -> int:
-        result = prune(config.replace(target_mb=target_mb), tensors, 50_000, Ranks(), log)  # type: ignore[arg-type]
+        result = prune(config.replace(target_mb=target_mb), tensors, 50_000, Ranks(), log, Encoder())  # type: ignore[arg-type]
         return int((result["blocks.3.mlp.up"].codes == 0).sum() - (tensors["blocks.3.mlp.up"].codes == 0).sum())  # type: ignore[union-attr]
 
     log = Lines()
@@ -230,7 +237,26 @@ def test_target_mb_prunes_and_warns_when_it_is_above_the_cap() -> None:
     ones = {name: int((t.codes.abs() == 1).sum()) for name, t in tensors.items() if isinstance(t, QuantizedTensor)}
     assert tensors["embedding.weight"].bits == 8 and ones["embedding.weight"] > 0  # type: ignore[union-attr]
     assert f" of {sum(ones.values())} codes ±1" in log[-1]
-    assert "target of 52428 bytes" in log[-1] and len(log) == 1
+    assert "target of 52428 bytes" in log[0]
+    # as published, a target out of reach is no error, but nobody overlooks it
+    assert "target_mb 0.05 is not reached: with every code ±1 pruned" in log[1] and len(log) == 2
+
+
+def test_1471_prunes_eight_codes_per_byte_over_the_cap_once() -> None:
+    assert load_recipe("sp8192_sdclip").config().prune_excess == 8
+    built = model("sp8192_sdclip")
+    config = narrow_config("sp8192_sdclip", QUANTIZER="rtn", MATRIX_CLIP="row_max")
+    tensors = quantize_model(built, config, {})
+    size = 50_000 + encode_artifact(tensors, config)[1].model_bytes
+    before = count_ones(tensors)
+    for excess, expected in ((-1, 0), (0, 0), (1, 8), (100, 800), (size - 1, before)):
+        log = Lines()
+        capped = config.replace(max_artifact_bytes=size - excess)
+        result = prune(capped, tensors, 50_000, Ranks(), log, Encoder())  # type: ignore[arg-type]
+        assert before - count_ones(result) == expected
+        assert (result is tensors) == (expected == 0) and len(log) == (expected > 0)
+        if expected:
+            assert f"prune:{expected} of {before} codes ±1 for a model {excess} bytes over the cap" in log[0]
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +328,7 @@ def test_262_starts_and_its_score_is_labelled_and_fails_the_check(
     prefix = (tmp_path / "prefix_6m2.xz").stat().st_size
     assert record["bytes_total"] == record["bytes_code"] + record["bytes_model"] + prefix
     assert record["bytes_paid_prefix"] == prefix
-    scores = json.loads((run / "evaluation.json").read_text()).values()
+    scores = read_evaluation(RunFolder(run)).values()
     assert len(scores) == 2 and all(score["label"] == NOT_COMPLIANT for score in scores)
     # half of the 1,024 scored targets are free
     capsys.readouterr()

@@ -14,6 +14,7 @@ import pytest
 from train.config import Config
 from train.data.paid_prefix import NOT_COMPLIANT
 from train.errors import UserError
+from train.evaluate.scores import read_evaluation
 from train.run import RunFolder
 from train.settings import resolve
 from train.submission import build
@@ -61,7 +62,7 @@ def test_the_numbers_are_those_of_the_runs(record: Path, runs: list[Path]) -> No
     submission = json.loads((record / "submission.json").read_text())
     scores = {}
     for run in runs:
-        entries = json.loads((run / "evaluation.json").read_text()).values()
+        entries = read_evaluation(RunFolder(run)).values()
         scores[run.name.removeprefix("seed")] = next(entry for entry in entries if entry["stride"] == 32)
     code = sum(path.stat().st_size for path in record.rglob("*.py"))
     assert submission["bytes_code"] == code

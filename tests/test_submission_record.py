@@ -11,7 +11,7 @@ from train.artifact.budget import BudgetRow
 from train.errors import UserError
 from train.submission.__main__ import main
 from train.submission.record import readme, write_record
-from train.submission.summary import Summary, group_bytes, summary_text
+from train.submission.summary import Summary, group_bytes, size_line, summary_text
 
 COMMON_KEYS = (
     "author date github_id name val_bpb blurb val_loss bytes_total track bytes_code seeds seed_results hardware val_bpb_std"
@@ -237,3 +237,11 @@ def test_help_is_complete_and_shows_an_example(capsys: pytest.CaptureFixture[str
     for flag in ("--author", "--github-id", "--name", "--blurb", "--track"):
         assert flag in text
     assert "python -m train.submission record runs/" in text
+
+
+def test_a_missed_target_of_pruning_is_told_beside_the_size() -> None:
+    aimed = make_summary(target_bytes=15_981_300)
+    assert "over the target" not in size_line(aimed) and "over the target" not in size_line(make_summary())
+    missed = make_summary(target_bytes=15_981_000)
+    assert size_line(missed).endswith(", 300 over the target of 15,981,000")
+    assert "300 over the target" in summary_text(missed)

@@ -12,20 +12,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.artifact import load_model
+from train.artifact import ArtifactInfo, encode_artifact, load_model
 from train.checkpoint import load_weights, read_tensors
 from train.config import Config
 from train.data.build import build_dataset
 from train.data.corpus import split_documents, stdlib_documents
 from train.data.validation import load_validation
 from train.errors import UserError
+from train.evaluate.__main__ import main as evaluate
+from train.evaluate.scores import read_evaluation
 from train.evaluate.scoring import evaluate_model
+from train.files import write_json
 from train.log_grammar import parse_log
 from train.logger import read_metrics, series
+from train.quantize.__main__ import main as quantize
 from train.recipes import load_recipe
 from train.run import RunFolder, create_run_folder, open_run_folder
 from train.script.code_size import package_code_bytes
 from train.stages import quantize_stage
+from train.submission.gather import summarize
 from train.walk import preflight, walk
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,7 +121,7 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
 
 def test_metrics_keep_the_whole_score_with_its_timing(finished: Finished) -> None:
     kept = [record for record in read_metrics(finished.folder.metrics) if record["kind"] == "final"]
-    scores = json.loads(finished.folder.evaluation.read_text()).values()
+    scores = read_evaluation(finished.folder).values()
     assert [{"kind": "final", **score} for score in scores] == kept and len(kept) == 2
     for score in kept:
         assert score["tokens_per_second"] == pytest.approx(score["tokens"] / score["seconds"], rel=1e-3)
@@ -221,14 +226,119 @@ def test_a_run_folder_is_worked_on_by_one_process(finished: Finished, tmp_path: 
     assert command("train", *flags(config)).returncode == 0
 
 
+def test_an_artifact_is_made_and_scored_by_one_process(finished: Finished, tmp_path: Path) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    with folder.held():
+        for work in (quantize, evaluate):
+            with pytest.raises(UserError, match="another process is at work on this run"):
+                work([str(folder.path)])
+        # another file is nobody else's business
+        assert quantize([str(folder.path), "--quantizer", "rtn", "--out", str(tmp_path / "other.golf")]) == 0
+    with folder.held(shared=True):
+        assert evaluate([str(folder.path), "--stride", "0"]) == 0
+        with pytest.raises(UserError, match="another process is at work on this run"):
+            quantize([str(folder.path)])
+    (tmp_path / "empty").mkdir()
+    for name, said in (("none", "no such run folder"), ("empty", "is not a run folder")):
+        with pytest.raises(UserError, match=said):
+            evaluate([str(tmp_path / name)])
+    assert not list((tmp_path / "empty").iterdir())
+
+
+class Killed(BaseException):
+    """The end of a process, where a test wants it."""
+
+
+def kill(*_: object) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    "place", ["train.run.write_json", "train.artifact.storage.atomic_write", "train.stages.load_model"]
+)
+@pytest.mark.parametrize("changes", [[], ["--target-mb", "0.01"]])
+def test_a_kill_leaves_no_old_score_beside_a_new_artifact(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, changes: list[str]
+) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    before, config = folder.artifact.read_bytes(), folder.read_config()
+    with monkeypatch.context() as patched:
+        patched.setattr(place, kill)
+        if place == "train.run.write_json" and not changes:
+            assert quantize([str(folder.path)]) == 0
+        else:
+            with pytest.raises(Killed):
+                quantize([str(folder.path), *changes])
+    assert not folder.evaluation.exists() and not folder.summary.exists()
+    # an artifact that is there is that of the settings that are there
+    if folder.artifact.exists():
+        assert (folder.artifact.read_bytes() == before) == (folder.read_config() == config)
+    with pytest.raises(UserError, match=r"evaluation\.json: missing: run python -m train.evaluate"):
+        summarize(folder)
+    assert quantize([str(folder.path), *changes]) == 0
+
+
+@pytest.mark.parametrize("changes", [[], ["--target-mb", "1"], ["--target-bytes"]])
+def test_what_a_fit_encoded_last_is_written(
+    finished: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: list[str],
+) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    if changes == ["--target-bytes"]:
+        changes = [*changes, str(package_code_bytes() + int(0.8 * folder.artifact.stat().st_size))]
+    encoded: list[int] = []
+
+    def encode(*arguments: object, **named: object) -> tuple[bytes, ArtifactInfo]:
+        found = encode_artifact(*arguments, **named)  # type: ignore[arg-type]
+        encoded.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr("train.artifact.storage.encode_artifact", encode)
+    assert quantize([str(folder.path), *changes]) == 0
+    rounds = re.findall(r"fit:\d+ of \d+ bytes", capsys.readouterr().out)
+    assert len(encoded) == max(len(rounds), 1)
+    assert folder.artifact.stat().st_size == encoded[-1]
+
+
+def test_a_setting_that_is_younger_than_a_run_has_its_default(finished: Finished, tmp_path: Path) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    values = folder.read_config().to_dict()
+    write_json(
+        folder.config, {name: value for name, value in values.items() if name not in ("prune_excess", "trigram")}
+    )
+    assert folder.read_config() == finished.folder.read_config()
+    assert summarize(folder).val_bpb == summarize(finished.folder).val_bpb
+    write_json(folder.config, {name: value for name, value in values.items() if name != "recipe"})
+    with pytest.raises(UserError, match="no value for recipe"):
+        folder.read_config()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "module"),
+    [
+        ("config.json", '"seed": 1337', '"seed": 1338', "train.evaluate"),
+        ("training.json", '"steps": 12', '"steps": 13', "train.submission record"),
+        ("evaluation.json", '"tokens": 2048', '"tokens": 2049', "train.submission record"),
+    ],
+)
+def test_a_number_that_changed_on_the_disk_is_noticed(
+    finished: Finished, tmp_path: Path, name: str, old: str, new: str, module: str
+) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    text = (folder.path / name).read_text()
+    assert old in text
+    (folder.path / name).write_text(text.replace(old, new))
+    result = command(*module.split(), folder.path)
+    assert result.returncode == 2
+    assert f"{name}: changed since it was written" in result.stderr
+
+
 def test_a_kill_leaves_no_run_folder_without_settings(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException): ...
-
-    def kill(*_: object) -> None:
-        raise Killed
-
     config = small(dataset, tmp_path / "runs", resume="auto")
     with monkeypatch.context() as patched:
         patched.setattr(RunFolder, "write_config", kill)
@@ -238,7 +348,7 @@ def test_a_kill_leaves_no_run_folder_without_settings(
     with open_run_folder(config) as folder:
         (folder.path / ".model.golf.abc.part").touch()
     with open_run_folder(config) as folder:
-        assert [path.name for path in folder.path.iterdir()] == ["config.json"]
+        assert {path.name for path in folder.path.iterdir()} == {".lock", "config.json"}
 
 
 def test_a_run_folder_that_exists_is_refused(finished: Finished) -> None:

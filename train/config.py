@@ -3,7 +3,8 @@
 A field's name in upper case is its environment variable, and the names are Parameter Golf's, so the published run
 commands work as they stand. Precedence: command line `--field value` > environment > recipe > default. A name that
 looks like a setting and is none, a value of the wrong type and a value out of range are `ConfigError`s, raised before
-anything is allocated.
+anything is allocated. The default of a setting that is added does what was done without it, so that older run folders
+and artifacts keep their meaning.
 """
 
 from __future__ import annotations
@@ -207,6 +208,9 @@ class Config:
     target_mb: float = setting(
         0.0, "prune codes ±1 until code and model take so many MiB (1,048,576 bytes, as published); 0: never", low=0.0
     )
+    prune_excess: int = setting(
+        0, "prune so many codes ±1 per byte over the cap, if code and model are over it (#1471: 8); 0: none", low=0
+    )
     code_form: str = setting(
         "wrapped", "code that counts: one script of all a run uses, or the sources as they are",
         choices=("plain", "minified", "wrapped", "sources"),
@@ -264,6 +268,11 @@ class Config:
     def training_seconds(self) -> float:
         """Wall clock for training steps alone; 0 means no cap."""
         return max(self.max_wallclock_seconds - self.gptq_reserve_seconds, 0.0)
+
+    @property
+    def pruning_target_bytes(self) -> int:
+        """`target_mb` in bytes."""
+        return int(self.target_mb * (1 << 20))
 
     def replace(self, **changes: Any) -> Config:
         return dataclasses.replace(self, **changes)

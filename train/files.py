@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from train.errors import UserError
+
+_CHECKSUM = "crc32"
 
 
 @contextmanager
@@ -52,15 +55,20 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | memoryview | str) -
         file.write(data.encode() if isinstance(data, str) else data)
 
 
+def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
+    """Write one JSON object with its checksum as a last field, `crc32`, whole or not at all."""
+    atomic_write(path, json.dumps({**values, _CHECKSUM: _checksum(values)}, indent=1) + "\n")
+
+
 def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+    """Read a file that holds one JSON object; if it has the checksum of `write_json`, check it and leave it out.
 
     Args:
         path: the file.
         remedy: what to do if it is not one, for the message.
 
     Raises:
-        UserError: it is missing, not a file, or holds something else.
+        UserError: it is missing, not a file, holds something else, or is not as it was written.
     """
     try:
         value = json.loads(Path(path).read_text())
@@ -70,6 +78,12 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
         raise UserError(f"{path}: not readable as JSON ({type(error).__name__}): {remedy}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}: {remedy}")
+    expected, found = value.pop(_CHECKSUM, None), _checksum(value)
+    if expected not in (None, found):
+        raise UserError(
+            f"{path}: changed since it was written (checksum {found}, expected {expected}): {remedy}; if the change is yours, "
+            f"delete the field {_CHECKSUM}"
+        )
     return value
 
 
@@ -77,6 +91,10 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     """The hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
 def _umask() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import tempfile
 import time
@@ -13,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.config import BOOKKEEPING, Config, ConfigError, field_names
+from train.config import BOOKKEEPING, Config, ConfigError
 from train.errors import UserError
-from train.files import atomic_write, read_json
+from train.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -65,27 +64,57 @@ class RunFolder:
         return self.path / "summary.json"
 
     def read_config(self) -> Config:
-        """The configuration that the run was started with.
+        """The configuration that the run was started with; a setting that is younger than the file has its default.
 
         Raises:
             UserError: there is no such run, or its config.json is not readable.
         """
-        if not self.path.is_dir():
-            raise UserError(f"{self.path}: no such run folder (python -m train makes one under runs/)")
-        if not self.config.exists():
-            raise UserError(f"{self.config}: missing: {self.path} is not a run folder of python -m train")
+        self.need_run()
         values = read_json(self.config, "restore it or train again")
-        missing = set(field_names()) - set(values)
-        if missing:
-            raise UserError(f"{self.config}: no value for {', '.join(sorted(missing)[:3])}: restore it or train again")
+        if "recipe" not in values:
+            raise UserError(f"{self.config}: no value for recipe, which every run has: restore it or train again")
         try:
             return Config.from_dict(values)
         except ConfigError as error:
             raise UserError(f"{self.config}: {error}: restore it or train again") from error
 
+    def need_run(self) -> None:
+        """Refuse a folder that is no run's.
+
+        Raises:
+            UserError: there is no such folder, or it has no config.json.
+        """
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: no such run folder (python -m train makes one under runs/)")
+        if not self.config.exists():
+            raise UserError(f"{self.config}: missing: {self.path} is not a run folder of python -m train")
+
     def write_config(self, config: Config) -> None:
         """Replace the run's settings."""
-        atomic_write(self.config, json.dumps(config.to_dict(), indent=1) + "\n")
+        write_json(self.config, config.to_dict())
+
+    def drop_scores(self) -> None:
+        """Remove what tells of the artifact: before another takes its place, so that no kill leaves old scores beside it."""
+        for path in (self.evaluation, self.summary):
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def held(self, *, shared: bool = False) -> Iterator[None]:
+        """Keep other processes off the run until the block ends or this process dies; shared, only those that are not.
+
+        Raises:
+            UserError: there is no such run, or another process is at work in its folder.
+        """
+        self.need_run()
+        # a file of its own: a lock does not outlast the replacement of its file
+        with open(self.path / ".lock", "ab") as file:
+            try:
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"{self.path}: another process is at work on this run: wait for its end, or stop it first"
+                ) from error
+            yield
 
     def read_training(self, *fields: str) -> dict[str, Any]:
         """What the training stage measured, the named fields at least.
@@ -156,13 +185,7 @@ def open_run_folder(config: Config) -> Iterator[RunFolder]:
         UserError: as `create_run_folder`, or another process is at work in the folder.
     """
     folder = create_run_folder(config)
-    with open(folder.config, "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{folder.path}: another process is at work on this run: wait for its end, or stop it first"
-            ) from error
+    with folder.held():
         # what a killed process was writing; the lock says that nobody writes now
         for part in folder.path.glob(".*.part"):
             part.unlink()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import datetime
-import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from golf_kernels import dispatch
-from train.artifact import load_model, write_artifact
+from train.artifact import Encoder, load_model, write_artifact
 from train.artifact.target import fit_target, prune
 from train.checkpoint import load_weights, write_tensors
 from train.config import Config
@@ -25,7 +24,7 @@ from train.distributed import Ranks
 from train.errors import UserError
 from train.evaluate.scores import evaluation_entry, write_evaluation
 from train.evaluate.scoring import evaluate_model
-from train.files import atomic_write
+from train.files import write_json
 from train.hardware import hardware
 from train.logger import RunLogger
 from train.loop import train
@@ -81,14 +80,20 @@ def train_stage(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger)
             "first": asdict(result.first),
             "last": asdict(result.last),
         }
-        atomic_write(folder.training, json.dumps(measured, indent=1) + "\n")
+        write_json(folder.training, measured)
         folder.checkpoint.unlink(missing_ok=True)
     ranks.barrier()
     return result.model
 
 
-def quantize_stage(config: Config, model: GPT, ranks: Ranks, log: RunLogger) -> StoredTensors:
-    """Calibrate, round, and return what the artifact stores; the same on every rank."""
+def quantize_stage(
+    config: Config, model: GPT, ranks: Ranks, log: RunLogger, encoder: Encoder | None = None
+) -> StoredTensors:
+    """Calibrate, round, and return what the artifact stores; the same on every rank.
+
+    `encoder` keeps, for `artifact_stage`, what a fit to `target_bytes` encoded.
+    """
+    encoder = encoder or Encoder()
     names = matrices_to_calibrate(model, config)
     hessians = calibrate(config, model, names, ranks, log.line) if names else {}
     started = time.perf_counter()
@@ -96,7 +101,10 @@ def quantize_stage(config: Config, model: GPT, ranks: Ranks, log: RunLogger) -> 
     def quantize(sigmas: Mapping[str, float]) -> StoredTensors:
         return quantize_model(model, config, hessians, ranks=ranks, note=log.line, sigmas=sigmas)
 
-    tensors = fit_target(config, model, hessians, quantize, ranks, log) if config.target_bytes else quantize({})
+    if config.target_bytes:
+        tensors = fit_target(config, model, hessians, quantize, ranks, log, encoder)
+    else:
+        tensors = quantize({})
     log.line(f"gptq:quantized {len(tensors)} tensors in {time.perf_counter() - started:.1f}s")
     if names:
         backend, reason = dispatch.choose("gptq_block", device=ranks.device.type)
@@ -104,19 +112,47 @@ def quantize_stage(config: Config, model: GPT, ranks: Ranks, log: RunLogger) -> 
     return tensors
 
 
-def artifact_stage(config: Config, path: Path, model: GPT, tensors: StoredTensors, ranks: Ranks, log: RunLogger) -> GPT:
-    """Prune if `target_mb` says so, write the artifact, read it back from its bytes, and make sure that nothing was lost.
+def artifact_stage(
+    config: Config,
+    path: Path,
+    model: GPT,
+    tensors: StoredTensors,
+    ranks: Ranks,
+    log: RunLogger,
+    *,
+    encoder: Encoder,
+    before_replacing: Callable[[], object] = lambda: None,
+) -> GPT:
+    """Prune if the settings say so, write the artifact, read it back from its bytes, and make sure that nothing was lost.
+
+    Args:
+        config: the settings.
+        path: of the artifact.
+        model: as it was trained.
+        tensors: of `quantize_stage`.
+        ranks: this process among the others, all of which must call.
+        log: is told the sizes.
+        encoder: of `quantize_stage`.
+        before_replacing: called on the first rank when the artifact fits, before it stands at `path`.
 
     Returns:
         The model that the artifact's bytes hold.
     """
     code, paid = ranks.on_main(lambda: counted_code_bytes(config)), prefix_bytes(config)
-    if config.target_mb:
-        tensors = prune(config, tensors, code + paid, ranks, log)
+    tensors = prune(config, tensors, code + paid, ranks, log, encoder)
 
     def write() -> None:
         cap = min(config.target_bytes or config.max_artifact_bytes, config.max_artifact_bytes)
-        info = write_artifact(path, tensors, config, code_bytes=code, prefix_bytes=paid, max_bytes=cap)
+        info = write_artifact(
+            path,
+            tensors,
+            config,
+            code_bytes=code,
+            prefix_bytes=paid,
+            max_bytes=cap,
+            encode=encoder,
+            before_replacing=before_replacing,
+        )
         log.sizes(
             raw_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
             code_bytes=code,

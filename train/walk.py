@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from golf_kernels import dispatch
 from golf_kernels.newton_schulz import coefficient_set
+from train.artifact import Encoder
 from train.artifact.codecs import CODECS
 from train.config import MICRO_BATCHES, Config
 from train.data.loaders import make_loader
@@ -19,7 +19,7 @@ from train.data.paid_prefix import known_targets
 from train.data.validation import load_validation
 from train.distributed import start_ranks
 from train.errors import UserError
-from train.files import atomic_write, read_json
+from train.files import read_json, write_json
 from train.logger import RunLogger
 from train.model.attention_choice import check_attention
 from train.run import RunFolder, new_run_id, open_run_folder
@@ -56,7 +56,7 @@ class StageClock:
 
     def _save(self) -> None:
         if self.path is not None:
-            atomic_write(self.path, json.dumps(self.seconds) + "\n")
+            write_json(self.path, self.seconds)
 
 
 def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
@@ -93,9 +93,19 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
             with clock("train"):
                 model = train_stage(config, folder, ranks, log)
             with clock("quantize"):
-                tensors = quantize_stage(folder.trained_config(), model, ranks, log)
+                encoder = Encoder()
+                tensors = quantize_stage(folder.trained_config(), model, ranks, log, encoder)
             with clock("artifact"):
-                model = artifact_stage(folder.trained_config(), folder.artifact, model, tensors, ranks, log)
+                model = artifact_stage(
+                    folder.trained_config(),
+                    folder.artifact,
+                    model,
+                    tensors,
+                    ranks,
+                    log,
+                    encoder=encoder,
+                    before_replacing=folder.drop_scores,
+                )
             with clock("evaluate"):
                 evaluate_stage(folder, model, ranks, log)
             # a submission's script carries no code that only writes about a run

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from train.artifact.budget import ArtifactInfo, BudgetError, BudgetRow, budget_table
 from train.artifact.container import ArtifactError
-from train.artifact.storage import MODEL_FIELDS, Artifact, encode_artifact, load_model, read_artifact, write_artifact
+from train.artifact.storage import (
+    MODEL_FIELDS,
+    Artifact,
+    Encoder,
+    encode_artifact,
+    load_model,
+    read_artifact,
+    write_artifact,
+)
 
 __all__ = [
     "MODEL_FIELDS",
@@ -17,6 +25,7 @@ __all__ = [
     "ArtifactInfo",
     "BudgetError",
     "BudgetRow",
+    "Encoder",
     "budget_table",
     "encode_artifact",
     "load_model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +75,8 @@ def write_artifact(
     prefix_bytes: int = 0,
     max_bytes: int | None = None,
     progress: bool = False,
+    encode: Encoder | None = None,
+    before_replacing: Callable[[], object] = lambda: None,
 ) -> ArtifactInfo:
     """Pack a quantized model with `config.codec` into one file, whole or not at all.
 
@@ -89,6 +91,8 @@ def write_artifact(
         prefix_bytes: size of a paid prefix, which counts too.
         max_bytes: cap on all together; None takes `config.max_artifact_bytes`.
         progress: show it.
+        encode: takes the place of `encode_artifact`, and may have the bytes already.
+        before_replacing: called when the bytes are there and fit, before they take the place of a former artifact.
 
     Returns:
         The sizes.
@@ -101,11 +105,27 @@ def write_artifact(
     target = Path(path)
     if not target.parent.is_dir():
         raise UserError(f"{target}: its folder does not exist: create {target.parent} first")
-    data, info = encode_artifact(tensors, config, progress=progress)
+    data, info = encode_artifact(tensors, config, progress=progress) if encode is None else encode(tensors, config)
     cap = config.max_artifact_bytes if max_bytes is None else max_bytes
     check_budget(str(target), info, code_bytes, cap, prefix_bytes)
+    before_replacing()
     atomic_write(target, data)
     return info
+
+
+class Encoder:
+    """`encode_artifact` that does not encode again what it encoded last: brotli takes seconds for each million codes.
+
+    Tensors are recognized by being the same dictionary, which nobody may change in between.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[StoredTensors, Config, tuple[bytes, ArtifactInfo]] | None = None
+
+    def __call__(self, tensors: StoredTensors, config: Config) -> tuple[bytes, ArtifactInfo]:
+        if self._last is None or self._last[0] is not tensors or self._last[1] != config:
+            self._last = tensors, config, encode_artifact(tensors, config)
+        return self._last[2]
 
 
 def encode_artifact(

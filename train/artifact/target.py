@@ -1,4 +1,4 @@
-"""A run's artifact brought below its targets: by the row clips (`target_bytes`), or by pruning (`target_mb`)."""
+"""A run's artifact brought below its targets: by the row clips (`target_bytes`), or by pruning (`target_mb`, `prune_excess`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from train.artifact import encode_artifact
+from train.artifact import Encoder
 from train.config import Config
 from train.data.loaders import make_loader
 from train.data.paid_prefix import prefix_bytes
@@ -19,8 +19,6 @@ from train.quantize.fit import Encoded, fit
 from train.quantize.pruning import count_ones, prune_ones, prunes_needed
 from train.quantize.tensors import StoredTensors
 from train.script.code_size import counted_code_bytes
-
-MEBIBYTE = 1 << 20
 
 # on so many tokens per rank the loss is measured by which row clips are weighed
 FIT_TOKENS = 1 << 15
@@ -33,6 +31,7 @@ def fit_target(
     quantize: Callable[[Mapping[str, float]], StoredTensors],
     ranks: Ranks,
     log: RunLogger,
+    encoder: Encoder,
 ) -> StoredTensors:
     """Quantize so that code and model take at most `target_bytes`: by the row clips, and if these do not do by pruning."""
     started = time.perf_counter()
@@ -55,7 +54,7 @@ def fit_target(
 
     def encode(tensors: StoredTensors) -> Encoded:
         def sizes() -> Encoded:
-            info = encode_artifact(tensors, config)[1]
+            info = encoder(tensors, config)[1]
             codes = {part.group: part.packed_bytes for part in info.sections if part.type.startswith("int")}
             return Encoded(counted + info.model_bytes, codes)
 
@@ -84,18 +83,43 @@ def fit_target(
     return prune_ones(tensors, count)
 
 
-def prune(config: Config, tensors: StoredTensors, other_bytes: int, ranks: Ranks, log: RunLogger) -> StoredTensors:
-    """Prune codes ±1 until the model and `other_bytes` of code take at most `target_mb`."""
-    target = int(config.target_mb * MEBIBYTE)
-    if target > config.max_artifact_bytes:
-        log.line(
-            f"warning: target_mb {config.target_mb:g} is {target:,} bytes, beyond the cap of {config.max_artifact_bytes:,}: "
-            "pruning does not keep to the cap"
+def prune(
+    config: Config, tensors: StoredTensors, other_bytes: int, ranks: Ranks, log: RunLogger, encoder: Encoder
+) -> StoredTensors:
+    """Prune codes ±1 as `target_mb` and `prune_excess` say, beside `other_bytes` of code that count with the model.
+
+    `target_mb` (#1392) searches the number of codes, and takes all of them where the target is out of reach; that it was
+    is logged, and no error. `prune_excess` (#1471) prunes so many codes per byte over the cap, once.
+    """
+
+    def size(candidate: StoredTensors) -> int:
+        return other_bytes + encoder(candidate, config)[1].model_bytes
+
+    if config.target_mb:
+        target = config.pruning_target_bytes
+        if target > config.max_artifact_bytes:
+            log.line(
+                f"warning: target_mb {config.target_mb:g} is {target:,} bytes, beyond the cap of {config.max_artifact_bytes:,}: "
+                "pruning does not keep to the cap"
+            )
+        tensors = _pruned(
+            tensors, ranks.on_main(lambda: prunes_needed(tensors, target, size)), f"target of {target} bytes", log
         )
-    count = ranks.on_main(
-        lambda: prunes_needed(
-            tensors, target - other_bytes, lambda pruned: encode_artifact(pruned, config)[1].model_bytes
-        )
-    )
-    log.line(f"prune:{count} of {count_ones(tensors)} codes ±1 for a target of {target} bytes")
-    return prune_ones(tensors, count)
+        reached = ranks.on_main(lambda: size(tensors))
+        if reached > target:
+            log.line(
+                f"warning: target_mb {config.target_mb:g} is not reached: with every code ±1 pruned code and model take "
+                f"{reached:,} bytes, {reached - target:,} over the target of {target:,}"
+            )
+    if config.prune_excess:
+        excess = ranks.on_main(lambda: size(tensors)) - config.max_artifact_bytes
+        if excess > 0:
+            count = min(config.prune_excess * excess, count_ones(tensors))
+            tensors = _pruned(tensors, count, f"model {excess} bytes over the cap", log)
+    return tensors
+
+
+def _pruned(tensors: StoredTensors, count: int, reason: str, log: RunLogger) -> StoredTensors:
+    log.line(f"prune:{count} of {count_ones(tensors)} codes ±1 for a {reason}")
+    # the same tensors need not be encoded again
+    return prune_ones(tensors, count) if count else tensors

@@ -108,6 +108,12 @@ def main(argv: list[str] | None = None) -> int:
     """Score a run folder from the command line; under torchrun its ranks share the windows."""
     arguments = _parser().parse_args(map(_as_named, sys.argv[1:] if argv is None else argv))
     folder = RunFolder(arguments.run)
+    # no other artifact may take the place of the one that is scored
+    with folder.held(shared=True):
+        return _score(folder, arguments)
+
+
+def _score(folder: RunFolder, arguments: argparse.Namespace) -> int:
     config = _run_config(folder, arguments)
     if folder.evaluation.exists():
         # an unreadable file of scores is better found before the work than after it

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from train.config import Config
 from train.data.paid_prefix import NOT_COMPLIANT
 from train.errors import UserError
-from train.files import atomic_write
+from train.files import read_json, write_json
 from train.run import RunFolder
 
 
@@ -56,7 +55,7 @@ def evaluation_entry(result: EvalResult, config: Config, *, weights: str, **fact
 def write_evaluation(folder: RunFolder, entry: dict[str, Any]) -> None:
     """Add a score to the run's evaluation.json, in the place of one made under the same settings."""
     scores = read_evaluation(folder) if folder.evaluation.exists() else {}
-    atomic_write(folder.evaluation, json.dumps({**scores, _key(entry): entry}, indent=1) + "\n")
+    write_json(folder.evaluation, {**scores, _key(entry): entry})
 
 
 def find_evaluation(folder: RunFolder, config: Config, *, weights: str = "artifact") -> dict[str, Any]:
@@ -97,7 +96,5 @@ _KEY = ("weights", "rule", "seq_len", "stride", "max_tokens", "logits_rounding",
 
 def read_evaluation(folder: RunFolder) -> dict[str, dict[str, Any]]:
     """The scores in evaluation.json, by their settings."""
-    try:
-        return dict(json.loads(folder.need(folder.evaluation, f"python -m train.evaluate {folder.path}").read_text()))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder.evaluation}: not readable ({error}): delete it and evaluate again") from error
+    path = folder.need(folder.evaluation, f"python -m train.evaluate {folder.path}")
+    return read_json(path, "delete it and evaluate again")

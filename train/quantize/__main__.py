@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from train.config import Config, ConfigError, field_help, parse_value
@@ -14,17 +15,18 @@ SETTINGS = (
     "quantizer", "matrix_bits", "embed_bits", "tied_embed_bits", "matrix_clip", "matrix_clip_sigmas", "embed_clip",
     "embed_clip_sigmas", "scale_floor", "gptq_calib_source", "gptq_calib_graph", "gptq_calib_batches", "gptq_calib_temperature",
     "gptq_tied_embed", "gptq_damp", "gptq_block_size", "gptq_act_order", "passthrough_max_elements", "codec", "target_bytes",
-    "target_mb", "max_artifact_bytes", "data_path", "device",
+    "target_mb", "prune_excess", "max_artifact_bytes", "data_path", "device",
 )  # fmt: skip
 
 # with these the artifact is still the run's own
-BUDGET = frozenset({"target_bytes", "target_mb"})
+BUDGET = frozenset({"target_bytes", "target_mb", "prune_excess"})
 
 
 def main(argv: list[str] | None = None) -> int:
     """Calibrate, quantize and pack the weights of a run folder; under torchrun its ranks share the calibration."""
     arguments = _parser().parse_args(argv)
     # imported after the arguments are read: torch takes seconds, --help should not
+    from train.artifact import Encoder
     from train.checkpoint import load_weights
     from train.distributed import start_ranks
     from train.logger import RunLogger
@@ -40,17 +42,26 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(
             f"--out: needed with other settings than the run's ({', '.join(changes)}): its own artifact stays"
         )
-    with start_ranks(config.device) as ranks, tempfile.TemporaryDirectory() as elsewhere:
+
+    def make_room() -> None:
+        if arguments.out is not None:
+            return
+        folder.drop_scores()
+        if changes:
+            # a kill between the two leaves no artifact, rather than one of other settings than the run's
+            folder.artifact.unlink(missing_ok=True)
+            folder.write_config(folder.read_config().replace(**changes))
+
+    with start_ranks(config.device) as ranks, tempfile.TemporaryDirectory() as elsewhere, ExitStack() as held:
+        if arguments.out is None:
+            ranks.on_main(lambda: held.enter_context(folder.held()))
         # the run's log tells of the run's own artifact alone
         log = RunLogger(elsewhere if arguments.out else folder.path, config.seed, ranks.rank)
         model: GPT = load_weights(folder).to(ranks.device)
-        tensors = quantize_stage(config, model, ranks, log)
-        artifact_stage(config, arguments.out or folder.artifact, model, tensors, ranks, log)
-        log.line(f"wrote {arguments.out or folder.artifact}")
-        if arguments.out is None:
-            # its scores are the former artifact's, its settings those of the new one
-            ranks.on_main(lambda: folder.evaluation.unlink(missing_ok=True))
-            ranks.on_main(lambda: folder.write_config(folder.read_config().replace(**changes)))
+        encoder, path = Encoder(), arguments.out or folder.artifact
+        tensors = quantize_stage(config, model, ranks, log, encoder)
+        artifact_stage(config, path, model, tensors, ranks, log, encoder=encoder, before_replacing=make_room)
+        log.line(f"wrote {path}")
     return 0
 
 

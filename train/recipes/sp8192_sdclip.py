@@ -6,7 +6,7 @@ begun are dead, and the scale floor of 1/31 binds wherever a row's deviation is 
 
 Deviations: Hessians are summed over ranks, where rank 0's own 64 batches were used; a failing Cholesky is tried again
 with more damping before a matrix is rounded to nearest; the loader's seed comes from shard names, not from absolute
-paths; ±1 pruning, which never triggered, is off (TARGET_MB); the container is this project's own.
+paths; the container is this project's own.
 """
 
 # of the first seed named above, val_bpb the mean where there are several
@@ -52,6 +52,8 @@ SETTINGS = {
     "adam_wd": 0.02,
     "grad_clip_norm": 0.3,
     "ema_decay": 0.9965,
+    # published: never needed
+    "prune_excess": 8,
     "eval_seq_len": 2048,
     "logits_rounding": "bf16",
 }

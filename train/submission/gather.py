@@ -52,6 +52,7 @@ def summarize(folder: RunFolder) -> Summary:
         bytes_prefix=bytes_prefix,
         bytes_total=bytes_code + bytes_prefix + artifact.info.model_bytes,
         max_bytes=config.max_artifact_bytes,
+        target_bytes=config.pruning_target_bytes,
         parameters=sum(tensor.shape.numel() for tensor in artifact.tensors.values()),
         hardware=training["hardware"],
         torch=training["torch"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import typing
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
-from train.files import atomic_write, read_json
+from train.files import read_json, write_json
 
 if TYPE_CHECKING:
     from train.artifact.budget import BudgetRow
@@ -59,6 +58,7 @@ class Summary:
         python: version.
         yardsticks: compressor → bits per byte of the validation text, e.g. `gzip -9`.
         model_groups: group of tensors → bytes in the artifact, in all `bytes_model`; empty: not measured.
+        target_bytes: that `target_mb` was to reach by pruning; 0: none.
         label: what stands beside every score of a run that breaks the rules; empty: nothing.
     """
 
@@ -89,6 +89,7 @@ class Summary:
     yardsticks: dict[str, float] = field(default_factory=dict)
     model_groups: dict[str, int] = field(default_factory=dict)
     bytes_prefix: int = 0
+    target_bytes: int = 0
     label: str = ""
 
     def __post_init__(self) -> None:
@@ -146,7 +147,7 @@ class Summary:
 
     def write(self, path: Path) -> None:
         """Write summary.json, whole or not at all."""
-        atomic_write(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        write_json(path, self.to_dict())
 
 
 def group_bytes(rows: Iterable[BudgetRow]) -> dict[str, int]:
@@ -165,9 +166,11 @@ def size_line(summary: Summary) -> str:
     """Bytes against the cap, in words."""
     share = 100 * summary.bytes_total / summary.max_bytes
     prefix = f" + paid prefix {summary.bytes_prefix:,}" if summary.bytes_prefix else ""
+    over = summary.bytes_total - summary.target_bytes
+    missed = f", {over:,} over the target of {summary.target_bytes:,}" if summary.target_bytes and over > 0 else ""
     return (
         f"code {summary.bytes_code:,}{prefix} + model {summary.bytes_model:,} = {summary.bytes_total:,} of {summary.max_bytes:,} "
-        f"bytes ({share:.1f} %)"
+        f"bytes ({share:.1f} %){missed}"
     )
 
 
