@@ -217,8 +217,8 @@ def test_a_log_that_was_cut_or_is_of_another_artifact_is_named(runs: list[Path],
 
 def test_runs_that_do_not_belong_together_are_named(runs: list[Path], tmp_path: Path) -> None:
     broken = copies(runs, tmp_path / "runs")
-    config = broken[1] / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "recipe": "baseline", "matrix_lr": 0.5}))
+    folder = RunFolder(broken[1])
+    folder.write_config(folder.read_config().replace(recipe="baseline", matrix_lr=0.5))
     with pytest.raises(
         UserError, match=r"seed314: not of one record with .*seed42: recipe is baseline, there quickstart, matrix_lr"
     ):
