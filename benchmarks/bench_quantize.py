@@ -1,0 +1,214 @@
+"""From trained weights to codes on a recipe's full shapes: calibration, GPTQ of all matrices, and texts to calibrate on.
+
+Weights and tokens are random. The goals on one H100: 64 training batches in 4 s, 67 matrices in 2 s; and 128 texts of
+2,048 tokens in well under a minute on eight of them, which is 16 on each. Floors count arithmetic and traffic; a text is
+written token by token, so that what takes its time is the number of launches.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import common
+from benchmarks.bench_evaluation import NARROW, random_model, window_flops
+from train.config import Config
+from train.model.attention_choice import choose_attention, use_attention
+from train.model.gpt import GPT
+from train.model.order import make_plan
+from train.quantize.calibrate import collect_hessians
+from train.quantize.generate import generate_tokens, sample
+from train.quantize.gptq import gptq
+from train.quantize.row_scales import ROW_SCALES
+from train.quantize.shares import gptq_cost
+from train.quantize.tensors import clip_settings, matrices_to_calibrate, quantize_model, stored_bits
+from train.recipes import load_recipe
+
+RECIPE = "sp8192_sdclip"
+STAGES = ("calibrate", "gptq", "generate")
+# a rank's share of #1392's 128 texts on eight GPUs
+TEXTS = 16
+# so many sequences at once in float64, whose attention keeps all pairs
+EXACT_SEQUENCES = 4
+# of the tokens, at least so many are what the whole text's logits would have drawn
+LEAST_AGREEMENT = 0.9
+TINY = NARROW | {"train_seq_len": 64, "train_batch_tokens": 1024, "eval_seq_len": 64, "passthrough_max_elements": 512}
+
+
+def make_batches(config: Config, count: int, device: torch.device, seed: int) -> list[Tensor]:
+    """Random tokens, in batches of one rank's micro-batch."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (max(config.train_batch_tokens // 8 // config.train_seq_len, 1), config.train_seq_len)
+    return [torch.randint(config.vocab_size, shape, generator=generator).to(device) for _ in range(count)]
+
+
+def calibration_case(model: GPT, config: Config, names: Sequence[str], count: int) -> common.Case:
+    """Hessians of the matrices from `count` batches."""
+    device = model.head_weight.device
+    batches = make_batches(config, count, device, 0)
+    exact = copy.deepcopy(model).double()
+    exact.compute_dtype = torch.float64
+    use_attention(exact, "math")
+
+    def truth(given: Sequence[Tensor]) -> list[Tensor]:
+        parts = [part for ids in given for part in ids.split(EXACT_SEQUENCES)]
+        sums = collect_hessians(exact, parts, names, recurrence=bool(config.recur_layers))
+        return [sums[name] * (len(parts) / len(given)) for name in names]
+
+    dim, runs = config.model_dim, len(make_plan(config, recurrence=bool(config.recur_layers)))
+    tokens = count * batches[0].numel()
+    products = 2 * (runs * (3 * dim**2 + config.mlp_hidden**2) + dim**2)
+    forward = window_flops(config, config.window) / config.window - 2 * config.vocab_size * dim
+    weights = sum(weight.numel() for weight in model.parameters()) * 4
+    return common.Case(
+        "calibrate",
+        f"{len(names)} matrices {count} batches of {batches[0].numel()} tokens",
+        str(model.compute_dtype).removeprefix("torch."),
+        lambda seed: make_batches(config, count, device, seed),
+        truth,
+        flops=tokens * (forward + products),
+        bytes=float(count * weights),
+        # inputs of the last layers are as inexact as bfloat16 makes them after all the layers before
+        max_rel_err=0.1 if model.compute_dtype == torch.bfloat16 else 1e-4,
+    )
+
+
+def make_hessians(model: GPT, names: Sequence[str], seed: int) -> dict[str, Tensor]:
+    """Second moments of inputs of which some directions are 20 times as large as others."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters, made = dict(model.named_parameters()), {}
+    for name in names:
+        columns = parameters[name].shape[1]
+        inputs = torch.randn(2 * columns, columns, generator=generator) * torch.linspace(0, -3, columns).exp()
+        inputs = inputs.to(parameters[name].device)
+        made[name] = inputs.mT @ inputs / len(inputs)
+    return made
+
+
+def gptq_case(model: GPT, config: Config, names: Sequence[str]) -> common.Case:
+    """All matrices from weights to codes and scales in host memory, tables included."""
+    parameters = dict(model.named_parameters())
+
+    def truth(hessians: dict[str, Tensor]) -> list[Tensor]:
+        weights = []
+        for name in names:
+            weight = parameters[name].detach().float()
+            bits, clip = stored_bits(name, weight, config), clip_settings(name, weight, config)
+            scales = ROW_SCALES[clip.name](weight, bits, sigmas=clip.sigmas, floor=clip.floor)
+            settings = {
+                "damp": config.gptq_damp,
+                "block_size": config.gptq_block_size,
+                "act_order": config.gptq_act_order,
+            }
+            codes, _ = gptq(weight.double(), hessians[name].double(), scales.double(), bits, **settings)
+            weights.append((codes * scales.double()[:, None]).cpu())
+        return weights
+
+    shapes = [parameters[name].shape for name in names]
+    return common.Case(
+        "gptq",
+        f"{len(names)} matrices",
+        "float32",
+        lambda seed: make_hessians(model, names, seed),
+        truth,
+        flops=sum(gptq_cost(*shape) for shape in shapes),
+        bytes=sum(4.0 * columns**2 + 5.0 * rows * columns for rows, columns in shapes),
+        # a weight whose half falls on the other side in float32 is a whole step away, and changes its row
+        max_rel_err=0.1,
+    )
+
+
+def agreement(model: GPT, config: Config, texts: Tensor) -> float:
+    """Which part of the tokens the logits of the finished texts would have drawn too."""
+    rows, length = texts.shape
+    draws = np.array([np.random.default_rng([config.seed, number]).random(length) for number in range(rows)])
+    given = torch.from_numpy(draws).to(texts.device)
+    same = 0
+    with torch.no_grad():
+        for row in range(rows):
+            logits = model.logits(texts[row : row + 1], recurrence=bool(config.recur_layers))[0, :-1]
+            drawn = sample(logits, given[row, 1:], config.gptq_calib_temperature)
+            same += int((drawn == texts[row, 1:]).sum())
+    return same / (rows * (length - 1))
+
+
+def measure_generation(
+    model: GPT, config: Config, rows: int, clock: common.Clock, limits: common.Ceilings
+) -> list[common.Row]:
+    """Check and time the texts of one rank.
+
+    Raises:
+        CheckFailed: they are not the texts that the model would write without keeping keys and values.
+    """
+    length, settings = config.train_seq_len, {"temperature": config.gptq_calib_temperature, "seed": config.seed}
+
+    def write() -> Tensor:
+        return generate_tokens(model, range(rows), length, recurrence=bool(config.recur_layers), **settings)
+
+    agreed = agreement(model, config, write())
+    if agreed < LEAST_AGREEMENT:
+        raise common.CheckFailed(f"generate: {agreed:.1%} of the tokens agree, expected {LEAST_AGREEMENT:.0%} at least")
+    times = [clock.once_ms(write) for _ in range(clock.rounds)]
+    p20, p50, p80 = common.quantiles(times)
+    flops = rows * window_flops(config, config.window)
+    # the weights are read for every token, keys and values on average half of their length
+    runs = len(make_plan(config, recurrence=bool(config.recur_layers)))
+    weights = 2.0 * sum(weight.numel() for weight in model.parameters())
+    traffic = length * (weights + rows * runs * 2 * config.kv_dim * length / 2 * model.compute_dtype.itemsize)
+    row = {"op": "generate", "impl": "golf", "mode": "eager", "shape": f"{rows} texts of {length} tokens"}
+    row |= {"dtype": str(model.compute_dtype).removeprefix("torch."), "p50": p50, "p20": p20, "p80": p80}
+    row |= {"tflops": flops / p50 / 1e9, "gbps": traffic / p50 / 1e6, "floor": limits.floor_ms(flops, traffic)}
+    return [row | {"rel_err": 1 - agreed, "n": clock.rounds}]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, measure and report the stages."""
+    parser = common.parser("bench_quantize", __doc__.splitlines()[0])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
+    parser.add_argument("--batches", type=int, help="of calibration; default 64, or 2 with --tiny")
+    parser.add_argument("--texts", type=int, help=f"to write; default {TEXTS}, a rank's of eight, or 2 with --tiny")
+    parser.set_defaults(rounds=5, warmup_ms=0.0)
+    options = parser.parse_args(arguments)
+    changes: dict[str, Any] = TINY if options.tiny else {}
+    settings = load_recipe(RECIPE).settings | {"recipe": RECIPE, "device": options.device.type, "gptq_tied_embed": True}
+    config = Config(**(settings | changes))
+    clock = common.Clock(options.device, options.warmup_ms, options.rounds)
+    limits = common.ceilings(common.Clock(options.device, 300.0, options.rounds))
+    model = random_model(config, options.device)
+    attention = choose_attention(config, options.device, TEXTS)
+    use_attention(model, attention.name)
+    print(f"attention: {attention.name} ({attention.reason})")
+    names = matrices_to_calibrate(model, config)
+    count, texts = options.batches or (2 if options.tiny else 64), options.texts or (2 if options.tiny else TEXTS)
+
+    def hessians(batches: Sequence[Tensor]) -> list[Tensor]:
+        found = collect_hessians(model, batches, names, recurrence=bool(config.recur_layers))
+        return [found[name] for name in names]
+
+    def codes(given: dict[str, Tensor]) -> list[Tensor]:
+        stored = quantize_model(model, config, given)
+        return [stored[name].dequantize() for name in names]
+
+    for stage in options.stages:
+        if stage == "generate":
+            rows = measure_generation(model, config, texts, clock, limits)
+        else:
+            case = (
+                calibration_case(model, config, names, count)
+                if stage == "calibrate"
+                else gptq_case(model, config, names)
+            )
+            run = hessians if stage == "calibrate" else codes
+            rows = common.measure(case, [common.Variant("golf", run, graph=False)], clock, limits)
+        common.report(rows, common.environment(options.device), keep=not options.tiny)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
