@@ -276,16 +276,6 @@ def variants(slope: float, device: torch.device) -> list[common.Variant]:
     return made
 
 
-def runs(variant: common.Variant, inputs: Inputs) -> bool:
-    """Whether somebody else's variant runs at all; one that does not is named with its reason, and the others go on."""
-    try:
-        variant.run(inputs)
-    except Exception as error:
-        print(f"{variant.impl}: left out: {type(error).__name__}: {str(error).strip().split(chr(10))[0]}")
-        return False
-    return True
-
-
 def compiled(block: Block, switches: dict[str, Any], device: torch.device) -> Block:
     """The block compiled with Inductor's switches; on a CPU only traced, because there they change nothing."""
 
@@ -324,7 +314,7 @@ def compare(shape: Shape, slope: float, clock: common.Clock, limits: common.Ceil
     alone = [common.Variant("products alone", products, graph=True)]
     case = make_case(shape, slope, device)
     inputs = case.make(0)
-    listed = [v for v in variants(slope, device) if v.impl in TRITON or runs(v, inputs)]
+    listed = [v for v in variants(slope, device) if v.impl in TRITON or common.runs(v, inputs)]
     measured = [
         common.measure(products_case(shape, device), alone, clock, limits),
         common.measure(case, listed, clock, limits),

@@ -165,6 +165,19 @@ def input_bytes(inputs: Any) -> int:
     return sum(input_bytes(piece) for piece in pieces)
 
 
+def runs(variant: Variant, inputs: Any) -> bool:
+    """Whether somebody else's variant runs at all; one that does not is named with its reason, and the others go on."""
+    try:
+        variant.run(inputs)
+        if variant.graph and torch.cuda.is_available():
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                variant.run(inputs)
+    except Exception as error:
+        print(f"{variant.impl}: left out: {type(error).__name__}: {str(error).strip().split(chr(10))[0]}")
+        return False
+    return True
+
+
 def measure(case: Case, variants: Sequence[Variant], clock: Clock, limits: Ceilings) -> list[Row]:
     """Checks every variant, then times them in turns; the first runs twice, which shows the spread.
 

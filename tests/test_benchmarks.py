@@ -53,6 +53,15 @@ def test_every_variant_is_timed_in_turns_and_the_first_twice():
     assert len({value for name, value in seen[-18:] if name == "b"}) == 2
 
 
+def test_a_peer_that_does_not_run_is_named_and_left_out(capsys):
+    def broken(given):
+        raise ImportError("no such kernel\nand more")
+
+    assert common.runs(common.Variant("good", product), make(0))
+    assert not common.runs(common.Variant("broken", broken), make(0))
+    assert capsys.readouterr().out == "broken: left out: ImportError: no such kernel\n"
+
+
 def test_a_wrong_result_is_not_timed():
     for wrong in (lambda given: [1.001 * (given[0] @ given[1])], lambda given: [math.nan * given[0]]):
         variants = [common.Variant("right", product), common.Variant("wrong", wrong)]
