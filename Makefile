@@ -47,23 +47,27 @@ doctor: $(READY)  ## what was built, what each op runs on, and a self-check
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build golf_kernels/_C*.so golf_kernels/_build_info.json *.egg-info
 
-# a torch that the base interpreter already has is used as it is: another one would not match the machine's GPU driver
+# a torch that the base interpreter already has is used as it is: another one would not match the machine's GPU driver;
+# its folder goes into a .pth, as that interpreter may be an environment itself, into which another one does not look
 $(READY): pyproject.toml setup.py $(wildcard csrc/*) $(wildcard golf_kernels/version.py)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.11: install a newer one and run make PYTHON=python3.12"; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo "error: $(PYTHON) has no venv module: apt install python3-venv, then run make again"; exit 2; }
 	@set -e; \
-	if $(PYTHON) -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 11))' 2>/dev/null; then \
+	if torch_folder=$$($(PYTHON) -c 'import torch, os, sys; print(os.path.dirname(torch.__path__[0])); sys.exit(tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 11))' 2>/dev/null); then \
 	  echo "setting up $(VENV) with the torch that $(PYTHON) already has"; \
 	  [ -x $(BIN)/python ] || $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  echo "$$torch_folder" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_base.pth"; \
 	  torch=; \
 	else \
 	  echo "setting up $(VENV) with $(TORCH)"; \
 	  [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); \
 	  torch=$(TORCH); \
 	fi; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$torch "setuptools>=77" wheel "pybind11>=2.13" "ninja>=1.11"; \
+	pip() { $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$@" || { \
+	  echo "error: pip could not install what is missing, see above; without a network, $(PYTHON) -m pip install --no-build-isolation --no-deps -e . needs only a torch, setuptools, wheel, pybind11 and ninja that are there"; exit 2; }; }; \
+	pip $$torch "setuptools>=66.1" wheel "pybind11>=2.13" "ninja>=1.11"; \
 	$(BIN)/python -c 'import triton' 2>/dev/null || triton=$(TRITON); \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation $$triton --editable ".[train,test]"; \
+	pip --no-build-isolation $$triton --editable ".[train,test]"; \
 	touch $(READY)

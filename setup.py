@@ -189,6 +189,7 @@ class NativeDistribution(Distribution):
 
 
 setup(
+    license="MIT",
     packages=["golf_kernels"],
     package_data={"golf_kernels": ["py.typed"]},
     include_package_data=False,

@@ -61,6 +61,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         (MemoryError(), 2, "error: out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 2, "lower TRAIN_BATCH_TOKENS"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "lower TRAIN_BATCH_TOKENS"),
+        (ModuleNotFoundError("none", name="tqdm.auto"), 2, "error: tqdm is not installed: pip install tqdm, or"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -77,7 +78,13 @@ def test_bad_input_ends_a_command_with_a_sentence(
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.EIO, "broken"), OSError(errno.ENOENT, "broken"), RuntimeError("broken")]
+    "error",
+    [
+        OSError(errno.EIO, "broken"),
+        OSError(errno.ENOENT, "broken"),
+        RuntimeError("broken"),
+        ModuleNotFoundError("broken", name="train.nothing"),
+    ],
 )
 def test_a_defect_keeps_its_traceback(error: Exception) -> None:
     def main() -> int:

@@ -505,6 +505,16 @@ def test_bad_settings_end_before_anything_is_made(setting: str, said: str, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_library_that_only_the_record_wants_is_missed_before_training(dataset: Path, tmp_path: Path) -> None:
+    libraries, runs = tmp_path / "libraries", tmp_path / "runs"
+    libraries.mkdir()
+    (libraries / "matplotlib.py").write_text("raise ModuleNotFoundError('none', name='matplotlib')\n")
+    result = command("train", *flags(small(dataset, runs)), PYTHONPATH=str(libraries))
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: matplotlib is not installed: pip install matplotlib")
+    assert not runs.exists()
+
+
 @pytest.mark.parametrize("backends", ["newton_schulz=triton", "torch,newton_schulz=triton,muon_step=triton"])
 def test_a_back_end_forced_for_a_gpu_passes_the_check_before_a_run(
     backends: str, monkeypatch: pytest.MonkeyPatch

@@ -29,6 +29,10 @@ _NO_PLACE = (
 )  # fmt: skip
 
 
+# a module of these that is not found is a defect of ours
+_HOUSE = ("benchmarks", "golf_kernels", "train")
+
+
 def main_guard(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit: 0 or its own code, 2 with `error: …` on bad input, 130 on an interrupt."""
     try:
@@ -37,6 +41,11 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
     except UserError as error:
         code = _refuse(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or package in _HOUSE:
+            raise
+        code = _refuse(f"{package} is not installed: pip install {package}, or all of it: pip install -e '.[train]'")
     except BrokenPipeError:
         # the reader (`… | head`) has seen enough; python would complain once more while closing stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

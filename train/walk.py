@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import time
 from collections.abc import Iterator, Sequence
@@ -108,7 +109,6 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
                 )
             with clock("evaluate"):
                 evaluate_stage(folder, model, ranks, log)
-            # a submission's script carries no code that only writes about a run
             if ranks.is_main and importlib.util.find_spec("train.submission"):
                 from train.submission.record import record_run
 
@@ -135,6 +135,7 @@ def preflight(config: Config) -> None:
     Raises:
         UserError: a forced back end cannot run, the coefficients do not fit the steps, or the codec or a logger is not
             installed.
+        ModuleNotFoundError: a library that the record is made with is not installed.
     """
     if config.resume == "auto" and not config.run_id:
         raise UserError("resume: which run? name its folder with RUN_ID, or leave RESUME=never")
@@ -159,3 +160,6 @@ def preflight(config: Config) -> None:
     CODECS[config.codec].encode(b"")
     check_code_form(config)
     check_sinks(config.loggers)
+    # a submission's script carries no code that only writes about a run; elsewhere its libraries must be there
+    if importlib.util.find_spec("train.submission"):
+        importlib.import_module("train.submission.record")
