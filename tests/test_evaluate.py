@@ -129,6 +129,23 @@ def test_command_options_change_what_is_scored_and_scores_stand_side_by_side(
     assert len(scores) == 3 and len(read_metrics(run / "metrics.jsonl")) == 4
 
 
+def test_the_score_says_whether_windows_share_layer_0(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    for arguments, said in (
+        ([], "once per token"),
+        (["--share-layer0", "0"], "per window: EVAL_SHARE_LAYER0 is off"),
+        (["--stride", "0"], "per window: windows side by side have no token in common"),
+    ):
+        main([str(run), "--max-tokens", "100", *arguments])
+        assert capsys.readouterr().out.splitlines()[-3] == f"layer 0: {said}"
+        assert read_metrics(run / "metrics.jsonl")[-1]["layer0"] == said
+    with pytest.raises(UserError, match="--share-layer0: expected 0 or 1, got 'maybe'"):
+        main([str(run), "--share-layer0", "maybe"])
+
+
 def test_flags_are_understood_as_the_trainer_writes_them(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,7 +267,8 @@ def test_help_is_complete_and_shows_examples(capsys: pytest.CaptureFixture[str])
         "--attention",
         "--compile",
         "--logits-rounding",
+        "--share-layer0",
         "--json",
     }
-    assert flags <= set(re.findall(r"--[a-z-]+", text))
+    assert flags <= set(re.findall(r"--[a-z0-9-]+", text))
     assert "python -m train.evaluate runs/" in text and "torchrun --standalone" in text

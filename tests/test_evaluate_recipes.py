@@ -62,6 +62,12 @@ def test_pruned_evaluation_equals_the_plain_one(system: str, count: int, seq_len
     nats, scored, size = plain_score(model, tokens, tables, seq_len, stride, rule, model.config.logit_softcap)
     found = evaluate_model(model, tokens, tables, model.config, seq_len=seq_len, stride=stride, rule=rule, batch_seqs=7)
     assert (found.tokens, found.bytes) == (scored, size)
+    if stride in (0, seq_len):
+        assert found.layer0 == "per window: windows side by side have no token in common"
+    elif system in ("sp1024", "sp4096"):
+        assert found.layer0.startswith("per window: smear gate and bigrams read a predecessor")
+    else:
+        assert found.layer0 == "once per token"
     assert found.val_loss == pytest.approx(nats / scored, rel=1e-6)
     assert found.val_bpb == pytest.approx(nats / math.log(2) / size, rel=1e-6)
 

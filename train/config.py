@@ -231,6 +231,9 @@ class Config:
         choices=("once", "overlap_tail", "full_windows"),
     )  # fmt: skip
     eval_batch_seqs: int = setting(32, "windows per forward pass", low=1)
+    eval_share_layer0: bool = setting(
+        True, "overlapping windows compute layer 0's projections once per token, where the model allows it"
+    )
     eval_max_tokens: int = setting(0, "score only so many tokens; 0: all", low=0)
     paid_prefix_file: str = setting(
         "", "blob of validation targets that cost no nats (#262); NOT COMPLIANT, for checking the published arithmetic"

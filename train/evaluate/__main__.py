@@ -22,6 +22,7 @@ from train.model.attention_backends import BACKENDS
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
 from train.run import RunFolder
+from train.values import parse_text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         "--logits-rounding", choices=("none", "bf16"), help="round logits before the cap [the run's logits_rounding]"
     )
     parser.add_argument("--batch-seqs", type=int, help="windows per forward pass [the run's eval_batch_seqs]")
+    parser.add_argument(
+        "--share-layer0",
+        metavar="0|1",
+        type=lambda text: parse_text(bool, text, "--share-layer0"),
+        help="layer 0's projections once per token, where the model allows it [the run's eval_share_layer0]",
+    )
     parser.add_argument("--data-path", help="folder with the validation shards and the tokenizer [the run's data_path]")
     parser.add_argument(
         "--weights",
@@ -77,6 +84,7 @@ _SETTINGS = {
     "seq_len": "eval_seq_len",
     "max_tokens": "eval_max_tokens",
     "batch_seqs": "eval_batch_seqs",
+    "share_layer0": "eval_share_layer0",
     "paid_prefix": "paid_prefix_file",
 }
 
@@ -143,9 +151,8 @@ def _score(folder: RunFolder, arguments: argparse.Namespace) -> int:
         )
         write_evaluation(folder, entry)
         append_metric(folder.metrics, "final", entry)
-        lines = final_lines(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=entry["stride"])
-        if "label" in entry:
-            lines = (*lines, entry["label"])
+        score = final_lines(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=entry["stride"])
+        lines = [f"layer 0: {result.layer0}", *score, *([entry["label"]] if "label" in entry else [])]
         print(json.dumps(entry) if arguments.json else "\n".join(lines))
     return 0
 

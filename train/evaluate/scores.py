@@ -23,6 +23,7 @@ class EvalResult:
         bytes: bytes of text they stand for.
         windows: windows over all ranks.
         seconds: duration on this rank.
+        layer0: layer 0's projections, computed `once per token` or `per window`, and then why.
     """
 
     val_loss: float
@@ -31,6 +32,7 @@ class EvalResult:
     bytes: int
     windows: int
     seconds: float
+    layer0: str = ""
 
     @property
     def tokens_per_second(self) -> float:

@@ -67,7 +67,7 @@ def evaluate_model(
     rule: str | None = None,
     batch_seqs: int | None = None,
     max_tokens: int | None = None,
-    share_layer0: bool = True,
+    share_layer0: bool | None = None,
     known: np.ndarray | None = None,
     recurrence: bool = True,
     rank: int = 0,
@@ -110,8 +110,10 @@ def evaluate_model(
     plan = plan_windows(total, seq_len, stride, rule or config.eval_rule)
     windows = len(plan.start)
     share = WindowPlan(*(part[windows * rank // world_size : windows * (rank + 1) // world_size] for part in plan))
+    share_layer0 = config.eval_share_layer0 if share_layer0 is None else share_layer0
+    problem = _sharing_problem(model, share_layer0, stride, seq_len)
     with _evaluating(model), Progress(share.scored, description, "tokens", enabled=progress and rank == 0) as bar:
-        scorer = _Scorer(model, tokens[: total + 1], tables, config, seq_len, recurrence, share_layer0, known)
+        scorer = _Scorer(model, tokens[: total + 1], tables, config, seq_len, recurrence, problem is None, known)
         shown, done, noted = 0, 0, time.monotonic()
         for windows_of_shape, rows_from in group_windows(share, seq_len, stride):
             for scored in scorer.score(windows_of_shape, rows_from, batch_seqs or config.eval_batch_seqs):
@@ -132,7 +134,15 @@ def evaluate_model(
         bytes=byte_total,
         windows=windows,
         seconds=time.perf_counter() - started,
+        layer0="once per token" if problem is None else f"per window: {problem}",
     )
+
+
+def _sharing_problem(model: Scorable, share_layer0: bool, stride: int, seq_len: int) -> str | None:
+    """Why windows compute layer 0's projections each for themselves, or None where they share them."""
+    if stride in (0, seq_len):
+        return "windows side by side have no token in common"
+    return model.overlap_problem if share_layer0 else "EVAL_SHARE_LAYER0 is off"
 
 
 class _Scorer:
@@ -163,7 +173,7 @@ class _Scorer:
             write_out_references(model, device.type)
             self.hidden = torch.compile(self.hidden, dynamic=False, fullgraph=True)
             self.overlapping_hidden = torch.compile(self.overlapping_hidden, dynamic=False, fullgraph=True)
-        self.shares = share_layer0 and model.overlap_problem is None
+        self.shares = share_layer0
         self.graphs = compiled and device.type == "cuda"
 
     def score(self, windows: WindowPlan, rows_from: int, batch_seqs: int) -> Iterator[int]:
