@@ -1,0 +1,156 @@
+"""Training losses of one GPU's share of a recipe with and without a kernel, beside what another seed changes.
+
+The first of the `--ways` (`benchmarks.ways` names them) is trained from several seeds, the others from the first seed, all
+on the same tokens. A way's distance is its mean |difference| from the first way's curve of the same seed, the spread that
+of the first way's curves from each other; losses are averaged over some steps first. A way whose distance is not below
+the spread is named, and the exit code is 1. Curves and a picture go to `--out`, a GPU's distances to `results/curves/`.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks import common
+from benchmarks.ways import TINY, MadeTokens, ShardTokens, Tokens, make_variants
+from train.config import MICRO_BATCHES, Config
+from train.files import atomic_write
+from train.model.attention_choice import choose_attention
+from train.recipes import load_recipe, recipe_names
+
+# steps over which a curve is averaged before it is compared
+SMOOTH = 20
+COLUMNS = (
+    *("date", "commit", "dirty", "gpu", "driver", "cuda", "torch", "triton", "recipe", "way", "against", "data"),
+    *("steps", "tokens", "seeds", "first_loss", "last_loss", "distance", "spread"),
+)
+Curves = dict[str, np.ndarray]
+
+
+def train(config: Config, way: str, tokens: Tokens, steps: int, device: torch.device) -> np.ndarray:
+    """The loss of each step, from the weights of the configuration's seed."""
+    sequences = config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
+    (variant,) = make_variants(config, [way], device, sequences)
+    # read at the end alone, so that the host runs ahead as it does in training
+    losses = [variant.run(tokens.next(), False).detach() for _ in range(steps)]
+    return torch.stack(losses).double().cpu().numpy()
+
+
+def smoothed(losses: np.ndarray) -> np.ndarray:
+    width = min(SMOOTH, len(losses))
+    return np.convolve(losses, np.ones(width) / width, "valid")
+
+
+def distance(one: np.ndarray, other: np.ndarray) -> float:
+    """Mean |difference| of two smoothed curves, in nats; infinite where a loss is not finite."""
+    found = float(np.abs(smoothed(one) - smoothed(other)).mean())
+    return found if np.isfinite(found) else float("inf")
+
+
+def compare(seeds: Sequence[np.ndarray], others: Curves) -> tuple[dict[str, float], float]:
+    """Distance of each other way's curve from the first seed's, and the mean distance of the seeds from each other."""
+    pairs = [distance(one, other) for one, other in itertools.combinations(seeds, 2)]
+    return {way: distance(curve, seeds[0]) for way, curve in others.items()}, float(np.mean(pairs))
+
+
+def draw(curves: Curves, title: str, path: Path) -> None:
+    """Smoothed losses over steps."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, losses in curves.items():
+        axes.plot(np.arange(len(smoothed(losses))) + min(SMOOTH, len(losses)), smoothed(losses), label=name)
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    axes.legend()
+    figure.savefig(path)
+
+
+def keep(rows: Sequence[common.Row], surroundings: common.Row, folder: Path) -> Path:
+    """Append a GPU's distances to its file."""
+    path = folder / f"{'_'.join(surroundings['gpu'].split())}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(surroundings | row for row in rows)
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = common.parser("bench_loss_curves", __doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--recipe", default="sp8192_sdclip", choices=recipe_names())
+    parser.add_argument(
+        "--ways",
+        default="torch,golf",
+        help="the plain way, then what to compare with it, such as leaky_relu2_mlp=triton",
+    )
+    parser.add_argument("--steps", type=int, help="of each curve; default 200, or 6 with --tiny")
+    parser.add_argument("--seeds", type=int, default=3, help="starts of the plain way, at least 2; default 3")
+    parser.add_argument("--data", type=Path, help="folder of shards; default: made tokens")
+    parser.add_argument("--out", type=Path, help="folder for curves.csv and curves.png")
+    arguments = parser.parse_args(argv)
+    device, steps = arguments.device, arguments.steps or (6 if arguments.tiny else 200)
+    if arguments.seeds < 2 or steps < 2:
+        parser.error("--seeds and --steps: expected at least 2 of each: a single curve has no spread")
+    changes: common.Row = {"compile": "on" if device.type == "cuda" else "off"}
+    if arguments.tiny:
+        changes |= TINY | {"train_batch_tokens": MICRO_BATCHES * 2 * TINY["train_seq_len"], "compute_dtype": "float32"}
+    config = load_recipe(arguments.recipe).config(**changes)
+    sequences = config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
+    # all curves attend by one back end
+    config = config.replace(attention=choose_attention(config, device, sequences).name)
+    torch._dynamo.config.recompile_limit = 64
+
+    def tokens() -> Tokens:
+        return (
+            MadeTokens(config, sequences) if arguments.data is None else ShardTokens(config, sequences, arguments.data)
+        )
+
+    first, *ways = arguments.ways.split(",")
+    starts = [config.replace(seed=config.seed + number) for number in range(arguments.seeds)]
+    curves = {f"{first}, seed {start.seed}": train(start, first, tokens(), steps, device) for start in starts}
+    seeds = list(curves.values())
+    others = {way: train(config, way, tokens(), steps, device) for way in ways}
+    curves |= {f"{way}, seed {config.seed}": curve for way, curve in others.items()}
+    distances, spread = compare(seeds, others)
+    surroundings = common.environment(device)
+    made = "made tokens" if arguments.data is None else str(arguments.data)
+    title = (
+        f"{config.recipe}, {steps} steps of {sequences * config.train_seq_len:,} tokens ({made}), {surroundings['gpu']}"
+    )
+    print(f"{title}\nspread of {arguments.seeds} seeds of {first}: {spread:.5f} nats")
+    rows, fine = [], True
+    for way, found in distances.items():
+        fine &= found < spread
+        print(
+            f"{way}: {others[way][0]:.4f} to {others[way][-1]:.4f} ({first}: {seeds[0][0]:.4f} to {seeds[0][-1]:.4f}), "
+            f"distance {found:.5f} nats, {'within' if found < spread else 'NOT within'} the spread of seeds"
+        )
+        rows.append(
+            {"recipe": config.recipe, "way": way, "against": first, "data": made, "steps": steps}
+            | {"tokens": sequences * config.train_seq_len, "seeds": arguments.seeds, "distance": f"{found:.6g}"}
+            | {"first_loss": f"{others[way][0]:.6g}", "last_loss": f"{others[way][-1]:.6g}", "spread": f"{spread:.6g}"}
+        )
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        lines = [",".join(["step", *(f'"{name}"' for name in curves)])]
+        lines += [",".join(map(str, line)) for line in zip(range(1, steps + 1), *curves.values(), strict=True)]
+        atomic_write(arguments.out / "curves.csv", "\n".join(lines) + "\n")
+        draw(curves, title, arguments.out / "curves.png")
+    if device.type == "cuda" and not arguments.tiny and rows:
+        print(f"-> {keep(rows, surroundings, common.RESULTS / 'curves').relative_to(common.ROOT)}")
+    else:
+        print("not kept: only a GPU's full shapes are")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
