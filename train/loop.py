@@ -34,6 +34,7 @@ from train.optimize.schedules import WallClock, lr_scale, muon_momentum
 from train.profiling import StepProfiler
 from train.progress import Progress
 from train.run import RunFolder
+from train.startup import StartUp
 from train.values import parse_steps
 
 # the first steps are logged one by one, as in the published logs
@@ -88,6 +89,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     Raises:
         UserError: the data does not fit the settings, or the loss is no longer a number.
     """
+    start = StartUp(ranks.device)
     seed_everything(config.seed)
     text = load_validation(config)
     model = GPT(config).to(ranks.device)
@@ -96,9 +98,11 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     optimizers = build_optimizers(model, config, ranks.group)
     loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
     sequences = config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
+    start.end("data and model")
     attention = ranks.on_main(lambda: choose_attention(config, ranks.device, sequences))
     use_attention(model, attention.name)
     log.line(f"attention:{attention.name} ({attention.reason})")
+    start.end("attention")
     loss_of = compiled_loss(model, config, ranks.device)
     if loss_of is not model:
         log.line(f"inductor:{chosen_options()[1]}")
@@ -113,6 +117,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     if config.warmup_steps:
         warm_up(model, optimizers, loss_of, loader, config, ranks, log)
         loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
+    start.end("compilation and warm-up")
     ema = EMA(model, config.ema_decay) if config.ema_decay else None
     swa = SWA(model, config.swa_every, config.swa_start_frac) if config.swa_enabled else None
     parts = {"model": model, "optimizers": optimizers, "loader": loader, "ema": ema, "swa": swa}
@@ -126,6 +131,12 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     clock = WallClock(
         config.training_seconds, group=ranks.group, device=ranks.device, elapsed_seconds=seconds, steps=step
     )
+    if first is None:
+        first = validate(text, model, config, ranks, recurrence=recurrence_on(config, step))
+        log.val_step(step, config.iterations, first.val_loss, first.val_bpb, seconds * 1000)
+        start.end("validation")
+    log.line(str(start))
+    log.metric("start", seconds=start.seconds)
     clock.resume()
     stop = config.training_seconds > 0 and seconds >= config.training_seconds
     profiler = StepProfiler(
@@ -135,12 +146,11 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     bar = Progress(1000, "training", "‰", enabled=ranks.is_main and sys.stderr.isatty())
     while True:
         last = stop or step == config.iterations
-        due = config.val_loss_every > 0 and step % config.val_loss_every == 0
-        if first is None or (not last and due):
+        # step 0 was validated before the clock ran
+        if not last and step and config.val_loss_every and step % config.val_loss_every == 0:
             seconds = clock.pause()
             result = validate(text, model, config, ranks, recurrence=recurrence_on(config, step))
             log.val_step(step, config.iterations, result.val_loss, result.val_bpb, seconds * 1000)
-            first = first or result
             clock.resume()
         if last:
             break
