@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: tables, plots and comparisons of what was measured."""
+"""`python -m benchmarks`: a session on a GPU, and tables, plots and comparisons of what was measured."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.common import RESULTS
 from benchmarks.results import Change, ResultsError, compare, read_results
+from benchmarks.session import run_session
 
 EPILOG = """examples:
+  python -m benchmarks session --minutes 9    measure what decides a default, most valuable first
   python -m benchmarks report                 put the newest figures into README.md, and draw benchmarks/plots/
   python -m benchmarks compare 9f22c17        what changed since that commit, beyond the spread (exit 1 if slower)
 
@@ -31,8 +33,20 @@ def main() -> int:
     reporting.add_argument("--plots", type=Path, default=RESULTS.parent / "plots")
     comparing = verbs.add_parser("compare", help="the newest results against those of a commit")
     comparing.add_argument("revision", metavar="REV", help="commit, as in the column of that name")
+    measuring = verbs.add_parser("session", help="measure what decides a default on this GPU, most valuable first")
+    measuring.add_argument("--minutes", type=float, default=9.0, help="then everything is stopped; default 9")
+    measuring.add_argument(
+        "--out", type=Path, default=Path("session"), help="new folder for outputs, rows and summary.md"
+    )
+    measuring.add_argument("--only", default="", metavar="PIECE,…", help="these pieces; --list names them")
+    measuring.add_argument("--list", action="store_true", help="say what would be run, in order, and end")
+    measuring.add_argument("--tiny", action="store_true", help="small shapes on the CPU; proves nothing about speed")
     arguments = parser.parse_args()
     try:
+        if arguments.verb == "session":
+            return run_session(
+                arguments.out, arguments.minutes, arguments.only, tiny=arguments.tiny, listing=arguments.list
+            )
         measurements = read_results(arguments.results)
         if arguments.verb == "compare":
             return print_changes(compare(measurements, arguments.revision))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from benchmarks.ways import TINY, MadeTokens, ShardTokens, StepVariant, Tokens, make_variants
+from benchmarks.ways import TINY, MadeTokens, ShardTokens, StepVariant, Tokens, all_kernels, make_variants
 from train.config import MICRO_BATCHES, Config
 from train.describe import describe
 from train.errors import UserError
@@ -265,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ways",
         default="published,torch,golf",
-        help="of published, torch, golf, and op=backend (torch with one kernel, such as muon_step=triton); comma-separated",
+        help="of published, torch, golf, op=backend (torch with one kernel, such as muon_step=triton), and each (the last of these "
+        "for every kernel); comma-separated",
     )
     parser.add_argument(
         "--phase", default="both", choices=("before", "after", "both"), help="recurrence off, on, or both"
@@ -282,7 +283,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", type=Path, help="folder for a trace and a picture of each way")
     arguments = parser.parse_args(argv)
     switches = [switch.name for switch in SWITCHES] if arguments.inductor == ["all"] else arguments.inductor
-    names = arguments.ways.split(",")
+    # the native ones quantize, they are in no step
+    kernels = [kernel for kernel in all_kernels().split(",") if kernel.endswith("=triton")]
+    names = [name for way in arguments.ways.split(",") for name in (kernels if way == "each" else [way])]
     try:
         for name in [*switches, *(name.partition("+")[2] for name in names if "+" in name)]:
             parse_switch(name)

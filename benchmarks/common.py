@@ -280,6 +280,11 @@ def environment(device: torch.device) -> Row:
     }
 
 
+def file_stem(gpu: str) -> str:
+    """A GPU's name as files have it."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", gpu).strip("_")
+
+
 def append_rows(rows: Sequence[Row], surroundings: Row, folder: Path = RESULTS) -> Path | None:
     """Appends rows to the GPU's file; what a CPU gave is not kept, and None is returned.
 
@@ -288,7 +293,7 @@ def append_rows(rows: Sequence[Row], surroundings: Row, folder: Path = RESULTS) 
     """
     if surroundings["gpu"] == "cpu":
         return None
-    path = folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', surroundings['gpu']).strip('_')}.csv"
+    path = folder / f"{file_stem(surroundings['gpu'])}.csv"
     folder.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     if not new:

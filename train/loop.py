@@ -135,8 +135,8 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
         first = validate(text, model, config, ranks, recurrence=recurrence_on(config, step))
         log.val_step(step, config.iterations, first.val_loss, first.val_bpb, seconds * 1000)
         start.end("validation")
-    log.line(str(start))
     log.metric("start", seconds=start.seconds)
+    log.line(str(start))
     clock.resume()
     stop = config.training_seconds > 0 and seconds >= config.training_seconds
     profiler = StepProfiler(

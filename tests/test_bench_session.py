@@ -1,0 +1,125 @@
+"""A session on a GPU: its order, its limits, and what a kill at any moment leaves behind."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_bench_report import row, write
+
+from benchmarks import session
+from benchmarks.session import Piece, Session, gpu_tests, op_benches, plan, run_session
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(code: str) -> list[str]:
+    return ["-c", code]
+
+
+def test_every_benchmark_and_every_test_of_a_gpu_has_its_place() -> None:
+    pieces = plan()
+    modules = {command[1] for piece in pieces for command in piece.commands.values()}
+    written = {f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    # it wants a finished run
+    assert written - modules == {"benchmarks.bench_artifact"}
+    assert [piece.name for piece in pieces][:2] == ["step", "step_without_kernels"]
+    assert {"test_loop_gpu", "test_optimize_capture", "test_muon_triton"} <= {path.stem for path in gpu_tests()}
+    assert "test_config" not in {path.stem for path in gpu_tests()} and op_benches()[-3:] == [
+        "gptq",
+        "int6",
+        "quantize",
+    ]
+    labels = [label for piece in pieces for label in piece.commands]
+    assert len(labels) == len(set(labels))
+
+
+def test_pieces_end_well_fail_or_are_stopped_and_the_rest_goes_on(tmp_path: Path) -> None:
+    pieces = [
+        Piece("fine", 60, {"fine": script("print('so far')")}),
+        Piece("broken", 60, {"broken": script("print('why'); raise SystemExit(3)")}),
+        Piece("plain", 60, {"plain": script("print('instead')")}, instead_of="broken"),
+        Piece("unneeded", 60, {"unneeded": script("print('never')")}, instead_of="fine"),
+        Piece("endless", 1.0, {"a": script("print(1)"), "b": script("import time; print('begun'); time.sleep(60)"), "c": script("")}),
+        Piece("together", 60, {"d": script("import time; time.sleep(1)"), "e": script("import time; time.sleep(1)")}, at_once=2),
+        Piece("none_left", 60, {"f": script("raise SystemExit(5)")}),
+    ]  # fmt: skip
+    began = time.monotonic()
+    assert not Session(tmp_path / "out", 300, tmp_path / "results").run(pieces)
+    assert time.monotonic() - began < 30
+    verdicts = {piece.name: piece.verdict for piece in pieces}
+    assert verdicts == {
+        "fine": "ok", "broken": "broken failed (3)", "plain": "ok", "unneeded": "not needed, fine ran",
+        "endless": "b stopped at the limit, 1 not begun", "together": "ok", "none_left": "ok",
+    }  # fmt: skip
+    assert pieces[5].seconds < 1.9
+    assert (tmp_path / "out" / "b.txt").read_text() == "begun\n" and not (tmp_path / "out" / "c.txt").exists()
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "| broken | broken failed (3) |" in summary and "there is no figure here" in summary
+
+
+def test_the_rows_of_this_session_alone_are_kept(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    write(results / "Made_GPU.csv", [row(op="old"), row(op="new", date="2999-01-01T00:00:00Z")])
+    assert Session(tmp_path / "out", 300, results).run([Piece("nothing", 60, {"nothing": script("")})])
+    with (tmp_path / "out" / "Made_GPU.csv").open(newline="") as file:
+        assert [kept["op"] for kept in csv.DictReader(file)] == ["new"]
+    assert "| new | torch, eager |" in (tmp_path / "out" / "summary.md").read_text()
+
+
+def test_nothing_begins_when_the_time_is_over(tmp_path: Path) -> None:
+    piece = Piece("late", 60, {"late": script("print(1)")})
+    assert Session(tmp_path / "out", session.SHORTEST_S - 1, tmp_path).run([piece])
+    assert (
+        piece.verdict == "not reached"
+        and "| late | not reached | 0 | – |" in (tmp_path / "out" / "summary.md").read_text()
+    )
+
+
+def test_a_kill_in_the_middle_leaves_the_output_and_a_summary_and_no_process(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "session",
+        "--tiny",
+        "--out",
+        str(out),
+        "--only",
+        "compiler_switches,int6",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert "compiler_switches" in process.stdout.readline()
+    output = out / "compiler_switches.txt"
+    for _ in range(600):
+        if output.exists() and "attention" in output.read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert "attention: " in output.read_text()
+    summary = (out / "summary.md").read_text()
+    assert "| compiler_switches | interrupted |" in summary and "| int6 | not reached |" in summary
+    writers = [link for link in Path("/proc").glob("[0-9]*/fd/1") if os.path.realpath(link) == str(output.resolve())]
+    assert writers == []
+
+
+def test_a_session_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="no piece nothing: expected some of step, step_without_kernels"):
+        run_session(tmp_path, 1, "nothing", tiny=True, listing=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="holds something already"):
+        run_session(tmp_path, 1, "step", tiny=True, listing=False)
+    assert run_session(tmp_path, 1, "", tiny=False, listing=True) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("step ")
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="there is no GPU here: --tiny"):
+        run_session(tmp_path, 1, "", tiny=False, listing=False)
