@@ -71,6 +71,21 @@ def test_nothing_is_captured_on_a_cpu():
     assert not isinstance(optimizers._step_muon, Captured)
 
 
+def test_a_reset_leaves_a_graph_its_moments_as_zeros():
+    optimizers = build_optimizers(GPT(CONFIG), CONFIG)
+    optimizers._step_muon = Captured(optimizers.muon.step, optimizers._muon_tensors)
+    optimizers.reset()
+    for parameter in optimizers._model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers.step(1.0, 0.9)
+    before = optimizers._muon_tensors()
+    moments = [moment for state in optimizers.muon.state.values() for moment in state.values()]
+    assert all(moment.any() for moment in moments) and len(moments) == len(optimizers.muon.state) > 0
+    optimizers.reset()
+    assert not any(moment.any() for moment in moments) and not optimizers.adamw.state
+    assert all(one is other for one, other in zip(before, optimizers._muon_tensors(), strict=True))
+
+
 @pytest.mark.gpu
 def test_a_captured_step_trains_as_an_eager_one(monkeypatch):
     monkeypatch.setenv("GOLF_BACKEND", "torch,muon_step=triton")

@@ -111,7 +111,13 @@ class Optimizers:
     def reset(self) -> None:
         """Forget all moments and step counts, Muon's momentum included, as after the warm-up."""
         for optimizer in self._each:
-            optimizer.state.clear()
+            if optimizer is self.muon and isinstance(self._step_muon, Captured):
+                # a graph holds these very tensors, and Muon's moments begin as zeros
+                moments = [moment for state in optimizer.state.values() for moment in state.values()]
+                if moments:
+                    torch._foreach_zero_(moments)
+            else:
+                optimizer.state.clear()
 
     def state_dict(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """The moments of all parameters of all ranks, so that any number of ranks can go on from them.

@@ -1,0 +1,42 @@
+// A CUDA device for a torch that was built without CUDA, so that autograd's engine lets tensors without data pass
+// through as if they were on a GPU. It has one stream, and nothing on it ever runs. To be loaded before torch.
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+
+namespace at {
+
+// the registry knows the hooks by this very name
+struct CUDAHooks : CUDAHooksInterface {
+    explicit CUDAHooks(CUDAHooksArgs) {}
+    void init() const override {}
+    bool isBuilt() const override { return true; }
+    bool isAvailable() const override { return true; }
+    bool hasCUDA() const override { return true; }
+    bool hasPrimaryContext(DeviceIndex) const override { return true; }
+    DeviceIndex deviceCount() const override { return 1; }
+    DeviceIndex getCurrentDevice() const override { return 0; }
+};
+REGISTER_CUDA_HOOKS(CUDAHooks)
+
+}  // namespace at
+
+namespace {
+
+struct Guard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
+    static c10::Device device() { return c10::Device(c10::DeviceType::CUDA, 0); }
+    c10::Device getDevice() const override { return device(); }
+    c10::Device exchangeDevice(c10::Device) const override { return device(); }
+    c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, device()); }
+    c10::Stream getDefaultStream(c10::Device) const override { return getStream(device()); }
+    c10::Stream exchangeStream(c10::Stream) const noexcept override { return getStream(device()); }
+    c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+    void record(void**, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {}
+    void block(void*, const c10::Stream&) const override {}
+    bool queryEvent(void*) const override { return true; }
+    void destroyEvent(void*, c10::DeviceIndex) const noexcept override {}
+    void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
+};
+
+const c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new Guard);
+
+}  // namespace

@@ -1,0 +1,415 @@
+"""Dry runs on a CUDA device whose tensors have no data; collected by `test_fake_cuda.py` in a process of its own.
+
+`.item()`, `bool(tensor)` and `nonzero` raise here, so whatever passes does not make the host wait for the GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from model_systems import SHALLOW, SYSTEMS, narrow_config
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from benchmarks.common import relative_error
+from golf_kernels import dispatch, muon_step
+from golf_kernels.muon import Muon
+from golf_kernels.newton_schulz import COEFFICIENTS
+from train.config import MICRO_BATCHES, Config
+from train.data.loaders import make_loader
+from train.data.shards import write_shard
+from train.distributed import Ranks
+from train.evaluate import scoring
+from train.evaluate.windows import group_windows, plan_windows
+from train.loop import training_step
+from train.model.attention import Attention
+from train.model.attention_choice import use_attention
+from train.model.decoder import Decoder
+from train.model.gpt import GPT
+from train.model.mlp import MLP
+from train.optimize.averaging import EMA, SWA
+from train.optimize.groups import build_optimizers
+from train.quantize.calibrate import collect_hessians, plain_graph
+from train.quantize.tensors import matrices_to_calibrate
+
+CUDA = torch.device("cuda", 0)
+ATTENTION = ("sdpa", "cudnn", "flash", "math")
+
+
+@pytest.fixture(autouse=True)
+def fake() -> Iterator[FakeTensorMode]:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+def gpu_config(system: str, **changes: Any) -> Config:
+    # the flash kernels take head dimensions in multiples of 8
+    narrow = {"model_dim": 64, "device": "cuda", "grad_clip_norm": 1.0, "train_batch_tokens": MICRO_BATCHES * 2 * 16}
+    return narrow_config(system, **(SHALLOW[system] | narrow | changes))
+
+
+def gpu_model(config: Config) -> GPT:
+    with CUDA:
+        model = GPT(config)
+    assert model.compute_dtype == torch.bfloat16
+    assert {parameter.device for parameter in model.parameters()} == {CUDA}
+    return model
+
+
+def use_operators(model: GPT, used: bool) -> None:
+    model.fused = used
+    for module in model.modules():
+        if isinstance(module, (MLP, Attention)):
+            module.fused = used
+
+
+class Batches:
+    """One micro-batch on the GPU."""
+
+    def next_batch(self) -> list[tuple[Tensor, Tensor]]:
+        tokens = torch.zeros(2, 17, dtype=torch.int64, device=CUDA)
+        return [(tokens[:, :-1], tokens[:, 1:])]
+
+
+@pytest.mark.parametrize(
+    ("system", "changes"),
+    [
+        *((system, {}) for system in SYSTEMS),
+        ("sp8192", {"document_masking": True, "qat": True, "matrix_bits": 6}),
+    ],
+)
+def test_a_training_step_stays_on_the_gpu(system: str, changes: dict[str, Any]) -> None:
+    config = gpu_config(system, **changes)
+    model = gpu_model(config)
+    optimizers = build_optimizers(model, config)
+    ema, swa = EMA(model, 0.99), SWA(model, 1, 2.0)
+    for recurrence in sorted({False, bool(config.recur_layers)}):
+        for used in (True, False):
+            use_operators(model, used)
+            ranks = Ranks(world_size=MICRO_BATCHES, device=CUDA)
+            loss = training_step(optimizers, model, Batches(), ranks, recurrence, 1.0, 0.95)
+            ema.update()
+            swa.update(1, 1.0)
+            assert loss.device == CUDA and loss.dtype == torch.float32 and loss.shape == ()
+    for average in (ema, swa):
+        assert {tensor.device for tensor in average.average().values()} == {CUDA}
+        average.apply()
+    moments = [moment for part in optimizers.state_dict().values() for of in part.values() for moment in of.values()]
+    assert moments and {moment.device for moment in moments} == {CUDA}
+
+
+@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_attention_goes_forward_and_backward(backend: str, masked: bool) -> None:
+    config = gpu_config("sp8192", document_masking=masked)
+    model = gpu_model(config)
+    use_attention(model, backend)
+    ids = torch.zeros(2, 16, dtype=torch.int64, device=CUDA)
+    model(ids, ids, recurrence=False).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(gradient is not None and gradient.device == CUDA for gradient in gradients.values())
+    with torch.no_grad():
+        assert model.hidden(ids, recurrence=True, rows_from=11).shape == (2, 5, config.model_dim)
+
+
+@torch.no_grad()
+def test_a_text_grows_token_by_token() -> None:
+    config = gpu_config("sp4096")
+    decoder = Decoder(gpu_model(config).eval(), 3, 5, recurrence=True)
+    for _ in range(5):
+        logits = decoder.step(torch.zeros(3, dtype=torch.int64, device=CUDA))
+        assert logits.shape == (3, config.vocab_size) and logits.device == CUDA
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=CUDA)
+
+
+def run_reference(op: str, *arguments: Any) -> list[Tensor]:
+    """An operator's PyTorch implementation, which its fake one hides; its results are on the GPU."""
+    found = dispatch.run_on("torch", op, *arguments)
+    results = list(found) if isinstance(found, (list, tuple)) else [found]
+    assert {result.device for result in results} == {CUDA}
+    return results
+
+
+@torch.no_grad()
+def test_references_compute_on_a_gpu_what_they_say() -> None:
+    float32 = torch.float32
+    matrices = [empty(5, 8, dtype=float32), empty(2, 8, 5), empty(0, 3)]
+    for coefficients, prescale in (("quintic", "frobenius"), ("aol", "aol")):
+        flat = [value for triple in COEFFICIENTS[coefficients].schedule() for value in triple]
+        found = run_reference("newton_schulz", matrices, flat, 1e-7, prescale, torch.bfloat16)
+        assert [(r.shape, r.dtype) for r in found] == [(m.shape, m.dtype) for m in matrices]
+    x, up, down, scale = empty(7, 16), empty(64, 16), empty(16, 64), empty(16)
+    for slope, norm_eps in ((0.5, 1e-6), (0.0, None)):
+        y, *saved = run_reference("leaky_relu2_mlp", x, up, down, x, scale, slope, norm_eps, 1.0, False, True)
+        assert y.shape == x.shape and y.dtype == x.dtype
+        run_reference("leaky_relu2_mlp_backward", y, x, up, down, scale, *saved, slope, norm_eps is not None, 1.0, True)
+    head, targets = (empty(7, 16), empty(512, 16)), empty(7, dtype=torch.int64)
+    loss, *gradients = run_reference("softcapped_cross_entropy", *head, targets, 30.0, True, -100, 1e-4, True, True)
+    assert loss.dtype == float32 and [g.dtype for g in gradients] == [torch.bfloat16] * 2
+    for rounded in (False, True):
+        assert run_reference("window_nll", *head, targets, 30.0, rounded)[0].dtype == float32
+    q, k, table, gain = empty(2, 3, 4, 8), empty(2, 3, 2, 8), empty(3, 1, 2), empty(4, dtype=float32)
+    rotated = run_reference("qk_norm_rope", q, k, table, table, gain, 1e-6)
+    run_reference("qk_norm_rope_backward", q, k, *rotated[:2], table, table, gain, rotated[2])
+    packed, scales = empty(27, dtype=torch.uint8), empty(5, dtype=torch.float16)
+    run_reference("int6_unpack", packed, 35)
+    run_reference("int6_dequantize", [packed], [scales], [7], torch.bfloat16)
+    run_reference("int6_fake_quantize", empty(5, 7, dtype=float32), scales)
+    work, factor = empty(2, 6, 9, dtype=float32), empty(2, 6, 6, dtype=float32)
+    run_reference("gptq_block", work, factor, empty(2, 9, dtype=float32), 31)
+
+
+class Graph:
+    """Stands for a CUDA graph."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+        GRAPHS.append(self)
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+GRAPHS: list[Graph] = []
+
+
+@contextlib.contextmanager
+def recorded_capture(graph: Graph, capture_error_mode: str) -> Iterator[None]:
+    # a loader's thread may copy meanwhile
+    assert capture_error_mode == "thread_local"
+    yield
+
+
+class Bytes:
+    """Every token stands for two bytes."""
+
+    def count(self, previous: Tensor, target: Tensor) -> Tensor:
+        assert previous.device == target.device == CUDA
+        return torch.full_like(target, 2)
+
+
+@pytest.mark.parametrize(
+    ("system", "stride", "known"),
+    [("sp4096", 4, True), ("sp8192", 4, False), ("sp8192", 0, False), ("sp2048", 4, False)],
+)
+@torch.no_grad()
+def test_an_evaluation_is_captured_once_per_shape_and_never_asks(
+    system: str, stride: int, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    GRAPHS.clear()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recorded_capture)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    config = gpu_config(system, compile="on", eval_stride=stride)
+    model = gpu_model(config).eval()
+    tokens = np.full(203, 5, dtype=np.uint16)
+    mask = np.zeros(202, dtype=bool) if known else None
+    shares = stride > 0 and model.overlap_problem is None
+    scorer = scoring._Scorer(model, tokens, Bytes(), config, 16, bool(config.recur_layers), shares, mask)
+    assert scorer.graphs
+    plan = plan_windows(202, 16, stride)
+    groups = group_windows(plan, 16, stride)
+    scored = [list(scorer.score(windows, rows_from, 3)) for windows, rows_from in groups]
+    assert sum(map(sum, scored)) == plan.scored
+    # the first batch runs as it is, the second is captured, and from then on every one is a replay
+    assert [graph.replays for graph in GRAPHS] == [len(counts) - 1 for counts in scored if len(counts) > 2]
+    assert GRAPHS and scorer.nll_sum.device == scorer.byte_sum.device == CUDA
+
+
+def test_batches_travel_as_16_bits_from_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[Tensor] = []
+    moved: list[tuple[torch.dtype, bool]] = []
+    to = Tensor.to
+
+    def watched(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if any(tensor is one for one in pinned):
+            moved.append((tensor.dtype, options["non_blocking"]))
+        return to(tensor, *arguments, **options)
+
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    monkeypatch.setattr(Tensor, "to", watched)
+    write_shard(tmp_path / "made_train_000000.bin", np.arange(1000, dtype=np.uint16) % 259)
+    config = gpu_config("baseline", data_path=str(tmp_path))
+    loader = make_loader(config, 0, 4, CUDA)
+    for _ in range(2):
+        batches = loader.next_batch()
+        assert [part.device for batch in batches for part in batch] == [CUDA] * 4
+        assert {(part.dtype, part.is_contiguous()) for batch in batches for part in batch} == {(torch.int64, True)}
+    assert moved == [(torch.int16, True)] * 4
+
+
+@torch.no_grad()
+def test_calibration_sums_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "data_ptr", lambda tensor: id(tensor))
+    config = gpu_config("sp4096", compile="off")
+    model = gpu_model(config)
+    names = matrices_to_calibrate(model, config.replace(passthrough_max_elements=16))
+    ids = torch.zeros(2, 16, dtype=torch.int64, device=CUDA)
+    hessians = collect_hessians(model, [ids, ids], names, recurrence=True)
+    assert sorted(hessians) == sorted(names)
+    assert {(hessian.device, hessian.dtype) for hessian in hessians.values()} == {(CUDA, torch.float32)}
+    plain = collect_hessians(plain_graph(model), [ids], names, recurrence=False)
+    assert {hessian.device for hessian in plain.values()} == {CUDA}
+
+
+class Launch:
+    """Stands for a Triton kernel: looks at what a launch would have got."""
+
+    seen: ClassVar[set[str]] = set()
+
+    def __init__(self, kernel: Any) -> None:
+        self.name = kernel.__name__
+        self.arg_names = kernel.arg_names
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert isinstance(grid, tuple) and all(isinstance(n, int) and n > 0 for n in grid)
+        assert grid[0] < 2**31 and all(n < 2**16 for n in grid[1:])
+
+        def launch(*arguments: Any, **named: Any) -> None:
+            given = dict(zip(self.arg_names, arguments, strict=False)) | named
+            options = set(given) - set(self.arg_names)
+            assert set(self.arg_names) <= set(given), (self.name, set(self.arg_names) - set(given))
+            assert options <= {"num_warps", "num_stages", "maxnreg"}
+            tensors = [getattr(value, "base", value) for value in given.values()]
+            devices = {tensor.device for tensor in tensors if isinstance(tensor, Tensor)}
+            assert devices == {GUARDS[-1]}, (self.name, devices, GUARDS)
+            Launch.seen.add(self.name)
+
+        return launch
+
+
+GUARDS: list[torch.device] = []
+MODULES = ("newton_schulz", "muon", "leaky_relu2_mlp", "softcapped_cross_entropy", "qk_norm_rope")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bool]]:
+    """Every kernel replaced by a `Launch`; what a stream is doing, for a test to change."""
+    stream = {"capturing": False}
+
+    @contextlib.contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        GUARDS.append(tensor.device)
+        yield
+        GUARDS.pop()
+
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stream["capturing"])
+    monkeypatch.setattr(dispatch, "triton_problem", lambda: None)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(Tensor, "data_ptr", address_of)
+    for name in MODULES:
+        module = importlib.import_module(f"golf_kernels.{name}_triton")
+        for attribute, kernel in list(vars(module).items()):
+            if attribute.endswith("_kernel"):
+                monkeypatch.setattr(module, attribute, Launch(kernel))
+        if hasattr(module, "KERNELS"):
+            replaced = {product: Launch(kernel) for product, kernel in module.KERNELS.items()}
+            monkeypatch.setattr(module, "KERNELS", replaced)
+    Launch.seen.clear()
+    yield stream
+    # what is kept for good belongs to this test's tensors
+    newton_schulz_triton = importlib.import_module("golf_kernels.newton_schulz_triton")
+    for cached in (newton_schulz_triton.make_plan, newton_schulz_triton.upload, muon_step._ratios):
+        cached.cache_clear()
+
+
+def address_of(tensor: Tensor) -> int:
+    # an allocator's addresses are multiples of 512
+    return 512 * (tensor.untyped_storage()._cdata % 2**40) + tensor.storage_offset() * tensor.element_size()
+
+
+@torch.no_grad()
+def test_every_launch_has_a_grid_all_arguments_and_the_device_of_its_tensors(launches: dict[str, bool]) -> None:
+    second = torch.device("cuda", 1)
+
+    def run(op: str, *arguments: Any) -> list[Tensor]:
+        found = dispatch.run_on("triton", op, *arguments)
+        results = list(found) if isinstance(found, (list, tuple)) else [found]
+        assert {result.device for result in results} == {second} and not GUARDS
+        return results
+
+    with second:
+        bfloat16, float32 = torch.bfloat16, torch.float32
+        matrices = [torch.empty(70, 150), torch.empty(2, 300, 40, dtype=bfloat16), torch.empty(0, 3)]
+        for name, dtype in (("quintic", bfloat16), ("aol", torch.float16)):
+            chosen = COEFFICIENTS[name]
+            flat = [value for triple in chosen.schedule() for value in triple]
+            found = run("newton_schulz", matrices, flat, 1e-7, chosen.prescale, dtype)
+            assert [result.shape for result in found] == [matrix.shape for matrix in matrices]
+        x, up, down, scale = (torch.empty(shape, dtype=bfloat16) for shape in ((130, 64), (192, 64), (64, 192), (64,)))
+        for residual, add_x, slope, eps in ((x, False, 0.5, 1e-6), (None, True, 0.0, 1e-6), (None, False, 0.5, None)):
+            y, *saved = run("leaky_relu2_mlp", x, up, down, residual, scale, slope, eps, 1.0, add_x, True)
+            run("leaky_relu2_mlp_backward", y, x, up, down, scale, *saved, slope, eps is not None, 1.0, add_x)
+        head = (torch.empty(300, 64, dtype=bfloat16), torch.empty(512, 64, dtype=bfloat16))
+        targets = torch.empty(300, dtype=torch.int64)
+        for needed in (True, False):
+            run("softcapped_cross_entropy", *head, targets, 30.0, True, -100, 0.0, needed, needed)
+        run("window_nll", *head, targets, 30.0, True)
+        q, k, table = (torch.empty(s, dtype=bfloat16) for s in ((2, 9, 4, 16), (2, 9, 2, 16), (9, 1, 4)))
+        gain = torch.empty(4, dtype=float32)
+        rotated = run("qk_norm_rope", q, k, table, table, gain, 1e-6)
+        run("qk_norm_rope_backward", q, k, *rotated[:2], table, table, gain, rotated[2])
+        weights = [torch.nn.Parameter(torch.empty(shape)) for shape in ((70, 150), (2, 30, 40))]
+        for weight in weights:
+            weight.grad = torch.empty_like(weight)
+        optimizer = Muon(weights, row_normalize=True, normuon=True)
+        group = optimizer.param_groups[0]
+        dispatch.run_on("triton", "muon_step", weights, optimizer, [(group, weights)])
+    kernels = {
+        attribute
+        for name in MODULES
+        for attribute in vars(importlib.import_module(f"golf_kernels.{name}_triton"))
+        if attribute.endswith("_kernel")
+    }
+    assert Launch.seen == kernels
+
+
+@pytest.mark.parametrize("system", ["sp2048", "sp4096"])
+def test_a_captured_step_is_replayed_from_the_third_one_on(
+    system: str, launches: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def capture(graph: Graph, capture_error_mode: str) -> Iterator[None]:
+        launches["capturing"] = True
+        with recorded_capture(graph, capture_error_mode):
+            yield
+        launches["capturing"] = False
+
+    GRAPHS.clear()
+    monkeypatch.setenv("GOLF_BACKEND", "torch,muon_step=triton")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    config = gpu_config(system)
+    model = gpu_model(config)
+    optimizers = build_optimizers(model, config)
+    ranks = Ranks(world_size=MICRO_BATCHES, device=CUDA)
+    replays = []
+    for step in range(5):
+        training_step(optimizers, model, Batches(), ranks, False, 1.0 - step / 10, 0.9 + step / 100)
+        replays.append(sum(graph.replays for graph in GRAPHS))
+    assert replays == [0, 1, 2, 3, 4] and len(GRAPHS) == 1
+    # the warm-up's graph is the run's
+    optimizers.reset()
+    training_step(optimizers, model, Batches(), ranks, False, 1.0, 0.9)
+    assert len(GRAPHS) == 1 and GRAPHS[0].replays == 5
+
+
+def test_a_result_is_compared_where_the_truth_is() -> None:
+    for got, want in ((empty(3), torch.zeros(3, dtype=torch.float64)), (torch.zeros(3), empty(3))):
+        # the comparison itself asks for a number; two devices in one operation would raise something else
+        with pytest.raises(DataDependentOutputException):
+            relative_error([got], [want])
