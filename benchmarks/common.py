@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import itertools
 import math
 import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from train.inductor import SWITCHES, missing_options
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,6 +36,7 @@ COLUMNS = (
 )
 # below this an event pair measures the host and not the GPU
 GRAPH_BELOW_MS = 0.1
+NUMBERS = itertools.count()
 Row = dict[str, Any]
 
 
@@ -252,6 +257,41 @@ def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
     ordered = torch.tensor(sorted(times), dtype=torch.float64)
     p20, p50, p80 = torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
     return p20, p50, p80
+
+
+def compilations(names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """Inductor's options by the way to compile: none of them, and each of these switches of `train.inductor`.
+
+    A switch that this torch does not have is printed with its reason.
+    """
+    ways: dict[str, Mapping[str, Any]] = {"compile": {}}
+    for switch in SWITCHES:
+        missing = missing_options(switch.options)
+        if switch.name in names and missing:
+            print(f"compile, {switch.name}: left out: torch {torch.__version__} has no {', '.join(missing)}")
+        elif switch.name in names:
+            ways[f"compile, {switch.name}"] = switch.options
+    return ways
+
+
+def compiled(function: types.FunctionType, options: Mapping[str, Any], device: torch.device) -> Callable[..., Any]:
+    """A function compiled with Inductor's options; on a CPU only traced, because there they change nothing."""
+    # a code object of its own, or variants would share what was compiled, and the limit on compiling one function again
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(NUMBERS)}")
+    own = types.FunctionType(code, function.__globals__, closure=function.__closure__)
+    if device.type == "cpu":
+        return torch.compile(own, backend="aot_eager")
+    return torch.compile(own, dynamic=False, options=dict(options))
+
+
+def peak_bytes(variant: Variant, inputs: Any, device: torch.device) -> int:
+    """Most memory that one call holds on a GPU beyond what is allocated before it, results included."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    variant.run(inputs)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _output(*command: str) -> str:

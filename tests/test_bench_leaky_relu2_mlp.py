@@ -19,7 +19,7 @@ def test_every_variant_is_checked_and_compared(capsys):
     printed = capsys.readouterr().out
     for slope in (0.5, 0.0):
         assert f"leaky_relu2_mlp, slope {slope}, 160x64x128, float16, on cpu" in printed
-    for name in ("products alone", "torch", *bench.SWITCHES):
+    for name in ("products alone", "torch", *common.compilations(bench.SWITCHES)):
         assert len(re.findall(rf"^{name} +eager ", printed, re.MULTILINE)) == 2, name
     if "triton" in dispatch.available_backends("leaky_relu2_mlp"):
         for name in bench.TRITON:
@@ -58,11 +58,14 @@ def test_traffic_in_activations():
     assert case.bytes == 37.5 * unit and case.flops == 12 * 98_304 * 512 * 2048
 
 
-def test_this_torch_knows_every_switch():
-    from torch._inductor import config
-
-    known = config.get_config_copy()
-    assert [name for switches in bench.SWITCHES.values() for name in switches if name not in known] == []
+def test_memory_in_hidden_tensors():
+    lines = bench.memory_lines({"triton": 2_000_000, "compile": 5_000_000}, 2_000_000)
+    assert lines == [
+        "triton: 2 MB at most beyond the inputs",
+        "compile: 5 MB at most beyond the inputs",
+        "triton takes 1.50 hidden tensors less than 'compile' (goal 1)",
+    ]
+    assert len(bench.memory_lines({"compile": 5_000_000}, 2_000_000)) == 1
 
 
 def test_a_wrong_result_has_no_time():
@@ -81,7 +84,7 @@ def test_what_does_not_run_is_named_and_ours_is_never_left_out(monkeypatch, caps
     def broken(*_):
         raise TypeError("expected another number of arguments\nand more")
 
-    monkeypatch.setattr(bench, "compiled", lambda *_: broken)
+    monkeypatch.setattr(common, "compiled", lambda *_: broken)
     clock, limits = common.Clock(CPU, 1.0, 2), common.Ceilings(1.0, 1.0)
     _, rows = bench.compare(TINY, 0.5, clock, limits)
     assert {row["impl"] for row in rows} - set(bench.TRITON) <= {"torch", "torch again", "triton again"}
@@ -98,7 +101,7 @@ def test_variants_compile_apart():
     before = counted["ok"]
     # more than torch would compile one function again
     for _ in range(12):
-        bench.both_passes(bench.compiled(bench.plain, {}, CPU), 0.5, inputs)
+        bench.both_passes(common.compiled(bench.plain, {}, CPU), 0.5, inputs)
     assert counted["ok"] - before == 12
 
 

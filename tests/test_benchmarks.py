@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -124,3 +125,10 @@ def test_rows_are_kept_for_a_gpu_only(tmp_path):
     with pytest.raises(ValueError, match="expected the columns date, commit"):
         common.append_rows(rows, there, tmp_path)
     assert "a again" in common.render(rows, "cpu") and "on cpu" in common.render(rows, "cpu")
+
+
+def test_ways_to_compile_are_those_that_this_torch_has(monkeypatch, capsys):
+    known = common.SWITCHES[0]
+    monkeypatch.setattr(common, "SWITCHES", (known, known._replace(name="lost", options={"no.such_switch": True})))
+    assert common.compilations(["lost", known.name]) == {"compile": {}, f"compile, {known.name}": known.options}
+    assert re.search(r"^compile, lost: left out: torch \S+ has no no.such_switch$", capsys.readouterr().out)
