@@ -49,6 +49,20 @@ def test_errs_no_more_than_the_plain_chain(dtype, width):
     assert within(found, plain, dtype), (found, plain)
 
 
+def test_bfloat16_errs_no_more_than_the_plain_chain_at_the_width_of_the_recipes(true_bfloat16):
+    tensors = streams(1, 130, 512, dtype=torch.bfloat16)
+    tensors["mix"] = tensors["mix"].detach().float().requires_grad_()
+    exact = exactly(tensors | {"mix": tensors["mix"].detach().bfloat16().requires_grad_()})
+    want = run(formula, exact, [g.double() for g in upstream(tensors)])
+    arguments = [*(t.detach() for t in tensors.values()), EPS, 0.5]
+    # without the fixture no kernel would be let near bfloat16 on a CPU
+    results = dispatch.run_on("triton", "mix_rms_norm", *arguments)
+    gradients = dispatch.run_on("triton", "mix_rms_norm_backward", *upstream(tensors), *arguments)
+    found = errors(dict(zip(want, [*results, *gradients], strict=True)), want)
+    plain = errors(run(formula, tensors, upstream(tensors)), want)
+    assert within(found, plain, torch.bfloat16), (found, plain)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:-1], ids=str)
 def test_both_results_are_rounded_once(dtype):
     tensors = streams(2, 50, 48, dtype=dtype)
