@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import figures, report
 from benchmarks.common import RESULTS
 from benchmarks.results import Change, ResultsError, compare, read_results
 from benchmarks.session import run_session
@@ -52,7 +52,7 @@ def main() -> int:
             return print_changes(compare(measurements, arguments.revision))
         changed = report.write_readme(arguments.readme, measurements)
         print(f"{arguments.readme}: {'updated' if changed else 'up to date'}")
-        print(f"plots: {report.describe_written(report.plots(measurements, arguments.plots))}")
+        print(f"plots: {report.describe_written(figures.plots(measurements, arguments.plots))}")
     except (ResultsError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,15 +1,16 @@
 """Results to tables, plots and comparisons: nothing mixed, nothing typed, nothing lost."""
 
 import csv
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import figures, report
 from benchmarks.common import COLUMNS, RESULTS
-from benchmarks.results import ResultsError, compare, newest, read_results
+from benchmarks.results import Measurement, ResultsError, Subject, compare, newest, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 MADE = "Made GPU"
@@ -110,11 +111,48 @@ def test_newest_is_by_date_and_not_by_place(tmp_path: Path) -> None:
 
 
 def test_plots_are_drawn_per_gpu_from_what_is_there(results: Path, tmp_path: Path) -> None:
-    written = report.plots(read_results(results), tmp_path / "plots")
+    written = figures.plots(read_results(results), tmp_path / "plots")
     assert {path.name for path in written} == {
         "Made_GPU_steps.png", "Made_GPU_speedup.png", "Made_GPU_roofline.png", "Other_GPU_roofline.png",
     }  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_a_speed_up_is_over_the_best_of_pytorch_and_of_the_same_work() -> None:
+    made = [
+        row(op="mlp", p50=4.0), row(op="mlp", impl="compiled", mode="graph", p50=3.0), row(op="mlp", impl="quack", p50=0.5),
+        row(op="mlp", impl="triton", p50=1.5), row(op="mlp", impl="triton", shape="9x9", p50=1.0),
+        *(
+            row(op="step x", mode=f"{phase} recurrence", impl=impl, p50=ms)
+            for phase, times in (("before", (3.0, 2.5, 2.0)), ("after", (9.0, 8.0, 6.0)))
+            for impl, ms in zip(("published", "torch", "golf"), times, strict=True)
+        ),
+        row(op="evaluation", impl="published", p50=8.0), row(op="evaluation", impl="golf", p50=2.0),
+    ]  # fmt: skip
+    latest = {}
+    for one in made:
+        numbers = [float(one[name]) for name in ("p50", "p20", "p80", "tflops", "gbps", "floor")]
+        subject = Subject(*(str(one[name]) for name in Subject._fields))
+        latest[subject] = Measurement(subject, str(one["date"]), str(one["commit"]), False, *numbers)
+    assert figures.speedups(latest) == {
+        "step x, before recurrence, 8x8": 1.5, "step x, after recurrence, 8x8": 1.5,
+        "mlp, triton, 8x8": 2.0, "evaluation, golf, 8x8": 4.0,
+    }  # fmt: skip
+
+
+def test_evaluation_is_drawn_in_tokens_per_second(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = row(op="evaluation", shape="recipe 4000 targets window 8 stride 2", impl="golf", p50=20.0)
+    write(results / "b.csv", [row(gpu="Other GPU", p50=9.0, p20=8.0, p80=9.5), made | {"gpu": "Other GPU"}])
+    drawn = []
+    monkeypatch.setattr(
+        figures, "_over_commits", lambda _, panels, value: drawn.extend(map(value, itertools.chain(*panels.values())))
+    )
+    written = figures.plots(read_results(results), tmp_path / "plots")
+    assert "Other_GPU_evaluation.png" in {path.name for path in written}
+    # 4,000 tokens in 20 ms; before it the steps of the other GPU, in ms
+    assert drawn == [2.0, 1.25, 200.0]
 
 
 def test_the_command_reports_and_compares(results: Path, tmp_path: Path) -> None:
