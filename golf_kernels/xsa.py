@@ -5,7 +5,7 @@
 
 With t = ⟨dy, v̂⟩, and u = 1 where ‖v‖ ≥ 1e-12, else 0,
 
-    do = dy − t v̂,  dv = −(1 / n) Σ (s dy + t o − 2 u s t v̂), the sum over the heads that share the value
+    do = dy − t v̂,  dv = (1 / n) (2 u Σ s t v̂ − Σ (s dy + t o)), the sums over the heads that share the value
 
 Saved are o and v, which attention saves anyway, and nothing else. A training step adds dv to attention's own gradient of
 the values.
@@ -98,7 +98,7 @@ def _reference(output: Tensor, value: Tensor) -> Tensor:
     _check(output, value)
     grouped = _grouped(output, value)
     direction = _wide(value).unsqueeze(3) / _length(value).clamp_min(EPS)
-    removed = grouped - _along(grouped, direction) * direction
+    removed = torch.addcmul(grouped, _along(grouped, direction), direction, value=-1)
     return removed.to(output.dtype).reshape(output.shape).contiguous()
 
 
@@ -111,9 +111,10 @@ def _backward_reference(dy: Tensor, output: Tensor, value: Tensor) -> tuple[Tens
     clamped = length.clamp_min(EPS)
     direction = _wide(value).unsqueeze(3) / clamped
     s, t = _along(grouped, direction), _along(upstream, direction)
-    doutput = upstream - t * direction
-    shares = s * upstream + t * grouped - 2 * (length >= EPS) * s * t * direction
-    dvalue = -(shares / clamped).sum(dim=3)
+    doutput = torch.addcmul(upstream, t, direction, value=-1)
+    shares = (s * upstream).addcmul_(t, grouped).sum(dim=3, keepdim=True)
+    through_length = 2 * (length >= EPS) * (s * t).sum(dim=3, keepdim=True)
+    dvalue = ((through_length * direction - shares) / clamped).squeeze(3)
     doutput = doutput.to(output.dtype).reshape(output.shape)
     return doutput.contiguous(), dvalue.to(value.dtype).contiguous()
 
