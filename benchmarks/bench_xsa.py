@@ -106,7 +106,7 @@ def make_case(shape: Shape, device: torch.device) -> common.Case:
         truth,
         flops=0.0,
         bytes=sum(traffic(shape).values()),
-        # twice what the plain chain errs in bfloat16
+        # the plain chain errs 6e-3 in bfloat16, in the gradient of the values
         max_rel_err=1e-2,
     )
 
