@@ -206,9 +206,13 @@ def test_second_derivatives_are_refused():
 def test_opcheck():
     tensors, dy = heads(dtype=torch.float32)
     torch.library.opcheck(torch.ops.golf.xsa.default, tuple(tensors.values()))
-    heads_first = [random(2, count, 5, 6, dtype=torch.float32).transpose(1, 2) for count in (4, 2)]
-    torch.library.opcheck(torch.ops.golf.xsa.default, tuple(heads_first))
-    torch.library.opcheck(torch.ops.golf.xsa_backward.default, (dy, *heads_first))
+    # heads first, and dimensions first
+    views = (
+        random(2, 4, 5, 6, dtype=torch.float32).transpose(1, 2),
+        random(6, 2, 5, 2, dtype=torch.float32).movedim(0, -1),
+    )
+    torch.library.opcheck(torch.ops.golf.xsa.default, views)
+    torch.library.opcheck(torch.ops.golf.xsa_backward.default, (dy, *views))
 
 
 def test_compiles_as_one_graph():
