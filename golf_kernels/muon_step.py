@@ -20,7 +20,10 @@ from golf_kernels.newton_schulz import default_compute_dtype, triton_problem
 
 @functools.lru_cache(maxsize=32)
 def _ratios(ratios: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(ratios, dtype=torch.float32).to(device)
+    from golf_kernels.newton_schulz_triton import on_device
+
+    table: Tensor = on_device(torch.tensor(ratios, dtype=torch.float32), device)
+    return table
 
 
 def _step_triton(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> None:

@@ -374,7 +374,7 @@ def make_plan(shapes: tuple[tuple[int, int], ...], tile: int, device: torch.devi
     squares.sort(key=lambda entry: -entry[5])
     products.sort(key=lambda entry: -entry[6])
     tables = [
-        torch.tensor(entries, dtype=torch.int64).to(device)
+        on_device(torch.tensor(entries, dtype=torch.int64), device)
         for entries in (layout, blocks, gram_blocks, grams, squares, products)
     ]
     places = tuple((entry[3], entry[2]) for entry in layout)
@@ -472,16 +472,20 @@ def lasting(table: T, device: torch.device) -> T:
 
 @functools.lru_cache(maxsize=32)
 def upload(entries: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """A table on the device; while a graph is captured only one that was there before.
+    """A table on the device; while a graph is captured only one that was there before."""
+    return on_device(torch.tensor(entries, dtype=torch.int64), device)
+
+
+def on_device(table: Tensor, device: torch.device) -> Tensor:
+    """A table of the host on the device, for which nobody waits.
 
     Raises:
-        RuntimeError: it was not, and a copy from the host must not be part of a graph.
+        RuntimeError: a graph is being captured, and a copy from the host must not be part of it.
     """
-    table = torch.tensor(entries, dtype=torch.int64)
     if device.type != "cuda":
         return table
     if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("tensors at new addresses during CUDA graph capture: run once with the same tensors before")
+        raise RuntimeError("new tensors during CUDA graph capture: run once with the same tensors before")
     return table.pin_memory().to(device, non_blocking=True)
 
 

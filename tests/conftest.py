@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from train import hardware
+
 # packing the code into one script takes seconds, which the many small runs of the tests do not spend
 os.environ.setdefault("CODE_FORM", "sources")
 # matrices this small only lose by being shared between threads, which would also round otherwise than two ranks do
@@ -13,6 +15,10 @@ torch.set_num_threads(1)
 # Triton reads it when a kernel is defined, so it is set before any is imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+else:
+    # there, too, what a test leaves to the settings runs on the CPU: in float32, and the same bits again
+    os.environ.setdefault("DEVICE", "cpu")
+    hardware.auto_device = lambda: "cpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

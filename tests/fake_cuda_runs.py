@@ -15,10 +15,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from model_systems import SHALLOW, SYSTEMS, narrow_config
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import golf_kernels
 from benchmarks.common import relative_error
 from golf_kernels import dispatch, muon_step
 from golf_kernels.muon import Muon
@@ -30,11 +33,10 @@ from train.distributed import Ranks
 from train.evaluate import scoring
 from train.evaluate.windows import group_windows, plan_windows
 from train.loop import training_step
-from train.model.attention import Attention
 from train.model.attention_choice import use_attention
 from train.model.decoder import Decoder
+from train.model.fusion import CALLERS
 from train.model.gpt import GPT
-from train.model.mlp import MLP
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import build_optimizers
 from train.quantize.calibrate import collect_hessians, plain_graph
@@ -65,10 +67,10 @@ def gpu_model(config: Config) -> GPT:
 
 
 def use_operators(model: GPT, used: bool) -> None:
-    model.fused = used
-    for module in model.modules():
-        if isinstance(module, (MLP, Attention)):
-            module.fused = used
+    for caller, flag in CALLERS.values():
+        for module in model.modules():
+            if isinstance(module, caller):
+                setattr(module, flag, used)
 
 
 class Batches:
@@ -162,6 +164,10 @@ def test_references_compute_on_a_gpu_what_they_say() -> None:
     q, k, table, gain = empty(2, 3, 4, 8), empty(2, 3, 2, 8), empty(3, 1, 2), empty(4, dtype=float32)
     rotated = run_reference("qk_norm_rope", q, k, table, table, gain, 1e-6)
     run_reference("qk_norm_rope_backward", q, k, *rotated[:2], table, table, gain, rotated[2])
+    run_reference("xsa_backward", q, *run_reference("xsa", q, k), k)
+    stream, mix = empty(2, 3, 16), empty(2, 16, dtype=float32)
+    mixed = run_reference("mix_rms_norm", stream, stream, mix, 1e-6, 0.5)
+    run_reference("mix_rms_norm_backward", *mixed, stream, stream, mix, 1e-6, 0.5)
     packed, scales = empty(27, dtype=torch.uint8), empty(5, dtype=torch.float16)
     run_reference("int6_unpack", packed, 35)
     run_reference("int6_dequantize", [packed], [scales], [7], torch.bfloat16)
@@ -290,7 +296,10 @@ class Launch:
 
 
 GUARDS: list[torch.device] = []
-MODULES = ("newton_schulz", "muon", "leaky_relu2_mlp", "softcapped_cross_entropy", "qk_norm_rope")
+# every file of kernels is found, also one that is yet to come
+MODULES = sorted(
+    path.name.removesuffix("_triton.py") for path in Path(golf_kernels.__file__).parent.glob("*_triton.py")
+)
 
 
 @pytest.fixture
@@ -363,6 +372,10 @@ def test_every_launch_has_a_grid_all_arguments_and_the_device_of_its_tensors(lau
         gain = torch.empty(4, dtype=float32)
         rotated = run("qk_norm_rope", q, k, table, table, gain, 1e-6)
         run("qk_norm_rope_backward", q, k, *rotated[:2], table, table, gain, rotated[2])
+        run("xsa_backward", q, *run("xsa", q, k), k)
+        stream, mix = torch.empty(2, 9, 64, dtype=bfloat16), torch.empty(2, 64)
+        mixed = run("mix_rms_norm", stream, stream, mix, 1e-6, 0.5)
+        run("mix_rms_norm_backward", *mixed, stream, stream, mix, 1e-6, 0.5)
         weights = [torch.nn.Parameter(torch.empty(shape)) for shape in ((70, 150), (2, 30, 40))]
         for weight in weights:
             weight.grad = torch.empty_like(weight)
@@ -376,6 +389,19 @@ def test_every_launch_has_a_grid_all_arguments_and_the_device_of_its_tensors(lau
         if attribute.endswith("_kernel")
     }
     assert Launch.seen == kernels
+
+
+@torch.no_grad()
+def test_nothing_new_is_copied_into_a_graph(launches: dict[str, bool]) -> None:
+    matrices, coefficients = [empty(70, 150)], (3.4, -4.8, 2.0)
+    launches["capturing"] = True
+    # neither a new shape nor, with known shapes, a new address
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="run once with the same tensors before"):
+            dispatch.run_on("triton", "newton_schulz", matrices, coefficients, 1e-7, "frobenius", torch.bfloat16)
+        launches["capturing"] = False
+        dispatch.run_on("triton", "newton_schulz", [empty(70, 150)], coefficients, 1e-7, "frobenius", torch.bfloat16)
+        launches["capturing"] = True
 
 
 @pytest.mark.parametrize("system", ["sp2048", "sp4096"])
@@ -406,6 +432,32 @@ def test_a_captured_step_is_replayed_from_the_third_one_on(
     optimizers.reset()
     training_step(optimizers, model, Batches(), ranks, False, 1.0, 0.9)
     assert len(GRAPHS) == 1 and GRAPHS[0].replays == 5
+
+
+@pytest.fixture
+def eight_ranks(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    """The first of eight ranks, whose collectives move nothing."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield Ranks(0, 0, 8, CUDA, dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("system", ["sp2048", "sp8192"])
+def test_eight_ranks_exchange_tensors_of_the_gpu(system: str, eight_ranks: Ranks) -> None:
+    config = gpu_config(system)
+    model = gpu_model(config)
+    eight_ranks.copy_from(0, model.parameters())
+    optimizers = build_optimizers(model, config, eight_ranks.group)
+    for _ in range(2):
+        training_step(optimizers, model, Batches(), eight_ranks, False, 1.0, 0.95)
+    own = {parameter for group in optimizers.muon.param_groups for parameter in group["params"]}
+    assert 0 < len(own) < len(model.matrices())
+    assert {parameter.device for parameter in model.parameters()} == {CUDA}
+    weights = [torch.nn.Parameter(empty(*shape, dtype=torch.float32)) for shape in ((8, 5), (3, 5, 8), (6, 6))]
+    for weight in weights:
+        weight.grad = torch.empty_like(weight)
+    Muon(weights, process_group=eight_ranks.group).step()
 
 
 def test_a_result_is_compared_where_the_truth_is() -> None:

@@ -96,7 +96,7 @@ def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="LOCAL_RANK 2: this machine has 2 GPUs"):
-        choose_device("auto", 2)
+        choose_device("cuda", 2)
     assert choose_device("cpu", 2) == torch.device("cpu")
 
 

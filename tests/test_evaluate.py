@@ -19,7 +19,7 @@ from train.config import Config
 from train.data.shards import load_validation_tokens, write_shard
 from train.data.tokenizer import byte_tables, load_tokenizer, train_tokenizer
 from train.errors import UserError
-from train.evaluate.__main__ import main
+from train.evaluate.__main__ import _load, main
 from train.evaluate.scores import read_evaluation
 from train.evaluate.windows import plan_windows
 from train.log_grammar import GRAMMAR
@@ -78,6 +78,14 @@ def run_truth(run: Path, seq_len: int, stride: int, limit: int | None = None) ->
     tokens = load_validation_tokens(config.data_path, 32)[:limit]
     tables = byte_tables(load_tokenizer(Path(config.data_path) / "tiny_300_bpe.model", 300), 300)
     return plain_score(load_model(run / "model.golf"), tokens, tables, seq_len, stride, "once", config.logit_softcap)
+
+
+def test_weights_compute_as_the_device_asks_that_scores_them(finished_run: Path) -> None:
+    config = RunFolder(finished_run).trained_config()
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        settings = config.replace(device=device, compute_dtype="auto")
+        for weights in ("master", "artifact"):
+            assert _load(RunFolder(finished_run), settings, weights).compute_dtype == dtype
 
 
 def test_command_scores_the_artifact_from_its_bytes(

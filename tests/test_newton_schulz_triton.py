@@ -298,5 +298,8 @@ def test_a_cuda_graph_replays_the_whole_model():
         exact = truth("quintic", matrix.double().cpu())
         theirs = plain([matrix], "quintic", torch.bfloat16)[0]
         assert relative_error(result.cpu(), exact) < 2 * relative_error(theirs, exact)
-    with pytest.raises(RuntimeError, match="run once with the same tensors before"), torch.cuda.graph(graph):
+    with (
+        pytest.raises(RuntimeError, match="run once with the same tensors before"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
         newton_schulz([matrices[0].clone()])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from train.config import Config
 from train.distributed import Ranks
 from train.errors import UserError
 from train.files import atomic_write
@@ -100,13 +101,17 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
     return saved
 
 
-def load_weights(folder: RunFolder) -> GPT:
+def load_weights(folder: RunFolder, config: Config | None = None) -> GPT:
     """The trained model of a run, from weights.pt.
+
+    Args:
+        folder: the run's.
+        config: its settings with another `device` or `compute_dtype`; None: as the run had them.
 
     Raises:
         UserError: training has not finished, or the file is not the weights of this run.
     """
-    model = GPT(folder.trained_config())
+    model = GPT(config or folder.trained_config())
     path = folder.need(folder.weights, f"python -m train --run_id {folder.path.name} --resume auto")
     try:
         model.load_state_dict(read_tensors(path))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 # threads, outliving the interpreter, then abort the process at its end
 import torch.distributed.nn
 
+from train import hardware
 from train.config import MICRO_BATCHES
 from train.errors import UserError
 
@@ -167,7 +168,7 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     Raises:
         UserError: CUDA is asked for and missing, or there are fewer GPUs than processes on this machine.
     """
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    if (hardware.auto_device() if device == "auto" else device) == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(

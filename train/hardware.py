@@ -5,10 +5,17 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from train.distributed import Ranks
+if TYPE_CHECKING:
+    from train.distributed import Ranks
+
+
+def auto_device() -> str:
+    """What `device=auto` stands for here: "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def hardware(ranks: Ranks) -> str:

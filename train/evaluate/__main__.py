@@ -109,7 +109,7 @@ def _run_config(folder: RunFolder, arguments: argparse.Namespace) -> Config:
 def _load(folder: RunFolder, config: Config, weights: str) -> GPT:
     if weights == "artifact":
         return load_model(folder.need(folder.artifact, "python -m train"), config)
-    return load_weights(folder)
+    return load_weights(folder, config)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
+from train import hardware
 from train.config import Config
 from train.model.attention import Heads
 from train.model.block import BLOCK_MATRICES, Block, BlockInputs
@@ -44,8 +45,8 @@ def resolve_compute_dtype(config: Config) -> torch.dtype:
     """The dtype of the forward pass; "auto" is bfloat16 where the run goes to a GPU and float32 elsewhere."""
     if config.compute_dtype != "auto":
         return getattr(torch, config.compute_dtype)
-    on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    return torch.bfloat16 if on_gpu else torch.float32
+    device = hardware.auto_device() if config.device == "auto" else config.device
+    return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 class GPT(nn.Module):
