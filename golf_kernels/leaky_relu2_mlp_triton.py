@@ -294,6 +294,8 @@ TILES = {
     "dx": {"wide": Tile(128, 256, 64, 8, 3, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
 }
 INVERSE_RMS = {"BLOCK_M": 16, "BLOCK_K": 128}
+# sums of a row that a program of the dx kernel adds up without running out of registers
+MAX_PARTS = 16
 FLAGS = ("NORM", "LEAKY", "SIGN", "ADD")
 KERNELS = {"up": up_kernel, "down": down_kernel, "dpre": dpre_kernel, "dx": dx_kernel}
 
@@ -377,6 +379,8 @@ def backward(
             numbers = (rows, hidden, width, gain, slope)
             arguments = (post, rstd, _words(sign), euler, *numbers)
             _launch("dpre", (dy, columns, post, dpre), *arguments, NORM=norm, LEAKY=slope > 0)
+            if parts > MAX_PARTS:
+                euler, parts = euler.sum(0, keepdim=True), 1
             flags = {"NORM": norm, "ADD": add_x, "PARTS": triton.next_power_of_2(parts)}
             _launch("dx", (dpre, w_up, x, dy, dx), x, dy, rstd, euler, rows, hidden, width, parts, **flags)
     dw_up, dw_down = dpre.T @ x, dy.T @ post
@@ -453,6 +457,9 @@ def aot_configurations() -> list[dict[str, Any]]:
                 continue
             blocks = iter(_blocks(product, tile))
             runtime = [name for name in kernel.arg_names if not name.isupper()]
+            if "PARTS" in kernel.arg_names:
+                # the most registers; of other numbers fewer
+                constants["PARTS"] = MAX_PARTS
             found.append(
                 {
                     "name": "_".join([product, size, *(name.lower() for name in flags if constants[name])]),
@@ -461,7 +468,7 @@ def aot_configurations() -> list[dict[str, Any]]:
                         name: f"tensordesc<bf16{next(blocks)}>" if name.endswith("_desc") else kinds.get(name, "i32")
                         for name in runtime
                     },
-                    "constexprs": constants | ({"PARTS": 8} if "PARTS" in kernel.arg_names else {}) | _constexprs(tile),
+                    "constexprs": constants | _constexprs(tile),
                     "options": _options(tile),
                     "promises": ("wgmma", "tma"),
                     "divisible": ("hidden", "width"),

@@ -1,6 +1,7 @@
 """The Triton kernels of the LeakyReLU² MLP against float64: on a Hopper GPU, else in Triton's interpreter."""
 
 import collections
+import importlib
 import itertools
 
 import pytest
@@ -72,12 +73,22 @@ def within(found, plain, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "d", "hidden"),
-    [(127, 8, 128), (128, 256, 256), (129, 264, 320), (5, 16, 768), (300, 256, 512)],
+    [(127, 8, 128), (128, 256, 256), (129, 264, 320), (5, 16, 768), (300, 256, 512), (3, 8, 2112)],
 )
 def test_shapes(dtype, rows, d, hidden):
     tensors = block(rows, d, hidden, dtype)
     found, plain = errors_of_both(tensors, random(rows, d, seed=9, dtype=dtype), norm_eps=1e-6)
     assert within(found, plain, dtype), (found, plain)
+
+
+@pytest.mark.parametrize(("hidden", "parts"), [(320, 4), (2048, 8), (2112, 1)])
+def test_a_program_adds_up_no_more_sums_than_it_has_registers_for(hidden, parts, monkeypatch):
+    module = importlib.import_module("golf_kernels.leaky_relu2_mlp_triton")
+    launch, seen = module._launch, []
+    monkeypatch.setattr(module, "_launch", lambda *a, **flags: (seen.append(flags.get("PARTS")), launch(*a, **flags)))
+    run(leaky_relu2_mlp, block(2, 8, hidden, DTYPES[0]), random(2, 8, dtype=DTYPES[0]), norm_eps=1e-6)
+    # 3 narrow tiles, 8 wide ones, and 17 narrow ones, which are added up before
+    assert [found for found in seen if found] == [parts] and parts <= module.MAX_PARTS
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
