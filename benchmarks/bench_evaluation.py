@@ -163,7 +163,9 @@ def make_case(model: GPT, config: Config, targets: int) -> common.Case:
     )
 
 
-def describe_rows(rows: Sequence[common.Row], targets: int, limits: common.Ceilings, whole: int) -> list[str]:
+def describe_rows(
+    rows: Sequence[common.Row], targets: int, limits: common.Ceilings, whole: int, *, on_gpu: bool
+) -> list[str]:
     """Tokens per second, ratios to the first row, share of the matrix rate, and the whole text's seconds if it has any."""
     lines = []
     for row in rows:
@@ -172,6 +174,8 @@ def describe_rows(rows: Sequence[common.Row], targets: int, limits: common.Ceili
             f"{row['impl']}: {rate:,.0f} tokens/s, {rows[0]['p50'] / row['p50']:.2f} x {rows[0]['impl']}, "
             f"{row['tflops'] / limits.tflops:.0%} of the matrix rate"
         )
+        if row["impl"] == "golf":
+            lines[-1] += " (goals: 2 x, 45 %)" if on_gpu else " (goal: 3 x)"
         if whole:
             lines[-1] += f"; computed: {whole / rate / 8:,.1f} s for the validation text on 8 such devices"
     return lines
@@ -200,7 +204,7 @@ def run_recipe(name: str, options: Any, clock: common.Clock, limits: common.Ceil
     rows = common.measure(make_case(model, config, targets), variants, clock, limits)
     whole = 0 if options.tiny else VALIDATION_TARGETS[name]
     common.report(rows, common.environment(options.device), keep=not options.tiny)
-    print("\n".join(describe_rows(rows, targets, limits, whole)) + "\n")
+    print("\n".join(describe_rows(rows, targets, limits, whole, on_gpu=on_gpu)) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,9 +27,23 @@ def test_both_ways_are_measured_and_compared(capsys):
     assert bench_evaluation.main([*arguments, "--recipes", "sp8192_sdclip"]) == 0
     printed = capsys.readouterr().out
     found = re.findall(
-        r"^(.*): [\d,]+ tokens/s, \d+\.\d\d x published, \d+% of the matrix rate$", printed, re.MULTILINE
+        r"^(.*): [\d,]+ tokens/s, \d+\.\d\d x published, \d+% of the matrix rate(?: \(goal: 3 x\))?$",
+        printed,
+        re.MULTILINE,
     )
     assert found == ["published", "golf", "golf, layer 0 per window", "published again"]
+
+
+def test_seconds_of_the_validation_text_by_hand():
+    rows = [{"impl": "published", "p50": 8000.0, "tflops": 100.0}, {"impl": "golf", "p50": 2000.0, "tflops": 400.0}]
+    lines = bench_evaluation.describe_rows(rows, 400_000, common.Ceilings(800.0, 4000.0), 40_000_000, on_gpu=True)
+    # 50,000 and 200,000 tokens per second, on eight devices
+    assert lines == [
+        "published: 50,000 tokens/s, 1.00 x published, 12% of the matrix rate; "
+        "computed: 100.0 s for the validation text on 8 such devices",
+        "golf: 200,000 tokens/s, 4.00 x published, 50% of the matrix rate (goals: 2 x, 45 %); "
+        "computed: 25.0 s for the validation text on 8 such devices",
+    ]
 
 
 @pytest.mark.parametrize(

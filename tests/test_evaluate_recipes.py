@@ -18,6 +18,7 @@ from train.data.tokenizer import ByteTables
 from train.evaluate.scoring import _Scorer, evaluate_model
 from train.model.gpt import GPT
 from train.model.linear import observe_inputs
+from train.recipes import load_recipe
 
 # the package's name of this module is the function
 nll_module = importlib.import_module("golf_kernels.window_nll")
@@ -70,6 +71,20 @@ def test_pruned_evaluation_equals_the_plain_one(system: str, count: int, seq_len
         assert found.layer0 == "once per token"
     assert found.val_loss == pytest.approx(nats / scored, rel=1e-6)
     assert found.val_bpb == pytest.approx(nats / math.log(2) / size, rel=1e-6)
+
+
+def test_pruned_evaluation_of_quickstart_equals_the_plain_one() -> None:
+    # as it is, since it is narrow already, with the window and the stride of its own
+    config = load_recipe("quickstart").config(compute_dtype="float32", device="cpu", embed_dtype="float32")
+    model = random_model(config).float().eval()
+    model.compute_dtype = torch.float32
+    tokens, tables = make_text(150)
+    found = evaluate_model(model, tokens, tables, config)
+    options = (config.window, config.eval_stride, config.eval_rule, config.logit_softcap)
+    nats, scored, size = plain_score(model, tokens, tables, *options)
+    assert 0 < config.eval_stride < config.window and found.layer0 == "once per token"
+    assert (found.tokens, found.bytes) == (scored, size)
+    assert found.val_loss == pytest.approx(nats / scored, rel=1e-6)
 
 
 @pytest.mark.parametrize("masking", [False, True])
