@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ RECIPE = "sp8192_sdclip"
 STAGES = ("calibrate", "gptq", "generate")
 # a rank's share of #1392's 128 texts on eight GPUs
 TEXTS = 16
+# the check's float64 model would take many times as long on all of them
+CHECKED_BATCHES = 2
 # so many sequences at once in float64, whose attention keeps all pairs
 EXACT_SEQUENCES = 4
 # of the tokens, at least so many are what the whole text's logits would have drawn
@@ -41,42 +43,50 @@ LEAST_AGREEMENT = 0.9
 TINY = NARROW | {"train_seq_len": 64, "train_batch_tokens": 1024, "eval_seq_len": 64, "passthrough_max_elements": 512}
 
 
-def make_batches(config: Config, count: int, device: torch.device, seed: int) -> list[Tensor]:
+def make_batches(config: Config, count: int, device: torch.device) -> list[Tensor]:
     """Random tokens, in batches of one rank's micro-batch."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(config.seed)
     shape = (max(config.train_batch_tokens // 8 // config.train_seq_len, 1), config.train_seq_len)
     return [torch.randint(config.vocab_size, shape, generator=generator).to(device) for _ in range(count)]
 
 
-def calibration_case(model: GPT, config: Config, names: Sequence[str], count: int) -> common.Case:
-    """Hessians of the matrices from `count` batches."""
-    device = model.head_weight.device
-    batches = make_batches(config, count, device, 0)
+def measure_calibration(
+    model: GPT, config: Config, names: Sequence[str], count: int, clock: common.Clock, limits: common.Ceilings
+) -> list[common.Row]:
+    """Check the Hessians of a few batches, and time those of `count`.
+
+    Raises:
+        CheckFailed: they are not the model's in float64.
+    """
+    recurrence = bool(config.recur_layers)
+    batches = make_batches(config, count, model.head_weight.device)
     exact = copy.deepcopy(model).double()
     exact.compute_dtype = torch.float64
     use_attention(exact, "math")
-
-    def truth(given: Sequence[Tensor]) -> list[Tensor]:
-        parts = [part for ids in given for part in ids.split(EXACT_SEQUENCES)]
-        sums = collect_hessians(exact, parts, names, recurrence=bool(config.recur_layers))
-        return [sums[name] * (len(parts) / len(given)) for name in names]
-
-    dim, runs = config.model_dim, len(make_plan(config, recurrence=bool(config.recur_layers)))
-    tokens = count * batches[0].numel()
+    few = batches[:CHECKED_BATCHES]
+    parts = [part for ids in few for part in ids.split(EXACT_SEQUENCES)]
+    truth = collect_hessians(exact, parts, names, recurrence=recurrence)
+    found = collect_hessians(model, few, names, recurrence=recurrence)
+    # both are means over what was given, parts or batches
+    whole = len(parts) / len(few)
+    error = common.relative_error([found[name] for name in names], [truth[name] * whole for name in names])
+    # inputs of the last layers are as inexact as bfloat16 makes them after all the layers before
+    largest = 0.1 if model.compute_dtype == torch.bfloat16 else 1e-4
+    if not error <= largest:
+        raise common.CheckFailed(f"calibrate: relative error {error:.2e}, at most {largest:.0e}")
+    del exact, truth
+    dim, runs = config.model_dim, len(make_plan(config, recurrence=recurrence))
     products = 2 * (runs * (3 * dim**2 + config.mlp_hidden**2) + dim**2)
     forward = window_flops(config, config.window) / config.window - 2 * config.vocab_size * dim
-    weights = sum(weight.numel() for weight in model.parameters()) * 4
-    return common.Case(
-        "calibrate",
-        f"{len(names)} matrices {count} batches of {batches[0].numel()} tokens",
-        str(model.compute_dtype).removeprefix("torch."),
-        lambda seed: make_batches(config, count, device, seed),
-        truth,
-        flops=tokens * (forward + products),
-        bytes=float(count * weights),
-        # inputs of the last layers are as inexact as bfloat16 makes them after all the layers before
-        max_rel_err=0.1 if model.compute_dtype == torch.bfloat16 else 1e-4,
-    )
+    tokens = batches[0].numel()
+    weights = 4.0 * sum(weight.numel() for weight in model.parameters())
+    shape = f"{len(names)} matrices {count} batches of {tokens} tokens"
+
+    def work() -> object:
+        return collect_hessians(model, batches, names, recurrence=recurrence)
+
+    flops, traffic = count * tokens * (forward + products), count * weights
+    return [measured("calibrate", shape, model, work, flops, traffic, error, clock, limits)]
 
 
 def make_hessians(model: GPT, names: Sequence[str], seed: int) -> dict[str, Tensor]:
@@ -154,17 +164,32 @@ def measure_generation(
     agreed = agreement(model, config, write())
     if agreed < LEAST_AGREEMENT:
         raise common.CheckFailed(f"generate: {agreed:.1%} of the tokens agree, expected {LEAST_AGREEMENT:.0%} at least")
-    times = [clock.once_ms(write) for _ in range(clock.rounds)]
-    p20, p50, p80 = common.quantiles(times)
-    flops = rows * window_flops(config, config.window)
     # the weights are read for every token, keys and values on average half of their length
     runs = len(make_plan(config, recurrence=bool(config.recur_layers)))
     weights = 2.0 * sum(weight.numel() for weight in model.parameters())
     traffic = length * (weights + rows * runs * 2 * config.kv_dim * length / 2 * model.compute_dtype.itemsize)
-    row = {"op": "generate", "impl": "golf", "mode": "eager", "shape": f"{rows} texts of {length} tokens"}
+    flops, shape = rows * window_flops(config, config.window), f"{rows} texts of {length} tokens"
+    return [measured("generate", shape, model, write, flops, traffic, 1 - agreed, clock, limits)]
+
+
+def measured(
+    op: str,
+    shape: str,
+    model: GPT,
+    work: Callable[[], Any],
+    flops: float,
+    traffic: float,
+    error: float,
+    clock: common.Clock,
+    limits: common.Ceilings,
+) -> common.Row:
+    """A row of what takes seconds: run once, then timed."""
+    work()
+    p20, p50, p80 = common.quantiles([clock.once_ms(work) for _ in range(clock.rounds)])
+    row = {"op": op, "impl": "golf", "mode": "eager", "shape": shape}
     row |= {"dtype": str(model.compute_dtype).removeprefix("torch."), "p50": p50, "p20": p20, "p80": p80}
     row |= {"tflops": flops / p50 / 1e9, "gbps": traffic / p50 / 1e6, "floor": limits.floor_ms(flops, traffic)}
-    return [row | {"rel_err": 1 - agreed, "n": clock.rounds}]
+    return row | {"rel_err": error, "n": clock.rounds}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
     parser.add_argument("--batches", type=int, help="of calibration; default 64, or 2 with --tiny")
     parser.add_argument("--texts", type=int, help=f"to write; default {TEXTS}, a rank's of eight, or 2 with --tiny")
-    parser.set_defaults(rounds=5, warmup_ms=0.0)
+    parser.set_defaults(rounds=3, warmup_ms=0.0)
     options = parser.parse_args(arguments)
     changes: dict[str, Any] = TINY if options.tiny else {}
     settings = load_recipe(RECIPE).settings | {"recipe": RECIPE, "device": options.device.type, "gptq_tied_embed": True}
@@ -187,25 +212,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = matrices_to_calibrate(model, config)
     count, texts = options.batches or (2 if options.tiny else 64), options.texts or (2 if options.tiny else TEXTS)
 
-    def hessians(batches: Sequence[Tensor]) -> list[Tensor]:
-        found = collect_hessians(model, batches, names, recurrence=bool(config.recur_layers))
-        return [found[name] for name in names]
-
     def codes(given: dict[str, Tensor]) -> list[Tensor]:
         stored = quantize_model(model, config, given)
         return [stored[name].dequantize() for name in names]
 
     for stage in options.stages:
-        if stage == "generate":
-            rows = measure_generation(model, config, texts, clock, limits)
-        else:
-            case = (
-                calibration_case(model, config, names, count)
-                if stage == "calibrate"
-                else gptq_case(model, config, names)
+        if stage == "calibrate":
+            rows = measure_calibration(model, config, names, count, clock, limits)
+        elif stage == "gptq":
+            rows = common.measure(
+                gptq_case(model, config, names), [common.Variant("golf", codes, graph=False)], clock, limits
             )
-            run = hessians if stage == "calibrate" else codes
-            rows = common.measure(case, [common.Variant("golf", run, graph=False)], clock, limits)
+        else:
+            rows = measure_generation(model, config, texts, clock, limits)
         common.report(rows, common.environment(options.device), keep=not options.tiny)
     return 0
 
