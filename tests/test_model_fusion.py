@@ -31,6 +31,24 @@ def test_written_out_forms_equal_the_operators(system: str) -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
+def test_written_out_forms_equal_the_operators_where_an_evaluation_shares_and_skips(system: str) -> None:
+    model = random_model(narrow_config(system)).eval()
+    text = random_ids(model.config, rows=1, length=21)[0]
+
+    def hidden() -> list[torch.Tensor]:
+        options = {"recurrence": bool(model.config.recur_layers), "rows_from": 9}
+        found = [model.hidden(text[None], **options)]
+        if model.overlap_problem is None:
+            found.append(model.overlapping_hidden(text, windows=3, stride=4, **options))
+        return found
+
+    with torch.no_grad():
+        with_operators = hidden()
+        write_out_references(model, "cpu")
+        torch.testing.assert_close(with_operators, hidden(), rtol=1e-9, atol=1e-12)
+
+
 def operators_in_graph(model: GPT, ids: torch.Tensor) -> set[str]:
     found: set[str] = set()
 
