@@ -30,6 +30,7 @@ from train.recipes import load_recipe
 from train.run import RunFolder, create_run_folder, open_run_folder
 from train.script.code_size import package_code_bytes
 from train.stages import quantize_stage
+from train.submission.__main__ import main as submission
 from train.submission.gather import summarize
 from train.walk import preflight, walk
 
@@ -229,13 +230,14 @@ def test_a_run_folder_is_worked_on_by_one_process(finished: Finished, tmp_path: 
 def test_an_artifact_is_made_and_scored_by_one_process(finished: Finished, tmp_path: Path) -> None:
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
     with folder.held():
-        for work in (quantize, evaluate):
+        for work in (quantize, evaluate, lambda given: submission(["record", *given])):
             with pytest.raises(UserError, match="another process is at work on this run"):
                 work([str(folder.path)])
         # another file is nobody else's business
         assert quantize([str(folder.path), "--quantizer", "rtn", "--out", str(tmp_path / "other.golf")]) == 0
     with folder.held(shared=True):
         assert evaluate([str(folder.path), "--stride", "0"]) == 0
+        assert submission(["record", str(folder.path)]) == 0
         with pytest.raises(UserError, match="another process is at work on this run"):
             quantize([str(folder.path)])
     (tmp_path / "empty").mkdir()

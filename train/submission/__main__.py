@@ -20,10 +20,12 @@ def _record(arguments: argparse.Namespace) -> int:
 
     options = {name: getattr(arguments, name) for name in ("author", "github_id", "name", "blurb", "track")}
     folder = RunFolder(arguments.run_folder)
-    # gathered anew, so that a stage done again alone is in the record
-    summary = summarize(folder)
-    summary.write(folder.summary)
-    paths = write_record(folder.path, summary, **options)
+    # no other artifact may take the place of the one that is told of
+    with folder.held(shared=True):
+        # gathered anew, so that a stage done again alone is in the record
+        summary = summarize(folder)
+        summary.write(folder.summary)
+        paths = write_record(folder.path, summary, **options)
     print(summary_text(summary, folder.path))
     submission = json.loads((folder.path / "submission.json").read_text())
     for key, remedy in (("author", "--author NAME"), ("github_id", "--github-id NAME")):
