@@ -68,7 +68,8 @@ class Muon(torch.optim.Optimizer):
             0.2·√max(rows, columns).
         row_normalize: MuonEq-R: rows of the update to unit length before Newton-Schulz.
         row_eps: added to a row's squared length. The update is (1 − β) times smaller when dampened, so the
-            published 1e-7 belongs to `dampened=False`; #1471's maximum with 1e-7 is 1e-14 here.
+            published 1e-7 belongs to `dampened=False`; #1471's maximum with 1e-7 is 1e-14 here. With 0 a row of zeros
+            becomes NaN.
         normuon: NorMuon: rows scaled by their running second moment after Newton-Schulz.
         normuon_beta2: decay of that second moment, which starts at 0 without bias correction.
         dampened: form of the momentum, see above.
@@ -354,8 +355,13 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _row_normalize(update: Tensor, row_eps: float) -> Tensor:
+    if not update.numel():
+        return update
     wide = _wide(update)
-    return (wide * (wide.square().sum(-1, keepdim=True) + row_eps).rsqrt()).to(update.dtype)
+    # long rows are divided by their largest entry first, whose square would leave float32
+    unit = wide.abs().amax(-1, keepdim=True).clamp_min(1).reciprocal()
+    wide = wide * unit
+    return (wide * (wide.square().sum(-1, keepdim=True) + row_eps * unit.square()).rsqrt()).to(update.dtype)
 
 
 def _normuon(orthogonal: Tensor, second_moment: Tensor) -> Tensor:

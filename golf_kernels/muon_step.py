@@ -26,6 +26,13 @@ def _ratios(ratios: tuple[float, ...], device: torch.device) -> Tensor:
     return table
 
 
+def _on_device(value: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        # one that is there already is read in place, so that a replayed graph finds its next value
+        return value.reshape(()).to(device, torch.float32)
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
 def _step_triton(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> None:
     # in a function, because importing golf_kernels must not need Triton
     from golf_kernels import muon_triton
@@ -50,16 +57,13 @@ def _step_triton(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> No
             processors = kernels.processors_of(device)
             plan = kernels.lasting(kernels.make_plan(shapes, kernels.tile_of(dtype), device, processors), device)
             workspace = kernels.Workspace(plan, dtype)
-            scalars = torch.empty(2, dtype=torch.float32, device=device)
-            for place, name in enumerate(("lr", "momentum")):
-                value = group[name]
-                scalars[place].copy_(value.reshape(())) if isinstance(value, Tensor) else scalars[place].fill_(value)
-            common = (kernels.lasting(kernels.upload(addresses, device), device), scalars, kernels.ROWS)
+            common = (kernels.lasting(kernels.upload(addresses, device), device), kernels.ROWS)
             muon_triton.momentum(
                 plan,
                 workspace.work,
                 workspace.stats,
                 *common,
+                beta=_on_device(group["momentum"], device),
                 row_eps=group["row_eps"] if group["row_normalize"] else None,
                 nesterov=group["nesterov"],
                 dampened=group["dampened"],
@@ -74,6 +78,7 @@ def _step_triton(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> No
                 workspace.work[start:],
                 workspace.stats,
                 *common,
+                lr=_on_device(group["lr"], device),
                 ratios=kernels.lasting(_ratios(ratios, device), device),
                 weight_decay=group["weight_decay"],
                 beta2=group["normuon_beta2"] if group["normuon"] else None,

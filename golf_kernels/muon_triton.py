@@ -18,32 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from golf_kernels.newton_schulz_triton import CHUNK, LAYOUT, ROWS, add_squares, pointer_to, reciprocal_power
+
 OPTIONS = {"num_warps": 8}
-CHUNK = 256
-# fields of a matrix in the layout of newton_schulz_triton.py, and of its addresses: gradient, momentum, weight, second
-# moment, copy
-LAYOUT = tl.constexpr(10)
+# fields of a matrix's addresses: gradient, momentum, weight, second moment, copy
 ADDRESSES = tl.constexpr(5)
 # added to NorMuon's divisors
 TINY = tl.constexpr(1e-10)
 
 
 @triton.jit
-def float_pointer(address, ALIGNED: tl.constexpr):
-    pointer = address.to(tl.pointer_type(tl.float32))
-    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
-
-
-@triton.jit
-def reciprocal_power(value):
-    """2^-e for a value in [2^e, 2^(e+1)), exact."""
-    bits = value.to(tl.int32, bitcast=True) & 0x7F800000
-    return (0x7F000000 - bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def momentum_kernel(
-    addresses_ptr, layout_ptr, blocks_ptr, x_ptr, stats_ptr, scalars_ptr, row_eps, nesterov, dampened,
+    addresses_ptr, layout_ptr, blocks_ptr, x_ptr, stats_ptr, beta_ptr, row_eps, nesterov, dampened,
     ROW_NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -55,14 +41,15 @@ def momentum_kernel(
     ld, start = tl.multiple_of(tl.load(layout + 2), 16), tl.multiple_of(tl.load(layout + 3), 16)
     if ALIGNED:
         columns = tl.multiple_of(columns, 8)
-    gradients = float_pointer(tl.load(addresses_ptr + matrix * ADDRESSES), ALIGNED)
-    momenta = float_pointer(tl.load(addresses_ptr + matrix * ADDRESSES + 1), ALIGNED)
-    beta = tl.load(scalars_ptr + 1)
+    gradients = pointer_to(tl.load(addresses_ptr + matrix * ADDRESSES), tl.float32, ALIGNED)
+    momenta = pointer_to(tl.load(addresses_ptr + matrix * ADDRESSES + 1), tl.float32, ALIGNED)
+    beta = tl.load(beta_ptr)
     # nesterov and dampened are 0 or 1: m ← β·m + take·g, u = look·g + keep·m
     take = 1 - dampened * beta
     look, keep = nesterov * take, 1 - nesterov * (1 - beta)
     factor = tl.full((ROWS, 1), 1.0, dtype=tl.float32)
     if ROW_NORMALIZE:
+        peaks = tl.zeros((ROWS,), dtype=tl.float32)
         sums = tl.zeros((ROWS,), dtype=tl.float32)
         for first in range(0, ld, CHUNK):
             column = first + tl.arange(0, CHUNK)[None, :]
@@ -70,8 +57,12 @@ def momentum_kernel(
             gradient = tl.load(gradients + at * columns + column, mask=inside, other=0.0)
             momentum = tl.load(momenta + at * columns + column, mask=inside, other=0.0)
             value = look * gradient + keep * (beta * momentum + take * gradient)
-            sums += tl.sum(value * value, axis=1)
-        factor = tl.rsqrt(sums + row_eps)[:, None]
+            peaks, sums = add_squares(peaks, sums, value, 1)
+        # long rows stay divided by the power of two, whose square would leave float32
+        unit = reciprocal_power(peaks)
+        scale = tl.minimum(unit, 1.0)
+        sums = sums * (scale / unit) * (scale / unit) + row_eps * scale * scale
+        factor = (scale * tl.rsqrt(sums))[:, None]
     largest = 0.0
     squares = 0.0
     for first in range(0, ld, CHUNK):
@@ -84,12 +75,7 @@ def momentum_kernel(
         value = (look * gradient + keep * momentum) * factor
         # a row of zeros has no factor without row_eps
         value = tl.where(inside, value, 0.0)
-        # relative to a power of two near the largest entry so far, so that no square overflows
-        before = reciprocal_power(largest)
-        largest = tl.maximum(largest, tl.max(tl.abs(value)))
-        unit = reciprocal_power(largest)
-        scaled = value * unit
-        squares = squares * (unit / before) * (unit / before) + tl.sum(scaled * scaled)
+        largest, squares = add_squares(largest, squares, value)
         tl.store(x_ptr + start + at * ld + column, value.to(x_ptr.dtype.element_ty), mask=column < ld)
     tl.store(stats_ptr + 2 * block, largest)
     tl.store(stats_ptr + 2 * block + 1, squares)
@@ -113,7 +99,7 @@ def moments_kernel(
         # beyond the matrix there are zeros
         value = tl.load(x_ptr + start + at[:, None] * ld + column, mask=column < ld, other=0.0).to(tl.float32)
         sums += tl.sum(value * value, axis=1)
-    moments = float_pointer(tl.load(addresses_ptr + matrix * ADDRESSES + 3), False) + at
+    moments = pointer_to(tl.load(addresses_ptr + matrix * ADDRESSES + 3), tl.float32, False) + at
     moment = tl.load(moments, mask=at < rows, other=0.0)
     moment = moment + (1 - beta2) * (sums / columns.to(tl.float32) - moment)
     tl.store(moments, moment, mask=at < rows)
@@ -125,7 +111,7 @@ def moments_kernel(
 
 @triton.jit
 def apply_kernel(
-    addresses_ptr, layout_ptr, blocks_ptr, x_ptr, stats_ptr, factors_ptr, ratios_ptr, scalars_ptr, weight_decay,
+    addresses_ptr, layout_ptr, blocks_ptr, x_ptr, stats_ptr, factors_ptr, ratios_ptr, lr_ptr, weight_decay,
     NORMUON: tl.constexpr, COPY: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -137,8 +123,8 @@ def apply_kernel(
     ld, start = tl.multiple_of(tl.load(layout + 2), 16), tl.multiple_of(tl.load(layout + 3), 16)
     if ALIGNED:
         columns = tl.multiple_of(columns, 8)
-    weights = float_pointer(tl.load(addresses_ptr + matrix * ADDRESSES + 2), ALIGNED)
-    lr = tl.load(scalars_ptr)
+    weights = pointer_to(tl.load(addresses_ptr + matrix * ADDRESSES + 2), tl.float32, ALIGNED)
+    lr = tl.load(lr_ptr)
     rate = lr * tl.load(ratios_ptr + matrix)
     factor = tl.full((ROWS, 1), 1.0, dtype=tl.float32)
     if NORMUON:
@@ -158,8 +144,7 @@ def apply_kernel(
         weight = weight * (1 - lr * weight_decay) - rate * factor * value
         tl.store(weights + at * columns + column, weight, mask=inside)
         if COPY:
-            copies = tl.load(addresses_ptr + matrix * ADDRESSES + 4).to(tl.pointer_type(tl.bfloat16))
-            copies = tl.multiple_of(copies, 16) if ALIGNED else copies
+            copies = pointer_to(tl.load(addresses_ptr + matrix * ADDRESSES + 4), tl.bfloat16, ALIGNED)
             tl.store(copies + at * columns + column, weight.to(tl.bfloat16), mask=inside)
 
 
@@ -168,9 +153,9 @@ def momentum(
     x: Tensor,
     stats: Tensor,
     addresses: Tensor,
-    scalars: Tensor,
     rows: int,
     *,
+    beta: Tensor,
     row_eps: float | None,
     nesterov: bool,
     dampened: bool,
@@ -184,15 +169,15 @@ def momentum(
         stats: two floats for each of the plan's blocks.
         addresses: `(matrices, 5)`, int64: gradient, momentum, weight, second moment, copy; all contiguous, float32, the
             copy bfloat16; 0 for what there is not.
-        scalars: lr and β, float32, on the device.
         rows: of a block.
+        beta: one float32 on the device.
         row_eps: added to a row's squared length; None: rows keep their length.
         nesterov: look ahead by one step.
         dampened: form of the momentum.
         aligned: all addresses are multiples of 16 and all numbers of columns of 8.
     """
     momentum_kernel[(len(plan.blocks),)](
-        addresses, plan.layout, plan.blocks, x, stats, scalars, row_eps or 0.0, float(nesterov),
+        addresses, plan.layout, plan.blocks, x, stats, beta, row_eps or 0.0, float(nesterov),
         float(dampened), ROW_NORMALIZE=row_eps is not None, ALIGNED=aligned, ROWS=rows, CHUNK=CHUNK, **OPTIONS,
     )  # fmt: skip
 
@@ -202,9 +187,9 @@ def apply(
     x: Tensor,
     stats: Tensor,
     addresses: Tensor,
-    scalars: Tensor,
     rows: int,
     *,
+    lr: Tensor,
     ratios: Tensor,
     weight_decay: float,
     beta2: float | None,
@@ -214,7 +199,8 @@ def apply(
     """Updates every weight, and NorMuon's second moments, from the orthogonalized directions in the workspace.
 
     Args:
-        plan, x, stats, addresses, scalars, rows, aligned: as in `momentum`.
+        plan, x, stats, addresses, rows, aligned: as in `momentum`.
+        lr: one float32 on the device.
         ratios: factor on the learning rate of each matrix, float32, on the device.
         weight_decay: decoupled.
         beta2: decay of NorMuon's second moments; None: no NorMuon.
@@ -227,7 +213,7 @@ def apply(
             addresses, plan.layout, plan.blocks, x, stats, factors, beta2, ROWS=rows, CHUNK=CHUNK, **OPTIONS
         )
     apply_kernel[grid](
-        addresses, plan.layout, plan.blocks, x, stats, factors, ratios, scalars, weight_decay,
+        addresses, plan.layout, plan.blocks, x, stats, factors, ratios, lr, weight_decay,
         NORMUON=beta2 is not None, COPY=copy, ALIGNED=aligned, ROWS=rows, CHUNK=CHUNK, **OPTIONS,
     )  # fmt: skip
 
@@ -241,13 +227,13 @@ def aot_configurations() -> list[dict[str, Any]]:
         kernels: list[tuple[Any, dict[str, str], tuple[str, ...]]] = [
             (
                 momentum_kernel,
-                {**common, "scalars_ptr": "*fp32", **dict.fromkeys(("row_eps", "nesterov", "dampened"), "fp32")},
+                {**common, "beta_ptr": "*fp32", **dict.fromkeys(("row_eps", "nesterov", "dampened"), "fp32")},
                 ("ROW_NORMALIZE", "ALIGNED"),
             ),
             (moments_kernel, {**common, "factors_ptr": "*fp32", "beta2": "fp32"}, ()),
             (
                 apply_kernel,
-                {**common, **dict.fromkeys(("factors_ptr", "ratios_ptr", "scalars_ptr"), "*fp32")}
+                {**common, **dict.fromkeys(("factors_ptr", "ratios_ptr", "lr_ptr"), "*fp32")}
                 | {"weight_decay": "fp32"},
                 ("NORMUON", "COPY", "ALIGNED"),
             ),
@@ -256,6 +242,6 @@ def aot_configurations() -> list[dict[str, Any]]:
             for number in range(2 ** len(flags)):
                 chosen = {flag: bool(number >> index & 1) for index, flag in enumerate(flags)}
                 name = "_".join([kernel.__name__.removesuffix("_kernel"), *(f.lower() for f in flags if chosen[f])])
-                configuration = {"constexprs": {**chosen, "ROWS": 16, "CHUNK": CHUNK}, "options": OPTIONS}
+                configuration = {"constexprs": {**chosen, "ROWS": ROWS, "CHUNK": CHUNK}, "options": OPTIONS}
                 found.append({"name": f"{name}_{kind}", "kernel": kernel, "signature": signature, **configuration})
     return found

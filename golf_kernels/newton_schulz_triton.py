@@ -5,7 +5,10 @@ Imports only torch and triton, so this file can be pasted into a single-file scr
     results = newton_schulz(matrices, (3.4445, -4.7750, 2.0315) * 5)
 
 All matrices lie in one workspace, each padded with zeros to whole tiles, and every phase is one launch over a table of
-tiles that depends on the shapes alone:
+tiles that depends on the shapes alone (`make_plan`):
+
+    matrices ─ pack, norm ─► X ─┬─ symmetric ─► A ─ symmetric ─► B ─┬─ product ─► X ─► … ─► results
+                                └───────────────────────────────────┘   the workspace: | X | next X | A | B |
 
     pack       X ← matrix in the compute dtype, and each block's largest entry and sum of squares, for ‖X‖
     norm       s = 1 / max(‖X‖, eps); entries far from 1 are brought near it by a power of two
@@ -21,6 +24,7 @@ AOL scaling divides each row i of A's side by √Σⱼ|A|ᵢⱼ after the first 
 
 import functools
 import itertools
+from collections import namedtuple
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,14 +45,18 @@ ELEMENTWISE = {"num_warps": 8}
 # two blocks on a processor: one loads and stores while the other multiplies
 PRODUCT = {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
 
-# fields of a matrix in the layout: rows, columns, padded columns, where it starts, its first block, its blocks, tall,
-# where its Gram matrix starts, that one's side, where its row factors start
-LAYOUT = tl.constexpr(10)
-# fields of a tile of a symmetric product: matrix, tall, left operand, right operand, their leading dimension, steps,
-# result, its mirror image, their leading dimension, parts of a split sum, the first part's place, this part, its counter
-SYMMETRIC = tl.constexpr(13)
-# fields of a tile of X ← a·X + B·X: matrix, tall, left operand, right operand, their leading dimensions, steps, result
-GENERAL = tl.constexpr(8)
+# the rows of the tables; kernels read a field by its number
+# a matrix: its sizes, where it starts, its blocks of rows, where its Gram matrix and its row factors are
+Matrix = namedtuple("Matrix", "rows columns ld start first_block blocks tall gram gram_ld factors")
+# a tile of A or B: operands, depth, the result and its mirror image, and which part of a split sum it is
+SymmetricTile = namedtuple(
+    "SymmetricTile",
+    "matrix tall left right ld steps out mirror out_ld parts first_partial part counter",
+    defaults=(1, 0, 0, 0),
+)
+# a tile of X ← a·X + B·X, which lies as X does
+ProductTile = namedtuple("ProductTile", "matrix tall left right left_ld right_ld steps out")
+LAYOUT, SYMMETRIC, PRODUCTS = (tl.constexpr(len(kind._fields)) for kind in (Matrix, SymmetricTile, ProductTile))
 
 
 @triton.jit
@@ -77,6 +85,19 @@ def reciprocal_power(value):
 
 
 @triton.jit
+def add_squares(largest, squares, value, AXIS: tl.constexpr = None):
+    """Largest entry and sum of squares so far, and of `value` too; along an axis, or of everything.
+
+    Squares are of entries over a power of two near the largest one, so that none overflows.
+    """
+    before = reciprocal_power(largest)
+    largest = tl.maximum(largest, tl.max(tl.abs(value), axis=AXIS))
+    unit = reciprocal_power(largest)
+    scaled = value * (unit if AXIS is None else tl.expand_dims(unit, AXIS))
+    return largest, squares * (unit / before) * (unit / before) + tl.sum(scaled * scaled, axis=AXIS)
+
+
+@triton.jit
 def pack_kernel(
     addresses_ptr, layout_ptr, blocks_ptr, x_ptr, stats_ptr, scales_ptr, matrices,
     SCALED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
@@ -99,12 +120,7 @@ def pack_kernel(
             # two factors, because each alone stays in range
             value = value * tl.load(scales_ptr + 2 * matrices + matrix) * tl.load(scales_ptr + matrix)
         else:
-            # relative to a power of two near the largest entry so far, so that no square overflows
-            before = reciprocal_power(largest)
-            largest = tl.maximum(largest, tl.max(tl.abs(value)))
-            unit = reciprocal_power(largest)
-            scaled = value * unit
-            squares = squares * (unit / before) * (unit / before) + tl.sum(scaled * scaled)
+            largest, squares = add_squares(largest, squares, value)
         # float16 has too few exponents for anything but the scaled matrix
         if SCALED or x_ptr.dtype.element_ty != tl.float16:
             tl.store(x_ptr + start + at * ld + column, value.to(x_ptr.dtype.element_ty), mask=column < ld)
@@ -272,7 +288,7 @@ def product_kernel(
     TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """s·(linear·X + quadratic·B·X), tall: s·(linear·X + quadratic·X·B)."""
-    entry = tiles_ptr + tl.program_id(0) * GENERAL
+    entry = tiles_ptr + tl.program_id(0) * PRODUCTS
     matrix, tall = tl.load(entry), tl.load(entry + 1) != 0
     left = tl.multiple_of(tl.load(entry + 2) + tl.where(tall, x_start, square_start), 16)
     right = tl.multiple_of(tl.load(entry + 3) + tl.where(tall, square_start, x_start), 16)
@@ -315,6 +331,49 @@ class Plan(NamedTuple):
     places: tuple[tuple[int, int], ...]
 
 
+def on_device(table: Tensor, device: torch.device) -> Tensor:
+    """A table of the host on the device.
+
+    Raises:
+        RuntimeError: a graph is being captured, and a copy from the host must not be part of it.
+    """
+    if device.type != "cuda":
+        return table
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("new tensors during CUDA graph capture: run once with the same tensors before")
+    return table.to(device, non_blocking=table.is_pinned())
+
+
+@functools.lru_cache(maxsize=32)
+def _send(entries: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, torch.cuda.Event | None]:
+    table = torch.tensor(entries, dtype=torch.int64)
+    if device.type != "cuda":
+        return table, None
+    sent = torch.cuda.Event()
+    table = on_device(table.pin_memory(), device)
+    sent.record(torch.cuda.current_stream(device))
+    return table, sent
+
+
+def upload(entries: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """A table on the device, for which the host does not wait; while a graph is captured only one that was there before."""
+    table, sent = _send(entries, device)
+    # another stream may have sent it; when a capture begins everything has arrived
+    if sent is not None and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).wait_event(sent)
+    return table
+
+
+_captured: list[object] = []
+
+
+def lasting(table: T, device: torch.device) -> T:
+    """The same; kept for good while a CUDA graph is captured, because the graph will look for it at the same address."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(table)
+    return table
+
+
 def tile_of(dtype: torch.dtype) -> int:
     """Side of a tile: float32 products run outside the tensor cores and need more registers."""
     return 64 if dtype == torch.float32 else 128
@@ -330,12 +389,12 @@ def make_plan(shapes: tuple[tuple[int, int], ...], tile: int, device: torch.devi
         device: where the tables go.
         processors: multiprocessors of the GPU; sums are split where one would keep its processor longer than fair.
     """
-    layout: list[tuple[int, ...]] = []
-    blocks: list[tuple[int, ...]] = []
-    gram_blocks: list[tuple[int, ...]] = []
-    grams: list[tuple[int, ...]] = []
-    squares: list[tuple[int, ...]] = []
-    products: list[tuple[int, ...]] = []
+    layout: list[Matrix] = []
+    blocks: list[tuple[int, int, bool]] = []
+    gram_blocks: list[tuple[int, int, bool]] = []
+    grams: list[SymmetricTile] = []
+    squares: list[SymmetricTile] = []
+    products: list[ProductTile] = []
     x_size = gram_size = factors = partials = counters = 0
     padded = [(-(-rows // tile) * tile, -(-columns // tile) * tile) for rows, columns in shapes]
     work = sum(min(p) // tile * (min(p) // tile + 1) // 2 * (max(p) // STEP) for p in padded)
@@ -344,40 +403,40 @@ def make_plan(shapes: tuple[tuple[int, int], ...], tile: int, device: torch.devi
         height, ld = padded[matrix]
         tall = rows > columns
         short, long = sorted((height, ld))
-        own = [(matrix, row, 0) for row in range(0, height, ROWS)]
-        layout.append((rows, columns, ld, x_size, len(blocks), len(own), tall, gram_size, short, factors))
+        own = [(matrix, row, False) for row in range(0, height, ROWS)]
+        layout.append(Matrix(rows, columns, ld, x_size, len(blocks), len(own), tall, gram_size, short, factors))
         blocks += own
-        gram_blocks += [(matrix, row, 1) for row in range(0, short, ROWS)]
+        gram_blocks += [(matrix, row, True) for row in range(0, short, ROWS)]
         parts = -(-(long // STEP) // fair)
         cuts = [long // STEP * part // parts for part in range(parts + 1)]
+        # the lower triangle; the mirror image of a tile is stored with it
         for i, j in ((high, low) for high in range(0, short, tile) for low in range(0, high + 1, tile)):
-            out = (gram_size + i * short + j, gram_size + j * short + i, short)
+            out, mirror = gram_size + i * short + j, gram_size + j * short + i
             for part, (cut, next_cut) in enumerate(itertools.pairwise(cuts)):
                 k = cut * STEP
-                starts = [x_size + (k * ld + at if tall else at * ld + k) for at in (i, j)]
+                left, right = (x_size + (k * ld + at if tall else at * ld + k) for at in (i, j))
                 split = (parts, partials, part, counters)
-                grams.append((matrix, tall, *starts, ld, next_cut - cut, *out, *split))
+                grams.append(SymmetricTile(matrix, tall, left, right, ld, next_cut - cut, out, mirror, short, *split))
             partials += parts if parts > 1 else 0
             counters += parts > 1
-            starts = [gram_size + at * short for at in (i, j)]
-            squares.append((matrix, 0, *starts, short, short // STEP, *out, 1, 0, 0, 0))
+            left, right = (gram_size + at * short for at in (i, j))
+            squares.append(SymmetricTile(matrix, False, left, right, short, short // STEP, out, mirror, short))
         for i, j in itertools.product(range(0, height, tile), range(0, ld, tile)):
             operands = (x_size + i * ld, gram_size + j) if tall else (gram_size + i * short, x_size + j)
             lds = (ld, short) if tall else (short, ld)
-            products.append((matrix, tall, *operands, *lds, short // STEP, x_size + i * ld + j))
+            products.append(ProductTile(matrix, tall, *operands, *lds, short // STEP, x_size + i * ld + j))
         x_size += height * ld
         gram_size += short * short
         factors += short
 
     # the longest first, so that the last ones to run are short
-    grams.sort(key=lambda entry: -entry[5])
-    squares.sort(key=lambda entry: -entry[5])
-    products.sort(key=lambda entry: -entry[6])
+    for tiles in (grams, squares, products):
+        tiles.sort(key=lambda entry: -entry.steps)
     tables = [
         on_device(torch.tensor(entries, dtype=torch.int64), device)
         for entries in (layout, blocks, gram_blocks, grams, squares, products)
     ]
-    places = tuple((entry[3], entry[2]) for entry in layout)
+    places = tuple((entry.start, entry.ld) for entry in layout)
     return Plan._make((shapes, tile, *tables, x_size, gram_size, factors, partials, counters, places))
 
 
@@ -458,35 +517,6 @@ class Workspace:
             )  # fmt: skip
             x, other = other, x
         return x
-
-
-_captured: list[object] = []
-
-
-def lasting(table: T, device: torch.device) -> T:
-    """The same; kept for good while a CUDA graph is captured, because the graph will look for it at the same address."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.append(table)
-    return table
-
-
-@functools.lru_cache(maxsize=32)
-def upload(entries: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """A table on the device; while a graph is captured only one that was there before."""
-    return on_device(torch.tensor(entries, dtype=torch.int64), device)
-
-
-def on_device(table: Tensor, device: torch.device) -> Tensor:
-    """A table of the host on the device, for which nobody waits.
-
-    Raises:
-        RuntimeError: a graph is being captured, and a copy from the host must not be part of it.
-    """
-    if device.type != "cuda":
-        return table
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("new tensors during CUDA graph capture: run once with the same tensors before")
-    return table.pin_memory().to(device, non_blocking=True)
 
 
 def processors_of(device: torch.device) -> int:

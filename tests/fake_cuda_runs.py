@@ -296,6 +296,7 @@ class Launch:
 
 
 GUARDS: list[torch.device] = []
+WAITS: list[Any] = []
 # every file of kernels is found, also one that is yet to come
 MODULES = sorted(
     path.name.removesuffix("_triton.py") for path in Path(golf_kernels.__file__).parent.glob("*_triton.py")
@@ -328,11 +329,14 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bool]]:
         if hasattr(module, "KERNELS"):
             replaced = {product: Launch(kernel) for product, kernel in module.KERNELS.items()}
             monkeypatch.setattr(module, "KERNELS", replaced)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: types.SimpleNamespace(record=lambda on: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda on: types.SimpleNamespace(wait_event=WAITS.append))
     Launch.seen.clear()
+    WAITS.clear()
     yield stream
     # what is kept for good belongs to this test's tensors
     newton_schulz_triton = importlib.import_module("golf_kernels.newton_schulz_triton")
-    for cached in (newton_schulz_triton.make_plan, newton_schulz_triton.upload, muon_step._ratios):
+    for cached in (newton_schulz_triton.make_plan, newton_schulz_triton._send, muon_step._ratios):
         cached.cache_clear()
 
 
@@ -389,6 +393,15 @@ def test_every_launch_has_a_grid_all_arguments_and_the_device_of_its_tensors(lau
         if attribute.endswith("_kernel")
     }
     assert Launch.seen == kernels
+
+
+@torch.no_grad()
+def test_who_finds_a_table_waits_until_it_has_arrived(launches: dict[str, bool]) -> None:
+    arguments = ([empty(70, 150)], (3.4, -4.8, 2.0), 1e-7, "frobenius", torch.bfloat16)
+    for capturing, waits in ((False, 1), (False, 2), (True, 2)):
+        launches["capturing"] = capturing
+        dispatch.run_on("triton", "newton_schulz", *arguments)
+        assert len(WAITS) == waits and len(set(map(id, WAITS))) == 1
 
 
 @torch.no_grad()

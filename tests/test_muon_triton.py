@@ -1,5 +1,7 @@
 """The fused step of Muon: in the interpreter without a GPU, compiled with one, against the formulas in float64."""
 
+import itertools
+
 import pytest
 import torch
 from test_muon import QUINTIC, assert_close, orthogonalized, parameters, reference, set_gradients, train
@@ -12,7 +14,10 @@ from golf_kernels import newton_schulz_triton as kernels  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{kind}:triton.runtime.interpreter")
+    for kind in ("DeprecationWarning", "RuntimeWarning")
+]
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +147,7 @@ def test_groups_banks_missing_gradients_and_the_same_bits_again(monkeypatch):
             assert_close(cpu([optimizer.state[ours][name]]), cpu([moment]), 2e-6)
 
 
-def test_zero_rows_and_huge_gradients_stay_finite():
+def test_zero_rows_and_huge_gradients_stay_finite(monkeypatch):
     params = single()
     optimizer = Muon(params, lr=0.1, row_normalize=True, row_eps=0.0, normuon=True, compute_dtype=torch.float32)
     set_gradients(params, 0)
@@ -151,12 +156,15 @@ def test_zero_rows_and_huge_gradients_stay_finite():
     optimizer.param_groups[0]["row_eps"] = 1e-7
     optimizer.step()
     assert all(param.isfinite().all() for param in params)
-    params = single()
-    set_gradients(params, 0)
-    for param in params:
-        param.grad.mul_(2.0**100)
-    Muon(params, lr=0.02, compute_dtype=torch.float32).step()
-    assert_close(cpu(params), reference(lr=0.02, momenta=(0.95,)), 2e-6)
+    # the fused step and the parts
+    for backend, options in itertools.product(("triton", "torch"), ({}, {"row_normalize": True, "row_eps": 0.0})):
+        monkeypatch.setenv("GOLF_BACKEND", f"torch,muon_step={backend}")
+        params = single()
+        set_gradients(params, 0)
+        for param in params:
+            param.grad.mul_(2.0**100)
+        Muon(params, lr=0.02, compute_dtype=torch.float32, **options).step()
+        assert_close(cpu(params), reference(lr=0.02, momenta=(0.95,), row_eps=options.get("row_eps")), 2e-6)
 
 
 def test_what_it_cannot_take_is_refused_by_name(monkeypatch):

@@ -303,3 +303,16 @@ def test_a_cuda_graph_replays_the_whole_model():
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         newton_schulz([matrices[0].clone()])
+
+
+@pytest.mark.gpu
+def test_another_stream_waits_for_a_table_that_was_sent_before():
+    matrices = [random(256, 512, seed=i, dtype=torch.float32).cuda() for i in range(8)]
+    want = newton_schulz(matrices)
+    torch.cuda.synchronize()
+    kernels._send.cache_clear()
+    # the first stream is busy, so that its table arrives late
+    torch.cuda._sleep(100_000_000)
+    newton_schulz(matrices)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert all(torch.equal(a, b) for a, b in zip(newton_schulz(matrices), want, strict=True))
