@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from model_systems import SHALLOW, SYSTEMS, narrow_config
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -33,8 +34,10 @@ from train.distributed import Ranks
 from train.evaluate import scoring
 from train.evaluate.windows import group_windows, plan_windows
 from train.loop import training_step
+from train.model.attention_backends import causal_attention
 from train.model.attention_choice import use_attention
 from train.model.decoder import Decoder
+from train.model.documents import Documents
 from train.model.fusion import CALLERS
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
@@ -134,6 +137,21 @@ def test_a_text_grows_token_by_token() -> None:
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=CUDA)
+
+
+def test_a_mask_on_a_gpu_meets_a_key_head_for_every_query_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Size] = []
+    attend = F.scaled_dot_product_attention
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        seen.extend((query.shape, key.shape, value.shape))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    q, k, v = (empty(2, 9, count, 16) for count in (4, 2, 2))
+    for documents in (Documents(empty(2, 9, dtype=torch.bool)), None):
+        assert causal_attention(q, k, v, documents=documents).shape == q.shape
+    assert seen == [(2, 4, 9, 16)] * 4 + [(2, 2, 9, 16)] * 2
 
 
 def run_reference(op: str, *arguments: Any) -> list[Tensor]:

@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from train.config import Config
@@ -99,6 +100,15 @@ def test_fewer_queries_than_keys_are_the_last_ones(backend: str, masked: bool) -
     whole = causal_attention(q, k, v, documents=documents, backend="math")
     last = causal_attention(q[:, 6:], k, v, documents=documents, backend=backend)
     torch.testing.assert_close(last, whole[:, 6:], rtol=0, atol=1e-12)
+
+
+def test_repeated_heads_are_those_that_their_queries_share() -> None:
+    q, k, v = (heads(count, seed=seed).transpose(1, 2) for seed, count in enumerate((6, 2, 2)))
+    allowed = torch.ones(7, 7, dtype=torch.bool).tril()
+    repeated = (attention_backends.repeat_heads(tensor, 6) for tensor in (k, v))
+    found = F.scaled_dot_product_attention(q, *repeated, attn_mask=allowed)
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

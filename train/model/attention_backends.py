@@ -64,10 +64,18 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
         if query.is_cuda and _on_cuda(query.device, query.dtype, query.shape[-1]) is None and query.shape[-1] <= 256:
             return torch.ops.aten._scaled_dot_product_flash_attention(*heads_first, is_causal=True)[0].transpose(1, 2)
         mask = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
+    if mask is not None and query.is_cuda:
+        # of PyTorch's kernels that take a mask without keeping all scores, one wants a key head for every query head
+        heads_first[1:] = (repeat_heads(tensor, query.shape[2]) for tensor in heads_first[1:])
     output = F.scaled_dot_product_attention(
         *heads_first, attn_mask=mask, is_causal=mask is None and rows > 1, enable_gqa=True
     )
     return output.transpose(1, 2)
+
+
+def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
+    """Keys or values `(B, H_kv, T, D)` with each head as often as query heads share it, `(B, heads, T, D)`."""
+    return tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
 
 
 def _sdpa_by(kernel: SDPBackend) -> Core:
