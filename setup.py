@@ -119,7 +119,10 @@ def ninja_file(cpp, cuda):
     rules = {}
     if cuda["built"]:
         nvcc = [cuda["compiler"], *cuda["flags"]]
-        compile_cpp, link, suffixes = [*compile_cpp, "-DGOLF_WITH_CUDA"], [*nvcc, *NVCC_LINK], [".cpp", ".cu"]
+        # where nvcc 13.0's package for pip keeps the static runtime; nvcc itself looks for it in lib64
+        libraries = [f"-L{cuda['toolkit']}/lib"] if cuda["toolkit"] else []
+        compile_cpp, suffixes = [*compile_cpp, "-DGOLF_WITH_CUDA"], [".cpp", ".cu"]
+        link = [*nvcc, *NVCC_LINK, *libraries]
         rules["cu"] = f"{shlex.join(nvcc)} -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
     rules["cpp"] = f"{shlex.join(compile_cpp)} -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
     rules["link"] = f"{shlex.join(link)} $in -o $out"

@@ -185,6 +185,7 @@ def test_cuda_is_compiled_for_the_named_architectures_and_linked_statically(tree
     assert "arch=compute_80,code=sm_80" in compile_cu and "arch=compute_90a,code=sm_90a" in compile_cu
     (link,) = [line for line in commands if "-shared" in line]
     assert "-cudart static" in link and "--exclude-libs,ALL" in link and "int6.cu.o" in link
+    assert "-L/opt/somewhere/cuda/lib " in link
     assert any("-DGOLF_WITH_CUDA" in line for line in commands if "bindings.cpp " in line)
 
 
