@@ -1,9 +1,9 @@
 """Sliding-window evaluation of random text and weights: the published way, this one, and what this one leaves out.
 
 `published`: full logits of every window (compiled on a GPU), batches of 32 windows that a Python loop fills and sums
-up, window by window. `golf`: `train.evaluate.scoring.evaluate_model`; `golf, layer 0 per window` without sharing layer
-0. The goals: on a GPU twice the published tokens per second and 45 % of the matrix rate of the same run, on a CPU three
-times the former.
+up, window by window; `plain loop`, on a CPU alone: one window at a time. `golf`: `train.evaluate.scoring.evaluate_model`;
+`golf, layer 0 per window` without sharing layer 0. The goals: on a GPU twice the published tokens per second and 45 % of
+the matrix rate of the same run, on a CPU three times a plain loop's.
 """
 
 from __future__ import annotations
@@ -82,8 +82,10 @@ def make_text(vocab_size: int, count: int, seed: int) -> Text:
     return Text(tokens, ByteTables(base, (random.random(vocab_size) < 0.4) & ~boundary, boundary))
 
 
-def published_way(model: GPT, config: Config, compiled: bool) -> Callable[[Text], list[Tensor]]:
-    """The evaluation as the published scripts have it: nats and bytes."""
+def published_way(
+    model: GPT, config: Config, compiled: bool, batch_windows: int = PUBLISHED_BATCH
+) -> Callable[[Text], list[Tensor]]:
+    """The evaluation as the published scripts have it, so many windows at a time: nats and bytes."""
     forward = model.logits
     if compiled:
         write_out_references(model, model.head_weight.device.type)
@@ -97,8 +99,8 @@ def published_way(model: GPT, config: Config, compiled: bool) -> Callable[[Text]
         nats, size = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
         total = len(tokens) - 1
         starts = [start for start in range(0, total, stride) if start == 0 or start + length - stride < total]
-        for low in range(0, len(starts), PUBLISHED_BATCH):
-            batch = starts[low : low + PUBLISHED_BATCH]
+        for low in range(0, len(starts), batch_windows):
+            batch = starts[low : low + batch_windows]
             inputs, targets = (torch.zeros(len(batch), length, dtype=torch.int64, device=device) for _ in range(2))
             counts = []
             for row, start in enumerate(batch):
@@ -185,7 +187,12 @@ def run_recipe(name: str, options: Any, clock: common.Clock, limits: common.Ceil
     """Measure and report one recipe."""
     on_gpu = options.device.type == "cuda"
     changes: dict[str, Any] = NARROW if options.tiny else {}
-    settings = {"eval_seq_len": 2048, "eval_stride": 64, "eval_rule": "once", "eval_batch_seqs": options.batch_seqs}
+    settings = {
+        "eval_seq_len": 2048,
+        "eval_stride": 64,
+        "eval_rule": "once",
+        "eval_batch_seqs": options.batch_seqs or (16 if options.tiny else 32),
+    }
     settings |= {"recipe": name, "device": options.device.type, "logits_rounding": "none"}
     config = Config(**(load_recipe(name).settings | settings | changes))
     model = random_model(config, options.device)
@@ -201,6 +208,8 @@ def run_recipe(name: str, options: Any, clock: common.Clock, limits: common.Ceil
         variants.append(
             common.Variant("golf, layer 0 per window", golf_way(model, config, share_layer0=False), graph=False)
         )
+    if not on_gpu:
+        variants.append(common.Variant("plain loop", published_way(model, config, compiled=False, batch_windows=1)))
     rows = common.measure(make_case(model, config, targets), variants, clock, limits)
     whole = 0 if options.tiny else VALIDATION_TARGETS[name]
     common.report(rows, common.environment(options.device), keep=not options.tiny)
@@ -212,7 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = common.parser("bench_evaluation", "Sliding-window evaluation against the published way, in one process.")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="default: both, or the first with --tiny")
     parser.add_argument("--tokens", type=int, help="targets of the text; default 409,600, or 2,048 with --tiny")
-    parser.add_argument("--batch-seqs", type=int, default=32, help="windows per forward pass of golf; default 32")
+    parser.add_argument(
+        "--batch-seqs",
+        type=int,
+        help="windows per forward pass of golf; default 32, or 16 with --tiny, for a CPU's caches",
+    )
     parser.set_defaults(rounds=5)
     options = parser.parse_args(arguments)
     clock = common.Clock(options.device, options.warmup_ms, options.rounds)

@@ -31,7 +31,7 @@ def test_both_ways_are_measured_and_compared(capsys):
         printed,
         re.MULTILINE,
     )
-    assert found == ["published", "golf", "golf, layer 0 per window", "published again"]
+    assert found == ["published", "golf", "golf, layer 0 per window", "plain loop", "published again"]
 
 
 def test_seconds_of_the_validation_text_by_hand():
