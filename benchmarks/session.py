@@ -72,7 +72,7 @@ def plan(*, tiny: bool = False) -> list[Piece]:
         )
 
     before, after = ("--phase", "before"), ("--phase", "after")
-    tests = Piece("tests", 150, {path.stem: _test(path, tiny) for path in gpu_tests()}, at_once=TESTS_AT_ONCE)
+    tests = Piece("tests", 240, {path.stem: _test(path, tiny) for path in gpu_tests()}, at_once=TESTS_AT_ONCE)
     others = ("sp4096_recurrence", "sp2048_normuon", "sp1024_smear_bigram")
     return [
         step("step", 240, *before, "--ways", "published,torch,golf"),
@@ -104,15 +104,18 @@ def op_benches() -> list[str]:
 
 
 def gpu_tests() -> list[Path]:
-    """Test files in which something needs a GPU, and those of the Triton kernels, which run compiled on one."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    """Test files in which something needs a GPU, and those of the Triton kernels, which run compiled on one.
+
+    The longest one comes first.
+    """
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: (path.stem != "test_loop_gpu", path))
     return [path for path in files if path.stem.endswith("_triton") or "mark.gpu" in path.read_text()]
 
 
 def _test(path: Path, tiny: bool) -> list[str]:
     # without a GPU the kernels' own tests would take minutes in the interpreter
     chosen = [] if path.stem.endswith("_triton") and not tiny else ["-m", "gpu"]
-    return ["-m", "pytest", "-q", "-x", str(path.relative_to(ROOT)), *chosen]
+    return ["-m", "pytest", "-v", "-x", str(path.relative_to(ROOT)), *chosen]
 
 
 class Session:
