@@ -33,7 +33,7 @@ from golf_kernels.newton_schulz import (
 
 ADJUST_LR = ("original", "match_rms_adamw")
 _NORMUON_EPS = 1e-10
-# a group and those of its parameters that have a gradient
+# a group and those of its parameters on one device that have a gradient
 Work = tuple[dict[str, Any], list[Tensor]]
 # what a state_dict of torch.optim.Muon does not have
 _EXTRAS: dict[str, Any] = {
@@ -169,8 +169,8 @@ class Muon(torch.optim.Optimizer):
                     raise RuntimeError(
                         f"Muon: expected real dense gradients, found {param.grad.dtype}, {param.grad.layout}"
                     )
-            if params:
-                work.append((group, params))
+            devices = dict.fromkeys(param.device for param in params)
+            work += [(group, [param for param in params if param.device == device]) for device in devices]
         if work:
             dispatch.call("muon_step", [param for _, params in work for param in params], self, work)
         return loss

@@ -291,6 +291,20 @@ def test_one_call_for_all_groups_that_agree():
     assert_close([a.detach(), b.detach(), c.detach(), d.detach()], [p.detach() for p in alone])
 
 
+def test_parameters_of_a_group_may_lie_on_several_devices():
+    here, alone = parameters(), parameters()
+    # a second device that every machine has, if without numbers
+    there = torch.nn.Parameter(torch.empty(6, 10, device="meta"))
+    there.grad = torch.empty_like(there)
+    set_gradients(here, 0)
+    set_gradients(alone, 0)
+    optimizer = Muon([*here[:2], there, *here[2:]], lr=torch.tensor(0.02), normuon=True)
+    optimizer.step()
+    Muon(alone, lr=torch.tensor(0.02), normuon=True).step()
+    assert all(torch.equal(a, b) for a, b in zip(here, alone, strict=True))
+    assert optimizer.state[there]["momentum_buffer"].device.type == "meta"
+
+
 def test_parameters_without_a_gradient_stay():
     params = parameters()
     before = [param.detach().clone() for param in params]
