@@ -21,6 +21,7 @@ from model_systems import SHALLOW, SYSTEMS, narrow_config
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import golf_kernels
 from benchmarks.common import relative_error
@@ -85,6 +86,22 @@ class Batches:
         return [(tokens[:, :-1], tokens[:, 1:])]
 
 
+class NoHostCopies(TorchDispatchMode):
+    """Refuses what the host would wait for and no graph may hold: copies from its memory that is not pinned."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is torch.ops.aten._to_copy.default:
+            device = given.get("device")
+            source, target = args[0].device.type, args[0].device.type if device is None else torch.device(device).type
+        elif func is torch.ops.aten.copy_.default:
+            source, target = args[1].device.type, args[0].device.type
+        else:
+            source = target = ""
+        assert (source, target) != ("cpu", "cuda"), f"{func} of {tuple(args[-1].shape)} from the host"
+        return func(*args, **given)
+
+
 @pytest.mark.parametrize(
     ("system", "changes"),
     [
@@ -101,9 +118,10 @@ def test_a_training_step_stays_on_the_gpu(system: str, changes: dict[str, Any]) 
         for used in (True, False):
             use_operators(model, used)
             ranks = Ranks(world_size=MICRO_BATCHES, device=CUDA)
-            loss = training_step(optimizers, model, Batches(), ranks, recurrence, 1.0, 0.95)
-            ema.update()
-            swa.update(1, 1.0)
+            with NoHostCopies():
+                loss = training_step(optimizers, model, Batches(), ranks, recurrence, 1.0, 0.95)
+                ema.update()
+                swa.update(1, 1.0)
             assert loss.device == CUDA and loss.dtype == torch.float32 and loss.shape == ()
     for average in (ema, swa):
         assert {tensor.device for tensor in average.average().values()} == {CUDA}
@@ -162,7 +180,14 @@ def run_reference(op: str, *arguments: Any) -> list[Tensor]:
     return results
 
 
+@pytest.fixture
+def no_host_copies(fake: FakeTensorMode) -> Iterator[None]:
+    with NoHostCopies():
+        yield
+
+
 @torch.no_grad()
+@pytest.mark.usefixtures("no_host_copies")
 def test_references_compute_on_a_gpu_what_they_say() -> None:
     float32 = torch.float32
     matrices = [empty(5, 8, dtype=float32), empty(2, 8, 5), empty(0, 3)]
@@ -193,6 +218,8 @@ def test_references_compute_on_a_gpu_what_they_say() -> None:
     run_reference("int6_fake_quantize", empty(5, 7, dtype=float32), scales)
     work, factor = empty(2, 6, 9, dtype=float32), empty(2, 6, 6, dtype=float32)
     run_reference("gptq_block", work, factor, empty(2, 9, dtype=float32), 31)
+    # offsets are what a library for documents of different lengths gets
+    assert Documents(empty(2, 70, dtype=torch.bool)).offsets().device == CUDA
 
 
 class Graph:
