@@ -93,6 +93,18 @@ class Bench:
             print(f"-> {path.relative_to(common.ROOT)}", flush=True)
 
 
+def step_kernels() -> list[str]:
+    """The kernels of a training step that can run here, each with its backward pass, as ways."""
+    # the native ones quantize, and windows are evaluation's
+    found = [kernel for kernel in all_kernels().split(",") if kernel.endswith("=triton") and "window" not in kernel]
+    pairs = {kernel: kernel.replace("=", "_backward=") for kernel in found}
+    return [
+        ",".join([kernel, *([back] if back in found else [])])
+        for kernel, back in pairs.items()
+        if "_backward=" not in kernel
+    ]
+
+
 def phase_name(recurrence: bool) -> str:
     return "after_recurrence" if recurrence else "before_recurrence"
 
@@ -223,17 +235,17 @@ def measure_ways(names: list[str], bench: Bench, recurrence: bool, traces: Path 
     return not problems
 
 
-def measure_switches(way: str, switches: list[str], bench: Bench, recurrence: bool) -> bool:
-    """Measure a way beside itself with each of Inductor's switches, one pair after the other; whether all of them ran.
+def measure_pairs(way: str, others: list[str], bench: Bench, recurrence: bool) -> bool:
+    """Measure a way beside each of the others, one pair after the other; whether all of them ran.
 
-    A pair's rows are kept before the next switch is compiled.
+    A pair's rows are kept before the next one is compiled.
     """
     (base,) = make_variants(bench.config, [way], bench.clock.device, bench.sequences)
     phase, gpu = phase_name(recurrence).replace("_", " "), bench.surroundings["gpu"]
-    print(f"\n{bench.config.recipe}, {phase}, on {gpu}: {way} beside itself with each switch, ms per step")
+    print(f"\n{bench.config.recipe}, {phase}, on {gpu}: {way} beside each other way, ms per step")
     fine = True
-    for name in switches:
-        (candidate,) = make_variants(bench.config, [f"{way}+{name}"], bench.clock.device, bench.sequences)
+    for name in others:
+        (candidate,) = make_variants(bench.config, [name], bench.clock.device, bench.sequences)
         errors, problems = measure_steps([base, candidate], bench, recurrence)
         for problem in problems:
             print(f"FAILED {problem}", flush=True)
@@ -246,10 +258,10 @@ def measure_switches(way: str, switches: list[str], bench: Bench, recurrence: bo
         if after["p80"] < before["p20"] or after["p20"] > before["p80"]:
             verdict = "faster" if after["p50"] < before["p50"] else "SLOWER"
         print(
-            f"{name:<28}{before['p50']:>9.2f} → {after['p50']:>9.2f}  {after['p50'] / before['p50'] - 1:>+7.1%}  {verdict:<18}"
+            f"{name:<64}{before['p50']:>9.2f} → {after['p50']:>9.2f}  {after['p50'] / before['p50'] - 1:>+7.1%}  {verdict:<18}"
             f"first step {candidate.first_step_s:.1f} s"
         )
-        if verdict == "faster" and bench.keep:
+        if verdict == "faster" and bench.keep and "+" in name:
             commit = bench.surroundings["commit"]
             figure = (
                 f"{gpu}, {commit}, {bench.config.recipe} {phase}: {before['p50']:.2f} to {after['p50']:.2f} ms per step"
@@ -265,9 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ways",
         default="published,torch,golf",
-        help="of published, torch, golf, op=backend (torch with one kernel, such as muon_step=triton), and each (the last of these "
-        "for every kernel); comma-separated",
+        help="of published, torch, golf, and op=backend (torch with one kernel, such as muon_step=triton); comma-separated",
     )
+    parser.add_argument("--each-kernel", action="store_true", help="measure torch beside itself with each kernel alone")
     parser.add_argument(
         "--phase", default="both", choices=("before", "after", "both"), help="recurrence off, on, or both"
     )
@@ -283,9 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", type=Path, help="folder for a trace and a picture of each way")
     arguments = parser.parse_args(argv)
     switches = [switch.name for switch in SWITCHES] if arguments.inductor == ["all"] else arguments.inductor
-    # the native ones quantize, they are in no step
-    kernels = [kernel for kernel in all_kernels().split(",") if kernel.endswith("=triton")]
-    names = [name for way in arguments.ways.split(",") for name in (kernels if way == "each" else [way])]
+    names = arguments.ways.split(",")
     try:
         for name in [*switches, *(name.partition("+")[2] for name in names if "+" in name)]:
             parse_switch(name)
@@ -316,10 +326,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.phase not in ("both", phase_name(recurrence).partition("_")[0]):
             continue
         try:
-            if not switches:
-                fine &= measure_ways(names, bench, recurrence, arguments.profile)
+            if arguments.each_kernel:
+                fine &= measure_pairs("torch", step_kernels(), bench, recurrence)
             for way in names if switches else ():
-                fine &= way == "published" or measure_switches(way, switches, bench, recurrence)
+                pairs = [f"{way}+{switch}" for switch in switches]
+                fine &= way == "published" or measure_pairs(way, pairs, bench, recurrence)
+            if not switches and not arguments.each_kernel:
+                fine &= measure_ways(names, bench, recurrence, arguments.profile)
         except UserError as error:
             parser.error(str(error))
     if not bench.keep or device.type != "cuda":

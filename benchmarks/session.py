@@ -77,7 +77,7 @@ def plan(*, tiny: bool = False) -> list[Piece]:
     return [
         step("step", 240, *before, "--ways", "published,torch,golf"),
         step("step_without_kernels", 150, *before, "--ways", "published,torch", instead_of="step"),
-        step("each_kernel_in_the_step", 240, *before, "--ways", "torch,each"),
+        step("each_kernel_in_the_step", 240, *before, "--each-kernel"),
         tests,
         step("compiler_switches", 300, *before, "--ways", "torch", "--inductor", "all"),
         bench("start", 200, "bench_start"),

@@ -1,6 +1,7 @@
 """The step benchmark: the plain step equals the trainer's, and a wrong way is refused."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,11 +135,14 @@ def test_each_switch_is_measured_beside_the_way_without_it_and_kept_before_the_n
     monkeypatch.setattr(bench_step, "make_variants", make)
     monkeypatch.setattr(bench.clock, "once_ms", lambda run: (run(), 1.0 if "mix" in made[-1] else 2.0)[1])
     monkeypatch.setattr(Bench, "store", lambda self, rows: stored.append([row["impl"] for row in rows]))
-    assert not bench_step.measure_switches("torch", ["mix_order_reduction_off", "combo_kernels"], bench, False)
+    assert not bench_step.measure_pairs("torch", ["torch+mix_order_reduction_off", "torch+combo_kernels"], bench, False)
     assert made == ["torch", "torch+mix_order_reduction_off", "torch+combo_kernels"]
     assert stored == [["torch", "torch+mix_order_reduction_off"]]
     printed = capsys.readouterr().out
-    assert "mix_order_reduction_off          1.00 →      1.00" in printed and "within the spread" in printed
+    assert (
+        re.search(r"^torch\+mix_order_reduction_off +1\.00 → +1\.00 ", printed, re.MULTILINE)
+        and "within the spread" in printed
+    )
     assert "FAILED torch+combo_kernels: RuntimeError: no torch+combo_kernels" in printed
 
 
@@ -159,10 +163,17 @@ def test_a_switch_that_wins_is_offered_with_its_figure(
 
     monkeypatch.setattr(bench_step, "make_variants", make)
     monkeypatch.setattr(bench.clock, "once_ms", lambda run: (run(), times[current[-1]])[1])
-    assert bench_step.measure_switches("torch", ["pdl"], bench, False)
+    assert bench_step.measure_pairs("torch", ["torch+pdl"], bench, False)
     printed = capsys.readouterr().out
     assert "-50.0%  faster" in printed
     assert "figure='Made GPU, aaaaaaa, quickstart before recurrence: 2.00 to 1.00 ms per step'" in printed
+
+
+def test_a_kernel_is_switched_with_its_backward_pass() -> None:
+    found = bench_step.step_kernels()
+    assert "leaky_relu2_mlp=triton,leaky_relu2_mlp_backward=triton" in found and "muon_step=triton" in found
+    names = ",".join(found)
+    assert "=cpp" not in names and "window" not in names and not any(name.startswith("xsa_backward") for name in found)
 
 
 def test_tokens_of_shards_follow_each_other(tmp_path: Path) -> None:
