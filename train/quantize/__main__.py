@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     with start_ranks(config.device) as ranks, tempfile.TemporaryDirectory() as elsewhere, ExitStack() as held:
         if arguments.out is None:
             ranks.on_main(lambda: held.enter_context(folder.held()))
+            # whoever held it before may have changed its settings
+            config = folder.trained_config().replace(**changes)
         # the run's log tells of the run's own artifact alone
         log = RunLogger(elsewhere if arguments.out else folder.path, config.seed, ranks.rank)
         model: GPT = load_weights(folder).to(ranks.device)
