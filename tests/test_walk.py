@@ -277,7 +277,9 @@ def test_a_kill_leaves_no_old_score_beside_a_new_artifact(
         assert (folder.artifact.read_bytes() == before) == (folder.read_config() == config)
     with pytest.raises(UserError, match=r"evaluation\.json: missing: run python -m train.evaluate"):
         summarize(folder)
+    (folder.path / ".model.golf.abc.part").touch()
     assert quantize([str(folder.path), *changes]) == 0
+    assert not list(folder.path.glob(".*.part"))
 
 
 @pytest.mark.parametrize("changes", [[], ["--target-mb", "1"], ["--target-bytes"]])

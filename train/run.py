@@ -114,6 +114,10 @@ class RunFolder:
                 raise UserError(
                     f"{self.path}: another process is at work on this run: wait for its end, or stop it first"
                 ) from error
+            if not shared:
+                # what a killed process was writing; the lock says that nobody writes now
+                for part in self.path.glob(".*.part"):
+                    part.unlink()
             yield
 
     def read_training(self, *fields: str) -> dict[str, Any]:
@@ -186,9 +190,6 @@ def open_run_folder(config: Config) -> Iterator[RunFolder]:
     """
     folder = create_run_folder(config)
     with folder.held():
-        # what a killed process was writing; the lock says that nobody writes now
-        for part in folder.path.glob(".*.part"):
-            part.unlink()
         yield folder
 
 
