@@ -102,6 +102,36 @@ def define(op: str, schema: str, *, reference: Callable[..., Any], fake: Callabl
     torch.library.register_fake(f"golf::{op}", fake, lib=LIBRARY)
 
 
+def define_backward(
+    op: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> None:
+    """Defines `golf::<op>_backward` and makes `golf::<op>` differentiable, once.
+
+    Args:
+        op: name of the operator, which is defined already.
+        schema, reference, fake: of the backward operator, as `define` takes them.
+        setup_context, backward: as `torch.library.register_autograd` takes them.
+    """
+    define(f"{op}_backward", schema, reference=reference, fake=fake)
+    torch.library.register_autograd(f"golf::{op}", backward, setup_context=setup_context, lib=LIBRARY)
+    refuse_gradient(f"{op}_backward", f"golf::{op} is not differentiable twice; leave create_graph at False")
+
+
+def refuse_gradient(op: str, message: str) -> None:
+    """Makes `golf::<op>` raise RuntimeError with this message where an input requires a gradient."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(message)
+
+    torch.library.register_autograd(f"golf::{op}", refuse, setup_context=refuse, lib=LIBRARY)
+
+
 def call(op: str, *args: Any) -> Any:
     """Runs `op` on the back end that `choose` takes; the dtypes of its arguments hold, also inside `torch.autocast`."""
     function = _registry[op][choose(op, *args).backend].function
@@ -190,6 +220,15 @@ def triton_problem() -> str | None:
         return "PyTorch finds no CUDA GPU"
     major, minor = torch.cuda.get_device_capability()
     return None if major == 9 else f"its kernels are made for sm_90, this GPU is sm_{major}{minor}"
+
+
+def elementwise_problem(name: str, tensor: Tensor) -> str | None:
+    """Why Triton kernels without products cannot take a tensor of this dtype, as a phrase that names it, or None."""
+    # the interpreter cuts the mantissas of bfloat16 off
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if tensor.is_cuda else (torch.float16, torch.float32)
+    if tensor.dtype in dtypes:
+        return None
+    return f"{name} is {tensor.dtype}, its kernels take {', '.join(map(str, dtypes))}"
 
 
 def validate() -> None:

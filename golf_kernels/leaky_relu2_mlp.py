@@ -269,14 +269,6 @@ def _backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Any, ...]:
     return dx, dw_up, dw_down, d_residual, None if scale is None else dscale, *(None,) * 5
 
 
-def _refuse_gradient(ctx: Any, inputs: Any, output: Any) -> None:
-    raise RuntimeError("golf::leaky_relu2_mlp is not differentiable twice; leave create_graph at False")
-
-
-def _no_backward(ctx: Any, *gradients: Any) -> Any:
-    raise RuntimeError("golf::leaky_relu2_mlp_backward has no gradient")
-
-
 def _triton_problem(x: Tensor, w_up: Tensor) -> str | None:
     # the interpreter multiplies the bit patterns of bfloat16, without a word
     dtypes = (torch.bfloat16, torch.float16) if x.is_cuda else (torch.float16, torch.float32)
@@ -318,16 +310,14 @@ dispatch.define(
     reference=_reference,
     fake=_fake,
 )
-dispatch.define(
-    "leaky_relu2_mlp_backward",
+dispatch.define_backward(
+    "leaky_relu2_mlp",
     "(Tensor dy, Tensor x, Tensor w_up, Tensor w_down, Tensor? scale, Tensor post, Tensor sign, Tensor rstd, "
     "float slope, bool norm, float gain, bool add_x) -> (Tensor dx, Tensor dw_up, Tensor dw_down, Tensor dscale)",
     reference=_backward_reference,
     fake=_backward_fake,
-)
-torch.library.register_autograd("golf::leaky_relu2_mlp", _backward, setup_context=_setup_context, lib=dispatch.LIBRARY)
-torch.library.register_autograd(
-    "golf::leaky_relu2_mlp_backward", _no_backward, setup_context=_refuse_gradient, lib=dispatch.LIBRARY
+    setup_context=_setup_context,
+    backward=_backward,
 )
 dispatch.register("leaky_relu2_mlp", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
 dispatch.register(

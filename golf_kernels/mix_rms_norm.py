@@ -108,19 +108,10 @@ def _backward(ctx: Any, dh: Tensor, dn: Tensor) -> tuple[Any, ...]:
     return *torch.ops.golf.mix_rms_norm_backward(dh, dn, *ctx.saved_tensors, *ctx.options), None, None
 
 
-def _refuse_gradient(ctx: Any, inputs: Any, output: Any) -> None:
-    raise RuntimeError("golf::mix_rms_norm is not differentiable twice; leave create_graph at False")
-
-
-def _no_backward(ctx: Any, *gradients: Any) -> Any:
-    raise RuntimeError("golf::mix_rms_norm_backward has no gradient")
-
-
 def _triton_problem(x: Tensor) -> str | None:
-    # the interpreter cuts the mantissas of bfloat16 off
-    dtypes = (torch.bfloat16, torch.float16, torch.float32) if x.is_cuda else (torch.float16, torch.float32)
-    if x.dtype not in dtypes:
-        return f"x is {x.dtype}, its kernels take {', '.join(map(str, dtypes))}"
+    unfit = dispatch.elementwise_problem("x", x)
+    if unfit is not None:
+        return unfit
     return f"its kernels take a width of at most 4096, found {x.shape[2]}" if x.shape[2] > 4096 else None
 
 
@@ -151,16 +142,14 @@ dispatch.define(
     reference=_reference,
     fake=_fake,
 )
-dispatch.define(
-    "mix_rms_norm_backward",
+dispatch.define_backward(
+    "mix_rms_norm",
     "(Tensor dh, Tensor dn, Tensor x, Tensor x0, Tensor mix, float eps, float gain) "
     "-> (Tensor dx, Tensor dx0, Tensor dmix)",
     reference=_backward_reference,
     fake=_backward_fake,
-)
-torch.library.register_autograd("golf::mix_rms_norm", _backward, setup_context=_setup_context, lib=dispatch.LIBRARY)
-torch.library.register_autograd(
-    "golf::mix_rms_norm_backward", _no_backward, setup_context=_refuse_gradient, lib=dispatch.LIBRARY
+    setup_context=_setup_context,
+    backward=_backward,
 )
 dispatch.register("mix_rms_norm", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
 dispatch.register(

@@ -262,16 +262,6 @@ def _iterate(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     return x
 
 
-def _refuse_gradient(ctx: Any, inputs: Any, output: Any) -> None:
-    raise RuntimeError(
-        "golf::newton_schulz has no gradient, but an input requires one; call it under torch.no_grad(), or detach it"
-    )
-
-
-def _no_backward(ctx: Any, *gradients: Any) -> Any:
-    raise RuntimeError("golf::newton_schulz has no gradient")
-
-
 def _triton(*args: Any) -> list[Tensor]:
     # in a function, because importing golf_kernels must not need Triton
     from golf_kernels import newton_schulz_triton
@@ -299,7 +289,8 @@ dispatch.define(
     reference=_reference,
     fake=_fake,
 )
-torch.library.register_autograd(
-    "golf::newton_schulz", _no_backward, setup_context=_refuse_gradient, lib=dispatch.LIBRARY
+dispatch.refuse_gradient(
+    "newton_schulz",
+    "golf::newton_schulz has no gradient, but an input requires one; call it under torch.no_grad(), or detach it",
 )
 dispatch.register("newton_schulz", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)

@@ -174,19 +174,10 @@ def _backward(ctx: Any, dq_hat: Tensor, dk_hat: Tensor, unused: Any) -> tuple[An
     return dq, dk, None, None, dgain, None
 
 
-def _refuse_gradient(ctx: Any, inputs: Any, output: Any) -> None:
-    raise RuntimeError("golf::qk_norm_rope is not differentiable twice; leave create_graph at False")
-
-
-def _no_backward(ctx: Any, *gradients: Any) -> Any:
-    raise RuntimeError("golf::qk_norm_rope_backward has no gradient")
-
-
 def _triton_problem(q: Tensor, k: Tensor) -> str | None:
-    # the interpreter cuts the mantissas of bfloat16 off
-    dtypes = (torch.bfloat16, torch.float16, torch.float32) if q.is_cuda else (torch.float16, torch.float32)
-    if q.dtype not in dtypes:
-        return f"q is {q.dtype}, its kernels take {', '.join(map(str, dtypes))}"
+    unfit = dispatch.elementwise_problem("q", q)
+    if unfit is not None:
+        return unfit
     heads, dim = max(q.shape[2], k.shape[2]), q.shape[3]
     if heads > 64 or dim > 256:
         return f"its kernels take at most 64 heads of at most 256 dimensions, found {heads} of {dim}"
@@ -222,16 +213,14 @@ dispatch.define(
     reference=_reference,
     fake=_fake,
 )
-dispatch.define(
-    "qk_norm_rope_backward",
+dispatch.define_backward(
+    "qk_norm_rope",
     "(Tensor dq_hat, Tensor dk_hat, Tensor q_hat, Tensor k_hat, Tensor cosine, Tensor sine, Tensor gain, Tensor rstd) "
     "-> (Tensor dq, Tensor dk, Tensor dgain)",
     reference=_backward_reference,
     fake=_backward_fake,
-)
-torch.library.register_autograd("golf::qk_norm_rope", _backward, setup_context=_setup_context, lib=dispatch.LIBRARY)
-torch.library.register_autograd(
-    "golf::qk_norm_rope_backward", _no_backward, setup_context=_refuse_gradient, lib=dispatch.LIBRARY
+    setup_context=_setup_context,
+    backward=_backward,
 )
 dispatch.register("qk_norm_rope", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
 dispatch.register(

@@ -91,24 +91,17 @@ def _triton_supports(*args: Any) -> str | None:
     return dispatch.triton_problem() or (triton_problem(args[0]) if args else None)
 
 
-def _refuse_gradient(ctx: Any, inputs: Any, output: Any) -> None:
-    raise RuntimeError(
-        "golf::window_nll has no gradient, but an input requires one; call it under torch.no_grad(), or train with "
-        "golf_kernels.softcapped_cross_entropy"
-    )
-
-
-def _no_backward(ctx: Any, *gradients: Any) -> Any:
-    raise RuntimeError("golf::window_nll has no gradient")
-
-
 dispatch.define(
     "window_nll",
     "(Tensor hidden, Tensor weight, Tensor targets, float softcap, bool round_to_bf16) -> Tensor",
     reference=_reference,
     fake=_fake,
 )
-torch.library.register_autograd("golf::window_nll", _no_backward, setup_context=_refuse_gradient, lib=dispatch.LIBRARY)
+dispatch.refuse_gradient(
+    "window_nll",
+    "golf::window_nll has no gradient, but an input requires one; call it under torch.no_grad(), or train with "
+    "golf_kernels.softcapped_cross_entropy",
+)
 dispatch.register(
     "window_nll", "triton", _triton, supports=_triton_supports, opt_in="not yet measured in an evaluation"
 )

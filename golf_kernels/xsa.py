@@ -128,19 +128,10 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
     return doutput, dvalue
 
 
-def _refuse_gradient(ctx: Any, inputs: Any, output: Any) -> None:
-    raise RuntimeError("golf::xsa is not differentiable twice; leave create_graph at False")
-
-
-def _no_backward(ctx: Any, *gradients: Any) -> Any:
-    raise RuntimeError("golf::xsa_backward has no gradient")
-
-
 def _triton_problem(output: Tensor, value: Tensor) -> str | None:
-    # the interpreter cuts the mantissas of bfloat16 off
-    dtypes = (torch.bfloat16, torch.float16, torch.float32) if output.is_cuda else (torch.float16, torch.float32)
-    if output.dtype not in dtypes:
-        return f"output is {output.dtype}, its kernels take {', '.join(map(str, dtypes))}"
+    unfit = dispatch.elementwise_problem("output", output)
+    if unfit is not None:
+        return unfit
     group, dim = output.shape[2] // max(value.shape[2], 1), output.shape[3]
     if group > 16 or dim > 256:
         return f"its kernels take at most 16 heads of at most 256 dimensions to a value, found {group} of {dim}"
@@ -168,15 +159,13 @@ def _triton_backward(dy: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor,
 
 
 dispatch.define("xsa", "(Tensor output, Tensor value) -> Tensor", reference=_reference, fake=_fake)
-dispatch.define(
-    "xsa_backward",
+dispatch.define_backward(
+    "xsa",
     "(Tensor dy, Tensor output, Tensor value) -> (Tensor doutput, Tensor dvalue)",
     reference=_backward_reference,
     fake=_backward_fake,
-)
-torch.library.register_autograd("golf::xsa", _backward, setup_context=_setup_context, lib=dispatch.LIBRARY)
-torch.library.register_autograd(
-    "golf::xsa_backward", _no_backward, setup_context=_refuse_gradient, lib=dispatch.LIBRARY
+    setup_context=_setup_context,
+    backward=_backward,
 )
 dispatch.register("xsa", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
 dispatch.register("xsa_backward", "triton", _triton_backward, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
