@@ -1,6 +1,7 @@
 """Where there is no GPU, tests that need one are left out, and Triton's kernels run in its interpreter."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """New memory holds NaN until something writes to it."""
+    # on a GPU cuBLAS, which does not repeat its bits by default, only warns
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

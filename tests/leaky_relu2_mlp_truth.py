@@ -1,4 +1,4 @@
-"""The MLP block as people write it, and how results are compared with float64, for every back end."""
+"""The MLP block as people write it, for every back end."""
 
 import torch
 
@@ -20,14 +20,6 @@ def run(function, tensors, dy, **options):
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     y = function(**given, **options)
     return {"y": y.detach(), **dict(zip(given, torch.autograd.grad(y, list(given.values()), dy), strict=True))}
-
-
-def exactly(tensors):
-    return {name: None if t is None else t.detach().double().requires_grad_() for name, t in tensors.items()}
-
-
-def errors(got, want):
-    return {name: float((got[name].double() - want[name]).norm() / want[name].norm()) for name in want}
 
 
 def as_the_kernels_round(x, w_up, w_down, dy, *, slope, norm_eps, gain=1.0, scale=None):

@@ -3,12 +3,9 @@
 import math
 
 import torch
+from operator_truth import random
 
 from golf_kernels.newton_schulz import COEFFICIENTS
-
-
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def scalar_map(triples, sigma):

@@ -1,6 +1,7 @@
-"""QK-norm, rotation and gain as people write them, and how results are compared with float64, for every back end."""
+"""QK-norm, rotation and gain as people write them, for every back end."""
 
 import torch
+from operator_truth import random
 
 LEAVES = ("q", "k", "gain")
 EPS = 1e-6
@@ -28,9 +29,19 @@ def run(function, tensors, gradients, eps=EPS):
     return dict(zip(("q_hat", "k_hat", *LEAVES), [*(r.detach() for r in results), *found], strict=True))
 
 
-def exactly(tensors):
-    return {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+def heads(batch=2, length=5, queries=4, keys=2, dim=6, rotary=4, dtype=torch.float64, device="cpu"):
+    """Random tensors of one call by name; q, k and gain require gradients."""
+    angles = 3 * random(length, 1, rotary // 2, seed=2, device=device)
+    return {
+        "q": random(batch, length, queries, dim, seed=0, dtype=dtype, device=device).requires_grad_(),
+        "k": random(batch, length, keys, dim, seed=1, dtype=dtype, device=device).requires_grad_(),
+        "cosine": angles.cos().to(dtype),
+        "sine": angles.sin().to(dtype),
+        "gain": (1.5 * random(queries, seed=3, device=device)).to(dtype).requires_grad_(),
+    }
 
 
-def errors(got, want):
-    return {name: float((got[name].double() - want[name]).norm() / want[name].norm()) for name in want}
+def upstream(tensors):
+    """Random gradients of both results."""
+    q, k = tensors["q"], tensors["k"]
+    return [random(*x.shape, seed=seed, dtype=x.dtype, device=x.device) for seed, x in ((9, q), (10, k))]

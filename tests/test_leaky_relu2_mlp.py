@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from host_traffic import NoHostTraffic
-from leaky_relu2_mlp_truth import NAMES, errors, exactly, formula, run
+from leaky_relu2_mlp_truth import NAMES, formula, run
+from operator_truth import errors, exactly, random
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,17 +17,9 @@ from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
 
 
 @pytest.fixture(autouse=True)
-def backend(monkeypatch):
+def backend(monkeypatch, poisoned_memory):
     # the name covers the backward operator too
     monkeypatch.setenv("GOLF_BACKEND", "leaky_relu2_mlp=torch")
-    # memory that nothing writes to then holds NaN
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def block(rows=(7,), d=6, hidden=13, dtype=torch.float64, residual=True, scale=True, seed=0):

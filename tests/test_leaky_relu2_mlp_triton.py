@@ -1,37 +1,29 @@
 """The Triton kernels of the LeakyReLU² MLP against float64: on a Hopper GPU, else in Triton's interpreter."""
 
 import collections
+import functools
 import importlib
 import itertools
 
+import operator_truth
 import pytest
 import torch
-from leaky_relu2_mlp_truth import NAMES, as_the_kernels_round, errors, exactly, formula, run
+from leaky_relu2_mlp_truth import NAMES, as_the_kernels_round, formula, run
+from operator_truth import DEVICE, ON_GPU, assert_compiles, assert_graph_replays, errors, exactly, within
+from operator_truth import PRODUCT_DTYPES as DTYPES
 
 from golf_kernels import dispatch
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-# the interpreter multiplies the bit patterns of bfloat16
-DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16, torch.float32)
+random = functools.partial(operator_truth.random, device=DEVICE)
 
 pytestmark = pytest.mark.skipif(dispatch.triton_problem() is not None, reason=str(dispatch.triton_problem()))
 
 
 @pytest.fixture(autouse=True)
-def triton_only(monkeypatch):
+def triton_only(monkeypatch, poisoned_memory):
     # the name covers the backward operator too
     monkeypatch.setenv("GOLF_BACKEND", "leaky_relu2_mlp=triton")
-    # memory that nothing writes to then holds NaN; cuBLAS only warns
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def random(*shape, seed=0, dtype=torch.float64, size=1.0):
-    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (size * made).to(DEVICE, dtype)
 
 
 def block(rows, d, hidden, dtype, residual=True, scale=True, seed=0):
@@ -62,12 +54,6 @@ def test_errs_no_more_than_the_plain_chain(dtype, slope, norm_eps, extras):
     dy = random(133, 72, seed=9, dtype=dtype)
     found, plain = errors_of_both(tensors, dy, slope=slope, norm_eps=norm_eps, gain=0.7)
     assert within(found, plain, dtype), (found, plain)
-
-
-def within(found, plain, dtype):
-    # float32 rounds nothing between the products, so both err by the order of their sums alone
-    limit = plain if dtype != torch.float32 else dict.fromkeys(plain, 1e-6)
-    return all(found[name] <= limit[name] for name in plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -292,28 +278,11 @@ def test_keeps_a_hidden_tensor_less_than_the_plain_chain():
 @pytest.mark.gpu
 def test_cuda_graph_replays_on_new_inputs():
     tensors, dy = block(4099, 512, 1536, torch.bfloat16), random(4099, 512, seed=9, dtype=torch.bfloat16)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(leaky_relu2_mlp, tensors, dy, norm_eps=1e-6)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(leaky_relu2_mlp, tensors, dy, norm_eps=1e-6)
-    with torch.no_grad():
-        tensors["x"].copy_(random(4099, 512, seed=20, dtype=torch.bfloat16))
-        dy.copy_(random(4099, 512, seed=21, dtype=torch.bfloat16))
-    graph.replay()
-    want = run(leaky_relu2_mlp, tensors, dy, norm_eps=1e-6)
-    assert all(torch.equal(captured[name], want[name]) for name in want)
+    assert_graph_replays(lambda: run(leaky_relu2_mlp, tensors, dy, norm_eps=1e-6), (tensors["x"], dy))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiles_as_one_graph(mode):
     tensors, dy = block(257, 256, 512, torch.bfloat16), random(257, 256, seed=9, dtype=torch.bfloat16)
-    compiled = torch.compile(leaky_relu2_mlp, fullgraph=True, mode=mode)
-    want = run(leaky_relu2_mlp, tensors, dy, norm_eps=1e-6)
-    for _ in range(3):
-        got = {name: t.clone() for name, t in run(compiled, tensors, dy, norm_eps=1e-6).items()}
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert_compiles(lambda f: run(f, tensors, dy, norm_eps=1e-6), leaky_relu2_mlp, mode=mode)

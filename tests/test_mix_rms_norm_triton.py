@@ -1,45 +1,34 @@
 """The Triton kernels of the residual mix and its norm against float64: on a Hopper GPU, else in Triton's interpreter."""
 
+import functools
+
+import mix_rms_norm_truth
+import operator_truth
 import pytest
 import torch
-from mix_rms_norm_truth import EPS, errors, exactly, formula, random, run, upstream
-from mix_rms_norm_truth import streams as streams_on
+from mix_rms_norm_truth import EPS, formula, run, upstream
+from operator_truth import DEVICE, ON_GPU, assert_compiles, assert_graph_replays, errors, exactly, within
+from operator_truth import ELEMENTWISE_DTYPES as DTYPES
 
 from golf_kernels import dispatch
 from golf_kernels.mix_rms_norm import mix_rms_norm
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-# the interpreter cuts the mantissas of bfloat16 off
-DTYPES = (torch.bfloat16, torch.float16, torch.float32) if ON_GPU else (torch.float16, torch.float32)
+random = functools.partial(operator_truth.random, device=DEVICE)
+streams = functools.partial(mix_rms_norm_truth.streams, device=DEVICE)
 
 pytestmark = pytest.mark.skipif(dispatch.triton_problem() is not None, reason=str(dispatch.triton_problem()))
 
 
 @pytest.fixture(autouse=True)
-def triton_only(monkeypatch):
+def triton_only(monkeypatch, poisoned_memory):
     # the name covers the backward operator too
     monkeypatch.setenv("GOLF_BACKEND", "mix_rms_norm=triton")
-    # memory that nothing writes to then holds NaN
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def streams(*sizes, dtype):
-    return streams_on(*sizes, dtype=dtype, device=DEVICE)
 
 
 def errors_of_both(tensors):
     """Relative errors of the kernels and of the plain chain in the same dtype."""
     want = run(formula, exactly(tensors), [g.double() for g in upstream(tensors)])
     return [errors(run(f, tensors, upstream(tensors)), want) for f in (mix_rms_norm, formula)]
-
-
-def within(found, plain, dtype):
-    # float32 rounds nothing that is seen, so both err by the order of their sums alone
-    limit = plain if dtype != torch.float32 else dict.fromkeys(plain, 1e-6)
-    return all(found[name] <= limit[name] for name in plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,15 +111,15 @@ def test_empty(shape):
 def test_strides_do_not_matter():
     dtype = DTYPES[0]
     # windows that overlap in one text, and a width that is not the innermost
-    text = random(20, 8, seed=5, dtype=dtype, device=DEVICE)
+    text = random(20, 8, seed=5, dtype=dtype)
     views = {
-        "x": random(8, 4, 3, seed=6, dtype=dtype, device=DEVICE).permute(2, 1, 0),
+        "x": random(8, 4, 3, seed=6, dtype=dtype).permute(2, 1, 0),
         "x0": text.unfold(0, 4, 2)[:3].mT,
     }
-    views |= {"mix": random(8, 2, seed=7, dtype=dtype, device=DEVICE).mT}
+    views |= {"mix": random(8, 2, seed=7, dtype=dtype).mT}
     views = {name: view.detach().requires_grad_() for name, view in views.items()}
-    summed = random(1, 1, 8, seed=9, dtype=dtype, device=DEVICE).expand(3, 4, 8)
-    gradients = [summed, random(4, 3, 8, seed=10, dtype=dtype, device=DEVICE).transpose(0, 1)]
+    summed = random(1, 1, 8, seed=9, dtype=dtype).expand(3, 4, 8)
+    gradients = [summed, random(4, 3, 8, seed=10, dtype=dtype).transpose(0, 1)]
     laid = {name: view.detach().contiguous().requires_grad_() for name, view in views.items()}
     got, want = (run(mix_rms_norm, t, g) for t, g in ((views, gradients), (laid, [g.contiguous() for g in gradients])))
     assert all(torch.equal(got[name], want[name]) for name in want)
@@ -146,7 +135,7 @@ def test_results_repeat_bit_by_bit():
 
 def test_a_mix_in_float32_counts_rounded():
     tensors = streams(1, 33, 16, dtype=torch.float16)
-    wide = tensors | {"mix": random(2, 16, seed=2, dtype=torch.float32, device=DEVICE).requires_grad_()}
+    wide = tensors | {"mix": random(2, 16, seed=2, dtype=torch.float32).requires_grad_()}
     narrow = tensors | {"mix": wide["mix"].detach().half().requires_grad_()}
     got, rounded = (run(mix_rms_norm, t, upstream(tensors)) for t in (wide, narrow))
     assert all(torch.equal(got[name], rounded[name]) for name in ("h", "n", "dx", "dx0"))
@@ -213,7 +202,7 @@ def test_keeps_only_its_results():
 def test_offsets_beyond_32_bits():
     # the last row begins behind 2^31 numbers
     x = torch.randn(1, 525_000, 4096, device=DEVICE, dtype=torch.bfloat16)
-    mix = random(2, 4096, seed=2, dtype=torch.float32, device=DEVICE)
+    mix = random(2, 4096, seed=2, dtype=torch.float32)
     h, n = mix_rms_norm(x, x, mix, eps=EPS)
     want = mix_rms_norm(x[:, -3:], x[:, -3:], mix, eps=EPS)
     assert torch.equal(h[:, -3:], want[0]) and torch.equal(n[:, -3:], want[1])
@@ -223,28 +212,11 @@ def test_offsets_beyond_32_bits():
 def test_cuda_graph_replays_on_new_inputs():
     tensors = streams(2, 1030, 512, dtype=torch.bfloat16)
     gradients = upstream(tensors)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(mix_rms_norm, tensors, gradients)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(mix_rms_norm, tensors, gradients)
-    with torch.no_grad():
-        for seed, tensor in enumerate((tensors["x"], tensors["x0"], *gradients), start=20):
-            tensor.copy_(random(*tensor.shape, seed=seed))
-    graph.replay()
-    want = run(mix_rms_norm, tensors, gradients)
-    assert all(torch.equal(captured[name], want[name]) for name in want)
+    assert_graph_replays(lambda: run(mix_rms_norm, tensors, gradients), (tensors["x"], tensors["x0"], *gradients))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiles_as_one_graph(mode):
     tensors = streams(3, 257, 512, dtype=torch.bfloat16)
-    compiled = torch.compile(mix_rms_norm, fullgraph=True, mode=mode)
-    want = run(mix_rms_norm, tensors, upstream(tensors))
-    for _ in range(3):
-        got = {name: t.clone() for name, t in run(compiled, tensors, upstream(tensors)).items()}
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert_compiles(lambda f: run(f, tensors, upstream(tensors)), mix_rms_norm, mode=mode)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from qk_norm_rope_truth import EPS, LEAVES, errors, exactly, formula, run
+from operator_truth import assert_compiles, errors, exactly, random
+from qk_norm_rope_truth import EPS, LEAVES, formula, heads, run, upstream
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golf_kernels import dispatch
@@ -10,34 +11,9 @@ from golf_kernels.qk_norm_rope import qk_norm_rope
 
 
 @pytest.fixture(autouse=True)
-def backend(monkeypatch):
+def backend(monkeypatch, poisoned_memory):
     # the name covers the backward operator too
     monkeypatch.setenv("GOLF_BACKEND", "qk_norm_rope=torch")
-    # memory that nothing writes to then holds NaN
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def heads(batch=2, length=5, queries=4, keys=2, dim=6, rotary=4, dtype=torch.float64):
-    """Random tensors of one call by name; q, k and gain require gradients."""
-    angles = 3 * random(length, 1, rotary // 2, seed=2)
-    tensors = {
-        "q": random(batch, length, queries, dim, seed=0, dtype=dtype).requires_grad_(),
-        "k": random(batch, length, keys, dim, seed=1, dtype=dtype).requires_grad_(),
-        "cosine": angles.cos().to(dtype),
-        "sine": angles.sin().to(dtype),
-        "gain": (1.5 * random(queries, seed=3)).to(dtype).requires_grad_(),
-    }
-    return tensors
-
-
-def upstream(tensors, seed=9):
-    return [random(*tensors[name].shape, seed=seed + i, dtype=tensors[name].dtype) for i, name in enumerate(("q", "k"))]
 
 
 @pytest.mark.parametrize("rotary", [0, 2, 4, 6])
@@ -248,10 +224,8 @@ def test_opcheck():
 
 
 def test_compiles_as_one_graph():
-    compiled = torch.compile(qk_norm_rope, fullgraph=True, backend="aot_eager")
     tensors = heads()
-    got, want = (run(f, tensors, upstream(tensors)) for f in (compiled, qk_norm_rope))
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert_compiles(lambda f: run(f, tensors, upstream(tensors)), qk_norm_rope, backend="aot_eager")
 
 
 def test_fake_tensors_on_cuda():

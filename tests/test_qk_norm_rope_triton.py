@@ -1,60 +1,34 @@
 """The Triton kernels of QK-norm, rotation and gain against float64: on a Hopper GPU, else in Triton's interpreter."""
 
+import functools
+
+import operator_truth
 import pytest
+import qk_norm_rope_truth
 import torch
-from qk_norm_rope_truth import EPS, LEAVES, errors, exactly, formula, run
+from operator_truth import DEVICE, ON_GPU, assert_compiles, assert_graph_replays, errors, exactly, within
+from operator_truth import ELEMENTWISE_DTYPES as DTYPES
+from qk_norm_rope_truth import EPS, LEAVES, formula, run, upstream
 
 from golf_kernels import dispatch
 from golf_kernels.qk_norm_rope import qk_norm_rope
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-# the interpreter cuts the mantissas of bfloat16 off
-DTYPES = (torch.bfloat16, torch.float16, torch.float32) if ON_GPU else (torch.float16, torch.float32)
+random = functools.partial(operator_truth.random, device=DEVICE)
+heads = functools.partial(qk_norm_rope_truth.heads, device=DEVICE)
 
 pytestmark = pytest.mark.skipif(dispatch.triton_problem() is not None, reason=str(dispatch.triton_problem()))
 
 
 @pytest.fixture(autouse=True)
-def triton_only(monkeypatch):
+def triton_only(monkeypatch, poisoned_memory):
     # the name covers the backward operator too
     monkeypatch.setenv("GOLF_BACKEND", "qk_norm_rope=triton")
-    # memory that nothing writes to then holds NaN
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
-
-
-def heads(batch, length, queries, keys, dim, rotary, dtype):
-    """Random tensors of one call by name; q, k and gain require gradients."""
-    angles = 3 * random(length, 1, rotary // 2, seed=2)
-    return {
-        "q": random(batch, length, queries, dim, seed=0, dtype=dtype).requires_grad_(),
-        "k": random(batch, length, keys, dim, seed=1, dtype=dtype).requires_grad_(),
-        "cosine": angles.cos().to(dtype),
-        "sine": angles.sin().to(dtype),
-        "gain": (1.5 * random(queries, seed=3)).to(dtype).requires_grad_(),
-    }
-
-
-def upstream(tensors, seed=9):
-    return [random(*tensors[name].shape, seed=seed + i, dtype=tensors[name].dtype) for i, name in enumerate(("q", "k"))]
 
 
 def errors_of_both(tensors):
     """Relative errors of the kernels and of the plain chain in the same dtype."""
     want = run(formula, exactly(tensors), [g.double() for g in upstream(tensors)])
     return [errors(run(f, tensors, upstream(tensors)), want) for f in (qk_norm_rope, formula)]
-
-
-def within(found, plain, dtype):
-    # float32 rounds nothing that is seen, so both err by the order of their sums alone
-    limit = plain if dtype != torch.float32 else dict.fromkeys(plain, 1e-6)
-    return all(found[name] <= limit[name] for name in plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -231,28 +205,11 @@ def test_keeps_only_its_results():
 def test_cuda_graph_replays_on_new_inputs():
     tensors = heads(2, 1030, 8, 4, 64, 16, torch.bfloat16)
     gradients = upstream(tensors)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(qk_norm_rope, tensors, gradients)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(qk_norm_rope, tensors, gradients)
-    with torch.no_grad():
-        for seed, tensor in enumerate((tensors["q"], tensors["k"], *gradients), start=20):
-            tensor.copy_(random(*tensor.shape, seed=seed))
-    graph.replay()
-    want = run(qk_norm_rope, tensors, gradients)
-    assert all(torch.equal(captured[name], want[name]) for name in want)
+    assert_graph_replays(lambda: run(qk_norm_rope, tensors, gradients), (tensors["q"], tensors["k"], *gradients))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiles_as_one_graph(mode):
     tensors = heads(3, 257, 8, 4, 64, 16, torch.bfloat16)
-    compiled = torch.compile(qk_norm_rope, fullgraph=True, mode=mode)
-    want = run(qk_norm_rope, tensors, upstream(tensors))
-    for _ in range(3):
-        got = {name: t.clone() for name, t in run(compiled, tensors, upstream(tensors)).items()}
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert_compiles(lambda f: run(f, tensors, upstream(tensors)), qk_norm_rope, mode=mode)

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from host_traffic import NoHostTraffic
+from operator_truth import random
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,12 +19,8 @@ softcapped_cross_entropy = module.softcapped_cross_entropy
 
 
 @pytest.fixture(autouse=True)
-def backend(monkeypatch):
+def backend(monkeypatch, poisoned_memory):
     monkeypatch.setenv("GOLF_BACKEND", "softcapped_cross_entropy=torch")
-    # memory that nothing writes to then holds NaN
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -31,10 +28,6 @@ def small_chunks(monkeypatch):
     """Chunks of three rows of 37 logits, so that a chunk boundary and a short last chunk are on the way."""
     monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 4 * 37 * 3 + 8, "cuda": 1 << 28})
     assert module.chunk_rows(torch.device("cpu"), 37) == 3
-
-
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def head(rows=11, d=5, vocabulary=37, dtype=torch.float64, ignored=()):

@@ -1,41 +1,28 @@
 """The Triton kernels of XSA against float64: on a Hopper GPU, else in Triton's interpreter."""
 
+import functools
+
+import operator_truth
 import pytest
 import torch
-from xsa_truth import LEAVES, errors, exactly, formula, run
+import xsa_truth
+from operator_truth import DEVICE, ON_GPU, assert_compiles, assert_graph_replays, errors, exactly, within
+from operator_truth import ELEMENTWISE_DTYPES as DTYPES
+from xsa_truth import LEAVES, formula, run
 
 from golf_kernels import dispatch
 from golf_kernels.xsa import xsa
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-# the interpreter cuts the mantissas of bfloat16 off
-DTYPES = (torch.bfloat16, torch.float16, torch.float32) if ON_GPU else (torch.float16, torch.float32)
+random = functools.partial(operator_truth.random, device=DEVICE)
+heads = functools.partial(xsa_truth.heads, device=DEVICE)
 
 pytestmark = pytest.mark.skipif(dispatch.triton_problem() is not None, reason=str(dispatch.triton_problem()))
 
 
 @pytest.fixture(autouse=True)
-def triton_only(monkeypatch):
+def triton_only(monkeypatch, poisoned_memory):
     # the name covers the backward operator too
     monkeypatch.setenv("GOLF_BACKEND", "xsa=triton")
-    # memory that nothing writes to then holds NaN
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
-
-
-def heads(batch, length, queries, values, dim, dtype):
-    """Random tensors of one call by name, and an upstream gradient."""
-    tensors = {
-        "output": random(batch, length, queries, dim, seed=0, dtype=dtype).requires_grad_(),
-        "value": random(batch, length, values, dim, seed=1, dtype=dtype).requires_grad_(),
-    }
-    return tensors, random(batch, length, queries, dim, seed=2, dtype=dtype)
 
 
 def errors_of_both(tensors, dy):
@@ -48,9 +35,7 @@ def errors_of_both(tensors, dy):
 @pytest.mark.parametrize("sizes", [(2, 67, 8, 4, 64), (1, 67, 8, 8, 64), (1, 67, 4, 1, 128)])
 def test_errs_no_more_than_the_plain_chain(dtype, sizes):
     found, plain = errors_of_both(*heads(*sizes, dtype))
-    # float32 rounds nothing that is seen, so both err by the order of their sums alone
-    limits = plain if dtype != torch.float32 else dict.fromkeys(plain, 2e-7)
-    assert all(found[name] <= limits[name] for name in plain), (found, plain)
+    assert within(found, plain, dtype, 2e-7), (found, plain)
 
 
 @pytest.mark.parametrize("sizes", [(1, 67, 8, 4, 64), (1, 67, 8, 8, 64)])
@@ -210,28 +195,11 @@ def test_nothing_is_kept_beside_the_inputs():
 @pytest.mark.gpu
 def test_cuda_graph_replays_on_new_inputs():
     tensors, dy = heads(2, 1030, 8, 4, 64, torch.bfloat16)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(xsa, tensors, dy)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(xsa, tensors, dy)
-    with torch.no_grad():
-        for seed, tensor in enumerate((*tensors.values(), dy), start=20):
-            tensor.copy_(random(*tensor.shape, seed=seed))
-    graph.replay()
-    want = run(xsa, tensors, dy)
-    assert all(torch.equal(captured[name], want[name]) for name in want)
+    assert_graph_replays(lambda: run(xsa, tensors, dy), (*tensors.values(), dy))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiles_as_one_graph(mode):
     tensors, dy = heads(3, 257, 8, 4, 64, torch.bfloat16)
-    compiled = torch.compile(xsa, fullgraph=True, mode=mode)
-    want = run(xsa, tensors, dy)
-    for _ in range(3):
-        got = {name: t.clone() for name, t in run(compiled, tensors, dy).items()}
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert_compiles(lambda f: run(f, tensors, dy), xsa, mode=mode)
