@@ -15,6 +15,7 @@ from train.data.paid_prefix import prefix_bytes
 from train.distributed import Ranks
 from train.logger import RunLogger
 from train.model.gpt import GPT
+from train.model.inventory import classify
 from train.quantize.fit import Encoded, fit
 from train.quantize.pruning import count_ones, prune_ones, prunes_needed
 from train.quantize.tensors import StoredTensors
@@ -89,7 +90,7 @@ def prune(
     """Prune codes ±1 as `target_mb` and `prune_excess` say, beside `other_bytes` of code that count with the model.
 
     `target_mb` (#1392) searches the number of codes, and takes all of them where the target is out of reach; that it was
-    is logged, and no error. `prune_excess` (#1471) prunes so many codes per byte over the cap, once.
+    is logged, and no error. `prune_excess` (#1471) prunes so many codes per byte over the cap, once, and of matrices alone.
     """
 
     def size(candidate: StoredTensors) -> int:
@@ -114,8 +115,9 @@ def prune(
     if config.prune_excess:
         excess = ranks.on_main(lambda: size(tensors)) - config.max_artifact_bytes
         if excess > 0:
-            count = min(config.prune_excess * excess, count_ones(tensors))
-            tensors = _pruned(tensors, count, f"model {excess} bytes over the cap", log)
+            matrices = {name: tensor for name, tensor in tensors.items() if classify(name, tensor, config) == "matrix"}
+            count = min(config.prune_excess * excess, count_ones(matrices))
+            tensors = {**tensors, **_pruned(matrices, count, f"model {excess} bytes over the cap", log)}
     return tensors
 
 

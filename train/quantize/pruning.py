@@ -28,7 +28,7 @@ def prune_ones(tensors: StoredTensors, count: int) -> StoredTensors:
         All tensors, the pruned ones new.
 
     Source: #1392, which prunes its int8 tables beside its int6 matrices; they go first, as their scales are smaller.
-    #1471 has the same order.
+    #1471 has the same order, and prunes no tables.
     """
     coded = _coded(tensors)
     if not coded:
