@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import common
+from benchmarks.devices import DEVICES, Device
 from golf_kernels import dispatch
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
 
@@ -38,18 +39,6 @@ class Shape(NamedTuple):
     rows: int
     d: int
     hidden: int
-
-
-class Device(NamedTuple):
-    """Dense bfloat16 TFLOP/s and GB/s that a prediction is computed from."""
-
-    name: str
-    tflops: float
-    gbps: float
-
-
-# the H100's from its data sheet; the H200's are what one reached
-DEVICES = (Device("H100", 989.0, 3350.0), Device("H200", 790.0, 4300.0))
 
 
 class Kernel(NamedTuple):
