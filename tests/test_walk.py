@@ -1,5 +1,7 @@
 """The walk as a whole on a small text: what it leaves, kills and resumption, ranks, bad input."""
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -245,6 +247,38 @@ def test_an_artifact_is_made_and_scored_by_one_process(finished: Finished, tmp_p
         with pytest.raises(UserError, match=said):
             evaluate([str(tmp_path / name)])
     assert not list((tmp_path / "empty").iterdir())
+
+
+def test_what_the_command_asks_for_holds_whoever_held_the_run_before(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    held = RunFolder.held
+
+    def later(self: RunFolder, *, shared: bool = False) -> contextlib.AbstractContextManager[None]:
+        # another process has ended between the first look at the settings and the lock
+        self.write_config(self.read_config().replace(prune_excess=8))
+        return held(self, shared=shared)
+
+    monkeypatch.setattr(RunFolder, "held", later)
+    # as the run has it before, which was taken for no change
+    assert quantize([str(folder.path), "--prune-excess", "0", "--quantizer", finished.config.quantizer]) == 0
+    assert folder.read_config().prune_excess == 0
+
+
+def test_a_file_system_without_locks_is_named(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("train.run.fcntl.flock", flock)
+    for shared in (False, True):
+        with pytest.raises(UserError, match=r"\.lock: cannot be locked \(No locks available\): .* RUNS_DIR"):
+            with folder.held(shared=shared):
+                pass
 
 
 class Killed(BaseException):

@@ -72,13 +72,15 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(Path(path).read_text())
+        expected = value.pop(_CHECKSUM, None) if isinstance(value, dict) else None
+        # an object may be nested just too far to be written again
+        found = _checksum(value)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({type(error).__name__}): {remedy}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}: {remedy}")
-    expected, found = value.pop(_CHECKSUM, None), _checksum(value)
     if expected not in (None, found):
         raise UserError(
             f"{path}: changed since it was written (checksum {found}, expected {expected}): {remedy}; if the change is yours, "
@@ -93,7 +95,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checksum(values: Mapping[str, Any]) -> str:
+def _checksum(values: Any) -> str:
     return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 

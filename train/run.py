@@ -103,7 +103,7 @@ class RunFolder:
         """Keep other processes off the run until the block ends or this process dies; shared, only those that are not.
 
         Raises:
-            UserError: there is no such run, or another process is at work in its folder.
+            UserError: there is no such run, another process is at work in its folder, or its file system has no locks.
         """
         self.need_run()
         # a file of its own: a lock does not outlast the replacement of its file
@@ -113,6 +113,11 @@ class RunFolder:
             except BlockingIOError as error:
                 raise UserError(
                     f"{self.path}: another process is at work on this run: wait for its end, or stop it first"
+                ) from error
+            except OSError as error:
+                raise UserError(
+                    f"{file.name}: cannot be locked ({error.strerror}): expected a file system with locks: move the run to one, "
+                    "or set RUNS_DIR to one"
                 ) from error
             if not shared:
                 # what a killed process was writing; the lock says that nobody writes now

@@ -7,9 +7,13 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train.config import Config, ConfigError, field_help, parse_value
 from train.errors import main_guard
+
+if TYPE_CHECKING:
+    from train.run import RunFolder
 
 SETTINGS = (
     "quantizer", "matrix_bits", "embed_bits", "tied_embed_bits", "matrix_clip", "matrix_clip_sigmas", "embed_clip",
@@ -35,13 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     from train.stages import artifact_stage, quantize_stage
 
     folder = RunFolder(arguments.run)
-    config = folder.trained_config()
-    changes = _changes(arguments, config)
-    config = config.replace(**changes)
-    if set(changes) - BUDGET and arguments.out is None:
-        raise ConfigError(
-            f"--out: needed with other settings than the run's ({', '.join(changes)}): its own artifact stays"
-        )
+    config, changes = _settings(arguments, folder)
 
     def make_room() -> None:
         if arguments.out is not None:
@@ -56,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.out is None:
             ranks.on_main(lambda: held.enter_context(folder.held()))
             # whoever held it before may have changed its settings
-            config = folder.trained_config().replace(**changes)
+            config, changes = _settings(arguments, folder)
         # the run's log tells of the run's own artifact alone
         log = RunLogger(elsewhere if arguments.out else folder.path, config.seed, ranks.rank)
         model: GPT = load_weights(folder).to(ranks.device)
@@ -67,10 +65,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _changes(arguments: argparse.Namespace, config: Config) -> dict[str, object]:
+def _settings(arguments: argparse.Namespace, folder: RunFolder) -> tuple[Config, dict[str, object]]:
+    """The run's settings as they are on the disk now with those of the command line, and which of these differ."""
+    config = folder.trained_config()
     given = {name: text for name in SETTINGS if (text := getattr(arguments, name)) is not None}
     values = {name: parse_value(name, text, f"--{name}") for name, text in given.items()}
-    return {name: value for name, value in values.items() if getattr(config, name) != value}
+    changes = {name: value for name, value in values.items() if getattr(config, name) != value}
+    if set(changes) - BUDGET and arguments.out is None:
+        raise ConfigError(
+            f"--out: needed with other settings than the run's ({', '.join(changes)}): its own artifact stays"
+        )
+    return config.replace(**changes), changes
 
 
 def _parser() -> argparse.ArgumentParser:
