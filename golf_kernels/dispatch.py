@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Backend = Literal["cuda", "triton", "cpp", "torch"]
 PREFERENCE: tuple[Backend, ...] = get_args(Backend)
@@ -133,7 +134,17 @@ def refuse_gradient(op: str, message: str) -> None:
 
 
 def call(op: str, *args: Any) -> Any:
-    """Runs `op` on the back end that `choose` takes; the dtypes of its arguments hold, also inside `torch.autocast`."""
+    """Runs `op` on the back end that `choose` takes; the dtypes of its arguments hold, also inside `torch.autocast`.
+
+    Raises:
+        RuntimeError: inside forward-mode differentiation, which no operator here has.
+    """
+    # PyTorch would drop the tangents without a word, and the derivative would be 0
+    if getattr(forward_ad, "_current_level", -1) >= 0:
+        raise RuntimeError(
+            f"golf::{op} has no forward-mode derivative: expected a call outside torch.func.jvp, jacfwd and "
+            "forward_ad.dual_level; use backward()"
+        )
     function = _registry[op][choose(op, *args).backend].function
     device = _device(args)
     if torch.is_autocast_enabled(device):

@@ -46,7 +46,7 @@ def leaky_relu2_mlp(
 
     Args:
         x: `(..., d)`, floating; any number of rows, 0 included.
-        w_up: `(h, d)`, the dtype of x.
+        w_up: `(h, d)`, the dtype of x; neither is 0.
         w_down: `(d, h)`, the dtype of x.
         slope: slope of the negative side, in [0, 1): 0 is ReLU².
         norm_eps: epsilon of the RMS norm x / √(mean(x²) + norm_eps) over the last dimension; None: no norm.
@@ -63,7 +63,7 @@ def leaky_relu2_mlp(
     """
     tensors = [tensor for tensor in (x, w_up, w_down, residual, scale) if tensor is not None]
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    rows = x.reshape(-1, x.shape[-1]) if x.ndim else x
+    rows = x.reshape(-1, x.shape[-1]) if x.ndim and x.shape[-1] else x
     add_x = residual is x
     if residual is not None:
         if residual.shape != x.shape:
@@ -83,8 +83,10 @@ def _check(
     slope: float,
     norm_eps: float | None,
 ) -> None:
-    if x.ndim != 2 or not x.dtype.is_floating_point:
+    if x.ndim != 2 or not x.dtype.is_floating_point or x.shape[1] == 0:
         raise ValueError(f"x: expected shape (..., d) and a floating dtype, found {tuple(x.shape)} and {x.dtype}")
+    if w_up.ndim != 2 or w_up.shape[0] == 0:
+        raise ValueError(f"w_up: expected shape (h, {x.shape[1]}) with h > 0, found {tuple(w_up.shape)}")
     if not 0.0 <= slope < 1.0:
         raise ValueError(f"slope: expected 0 <= slope < 1 (0 is ReLU², 1 would be a plain square), found {slope}")
     if norm_eps is not None and not norm_eps >= 0.0:

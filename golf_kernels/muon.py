@@ -35,7 +35,9 @@ ADJUST_LR = ("original", "match_rms_adamw")
 _NORMUON_EPS = 1e-10
 # a group and those of its parameters on one device that have a gradient
 Work = tuple[dict[str, Any], list[Tensor]]
-# what a state_dict of torch.optim.Muon does not have
+# what a group of torch.optim.Muon has
+_OPTIONS = {"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"}
+# what it does not have
 _EXTRAS: dict[str, Any] = {
     "row_normalize": False,
     "row_eps": 1e-7,
@@ -140,12 +142,17 @@ class Muon(torch.optim.Optimizer):
             raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            for name, value in _EXTRAS.items():
+                group.setdefault(name, value)
+            if missing := _OPTIONS - set(group):
+                raise ValueError(
+                    f"param_groups: no value for {', '.join(sorted(missing))}: expected the state of Muon or torch.optim.Muon"
+                )
+            _check_group(group)
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)
         self.__dict__.setdefault("copies", {})
-        for group in self.param_groups:
-            for name, value in _EXTRAS.items():
-                group.setdefault(name, value)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -179,8 +186,10 @@ class Muon(torch.optim.Optimizer):
         """Lets every step also write the new weights of `param` to `copy`, for example the bfloat16 ones of a model.
 
         Raises:
-            ValueError: another shape or device.
+            ValueError: another shape or device, or a parameter that is not updated here.
         """
+        if not any(param is known for group in self.param_groups for known in group["params"]):
+            raise ValueError(f"param: expected a parameter of this optimizer, found another of {tuple(param.shape)}")
         if copy.shape != param.shape or copy.device != param.device:
             found = f"{tuple(copy.shape)} on {copy.device}"
             raise ValueError(f"copy: expected shape {tuple(param.shape)} on {param.device}, found {found}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from golf_kernels import dispatch, newton_schulz
+from golf_kernels import dispatch, newton_schulz, xsa
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +174,17 @@ def test_autocast_does_not_reach_into_an_operator(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(newton_schulz([matrix])[0], plain)
         assert (matrix @ matrix.T).dtype == torch.bfloat16
+
+
+def test_forward_mode_is_refused_and_gives_no_derivative_of_zero(monkeypatch):
+    monkeypatch.undo()
+    output, value = torch.randn(1, 2, 2, 4), torch.randn(1, 2, 1, 4)
+    for derivative in (torch.func.jvp, lambda function, x, t: torch.func.jacfwd(function)(*x)):
+        with pytest.raises(RuntimeError, match="golf::xsa has no forward-mode derivative"):
+            derivative(lambda x: xsa(x, value), (output,), (output,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        xsa(torch.autograd.forward_ad.make_dual(output, output), value)
+    assert xsa(output, value).shape == output.shape
 
 
 def test_what_keeps_triton_kernels_from_running(monkeypatch):

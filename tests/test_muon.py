@@ -402,6 +402,40 @@ def test_a_refused_group_leaves_no_trace_and_sparse_gradients_are_refused():
         optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adjust_lr_fn": "adam"}, "adjust_lr_fn: expected None or one of"),
+        ({"normuon_beta2": 5.0}, "normuon_beta2: expected"),
+        ({"lr": -1.0}, "lr: expected a number >= 0"),
+    ],
+)
+def test_a_state_with_bad_options_or_of_another_optimizer_changes_nothing(change, message):
+    optimizer = Muon(parameters(), lr=0.02)
+    train(optimizer, steps=1)
+    bad = copy.deepcopy(optimizer.state_dict())
+    bad["param_groups"][0] |= change
+    other = torch.optim.AdamW(parameters()).state_dict()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(bad)
+    with pytest.raises(
+        ValueError, match=r"no value for adjust_lr_fn, momentum, .*: expected the state of Muon or torch"
+    ):
+        optimizer.load_state_dict(other)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    assert all(
+        torch.equal(state["momentum_buffer"], before["state"][index]["momentum_buffer"])
+        for index, state in optimizer.state_dict()["state"].items()
+    )
+
+
+def test_a_copy_of_a_weight_that_is_never_updated_is_refused():
+    params = parameters()
+    with pytest.raises(ValueError, match="param: expected a parameter of this optimizer"):
+        Muon(params).copy_to(torch.nn.Parameter(params[0].detach().clone()), torch.zeros_like(params[0]))
+
+
 def test_costs_and_ratios():
     # kernels 2.1: five iterations of full products, in GF
     figures = {(512, 512): 4.03, (256, 512): 0.84, (2048, 512): 12.08, (512, 1536): 9.40}
