@@ -8,7 +8,7 @@ the spread is named, and the exit code is 1. Curves and a picture go to `--out`,
 
 from __future__ import annotations
 
-import csv
+import functools
 import itertools
 import sys
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import common
-from benchmarks.ways import TINY, MadeTokens, ShardTokens, Tokens, make_variants
-from train.config import MICRO_BATCHES, Config
+from benchmarks.ways import Tokens, make_variants, share_config, share_sequences, token_source
+from train.config import Config
 from train.files import atomic_write
 from train.model.attention_choice import choose_attention
-from train.recipes import load_recipe, recipe_names
+from train.recipes import recipe_names
 
 # steps over which a curve is averaged before it is compared
 SMOOTH = 20
@@ -36,8 +36,7 @@ Curves = dict[str, np.ndarray]
 
 def train(config: Config, way: str, tokens: Tokens, steps: int, device: torch.device) -> np.ndarray:
     """The loss of each step, from the weights of the configuration's seed."""
-    sequences = config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
-    (variant,) = make_variants(config, [way], device, sequences)
+    (variant,) = make_variants(config, [way], device)
     # read at the end alone, so that the host runs ahead as it does in training
     losses = [variant.run(tokens.next(), False).detach() for _ in range(steps)]
     return torch.stack(losses).double().cpu().numpy()
@@ -71,19 +70,6 @@ def draw(curves: Curves, title: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def keep(rows: Sequence[common.Row], surroundings: common.Row, folder: Path) -> Path:
-    """Append a GPU's distances to its file."""
-    path = folder / f"{'_'.join(surroundings['gpu'].split())}.csv"
-    folder.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(surroundings | row for row in rows)
-    return path
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("bench_loss_curves", __doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--recipe", default="sp8192_sdclip", choices=recipe_names())
@@ -100,20 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, steps = arguments.device, arguments.steps or (6 if arguments.tiny else 200)
     if arguments.seeds < 2 or steps < 2:
         parser.error("--seeds and --steps: expected at least 2 of each: a single curve has no spread")
-    changes: common.Row = {"compile": "on" if device.type == "cuda" else "off"}
-    if arguments.tiny:
-        changes |= TINY | {"train_batch_tokens": MICRO_BATCHES * 2 * TINY["train_seq_len"], "compute_dtype": "float32"}
-    config = load_recipe(arguments.recipe).config(**changes)
-    sequences = config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
+    config = share_config(arguments.recipe, device, tiny=arguments.tiny)
     # all curves attend by one back end
-    config = config.replace(attention=choose_attention(config, device, sequences).name)
-    torch._dynamo.config.recompile_limit = 64
+    config = config.replace(attention=choose_attention(config, device, share_sequences(config)).name)
 
-    def tokens() -> Tokens:
-        return (
-            MadeTokens(config, sequences) if arguments.data is None else ShardTokens(config, sequences, arguments.data)
-        )
-
+    tokens = functools.partial(token_source, config, arguments.data)
     first, *ways = arguments.ways.split(",")
     starts = [config.replace(seed=config.seed + number) for number in range(arguments.seeds)]
     curves = {f"{first}, seed {start.seed}": train(start, first, tokens(), steps, device) for start in starts}
@@ -123,9 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     distances, spread = compare(seeds, others)
     surroundings = common.environment(device)
     made = "made tokens" if arguments.data is None else str(arguments.data)
-    title = (
-        f"{config.recipe}, {steps} steps of {sequences * config.train_seq_len:,} tokens ({made}), {surroundings['gpu']}"
-    )
+    step_tokens = share_sequences(config) * config.train_seq_len
+    title = f"{config.recipe}, {steps} steps of {step_tokens:,} tokens ({made}), {surroundings['gpu']}"
     print(f"{title}\nspread of {arguments.seeds} seeds of {first}: {spread:.5f} nats")
     rows, fine = [], True
     for way, found in distances.items():
@@ -136,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         rows.append(
             {"recipe": config.recipe, "way": way, "against": first, "data": made, "steps": steps}
-            | {"tokens": sequences * config.train_seq_len, "seeds": arguments.seeds, "distance": f"{found:.6g}"}
-            | {"first_loss": f"{others[way][0]:.6g}", "last_loss": f"{others[way][-1]:.6g}", "spread": f"{spread:.6g}"}
+            | {"tokens": step_tokens, "seeds": arguments.seeds, "distance": found}
+            | {"first_loss": float(others[way][0]), "last_loss": float(others[way][-1]), "spread": spread}
         )
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -145,10 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines += [",".join(map(str, line)) for line in zip(range(1, steps + 1), *curves.values(), strict=True)]
         atomic_write(arguments.out / "curves.csv", "\n".join(lines) + "\n")
         draw(curves, title, arguments.out / "curves.png")
-    if device.type == "cuda" and not arguments.tiny and rows:
-        print(f"-> {keep(rows, surroundings, common.RESULTS / 'curves').relative_to(common.ROOT)}")
-    else:
-        print("not kept: only a GPU's full shapes are")
+    folder = common.RESULTS / "curves"
+    path = None if arguments.tiny or not rows else common.append_rows(rows, surroundings, folder, columns=COLUMNS)
+    print(f"-> {path.relative_to(common.ROOT)}" if path else "not kept: only a GPU's full shapes are")
     return 0 if fine else 1
 
 

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from benchmarks.ways import TINY, MadeTokens, ShardTokens, StepVariant, Tokens, all_kernels, make_variants
-from train.config import MICRO_BATCHES, Config
+from benchmarks.ways import StepVariant, Tokens, all_kernels, make_variants, share_config, share_sequences, token_source
+from train.config import Config
 from train.describe import describe
 from train.errors import UserError
 from train.inductor import SWITCHES, parse_switch
 from train.model.attention_choice import choose_attention
 from train.profiling import breakdown, busy_ms, kernel_times, new_trace, plot_breakdown, write_trace
-from train.recipes import load_recipe, recipe_names
+from train.recipes import recipe_names
 
 # dense bfloat16 TFLOP/s of the datasheets, for a utilization beside the measured one; the first name that fits counts
 DATASHEET_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "H200 NVL": 835.0, "H200": 989.4}
@@ -59,18 +59,12 @@ class Bench:
     keep: bool
 
     @property
-    def sequences(self) -> int:
-        return self.config.train_batch_tokens // (MICRO_BATCHES * self.config.train_seq_len)
-
-    @property
     def share_tokens(self) -> int:
-        return self.sequences * self.config.train_seq_len
+        return share_sequences(self.config) * self.config.train_seq_len
 
     def tokens(self) -> Tokens:
         """The same tokens again, from the first on."""
-        if self.data is None:
-            return MadeTokens(self.config, self.sequences)
-        return ShardTokens(self.config, self.sequences, self.data)
+        return token_source(self.config, self.data)
 
     def step_flops(self, recurrence: bool) -> float:
         return 1e6 * describe(self.config, {})["mflop_per_token"][phase_name(recurrence)] * self.share_tokens
@@ -80,7 +74,7 @@ class Bench:
         flops = self.step_flops(recurrence)
         return (
             {"op": f"step {self.config.recipe}", "impl": variant.name, "mode": phase_name(recurrence).replace("_", " ")}
-            | {"shape": f"{self.sequences}x{self.config.train_seq_len}"}
+            | {"shape": f"{share_sequences(self.config)}x{self.config.train_seq_len}"}
             | {"dtype": "bf16" if self.clock.device.type == "cuda" else "f32", "p50": p50, "p20": p20, "p80": p80}
             | {"tflops": flops / p50 / 1e9, "gbps": "", "floor": flops / self.limits.tflops / 1e9}
             | {"rel_err": error, "n": self.clock.rounds}
@@ -187,7 +181,7 @@ def peak_mib(variant: StepVariant, bench: Bench, recurrence: bool) -> float:
 def measure_ways(names: list[str], bench: Bench, recurrence: bool, traces: Path | None) -> bool:
     """Measure the ways against each other, print their table, and keep their rows; whether all of them ran."""
     config, limits, gpu = bench.config, bench.limits, bench.surroundings["gpu"]
-    variants = make_variants(config, names, bench.clock.device, bench.sequences)
+    variants = make_variants(config, names, bench.clock.device)
     errors, problems = measure_steps(variants, bench, recurrence)
     rows = {v.name: bench.row(v, recurrence, errors[v.name]) for v in variants if v.name in errors}
     print(
@@ -240,12 +234,12 @@ def measure_pairs(way: str, others: list[str], bench: Bench, recurrence: bool) -
 
     A pair's rows are kept before the next one is compiled.
     """
-    (base,) = make_variants(bench.config, [way], bench.clock.device, bench.sequences)
+    (base,) = make_variants(bench.config, [way], bench.clock.device)
     phase, gpu = phase_name(recurrence).replace("_", " "), bench.surroundings["gpu"]
     print(f"\n{bench.config.recipe}, {phase}, on {gpu}: {way} beside each other way, ms per step")
     fine = True
     for name in others:
-        (candidate,) = make_variants(bench.config, [name], bench.clock.device, bench.sequences)
+        (candidate,) = make_variants(bench.config, [name], bench.clock.device)
         errors, problems = measure_steps([base, candidate], bench, recurrence)
         for problem in problems:
             print(f"FAILED {problem}", flush=True)
@@ -302,17 +296,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(f"--inductor: {error}")
     device = arguments.device
-    changes: dict[str, Any] = {"compile": "on" if device.type == "cuda" else "off"}
-    if arguments.tiny:
-        changes |= TINY | {"train_batch_tokens": MICRO_BATCHES * 2 * TINY["train_seq_len"], "compute_dtype": "float32"}
-    config = load_recipe(arguments.recipe).config(**changes)
-    # each way has code of its own for one and the same forward
-    torch._dynamo.config.recompile_limit = 64
+    config = share_config(arguments.recipe, device, tiny=arguments.tiny)
     clock = common.Clock(device, warmup_ms=arguments.warmup_ms, rounds=arguments.rounds)
     surroundings = common.environment(device)
-    sequences = config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
     try:
-        choice = choose_attention(config, device, sequences)
+        choice = choose_attention(config, device, share_sequences(config))
     except UserError as error:
         parser.error(str(error))
     print(f"attention: {choice.name} ({choice.reason})", flush=True)

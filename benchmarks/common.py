@@ -325,7 +325,9 @@ def file_stem(gpu: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "_", gpu).strip("_")
 
 
-def append_rows(rows: Sequence[Row], surroundings: Row, folder: Path = RESULTS) -> Path | None:
+def append_rows(
+    rows: Sequence[Row], surroundings: Row, folder: Path = RESULTS, *, columns: Sequence[str] = COLUMNS
+) -> Path | None:
     """Appends rows to the GPU's file; what a CPU gave is not kept, and None is returned.
 
     Raises:
@@ -339,10 +341,10 @@ def append_rows(rows: Sequence[Row], surroundings: Row, folder: Path = RESULTS) 
     if not new:
         with path.open(newline="") as file:
             found = tuple(next(csv.reader(file), ()))
-        if found != COLUMNS:
-            raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}, found {', '.join(found)}")
+        if found != tuple(columns):
+            raise ValueError(f"{path}: expected the columns {', '.join(columns)}, found {', '.join(found)}")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
         for row in rows:

@@ -33,6 +33,7 @@ from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA
 from train.optimize.groups import build_optimizers, split_parameters
+from train.recipes import load_recipe
 
 TINY = {"model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 512, "train_seq_len": 64, "bigram_dim": 16}
 
@@ -82,6 +83,26 @@ def all_kernels() -> str:
     return ",".join(["torch", *(f"{op}={backends[0]}" for op, backends in found.items() if backends[0] != "torch")])
 
 
+def share_config(recipe: str, device: torch.device, *, tiny: bool) -> Config:
+    """A recipe's settings as a share of its step is measured: compiled on a GPU, and narrow where `tiny`."""
+    changes: dict[str, Any] = {"compile": "on" if device.type == "cuda" else "off"}
+    if tiny:
+        changes |= TINY | {"train_batch_tokens": MICRO_BATCHES * 2 * TINY["train_seq_len"], "compute_dtype": "float32"}
+    # each way has code of its own for one and the same forward
+    torch._dynamo.config.recompile_limit = 64
+    return load_recipe(recipe).config(**changes)
+
+
+def share_sequences(config: Config) -> int:
+    """Sequences of one GPU's share of a step."""
+    return config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
+
+
+def token_source(config: Config, data: Path | None) -> Tokens:
+    """The share's tokens from the first on: of the shards in a folder, or made."""
+    return MadeTokens(config) if data is None else ShardTokens(config, data)
+
+
 class Tokens(Protocol):
     """Where batches come from: `(sequences, length + 1)` uint16 each."""
 
@@ -91,8 +112,8 @@ class Tokens(Protocol):
 class MadeTokens:
     """Random tokens in the place of a loader, so that a step is measured and not a disk."""
 
-    def __init__(self, config: Config, sequences: int, seed: int = 0) -> None:
-        self.shape = (sequences, config.train_seq_len + 1)
+    def __init__(self, config: Config, seed: int = 0) -> None:
+        self.shape = (share_sequences(config), config.train_seq_len + 1)
         self.vocab_size = config.vocab_size
         self.generator = np.random.default_rng(seed)
 
@@ -105,9 +126,9 @@ class MadeTokens:
 class ShardTokens:
     """The tokens of a dataset's training shards, in their order."""
 
-    def __init__(self, config: Config, sequences: int, folder: Path) -> None:
+    def __init__(self, config: Config, folder: Path) -> None:
         self.stream = Stream(find_shards(folder, "train"), config.vocab_size)
-        self.shape = (sequences, config.train_seq_len + 1)
+        self.shape = (share_sequences(config), config.train_seq_len + 1)
         self.place = 0
 
     def next(self) -> np.ndarray:
@@ -151,11 +172,11 @@ def trainer_step(
     return step
 
 
-def make_variants(config: Config, names: list[str], device: torch.device, sequences: int) -> list[StepVariant]:
+def make_variants(config: Config, names: list[str], device: torch.device) -> list[StepVariant]:
     """The ways to measure, each with a model of its own that starts from the same weights."""
     torch.manual_seed(config.seed)
     first = GPT(config).to(device)
-    use_attention(first, choose_attention(config, device, sequences).name)
+    use_attention(first, choose_attention(config, device, share_sequences(config)).name)
     matrices = list(split_parameters(first, config)["matrix"].values())
     owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), MICRO_BATCHES)
     share = [number for number, owner in enumerate(owners) if owner == 0]

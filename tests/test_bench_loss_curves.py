@@ -46,12 +46,22 @@ def test_distances_by_hand() -> None:
     assert found == {"other": pytest.approx(0.25)} and spread == pytest.approx((0.5 + 1.0 + 1.5) / 3)
 
 
-def test_rows_of_a_gpu_are_kept_under_their_columns(tmp_path: Path) -> None:
-    for way in ("a", "b"):
-        path = bench.keep([{"way": way, "distance": 0.1}], {"gpu": "NVIDIA H100", "commit": "c"}, tmp_path)
-    assert path.name == "NVIDIA_H100.csv"
-    lines = path.read_text().splitlines()
-    assert lines[0].split(",") == list(bench.COLUMNS) and len(lines) == 3
+def test_rows_of_a_gpu_are_kept_under_their_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench.common, "ROOT", tmp_path)
+    monkeypatch.setattr(bench.common, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench.common, "environment", lambda device: {"gpu": "NVIDIA H100", "commit": "c"})
+    monkeypatch.setattr(bench, "train", lambda config, way, *_: np.array([6.0, config.seed % 7]))
+    command = ["--device", "cpu", "--steps", "2", "--ways", "torch,golf"]
+    for _ in range(2):
+        assert bench.main(command) == 0
+    assert "-> curves/NVIDIA_H100.csv" in capsys.readouterr().out
+    header, *rows = csv.reader((tmp_path / "curves" / "NVIDIA_H100.csv").open())
+    assert header == list(bench.COLUMNS) and len(rows) == 2
+    assert dict(zip(header, rows[0], strict=True))["way"] == "golf"
+    bench.main([*command, "--tiny"])
+    assert "not kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "1"], ["--steps", "1"]])

@@ -41,10 +41,10 @@ def test_the_plain_step_and_the_trainers_step_train_alike(recipe: str, recurrenc
     config = load_recipe(recipe).config(**NARROW)
     if recurrence and not config.recur_layers:
         pytest.skip("this recipe repeats no layer")
-    plain, ours = make_variants(config, ["published", "torch"], CPU, 2)
+    plain, ours = make_variants(config, ["published", "torch"], CPU)
     # the scripts' bfloat16 is another rounding of the same step
     plain.step.muon.dtype = torch.float32
-    tokens = MadeTokens(config, 2)
+    tokens = MadeTokens(config)
     curves: list[tuple[float, float]] = []
     for _ in range(4):
         batch = tokens.next()
@@ -57,7 +57,7 @@ def test_the_plain_step_and_the_trainers_step_train_alike(recipe: str, recurrenc
 
 def curve(variant: StepVariant, config: Config, steps: int, smooth: int = 20) -> np.ndarray:
     """The loss after steps on the same tokens for every variant, smoothed over some of them."""
-    tokens = MadeTokens(config, 2)
+    tokens = MadeTokens(config)
     losses = [float(variant.run(tokens.next(), bool(config.recur_layers))) for _ in range(steps)]
     return np.convolve(losses, np.ones(smooth) / smooth, "valid")
 
@@ -66,8 +66,8 @@ def test_loss_curves_of_300_steps_lie_within_the_spread_of_seeds() -> None:
     first = load_recipe("sp8192_sdclip").config(**SHALLOW, matrix_lr=0.005, seed=1)
     # the scripts' way with its bfloat16 orthogonalization, from three starts
     seeds = [first.replace(seed=seed) for seed in (1, 2, 3)]
-    plain = np.stack([curve(make_variants(config, ["published"], CPU, 2)[0], config, 300) for config in seeds])
-    ours = curve(make_variants(first, ["torch"], CPU, 2)[0], first, 300)
+    plain = np.stack([curve(make_variants(config, ["published"], CPU)[0], config, 300) for config in seeds])
+    ours = curve(make_variants(first, ["torch"], CPU)[0], first, 300)
     spread = np.abs(plain[1:] - plain[0]).max(axis=0)
     distance = np.abs(ours - plain[0])
     assert plain[0][0] - plain[0][-1] > 0.5
@@ -77,7 +77,7 @@ def test_loss_curves_of_300_steps_lie_within_the_spread_of_seeds() -> None:
 def test_kernels_in_the_interpreter_train_like_the_reference() -> None:
     config = load_recipe("sp8192_sdclip").config(**SHALLOW, matrix_lr=0.005)
     assert "leaky_relu2_mlp=triton" in all_kernels()
-    curves = [curve(variant, config, 8, smooth=1) for variant in make_variants(config, ["torch", "golf"], CPU, 2)]
+    curves = [curve(variant, config, 8, smooth=1) for variant in make_variants(config, ["torch", "golf"], CPU)]
     np.testing.assert_allclose(*curves, rtol=1e-3)
     assert not np.array_equal(*curves)
 
@@ -179,20 +179,20 @@ def test_a_kernel_is_switched_with_its_backward_pass() -> None:
 def test_tokens_of_shards_follow_each_other(tmp_path: Path) -> None:
     config = load_recipe("quickstart").config(**NARROW)
     write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(200, dtype=np.uint16) % 300)
-    tokens = ShardTokens(config, 2, tmp_path)
+    tokens = ShardTokens(config, tmp_path)
     first, second = tokens.next(), tokens.next()
     assert first.shape == (2, 33) and np.array_equal(np.concatenate([first, second]).ravel(), np.arange(132) % 300)
 
 
 def test_made_tokens_are_the_same_for_every_way_and_inside_the_vocabulary() -> None:
     config = load_recipe("quickstart").config(**NARROW)
-    batches = [MadeTokens(config, 2).next() for _ in range(2)]
+    batches = [MadeTokens(config).next() for _ in range(2)]
     assert np.array_equal(*batches) and batches[0].shape == (2, 33) and batches[0].max() < 300
 
 
 def test_the_share_is_an_eighth_of_the_work() -> None:
     config = load_recipe("sp8192_sdclip").config(**NARROW)
-    plain, _ = make_variants(config, ["published", "torch"], CPU, 2)
+    plain, _ = make_variants(config, ["published", "torch"], CPU)
     count = sum(len(bank) for bank in plain.step.muon.banks)
     # 66 matrices of the layers and the value embedding's projection
     assert 67 / 8 - 6 < count < 67 / 8 + 6
