@@ -18,3 +18,19 @@ class NoHostTraffic(TorchDispatchMode):
         masks = name in _INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1])
         assert name not in _TRAFFIC and not masks, f"{func} waits for the device"
         return func(*args, **(kwargs or {}))
+
+
+class NoHostCopies(TorchDispatchMode):
+    """Refuses what the host would wait for and no graph may hold: copies from its memory that is not pinned."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is torch.ops.aten._to_copy.default:
+            device = given.get("device")
+            source, target = args[0].device.type, args[0].device.type if device is None else torch.device(device).type
+        elif func is torch.ops.aten.copy_.default:
+            source, target = args[1].device.type, args[0].device.type
+        else:
+            source = target = ""
+        assert (source, target) != ("cpu", "cuda"), f"{func} of {tuple(args[-1].shape)} from the host"
+        return func(*args, **given)

@@ -1,4 +1,4 @@
-"""Everything that runs on a GPU, once over with tensors that have a device and a shape but no data: `fake_cuda_runs.py`.
+"""Everything that runs on a GPU, once over with tensors that have a device and a shape but no data.
 
 Two devices in one operation, a shape or dtype that an operator does not take, and a host that asks for a number which
 only the GPU knows end such a run as they would end a real one.
@@ -34,8 +34,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_every_path_of_a_gpu_is_walked_without_one(environment: dict[str, str]) -> None:
+    files = [HERE / "fake_cuda_runs.py", HERE / "fake_cuda_launches.py"]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", HERE / "fake_cuda_runs.py"],
+        [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", *files],
         env=environment,
         cwd=HERE.parent,
         capture_output=True,
