@@ -18,7 +18,7 @@ from torch.optim import _muon
 
 from benchmarks.common import Case, Clock, Row, Variant, ceilings, environment, measure, parser, report, runs
 from golf_kernels import COEFFICIENTS, Muon, dispatch
-from golf_kernels.muon import assign, newton_schulz_cost
+from golf_kernels.sharding import assign, newton_schulz_cost
 
 Shapes = tuple[tuple[int, int], ...]
 STEPS = COEFFICIENTS["quintic"].default_steps

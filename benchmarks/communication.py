@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from golf_kernels.muon import assign
+from golf_kernels.sharding import assign
 from train.config import MICRO_BATCHES, Config
 from train.model.gpt import GPT
 from train.optimize.groups import split_parameters

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.published import PublishedStep
 from golf_kernels import dispatch
-from golf_kernels.muon import assign
+from golf_kernels.sharding import assign
 from train.config import MICRO_BATCHES, Config
 from train.data.loaders import Stream
 from train.data.shards import find_shards

@@ -30,6 +30,7 @@ from golf_kernels.newton_schulz import (
     default_compute_dtype,
     newton_schulz,
 )
+from golf_kernels.sharding import orthogonalize_sharded
 
 ADJUST_LR = ("original", "match_rms_adamw")
 _NORMUON_EPS = 1e-10
@@ -245,7 +246,7 @@ class Muon(torch.optim.Optimizer):
         run = functools.partial(newton_schulz, coefficients=chosen, steps=steps, eps=eps, compute_dtype=dtype)
         if self.process_group is None or dist.get_world_size(self.process_group) == 1:
             return run(updates)
-        return _orthogonalize_sharded(updates, run, dtype, self.process_group)
+        return orthogonalize_sharded(updates, run, dtype, self.process_group)
 
     def _apply(self, group: dict[str, Any], params: list[Tensor], orthogonal: list[Tensor]) -> None:
         """NorMuon, scale, weight decay and the update of the weights."""
@@ -285,73 +286,6 @@ def learning_rate_ratio(adjust_lr_fn: str | None, rows: int, columns: int) -> fl
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / max(1, columns)))
-
-
-def newton_schulz_cost(rows: int, columns: int) -> int:
-    """FLOPs of one iteration: two products with the long side, one on the short side."""
-    short, long = sorted((rows, columns))
-    return 4 * short * short * long + 2 * short**3
-
-
-@functools.lru_cache(maxsize=64)
-def assign(shapes: tuple[tuple[int, int], ...], ranks: int) -> tuple[int, ...]:
-    """The rank of each matrix, so that every rank orthogonalizes about as long.
-
-    Args:
-        shapes: (rows, columns) of each matrix.
-        ranks: number of ranks.
-
-    Returns:
-        One rank per matrix, the same on every rank.
-    """
-    return share_out([newton_schulz_cost(*shape) for shape in shapes], ranks)
-
-
-def share_out(costs: Sequence[float], shares: int) -> tuple[int, ...]:
-    """The share of each piece of work: the dearest first, each to the share with the least so far.
-
-    Args:
-        costs: of each piece, in any unit.
-        shares: their number.
-
-    Returns:
-        One share per piece.
-    """
-    loads = [0.0] * shares
-    owners = [0] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owners[index] = min(range(shares), key=lambda share: (loads[share], share))
-        loads[owners[index]] += costs[index]
-    return tuple(owners)
-
-
-def _orthogonalize_sharded(
-    updates: Sequence[Tensor], run: Callable[[list[Tensor]], list[Tensor]], dtype: torch.dtype, group: dist.ProcessGroup
-) -> list[Tensor]:
-    # a bank's matrices are shared out one by one, because a whole bank may be half of the work
-    matrices = [matrix for update in updates for matrix in (update.unbind() if update.ndim == 3 else (update,))]
-    ranks = dist.get_world_size(group)
-    owners = assign(tuple((matrix.shape[0], matrix.shape[1]) for matrix in matrices), ranks)
-    shares = [[index for index, owner in enumerate(owners) if owner == rank] for rank in range(ranks)]
-    longest = max(sum(matrices[index].numel() for index in share) for share in shares)
-    flat = torch.zeros(longest, dtype=dtype, device=matrices[0].device)
-    position = 0
-    for result in run([matrices[index] for index in shares[dist.get_rank(group)]]):
-        flat[position : position + result.numel()] = result.flatten()
-        position += result.numel()
-    gathered = torch.empty(ranks * longest, dtype=dtype, device=flat.device)
-    # torch 2.13 renamed it and warns about the old name
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(gathered, flat, group=group)
-    results = [torch.empty_like(update, memory_format=torch.contiguous_format) for update in updates]
-    targets = [piece for result in results for piece in (result.unbind() if result.ndim == 3 else (result,))]
-    for rank, share in enumerate(shares):
-        position = rank * longest
-        for index in share:
-            count = targets[index].numel()
-            targets[index].copy_(gathered[position : position + count].view(targets[index].shape))
-            position += count
-    return results
 
 
 def _wide_dtype(tensor: Tensor) -> torch.dtype:

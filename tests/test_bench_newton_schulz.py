@@ -21,7 +21,7 @@ def test_a_small_run_checks_times_and_keeps_nothing(capsys, monkeypatch, tmp_pat
 def test_the_cases_are_those_of_the_model():
     shapes = bench.model_shapes()
     assert len(shapes) == 66 and sum(rows * columns for rows, columns in shapes) == 31_719_424
-    # kernels 2.1: half of each symmetric product, for the MLP of four times the width
+    # by hand: half of each symmetric product, for the MLP of four times the width
     figure = 22 * (2.68 + 0.59 + 8.72) * 1e9
     assert bench.symmetric_flops(shapes) == pytest.approx(figure, rel=0.005)
     share = bench.share_of_eight(shapes)

@@ -19,7 +19,8 @@ from torch.optim import _muon
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from golf_kernels import COEFFICIENTS, Muon
-from golf_kernels.muon import assign, learning_rate_ratio, newton_schulz_cost
+from golf_kernels.muon import learning_rate_ratio
+from golf_kernels.sharding import assign, newton_schulz_cost
 
 SHAPES = ((6, 10), (10, 6), (8, 8), (6, 10))
 QUINTIC = COEFFICIENTS["quintic"].triples[0]
@@ -437,7 +438,7 @@ def test_a_copy_of_a_weight_that_is_never_updated_is_refused():
 
 
 def test_costs_and_ratios():
-    # kernels 2.1: five iterations of full products, in GF
+    # by hand: five iterations of full products, in GF
     figures = {(512, 512): 4.03, (256, 512): 0.84, (2048, 512): 12.08, (512, 1536): 9.40}
     for shape, figure in figures.items():
         assert 5 * newton_schulz_cost(*shape) / 1e9 == pytest.approx(figure, abs=0.006)

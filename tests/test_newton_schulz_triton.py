@@ -177,7 +177,7 @@ def test_tiles_cover_the_lower_triangle_once_and_parts_cover_the_sum(monkeypatch
     shapes = ((512, 512),) * 3 + ((256, 512),) * 3 + ((2048, 512), (512, 2048), (2048, 512))
     plan = kernels.make_plan(shapes, 128, torch.device("cpu"), 132)
     tiles = plan.gram_tiles.tolist()
-    # kernels 2.1: 10 of 16 tiles for a side of 512, 3 of 4 for 256; the sum over 2048 is split in 4 of 512
+    # by hand: 10 of 16 tiles for a side of 512, 3 of 4 for 256; the sum over 2048 is split in 4 of 512
     assert len({(t[0], t[6]) for t in tiles}) == 6 * 10 + 3 * 3 and len(tiles) == 3 * 10 + 3 * 3 + 3 * 10 * 4
     for matrix, (rows, columns) in enumerate(shapes):
         own = [t for t in tiles if t[0] == matrix]

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from golf_kernels import dispatch
-from golf_kernels.muon import Muon, assign
+from golf_kernels.muon import Muon
+from golf_kernels.sharding import assign
 from train.config import Config
 from train.errors import UserError
 from train.model.inventory import classify

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from golf_kernels.muon import share_out
+from golf_kernels.sharding import share_out
 from train.distributed import Ranks
 from train.errors import UserError
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def assign(costs: Mapping[Name, float], shares: int) -> list[list[Name]]:
-    """Divide work so that the slowest share ends early, as `golf_kernels.muon.share_out` does.
+    """Divide work so that the slowest share ends early, as `golf_kernels.sharding.share_out` does.
 
     Args:
         costs: cost of each piece, in any unit.
