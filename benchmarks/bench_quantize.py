@@ -50,6 +50,16 @@ def make_batches(config: Config, count: int, device: torch.device) -> list[Tenso
     return [torch.randint(config.vocab_size, shape, generator=generator).to(device) for _ in range(count)]
 
 
+def calibration_flops(config: Config) -> float:
+    """Arithmetic of one token's calibration: all layers, and half of each input's symmetric second moment.
+
+    A layer has four inputs: its queries, keys and values share one. The tied embedding's is the fifth kind.
+    """
+    dim, runs = config.model_dim, len(make_plan(config, recurrence=bool(config.recur_layers)))
+    moments = runs * (3 * dim**2 + config.mlp_hidden**2) + dim**2
+    return window_flops(config, config.window) / config.window - 2 * config.vocab_size * dim + moments
+
+
 def measure_calibration(
     model: GPT, config: Config, names: Sequence[str], count: int, clock: common.Clock, limits: common.Ceilings
 ) -> list[common.Row]:
@@ -75,9 +85,6 @@ def measure_calibration(
     if not error <= largest:
         raise common.CheckFailed(f"calibrate: relative error {error:.2e}, at most {largest:.0e}")
     del exact, truth
-    dim, runs = config.model_dim, len(make_plan(config, recurrence=recurrence))
-    products = 2 * (runs * (3 * dim**2 + config.mlp_hidden**2) + dim**2)
-    forward = window_flops(config, config.window) / config.window - 2 * config.vocab_size * dim
     tokens = batches[0].numel()
     weights = 4.0 * sum(weight.numel() for weight in model.parameters())
     shape = f"{len(names)} matrices {count} batches of {tokens} tokens"
@@ -85,7 +92,7 @@ def measure_calibration(
     def work() -> object:
         return collect_hessians(model, batches, names, recurrence=recurrence)
 
-    flops, traffic = count * tokens * (forward + products), count * weights
+    flops, traffic = count * tokens * calibration_flops(config), count * weights
     return [measured("calibrate", shape, model, work, flops, traffic, error, clock, limits)]
 
 

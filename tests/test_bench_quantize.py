@@ -34,6 +34,11 @@ def test_arithmetic_of_the_goals():
     pushed = 512**2 * (22 * 512 + 22 * 256 + 11 * 2048 + 8192) + 11 * 512 * 2048**2
     assert len(names) == 67 and gptq.flops == pytest.approx(factored + pushed)
 
+    # a token through 14 layers and all pairs of 2,048, and half of each symmetric Xᵀ X: three of 512 and one of 2,048 a layer
+    layers = 2 * (14 * (3 * 512**2 + 2 * 512 * 2048) + 128 * 256) + 4 * 512 * 14 * 2048 / 2
+    moments = 14 * (3 * 512**2 + 2048**2) + 512**2
+    assert bench_quantize.calibration_flops(config) == pytest.approx(layers + moments)
+
 
 @pytest.mark.parametrize("stage", ["calibrate", "generate"])
 def test_another_function_has_no_time(stage, monkeypatch):
