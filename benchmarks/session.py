@@ -10,6 +10,7 @@ import contextlib
 import csv
 import datetime
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -229,6 +230,14 @@ def summary(pieces: Sequence[Piece]) -> str:
     return "\n".join(lines)
 
 
+def _first_command(piece: Piece) -> str:
+    """What the piece runs, as one would type it, how many more like it, and when."""
+    command, *more = piece.commands.values()
+    others = f", and {len(more)} more" if more else ""
+    condition = f", if {piece.instead_of} failed" if piece.instead_of else ""
+    return f"python {shlex.join(command)}{others}{condition}"
+
+
 def run_session(out: Path, minutes: float, only: str, *, tiny: bool, listing: bool) -> int:
     """`python -m benchmarks session`.
 
@@ -242,7 +251,7 @@ def run_session(out: Path, minutes: float, only: str, *, tiny: bool, listing: bo
     pieces = [piece for piece in pieces if piece.name in wanted]
     if listing:
         for piece in pieces:
-            print(f"{piece.name:<28}{piece.limit_s:>5.0f} s at most")
+            print(f"{piece.name:<28}{piece.limit_s:>5.0f} s at most  {_first_command(piece)}")
         return 0
     if not tiny and not torch.cuda.is_available():
         raise ValueError("there is no GPU here: --tiny runs the session on small shapes, which measures nothing")

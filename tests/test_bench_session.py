@@ -121,7 +121,10 @@ def test_a_session_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(ValueError, match="holds something already"):
         run_session(tmp_path, 1, "step", tiny=True, listing=False)
     assert run_session(tmp_path, 1, "", tiny=False, listing=True) == 0
-    assert capsys.readouterr().out.splitlines()[0].startswith("step ")
+    listed = capsys.readouterr().out.splitlines()
+    assert listed[0].startswith("step ") and "240 s at most  python -m benchmarks.bench_step --rounds 15" in listed[0]
+    assert listed[1].endswith("--ways published,torch, if step failed")
+    assert any("python -m pytest" in line and line.endswith(" more") for line in listed)
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,12 +168,13 @@ def script_settings(config: Config) -> dict[str, str]:
 
 
 def form_bytes(recipe: str) -> dict[str, int]:
-    """Bytes of a recipe's script in each form.
+    """Bytes of a recipe's script in each form, with its settings as they stand: what a run of it counts.
 
     Raises:
         UserError: see `pack`.
     """
-    return {form: len(pack(recipe, {}, form).encode()) for form in FORMS}
+    settings = script_settings(load_recipe(recipe).config())
+    return {form: len(pack(recipe, settings, form).encode()) for form in FORMS}
 
 
 def _plain(sources: Mapping[str, str], settings: Mapping[str, str], title: str) -> str:
