@@ -13,6 +13,7 @@ from benchmarks.figures import STEP
 from benchmarks.results import Measurement, gpus, newest, relative
 from train.files import atomic_write
 
+README = ROOT / "README.md"
 BEGIN, END = "<!-- figures: python -m benchmarks report -->", "<!-- end of figures -->"
 NOTHING = "**Not measured on a GPU yet**: `benchmarks/results/` is empty, so there is no figure here."
 
@@ -63,6 +64,3 @@ def write_readme(path: Path, measurements: Sequence[Measurement]) -> bool:
 def describe_written(paths: Sequence[Path]) -> str:
     """Names of what was written, for the terminal."""
     return ", ".join(relative(path) for path in paths) or "nothing to draw"
-
-
-README = ROOT / "README.md"

@@ -1,7 +1,9 @@
 """The residual mix and its norm as people write them, for every back end."""
 
 import torch
-from operator_truth import random
+from operator_truth import errors, exactly, random
+
+from golf_kernels.mix_rms_norm import mix_rms_norm
 
 LEAVES = ("x", "x0", "mix")
 EPS = 1e-6
@@ -36,3 +38,14 @@ def run(function, tensors, gradients, eps=EPS, gain=0.5):
     results = function(**tensors, eps=eps, gain=gain)
     found = torch.autograd.grad(results, [tensors[name] for name in LEAVES], gradients)
     return dict(zip(("h", "n", "dx", "dx0", "dmix"), [*(r.detach() for r in results), *found], strict=True))
+
+
+def truth(tensors):
+    """Results and gradients of the chain in float64."""
+    return run(formula, exactly(tensors), [g.double() for g in upstream(tensors)])
+
+
+def errors_of_both(tensors):
+    """Relative errors of the operator and of the plain chain in the same dtype."""
+    want = truth(tensors)
+    return [errors(run(f, tensors, upstream(tensors)), want) for f in (mix_rms_norm, formula)]

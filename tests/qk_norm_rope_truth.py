@@ -1,7 +1,9 @@
 """QK-norm, rotation and gain as people write them, for every back end."""
 
 import torch
-from operator_truth import random
+from operator_truth import errors, exactly, random
+
+from golf_kernels.qk_norm_rope import qk_norm_rope
 
 LEAVES = ("q", "k", "gain")
 EPS = 1e-6
@@ -45,3 +47,14 @@ def upstream(tensors):
     """Random gradients of both results."""
     q, k = tensors["q"], tensors["k"]
     return [random(*x.shape, seed=seed, dtype=x.dtype, device=x.device) for seed, x in ((9, q), (10, k))]
+
+
+def truth(tensors):
+    """Results and gradients of the chain in float64."""
+    return run(formula, exactly(tensors), [g.double() for g in upstream(tensors)])
+
+
+def errors_of_both(tensors):
+    """Relative errors of the operator and of the plain chain in the same dtype."""
+    want = truth(tensors)
+    return [errors(run(f, tensors, upstream(tensors)), want) for f in (qk_norm_rope, formula)]

@@ -39,24 +39,25 @@ def test_every_benchmark_and_every_test_of_a_gpu_has_its_place() -> None:
 
 
 def test_pieces_end_well_fail_or_are_stopped_and_the_rest_goes_on(tmp_path: Path) -> None:
+    def meet(own: str, other: str) -> list[str]:
+        paths = f"own, other = Path({str(tmp_path / own)!r}), Path({str(tmp_path / other)!r})"
+        return script(f"from pathlib import Path; {paths}\nown.touch()\nwhile not other.exists(): pass")
+
     pieces = [
         Piece("fine", 60, {"fine": script("print('so far')")}),
         Piece("broken", 60, {"broken": script("print('why'); raise SystemExit(3)")}),
         Piece("plain", 60, {"plain": script("print('instead')")}, instead_of="broken"),
         Piece("unneeded", 60, {"unneeded": script("print('never')")}, instead_of="fine"),
-        Piece("endless", 1.0, {"a": script("print(1)"), "b": script("import time; print('begun'); time.sleep(60)"), "c": script("")}),
-        Piece("together", 60, {"d": script("import time; time.sleep(1)"), "e": script("import time; time.sleep(1)")}, at_once=2),
+        Piece("endless", 4.0, {"a": script("print(1)"), "b": script("import time; print('begun'); time.sleep(60)"), "c": script("")}),
+        Piece("together", 60, {"d": meet("d", "e"), "e": meet("e", "d")}, at_once=2),
         Piece("none_left", 60, {"f": script("raise SystemExit(5)")}),
     ]  # fmt: skip
-    began = time.monotonic()
     assert not Session(tmp_path / "out", 300, tmp_path / "results").run(pieces)
-    assert time.monotonic() - began < 30
     verdicts = {piece.name: piece.verdict for piece in pieces}
     assert verdicts == {
         "fine": "ok", "broken": "broken failed (3)", "plain": "ok", "unneeded": "not needed, fine ran",
         "endless": "b stopped at the limit, 1 not begun", "together": "ok", "none_left": "ok",
     }  # fmt: skip
-    assert pieces[5].seconds < 1.9
     assert (tmp_path / "out" / "b.txt").read_text() == "begun\n" and not (tmp_path / "out" / "c.txt").exists()
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert "| broken | broken failed (3) |" in summary and "there is no figure here" in summary

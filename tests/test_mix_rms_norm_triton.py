@@ -6,7 +6,7 @@ import mix_rms_norm_truth
 import operator_truth
 import pytest
 import torch
-from mix_rms_norm_truth import EPS, formula, run, upstream
+from mix_rms_norm_truth import EPS, errors_of_both, formula, run, truth, upstream
 from operator_truth import DEVICE, ON_GPU, assert_compiles, assert_graph_replays, errors, exactly, within
 from operator_truth import ELEMENTWISE_DTYPES as DTYPES
 
@@ -23,12 +23,6 @@ pytestmark = pytest.mark.skipif(dispatch.triton_problem() is not None, reason=st
 def triton_only(monkeypatch, poisoned_memory):
     # the name covers the backward operator too
     monkeypatch.setenv("GOLF_BACKEND", "mix_rms_norm=triton")
-
-
-def errors_of_both(tensors):
-    """Relative errors of the kernels and of the plain chain in the same dtype."""
-    want = run(formula, exactly(tensors), [g.double() for g in upstream(tensors)])
-    return [errors(run(f, tensors, upstream(tensors)), want) for f in (mix_rms_norm, formula)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -81,7 +75,7 @@ def test_zero_large_small_and_broken_rows(dtype):
         tensors[name] = stream.requires_grad_()
     tensors["x"].data[0, 3, 5] = float("nan")
     got, plain = (run(f, tensors, upstream(tensors)) for f in (mix_rms_norm, formula))
-    want = run(formula, exactly(tensors), [g.double() for g in upstream(tensors)])
+    want = truth(tensors)
     assert got["n"][0, 3].isnan().all() and got["dx"][0, 3].isnan().all() and got["dmix"].isnan().all()
     assert not got["h"][0, 2].count_nonzero() and not got["n"][0, 2].count_nonzero()
     for name in ("h", "n", "dx", "dx0"):

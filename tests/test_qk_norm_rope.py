@@ -3,7 +3,7 @@
 import pytest
 import torch
 from operator_truth import assert_compiles, errors, exactly, random
-from qk_norm_rope_truth import EPS, LEAVES, formula, heads, run, upstream
+from qk_norm_rope_truth import EPS, LEAVES, errors_of_both, formula, heads, run, truth, upstream
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golf_kernels import dispatch
@@ -57,7 +57,7 @@ def test_a_gain_of_zero_has_its_gradient_and_can_leave(dtype):
     tensors = heads(length=40, dim=16, dtype=dtype)
     tensors["gain"] = torch.tensor([0.0, -0.0, 1e-30, -1e-30]).requires_grad_()
     got = run(qk_norm_rope, tensors, upstream(tensors))
-    want = run(formula, exactly(tensors), [g.double() for g in upstream(tensors)])
+    want = truth(tensors)
     # float16 has no exponents left: 2^-12 is as near as it comes
     room = 2.0**-12 if dtype == torch.float16 else 2.0**-60
     assert got["q_hat"].abs().max() <= 4 * room and got["q"].abs().max() <= 50 * room
@@ -110,17 +110,15 @@ def test_strides_and_a_table_from_some_position_on_do_not_matter():
 
 def test_float32_is_close_to_float64():
     tensors = heads(length=50, dim=64, rotary=16, dtype=torch.float32)
-    want = run(formula, exactly(tensors), [g.double() for g in upstream(tensors)])
-    found = errors(run(qk_norm_rope, tensors, upstream(tensors)), want)
+    found, _ = errors_of_both(tensors)
     assert all(error < 1e-6 for error in found.values()), found
 
 
 @pytest.mark.parametrize("rotary", [16, 64])
 def test_bfloat16_errs_no_more_than_the_plain_chain(rotary):
     tensors = heads(length=200, dim=64, rotary=rotary, dtype=torch.bfloat16)
-    want = run(formula, exactly(tensors), [g.double() for g in upstream(tensors)])
-    found, plain = (errors(run(f, tensors, upstream(tensors)), want) for f in (qk_norm_rope, formula))
-    assert all(found[name] <= plain[name] for name in want), (found, plain)
+    found, plain = errors_of_both(tensors)
+    assert all(found[name] <= plain[name] for name in plain), (found, plain)
 
 
 def test_a_wide_gain_counts_rounded_and_its_gradient_is_not_rounded():

@@ -8,7 +8,7 @@ import qk_norm_rope_truth
 import torch
 from operator_truth import DEVICE, ON_GPU, assert_compiles, assert_graph_replays, errors, exactly, within
 from operator_truth import ELEMENTWISE_DTYPES as DTYPES
-from qk_norm_rope_truth import EPS, LEAVES, formula, run, upstream
+from qk_norm_rope_truth import EPS, LEAVES, errors_of_both, formula, run, truth, upstream
 
 from golf_kernels import dispatch
 from golf_kernels.qk_norm_rope import qk_norm_rope
@@ -23,12 +23,6 @@ pytestmark = pytest.mark.skipif(dispatch.triton_problem() is not None, reason=st
 def triton_only(monkeypatch, poisoned_memory):
     # the name covers the backward operator too
     monkeypatch.setenv("GOLF_BACKEND", "qk_norm_rope=triton")
-
-
-def errors_of_both(tensors):
-    """Relative errors of the kernels and of the plain chain in the same dtype."""
-    want = run(formula, exactly(tensors), [g.double() for g in upstream(tensors)])
-    return [errors(run(f, tensors, upstream(tensors)), want) for f in (qk_norm_rope, formula)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -47,7 +41,7 @@ def test_errs_no_more_than_the_plain_chain(dtype, rotary):
 )
 def test_shapes(dtype, sizes):
     tensors = heads(*sizes, dtype)
-    want = run(formula, exactly(tensors), [g.double() for g in upstream(tensors)])
+    want = truth(tensors)
     found = errors(run(qk_norm_rope, tensors, upstream(tensors)), want)
     limits = dict.fromkeys(want, 2 * torch.finfo(dtype).eps)
     # two numbers of one direction leave a gradient that is all cancellation
@@ -62,7 +56,7 @@ def test_a_gain_of_zero_has_its_gradient(dtype):
     small = 1e-6 if dtype == torch.float16 else 1e-30
     tensors["gain"] = torch.tensor([0.0, -0.0, small, -small], device=DEVICE).requires_grad_()
     got = run(qk_norm_rope, tensors, upstream(tensors))
-    want = run(formula, exactly(tensors), [g.double() for g in upstream(tensors)])
+    want = truth(tensors)
     assert errors(got, want)["gain"] < max(torch.finfo(dtype).eps, 1e-6)
     assert got["q_hat"].abs().max() <= 4 * (2.0**-12 if dtype == torch.float16 else 2.0**-60)
     ones = exactly(tensors) | {"gain": torch.ones(4, device=DEVICE, dtype=torch.float64)}
@@ -81,7 +75,7 @@ def test_zero_large_small_and_broken_rows(dtype):
     q[0, 3, 1, 5] = float("nan")
     tensors["q"] = q.requires_grad_()
     got, plain = (run(f, tensors, upstream(tensors)) for f in (qk_norm_rope, formula))
-    want = run(formula, exactly(tensors), [g.double() for g in upstream(tensors)])
+    want = truth(tensors)
     assert got["q_hat"][0, 3, 1].isnan().all() and got["q"][0, 3, 1].isnan().all()
     assert got["gain"].isnan().tolist() == [False, True, False, False]
     assert not got["q_hat"][0, 2].count_nonzero() and not got["k"].isnan().any()

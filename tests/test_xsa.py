@@ -4,7 +4,7 @@ import pytest
 import torch
 from operator_truth import assert_compiles, errors, exactly, random
 from torch._subclasses.fake_tensor import FakeTensorMode
-from xsa_truth import LEAVES, formula, heads, run
+from xsa_truth import LEAVES, errors_of_both, formula, heads, run
 
 from golf_kernels import dispatch
 from golf_kernels.xsa import EPS, xsa
@@ -14,12 +14,6 @@ from golf_kernels.xsa import EPS, xsa
 def backend(monkeypatch, poisoned_memory):
     # the name covers the backward operator too
     monkeypatch.setenv("GOLF_BACKEND", "xsa=torch")
-
-
-def against_float64(tensors, dy):
-    """Relative errors of the operator and of the plain chain."""
-    want = run(formula, exactly(tensors), dy.double())
-    return [errors(run(function, tensors, dy), want) for function in (xsa, formula)]
 
 
 @pytest.mark.parametrize(
@@ -109,14 +103,14 @@ def test_strides_and_values_from_some_position_on_do_not_matter():
 
 @pytest.mark.parametrize("sizes", [(2, 50, 8, 4, 64), (1, 50, 8, 8, 64), (1, 50, 4, 2, 128)])
 def test_float32_is_close_to_float64(sizes):
-    found, _ = against_float64(*heads(*sizes, dtype=torch.float32))
+    found, _ = errors_of_both(*heads(*sizes, dtype=torch.float32))
     assert all(error < 2e-7 for error in found.values()), found
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sizes", [(2, 99, 8, 4, 64), (1, 99, 8, 8, 64), (1, 99, 4, 2, 128)])
 def test_errs_no_more_than_the_plain_chain(dtype, sizes):
-    found, plain = against_float64(*heads(*sizes, dtype=dtype))
+    found, plain = errors_of_both(*heads(*sizes, dtype=dtype))
     assert all(found[name] <= plain[name] for name in plain), (found, plain)
     # one rounding of each result
     assert all(error < 0.5 * torch.finfo(dtype).eps for error in found.values()), found

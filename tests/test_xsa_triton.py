@@ -8,7 +8,7 @@ import torch
 import xsa_truth
 from operator_truth import DEVICE, ON_GPU, assert_compiles, assert_graph_replays, errors, exactly, within
 from operator_truth import ELEMENTWISE_DTYPES as DTYPES
-from xsa_truth import LEAVES, formula, run
+from xsa_truth import LEAVES, errors_of_both, formula, run
 
 from golf_kernels import dispatch
 from golf_kernels.xsa import xsa
@@ -23,12 +23,6 @@ pytestmark = pytest.mark.skipif(dispatch.triton_problem() is not None, reason=st
 def triton_only(monkeypatch, poisoned_memory):
     # the name covers the backward operator too
     monkeypatch.setenv("GOLF_BACKEND", "xsa=triton")
-
-
-def errors_of_both(tensors, dy):
-    """Relative errors of the kernels and of the plain chain in the same dtype."""
-    want = run(formula, exactly(tensors), dy.double())
-    return [errors(run(function, tensors, dy), want) for function in (xsa, formula)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,7 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from operator_truth import random
+from operator_truth import errors, exactly, random
+
+from golf_kernels.xsa import xsa
 
 LEAVES = ("output", "value")
 
@@ -27,3 +29,9 @@ def heads(batch=2, length=5, queries=4, values=2, dim=6, dtype=torch.float64, de
         for seed, count in enumerate((queries, values, queries))
     )
     return {"output": output.requires_grad_(), "value": value.requires_grad_()}, dy
+
+
+def errors_of_both(tensors, dy):
+    """Relative errors of the operator and of the plain chain in the same dtype."""
+    want = run(formula, exactly(tensors), dy.double())
+    return [errors(run(function, tensors, dy), want) for function in (xsa, formula)]

@@ -40,7 +40,6 @@ def write_out_references(model: GPT, device: str) -> list[str]:
     Returns:
         The operators that are written out.
     """
-
     has_kernel = {op: dispatch.choose(op, device=device).backend != "torch" for op in CALLERS}
     for op, (caller, flag) in CALLERS.items():
         for module in model.modules():
