@@ -41,10 +41,11 @@ def test_a_switch_reaches_both_directions_of_a_compiled_model(monkeypatch: pytes
 
     monkeypatch.setattr(compile_fx, "fx_codegen_and_compile", look)
     monkeypatch.setattr(inductor, "force_disable_caches", True)
-    model = torch.nn.Linear(3, 2)
+    # products alone leave nothing for a C++ compiler to do
+    model = torch.nn.Linear(3, 2, bias=False)
     monkeypatch.setattr("train.loop.write_out_references", lambda *_: [])
     loss_of = compiled_loss(model, Config(compile="on"), torch.device("cpu"), {"triton.mix_order_reduction": False})
-    loss_of(torch.ones(1, 3)).sum().backward()
+    loss_of(torch.ones(4, 3)).backward(torch.ones(4, 2))
     assert set(seen) == {(False, False), (True, False)}
     assert inductor.triton.mix_order_reduction is True
 
