@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import os
 import signal
 import subprocess
 import sys
@@ -126,6 +127,24 @@ def test_a_session_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert listed[0].startswith("step ") and "240 s at most  python -m benchmarks.bench_step --rounds 15" in listed[0]
     assert listed[1].endswith("--ways published,torch, if step failed")
     assert any("python -m pytest" in line and line.endswith(" more") for line in listed)
+
+
+def test_a_tiny_session_gives_each_process_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def note(self: Session, pieces: list[Piece]) -> bool:
+        threads.append(os.environ.get("OMP_NUM_THREADS"))
+        self.keep(pieces)
+        return True
+
+    monkeypatch.setattr(Session, "run", note)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    for wanted in ("3", None):
+        monkeypatch.setenv("OMP_NUM_THREADS", wanted or "")
+        if wanted is None:
+            monkeypatch.delenv("OMP_NUM_THREADS")
+        assert run_session(tmp_path / str(wanted), 1, "int6", tiny=True, listing=False) == 0
+    assert threads == ["3", "1"]
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
