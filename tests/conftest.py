@@ -3,11 +3,15 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from train import hardware
+
+if TYPE_CHECKING:
+    from walk_runs import Finished
 
 # packing the code into one script takes seconds, which the many small runs of the tests do not spend
 os.environ.setdefault("CODE_FORM", "sources")
@@ -76,3 +80,19 @@ def narrow_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
     folder = tmp_path_factory.mktemp("narrow")
     return make_runs(folder / "runs", make_dataset(folder / "small"))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few hundred kilobytes of the standard library with a vocabulary of 512."""
+    from submission_runs import make_dataset
+
+    return make_dataset(tmp_path_factory.mktemp("data") / "small", 400_000, 20_000, with_yardsticks=True)
+
+
+@pytest.fixture(scope="session")
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> "Finished":
+    """A finished run of these shards; copy what you change."""
+    from walk_runs import finish
+
+    return finish(dataset, tmp_path_factory.mktemp("runs"))

@@ -9,15 +9,17 @@ from train.recipes import load_recipe
 from train.walk import walk
 
 
-def make_dataset(out: Path) -> Path:
-    """A few hundred kilobytes of the standard library with a vocabulary of 512."""
+def make_dataset(
+    out: Path, characters: int = 250_000, validation: int = 12_000, *, with_yardsticks: bool = False
+) -> Path:
+    """So much of the standard library with a vocabulary of 512."""
     documents = []
     for document in stdlib_documents():
         documents.append(document)
-        if sum(len(d.text) for d in documents) > 250_000:
+        if sum(len(d.text) for d in documents) > characters:
             break
-    training, validation = split_documents(documents, 12_000)
-    build_dataset(training, validation, out, 512, with_yardsticks=False)
+    parts = split_documents(documents, validation)
+    build_dataset(*parts, out, 512, with_yardsticks=with_yardsticks)
     return out
 
 

@@ -1,0 +1,240 @@
+"""The walk where things break: full disks, kills, two processes at once, files that changed."""
+
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from walk_runs import Finished, command, flags, small
+
+from train.checkpoint import read_tensors
+from train.errors import UserError
+from train.evaluate.__main__ import main as evaluate
+from train.quantize.__main__ import main as quantize
+from train.run import RunFolder, create_run_folder, open_run_folder
+from train.submission.__main__ import main as submission
+from train.submission.gather import summarize
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_file_system_that_takes_no_more_leaves_nothing_half_written(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text that is long enough to be learned from, line by line\n" * 2000)
+    # a limit on the size of a file is what a test can have of a full disk
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); sys.argv[0] = 'train.data'; "
+    arguments = ["text", tmp_path / "text.txt", "--out", tmp_path / "out", "--vocab", "300"]
+    result = subprocess.run(
+        [sys.executable, "-c", f"{limit} runpy.run_module('train.data', run_name='__main__')", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert "error: " in result.stderr and "run again" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+# a disk that takes some bytes of the named file and no more
+FULL_DISK = """
+import errno, io, os, runpy, sys
+import train.files
+
+name, *sys.argv = sys.argv[1:]
+
+class FullDisk(io.FileIO):
+    left = 3000
+
+    def write(self, data):
+        self.left -= len(data)
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+real = os.fdopen
+def fdopen(handle, mode):
+    full = f".{name}." in os.readlink(f"/proc/self/fd/{handle}")
+    return io.BufferedWriter(FullDisk(handle, mode)) if full else real(handle, mode)
+
+train.files.os.fdopen = fdopen
+runpy.run_module("train", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "weights.pt", "model.golf", "loss.png"])
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
+    name: str, finished: Finished, dataset: Path, tmp_path: Path
+) -> None:
+    config = small(dataset, tmp_path, checkpoint_every=5)
+    arguments = [sys.executable, "-c", FULL_DISK, name, "train", *flags(config)]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(arguments, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert f"{name}: No space left on device: free some space" in result.stderr
+    assert "Traceback" not in result.stderr
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert name not in left and not any(path.endswith(".part") for path in left)
+    again = command("train", *flags(config), "--resume=auto")
+    assert again.returncode == 0, again.stderr
+    expected, found = (read_tensors(folder.weights) for folder in (finished.folder, RunFolder(tmp_path / "run")))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_run_folder_is_worked_on_by_one_process(finished: Finished, tmp_path: Path) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    config = finished.config.replace(runs_dir=str(tmp_path), resume="auto")
+    with open_run_folder(config):
+        result = command("train", *flags(config))
+    assert result.returncode == 2
+    assert f"{folder.path}: another process is at work on this run" in result.stderr
+    assert command("train", *flags(config)).returncode == 0
+
+
+def test_an_artifact_is_made_and_scored_by_one_process(finished: Finished, tmp_path: Path) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    with folder.held():
+        for work in (quantize, evaluate, lambda given: submission(["record", *given])):
+            with pytest.raises(UserError, match="another process is at work on this run"):
+                work([str(folder.path)])
+        # another file is nobody else's business
+        assert quantize([str(folder.path), "--quantizer", "rtn", "--out", str(tmp_path / "other.golf")]) == 0
+    with folder.held(shared=True):
+        assert evaluate([str(folder.path), "--stride", "0"]) == 0
+        assert submission(["record", str(folder.path)]) == 0
+        with pytest.raises(UserError, match="another process is at work on this run"):
+            quantize([str(folder.path)])
+    (tmp_path / "empty").mkdir()
+    for name, said in (("none", "no such run folder"), ("empty", "is not a run folder")):
+        with pytest.raises(UserError, match=said):
+            evaluate([str(tmp_path / name)])
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_what_the_command_asks_for_holds_whoever_held_the_run_before(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    held = RunFolder.held
+
+    def later(self: RunFolder, *, shared: bool = False) -> contextlib.AbstractContextManager[None]:
+        # another process has ended between the first look at the settings and the lock
+        self.write_config(self.read_config().replace(prune_excess=8))
+        return held(self, shared=shared)
+
+    monkeypatch.setattr(RunFolder, "held", later)
+    # as the run has it before, which was taken for no change
+    assert quantize([str(folder.path), "--prune-excess", "0", "--quantizer", finished.config.quantizer]) == 0
+    assert folder.read_config().prune_excess == 0
+
+
+def test_a_file_system_without_locks_is_named(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("train.run.fcntl.flock", flock)
+    for shared in (False, True):
+        with pytest.raises(UserError, match=r"\.lock: cannot be locked \(No locks available\): .* RUNS_DIR"):
+            with folder.held(shared=shared):
+                pass
+
+
+class Killed(BaseException):
+    """The end of a process, where a test wants it."""
+
+
+def kill(*_: object) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    "place", ["train.run.write_json", "train.artifact.storage.atomic_write", "train.stages.load_model"]
+)
+@pytest.mark.parametrize("changes", [[], ["--target-mb", "0.01"]])
+def test_a_kill_leaves_no_old_score_beside_a_new_artifact(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, changes: list[str]
+) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    before, config = folder.artifact.read_bytes(), folder.read_config()
+    with monkeypatch.context() as patched:
+        patched.setattr(place, kill)
+        if place == "train.run.write_json" and not changes:
+            assert quantize([str(folder.path)]) == 0
+        else:
+            with pytest.raises(Killed):
+                quantize([str(folder.path), *changes])
+    assert not folder.evaluation.exists() and not folder.summary.exists()
+    # an artifact that is there is that of the settings that are there
+    if folder.artifact.exists():
+        assert (folder.artifact.read_bytes() == before) == (folder.read_config() == config)
+    with pytest.raises(UserError, match=r"evaluation\.json: missing: run python -m train.evaluate"):
+        summarize(folder)
+    (folder.path / ".model.golf.abc.part").touch()
+    assert quantize([str(folder.path), *changes]) == 0
+    assert not list(folder.path.glob(".*.part"))
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "module"),
+    [
+        ("config.json", '"seed": 1337', '"seed": 1338', "train.evaluate"),
+        ("training.json", '"steps": 12', '"steps": 13', "train.submission record"),
+        ("evaluation.json", '"tokens": 2048', '"tokens": 2049', "train.submission record"),
+    ],
+)
+def test_a_number_that_changed_on_the_disk_is_noticed(
+    finished: Finished, tmp_path: Path, name: str, old: str, new: str, module: str
+) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    text = (folder.path / name).read_text()
+    assert old in text
+    (folder.path / name).write_text(text.replace(old, new))
+    result = command(*module.split(), folder.path)
+    assert result.returncode == 2
+    assert f"{name}: changed since it was written" in result.stderr
+
+
+def test_a_kill_leaves_no_run_folder_without_settings(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(dataset, tmp_path / "runs", resume="auto")
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "write_config", kill)
+        with pytest.raises(Killed):
+            create_run_folder(config)
+    assert not (tmp_path / "runs" / "run").exists()
+    with open_run_folder(config) as folder:
+        (folder.path / ".model.golf.abc.part").touch()
+    with open_run_folder(config) as folder:
+        assert {path.name for path in folder.path.iterdir()} == {".lock", "config.json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "module"),
+    [
+        ("config.json", b"[]", "train.evaluate"),
+        ("config.json", b"{}", "train.evaluate"),
+        ("config.json", b"\x8d\xff", "train.quantize"),
+        ("training.json", b"{}", "train.quantize"),
+        ("stages.json", b"[]", "train.submission record"),
+        ("stages.json", b'{"train": "x"}', "train"),
+        ("metrics.jsonl", b"", "train.submission record"),
+        ("evaluation.json", b'{"a": 1}', "train.submission record"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(
+    finished: Finished, name: str, content: bytes, module: str, tmp_path: Path
+) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    (folder.path / name).write_bytes(content)
+    first, *rest = module.split()
+    resumed = flags(finished.config.replace(runs_dir=str(tmp_path), resume="auto"))
+    result = command(first, *rest, *(resumed if first == "train" else [folder.path]))
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert name in result.stderr
