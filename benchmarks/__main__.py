@@ -10,6 +10,7 @@ from benchmarks import figures, report
 from benchmarks.common import RESULTS
 from benchmarks.results import Change, ResultsError, compare, read_results
 from benchmarks.session import run_session
+from train.errors import main_guard
 
 EPILOG = """examples:
   python -m benchmarks session --minutes 9    measure what decides a default, most valuable first
@@ -44,6 +45,8 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         if arguments.verb == "session":
+            if arguments.results != RESULTS:
+                raise ValueError(f"--results: a session's benchmarks append to {RESULTS}: leave it out")
             return run_session(
                 arguments.out, arguments.minutes, arguments.only, tiny=arguments.tiny, listing=arguments.list
             )
@@ -53,7 +56,7 @@ def main() -> int:
         changed = report.write_readme(arguments.readme, measurements)
         print(f"{arguments.readme}: {'updated' if changed else 'up to date'}")
         print(f"plots: {report.describe_written(figures.plots(measurements, arguments.plots))}")
-    except (ResultsError, ValueError, OSError) as error:
+    except (ResultsError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -76,4 +79,4 @@ def print_changes(changes: list[Change]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main_guard(main)

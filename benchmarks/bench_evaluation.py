@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -31,6 +30,7 @@ from torch import Tensor
 from benchmarks import common
 from train.config import Config
 from train.data.tokenizer import ByteTables
+from train.errors import main_guard
 from train.evaluate.scoring import evaluate_model
 from train.evaluate.windows import plan_windows
 from train.model.attention_choice import choose_attention, use_attention
@@ -319,4 +319,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main_guard(main)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from benchmarks import common
 from golf_kernels import dispatch
+from train.errors import main_guard
 
 # matrices of one shape, columns of a block, rows: query and output, key and value, up, down
 MODEL = ((22, 128, 512), (22, 128, 256), (11, 128, 2048), (11, 128, 512))
@@ -65,4 +65,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main_guard(main)

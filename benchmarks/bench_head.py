@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from benchmarks import common
 from golf_kernels import dispatch
+from train.errors import main_guard
 
 # the package's name of this module is the function
 head = importlib.import_module("golf_kernels.softcapped_cross_entropy")
@@ -177,4 +177,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main_guard(main)

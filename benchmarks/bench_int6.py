@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor
 import golf_kernels
 from benchmarks import common
 from golf_kernels import dispatch, int6_native
+from train.errors import main_guard
 
 # the matrices of 11 layers: query and output, key and value, up, down
 MODEL = [(512, 512)] * 22 + [(256, 512)] * 22 + [(2048, 512)] * 11 + [(512, 2048)] * 11
@@ -197,4 +197,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main_guard(main)

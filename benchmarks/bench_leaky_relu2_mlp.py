@@ -11,7 +11,6 @@ import contextlib
 import functools
 import importlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -24,6 +23,7 @@ from benchmarks import common
 from benchmarks.devices import DEVICES, Device
 from golf_kernels import dispatch
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
+from train.errors import main_guard
 
 EPS = 1e-6
 GRADIENTS = ("x", "w_up", "w_down", "scale")
@@ -320,4 +320,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main_guard(main)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +18,9 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import common
-from benchmarks.ways import Tokens, make_variants, share_config, share_sequences, token_source
+from benchmarks.ways import Tokens, check_ways, make_variants, share_config, share_sequences, token_source
 from train.config import Config
+from train.errors import main_guard
 from train.files import atomic_write
 from train.model.attention_choice import choose_attention
 from train.recipes import recipe_names
@@ -78,14 +78,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="torch,golf",
         help="the plain way, then what to compare with it, such as leaky_relu2_mlp=triton",
     )
-    parser.add_argument("--steps", type=int, help="of each curve; default 200, or 6 with --tiny")
-    parser.add_argument("--seeds", type=int, default=3, help="starts of the plain way, at least 2; default 3")
+    parser.add_argument("--steps", type=common.positive, help="of each curve; default 200, or 6 with --tiny")
+    parser.add_argument(
+        "--seeds", type=common.positive, default=3, help="starts of the plain way, at least 2; default 3"
+    )
     parser.add_argument("--data", type=Path, help="folder of shards; default: made tokens")
     parser.add_argument("--out", type=Path, help="folder for curves.csv and curves.png")
     arguments = parser.parse_args(argv)
     device, steps = arguments.device, arguments.steps or (6 if arguments.tiny else 200)
     if arguments.seeds < 2 or steps < 2:
         parser.error("--seeds and --steps: expected at least 2 of each: a single curve has no spread")
+    check_ways(arguments.ways.split(","))
+    if arguments.out:
+        # better found now than after the training
+        arguments.out.mkdir(parents=True, exist_ok=True)
     config = share_config(arguments.recipe, device, tiny=arguments.tiny)
     # all curves attend by one back end
     config = config.replace(attention=choose_attention(config, device, share_sequences(config)).name)
@@ -116,7 +122,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             | {"first_loss": float(others[way][0]), "last_loss": float(others[way][-1]), "spread": spread}
         )
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         lines = [",".join(["step", *(f'"{name}"' for name in curves)])]
         lines += [",".join(map(str, line)) for line in zip(range(1, steps + 1), *curves.values(), strict=True)]
         atomic_write(arguments.out / "curves.csv", "\n".join(lines) + "\n")
@@ -128,4 +133,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main_guard(main)

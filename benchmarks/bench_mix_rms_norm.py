@@ -6,7 +6,6 @@ A compiler's backward pass goes over its gradient once more for the columns' sum
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from benchmarks.chains import Chain, Inputs
 from golf_kernels.mix_rms_norm import mix_rms_norm
+from train.errors import main_guard
 
 EPS = 1e-6
 GAIN = 0.5
@@ -87,4 +87,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main_guard(main)

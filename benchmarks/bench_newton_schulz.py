@@ -19,6 +19,7 @@ from torch.optim import _muon
 from benchmarks.common import Case, Clock, Row, Variant, ceilings, environment, measure, parser, report, runs
 from golf_kernels import COEFFICIENTS, Muon, dispatch
 from golf_kernels.sharding import assign, newton_schulz_cost
+from train.errors import main_guard
 
 Shapes = tuple[tuple[int, int], ...]
 STEPS = COEFFICIENTS["quintic"].default_steps
@@ -276,4 +277,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main_guard(main)

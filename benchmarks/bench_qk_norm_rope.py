@@ -5,7 +5,6 @@ The chain saves q and k beside what attention saves, and the operator one number
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.chains import Chain, Inputs
 from golf_kernels.qk_norm_rope import qk_norm_rope
+from train.errors import main_guard
 
 EPS = 1e-6
 
@@ -89,4 +89,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main_guard(main)

@@ -8,7 +8,6 @@ written token by token, so that what takes its time is the number of launches.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from benchmarks import common
 from benchmarks.bench_evaluation import NARROW, random_model, window_flops
 from train.config import Config
+from train.errors import main_guard
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
 from train.model.order import make_plan
@@ -203,8 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check, measure and report the stages."""
     parser = common.parser("bench_quantize", __doc__.splitlines()[0])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
-    parser.add_argument("--batches", type=int, help="of calibration; default 64, or 2 with --tiny")
-    parser.add_argument("--texts", type=int, help=f"to write; default {TEXTS}, a rank's of eight, or 2 with --tiny")
+    parser.add_argument("--batches", type=common.positive, help="of calibration; default 64, or 2 with --tiny")
+    parser.add_argument(
+        "--texts", type=common.positive, help=f"to write; default {TEXTS}, a rank's of eight, or 2 with --tiny"
+    )
     parser.set_defaults(rounds=3, warmup_ms=0.0)
     options = parser.parse_args(arguments)
     changes: dict[str, Any] = TINY if options.tiny else {}
@@ -237,4 +239,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main_guard(main)

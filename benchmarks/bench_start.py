@@ -23,6 +23,7 @@ from benchmarks.ways import TINY
 from train.config import MICRO_BATCHES, Config
 from train.data.shards import write_shard
 from train.data.tokenizer import train_tokenizer
+from train.errors import main_guard
 from train.recipes import load_recipe, recipe_names
 
 # seconds that a user should wait at most
@@ -109,4 +110,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main_guard(main)

@@ -8,7 +8,6 @@ and writes no row. Rows are on disk before the next measurement begins.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -19,10 +18,19 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from benchmarks.ways import StepVariant, Tokens, all_kernels, make_variants, share_config, share_sequences, token_source
+from benchmarks.ways import (
+    StepVariant,
+    Tokens,
+    all_kernels,
+    check_ways,
+    make_variants,
+    share_config,
+    share_sequences,
+    token_source,
+)
 from train.config import Config
 from train.describe import describe
-from train.errors import UserError
+from train.errors import UserError, main_guard
 from train.inductor import SWITCHES, parse_switch
 from train.model.attention_choice import choose_attention
 from train.profiling import breakdown, busy_ms, kernel_times, new_trace, plot_breakdown, write_trace
@@ -219,7 +227,6 @@ def measure_ways(names: list[str], bench: Bench, recurrence: bool, traces: Path 
         print(f"{variant.name:<28}" + "".join(f"{cell:>10}" for cell in cells))
         print("    " + ", ".join(f"{family} {ms:.2f}" for family, ms in families.items()), flush=True)
         if traces:
-            traces.mkdir(parents=True, exist_ok=True)
             stem = f"{config.recipe}_{phase_name(recurrence).partition('_')[0]}_{variant.name.replace('=', '_')}"
             write_trace(traces / f"{stem}_rank0.json.gz", trace)
             title = f"{config.recipe}, {variant.name}, {gpu} ({row['p50']:.1f} ms of wall time without the profiler)"
@@ -277,7 +284,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--phase", default="both", choices=("before", "after", "both"), help="recurrence off, on, or both"
     )
-    parser.add_argument("--warmup-steps", type=int, default=10, help="steps before timing, whose losses are compared")
+    parser.add_argument(
+        "--warmup-steps", type=common.positive, default=10, help="steps before timing, whose losses are compared"
+    )
     parser.add_argument(
         "--inductor",
         action="append",
@@ -288,7 +297,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="folder of shards; default: made tokens")
     parser.add_argument("--profile", type=Path, help="folder for a trace and a picture of each way")
     arguments = parser.parse_args(argv)
-    switches = [switch.name for switch in SWITCHES] if arguments.inductor == ["all"] else arguments.inductor
+    every = [switch.name for switch in SWITCHES]
+    switches = [name for given in arguments.inductor for name in (every if given == "all" else [given])]
     names = arguments.ways.split(",")
     try:
         for name in [*switches, *(name.partition("+")[2] for name in names if "+" in name)]:
@@ -297,6 +307,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--inductor: {error}")
     device = arguments.device
     config = share_config(arguments.recipe, device, tiny=arguments.tiny)
+    if arguments.phase == "after" and not config.recur_layers:
+        parser.error(f"--phase after: {arguments.recipe} repeats no layers: expected before or both")
+    check_ways(names)
+    if arguments.profile:
+        # better found now than after the first way
+        arguments.profile.mkdir(parents=True, exist_ok=True)
     clock = common.Clock(device, warmup_ms=arguments.warmup_ms, rounds=arguments.rounds)
     surroundings = common.environment(device)
     try:
@@ -329,4 +345,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main_guard(main)

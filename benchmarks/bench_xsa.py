@@ -5,13 +5,13 @@ Operator and chain read and write the same large tensors; the chain keeps two sm
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple
 
 import torch
 
 from benchmarks.chains import Chain, Inputs
 from golf_kernels.xsa import xsa
+from train.errors import main_guard
 from train.model.attention import remove_value_direction
 
 
@@ -63,4 +63,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main_guard(main)

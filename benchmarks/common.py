@@ -370,12 +370,30 @@ def render(rows: Sequence[Row], gpu: str) -> str:
 
 def _device(text: str) -> torch.device:
     try:
-        return torch.device(text)
+        device = torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"{text}: PyTorch finds {torch.cuda.device_count()} GPUs here: --device cpu with --tiny runs anywhere"
+        )
+    return device
 
 
-def _positive(text: str) -> int:
+def _milliseconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected milliseconds from 0, got {text!r}")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, as the type of an argument."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
     return int(text)
@@ -392,8 +410,10 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     made.add_argument("--device", default=default, type=_device, help="default: cuda where there is a GPU")
-    made.add_argument("--rounds", default=50, type=_positive, help="measurements of each variant; default 50")
-    made.add_argument("--warmup-ms", default=300.0, type=float, help="before each variant is timed; default 300")
+    made.add_argument("--rounds", default=50, type=positive, help="measurements of each variant; default 50")
+    made.add_argument(
+        "--warmup-ms", default=300.0, type=_milliseconds, help="before each variant is timed; default 300"
+    )
     made.add_argument("--tiny", action="store_true", help="small shapes that run anywhere; proves nothing about speed")
     return made
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import datetime
+import math
 import os
 import shlex
 import signal
@@ -193,9 +194,15 @@ class Session:
             process = subprocess.Popen(
                 [sys.executable, *command], cwd=ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )  # fmt: skip
+            # its input ends with this process, also where nothing here can run any more
+            heir = subprocess.Popen(
+                ["sh", "-c", f"read _; kill -KILL -{process.pid}"], stdin=subprocess.PIPE, start_new_session=True
+            )
             try:
                 yield process
             finally:
+                heir.kill()
+                heir.communicate()
                 # its own children, such as a compiler's workers, are in its group
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -242,8 +249,12 @@ def run_session(out: Path, minutes: float, only: str, *, tiny: bool, listing: bo
     """`python -m benchmarks session`.
 
     Raises:
-        ValueError: there is no GPU, no such piece, or the folder holds something already.
+        ValueError: there is no GPU, no such piece, no time for one, or the folder holds something already.
     """
+    if not SHORTEST_S / 60 <= minutes < math.inf:
+        raise ValueError(
+            f"--minutes: expected at least {SHORTEST_S / 60}, without which no piece is begun, got {minutes}"
+        )
     pieces = plan(tiny=tiny)
     wanted = only.split(",") if only else [piece.name for piece in pieces]
     if unknown := sorted(set(wanted) - {piece.name for piece in pieces}):
@@ -261,7 +272,10 @@ def run_session(out: Path, minutes: float, only: str, *, tiny: bool, listing: bo
     def end(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
 
-    signal.signal(signal.SIGTERM, end)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # nohup ignores the second
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
     if tiny:
         # on tiny shapes more threads only wait for each other
         os.environ.setdefault("OMP_NUM_THREADS", "1")

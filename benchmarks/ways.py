@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from train.config import MICRO_BATCHES, Config
 from train.data.loaders import Stream
 from train.data.shards import find_shards
 from train.distributed import Ranks
+from train.errors import UserError
 from train.inductor import chosen_options, parse_switch
 from train.loop import compiled_loss, training_step
 from train.model.attention_choice import choose_attention, use_attention
@@ -172,8 +173,31 @@ def trainer_step(
     return step
 
 
+def check_ways(names: Iterable[str]) -> None:
+    """Refuse ways that cannot be taken here, before anything is measured.
+
+    Raises:
+        UserError: by its name, with the reason.
+    """
+    for name in names:
+        way, _, switch = name.partition("+")
+        if name == "published":
+            continue
+        try:
+            if switch or "+" in name:
+                parse_switch(switch)
+            with forced_backends("torch" if way in ("torch", "golf") else f"torch,{way}"):
+                dispatch.validate()
+        except (ValueError, dispatch.BackendError) as error:
+            raise UserError(
+                f"--ways: {name!r}: expected published, torch, golf or operator=backend, and +SWITCH behind all but the first: "
+                f"{error}"
+            ) from error
+
+
 def make_variants(config: Config, names: list[str], device: torch.device) -> list[StepVariant]:
     """The ways to measure, each with a model of its own that starts from the same weights."""
+    check_ways(names)
     torch.manual_seed(config.seed)
     first = GPT(config).to(device)
     use_attention(first, choose_attention(config, device, share_sequences(config)).name)
@@ -192,6 +216,5 @@ def make_variants(config: Config, names: list[str], device: torch.device) -> lis
         backends = {"torch": "torch", "golf": all_kernels()}.get(way, f"torch,{way}")
         options = chosen_options()[0] | dict(parse_switch(switch).options) if switch else None
         with forced_backends(backends):
-            dispatch.validate()
             variants.append(StepVariant(name, backends, trainer_step(model, config, share, device, options)))
     return variants

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from test_bench_report import row, write
 
 from benchmarks import session
+from benchmarks.__main__ import main
 from benchmarks.session import Piece, Session, gpu_tests, op_benches, plan, run_session
+from train.errors import main_guard
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -114,6 +117,60 @@ def test_a_kill_in_the_middle_leaves_the_output_and_a_summary_and_no_process(tmp
     )  # fmt: skip
     writers = found.stdout.split()
     assert writers == []
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 128 + signal.SIGHUP), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_no_signal_leaves_a_process_behind(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(99)'])"
+    begin = (
+        "import benchmarks.session as s; from train.errors import main_guard;"
+        f"s.plan = lambda tiny: [s.Piece('long', 99, {{'long': ['-c', {child!r}]}})];"
+        f"main_guard(lambda: s.run_session(s.Path({str(tmp_path / 'out')!r}), 9, '', tiny=True, listing=False))"
+    )
+    # a terminal's interrupt reaches the foreground alone, and pieces are none of it
+    process = subprocess.Popen([sys.executable, "-c", begin], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    output = tmp_path / "out" / "long.txt"
+    assert until(lambda: output.exists() and output.read_text().endswith("\n"))
+    process.send_signal(number)
+    assert process.wait(timeout=30) == code and "Traceback" not in process.stderr.read()
+    grandchild = Path("/proc", output.read_text().strip(), "stat")
+    # one that nobody has waited for yet runs no more
+    assert until(lambda: not grandchild.exists() or " Z " in grandchild.read_text())
+
+
+def until(holds: Callable[[], bool]) -> bool:
+    """Whether it came to hold within a minute."""
+    end = time.monotonic() + 60
+    while not (held := holds()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return held
+
+
+@pytest.mark.parametrize("minutes", [float("nan"), float("inf"), 0.0, -1.0, 0.2])
+def test_a_session_without_time_for_a_piece_is_refused(minutes: float, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--minutes: expected at least 0\.25, without which no piece is begun"):
+        run_session(tmp_path / "out", minutes, "step", tiny=True, listing=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["session", "--tiny", "--out", "file"], "error: file: Not a directory: choose another path"),
+        (["--results", "elsewhere", "session", "--list"], "error: --results: a session's benchmarks append to"),
+    ],
+)
+def test_a_bad_argument_ends_with_a_sentence(
+    given: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr("sys.argv", ["benchmarks", *given])
+    with pytest.raises(SystemExit) as ended:
+        main_guard(main)
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith(message)
 
 
 def test_a_session_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,18 +4,20 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_step, common
+from benchmarks import bench_loss_curves, bench_step, common
 from benchmarks.bench_step import Bench, measure_steps
 from benchmarks.published import quintic
 from benchmarks.ways import MadeTokens, ShardTokens, StepVariant, all_kernels, make_variants
 from train.config import Config
 from train.data.shards import write_shard
+from train.errors import UserError
 from train.recipes import load_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,10 +225,36 @@ def test_the_command_prints_a_table_and_keeps_nothing_from_a_cpu(tmp_path: Path)
     [
         (["--inductor", "no_such"], "no_such' is no switch"),
         (["--ways", "torch+no_such=1"], "has no switch no_such"),
+        (["--inductor", "all", "--inductor", "no_such"], "no_such' is no switch"),
         (["--tiny", "--data", "no_such_folder"], "no_such_folder"),
+        (["--warmup-steps", "0"], "--warmup-steps: expected a whole number from 1"),
+        (
+            ["--recipe", "baseline", "--phase", "after"],
+            "--phase after: baseline repeats no layers: expected before or both",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        bench_step.main([*given, "--device", "cpu", "--recipe", "quickstart", "--warmup-ms", "1", "--rounds", "1"])
+        bench_step.main(["--device", "cpu", "--recipe", "quickstart", "--warmup-ms", "1", "--rounds", "1", *given])
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["", "foo", "torch+no_such", "published+pdl", "xsa=cuda", "no_such=triton"])
+def test_a_way_that_cannot_be_taken_is_refused_before_any_is_measured(way: str, tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    with pytest.raises(UserError, match=rf"--ways: '{re.escape(way)}': expected published, torch, golf or op"):
+        bench_loss_curves.main(["--ways", f"torch,{way}", "--device", "cpu", "--out", str(folder)])
+    assert not folder.exists()
+    with pytest.raises(UserError, match=rf"--ways: '{re.escape(way)}'"):
+        make_variants(load_recipe("quickstart").config(), [way], CPU)
+
+
+@pytest.mark.parametrize(("bench", "flag"), [(bench_step, "--profile"), (bench_loss_curves, "--out")])
+def test_a_place_that_is_none_is_found_before_anything_is_measured(
+    bench: types.ModuleType, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(bench, "make_variants", None)
+    with pytest.raises(FileExistsError):
+        bench.main(["--ways", "torch", "--device", "cpu", "--tiny", flag, str(tmp_path / "file")])
