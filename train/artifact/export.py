@@ -148,8 +148,8 @@ def _w6e16(tensors: _Tensors) -> dict[str, Any]:
     for name, codes in content["quantized"].items():
         if codes.numel() and not -32 <= int(codes.min()) <= int(codes.max()) <= 31:
             raise UserError(
-                f"{name}: format w6e16 holds codes of 6 bits, found {codes.min()}..{codes.max()}: quantize with "
-                "MATRIX_BITS=6 EMBED_BITS=16 first"
+                f"{name}: format w6e16 holds codes of 6 bits, found {codes.min()}..{codes.max()}: quantize "
+                "its run first: python -m train.quantize RUN --matrix_bits 6 --embed_bits 16"
             )
         content["quantized"][name] = int6_pack(codes.reshape(-1))
         content["qmeta"][name] |= {"bits": 6, "shape": list(codes.shape)}
