@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from test_recipes import Training
-from test_walk import dataset
 from torch import Tensor
 
 from train.config import Config
@@ -14,8 +13,6 @@ from train.model.gpt import GPT
 from train.quantize.calibrate import collect_hessians
 from train.quantize.tensors import QuantizedTensor, StoredTensors, matrices_to_calibrate, quantize_model
 from train.recipes import load_recipe
-
-__all__ = ["dataset"]
 
 STEPS = 40
 
