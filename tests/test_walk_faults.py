@@ -2,10 +2,15 @@
 
 import contextlib
 import errno
+import fcntl
+import json
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,7 @@ from walk_runs import Finished, command, flags, small
 from train.checkpoint import read_tensors
 from train.errors import UserError
 from train.evaluate.__main__ import main as evaluate
+from train.evaluate.scores import read_evaluation
 from train.quantize.__main__ import main as quantize
 from train.run import RunFolder, create_run_folder, open_run_folder
 from train.submission.__main__ import main as submission
@@ -110,6 +116,58 @@ def test_an_artifact_is_made_and_scored_by_one_process(finished: Finished, tmp_p
         with pytest.raises(UserError, match=said):
             evaluate([str(tmp_path / name)])
     assert not list((tmp_path / "empty").iterdir())
+
+
+def begin_at(place: str, second: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> threading.Thread:
+    """Lets `second` begin where a first command comes to `place`, which goes on when it waits for a lock or has ended."""
+    real, lock, goes_on = pkgutil.resolve_name(place), fcntl.flock, threading.Event()
+
+    def work() -> None:
+        try:
+            second()
+        finally:
+            goes_on.set()
+
+    thread = threading.Thread(target=work)
+
+    def flock(file: object, operation: int) -> None:
+        if threading.current_thread() is thread and not operation & fcntl.LOCK_NB:
+            goes_on.set()
+        lock(file, operation)
+
+    def arrive(*given: object) -> object:
+        if thread.ident is None:
+            thread.start()
+            assert goes_on.wait(60)
+        return real(*given)
+
+    monkeypatch.setattr("train.run.fcntl.flock", flock)
+    monkeypatch.setattr(place, arrive)
+    return thread
+
+
+def test_scores_made_at_once_are_both_kept(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    before = read_evaluation(folder)
+    first, second = ([str(folder.path), "--stride", "0", "--max-tokens", tokens] for tokens in ("256", "512"))
+    thread = begin_at("train.evaluate.scores.write_json", lambda: evaluate(second), monkeypatch)
+    assert evaluate(first) == 0
+    thread.join()
+    after = read_evaluation(folder)
+    assert before.items() <= after.items()
+    assert {entry["max_tokens"] for key, entry in after.items() if key not in before} == {256, 512}
+
+
+def test_of_records_made_at_once_the_last_is_whole(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    first, second = (["record", str(folder.path), "--name", name] for name in ("first", "second"))
+    thread = begin_at("train.submission.record.readme", lambda: submission(second), monkeypatch)
+    assert submission(first) == 0
+    thread.join()
+    assert json.loads((folder.path / "submission.json").read_text())["name"] == "second"
+    assert (folder.path / "README.md").read_text().startswith("# second: ")
 
 
 def test_what_the_command_asks_for_holds_whoever_held_the_run_before(

@@ -125,6 +125,13 @@ class RunFolder:
                     part.unlink()
             yield
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within a shared `held`: wait until no other process is here, so that what is read and written again loses nothing."""
+        with open(self.path / ".writing.lock", "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
     def read_training(self, *fields: str) -> dict[str, Any]:
         """What the training stage measured, the named fields at least.
 

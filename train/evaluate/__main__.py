@@ -149,8 +149,9 @@ def _score(folder: RunFolder, arguments: argparse.Namespace) -> int:
         entry = evaluation_entry(
             result, config, weights=arguments.weights, world_size=ranks.world_size, device=str(ranks.device)
         )
-        write_evaluation(folder, entry)
-        append_metric(folder.metrics, "final", entry)
+        with folder.writing():
+            write_evaluation(folder, entry)
+            append_metric(folder.metrics, "final", entry)
         score = final_lines(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=entry["stride"])
         lines = [f"layer 0: {result.layer0}", *score, *([entry["label"]] if "label" in entry else [])]
         print(json.dumps(entry) if arguments.json else "\n".join(lines))

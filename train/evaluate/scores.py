@@ -55,7 +55,10 @@ def evaluation_entry(result: EvalResult, config: Config, *, weights: str, **fact
 
 
 def write_evaluation(folder: RunFolder, entry: dict[str, Any]) -> None:
-    """Add a score to the run's evaluation.json, in the place of one made under the same settings."""
+    """Add a score to the run's evaluation.json, in the place of one made under the same settings.
+
+    The caller holds the run alone, or is `writing` in it.
+    """
     scores = read_evaluation(folder) if folder.evaluation.exists() else {}
     write_json(folder.evaluation, {**scores, _key(entry): entry})
 

@@ -20,8 +20,8 @@ def _record(arguments: argparse.Namespace) -> int:
 
     options = {name: getattr(arguments, name) for name in ("author", "github_id", "name", "blurb", "track")}
     folder = RunFolder(arguments.run_folder)
-    # no other artifact may take the place of the one that is told of
-    with folder.held(shared=True):
+    # no other artifact may take the place of the one that is told of, and no file that of another record's
+    with folder.held(shared=True), folder.writing():
         # gathered anew, so that a stage done again alone is in the record
         summary = summarize(folder)
         summary.write(folder.summary)
