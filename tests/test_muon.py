@@ -1,91 +1,26 @@
 """Muon against torch.optim.Muon and against its formulas written down in float64."""
 
-import copy
-import datetime
-import gc
-import io
 import math
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-
-# before there is a process group, as in train.distributed: it would keep one alive beyond the interpreter's end
-import torch.distributed.nn
-import torch.multiprocessing
+from muon_truth import (
+    QUINTIC,
+    SHAPES,
+    Launches,
+    assert_close,
+    orthogonalized,
+    parameters,
+    reference,
+    set_gradients,
+    train,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import _muon
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from golf_kernels import COEFFICIENTS, Muon
 from golf_kernels.muon import learning_rate_ratio
-from golf_kernels.sharding import assign, newton_schulz_cost
-
-SHAPES = ((6, 10), (10, 6), (8, 8), (6, 10))
-QUINTIC = COEFFICIENTS["quintic"].triples[0]
-
-
-def parameters(shapes=SHAPES, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
-
-
-def set_gradients(params, step):
-    generator = torch.Generator().manual_seed(100 + step)
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
-
-
-def train(optimizer, steps=4, start=0, change=lambda group, step: None):
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    for step in range(start, start + steps):
-        set_gradients(params, step)
-        for group in optimizer.param_groups:
-            change(group, step)
-        optimizer.step()
-    return [param.detach().clone() for param in params]
-
-
-def orthogonalized(matrix, triples=(QUINTIC,) * 5, eps=1e-7):
-    """Newton-Schulz through the singular value decomposition."""
-    u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
-    sigma = sigma / matrix.norm().clamp_min(eps)
-    for a, b, c in triples:
-        sigma = a * sigma + b * sigma**3 + c * sigma**5
-    return u * sigma @ vh
-
-
-def reference(*, lr, weight_decay=0.1, dampened=True, nesterov=True, row_eps=None, beta2=None, momenta=(0.95,) * 4):
-    """Four steps written down straight, one matrix at a time."""
-    params = parameters()
-    weights = [param.detach().clone() for param in params]
-    momentum = [torch.zeros_like(w) for w in weights]
-    second = [torch.zeros(w.shape[0], 1).double() for w in weights]
-    for step, beta in enumerate(momenta):
-        set_gradients(params, step)
-        for i, (w, g) in enumerate(zip(weights, (param.grad for param in params), strict=True)):
-            momentum[i] = beta * momentum[i] + ((1 - beta) if dampened else 1) * g
-            u = momentum[i]
-            if nesterov:
-                u = (1 - beta) * g + beta * u if dampened else g + beta * u
-            if row_eps is not None:
-                u = u / torch.sqrt((u * u).sum(1, keepdim=True) + row_eps)
-            o = orthogonalized(u)
-            if beta2 is not None:
-                norm = o.norm()
-                second[i] = beta2 * second[i] + (1 - beta2) * (o * o).mean(1, keepdim=True)
-                o = o / (second[i].sqrt() + 1e-10)
-                o = o * norm / (o.norm() + 1e-10)
-            rate = lr[step] if isinstance(lr, tuple) else lr
-            w.mul_(1 - rate * weight_decay).sub_(rate * math.sqrt(max(1, w.shape[0] / w.shape[1])) * o)
-    return weights
-
-
-def assert_close(got, want, tolerance=1e-10):
-    for a, b in zip(got, want, strict=True):
-        assert float((a - b).norm() / b.norm()) < tolerance
-
+from golf_kernels.sharding import newton_schulz_cost
 
 OPTIONS = [
     {},
@@ -96,6 +31,7 @@ OPTIONS = [
     {"ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 7, "eps": 1e-3},
     {"lr": torch.tensor(0.01, dtype=torch.float64)},
 ]
+
 DEVICE_MOMENTUM = {"momentum": torch.tensor(0.95, dtype=torch.float64)}
 
 
@@ -258,19 +194,6 @@ def test_normuon_keeps_the_norm_and_row_normalization_forgets_row_lengths():
     assert_close([results[0]], [results[1]])
 
 
-class Launches(TorchDispatchMode):
-    """Number of matrices in every call of golf::newton_schulz."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.golf.newton_schulz.default:
-            self.sizes.append(len(args[0]))
-        return func(*args, **(kwargs or {}))
-
-
 def test_one_call_for_all_groups_that_agree():
     a, b, c, d = parameters()
     groups = [
@@ -333,31 +256,6 @@ def test_the_closure_runs_with_gradients_and_its_loss_comes_back():
     assert float(weight.detach().square().sum()) < before
 
 
-def test_the_state_survives_a_file_and_torch_state_is_taken():
-    options = {"lr": 0.02, "normuon": True, "row_normalize": True, "compute_dtype": torch.float64}
-    straight = train(Muon(parameters(), **options), steps=6)
-    first = Muon(parameters(), **options)
-    weights = train(first, steps=3)
-    buffer = io.BytesIO()
-    torch.save(first.state_dict(), buffer)
-    buffer.seek(0)
-    params = [torch.nn.Parameter(w) for w in weights]
-    second = Muon(params, lr=9.0)
-    second.load_state_dict(torch.load(buffer, weights_only=True))
-    assert_close(train(second, start=3, steps=3), straight, 1e-12)
-
-    theirs = torch.optim.Muon(parameters(), lr=0.03, momentum=0.9)
-    train(theirs, steps=1)
-    ours = Muon(parameters())
-    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
-    assert ours.param_groups[0]["lr"] == 0.03 and ours.param_groups[0]["dampened"] is True
-    assert torch.equal(
-        ours.state[ours.param_groups[0]["params"][0]]["momentum_buffer"],
-        theirs.state[theirs.param_groups[0]["params"][0]]["momentum_buffer"],
-    )
-    train(ours, steps=1)
-
-
 def test_the_step_never_waits_for_the_gpu():
     with FakeTensorMode():
         params = [torch.empty(s, device="cuda") for s in (*SHAPES, (2, 6, 10))]
@@ -403,34 +301,6 @@ def test_a_refused_group_leaves_no_trace_and_sparse_gradients_are_refused():
         optimizer.step()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"adjust_lr_fn": "adam"}, "adjust_lr_fn: expected None or one of"),
-        ({"normuon_beta2": 5.0}, "normuon_beta2: expected"),
-        ({"lr": -1.0}, "lr: expected a number >= 0"),
-    ],
-)
-def test_a_state_with_bad_options_or_of_another_optimizer_changes_nothing(change, message):
-    optimizer = Muon(parameters(), lr=0.02)
-    train(optimizer, steps=1)
-    bad = copy.deepcopy(optimizer.state_dict())
-    bad["param_groups"][0] |= change
-    other = torch.optim.AdamW(parameters()).state_dict()
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(bad)
-    with pytest.raises(
-        ValueError, match=r"no value for adjust_lr_fn, momentum, .*: expected the state of Muon or torch"
-    ):
-        optimizer.load_state_dict(other)
-    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
-    assert all(
-        torch.equal(state["momentum_buffer"], before["state"][index]["momentum_buffer"])
-        for index, state in optimizer.state_dict()["state"].items()
-    )
-
-
 def test_a_copy_of_a_weight_that_is_never_updated_is_refused():
     params = parameters()
     with pytest.raises(ValueError, match="param: expected a parameter of this optimizer"):
@@ -444,101 +314,3 @@ def test_costs_and_ratios():
         assert 5 * newton_schulz_cost(*shape) / 1e9 == pytest.approx(figure, abs=0.006)
     assert learning_rate_ratio(None, 2048, 512) == 2.0 and learning_rate_ratio("original", 512, 2048) == 1.0
     assert learning_rate_ratio("match_rms_adamw", 512, 2048) == pytest.approx(0.2 * math.sqrt(2048))
-
-
-def test_matrices_are_shared_out_by_cost():
-    # the eleven-layer model of #1392: 22 q/o, 22 k/v, 22 MLP matrices
-    shapes = ((512, 512),) * 22 + ((256, 512),) * 22 + ((2048, 512), (512, 2048)) * 11
-    owners = assign(shapes, 8)
-    loads = [0] * 8
-    for owner, shape in zip(owners, shapes, strict=True):
-        loads[owner] += newton_schulz_cost(*shape)
-    assert min(loads) > 0 and max(loads) / (sum(loads) / 8) < 1.05
-    # 62.9 GF per rank for padded banks, about 47 for a balanced assignment
-    assert 5 * max(loads) / 1e9 < 49
-    assert assign(shapes, 1) == (0,) * 66
-    assert sorted(set(assign(((4, 4),) * 2, 5))) == [0, 1]
-
-
-WORLD_SHAPES = (*SHAPES, (3, 6, 10))
-
-
-OPTIONS_OF_RANKS = {"lr": 0.02, "row_normalize": True, "normuon": True}
-
-
-class Linear(torch.nn.Module):
-    """A model whose gradients are what it is given."""
-
-    def __init__(self, weights):
-        super().__init__()
-        self.weights = torch.nn.ParameterList(torch.nn.Parameter(weight) for weight in weights)
-
-    def forward(self, gradients):
-        return sum((weight * gradient).sum() for weight, gradient in zip(self.weights, gradients, strict=True))
-
-
-def run_rank(rank, world_size, store, folder):
-    # a rank that fails must not leave the other one waiting for half an hour
-    limit = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
-    train_rank(rank, folder)
-    dist.destroy_process_group()
-    # a thread of the group that lets go of a tensor while python shuts down aborts the process
-    gc.collect()
-    assert "gloo" not in " ".join((task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
-
-
-def train_rank(rank, folder):
-    start = torch.load(f"{folder}/start.pt", weights_only=True)
-    model = torch.nn.parallel.DistributedDataParallel(Linear(start["weights"]))
-    optimizer = Muon(model.parameters(), process_group=dist.group.WORLD, **OPTIONS_OF_RANKS)
-    optimizer.load_state_dict(start["state"])
-    plain = parameters(WORLD_SHAPES)
-    with Launches() as launches:
-        for step in range(2, 4):
-            set_gradients(plain, step)
-            optimizer.zero_grad()
-            # the mean over ranks is the gradient of one process
-            model([param.grad * (1.5 - rank) for param in plain]).backward()
-            optimizer.step()
-    weights = [param.detach() for param in model.parameters()]
-    torch.save({"weights": weights, "state": optimizer.state_dict(), "sizes": launches.sizes}, f"{folder}/{rank}.pt")
-
-
-def test_one_rank_then_two_under_ddp_then_one_are_one_rank_all_along(tmp_path):
-    first = Muon(parameters(WORLD_SHAPES), **OPTIONS_OF_RANKS)
-    torch.save({"weights": train(first, steps=2), "state": first.state_dict()}, tmp_path / "start.pt")
-    store = str(tmp_path / "store")
-    # both in processes of their own: torch numbers the groups that a process has had, and here other tests had some
-    spawn = torch.multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=run_rank, args=(rank, 2, store, str(tmp_path))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    one = Muon(parameters(WORLD_SHAPES), **OPTIONS_OF_RANKS)
-    alone = train(one, steps=4)
-    for found in ranks:
-        assert_close(found["weights"], alone, 1e-11)
-    # bit for bit between the ranks, or they would drift apart
-    assert all(torch.equal(a, b) for a, b in zip(ranks[0]["weights"], ranks[1]["weights"], strict=True))
-    # every rank works on its own share only: 4 matrices and a bank of 3 between them
-    assert len(ranks[0]["sizes"]) == 2 and ranks[0]["sizes"][0] + ranks[1]["sizes"][0] == 7
-    assert min(ranks[0]["sizes"][0], ranks[1]["sizes"][0]) >= 3
-    restored = Muon([torch.nn.Parameter(w) for w in ranks[1]["weights"]], **OPTIONS_OF_RANKS)
-    restored.load_state_dict(ranks[1]["state"])
-    assert_close(train(restored, start=4, steps=2), train(one, start=4, steps=2), 1e-10)
-
-
-def test_plain_shards_make_the_step_of_the_whole():
-    whole = Muon(parameters(), **OPTIONS_OF_RANKS)
-    pieces = parameters()
-    shards = [Muon(pieces[rank::2], **OPTIONS_OF_RANKS) for rank in range(2)]
-    for step in range(2):
-        set_gradients(whole.param_groups[0]["params"], step)
-        set_gradients(pieces, step)
-        for optimizer in (whole, *shards):
-            optimizer.step()
-    assert_close([p.detach() for p in pieces], [p.detach() for p in whole.param_groups[0]["params"]], 1e-12)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_muon import QUINTIC, assert_close, orthogonalized, parameters, reference, set_gradients, train
+from muon_truth import QUINTIC, assert_close, orthogonalized, parameters, reference, set_gradients, train
 from torch.optim import _muon
 
 from golf_kernels import Muon, dispatch
