@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -81,6 +81,7 @@ class Muon(torch.optim.Optimizer):
         process_group: ranks that share the Newton-Schulz work. All must hold the same parameters and the same
             (already reduced) gradients; each orthogonalizes the matrices assigned to it by cost and all receive all
             results in one all-gather. The state is the same on every rank, so a `state_dict` fits any world size.
+            A deep copy has the same group; an optimizer with a group cannot be pickled.
 
     Raises:
         ValueError: an option or a parameter's shape does not fit.
@@ -142,6 +143,11 @@ class Muon(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own has neither
+        group = None if self.process_group is None else _SameGroup(self.process_group)
+        return {**super().__getstate__(), "process_group": group, "copies": self.copies}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         for group in state["param_groups"]:
             for name, value in _EXTRAS.items():
@@ -152,7 +158,8 @@ class Muon(torch.optim.Optimizer):
                 )
             _check_group(group)
         super().__setstate__(state)
-        self.__dict__.setdefault("process_group", None)
+        held = self.__dict__.setdefault("process_group", None)
+        self.process_group = held.group if isinstance(held, _SameGroup) else held
         self.__dict__.setdefault("copies", {})
 
     @torch.no_grad()
@@ -270,6 +277,22 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(moved, updates)
             else:
                 torch._foreach_add_(moved, updates, alpha=-lr * ratio)
+
+
+class _SameGroup:
+    """A process group within a state: the same in any copy, and in no file."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SameGroup:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "Muon: a process group cannot be pickled: expected state_dict() to be saved, which fits any world size, or "
+            "process_group = None before"
+        )
 
 
 def _multiply(tensors: list[Tensor], factor: float | Tensor) -> None:

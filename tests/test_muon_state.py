@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from muon_truth import assert_close, parameters, train
 
 from golf_kernels import Muon
 
+OPTIONS = {"lr": 0.02, "normuon": True, "row_normalize": True, "compute_dtype": torch.float64}
+
 
 def test_the_state_survives_a_file_and_torch_state_is_taken():
-    options = {"lr": 0.02, "normuon": True, "row_normalize": True, "compute_dtype": torch.float64}
-    straight = train(Muon(parameters(), **options), steps=6)
-    first = Muon(parameters(), **options)
+    straight = train(Muon(parameters(), **OPTIONS), steps=6)
+    first = Muon(parameters(), **OPTIONS)
     weights = train(first, steps=3)
     buffer = io.BytesIO()
     torch.save(first.state_dict(), buffer)
@@ -61,3 +63,46 @@ def test_a_state_with_bad_options_or_of_another_optimizer_changes_nothing(change
         torch.equal(state["momentum_buffer"], before["state"][index]["momentum_buffer"])
         for index, state in optimizer.state_dict()["state"].items()
     )
+
+
+def doubled(params):
+    """An optimizer that has taken two steps and writes its weights to bfloat16 copies too."""
+    optimizer = Muon(params, **OPTIONS)
+    for param in params:
+        optimizer.copy_to(param, torch.zeros_like(param, dtype=torch.bfloat16))
+    train(optimizer, steps=2)
+    return optimizer
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_twin_with_its_model_goes_on_alone_and_writes_its_own_copies(way):
+    params = parameters()
+    optimizer = doubled(params)
+    twin_params, twin = copy.deepcopy((params, optimizer)) if way == "deepcopy" else pickled((params, optimizer))
+    before = [copy.clone() for copy in optimizer.copies.values()]
+    assert all(a is b for a, b in zip(twin.param_groups[0]["params"], twin_params, strict=True))
+    after = train(twin, start=2, steps=2)
+    assert all(torch.equal(twin.copies[param], param.bfloat16()) for param in twin_params)
+    assert all(torch.equal(a, b) for a, b in zip(optimizer.copies.values(), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(after, train(optimizer, start=2, steps=2), strict=True))
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+def test_a_twin_has_the_same_process_group_and_a_file_has_none():
+    class Group:
+        """Something that is neither copied nor pickled, as a process group."""
+
+        def __reduce_ex__(self, protocol):
+            raise TypeError("cannot pickle a process group")
+
+    group = Group()
+    optimizer = Muon(parameters(), process_group=group)
+    assert copy.deepcopy(optimizer).process_group is group
+    assert copy.copy(optimizer).process_group is group
+    with pytest.raises(TypeError, match=r"process group.*expected state_dict\(\) .* process_group = None"):
+        pickle.dumps(optimizer)
+    optimizer.process_group = None
+    assert pickled(optimizer).process_group is None
