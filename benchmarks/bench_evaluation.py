@@ -301,7 +301,9 @@ def run_recipe(name: str, options: Any, clock: common.Clock, limits: common.Ceil
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark."""
-    parser = common.parser("bench_evaluation", "Sliding-window evaluation against the published way, in one process.")
+    parser = common.parser(
+        "bench_evaluation", "Sliding-window evaluation against the published way, in one process.", rounds=5
+    )
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="default: both, or the first with --tiny")
     parser.add_argument("--tokens", type=int, help="targets of the text; default 409,600, or 2,048 with --tiny")
     parser.add_argument(
@@ -309,7 +311,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=int,
         help="windows per forward pass of golf; default 32, or 16 with --tiny, for a CPU's caches",
     )
-    parser.set_defaults(rounds=5)
     options = parser.parse_args(arguments)
     clock = common.Clock(options.device, options.warmup_ms, options.rounds)
     limits = common.ceilings(clock)

@@ -71,7 +71,7 @@ def draw(curves: Curves, title: str, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = common.parser("bench_loss_curves", __doc__.splitlines()[0] if __doc__ else "")
+    parser = common.parser("bench_loss_curves", __doc__.splitlines()[0] if __doc__ else "", rounds=None)
     parser.add_argument("--recipe", default="sp8192_sdclip", choices=recipe_names())
     parser.add_argument(
         "--ways",

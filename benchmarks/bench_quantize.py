@@ -201,13 +201,12 @@ def measured(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, measure and report the stages."""
-    parser = common.parser("bench_quantize", __doc__.splitlines()[0])
+    parser = common.parser("bench_quantize", __doc__.splitlines()[0], rounds=3, warmup_ms=0.0)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
     parser.add_argument("--batches", type=common.positive, help="of calibration; default 64, or 2 with --tiny")
     parser.add_argument(
         "--texts", type=common.positive, help=f"to write; default {TEXTS}, a rank's of eight, or 2 with --tiny"
     )
-    parser.set_defaults(rounds=3, warmup_ms=0.0)
     options = parser.parse_args(arguments)
     changes: dict[str, Any] = TINY if options.tiny else {}
     settings = load_recipe(RECIPE).settings | {"recipe": RECIPE, "device": options.device.type, "gptq_tied_embed": True}

@@ -75,7 +75,7 @@ def first_step(command: Sequence[str], environ: dict[str, str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = common.parser("bench_start", (__doc__ or "").splitlines()[0])
+    parser = common.parser("bench_start", (__doc__ or "").splitlines()[0], rounds=None)
     parser.add_argument("--recipe", default="sp8192_sdclip", choices=recipe_names())
     parser.add_argument("--kernels", default="", help="GOLF_BACKEND of the trainer, such as muon_step=triton")
     arguments = parser.parse_args(argv)

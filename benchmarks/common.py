@@ -399,21 +399,51 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """Arguments that every benchmark has: `--device`, `--rounds`, `--warmup-ms` and `--tiny`."""
+class _Parser(argparse.ArgumentParser):
+    """What is not given depends on `--tiny`."""
+
+    def __init__(self, full: dict[str, float], **options: Any) -> None:
+        super().__init__(**options)
+        self.full = full
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        given, rest = super().parse_known_args(args, namespace)
+        for name, value in self.full.items():
+            if getattr(given, name) is None:
+                setattr(given, name, _TINY[name] if given.tiny else value)
+        return given, rest
+
+
+# nothing is proven by more
+_TINY = {"rounds": 2, "warmup_ms": 1.0}
+
+
+def parser(
+    prog: str, description: str, *, rounds: int | None = 50, warmup_ms: float = 300.0
+) -> argparse.ArgumentParser:
+    """Arguments that every benchmark has: `--device` and `--tiny`, and those of its clock, `--rounds` and `--warmup-ms`.
+
+    Args:
+        prog: its module.
+        description: for `--help`.
+        rounds: measurements of each variant where the command line names no number; None: it has no such clock.
+        warmup_ms: before each variant is timed.
+    """
     command = f"python -m benchmarks.{prog}"
-    made = argparse.ArgumentParser(
+    full = {} if rounds is None else {"rounds": rounds, "warmup_ms": warmup_ms}
+    made = _Parser(
+        full,
         prog=command,
         description=description,
-        epilog=f"examples:\n  {command}\n  {command} --tiny --rounds 2      (anywhere; proves nothing about speed)",
+        epilog=f"examples:\n  {command}\n  {command} --tiny      (anywhere; proves nothing about speed)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     made.add_argument("--device", default=default, type=_device, help="default: cuda where there is a GPU")
-    made.add_argument("--rounds", default=50, type=positive, help="measurements of each variant; default 50")
-    made.add_argument(
-        "--warmup-ms", default=300.0, type=_milliseconds, help="before each variant is timed; default 300"
-    )
+    if full:
+        ends = {name: f"default {value:g}, or {_TINY[name]:g} with --tiny" for name, value in full.items()}
+        made.add_argument("--rounds", type=positive, help=f"measurements of each variant; {ends['rounds']}")
+        made.add_argument("--warmup-ms", type=_milliseconds, help=f"before each variant is timed; {ends['warmup_ms']}")
     made.add_argument("--tiny", action="store_true", help="small shapes that run anywhere; proves nothing about speed")
     return made
 

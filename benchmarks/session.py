@@ -63,7 +63,7 @@ def plan(*, tiny: bool = False) -> list[Piece]:
     Args:
         tiny: small shapes on a CPU, to see the session itself at work.
     """
-    short = ["--tiny", "--device", "cpu", "--rounds", "1", "--warmup-ms", "1"] if tiny else []
+    short = ["--tiny", "--device", "cpu"] if tiny else []
 
     def bench(name: str, limit_s: float, module: str, *arguments: str, instead_of: str = "") -> Piece:
         return Piece(name, limit_s, {name: ["-m", f"benchmarks.{module}", *arguments, *short]}, instead_of=instead_of)

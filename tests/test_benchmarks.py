@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from benchmarks import common
+from benchmarks import bench_loss_curves, bench_start, common
 
 CPU = torch.device("cpu")
 
@@ -111,6 +111,21 @@ def test_options_that_measure_nothing_are_refused(given, capsys):
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert f"argument {given[0]}: expected" in said or "argument --device: cuda:99: PyTorch finds" in said
+
+
+def test_what_is_not_given_is_less_with_tiny_and_a_flag_that_would_do_nothing_is_refused(capsys):
+    def parsed(*given, **defaults):
+        found = common.parser("bench_x", "x", **defaults).parse_args(["--device", "cpu", *given])
+        return found.rounds, found.warmup_ms
+
+    assert parsed() == (50, 300.0) and parsed(rounds=3, warmup_ms=0.0) == (3, 0.0)
+    assert parsed("--tiny") == (2, 1.0) == parsed("--tiny", rounds=7)
+    assert parsed("--rounds", "9", "--tiny", "--warmup-ms", "0") == (9, 0.0)
+    for bench in (bench_start, bench_loss_curves):
+        for given in (["--rounds", "3"], ["--warmup-ms", "3"]):
+            with pytest.raises(SystemExit):
+                bench.main(["--device", "cpu", *given])
+            assert f"unrecognized arguments: {given[0]}" in capsys.readouterr().err
 
 
 def test_ceilings_and_quantiles():
