@@ -1,15 +1,13 @@
 """Every kernel that ships, compiled for sm_90 without a GPU: `python -m benchmarks.aot`.
 
-Triton: each `golf_kernels/*_triton.py` lists its configurations in `aot_configurations()`, one dict each: `name`,
-`kernel`, `signature` (without the constexprs), `constexprs`, `options` and `promises` (`wgmma`, `tma`); integers that a
-launch finds divisible by 16 can be named in `divisible`, pointers always are. CUDA: every kernel of every `csrc/*.cu`.
-All promise to spill no register and to fit in Hopper's shared memory.
+Triton: the launches of `benchmarks.launches` are made with Triton's own launch code, which compiles what it would run;
+16-bit products promise wgmma, tensor descriptors TMA. CUDA: every kernel of every `csrc/*.cu`. All promise to spill no
+register and to fit in Hopper's shared memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import json
 import os
@@ -21,7 +19,9 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_LIMIT_BYTES = 232_448
@@ -90,58 +90,67 @@ def judge(
 
 
 def compile_triton(paths: Sequence[Path]) -> list[Compiled]:
-    """Compiles every configuration of these files.
+    """Compiles the kernels of these files in every configuration that a launch which ships asks for.
 
     Raises:
         Missing: Triton is not installed.
     """
     if importlib.util.find_spec("triton") is None:
         raise Missing("triton is not installed: pip install 'triton==3.6.0'")
-    found = []
-    for path in paths:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        for configuration in module.aot_configurations():
-            found.append(_compile_configuration(path.name, **configuration))
-    return found
-
-
-def _compile_configuration(
-    file: str,
-    *,
-    name: str,
-    kernel: Any,
-    signature: dict[str, str],
-    constexprs: dict[str, Any],
-    options: dict[str, Any],
-    promises: Sequence[str] = (),
-    divisible: Sequence[str] = (),
-) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
 
-    unknown = {*signature, *constexprs} ^ set(kernel.arg_names)
-    if unknown or set(promises) - set(INSTRUCTIONS):
-        odd = sorted(unknown or set(promises) - set(INSTRUCTIONS))
-        raise ValueError(f"{file}, {name}: expected each argument of the kernel once and known promises, found {odd}")
-    # a launch specializes aligned pointers in the same way
-    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in divisible]
-    source = ASTSource(
-        fn=kernel,
-        signature={argument: signature.get(argument, "constexpr") for argument in kernel.arg_names},
-        constexprs=constexprs,
-        attrs={(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in aligned},
+    from benchmarks import launches
+
+    kernels = {str(path.resolve()): path for path in paths}
+    found: dict[str, Any] = {}
+    run = JITFunction.run
+
+    def compile_alone(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        if kernel.fn.__code__.co_filename in kernels:
+            compiled = run(kernel, *arguments, grid=grid, warmup=True, **named)
+            found[compiled.hash] = compiled
+
+    # the GPU that a launch looks for
+    hopper = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    ptx = compiled.asm["ptx"]
+    driver = mock.patch.object(triton.runtime.driver, "_active", hopper)
+    with driver, mock.patch.object(JITFunction, "run", compile_alone):
+        launches.launch_everything()
+    rows = []
+    for file, path in kernels.items():
+        own = [compiled for compiled in found.values() if compiled.src.fn.fn.__code__.co_filename == file]
+        names = set(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
+        if idle := names - {compiled.src.fn.__name__ for compiled in own}:
+            raise SystemExit(f"error: {path.name}: benchmarks/launches.py launches no {', '.join(sorted(idle))}")
+        rows += [_judge_triton(path.name, compiled) for compiled in own]
+    return rows
+
+
+def _judge_triton(file: str, compiled: Any) -> Compiled:
+    import triton
+
+    kernel, kinds, ptx = compiled.src.fn, " ".join(map(str, compiled.src.signature.values())), compiled.asm["ptx"]
+    constants = {kernel.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
+    parts = [kernel.__name__.removesuffix("_kernel"), *re.findall(r"bf16|fp16|fp32", kinds)[:1]]
+    for name, value in constants.items():
+        # other constants are numbers that a launch found to be 1
+        if name.isupper() and value is not False:
+            parts.append(name.lower() if value is True else f"{name.lower()}={value}")
+    promises = ["tma"] if "tensordesc" in kinds else []
+    # there are no tensor core products of float32 numbers
+    if re.search(r"tt\.dot .*: tensor<\w+x(bf16|f16)> \*", compiled.asm["ttir"]):
+        promises.append("wgmma")
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "kernel.ptx")
         text.write_text(ptx)
         assembler = triton.knobs.nvidia.ptxas.path
         log = _run(assembler, "-v", f"--gpu-name=sm_{ARCHITECTURE}", str(text), "-o", os.devnull)
-    return judge(file, name, ptx, log, compiled.metadata.shared, promises)
+    return judge(file, " ".join(parts), ptx, log, compiled.metadata.shared, promises)
 
 
 def find_nvcc() -> str:

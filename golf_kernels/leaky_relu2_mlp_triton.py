@@ -15,7 +15,6 @@ down product without a residual; with one, torch's addmm would copy the residual
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -296,7 +295,6 @@ TILES = {
 INVERSE_RMS = {"BLOCK_M": 16, "BLOCK_K": 128}
 # sums of a row that a program of the dx kernel adds up without running out of registers
 MAX_PARTS = 16
-FLAGS = ("NORM", "LEAKY", "SIGN", "ADD")
 KERNELS = {"up": up_kernel, "down": down_kernel, "dpre": dpre_kernel, "dx": dx_kernel}
 
 
@@ -411,15 +409,10 @@ def _launch(product: str, tensors: tuple[Tensor, ...], *arguments: Any, **flags:
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     programs = min(triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n), processors * tile.programs)
     descriptors = map(TensorDescriptor.from_tensor, tensors, _blocks(product, tile))
-    KERNELS[product][(programs,)](*descriptors, *arguments, **flags, **_constexprs(tile), **_options(tile))
-
-
-def _constexprs(tile: Tile) -> dict[str, int]:
-    return {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-
-
-def _options(tile: Tile) -> dict[str, int]:
-    return {"num_warps": tile.warps, "num_stages": tile.stages}
+    KERNELS[product][(programs,)](
+        *descriptors, *arguments, **flags, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def _words(sign: Tensor) -> Tensor:
@@ -430,48 +423,3 @@ def _laid_out(tensor: Tensor) -> Tensor:
     """Contiguous, at an address that TMA takes."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-def aot_configurations() -> list[dict[str, Any]]:
-    """Every configuration that ships, for ahead-of-time compilation; see benchmarks/aot.py."""
-    kinds = {"rstd_ptr": "*fp32", "sign_ptr": "*i32", "euler_ptr": "*fp32", "gain": "fp32", "slope": "fp32"}
-    kinds |= dict.fromkeys(("residual_ptr", "post_ptr", "x_ptr", "dy_ptr"), "*bf16")
-    found: list[dict[str, Any]] = [
-        {
-            "name": "inverse_rms",
-            "kernel": inverse_rms_kernel,
-            "signature": {"x_ptr": "*bf16", "rstd_ptr": "*fp32", "rows": "i32", "width": "i32", "eps": "fp32"},
-            "constexprs": INVERSE_RMS,
-            "options": {},
-            "divisible": ("width",),
-        }
-    ]
-    for product, kernel in KERNELS.items():
-        flags = [name for name in kernel.arg_names if name in FLAGS]
-        for (size, tile), values in itertools.product(
-            TILES[product].items(), itertools.product((True, False), repeat=len(flags))
-        ):
-            constants = dict(zip(flags, values, strict=True))
-            # only a leaky activation has signs to keep
-            if constants.get("SIGN") and not constants["LEAKY"]:
-                continue
-            blocks = iter(_blocks(product, tile))
-            runtime = [name for name in kernel.arg_names if not name.isupper()]
-            if "PARTS" in kernel.arg_names:
-                # the most registers; of other numbers fewer
-                constants["PARTS"] = MAX_PARTS
-            found.append(
-                {
-                    "name": "_".join([product, size, *(name.lower() for name in flags if constants[name])]),
-                    "kernel": kernel,
-                    "signature": {
-                        name: f"tensordesc<bf16{next(blocks)}>" if name.endswith("_desc") else kinds.get(name, "i32")
-                        for name in runtime
-                    },
-                    "constexprs": constants | _constexprs(tile),
-                    "options": _options(tile),
-                    "promises": ("wgmma", "tma"),
-                    "divisible": ("hidden", "width"),
-                }
-            )
-    return found

@@ -12,8 +12,6 @@ its sums over them in registers; the shares are added in one order always.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -184,37 +182,3 @@ def choose_block(width: int, numbers: int) -> tuple[int, int]:
     """Rows that a program holds at once and its warps, for so many numbers of each tensor in registers."""
     padded = triton.next_power_of_2(width)
     return min(max(1, numbers // padded), SHARE_ROWS), max(4, padded // 512)
-
-
-WIDTHS = {"512": 512, "768": 768, "odd": 333, "wide": 4096}
-"""Widths that are compiled ahead of time: those of the recipes, and the ends of what the kernels take."""
-
-
-def aot_configurations() -> list[dict[str, Any]]:
-    """Every configuration that ships, for ahead-of-time compilation; see benchmarks/aot.py."""
-    kinds = {"mix_ptr": "*fp32", "share_ptr": "*fp32", "eps": "fp32", "gain": "fp32"}
-    found: list[dict[str, Any]] = []
-    for kernel, numbers in ((mix_kernel, 2048), (unmix_kernel, 1024)):
-        for name, width in WIDTHS.items():
-            block, warps = choose_block(width, numbers)
-            # a launch takes a stride of 1 for a constant
-            constants = {stride: 1 for stride in kernel.arg_names if stride.endswith("_stride_d")}
-            constants |= {"WIDTH": width, "BLOCK": block}
-            if kernel is unmix_kernel:
-                constants["SHARE"] = SHARE_ROWS
-            runtime = [argument for argument in kernel.arg_names if argument not in constants]
-            strides = tuple(argument for argument in runtime if "stride" in argument)
-            found.append(
-                {
-                    "name": f"{kernel.__name__.removesuffix('_kernel')}_{name}",
-                    "kernel": kernel,
-                    "signature": {
-                        argument: kinds.get(argument, "*bf16" if argument.endswith("_ptr") else "i32")
-                        for argument in runtime
-                    },
-                    "constexprs": constants,
-                    "options": {"num_warps": warps},
-                    "divisible": () if width % 16 else strides,
-                }
-            )
-    return found

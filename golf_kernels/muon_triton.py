@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from golf_kernels.newton_schulz_triton import CHUNK, LAYOUT, ROWS, add_squares, pointer_to, reciprocal_power
+from golf_kernels.newton_schulz_triton import CHUNK, LAYOUT, add_squares, pointer_to, reciprocal_power
 
 OPTIONS = {"num_warps": 8}
 # fields of a matrix's addresses: gradient, momentum, weight, second moment, copy
@@ -216,32 +216,3 @@ def apply(
         addresses, plan.layout, plan.blocks, x, stats, factors, ratios, lr, weight_decay,
         NORMUON=beta2 is not None, COPY=copy, ALIGNED=aligned, ROWS=rows, CHUNK=CHUNK, **OPTIONS,
     )  # fmt: skip
-
-
-def aot_configurations() -> list[dict[str, Any]]:
-    """Every configuration that ships, for ahead-of-time compilation; see benchmarks/aot.py."""
-    tables = dict.fromkeys(("addresses_ptr", "layout_ptr", "blocks_ptr"), "*i64")
-    found = []
-    for kind in ("bf16", "fp32"):
-        common = {**tables, "x_ptr": f"*{kind}", "stats_ptr": "*fp32"}
-        kernels: list[tuple[Any, dict[str, str], tuple[str, ...]]] = [
-            (
-                momentum_kernel,
-                {**common, "beta_ptr": "*fp32", **dict.fromkeys(("row_eps", "nesterov", "dampened"), "fp32")},
-                ("ROW_NORMALIZE", "ALIGNED"),
-            ),
-            (moments_kernel, {**common, "factors_ptr": "*fp32", "beta2": "fp32"}, ()),
-            (
-                apply_kernel,
-                {**common, **dict.fromkeys(("factors_ptr", "ratios_ptr", "lr_ptr"), "*fp32")}
-                | {"weight_decay": "fp32"},
-                ("NORMUON", "COPY", "ALIGNED"),
-            ),
-        ]
-        for kernel, signature, flags in kernels:
-            for number in range(2 ** len(flags)):
-                chosen = {flag: bool(number >> index & 1) for index, flag in enumerate(flags)}
-                name = "_".join([kernel.__name__.removesuffix("_kernel"), *(f.lower() for f in flags if chosen[f])])
-                configuration = {"constexprs": {**chosen, "ROWS": ROWS, "CHUNK": CHUNK}, "options": OPTIONS}
-                found.append({"name": f"{name}_{kind}", "kernel": kernel, "signature": signature, **configuration})
-    return found

@@ -26,7 +26,7 @@ import functools
 import itertools
 from collections import namedtuple
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -97,7 +97,7 @@ def add_squares(largest, squares, value, AXIS: tl.constexpr = None):
     return largest, squares * (unit / before) * (unit / before) + tl.sum(scaled * scaled, axis=AXIS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["matrices"])
 def pack_kernel(
     addresses_ptr, layout_ptr, blocks_ptr, x_ptr, stats_ptr, scales_ptr, matrices,
     SCALED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
@@ -129,7 +129,7 @@ def pack_kernel(
         tl.store(stats_ptr + 2 * block + 1, squares)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["matrices"])
 def norm_kernel(
     layout_ptr, blocks_ptr, x_ptr, stats_ptr, scales_ptr, matrices, eps,
     ROWS: tl.constexpr, CHUNK: tl.constexpr,
@@ -236,7 +236,7 @@ def add_columns_product(total, lefts, rights, ld, steps, TILE: tl.constexpr, STE
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scales_ptr"])
 def symmetric_kernel(
     in_ptr, out_ptr, tiles_ptr, scales_ptr, partials_ptr, counters_ptr, linear, quadratic,
     GRAM: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
@@ -282,7 +282,7 @@ def symmetric_kernel(
             tl.store(out_ptr + mirror + within, tl.trans(result))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scales_ptr"])
 def product_kernel(
     work_ptr, tiles_ptr, scales_ptr, x_start, square_start, out_start, linear, quadratic,
     TILE: tl.constexpr, STEP: tl.constexpr,
@@ -580,45 +580,3 @@ def newton_schulz(
             if alike:
                 torch._foreach_copy_([target for target, _ in alike], [view for _, view in alike])
     return results
-
-
-def aot_configurations() -> list[dict[str, Any]]:
-    """Every configuration that ships, for ahead-of-time compilation; see benchmarks/aot.py."""
-    return [entry for kind in ("bf16", "fp16", "fp32") for entry in _aot_of(kind)]
-
-
-def _aot_of(kind: str) -> list[dict[str, Any]]:
-    tables = dict.fromkeys(("layout_ptr", "blocks_ptr"), "*i64")
-    packed = {**tables, "x_ptr": f"*{kind}", "stats_ptr": "*fp32", "scales_ptr": "*fp32", "matrices": "i32"}
-    factors = {**tables, "factors_ptr": "*fp32"}
-    scaled = {**factors, "work_ptr": f"*{kind}", "gram_start": "i32", "scales_ptr": "*fp32"}
-    elementwise: list[tuple[str, Any, dict[str, str], dict[str, bool]]] = [
-        (f"pack_{aligned=:d}_{scaled=:d}", pack_kernel, {**packed, "addresses_ptr": "*i64"}, flags)
-        for aligned, scaled in itertools.product((False, True), (False, True) if kind == "fp16" else (False,))
-        for flags in [{"ALIGNED": aligned, "SCALED": scaled}]
-    ]
-    elementwise += [
-        ("norm", norm_kernel, {**packed, "eps": "fp32"}, {}),
-        ("aol_sums", aol_sums_kernel, {**factors, "gram_ptr": f"*{kind}", "eps": "fp32"}, {}),
-        ("aol_scale", aol_scale_kernel, scaled, {}),
-    ]
-    common = {"tiles_ptr": "*i64", "scales_ptr": "*fp32", "linear": "fp32", "quadratic": "fp32"}
-    symmetric = {**common, "in_ptr": f"*{kind}", "out_ptr": f"*{kind}", "partials_ptr": "*fp32", "counters_ptr": "*i32"}
-    starts = ("x_start", "square_start", "out_start")
-    products: list[tuple[str, Any, dict[str, str], dict[str, bool]]] = [
-        ("gram", symmetric_kernel, symmetric, {"GRAM": True}),
-        ("square", symmetric_kernel, symmetric, {"GRAM": False}),
-        ("product", product_kernel, {**common, "work_ptr": f"*{kind}", **dict.fromkeys(starts, "i32")}, {}),
-    ]
-    tile = 64 if kind == "fp32" else 128
-    # there are no tensor core products of float32 numbers
-    promises = ("wgmma",) if kind != "fp32" else ()
-    return [
-        {"name": f"{name}_{kind}", "kernel": kernel, "signature": signature, "constexprs": {**flags, **constants}}
-        | {"options": options, "promises": promised, "divisible": (*starts, "gram_start")}
-        for group, constants, options, promised in (
-            (elementwise, {"ROWS": ROWS, "CHUNK": CHUNK}, ELEMENTWISE, ()),
-            (products, {"TILE": tile, "STEP": STEP}, PRODUCT, promises),
-        )
-        for name, kernel, signature, flags in group
-    ]

@@ -12,8 +12,6 @@ is held in three pieces, the halves that turn and the rest, because a rotation t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -333,38 +331,3 @@ def choose_block(heads: int, dim: int) -> tuple[int, int]:
     """Positions and warps of a program: 16 numbers of a tensor per thread, padding counted; more cost registers."""
     numbers = triton.next_power_of_2(heads) * triton.next_power_of_2(dim)
     return max(1, 2048 // numbers), max(4, numbers // 512)
-
-
-SHAPES = {
-    "full": {"HEADS": 8, "KV_HEADS": 4, "DIM": 64, "HALF": 32},
-    "partial": {"HEADS": 8, "KV_HEADS": 4, "DIM": 64, "HALF": 8},
-    "plain": {"HEADS": 8, "KV_HEADS": 8, "DIM": 64, "HALF": 0},
-    "odd": {"HEADS": 6, "KV_HEADS": 3, "DIM": 80, "HALF": 20},
-    "wide": {"HEADS": 64, "KV_HEADS": 8, "DIM": 256, "HALF": 128},
-}
-"""Heads that are compiled ahead of time: those of the recipes, and the ends of what the kernels take."""
-
-
-def aot_configurations() -> list[dict[str, Any]]:
-    """Every configuration that ships, for ahead-of-time compilation; see benchmarks/aot.py."""
-    kinds = {"rstd_ptr": "*fp32", "gain_ptr": "*fp32", "share_ptr": "*fp32", "eps": "fp32", "floor": "fp32"}
-    found: list[dict[str, Any]] = []
-    for kernel in (rotate_kernel, unrotate_kernel):
-        for shape, sizes in SHAPES.items():
-            block, warps = choose_block(sizes["HEADS"], sizes["DIM"])
-            # a launch takes a stride of 1 for a constant
-            constants = {"q_stride_d": 1, "k_stride_d": 1, **sizes, "BLOCK": block}
-            runtime = [name for name in kernel.arg_names if name not in constants]
-            found.append(
-                {
-                    "name": f"{kernel.__name__.removesuffix('_kernel')}_{shape}",
-                    "kernel": kernel,
-                    "signature": {
-                        name: kinds.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in runtime
-                    },
-                    "constexprs": constants,
-                    "options": {"num_warps": warps},
-                    "divisible": tuple(name for name in runtime if "stride" in name),
-                }
-            )
-    return found

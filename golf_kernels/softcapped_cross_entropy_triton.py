@@ -11,9 +11,6 @@ Both take tanh(x) as 1 − 2s with s = 1 / (1 + e^2x), and its derivative as 4s(
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -199,46 +196,3 @@ def _row_block(vocabulary: int) -> int:
 def _row_options(block: int) -> dict[str, int]:
     # 32 columns for each thread, and at least two rows on a processor: one is read while another is computed
     return {"num_warps": block // 1024, "maxnreg": 128}
-
-
-def aot_configurations() -> list[dict[str, Any]]:
-    """Every configuration that ships, for ahead-of-time compilation; see benchmarks/aot.py."""
-    pointers = {
-        "targets_ptr": "*i64",
-        "scale_ptr": "*fp32",
-        "loss_ptr": "*fp32",
-        "lse_ptr": "*fp32",
-        "picked_ptr": "*fp32",
-    }
-    numbers = {"softcap": "fp32", "z_loss": "fp32"}
-
-    def configuration(name: str, kernel: Callable[..., Any], **rest: Any) -> dict[str, Any]:
-        runtime = [argument for argument in kernel.arg_names if not argument.isupper()]  # type: ignore[attr-defined]
-        kinds = pointers | numbers
-        default = {argument: "*bf16" if argument.endswith("_ptr") else "i32" for argument in runtime}
-        return {"name": name, "kernel": kernel, "signature": {a: kinds.get(a, default[a]) for a in runtime}, **rest}
-
-    blocks = [1024 << power for power in range(4)]
-    return [
-        *(
-            configuration(
-                f"loss_and_gradient_{block}",
-                loss_and_gradient_kernel,
-                constexprs={"BLOCK_V": block},
-                options=_row_options(block),
-                divisible=("vocabulary",),
-            )
-            for block in blocks
-        ),
-        *(
-            configuration(
-                f"row_nll{'_rounded' if rounded else ''}",
-                row_nll_kernel,
-                constexprs={"ROUND": rounded, **ROW_BLOCKS},
-                options=ROW_OPTIONS,
-                divisible=("width", "vocabulary", "span"),
-                promises=("wgmma",),
-            )
-            for rounded in (False, True)
-        ),
-    ]

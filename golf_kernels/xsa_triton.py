@@ -12,8 +12,6 @@ in registers, its gradient is summed there, and the sum has one order.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -179,36 +177,3 @@ def _sizes(output: Tensor, value: Tensor) -> dict[str, int]:
 def choose_block(dim: int) -> int:
     """Values of a program: 16 numbers of a tensor per thread, padding counted; more cost registers."""
     return int(max(1, 512 * NUM_WARPS // triton.next_power_of_2(dim)))
-
-
-SHAPES = {
-    "grouped": {"KV_HEADS": 4, "GROUP": 2, "DIM": 64},
-    "single": {"KV_HEADS": 8, "GROUP": 1, "DIM": 64},
-    "wide": {"KV_HEADS": 2, "GROUP": 4, "DIM": 128},
-    "odd": {"KV_HEADS": 3, "GROUP": 2, "DIM": 80},
-    "largest": {"KV_HEADS": 1, "GROUP": 16, "DIM": 256},
-}
-"""Heads that are compiled ahead of time: those of the recipes, and the ends of what the kernels take."""
-
-
-def aot_configurations() -> list[dict[str, Any]]:
-    """Every configuration that ships, for ahead-of-time compilation; see benchmarks/aot.py."""
-    found: list[dict[str, Any]] = []
-    for kernel in (xsa_kernel, xsa_backward_kernel):
-        for shape, sizes in SHAPES.items():
-            # a launch takes a stride of 1 for a constant
-            strides = {name: 1 for name in kernel.arg_names if name.endswith("stride_d")}
-            constants = {**strides, **sizes, "BLOCK": choose_block(sizes["DIM"])}
-            runtime = [name for name in kernel.arg_names if name not in constants]
-            kinds = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in runtime} | {"eps": "fp32"}
-            found.append(
-                {
-                    "name": f"{kernel.__name__.removesuffix('_kernel')}_{shape}",
-                    "kernel": kernel,
-                    "signature": kinds,
-                    "constexprs": constants,
-                    "options": {"num_warps": NUM_WARPS},
-                    "divisible": tuple(name for name in runtime if "stride" in name),
-                }
-            )
-    return found
