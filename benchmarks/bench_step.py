@@ -8,6 +8,7 @@ and writes no row. Rows are on disk before the next measurement begins.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from benchmarks.ways import (
     share_sequences,
     token_source,
 )
+from golf_kernels import dispatch
 from train.config import Config
 from train.describe import describe
 from train.errors import UserError, main_guard
@@ -105,6 +107,17 @@ def step_kernels() -> list[str]:
         for kernel, back in pairs.items()
         if "_backward=" not in kernel
     ]
+
+
+def kernels_problem() -> str:
+    """Why no kernel of a training step can run here; empty where one can."""
+    if step_kernels():
+        return ""
+    reasons: dict[str, list[str]] = {}
+    for op, backends in dispatch.describe().items():
+        if "triton" in backends:
+            reasons.setdefault(backends["triton"], []).append(op)
+    return "; ".join(reasons if len(reasons) == 1 else (f"{', '.join(ops)}: {why}" for why, ops in reasons.items()))
 
 
 def phase_name(recurrence: bool) -> str:
@@ -310,6 +323,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.phase == "after" and not config.recur_layers:
         parser.error(f"--phase after: {arguments.recipe} repeats no layers: expected before or both")
     check_ways(names)
+    if arguments.each_kernel and (problem := kernels_problem()):
+        print(f"error: --each-kernel: no kernel of a training step can run here: {problem}", file=sys.stderr)
+        return common.NOTHING_TO_RUN
     if arguments.profile:
         # better found now than after the first way
         arguments.profile.mkdir(parents=True, exist_ok=True)

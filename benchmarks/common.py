@@ -414,6 +414,8 @@ class _Parser(argparse.ArgumentParser):
         return given, rest
 
 
+# exit code of a command that finds nothing here that it could run, as pytest's
+NOTHING_TO_RUN = 5
 # nothing is proven by more
 _TINY = {"rounds": 2, "warmup_ms": 1.0}
 

@@ -23,13 +23,15 @@ from types import FrameType
 
 import torch
 
-from benchmarks.common import COLUMNS, RESULTS, ROOT
+from benchmarks.common import COLUMNS, NOTHING_TO_RUN, RESULTS, ROOT
 from benchmarks.report import tables
 from benchmarks.results import ResultsError, read_results
 from train.files import atomic_write
 
 # a piece with less than this left is not begun; the last seconds belong to the summary
 SHORTEST_S = 15.0
+# the verdict on a piece of which every command said so by its exit code
+NOTHING = "not possible here"
 # test files that share the GPU at a time
 TESTS_AT_ONCE = 4
 
@@ -158,7 +160,7 @@ class Session:
         print(f"[{time.monotonic() - self.started:5.0f} s] {piece.name} …", flush=True)
         begun = time.monotonic()
         until = begun + min(piece.limit_s, self.left)
-        waiting, running, verdicts = list(piece.commands.items()), [], []
+        waiting, running, verdicts, codes = list(piece.commands.items()), [], [], []
         # what an interrupt finds
         piece.verdict = "interrupted"
         with contextlib.ExitStack() as held:
@@ -170,10 +172,9 @@ class Session:
                 for label, process in list(running):
                     if process.poll() is not None:
                         running.remove((label, process))
-                        # a test file in which nothing was left to run
-                        verdicts.append(
-                            "ok" if process.returncode in (0, 5) else f"{label} failed ({process.returncode})"
-                        )
+                        codes.append(process.returncode)
+                        if codes[-1] not in (0, NOTHING_TO_RUN):
+                            verdicts.append(f"{label} failed ({codes[-1]})")
                 if time.monotonic() >= until and running:
                     labels = ", ".join(label for label, _ in running)
                     verdicts.append(
@@ -181,11 +182,12 @@ class Session:
                     )
                     break
         piece.seconds = time.monotonic() - begun
-        piece.verdict = "; ".join(verdict for verdict in verdicts if verdict != "ok") or "ok"
+        piece.verdict = "; ".join(verdicts) or ("ok" if 0 in codes else NOTHING)
         print(f"          {piece.verdict}, {piece.seconds:.0f} s", flush=True)
         for label in piece.commands:
-            if piece.verdict != "ok" and f"{label} " in piece.verdict:
-                print("".join(f"          | {line}\n" for line in self._tail(label)), end="", flush=True)
+            if piece.verdict == NOTHING or f"{label} " in piece.verdict:
+                lines = self._tail(label, 1 if piece.verdict == NOTHING else 4)
+                print("".join(f"          | {line}\n" for line in lines), end="", flush=True)
 
     @contextlib.contextmanager
     def _process(self, label: str, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
@@ -208,7 +210,7 @@ class Session:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
-    def _tail(self, label: str, lines: int = 4) -> list[str]:
+    def _tail(self, label: str, lines: int) -> list[str]:
         return (self.out / f"{label}.txt").read_text(errors="replace").splitlines()[-lines:]
 
     def keep(self, pieces: Sequence[Piece]) -> None:

@@ -42,7 +42,9 @@ def test_every_benchmark_and_every_test_of_a_gpu_has_its_place() -> None:
     assert len(labels) == len(set(labels))
 
 
-def test_pieces_end_well_fail_or_are_stopped_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_pieces_end_well_fail_or_are_stopped_and_the_rest_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def meet(own: str, other: str) -> list[str]:
         paths = f"own, other = Path({str(tmp_path / own)!r}), Path({str(tmp_path / other)!r})"
         return script(f"from pathlib import Path; {paths}\nown.touch()\nwhile not other.exists(): pass")
@@ -54,17 +56,26 @@ def test_pieces_end_well_fail_or_are_stopped_and_the_rest_goes_on(tmp_path: Path
         Piece("unneeded", 60, {"unneeded": script("print('never')")}, instead_of="fine"),
         Piece("endless", 4.0, {"a": script("print(1)"), "b": script("import time; print('begun'); time.sleep(60)"), "c": script("")}),
         Piece("together", 60, {"d": meet("d", "e"), "e": meet("e", "d")}, at_once=2),
-        Piece("none_left", 60, {"f": script("raise SystemExit(5)")}),
+        Piece("some_left", 60, {"f": script("raise SystemExit(5)"), "g": script("")}),
+        Piece("none_left", 60, {"h": script("print('no GPU'); raise SystemExit(5)")}),
     ]  # fmt: skip
     assert not Session(tmp_path / "out", 300, tmp_path / "results").run(pieces)
     verdicts = {piece.name: piece.verdict for piece in pieces}
     assert verdicts == {
         "fine": "ok", "broken": "broken failed (3)", "plain": "ok", "unneeded": "not needed, fine ran",
-        "endless": "b stopped at the limit, 1 not begun", "together": "ok", "none_left": "ok",
+        "endless": "b stopped at the limit, 1 not begun", "together": "ok", "some_left": "ok",
+        "none_left": "not possible here",
     }  # fmt: skip
     assert (tmp_path / "out" / "b.txt").read_text() == "begun\n" and not (tmp_path / "out" / "c.txt").exists()
+    assert "not possible here, 0 s\n          | no GPU\n" in capsys.readouterr().out
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert "| broken | broken failed (3) |" in summary and "there is no figure here" in summary
+
+
+def test_what_cannot_run_here_is_no_failure(tmp_path: Path) -> None:
+    assert Session(tmp_path / "out", 300, tmp_path / "results").run(
+        [Piece("none_left", 60, {"a": script("raise SystemExit(5)"), "b": script("raise SystemExit(5)")})]
+    )
 
 
 def test_the_rows_of_this_session_alone_are_kept(tmp_path: Path) -> None:

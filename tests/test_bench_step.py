@@ -178,6 +178,25 @@ def test_a_kernel_is_switched_with_its_backward_pass() -> None:
     assert "=cpp" not in names and "window" not in names and not any(name.startswith("xsa_backward") for name in found)
 
 
+def test_without_a_kernel_that_can_run_its_reason_is_said_and_nothing_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--each-kernel", "--tiny", "--device", "cpu", "--recipe", "quickstart"]
+    monkeypatch.setattr(bench_step, "choose_attention", None)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = "error: --each-kernel: no kernel of a training step can run here: PyTorch finds no CUDA GPU\n"
+    assert bench_step.main(command) == common.NOTHING_TO_RUN
+    assert capsys.readouterr().err == said
+    # where the operators have several reasons, each is said once
+    answers = {"a": {"triton": "no X", "torch": "available"}, "b": {"torch": "available"}, "c": {"triton": "no Y"}}
+    answers["d"] = {"triton": "no X"}
+    monkeypatch.setattr(bench_step.dispatch, "describe", lambda: answers)
+    monkeypatch.setattr(bench_step, "step_kernels", list)
+    assert bench_step.main(command) == common.NOTHING_TO_RUN
+    assert "can run here: a, d: no X; c: no Y\n" in capsys.readouterr().err
+
+
 def test_tokens_of_shards_follow_each_other(tmp_path: Path) -> None:
     config = load_recipe("quickstart").config(**NARROW)
     write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(200, dtype=np.uint16) % 300)
