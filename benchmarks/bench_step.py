@@ -35,7 +35,8 @@ from train.describe import describe
 from train.errors import UserError, main_guard
 from train.inductor import SWITCHES, parse_switch
 from train.model.attention_choice import choose_attention
-from train.profiling import breakdown, busy_ms, kernel_times, new_trace, plot_breakdown, write_trace
+from train.parts import name_compiled_kernels
+from train.profiling import breakdown, busy_ms, kernel_times, new_trace, write_breakdowns, write_trace
 from train.recipes import recipe_names
 
 # dense bfloat16 TFLOP/s of the datasheets, for a utilization beside the measured one; the first name that fits counts
@@ -44,6 +45,7 @@ DATASHEET_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "H200 
 MAX_LOSS_ERROR = 0.02
 # steps between two looks at the clock: the host may run ahead of the GPU, as it does in training
 STEPS_PER_TURN = 4
+PROFILED_STEPS = 3
 
 
 @dataclass
@@ -172,19 +174,17 @@ def measure_steps(
     return errors, problems
 
 
-def profile_variant(
-    variant: StepVariant, bench: Bench, recurrence: bool, steps: int = 3
-) -> tuple[Any, dict[str, float], float | None]:
+def profile_variant(variant: StepVariant, bench: Bench, recurrence: bool) -> tuple[Any, dict[str, float], float | None]:
     """A trace of some steps, milliseconds per step by family of kernels, and those in which the GPU was busy."""
     tokens = bench.tokens()
-    batches = [tokens.next() for _ in range(steps)]
+    batches = [tokens.next() for _ in range(PROFILED_STEPS)]
     trace = new_trace(bench.clock.device)
     with trace:
         for batch in batches:
             variant.run(batch, recurrence)
         if bench.clock.device.type == "cuda":
             torch.cuda.synchronize(bench.clock.device)
-    return trace, breakdown(kernel_times(trace), steps), busy_ms(trace, steps)
+    return trace, breakdown(kernel_times(trace), PROFILED_STEPS), busy_ms(trace, PROFILED_STEPS)
 
 
 def peak_mib(variant: StepVariant, bench: Bench, recurrence: bool) -> float:
@@ -243,7 +243,7 @@ def measure_ways(names: list[str], bench: Bench, recurrence: bool, traces: Path 
             stem = f"{config.recipe}_{phase_name(recurrence).partition('_')[0]}_{variant.name.replace('=', '_')}"
             write_trace(traces / f"{stem}_rank0.json.gz", trace)
             title = f"{config.recipe}, {variant.name}, {gpu} ({row['p50']:.1f} ms of wall time without the profiler)"
-            plot_breakdown(traces / f"{stem}.png", families, title)
+            write_breakdowns(traces, f"{stem}_", trace, PROFILED_STEPS, title)
     for problem in problems:
         print(f"FAILED {problem}", flush=True)
     return not problems
@@ -308,7 +308,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="measure each way but published beside itself with a switch of train.inductor, one NAME=VALUE, or all of them",
     )
     parser.add_argument("--data", type=Path, help="folder of shards; default: made tokens")
-    parser.add_argument("--profile", type=Path, help="folder for a trace and a picture of each way")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        help="folder for each way's trace and its time by family of kernels and by part of the model",
+    )
     arguments = parser.parse_args(argv)
     every = [switch.name for switch in SWITCHES]
     switches = [name for given in arguments.inductor for name in (every if given == "all" else [given])]
@@ -329,6 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.profile:
         # better found now than after the first way
         arguments.profile.mkdir(parents=True, exist_ok=True)
+        if problem := name_compiled_kernels(device.type):
+            print(f"the model's parts have no ranges: {problem}")
     clock = common.Clock(device, warmup_ms=arguments.warmup_ms, rounds=arguments.rounds)
     surroundings = common.environment(device)
     try:

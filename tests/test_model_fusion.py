@@ -80,6 +80,6 @@ def test_a_kernel_that_is_asked_for_stays_an_operator(asked_for: str, monkeypatc
     assert all(block.fused == (asked_for == "mix_rms_norm") for block in model.blocks)
     assert all(block.attention.fused == (asked_for == "qk_norm_rope") for block in model.blocks)
     assert all(block.attention.fused_xsa == (asked_for == "xsa") for block in model.blocks)
-    assert not model.fused
+    assert not model.head.fused
     monkeypatch.undo()
     assert {name.split(".")[1] for name in operators_in_graph(model, random_ids(model.config))} == {asked_for}

@@ -14,7 +14,15 @@ from torch.autograd import DeviceType
 from train.config import Config
 from train.distributed import Ranks
 from train.logger import RunLogger
-from train.profiling import StepProfiler, breakdown, busy_ms, kernel_family, kernel_times, named_ranges, new_trace
+from train.profiling import (
+    StepProfiler,
+    breakdown,
+    busy_ms,
+    kernel_family,
+    kernel_times,
+    part_of_any_layer,
+    part_times,
+)  # fmt: skip
 from train.values import ConfigError, parse_steps
 
 
@@ -91,13 +99,16 @@ def test_chosen_steps_leave_a_trace_with_the_models_parts(tmp_path: Path) -> Non
             profiler.after(step)
             assert (tmp_path / "profile").exists() == (step >= 2)
     assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == [
-        "breakdown.json", "breakdown.png", "trace_rank0.json.gz",
+        "breakdown.json", "breakdown.png", "parts.json", "parts.png", "trace_rank0.json.gz",
     ]  # fmt: skip
     trace = json.loads(gzip.decompress((tmp_path / "profile" / "trace_rank0.json.gz").read_bytes()))
     names = [event.get("name") for event in trace["traceEvents"]]
     assert names.count("1.0") == 2 and names.count("1") == 2
     families = json.loads((tmp_path / "profile" / "breakdown.json").read_text())
     assert families["matrix products"] > 0
+    parts = json.loads((tmp_path / "profile" / "parts.json").read_text())
+    assert min(parts[name] for name in ("0", "1.0", "1.1")) > 0
+    assert sum(parts.values()) == pytest.approx(sum(families.values()))
     assert "profile:" in (tmp_path / "train_seed1.log").read_text()
 
 
@@ -136,15 +147,26 @@ def test_ranges_and_overlaps_are_no_time_of_the_gpu() -> None:
     assert busy_ms(SimpleNamespace(events=lambda: on_cpu), 2) is None
 
 
-def test_ranges_end_with_their_context_and_after_an_error() -> None:
-    class Broken(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise RuntimeError("broken")
+def launched(
+    name: str, microseconds: list[float], parent: object = None, *, annotation: bool = False
+) -> SimpleNamespace:
+    return SimpleNamespace(
+        name=name, key=name, device_type=DeviceType.CPU, is_user_annotation=annotation, cpu_parent=parent,
+        kernels=[SimpleNamespace(duration=us) for us in microseconds], self_cpu_time_total=1e6, self_device_time_total=0,
+    )  # fmt: skip
 
-    model = nn.Sequential(nn.Linear(2, 2), Broken())
-    with new_trace(torch.device("cpu")) as trace, named_ranges(model):
-        with pytest.raises(RuntimeError, match="broken"):
-            model(torch.ones(1, 2))
-        model[0](torch.ones(1, 2))
-    assert {event.key: event.count for event in trace.key_averages()}["0"] == 2
-    assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
+
+def test_a_kernels_time_is_that_of_the_innermost_range_it_was_started_in() -> None:
+    forward = launched("forward", [], annotation=True)
+    graph = launched("## Call CompiledFxGraph fabc ##", [], forward, annotation=True)
+    part = launched("blocks.3.mlp", [], graph, annotation=True)
+    events = [
+        forward, graph, part, launched("aten::mm", [30.0, 5.0], part), launched("triton_poi_fused", [7.0], part),
+        launched("aten::mul", [2.0], graph), launched("aten::add", [1.0]),
+        *(made_event("gemm", 0, us) for us in (30, 5, 7, 2, 1, 10)),
+    ]  # fmt: skip
+    trace = SimpleNamespace(events=lambda: events, key_averages=lambda: events)
+    found = part_times(trace)
+    # of 55 microseconds on the GPU, 1 was started in no range and 10 by no operator
+    assert found == [("blocks.3.mlp", 35), ("blocks.3.mlp", 7), ("forward", 2), ("elsewhere", 11)]
+    assert breakdown(found, 1, part_of_any_layer) == {"blocks.mlp": 0.042, "elsewhere": 0.011, "forward": 0.002}

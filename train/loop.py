@@ -31,6 +31,7 @@ from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
 from train.optimize.schedules import WallClock, lr_scale, muon_momentum
+from train.parts import name_compiled_kernels
 from train.profiling import StepProfiler
 from train.progress import Progress
 from train.run import RunFolder
@@ -103,6 +104,9 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     use_attention(model, attention.name)
     log.line(f"attention:{attention.name} ({attention.reason})")
     start.end("attention")
+    named = config.profile_steps and compiles(config, ranks.device)
+    if named and (problem := name_compiled_kernels(ranks.device.type)):
+        log.line(f"profile:the model's parts have no ranges, {problem}")
     loss_of = compiled_loss(model, config, ranks.device)
     if loss_of is not model:
         log.line(f"inductor:{chosen_options()[1]}")

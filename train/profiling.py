@@ -1,4 +1,4 @@
-"""Profiles of training steps: a trace for Perfetto per rank, and where the time goes by family of kernels."""
+"""Profiles of training steps: a trace for Perfetto per rank, and where the time goes by family of kernels and part of the model."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import gzip
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from train.distributed import Ranks
 from train.files import atomic_write, atomic_writer
 from train.logger import RunLogger
+from train.parts import named_ranges
 
 # the first family whose pattern is found in a kernel's (on a CPU: an operator's) name takes it; the package's Triton kernels
 # go by their whole names
@@ -44,17 +45,24 @@ def kernel_family(name: str) -> str:
     return next((family for family, pattern in FAMILIES if re.search(pattern, lowered)), OTHER)
 
 
-def breakdown(events: Iterable[tuple[str, float]], steps: int) -> dict[str, float]:
-    """Milliseconds per step and family, the largest first.
+def part_of_any_layer(part: str) -> str:
+    """A part's name without numbers: "blocks.mlp" for "blocks.3.mlp"."""
+    return re.sub(r"\.\d+", "", part)
+
+
+def breakdown(
+    events: Iterable[tuple[str, float]], steps: int, group: Callable[[str], str] = kernel_family
+) -> dict[str, float]:
+    """Milliseconds per step and group, the largest first.
 
     Args:
-        events: names of kernels and the microseconds they ran.
+        events: names and microseconds.
         steps: steps over which they ran.
+        group: the group a name belongs to.
     """
     total: dict[str, float] = {}
     for name, microseconds in events:
-        family = kernel_family(name)
-        total[family] = total.get(family, 0.0) + microseconds / 1e3 / steps
+        total[group(name)] = total.get(group(name), 0.0) + microseconds / 1e3 / steps
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
@@ -63,6 +71,25 @@ def kernel_times(trace: profile) -> list[tuple[str, float]]:
     averages = trace.key_averages()
     on_gpu = [(e.key, e.self_device_time_total) for e in averages if _is_kernel(e)]
     return on_gpu or [(e.key, e.self_cpu_time_total) for e in averages if e.self_cpu_time_total > 0]
+
+
+def part_times(trace: profile) -> list[tuple[str, float]]:
+    """Name and microseconds of the ranges in which kernels (without a GPU: operators) were started, each in its innermost one.
+
+    What was started in no range, or by a replayed CUDA graph, is "elsewhere".
+    """
+    events = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CPU]
+    whole = sum(microseconds for _, microseconds in kernel_times(trace))
+    on_gpu = any(event.kernels for event in events)
+    found = []
+    for event in events:
+        microseconds = sum(kernel.duration for kernel in event.kernels) if on_gpu else event.self_cpu_time_total
+        around = event
+        while around is not None and not _is_range(around):
+            around = around.cpu_parent
+        if around is not None and microseconds > 0:
+            found.append((around.name, microseconds))
+    return [*found, ("elsewhere", max(0.0, whole - sum(microseconds for _, microseconds in found)))]
 
 
 def busy_ms(trace: profile, steps: int) -> float | None:
@@ -80,13 +107,18 @@ def _is_kernel(event: Any) -> bool:
     return event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
 
 
+def _is_range(event: Any) -> bool:
+    # torch.compile's own ranges, which have a graph's checksum for a name, say less than ours around them
+    return event.is_user_annotation and not event.name.startswith(("## Call", "Torch-Compiled Region"))
+
+
 class StepProfiler:
     """Profiles some steps of a run into `<run>/profile/`; without steps it does nothing.
 
     Args:
         steps: the steps to profile, counted from 0.
         folder: the run's folder.
-        ranks: every rank writes its own trace, rank 0 the breakdown.
+        ranks: every rank writes its own trace, rank 0 the breakdowns.
         log: gets a line for what was written.
         parts: a model that is not compiled, whose modules get their names into the trace; else None.
 
@@ -141,11 +173,10 @@ class StepProfiler:
         self._ranks.barrier()
         write_trace(self.folder / f"trace_rank{self._ranks.rank}.json.gz", trace)
         if self._ranks.is_main:
-            families = breakdown(kernel_times(trace), step + 1 - self.steps.start)
-            atomic_write(self.folder / "breakdown.json", json.dumps(families, indent=1) + "\n")
             device = self._ranks.device
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-            plot_breakdown(self.folder / "breakdown.png", families, f"steps {self.steps.start}-{step} on {name}")
+            steps, title = step + 1 - self.steps.start, f"steps {self.steps.start}-{step} on {name}"
+            write_breakdowns(self.folder, "", trace, steps, title)
             self._log.line(
                 f"profile:{self.folder} steps:{self.steps.start}-{step} (their time is longer by the profiling)"
             )
@@ -169,17 +200,30 @@ def write_trace(path: Path, trace: profile) -> None:
         plain.unlink()
 
 
-def plot_breakdown(path: Path, families: Mapping[str, float], title: str) -> None:
-    """Draw milliseconds per step and family as bars, the largest at the top."""
+def write_breakdowns(folder: Path, prefix: str, trace: profile, steps: int, title: str) -> None:
+    """Write a profile's milliseconds per step by family of kernels and by part of the model, as JSON and as pictures.
+
+    The pictures add up the layers; `parts.json` has each.
+    """
+    families, parts = breakdown(kernel_times(trace), steps), breakdown(part_times(trace), steps, str)
+    for name, times in (("breakdown", families), ("parts", parts)):
+        atomic_write(folder / f"{prefix}{name}.json", json.dumps(times, indent=1) + "\n")
+    plot_breakdown(folder / f"{prefix}breakdown.png", families, title)
+    of_any_layer = breakdown(((name, 1e3 * ms) for name, ms in parts.items()), 1, part_of_any_layer)
+    plot_breakdown(folder / f"{prefix}parts.png", of_any_layer, title)
+
+
+def plot_breakdown(path: Path, times: Mapping[str, float], title: str) -> None:
+    """Draw milliseconds per step as bars, the largest at the top."""
     # imported here, as training without a profile draws nothing
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 0.4 * len(families) + 1.4), layout="constrained")
+    figure = Figure(figsize=(8, 0.4 * len(times) + 1.4), layout="constrained")
     axis = figure.subplots()
-    total = sum(families.values())
-    bars = axis.barh(list(families), list(families.values()), color="#0072B2")
-    labels = [f"{ms:.2f} ms, {100 * ms / total:.0f} %" for ms in families.values()]
+    total = sum(times.values())
+    bars = axis.barh(list(times), list(times.values()), color="#0072B2")
+    labels = [f"{ms:.2f} ms, {100 * ms / total:.0f} %" for ms in times.values()]
     axis.bar_label(bars, labels, padding=4, fontsize=9)
     axis.invert_yaxis()
     axis.margins(x=0.25)
@@ -188,34 +232,3 @@ def plot_breakdown(path: Path, families: Mapping[str, float], title: str) -> Non
     axis.spines[["top", "right"]].set_visible(False)
     with atomic_writer(path) as file:
         FigureCanvasAgg(figure).print_png(file)
-
-
-@contextlib.contextmanager
-def named_ranges(model: nn.Module) -> Iterator[None]:
-    """Give the forward pass of every module a range in the trace, under its name.
-
-    For a model that is not compiled: a compiled one runs no module's forward by itself, and its kernels carry the names
-    of the operators they were made of.
-    """
-    ranges: list[Any] = []
-
-    def enter(name: str) -> Any:
-        def hook(*_: Any) -> None:
-            ranges.append(record_function(name))
-            ranges[-1].__enter__()
-
-        return hook
-
-    def leave(*_: Any) -> None:
-        ranges.pop().__exit__(None, None, None)
-
-    handles = []
-    for name, module in model.named_modules():
-        if name and not isinstance(module, nn.ModuleList):
-            handles.append(module.register_forward_pre_hook(enter(name)))
-            handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

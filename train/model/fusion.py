@@ -10,13 +10,14 @@ from train.config import Config
 from train.model.attention import Attention
 from train.model.block import Block
 from train.model.gpt import GPT
+from train.model.head import Head
 from train.model.mlp import MLP
 
 CALLERS: dict[str, tuple[type[nn.Module], str]] = {
     "leaky_relu2_mlp": (MLP, "fused"),
     "mix_rms_norm": (Block, "fused"),
     "qk_norm_rope": (Attention, "fused"),
-    "softcapped_cross_entropy": (GPT, "fused"),
+    "softcapped_cross_entropy": (Head, "fused"),
     "xsa": (Attention, "fused_xsa"),
 }
 """The operators of a training step, by whom they are called, and the attribute there that says whether they are."""

@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
 from train import hardware
 from train.config import Config
 from train.model.attention import Heads
 from train.model.block import BLOCK_MATRICES, Block, BlockInputs
 from train.model.documents import Documents, document_starts
 from train.model.embeddings import BigramHash, TokenEmbedding, ValueEmbedding
-from train.model.head import head_logits
+from train.model.head import Head, head_logits
 from train.model.init import constant, parameter
 from train.model.linear import observe
 from train.model.norm import rms_norm
@@ -65,8 +63,6 @@ class GPT(nn.Module):
         orthogonal, qat = config.orthogonal_init, config.qat
         self.config = config
         self.compute_dtype = resolve_compute_dtype(config)
-        # False: a plain loss for a compiler to fuse; see train.model.fusion
-        self.fused = True
         self.plan = make_plan(config, recurrence=False)
         self.recurrent_plan = make_plan(config, recurrence=True)
         self.embedding = TokenEmbedding(config.vocab_size, dim, config.tied_embed_init_std, tables)
@@ -85,6 +81,7 @@ class GPT(nn.Module):
         if skip_count(config):
             self.skips = UNetSkips(skip_count(config), dim, gated=config.skip_gates)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.head = Head(config.logit_softcap)
         lanes = any(step.form == "lanes" for step in self.plan)
         self.lane_mix = constant(0.5) if lanes else None
         # #1392 counts and saves these vectors, but no optimizer ever had them
@@ -119,10 +116,8 @@ class GPT(nn.Module):
         Returns:
             Scalar, natural log per token, float32 (float64 where the compute dtype is).
         """
-        hidden, cap = self.hidden(ids, recurrence=recurrence).flatten(0, 1), self.config.logit_softcap
-        if not self.fused:
-            return F.cross_entropy(head_logits(hidden, self.head_weight, cap), targets.flatten().long())
-        return softcapped_cross_entropy(hidden, self.head_weight, targets.flatten(), softcap=cap, reduction="mean")
+        hidden = self.hidden(ids, recurrence=recurrence).flatten(0, 1)
+        return self.head(hidden, self.head_weight, targets.flatten())
 
     def logits(self, ids: Tensor, *, recurrence: bool) -> Tensor:
         """Softcapped logits `(B, T, V)` of `ids` `(B, T)`, float32 (float64 where the compute dtype is)."""

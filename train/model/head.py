@@ -1,9 +1,12 @@
-"""The head: logits from the tied embedding, capped softly."""
+"""The head: logits from the tied embedding, capped softly, and their loss."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
 
 
 def softcap(values: Tensor, cap: float) -> Tensor:
@@ -24,3 +27,32 @@ def head_logits(hidden: Tensor, weight: Tensor, cap: float) -> Tensor:
     """
     logits = hidden @ weight.T
     return softcap(logits.to(torch.promote_types(logits.dtype, torch.float32)), cap)
+
+
+class Head(nn.Module):
+    """The loss of softcapped logits; the weight is the embedding's, so the head has no parameters.
+
+    Args:
+        cap: softcap.
+    """
+
+    def __init__(self, cap: float) -> None:
+        super().__init__()
+        self.cap = cap
+        # False: a plain loss for a compiler to fuse; see train.model.fusion
+        self.fused = True
+
+    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy.
+
+        Args:
+            hidden: `(M, d)`, after the final norm.
+            weight: `(V, d)` in the dtype of `hidden`.
+            targets: `(M,)` integer tokens.
+
+        Returns:
+            Scalar, natural log per token, float32 (float64 for float64 input).
+        """
+        if not self.fused:
+            return F.cross_entropy(head_logits(hidden, weight, self.cap), targets.long())
+        return softcapped_cross_entropy(hidden, weight, targets, softcap=self.cap, reduction="mean")

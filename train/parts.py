@@ -1,0 +1,157 @@
+"""The model's parts in a profile: a range in the trace around the kernels of each, in a plain model and in a compiled one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.profiler import record_function
+
+
+@contextlib.contextmanager
+def named_ranges(model: nn.Module) -> Iterator[None]:
+    """Give the forward pass of every module of a model that is not compiled a range in the trace, under its name."""
+    ranges: list[Any] = []
+
+    def enter(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            ranges.append(record_function(name))
+            ranges[-1].__enter__()
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        ranges.pop().__exit__(None, None, None)
+
+    handles = []
+    for name, module in model.named_modules():
+        if name and not isinstance(module, nn.ModuleList):
+            handles.append(module.register_forward_pre_hook(enter(name)))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class KernelRanges:
+    """The ranges of one call of a compiled graph, which the compiled code opens; no more than a test while nothing is profiled."""
+
+    def __init__(self) -> None:
+        self._range: record_function | None = None
+
+    def part(self, name: str) -> None:
+        """End the range that is open and, if `name` is not empty, begin one under that name."""
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self._range = None
+        if name and torch.autograd._profiler_enabled():
+            self._range = record_function(name)
+            self._range.__enter__()
+
+
+@functools.cache
+def name_compiled_kernels(device: str) -> str | None:
+    """Let the graphs that this process compiles from now on for `device` give the kernels of each part a range.
+
+    A range lies around the launches of neighbouring kernels of one part, forward and backward; the kernels themselves are
+    those of any other run. The compile cache does not keep such code.
+
+    Args:
+        device: a device's type.
+
+    Returns:
+        None, or why there will be no ranges: this torch's code generator is another one.
+    """
+    # imported here: only a profile of a compiled model needs Inductor's code generator
+    try:
+        from torch._functorch import config as autograd_config
+        from torch._inductor import config, debug
+        from torch._inductor.codegen import common
+        from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+        from torch._inductor.virtualized import V
+
+        common.init_backend_registration()
+        known = common.device_codegens[device]
+        for owner, name in (
+            (known, "wrapper_codegen"),
+            (PythonWrapperCodegen, "write_provenance_debug_handle"),
+            (PythonWrapperCodegen, "generate_return"),
+            (debug, "_inductor_triton_kernel_to_post_grad_node_info"),
+            (config.trace, "provenance_tracking_level"),
+            (autograd_config, "enable_autograd_cache"),
+        ):
+            getattr(owner, name)
+    except (ImportError, AttributeError, KeyError) as error:
+        return f"torch {torch.__version__} has another code generator ({error})"
+
+    class RangeWrapper(PythonWrapperCodegen):
+        supports_caching = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._part = ""
+            self.add_import_once(f"from {__name__} import KernelRanges")
+
+        @staticmethod
+        def create(is_subgraph: bool, *arguments: Any, **named: Any) -> PythonWrapperCodegen:
+            if is_subgraph:
+                return PythonWrapperCodegen.create(is_subgraph, *arguments, **named)
+            return RangeWrapper()
+
+        # Inductor calls this in front of each kernel's call
+        def write_provenance_debug_handle(self, kernel_name: str, debug_handle: int | None = None) -> None:
+            # Inductor replaces the table from time to time
+            made_of = debug._inductor_triton_kernel_to_post_grad_node_info.get(f"{kernel_name}:{debug_handle}", [])
+            nodes = {node.name: node for node in V.graph.graph.nodes}
+            name = part_of(nodes[node] for node in made_of if node in nodes)
+            if V.graph.is_backward:
+                name += " backward"
+            if name != self._part:
+                if not self._part:
+                    self.writeline("kernel_ranges = KernelRanges()")
+                self.writeline(f"kernel_ranges.part({name!r})")
+                self._part = name
+            super().write_provenance_debug_handle(kernel_name, debug_handle)
+
+        def generate_return(self, output_refs: list[str]) -> None:
+            if self._part:
+                self.wrapper_call.writeline("kernel_ranges.part('')")
+            super().generate_return(output_refs)
+
+    common.device_codegens[device] = dataclasses.replace(known, wrapper_codegen=RangeWrapper)
+    # Inductor then keeps which nodes of a graph each kernel was made of
+    config.trace.provenance_tracking_level = 2
+    # torch 2.11 would find graphs there that were compiled without ranges
+    autograd_config.enable_autograd_cache = False
+    return None
+
+
+def part_of(nodes: Iterable[fx.Node]) -> str:
+    """The part of the model that a kernel belongs to, from the nodes that it was made of.
+
+    Views do no arithmetic, so they count only where nothing else tells. A part stands for the parts within it. A kernel of
+    several parts has the names of two, or of one and a number; one of none, such as what the model itself does between
+    its parts, is "model".
+    """
+    nodes = list(nodes)
+    names = {module_of(node) for node in nodes if not getattr(node.target, "is_view", False)} - {""}
+    names = names or {module_of(node) for node in nodes} - {""}
+    parts = sorted(name for name in names if not any(name.startswith(f"{other}.") for other in names))
+    if not parts:
+        return "model"
+    return " + ".join(parts) if len(parts) < 3 else f"{parts[0]} + {len(parts) - 1} more"
+
+
+def module_of(node: fx.Node) -> str:
+    """The name of the module whose forward pass a node of a graph belongs to, or is the derivative of; empty for the model itself."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    path = next((path for path, _ in reversed(stack.values())), "")
+    return re.sub(r"^L\['\w+'\]\.?", "", path)
