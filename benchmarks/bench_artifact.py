@@ -30,7 +30,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.common import CheckFailed
-from train.artifact import load_model, read_artifact, write_artifact
+from train.artifact import Artifact, load_model, read_artifact, write_artifact
 from train.artifact.codecs import CODECS
 from train.artifact.difference import difference
 from train.artifact.storage import encode_section, plan_sections
@@ -190,7 +190,9 @@ def curve(
         for k in sigmas:
             clipped = config.replace(matrix_clip="sdclip", matrix_clip_sigmas=k)
             tensors = quantize_stage(clipped, model, ranks, log)
-            path, sizes, read = Path(elsewhere) / "model.golf", {}, None
+            path = Path(elsewhere) / "model.golf"
+            sizes: dict[str, int] = {}
+            read: Artifact | None = None
             for name in codecs:
                 info = write_artifact(path, tensors, clipped.replace(codec=name), code_bytes=0, max_bytes=sys.maxsize)
                 sizes[name], before, read = info.model_bytes, read, read_artifact(path)

@@ -176,7 +176,7 @@ class Processes:
     def __call__(self, text: Text) -> list[Tensor]:
         for end in self._ends:
             end.send(text)
-        found = [end.recv() for end in self._ends]
+        found: list[list[Tensor]] = [end.recv() for end in self._ends]
         return found[0]
 
     def close(self) -> None:

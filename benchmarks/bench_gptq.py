@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,9 +45,10 @@ def make_case(shape: tuple[int, int, int], device: torch.device) -> common.Case:
     )
 
 
-def run(backend: Any, block: Sequence[Tensor]) -> Sequence[Tensor]:
+def run(backend: dispatch.Backend, block: Sequence[Tensor]) -> Sequence[Tensor]:
     """Codes and errors."""
-    return dispatch.run_on(backend, "gptq_block", *block, LIMIT)
+    results: Sequence[Tensor] = dispatch.run_on(backend, "gptq_block", *block, LIMIT)
+    return results
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -75,6 +75,7 @@ def exact(given: Head, rows_at_once: int = 4096) -> list[Tensor]:
         loss.backward()
         losses.append(loss.detach())
         gradients.append(hidden.grad)
+    assert weight.grad is not None
     return [torch.stack(losses).sum(), torch.cat(gradients), weight.grad]
 
 
@@ -89,7 +90,7 @@ def chunk_bytes(device: torch.device, size: int | None) -> Iterator[None]:
         head.CHUNK_BYTES[device.type] = before
 
 
-def golf_variant(impl: str, backend: str, device: torch.device, size: int | None = None) -> common.Variant:
+def golf_variant(impl: str, backend: dispatch.Backend, device: torch.device, size: int | None = None) -> common.Variant:
     """One of this project's back ends."""
 
     def run(given: Head) -> list[Tensor]:

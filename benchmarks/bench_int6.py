@@ -63,7 +63,10 @@ def dequantize(dtype: torch.dtype) -> Operation:
         int6_native.dequantize(*zip(*((one.packed, one.scales, one.result) for one in model), strict=True))
 
     def reference(one: Matrix) -> Tensor:
-        return dispatch.run_on("torch", "int6_dequantize", [one.packed], [one.scales], [one.codes.shape[1]], dtype)[0]
+        weights: list[Tensor] = dispatch.run_on(
+            "torch", "int6_dequantize", [one.packed], [one.scales], [one.codes.shape[1]], dtype
+        )
+        return weights[0]
 
     def exact(one: Matrix) -> Tensor:
         return one.codes.double() * one.scales.double()[:, None]

@@ -98,7 +98,8 @@ def quack() -> Block:
 
     def block(x: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor, slope: float) -> Tensor:
         hidden = F.rms_norm(x, x.shape[-1:], eps=EPS)
-        return x + scale * mlp.mlp_func(hidden, w_up, w_down, "relu_sq")
+        result: Tensor = mlp.mlp_func(hidden, w_up, w_down, "relu_sq")
+        return x + scale * result
 
     return block
 
@@ -108,7 +109,7 @@ def liger() -> Block:
     activation = importlib.import_module("liger_kernel.transformers.relu_squared").LigerReLUSquared()
 
     def block(x: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor, slope: float) -> Tensor:
-        hidden = activation(F.rms_norm(x, x.shape[-1:], eps=EPS) @ w_up.T)
+        hidden: Tensor = activation(F.rms_norm(x, x.shape[-1:], eps=EPS) @ w_up.T)
         return x + scale * (hidden @ w_down.T)
 
     return block
@@ -134,8 +135,8 @@ def make_inputs(shape: Shape, device: torch.device, seed: int) -> Inputs:
 
 def both_passes(block: Block, slope: float, inputs: Inputs) -> list[Tensor]:
     """The result and the gradients."""
-    leaves = [inputs[name] for name in GRADIENTS]
-    y = block(*leaves, slope)
+    x, w_up, w_down, scale = leaves = [inputs[name] for name in GRADIENTS]
+    y = block(x, w_up, w_down, scale, slope)
     return [y.detach(), *torch.autograd.grad(y, leaves, inputs["dy"])]
 
 
@@ -257,7 +258,8 @@ def profile(variant: common.Variant, inputs: Inputs) -> str:
     with torch.profiler.profile(activities=activities) as recorded:
         variant.run(inputs)
     order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    return recorded.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60)
+    table: str = recorded.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60)
+    return table
 
 
 def compare(shape: Shape, slope: float, clock: common.Clock, limits: common.Ceilings) -> list[list[common.Row]]:

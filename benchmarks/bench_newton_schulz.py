@@ -52,7 +52,7 @@ def on_exact_copies(call: Callable[[list[Tensor]], Sequence[Tensor]]) -> Callabl
     return lambda matrices: call([matrix.double().cpu() for matrix in matrices])
 
 
-def orthogonalize(backend: str, dtype: torch.dtype) -> Callable[[Any], Sequence[Tensor]]:
+def orthogonalize(backend: dispatch.Backend, dtype: torch.dtype) -> Callable[[Any], Sequence[Tensor]]:
     return lambda matrices: dispatch.run_on(backend, "newton_schulz", matrices, SCHEDULE, 1e-7, "frobenius", dtype)
 
 
@@ -153,7 +153,7 @@ def muon_step(build: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Callabl
         if key in optimizers:
             optimizers[key][0].step()
             return []
-        weights = [torch.nn.Parameter(weight.clone()) for weight in given["weights"]]
+        weights: list[Tensor] = [torch.nn.Parameter(weight.clone()) for weight in given["weights"]]
         for weight, gradient in zip(weights, given["gradients"], strict=True):
             weight.grad = gradient
         optimizers[key] = (build(weights), given)
@@ -182,13 +182,15 @@ class BankedMuon(torch.optim.Optimizer):
             groups.setdefault(weight.shape, []).append(weight)
         self._banks = []
         for shape, members in groups.items():
-            bank, gradient = torch.stack([w.detach() for w in members]), torch.stack([w.grad for w in members])
+            bank = torch.stack([weight.detach() for weight in members])
+            gradient = torch.stack([weight.grad for weight in members if weight.grad is not None])
             for weight, place in zip(members, bank.unbind(), strict=True):
                 weight.data = place
             self._banks.append((bank, gradient, torch.zeros_like(bank), max(1.0, shape[0] / shape[1]) ** 0.5))
 
+    # PyTorch's steps also take a closure, which no benchmark has
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for bank in self._banks:
             self._update(*bank)
 
@@ -201,10 +203,11 @@ def banked(bank: Bank) -> Callable[[Tensor, Tensor, Tensor, float], None]:
     return step
 
 
-def forced(backend: str) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+def forced(backend: dispatch.Backend) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
     """Muon whose step goes to that back end whatever is chosen elsewhere."""
 
     class Forced(Muon):
+        # without a closure, as above
         @torch.no_grad()
         def step(self, closure: None = None) -> None:  # type: ignore[override]
             group = self.param_groups[0]

@@ -116,14 +116,17 @@ def gptq_case(model: GPT, config: Config, names: Sequence[str]) -> common.Case:
         weights = []
         for name in names:
             weight = parameters[name].detach().float()
-            bits, clip = stored_bits(name, weight, config), clip_settings(name, weight, config)
+            bits, clip = stored_bits(name, weight, config), clip_settings(name, config)
             scales = ROW_SCALES[clip.name](weight, bits, sigmas=clip.sigmas, floor=clip.floor)
-            settings = {
-                "damp": config.gptq_damp,
-                "block_size": config.gptq_block_size,
-                "act_order": config.gptq_act_order,
-            }
-            codes, _ = gptq(weight.double(), hessians[name].double(), scales.double(), bits, **settings)
+            codes, _ = gptq(
+                weight.double(),
+                hessians[name].double(),
+                scales.double(),
+                bits,
+                damp=config.gptq_damp,
+                block_size=config.gptq_block_size,
+                act_order=config.gptq_act_order,
+            )
             weights.append((codes * scales.double()[:, None]).cpu())
         return weights
 
@@ -163,16 +166,23 @@ def measure_generation(
     Raises:
         CheckFailed: they are not the texts that the model would write without keeping keys and values.
     """
-    length, settings = config.train_seq_len, {"temperature": config.gptq_calib_temperature, "seed": config.seed}
+    length, recurrence = config.train_seq_len, bool(config.recur_layers)
 
     def write() -> Tensor:
-        return generate_tokens(model, range(rows), length, recurrence=bool(config.recur_layers), **settings)
+        return generate_tokens(
+            model,
+            range(rows),
+            length,
+            temperature=config.gptq_calib_temperature,
+            seed=config.seed,
+            recurrence=recurrence,
+        )
 
     agreed = agreement(model, config, write())
     if agreed < LEAST_AGREEMENT:
         raise common.CheckFailed(f"generate: {agreed:.1%} of the tokens agree, expected {LEAST_AGREEMENT:.0%} at least")
     # the weights are read for every token, keys and values on average half of their length
-    runs = len(make_plan(config, recurrence=bool(config.recur_layers)))
+    runs = len(make_plan(config, recurrence=recurrence))
     weights = 2.0 * sum(weight.numel() for weight in model.parameters())
     traffic = length * (weights + rows * runs * 2 * config.kv_dim * length / 2 * model.compute_dtype.itemsize)
     flops, shape = rows * window_flops(config, config.window), f"{rows} texts of {length} tokens"
@@ -193,7 +203,7 @@ def measured(
     """A row of what takes seconds: run once, then timed."""
     work()
     p20, p50, p80 = common.quantiles([clock.once_ms(work) for _ in range(clock.rounds)])
-    row = {"op": op, "impl": "golf", "mode": "eager", "shape": shape}
+    row: common.Row = {"op": op, "impl": "golf", "mode": "eager", "shape": shape}
     row |= {"dtype": str(model.compute_dtype).removeprefix("torch."), "p50": p50, "p20": p20, "p80": p80}
     row |= {"tflops": flops / p50 / 1e9, "gbps": traffic / p50 / 1e6, "floor": limits.floor_ms(flops, traffic)}
     return row | {"rel_err": error, "n": clock.rounds}

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from benchmarks.devices import datasheet_tflops
 from benchmarks.ways import (
     StepVariant,
     Tokens,
@@ -40,6 +39,8 @@ from train.parts import name_compiled_kernels
 from train.profiling import breakdown, busy_ms, kernel_times, new_trace, write_breakdowns, write_trace
 from train.recipes import recipe_names
 
+# dense bfloat16 TFLOP/s of the datasheets, for a utilization beside the measured one; the first name that fits counts
+DATASHEET_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "H200 NVL": 835.0, "H200": 989.4}
 # how far a way's loss may be from the first one's after the warm-up, relative: bfloat16 in another order
 MAX_LOSS_ERROR = 0.02
 # steps between two looks at the clock: the host may run ahead of the GPU, as it does in training
@@ -78,7 +79,8 @@ class Bench:
         return token_source(self.config, self.data)
 
     def step_flops(self, recurrence: bool) -> float:
-        return 1e6 * describe(self.config, {})["mflop_per_token"][phase_name(recurrence)] * self.share_tokens
+        mflop: float = describe(self.config, {})["mflop_per_token"][phase_name(recurrence)]
+        return 1e6 * mflop * self.share_tokens
 
     def row(self, variant: StepVariant, recurrence: bool, error: float) -> common.Row:
         p20, p50, p80 = common.quantiles(variant.times_ms)
@@ -154,8 +156,8 @@ def measure_steps(
     means = {variant.name: variant.warmup_loss for variant in variants if variant.warmup_loss is not None}
     wanted = next(iter(means.values()), float("nan"))
     errors = {name: abs(mean - wanted) / wanted for name, mean in means.items()}
-    for name, error in list(errors.items()):
-        if not error <= MAX_LOSS_ERROR:
+    for name, distance in list(errors.items()):
+        if not distance <= MAX_LOSS_ERROR:
             problems.append(f"{name}: mean loss {means[name]:.4f}, {next(iter(means))} has {wanted:.4f}")
             del errors[name]
     timed = [variant for variant in variants if variant.name in errors]
@@ -210,7 +212,7 @@ def measure_ways(names: list[str], bench: Bench, recurrence: bool, traces: Path 
     )
     if rows:
         bench.store(list(rows.values()))
-    datasheet = datasheet_tflops(gpu)
+    datasheet = next((tflops for name, tflops in DATASHEET_TFLOPS.items() if name in gpu), None)
     columns = (
         "p20",
         "p50",
@@ -332,8 +334,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.profile:
         # better found now than after the first way
         arguments.profile.mkdir(parents=True, exist_ok=True)
-        if problem := name_compiled_kernels(device.type):
-            print(f"the model's parts have no ranges: {problem}")
+        if reason := name_compiled_kernels(device.type):
+            print(f"the model's parts have no ranges: {reason}")
     clock = common.Clock(device, warmup_ms=arguments.warmup_ms, rounds=arguments.rounds)
     surroundings = common.environment(device)
     try:

@@ -126,7 +126,8 @@ class Clock:
         run()
         last.record()
         last.synchronize()
-        return first.elapsed_time(last)
+        elapsed: float = first.elapsed_time(last)
+        return elapsed
 
     def warm_up(self, run: Callable[[], Any]) -> float:
         """Runs for `warmup_ms`, at least twice, and returns the last call's milliseconds."""
@@ -274,7 +275,7 @@ def compilations(names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
     return ways
 
 
-def compiled(function: types.FunctionType, options: Mapping[str, Any], device: torch.device) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], options: Mapping[str, Any], device: torch.device) -> Callable[..., Any]:
     """A function compiled with Inductor's options; on a CPU only traced, because there they change nothing."""
     # a code object of its own, or variants would share what was compiled, and the limit on compiling one function again
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(NUMBERS)}")

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -49,7 +50,7 @@ def plots(measurements: Sequence[Measurement], folder: Path) -> list[Path]:
     return written
 
 
-def _bare(axis: Axes, grid: str) -> None:
+def _bare(axis: Axes, grid: Literal["both", "x", "y"]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis=grid, alpha=0.3, linewidth=0.6)
     axis.set_axisbelow(True)

@@ -64,11 +64,14 @@ def launch_recipe(config: Config) -> None:
         with OnKernels(), torch.no_grad():
             states = [model.hidden(windows, recurrence=recurrence, rows_from=first) for first in {0, late}]
             if stride and model.overlap_problem is None:
-                shared = {"windows": count, "stride": stride, "recurrence": recurrence, "rows_from": late}
-                states.append(model.overlapping_hidden(text, **shared))
+                states.append(
+                    model.overlapping_hidden(text, windows=count, stride=stride, recurrence=recurrence, rows_from=late)
+                )
             for hidden in states:
                 score(hidden.flatten(0, 1), model.head_weight, config.logits_rounding == "bf16")
-    step_muon(build_optimizers(model, config).muon, torch.bfloat16)
+    muon = build_optimizers(model, config).muon
+    assert muon is not None
+    step_muon(muon, torch.bfloat16)
 
 
 def launch_branches() -> None:
@@ -80,7 +83,9 @@ def launch_branches() -> None:
     ):
         coefficients = [value for triple in chosen.schedule() for value in triple]
         run("newton_schulz", [torch.empty(2048, columns)], coefficients, 1e-7, chosen.prescale, dtype)
-    for columns, dtype, extras, copied in itertools.product((512, 333), (bfloat16, float32), *[(False, True)] * 2):
+    for columns, dtype, extras, copied in itertools.product(
+        (512, 333), (bfloat16, float32), (False, True), (False, True)
+    ):
         weight = torch.nn.Parameter(torch.empty(2048, columns))
         weight.grad = torch.empty_like(weight)
         muon = Muon([weight], row_normalize=extras, normuon=extras)

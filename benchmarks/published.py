@@ -26,7 +26,8 @@ BANKED = ("sp4096_recurrence",)
 def quintic(gradient: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Newton-Schulz of a matrix `(m, n)` or a bank `(k, m, n)` with Keller Jordan's numbers, in `dtype`."""
     x = gradient.to(dtype)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    norm: Tensor = x.norm(dim=(-2, -1), keepdim=True)
+    x = x / (norm + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     for _ in range(steps):
@@ -63,9 +64,10 @@ class PlainMuon:
         for bank, buffers, seconds in zip(self.banks, self.momentum, self.second, strict=True):
             updates = []
             for matrix, buffer in zip(bank, buffers, strict=True):
-                weight = 1 - beta if config.normuon else 1.0
-                buffer.mul_(beta).add_(matrix.grad, alpha=weight)
-                update = matrix.grad.mul(weight).add(buffer, alpha=beta)
+                gradient, weight = matrix.grad, 1 - beta if config.normuon else 1.0
+                assert gradient is not None
+                buffer.mul_(beta).add_(gradient, alpha=weight)
+                update = gradient.mul(weight).add(buffer, alpha=beta)
                 if config.muon_eq_r:
                     update = update / (update.square().sum(-1, keepdim=True) + config.muon_row_eps).sqrt()
                 updates.append(update)

@@ -143,7 +143,7 @@ class Session:
 
     def run(self, pieces: Sequence[Piece]) -> bool:
         """Run the pieces in order until the time is over; whether none of those that ran failed."""
-        ended = {}
+        ended: dict[str, str] = {}
         try:
             for piece in pieces:
                 if piece.instead_of and ended.get(piece.instead_of) == "ok":
@@ -160,7 +160,10 @@ class Session:
         print(f"[{time.monotonic() - self.started:5.0f} s] {piece.name} …", flush=True)
         begun = time.monotonic()
         until = begun + min(piece.limit_s, self.left)
-        waiting, running, verdicts, codes = list(piece.commands.items()), [], [], []
+        waiting = list(piece.commands.items())
+        running: list[tuple[str, subprocess.Popen[bytes]]] = []
+        verdicts: list[str] = []
+        codes: list[int] = []
         # what an interrupt finds
         piece.verdict = "interrupted"
         with contextlib.ExitStack() as held:

@@ -53,7 +53,7 @@ def _step_triton(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> No
         ratios = tuple(learning_rate_ratio(group["adjust_lr_fn"], *shape) for shape in shapes)
         aligned = all(a % 16 == 0 for row in addresses for a in row) and all(n % 8 == 0 for _, n in shapes)
         dtype = group["compute_dtype"] or default_compute_dtype(members)
-        with torch.cuda.device_of(members[0]):  # type: ignore[no-untyped-call]
+        with torch.cuda.device_of(members[0]):
             processors = kernels.processors_of(device)
             plan = kernels.lasting(kernels.make_plan(shapes, kernels.tile_of(dtype), device, processors), device)
             workspace = kernels.Workspace(plan, dtype)

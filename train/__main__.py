@@ -6,10 +6,11 @@ import json
 import os
 import sys
 
-from train.config import Config, ConfigError
+from train.config import Config
 from train.errors import main_guard
 from train.recipes import load_recipe
 from train.settings import help_text, resolve
+from train.values import ConfigError
 
 USAGE = f"""usage: python -m train [--recipe NAME] [--SETTING VALUE ...] [--describe [--json]]
 

@@ -288,7 +288,7 @@ class Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
         """The inverse of `to_dict`; refuses names that no field has."""
-        converted = {}
+        converted: dict[str, Any] = {}
         for name, value in values.items():
             field = _FIELDS.get(name) or _unknown(name)
             converted[name] = tuple(value) if isinstance(value, list) else value

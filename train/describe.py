@@ -41,8 +41,8 @@ def describe(config: Config, published: Mapping[str, float]) -> dict[str, Any]:
     """
     with torch.device("meta"):
         model = GPT(config)
-    tensors = []
-    for row, (name, parameter) in zip(parameter_table(model, config), model.named_parameters(), strict=True):
+    tensors: list[dict[str, Any]] = []
+    for row, (name, parameter) in zip(parameter_table(model), model.named_parameters(), strict=True):
         bits = stored_bits(name, parameter, config)
         scales = 2 * parameter.shape[0] if bits < 16 else 0
         tensors.append(

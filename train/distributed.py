@@ -69,16 +69,17 @@ class Ranks:
         Raises:
             UserError: on every rank, if rank 0 raised it; nobody is left waiting.
         """
-        result, problem = None, None
+        done: list[T] = []
+        problem = None
         if self.is_main:
             try:
-                result = work()
+                done.append(work())
             except UserError as error:
                 problem = str(error)
-        result, problem = self.broadcast((result, problem))
+        done, problem = self.broadcast((done, problem))
         if problem is not None:
             raise UserError(problem)
-        return result  # type: ignore[return-value]
+        return done[0]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replace `tensor` (any shape, dtype and device) by its sum over the ranks, in place, and return it."""

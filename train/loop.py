@@ -16,7 +16,7 @@ from torch.profiler import record_function
 
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.config import MICRO_BATCHES, Config
-from train.data.loaders import Loader, make_loader
+from train.data.loaders import BatchSource, Loader, make_loader
 from train.data.shards import find_shards
 from train.data.validation import ValidationText, load_validation
 from train.distributed import Ranks
@@ -200,7 +200,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
 def training_step(
     optimizers: Optimizers,
     loss_of: Callable[..., Tensor],
-    loader: Loader,
+    loader: BatchSource,
     ranks: Ranks,
     recurrence: bool,
     scale: float,

@@ -52,7 +52,7 @@ class KernelRanges:
         if self._range is not None:
             self._range.__exit__(None, None, None)
             self._range = None
-        if name and torch.autograd._profiler_enabled():
+        if name and torch._C._autograd._profiler_enabled():
             self._range = record_function(name)
             self._range.__enter__()
 
@@ -103,7 +103,8 @@ def name_compiled_kernels(device: str) -> str | None:
         @staticmethod
         def create(is_subgraph: bool, *arguments: Any, **named: Any) -> PythonWrapperCodegen:
             if is_subgraph:
-                return PythonWrapperCodegen.create(is_subgraph, *arguments, **named)
+                subgraph: PythonWrapperCodegen = PythonWrapperCodegen.create(is_subgraph, *arguments, **named)
+                return subgraph
             return RangeWrapper()
 
         # Inductor calls this in front of each kernel's call

@@ -78,7 +78,7 @@ def part_times(trace: profile) -> list[tuple[str, float]]:
 
     What was started in no range, or by a replayed CUDA graph, is "elsewhere".
     """
-    events = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CPU]
+    events = [event for event in trace.events() if event.device_type.name == "CPU"]
     whole = sum(microseconds for _, microseconds in kernel_times(trace))
     on_gpu = any(event.kernels for event in events)
     found = []
@@ -104,7 +104,7 @@ def busy_ms(trace: profile, steps: int) -> float | None:
 
 def _is_kernel(event: Any) -> bool:
     # a range of record_function has a shadow on the GPU, as long as all its kernels together
-    return event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    return event.device_type.name == "CUDA" and not event.is_user_annotation
 
 
 def _is_range(event: Any) -> bool:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.config import BOOKKEEPING, Config, ConfigError
+from train.config import BOOKKEEPING, Config
 from train.errors import UserError
 from train.files import read_json, write_json
+from train.values import ConfigError
 
 
 @dataclass(frozen=True)

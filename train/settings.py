@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from train.config import Config, ConfigError, field_help, field_names, nearest, parse_value
+from train.config import Config, field_help, field_names, nearest, parse_value
 from train.recipes import load_recipe, recipe_names
-from train.values import format_value
+from train.values import ConfigError, format_value
 
 # first words that only a setting of this field begins with; a variable such as MUON_MOMENTM is then no stranger
 _FAMILIES = frozenset(

@@ -178,13 +178,6 @@ def evaluate_stage(folder: RunFolder, model: GPT, ranks: Ranks, log: RunLogger) 
     use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, config.eval_batch_seqs)).name)
     recurrence = bool(config.recur_layers)
     known = known_targets(config, validation.tokens)
-    common = {
-        "known": known,
-        "recurrence": recurrence,
-        "rank": ranks.rank,
-        "world_size": ranks.world_size,
-        "progress": True,
-    }
     for stride in sorted({0, config.eval_stride}):
         scored = config.replace(eval_stride=stride)
         result = evaluate_model(
@@ -192,8 +185,12 @@ def evaluate_stage(folder: RunFolder, model: GPT, ranks: Ranks, log: RunLogger) 
             validation.tokens,
             validation.tables,
             scored,
+            known=known,
+            recurrence=recurrence,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            progress=True,
             description=f"evaluate, stride {stride or 'flat'}",
-            **common,
         )
         if not ranks.is_main:
             continue

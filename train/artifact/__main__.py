@@ -19,7 +19,8 @@ from train.files import atomic_write, sha256_file
 def main(arguments: list[str] | None = None) -> int | None:
     """Run the command line."""
     options = _parser().parse_args(arguments)
-    return options.run(options)
+    status: int | None = options.run(options)
+    return status
 
 
 def inspect(options: argparse.Namespace) -> None:

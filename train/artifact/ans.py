@@ -128,11 +128,12 @@ def ans_encode(data: bytes, shape: tuple[int, int] | None = None) -> bytes:
     coder = stream.stack.AnsCoder()
     for part, table_model in reversed(parts):
         coder.encode_reverse(np.ascontiguousarray(part, np.int32), table_model)
-    labels = [0 if given is None else _labels(given) for given in (plan.rows, plan.columns)]
-    header = _HEADER.pack(*labels, plan.flags is not None, low, high)
+    counted = [0 if given is None else _labels(given) for given in (plan.rows, plan.columns)]
+    header = _HEADER.pack(*counted, plan.flags is not None, low, high)
     if any(header[:3]):
         header += _SHAPE.pack(rows, columns)
-    return header + _CRC.pack(zlib.crc32(data, zlib.crc32(header))) + coder.get_compressed().astype("<u4").tobytes()
+    words: bytes = coder.get_compressed().astype("<u4").tobytes()
+    return header + _CRC.pack(zlib.crc32(data, zlib.crc32(header))) + words
 
 
 def ans_decode(data: bytes, size: int) -> bytes:
@@ -190,9 +191,10 @@ def ans_decode(data: bytes, size: int) -> bytes:
 
 def _library() -> ModuleType:
     try:
-        return importlib.import_module("constriction").stream
+        stream: ModuleType = importlib.import_module("constriction").stream
     except ImportError as error:
         raise MissingCodec(f"codec ans: needs {PACKAGE}: pip install {PACKAGE!r}, or set CODEC=brotli") from error
+    return stream
 
 
 def _choose(matrices: NDArray[np.int8]) -> _Plan:
@@ -311,7 +313,8 @@ def _sums(differences: _Bytes, flags: _Integers) -> _Bytes:
     total = np.cumsum(differences, axis=0, dtype=np.uint8)
     start = np.maximum.accumulate(np.where(flags > 0, 0, np.arange(len(flags))))
     before = np.where(start[:, None] > 0, total[start - 1], np.uint8(0))
-    return total - before
+    sums: _Bytes = total - before
+    return sums
 
 
 def _small_floats(counts: _Integers) -> _Integers:

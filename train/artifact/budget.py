@@ -92,8 +92,8 @@ def budget_table(rows: Sequence[BudgetRow]) -> str:
         share = f"{100 * row.packed_bytes / max(total, 1):.1f} %"
         elements, unpacked, packed = f"{row.elements:,}", f"{row.unpacked_bytes:,}", f"{row.packed_bytes:,}"
         lines.append((row.group, row.type, row.codec, elements, unpacked, packed, bits, share))
-    elements, unpacked = sum(row.elements for row in rows), sum(row.unpacked_bytes for row in rows)
-    lines.append(("total", "", "", f"{elements:,}", f"{unpacked:,}", f"{total:,}", "", "100.0 %"))
+    elements, unpacked = f"{sum(row.elements for row in rows):,}", f"{sum(row.unpacked_bytes for row in rows):,}"
+    lines.append(("total", "", "", elements, unpacked, f"{total:,}", "", "100.0 %"))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     left = 3
     return "\n".join(

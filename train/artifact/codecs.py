@@ -134,13 +134,15 @@ def _brotli() -> ModuleType:
 
 
 def _brotli_encode(data: bytes) -> bytes:
-    return _brotli().compress(data, quality=_BROTLI_QUALITY)
+    packed: bytes = _brotli().compress(data, quality=_BROTLI_QUALITY)
+    return packed
 
 
 def _brotli_decode(data: bytes, size: int) -> bytes:
     brotli = _brotli()
     decoder = brotli.Decompressor()
-    parts, total, rest = [], 0, data
+    parts: list[bytes] = []
+    total, rest = 0, data
     try:
         while total <= size:
             parts.append(decoder.process(rest, output_buffer_limit=size + 1 - total))
@@ -156,7 +158,8 @@ def _brotli_decode(data: bytes, size: int) -> bytes:
 
 
 def _zstd_encode(data: bytes) -> bytes:
-    return _library("zstd", "zstandard", "zstandard").ZstdCompressor(level=_ZSTD_LEVEL).compress(data)
+    packed: bytes = _library("zstd", "zstandard", "zstandard").ZstdCompressor(level=_ZSTD_LEVEL).compress(data)
+    return packed
 
 
 def _zstd_decode(data: bytes, size: int) -> bytes:
@@ -167,9 +170,10 @@ def _zstd_decode(data: bytes, size: int) -> bytes:
         promised = zstandard.frame_content_size(data)
         if promised != size:
             raise CodecError(f"codec zstd: expected a frame of {size:,} decoded bytes, found {promised:,}")
-        return decoder.decompress(data, allow_extra_data=False)
+        unpacked: bytes = decoder.decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CodecError(f"codec zstd: not a zstd frame, or a damaged one ({error})") from error
+    return unpacked
 
 
 def _lzma_encode(data: bytes) -> bytes:

@@ -208,7 +208,7 @@ def _unpack_header(path: Path, data: memoryview) -> tuple[Header, int, int]:
     if text_bytes > MAX_HEADER_BYTES:
         _damaged(path, "header", f"at most {MAX_HEADER_BYTES:,} bytes", f"{text_bytes:,}")
     try:
-        table = json.loads(CODECS["zlib"].decode(packed, text_bytes))
+        table = json.loads(bytes(CODECS["zlib"].decode(packed, text_bytes)))
     except (CodecError, ValueError, RecursionError) as error:
         raise ArtifactError(
             f"{path}: header: expected JSON in a zlib stream, found another ({error}): {_AGAIN}"

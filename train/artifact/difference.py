@@ -78,7 +78,7 @@ class Difference:
             parts = [row.first if row.first == row.second else f"{row.first} and {row.second}"]
             if row.codes_changed is not None:
                 parts.append(f"{100 * row.codes_changed:.2f} % of the codes")
-            if row.weight_error is not None:
+            if row.weight_error is not None and row.relative_error is not None:
                 parts.append(f"weights by up to {row.weight_error:.4g}, {100 * row.relative_error:.3g} % in norm")
             lines.append(f"tensor {row.name}: {', '.join(parts)}")
         verdict = "the same model" if self.same else f"{len(self.tensors)} tensors differ"

@@ -25,13 +25,14 @@ from train.artifact.container import (
     pack,
     unpack,
 )
-from train.config import Config, ConfigError
+from train.config import Config
 from train.errors import UserError
 from train.files import atomic_write
 from train.model.gpt import GPT
 from train.progress import Progress
 from train.quantize.row_scales import largest_code
 from train.quantize.tensors import QuantizedTensor, StoredTensors, dequantize_state, tensor_group
+from train.values import ConfigError
 
 MODEL_FIELDS = (
     "vocab_size", "document_masking", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope",
@@ -120,9 +121,9 @@ class Encoder:
     """
 
     def __init__(self) -> None:
-        self._last: tuple[StoredTensors, Config, tuple[bytes, ArtifactInfo]] | None = None
+        self._last: tuple[Mapping[str, QuantizedTensor | Tensor], Config, tuple[bytes, ArtifactInfo]] | None = None
 
-    def __call__(self, tensors: StoredTensors, config: Config) -> tuple[bytes, ArtifactInfo]:
+    def __call__(self, tensors: Mapping[str, QuantizedTensor | Tensor], config: Config) -> tuple[bytes, ArtifactInfo]:
         if self._last is None or self._last[0] is not tensors or self._last[1] != config:
             self._last = tensors, config, encode_artifact(tensors, config)
         return self._last[2]
@@ -349,9 +350,9 @@ def _tensors(source: Path, header: Header, contents: list[bytes | memoryview]) -
             continue
         scales = take(entry.scales, entry.shape[:1])
         bits = int(header.sections[entry.section].type.removeprefix("int"))
-        tensors[entry.name] = QuantizedTensor(values, scales, bits)
+        coded = tensors[entry.name] = QuantizedTensor(values, scales, bits)
         try:
-            _check_codes(entry.name, tensors[entry.name])
+            _check_codes(entry.name, coded)
         except UserError as error:
             raise ArtifactError(f"{source}: tensor {error}: write it anew with python -m train") from error
     return tensors

@@ -115,7 +115,7 @@ def prune(
     if config.prune_excess:
         excess = ranks.on_main(lambda: size(tensors)) - config.max_artifact_bytes
         if excess > 0:
-            matrices = {name: tensor for name, tensor in tensors.items() if classify(name, tensor, config) == "matrix"}
+            matrices = {name: tensor for name, tensor in tensors.items() if classify(name, config) == "matrix"}
             count = min(config.prune_excess * excess, count_ones(matrices))
             tensors = {**tensors, **_pruned(matrices, count, f"model {excess} bytes over the cap", log)}
     return tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from train.data.build import build_dataset, check_output
 from train.data.bulk import VAL_DOCS, build_bulk
@@ -207,7 +208,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: argparse._SubParsersAction, name: str, run: object, summary: str, example: str
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: object, summary: str, example: str
 ) -> argparse.ArgumentParser:
     one = commands.add_parser(
         name,
@@ -271,7 +272,7 @@ def _add_small_options(one: argparse.ArgumentParser) -> None:
     )
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, object]:
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "tokenizer_path": arguments.tokenizer,
         "shard_tokens": arguments.shard_tokens,

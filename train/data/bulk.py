@@ -185,8 +185,8 @@ def build_bulk(
             with_yardsticks=with_yardsticks, count_train_bytes=False,
         )  # fmt: skip
         install_folder(work, out)
-        for file in (STATE, LOCK):
-            Path(out, file).unlink()
+        for left in (STATE, LOCK):
+            Path(out, left).unlink()
     return info
 
 

@@ -167,7 +167,8 @@ def document_lines(path: Path, start_byte: int = 0) -> Iterator[tuple[bytes, int
     Raises:
         UserError: the compressed file is broken.
     """
-    opener: Callable[..., Any] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, nullcontext)
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+    opener = openers.get(path.suffix, nullcontext)
     try:
         with path.open("rb") as raw, opener(raw) as stream:
             stream.seek(start_byte)

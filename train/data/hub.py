@@ -110,6 +110,9 @@ class HubSource(Source):
             from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
         except ImportError as error:
             raise UserError(f"huggingface_hub is needed to download ({error}): pip install huggingface_hub") from None
+        # the base classes are the transport's own errors, whose library differs between releases
+        bases = (base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+        transport: tuple[type[Exception], ...] = (OSError, *bases)
         try:
             yield
         except HFValidationError as error:
@@ -118,8 +121,7 @@ class HubSource(Source):
             raise UserError(
                 f"--repo {self.repo}: no such dataset repository, or it is private: check the name, or log in with `hf auth login`"
             ) from None
-        # the base classes are the transport's own errors, whose library differs between releases
-        except (OSError, *HfHubHTTPError.__bases__) as error:
+        except transport as error:
             if getattr(error, "errno", None) in _LOCAL_FAULTS:
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -269,7 +271,7 @@ def _manifest(source: Source, root: Path) -> dict[str, Any]:
         )
     data = fetched.read_bytes()
     try:
-        manifest = json.loads(data)
+        manifest: dict[str, Any] = json.loads(data)
         for entry in manifest["datasets"]:
             _ = entry["name"], entry["tokenizer_name"], int(entry["stats"]["files_train"] + entry["stats"]["files_val"])
         _ = [item["name"] for item in manifest["tokenizers"]]

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -236,6 +236,12 @@ class Coprime(Order):
             while math.gcd(stride, blocks) != 1:
                 stride = int(self.random.integers(1, blocks))
         self.walks[shard] = phase, int(self.random.integers(blocks)), stride, blocks, 0
+
+
+class BatchSource(Protocol):
+    """What a training step reads."""
+
+    def next_batch(self) -> list[Batch]: ...
 
 
 class Loader:

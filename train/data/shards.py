@@ -173,7 +173,8 @@ def load_validation_tokens(data_path: str | os.PathLike[str], seq_len: int, voca
             f"{data_path}: its validation shards hold {total} tokens, one sequence needs {seq_len + 1}: "
             "choose a smaller TRAIN_SEQ_LEN and EVAL_SEQ_LEN, or build the dataset with more validation text"
         )
-    return np.concatenate(shards)[: (total - 1) // seq_len * seq_len + 1].astype(np.uint16, copy=False)
+    tokens: Tokens = np.concatenate(shards)[: (total - 1) // seq_len * seq_len + 1].astype(np.uint16, copy=False)
+    return tokens
 
 
 class ShardWriter:

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from golf_kernels import window_nll
 from train.config import Config
@@ -170,7 +170,8 @@ class _Scorer:
         compiled = compiles(config, device)
         self.hidden, self.overlapping_hidden = model.hidden, model.overlapping_hidden
         if compiled:
-            write_out_references(model, device.type)
+            if isinstance(model, nn.Module):
+                write_out_references(model, device.type)
             self.hidden = torch.compile(self.hidden, dynamic=False, fullgraph=True)
             self.overlapping_hidden = torch.compile(self.overlapping_hidden, dynamic=False, fullgraph=True)
         self.shares = share_layer0
@@ -185,7 +186,7 @@ class _Scorer:
         padded = np.pad(np.stack(windows), ((0, 0), (0, batches * batch - len(windows.start))))
         counts = (padded[1] - padded[2]).reshape(batches, batch).sum(1).tolist()
         parts = torch.from_numpy(padded).to(self.stream.device).split(batch, dim=1)
-        add = self._add_batch
+        add: Callable[[Tensor, int], None] = self._add_batch
         for index, (part, count) in enumerate(zip(parts, counts, strict=True)):
             # the first batch compiles and warms up, and is worth capturing for if more than one follows
             if index == 1 and batches > 2 and self.graphs:
@@ -216,16 +217,17 @@ class _Scorer:
     def _rows(self, start: Tensor, length: Tensor, rows_from: int) -> Tensor:
         """The head's input for the positions from `rows_from` on, `(B, T - rows_from, d)`."""
         last = len(self.stream) - 2
-        options = {"recurrence": self.recurrence, "rows_from": rows_from}
         if self.shares and rows_from:
             # windows of which only the last rows are scored lie one stride apart
             windows, stride = len(start), len(self.columns) - rows_from
             places = start[0] + torch.arange((windows - 1) * stride + len(self.columns), device=start.device)
             text = self.stream[places.clamp(max=last)].long()
-            return self.overlapping_hidden(text, windows=windows, stride=stride, **options)
+            return self.overlapping_hidden(
+                text, windows=windows, stride=stride, recurrence=self.recurrence, rows_from=rows_from
+            )
         inside = self.columns < length
         ids = self.stream[(start + self.columns).clamp(max=last)] * inside
-        return self.hidden(ids.long(), **options)
+        return self.hidden(ids.long(), recurrence=self.recurrence, rows_from=rows_from)
 
     def _capture(self, windows: Tensor, rows_from: int) -> Callable[[Tensor, int], None]:
         """`_add_batch` as one CUDA graph, for batches of the shape of `windows`."""
@@ -244,14 +246,14 @@ class _Scorer:
 @contextmanager
 def _evaluating(model: Scorable) -> Iterator[None]:
     """Take a model out of training mode for a while, if it is in it."""
-    training = bool(getattr(model, "training", False))
-    if training:
-        model.eval()  # type: ignore[attr-defined]
+    trained = model if isinstance(model, nn.Module) and model.training else None
+    if trained is not None:
+        trained.eval()
     try:
         yield
     finally:
-        if training:
-            model.train()  # type: ignore[attr-defined]
+        if trained is not None:
+            trained.train()
 
 
 def _resident(tokens: np.ndarray, vocab_size: int, device: torch.device) -> Tensor:

@@ -54,21 +54,22 @@ def causal_attention(
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-    rows, length = query.shape[1], key.shape[1]
+    rows, length, heads = query.shape[1], key.shape[1], query.shape[2]
     mask = None if documents is None else documents.mask()[:, :, length - rows :]
-    heads_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     # a single query is the last position and sees every key
     if mask is None and 1 < rows < length:
         # is_causal would let the first query see the first key alone; the kernel beneath it lets the last see the last,
         # but what leads there, causal_lower_right, cannot be compiled
         if query.is_cuda and _on_cuda(query.device, query.dtype, query.shape[-1]) is None and query.shape[-1] <= 256:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*heads_first, is_causal=True)[0].transpose(1, 2)
+            flash: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, is_causal=True)[0]
+            return flash.transpose(1, 2)
         mask = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
     if mask is not None and query.is_cuda:
         # of PyTorch's kernels that take a mask without keeping all scores, one wants a key head for every query head
-        heads_first[1:] = (repeat_heads(tensor, query.shape[2]) for tensor in heads_first[1:])
+        key, value = repeat_heads(key, heads), repeat_heads(value, heads)
     output = F.scaled_dot_product_attention(
-        *heads_first, attn_mask=mask, is_causal=mask is None and rows > 1, enable_gqa=True
+        query, key, value, attn_mask=mask, is_causal=mask is None and rows > 1, enable_gqa=True
     )
     return output.transpose(1, 2)
 
@@ -150,8 +151,8 @@ def _flash_library(name: str) -> Core:
                 *flat, cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=longest, max_seqlen_k=longest, causal=True
             )  # fmt: skip
         # some releases return the logarithms of the softmax's sums beside the output
-        output = output[0] if isinstance(output, tuple) else output
-        return output.view_as(query)
+        attended: Tensor = output[0] if isinstance(output, tuple) else output
+        return attended.view_as(query)
 
     return run
 

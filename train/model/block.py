@@ -117,7 +117,8 @@ class Block(nn.Module):
 
     def feed(self, x: Tensor, *, residual: Tensor) -> Tensor:
         """residual + b ⊙ MLP(g · rms(x))."""
-        return self.mlp(x, residual, self.mlp_scale.to(x.dtype))
+        output: Tensor = self.mlp(x, residual, self.mlp_scale.to(x.dtype))
+        return output
 
     def normed(self, x: Tensor) -> Tensor:
         """g · rms(x), the input of attention."""

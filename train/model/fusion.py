@@ -9,7 +9,6 @@ from golf_kernels import dispatch
 from train.config import Config
 from train.model.attention import Attention
 from train.model.block import Block
-from train.model.gpt import GPT
 from train.model.head import Head
 from train.model.mlp import MLP
 
@@ -28,7 +27,7 @@ def compiles(config: Config, device: torch.device) -> bool:
     return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
 
 
-def write_out_references(model: GPT, device: str) -> list[str]:
+def write_out_references(model: nn.Module, device: str) -> list[str]:
     """Let a model that will be compiled call an operator only where a kernel stands behind it.
 
     A compiler cannot look into an operator. Where its back end would be PyTorch's own products and passes, the formula

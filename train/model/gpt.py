@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,8 @@ class Shared(NamedTuple):
 def resolve_compute_dtype(config: Config) -> torch.dtype:
     """The dtype of the forward pass; "auto" is bfloat16 where the run goes to a GPU and float32 elsewhere."""
     if config.compute_dtype != "auto":
-        return getattr(torch, config.compute_dtype)
+        dtype: torch.dtype = getattr(torch, config.compute_dtype)
+        return dtype
     device = hardware.auto_device() if config.device == "auto" else config.device
     return torch.bfloat16 if device == "cuda" else torch.float32
 
@@ -80,7 +82,8 @@ class GPT(nn.Module):
             )  # fmt: skip
         if skip_count(config):
             self.skips = UNetSkips(skip_count(config), dim, gated=config.skip_gates)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        # PyTorch's list does not say what its modules are
+        self.blocks = cast(Sequence[Block], nn.ModuleList(Block(config, layer) for layer in range(config.num_layers)))
         self.head = Head(config.logit_softcap)
         lanes = any(step.form == "lanes" for step in self.plan)
         self.lane_mix = constant(0.5) if lanes else None
@@ -96,9 +99,9 @@ class GPT(nn.Module):
     def matrices(self) -> dict[str, nn.Parameter]:
         """The 2-D weights of the blocks by name: query, key, value, output, up and down of every layer."""
         return {
-            f"blocks.{name}": weight
-            for name, weight in self.blocks.named_parameters()
-            if name.split(".")[-1] in BLOCK_MATRICES
+            name: weight
+            for name, weight in self.named_parameters()
+            if name.startswith("blocks.") and name.split(".")[-1] in BLOCK_MATRICES
         }
 
     def forward(self, ids: Tensor, targets: Tensor, *, recurrence: bool) -> Tensor:
@@ -117,7 +120,8 @@ class GPT(nn.Module):
             Scalar, natural log per token, float32 (float64 where the compute dtype is).
         """
         hidden = self.hidden(ids, recurrence=recurrence).flatten(0, 1)
-        return self.head(hidden, self.head_weight, targets.flatten())
+        loss: Tensor = self.head(hidden, self.head_weight, targets.flatten())
+        return loss
 
     def logits(self, ids: Tensor, *, recurrence: bool) -> Tensor:
         """Softcapped logits `(B, T, V)` of `ids` `(B, T)`, float32 (float64 where the compute dtype is)."""
@@ -160,7 +164,7 @@ class GPT(nn.Module):
         once = self.embed(text[None], length)
         inputs = self._inputs(self.plan[0].layer, once)
         block = self.blocks[self.plan[0].layer]
-        heads = block.attention.heads(block.mix_and_norm(inputs.x0, inputs.x0)[1], inputs.extra_value)
+        query, key, value = block.attention.heads(block.mix_and_norm(inputs.x0, inputs.x0)[1], inputs.extra_value)
 
         def laid(x: Tensor) -> Tensor:
             # a view: windows share the memory of the text
@@ -169,7 +173,7 @@ class GPT(nn.Module):
         documents = None if inputs.documents is None else Documents(laid(inputs.documents.starts))
         everywhere = BlockInputs(laid(inputs.x0), inputs.rotary, None, documents)
         shared = Shared(everywhere, None if once.values is None else laid(once.values))
-        stream = self._layers(shared, recurrence, tuple(map(laid, heads)))
+        stream = self._layers(shared, recurrence, (laid(query), laid(key), laid(value)))
         return self._finish(stream, shared, rows_from)
 
     def hidden_of(self, shared: Shared, *, recurrence: bool) -> Tensor:
@@ -202,7 +206,7 @@ class GPT(nn.Module):
         """The last layer and the merge of the lanes: from `trunk`'s result to `(B, T - rows_from, d)` before the norm."""
         # recurrence changes neither which layer is last nor in which form it runs
         x, mlp_lane = self._run(self.plan[-1], stream, shared, rows_from)
-        if mlp_lane is None:
+        if mlp_lane is None or self.lane_mix is None:
             return x
         mix = self.lane_mix.to(x.dtype)
         return mlp_lane + mix * (x - mlp_lane)
@@ -234,7 +238,7 @@ class GPT(nn.Module):
 
     def _enter(self, step: Step, stream: Stream, saved: dict[int, Tensor]) -> Stream:
         x, mlp_lane = stream
-        if step.skip is not None:
+        if step.skip is not None and self.skips is not None:
             row, source = step.skip
             x = self.skips(x, saved[source], row)
         return Stream(x, x if step.form == "lanes" and mlp_lane is None else mlp_lane)
@@ -256,7 +260,7 @@ class GPT(nn.Module):
         return hidden
 
     def _inputs(self, layer: int, shared: Shared) -> BlockInputs:
-        if shared.values is None:
+        if shared.values is None or self.ve is None:
             return shared.inputs
         return shared.inputs._replace(extra_value=self.ve.of_layer(layer, shared.values))
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from train.config import Config
 from train.model.block import BLOCK_MATRICES
+from train.model.gpt import GPT
 from train.model.order import virtual_order
 
 
-class ParameterRow(NamedTuple):
+@dataclass(frozen=True)
+class ParameterRow:
     """One tensor of a model: its name, shape, number of elements, dtype and optimizer class."""
 
     name: str
@@ -22,12 +23,11 @@ class ParameterRow(NamedTuple):
     kind: str
 
 
-def classify(name: str, parameter: torch.Tensor, config: Config) -> str:
+def classify(name: str, config: Config) -> str:
     """The optimizer class of a parameter.
 
     Args:
         name: its name in `named_parameters`.
-        parameter: the parameter.
         config: `ve_proj_optimizer` decides about the projection of the value embedding.
 
     Returns:
@@ -44,19 +44,17 @@ def classify(name: str, parameter: torch.Tensor, config: Config) -> str:
     return "scalar"
 
 
-def parameter_table(model: nn.Module, config: Config | None = None) -> list[ParameterRow]:
+def parameter_table(model: GPT) -> list[ParameterRow]:
     """All parameters of a model, in order.
 
     Args:
-        model: a `GPT`; one on the meta device costs nothing.
-        config: its configuration, if the model is not a `GPT`.
+        model: one on the meta device costs nothing.
 
     Returns:
         One row per tensor.
     """
-    config = config or model.config
     return [
-        ParameterRow(name, tuple(weight.shape), weight.numel(), weight.dtype, classify(name, weight, config))
+        ParameterRow(name, tuple(weight.shape), weight.numel(), weight.dtype, classify(name, model.config))
         for name, weight in model.named_parameters()
     ]
 

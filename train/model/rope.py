@@ -22,7 +22,8 @@ def ntk_base(base: float, rotary_dims: int, length: int, train_length: int) -> f
     """
     if length <= train_length or rotary_dims <= 2:
         return base
-    return base * (length / train_length) ** (rotary_dims / (rotary_dims - 2))
+    stretch: float = (length / train_length) ** (rotary_dims / (rotary_dims - 2))
+    return base * stretch
 
 
 def rotary_table(

@@ -16,7 +16,7 @@ class _Average:
 
     def __init__(self, model: nn.Module) -> None:
         self._names = [name for name, _ in model.named_parameters()]
-        self._parameters = [parameter for _, parameter in model.named_parameters()]
+        self._parameters: list[Tensor] = [parameter for _, parameter in model.named_parameters()]
 
     def average(self) -> dict[str, Tensor]:
         """The averaged weights by parameter name; not in the model's dtype, and not to be written to."""

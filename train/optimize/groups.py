@@ -66,6 +66,7 @@ class Optimizers:
             self._step_muon = Captured(muon.step, self._muon_tensors)
 
     def _muon_tensors(self) -> list[Tensor]:
+        assert self.muon is not None
         parameters = [parameter for group in self.muon.param_groups for parameter in group["params"]]
         moments = [moment for p in parameters for moment in self.muon.state.get(p, {}).values()]
         return [*parameters, *(p.grad for p in parameters if p.grad is not None), *moments]
@@ -87,7 +88,7 @@ class Optimizers:
         for optimizer in self._each:
             for group in optimizer.param_groups:
                 _set(group, "lr", group["base_lr"] * lr_scale)
-        if self.muon is not None:
+        if self.muon is not None and self._step_muon is not None:
             for group in self.muon.param_groups:
                 _set(group, "momentum", momentum)
             self._step_muon()
@@ -100,11 +101,11 @@ class Optimizers:
 
     def zero_grad(self) -> None:
         """Drop every gradient of the model, those of parameters in no group too."""
-        kept: set[Tensor] = set()
+        kept: dict[Tensor, Tensor] = {}
         if isinstance(self._step_muon, Captured) and self._group is None:
             # a graph wants the next gradients where these are
-            kept = {p for p in self._names["muon"].values() if p.grad is not None}
-            torch._foreach_zero_([parameter.grad for parameter in kept])
+            kept = {p: p.grad for p in self._names["muon"].values() if p.grad is not None}
+            torch._foreach_zero_([*kept.values()])
         for parameter in self._model.parameters():
             if parameter not in kept:
                 parameter.grad = None
@@ -158,7 +159,9 @@ class Optimizers:
                 )
         self.reset()
         for optimizer, key in ((self.muon, "muon"), (self.adamw, "adamw")):
-            held = set() if optimizer is None else {p for group in optimizer.param_groups for p in group["params"]}
+            if optimizer is None:
+                continue
+            held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
             for name, moments in state[key].items():
                 parameter = self._names[key][name]
                 if parameter in held:
@@ -186,7 +189,7 @@ def split_parameters(model: nn.Module, config: Config) -> dict[str, dict[str, nn
     kinds: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in KINDS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and UNTRAINED not in name.split("."):
-            kinds[classify(name, parameter, config)][name] = parameter
+            kinds[classify(name, config)][name] = parameter
     return kinds
 
 
@@ -229,7 +232,7 @@ def build_optimizers(
     return Optimizers(model, kinds, muon, adamw, reduction, max_norm=config.grad_clip_norm, process_group=process_group)
 
 
-def _build_muon(matrices: list[nn.Parameter], config: Config) -> Muon:
+def _build_muon(matrices: Sequence[Tensor], config: Config) -> Muon:
     return Muon(
         [{"params": matrices, "base_lr": config.matrix_lr}],
         lr=config.matrix_lr,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+_Collective = Callable[..., dist.Work]
 
 
 class Reduction:
@@ -37,9 +39,9 @@ class Reduction:
         owners: Sequence[int] = (),
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.owned = list(matrices)
-        self._replicated = list(replicated)
-        self._matrices = list(matrices)
+        self.owned: list[Tensor] = list(matrices)
+        self._replicated: list[Tensor] = list(replicated)
+        self._matrices: list[Tensor] = list(matrices)
         self._group = group
         self._rank = dist.get_rank(group) if group is not None else 0
         self._world_size = dist.get_world_size(group) if group is not None else 1
@@ -145,21 +147,21 @@ class Reduction:
             self._gathering = None
 
 
-def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters]
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
 
 
-def _wide_dtype(parameters: Sequence[nn.Parameter]) -> torch.dtype:
+def _wide_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
     # float32 at least, so that a sum of bfloat16 gradients is rounded once and not per rank
     return functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)
 
 
-def _buffer(parameters: Sequence[nn.Parameter], size: int) -> Tensor:
+def _buffer(parameters: Sequence[Tensor], size: int) -> Tensor:
     device = parameters[0].device if parameters else None
     return torch.zeros(size, dtype=_wide_dtype(parameters), device=device)
 
 
-def _views(buffer: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+def _views(buffer: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     sizes = [parameter.numel() for parameter in parameters]
     pieces = buffer[: sum(sizes)].split(sizes)
     return [piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters, strict=True)]
@@ -167,10 +169,10 @@ def _views(buffer: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 def _reduce_scatter(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> dist.Work:
     # torch 2.13 renames this collective and the next, and warns about their old names
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter: _Collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return scatter(output, source, op=dist.ReduceOp.SUM, group=group, async_op=True)
 
 
 def _all_gather(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> dist.Work:
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather: _Collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return gather(output, source, group=group, async_op=True)

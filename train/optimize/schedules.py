@@ -171,10 +171,13 @@ class WallClock:
         return event
 
     def _seconds_until(self, mark: Any) -> float:
+        seconds: float
         if self._device.type != "cuda":
-            return mark - self._start
-        mark.synchronize()
-        return self._start.elapsed_time(mark) / 1e3
+            seconds = mark - self._start
+        else:
+            mark.synchronize()
+            seconds = self._start.elapsed_time(mark) / 1e3
+        return seconds
 
     def _agree(self, steps: int, seconds: float) -> None:
         number = torch.tensor([seconds], dtype=torch.float64)

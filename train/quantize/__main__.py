@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.config import Config, ConfigError, field_help, parse_value
+from train.config import Config, field_help, parse_value
 from train.errors import main_guard
+from train.values import ConfigError
 
 if TYPE_CHECKING:
     from train.run import RunFolder

@@ -98,7 +98,8 @@ def _generated_batches(config: Config, model: GPT, ranks: Ranks, *, recurrence: 
         recurrence=recurrence,
         progress=ranks.is_main,
     )
-    return texts.split(_GENERATED_BATCH)
+    batches: Sequence[Tensor] = texts.split(_GENERATED_BATCH)
+    return batches
 
 
 @torch.no_grad()

@@ -111,7 +111,7 @@ def group_curves(model: nn.Module, config: Config, hessians: Mapping[str, Tensor
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         bits = stored_bits(name, parameter, config)
-        if bits < 16 and clip_settings(name, parameter, config).name in SEARCHED_CLIPS:
+        if bits < 16 and clip_settings(name, config).name in SEARCHED_CLIPS:
             members[tensor_group(name), bits].append(name)
     curves = []
     for (group, bits), names in members.items():
@@ -131,7 +131,7 @@ def group_curves(model: nn.Module, config: Config, hessians: Mapping[str, Tensor
             size += weight.shape[1] / 8 * torch.lerp(entropies[low], entropies[low + 1], part).sum(1)
             relative = torch.lerp(errors[low], errors[low + 1], part)
             error += weight.shape[1] * (relative * scales.square()).sum(1)
-        start = clip_settings(names[0], parameters[names[0]], config).sigmas
+        start = clip_settings(names[0], config).sigmas
         elements = sum(parameters[name].numel() for name in names)
         curves.append(Curves(group, tuple(names), bits, start, sigmas, size, error, elements))
     return curves
@@ -161,7 +161,7 @@ def loss_factors(
         kept = {name: parameters[name].detach().clone() for name in group.tensors}
         error = 0.0
         for name, weight in kept.items():
-            clip = clip_settings(name, weight, config)
+            clip = clip_settings(name, config)
             rows = weight.float()
             scales = ROW_SCALES[clip.name](
                 rows, group.bits, sigmas=_PROBE * group.start, floor=clip.floor, hessian=hessians.get(name)
@@ -290,7 +290,7 @@ def _row_units(
     name: str, weight: Tensor, bits: int, config: Config, hessian: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row the scale at k = 1 without a floor, the floor, and the deviation; float64, on the CPU."""
-    clip = clip_settings(name, weight, config)
+    clip = clip_settings(name, config)
     scales = ROW_SCALES[clip.name]
     unit = scales(weight, bits, sigmas=_UNIT_SIGMAS, floor="none", hessian=hessian).cpu().double() / _UNIT_SIGMAS
     floor = scales(torch.zeros_like(weight), bits, sigmas=1.0, floor=clip.floor, hessian=hessian).cpu().double()

@@ -46,7 +46,7 @@ def largest_code(bits: int) -> int:
     """
     if not 2 <= bits <= 8:
         raise UserError(f"bits: codes have 2 to 8 bits, got {bits}: choose one of these")
-    return 2 ** (bits - 1) - 1
+    return (1 << bits - 1) - 1
 
 
 def rtn(weight: Tensor, scales: Tensor, bits: int) -> Tensor:

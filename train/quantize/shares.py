@@ -38,13 +38,14 @@ def gather(ranks: Ranks, work: Callable[[], T]) -> list[T]:
     Raises:
         UserError: of the first rank that raised one, on every rank, so that nobody waits for a rank that is gone.
     """
-    result, problem = None, None
+    done: list[T] = []
+    problem = None
     try:
-        result = work()
+        done.append(work())
     except UserError as error:
         problem = str(error)
-    found = [ranks.broadcast((result, problem), source) for source in range(ranks.world_size)]
+    found = [ranks.broadcast((done, problem), source) for source in range(ranks.world_size)]
     for _, problem in found:
         if problem is not None:
             raise UserError(problem)
-    return [result for result, _ in found]
+    return [result for done, _ in found for result in done]

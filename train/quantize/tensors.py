@@ -89,7 +89,7 @@ def stored_bits(name: str, parameter: Tensor, config: Config) -> int:
     """
     if parameter.ndim != 2 or parameter.numel() <= config.passthrough_max_elements:
         return 16
-    kind = classify(name, parameter, config)
+    kind = classify(name, config)
     if kind == "embedding":
         return (config.tied_embed_bits if name == "embedding.weight" else 0) or config.embed_bits
     return config.matrix_bits if kind == "matrix" else 16
@@ -106,7 +106,7 @@ def matrices_to_calibrate(model: nn.Module, config: Config) -> list[str]:
         name
         for name, parameter in model.named_parameters()
         if stored_bits(name, parameter, config) < 16
-        and (classify(name, parameter, config) == "matrix" or (config.gptq_tied_embed and name == "embedding.weight"))
+        and (classify(name, config) == "matrix" or (config.gptq_tied_embed and name == "embedding.weight"))
     ]
 
 
@@ -151,6 +151,7 @@ def quantize_model(
     device = next(iter(parameters.values())).device
     needed = set(matrices_to_calibrate(model, config))
     stored: StoredTensors = {}
+    rounded: dict[str, QuantizedTensor] = {}
     jobs: dict[str, _Job] = {}
     for name, parameter in parameters.items():
         _need_finite(name, parameter)
@@ -160,7 +161,7 @@ def quantize_model(
             continue
         if name in needed and name not in hessians:
             raise UserError(f"{name}: GPTQ needs this matrix's Hessian: calibrate first, or set QUANTIZER=rtn")
-        clip = clip_settings(name, parameter, config)
+        clip = clip_settings(name, config)
         clip = clip._replace(sigmas=(sigmas or {}).get(name, clip.sigmas))
         if config.quantizer == "gptq" and name in hessians:
             jobs[name] = _Job(parameter.shape, bits, clip)
@@ -177,7 +178,7 @@ def quantize_model(
             for job, names in _batches({name: jobs[name] for name in mine}, device):
                 weights = {name: parameters[name].float() for name in names}
                 given = {name: _checked(name, hessians[name], weights[name]) for name in names}
-                stored.update(_gptq_batch(weights, given, job.bits, job.clip, config, notes.append))
+                rounded.update(_gptq_batch(weights, given, job.bits, job.clip, config, notes.append))
                 bar.advance(len(names))
         return notes
 
@@ -186,9 +187,10 @@ def quantize_model(
             note(text)
     for source, names in enumerate(shares):
         for name in names:
-            if name not in stored:
-                stored[name] = QuantizedTensor.empty(jobs[name].shape, jobs[name].bits)
-            ranks.copy_from(source, [stored[name].codes, stored[name].scales])
+            if name not in rounded:
+                rounded[name] = QuantizedTensor.empty(jobs[name].shape, jobs[name].bits)
+            ranks.copy_from(source, [rounded[name].codes, rounded[name].scales])
+    stored.update(rounded)
     return {name: stored[name] for name in parameters}
 
 
@@ -216,9 +218,9 @@ def tensor_group(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def clip_settings(name: str, parameter: Tensor, config: Config) -> Clip:
+def clip_settings(name: str, config: Config) -> Clip:
     """How the settings clip a coded tensor's rows."""
-    if classify(name, parameter, config) == "embedding":
+    if classify(name, config) == "embedding":
         return Clip(config.embed_clip, config.embed_clip_sigmas, config.scale_floor)
     return Clip(config.matrix_clip, config.matrix_clip_sigmas, config.scale_floor)
 
@@ -274,8 +276,8 @@ def _gptq_batch(
     for (name, weight), rounded in zip(weights.items(), codes, strict=True):
         passes = list(zip(rounded.split(rows), candidates[name].split(rows), strict=True))
         errors = [squared_error(weight, *one) for one in passes]
-        least = passes[errors.index(min(errors))]
-        best[name] = QuantizedTensor(*(tensor.clone().cpu() for tensor in least), bits)
+        least, scales = passes[errors.index(min(errors))]
+        best[name] = QuantizedTensor(least.clone().cpu(), scales.clone().cpu(), bits)
     for name, used in zip(weights, damping, strict=True):
         if used is None:
             note(f"{name}: the Hessian could not be factorized at any damping; rounded to nearest instead of GPTQ")

@@ -13,7 +13,8 @@ import pkgutil
 from dataclasses import dataclass
 from typing import Any
 
-from train.config import Config, ConfigError
+from train.config import Config
+from train.values import ConfigError
 
 
 @dataclass(frozen=True)

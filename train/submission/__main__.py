@@ -72,7 +72,8 @@ def _build(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from train.submission.evidence import read_evidence
-    from train.submission.rules import Verdict, judge, judgement_text
+    from train.submission.rules import judge, judgement_text
+    from train.submission.rules.finding import Verdict
 
     findings = judge(read_evidence(arguments.folder))
     print(judgement_text(findings))

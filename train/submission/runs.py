@@ -50,7 +50,8 @@ class FinishedRun:
 
     @property
     def calibration_seconds(self) -> float | None:
-        return self.log["facts"].get("calibration_s")
+        seconds: float | None = self.log["facts"].get("calibration_s")
+        return seconds
 
 
 def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:

@@ -52,8 +52,8 @@ def once(evidence: Evidence) -> Finding:
     rule = "every token scored once"
     facts = evidence.submission.get("evaluation")
     if isinstance(facts, dict) and {"tokens", "validation_tokens", "rule"} <= set(facts):
-        value = f"{facts['tokens']:,} of {facts['validation_tokens']:,} tokens, rule {facts['rule']}"
-        return judged(rule, facts["tokens"] == facts["validation_tokens"] and facts["rule"] in ("once", "flat"), value)
+        scored = f"{facts['tokens']:,} of {facts['validation_tokens']:,} tokens, rule {facts['rule']}"
+        return judged(rule, facts["tokens"] == facts["validation_tokens"] and facts["rule"] in ("once", "flat"), scored)
     for log in evidence.logs:
         finals = {name: final for name, final in log.log["finals"].items() if name.endswith("_exact")}
         flat = next((final for name, final in finals.items() if "roundtrip" in name), None)

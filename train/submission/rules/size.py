@@ -65,8 +65,9 @@ def parts(evidence: Evidence) -> Finding:
         sizes = log.log["sizes"]
         if {"total", "model", "code"} <= set(sizes):
             sums.append((log.path.name, sizes["total"], sizes["model"] + paid, sizes["code"]))
-    top = [evidence.submission.get(key) for key in ("bytes_total", "bytes_model", "bytes_code")]
-    if all(isinstance(size, int) for size in top):
+    keys = ("bytes_total", "bytes_model", "bytes_code")
+    top = [size for key in keys if isinstance(size := evidence.submission.get(key), int)]
+    if len(top) == len(keys):
         sums.append(("submission.json", top[0], top[1] + paid, top[2]))
     if not sums:
         return unseen(rule, "model bytes are neither in submission.json nor in a log")
