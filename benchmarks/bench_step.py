@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
+from benchmarks.devices import datasheet_tflops
 from benchmarks.ways import (
     StepVariant,
     Tokens,
@@ -39,8 +40,6 @@ from train.parts import name_compiled_kernels
 from train.profiling import breakdown, busy_ms, kernel_times, new_trace, write_breakdowns, write_trace
 from train.recipes import recipe_names
 
-# dense bfloat16 TFLOP/s of the datasheets, for a utilization beside the measured one; the first name that fits counts
-DATASHEET_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "H200 NVL": 835.0, "H200": 989.4}
 # how far a way's loss may be from the first one's after the warm-up, relative: bfloat16 in another order
 MAX_LOSS_ERROR = 0.02
 # steps between two looks at the clock: the host may run ahead of the GPU, as it does in training
@@ -212,7 +211,7 @@ def measure_ways(names: list[str], bench: Bench, recurrence: bool, traces: Path 
     )
     if rows:
         bench.store(list(rows.values()))
-    datasheet = next((tflops for name, tflops in DATASHEET_TFLOPS.items() if name in gpu), None)
+    datasheet = datasheet_tflops(gpu)
     columns = (
         "p20",
         "p50",

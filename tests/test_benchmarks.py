@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from benchmarks import bench_loss_curves, bench_start, common
+from benchmarks import bench_loss_curves, bench_start, common, devices
 
 CPU = torch.device("cpu")
 
@@ -134,6 +134,17 @@ def test_ceilings_and_quantiles():
     assert common.Ceilings(100.0, 2000.0).floor_ms(1e12, 1e9) == pytest.approx(10.0)
     assert common.Ceilings(100.0, 2000.0).floor_ms(1e9, 1e9) == pytest.approx(0.5)
     assert common.quantiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == pytest.approx((2.0, 3.5, 5.0))
+
+
+def test_a_gpu_has_the_data_sheet_s_rate_of_its_own_kind():
+    # names as CUDA gives them, and half of the sheets' figures with sparsity
+    names = {"NVIDIA H100 80GB HBM3": 1978.9, "NVIDIA H100 PCIe": 1513.0, "NVIDIA H100 NVL": 1671.0}
+    names |= {"NVIDIA H200": 1978.9, "NVIDIA H200 NVL": 1671.0}
+    for gpu, sparse in names.items():
+        assert devices.datasheet_tflops(gpu) == pytest.approx(sparse / 2, rel=1e-3)
+    assert devices.datasheet_tflops("NVIDIA A100-SXM4-80GB") is None
+    # what is computed and what is measured are held against the same number
+    assert devices.DEVICES[0].tflops == devices.datasheet_tflops("NVIDIA H100 80GB HBM3")
 
 
 def test_rows_are_kept_for_a_gpu_only(tmp_path):
