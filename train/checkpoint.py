@@ -8,7 +8,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,13 +20,24 @@ from train.model.gpt import GPT
 from train.run import RunFolder
 
 
-def save_checkpoint(path: Path, parts: Mapping[str, Any], ranks: Ranks, extra: Mapping[str, Any]) -> None:
+class Stateful(Protocol):
+    """A part of a run that a checkpoint keeps."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Any, /) -> object: ...
+
+
+Parts = Mapping[str, Stateful | None]
+"""By name; None for a part that this run does not have."""
+
+
+def save_checkpoint(path: Path, parts: Parts, ranks: Ranks, extra: Mapping[str, Any]) -> None:
     """Write the state of every part, so that the file is whole or the former one.
 
     Args:
         path: the checkpoint's file.
-        parts: name → object with `state_dict`, or None for a part that this run does not have. All ranks call this,
-            since sharded state is gathered.
+        parts: all ranks call this, since sharded state is gathered.
         ranks: rank 0 writes.
         extra: plain values, such as the step and the seconds.
     """
@@ -35,7 +46,7 @@ def save_checkpoint(path: Path, parts: Mapping[str, Any], ranks: Ranks, extra: M
         write_tensors(path, {"parts": states, **extra})
 
 
-def load_checkpoint(path: Path, parts: Mapping[str, Any], ranks: Ranks) -> dict[str, Any] | None:
+def load_checkpoint(path: Path, parts: Parts, ranks: Ranks) -> dict[str, Any] | None:
     """Put a checkpoint's states back into the parts.
 
     Returns:
@@ -48,12 +59,12 @@ def load_checkpoint(path: Path, parts: Mapping[str, Any], ranks: Ranks) -> dict[
         return None
     saved = read_tensors(path, ranks.device)
     states = saved.pop("parts", None)
-    wanted = {name for name, part in parts.items() if part is not None}
-    if not isinstance(states, dict) or set(states) != wanted:
+    wanted = {name: part for name, part in parts.items() if part is not None}
+    if not isinstance(states, dict) or set(states) != set(wanted):
         found = sorted(states) if isinstance(states, dict) else "none"
         raise UserError(f"{path}: expected the state of {sorted(wanted)}, found {found}: delete it to start over")
     for name in sorted(wanted):
-        parts[name].load_state_dict(states[name])
+        wanted[name].load_state_dict(states[name])
     return saved
 
 

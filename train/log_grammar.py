@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from train.errors import UserError
 
@@ -59,14 +59,38 @@ _WHOLE = frozenset(
 _TEXT = frozenset({"name", "form", "dataset"})
 
 
-def parse_log(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a log in the published grammar, of this program or another.
+Numbers = dict[str, float]
+"""The numbers of a line, by the names of its groups."""
 
-    Returns:
-        `steps` and `vals`: step → numbers of its line; `finals`: name (`int6_roundtrip_exact`, …) → numbers;
-        `sizes`: `raw`, `code`, `model`, `total` → bytes; `form`: e.g. `int6+brotli`; `warmup_steps`; `facts`: the
-        key:value lines; `lines`: the text behind the header; `stopping_early`, `peak_memory`: numbers, or None where
-        the log has no such line.
+
+class Log(TypedDict):
+    """What a log says.
+
+    Attributes:
+        steps, vals: step → numbers of its line.
+        finals: name (`int6_roundtrip_exact`, …) → numbers.
+        sizes: `raw`, `code`, `model`, `total` → bytes.
+        form: e.g. `int6+brotli`; None where the log does not say.
+        facts: the key:value lines.
+        lines: the text behind the header.
+        warmup_steps: how many.
+        stopping_early, peak_memory: numbers, or None where the log has no such line.
+    """
+
+    steps: dict[int, Numbers]
+    vals: dict[int, Numbers]
+    finals: dict[str, Numbers]
+    sizes: dict[str, int]
+    form: str | None
+    facts: dict[str, Any]
+    lines: list[str]
+    warmup_steps: int
+    stopping_early: Numbers | None
+    peak_memory: Numbers | None
+
+
+def parse_log(path: str | os.PathLike[str]) -> Log:
+    """Read a log in the published grammar, of this program or another.
 
     Raises:
         UserError: there is no such file.
@@ -76,8 +100,10 @@ def parse_log(path: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such log") from error
     lines = lines[_header_length(lines) :]
-    found: dict[str, Any] = {"steps": {}, "vals": {}, "finals": {}, "sizes": {}, "facts": {}, "form": None}
-    found |= {"lines": lines, "warmup_steps": 0, "stopping_early": None, "peak_memory": None}
+    found = Log(
+        steps={}, vals={}, finals={}, sizes={}, form=None, facts={}, lines=lines,
+        warmup_steps=0, stopping_early=None, peak_memory=None,
+    )  # fmt: skip
     for line in lines:
         for kind, pattern in GRAMMAR.items():
             match = pattern.match(line)
@@ -87,7 +113,7 @@ def parse_log(path: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
-def _store(found: dict[str, Any], kind: str, values: dict[str, Any]) -> None:
+def _store(found: Log, kind: str, values: dict[str, Any]) -> None:
     match kind:
         case "train_step":
             found["steps"][values["step"]] = values
@@ -97,8 +123,10 @@ def _store(found: dict[str, Any], kind: str, values: dict[str, Any]) -> None:
             found["finals"][values.pop("name")] = values
         case "warmup_step":
             found["warmup_steps"] = values["step"]
-        case "stopping_early" | "peak_memory":
-            found[kind] = values
+        case "stopping_early":
+            found["stopping_early"] = values
+        case "peak_memory":
+            found["peak_memory"] = values
         case "size_raw" | "size_code" | "size_model" | "size_total":
             found["sizes"][kind.removeprefix("size_")] = values["bytes"]
             found["form"] = values.get("form", found["form"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from train.checkpoint import load_checkpoint, save_checkpoint
+from train.checkpoint import Parts, load_checkpoint, save_checkpoint
 from train.config import MICRO_BATCHES, Config
 from train.data.loaders import BatchSource, Loader, make_loader
 from train.data.shards import find_shards
@@ -124,7 +124,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     start.end("compilation and warm-up")
     ema = EMA(model, config.ema_decay) if config.ema_decay else None
     swa = SWA(model, config.swa_every, config.swa_start_frac) if config.swa_enabled else None
-    parts = {"model": model, "optimizers": optimizers, "loader": loader, "ema": ema, "swa": swa}
+    parts: Parts = {"model": model, "optimizers": optimizers, "loader": loader, "ema": ema, "swa": swa}
 
     resumed = load_checkpoint(folder.checkpoint, parts, ranks) if config.resume == "auto" else None
     step, seconds = (resumed["step"], resumed["seconds"]) if resumed else (0, 0.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
-from train.log_grammar import parse_log
+from train.log_grammar import Log, Numbers, parse_log
 from train.submission.standing import exact_score
 
 
@@ -27,14 +27,14 @@ class LogFile:
 
     path: Path
     seed: str
-    log: dict[str, Any]
+    log: Log
 
     @property
-    def score(self) -> dict[str, Any] | None:
+    def score(self) -> Numbers | None:
         return exact_score(self.log)
 
     @property
-    def last_step(self) -> dict[str, Any] | None:
+    def last_step(self) -> Numbers | None:
         """Numbers of the line of the last step: step, total, clock."""
         lines = {**self.log["steps"], **self.log["vals"]}
         return lines[max(lines)] if lines else None

@@ -15,7 +15,7 @@ from train.data.validation import load_validation
 from train.errors import UserError
 from train.evaluate.scores import find_evaluation
 from train.files import sha256_file
-from train.log_grammar import parse_log
+from train.log_grammar import Log, parse_log
 from train.run import RunFolder, changed_settings
 from train.submission.gather import summarize
 from train.submission.standing import exact_score
@@ -41,7 +41,7 @@ class FinishedRun:
     config: Config
     summary: Summary
     log_path: Path
-    log: dict[str, Any]
+    log: Log
     evaluation: dict[str, Any]
 
     @property

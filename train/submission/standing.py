@@ -10,7 +10,7 @@ from typing import Any
 
 from train.errors import UserError
 from train.files import read_json
-from train.log_grammar import parse_log
+from train.log_grammar import Log, Numbers, parse_log
 
 # per-seed scores of published records, from their submission.json, README or logs; losses where they are given
 _PUBLISHED: dict[str, tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...]]] = {
@@ -76,7 +76,7 @@ def find_standing(name: str) -> Standing:
     return _from_logs(name, logs)
 
 
-def exact_score(log: dict[str, Any]) -> dict[str, Any] | None:
+def exact_score(log: Log) -> Numbers | None:
     """The score that a log ends with, as `parse_log` returns it: the last with 8 decimals, else the last; None: none."""
     finals = [values for name, values in log["finals"].items() if name.endswith("_exact")]
     finals = finals or list(log["finals"].values())

@@ -6,6 +6,7 @@ import re
 from decimal import ROUND_DOWN, ROUND_HALF_EVEN, ROUND_HALF_UP, Decimal
 from typing import Any
 
+from train.log_grammar import Log
 from train.submission.evidence import Evidence, logged_numbers, mean_and_deviation
 from train.submission.rules.finding import Finding, fails, holds, judged, unseen
 
@@ -43,7 +44,7 @@ def json_and_logs(evidence: Evidence) -> Finding:
         found = evidence.seed_results.get(log.seed, {})
         if not found and len(evidence.logs) == 1:
             found = {name: evidence.submission.get(name) for name in ("val_loss", "val_bpb")}
-        measured: dict[str, Any] = logged_numbers(log)
+        measured = logged_numbers(log)
         if "bytes_code" in measured and measured["bytes_code"] != evidence.submission.get("bytes_code"):
             # the shipped script is another form of what ran: its total is the sum that the rule on size checks
             measured.pop("artifact_bytes", None)
@@ -149,7 +150,7 @@ def _known_numbers(evidence: Evidence) -> set[Decimal]:
     return found
 
 
-def _log_numbers(log: dict[str, Any]) -> set[Decimal]:
+def _log_numbers(log: Log) -> set[Decimal]:
     parts = [log["sizes"], log["facts"], log["peak_memory"] or {}, *log["finals"].values(), *log["vals"].values()]
     return {Decimal(str(value)) for part in parts for value in part.values() if _is_number(value)}
 

@@ -16,8 +16,10 @@ def cap(evidence: Evidence) -> Finding:
         sizes = log.log["sizes"]
         # the shipped script may be another form of the sources that ran
         shipped = evidence.submission.get("bytes_code", sizes.get("code"))
-        known_parts = "model" in sizes and isinstance(shipped, int)
-        totals[log.path.name] = sizes["model"] + shipped if known_parts else sizes.get("total")
+        if "model" in sizes and isinstance(shipped, int):
+            totals[log.path.name] = sizes["model"] + shipped
+        else:
+            totals[log.path.name] = sizes.get("total")
     known = {source: int(size) for source, size in totals.items() if isinstance(size, (int, float))}
     if not known:
         return unseen(rule, "no total in submission.json or in a log", limit)
