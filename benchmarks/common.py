@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from train.inductor import SWITCHES, missing_options
+from train.wording import counted
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -378,7 +379,7 @@ def _device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(
-            f"{text}: PyTorch finds {torch.cuda.device_count()} GPUs here: --device cpu with --tiny runs anywhere"
+            f"{text}: PyTorch finds {counted(torch.cuda.device_count(), 'GPU')} here: --device cpu with --tiny runs anywhere"
         )
     return device
 

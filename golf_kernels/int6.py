@@ -142,13 +142,13 @@ def _check_packed(packed: Tensor, count: int, what: str) -> None:
     if packed.dtype != torch.uint8 or packed.ndim != 1:
         raise ValueError(f"packed: expected a uint8 vector, found {packed.dtype} of shape {tuple(packed.shape)}")
     if packed.shape[0] != packed_bytes(count):
-        raise ValueError(f"packed: expected {packed_bytes(count)} bytes for {what}, found {packed.shape[0]}")
+        raise ValueError(f"packed: expected length {packed_bytes(count)} for {what}, found {packed.shape[0]}")
 
 
 def _check_count(packed: Tensor, count: int) -> None:
     if count < 0:
         raise ValueError(f"count: expected a number >= 0, found {count}")
-    _check_packed(packed, count, f"{count} codes")
+    _check_packed(packed, count, f"count {count}")
 
 
 def _check_matrices(
@@ -165,7 +165,7 @@ def _check_matrices(
             raise ValueError(f"scales: expected a floating vector, found {steps.dtype} of shape {tuple(steps.shape)}")
         if width < 0:
             raise ValueError(f"columns: expected a number >= 0, found {width}")
-        _check_packed(codes, steps.shape[0] * width, f"{steps.shape[0]} rows of {width} codes")
+        _check_packed(codes, steps.shape[0] * width, f"{steps.shape[0]} x {width} codes")
         if not (codes.device == steps.device == scales[0].device and steps.dtype == scales[0].dtype):
             raise ValueError(
                 f"packed and scales: expected one device and one dtype of scales, found packed on {codes.device} and "

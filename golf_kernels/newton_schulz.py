@@ -201,7 +201,7 @@ def _check(
         if matrix.device != matrices[0].device:
             raise ValueError(f"matrices[{index}]: expected device {matrices[0].device}, found {matrix.device}")
     if not coefficients or len(coefficients) % 3:
-        raise ValueError(f"coefficients: expected a, b, c for each iteration, found {len(coefficients)} numbers")
+        raise ValueError(f"coefficients: expected a, b, c for each iteration, found {len(coefficients)} in all")
     if prescale not in ("frobenius", "aol"):
         raise ValueError(f"prescale: expected 'frobenius' or 'aol', found {prescale!r}")
     if not compute_dtype.is_floating_point:

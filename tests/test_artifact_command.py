@@ -85,7 +85,7 @@ def test_diff_names_what_differs(file: Path, tensors: StoredTensors, capsys: pyt
     assert f"tensor blocks.1.mlp.up: int6 {tuple(codes.shape)}, {100 / codes.numel():.2f} % of the codes" in text
     assert f"weights by up to {up.scales[0].float().item():.4g}" in text
     assert "tensor blocks.0.attn_scale: float16 (16,) and float32 (3,)" in text
-    assert f"tensors differ; {len(tensors) - 4} tensors are equal" in text
+    assert f"different in 4 tensors; equal in {len(tensors) - 4} tensors" in text
     main(["diff", "--json", str(file), str(other)])
     report = json.loads(capsys.readouterr().out)
     assert not report["same"]

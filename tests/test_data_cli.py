@@ -114,6 +114,7 @@ def test_build_reports_what_it_made(run, texts: list[str], tmp_path: Path) -> No
         info and info.val.documents == 5 and info.train.tokens == 3000 and "yardsticks" in printed and "MB/s" in printed
     )
     assert [path.name for path in find_shards(tmp_path / "d", "train")] == ["fineweb_train_000000.bin"]
+    assert "val: 5 documents, " in printed and printed.count(" tokens, 1 shard\n") == 2
 
 
 def test_stdlib_checks_the_folder_before_it_works(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

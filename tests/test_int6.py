@@ -118,11 +118,11 @@ def test_wrong_arguments_are_named(device):
     weight = torch.ones(3, 4, device=device)
     for call, message in (
         (lambda: golf_kernels.int6_pack(weight), r"codes: expected int8, found torch\.float32"),
-        (lambda: golf_kernels.int6_unpack(packed, 13), "expected 10 bytes for 13 codes, found 9"),
+        (lambda: golf_kernels.int6_unpack(packed, 13), "expected length 10 for count 13, found 9"),
         (lambda: golf_kernels.int6_unpack(packed, -1), "count: expected a number >= 0, found -1"),
         (lambda: golf_kernels.int6_unpack(packed.char(), 12), r"uint8 vector, found torch\.int8"),
         (lambda: golf_kernels.int6_unpack(packed.reshape(3, 3), 12), r"uint8 vector.*\(3, 3\)"),
-        (lambda: golf_kernels.int6_dequantize(packed, scales, 5), "expected 12 bytes for 3 rows of 5 codes, found 9"),
+        (lambda: golf_kernels.int6_dequantize(packed, scales, 5), "expected length 12 for 3 x 5 codes, found 9"),
         (lambda: golf_kernels.int6_dequantize(packed, scales, -4), "columns: expected a number >= 0, found -4"),
         (lambda: golf_kernels.int6_dequantize(packed, scales.int(), 4), "scales: expected a floating vector"),
         (lambda: golf_kernels.int6_dequantize(packed, weight, 4), r"scales: expected a floating vector.*\(3, 4\)"),

@@ -19,6 +19,7 @@ import torch.distributed.nn
 from train import hardware
 from train.config import MICRO_BATCHES
 from train.errors import UserError
+from train.wording import counted
 
 # the first step of each rank may compile for minutes
 TIMEOUT = timedelta(minutes=30)
@@ -178,7 +179,7 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         )
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"LOCAL_RANK {local_rank}: this machine has {torch.cuda.device_count()} GPUs: start at most so many processes "
+            f"LOCAL_RANK {local_rank}: this machine has {counted(torch.cuda.device_count(), 'GPU')}: start at most so many processes "
             "(torchrun --nproc_per_node)"
         )
     torch.cuda.set_device(local_rank)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from train.wording import counted
+
 if TYPE_CHECKING:
     from train.distributed import Ranks
 
@@ -22,9 +24,7 @@ def hardware(ranks: Ranks) -> str:
     """What the run computed on, as the record names it."""
     if ranks.device.type == "cuda":
         return f"{ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
-    return (
-        f"{os.cpu_count()} CPU cores ({_cpu_name()}), {ranks.world_size} process{'es' if ranks.world_size > 1 else ''}"
-    )
+    return f"{counted(os.cpu_count() or 1, 'CPU core')} ({_cpu_name()}), {counted(ranks.world_size, 'process', 'processes')}"
 
 
 def _cpu_name() -> str:

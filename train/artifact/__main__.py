@@ -14,6 +14,7 @@ from train.artifact.export import PUBLISHED_FORMATS, export
 from train.artifact.storage import MODEL_FIELDS, build_model, read_artifact, write_artifact
 from train.errors import UserError, main_guard
 from train.files import atomic_write, sha256_file
+from train.wording import counted
 
 
 def main(arguments: list[str] | None = None) -> int | None:
@@ -34,7 +35,7 @@ def inspect(options: argparse.Namespace) -> None:
     parameters = sum(tensor.shape.numel() for tensor in artifact.tensors.values())
     print(f"{options.file}: version {artifact.info.version}, {artifact.info.model_bytes:,} bytes")
     print(
-        f"{artifact.info.tensors} tensors, {parameters:,} parameters, {artifact.info.model_bytes * 8 / parameters:.3f} bits each"
+        f"{counted(artifact.info.tensors, 'tensor')}, {parameters:,} parameters, {artifact.info.model_bytes * 8 / parameters:.3f} bits each"
     )
     print(f"model: {' '.join(f'{name}={value}' for name, value in shape.items())}\n")
     print(budget_table(artifact.info.rows()))
@@ -51,8 +52,8 @@ def verify(options: argparse.Namespace) -> None:
         print(json.dumps({**report, "model_bytes": info.model_bytes, "sections": len(info.sections)}, indent=1))
         return
     print(
-        f"{options.file}: good: {info.model_bytes:,} bytes, {len(info.sections)} sections, {info.tensors} tensors, "
-        f"{parameters:,} parameters\nsha256 {digest}"
+        f"{options.file}: good: {info.model_bytes:,} bytes, {counted(len(info.sections), 'section')}, "
+        f"{counted(info.tensors, 'tensor')}, {parameters:,} parameters\nsha256 {digest}"
     )
 
 

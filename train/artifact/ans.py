@@ -52,6 +52,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.errors import CodecError, MissingCodec
+from train.wording import counted
 
 PACKAGE = "constriction>=0.4"
 
@@ -147,7 +148,7 @@ def ans_decode(data: bytes, size: int) -> bytes:
     data = bytes(data)
     begin = _HEADER.size + (_SHAPE.size if any(data[:3]) else 0)
     if len(data) < begin + _CRC.size or (len(data) - begin) % 4:
-        raise CodecError(f"codec ans: expected a header and words of 4 bytes, found {len(data):,} bytes")
+        raise CodecError(f"codec ans: expected a header and words of 4 bytes, found {counted(len(data), 'byte')}")
     row_labels, column_labels, flagged, low, high = _HEADER.unpack_from(data)
     rows, columns = _SHAPE.unpack_from(data, _HEADER.size) if begin > _HEADER.size else (1, max(size, 1))
     classes = max(row_labels, 1) + max(column_labels, 1) - 1

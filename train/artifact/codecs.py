@@ -21,6 +21,7 @@ import torch
 from golf_kernels import int6_pack, int6_unpack
 from train.artifact.ans import ans_decode, ans_encode
 from train.errors import CodecError, MissingCodec
+from train.wording import counted
 
 SHUFFLE_MAGIC = b"BSHF"
 SHUFFLE_HEADER_BYTES = 5
@@ -234,7 +235,7 @@ def _need_end(codec: str, ended: bool, unused: bytes) -> None:
     if not ended:
         raise CodecError(f"codec {codec}: the stream ends early")
     if unused:
-        raise CodecError(f"codec {codec}: {len(unused):,} bytes follow the stream's end")
+        raise CodecError(f"codec {codec}: {counted(len(unused), 'byte')} behind the stream's end")
 
 
 CODECS: dict[str, Codec] = {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from train.artifact.storage import MODEL_FIELDS, Artifact
 from train.quantize.tensors import QuantizedTensor
+from train.wording import counted
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class Difference:
             if row.weight_error is not None and row.relative_error is not None:
                 parts.append(f"weights by up to {row.weight_error:.4g}, {100 * row.relative_error:.3g} % in norm")
             lines.append(f"tensor {row.name}: {', '.join(parts)}")
-        verdict = "the same model" if self.same else f"{len(self.tensors)} tensors differ"
-        return "\n".join([*lines, f"{verdict}; {self.equal_tensors} tensors are equal"])
+        verdict = "the same model" if self.same else f"different in {counted(len(self.tensors), 'tensor')}"
+        return "\n".join([*lines, f"{verdict}; equal in {counted(self.equal_tensors, 'tensor')}"])
 
 
 def difference(first: Artifact, second: Artifact) -> Difference:

@@ -14,6 +14,7 @@ from train.data.hub import DEFAULT_PREFIX, DEFAULT_REPO, DEFAULT_TRAIN_SHARDS, F
 from train.data.manifest import DatasetInfo
 from train.data.shards import SHARD_TOKENS
 from train.errors import UserError, main_guard
+from train.wording import counted
 
 
 def stdlib(arguments: argparse.Namespace) -> None:
@@ -284,9 +285,8 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _report(out: str, info: DatasetInfo) -> None:
     for split, part in (("train", info.train), ("val", info.val)):
-        print(
-            f"{split}: {part.documents:,} documents, {part.text_bytes:,} bytes, {part.tokens:,} tokens, {part.shards} shards"
-        )
+        documents, shards = counted(part.documents, "document"), counted(part.shards, "shard")
+        print(f"{split}: {documents}, {part.text_bytes:,} bytes, {part.tokens:,} tokens, {shards}")
     if info.yardsticks:
         figures = ", ".join(f"{name} {bits:.2f}" for name, bits in info.yardsticks.items())
         print(f"yardsticks, bits per byte of the validation text after the training text: {figures}")

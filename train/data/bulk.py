@@ -37,6 +37,7 @@ from train.data.tokenizer import load_tokenizer
 from train.errors import UserError
 from train.files import atomic_write, read_json, sha256_file
 from train.progress import Progress
+from train.wording import counted
 
 VAL_DOCS = 50_000
 STATE = "state.json"
@@ -157,7 +158,7 @@ def build_bulk(
         state = _load_state(work, settings)
         model = work / f"{name}_{vocab_size}_bpe.model"
         if not model.is_file():
-            print(f"tokenizer: reading {tokenizer_docs:,} documents after the first {val_docs:,}", flush=True)
+            print(f"tokenizer: reading {counted(tokenizer_docs, 'document')} after the first {val_docs:,}", flush=True)
             prepare_tokenizer(_texts(files, val_docs, tokenizer_docs), vocab_size, model, tokenizer_path)
         tokenizer = load_tokenizer(model, vocab_size)
         context = get_context("spawn")
@@ -240,7 +241,7 @@ class _Job:
         print(f"encoded {split}: {size:,} bytes of text at {size / seconds / 1e6:.1f} MB/s", flush=True)
         if documents and state.documents[split] < documents:
             raise UserError(
-                f"{self.files[-1]}: the files hold {state.documents[split]} documents, validation alone takes the first {documents}: "
+                f"{self.files[-1]}: the files hold {counted(state.documents[split], 'document')}, validation alone takes the first {documents}: "
                 "give more documents, or choose a smaller --val-docs"
             )
 
@@ -339,7 +340,7 @@ def _load_state(work: Path, settings: dict[str, Any]) -> State:
     # what a killed process was writing; the lock says that nobody writes now
     for part in work.glob(".*.part"):
         part.unlink()
-    print(f"going on with {sum(state.shards.values())} finished shards in {work}", flush=True)
+    print(f"going on with {counted(sum(state.shards.values()), 'finished shard')} in {work}", flush=True)
     return state
 
 

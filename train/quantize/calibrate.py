@@ -15,6 +15,7 @@ from train.errors import UserError
 from train.model.gpt import GPT
 from train.model.linear import observe_inputs
 from train.quantize.generate import generate_tokens
+from train.wording import counted
 
 # sequences per forward pass over generated text, as published
 _GENERATED_BATCH = 8
@@ -54,11 +55,12 @@ def calibrate(
     seconds = f"in {time.perf_counter() - started:.1f}s"
     graph = f"{config.gptq_calib_graph} graph"
     if config.gptq_calib_source == "generated":
-        texts = f"{config.gptq_calib_batches} sequences of {config.train_seq_len} tokens"
-        note(f"gptq:generated {texts}, {len(hessians)} Hessians of the {graph} {seconds}")
+        texts = f"{counted(config.gptq_calib_batches, 'sequence')} of {config.train_seq_len} tokens"
+        note(f"gptq:generated {texts}, {counted(len(hessians), 'Hessian')} of the {graph} {seconds}")
     else:
-        count = len(batches) * ranks.world_size
-        note(f"gptq:calibrated {len(hessians)} matrices of the {graph} on {count} training batches {seconds}")
+        matrices = counted(len(hessians), "matrix", "matrices")
+        read = counted(len(batches) * ranks.world_size, "training batch", "training batches")
+        note(f"gptq:calibrated {matrices} of the {graph} on {read} {seconds}")
     return hessians
 
 

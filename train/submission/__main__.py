@@ -9,6 +9,7 @@ from pathlib import Path
 from train.errors import main_guard
 from train.run import RunFolder
 from train.submission.record import TRACKS
+from train.wording import counted
 
 # each command imports its own parts, so that none waits for another's libraries
 
@@ -85,7 +86,7 @@ def _dashboard(arguments: argparse.Namespace) -> int:
 
     out = arguments.out or arguments.runs[0] / "dashboard.html"
     runs, problems = write_dashboard(arguments.runs, out)
-    print(f"{out}: {out.stat().st_size:,} bytes, {len(runs)} runs: {', '.join(run['id'] for run in runs)}")
+    print(f"{out}: {out.stat().st_size:,} bytes, {counted(len(runs), 'run')}: {', '.join(run['id'] for run in runs)}")
     for problem in problems:
         print(f"not shown: {problem}")
     return 0

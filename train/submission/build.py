@@ -25,6 +25,7 @@ from train.submission.evidence import mean_and_deviation
 from train.submission.record import evaluation, form
 from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
 from train.submission.writeup import writeup
+from train.wording import counted
 
 _PROOF_TOKENS = 32_768
 # libraries that are imported by a name in a string
@@ -211,14 +212,13 @@ def _calibration(config: Config) -> str:
 
 def _blurb(runs: Sequence[FinishedRun], bpb: float, total: int) -> str:
     first = runs[0]
-    steps = " to ".join(
-        f"{steps:,}" for steps in sorted({min(r.summary.steps for r in runs), max(r.summary.steps for r in runs)})
-    )
+    fewest, most = (pick(run.summary.steps for run in runs) for pick in (min, max))
+    steps = f"{fewest:,} to {most:,} steps" if fewest < most else counted(most, "step")
     label = f"{first.summary.label}. " if first.summary.label else ""
     return (
-        f"{label}Recipe {first.config.recipe}: {first.summary.parameters:,} parameters, {steps} steps on {first.summary.hardware}; "
+        f"{label}Recipe {first.config.recipe}: {first.summary.parameters:,} parameters, {steps} on {first.summary.hardware}; "
         f"{form(first.config)} artifact and code take at most {total:,} bytes and score {bpb:.4f} bits per byte "
-        f"({evaluation(first.config)}), mean of {len(runs)} seed{'s' if len(runs) > 1 else ''}."
+        f"({evaluation(first.config)}), mean of {counted(len(runs), 'seed')}."
     )
 
 

@@ -16,6 +16,7 @@ from train.run import RunFolder
 from train.submission.gather import summarize
 from train.submission.plots import plot_bpb, plot_loss, plot_size_budget
 from train.submission.summary import Summary, size_line, stage_line, summary_text
+from train.wording import counted
 
 TRACKS = ("10min_16mb", "non-record-16mb")
 
@@ -118,7 +119,7 @@ def submission_json(
 def default_blurb(summary: Summary, config: Config) -> str:
     """One sentence made of the run's numbers."""
     return (
-        f"{f'{summary.label}. ' if summary.label else ''}Recipe {summary.recipe}: {summary.parameters:,} parameters, {summary.steps:,} steps in {summary.train_seconds:.1f} s "
+        f"{f'{summary.label}. ' if summary.label else ''}Recipe {summary.recipe}: {summary.parameters:,} parameters, {counted(summary.steps, 'step')} in {summary.train_seconds:.1f} s "
         f"on {summary.hardware}; {form(config)} artifact and code take {summary.bytes_total:,} bytes and score "
         f"{summary.val_bpb:.4f} bits per byte ({evaluation(config)})."
     )

@@ -11,6 +11,7 @@ from scipy import stats
 
 from train.errors import UserError
 from train.submission.standing import Standing
+from train.wording import counted
 
 BAR = 0.005
 SIGNIFICANCE = 0.01
@@ -128,7 +129,7 @@ def comparison_text(ours: Standing, theirs: Standing) -> str:
 def _side(standing: Standing) -> str:
     mean, deviation = statistics.fmean(standing.val_bpb), statistics.stdev(standing.val_bpb)
     loss = f", val_loss {statistics.fmean(standing.val_loss):.8f}" if standing.val_loss else ""
-    seeds = f"seeds {', '.join(standing.seeds)}" if standing.seeds else f"{len(standing.val_bpb)} seeds"
+    seeds = f"seeds {', '.join(standing.seeds)}" if standing.seeds else counted(len(standing.val_bpb), "seed")
     return f"{standing.name}: val_bpb {mean:.8f} ± {deviation:.8f}{loss} ({seeds})"
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
 from train.files import read_json, write_json
+from train.wording import counted
 
 if TYPE_CHECKING:
     from train.artifact.budget import BudgetRow
@@ -198,7 +199,10 @@ def summary_text(summary: Summary, run_dir: str | Path | None = None) -> str:
         ("", ", ".join(f"{value:.4f} {label}" for value, label in before if value is not None)),
         ("beside it", ", ".join(f"{name} {value:.4f}" for name, value in summary.yardsticks.items())),
         ("size", size_line(summary)),
-        ("training", f"{summary.steps:,} steps of {summary.step_avg_ms:.2f} ms, {summary.train_seconds:.1f} s"),
+        (
+            "training",
+            f"{counted(summary.steps, 'step')} of {summary.step_avg_ms:.2f} ms, {summary.train_seconds:.1f} s",
+        ),
         ("scored", f"{summary.tokens:,} tokens, {summary.bytes:,} bytes of text, {summary.eval_seconds:.1f} s"),
         ("seconds", stage_line(summary)),
         ("folder", str(run_dir or "")),

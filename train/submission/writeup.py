@@ -14,6 +14,7 @@ from train.submission.runs import FinishedRun
 from train.submission.standing import Standing
 from train.submission.statistics import comparison_text
 from train.submission.summary import STAGES
+from train.wording import counted
 
 _FORM_NAMES = dict(zip(FORMS, ("one file", "one file, minified", "one file, minified and compressed"), strict=True))
 
@@ -30,7 +31,7 @@ def writeup(runs: Sequence[FinishedRun], submission: dict[str, Any], single_file
     """
     first, config = runs[0], runs[0].config
     parameters = f"{first.summary.parameters:,} parameters"
-    shape = f"{config.num_layers} layers of width {config.model_dim}, vocabulary {config.vocab_size:,}"
+    shape = f"{counted(config.num_layers, 'layer')} of width {config.model_dim}, vocabulary {config.vocab_size:,}"
     label = first.summary.label
     lines = [
         f"# {submission['name']}: {submission['val_bpb']:.4f} bits per byte{f' ({label})' if label else ''}",

@@ -9,6 +9,7 @@ from typing import Any
 from train.log_grammar import Log
 from train.submission.evidence import Evidence, logged_numbers, mean_and_deviation
 from train.submission.rules.finding import Finding, fails, holds, judged, unseen
+from train.wording import counted
 
 _COMPARED = (
     "val_loss",
@@ -57,7 +58,7 @@ def json_and_logs(evidence: Evidence) -> Finding:
         return fails(rule, "; ".join(wrong))
     if not compared:
         return unseen(rule, "no seed of the json has a log")
-    return holds(rule, f"{compared} numbers")
+    return holds(rule, counted(compared, "number"))
 
 
 def means(evidence: Evidence) -> Finding:
@@ -82,7 +83,7 @@ def means(evidence: Evidence) -> Finding:
                 wrong.append(f"{name}_std {stated}, of the seeds {deviation:.8f}")
     if wrong:
         return fails(rule, "; ".join(wrong))
-    return holds(rule, f"{compared} numbers") if compared else unseen(rule, "no scores per seed")
+    return holds(rule, counted(compared, "number")) if compared else unseen(rule, "no scores per seed")
 
 
 def readme(evidence: Evidence) -> Finding:
@@ -115,7 +116,7 @@ def readme(evidence: Evidence) -> Finding:
     stated = evidence.submission.get("val_bpb")
     if isinstance(stated, (int, float)) and not matched:
         return unseen(rule, f"the score {stated} is not in README.md")
-    return holds(rule, f"{matched} numbers of README.md are measured ones")
+    return holds(rule, f"{counted(matched, 'measured number')} in README.md")
 
 
 def _row_slips(evidence: Evidence, seed: str) -> list[str]:

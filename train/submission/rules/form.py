@@ -9,6 +9,7 @@ import zlib
 
 from train.submission.evidence import Evidence
 from train.submission.rules.finding import Finding, holds, judged, unseen
+from train.wording import counted
 
 KEYS = (
     "author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_bpb_std", "seeds", "seed_results",
@@ -31,7 +32,7 @@ def files(evidence: Evidence) -> Finding:
     value = (
         f"missing: {', '.join(missing)}"
         if missing
-        else f"README.md, submission.json, {len(evidence.logs)} logs, script"
+        else f"README.md, submission.json, {counted(len(evidence.logs), 'log')}, script"
     )
     return judged("the files of a record", not missing, value)
 
@@ -77,11 +78,11 @@ def command(evidence: Evidence) -> Finding:
     if not variables:
         return unseen(rule, "no command with variables in README.md")
     if evidence.script is None:
-        return unseen(rule, f"{len(variables)} variables, but no script")
+        return unseen(rule, f"{counted(len(variables), 'variable')}, but no script")
     sources = [evidence.script, *evidence.package]
     source = "\n".join(unwrapped(path.read_text(errors="replace")) for path in sources)
     if not source:
-        return unseen(rule, f"{len(variables)} variables, but the script is compressed in an unknown way")
+        return unseen(rule, f"{counted(len(variables), 'variable')}, but the script is compressed in an unknown way")
     # a settings dataclass has the name in lower case
     ignored = [name for name in variables if not re.search(rf"\b({name}|{name.lower()})\b", source)]
     if ignored:

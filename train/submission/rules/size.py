@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from train.submission.evidence import Evidence
 from train.submission.rules.finding import Finding, fails, holds, judged, unseen
+from train.wording import counted
 
 CAP_BYTES = 16_000_000
 
@@ -78,4 +79,4 @@ def parts(evidence: Evidence) -> Finding:
         for name, total, model, code_bytes in sums
         if total != model + code_bytes
     ]
-    return judged(rule, not wrong, "; ".join(wrong) or f"in {len(sums)} places")
+    return judged(rule, not wrong, "; ".join(wrong) or f"in {counted(len(sums), 'place')}")
