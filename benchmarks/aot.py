@@ -2,7 +2,7 @@
 
 Triton: the launches of `benchmarks.launches` are made with Triton's own launch code, which compiles what it would run;
 16-bit products promise wgmma, tensor descriptors TMA. CUDA: every kernel of every `csrc/*.cu`. All promise to spill no
-register and to fit in Hopper's shared memory.
+register, to fit in Hopper's shared memory, and that no wgmma waits for the one before.
 """
 
 from __future__ import annotations
@@ -82,6 +82,9 @@ def judge(
     shared = shared_bytes if shared_bytes is not None else int(static[1]) if static else 0
     counts = {kind: ptx.count(instruction) for kind, instruction in INSTRUCTIONS.items()}
     broken = [f"no {kind}" for kind in promises if not counts[kind]]
+    # the assembler's own words for products of which each waits for the one before
+    if "wgmma.mma_async instructions are serialized" in log:
+        broken.append("wgmma serialized")
     if spilled:
         broken.append(f"{spilled} spilled bytes")
     if shared > SHARED_LIMIT_BYTES:

@@ -248,10 +248,12 @@ def symmetric_kernel(
     # offsets inside a tile fit in 32 bits, which saves registers
     ld, steps = tl.multiple_of(tl.load(entry + 4).to(tl.int32), 16), tl.load(entry + 5).to(tl.int32)
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
-    if GRAM and tall != 0:
-        total = add_columns_product(total, in_ptr + left, in_ptr + right, ld, steps, TILE, STEP)
-    else:
-        total = add_rows_product(total, in_ptr + left, in_ptr + right, ld, steps, TILE, STEP)
+    if GRAM:
+        # one of the two takes no step; where branches join, each wgmma would have to wait for the one before
+        down = tl.where(tall != 0, steps, 0)
+        total = add_columns_product(total, in_ptr + left, in_ptr + right, ld, down, TILE, STEP)
+        steps -= down
+    total = add_rows_product(total, in_ptr + left, in_ptr + right, ld, steps, TILE, STEP)
     side = tl.arange(0, TILE)
     out, mirror = tl.multiple_of(tl.load(entry + 6), 16), tl.multiple_of(tl.load(entry + 7), 16)
     out_ld = tl.multiple_of(tl.load(entry + 8).to(tl.int32), 16)

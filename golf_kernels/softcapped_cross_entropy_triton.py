@@ -11,19 +11,24 @@ Both take tanh(x) as 1 − 2s with s = 1 / (1 + e^2x), and its derivative as 4s(
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+# powers of 2 are one instruction, powers of e five
+LOG2_E = tl.constexpr(math.log2(math.e))
 MAX_VOCABULARY = 8192
 """Columns of the longest row that a program of `loss_and_gradient` holds."""
 
 
 @triton.jit
-def _folded_tanh(x):
-    # an infinite exponential is a result of 0, as it should be
-    return 1.0 / (1.0 + tl.exp(2.0 * x))
+def _folded_tanh(x, softcap):
+    # a root and its square are two instructions where a quotient is eight; an infinite power leaves 0, as it should
+    root = tl.rsqrt(1.0 + tl.exp2(x * (2.0 * LOG2_E / softcap)))
+    return root * root
 
 
 @triton.jit
@@ -53,18 +58,22 @@ def loss_and_gradient_kernel(
     address = logits_ptr + row * vocabulary + column
     target = tl.load(targets_ptr + row)
     scale = tl.load(scale_ptr)
-    folded = _folded_tanh(tl.load(address, mask=inside, other=0.0).to(tl.float32) * (1.0 / softcap))
+    # read before the row's maximum and sum, behind which it may have been overwritten
+    known = (target >= 0) & (target < vocabulary)
+    hit = tl.load(logits_ptr + row * vocabulary + target, mask=known, other=0.0).to(tl.float32)
+    picked = softcap - 2.0 * softcap * _folded_tanh(hit, softcap)
+    folded = _folded_tanh(tl.load(address, mask=inside, other=0.0).to(tl.float32), softcap)
     z = tl.where(inside, softcap - 2.0 * softcap * folded, float("-inf"))
     top = tl.max(z, axis=0)
-    weight = tl.exp(z - top)
+    weight = tl.exp2(z * LOG2_E - top * LOG2_E)
     total = tl.sum(weight, axis=0)
     lse = top + tl.log(total)
-    picked = tl.sum(tl.where(column == target, z, 0.0), axis=0)
     # a choice, not a product: an ignored row may hold anything, NaN included
     kept = target != ignore_index
     tl.store(loss_ptr + row, tl.where(kept, scale * (lse - picked + z_loss * lse * lse), 0.0))
-    gradient = weight * ((1.0 + 2.0 * z_loss * lse) / total) - tl.where(column == target, 1.0, 0.0)
-    gradient *= scale * 4.0 * folded * (1.0 - folded)
+    steep = 4.0 * scale
+    gradient = weight * (steep * (1.0 + 2.0 * z_loss * lse) / total) - tl.where(column == target, steep, 0.0)
+    gradient *= folded - folded * folded
     tl.store(address, tl.where(kept, gradient, 0.0).to(logits_ptr.dtype.element_ty), mask=inside)
 
 
@@ -104,10 +113,11 @@ def row_nll_kernel(
             logits = tl.dot(hidden, weight.T, logits, input_precision="ieee")
         if ROUND:
             logits = _round_to_bf16(logits)
-        z = softcap - 2.0 * softcap * _folded_tanh(logits * (1.0 / softcap))
+        z = softcap - 2.0 * softcap * _folded_tanh(logits, softcap)
         z = tl.where((column < vocabulary)[None, :], z, float("-inf"))
         higher = tl.maximum(top, tl.max(z, axis=1))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher[:, None]), axis=1)
+        total *= tl.exp2((top - higher) * LOG2_E)
+        total += tl.sum(tl.exp2(z * LOG2_E - (higher * LOG2_E)[:, None]), axis=1)
         picked += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), axis=1)
         top = higher
     part = tl.program_id(1).to(tl.int64) * rows + row

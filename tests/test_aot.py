@@ -99,7 +99,8 @@ def test_broken_promises_of_triton_kernels_are_seen(tmp_path):
     assert good["shared_bytes"] > 0 and 16 < good["registers"] <= 255
     # fewer rows than a warp group's instruction has
     assert small["broken"] == ["no wgmma"]
-    assert large["broken"] == [f"{large['spilled_bytes']} spilled bytes"]
+    # what spills accumulators serializes products too
+    assert large["broken"] == ["wgmma serialized", f"{large['spilled_bytes']} spilled bytes"]
     source.write_text(KERNELS.replace("    other_kernel[(1,)](x)\n", ""))
     code, report, errors = run(source, command=("-c", LAUNCHED), **surroundings)
     assert code == 1 and report is None
@@ -142,5 +143,7 @@ def test_shared_memory_beyond_hopper_is_a_broken_promise():
     assert row.broken == ("20 spilled bytes", "232449 bytes of shared memory, more than 232448")
     assert aot.judge("f.cu", "k", "", "Used 8 registers", aot.SHARED_LIMIT_BYTES).broken == ()
     assert aot.judge("f.cu", "k", "wgmma.mma_async.sync", "Used 8 registers", 0, ["wgmma", "tma"]).broken == ("no tma",)
+    log = "Used 8 registers\nPotential Performance Loss: wgmma.mma_async instructions are serialized due to branches"
+    assert aot.judge("f.cu", "k", "", log, 0).broken == ("wgmma serialized",)
     with pytest.raises(ValueError, match="no register count"):
         aot.judge("f.cu", "k", "", "", 0)
