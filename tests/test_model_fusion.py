@@ -78,7 +78,7 @@ def test_a_kernel_that_is_asked_for_stays_an_operator(asked_for: str, monkeypatc
     assert set(write_out_references(model, "cpu")) == OPERATORS - {asked_for}
     assert all(block.mlp.fused == (asked_for == "leaky_relu2_mlp") for block in model.blocks)
     assert all(block.fused == (asked_for == "mix_rms_norm") for block in model.blocks)
-    assert all(block.attention.fused == (asked_for == "qk_norm_rope") for block in model.blocks)
+    assert all(block.attention.fused_qk_norm_rope == (asked_for == "qk_norm_rope") for block in model.blocks)
     assert all(block.attention.fused_xsa == (asked_for == "xsa") for block in model.blocks)
     assert not model.head.fused
     monkeypatch.undo()

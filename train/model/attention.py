@@ -67,8 +67,8 @@ class Attention(nn.Module):
         self.xsa = layer >= config.num_layers - config.xsa_last_n
         self.qat = config.qat
         self.backend = "sdpa"
-        # of QK-norm and rotation, and of XSA; False: plain PyTorch, for a compiler to fuse; see train.model.fusion
-        self.fused = True
+        # by the operators of these names; False: plain PyTorch, for a compiler to fuse; see train.model.fusion
+        self.fused_qk_norm_rope = True
         self.fused_xsa = True
 
     def project(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
@@ -158,7 +158,7 @@ class Attention(nn.Module):
             `(B, T - rows_from, d)`, not yet added to the stream.
         """
         # the op turns queries and keys by one table, so it takes the same positions of both
-        if not self.fused or rows_from:
+        if not self.fused_qk_norm_rope or rows_from:
             return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past, scale)
         query, key, value = self.project(x, extra_value)
         query, key = qk_norm_rope(query, key, *rotary, self.q_gain, eps=self.eps)

@@ -15,7 +15,7 @@ from train.model.mlp import MLP
 CALLERS: dict[str, tuple[type[nn.Module], str]] = {
     "leaky_relu2_mlp": (MLP, "fused"),
     "mix_rms_norm": (Block, "fused"),
-    "qk_norm_rope": (Attention, "fused"),
+    "qk_norm_rope": (Attention, "fused_qk_norm_rope"),
     "softcapped_cross_entropy": (Head, "fused"),
     "xsa": (Attention, "fused_xsa"),
 }
