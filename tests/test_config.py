@@ -6,7 +6,7 @@ import pytest
 
 from train.config import Config, ConfigError, field_names, parse_value
 from train.recipes import load_recipe, recipe_names
-from train.settings import help_text, override_line, resolve
+from train.settings import help_text, note_unread, override_line, resolve
 
 
 def test_dict_round_trip_keeps_every_field() -> None:
@@ -116,6 +116,20 @@ def test_overrides_equal_to_the_recipe_are_not_reported() -> None:
 def test_misspelt_settings_name_the_nearest(arguments: list[str], environ: dict[str, str], fragment: str) -> None:
     with pytest.raises(ConfigError, match=fragment):
         resolve(arguments, environ)
+
+
+def test_a_variable_that_a_stage_does_not_read_is_said_where_it_differs() -> None:
+    said: list[str] = []
+    environ = {"GPTQ_CALIB_BATCHES": "8", "MODEL_DIM": "128", "RUNS_DIR": "elsewhere", "PATH": "/bin", "seed": "3"}
+    config = load_recipe("quickstart").config(gptq_calib_batches=4, recur_layers=(1, 2))
+    note_unread(config, environ | {"RECUR_LAYERS": "x", "WEIGHT_QUANTIZATION_BITS": "5"}, said.append)
+    assert said == [
+        "environment: not read, as the run's settings and flags count: GPTQ_CALIB_BATCHES=8 (here 4), "
+        "RECUR_LAYERS=x (here 1,2), WEIGHT_QUANTIZATION_BITS=5 (here 6)"
+    ]
+    # a flag that says the same has made it so
+    note_unread(config.replace(gptq_calib_batches=8), environ, said.append)
+    assert len(said) == 1
 
 
 def test_ordinary_environment_is_left_alone() -> None:

@@ -245,6 +245,22 @@ def test_every_command_explains_itself(module: str) -> None:
     assert f"python -m {module}" in result.stdout
 
 
+@pytest.mark.parametrize(
+    "stage", [["train.quantize"], ["train.evaluate", "--stride=0", "--json"], ["train.submission", "record"]]
+)
+def test_a_stage_alone_says_which_variables_it_does_not_read(
+    finished: Finished, tmp_path: Path, stage: list[str]
+) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    module, *arguments = stage
+    result = command(module, *arguments, folder.path, GPTQ_CALIB_BATCHES="3", EVAL_STRIDE="32", NUM_LAYERS="")
+    said = "environment: not read, as the run's settings and flags count: "
+    (line,) = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith(said)]
+    assert ("GPTQ_CALIB_BATCHES=3 (here 4)" in line and "EVAL_STRIDE" in line) or "evaluate" not in module
+    if "--json" in arguments:
+        assert json.loads(result.stdout)["stride"] == 0
+
+
 def test_stages_done_again_alone_make_the_same_record(finished: Finished, tmp_path: Path) -> None:
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
     before = json.loads((folder.path / "submission.json").read_text())

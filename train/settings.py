@@ -7,11 +7,11 @@ that looks like a setting and is none is an error that names the nearest one, so
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from train.config import Config, field_help, field_names, nearest, parse_value
+from train.config import BOOKKEEPING, Config, field_help, field_names, nearest, parse_value
 from train.recipes import load_recipe, recipe_names
 from train.values import ConfigError, format_value
 
@@ -63,6 +63,30 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Confi
     config = recipe.config(**{name: override.value for name, override in given.items()})
     base = recipe.config()
     return config, [override for name, override in given.items() if getattr(base, name) != override.value]
+
+
+def note_unread(config: Config, environ: Mapping[str, str], note: Callable[[str], object]) -> None:
+    """Say in one line which variables differ from what a stage of its own has, which reads the run and its flags alone.
+
+    Args:
+        config: the settings that the stage has.
+        environ: the environment variables.
+        note: takes the line.
+    """
+    unread = []
+    for name, text in environ.items():
+        field = _ALIASES.get(name.lower(), name.lower())
+        if not name.isupper() or field not in field_names() or field in BOOKKEEPING:
+            continue
+        has = getattr(config, field)
+        try:
+            differs = parse_value(field, text, name) != has
+        except ConfigError:
+            differs = True
+        if differs:
+            unread.append(f"{name}={text} (here {format_value(has)})")
+    if unread:
+        note(f"environment: not read, as the run's settings and flags count: {', '.join(sorted(unread))}")
 
 
 def help_text() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from train.model.attention_backends import BACKENDS
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
 from train.run import RunFolder
+from train.settings import note_unread
 from train.values import parse_text
 
 
@@ -131,6 +133,8 @@ def _score(folder: RunFolder, arguments: argparse.Namespace) -> int:
     # whatever is wrong with the run is found before the ranks wait for one another
     model = _load(folder, config, arguments.weights).eval()
     with start_ranks(config.device) as ranks:
+        if ranks.is_main:
+            note_unread(config, os.environ, lambda line: print(line, file=sys.stderr, flush=True))
         model = model.to(ranks.device)
         use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, config.eval_batch_seqs)).name)
         # a bar goes to stderr, but plain progress lines would stand between a script and its JSON

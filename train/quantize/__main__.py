@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     from train.logger import RunLogger
     from train.model.gpt import GPT
     from train.run import RunFolder
+    from train.settings import note_unread
     from train.stages import artifact_stage, quantize_stage
 
     folder = RunFolder(arguments.run)
@@ -58,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             config, changes = _settings(arguments, folder)
         # the run's log tells of the run's own artifact alone
         log = RunLogger(elsewhere if arguments.out else folder.path, config.seed, ranks.rank)
+        note_unread(config, os.environ, log.line)
         model: GPT = load_weights(folder).to(ranks.device)
         encoder, path = Encoder(), arguments.out or folder.artifact
         tensors = quantize_stage(config, model, ranks, log, encoder)

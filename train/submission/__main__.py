@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 
 from train.errors import main_guard
 from train.run import RunFolder
+from train.settings import note_unread
 from train.submission.record import TRACKS
 from train.wording import counted
 
@@ -23,6 +26,7 @@ def _record(arguments: argparse.Namespace) -> int:
     folder = RunFolder(arguments.run_folder)
     # no other artifact may take the place of the one that is told of, and no file that of another record's
     with folder.held(shared=True), folder.writing():
+        note_unread(folder.read_config(), os.environ, lambda line: print(line, file=sys.stderr))
         # gathered anew, so that a stage done again alone is in the record
         summary = summarize(folder)
         summary.write(folder.summary)
