@@ -14,7 +14,8 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -221,6 +222,33 @@ def describe() -> dict[str, dict[Backend, str]]:
     return answers
 
 
+def may_run(op: str, backend: Backend, forced: str) -> bool:
+    """Whether a call of `op` may go to this back end where `GOLF_BACKEND` is `forced`: it waits for no force, or has it."""
+    return not _implementations(op)[backend].opt_in or _forced(op, forced) == backend
+
+
+def registered() -> Iterator[tuple[str, Backend, Callable[..., Any]]]:
+    """Operator, back end and function of every implementation, and of what says whether it can run."""
+    for op, implementations in sorted(_registry.items()):
+        for backend, implementation in implementations.items():
+            yield op, backend, implementation.function
+            yield op, backend, implementation.supports
+
+
+@contextmanager
+def forced(text: str) -> Iterator[None]:
+    """`GOLF_BACKEND` is `text` until the block ends."""
+    before = os.environ.get(ENVIRONMENT_VARIABLE)
+    os.environ[ENVIRONMENT_VARIABLE] = text
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENVIRONMENT_VARIABLE]
+        else:
+            os.environ[ENVIRONMENT_VARIABLE] = before
+
+
 def triton_problem() -> str | None:
     """Why no Triton kernel can run on this machine, as a phrase; None where they can. For `supports` of such back ends."""
     if importlib.util.find_spec("triton") is None:
@@ -285,8 +313,8 @@ def _problem(op: str, backend: Backend, args: tuple[Any, ...]) -> str | None:
     return implementations[backend].supports(*args)
 
 
-def _forced(op: str) -> Backend | None:
-    text = os.environ.get(ENVIRONMENT_VARIABLE, "")
+def _forced(op: str, text: str | None = None) -> Backend | None:
+    text = os.environ.get(ENVIRONMENT_VARIABLE, "") if text is None else text
     if not text:
         return None
     default, by_name = _parse(text)

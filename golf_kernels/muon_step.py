@@ -6,7 +6,6 @@ and are read from there when the weights are updated. Nothing waits for the GPU.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -16,14 +15,6 @@ from torch import Tensor
 from golf_kernels import dispatch
 from golf_kernels.muon import Muon, Work, coefficients_of, learning_rate_ratio
 from golf_kernels.newton_schulz import default_compute_dtype, triton_problem
-
-
-@functools.lru_cache(maxsize=32)
-def _ratios(ratios: tuple[float, ...], device: torch.device) -> Tensor:
-    from golf_kernels.newton_schulz_triton import on_device
-
-    table: Tensor = on_device(torch.tensor(ratios, dtype=torch.float32), device)
-    return table
 
 
 def _on_device(value: float | Tensor, device: torch.device) -> Tensor:
@@ -79,7 +70,7 @@ def _step_triton(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> No
                 workspace.stats,
                 *common,
                 lr=_on_device(group["lr"], device),
-                ratios=kernels.lasting(_ratios(ratios, device), device),
+                ratios=kernels.lasting(muon_triton.ratio_table(ratios, device), device),
                 weight_decay=group["weight_decay"],
                 beta2=group["normuon_beta2"] if group["normuon"] else None,
                 copy=all(p in optimizer.copies for p in members),

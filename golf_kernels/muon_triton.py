@@ -11,6 +11,7 @@
 # triton gives the arguments of a kernel their types
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
+import functools
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from golf_kernels.newton_schulz_triton import CHUNK, LAYOUT, add_squares, pointer_to, reciprocal_power
+from golf_kernels.newton_schulz_triton import CHUNK, LAYOUT, add_squares, on_device, pointer_to, reciprocal_power
 
 OPTIONS = {"num_warps": 8}
 # fields of a matrix's addresses: gradient, momentum, weight, second moment, copy
@@ -146,6 +147,12 @@ def apply_kernel(
         if COPY:
             copies = pointer_to(tl.load(addresses_ptr + matrix * ADDRESSES + 4), tl.bfloat16, ALIGNED)
             tl.store(copies + at * columns + column, weight.to(tl.bfloat16), mask=inside)
+
+
+@functools.lru_cache(maxsize=32)
+def ratio_table(ratios: tuple[float, ...], device: torch.device) -> Tensor:
+    """The matrices' ratios on the device, sent once."""
+    return on_device(torch.tensor(ratios, dtype=torch.float32), device)
 
 
 def momentum(

@@ -15,7 +15,7 @@ from fake_cuda import CUDA, GRAPHS, Batches, Graph, empty, gpu_config, gpu_model
 from torch import Tensor
 
 import golf_kernels
-from golf_kernels import dispatch, muon_step
+from golf_kernels import dispatch
 from golf_kernels.muon import Muon
 from golf_kernels.newton_schulz import COEFFICIENTS
 from train.config import MICRO_BATCHES
@@ -97,7 +97,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bool]]:
     yield stream
     # what is kept for good belongs to this test's tensors
     newton_schulz_triton = importlib.import_module("golf_kernels.newton_schulz_triton")
-    for cached in (newton_schulz_triton.make_plan, newton_schulz_triton._send, muon_step._ratios):
+    muon_triton = importlib.import_module("golf_kernels.muon_triton")
+    for cached in (newton_schulz_triton.make_plan, newton_schulz_triton._send, muon_triton.ratio_table):
         cached.cache_clear()
 
 

@@ -1,6 +1,7 @@
 """Choice of a back end: preference, GOLF_BACKEND, fall-backs with their reasons."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -200,3 +201,34 @@ def test_what_keeps_triton_kernels_from_running(monkeypatch):
     assert dispatch.triton_problem() is None
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'triton>=3.6'" in dispatch.triton_problem()
+
+
+def test_an_opt_in_may_run_only_where_it_is_forced():
+    register("op", "torch")
+    register("op", "triton", opt_in="slower in the step")
+    register("op", "cuda")
+    answers = {
+        text: [dispatch.may_run("op", backend, text) for backend in ("torch", "triton", "cuda")]
+        for text in ("", "triton", "op=triton", "op=cuda", "triton,op=torch")
+    }
+    # what is forced does not keep tensors elsewhere from the others
+    usual, all_of_them = [True, False, True], [True, True, True]
+    assert list(answers.values()) == [usual, all_of_them, all_of_them, usual, usual]
+    with pytest.raises(dispatch.BackendError, match="cannot read 'op=fast'"):
+        dispatch.may_run("op", "triton", "op=fast")
+
+
+@pytest.mark.parametrize("before", [None, "", "op=cpp"])
+def test_forcing_for_a_while(monkeypatch, before):
+    register("op", "torch")
+    register("op", "cpp")
+    monkeypatch.delenv("GOLF_BACKEND", raising=False)
+    if before is not None:
+        monkeypatch.setenv("GOLF_BACKEND", before)
+    with dispatch.forced("op=torch"):
+        assert dispatch.choose("op", torch.zeros(1)) == ("torch", "forced by GOLF_BACKEND")
+    with pytest.raises(dispatch.BackendError, match="op has no cuda back end"), dispatch.forced("op=cuda"):
+        dispatch.choose("op", torch.zeros(1))
+    assert os.environ.get("GOLF_BACKEND") == before
+    with dispatch.forced(""):
+        assert dispatch.choose("op", torch.zeros(1)) == ("cpp", "first choice on cpu")

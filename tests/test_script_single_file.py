@@ -17,7 +17,7 @@ from train.recipes import load_recipe
 from train.run import RunFolder
 from train.script import single_file
 from train.script.code_size import counted_code_bytes
-from train.script.single_file import FORMS, form_bytes, minify, pack, used_sources
+from train.script.single_file import FORMS, form_bytes, minify, pack, script_modules
 from train.submission.__main__ import main
 from train.submission.build import package_score, recipe_settings, script_score, write_script
 from train.submission.runs import read_run
@@ -71,24 +71,6 @@ def test_the_smallest_form_trains_alone_in_an_empty_folder_as_the_package_did(ru
     assert not (tmp_path / "runs/again/README.md").exists()
 
 
-def test_nothing_is_missing_and_nothing_foreign_is_carried() -> None:
-    sources = used_sources("quickstart")
-    assert {"train/loop.py", "train/recipes/quickstart.py", "golf_kernels/muon.py", "train/script/entry.py"} <= set(
-        sources
-    )
-    writers = ("train/submission/", "train/data/hub", "train/describe")
-    assert not [name for name in sources if name.startswith(writers)]
-    assert [name for name in sources if name.startswith("train/recipes/")] == [
-        "train/recipes/__init__.py",
-        "train/recipes/quickstart.py",
-    ]
-    # whatever a carried module imports from this project is carried, or left out on purpose
-    for source in sources.values():
-        for module in single_file._imports(source):
-            path = single_file._path(module)
-            assert path is None or path.relative_to(single_file.ROOT).as_posix() in sources
-
-
 def test_the_plain_form_holds_each_module_as_it_is(tmp_path: Path) -> None:
     text = pack("baseline", {"SEED": "7"}, "plain", "A title.")
     tree = ast.parse(text)
@@ -98,7 +80,7 @@ def test_the_plain_form_holds_each_module_as_it_is(tmp_path: Path) -> None:
         for node in tree.body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript)
     }
-    assert held == used_sources("baseline")
+    assert held == script_modules("baseline", {}).sources
     assert "r'''" in text and "\\n" not in text.split("FILES['train/loop.py']")[1][:200]
     assert "    'RECIPE': 'baseline',\n    'SEED': '7',\n" in text
 
@@ -139,7 +121,7 @@ def test_minifying_keeps_what_programs_read() -> None:
 def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="form: expected one of plain, minified, wrapped, got 'tiny'"):
         pack("quickstart", {}, "tiny")
-    with pytest.raises(UserError, match=r"no file train/recipes/nothing\.py"):
+    with pytest.raises(UserError, match="recipe: no recipe 'nothing'"):
         pack("nothing", {}, "plain")
     minify.cache_clear()
     monkeypatch.setitem(sys.modules, "python_minifier", None)

@@ -1,6 +1,7 @@
 """The rule check: a sound record passes, and each broken rule fails with its own line and no other."""
 
 import base64
+import bz2
 import json
 import lzma
 import math
@@ -273,7 +274,8 @@ RAW = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2, "preset"
 
 
 @pytest.mark.parametrize(
-    "compress", [brotli.compress, lzma.compress, zlib.compress, lambda data: lzma.compress(data, **RAW)]
+    "compress",
+    [brotli.compress, bz2.compress, lzma.compress, zlib.compress, lambda data: lzma.compress(data, **RAW)],
 )
 def test_a_compressed_script_is_read_without_running_it(record: Path, compress: Callable[[bytes], bytes]) -> None:
     rng = random.Random(1)

@@ -54,6 +54,7 @@ class Config:
         choices=("auto", "sdpa", "fa3", "fa4", "cudnn", "flash", "math"),
     )  # fmt: skip
     compile: str = setting("auto", "torch.compile the model; auto: on CUDA only", choices=("auto", "on", "off"))
+    golf_backend: str = setting("", "back ends to force: triton, or newton_schulz=triton,int6=cuda; empty: none")
 
     # data
     data_path: str = setting("", "folder with *_train_*.bin and *_val_*.bin shards and the tokenizer")

@@ -14,14 +14,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from tqdm import tqdm
 
 from train.errors import UserError
 from train.log_grammar import SEPARATOR
-from train.sinks import Sink
+
+if TYPE_CHECKING:
+    from train.sinks import Sink
 
 
 class RunLogger:

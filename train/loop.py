@@ -31,8 +31,6 @@ from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
 from train.optimize.schedules import WallClock, lr_scale, muon_momentum
-from train.parts import name_compiled_kernels
-from train.profiling import StepProfiler
 from train.progress import Progress
 from train.run import RunFolder
 from train.startup import StartUp
@@ -104,9 +102,11 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     use_attention(model, attention.name)
     log.line(f"attention:{attention.name} ({attention.reason})")
     start.end("attention")
-    named = config.profile_steps and compiles(config, ranks.device)
-    if named and (problem := name_compiled_kernels(ranks.device.type)):
-        log.line(f"profile:the model's parts have no ranges, {problem}")
+    if config.profile_steps:
+        from train.parts import name_compiled_kernels
+
+        if compiles(config, ranks.device) and (problem := name_compiled_kernels(ranks.device.type)):
+            log.line(f"profile:the model's parts have no ranges, {problem}")
     loss_of = compiled_loss(model, config, ranks.device)
     if loss_of is not model:
         log.line(f"inductor:{chosen_options()[1]}")
@@ -143,9 +143,12 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     log.line(str(start))
     clock.resume()
     stop = config.training_seconds > 0 and seconds >= config.training_seconds
-    profiler = StepProfiler(
-        parse_steps(config.profile_steps), folder.path, ranks, log, model if loss_of is model else None
-    )
+    profiler = None
+    if config.profile_steps:
+        from train.profiling import StepProfiler
+
+        profiled = parse_steps(config.profile_steps)
+        profiler = StepProfiler(profiled, folder.path, ranks, log, model if loss_of is model else None)
     # without a terminal the log's own lines are the progress
     bar = Progress(1000, "training", "‰", enabled=ranks.is_main and sys.stderr.isatty())
     while True:
@@ -159,7 +162,8 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
         if last:
             break
         scale = lr_scale(step, clock.elapsed_seconds, config)
-        profiler.before(step)
+        if profiler:
+            profiler.before(step)
         batch_loss = training_step(
             optimizers, loss_of, loader, ranks, recurrence_on(config, step), scale, muon_momentum(step, config)
         )
@@ -168,7 +172,8 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
             ema.update()
         if swa:
             swa.update(step, scale)
-        profiler.after(step - 1)
+        if profiler:
+            profiler.after(step - 1)
         stop = clock.tick()
         done = max(step / config.iterations, clock.elapsed_seconds / (config.training_seconds or math.inf))
         bar.advance(int(1000 * min(done, 1)) - bar.done, f"step {step:,}")
@@ -180,7 +185,8 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
             save_checkpoint(folder.checkpoint, parts, ranks, extra)
             clock.resume()
     seconds = clock.pause()
-    profiler.finish(step - 1)
+    if profiler:
+        profiler.finish(step - 1)
     bar.close()
     if stop:
         log.stopping_early(step, config.iterations, seconds * 1000)

@@ -94,7 +94,7 @@ def help_text() -> str:
     lines = ["Settings (flag --NAME VALUE or environment variable in upper case) [default]:"]
     lines += [f"  {name:<28} {field_help(name)}" for name in field_names()]
     lines += ["", "Recipes (--recipe NAME):"]
-    lines += [f"  {name:<28} {load_recipe(name).about.splitlines()[0]}" for name in recipe_names()]
+    lines += [f"  {name:<28} {next(iter(load_recipe(name).about.splitlines()), '')}" for name in recipe_names()]
     return "\n".join(lines)
 
 

@@ -10,14 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from golf_kernels import dispatch
 from train.artifact import Encoder, load_model, write_artifact
-from train.artifact.target import fit_target, prune
 from train.checkpoint import load_weights, write_tensors
 from train.config import Config
-from train.data.build import build_dataset
-from train.data.corpus import split_documents, stdlib_documents
 from train.data.paid_prefix import known_targets, prefix_bytes
 from train.data.validation import load_validation
 from train.distributed import Ranks
@@ -30,7 +28,6 @@ from train.logger import RunLogger
 from train.loop import train
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
-from train.quantize.calibrate import calibrate
 from train.quantize.tensors import StoredTensors, dequantize_state, matrices_to_calibrate, quantize_model
 from train.run import RunFolder
 from train.script.code_size import counted_code_bytes
@@ -49,14 +46,20 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
     def build() -> None:
         if path.exists():
             return
-        if not config.corpus:
+        if config.corpus:
+            from train.data.build import build_dataset
+            from train.data.corpus import split_documents, stdlib_documents
+
+            print(
+                "text: the Python standard library's own sources and documentation (nothing is downloaded)", flush=True
+            )
+            parts = split_documents(stdlib_documents())
+            build_dataset(*parts, path, config.vocab_size, name="stdlib", source="Python standard library")
+        else:
             raise UserError(
                 f"data_path: {path} does not exist: make it with python -m train.data (fineweb --variant "
                 f"sp{config.vocab_size}, see its --help for repositories; or text PATH… for your own), or set DATA_PATH"
             )
-        print("text: the Python standard library's own sources and documentation (nothing is downloaded)", flush=True)
-        training, validation = split_documents(stdlib_documents())
-        build_dataset(training, validation, path, config.vocab_size, name="stdlib", source="Python standard library")
 
     ranks.on_main(build)
 
@@ -95,13 +98,19 @@ def quantize_stage(
     """
     encoder = encoder or Encoder()
     names = matrices_to_calibrate(model, config)
-    hessians = calibrate(config, model, names, ranks, log.line) if names else {}
+    hessians: dict[str, Tensor] = {}
+    if config.quantizer == "gptq":
+        from train.quantize.calibrate import calibrate
+
+        hessians = calibrate(config, model, names, ranks, log.line) if names else {}
     started = time.perf_counter()
 
     def quantize(sigmas: Mapping[str, float]) -> StoredTensors:
         return quantize_model(model, config, hessians, ranks=ranks, note=log.line, sigmas=sigmas)
 
     if config.target_bytes:
+        from train.artifact.fitting import fit_target
+
         tensors = fit_target(config, model, hessians, quantize, ranks, log, encoder)
     else:
         tensors = quantize({})
@@ -139,7 +148,10 @@ def artifact_stage(
         The model that the artifact's bytes hold.
     """
     code, paid = ranks.on_main(lambda: counted_code_bytes(config)), prefix_bytes(config)
-    tensors = prune(config, tensors, code + paid, ranks, log, encoder)
+    if config.target_mb or config.prune_excess:
+        from train.artifact.target import prune
+
+        tensors = prune(config, tensors, code + paid, ranks, log, encoder)
 
     def write() -> None:
         cap = min(config.target_bytes or config.max_artifact_bytes, config.max_artifact_bytes)

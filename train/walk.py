@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from golf_kernels import dispatch
 from golf_kernels.newton_schulz import coefficient_set
@@ -26,8 +27,10 @@ from train.model.attention_choice import check_attention
 from train.run import RunFolder, new_run_id, open_run_folder
 from train.script.code_size import check_code_form, package_source
 from train.settings import Override, override_line
-from train.sinks import Sink, check_sinks, open_sinks
 from train.stages import artifact_stage, evaluate_stage, prepare_data, quantize_stage, train_stage
+
+if TYPE_CHECKING:
+    from train.sinks import Sink
 
 
 class StageClock:
@@ -74,7 +77,7 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
         UserError: anything in settings, data or on the disk that the user can mend.
     """
     preflight(config)
-    with start_ranks(config.device) as ranks, ExitStack() as held:
+    with dispatch.forced(config.golf_backend), start_ranks(config.device) as ranks, ExitStack() as held:
         clock = StageClock()
         with clock("data"):
             prepare_data(config, ranks)
@@ -85,7 +88,10 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
         if ranks.is_main:
             clock.keep_in(folder.stages)
         sinks: list[Sink] = []
-        ranks.on_main(lambda: sinks.extend(open_sinks(config.loggers, folder.path, config.to_dict())))
+        if config.loggers:
+            from train.sinks import open_sinks
+
+            ranks.on_main(lambda: sinks.extend(open_sinks(config.loggers, folder.path, config.to_dict())))
         with RunLogger(folder.path, config.seed, ranks.rank, sinks=sinks) as log:
             log.header(package_source())
             log.line(f"run_id:{config.run_id} recipe:{config.recipe} device:{ranks.device}")
@@ -151,7 +157,8 @@ def preflight(config: Config) -> None:
             "scored: set EVAL_STRIDE to at most that, or EVAL_SEQ_LEN to more"
         )
     try:
-        dispatch.validate()
+        with dispatch.forced(config.golf_backend):
+            dispatch.validate()
         coefficient_set(config.muon_coefficients).schedule(config.muon_backend_steps)
     except dispatch.BackendError as error:
         raise UserError(str(error)) from error
@@ -159,7 +166,10 @@ def preflight(config: Config) -> None:
         raise UserError(f"muon_coefficients, muon_backend_steps: {error}") from error
     CODECS[config.codec].encode(b"")
     check_code_form(config)
-    check_sinks(config.loggers)
+    if config.loggers:
+        from train.sinks import check_sinks
+
+        check_sinks(config.loggers)
     # a submission's script carries no code that only writes about a run; elsewhere its libraries must be there
     if importlib.util.find_spec("train.submission"):
         importlib.import_module("train.submission.record")

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from golf_kernels import int6_pack, int6_unpack
-from train.artifact.ans import ans_decode, ans_encode
 from train.errors import CodecError, MissingCodec
 from train.wording import counted
 
@@ -210,6 +209,19 @@ def _zlib_decode(data: bytes, size: int) -> bytes:
     return decoded
 
 
+def _ans_encode(data: bytes, shape: tuple[int, int] | None = None) -> bytes:
+    # in a function, so that a script without this codec carries no code of it
+    from train.artifact.ans import ans_encode
+
+    return ans_encode(data, shape)
+
+
+def _ans_decode(data: bytes, size: int) -> bytes:
+    from train.artifact.ans import ans_decode
+
+    return ans_decode(data, size)
+
+
 def _raw_decode(data: bytes | memoryview, size: int) -> bytes | memoryview:
     return data
 
@@ -245,7 +257,7 @@ CODECS: dict[str, Codec] = {
         Codec("zstd", 8, _zstd_encode, _zstd_decode),
         Codec("lzma", 8, _lzma_encode, _lzma_decode),
         Codec("zlib", 8, _zlib_encode, _zlib_decode),
-        Codec("ans", 8, ans_encode, ans_decode, shaped=True),
+        Codec("ans", 8, _ans_encode, _ans_decode, shaped=True),
         Codec("raw", 8, bytes, _raw_decode),
         Codec("raw6", 6, _raw6_encode, _raw6_decode),
     )

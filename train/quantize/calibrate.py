@@ -14,11 +14,7 @@ from train.distributed import Ranks
 from train.errors import UserError
 from train.model.gpt import GPT
 from train.model.linear import observe_inputs
-from train.quantize.generate import generate_tokens
 from train.wording import counted
-
-# sequences per forward pass over generated text, as published
-_GENERATED_BATCH = 8
 
 
 def calibrate(
@@ -46,7 +42,9 @@ def calibrate(
     started = time.perf_counter()
     recurrence = bool(config.recur_layers)
     if config.gptq_calib_source == "generated":
-        batches = _generated_batches(config, model, ranks, recurrence=recurrence)
+        from train.quantize.generate import generated_batches
+
+        batches = generated_batches(config, model, ranks, recurrence=recurrence)
     else:
         batches = _training_batches(config, ranks)
     if config.gptq_calib_graph == "plain":
@@ -83,25 +81,6 @@ def _training_batches(config: Config, ranks: Ranks) -> list[Tensor]:
     while len(batches) < share:
         batches += [inputs for inputs, _ in loader.next_batch()]
     return batches[:share]
-
-
-def _generated_batches(config: Config, model: GPT, ranks: Ranks, *, recurrence: bool) -> Sequence[Tensor]:
-    if config.gptq_calib_batches < ranks.world_size:
-        raise UserError(
-            f"gptq_calib_batches: {config.gptq_calib_batches} sequences leave some of {ranks.world_size} ranks without any: "
-            f"set GPTQ_CALIB_BATCHES to {ranks.world_size} at least"
-        )
-    texts = generate_tokens(
-        model,
-        range(ranks.rank, config.gptq_calib_batches, ranks.world_size),
-        config.train_seq_len,
-        temperature=config.gptq_calib_temperature,
-        seed=config.seed,
-        recurrence=recurrence,
-        progress=ranks.is_main,
-    )
-    batches: Sequence[Tensor] = texts.split(_GENERATED_BATCH)
-    return batches
 
 
 @torch.no_grad()

@@ -8,12 +8,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train.config import Config
+from train.distributed import Ranks
+from train.errors import UserError
 from train.model.decoder import Decoder
 from train.model.gpt import GPT
 from train.progress import Progress
 
 # keys and values of the texts that are written side by side stay below 2 GiB
 _CACHE_BYTES = 1 << 31
+# sequences per forward pass over generated text, as published
+_GENERATED_BATCH = 8
+
+
+def generated_batches(config: Config, model: GPT, ranks: Ranks, *, recurrence: bool) -> Sequence[Tensor]:
+    """This rank's share of the texts to calibrate on, as batches `(B, train_seq_len)`.
+
+    Raises:
+        UserError: there are fewer texts than ranks.
+    """
+    if config.gptq_calib_batches < ranks.world_size:
+        raise UserError(
+            f"gptq_calib_batches: {config.gptq_calib_batches} sequences leave some of {ranks.world_size} ranks without any: "
+            f"set GPTQ_CALIB_BATCHES to {ranks.world_size} at least"
+        )
+    texts = generate_tokens(
+        model,
+        range(ranks.rank, config.gptq_calib_batches, ranks.world_size),
+        config.train_seq_len,
+        temperature=config.gptq_calib_temperature,
+        seed=config.seed,
+        recurrence=recurrence,
+        progress=ranks.is_main,
+    )
+    batches: Sequence[Tensor] = texts.split(_GENERATED_BATCH)
+    return batches
 
 
 @torch.no_grad()

@@ -8,31 +8,19 @@ from __future__ import annotations
 
 import ast
 import base64
+import bz2
 import functools
-import lzma
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from train.config import LOCAL, Config
 from train.errors import UserError
 from train.recipes import load_recipe
+from train.script.modules import Modules, find_modules
+from train.settings import resolve
 from train.values import format_value
 
 FORMS = ("plain", "minified", "wrapped")
-ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("golf_kernels", "train")
-ENTRY = ("train.script.entry", "train.walk", "train.evaluate.__main__")
-# what only writes about a run, builds its data, or packs it
-EXCLUDED = (
-    "train.script.single_file",
-    "train.data.bulk",
-    "train.data.hub",
-    "train.describe",
-    "train.submission",
-)
-_LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0, "dict_size": 1 << 22}]
-
 _HEAD = '''"""{title}
 
 One file, made of {count} modules: unpacked into a temporary folder, then imported. SETTINGS is the configuration of the run.
@@ -40,6 +28,9 @@ One file, made of {count} modules: unpacked into a temporary folder, then import
 
 PACKED_SCRIPT = __import__("pathlib").Path(__file__).resolve()
 FILES = {{}}
+SETTINGS = {settings}
+# modules that these settings do not need, and which would
+LEFT_OUT = {left_out}
 '''
 _TAIL = '''
 
@@ -66,7 +57,7 @@ if __name__ == "__main__":
     from train.errors import main_guard
     from train.script.entry import main
 
-    main_guard(lambda: main(SETTINGS))
+    main_guard(lambda: main(SETTINGS, LEFT_OUT))
 '''
 
 
@@ -84,37 +75,29 @@ def pack(recipe: str, settings: Mapping[str, str], form: str, title: str = "") -
     """
     if form not in FORMS:
         raise UserError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
-    sources = used_sources(recipe)
-    values = {"RECIPE": recipe, **settings}
+    carried = script_modules(recipe, settings)
+    constants = {"settings": as_literal({"RECIPE": recipe, **settings}), "left_out": as_literal(carried.left_out)}
+    head = _HEAD.format(title=title or "Trains, quantizes, packs and scores.", count=len(carried.sources), **constants)
     if form == "plain":
-        return _plain(sources, values, title or "Trains, quantizes, packs and scores.")
-    small = {name: minify(name, source) for name, source in sources.items()}
-    # the file's own frame is short already, but for its docstrings
-    text = minify("train_gpt.py", _plain(small, values, "-"))
+        files = [f"\n# {name}\nFILES[{name!r}] = {_literal(source)}\n" for name, source in carried.sources.items()]
+        return "".join([head, *files, _TAIL])
+    files = [f"FILES[{name!r}]={_literal(minify(name, source))}\n" for name, source in carried.sources.items()]
+    text = "".join([minify("head", head), "\n", *files, minify("tail", _TAIL), "\n"])
     return text if form == "minified" else _wrapped(text)
 
 
-def used_sources(recipe: str) -> dict[str, str]:
-    """Path → source of every module that a run may import, found by following the imports from its entry.
+def script_modules(recipe: str, settings: Mapping[str, str]) -> Modules:
+    """What a script with these settings is made of; arguments as for `pack`.
 
     Raises:
-        UserError: there is no such recipe.
+        UserError: there is no such recipe or setting.
     """
-    start = f"train.recipes.{recipe}"
-    if _path(start) is None:
-        raise UserError(f"recipe: no file train/recipes/{recipe}.py to pack")
-    found: dict[str, Path] = {}
-    waiting = [start, *ENTRY]
-    while waiting:
-        module = waiting.pop()
-        path = None if module in found else _path(module)
-        if path is None:
-            continue
-        found[module] = path
-        waiting += _imports(path.read_text())
-        # the packages around a module are imported with it
-        waiting += [module.rpartition(".")[0]] if "." in module else []
-    return {path.relative_to(ROOT).as_posix(): path.read_text() for _, path in sorted(found.items())}
+    return find_modules(resolve([], {"RECIPE": recipe, **settings})[0])
+
+
+def as_literal(values: Mapping[str, str]) -> str:
+    """A dictionary as it is read best, a line for each name."""
+    return "".join(["{\n", *(f"    {name!r}: {value!r},\n" for name, value in values.items()), "}"])
 
 
 @functools.cache
@@ -177,14 +160,6 @@ def form_bytes(recipe: str) -> dict[str, int]:
     return {form: len(pack(recipe, settings, form).encode()) for form in FORMS}
 
 
-def _plain(sources: Mapping[str, str], settings: Mapping[str, str], title: str) -> str:
-    parts = [_HEAD.format(title=title, count=len(sources))]
-    for name, source in sources.items():
-        parts.append(f"\n# {name}\nFILES[{name!r}] = {_literal(source)}\n")
-    values = "".join(f"    {name!r}: {value!r},\n" for name, value in settings.items())
-    return "".join([*parts, f"\nSETTINGS = {{\n{values}}}\n", _TAIL])
-
-
 def _literal(source: str) -> str:
     """The source as it is read best: a raw string where it can be one."""
     for quotes in ("'" * 3, '"' * 3):
@@ -199,41 +174,6 @@ def _literal(source: str) -> str:
 
 
 def _wrapped(text: str) -> str:
-    data = lzma.compress(text.encode(), lzma.FORMAT_RAW, filters=_LZMA)
-    packed = base64.b85encode(data).decode()
-    filters = [{name: value for name, value in _LZMA[0].items() if name != "preset"}]
-    script = f'import base64,lzma\nexec(lzma.decompress(base64.b85decode("{packed}"),lzma.FORMAT_RAW,None,{filters}))\n'
-    try:
-        import brotli
-    except ImportError:
-        return script
-    packed = base64.b85encode(brotli.compress(text.encode(), quality=11, lgwin=24)).decode()
-    other = f'import base64,brotli\nexec(brotli.decompress(base64.b85decode("{packed}")))\n'
-    return min(script, other, key=len)
-
-
-def _path(module: str) -> Path | None:
-    """Where a module of this project is; None for others, for excluded ones and for names that are no modules."""
-    if module.partition(".")[0] not in PARTS or any(
-        module == name or module.startswith(f"{name}.") for name in EXCLUDED
-    ):
-        return None
-    base = ROOT.joinpath(*module.split("."))
-    for path in (base / "__init__.py", base.with_suffix(".py")):
-        if path.is_file():
-            return path
-    return None
-
-
-def _imports(source: str) -> Iterator[str]:
-    """Names that may be modules: of all imports, those inside functions too, and of import_module's text."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
-            yield from (
-                part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str)
-            )
+    packed = base64.b85encode(bz2.compress(text.encode())).decode()
+    # on a line of its own, which no traceback shows
+    return f'import base64,bz2\nP="{packed}"\nexec(bz2.decompress(base64.b85decode(P)))\n'

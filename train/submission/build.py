@@ -19,7 +19,7 @@ from train.config import Config
 from train.data.validation import load_validation
 from train.errors import UserError
 from train.files import atomic_write
-from train.script.single_file import pack, recipe_settings, script_settings, used_sources
+from train.script.single_file import as_literal, pack, recipe_settings, script_modules, script_settings
 from train.submission.base import Base
 from train.submission.evidence import mean_and_deviation
 from train.submission.record import evaluation, form
@@ -148,15 +148,16 @@ def write_script(folder: Path, config: Config, single_file: str, title: str) -> 
     if single_file:
         atomic_write(folder / "train_gpt.py", pack(config.recipe, settings, single_file, title))
         return
-    for name, source in used_sources(config.recipe).items():
+    carried = script_modules(config.recipe, settings)
+    for name, source in carried.sources.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source)
-    values = "".join(f"    {name!r}: {value!r},\n" for name, value in {"RECIPE": config.recipe, **settings}.items())
     atomic_write(
         folder / "train_gpt.py",
-        f'"""{title}"""\n\nfrom train.errors import main_guard\nfrom train.script.entry import main\n\nSETTINGS = {{\n{values}}}\n\n'
-        'if __name__ == "__main__":\n    main_guard(lambda: main(SETTINGS))\n',
+        f'"""{title}"""\n\nfrom train.errors import main_guard\nfrom train.script.entry import main\n\nSETTINGS = {as_literal({"RECIPE": config.recipe, **settings})}\n'
+        f"# modules that these settings do not need, and which would\nLEFT_OUT = {as_literal(carried.left_out)}\n\n"
+        'if __name__ == "__main__":\n    main_guard(lambda: main(SETTINGS, LEFT_OUT))\n',
     )
 
 
@@ -196,7 +197,8 @@ def script_score(folder: Path, run: FinishedRun) -> dict[str, Any]:
 
 def requirements(folder: Path, config: Config) -> str:
     """The packages that the script in `folder` imports, in the versions installed here."""
-    sources = [*used_sources(config.recipe).values(), (folder / "train_gpt.py").read_text()]
+    carried = script_modules(config.recipe, script_settings(config))
+    sources = [*carried.sources.values(), (folder / "train_gpt.py").read_text()]
     names = {name for source in sources for node in ast.walk(ast.parse(source)) for name in _imported(node)}
     names |= {_CODEC_PACKAGES[config.codec]} if config.codec in _CODEC_PACKAGES else set()
     providers = importlib.metadata.packages_distributions()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import bz2
 import lzma
 import re
 import zlib
@@ -92,14 +93,17 @@ def command(evidence: Evidence) -> Finding:
 
 def unwrapped(source: str) -> str:
     """A script as it is, or what it unpacks from base85 and runs; empty where that cannot be told. Nothing is executed."""
-    packed = re.search(r"""b85decode\(b?(["'])([^"']{1000,})\1""", source)
-    if packed is None:
+    packed = re.search(r"""(["'])([!#-&(-[\]-~]{1000,})\1""", source)
+    if packed is None or "b85decode" not in source:
         return source
-    data = base64.b85decode(packed[2])
-    for decode in (_brotli, lzma.decompress, _raw_lzma, zlib.decompress):
+    try:
+        data = base64.b85decode(packed[2])
+    except ValueError:
+        return ""
+    for decode in (bz2.decompress, _brotli, lzma.decompress, _raw_lzma, zlib.decompress):
         try:
             return decode(data).decode(errors="replace")
-        except (ImportError, ValueError, lzma.LZMAError, zlib.error):
+        except (ImportError, OSError, ValueError, lzma.LZMAError, zlib.error):
             continue
     return ""
 
