@@ -8,10 +8,8 @@ the batch, and the matrices that one rank orthogonalizes. What the ranks would e
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,22 +58,8 @@ class StepVariant:
     warmup_loss: float | None = None
 
     def run(self, tokens: np.ndarray, recurrence: bool) -> Tensor:
-        with forced_backends(self.backends):
+        with dispatch.forced(self.backends):
             return self.step(tokens, recurrence)
-
-
-@contextlib.contextmanager
-def forced_backends(text: str) -> Iterator[None]:
-    """GOLF_BACKEND set to `text` for the block."""
-    before = os.environ.get(dispatch.ENVIRONMENT_VARIABLE)
-    os.environ[dispatch.ENVIRONMENT_VARIABLE] = text
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[dispatch.ENVIRONMENT_VARIABLE]
-        else:
-            os.environ[dispatch.ENVIRONMENT_VARIABLE] = before
 
 
 def all_kernels() -> str:
@@ -186,7 +170,7 @@ def check_ways(names: Iterable[str]) -> None:
         try:
             if switch or "+" in name:
                 parse_switch(switch)
-            with forced_backends("torch" if way in ("torch", "golf") else f"torch,{way}"):
+            with dispatch.forced("torch" if way in ("torch", "golf") else f"torch,{way}"):
                 dispatch.validate()
         except (ValueError, dispatch.BackendError) as error:
             raise UserError(
@@ -215,6 +199,6 @@ def make_variants(config: Config, names: list[str], device: torch.device) -> lis
         way, _, switch = name.partition("+")
         backends = {"torch": "torch", "golf": all_kernels()}.get(way, f"torch,{way}")
         options = chosen_options()[0] | dict(parse_switch(switch).options) if switch else None
-        with forced_backends(backends):
+        with dispatch.forced(backends):
             variants.append(StepVariant(name, backends, trainer_step(model, config, share, device, options)))
     return variants

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.ways import all_kernels, forced_backends
+from benchmarks.ways import all_kernels
+from golf_kernels import dispatch
 from train.config import MICRO_BATCHES
 from train.data.loaders import make_loader
 from train.data.shards import write_shard
@@ -37,7 +38,7 @@ def test_a_step_never_waits_and_never_compiles_again(recipe: str, kernels: bool,
     write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(2**18) % 397)
     config = load_recipe(recipe).config(**NARROW, data_path=str(tmp_path))
     device = torch.device("cuda")
-    with forced_backends(all_kernels() if kernels else "torch"):
+    with dispatch.forced(all_kernels() if kernels else "torch"):
         model = GPT(config).to(device)
         use_attention(model, choose_attention(config, device, 4).name)
         optimizers = build_optimizers(model, config)
