@@ -162,7 +162,7 @@ def script(narrow_runs: list[Path], tmp_path_factory: pytest.TempPathFactory) ->
     ("flags", "missing", "setting"),
     [
         (["--codec=ans"], "train.artifact.ans", "CODEC"),
-        (["--profile_steps", "1:2"], "train.profiling", "PROFILE_STEPS"),
+        (["--profile_steps", "1:2"], "train.parts", "PROFILE_STEPS"),
         (["--golf_backend", "xsa=triton"], "golf_kernels.xsa_triton", "GOLF_BACKEND"),
         (["--target_mb=3"], "train.artifact.target", "TARGET_MB, PRUNE_EXCESS"),
     ],
