@@ -3,8 +3,8 @@
     rotate     q̂ = g · R n(q), k̂ = R n(k), and the rstd of each head and position
     unrotate   dq, dk and each program's share of dg, from dq̂, q̂, dk̂, k̂ and rstd
 
-A program takes some positions with all their heads, so that the tables are read once for all of them. A head's vector
-is held in three pieces, the halves that turn and the rest, because a rotation then needs no exchange between threads.
+A program takes some positions with all their heads, so that the tables are read once for all of them. What turns is
+read twice, once in the places of its partners: the second time comes from the cache, and threads exchange nothing.
 """
 
 # triton gives the arguments of a kernel their types
@@ -19,17 +19,8 @@ from torch import Tensor
 
 
 @triton.jit
-def _load(address, stride, inside, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    PADDED: tl.constexpr = triton.next_power_of_2(COUNT)
-    dim = tl.arange(0, PADDED)[None, None, :]
-    return tl.load(address + (FIRST + dim) * stride, mask=inside & (dim < COUNT), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(address, value, inside, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    PADDED: tl.constexpr = triton.next_power_of_2(COUNT)
-    dim = tl.arange(0, PADDED)[None, None, :]
-    tl.store(address + FIRST + dim, value.to(address.dtype.element_ty), mask=inside & (dim < COUNT))
+def _load(address, stride, dim, inside):
+    return tl.load(address + dim * stride, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -50,12 +41,22 @@ def _places(position, positions, length, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _table(table_ptr, position, positions, length, other, HALF: tl.constexpr):
-    PADDED: tl.constexpr = triton.next_power_of_2(HALF)
+def _dims(DIM: tl.constexpr, HALF: tl.constexpr):
+    # each dimension, and its partner, with which it turns
+    PADDED: tl.constexpr = triton.next_power_of_2(DIM)
     dim = tl.arange(0, PADDED)[None, None, :]
-    inside = (position < positions)[:, None, None] & (dim < HALF)
-    address = table_ptr + (position % length)[:, None, None] * HALF + dim
-    return tl.load(address, mask=inside, other=other).to(tl.float32)
+    return dim, tl.where(dim < HALF, dim + HALF, dim - HALF)
+
+
+@triton.jit
+def _tables(cosine_ptr, sine_ptr, position, positions, length, DIM: tl.constexpr, HALF: tl.constexpr):
+    # R x = cosine · x + sine · partner's x; what does not turn has 1 and 0
+    dim, _partner = _dims(DIM, HALF)
+    inside = (position < positions)[:, None, None] & (dim < 2 * HALF)
+    place = (position % length)[:, None, None] * HALF + tl.where(dim < HALF, dim, dim - HALF)
+    cosine = tl.load(cosine_ptr + place, mask=inside, other=1.0).to(tl.float32)
+    sine = tl.load(sine_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    return cosine, tl.where(dim < HALF, sine, -sine)
 
 
 @triton.jit
@@ -79,29 +80,18 @@ def _rotate_heads(
     DIM: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    REST: tl.constexpr = DIM - 2 * HALF
     head, batch, time, here = _places(position, positions, length, HEADS)
+    dim, partner = _dims(DIM, HALF)
     source = (x_ptr + (batch * stride_b + time * stride_t + head * stride_h))[:, :, None]
     row = position.to(tl.int64)[:, None]
-    target = (out_ptr + (row * HEADS + head) * DIM)[:, :, None]
-    inside = here[:, :, None]
-    total = tl.zeros(here.shape, tl.float32)
-    if HALF > 0:
-        first = _load(source, stride_d, inside, 0, HALF)
-        second = _load(source, stride_d, inside, HALF, HALF)
-        total += tl.sum(first * first + second * second, axis=2)
-    if REST > 0:
-        rest = _load(source, stride_d, inside, 2 * HALF, REST)
-        total += tl.sum(rest * rest, axis=2)
-    rstd = tl.rsqrt(total / DIM + eps)
+    inside = here[:, :, None] & (dim < DIM)
+    x = _load(source, stride_d, dim, inside)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=2) / DIM + eps)
     tl.store(rstd_ptr + row * ALL_HEADS + head, rstd, mask=here)
     if HALF > 0:
-        first *= rstd[:, :, None]
-        second *= rstd[:, :, None]
-        _store(target, gain[:, :, None] * (first * cosine + second * sine), inside, 0, HALF)
-        _store(target, gain[:, :, None] * (second * cosine - first * sine), inside, HALF, HALF)
-    if REST > 0:
-        _store(target, gain[:, :, None] * (rest * rstd[:, :, None]), inside, 2 * HALF, REST)
+        x = cosine * x + sine * _load(source, stride_d, partner, here[:, :, None] & (dim < 2 * HALF))
+    target = (out_ptr + (row * HEADS + head) * DIM)[:, :, None]
+    tl.store(target + dim, ((gain * rstd)[:, :, None] * x).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -126,36 +116,25 @@ def _unrotate_heads(
     HALF: tl.constexpr,
 ):
     # returns ⟨upstream, output / gain⟩ of each position and head
-    REST: tl.constexpr = DIM - 2 * HALF
     head, batch, time, here = _places(position, positions, length, HEADS)
+    dim, partner = _dims(DIM, HALF)
     source = (upstream_ptr + (batch * stride_b + time * stride_t + head * stride_h))[:, :, None]
     row = position.to(tl.int64)[:, None]
     place = ((row * HEADS + head) * DIM)[:, :, None]
-    output, target = output_ptr + place, gradient_ptr + place
-    inside = here[:, :, None]
-    inverse = (1.0 / gain)[:, :, None]
-    along = tl.zeros(here.shape, tl.float32)
-    if HALF > 0:
-        first = _load(source, stride_d, inside, 0, HALF)
-        second = _load(source, stride_d, inside, HALF, HALF)
-        first_unit = _load(output, 1, inside, 0, HALF) * inverse
-        second_unit = _load(output, 1, inside, HALF, HALF) * inverse
-        along += tl.sum(first * first_unit + second * second_unit, axis=2)
-    if REST > 0:
-        rest = _load(source, stride_d, inside, 2 * HALF, REST)
-        rest_unit = _load(output, 1, inside, 2 * HALF, REST) * inverse
-        along += tl.sum(rest * rest_unit, axis=2)
+    inside = here[:, :, None] & (dim < DIM)
+    turning = here[:, :, None] & (dim < 2 * HALF)
+    upstream, output = _load(source, stride_d, dim, inside), _load(output_ptr + place, 1, dim, inside)
+    along = tl.sum(upstream * output, axis=2) / gain
     rstd = tl.load(rstd_ptr + row * ALL_HEADS + head, mask=here, other=0.0)
-    factor = (rstd * gain)[:, :, None]
-    mean = (along * (1.0 / DIM))[:, :, None]
+    share = (along / (DIM * gain))[:, :, None]
     if HALF > 0:
-        share = mean / (cosine * cosine + sine * sine)
-        first -= share * first_unit
-        second -= share * second_unit
-        _store(target, factor * (first * cosine - second * sine), inside, 0, HALF)
-        _store(target, factor * (second * cosine + first * sine), inside, HALF, HALF)
-    if REST > 0:
-        _store(target, factor * (rest - mean * rest_unit), inside, 2 * HALF, REST)
+        share *= 1.0 / (cosine * cosine + sine * sine)
+    gradient = upstream - share * output
+    if HALF > 0:
+        other = _load(source, stride_d, partner, turning) - share * _load(output_ptr + place, 1, partner, turning)
+        gradient = cosine * gradient - sine * other
+    gradient *= (rstd * gain)[:, :, None]
+    tl.store(gradient_ptr + place + dim, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
     return along
 
 
@@ -193,8 +172,7 @@ def rotate_kernel(
     cosine = 1.0
     sine = 0.0
     if HALF > 0:
-        cosine = _table(cosine_ptr, position, positions, length, 1.0, HALF)
-        sine = _table(sine_ptr, position, positions, length, 0.0, HALF)
+        cosine, sine = _tables(cosine_ptr, sine_ptr, position, positions, length, DIM, HALF)
     if HEADS > 0:
         gain = _gain(gain_ptr, q_ptr.dtype.element_ty, floor, HEADS)
         _rotate_heads(
@@ -245,8 +223,7 @@ def unrotate_kernel(
     cosine = 1.0
     sine = 0.0
     if HALF > 0:
-        cosine = _table(cosine_ptr, position, positions, length, 1.0, HALF)
-        sine = _table(sine_ptr, position, positions, length, 0.0, HALF)
+        cosine, sine = _tables(cosine_ptr, sine_ptr, position, positions, length, DIM, HALF)
     if HEADS > 0:
         gain = _gain(gain_ptr, q_hat_ptr.dtype.element_ty, floor, HEADS)
         along = _unrotate_heads(
@@ -330,4 +307,5 @@ def _blocks(q: Tensor, k: Tensor) -> tuple[int, int]:
 def choose_block(heads: int, dim: int) -> tuple[int, int]:
     """Positions and warps of a program: 16 numbers of a tensor per thread, padding counted; more cost registers."""
     numbers = triton.next_power_of_2(heads) * triton.next_power_of_2(dim)
-    return max(1, 2048 // numbers), max(4, numbers // 512)
+    # beyond 16 warps a thread has too few registers even for that
+    return max(1, 2048 // numbers), min(16, max(4, numbers // 512))
