@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: a session on a GPU, and tables, plots and comparisons of what was measured."""
+"""`python -m benchmarks`: a session on a GPU, a step computed without one, and tables, plots and comparisons of what was measured."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 from benchmarks import figures, report
 from benchmarks.common import RESULTS
 from benchmarks.results import Change, ResultsError, compare, read_results
+from benchmarks.schedule import run_schedule
 from benchmarks.session import run_session
 from train.errors import main_guard
 
 EPILOG = """examples:
   python -m benchmarks session --minutes 9    measure what decides a default, most valuable first
+  python -m benchmarks schedule --recipe sp8192_sdclip   ms/step by kernel, computed without a GPU
   python -m benchmarks report                 put the newest figures into README.md, and draw benchmarks/plots/
   python -m benchmarks compare 9f22c17        what changed since that commit, beyond the spread (exit 1 if slower)
 
@@ -42,7 +44,12 @@ def main() -> int:
     measuring.add_argument("--only", default="", metavar="PIECE,…", help="these pieces; --list names them")
     measuring.add_argument("--list", action="store_true", help="say what would be run, in order, and end")
     measuring.add_argument("--tiny", action="store_true", help="small shapes on the CPU; proves nothing about speed")
-    arguments = parser.parse_args()
+    verbs.add_parser("schedule", add_help=False, help="every kernel of a training step, computed without a GPU")
+    arguments, rest = parser.parse_known_args()
+    if arguments.verb == "schedule":
+        return run_schedule(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if arguments.verb == "session":
             if arguments.results != RESULTS:

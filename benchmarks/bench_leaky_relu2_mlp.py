@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import common
-from benchmarks.devices import DEVICES, Device
+from benchmarks.devices import DEVICES, Kernel
 from golf_kernels import dispatch
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
 from train.errors import main_guard
@@ -39,17 +39,6 @@ class Shape(NamedTuple):
     rows: int
     d: int
     hidden: int
-
-
-class Kernel(NamedTuple):
-    """One launch of the block: its arithmetic, and its traffic with device memory."""
-
-    name: str
-    flops: float
-    bytes: float
-
-    def floor_ms(self, device: Device) -> float:
-        return max(self.flops / (device.tflops * 1e9), self.bytes / (device.gbps * 1e6))
 
 
 def kernels(shape: Shape) -> dict[str, list[Kernel]]:

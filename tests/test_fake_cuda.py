@@ -4,33 +4,24 @@ Two devices in one operation, a shape or dtype that an operator does not take, a
 only the GPU knows end such a run as they would end a real one.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+from benchmarks import fake_cuda
 
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables under which a process has a CUDA device: the machine's own, or one that is made up."""
-    variables = {**os.environ, "GOLF_BACKEND": ""}
-    if torch.version.cuda is None:
-        root, library = Path(torch.__file__).parent, tmp_path_factory.mktemp("fake") / "fake_cuda.so"
-        flags = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{root / 'include'}", f"-L{root / 'lib'}"]
-        linked = [f"-Wl,-rpath,{root / 'lib'}", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu"]
-        subprocess.run(
-            [os.environ.get("CXX", "g++"), *flags, HERE / "fake_cuda.cpp", "-o", library, *linked],
-            check=True,
-        )
-        variables["LD_PRELOAD"] = str(library)
-    elif not torch.cuda.is_available():
-        pytest.skip("this torch is built for CUDA and finds no GPU, which nothing can stand in for")
-    return variables
+    try:
+        variables = fake_cuda.environment(tmp_path_factory.mktemp("fake"))
+    except fake_cuda.NoDevice as reason:
+        pytest.skip(str(reason))
+    return {**variables, "GOLF_BACKEND": ""}
 
 
 def test_every_path_of_a_gpu_is_walked_without_one(environment: dict[str, str]) -> None:

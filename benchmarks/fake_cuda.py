@@ -1,0 +1,36 @@
+"""The variables of a process that has a CUDA device without CUDA: see fake_cuda.cpp, which this compiles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+class NoDevice(RuntimeError):
+    """Nothing can stand in for the GPU that this PyTorch wants."""
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Variables under which a process has a CUDA device: the machine's own, or one that is made up.
+
+    Args:
+        folder: where the library is compiled to; the process needs it as long as it runs.
+
+    Raises:
+        NoDevice: this PyTorch is built for CUDA and finds no GPU.
+        subprocess.CalledProcessError: the C++ compiler failed.
+    """
+    if torch.cuda.is_available():
+        return dict(os.environ)
+    if torch.version.cuda is not None:
+        raise NoDevice("this torch is built for CUDA and finds no GPU, which nothing can stand in for")
+    root, library = Path(torch.__file__).parent, folder / "fake_cuda.so"
+    flags = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{root / 'include'}", f"-L{root / 'lib'}"]
+    linked = [f"-Wl,-rpath,{root / 'lib'}", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu"]
+    subprocess.run([os.environ.get("CXX", "g++"), *flags, SOURCE, "-o", library, *linked], check=True)
+    return {**os.environ, "LD_PRELOAD": str(library)}

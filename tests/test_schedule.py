@@ -1,0 +1,88 @@
+"""The command that computes a step's kernels without a GPU; what needs a CUDA device runs in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import devices, fake_cuda, schedule
+from benchmarks.devices import DEVICES, Kernel
+from train.errors import UserError
+
+HERE = Path(__file__).parent
+H100 = next(device for device in DEVICES if device.name == "H100")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    try:
+        return {**fake_cuda.environment(folder), "GOLF_BACKEND": ""}
+    except fake_cuda.NoDevice as reason:
+        pytest.skip(str(reason))
+
+
+def test_steps_are_counted_without_a_gpu(tmp_path: Path) -> None:
+    arguments = ["-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:logging", str(HERE / "schedule_runs.py")]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments],
+        env=environment(tmp_path),
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout and " skipped" not in result.stdout
+
+
+def test_a_kernel_takes_what_its_slower_half_takes_and_never_less_than_a_launch() -> None:
+    reached = devices.REACHED["H100"]
+    product, copy = Kernel("aten::mm", 790e9, 1.0), Kernel("aten::copy_", 0.0, 3.01e9)
+    assert (product.reached_ms(reached), copy.reached_ms(reached)) == pytest.approx((1.0, 1.0))
+    assert Kernel("up_kernel", 643e9, 1.0, "triton").reached_ms(reached) == pytest.approx(1.0)
+    assert Kernel("aten::add", 1.0, 8.0).reached_ms(reached) == pytest.approx(0.0035)
+    assert product.floor_ms(H100) == pytest.approx(790 / H100.tflops) and copy.floor_ms(H100) == pytest.approx(
+        3.01 / 3.35
+    )
+
+
+def test_equal_kernels_stand_together_and_families_add_up() -> None:
+    forward = [Kernel("aten::mm", 790e9, 1e6)] * 2 + [Kernel("triton_poi_fused_add", 0.0, 3.01e8)]
+    step = schedule.Step(
+        "torch", forward, [Kernel("absent::attention_backward", 352e9, 1.0, "attention backward")], [], 0, []
+    )
+    assert schedule.family_ms(step.kernels, H100) == pytest.approx(
+        {"matrix products": 2.0, "elementwise and norms": 0.1, "attention": 1.0}
+    )
+    assert step.ms(H100) == pytest.approx(3.1)
+    lines = schedule.largest(step, H100, 2).splitlines()
+    assert lines[1].split() == ["2.000", "ms", "2", "x", "1.0", "MB", "forward", "aten::mm"]
+    assert lines[2].endswith("backward  absent::attention_backward") and len(lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--ways", "torch,foo"], "--ways: 'foo': expected published, torch, golf"),
+        (["--phase", "after", "--recipe", "baseline"], "baseline repeats no layers"),
+        (["--largest", "0"], "expected a whole number from 1"),
+        (["--device", "a100"], "invalid choice: 'a100'"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((SystemExit, UserError)) as ended:
+        schedule.main(given)
+    assert message in f"{ended.value}{capsys.readouterr().err}"
+
+
+def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path) -> None:
+    if fake_cuda.torch.version.cuda is not None:
+        pytest.skip("a torch for CUDA compiles nothing")
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "schedule", "--tiny"],
+        env={**os.environ, "CXX": str(tmp_path / "none")},
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and "schedule: needs a C++ compiler" in result.stderr
