@@ -156,7 +156,7 @@ def _check_matrices(
 ) -> None:
     if not len(packed) == len(scales) == len(columns):
         raise ValueError(
-            f"expected lists of one length, found {len(packed)} packed, {len(scales)} scales and {len(columns)} columns"
+            f"packed, scales, columns: expected lists of one length, found {len(packed)}, {len(scales)} and {len(columns)}"
         )
     if dtype not in FLOATS:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, FLOATS))}, found {dtype}")

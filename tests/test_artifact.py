@@ -316,7 +316,7 @@ def test_what_exceeds_the_cap_is_not_written(
     assert os.listdir(tmp_path) == []
     text = str(caught.value)
     assert f"code 1,001 + model {size:,} = {size + 1001:,} bytes, expected at most {size + 1000:,}" in text
-    assert ": 1 bytes over" in text
+    assert ": 1 byte over" in text
     rows = read_artifact(file).info.rows()
     for row in rows:
         assert f"{row.group} " in text

@@ -128,8 +128,14 @@ def test_wrong_arguments_are_named(device):
         (lambda: golf_kernels.int6_dequantize(packed, weight, 4), r"scales: expected a floating vector.*\(3, 4\)"),
         (lambda: golf_kernels.int6_dequantize(packed, scales, 4, dtype=torch.int8), "dtype: expected one of"),
         (lambda: golf_kernels.int6_dequantize(packed, scales.to("meta"), 4), "one device"),
-        (lambda: golf_kernels.int6_dequantize_many([packed], [scales] * 2, [4]), "1 packed, 2 scales and 1 columns"),
-        (lambda: golf_kernels.int6_dequantize_many([packed], [], [4]), "1 packed, 0 scales and 1 columns"),
+        (
+            lambda: golf_kernels.int6_dequantize_many([packed], [scales] * 2, [4]),
+            "expected lists of one length, found 1, 2 and 1",
+        ),
+        (
+            lambda: golf_kernels.int6_dequantize_many([packed], [], [4]),
+            "expected lists of one length, found 1, 0 and 1",
+        ),
         (lambda: golf_kernels.int6_dequantize_many([packed] * 2, [scales, scales.half()], [4, 4]), "one dtype"),
         (lambda: golf_kernels.int6_fake_quantize(weight.int(), scales), "expected floating dtypes"),
         (lambda: golf_kernels.int6_fake_quantize(weight, scales[:2]), r"weight \(3, 4\) and scales \(2,\)"),

@@ -99,7 +99,7 @@ def test_what_cannot_be_shown_is_said(runs: Path, tmp_path: Path, capsys: pytest
         main(["dashboard", str(tmp_path / "some"), "--out", str(tmp_path / "no/page.html")])
     assert main(["dashboard", str(tmp_path / "some")]) == 0
     output = capsys.readouterr().out
-    assert "1 runs: base_42" in output and re.search(r"not shown: \S+large/summary\.json: not readable as JSON", output)
+    assert "1 run: base_42" in output and re.search(r"not shown: \S+large/summary\.json: not readable as JSON", output)
     assert any("Not shown: " in note for note in embedded(tmp_path / "some/dashboard.html")["notes"])
     (tmp_path / "some/base_42/config.json").write_text("{")
     with pytest.raises(UserError, match=r"base_42/config\.json"):

@@ -8,6 +8,7 @@ from typing import Any
 
 from train.artifact.container import Section
 from train.errors import UserError
+from train.wording import counted
 
 
 class BudgetError(UserError):
@@ -119,7 +120,7 @@ def check_budget(where: str, info: ArtifactInfo, code_bytes: int, max_bytes: int
     costliest = rows[0]
     raise BudgetError(
         f"{where}: code {code_bytes:,}{f' + paid prefix {prefix_bytes:,}' if prefix_bytes else ''} + model {info.model_bytes:,} = {total:,} bytes, expected at most {max_bytes:,} "
-        f"(max_artifact_bytes, or target_bytes below it): {total - max_bytes:,} bytes over. Nothing was written.\n{budget_table(rows)}\n"
+        f"(max_artifact_bytes, or target_bytes below it): {counted(total - max_bytes, 'byte')} over. Nothing was written.\n{budget_table(rows)}\n"
         f"{costliest.group} costs most, {costliest.packed_bytes:,} bytes: let TARGET_BYTES search the row clips, "
         "lower MATRIX_BITS or EMBED_BITS, or train a smaller model"
     )

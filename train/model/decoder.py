@@ -10,6 +10,7 @@ from train.model.documents import Documents
 from train.model.gpt import GPT, Shared
 from train.model.head import head_logits
 from train.model.key_values import KeyValues
+from train.wording import counted
 
 # the gate reads the token before, whose trigram goes back two more
 _PREDECESSORS = 3
@@ -52,7 +53,7 @@ class Decoder:
         """
         model, position = self.model, self.past.length
         if position == self.ids.shape[1]:
-            raise ValueError(f"the texts have room for {position} tokens, not for {position + 1}")
+            raise ValueError(f"the texts have room for {counted(position, 'token')}, not for {position + 1}")
         self.ids[:, position] = tokens
         hidden = model.hidden_of(self._shared(position), recurrence=self.recurrence)
         return head_logits(hidden[:, 0], model.head_weight, model.config.logit_softcap)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from train.wording import counted
+
 
 class KeyValues:
     """Room for the keys and values of every layer run; a layer that runs twice has two.
@@ -40,7 +42,7 @@ class KeyValues:
         """
         run, end = self._run, self.length + key.shape[1]
         if end > self.keys.shape[2]:
-            raise ValueError(f"the text has room for {self.keys.shape[2]} tokens, not for {end}")
+            raise ValueError(f"the text has room for {counted(self.keys.shape[2], 'token')}, not for {end}")
         for kept, new in ((self.keys, key), (self.values, value)):
             kept[run, :, self.length : end] = new
         self._run = (run + 1) % len(self.keys)
