@@ -118,7 +118,8 @@ def unmix_kernel(
     m0, m1 = _mix(mix_ptr, column, x_ptr.dtype.element_ty, WIDTH)
     dm0 = tl.zeros((BLOCK, column.shape[0]), tl.float32)
     dm1 = tl.zeros((BLOCK, column.shape[0]), tl.float32)
-    for first in range(0, SHARE, BLOCK):
+    # the next rows are on their way while these are computed
+    for first in tl.range(0, SHARE, BLOCK, num_stages=3):
         row = tl.program_id(0) * SHARE + first + tl.arange(0, BLOCK)
         x = _load(x_ptr, row, column, rows, length, x_stride_b, x_stride_t, x_stride_d, WIDTH)
         x0 = _load(x0_ptr, row, column, rows, length, x0_stride_b, x0_stride_t, x0_stride_d, WIDTH)

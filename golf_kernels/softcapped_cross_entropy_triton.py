@@ -126,7 +126,8 @@ def row_nll_kernel(
 
 
 ROW_BLOCKS = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
-ROW_OPTIONS = {"num_warps": 8, "num_stages": 3}
+# two programs on a processor: one multiplies while the other takes exponentials
+ROW_OPTIONS = {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
 
 
 def loss_and_gradient(
@@ -177,9 +178,9 @@ def row_nll(
     (rows, width), vocabulary = hidden.shape, weight.shape[0]
     hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
     tiles = triton.cdiv(rows, ROW_BLOCKS["BLOCK_M"])
-    # the interpreter has no processors: two make it split a short vocabulary
-    processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 2
-    span = column_span(tiles, vocabulary, processors)
+    # the interpreter has no processors: one makes it split a short vocabulary
+    processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 1
+    span = column_span(tiles, vocabulary, 2 * processors)
     parts = triton.cdiv(vocabulary, span)
     lse = torch.empty((parts, rows), dtype=torch.float32, device=hidden.device)
     picked = torch.empty_like(lse)
@@ -192,10 +193,10 @@ def row_nll(
     return torch.logsumexp(lse, 0), picked.sum(0)
 
 
-def column_span(row_tiles: int, vocabulary: int, processors: int) -> int:
-    """Columns for one program: whole tiles, as many as still leave every processor a program where there are few rows."""
+def column_span(row_tiles: int, vocabulary: int, programs: int) -> int:
+    """Columns for one program: whole tiles, as many as still leave so many programs where there are few rows."""
     tiles = triton.cdiv(vocabulary, ROW_BLOCKS["BLOCK_N"])
-    parts = min(max(processors // max(row_tiles, 1), 1), tiles)
+    parts = min(max(programs // max(row_tiles, 1), 1), tiles)
     return int(triton.cdiv(tiles, parts) * ROW_BLOCKS["BLOCK_N"])
 
 

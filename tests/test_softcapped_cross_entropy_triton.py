@@ -186,7 +186,7 @@ def test_the_same_call_gives_the_same_bits(chunks_of_five_rows):
 def test_columns_of_a_program_are_whole_tiles_that_cover_the_vocabulary():
     from golf_kernels.softcapped_cross_entropy_triton import ROW_BLOCKS, column_span
 
-    # 16 tiles of rows on 132 processors: 8 programs for each, and one alone where there are rows enough
+    # 132 programs for 16 tiles of rows: 8 for each, and one alone where there are rows enough
     assert column_span(16, 8192, 132) == 1024 and column_span(768, 8192, 132) == 8192
     for tiles in (0, 1, 7, 500):
         for vocabulary in (1, 127, 1025, 8192):
