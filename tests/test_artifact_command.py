@@ -1,18 +1,22 @@
-"""The command line of artifacts: diff and convert."""
+"""The command line of artifacts: inspect, verify, diff and convert."""
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_artifact import ROOMY, assert_same, quantized, tiny
+from artifact_example import ROOMY, assert_same, quantized, tiny
 
 from train.artifact import read_artifact, write_artifact
 from train.artifact.__main__ import main
 from train.artifact.codecs import CODECS
 from train.errors import UserError
 from train.quantize.tensors import QuantizedTensor, StoredTensors
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +29,24 @@ def file(tmp_path: Path, tensors: StoredTensors) -> Path:
     path = tmp_path / "model.golf"
     write_artifact(path, tensors, tiny(), **ROOMY)
     return path
+
+
+def test_inspect_and_verify(file: Path, tensors: StoredTensors, capsys: pytest.CaptureFixture[str]) -> None:
+    parameters = sum(tensor.shape.numel() for tensor in tensors.values())
+    main(["inspect", str(file)])
+    text = capsys.readouterr().out
+    assert "blocks.*.mlp.up" in text and f"{file.stat().st_size:,}" in text and f"{parameters:,} parameters" in text
+    main(["inspect", "--json", str(file)])
+    report = json.loads(capsys.readouterr().out)
+    assert sum(group["packed_bytes"] for group in report["groups"]) == report["model_bytes"] == file.stat().st_size
+    up = next(group for group in report["groups"] if group["group"] == "blocks.*.mlp.up")
+    assert (up["type"], up["elements"], up["unpacked_bytes"]) == ("int6", 3 * 32 * 16, 3 * 32 * 16)
+    assert up["bits_per_element"] == 8 * up["packed_bytes"] / up["elements"]
+    assert report["config"]["num_layers"] == 3
+    main(["verify", str(file)])
+    assert f"good: {file.stat().st_size:,} bytes" in capsys.readouterr().out
+    main(["verify", "--json", str(file)])
+    assert json.loads(capsys.readouterr().out)["parameters"] == parameters
 
 
 @pytest.mark.parametrize("codec", sorted(CODECS))
@@ -106,3 +128,20 @@ def test_each_command_shows_an_example(command: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         main([command, "--help"])
     assert f"example: python -m train.artifact {command} runs/" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_command_ends_on_a_sentence_and_code_2(tmp_path: Path, file: Path) -> None:
+    bad = tmp_path / "bad.golf"
+    bad.write_bytes(file.read_bytes()[:-1])
+    run = [sys.executable, "-m", "train.artifact", "verify", str(bad)]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {bad}: section")
+    assert "Traceback" not in done.stderr
+
+
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    assert "python -m train.artifact inspect runs/" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The container: every byte is checked, and what is wrong with a file is said by part."""
 
 import json
+import lzma
 import os
 import struct
 import tracemalloc
@@ -9,16 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import brotli
 import numpy as np
 import pytest
 import torch
+from artifact_example import ROOMY, quantized, tiny
+from test_artifact_ans import SecondReader
 
 from train.artifact import ArtifactError, read_artifact, write_artifact
 from train.artifact.container import MAGIC, PREAMBLE_BYTES
 from train.config import Config
-from train.quantize.tensors import QuantizedTensor, StoredTensors
-
-ROOMY = {"code_bytes": 0, "max_bytes": 10**9}
+from train.quantize.tensors import QuantizedTensor, StoredTensors, dequantize_state
 
 
 def arrays(rows: int, columns: int, bits: int, generator: torch.Generator) -> QuantizedTensor:
@@ -46,6 +48,56 @@ def small_file(path: Path, codec: str = "brotli") -> bytes:
     }
     write_artifact(path, stored, Config(codec=codec), **ROOMY)
     return path.read_bytes()
+
+
+def second_reader(data: bytes) -> dict[str, np.ndarray]:
+    """A reader written from the format's description alone."""
+    magic, version, packed, size = struct.unpack_from("<8sHII", data)
+    (crc,) = struct.unpack_from("<I", data, 18)
+    header = data[22 : 22 + packed]
+    assert (magic, version) == (b"\x89GOLF\r\n\x1a", 1)
+    assert zlib.crc32(data[:18] + header) == crc
+    text = zlib.decompress(header)
+    assert len(text) == size
+    table, position, contents = json.loads(text), 22 + packed, []
+    for _, kind, codec, stride, unpacked, length, section_crc in table["sections"]:
+        payload, position = data[position : position + length], position + length
+        assert zlib.crc32(payload) == section_crc
+        decode = {"brotli": brotli.decompress, "lzma": lzma.decompress, "raw": bytes}
+        # a stream of the entropy coder says only how its bytes are distributed, not how many there are
+        content = SecondReader(payload, unpacked).content if codec == "ans" else decode[codec](payload)
+        if stride:
+            assert content[:5] == b"BSHF" + bytes([stride])
+            body, content = content[5:], bytearray(len(content) - 5)
+            for i in range(stride):
+                count = len(content[i::stride])
+                content[i::stride], body = body[:count], body[count:]
+        assert len(content) == unpacked
+        contents.append(np.frombuffer(content, {"i": "<i1", "f": "<f2"}[kind[0]]))
+    assert position == len(data)
+    used = [0] * len(contents)
+
+    def take(index: int, count: int) -> np.ndarray:
+        used[index] += count
+        return contents[index][used[index] - count : used[index]]
+
+    tensors = {}
+    for name, shape, section, scales in table["tensors"]:
+        values = take(section, int(np.prod(shape))).reshape(shape).astype(np.float32)
+        if scales is not None:
+            values *= take(scales, shape[0]).astype(np.float32)[:, None]
+        tensors[name] = values
+    return tensors
+
+
+@pytest.mark.parametrize("codec", ["brotli", "ans"])
+def test_a_second_implementation_reads_the_format_from_its_description(tmp_path: Path, codec: str) -> None:
+    tensors = quantized(tiny())
+    write_artifact(tmp_path / "a", tensors, tiny(codec=codec), **ROOMY)
+    found, expected = second_reader((tmp_path / "a").read_bytes()), dequantize_state(tensors)
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor.numpy())
 
 
 @pytest.mark.parametrize("codec", ["brotli", "ans"])

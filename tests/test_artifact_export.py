@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from test_artifact import tiny
+from artifact_example import tiny
 from torch import Tensor
 
 from train.artifact import write_artifact

@@ -1,23 +1,15 @@
-"""The artifact: bit-exact round trips, every byte checked, the cap kept, and the command line."""
+"""Writing and reading artifacts: bit-exact round trips, one model from the bytes alone, and the cap kept."""
 
 import ast
-import json
-import lzma
 import os
-import struct
-import subprocess
 import sys
-import zlib
 from pathlib import Path
-from typing import Any
 
-import brotli
-import numpy as np
 import pytest
 import torch
+from artifact_example import ROOMY, assert_same, quantized, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_artifact_ans import SecondReader
 from torch import Tensor
 
 from train.artifact import (
@@ -28,34 +20,13 @@ from train.artifact import (
     read_artifact,
     write_artifact,
 )
-from train.artifact.__main__ import main
 from train.artifact.codecs import CODECS
 from train.config import Config
 from train.errors import MissingCodec, UserError
 from train.model.gpt import GPT
-from train.quantize.tensors import QuantizedTensor, StoredTensors, dequantize_state, quantize_model
+from train.quantize.tensors import QuantizedTensor, StoredTensors, dequantize_state
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMY = {"code_bytes": 0, "max_bytes": 10**9}
-
-
-def tiny(**changes: Any) -> Config:
-    shape: dict[str, Any] = {
-        "vocab_size": 260, "num_layers": 3, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_slope": 0.5,
-        "train_seq_len": 8, "train_batch_tokens": 64, "ve_dim": 4, "ve_layers": (1, 2), "skip_gates": True,
-        "recur_layers": (1,), "quantizer": "rtn", "passthrough_max_elements": 100, "scale_floor": "none",
-        "compute_dtype": "float32",
-    }  # fmt: skip
-    return Config(**(shape | changes))
-
-
-def quantized(config: Config, seed: int = 0) -> StoredTensors:
-    torch.manual_seed(seed)
-    model = GPT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape).to(parameter.dtype))
-    return quantize_model(model, config, {})
 
 
 @pytest.fixture(scope="module")
@@ -73,25 +44,6 @@ def file(tmp_path_factory: pytest.TempPathFactory, config: Config, tensors: Stor
     path = tmp_path_factory.mktemp("artifact") / "model.golf"
     write_artifact(path, tensors, config, **ROOMY)
     return path
-
-
-def assert_same(found: StoredTensors, expected: StoredTensors) -> None:
-    assert list(found) == list(expected)
-    for name, tensor in expected.items():
-        assert type(found[name]) is type(tensor), name
-        if isinstance(tensor, QuantizedTensor):
-            assert found[name].bits == tensor.bits
-            assert torch.equal(found[name].codes, tensor.codes), name
-            assert torch.equal(found[name].scales.view(torch.int16), tensor.scales.view(torch.int16)), name
-        else:
-            assert found[name].dtype == tensor.dtype
-            assert found[name].shape == tensor.shape
-            # by their bits, since −0 equals 0
-            assert (
-                found[name].numpy(force=True).tobytes() == tensor.numpy(force=True).tobytes()
-                if (tensor.dtype != torch.bfloat16)
-                else torch.equal(found[name].view(torch.int16), tensor.view(torch.int16))
-            )
 
 
 @pytest.mark.parametrize("codec", sorted(CODECS))
@@ -131,6 +83,7 @@ def arrays(rows: int, columns: int, bits: int, pattern: str, generator: torch.Ge
 
 
 PATTERNS = ["random", "lowest", "ends", "copies", "stripes", "lonely"]
+
 SIZES = st.sampled_from([0, 1, 2, 3, 5, 7, 16, 31, 64, 65])
 
 
@@ -223,57 +176,6 @@ def test_the_same_tensors_give_the_same_bytes(
     assert (tmp_path / "other.golf").read_bytes() == file.read_bytes()
 
 
-def second_reader(data: bytes) -> dict[str, np.ndarray]:
-    """A reader written from the format's description alone."""
-    magic, version, packed, size = struct.unpack_from("<8sHII", data)
-    (crc,) = struct.unpack_from("<I", data, 18)
-    header = data[22 : 22 + packed]
-    assert (magic, version) == (b"\x89GOLF\r\n\x1a", 1)
-    assert zlib.crc32(data[:18] + header) == crc
-    text = zlib.decompress(header)
-    assert len(text) == size
-    table, position, contents = json.loads(text), 22 + packed, []
-    for _, kind, codec, stride, unpacked, length, section_crc in table["sections"]:
-        payload, position = data[position : position + length], position + length
-        assert zlib.crc32(payload) == section_crc
-        decode = {"brotli": brotli.decompress, "lzma": lzma.decompress, "raw": bytes}
-        # a stream of the entropy coder says only how its bytes are distributed, not how many there are
-        content = SecondReader(payload, unpacked).content if codec == "ans" else decode[codec](payload)
-        if stride:
-            assert content[:5] == b"BSHF" + bytes([stride])
-            body, content = content[5:], bytearray(len(content) - 5)
-            for i in range(stride):
-                count = len(content[i::stride])
-                content[i::stride], body = body[:count], body[count:]
-        assert len(content) == unpacked
-        contents.append(np.frombuffer(content, {"i": "<i1", "f": "<f2"}[kind[0]]))
-    assert position == len(data)
-    used = [0] * len(contents)
-
-    def take(index: int, count: int) -> np.ndarray:
-        used[index] += count
-        return contents[index][used[index] - count : used[index]]
-
-    tensors = {}
-    for name, shape, section, scales in table["tensors"]:
-        values = take(section, int(np.prod(shape))).reshape(shape).astype(np.float32)
-        if scales is not None:
-            values *= take(scales, shape[0]).astype(np.float32)[:, None]
-        tensors[name] = values
-    return tensors
-
-
-@pytest.mark.parametrize("codec", ["brotli", "ans"])
-def test_a_second_implementation_reads_the_format_from_its_description(
-    tmp_path: Path, config: Config, tensors: StoredTensors, codec: str
-) -> None:
-    write_artifact(tmp_path / "a", tensors, config.replace(codec=codec), **ROOMY)
-    found, expected = second_reader((tmp_path / "a").read_bytes()), dequantize_state(tensors)
-    assert list(found) == list(expected)
-    for name, tensor in expected.items():
-        np.testing.assert_array_equal(found[name], tensor.numpy())
-
-
 @pytest.mark.parametrize(("codec", "module"), [("ans", "constriction"), ("zstd", "zstandard")])
 def test_a_missing_codec_is_named_with_the_file_and_what_to_install(
     tmp_path: Path, config: Config, tensors: StoredTensors, codec: str, module: str, monkeypatch: pytest.MonkeyPatch
@@ -364,38 +266,3 @@ def test_other_bad_arguments_are_refused(tmp_path: Path, tensors: StoredTensors)
         write_artifact(tmp_path / "none/model.golf", tensors, tiny(), **ROOMY)
     with pytest.raises(UserError, match=r"codec: expected one of .*brotli.* got 'rar'"):
         write_artifact(tmp_path / "model.golf", tensors, tiny(codec="rar"), **ROOMY)
-
-
-def test_inspect_and_verify(file: Path, tensors: StoredTensors, capsys: pytest.CaptureFixture[str]) -> None:
-    parameters = sum(tensor.shape.numel() for tensor in tensors.values())
-    main(["inspect", str(file)])
-    text = capsys.readouterr().out
-    assert "blocks.*.mlp.up" in text and f"{file.stat().st_size:,}" in text and f"{parameters:,} parameters" in text
-    main(["inspect", "--json", str(file)])
-    report = json.loads(capsys.readouterr().out)
-    assert sum(group["packed_bytes"] for group in report["groups"]) == report["model_bytes"] == file.stat().st_size
-    up = next(group for group in report["groups"] if group["group"] == "blocks.*.mlp.up")
-    assert (up["type"], up["elements"], up["unpacked_bytes"]) == ("int6", 3 * 32 * 16, 3 * 32 * 16)
-    assert up["bits_per_element"] == 8 * up["packed_bytes"] / up["elements"]
-    assert report["config"]["num_layers"] == 3
-    main(["verify", str(file)])
-    assert f"good: {file.stat().st_size:,} bytes" in capsys.readouterr().out
-    main(["verify", "--json", str(file)])
-    assert json.loads(capsys.readouterr().out)["parameters"] == parameters
-
-
-def test_the_command_ends_on_a_sentence_and_code_2(tmp_path: Path, file: Path) -> None:
-    bad = tmp_path / "bad.golf"
-    bad.write_bytes(file.read_bytes()[:-1])
-    run = [sys.executable, "-m", "train.artifact", "verify", str(bad)]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {bad}: section")
-    assert "Traceback" not in done.stderr
-
-
-def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    assert caught.value.code == 0
-    assert "python -m train.artifact inspect runs/" in capsys.readouterr().out

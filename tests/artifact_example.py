@@ -1,0 +1,49 @@
+"""A model whose every kind of tensor is in its artifact."""
+
+from typing import Any
+
+import torch
+
+from train.config import Config
+from train.model.gpt import GPT
+from train.quantize.tensors import QuantizedTensor, StoredTensors, quantize_model
+
+ROOMY = {"code_bytes": 0, "max_bytes": 10**9}
+
+
+def tiny(**changes: Any) -> Config:
+    shape: dict[str, Any] = {
+        "vocab_size": 260, "num_layers": 3, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_slope": 0.5,
+        "train_seq_len": 8, "train_batch_tokens": 64, "ve_dim": 4, "ve_layers": (1, 2), "skip_gates": True,
+        "recur_layers": (1,), "quantizer": "rtn", "passthrough_max_elements": 100, "scale_floor": "none",
+        "compute_dtype": "float32",
+    }  # fmt: skip
+    return Config(**(shape | changes))
+
+
+def quantized(config: Config, seed: int = 0) -> StoredTensors:
+    torch.manual_seed(seed)
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape).to(parameter.dtype))
+    return quantize_model(model, config, {})
+
+
+def assert_same(found: StoredTensors, expected: StoredTensors) -> None:
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert type(found[name]) is type(tensor), name
+        if isinstance(tensor, QuantizedTensor):
+            assert found[name].bits == tensor.bits
+            assert torch.equal(found[name].codes, tensor.codes), name
+            assert torch.equal(found[name].scales.view(torch.int16), tensor.scales.view(torch.int16)), name
+        else:
+            assert found[name].dtype == tensor.dtype
+            assert found[name].shape == tensor.shape
+            # by their bits, since −0 equals 0
+            assert (
+                found[name].numpy(force=True).tobytes() == tensor.numpy(force=True).tobytes()
+                if (tensor.dtype != torch.bfloat16)
+                else torch.equal(found[name].view(torch.int16), tensor.view(torch.int16))
+            )
