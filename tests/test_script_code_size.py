@@ -47,12 +47,13 @@ def test_code_that_cannot_be_counted_is_named(tmp_path: Path) -> None:
 def test_the_code_that_counts_is_the_script_that_a_record_ships(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_recipe("quickstart").config(seed=7, matrix_lr=0.03)
     sizes = {
-        form: counted_code_bytes(config.replace(code_form=form)) for form in ("wrapped", "minified", "plain", "sources")
+        form: counted_code_bytes(config.replace(code_form=form))
+        for form in ("raw", "wrapped", "minified", "plain", "sources")
     }
-    assert sorted(sizes, key=sizes.__getitem__) == ["wrapped", "minified", "plain", "sources"]
+    assert sorted(sizes, key=sizes.__getitem__) == ["raw", "wrapped", "minified", "plain", "sources"]
     # build gives the script a title, which no small form keeps
     shipped = pack("quickstart", script_settings(config), "wrapped", "A title of its own.")
-    assert sizes["wrapped"] == len(shipped.encode())
+    assert sizes["wrapped"] == len(shipped)
     assert sizes["sources"] == package_code_bytes()
 
 

@@ -119,7 +119,7 @@ def test_kernels_are_carried_where_the_settings_force_them(forced: str, kernels:
     assert {path.stem for path in map(Path, carried.sources) if path.stem in KERNELS} == kernels
     assert {f"golf_kernels.{kernel}" for kernel in KERNELS - kernels} <= carried.left_out.keys()
     # and the script says so itself
-    assert f"'GOLF_BACKEND': '{forced}'" in pack("quickstart", script_settings(config), "plain")
+    assert f"'GOLF_BACKEND': '{forced}'" in pack("quickstart", script_settings(config), "plain").decode()
 
 
 def test_settings_rule_imports_out_and_nothing_else_does() -> None:
@@ -154,7 +154,7 @@ def test_conditions_hold_for_settings() -> None:
 def script(narrow_runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("script")
     settings = script_settings(RunFolder(narrow_runs[0]).read_config())
-    (folder / "train_gpt.py").write_text(pack("quickstart", settings, "wrapped"))
+    (folder / "train_gpt.py").write_bytes(pack("quickstart", settings, "wrapped"))
     return folder
 
 

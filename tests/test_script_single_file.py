@@ -1,14 +1,18 @@
 """train_gpt.py in its three forms: alone in an empty folder it trains and scores as the package does, to the last bit."""
 
 import ast
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from train.config import format_value
 from train.errors import UserError
@@ -46,7 +50,7 @@ def test_every_form_scores_the_artifact_as_the_package_does(
 
 def test_the_smallest_form_trains_alone_in_an_empty_folder_as_the_package_did(run: Path, tmp_path: Path) -> None:
     config = RunFolder(run).read_config()
-    write_script(tmp_path, config, "wrapped", "A title.")
+    write_script(tmp_path, config, "raw", "A title.")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {
         "SEED": "42",
@@ -65,14 +69,14 @@ def test_the_smallest_form_trains_alone_in_an_empty_folder_as_the_package_did(ru
             final.pop("eval_time_ms", None)
     assert again["finals"] == before["finals"]
     # what it counts as code is itself, and its log begins with it
-    script = (tmp_path / "train_gpt.py").read_text()
-    assert again["sizes"]["code"] == len(script.encode())
-    assert script in (tmp_path / "runs/again/train_seed42.log").read_text()
+    script = (tmp_path / "train_gpt.py").read_bytes()
+    assert again["sizes"]["code"] == len(script)
+    assert script.decode("latin-1").encode() in (tmp_path / "runs/again/train_seed42.log").read_bytes()
     assert not (tmp_path / "runs/again/README.md").exists()
 
 
 def test_the_plain_form_holds_each_module_as_it_is(tmp_path: Path) -> None:
-    text = pack("baseline", {"SEED": "7"}, "plain", "A title.")
+    text = pack("baseline", {"SEED": "7"}, "plain", "A title.").decode()
     tree = ast.parse(text)
     assert ast.get_docstring(tree).startswith("A title.")
     held = {
@@ -89,11 +93,14 @@ def test_forms_fall_in_size_and_are_counted(capsys: pytest.CaptureFixture[str]) 
     sizes = form_bytes("quickstart")
     assert list(sizes) == list(FORMS)
     assert sizes["plain"] > 1.5 * sizes["minified"] and sizes["minified"] > 2 * sizes["wrapped"]
+    # base85 writes 4 bytes as 5; what a latin-1 source must escape is a hundredth
+    assert sizes["wrapped"] / sizes["raw"] == pytest.approx(1.25 / 1.02, rel=0.02)
     # what a run of the recipe counts
     config = load_recipe("quickstart").config()
     assert sizes == {form: counted_code_bytes(config.replace(code_form=form)) for form in FORMS}
     assert main(["code", "quickstart"]) == 0
-    assert f"wrapped {sizes['wrapped']:>11,} bytes" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert all(re.search(rf"^{form} +{size:,} bytes", output, re.M) for form, size in sizes.items())
 
 
 @pytest.mark.parametrize(
@@ -101,6 +108,17 @@ def test_forms_fall_in_size_and_are_counted(capsys: pytest.CaptureFixture[str]) 
 )
 def test_any_source_survives_its_quotes(source: str) -> None:
     assert ast.literal_eval(single_file._literal(source)) == source
+
+
+@given(st.binary(max_size=300) | st.lists(st.sampled_from(b"'\\\r\n\0\x1a1\"\xe9")).map(bytes))
+@example(bytes(range(256)))
+def test_any_bytes_survive_a_latin1_source(data: bytes) -> None:
+    source = single_file.LATIN1 + b"P=" + single_file._latin1_literal(data) + b"\n"
+    # a file's lines are read so, whatever ends them
+    assert io.TextIOWrapper(io.BytesIO(source), encoding="latin-1").read().encode("latin-1") == source
+    names: dict[str, str] = {}
+    exec(compile(source, "train_gpt.py", "exec"), names)
+    assert names["P"].encode("latin-1") == data
 
 
 def test_minifying_keeps_what_programs_read() -> None:
@@ -119,7 +137,7 @@ def test_minifying_keeps_what_programs_read() -> None:
 
 
 def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="form: expected one of plain, minified, wrapped, got 'tiny'"):
+    with pytest.raises(UserError, match="form: expected one of plain, minified, wrapped, raw, got 'tiny'"):
         pack("quickstart", {}, "tiny")
     with pytest.raises(UserError, match="recipe: no recipe 'nothing'"):
         pack("nothing", {}, "plain")
@@ -131,6 +149,6 @@ def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_settings_of_the_script_are_text(run: Path) -> None:
     settings = recipe_settings(RunFolder(run).read_config())
-    text = pack("quickstart", {name.upper(): format_value(value) for name, value in settings.items()}, "plain")
+    text = pack("quickstart", {name.upper(): format_value(value) for name, value in settings.items()}, "plain").decode()
     assert "'RECUR_LAYERS': '1,2'" in text and "'MODEL_DIM': '32'" in text
     assert json.dumps(settings["recur_layers"]) == "[1, 2]"

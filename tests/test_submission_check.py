@@ -16,6 +16,7 @@ from record_example import BYTES, CODE, RUNS, TOKENS, edit, edit_json, log_text,
 from sentencepiece import SentencePieceTrainer
 
 from train.errors import UserError
+from train.script.single_file import LATIN1, _latin1_literal
 from train.submission.__main__ import main
 from train.submission.evidence import read_evidence
 from train.submission.rules import RULES, Verdict, judge
@@ -284,6 +285,9 @@ def test_a_compressed_script_is_read_without_running_it(record: Path, compress: 
     for known, verdict in (("seed matrix_lr", Verdict.HOLDS), ("seed", Verdict.FAILS)):
         packed = base64.b85encode(compress(f"raise SystemExit  # {known} {filler}".encode())).decode()
         (record / "train_gpt.py").write_text(f'import base64 as B;exec(L.decompress(B.b85decode("{packed}")))')
+        assert rule in verdicts(record, verdict)
+        literal = _latin1_literal(compress(f"raise SystemExit  # {known} {filler}".encode()))
+        (record / "train_gpt.py").write_bytes(b'%bexec(decompress(%b.encode("latin1")))' % (LATIN1, literal))
         assert rule in verdicts(record, verdict)
     (record / "train_gpt.py").write_text(f"exec(f(b85decode('{'0' * 2000}')))")
     assert "compressed in an unknown way" in verdicts(record, Verdict.UNSEEN)[rule]

@@ -214,7 +214,7 @@ class Config:
     )
     code_form: str = setting(
         "wrapped", "code that counts: one script of all a run uses, or the sources as they are",
-        choices=("plain", "minified", "wrapped", "sources"),
+        choices=("plain", "minified", "wrapped", "raw", "sources"),
     )  # fmt: skip
     max_artifact_bytes: int = setting(16_000_000, "cap on code plus model, decimal bytes", low=1)
 

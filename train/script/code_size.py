@@ -12,6 +12,8 @@ from train.errors import UserError
 
 # the single file that this program was packed into, which then is all the code that counts; None: it runs from sources
 SCRIPT: Path | None = getattr(sys.modules.get("__main__"), "PACKED_SCRIPT", None)
+# begins a script whose bytes are no UTF-8, as python itself reads it
+LATIN1 = b"# coding: latin-1\n"
 COUNTED_FOLDERS = ("csrc", "golf_kernels", "train")
 COUNTED_SUFFIXES = frozenset({".py", ".cpp", ".cu", ".cuh", ".h"})
 
@@ -47,7 +49,7 @@ def counted_code_bytes(config: Config) -> int:
     # not part of a packed script
     from train.script.single_file import pack, script_settings
 
-    return len(pack(config.recipe, script_settings(config), config.code_form).encode())
+    return len(pack(config.recipe, script_settings(config), config.code_form))
 
 
 def check_code_form(config: Config) -> None:
@@ -56,7 +58,7 @@ def check_code_form(config: Config) -> None:
     Raises:
         UserError: the form needs python-minifier, which is not installed.
     """
-    minified = SCRIPT is None and config.code_form in ("minified", "wrapped")
+    minified = SCRIPT is None and config.code_form not in ("plain", "sources")
     if minified and importlib.util.find_spec("python_minifier") is None:
         raise UserError(
             f"code_form: {config.code_form} needs python-minifier, which is not installed: pip install 'python-minifier>=3', or set "
@@ -66,7 +68,16 @@ def check_code_form(config: Config) -> None:
 
 def package_source() -> str:
     """All the code that counts, one file after the other under its name, as a run's log begins with it."""
-    return "\n".join(f"# {path}\n{source.decode()}" for path, source in _sources(None).items())
+    return "\n".join(f"# {path}\n{decoded(source)}" for path, source in _sources(None).items())
+
+
+def decoded(source: bytes) -> str:
+    """The text of a source file: UTF-8, or what a packed script of the form raw is.
+
+    Raises:
+        UnicodeDecodeError: it is neither.
+    """
+    return source.decode("latin-1" if source.startswith(LATIN1) else "utf-8")
 
 
 def _sources(root: str | os.PathLike[str] | None) -> dict[str, bytes]:
@@ -90,7 +101,7 @@ def _sources(root: str | os.PathLike[str] | None) -> dict[str, bytes]:
 def _source(path: Path) -> bytes:
     try:
         source = path.read_bytes()
-        source.decode()
+        decoded(source)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file: code that counts must be there") from error
     except UnicodeDecodeError as error:

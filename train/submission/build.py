@@ -19,6 +19,7 @@ from train.config import Config
 from train.data.validation import load_validation
 from train.errors import UserError
 from train.files import atomic_write
+from train.script.code_size import decoded
 from train.script.single_file import as_literal, pack, recipe_settings, script_modules, script_settings
 from train.submission.base import Base
 from train.submission.evidence import mean_and_deviation
@@ -198,7 +199,7 @@ def script_score(folder: Path, run: FinishedRun) -> dict[str, Any]:
 def requirements(folder: Path, config: Config) -> str:
     """The packages that the script in `folder` imports, in the versions installed here."""
     carried = script_modules(config.recipe, script_settings(config))
-    sources = [*carried.sources.values(), (folder / "train_gpt.py").read_text()]
+    sources = [*carried.sources.values(), decoded((folder / "train_gpt.py").read_bytes())]
     names = {name for source in sources for node in ast.walk(ast.parse(source)) for name in _imported(node)}
     names |= {_CODEC_PACKAGES[config.codec]} if config.codec in _CODEC_PACKAGES else set()
     providers = importlib.metadata.packages_distributions()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from train.config import LOCAL
-from train.script.single_file import FORMS
 from train.submission.base import Base
 from train.submission.record import evaluation, form
 from train.submission.runs import FinishedRun
@@ -16,7 +15,12 @@ from train.submission.statistics import comparison_text
 from train.submission.summary import STAGES
 from train.wording import counted
 
-_FORM_NAMES = dict(zip(FORMS, ("one file", "one file, minified", "one file, minified and compressed"), strict=True))
+_FORM_NAMES = {
+    "plain": "one file",
+    "minified": "one file, minified",
+    "wrapped": "one file, minified and compressed",
+    "raw": "one file, minified and compressed to bytes that are no UTF-8",
+}
 
 
 def writeup(runs: Sequence[FinishedRun], submission: dict[str, Any], single_file: str, base: Base, proof: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import bz2
 import lzma
@@ -81,7 +82,7 @@ def command(evidence: Evidence) -> Finding:
     if evidence.script is None:
         return unseen(rule, f"{counted(len(variables), 'variable')}, but no script")
     sources = [evidence.script, *evidence.package]
-    source = "\n".join(unwrapped(path.read_text(errors="replace")) for path in sources)
+    source = "\n".join(unwrapped(path.read_bytes()) for path in sources)
     if not source:
         return unseen(rule, f"{counted(len(variables), 'variable')}, but the script is compressed in an unknown way")
     # a settings dataclass has the name in lower case
@@ -91,20 +92,27 @@ def command(evidence: Evidence) -> Finding:
     return holds(rule, f"all {len(variables)}")
 
 
-def unwrapped(source: str) -> str:
-    """A script as it is, or what it unpacks from base85 and runs; empty where that cannot be told. Nothing is executed."""
-    packed = re.search(r"""(["'])([!#-&(-[\]-~]{1000,})\1""", source)
-    if packed is None or "b85decode" not in source:
-        return source
+def unwrapped(source: bytes) -> str:
+    """A script as it is, or what it unpacks from its one long string and runs; empty where that cannot be told.
+
+    Nothing is executed.
+    """
+    text = source.decode(errors="replace")
     try:
-        data = base64.b85decode(packed[2])
-    except ValueError:
-        return ""
-    for decode in (bz2.decompress, _brotli, lzma.decompress, _raw_lzma, zlib.decompress):
-        try:
-            return decode(data).decode(errors="replace")
-        except (ImportError, OSError, ValueError, lzma.LZMAError, zlib.error):
-            continue
+        values = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    except (SyntaxError, ValueError):
+        return text
+    long = (value for value in values if isinstance(value, (str, bytes)) and 2 * len(value) > len(text))
+    packed = next(long, None)
+    if packed is None or not re.search("b85decode|decompress", text):
+        return text
+    data = packed if isinstance(packed, bytes) else packed.encode("latin-1", errors="replace")
+    for unpack in (base64.b85decode, bytes):
+        for decompress in (bz2.decompress, _brotli, lzma.decompress, _raw_lzma, zlib.decompress):
+            try:
+                return decompress(unpack(data)).decode(errors="replace")
+            except (ImportError, OSError, ValueError, lzma.LZMAError, zlib.error):
+                continue
     return ""
 
 
