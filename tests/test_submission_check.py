@@ -308,7 +308,37 @@ def test_a_log_that_was_cut(record: Path) -> None:
     path = record / "train_seed1337.log"
     path.write_text(path.read_text()[:900])
     found = failures(record)
-    assert found["logs run to their final score"] == "cut short: train_seed1337.log"
+    assert found["logs run to their final score"] == "none in train_seed1337.log"
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "0.00000000"])
+def test_a_log_that_ends_without_a_sound_score(record: Path, number: str) -> None:
+    edit(record / "train_seed1337.log", f"val_bpb:{RUNS['1337'][0]:.8f}", f"val_bpb:{number}")
+    assert failures(record)["logs run to their final score"] == "none in train_seed1337.log"
+    # what stands in the json is then what is judged
+    assert read_evidence(record).result("1337")["val_bpb"] == RUNS["1337"][0]
+
+
+@pytest.mark.parametrize(
+    "value", ["x", [], {"a": 1}, True, 10**400, math.inf, math.nan], ids=lambda value: str(value)[:9]
+)
+def test_what_is_no_number_in_the_json_is_not_there(record: Path, value: object) -> None:
+    names = ("val_loss", "val_bpb", "val_bpb_std", "bytes_total", "bytes_code", "eval_time_seconds")
+    results = {seed: dict.fromkeys(("val_bpb", "val_loss", "artifact_bytes", "steps"), value) for seed in RUNS}
+    facts = {"rule": "once", "tokens": value, "validation_tokens": value}
+    edit_json(record, seed_results=results, evaluation=facts, **dict.fromkeys(names, value))
+    found = failures(record)
+    assert found.pop("code that is counted") == "no bytes_code in submission.json, the logs say 83,119"
+    # an empty list or object is a missing key
+    assert set(found) <= {"the 14 common keys of submission.json"}
+    assert "every token scored once" in verdicts(record, Verdict.HOLDS)
+
+
+@pytest.mark.parametrize("text", ["0.123456789012345", "1.0865547" + "1" * 40, "9" * 5000], ids=["15", "47", "5000"])
+def test_long_numbers_in_the_readme_agree_with_nothing(record: Path, text: str) -> None:
+    edit_json(record, seeds_drawn=10**17)
+    edit(record / "README.md", "# A record", f"# A record\n\n{text}")
+    assert failures(record) == {}
 
 
 def test_a_foreign_folder_with_a_readme_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,10 +153,21 @@ def test_scores_come_from_the_json_or_else_from_the_logs(tmp_path: Path):
 
 
 def test_the_score_of_a_log_is_its_last_exact_one():
-    finals = {"a": {"val_bpb": 1.0}, "a_exact": {"val_bpb": 1.01}, "b": {"val_bpb": 0.9}}
-    assert exact_score({"finals": finals}) == {"val_bpb": 1.01}
-    assert exact_score({"finals": {"b": {"val_bpb": 0.9}}}) == {"val_bpb": 0.9}
+    flat, exact, other = ({"val_loss": 2.0, "val_bpb": bpb} for bpb in (1.0, 1.01, 0.9))
+    assert exact_score({"finals": {"a": flat, "a_exact": exact, "b": other}}) == exact
+    assert exact_score({"finals": {"b": other}}) == other
     assert exact_score({"finals": {}}) is None
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e400", "true", '"1.1"', "1" + "0" * 400], ids=lambda text: text[:5])
+def test_scores_that_are_no_numbers_are_refused(tmp_path: Path, number: str):
+    (tmp_path / "submission.json").write_text(f'{{"seed_results": {{"1": {{"val_bpb": {number}}}}}}}')
+    with pytest.raises(UserError, match="seed 1: expected a val_bpb"):
+        find_standing(str(tmp_path))
+    (tmp_path / "submission.json").unlink()
+    (tmp_path / "a.log").write_text("final_int6_roundtrip_exact val_loss:nan val_bpb:nan\n")
+    with pytest.raises(UserError, match=r"a\.log: no final score"):
+        find_standing(str(tmp_path))
 
 
 def test_what_holds_no_scores_is_named(tmp_path: Path):

@@ -12,7 +12,7 @@ from typing import Any
 
 from train.errors import UserError
 from train.log_grammar import Log, Numbers, parse_log
-from train.submission.standing import exact_score
+from train.submission.standing import exact_score, is_number
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,16 @@ class Evidence:
     scripts: tuple[Path, ...] = field(default=())
 
     @cached_property
-    def seed_results(self) -> dict[str, dict[str, Any]]:
-        """submission.json's scores per seed; empty where it has none."""
+    def seed_results(self) -> dict[str, Numbers]:
+        """submission.json's numbers per seed; empty where it has none."""
         results = self.submission.get("seed_results")
         if not isinstance(results, dict):
             return {}
-        return {str(seed): scores for seed, scores in results.items() if isinstance(scores, dict)}
+        return {
+            str(seed): {name: value for name, value in scores.items() if is_number(value)}
+            for seed, scores in results.items()
+            if isinstance(scores, dict)
+        }
 
     @cached_property
     def script(self) -> Path | None:
@@ -98,18 +102,22 @@ class Evidence:
             (name, line.strip()) for name, text in self.texts.items() for line in text.split("\n") if found.search(line)
         ]
 
-    def result(self, seed: str) -> dict[str, float]:
+    def number(self, *names: str) -> float | None:
+        """The first of these entries of submission.json that is a number; None: none is."""
+        return next((value for name in names if is_number(value := self.submission.get(name))), None)
+
+    def result(self, seed: str) -> Numbers:
         """A seed's numbers, the log's before the json's: val_loss, val_bpb, artifact_bytes, steps, step_avg_ms, …"""
-        values = {name: value for name, value in self.seed_results.get(seed, {}).items() if _is_number(value)}
+        values = dict(self.seed_results.get(seed, {}))
         for log in self.logs:
             if log.seed == seed:
                 values |= logged_numbers(log)
         return values
 
 
-def logged_numbers(log: LogFile) -> dict[str, float]:
+def logged_numbers(log: LogFile) -> Numbers:
     """The numbers of a log under the names that seed_results has."""
-    values: dict[str, float] = {}
+    values: Numbers = {}
     if log.score:
         values |= {name: log.score[name] for name in ("val_loss", "val_bpb")}
         seconds = [final["eval_time_ms"] / 1000 for final in log.log["finals"].values() if "eval_time_ms" in final]
@@ -120,7 +128,8 @@ def logged_numbers(log: LogFile) -> dict[str, float]:
         values["train_time_s"] = last["train_time_ms"] / 1000
     sizes = log.log["sizes"]
     names = {"total": "artifact_bytes", "model": "bytes_model", "code": "bytes_code"}
-    return values | {name: sizes[size] for size, name in names.items() if size in sizes}
+    values |= {name: sizes[size] for size, name in names.items() if size in sizes}
+    return {name: value for name, value in values.items() if is_number(value)}
 
 
 def read_evidence(path: Path) -> Evidence:
@@ -159,7 +168,3 @@ def _read_submission(path: Path) -> tuple[dict[str, Any], str]:
     except (ValueError, RecursionError) as error:
         return {}, f"not readable as JSON ({error})"
     return (values, "") if isinstance(values, dict) else ({}, "not a JSON object")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from train.errors import UserError
 from train.files import read_json
@@ -76,21 +77,31 @@ def find_standing(name: str) -> Standing:
     return _from_logs(name, logs)
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether an entry of somebody's json or log is a number to compute with: neither NaN nor beyond 10¹⁸."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e18
+
+
+def is_score(values: Mapping[str, Any]) -> bool:
+    """Whether there are a loss and bits per byte, both positive."""
+    return all(is_number(values.get(name)) and values[name] > 0 for name in ("val_loss", "val_bpb"))
+
+
 def exact_score(log: Log) -> Numbers | None:
     """The score that a log ends with, as `parse_log` returns it: the last with 8 decimals, else the last; None: none."""
     finals = [values for name, values in log["finals"].items() if name.endswith("_exact")]
     finals = finals or list(log["finals"].values())
-    return finals[-1] if finals else None
+    return finals[-1] if finals and is_score(finals[-1]) else None
 
 
 def _from_json(name: str, source: Path, results: Any) -> Standing:
     if not isinstance(results, dict):
         raise UserError(f"{source}: seed_results: expected an object, seed to scores, found {type(results).__name__}")
     for seed, scores in results.items():
-        if not isinstance(scores, dict) or not isinstance(scores.get("val_bpb"), (int, float)):
+        if not isinstance(scores, dict) or not is_number(scores.get("val_bpb")):
             raise UserError(f"{source}: seed_results: seed {seed}: expected a val_bpb")
     losses = [scores.get("val_loss") for scores in results.values()]
-    known = all(isinstance(loss, (int, float)) for loss in losses)
+    known = all(is_number(loss) for loss in losses)
     scores = tuple(float(scores["val_bpb"]) for scores in results.values())
     return Standing(name, tuple(results), scores, tuple(losses) if known else ())
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from decimal import ROUND_DOWN, ROUND_HALF_EVEN, ROUND_HALF_UP, Decimal
-from typing import Any
+from decimal import MAX_PREC, ROUND_DOWN, ROUND_HALF_EVEN, ROUND_HALF_UP, Context, Decimal
 
 from train.log_grammar import Log
 from train.submission.evidence import Evidence, logged_numbers, mean_and_deviation
 from train.submission.rules.finding import Finding, fails, holds, judged, unseen
+from train.submission.standing import is_number
 from train.wording import counted
 
 _COMPARED = (
@@ -26,6 +26,8 @@ _CLOCKS = {"step_avg_ms": Decimal("0.01"), "train_time_s": Decimal("0.001"), "ev
 _SCORE_DECIMALS = 8
 # numbers of so many digits are not alike by chance
 _LONG = 6
+# for numbers of a README, which may have more digits than the 28 of the usual context
+_ANY_LENGTH = Context(prec=MAX_PREC)
 
 
 def logs(evidence: Evidence) -> Finding:
@@ -33,7 +35,7 @@ def logs(evidence: Evidence) -> Finding:
     if not evidence.logs:
         return unseen(rule, "no log")
     cut = [log.path.name for log in evidence.logs if log.score is None]
-    return judged(rule, not cut, f"cut short: {', '.join(cut)}" if cut else f"all {len(evidence.logs)}")
+    return judged(rule, not cut, f"none in {', '.join(cut)}" if cut else f"all {len(evidence.logs)}")
 
 
 def json_and_logs(evidence: Evidence) -> Finding:
@@ -44,13 +46,14 @@ def json_and_logs(evidence: Evidence) -> Finding:
     for log in evidence.logs:
         found = evidence.seed_results.get(log.seed, {})
         if not found and len(evidence.logs) == 1:
-            found = {name: evidence.submission.get(name) for name in ("val_loss", "val_bpb")}
+            scores = {name: evidence.number(name) for name in ("val_loss", "val_bpb")}
+            found = {name: score for name, score in scores.items() if score is not None}
         measured = logged_numbers(log)
-        if "bytes_code" in measured and measured["bytes_code"] != evidence.submission.get("bytes_code"):
+        if "bytes_code" in measured and measured["bytes_code"] != evidence.number("bytes_code"):
             # the shipped script is another form of what ran: its total is the sum that the rule on size checks
             measured.pop("artifact_bytes", None)
         for name in _COMPARED:
-            if isinstance(found.get(name), (int, float)) and name in measured:
+            if name in found and name in measured:
                 compared += 1
                 if not _agree(found[name], measured[name], _CLOCKS.get(name)):
                     wrong.append(f"{log.path.name}: {name} is {measured[name]}, json says {found[name]}")
@@ -68,15 +71,15 @@ def means(evidence: Evidence) -> Finding:
     for name in ("val_bpb", "val_loss"):
         values = [evidence.result(seed).get(name) for seed in evidence.seeds]
         known = [value for value in values if value is not None]
-        stated = evidence.submission.get(name)
-        if len(known) != len(values) or not known or not isinstance(stated, (int, float)):
+        stated = evidence.number(name)
+        if len(known) != len(values) or not known or stated is None:
             continue
         mean, deviation = mean_and_deviation(known)
         compared += 1
         if not _agree(stated, mean):
             wrong.append(f"{name} {stated}, of the seeds {mean:.8f}")
-        stated = evidence.submission.get(f"{name}_std")
-        if deviation is not None and isinstance(stated, (int, float)):
+        stated = evidence.number(f"{name}_std")
+        if deviation is not None and stated is not None:
             compared += 1
             population = deviation * ((len(known) - 1) / len(known)) ** 0.5
             if not (_agree(stated, deviation) or _agree(stated, population)):
@@ -113,8 +116,8 @@ def readme(evidence: Evidence) -> Finding:
         wrong += _row_slips(evidence, seed)
     if wrong:
         return fails(rule, "; ".join(dict.fromkeys(wrong)))
-    stated = evidence.submission.get("val_bpb")
-    if isinstance(stated, (int, float)) and not matched:
+    stated = evidence.number("val_bpb")
+    if stated is not None and not matched:
         return unseen(rule, f"the score {stated} is not in README.md")
     return holds(rule, f"{counted(matched, 'measured number')} in README.md")
 
@@ -137,10 +140,10 @@ def _row_slips(evidence: Evidence, seed: str) -> list[str]:
 
 
 def _known_numbers(evidence: Evidence) -> set[Decimal]:
-    found = {Decimal(str(value)) for value in evidence.submission.values() if _is_number(value)}
+    found = {Decimal(str(value)) for value in evidence.submission.values() if is_number(value)}
     for seed in evidence.seeds:
         found |= {Decimal(str(value)) for value in evidence.result(seed).values()}
-        found |= {Decimal(str(value)) for value in evidence.seed_results.get(seed, {}).values() if _is_number(value)}
+        found |= {Decimal(str(value)) for value in evidence.seed_results.get(seed, {}).values()}
     for log in evidence.logs:
         found |= _log_numbers(log.log)
     for name in ("val_bpb", "val_loss", "artifact_bytes"):
@@ -153,7 +156,7 @@ def _known_numbers(evidence: Evidence) -> set[Decimal]:
 
 def _log_numbers(log: Log) -> set[Decimal]:
     parts = [log["sizes"], log["facts"], log["peak_memory"] or {}, *log["finals"].values(), *log["vals"].values()]
-    return {Decimal(str(value)) for part in parts for value in part.values() if _is_number(value)}
+    return {Decimal(str(value)) for part in parts for value in part.values() if is_number(value)}
 
 
 def _agree(stated: float, measured: float, slack: Decimal | None = None) -> bool:
@@ -171,16 +174,14 @@ def _rounds_to(value: Decimal, text: str) -> bool:
     """Whether `text` is `value` rounded or cut to the digits that it gives."""
     unit = Decimal(1).scaleb(-len(text.partition(".")[2]))
     wanted = Decimal(text)
-    return any(value.quantize(unit, mode) == wanted for mode in (ROUND_HALF_EVEN, ROUND_HALF_UP, ROUND_DOWN))
+    return any(
+        value.quantize(unit, mode, _ANY_LENGTH) == wanted for mode in (ROUND_HALF_EVEN, ROUND_HALF_UP, ROUND_DOWN)
+    )
 
 
 def _written(value: Decimal, decimals: int) -> str:
-    return format(value.quantize(Decimal(1).scaleb(-decimals), ROUND_HALF_EVEN), "f")
+    return format(value.quantize(Decimal(1).scaleb(-decimals), ROUND_HALF_EVEN, _ANY_LENGTH), "f")
 
 
 def _one_digit_apart(a: str, b: str) -> bool:
     return len(a) == len(b) and sum(x != y for x, y in zip(a, b, strict=True)) == 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) < 1e18

@@ -7,6 +7,7 @@ from decimal import Decimal
 
 from train.submission.evidence import Evidence
 from train.submission.rules.finding import Finding, holds, judged, unseen
+from train.submission.standing import is_number
 
 LIMIT_SECONDS = 600.0
 
@@ -70,10 +71,10 @@ def evaluation(evidence: Evidence) -> Finding:
     times = {seed: evidence.result(seed).get("eval_time_s") for seed in evidence.seeds}
     known = {f"seed {seed}": seconds for seed, seconds in times.items() if seconds is not None}
     if not known:
-        stated = evidence.submission.get("eval_time_seconds")
-        if not isinstance(stated, (int, float)):
+        stated = evidence.number("eval_time_seconds")
+        if stated is None:
             return unseen(rule, "no evaluation time in a log or in submission.json", limit)
-        known = {"submission.json": float(stated)}
+        known = {"submission.json": stated}
     source, longest = max(known.items(), key=lambda item: item[1])
     return judged(rule, longest <= LIMIT_SECONDS, f"{longest:.1f} s ({source})", limit)
 
@@ -90,6 +91,6 @@ def _clocks(evidence: Evidence) -> list[_Clock]:
             decimals = -int(Decimal(str(average)).as_tuple().exponent)
             seconds, slack = steps * average / 1000, steps * 0.5 * 10.0**-decimals / 1000
         logged = [log.log["facts"].get("calibration_s") for log in evidence.logs if log.seed == seed]
-        extra = next((value for value in logged if value is not None), result.get("calibration_s"))
+        extra = next((value for value in logged if is_number(value)), result.get("calibration_s"))
         found.append(_Clock(seed, float(seconds), average / 1000, slack, extra))
     return found

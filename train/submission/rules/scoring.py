@@ -7,11 +7,13 @@ with, to eight digits: enough to tell one validation text, one tokenizer and one
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from train.data.tokenizer import load_tokenizer
 from train.errors import UserError
 from train.submission.evidence import Evidence
 from train.submission.rules.finding import Finding, fails, holds, judged, unseen
+from train.submission.standing import is_number, is_score
 
 # two pairs of numbers with 8 decimals agree to this
 _SAME = 3e-8
@@ -32,8 +34,7 @@ _TAIL_TOKENS, _TAIL_BYTES = 31 * 64, {"sp1024": 4_434, "sp4096": 4_991}
 def text(evidence: Evidence) -> Finding:
     rule, limit = "the challenge's validation text", "FineWeb's first 50,000 documents"
     facts = evidence.submission.get("evaluation")
-    if isinstance(facts, dict) and isinstance(facts.get("validation_tokens"), int):
-        tokens = facts["validation_tokens"]
+    if isinstance(facts, dict) and is_number(tokens := facts.get("validation_tokens")):
         names = [name for name, (known, _) in TEXTS.items() if known == tokens]
         return judged(rule, bool(names), f"{tokens:,} tokens: {names[0] if names else 'another text'}", limit)
     sizes = _bytes_per_token(evidence)
@@ -51,12 +52,13 @@ def text(evidence: Evidence) -> Finding:
 def once(evidence: Evidence) -> Finding:
     rule = "every token scored once"
     facts = evidence.submission.get("evaluation")
-    if isinstance(facts, dict) and {"tokens", "validation_tokens", "rule"} <= set(facts):
+    names = ("tokens", "validation_tokens")
+    if isinstance(facts, dict) and "rule" in facts and all(is_number(facts.get(name)) for name in names):
         scored = f"{facts['tokens']:,} of {facts['validation_tokens']:,} tokens, rule {facts['rule']}"
         return judged(rule, facts["tokens"] == facts["validation_tokens"] and facts["rule"] in ("once", "flat"), scored)
     for log in evidence.logs:
         finals = {name: final for name, final in log.log["finals"].items() if name.endswith("_exact")}
-        flat = next((final for name, final in finals.items() if "roundtrip" in name), None)
+        flat = next((final for name, final in finals.items() if "roundtrip" in name and is_score(final)), None)
         if flat and log.score and flat is not log.score:
             expected, found = _ratio(flat), _ratio(log.score)
             if not _close(found, expected, _SAME):
@@ -106,14 +108,10 @@ def _bytes_per_token(evidence: Evidence) -> dict[str, float]:
     pairs = {f"seed {seed}": evidence.result(seed) for seed in evidence.seeds}
     if not pairs:
         pairs = {"submission.json": evidence.submission}
-    return {
-        source: _ratio(pair)
-        for source, pair in pairs.items()
-        if all(isinstance(pair.get(name), (int, float)) and pair[name] > 0 for name in ("val_loss", "val_bpb"))
-    }
+    return {source: _ratio(pair) for source, pair in pairs.items() if is_score(pair)}
 
 
-def _ratio(pair: dict[str, float]) -> float:
+def _ratio(pair: Mapping[str, float]) -> float:
     return pair["val_loss"] / (pair["val_bpb"] * math.log(2))
 
 

@@ -11,17 +11,19 @@ CAP_BYTES = 16_000_000
 
 def cap(evidence: Evidence) -> Finding:
     rule, limit = "code and model together", f"{CAP_BYTES:,} bytes"
-    totals = {f"seed {seed}": result.get("artifact_bytes") for seed, result in evidence.seed_results.items()}
-    totals["submission.json"] = evidence.submission.get("bytes_total")
+    totals: dict[str, float | None] = {
+        f"seed {seed}": result.get("artifact_bytes") for seed, result in evidence.seed_results.items()
+    }
+    totals["submission.json"] = evidence.number("bytes_total")
     for log in evidence.logs:
         sizes = log.log["sizes"]
         # the shipped script may be another form of the sources that ran
-        shipped = evidence.submission.get("bytes_code", sizes.get("code"))
-        if "model" in sizes and isinstance(shipped, int):
+        shipped = evidence.number("bytes_code") or sizes.get("code")
+        if "model" in sizes and shipped is not None:
             totals[log.path.name] = sizes["model"] + shipped
         else:
             totals[log.path.name] = sizes.get("total")
-    known = {source: int(size) for source, size in totals.items() if isinstance(size, (int, float))}
+    known = {source: int(size) for source, size in totals.items() if size is not None}
     if not known:
         return unseen(rule, "no total in submission.json or in a log", limit)
     source, largest = max(known.items(), key=lambda item: item[1])
@@ -37,7 +39,7 @@ def cap(evidence: Evidence) -> Finding:
 def code(evidence: Evidence) -> Finding:
     """The code that is counted must be the code that is shipped."""
     rule = "code that is counted"
-    counted = evidence.submission.get("bytes_code", evidence.submission.get("code_bytes"))
+    counted = evidence.number("bytes_code", "code_bytes")
     logged = sorted({log.log["sizes"]["code"] for log in evidence.logs if "code" in log.log["sizes"]})
     if counted is None:
         found = f", the logs say {', '.join(f'{size:,}' for size in logged)}" if logged else ""
@@ -56,12 +58,12 @@ def code(evidence: Evidence) -> Finding:
 def parts(evidence: Evidence) -> Finding:
     """total = model + code: what is more was shipped too, and must be named."""
     rule = "total = model + code"
-    paid = int(evidence.submission.get("bytes_paid_prefix") or 0)
+    paid = int(evidence.number("bytes_paid_prefix") or 0)
     sums = []
     for seed in evidence.seeds:
         result = evidence.result(seed)
         total = evidence.seed_results.get(seed, {}).get("artifact_bytes", result.get("artifact_bytes"))
-        code_bytes = evidence.submission.get("bytes_code", result.get("bytes_code"))
+        code_bytes = evidence.number("bytes_code") or result.get("bytes_code")
         if total and "bytes_model" in result and code_bytes:
             sums.append((f"seed {seed}", int(total), int(result["bytes_model"]) + paid, int(code_bytes)))
     for log in evidence.logs:
@@ -69,7 +71,7 @@ def parts(evidence: Evidence) -> Finding:
         if {"total", "model", "code"} <= set(sizes):
             sums.append((log.path.name, sizes["total"], sizes["model"] + paid, sizes["code"]))
     keys = ("bytes_total", "bytes_model", "bytes_code")
-    top = [size for key in keys if isinstance(size := evidence.submission.get(key), int)]
+    top = [int(size) for key in keys if (size := evidence.number(key)) is not None]
     if len(top) == len(keys):
         sums.append(("submission.json", top[0], top[1] + paid, top[2]))
     if not sums:
