@@ -6,18 +6,21 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from walk_runs import Finished, command, flags, small
+from walk_runs import Finished, command, flags, record, small
 
+from train.__main__ import main
 from train.artifact import ArtifactInfo, encode_artifact, load_model
 from train.checkpoint import load_weights, read_tensors
 from train.data.build import build_dataset
 from train.data.corpus import stdlib_documents
 from train.data.validation import load_validation
 from train.errors import UserError
+from train.evaluate.__main__ import main as evaluate
 from train.evaluate.scores import read_evaluation
 from train.evaluate.scoring import evaluate_model
 from train.files import write_json
@@ -34,11 +37,17 @@ from train.walk import preflight, walk
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture
+def short_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fit weighs its groups by the loss of a few tokens, which is what it takes its time for."""
+    monkeypatch.setattr("train.artifact.fitting.FIT_TOKENS", 1 << 12)
+
+
 def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
     left = {path.name for path in finished.folder.path.iterdir()}
     assert left >= {
         "config.json", "train_seed1337.log", "metrics.jsonl", "weights.pt", "training.json", "model.golf", "evaluation.json",
-        "summary.json", "submission.json", "README.md", "loss.png", "bpb.png", "size_budget.png", "profile",
+        "summary.json", "submission.json", "README.md", "loss.png", "bpb.png", "size_budget.png",
     }  # fmt: skip
     assert "checkpoint.pt" not in left
     submission = json.loads((finished.folder.path / "submission.json").read_text())
@@ -58,6 +67,13 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
     assert set(log["steps"]) == set(range(1, 11)) | {12}
     assert log["sizes"]["total"] == submission["bytes_total"]
     assert log["finals"]["int6_sliding_window_exact"]["val_bpb"] == pytest.approx(submission["val_bpb"], abs=1e-8)
+
+
+def test_profiled_steps_leave_their_pictures(dataset: Path, tmp_path: Path) -> None:
+    # few layers, as what a profile costs goes by operations
+    shallow = {"num_layers": 2, "recur_layers": (), "ve_layers": (1,), "xsa_last_n": 1, "parallel_start_layer": 1}
+    folder = walk(small(dataset, tmp_path, iterations=2, profile_steps="1:2", **shallow))
+    assert {"trace_rank0.json.gz", "breakdown.png"} <= {path.name for path in (folder.path / "profile").iterdir()}
 
 
 def test_metrics_keep_the_whole_score_with_its_timing(finished: Finished) -> None:
@@ -98,6 +114,7 @@ def test_the_artifact_scores_what_the_quantized_model_in_memory_scores(finished:
     assert (scores[1].tokens, scores[1].bytes) == (recorded["tokens"], recorded["bytes"])
 
 
+@pytest.mark.usefixtures("short_fit")
 @pytest.mark.parametrize("changes", [[], ["--target-mb", "1"], ["--target-bytes"]])
 def test_what_a_fit_encoded_last_is_written(
     finished: Finished,
@@ -159,11 +176,15 @@ def test_a_tokenizer_of_the_same_size_that_made_no_shard_is_refused(dataset: Pat
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("run_id", "said"), [("a\nb", "expected the name of a folder"), ("x" * 300, "name too long")])
-def test_a_name_that_no_folder_has_is_refused(dataset: Path, tmp_path: Path, run_id: str, said: str) -> None:
-    result = command("train", *flags(small(dataset, tmp_path / "runs", run_id=run_id)))
-    assert result.returncode == 2
-    assert said in result.stderr and "Traceback" not in result.stderr
+@pytest.mark.parametrize(
+    ("run_id", "error", "said"),
+    [("a\nb", UserError, "expected the name of a folder"), ("x" * 300, OSError, "File name too long")],
+)
+def test_a_name_that_no_folder_has_is_refused(
+    dataset: Path, tmp_path: Path, run_id: str, error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        walk(small(dataset, tmp_path / "runs", run_id=run_id))
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
 
 
@@ -179,15 +200,14 @@ def test_a_vocabulary_that_does_not_match_is_refused(dataset: Path, tmp_path: Pa
 
 
 def test_an_artifact_over_the_cap_is_not_written(finished: Finished, tmp_path: Path) -> None:
-    result = command(
-        "train.quantize", finished.folder.path, "--max_artifact_bytes", "1000", "--out", tmp_path / "a.golf"
-    )
-    assert result.returncode == 2
-    assert "1,000" in result.stderr
+    with pytest.raises(UserError, match="expected at most 1,000 "):
+        quantize([str(finished.folder.path), "--max_artifact_bytes", "1000", "--out", str(tmp_path / "a.golf")])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_run_goes_on_bit_for_bit(finished: Finished, dataset: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(
+    finished: Finished, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = small(dataset, tmp_path, checkpoint_every=2)
     process = subprocess.Popen(
         [sys.executable, "-m", "train", *flags(config)],
@@ -199,10 +219,9 @@ def test_a_killed_run_goes_on_bit_for_bit(finished: Finished, dataset: Path, tmp
             break
     process.wait()
     assert (tmp_path / "run" / "checkpoint.pt").exists()
-    result = command("train", *flags(config), "--resume=auto")
-    assert result.returncode == 0, result.stderr
-    assert "resumed: step:4" in result.stdout
-    expected, found = (read_tensors(folder.weights) for folder in (finished.folder, RunFolder(tmp_path / "run")))
+    folder = walk(config.replace(resume="auto"))
+    assert "resumed: step:4" in capsys.readouterr().out
+    expected, found = (read_tensors(folder.weights) for folder in (finished.folder, folder))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -227,10 +246,13 @@ def test_two_ranks_train_like_one(finished: Finished, dataset: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("world_size", ["3", "16"])
-def test_a_world_size_that_does_not_divide_8_is_refused(world_size: str, dataset: Path, tmp_path: Path) -> None:
-    result = command("train", *flags(small(dataset, tmp_path)), WORLD_SIZE=world_size, RANK="0", LOCAL_RANK="0")
-    assert result.returncode == 2
-    assert "WORLD_SIZE" in result.stderr
+def test_a_world_size_that_does_not_divide_8_is_refused(
+    world_size: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": world_size, "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"WORLD_SIZE: {world_size} processes"):
+        walk(small(dataset, tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -245,36 +267,38 @@ def test_every_command_explains_itself(module: str) -> None:
     assert f"python -m {module}" in result.stdout
 
 
-@pytest.mark.parametrize(
-    "stage", [["train.quantize"], ["train.evaluate", "--stride=0", "--json"], ["train.submission", "record"]]
-)
+@pytest.mark.parametrize("stage", [quantize, evaluate, record])
 def test_a_stage_alone_says_which_variables_it_does_not_read(
-    finished: Finished, tmp_path: Path, stage: list[str]
+    finished: Finished,
+    tmp_path: Path,
+    stage: Callable[[list[str]], int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
-    module, *arguments = stage
-    result = command(module, *arguments, folder.path, GPTQ_CALIB_BATCHES="3", CODEC="brotli")
+    monkeypatch.setenv("GPTQ_CALIB_BATCHES", "3")
+    monkeypatch.setenv("CODEC", "brotli")
+    assert stage([str(folder.path), *(["--json"] if stage is evaluate else [])]) == 0
+    output, errors = capsys.readouterr()
     said = "environment: not read, as the run's settings and flags count: "
-    (line,) = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith(said)]
+    (line,) = [line for line in (output + errors).splitlines() if line.startswith(said)]
     assert "GPTQ_CALIB_BATCHES=3 (here 4)" in line and "CODEC" not in line
-    if "--json" in arguments:
-        assert json.loads(result.stdout)["stride"] == 0
+    if stage is evaluate:
+        assert json.loads(output)["stride"] == 32
 
 
 def test_stages_done_again_alone_make_the_same_record(finished: Finished, tmp_path: Path) -> None:
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
     before = json.loads((folder.path / "submission.json").read_text())
-    assert command("train.quantize", folder.path).returncode == 0
+    assert quantize([str(folder.path)]) == 0
     assert not folder.evaluation.exists()
-    refused = command("train.submission", "record", folder.path)
-    assert refused.returncode == 2
-    assert "train.evaluate" in refused.stderr
+    with pytest.raises(UserError, match=r"run python -m train\.evaluate"):
+        record([str(folder.path)])
     for stride in ("0", "32"):
-        result = command("train.evaluate", folder.path, "--stride", stride)
-        assert result.returncode == 0, result.stderr
+        assert evaluate([str(folder.path), "--stride", stride]) == 0
     # another text's score must not take the place of the run's
-    assert command("train.evaluate", folder.path, "--max-tokens", "500").returncode == 0
-    assert command("train.submission", "record", folder.path).returncode == 0
+    assert evaluate([str(folder.path), "--max-tokens", "500"]) == 0
+    assert record([str(folder.path)]) == 0
     after = json.loads((folder.path / "submission.json").read_text())
     assert (after["val_bpb"], after["bytes_total"], after["date"]) == (
         before["val_bpb"],
@@ -297,12 +321,15 @@ def test_stages_done_again_alone_make_the_same_record(finished: Finished, tmp_pa
         ("RESUME=auto", "RUN_ID"),
     ],
 )
-def test_bad_settings_end_before_anything_is_made(setting: str, said: str, tmp_path: Path) -> None:
-    name, _, value = setting.partition("=")
-    result = command("train", "--runs_dir", tmp_path / "runs", "--data_path", tmp_path / "data", **{name: value})
-    assert result.returncode == 2, result.stderr
-    assert said in result.stderr
-    assert "Traceback" not in result.stderr
+def test_bad_settings_end_before_anything_is_made(
+    setting: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(*setting.split("="))
+    monkeypatch.setattr(
+        sys, "argv", ["train", "--runs_dir", str(tmp_path / "runs"), "--data_path", str(tmp_path / "data")]
+    )
+    with pytest.raises(UserError, match=said):
+        main()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -336,32 +363,39 @@ def test_bad_data_leaves_no_run_folder(dataset: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_is_fitted_to_its_cap_and_scored_again(finished: Finished, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("short_fit")
+def test_a_run_is_fitted_to_its_cap_and_scored_again(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(finished.folder.path, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
     sizes = [record for record in read_metrics(folder.metrics) if record["kind"] == "sizes"][-1]
     code = package_code_bytes()
     target = code + int(0.8 * sizes["model_bytes"])
-    result = command("train.quantize", folder.path, "--target-bytes", target)
-    assert result.returncode == 0, result.stderr
+    assert quantize([str(folder.path), "--target-bytes", str(target)]) == 0
+    printed = capsys.readouterr().out
     assert 0.99 * target <= code + folder.artifact.stat().st_size <= target
-    assert "fit:blocks.*.mlp.up int6 k 12.85 -> " in result.stdout
-    calibrated = re.search(r"gptq:calibrated .* in ([\d.]+)s", result.stdout)
-    measured = re.search(r"fit:measured on \d+ training tokens in ([\d.]+)s", result.stdout)
+    assert "fit:blocks.*.mlp.up int6 k 12.85 -> " in printed
+    calibrated = re.search(r"gptq:calibrated .* in ([\d.]+)s", printed)
+    measured = re.search(r"fit:measured on \d+ training tokens in ([\d.]+)s", printed)
     logged = parse_log(folder.path / "train_seed1337.log")["facts"]["calibration_s"]
     assert logged == pytest.approx(float(calibrated[1]) + float(measured[1]))
     assert folder.read_config().target_bytes == target and not folder.evaluation.exists()
     for stride in ("0", "32"):
-        assert command("train.evaluate", folder.path, "--stride", stride).returncode == 0
-    assert command("train.submission", "record", folder.path).returncode == 0
+        assert evaluate([str(folder.path), "--stride", stride]) == 0
+    assert record([str(folder.path)]) == 0
     assert json.loads((folder.path / "submission.json").read_text())["bytes_total"] <= target
 
 
-def test_what_no_clip_fits_is_refused_by_its_costliest_group(finished: Finished, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("short_fit")
+def test_what_no_clip_fits_is_refused_by_its_costliest_group(
+    finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
     artifact = finished.folder.artifact.read_bytes()
-    result = command("train.quantize", finished.folder.path, "--target-bytes", package_code_bytes() + 500)
-    assert result.returncode == 2
-    assert re.search(r"expected at most [\d,]+ .*: [\d,]+ bytes over\. Nothing was written", result.stderr)
-    assert "costs most" in result.stderr and "codes ±1, because no row clip fits" in result.stdout
+    with pytest.raises(UserError) as refused:
+        quantize([str(finished.folder.path), "--target-bytes", str(package_code_bytes() + 500)])
+    said = str(refused.value)
+    assert re.search(r"expected at most [\d,]+ .*: [\d,]+ bytes over\. Nothing was written", said)
+    assert "costs most" in said and "codes ±1, because no row clip fits" in capsys.readouterr().out
     assert finished.folder.artifact.read_bytes() == artifact
     assert finished.folder.read_config().target_bytes == 0

@@ -3,30 +3,39 @@
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
-from walk_runs import Finished, command, flags, small
+from walk_runs import Finished, command, flags, record, small
 
 from train.checkpoint import read_tensors
-from train.errors import UserError
+from train.errors import UserError, main_guard
 from train.evaluate.__main__ import main as evaluate
 from train.evaluate.scores import read_evaluation
 from train.quantize.__main__ import main as quantize
 from train.run import RunFolder, create_run_folder, open_run_folder
 from train.submission.__main__ import main as submission
 from train.submission.gather import summarize
+from train.walk import walk
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def resume(arguments: list[str]) -> RunFolder:
+    folder = RunFolder(Path(*arguments))
+    return walk(folder.read_config().replace(runs_dir=str(folder.path.parent), resume="auto"))
 
 
 def test_a_file_system_that_takes_no_more_leaves_nothing_half_written(tmp_path: Path) -> None:
@@ -43,48 +52,44 @@ def test_a_file_system_that_takes_no_more_leaves_nothing_half_written(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
-# a disk that takes some bytes of the named file and no more
-FULL_DISK = """
-import errno, io, os, runpy, sys
-import train.files
-
-name, *sys.argv = sys.argv[1:]
-
 class FullDisk(io.FileIO):
+    """A disk that takes some bytes and no more."""
+
     left = 3000
 
-    def write(self, data):
+    def write(self, data: bytes) -> int:
         self.left -= len(data)
         if self.left < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return super().write(data)
 
-real = os.fdopen
-def fdopen(handle, mode):
-    full = f".{name}." in os.readlink(f"/proc/self/fd/{handle}")
-    return io.BufferedWriter(FullDisk(handle, mode)) if full else real(handle, mode)
-
-train.files.os.fdopen = fdopen
-runpy.run_module("train", run_name="__main__")
-"""
-
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "weights.pt", "model.golf", "loss.png"])
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
-    name: str, finished: Finished, dataset: Path, tmp_path: Path
+    name: str,
+    finished: Finished,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = small(dataset, tmp_path, checkpoint_every=5)
-    arguments = [sys.executable, "-c", FULL_DISK, name, "train", *flags(config)]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(arguments, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2, result.stderr
-    assert f"{name}: No space left on device: free some space" in result.stderr
-    assert "Traceback" not in result.stderr
+    real = os.fdopen
+
+    def fdopen(handle: int, mode: str) -> BinaryIO:
+        full = f".{name}." in os.readlink(f"/proc/self/fd/{handle}")
+        return io.BufferedWriter(FullDisk(handle, mode)) if full else real(handle, mode)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("train.files.os.fdopen", fdopen)
+        with pytest.raises(SystemExit) as ended:
+            main_guard(lambda: bool(walk(config)))
+    assert ended.value.code == 2
+    assert f"{name}: No space left on device: free some space" in capsys.readouterr().err
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert name not in left and not any(path.endswith(".part") for path in left)
-    again = command("train", *flags(config), "--resume=auto")
-    assert again.returncode == 0, again.stderr
-    expected, found = (read_tensors(folder.weights) for folder in (finished.folder, RunFolder(tmp_path / "run")))
+    folder = walk(config.replace(resume="auto"))
+    expected, found = (read_tensors(folder.weights) for folder in (finished.folder, folder))
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
@@ -95,20 +100,20 @@ def test_a_run_folder_is_worked_on_by_one_process(finished: Finished, tmp_path: 
         result = command("train", *flags(config))
     assert result.returncode == 2
     assert f"{folder.path}: another process is at work on this run" in result.stderr
-    assert command("train", *flags(config)).returncode == 0
+    assert resume([str(folder.path)]) == folder
 
 
 def test_an_artifact_is_made_and_scored_by_one_process(finished: Finished, tmp_path: Path) -> None:
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
     with folder.held():
-        for work in (quantize, evaluate, lambda given: submission(["record", *given])):
+        for work in (quantize, evaluate, record):
             with pytest.raises(UserError, match="another process is at work on this run"):
                 work([str(folder.path)])
         # another file is nobody else's business
         assert quantize([str(folder.path), "--quantizer", "rtn", "--out", str(tmp_path / "other.golf")]) == 0
     with folder.held(shared=True):
         assert evaluate([str(folder.path), "--stride", "0"]) == 0
-        assert submission(["record", str(folder.path)]) == 0
+        assert record([str(folder.path)]) == 0
         with pytest.raises(UserError, match="another process is at work on this run"):
             quantize([str(folder.path)])
     (tmp_path / "empty").mkdir()
@@ -238,23 +243,22 @@ def test_a_kill_leaves_no_old_score_beside_a_new_artifact(
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new", "module"),
+    ("name", "old", "new", "stage"),
     [
-        ("config.json", '"seed": 1337', '"seed": 1338', "train.evaluate"),
-        ("training.json", '"steps": 12', '"steps": 13', "train.submission record"),
-        ("evaluation.json", '"tokens": 2048', '"tokens": 2049', "train.submission record"),
+        ("config.json", '"seed": 1337', '"seed": 1338', evaluate),
+        ("training.json", '"steps": 12', '"steps": 13', record),
+        ("evaluation.json", '"tokens": 2048', '"tokens": 2049', record),
     ],
 )
 def test_a_number_that_changed_on_the_disk_is_noticed(
-    finished: Finished, tmp_path: Path, name: str, old: str, new: str, module: str
+    finished: Finished, tmp_path: Path, name: str, old: str, new: str, stage: Callable[[list[str]], int]
 ) -> None:
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
     text = (folder.path / name).read_text()
     assert old in text
     (folder.path / name).write_text(text.replace(old, new))
-    result = command(*module.split(), folder.path)
-    assert result.returncode == 2
-    assert f"{name}: changed since it was written" in result.stderr
+    with pytest.raises(UserError, match=f"{name}: changed since it was written"):
+        stage([str(folder.path)])
 
 
 def test_a_kill_leaves_no_run_folder_without_settings(
@@ -273,26 +277,22 @@ def test_a_kill_leaves_no_run_folder_without_settings(
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "module"),
+    ("name", "content", "stage"),
     [
-        ("config.json", b"[]", "train.evaluate"),
-        ("config.json", b"{}", "train.evaluate"),
-        ("config.json", b"\x8d\xff", "train.quantize"),
-        ("training.json", b"{}", "train.quantize"),
-        ("stages.json", b"[]", "train.submission record"),
-        ("stages.json", b'{"train": "x"}', "train"),
-        ("metrics.jsonl", b"", "train.submission record"),
-        ("evaluation.json", b'{"a": 1}', "train.submission record"),
+        ("config.json", b"[]", evaluate),
+        ("config.json", b"{}", evaluate),
+        ("config.json", b"\x8d\xff", quantize),
+        ("training.json", b"{}", quantize),
+        ("stages.json", b"[]", record),
+        ("stages.json", b'{"train": "x"}', resume),
+        ("metrics.jsonl", b"", record),
+        ("evaluation.json", b'{"a": 1}', record),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(
-    finished: Finished, name: str, content: bytes, module: str, tmp_path: Path
+    finished: Finished, name: str, content: bytes, stage: Callable[[list[str]], object], tmp_path: Path
 ) -> None:
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
     (folder.path / name).write_bytes(content)
-    first, *rest = module.split()
-    resumed = flags(finished.config.replace(runs_dir=str(tmp_path), resume="auto"))
-    result = command(first, *rest, *(resumed if first == "train" else [folder.path]))
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    assert name in result.stderr
+    with pytest.raises(UserError, match=re.escape(name)):
+        stage([str(folder.path)])

@@ -11,6 +11,7 @@ from submission_runs import narrow
 from train.config import Config
 from train.recipes import load_recipe
 from train.run import RunFolder
+from train.submission.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 12
@@ -32,6 +33,11 @@ def command(module: str, *arguments: object, **environ: str) -> subprocess.Compl
     )  # fmt: skip
 
 
+def record(arguments: list[str]) -> int:
+    """`python -m train.submission record`, in this process."""
+    return main(["record", *arguments])
+
+
 def flags(config: Config) -> list[str]:
     """The command line of a configuration."""
     base = load_recipe(config.recipe).config().to_dict()
@@ -49,7 +55,7 @@ class Finished:
 
 def finish(dataset: Path, runs: Path) -> Finished:
     """A run by its command."""
-    config = small(dataset, runs, profile_steps="7:9")
+    config = small(dataset, runs)
     result = command("train", *flags(config))
     assert result.returncode == 0, result.stderr
     return Finished(RunFolder(Path(config.runs_dir) / "run"), config)
