@@ -101,6 +101,9 @@ def test_forms_fall_in_size_and_are_counted(capsys: pytest.CaptureFixture[str]) 
     assert main(["code", "quickstart"]) == 0
     output = capsys.readouterr().out
     assert all(re.search(rf"^{form} +{size:,} bytes", output, re.M) for form, size in sizes.items())
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["build", "--help"])
+    assert f"{{{','.join(FORMS)}}}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -131,6 +134,8 @@ def test_minifying_keeps_what_programs_read() -> None:
     values: dict[str, object] = {}
     exec(small, values)
     assert values["A"](4).first == 4 and values["public"](argument=4) == 5
+    flags = "def setting(default, help, low=0):\n    return default\nx = setting(7, 'what it is', low=3)\nf(y, help='what', low=4)\n"
+    assert minify("train/y.py", flags).splitlines()[1:] == ["x=setting(7,'',low=3)", "f(y,low=4)"]
     kernel = "def kernel(x_ptr, BLOCK: tl.constexpr):\n    offsets = BLOCK\n    return offsets\n"
     assert minify("golf_kernels/x_triton.py", kernel).count("BLOCK:tl.constexpr") == 1
     assert "offsets" in minify("golf_kernels/x_triton.py", kernel)

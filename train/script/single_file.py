@@ -1,7 +1,7 @@
 """All the code of a run in one train_gpt.py: as it is, minified, or minified and compressed.
 
     plain     every module as it is                         wrapped   minified and compressed, as text of base85
-    minified  without comments, docstrings, annotations     raw       the same as bytes: a fifth smaller, but no UTF-8
+    minified  without comments, help and annotations        raw       the same as bytes: a fifth smaller, but no UTF-8
 
 The file carries each module's source under its path and unpacks them into a temporary folder before it imports them, so
 that modules keep their names, and Triton and torch.compile find the sources they read.
@@ -113,7 +113,7 @@ def as_literal(values: Mapping[str, str]) -> str:
 
 @functools.cache
 def minify(name: str, source: str) -> str:
-    """A module without comments, docstrings and annotations, its local names shortened.
+    """A module without comments, docstrings, annotations and the help of settings and flags, its local names shortened.
 
     Annotations of classes stay, since dataclasses are made of them; of Triton kernels all names and annotations stay,
     since `tl.constexpr` is one.
@@ -134,8 +134,13 @@ def minify(name: str, source: str) -> str:
         remove_argument_annotations=not kernels,
         remove_class_attribute_annotations=False,
     )
+    tree = ast.parse(source)
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        call.keywords = [keyword for keyword in call.keywords if keyword.arg not in ("help", "epilog")]
+        if isinstance(call.func, ast.Name) and call.func.id == "setting":
+            call.args[1] = ast.Constant("")
     return python_minifier.minify(
-        source,
+        ast.unparse(tree),
         name,
         remove_annotations=annotations,
         remove_literal_statements=True,
