@@ -28,6 +28,7 @@ from train.distributed import Ranks
 from train.errors import UserError
 from train.inductor import chosen_options, parse_switch
 from train.loop import compiled_loss, training_step
+from train.model.attention import Attention
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA
@@ -192,6 +193,9 @@ def make_variants(config: Config, names: list[str], device: torch.device) -> lis
     for name in names:
         model = copy.deepcopy(first)
         if name == "published":
+            for module in model.modules():
+                if isinstance(module, Attention):
+                    module.joint = False
             # torch.compile's defaults, whatever train.inductor has chosen
             compiled = compiled_loss(model, config, device, {})
             variants.append(StepVariant(name, "torch", PublishedStep(model, config, share, compiled)))

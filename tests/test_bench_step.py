@@ -18,6 +18,8 @@ from benchmarks.ways import MadeTokens, ShardTokens, StepVariant, all_kernels, m
 from train.config import Config
 from train.data.shards import write_shard
 from train.errors import UserError
+from train.model.attention import Attention
+from train.model.gpt import GPT
 from train.recipes import load_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,6 +211,13 @@ def test_made_tokens_are_the_same_for_every_way_and_inside_the_vocabulary() -> N
     config = load_recipe("quickstart").config(**NARROW)
     batches = [MadeTokens(config).next() for _ in range(2)]
     assert np.array_equal(*batches) and batches[0].shape == (2, 33) and batches[0].max() < 300
+
+
+def test_only_the_published_way_has_a_product_each_for_queries_keys_and_values() -> None:
+    config = load_recipe("sp8192_sdclip").config(**SHALLOW)
+    (plain,) = make_variants(config, ["published"], CPU)
+    assert {part.joint for part in plain.step.model.modules() if isinstance(part, Attention)} == {False}
+    assert {part.joint for part in GPT(config).modules() if isinstance(part, Attention)} == {True}
 
 
 def test_the_share_is_an_eighth_of_the_work() -> None:

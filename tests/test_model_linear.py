@@ -4,7 +4,7 @@ import pytest
 import torch
 from model_systems import SYSTEMS, narrow_config, random_ids, random_model
 
-from train.model.linear import linear, observe_inputs, observing
+from train.model.linear import joint_linear, linear, observe_inputs, observing
 from train.model.norm import rms_norm
 
 # one core: more only wait for each other at these widths
@@ -51,6 +51,33 @@ def test_a_scale_joins_the_weight_and_errs_no_more_than_behind_the_product(dtype
     )
     limits = [1e-14] * 4 if dtype == torch.float64 else plain
     assert all(error <= limit for error, limit in zip(found, limits, strict=True)), (found, plain)
+
+
+def joined(x: torch.Tensor, weights: list[torch.Tensor], upstream: list[torch.Tensor], *, joint: bool):
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, *weights)]
+    parts = joint_linear(leaves[0], leaves[1:]) if joint else [linear(leaves[0], weight) for weight in leaves[1:]]
+    return [part.detach() for part in parts] + list(torch.autograd.grad(parts, leaves, upstream))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_one_product_of_several_weights_is_each_of_them_and_errs_no_more(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = (24, 8, 16)
+    x, *upstream = (torch.randn(3, 67, width, generator=generator).to(dtype) for width in (32, *rows))
+    weights = [torch.randn(count, 32, generator=generator) for count in rows]
+    masters = [weight.to(torch.promote_types(dtype, torch.float32)) for weight in weights]
+    wide = [tensor.double() for tensor in (x, *weights, *upstream)]
+    want = [wide[0] @ weight.T for weight in wide[1:4]]
+    want.append(sum(up @ weight for up, weight in zip(wide[4:], wide[1:4], strict=True)))
+    want += [up.flatten(0, 1).T @ wide[0].flatten(0, 1) for up in wide[4:]]
+    found, plain = (
+        [float((g.double() - w).norm() / w.norm()) for g, w in zip(results, want, strict=True)]
+        for results in (joined(x, masters, upstream, joint=joint) for joint in (True, False))
+    )
+    limits = [1e-14] * 7 if dtype == torch.float64 else [1.001 * error for error in plain]
+    assert all(error <= limit for error, limit in zip(found, limits, strict=True)), (found, plain)
+    # the gradient of x is rounded once instead of five times
+    assert dtype == torch.float64 or found[3] < 0.9 * plain[3]
 
 
 def test_a_scale_keeps_nothing_of_the_size_of_the_result() -> None:

@@ -12,7 +12,7 @@ from train.model.attention_backends import causal_attention
 from train.model.documents import Documents
 from train.model.init import constant, matrix, zero_matrix
 from train.model.key_values import KeyValues
-from train.model.linear import linear
+from train.model.linear import joint_linear, linear
 from train.model.norm import rms_norm
 from train.model.rope import rotate
 
@@ -70,14 +70,20 @@ class Attention(nn.Module):
         # by the operators of these names; False: plain PyTorch, for a compiler to fuse; see train.model.fusion
         self.fused_qk_norm_rope = True
         self.fused_xsa = True
+        # queries, keys and values by one product; False: by three, as the published scripts have it
+        self.joint = True
 
     def project(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
         """`heads` before the norm of queries and keys."""
         fake_quantize = self.qat and self.training
-        query, key, value = (
-            linear(rows, weight, fake_quantize=fake_quantize)
-            for rows, weight in ((x[:, rows_from:], self.query), (x, self.key), (x, self.value))
-        )
+        weights = (self.query, self.key, self.value)
+        if self.joint and not rows_from:
+            query, key, value = joint_linear(x, weights, fake_quantize=fake_quantize)
+        else:
+            rows = (x[:, rows_from:], x, x)
+            query, key, value = (
+                linear(part, weight, fake_quantize=fake_quantize) for part, weight in zip(rows, weights, strict=True)
+            )
         if extra_value is not None:
             value = value + extra_value
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))

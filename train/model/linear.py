@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -40,6 +40,26 @@ def linear(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, fake_quant
     """
     observe(weight, x)
     return F.linear(x, working_weight(weight, x.dtype, scale=scale, fake_quantize=fake_quantize))
+
+
+def joint_linear(x: Tensor, weights: Sequence[Tensor], *, fake_quantize: bool = False) -> tuple[Tensor, ...]:
+    """Multiply by several master weights at once: y_i = x W_iᵀ, from one product with all rows below each other.
+
+    The gradient of x is one product, too, which sums over all of them before it is rounded.
+
+    Args:
+        x: `(..., in_features)`, compute dtype.
+        weights: of `(rows_i, in_features)`, the master parameters themselves.
+        fake_quantize: round the weights to int6 rows first, straight-through.
+
+    Returns:
+        `(..., rows_i)` each, in the dtype of `x`; views of one tensor.
+    """
+    for weight in weights:
+        observe(weight, x)
+    rows = [working_weight(weight, x.dtype, fake_quantize=fake_quantize) for weight in weights]
+    found: tuple[Tensor, ...] = F.linear(x, torch.cat(rows)).split([len(weight) for weight in weights], dim=-1)
+    return found
 
 
 def working_weight(
