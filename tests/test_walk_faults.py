@@ -261,6 +261,30 @@ def test_a_number_that_changed_on_the_disk_is_noticed(
         stage([str(folder.path)])
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new", "words"),
+    [
+        ("training.json", '"steps": 12', '"steps": "12"', r"training\.json: steps: expected int, found '12'"),
+        ("training.json", '"last": {', '"last": 1, "other": {', r"training\.json: last: expected dict, found 1"),
+        ("training.json", '"val_bpb": ', '"val_bpb": "x", "other": ', "step0_val_bpb: expected "),
+        ("stages.json", '"train": ', '"train": "x", "data": ', "stage_seconds: expected dict"),
+        ("evaluation.json", '"val_bpb"', '"bpb"', r"evaluation\.json: a score without val_bpb: evaluate again"),
+        ("evaluation.json", '"tokens": 2048', '"tokens": "2048"', "tokens: expected a whole number, got '2048'"),
+        ("metrics.jsonl", '"code_bytes": ', '"code_bytes": "x", "other": ', r"metrics\.jsonl: no sizes in it"),
+    ],
+)
+def test_a_value_of_another_kind_is_named(
+    finished: Finished, tmp_path: Path, name: str, old: str, new: str, words: str
+) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    text = (folder.path / name).read_text()
+    assert old in text
+    # as somebody writes it who was told to delete the checksum
+    (folder.path / name).write_text(re.sub(r',\s*"crc32": "\w+"', "", text.replace(old, new)))
+    with pytest.raises(UserError, match=words):
+        summarize(folder)
+
+
 def test_a_kill_leaves_no_run_folder_without_settings(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

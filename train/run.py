@@ -133,23 +133,25 @@ class RunFolder:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def read_training(self, *fields: str) -> dict[str, Any]:
-        """What the training stage measured, the named fields at least.
+    def read_training(self, **kinds: type) -> dict[str, Any]:
+        """What the training stage measured, the named fields at least, each of its kind.
 
         Raises:
             UserError: training has not finished, or its file is not readable.
         """
         path = self.need(self.training, f"python -m train --run_id {self.path.name} --resume auto")
         values = read_json(path, "restore it or train again")
-        missing = set(fields) - set(values)
-        if missing:
-            raise UserError(f"{path}: no value for {', '.join(sorted(missing))}: restore it or train again")
+        for name, kind in kinds.items():
+            if not isinstance(values.get(name), (int, float) if kind is float else kind):
+                raise UserError(
+                    f"{path}: {name}: expected {kind.__name__}, found {values.get(name)!r}: restore it or train again"
+                )
         return values
 
     def trained_config(self) -> Config:
         """The configuration of the function that was trained: without recurrence where the run ended before its start."""
         config = self.read_config()
-        return config if self.read_training("recurrence")["recurrence"] else config.replace(recur_layers=())
+        return config if self.read_training(recurrence=bool)["recurrence"] else config.replace(recur_layers=())
 
     def need(self, path: Path, stage: str) -> Path:
         """`path`, or an error that says which stage makes it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from train.config import Config
@@ -72,6 +72,8 @@ def find_evaluation(folder: RunFolder, config: Config, *, weights: str = "artifa
     wanted = _settings(config, weights)
     for entry in read_evaluation(folder).values():
         if isinstance(entry, dict) and all(entry.get(name) == value for name, value in wanted.items()):
+            if missing := _MEASURED - set(entry):
+                raise UserError(f"{folder.evaluation}: a score without {', '.join(sorted(missing))}: evaluate again")
             return entry
     raise UserError(
         f"{folder.evaluation}: no score of the {weights} with {_key(wanted)}: run python -m train.evaluate {folder.path} "
@@ -96,6 +98,7 @@ def _key(entry: dict[str, Any]) -> str:
     return " ".join(f"{name}={entry[name]}" for name in _KEY if entry[name] != "")
 
 
+_MEASURED = {field.name for field in fields(EvalResult) if field.default is MISSING}
 _KEY = ("weights", "rule", "seq_len", "stride", "max_tokens", "logits_rounding", "data_path", "paid_prefix_file")
 
 

@@ -18,15 +18,16 @@ def summarize(folder: RunFolder) -> Summary:
     Raises:
         UserError: a stage has not run, or the artifact is newer than its score.
     """
-    config, training = (
-        folder.trained_config(),
-        folder.read_training("steps", "seconds", "date", "hardware", "torch", "python", "first", "last"),
+    config = folder.trained_config()
+    training = folder.read_training(
+        steps=int, seconds=float, date=str, hardware=str, torch=str, python=str, first=dict, last=dict
     )
     score = find_evaluation(folder, config)
     flat = find_evaluation(folder, config.replace(eval_stride=0))
     artifact = read_artifact(folder.artifact)
     # as logged when the artifact was written: the sources may have changed since
-    sizes = [record for record in read_metrics(folder.metrics) if record["kind"] == "sizes" and "code_bytes" in record]
+    records = [record for record in read_metrics(folder.metrics) if record["kind"] == "sizes"]
+    sizes = [record for record in records if isinstance(record.get("code_bytes"), int)]
     if not sizes:
         raise UserError(f"{folder.metrics}: no sizes in it: run python -m train.quantize {folder.path} again")
     bytes_code, bytes_prefix = sizes[-1]["code_bytes"], sizes[-1].get("prefix_bytes", 0)
@@ -57,8 +58,8 @@ def summarize(folder: RunFolder) -> Summary:
         hardware=training["hardware"],
         torch=training["torch"],
         python=training["python"],
-        step0_val_bpb=training["first"]["val_bpb"],
-        prequant_val_bpb=training["last"]["val_bpb"],
+        step0_val_bpb=training["first"].get("val_bpb"),
+        prequant_val_bpb=training["last"].get("val_bpb"),
         flat_val_bpb=flat["val_bpb"],
         yardsticks={f"{name}{beyond}": value for name, value in (manifest.yardsticks if manifest else {}).items()},
         label=score.get("label", ""),

@@ -94,6 +94,9 @@ class Summary:
     label: str = ""
 
     def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            if not _fits(value := getattr(self, name), kind):
+                raise UserError(f"{name}: expected {_type_name(kind)}, got {value!r}: run the walk again")
         total = self.bytes_code + self.bytes_prefix + self.bytes_model
         if total != self.bytes_total:
             parts = "bytes_code + bytes_prefix + bytes_model" if self.bytes_prefix else "bytes_code + bytes_model"
@@ -125,11 +128,6 @@ class Summary:
         if missing or unknown:
             problem = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
             raise UserError(f"{source}: expected the fields of a run's summary: {problem}: run the walk again")
-        for name, value in values.items():
-            if not _fits(value, hints[name]):
-                raise UserError(
-                    f"{source}: {name}: expected {_type_name(hints[name])}, got {value!r}: run the walk again"
-                )
         try:
             return cls(**values)
         except UserError as error:
