@@ -135,7 +135,7 @@ def compile_triton(paths: Sequence[Path]) -> list[Compiled]:
 
 
 def _judge_triton(file: str, compiled: Any) -> Compiled:
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
     kernel, kinds, ptx = compiled.src.fn, " ".join(map(str, compiled.src.signature.values())), compiled.asm["ptx"]
     constants = {kernel.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
@@ -151,8 +151,7 @@ def _judge_triton(file: str, compiled: Any) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "kernel.ptx")
         text.write_text(ptx)
-        assembler = triton.knobs.nvidia.ptxas.path
-        log = _run(assembler, "-v", f"--gpu-name=sm_{ARCHITECTURE}", str(text), "-o", os.devnull)
+        log = _run(get_ptxas(90).path, "-v", f"--gpu-name=sm_{ARCHITECTURE}", str(text), "-o", os.devnull)
     return judge(file, " ".join(parts), ptx, log, compiled.metadata.shared, promises)
 
 
