@@ -23,7 +23,7 @@ from train.recipes import load_recipe, recipe_names
 
 SEQUENCES, LENGTH = 48, 2048
 # heads of queries and of keys, their dimension, and half of what turns: up to the ends of what the kernels take
-HEADS = ((8, 8, 64, 0), (6, 3, 80, 20), (8, 2, 128, 64), (16, 1, 256, 32), (64, 8, 256, 128))
+HEADS = ((8, 8, 64, 0), (6, 3, 80, 20), (8, 2, 128, 64), (16, 1, 256, 32), (32, 8, 256, 128), (64, 8, 128, 64))
 # width and hidden size: one that wide tiles divide and one that they do not, both with the most sums of a row
 MLPS = ((512, 4096), (640, 1984))
 

@@ -236,24 +236,11 @@ def add_columns_product(total, lefts, rights, ld, steps, TILE: tl.constexpr, STE
     return total
 
 
-@triton.jit(do_not_specialize_on_alignment=["scales_ptr"])
-def symmetric_kernel(
-    in_ptr, out_ptr, tiles_ptr, scales_ptr, partials_ptr, counters_ptr, linear, quadratic,
-    GRAM: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+@triton.jit
+def store_symmetric(
+    total, entry, in_ptr, out_ptr, scales_ptr, partials_ptr, counters_ptr, linear, quadratic,
+    GRAM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """GRAM: s²·X·Xᵀ or s²·Xᵀ·X; otherwise linear·A + quadratic·A·Aᵀ."""
-    entry = tiles_ptr + tl.program_id(0) * SYMMETRIC
-    matrix, tall = tl.load(entry), tl.load(entry + 1)
-    left, right = tl.multiple_of(tl.load(entry + 2), 16), tl.multiple_of(tl.load(entry + 3), 16)
-    # offsets inside a tile fit in 32 bits, which saves registers
-    ld, steps = tl.multiple_of(tl.load(entry + 4).to(tl.int32), 16), tl.load(entry + 5).to(tl.int32)
-    total = tl.zeros((TILE, TILE), dtype=tl.float32)
-    if GRAM:
-        # one of the two takes no step; where branches join, each wgmma would have to wait for the one before
-        down = tl.where(tall != 0, steps, 0)
-        total = add_columns_product(total, in_ptr + left, in_ptr + right, ld, down, TILE, STEP)
-        steps -= down
-    total = add_rows_product(total, in_ptr + left, in_ptr + right, ld, steps, TILE, STEP)
     side = tl.arange(0, TILE)
     out, mirror = tl.multiple_of(tl.load(entry + 6), 16), tl.multiple_of(tl.load(entry + 7), 16)
     out_ld = tl.multiple_of(tl.load(entry + 8).to(tl.int32), 16)
@@ -273,7 +260,7 @@ def symmetric_kernel(
                 for part in range(parts):
                     total += tl.load(partial + part * TILE * TILE, cache_modifier=".cg")
                 tl.store(counter, 0)
-        scale = tl.load(scales_ptr + matrix)
+        scale = tl.load(scales_ptr + tl.load(entry))
         total = total * scale * scale
     else:
         total = quadratic * total + linear * tl.load(in_ptr + out + within).to(tl.float32)
@@ -282,6 +269,31 @@ def symmetric_kernel(
         tl.store(out_ptr + out + within, result)
         if mirror != out:
             tl.store(out_ptr + mirror + within, tl.trans(result))
+
+
+@triton.jit(do_not_specialize_on_alignment=["scales_ptr"])
+def symmetric_kernel(
+    in_ptr, out_ptr, tiles_ptr, scales_ptr, partials_ptr, counters_ptr, linear, quadratic,
+    GRAM: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """GRAM: s²·X·Xᵀ or s²·Xᵀ·X; otherwise linear·A + quadratic·A·Aᵀ."""
+    entry = tiles_ptr + tl.program_id(0) * SYMMETRIC
+    tall = tl.load(entry + 1)
+    left, right = tl.multiple_of(tl.load(entry + 2), 16), tl.multiple_of(tl.load(entry + 3), 16)
+    # offsets inside a tile fit in 32 bits, which saves registers
+    ld, steps = tl.multiple_of(tl.load(entry + 4).to(tl.int32), 16), tl.load(entry + 5).to(tl.int32)
+    total = tl.zeros((TILE, TILE), dtype=tl.float32)
+    # sums of two loops must not meet in one variable: then every wgmma waits for the one before
+    if GRAM and tall != 0:
+        total = add_columns_product(total, in_ptr + left, in_ptr + right, ld, steps, TILE, STEP)
+        store_symmetric(
+            total, entry, in_ptr, out_ptr, scales_ptr, partials_ptr, counters_ptr, linear, quadratic, GRAM, TILE
+        )
+    else:
+        total = add_rows_product(total, in_ptr + left, in_ptr + right, ld, steps, TILE, STEP)
+        store_symmetric(
+            total, entry, in_ptr, out_ptr, scales_ptr, partials_ptr, counters_ptr, linear, quadratic, GRAM, TILE
+        )
 
 
 @triton.jit(do_not_specialize_on_alignment=["scales_ptr"])

@@ -179,8 +179,9 @@ def _triton_problem(q: Tensor, k: Tensor) -> str | None:
     if unfit is not None:
         return unfit
     heads, dim = max(q.shape[2], k.shape[2]), q.shape[3]
-    if heads > 64 or dim > 256:
-        return f"its kernels take at most 64 heads of at most 256 dimensions, found {heads} of {dim}"
+    # both are padded to powers of 2; a program keeps one position's numbers in its registers
+    if heads > 64 or dim > 256 or (heads - 1).bit_length() + (dim - 1).bit_length() > 13:
+        return f"its kernels take at most 64 heads of 128 dimensions or 32 of 256, found {heads} of {dim}"
     return None
 
 

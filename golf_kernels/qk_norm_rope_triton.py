@@ -307,5 +307,4 @@ def _blocks(q: Tensor, k: Tensor) -> tuple[int, int]:
 def choose_block(heads: int, dim: int) -> tuple[int, int]:
     """Positions and warps of a program: 16 numbers of a tensor per thread, padding counted; more cost registers."""
     numbers = triton.next_power_of_2(heads) * triton.next_power_of_2(dim)
-    # beyond 16 warps a thread has too few registers even for that
-    return max(1, 2048 // numbers), min(16, max(4, numbers // 512))
+    return max(1, 2048 // numbers), max(4, numbers // 512)
