@@ -37,7 +37,7 @@ from train.errors import UserError, main_guard
 from train.inductor import SWITCHES, parse_switch
 from train.model.attention_choice import choose_attention
 from train.parts import name_compiled_kernels
-from train.profiling import breakdown, busy_ms, kernel_times, new_trace, write_breakdowns, write_trace
+from train.profiling import NO_KERNELS, breakdown, busy_ms, kernel_times, new_trace, write_breakdowns, write_trace
 from train.recipes import recipe_names
 
 # how far a way's loss may be from the first one's after the warm-up, relative: bfloat16 in another order
@@ -238,7 +238,7 @@ def measure_ways(names: list[str], bench: Bench, recurrence: bool, traces: Path 
         cells += [f"{busy:.2f}", f"{row['p50'] - busy:.2f}"] if busy is not None else ["–", "–"]
         cells += [f"{peak_mib(variant, bench, recurrence):.0f}", f"{variant.first_step_s:.1f}"]
         print(f"{variant.name:<28}" + "".join(f"{cell:>10}" for cell in cells))
-        print("    " + ", ".join(f"{family} {ms:.2f}" for family, ms in families.items()), flush=True)
+        print("    " + (", ".join(f"{family} {ms:.2f}" for family, ms in families.items()) or NO_KERNELS), flush=True)
         if traces:
             stem = f"{config.recipe}_{phase_name(recurrence).partition('_')[0]}_{variant.name.replace('=', '_')}"
             write_trace(traces / f"{stem}_rank0.json.gz", trace)

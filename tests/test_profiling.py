@@ -1,7 +1,9 @@
 """Profiles of steps: whose time a kernel's is, what is written, and which steps."""
 
+import errno
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +12,14 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
 from train.config import Config
 from train.distributed import Ranks
 from train.logger import RunLogger
+from train.optimize.schedules import WallClock
 from train.profiling import (
+    NO_KERNELS,
     StepProfiler,
     breakdown,
     busy_ms,
@@ -22,6 +27,8 @@ from train.profiling import (
     kernel_times,
     part_of_any_layer,
     part_times,
+    write_breakdowns,
+    write_trace,
 )  # fmt: skip
 from train.values import ConfigError, parse_steps
 
@@ -89,41 +96,103 @@ def test_steps_are_read() -> None:
     assert parse_steps("") == range(0) and parse_steps("30:33") == range(30, 33)
 
 
-def test_chosen_steps_leave_a_trace_with_the_models_parts(tmp_path: Path) -> None:
+class CountingClock(WallClock):
+    """A clock of one process whose seconds are the pauses and steps it was told of."""
+
+    def __init__(self) -> None:
+        self.ticks, self.running, self.paused_at = 0, True, []
+        super().__init__(0.0, now=lambda: float(self.ticks))
+        self.resume()
+
+    def pause(self) -> float:
+        self.paused_at.append(self.ticks)
+        return super().pause()
+
+
+def profiled_run(folder: Path, steps: range, total: int, events: dict[int, str] | None = None, switch: int = 99) -> str:
+    """The log of a small training loop; `events` end a profile before a step."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
-    with RunLogger(tmp_path, 1, echo=False) as log:
-        profiler = StepProfiler(range(1, 3), tmp_path, Ranks(), log, model)
-        for step in range(4):
-            profiler.before(step)
+    clock = CountingClock()
+    with RunLogger(folder, 1, echo=False) as log:
+        profiler = StepProfiler(steps, folder, Ranks(), log, clock, model)
+        for step in range(total):
+            if step in (events or {}):
+                clock.pause()
+                profiler.end(step, (events or {})[step])
+                clock.resume()
+            profiler.before(step, recurrence=step >= switch)
             model(torch.randn(4, 8)).sum().backward()
-            profiler.after(step)
-            assert (tmp_path / "profile").exists() == (step >= 2)
-    assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == [
+            clock.ticks += 1
+            clock.tick()
+            profiler.after(step + 1)
+        clock.pause()
+        profiler.finish(total)
+    # a pause takes no training time
+    assert clock.elapsed_seconds == total
+    return (folder / "train_seed1.log").read_text()
+
+
+def test_chosen_steps_leave_a_trace_with_the_models_parts(tmp_path: Path) -> None:
+    log = profiled_run(tmp_path, range(1, 3), 4)
+    folder = tmp_path / "profile"
+    assert f"profile:{folder} steps:1-2 (their" in log
+    assert sorted(path.name for path in folder.iterdir()) == [
         "breakdown.json", "breakdown.png", "parts.json", "parts.png", "trace_rank0.json.gz",
     ]  # fmt: skip
-    trace = json.loads(gzip.decompress((tmp_path / "profile" / "trace_rank0.json.gz").read_bytes()))
+    trace = json.loads(gzip.decompress((folder / "trace_rank0.json.gz").read_bytes()))
     names = [event.get("name") for event in trace["traceEvents"]]
     assert names.count("1.0") == 2 and names.count("1") == 2
-    families = json.loads((tmp_path / "profile" / "breakdown.json").read_text())
+    families = json.loads((folder / "breakdown.json").read_text())
     assert families["matrix products"] > 0
-    parts = json.loads((tmp_path / "profile" / "parts.json").read_text())
+    parts = json.loads((folder / "parts.json").read_text())
     assert min(parts[name] for name in ("0", "1.0", "1.1")) > 0
     assert sum(parts.values()) == pytest.approx(sum(families.values()))
-    assert "profile:" in (tmp_path / "train_seed1.log").read_text()
 
 
-@pytest.mark.parametrize(("last", "said"), [(2, "steps:1-2 "), (0, "profile:none, step 1 was not among the steps")])
-def test_a_run_that_ends_early_writes_what_there_is(last: int, said: str, tmp_path: Path) -> None:
-    with RunLogger(tmp_path, 1, echo=False) as log:
-        profiler = StepProfiler(range(1, 5), tmp_path, Ranks(), log)
-        for step in range(last + 1):
-            profiler.before(step)
-            torch.ones(8, 8) @ torch.ones(8, 8)
-            profiler.after(step)
-        assert not profiler.written
-        profiler.finish(last)
-    assert said in (tmp_path / "train_seed1.log").read_text()
-    assert (tmp_path / "profile" / "breakdown.json").exists() == profiler.written == bool(last)
+@pytest.mark.parametrize(
+    ("total", "events", "switch", "said"),
+    [
+        (3, {}, 99, "steps:1-2 of 1-4, training ends"),
+        (9, {3: "validation follows"}, 99, "steps:1-2 of 1-4, validation follows"),
+        (9, {1: "a checkpoint follows"}, 99, "steps:1-4 ("),
+        (9, {}, 4, "steps:1-3 of 1-4, recurrence begins"),
+        (1, {}, 99, "profile:none, step 1 was not among the steps of this process"),
+    ],
+)
+def test_a_profile_holds_steps_of_one_kind_and_nothing_else(
+    total: int, events: dict[int, str], switch: int, said: str, tmp_path: Path
+) -> None:
+    log = profiled_run(tmp_path, range(1, 5), total, events, switch)
+    assert log.count("profile:") == 1 and said in log
+    assert (tmp_path / "profile" / "breakdown.json").exists() == (total > 1)
+
+
+def test_a_profile_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        log = profiled_run(tmp_path, range(1, 3), 4)
+    assert "profile:not all written ([Errno 28] No space left on device: " in log and "trace_rank0" in log
+    assert list((tmp_path / "profile").iterdir()) == []
+
+
+def test_a_trace_that_the_profiler_could_not_write_is_named(tmp_path: Path) -> None:
+    silent = SimpleNamespace(export_chrome_trace=lambda path: Path(f"{path}.tmp").touch())
+    with pytest.raises(OSError, match=r"could not write its trace.*trace_rank0"):
+        write_trace(tmp_path / "trace_rank0.json.gz", silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpus_profile_without_kernels_is_no_profile_of_the_cpu(tmp_path: Path) -> None:
+    events = [made_event("aten::mm", 0, 9000, gpu=False)]
+    trace = made_trace(events)
+    assert kernel_times(trace) == [] and busy_ms(trace, 1) is None
+    for event in events:
+        event.name, event.kernels, event.cpu_parent = event.key, [], None
+    assert write_breakdowns(tmp_path, "", trace, 1, "title") == NO_KERNELS
+    assert list(tmp_path.iterdir()) == []
 
 
 def made_event(name: str, start: float, end: float, *, gpu: bool = True, annotation: bool = False) -> SimpleNamespace:
@@ -133,18 +202,22 @@ def made_event(name: str, start: float, end: float, *, gpu: bool = True, annotat
     )  # fmt: skip
 
 
+def made_trace(events: list[SimpleNamespace], activity: ProfilerActivity = ProfilerActivity.CUDA) -> SimpleNamespace:
+    return SimpleNamespace(activities={activity}, events=lambda: events, key_averages=lambda: events)
+
+
 def test_ranges_and_overlaps_are_no_time_of_the_gpu() -> None:
     events = [
         made_event("forward", 0, 9000, annotation=True), made_event("aten::mm", 0, 9000, gpu=False),
         made_event("gemm", 1000, 4000), made_event("ncclDevKernel", 2000, 3000), made_event("flash", 3500, 5000),
         made_event("gemm", 7000, 8000),
     ]  # fmt: skip
-    trace = SimpleNamespace(events=lambda: events, key_averages=lambda: events)
+    trace = made_trace(events)
     assert kernel_times(trace) == [("gemm", 3000), ("ncclDevKernel", 1000), ("flash", 1500), ("gemm", 1000)]
     # 1,000 to 5,000 and 7,000 to 8,000 microseconds, in two steps
     assert busy_ms(trace, 2) == 2.5
     on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
-    assert busy_ms(SimpleNamespace(events=lambda: on_cpu), 2) is None
+    assert busy_ms(made_trace(on_cpu, ProfilerActivity.CPU), 2) is None
 
 
 def launched(
@@ -165,7 +238,7 @@ def test_a_kernels_time_is_that_of_the_innermost_range_it_was_started_in() -> No
         launched("aten::mul", [2.0], graph), launched("aten::add", [1.0]),
         *(made_event("gemm", 0, us) for us in (30, 5, 7, 2, 1, 10)),
     ]  # fmt: skip
-    trace = SimpleNamespace(events=lambda: events, key_averages=lambda: events)
+    trace = made_trace(events)
     found = part_times(trace)
     # of 55 microseconds on the GPU, 1 was started in no range and 10 by no operator
     assert found == [("blocks.3.mlp", 35), ("blocks.3.mlp", 7), ("forward", 2), ("elsewhere", 11)]

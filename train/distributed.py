@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,14 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=source, group=self.group, device=torch.device("cpu"))
         return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The small picklable `value` of every rank, in their order, on all of them."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Let rank 0 do `work` while the others wait, and give every rank its small picklable result.

@@ -148,7 +148,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
         from train.profiling import StepProfiler
 
         profiled = parse_steps(config.profile_steps)
-        profiler = StepProfiler(profiled, folder.path, ranks, log, model if loss_of is model else None)
+        profiler = StepProfiler(profiled, folder.path, ranks, log, clock, model if loss_of is model else None)
     # without a terminal the log's own lines are the progress
     bar = Progress(1000, "training", "‰", enabled=ranks.is_main and sys.stderr.isatty())
     while True:
@@ -156,37 +156,41 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
         # step 0 was validated before the clock ran
         if not last and step and config.val_loss_every and step % config.val_loss_every == 0:
             seconds = clock.pause()
+            if profiler:
+                profiler.end(step, "validation follows")
             result = validate(text, model, config, ranks, recurrence=recurrence_on(config, step))
             log.val_step(step, config.iterations, result.val_loss, result.val_bpb, seconds * 1000)
             clock.resume()
         if last:
             break
         scale = lr_scale(step, clock.elapsed_seconds, config)
+        recurrence = recurrence_on(config, step)
         if profiler:
-            profiler.before(step)
-        batch_loss = training_step(
-            optimizers, loss_of, loader, ranks, recurrence_on(config, step), scale, muon_momentum(step, config)
-        )
+            profiler.before(step, recurrence=recurrence)
+        batch_loss = training_step(optimizers, loss_of, loader, ranks, recurrence, scale, muon_momentum(step, config))
         step += 1
-        if ema:
-            ema.update()
-        if swa:
-            swa.update(step, scale)
-        if profiler:
-            profiler.after(step - 1)
+        with record_function("average"):
+            if ema:
+                ema.update()
+            if swa:
+                swa.update(step, scale)
         stop = clock.tick()
+        if profiler:
+            profiler.after(step)
         done = max(step / config.iterations, clock.elapsed_seconds / (config.training_seconds or math.inf))
         bar.advance(int(1000 * min(done, 1)) - bar.done, f"step {step:,}")
         if step <= FIRST_LOGGED_STEPS or step % config.train_log_every == 0 or stop or step == config.iterations:
             log_step(log, config, ranks, step, batch_loss, clock, scale)
         if config.checkpoint_every and step % config.checkpoint_every == 0 and not stop:
             seconds = clock.pause()
+            if profiler:
+                profiler.end(step, "a checkpoint follows")
             extra = {"step": step, "seconds": seconds, "first": vars(first)}
             save_checkpoint(folder.checkpoint, parts, ranks, extra)
             clock.resume()
     seconds = clock.pause()
     if profiler:
-        profiler.finish(step - 1)
+        profiler.finish(step)
     bar.close()
     if stop:
         log.stopping_early(step, config.iterations, seconds * 1000)

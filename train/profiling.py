@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from train.distributed import Ranks
+from train.errors import UserError
 from train.files import atomic_write, atomic_writer
 from train.logger import RunLogger
+from train.optimize.schedules import WallClock
 from train.parts import named_ranges
 
 # the first family whose pattern is found in a kernel's (on a CPU: an operator's) name takes it; the package's Triton kernels
@@ -37,6 +41,11 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     (_ELEMENTWISE, r"mix_rms_norm|^(mix|unmix)_kernel|elementwise|vectorized|reduce_kernel|aten::[a-z]"),
 )
 OTHER = "other"
+
+NO_KERNELS = (
+    "no kernel is in the trace; the driver may keep its counters (CUPTI) from this process: run it as root, in a container with "
+    "--cap-add=SYS_ADMIN, or load the driver with NVreg_RestrictProfilingToAdminUsers=0"
+)
 
 
 def kernel_family(name: str) -> str:
@@ -67,23 +76,23 @@ def breakdown(
 
 
 def kernel_times(trace: profile) -> list[tuple[str, float]]:
-    """Name and microseconds of everything that ran on the GPU; without one, of every operator by itself."""
+    """Name and microseconds of everything that ran on the GPU; in a profile of a CPU, of every operator by itself."""
     averages = trace.key_averages()
-    on_gpu = [(e.key, e.self_device_time_total) for e in averages if _is_kernel(e)]
-    return on_gpu or [(e.key, e.self_cpu_time_total) for e in averages if e.self_cpu_time_total > 0]
+    if _of_gpu(trace):
+        return [(e.key, e.self_device_time_total) for e in averages if _is_kernel(e)]
+    return [(e.key, e.self_cpu_time_total) for e in averages if e.self_cpu_time_total > 0]
 
 
 def part_times(trace: profile) -> list[tuple[str, float]]:
-    """Name and microseconds of the ranges in which kernels (without a GPU: operators) were started, each in its innermost one.
+    """Name and microseconds of the ranges in which kernels (on a CPU: operators) were started, each in its innermost one.
 
     What was started in no range, or by a replayed CUDA graph, is "elsewhere".
     """
     events = [event for event in trace.events() if event.device_type.name == "CPU"]
     whole = sum(microseconds for _, microseconds in kernel_times(trace))
-    on_gpu = any(event.kernels for event in events)
     found = []
     for event in events:
-        microseconds = sum(kernel.duration for kernel in event.kernels) if on_gpu else event.self_cpu_time_total
+        microseconds = sum(kernel.duration for kernel in event.kernels) if _of_gpu(trace) else event.self_cpu_time_total
         around = event
         while around is not None and not _is_range(around):
             around = around.cpu_parent
@@ -102,6 +111,10 @@ def busy_ms(trace: profile, steps: int) -> float | None:
     return busy / 1e3 / steps if spans else None
 
 
+def _of_gpu(trace: profile) -> bool:
+    return ProfilerActivity.CUDA in trace.activities
+
+
 def _is_kernel(event: Any) -> bool:
     # a range of record_function has a shadow on the GPU, as long as all its kernels together
     return event.device_type.name == "CUDA" and not event.is_user_annotation
@@ -113,74 +126,96 @@ def _is_range(event: Any) -> bool:
 
 
 class StepProfiler:
-    """Profiles some steps of a run into `<run>/profile/`; without steps it does nothing.
+    """Profiles some steps of a run into `<run>/profile/`.
+
+    What it does itself is outside the training clock, and a file that cannot be written is no reason to stop training.
+    The profile holds steps of one kind and nothing else: it ends early before a validation, a checkpoint, or the first step
+    with recurrence.
 
     Args:
-        steps: the steps to profile, counted from 0.
+        steps: the steps to profile, counted from 0; at least one.
         folder: the run's folder.
         ranks: every rank writes its own trace, rank 0 the breakdowns.
         log: gets a line for what was written.
+        clock: runs from `before` to `after`.
         parts: a model that is not compiled, whose modules get their names into the trace; else None.
-
-    Attributes:
-        written: whether there is a profile.
     """
 
     def __init__(
-        self, steps: range, folder: Path, ranks: Ranks, log: RunLogger, parts: nn.Module | None = None
+        self, steps: range, folder: Path, ranks: Ranks, log: RunLogger, clock: WallClock, parts: nn.Module | None = None
     ) -> None:
         self.steps = steps
         self.folder = folder / "profile"
-        self.written = False
+        self._begun = self._recurrence = False
         self._ranks = ranks
         self._log = log
+        self._clock = clock
         self._parts = parts
         self._trace: profile | None = None
         self._ranges = contextlib.ExitStack()
 
-    def before(self, step: int) -> None:
+    def before(self, step: int, *, recurrence: bool) -> None:
         """Called before each step: begins at the first one to profile."""
-        if self.steps and step == self.steps.start:
-            # what earlier steps have queued is not these steps' work
-            if self._ranks.device.type == "cuda":
-                torch.cuda.synchronize(self._ranks.device)
-            self._ranks.barrier()
-            self._trace = new_trace(self._ranks.device)
-            if self._parts is not None:
-                self._ranges.enter_context(named_ranges(self._parts))
-            self._trace.start()
+        if self._trace is not None and recurrence != self._recurrence:
+            with self._paused():
+                self.end(step, "recurrence begins")
+        if step == self.steps.start:
+            # the pause waits for what earlier steps have queued, which is not these steps' work
+            with self._paused():
+                self._begun, self._recurrence = True, recurrence
+                self._trace = new_trace(self._ranks.device)
+                if self._parts is not None:
+                    self._ranges.enter_context(named_ranges(self._parts))
+                self._trace.start()
 
-    def after(self, step: int) -> None:
-        """Called after each step: ends behind the last one to profile and writes."""
-        if self._trace is not None and step + 1 >= self.steps.stop:
-            self._write(self._trace, step)
+    def after(self, done: int) -> None:
+        """Called after each step, with the number of those done: ends behind the last one to profile and writes."""
+        if self._trace is not None and done >= self.steps.stop:
+            with self._paused():
+                self.end(done)
 
-    def finish(self, step: int) -> None:
-        """Called with the run's last step: writes what there is of a profile, or says why there is none."""
-        if self._trace is not None:
-            self._write(self._trace, step)
-        elif self.steps and not self.written:
+    def finish(self, done: int) -> None:
+        """Called when the run ends, the clock standing still: writes what there is of a profile, or says why there is none."""
+        if not self._begun:
             self._log.line(f"profile:none, step {self.steps.start} was not among the steps of this process")
+        self.end(done, "training ends")
 
-    def _write(self, trace: profile, step: int) -> None:
-        if self._ranks.device.type == "cuda":
-            torch.cuda.synchronize(self._ranks.device)
+    def end(self, done: int, why: str = "") -> None:
+        """End the profile, if there is one, and write it; the clock stands still.
+
+        Args:
+            done: number of steps done.
+            why: what comes before all steps are profiled.
+        """
+        if self._trace is None:
+            return
+        trace, self._trace = self._trace, None
         trace.stop()
-        self._ranks.barrier()
         self._ranges.close()
-        if self._ranks.is_main:
+        said = f"steps:{self.steps.start}-{done - 1}"
+        if done < self.steps.stop:
+            said += f" of {self.steps.start}-{self.steps.stop - 1}, {why}"
+        problems = [problem for problem in self._ranks.gather(self._write(trace, done)) if problem]
+        self._log.line(f"profile:{'; '.join(problems) or self.folder} {said} (their time is longer by the profiling)")
+
+    def _write(self, trace: profile, done: int) -> str:
+        device, steps = self._ranks.device, done - self.steps.start
+        try:
             self.folder.mkdir(exist_ok=True)
-        self._ranks.barrier()
-        write_trace(self.folder / f"trace_rank{self._ranks.rank}.json.gz", trace)
-        if self._ranks.is_main:
-            device = self._ranks.device
-            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-            steps, title = step + 1 - self.steps.start, f"steps {self.steps.start}-{step} on {name}"
-            write_breakdowns(self.folder, "", trace, steps, title)
-            self._log.line(
-                f"profile:{self.folder} steps:{self.steps.start}-{step} (their time is longer by the profiling)"
-            )
-        self._trace, self.written = None, True
+            write_trace(self.folder / f"trace_rank{self._ranks.rank}.json.gz", trace)
+            if self._ranks.is_main:
+                name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+                title = f"steps {self.steps.start}-{done - 1} on {name}"
+                return write_breakdowns(self.folder, "", trace, steps, title) or ""
+        except (OSError, UserError) as error:
+            return f"not all written ({error})"
+        return ""
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        self._clock.pause()
+        yield
+        self._clock.resume()
 
 
 def new_trace(device: torch.device) -> profile:
@@ -190,27 +225,38 @@ def new_trace(device: torch.device) -> profile:
 
 
 def write_trace(path: Path, trace: profile) -> None:
-    """Write a finished profile as compressed JSON, which Perfetto and chrome://tracing open."""
-    plain = path.with_name(f".{path.name}.json")
-    trace.export_chrome_trace(str(plain))
-    try:
+    """Write a finished profile as compressed JSON, which Perfetto and chrome://tracing open.
+
+    Raises:
+        OSError: it could not be written; nothing is left behind.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".trace") as folder:
+        plain = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(plain))
+        # the profiler only warns of a file that it could not write
+        if not plain.exists():
+            raise OSError(errno.EIO, "the profiler could not write its trace; is there room for it?", str(path))
         with atomic_writer(path) as file:
             file.write(gzip.compress(plain.read_bytes()))
-    finally:
-        plain.unlink()
 
 
-def write_breakdowns(folder: Path, prefix: str, trace: profile, steps: int, title: str) -> None:
+def write_breakdowns(folder: Path, prefix: str, trace: profile, steps: int, title: str) -> str | None:
     """Write a profile's milliseconds per step by family of kernels and by part of the model, as JSON and as pictures.
 
     The pictures add up the layers; `parts.json` has each.
+
+    Returns:
+        None, or why nothing was written.
     """
     families, parts = breakdown(kernel_times(trace), steps), breakdown(part_times(trace), steps, str)
+    if not families:
+        return NO_KERNELS
     for name, times in (("breakdown", families), ("parts", parts)):
         atomic_write(folder / f"{prefix}{name}.json", json.dumps(times, indent=1) + "\n")
     plot_breakdown(folder / f"{prefix}breakdown.png", families, title)
     of_any_layer = breakdown(((name, 1e3 * ms) for name, ms in parts.items()), 1, part_of_any_layer)
     plot_breakdown(folder / f"{prefix}parts.png", of_any_layer, title)
+    return None
 
 
 def plot_breakdown(path: Path, times: Mapping[str, float], title: str) -> None:
