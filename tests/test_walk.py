@@ -115,7 +115,7 @@ def test_the_artifact_scores_what_the_quantized_model_in_memory_scores(finished:
 
 
 @pytest.mark.usefixtures("short_fit")
-@pytest.mark.parametrize("changes", [[], ["--target-mb", "1"], ["--target-bytes"]])
+@pytest.mark.parametrize("changes", [[], ["--target-mb", "16"], ["--target-bytes"]])
 def test_what_a_fit_encoded_last_is_written(
     finished: Finished,
     tmp_path: Path,
