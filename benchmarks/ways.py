@@ -195,7 +195,7 @@ def make_variants(config: Config, names: list[str], device: torch.device) -> lis
         if name == "published":
             for module in model.modules():
                 if isinstance(module, Attention):
-                    module.joint = False
+                    module.as_published = True
             # torch.compile's defaults, whatever train.inductor has chosen
             compiled = compiled_loss(model, config, device, {})
             variants.append(StepVariant(name, "torch", PublishedStep(model, config, share, compiled)))

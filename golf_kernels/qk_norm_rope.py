@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from golf_kernels import dispatch
 
@@ -51,6 +52,23 @@ def qk_norm_rope(
     """
     rotated: tuple[Tensor, Tensor, Tensor] = torch.ops.golf.qk_norm_rope(q, k, cosine, sine, gain, eps)
     return rotated[0], rotated[1]
+
+
+def written_out(
+    q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`qk_norm_rope` in PyTorch's own operations, the backward pass too: for a compiler, which cannot look into an operator.
+
+    The backward pass that autograd makes of the plain formula keeps q and k, and reads them once more for the gain.
+
+    Args:
+        q, k, cosine, sine, gain, eps: as for `qk_norm_rope`.
+
+    Returns:
+        q̂ and k̂, as of `qk_norm_rope`.
+    """
+    turned: tuple[Tensor, Tensor, Tensor] = _WrittenOut.apply(q, k, cosine, sine, gain, eps)
+    return turned[0], turned[1]
 
 
 def _check(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, eps: float) -> None:
@@ -98,7 +116,12 @@ def _floored(gain: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """R of each head's vector; with −sine Rᵀ."""
-    half = cosine.shape[-1]
+    half, dim = cosine.shape[-1], x.shape[-1]
+    if torch.compiler.is_compiling():
+        # a compiler writes each piece of what is put together by a pass of its own; what is masked it reads in one
+        other = x[..., : 2 * half].unflatten(-1, (2, half)).flip(-2).flatten(-2) * torch.cat([sine, -sine], dim=-1)
+        kept = F.pad(torch.cat([cosine, cosine], dim=-1), (0, dim - 2 * half), value=1.0)
+        return x * kept + F.pad(other, (0, dim - 2 * half))
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([first * cosine + second * sine, second * cosine - first * sine, rest], dim=-1)
 
@@ -172,6 +195,16 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, dq_hat: Tensor, dk_hat: Tensor, unused: Any) -> tuple[Any, ...]:
     dq, dk, dgain = torch.ops.golf.qk_norm_rope_backward(dq_hat, dk_hat, *ctx.saved_tensors)
     return dq, dk, None, None, dgain, None
+
+
+class _WrittenOut(torch.autograd.Function):
+    forward = staticmethod(_reference)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, dq_hat: Tensor, dk_hat: Tensor, unused: Any) -> tuple[Any, ...]:
+        dq, dk, dgain = _backward_reference(dq_hat, dk_hat, *ctx.saved_tensors)
+        return dq, dk, None, None, dgain, None
 
 
 def _triton_problem(q: Tensor, k: Tensor) -> str | None:

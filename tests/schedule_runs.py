@@ -17,6 +17,7 @@ from benchmarks.compiled import PROPERTIES, Scheduled, planning_for_an_absent_gp
 from benchmarks.devices import Kernel
 from benchmarks.recorder import Recorder
 from golf_kernels import dispatch
+from golf_kernels.qk_norm_rope import written_out
 from train.config import MICRO_BATCHES, Config
 from train.describe import describe
 from train.model.order import virtual_order
@@ -103,6 +104,20 @@ def test_a_slice_counts_what_is_read_of_it_and_a_repeated_row_once() -> None:
         ((scheduled,),) = planned(lambda x, row: x[:, 8:16] + row.expand(64, 8), x, row)
     assert sorted(scheduled.reads.values()) == [2 * 8, 2 * 64 * 8]
     assert list(scheduled.writes.values()) == [2 * 64 * 8]
+
+
+def test_norm_and_rotation_are_one_pass_over_queries_and_one_over_keys_each_way() -> None:
+    def rotated(x: Tensor, gain: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        return sum(part.sum() for part in written_out(x[:, :, :8], x[:, :, 8:], cosine, sine, gain, eps=1e-6))
+
+    with tensors_without_data():
+        tables = (empty(256, 1, 8), empty(256, 1, 8))
+        graphs = planned(rotated, empty(4, 256, 12, 64).requires_grad_(), empty(8).requires_grad_(), *tables)
+    queries = 2 * 4 * 256 * 8 * 64
+    for graph in graphs:
+        large = [name for kernel in graph for name, size in kernel.writes.items() if size >= queries / 2]
+        # results both ways, and in the backward pass the gradient of what holds queries and keys
+        assert len(large) <= 3, graph
 
 
 @torch.no_grad()

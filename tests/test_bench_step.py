@@ -213,11 +213,11 @@ def test_made_tokens_are_the_same_for_every_way_and_inside_the_vocabulary() -> N
     assert np.array_equal(*batches) and batches[0].shape == (2, 33) and batches[0].max() < 300
 
 
-def test_only_the_published_way_has_a_product_each_for_queries_keys_and_values() -> None:
+def test_only_the_published_ways_attention_is_the_scripts() -> None:
     config = load_recipe("sp8192_sdclip").config(**SHALLOW)
     (plain,) = make_variants(config, ["published"], CPU)
-    assert {part.joint for part in plain.step.model.modules() if isinstance(part, Attention)} == {False}
-    assert {part.joint for part in GPT(config).modules() if isinstance(part, Attention)} == {True}
+    assert {part.as_published for part in plain.step.model.modules() if isinstance(part, Attention)} == {True}
+    assert {part.as_published for part in GPT(config).modules() if isinstance(part, Attention)} == {False}
 
 
 def test_the_share_is_an_eighth_of_the_work() -> None:

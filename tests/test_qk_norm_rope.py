@@ -7,7 +7,7 @@ from qk_norm_rope_truth import EPS, LEAVES, errors_of_both, formula, heads, run,
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golf_kernels import dispatch
-from golf_kernels.qk_norm_rope import qk_norm_rope
+from golf_kernels.qk_norm_rope import qk_norm_rope, written_out
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +21,15 @@ def backend(monkeypatch, poisoned_memory):
 def test_results_and_gradients_in_float64(rotary, eps):
     tensors = heads(rotary=rotary)
     found = errors(*(run(f, tensors, upstream(tensors), eps) for f in (qk_norm_rope, formula)))
+    assert all(error < 1e-13 for error in found.values()), found
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rotary", [0, 4, 6])
+def test_written_out_for_a_compiler_it_is_the_same(rotary, compiled):
+    function = torch.compile(written_out, backend="aot_eager", fullgraph=True) if compiled else written_out
+    tensors = heads(rotary=rotary)
+    found = errors(*(run(f, tensors, upstream(tensors), 0.3) for f in (function, formula)))
     assert all(error < 1e-13 for error in found.values()), found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from golf_kernels.qk_norm_rope import qk_norm_rope
+from golf_kernels.qk_norm_rope import qk_norm_rope, written_out
 from golf_kernels.xsa import xsa
 from train.config import Config
 from train.model.attention_backends import causal_attention
@@ -70,14 +70,14 @@ class Attention(nn.Module):
         # by the operators of these names; False: plain PyTorch, for a compiler to fuse; see train.model.fusion
         self.fused_qk_norm_rope = True
         self.fused_xsa = True
-        # queries, keys and values by one product; False: by three, as the published scripts have it
-        self.joint = True
+        # as the published scripts have it: queries, keys and values by three products, all gradients by autograd
+        self.as_published = False
 
     def project(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
         """`heads` before the norm of queries and keys."""
         fake_quantize = self.qat and self.training
         weights = (self.query, self.key, self.value)
-        if self.joint and not rows_from:
+        if not (self.as_published or rows_from):
             query, key, value = joint_linear(x, weights, fake_quantize=fake_quantize)
         else:
             rows = (x[:, rows_from:], x, x)
@@ -164,8 +164,9 @@ class Attention(nn.Module):
             `(B, T - rows_from, d)`, not yet added to the stream.
         """
         # the op turns queries and keys by one table, so it takes the same positions of both
-        if not self.fused_qk_norm_rope or rows_from:
+        if rows_from or (self.as_published and not self.fused_qk_norm_rope):
             return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past, scale)
         query, key, value = self.project(x, extra_value)
-        query, key = qk_norm_rope(query, key, *rotary, self.q_gain, eps=self.eps)
+        norm_and_rotate = qk_norm_rope if self.fused_qk_norm_rope else written_out
+        query, key = norm_and_rotate(query, key, *rotary, self.q_gain, eps=self.eps)
         return self.output_of((query, key, value), documents, past, scale)
