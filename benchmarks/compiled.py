@@ -9,6 +9,7 @@ code the model gets a function that returns tensors without data. Products and o
 from __future__ import annotations
 
 import contextlib
+import math
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -152,6 +153,15 @@ def _bytes(node: Any, elements: float | None = None) -> float:
     return float((size if elements is None else min(size, elements)) * node.get_dtype().itemsize)
 
 
+def _elements(dep: Any) -> int:
+    """Elements that a kernel addresses; of what it looks up by a computed index as many as it does so often."""
+    from torch._inductor.dependencies import MemoryDep
+
+    if isinstance(dep, MemoryDep) and dep.is_indirect():
+        return math.prod(int(size) for size in dep.size)
+    return int(dep.numel_hint())
+
+
 def _compiled(node: Any, graph: Any) -> Scheduled:
     from torch._inductor.dependencies import MemoryDep, WeakDep
     from torch._inductor.utils import get_fused_kernel_name
@@ -165,7 +175,7 @@ def _compiled(node: Any, graph: Any) -> Scheduled:
         if dep.name not in own and not isinstance(dep, WeakDep):
             # what is added to in place is read, too
             index = dep.index if isinstance(dep, MemoryDep) else None
-            addressed.setdefault(dep.name, {})[index] = dep.numel_hint()
+            addressed.setdefault(dep.name, {})[index] = _elements(dep)
     for name, indices in addressed.items():
         buffer = _buffer(graph, name)
         if buffer is not None:
@@ -177,7 +187,7 @@ def _compiled(node: Any, graph: Any) -> Scheduled:
         name = output.get_name()
         changed = output.get_mutations()
         target = _buffer(graph, changed[0]) if changed else output.node
-        addressed_here = sum(dep.numel_hint() for dep in node.read_writes.writes if dep.name == name)
+        addressed_here = sum(_elements(dep) for dep in node.read_writes.writes if dep.name == name)
         writes[name] = _bytes(target, addressed_here or None)
     kind = "red" if node.is_reduction() else "poi"
     name = f"triton_{kind}_{get_fused_kernel_name(node.get_nodes(), 'original_aten')}"

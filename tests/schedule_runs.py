@@ -106,6 +106,17 @@ def test_a_slice_counts_what_is_read_of_it_and_a_repeated_row_once() -> None:
     assert list(scheduled.writes.values()) == [2 * 64 * 8]
 
 
+def test_a_look_up_counts_as_often_as_it_is_done_and_never_more_than_the_table() -> None:
+    def look_up(table: Tensor, ids: Tensor) -> Tensor:
+        return table[ids] + 1
+
+    for rows, read in ((1000, 2 * 5 * 8), (3, 2 * 3 * 8)):
+        with tensors_without_data():
+            table, ids = empty(rows, 8), empty(5, dtype=torch.int64)
+            ((scheduled,),) = planned(look_up, table, ids)
+        assert sorted(scheduled.reads.values()) == sorted([read, 8 * 5])
+
+
 def test_norm_and_rotation_are_one_pass_over_queries_and_one_over_keys_each_way() -> None:
     def rotated(x: Tensor, gain: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         return sum(part.sum() for part in written_out(x[:, :, :8], x[:, :, 8:], cosine, sine, gain, eps=1e-6))
