@@ -37,9 +37,12 @@ format: $(READY)  ## rewrite the sources as ruff likes them
 BENCHES = $(filter-out bench_artifact,$(basename $(notdir $(wildcard benchmarks/bench_*.py))))
 
 bench: $(READY)  ## measure everything and write tables and plots; without a GPU on tiny shapes, which proves nothing
-	@set -e; tiny=$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "--tiny")'); \
-	for name in $(BENCHES); do echo "== $$name $$tiny"; OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name $$tiny; done; \
-	$(BIN)/python -m benchmarks report
+	@tiny=$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "--tiny")') || exit 1; failed=; \
+	for name in $(BENCHES); do \
+	  echo "== $$name $$tiny"; OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name $$tiny || failed="$$failed $$name"; \
+	done; \
+	$(BIN)/python -m benchmarks report || failed="$$failed report"; \
+	[ -z "$$failed" ] || { echo "error: failed:$$failed"; exit 1; }
 
 doctor: $(READY)  ## what was built, what each op runs on, and a self-check
 	$(BIN)/python -m golf_kernels

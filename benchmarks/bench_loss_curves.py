@@ -18,7 +18,15 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import common
-from benchmarks.ways import Tokens, check_ways, make_variants, share_config, share_sequences, token_source
+from benchmarks.ways import (
+    Tokens,
+    add_attention,
+    check_ways,
+    make_variants,
+    share_config,
+    share_sequences,
+    token_source,
+)
 from train.config import Config
 from train.errors import main_guard
 from train.files import atomic_write
@@ -82,22 +90,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seeds", type=common.positive, default=3, help="starts of the plain way, at least 2; default 3"
     )
+    add_attention(parser)
     parser.add_argument("--data", type=Path, help="folder of shards; default: made tokens")
     parser.add_argument("--out", type=Path, help="folder for curves.csv and curves.png")
     arguments = parser.parse_args(argv)
     device, steps = arguments.device, arguments.steps or (6 if arguments.tiny else 200)
     if arguments.seeds < 2 or steps < 2:
         parser.error("--seeds and --steps: expected at least 2 of each: a single curve has no spread")
-    check_ways(arguments.ways.split(","))
+    first, *ways = arguments.ways.split(",")
+    if not ways:
+        parser.error(
+            f"--ways: {first} has nothing to be compared with: expected another way behind it, such as {first},golf"
+        )
+    check_ways([first, *ways])
     if arguments.out:
         # better found now than after the training
         arguments.out.mkdir(parents=True, exist_ok=True)
-    config = share_config(arguments.recipe, device, tiny=arguments.tiny)
+    config = share_config(arguments.recipe, device, tiny=arguments.tiny, attention=arguments.attention)
     # all curves attend by one back end
     config = config.replace(attention=choose_attention(config, device, share_sequences(config)).name)
 
     tokens = functools.partial(token_source, config, arguments.data)
-    first, *ways = arguments.ways.split(",")
     starts = [config.replace(seed=config.seed + number) for number in range(arguments.seeds)]
     curves = {f"{first}, seed {start.seed}": train(start, first, tokens(), steps, device) for start in starts}
     seeds = list(curves.values())

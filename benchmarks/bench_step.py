@@ -2,16 +2,21 @@
 
 The ways are those of `benchmarks.ways`: published, torch, golf, any one operator switched, and any of Inductor's switches.
 All start from the same weights and read the same tokens; a way that fails, or whose loss leaves the first one's, is named
-and writes no row. Rows are on disk before the next measurement begins.
+and writes no row. Rows are on disk before the next measurement begins. Kernels and switches that are measured one by one
+have a process each, because after one illegal access nothing more can run in a process.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
+import signal
 import statistics
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +28,13 @@ from benchmarks.devices import datasheet_tflops
 from benchmarks.ways import (
     StepVariant,
     Tokens,
-    all_kernels,
+    add_attention,
     check_ways,
+    kernels_problem,
     make_variants,
     share_config,
     share_sequences,
+    step_kernels,
     token_source,
 )
 from golf_kernels import dispatch
@@ -45,6 +52,8 @@ MAX_LOSS_ERROR = 0.02
 # steps between two looks at the clock: the host may run ahead of the GPU, as it does in training
 STEPS_PER_TURN = 4
 PROFILED_STEPS = 3
+# with fewer measurements p20 and p80 say nothing of the spread
+VERDICT_ROUNDS = 3
 
 
 @dataclass
@@ -89,7 +98,7 @@ class Bench:
             | {"shape": f"{share_sequences(self.config)}x{self.config.train_seq_len}"}
             | {"dtype": "bf16" if self.clock.device.type == "cuda" else "f32", "p50": p50, "p20": p20, "p80": p80}
             | {"tflops": flops / p50 / 1e9, "gbps": "", "floor": flops / self.limits.tflops / 1e9}
-            | {"rel_err": error, "n": self.clock.rounds}
+            | {"rel_err": error, "n": len(variant.times_ms)}
         )
 
     def store(self, rows: Sequence[common.Row]) -> None:
@@ -97,29 +106,6 @@ class Bench:
         path = common.append_rows(rows, self.surroundings) if self.keep else None
         if path:
             print(f"-> {path.relative_to(common.ROOT)}", flush=True)
-
-
-def step_kernels() -> list[str]:
-    """The kernels of a training step that can run here, each with its backward pass, as ways."""
-    # the native ones quantize, and windows are evaluation's
-    found = [kernel for kernel in all_kernels().split(",") if kernel.endswith("=triton") and "window" not in kernel]
-    pairs = {kernel: kernel.replace("=", "_backward=") for kernel in found}
-    return [
-        ",".join([kernel, *([back] if back in found else [])])
-        for kernel, back in pairs.items()
-        if "_backward=" not in kernel
-    ]
-
-
-def kernels_problem() -> str:
-    """Why no kernel of a training step can run here; empty where one can."""
-    if step_kernels():
-        return ""
-    reasons: dict[str, list[str]] = {}
-    for op, backends in dispatch.describe().items():
-        if "triton" in backends:
-            reasons.setdefault(backends["triton"], []).append(op)
-    return "; ".join(reasons if len(reasons) == 1 else (f"{', '.join(ops)}: {why}" for why, ops in reasons.items()))
 
 
 def phase_name(recurrence: bool) -> str:
@@ -137,7 +123,7 @@ def measure_steps(
     device, rounds = bench.clock.device, bench.clock.rounds
     tokens = bench.tokens()
     batches = [tokens.next() for _ in range(bench.warmup_steps)]
-    problems = []
+    problems: list[str] = []
     for variant in variants:
         variant.times_ms = []
         if variant.warmup_loss is not None:
@@ -151,7 +137,7 @@ def measure_steps(
         # whatever a kernel or the compiler dies of, the other ways have figures
         except Exception as error:
             traceback.print_exc()
-            problems.append(f"{variant.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            problems.append(said_of(variant, error))
     means = {variant.name: variant.warmup_loss for variant in variants if variant.warmup_loss is not None}
     wanted = next(iter(means.values()), float("nan"))
     errors = {name: abs(mean - wanted) / wanted for name, mean in means.items()}
@@ -161,17 +147,30 @@ def measure_steps(
             del errors[name]
     timed = [variant for variant in variants if variant.name in errors]
     steps = STEPS_PER_TURN if device.type == "cuda" else 1
-    for number in range(rounds if timed else 0):
+    for number in range(rounds):
         batches = [tokens.next() for _ in range(steps)]
-        turn = number % len(timed)
+        turn = number % max(len(timed), 1)
         for variant in timed[turn:] + timed[:turn]:
 
             def run(variant: StepVariant = variant) -> None:
                 for batch in batches:  # noqa: B023
                     variant.run(batch, recurrence)
 
-            variant.times_ms.append(bench.clock.once_ms(run) / steps)
-    return errors, problems
+            try:
+                variant.times_ms.append(bench.clock.once_ms(run) / steps)
+            except Exception as error:
+                traceback.print_exc()
+                # what fails after another way may have lost the device to it, and keeps its times
+                if not problems:
+                    del errors[variant.name]
+                problems.append(said_of(variant, error))
+                timed = [other for other in timed if other is not variant]
+    return {v.name: errors[v.name] for v in variants if v.name in errors and v.times_ms}, problems
+
+
+def said_of(variant: StepVariant, error: Exception) -> str:
+    """A failure in a line."""
+    return f"{variant.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def profile_variant(variant: StepVariant, bench: Bench, recurrence: bool) -> tuple[Any, dict[str, float], float | None]:
@@ -231,13 +230,21 @@ def measure_ways(names: list[str], bench: Bench, recurrence: bool, traces: Path 
         row = rows.get(variant.name)
         if row is None or base is None:
             continue
-        trace, families, busy = profile_variant(variant, bench, recurrence)
+        try:
+            trace, families, busy = profile_variant(variant, bench, recurrence)
+            peak = peak_mib(variant, bench, recurrence)
+        # its times count all the same
+        except Exception as error:
+            problems.append(f"{said_of(variant, error)}, while it was profiled")
+            trace, families, busy, peak = None, {}, None, float("nan")
         cells = [f"{row[name]:.2f}" for name in ("p20", "p50", "p80")]
         cells += [f"{1e3 * bench.share_tokens / row['p50']:,.0f}", f"{base['p50'] / row['p50']:.2f} x"]
         cells += [f"{row['tflops'] / limits.tflops:.1%}", f"{row['tflops'] / datasheet:.1%}" if datasheet else "–"]
         cells += [f"{busy:.2f}", f"{row['p50'] - busy:.2f}"] if busy is not None else ["–", "–"]
-        cells += [f"{peak_mib(variant, bench, recurrence):.0f}", f"{variant.first_step_s:.1f}"]
+        cells += [f"{peak:.0f}", f"{variant.first_step_s:.1f}"]
         print(f"{variant.name:<28}" + "".join(f"{cell:>10}" for cell in cells))
+        if trace is None:
+            continue
         print("    " + (", ".join(f"{family} {ms:.2f}" for family, ms in families.items()) or NO_KERNELS), flush=True)
         if traces:
             stem = f"{config.recipe}_{phase_name(recurrence).partition('_')[0]}_{variant.name.replace('=', '_')}"
@@ -249,40 +256,64 @@ def measure_ways(names: list[str], bench: Bench, recurrence: bool, traces: Path 
     return not problems
 
 
-def measure_pairs(way: str, others: list[str], bench: Bench, recurrence: bool) -> bool:
-    """Measure a way beside each of the others, one pair after the other; whether all of them ran.
-
-    A pair's rows are kept before the next one is compiled.
-    """
-    (base,) = make_variants(bench.config, [way], bench.clock.device)
+def measure_pair(way: str, other: str, bench: Bench, recurrence: bool) -> bool:
+    """Measure a way and another beside each other, say which is faster, and keep their rows; whether both ran."""
+    base, candidate = make_variants(bench.config, [way, other], bench.clock.device)
     phase, gpu = phase_name(recurrence).replace("_", " "), bench.surroundings["gpu"]
-    print(f"\n{bench.config.recipe}, {phase}, on {gpu}: {way} beside each other way, ms per step")
-    fine = True
-    for name in others:
-        (candidate,) = make_variants(bench.config, [name], bench.clock.device)
-        errors, problems = measure_steps([base, candidate], bench, recurrence)
-        for problem in problems:
-            print(f"FAILED {problem}", flush=True)
-        fine &= not problems
-        if not {base.name, candidate.name} <= set(errors):
-            continue
-        before, after = (bench.row(variant, recurrence, errors[variant.name]) for variant in (base, candidate))
-        bench.store([before, after])
-        verdict = "within the spread"
-        if after["p80"] < before["p20"] or after["p20"] > before["p80"]:
-            verdict = "faster" if after["p50"] < before["p50"] else "SLOWER"
-        print(
-            f"{name:<64}{before['p50']:>9.2f} → {after['p50']:>9.2f}  {after['p50'] / before['p50'] - 1:>+7.1%}  {verdict:<18}"
-            f"first step {candidate.first_step_s:.1f} s"
+    print(f"\n{bench.config.recipe}, {phase}, on {gpu}: {way} beside {other}, ms per step")
+    errors, problems = measure_steps([base, candidate], bench, recurrence)
+    for problem in problems:
+        print(f"FAILED {problem}", flush=True)
+    if not {base.name, candidate.name} <= set(errors):
+        return False
+    before, after = (bench.row(variant, recurrence, errors[variant.name]) for variant in (base, candidate))
+    bench.store([before, after])
+    verdict = verdict_of(before, after)
+    print(
+        f"{candidate.name:<40}{before['p50']:>9.2f} → {after['p50']:>9.2f}  {after['p50'] / before['p50'] - 1:>+7.1%}  "
+        f"{verdict:<18}first step {candidate.first_step_s:.1f} s"
+    )
+    if verdict == "faster" and bench.keep and "+" in other:
+        commit = bench.surroundings["commit"]
+        figure = (
+            f"{gpu}, {commit}, {bench.config.recipe} {phase}: {before['p50']:.2f} to {after['p50']:.2f} ms per step"
         )
-        if verdict == "faster" and bench.keep and "+" in name:
-            commit = bench.surroundings["commit"]
-            figure = (
-                f"{gpu}, {commit}, {bench.config.recipe} {phase}: {before['p50']:.2f} to {after['p50']:.2f} ms per step"
-            )
-            print(f"    to set it, in train/inductor.py: figure={figure!r}", flush=True)
-        del candidate
-    return fine
+        print(f"    to set it, in train/inductor.py: figure={figure!r}", flush=True)
+    return not problems
+
+
+def verdict_of(before: common.Row, after: common.Row) -> str:
+    """Whether one row is beyond the other's spread."""
+    if min(before["n"], after["n"]) < VERDICT_ROUNDS:
+        return "too few rounds"
+    if after["p80"] < before["p20"] or after["p20"] > before["p80"]:
+        return "faster" if after["p50"] < before["p50"] else "SLOWER"
+    return "within the spread"
+
+
+def measure_apart(pairs: Mapping[str, list[str]], arguments: argparse.Namespace) -> int:
+    """Measure each pair in a process of its own, which may die or hang; the exit code.
+
+    Args:
+        pairs: the arguments that say what to measure, by its name.
+        arguments: the others.
+    """
+    names = ["recipe", "phase", "attention", "device", "rounds", "warmup_ms", "warmup_steps", "data"]
+    shared = {name: getattr(arguments, name) for name in names}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in shared.items() if value is not None]
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(common.ROOT), *sys.path[1:]])}
+    failed = []
+    for name, own in pairs.items():
+        print(f"\n== {name}", flush=True)
+        command = [sys.executable, "-m", "benchmarks.bench_step", *own, *options, *["--tiny"] * arguments.tiny]
+        try:
+            code = subprocess.run(command, env=environ, timeout=arguments.limit_s).returncode
+            said = f"{signal.Signals(-code).name}" if code < 0 else f"exit code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            said = f"stopped after {arguments.limit_s} s"
+        failed += [f"FAILED {name}: {said}"] if said else []
+    print("", *failed, sep="\n", flush=True)
+    return int(bool(failed))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -293,7 +324,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="published,torch,golf",
         help="of published, torch, golf, and op=backend (torch with one kernel, such as muon_step=triton); comma-separated",
     )
-    parser.add_argument("--each-kernel", action="store_true", help="measure torch beside itself with each kernel alone")
+    parser.add_argument(
+        "--kernel",
+        action="append",
+        default=[],
+        metavar="OPERATOR",
+        help="measure torch beside itself with this operator's kernel alone, or with each of them: all",
+    )
+    parser.add_argument(
+        "--each-kernel", action="append_const", const="all", dest="kernel", help="the same as --kernel all"
+    )
     parser.add_argument(
         "--phase", default="both", choices=("before", "after", "both"), help="recurrence off, on, or both"
     )
@@ -306,6 +346,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[],
         metavar="SWITCH",
         help="measure each way but published beside itself with a switch of train.inductor, one NAME=VALUE, or all of them",
+    )
+    add_attention(parser)
+    parser.add_argument(
+        "--limit-s",
+        type=common.positive,
+        default=600,
+        help="seconds for each kernel or switch where there are several, which have a process each; default 600",
     )
     parser.add_argument("--data", type=Path, help="folder of shards; default: made tokens")
     parser.add_argument(
@@ -323,13 +370,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(f"--inductor: {error}")
     device = arguments.device
-    config = share_config(arguments.recipe, device, tiny=arguments.tiny)
+    config = share_config(arguments.recipe, device, tiny=arguments.tiny, attention=arguments.attention)
     if arguments.phase == "after" and not config.recur_layers:
         parser.error(f"--phase after: {arguments.recipe} repeats no layers: expected before or both")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        parser.error(f"--ways: {', '.join(twice)} twice: expected each way once")
     check_ways(names)
-    if arguments.each_kernel and (problem := kernels_problem()):
-        print(f"error: --each-kernel: no kernel of a training step can run here: {problem}", file=sys.stderr)
+    if arguments.kernel and (problem := kernels_problem()):
+        print(f"error: --kernel: no kernel of a training step can run here: {problem}", file=sys.stderr)
         return common.NOTHING_TO_RUN
+    kernels = [name for given in arguments.kernel for name in (step_kernels() if given == "all" else [given])]
+    if unknown := sorted(set(kernels) - set(dispatch.describe())):
+        parser.error(
+            f"--kernel: no operator {', '.join(unknown)}: expected all, or some of {', '.join(step_kernels())}"
+        )
+    pairs = {("torch", f"{name}=triton"): ["--kernel", name] for name in kernels}
+    for way in names if switches else ():
+        pairs |= {
+            (way, f"{way}+{name}"): ["--ways", way, "--inductor", name] for name in switches if way != "published"
+        }
+    check_ways(other for _, other in pairs)
+    if switches and not pairs:
+        parser.error("--inductor: no switch is set for published: expected torch, golf or operator=backend in --ways")
+    if pairs and arguments.profile:
+        parser.error("--profile: not with --kernel or --inductor: name the ways, such as --ways torch,torch+pdl")
+    if len(pairs) > 1:
+        return measure_apart({other: own for (_, other), own in pairs.items()}, arguments)
     if arguments.profile:
         # better found now than after the first way
         arguments.profile.mkdir(parents=True, exist_ok=True)
@@ -352,12 +418,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.phase not in ("both", phase_name(recurrence).partition("_")[0]):
             continue
         try:
-            if arguments.each_kernel:
-                fine &= measure_pairs("torch", step_kernels(), bench, recurrence)
-            for way in names if switches else ():
-                pairs = [f"{way}+{switch}" for switch in switches]
-                fine &= way == "published" or measure_pairs(way, pairs, bench, recurrence)
-            if not switches and not arguments.each_kernel:
+            for way, other in pairs:
+                fine &= measure_pair(way, other, bench, recurrence)
+            if not pairs:
                 fine &= measure_ways(names, bench, recurrence, arguments.profile)
         except UserError as error:
             parser.error(str(error))

@@ -11,8 +11,8 @@ _SHEETS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "H200 NVL": 835
 
 
 def datasheet_tflops(gpu: str) -> float | None:
-    """Dense bfloat16 TFLOP/s that the data sheet of a GPU of this name gives; None for one that is not known."""
-    return next((tflops for name, tflops in _SHEETS.items() if name in gpu), None)
+    """Dense bfloat16 TFLOP/s that the data sheet of a GPU of this name gives; None for one not known, or a slice of one."""
+    return next((tflops for name, tflops in _SHEETS.items() if name in gpu and "MIG" not in gpu), None)
 
 
 class Device(NamedTuple):

@@ -8,7 +8,9 @@ the batch, and the matrices that one rank orthogonalizes. What the ranks would e
 
 from __future__ import annotations
 
+import argparse
 import copy
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,9 +71,45 @@ def all_kernels() -> str:
     return ",".join(["torch", *(f"{op}={backends[0]}" for op, backends in found.items() if backends[0] != "torch")])
 
 
-def share_config(recipe: str, device: torch.device, *, tiny: bool) -> Config:
-    """A recipe's settings as a share of its step is measured: compiled on a GPU, and narrow where `tiny`."""
-    changes: dict[str, Any] = {"compile": "on" if device.type == "cuda" else "off"}
+def step_kernels() -> list[str]:
+    """The operators of a training step whose kernels can run here; each name means its backward pass, too."""
+    # windows are evaluation's
+    names = [op for op in dispatch.describe() if "triton" in dispatch.available_backends(op) and "window" not in op]
+    return [name for name in names if not name.endswith("_backward")]
+
+
+def kernels_problem() -> str:
+    """Why no kernel of a training step can run here; empty where one can."""
+    if step_kernels():
+        return ""
+    reasons: dict[str, list[str]] = {}
+    for op, backends in dispatch.describe().items():
+        if "triton" in backends:
+            reasons.setdefault(backends["triton"], []).append(op)
+    return "; ".join(reasons if len(reasons) == 1 else (f"{', '.join(ops)}: {why}" for why, ops in reasons.items()))
+
+
+def add_attention(parser: argparse.ArgumentParser) -> None:
+    """The flag that names the attention back end of all ways, with the trainer's environment variable as its default."""
+    parser.add_argument(
+        "--attention",
+        default=os.environ.get("ATTENTION", "auto"),
+        help="back end of all ways: auto, sdpa, fa3, …, as the trainer's; default: ATTENTION, or auto, the fastest that can run",
+    )
+
+
+def share_config(recipe: str, device: torch.device, *, tiny: bool, attention: str = "auto") -> Config:
+    """A recipe's settings as a share of its step is measured: compiled on a GPU, and narrow where `tiny`.
+
+    Raises:
+        UserError: there is no such attention back end, or GOLF_BACKEND is set, which the ways would override.
+    """
+    if text := os.environ.get(dispatch.ENVIRONMENT_VARIABLE):
+        raise UserError(
+            f"{dispatch.ENVIRONMENT_VARIABLE}={text} is set, but each of the ways has back ends of its own: unset it, and name "
+            "them as a way, such as --ways torch,muon_step=triton"
+        )
+    changes: dict[str, Any] = {"compile": "on" if device.type == "cuda" else "off", "attention": attention}
     if tiny:
         changes |= TINY | {"train_batch_tokens": MICRO_BATCHES * 2 * TINY["train_seq_len"], "compute_dtype": "float32"}
     # each way has code of its own for one and the same forward

@@ -64,6 +64,12 @@ def test_rows_of_a_gpu_are_kept_under_their_columns(
     assert "not kept" in capsys.readouterr().out
 
 
+def test_a_way_beside_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench.main([*COMMAND, "--ways", "torch"])
+    assert ended.value.code == 2 and "--ways: torch has nothing to be compared with" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--seeds", "1"], ["--steps", "1"]])
 def test_a_single_curve_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_loss_curves, bench_step, common
+from benchmarks import bench_loss_curves, bench_step, common, ways
 from benchmarks.bench_step import Bench, measure_steps
 from benchmarks.published import quintic
-from benchmarks.ways import MadeTokens, ShardTokens, StepVariant, all_kernels, make_variants
+from benchmarks.ways import MadeTokens, ShardTokens, StepVariant, all_kernels, make_variants, step_kernels
+from golf_kernels import dispatch
 from train.config import Config
 from train.data.shards import write_shard
 from train.errors import UserError
+from train.inductor import SWITCHES
 from train.model.attention import Attention
 from train.model.gpt import GPT
 from train.recipes import load_recipe, recipe_names
@@ -117,67 +119,134 @@ def test_a_way_that_fails_or_whose_loss_leaves_the_first_ones_has_no_time_and_th
     assert [len(way.times_ms) for way in ways] == [3, 0, 0, 3]
 
 
-def test_a_way_is_warmed_up_once_and_timed_anew_beside_each_other() -> None:
-    losses = iter([5.0, 5.0, *[1.0] * 50])
-    base = StepVariant("base", "torch", lambda *_: torch.tensor(next(losses)))
-    for name in ("one", "two"):
-        errors, problems = measure_steps([base, made_way(name, 5.0)], made_bench(), recurrence=False)
-        assert errors == {"base": 0.0, name: 0.0} and problems == [] and len(base.times_ms) == 2
+def test_what_a_way_that_loses_the_device_leaves_to_the_others_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+
+    def way(name: str) -> StepVariant:
+        def step(*_: object) -> torch.Tensor:
+            calls.append(name)
+            # two calls each in the warm-up, then one in each of three turns
+            if "bad" in calls and calls.count("bad") >= 4:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return torch.tensor(5.0)
+
+        return StepVariant(name, "torch", step)
+
+    ways = [way("a"), way("bad"), way("c")]
+    errors, problems = measure_steps(ways, made_bench(rounds=5), recurrence=False)
+    # the turns begin with a, bad and c
+    assert errors == {"a": 0.0, "c": 0.0} and [len(each.times_ms) for each in ways] == [1, 1, 1]
+    assert [problem.partition(":")[0] for problem in problems] == ["bad", "c", "a"]
+    assert made_bench().row(ways[0], False, 0.0)["n"] == 1
 
 
-def test_each_switch_is_measured_beside_the_way_without_it_and_kept_before_the_next(
+def test_each_candidate_has_a_process_that_may_die_or_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        """#!/bin/sh
+case "$*" in
+  *--kernel\\ muon_step*) kill -SEGV $$;;
+  *--kernel\\ qk_norm_rope*) exec sleep 60;;
+  *--kernel\\ xsa*) exit 3;;
+  *) echo "$*";;
+esac
+"""
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(bench_step.sys, "executable", str(python))
+    monkeypatch.setattr(bench_step, "choose_attention", None)
+    kernels = ["muon_step", "leaky_relu2_mlp", "qk_norm_rope", "xsa", "mix_rms_norm"]
+    command = ["--tiny", "--device", "cpu", "--recipe", "quickstart", "--limit-s", "1", "--attention", "sdpa"]
+    assert bench_step.main([*command, *(f"--kernel={kernel}" for kernel in kernels), "--data", "here"]) == 1
+    said = capfd.readouterr().out
+    wanted = (
+        "-m benchmarks.bench_step --kernel {} --recipe=quickstart --phase=both --attention=sdpa --device=cpu --rounds=2 "
+        "--warmup-ms=1.0 --warmup-steps=10 --data=here --tiny"
+    )
+    for kernel in ("leaky_relu2_mlp", "mix_rms_norm"):
+        assert f"== {kernel}=triton\n{wanted.format(kernel)}\n" in said
+    failed = ["muon_step=triton: SIGSEGV", "qk_norm_rope=triton: stopped after 1 s", "xsa=triton: exit code 3"]
+    assert said.splitlines()[-3:] == [f"FAILED {problem}" for problem in failed]
+
+
+def test_each_way_but_the_published_one_is_measured_with_each_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr(bench_step, "measure_apart", lambda pairs, _: found.append(pairs))
+    bench_step.main(["--tiny", "--device", "cpu", "--inductor", "all", "--ways", "published,torch,xsa=triton"])
+    bench_step.main(["--tiny", "--device", "cpu", "--each-kernel"])
+    switches, kernels = found
+    assert switches["torch+pdl"] == ["--ways", "torch", "--inductor", "pdl"] and "xsa=triton+pdl" in switches
+    assert len(switches) == 2 * len(SWITCHES) and kernels["muon_step=triton"] == ["--kernel", "muon_step"]
+    assert len(kernels) == len(step_kernels())
+
+
+def test_a_pair_of_which_one_fails_has_no_row_and_one_that_runs_has_two(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made, stored = [], []
+    stored = []
 
     def make(config: Config, names: list[str], *_: object) -> list[StepVariant]:
-        made.extend(names)
-        return [made_way(names[0], 5.0, fails_at=1 if "combo" in names[0] else -1)]
+        return [made_way(name, 5.0, fails_at=1 if "combo" in name else -1) for name in names]
 
-    bench = made_bench()
+    bench = made_bench(rounds=3)
     bench.surroundings |= {"gpu": "Made GPU", "commit": "aaaaaaa"}
     monkeypatch.setattr(bench_step, "make_variants", make)
-    monkeypatch.setattr(bench.clock, "once_ms", lambda run: (run(), 1.0 if "mix" in made[-1] else 2.0)[1])
+    monkeypatch.setattr(bench.clock, "once_ms", lambda run: (run(), 2.0)[1])
     monkeypatch.setattr(Bench, "store", lambda self, rows: stored.append([row["impl"] for row in rows]))
-    assert not bench_step.measure_pairs("torch", ["torch+mix_order_reduction_off", "torch+combo_kernels"], bench, False)
-    assert made == ["torch", "torch+mix_order_reduction_off", "torch+combo_kernels"]
-    assert stored == [["torch", "torch+mix_order_reduction_off"]]
+    assert bench_step.measure_pair("torch", "torch+pdl", bench, False)
+    assert not bench_step.measure_pair("torch", "torch+combo_kernels", bench, False)
+    assert stored == [["torch", "torch+pdl"]]
     printed = capsys.readouterr().out
-    assert (
-        re.search(r"^torch\+mix_order_reduction_off +1\.00 → +1\.00 ", printed, re.MULTILINE)
-        and "within the spread" in printed
-    )
+    assert re.search(r"^torch\+pdl +2\.00 → +2\.00 +\+0\.0%  within the spread ", printed, re.MULTILINE)
     assert "FAILED torch+combo_kernels: RuntimeError: no torch+combo_kernels" in printed
+
+
+@pytest.mark.parametrize(
+    ("times", "rounds", "verdict"),
+    [
+        ((2.0, 1.998), 2, "too few rounds"),
+        ((2.0, 1.998), 3, "faster"),
+        ((2.0, 3.0), 3, "SLOWER"),
+        ((2.0, 2.0), 3, "within the spread"),
+    ],
+)
+def test_a_verdict_needs_rounds(times: tuple[float, float], rounds: int, verdict: str) -> None:
+    before, after = ({"p20": time, "p50": time, "p80": time, "n": rounds} for time in times)
+    assert bench_step.verdict_of(before, after) == verdict
 
 
 def test_a_switch_that_wins_is_offered_with_its_figure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench = made_bench()
+    bench = made_bench(rounds=3)
     bench.keep, bench.surroundings = True, {"gpu": "Made GPU", "commit": "aaaaaaa"}
     monkeypatch.setattr(Bench, "store", lambda *_: None)
     times = {"torch": 2.0, "torch+pdl": 1.0}
     current = []
 
     def make(config: Config, names: list[str], *_: object) -> list[StepVariant]:
-        way = made_way(names[0], 5.0)
-        step = way.step
-        way.step = lambda *given: (current.append(way.name), step(*given))[1]
-        return [way]
+        return [
+            StepVariant(name, "torch", lambda *_, name=name: (current.append(name), torch.tensor(5.0))[1])
+            for name in names
+        ]
 
     monkeypatch.setattr(bench_step, "make_variants", make)
     monkeypatch.setattr(bench.clock, "once_ms", lambda run: (run(), times[current[-1]])[1])
-    assert bench_step.measure_pairs("torch", ["torch+pdl"], bench, False)
+    assert bench_step.measure_pair("torch", "torch+pdl", bench, False)
     printed = capsys.readouterr().out
     assert "-50.0%  faster" in printed
     assert "figure='Made GPU, aaaaaaa, quickstart before recurrence: 2.00 to 1.00 ms per step'" in printed
 
 
 def test_a_kernel_is_switched_with_its_backward_pass() -> None:
-    found = bench_step.step_kernels()
-    assert "leaky_relu2_mlp=triton,leaky_relu2_mlp_backward=triton" in found and "muon_step=triton" in found
-    names = ",".join(found)
-    assert "=cpp" not in names and "window" not in names and not any(name.startswith("xsa_backward") for name in found)
+    found = step_kernels()
+    assert {"leaky_relu2_mlp", "muon_step"} <= set(found)
+    assert not any("backward" in name or "window" in name or "int6" in name for name in found)
+    with dispatch.forced("torch,leaky_relu2_mlp=triton"):
+        assert [dispatch.choose(f"leaky_relu2_mlp{end}").backend for end in ("", "_backward")] == ["triton", "triton"]
+        assert dispatch.choose("muon_step").backend == "torch"
 
 
 def test_without_a_kernel_that_can_run_its_reason_is_said_and_nothing_measured(
@@ -187,14 +256,14 @@ def test_without_a_kernel_that_can_run_its_reason_is_said_and_nothing_measured(
     monkeypatch.setattr(bench_step, "choose_attention", None)
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = "error: --each-kernel: no kernel of a training step can run here: PyTorch finds no CUDA GPU\n"
+    said = "error: --kernel: no kernel of a training step can run here: PyTorch finds no CUDA GPU\n"
     assert bench_step.main(command) == common.NOTHING_TO_RUN
     assert capsys.readouterr().err == said
     # where the operators have several reasons, each is said once
     answers = {"a": {"triton": "no X", "torch": "available"}, "b": {"torch": "available"}, "c": {"triton": "no Y"}}
     answers["d"] = {"triton": "no X"}
-    monkeypatch.setattr(bench_step.dispatch, "describe", lambda: answers)
-    monkeypatch.setattr(bench_step, "step_kernels", list)
+    monkeypatch.setattr(dispatch, "describe", lambda: answers)
+    monkeypatch.setattr(ways, "step_kernels", list)
     assert bench_step.main(command) == common.NOTHING_TO_RUN
     assert "can run here: a, d: no X; c: no Y\n" in capsys.readouterr().err
 
@@ -255,6 +324,18 @@ def test_the_command_prints_a_table_and_keeps_nothing_from_a_cpu(tmp_path: Path)
         (["--ways", "torch+no_such=1"], "has no switch no_such"),
         (["--inductor", "all", "--inductor", "no_such"], "no_such' is no switch"),
         (["--tiny", "--data", "no_such_folder"], "no_such_folder"),
+        (
+            ["--inductor", "all", "--ways", "published"],
+            "--inductor: no switch is set for published: expected torch, golf",
+        ),
+        (["--ways", "torch,golf,torch"], "--ways: torch twice: expected each way once"),
+        (
+            ["--tiny", "--profile", "traces", "--each-kernel"],
+            "--profile: not with --kernel or --inductor: name the ways",
+        ),
+        (["--kernel", "no_such"], "--kernel: no operator no_such: expected all, or some of leaky_relu2_mlp"),
+        (["--tiny", "--attention", "fa3"], "attention: fa3 cannot run: needs a CUDA GPU; these can: sdpa, math"),
+        (["--limit-s", "0"], "--limit-s: expected a whole number from 1"),
         (["--warmup-steps", "0"], "--warmup-steps: expected a whole number from 1"),
         (
             ["--recipe", "baseline", "--phase", "after"],
@@ -266,6 +347,37 @@ def test_what_cannot_be_measured_is_refused(given: list[str], message: str, caps
     with pytest.raises(SystemExit) as ended:
         bench_step.main(["--device", "cpu", "--recipe", "quickstart", "--warmup-ms", "1", "--rounds", "1", *given])
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bench", [bench_step, bench_loss_curves])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("GOLF_BACKEND", "nonsense", r"GOLF_BACKEND=nonsense is set, but each of the ways .* unset it"),
+        ("ATTENTION", "no_such", r"attention: expected one of 'auto', .*, got 'no_such'"),
+    ],
+)
+def test_an_environment_that_contradicts_the_ways_is_refused(
+    bench: types.ModuleType, name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        bench.main(["--tiny", "--device", "cpu", "--ways", "torch,golf"])
+
+
+def test_attention_is_taken_from_the_environment_or_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def note(config: Config, *_: object) -> None:
+        asked.append(config.attention)
+        raise UserError("enough")
+
+    monkeypatch.setenv("ATTENTION", "math")
+    monkeypatch.setattr(bench_step, "choose_attention", note)
+    for given in ([], ["--attention", "sdpa"]):
+        with pytest.raises(SystemExit):
+            bench_step.main(["--tiny", "--device", "cpu", "--warmup-ms", "1", "--ways", "torch", *given])
+    assert asked == ["math", "sdpa"]
 
 
 @pytest.mark.parametrize("way", ["", "foo", "torch+no_such", "published+pdl", "xsa=cuda", "no_such=triton"])
@@ -285,4 +397,4 @@ def test_a_place_that_is_none_is_found_before_anything_is_measured(
     (tmp_path / "file").touch()
     monkeypatch.setattr(bench, "make_variants", None)
     with pytest.raises(FileExistsError):
-        bench.main(["--ways", "torch", "--device", "cpu", "--tiny", flag, str(tmp_path / "file")])
+        bench.main(["--ways", "torch,golf", "--device", "cpu", "--tiny", flag, str(tmp_path / "file")])

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import math
 import re
+import subprocess
 
 import pytest
 import torch
@@ -143,6 +144,8 @@ def test_a_gpu_has_the_data_sheet_s_rate_of_its_own_kind():
     for gpu, sparse in names.items():
         assert devices.datasheet_tflops(gpu) == pytest.approx(sparse / 2, rel=1e-3)
     assert devices.datasheet_tflops("NVIDIA A100-SXM4-80GB") is None
+    # a slice of a GPU has some of its multiprocessors
+    assert devices.datasheet_tflops("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
     # what is computed and what is measured are held against the same number
     assert devices.DEVICES[0].tflops == devices.datasheet_tflops("NVIDIA H100 80GB HBM3")
 
@@ -171,3 +174,21 @@ def test_ways_to_compile_are_those_that_this_torch_has(monkeypatch, capsys):
     monkeypatch.setattr(common, "SWITCHES", (known, known._replace(name="lost", options={"no.such_switch": True})))
     assert common.compilations(["lost", known.name]) == {"compile": {}, f"compile, {known.name}": known.options}
     assert re.search(r"^compile, lost: left out: torch \S+ has no no.such_switch$", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("failing", ["bench_xsa", "report", ""])
+def test_every_benchmark_runs_though_one_fails_and_the_failed_ones_are_named(failing, tmp_path):
+    ran, python = tmp_path / "ran", tmp_path / "python"
+    python.write_text(f"""#!/bin/sh
+[ "$1" = -c ] && exec echo --tiny
+echo "$*" >> {ran}
+case "$*" in *{failing or "nothing"}*) exit 3;; esac
+""")
+    python.chmod(0o755)
+    # the environment counts as made
+    command = ["make", "-o", ".venv/.ready", "bench", f"BIN={tmp_path}", "READY=.venv/.ready"]
+    result = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True)
+    benches = {path.stem for path in (common.ROOT / "benchmarks").glob("bench_*.py")} - {"bench_artifact"}
+    wanted = {f"-m benchmarks.{name} --tiny" for name in benches} | {"-m benchmarks report"}
+    assert set(ran.read_text().splitlines()) == wanted and (result.returncode == 0) == (not failing)
+    assert (f"error: failed: {failing}\n" in result.stdout) == bool(failing)
