@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from train.errors import UserError
-
-SEPARATOR = "=" * 100
+from train.wording import SEPARATOR
 
 _NUMBER = r"(?:\d+(?:\.\d+)?|nan|inf)"
 _RESULT = rf"val_loss:(?P<val_loss>{_NUMBER}) val_bpb:(?P<val_bpb>{_NUMBER})"

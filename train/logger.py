@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from train.errors import UserError
-from train.log_grammar import SEPARATOR
+from train.wording import SEPARATOR
 
 if TYPE_CHECKING:
     from train.sinks import Sink

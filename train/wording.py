@@ -1,6 +1,8 @@
-"""Numbers within sentences."""
+"""Wording that is the same everywhere: numbers within sentences, and the line between the parts of a log's head."""
 
 from __future__ import annotations
+
+SEPARATOR = "=" * 100
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
