@@ -10,6 +10,7 @@ from submission_runs import narrow
 
 from train.config import Config
 from train.errors import UserError
+from train.log_grammar import parse_log
 from train.recipes import load_recipe, recipe_names
 from train.run import RunFolder
 from train.script.entry import holds
@@ -43,12 +44,19 @@ def run_alone(arguments: list[str], folder: Path, **environ: str) -> subprocess.
 
 VARIANTS = {
     "rare": {
-        "codec": "ans", "gptq_calib_source": "generated", "target_mb": 15.0, "golf_backend": "gptq_block=torch",
-        "profile_steps": "1:2", "loggers": "tensorboard",
+        "codec": "ans", "gptq_calib_source": "generated", "target_mb": 15.0, "golf_backend": "gptq_block=torch,window_nll=triton",
+        "profile_steps": "1:2", "loggers": "tensorboard", "iterations": 2, "warmup_steps": 0, "recur_start_step": 0,
     },
     "plain": {"quantizer": "rtn", "codec": "zlib", "target_bytes": 2_000_000, "corpus": ""},
 }  # fmt: skip
-RARE = {"train.artifact.ans", "train.artifact.target", "train.quantize.generate", "train.profiling", "train.sinks"}
+RARE = {
+    "golf_kernels.softcapped_cross_entropy_triton",
+    "train.artifact.ans",
+    "train.artifact.target",
+    "train.quantize.generate",
+    "train.profiling",
+    "train.sinks",
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +72,8 @@ def traced(narrow_runs: list[Path], tmp_path_factory: pytest.TempPathFactory) ->
         ]
         flags = [flag for flag, (key, v) in zip(flags, config.to_dict().items(), strict=True) if v != base[key]]
         root = str(Path(__file__).parents[1])
-        done = run_alone(["-c", TRACE, *flags, "--code_form=sources"], Path(config.runs_dir), PYTHONPATH=root)
+        flags += ["--code_form=sources"]
+        done = run_alone(["-c", TRACE, *flags], Path(config.runs_dir), PYTHONPATH=root, TRITON_INTERPRET="1")
         assert done.returncode == 0, done.stderr
         found[name] = config, set(done.stdout.rpartition("\nimported ")[2].split())
     return found
@@ -85,6 +94,22 @@ def test_a_back_end_that_the_settings_force_is_forced(traced: dict[str, tuple[Co
     config, _ = traced["rare"]
     log = (Path(config.runs_dir) / config.run_id / f"train_seed{config.seed}.log").read_text()
     assert "gptq:column loop in torch (forced by GOLF_BACKEND)" in log
+
+
+def test_a_script_with_rare_settings_trains_as_the_package_did(
+    traced: dict[str, tuple[Config, set[str]]], tmp_path: Path
+) -> None:
+    config, _ = traced["rare"]
+    (tmp_path / "train_gpt.py").write_bytes(pack("quickstart", script_settings(config), "wrapped"))
+    flags = ["--data_path", config.data_path, "--run_id", config.run_id, "--seed", str(config.seed), "--device=cpu"]
+    done = run_alone(["train_gpt.py", *flags], tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    name = f"{config.run_id}/train_seed{config.seed}.log"
+    alone, before = parse_log(tmp_path / "runs" / name), parse_log(Path(config.runs_dir) / name)
+    assert {kind: final["val_bpb"] for kind, final in alone["finals"].items()} == {
+        kind: final["val_bpb"] for kind, final in before["finals"].items()
+    }
+    assert "gptq:column loop in torch (forced by GOLF_BACKEND)" in alone["lines"]
 
 
 def test_every_recipe_carries_all_it_imports_and_no_kernel() -> None:
