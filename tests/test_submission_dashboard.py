@@ -1,5 +1,6 @@
 """The page over all runs: its data without a browser, and what Chromium draws from it, read from the screen."""
 
+import dataclasses
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from playwright.sync_api import Page, Route, sync_playwright
 from train.errors import UserError
 from train.submission.__main__ import main
 from train.submission.dashboard import MAX_POINTS, _thinned, collect, find_runs, page, speed
+from train.submission.summary import Summary
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt install chromium")
@@ -85,6 +87,17 @@ def test_speed_is_the_slope_of_the_clock_and_curves_are_thinned_to_their_end() -
     thinned = _thinned(points)
     assert len(thinned) <= MAX_POINTS + 1 and thinned[0] == points[0] and thinned[-1] == points[-1]
     assert _thinned(points[:7]) == points[:7] and _thinned([]) == []
+
+
+def test_a_run_that_diverged_leaves_the_others_their_page(runs: Path, tmp_path: Path) -> None:
+    for name in ("base_42", "base_314"):
+        shutil.copytree(runs / name, tmp_path / name)
+    summary = tmp_path / "base_42/summary.json"
+    diverged = dataclasses.replace(Summary.read(summary), val_bpb=math.nan, val_loss=math.inf)
+    diverged.write(summary)
+    assert main(["dashboard", str(tmp_path)]) == 0
+    scores = {run["id"]: (run["val_bpb"], run["val_loss"]) for run in embedded(tmp_path / "dashboard.html")["runs"]}
+    assert scores["base_42"] == (None, None) and scores["base_314"][0] == pytest.approx(loss_at(STEPS, 0.01) / 2.58)
 
 
 def test_what_cannot_be_shown_is_said(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -224,7 +224,7 @@ def append_metric(target: TextIO | str | os.PathLike[str] | None, kind: str, val
         with _open_for_lines(Path(target)) as file:
             append_metric(file, kind, values)
         return
-    record = {"kind": kind, **{name: _finite(value) for name, value in values.items()}}
+    record = {"kind": kind, **{name: finite(value) for name, value in values.items()}}
     _write_line(target, json.dumps(record, allow_nan=False))
 
 
@@ -270,7 +270,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value; None in place of NaN and infinities, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

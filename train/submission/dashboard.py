@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from train.config import Config
 from train.errors import UserError
 from train.files import atomic_write
-from train.logger import read_metrics, series
+from train.logger import finite, read_metrics, series
 from train.run import RunFolder, changed_settings
 from train.submission.summary import Summary
 
@@ -74,7 +74,7 @@ def page(runs: list[dict[str, Any]], source: str, problems: Sequence[str] = ()) 
 
 
 def collect(folders: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], list[str]]:
-    """What the page shows of each run, and why some cannot be shown; what a run has not measured is None."""
+    """What the page shows of each run, and why some cannot be shown; what was not measured or is not finite is None."""
     configs: list[Config] = []
     runs, problems = [], []
     for folder in folders:
@@ -128,7 +128,7 @@ def _run(folder: RunFolder, config: Config) -> dict[str, Any]:
         "hardware": summary.get("hardware", ""),
         "label": summary.get("label", ""),
         "max_bytes": config.max_artifact_bytes,
-        **{name: summary.get(name) for name in numbers},
+        **{name: finite(summary.get(name)) for name in numbers},
         "parts": _parts(summary),
         "series": {name: _thinned(points) for name, points in curves.items()},
     }
