@@ -33,6 +33,7 @@ from train.loop import compiled_loss, training_step
 from train.model.attention import Attention
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
+from train.model.mlp import MLP
 from train.optimize.averaging import EMA
 from train.optimize.groups import build_optimizers, split_parameters
 from train.recipes import load_recipe
@@ -232,7 +233,7 @@ def make_variants(config: Config, names: list[str], device: torch.device) -> lis
         model = copy.deepcopy(first)
         if name == "published":
             for module in model.modules():
-                if isinstance(module, Attention):
+                if isinstance(module, (Attention, MLP)):
                     module.as_published = True
             # torch.compile's defaults, whatever train.inductor has chosen
             compiled = compiled_loss(model, config, device, {})

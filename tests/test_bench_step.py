@@ -22,6 +22,7 @@ from train.errors import UserError
 from train.inductor import SWITCHES
 from train.model.attention import Attention
 from train.model.gpt import GPT
+from train.model.mlp import MLP
 from train.recipes import load_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -282,11 +283,12 @@ def test_made_tokens_are_the_same_for_every_way_and_inside_the_vocabulary() -> N
     assert np.array_equal(*batches) and batches[0].shape == (2, 33) and batches[0].max() < 300
 
 
-def test_only_the_published_ways_attention_is_the_scripts() -> None:
+def test_only_the_published_way_has_its_layers_as_the_scripts_have_them() -> None:
     config = load_recipe("sp8192_sdclip").config(**SHALLOW)
     (plain,) = make_variants(config, ["published"], CPU)
-    assert {part.as_published for part in plain.step.model.modules() if isinstance(part, Attention)} == {True}
-    assert {part.as_published for part in GPT(config).modules() if isinstance(part, Attention)} == {False}
+    for kind in (Attention, MLP):
+        assert {part.as_published for part in plain.step.model.modules() if isinstance(part, kind)} == {True}
+        assert {part.as_published for part in GPT(config).modules() if isinstance(part, kind)} == {False}
 
 
 def test_the_share_is_an_eighth_of_the_work() -> None:

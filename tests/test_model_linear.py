@@ -30,7 +30,7 @@ def test_weight_is_cast_to_the_activations() -> None:
 def scaled(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, upstream: torch.Tensor, *, folded: bool):
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, scale)]
     x, weight, scale = leaves
-    y = linear(x, weight, scale=scale) if folded else scale.to(x.dtype) * linear(x, weight)
+    y = linear(x, weight, scale=scale, behind=not folded)
     return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
 
 

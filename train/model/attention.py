@@ -70,7 +70,8 @@ class Attention(nn.Module):
         # by the operators of these names; False: plain PyTorch, for a compiler to fuse; see train.model.fusion
         self.fused_qk_norm_rope = True
         self.fused_xsa = True
-        # as the published scripts have it: queries, keys and values by three products, all gradients by autograd
+        # as the published scripts have it: queries, keys and values by three products, the scale behind the last one, and
+        # all gradients by autograd
         self.as_published = False
 
     def project(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
@@ -136,7 +137,10 @@ class Attention(nn.Module):
         if self.xsa:
             own = value[:, key.shape[1] - query.shape[1] :]
             output = xsa(output, own) if self.fused_xsa else remove_value_direction(output, own)
-        return linear(output.flatten(-2), self.output, scale=scale, fake_quantize=self.qat and self.training)
+        fake_quantize = self.qat and self.training
+        return linear(
+            output.flatten(-2), self.output, scale=scale, behind=self.as_published, fake_quantize=fake_quantize
+        )
 
     def forward(
         self,

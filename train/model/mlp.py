@@ -30,6 +30,8 @@ class MLP(nn.Module):
         self.qat = config.qat
         # False: plain PyTorch, for a compiler to fuse; see train.model.fusion
         self.fused = True
+        # the scale behind the last product, as the published scripts have it
+        self.as_published = False
 
     def forward(self, x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
         """Apply the MLP and add it to the stream.
@@ -47,7 +49,8 @@ class MLP(nn.Module):
         if observing() or not self.fused:
             normed = rms_norm(x, self.eps) * self.gain
             hidden = F.leaky_relu(linear(normed, self.up, fake_quantize=fake_quantize), self.slope).square()
-            return residual + linear(hidden, self.down, scale=scale, fake_quantize=fake_quantize)
+            behind = self.as_published
+            return residual + linear(hidden, self.down, scale=scale, behind=behind, fake_quantize=fake_quantize)
         return leaky_relu2_mlp(
             x,
             working_weight(self.up, x.dtype, fake_quantize=fake_quantize),
