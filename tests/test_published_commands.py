@@ -260,7 +260,8 @@ def test_1471_prunes_eight_codes_per_byte_over_the_cap_once() -> None:
         assert count_ones(tensors) - count_ones(result) == expected
         assert (result is tensors) == (expected == 0) and len(log) == (expected > 0)
         if expected:
-            assert f"prune:{expected} of {before} codes ±1 for a model {excess} bytes over the cap" in log[0]
+            over = "1 byte" if excess == 1 else f"{excess:,} bytes"
+            assert f"prune:{expected} of {before} codes ±1 for a model {over} over the cap" in log[0]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from train.logger import RunLogger
 from train.model.inventory import classify
 from train.quantize.pruning import count_ones, prune_ones, prunes_needed
 from train.quantize.tensors import StoredTensors
+from train.wording import counted
 
 
 def prune(
@@ -44,7 +45,7 @@ def prune(
         if excess > 0:
             matrices = {name: tensor for name, tensor in tensors.items() if classify(name, config) == "matrix"}
             count = min(config.prune_excess * excess, count_ones(matrices))
-            tensors = {**tensors, **_pruned(matrices, count, f"model {excess} bytes over the cap", log)}
+            tensors = {**tensors, **_pruned(matrices, count, f"model {counted(excess, 'byte')} over the cap", log)}
     return tensors
 
 
