@@ -21,8 +21,8 @@ from benchmarks import common
 from benchmarks.ways import (
     Tokens,
     add_attention,
-    check_ways,
     make_variants,
+    named_ways,
     share_config,
     share_sequences,
     token_source,
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             f"--ways: {first} has nothing to be compared with: expected another way behind it, such as {first},golf"
         )
-    check_ways([first, *ways])
+    first, *ways = named_ways([first, *ways], device)
     if arguments.out:
         # better found now than after the training
         arguments.out.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ from benchmarks.ways import (
     check_ways,
     kernels_problem,
     make_variants,
+    named_ways,
     share_config,
     share_sequences,
     step_kernels,
@@ -322,7 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ways",
         default="published,torch,golf",
-        help="of published, torch, golf, and op=backend (torch with one kernel, such as muon_step=triton); comma-separated",
+        help="of published, torch, golf (all kernels), golf-OPERATOR (all but that one), and op=backend (torch with one kernel, such "
+        "as muon_step=triton); comma-separated",
     )
     parser.add_argument(
         "--kernel",
@@ -363,9 +365,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     every = [switch.name for switch in SWITCHES]
     switches = [name for given in arguments.inductor for name in (every if given == "all" else [given])]
-    names = arguments.ways.split(",")
+    given_ways = arguments.ways.split(",")
     try:
-        for name in [*switches, *(name.partition("+")[2] for name in names if "+" in name)]:
+        for name in [*switches, *(name.partition("+")[2] for name in given_ways if "+" in name)]:
             parse_switch(name)
     except ValueError as error:
         parser.error(f"--inductor: {error}")
@@ -373,9 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = share_config(arguments.recipe, device, tiny=arguments.tiny, attention=arguments.attention)
     if arguments.phase == "after" and not config.recur_layers:
         parser.error(f"--phase after: {arguments.recipe} repeats no layers: expected before or both")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        parser.error(f"--ways: {', '.join(twice)} twice: expected each way once")
-    check_ways(names)
+    names = [] if arguments.kernel and not switches else named_ways(given_ways, device)
     if arguments.kernel and (problem := kernels_problem()):
         print(f"error: --kernel: no kernel of a training step can run here: {problem}", file=sys.stderr)
         return common.NOTHING_TO_RUN

@@ -1,7 +1,8 @@
 """The ways to take a training step that are measured beside each other: models, optimizers and tokens of one GPU's share.
 
 `published` is the recipe written plainly (`benchmarks.published`), `torch` is this trainer on PyTorch's reference
-operators, `golf` is this trainer on every kernel that can run here, and `op=backend` is `torch` with that one switched.
+operators, `golf` is this trainer on all kernels, `golf-op` on all but one, and `op=backend` is `torch` with that one
+switched. On a GPU a way that lacks a kernel never has the name `golf`: `named_ways` calls it `golf-op`.
 `WAY+SWITCH` is a way with one of Inductor's switches (`train.inductor`). The share is what one of 8 GPUs has: an eighth of
 the batch, and the matrices that one rank orthogonalizes. What the ranks would exchange is not in it.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,28 +67,80 @@ class StepVariant:
             return self.step(tokens, recurrence)
 
 
-def all_kernels() -> str:
-    """GOLF_BACKEND with the fastest kind of kernel of every operator that has one here, and PyTorch for the rest."""
-    found = {op: dispatch.available_backends(op) for op in dispatch.describe()}
+def all_kernels(without: Iterable[str] = ()) -> str:
+    """GOLF_BACKEND with the fastest kind of kernel of every operator that has one here, and PyTorch for the rest.
+
+    Args:
+        without: operators that are left to PyTorch, with their backward passes.
+    """
+    left = {f"{op}{end}" for op in without for end in ("", "_backward")}
+    found = {op: dispatch.available_backends(op) for op in dispatch.describe() if op not in left}
     return ",".join(["torch", *(f"{op}={backends[0]}" for op, backends in found.items() if backends[0] != "torch")])
 
 
+def kernel_problems() -> dict[str, str]:
+    """The operators of a training step that have kernels: why theirs cannot run here, or nothing where they can.
+
+    Each name means its backward pass, too.
+    """
+    problems: dict[str, str] = {}
+    for op, backends in dispatch.describe().items():
+        # windows are evaluation's
+        if "triton" in backends and "window" not in op:
+            problem = "" if backends["triton"] == dispatch.AVAILABLE else backends["triton"]
+            name = op.removesuffix("_backward")
+            problems[name] = problems.get(name) or problem
+    return problems
+
+
 def step_kernels() -> list[str]:
-    """The operators of a training step whose kernels can run here; each name means its backward pass, too."""
-    # windows are evaluation's
-    names = [op for op in dispatch.describe() if "triton" in dispatch.available_backends(op) and "window" not in op]
-    return [name for name in names if not name.endswith("_backward")]
+    """The operators of a training step whose kernels can run here."""
+    return [op for op, problem in kernel_problems().items() if not problem]
 
 
 def kernels_problem() -> str:
     """Why no kernel of a training step can run here; empty where one can."""
-    if step_kernels():
-        return ""
-    reasons: dict[str, list[str]] = {}
-    for op, backends in dispatch.describe().items():
-        if "triton" in backends:
-            reasons.setdefault(backends["triton"], []).append(op)
-    return "; ".join(reasons if len(reasons) == 1 else (f"{', '.join(ops)}: {why}" for why, ops in reasons.items()))
+    return "" if step_kernels() else reasons(kernel_problems())
+
+
+def reasons(problems: Mapping[str, str]) -> str:
+    """Each reason once, with the operators that have it, unless all have the same."""
+    operators: dict[str, list[str]] = {}
+    for op, problem in problems.items():
+        operators.setdefault(problem, []).append(op)
+    return "; ".join(
+        operators if len(operators) == 1 else (f"{', '.join(ops)}: {why}" for why, ops in operators.items())
+    )
+
+
+def named_ways(names: Sequence[str], device: torch.device) -> list[str]:
+    """The ways by the names of their rows, after it was said what `golf` is made of here.
+
+    Raises:
+        UserError: a way cannot be taken, is named twice, or is to be golf on a GPU where no kernel is left.
+    """
+    check_ways(names)
+    problems = {op: problem for op, problem in kernel_problems().items() if problem}
+    found = []
+    for name in names:
+        way, plus, switch = name.partition("+")
+        golf, *without = way.split("-")
+        if golf == "golf":
+            kernels = [op for op in step_kernels() if op not in without]
+            lacking = {op: problem for op, problem in problems.items() if op not in without}
+            if not kernels and device.type == "cuda":
+                raise UserError(
+                    f"--ways: {name!r}: no kernel of a training step is left, so that it would be torch: "
+                    f"{reasons(lacking) or 'all are left out'}; leave it out"
+                )
+            print(f"{name}: {', '.join(kernels) or 'no kernel, so it is torch'}")
+            print("".join(f"    without {op}: {problem}\n" for op, problem in lacking.items()), end="", flush=True)
+            if device.type == "cuda":
+                way = "-".join([way, *lacking])
+        found.append(f"{way}{plus}{switch}")
+    if twice := sorted({name for name in found if found.count(name) > 1}):
+        raise UserError(f"--ways: {', '.join(twice)} twice: expected each way once")
+    return found
 
 
 def add_attention(parser: argparse.ArgumentParser) -> None:
@@ -210,13 +263,25 @@ def check_ways(names: Iterable[str]) -> None:
         try:
             if switch or "+" in name:
                 parse_switch(switch)
-            with dispatch.forced("torch" if way in ("torch", "golf") else f"torch,{way}"):
+            golf, *without = way.split("-")
+            if golf == "golf" and (unknown := set(without) - set(kernel_problems())):
+                raise ValueError(
+                    f"golf leaves out {', '.join(sorted(unknown))}, expected some of {', '.join(kernel_problems())}"
+                )
+            with dispatch.forced(backends_of(way)):
                 dispatch.validate()
         except (ValueError, dispatch.BackendError) as error:
             raise UserError(
-                f"--ways: {name!r}: expected published, torch, golf or operator=backend, and +SWITCH behind all but the first: "
+                f"--ways: {name!r}: expected published, torch, golf, golf-OPERATOR or operator=backend, and +SWITCH behind all but "
+                f"the first: "
                 f"{error}"
             ) from error
+
+
+def backends_of(way: str) -> str:
+    """GOLF_BACKEND of a way that is not the published one."""
+    golf, *without = way.split("-")
+    return all_kernels(without) if golf == "golf" else "torch" if way == "torch" else f"torch,{way}"
 
 
 def make_variants(config: Config, names: list[str], device: torch.device) -> list[StepVariant]:
@@ -240,7 +305,7 @@ def make_variants(config: Config, names: list[str], device: torch.device) -> lis
             variants.append(StepVariant(name, "torch", PublishedStep(model, config, share, compiled)))
             continue
         way, _, switch = name.partition("+")
-        backends = {"torch": "torch", "golf": all_kernels()}.get(way, f"torch,{way}")
+        backends = backends_of(way)
         options = chosen_options()[0] | dict(parse_switch(switch).options) if switch else None
         with dispatch.forced(backends):
             variants.append(StepVariant(name, backends, trainer_step(model, config, share, device, options)))

@@ -264,9 +264,60 @@ def test_without_a_kernel_that_can_run_its_reason_is_said_and_nothing_measured(
     answers = {"a": {"triton": "no X", "torch": "available"}, "b": {"torch": "available"}, "c": {"triton": "no Y"}}
     answers["d"] = {"triton": "no X"}
     monkeypatch.setattr(dispatch, "describe", lambda: answers)
-    monkeypatch.setattr(ways, "step_kernels", list)
     assert bench_step.main(command) == common.NOTHING_TO_RUN
     assert "can run here: a, d: no X; c: no Y\n" in capsys.readouterr().err
+
+
+CUDA = torch.device("cuda")
+PROBLEMS = {"a": "", "xsa": "too old a Triton", "c": "", "d": "no tensor cores"}
+
+
+def test_a_way_that_lacks_a_kernel_on_a_gpu_says_so_in_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ways, "kernel_problems", lambda: PROBLEMS)
+    assert ways.named_ways(["published", "golf", "golf-a+pdl", "torch"], CUDA) == [
+        "published",
+        "golf-xsa-d",
+        "golf-a-xsa-d+pdl",
+        "torch",
+    ]
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == ["golf: a, c", "    without xsa: too old a Triton", "    without d: no tensor cores"]
+    assert said[3] == "golf-a+pdl: c"
+    # a CPU's rows are not kept, and its interpreter's times mean nothing
+    assert ways.named_ways(["golf"], CPU) == ["golf"]
+    with pytest.raises(UserError, match="golf-xsa-d twice"):
+        ways.named_ways(["golf", "golf-xsa"], CUDA)
+    monkeypatch.setattr(ways, "kernel_problems", lambda: dict.fromkeys(PROBLEMS, ""))
+    assert ways.named_ways(["golf"], CUDA) == ["golf"] and capsys.readouterr().out.endswith("golf: a, xsa, c, d\n")
+
+
+def test_golf_without_a_kernel_is_refused_on_a_gpu_and_said_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ways, "kernel_problems", lambda: PROBLEMS)
+    with pytest.raises(UserError, match=r"'golf-a-c': no kernel of a training step is left, .* torch: xsa: too old"):
+        ways.named_ways(["torch", "golf-a-c"], CUDA)
+    monkeypatch.setattr(ways, "kernel_problems", lambda: {"a": "this GPU is sm_80", "b": "this GPU is sm_80"})
+    with pytest.raises(UserError, match=r"that it would be torch: this GPU is sm_80; leave it out"):
+        ways.named_ways(["golf"], CUDA)
+    assert ways.named_ways(["golf"], CPU) == ["golf"]
+    assert "golf: no kernel, so it is torch\n    without a: this GPU is sm_80\n" in capsys.readouterr().out
+
+
+def test_golf_without_an_operator_has_all_other_kernels() -> None:
+    with dispatch.forced(ways.backends_of("golf-leaky_relu2_mlp-xsa")):
+        left = [f"{op}{end}" for op in ("leaky_relu2_mlp", "xsa") for end in ("", "_backward")]
+        assert {dispatch.choose(op).backend for op in left} == {"torch"}
+        assert {dispatch.choose(op).backend for op in ("muon_step", "mix_rms_norm_backward")} == {"triton"}
+    with pytest.raises(
+        UserError, match=r"'golf-no_such': .* golf leaves out no_such, expected some of leaky_relu2_mlp, mix"
+    ):
+        ways.check_ways(["torch", "golf-no_such"])
+    # a backward pass alone is not left out
+    with pytest.raises(UserError, match="golf leaves out xsa_backward"):
+        ways.check_ways(["golf-xsa_backward"])
 
 
 def test_tokens_of_shards_follow_each_other(tmp_path: Path) -> None:
@@ -330,7 +381,6 @@ def test_the_command_prints_a_table_and_keeps_nothing_from_a_cpu(tmp_path: Path)
             ["--inductor", "all", "--ways", "published"],
             "--inductor: no switch is set for published: expected torch, golf",
         ),
-        (["--ways", "torch,golf,torch"], "--ways: torch twice: expected each way once"),
         (
             ["--tiny", "--profile", "traces", "--each-kernel"],
             "--profile: not with --kernel or --inductor: name the ways",
@@ -367,6 +417,12 @@ def test_an_environment_that_contradicts_the_ways_is_refused(
         bench.main(["--tiny", "--device", "cpu", "--ways", "torch,golf"])
 
 
+@pytest.mark.parametrize("bench", [bench_step, bench_loss_curves])
+def test_a_way_named_twice_is_refused(bench: types.ModuleType) -> None:
+    with pytest.raises(UserError, match="--ways: torch twice: expected each way once"):
+        bench.main(["--tiny", "--device", "cpu", "--ways", "torch,golf,torch"])
+
+
 def test_attention_is_taken_from_the_environment_or_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -385,7 +441,9 @@ def test_attention_is_taken_from_the_environment_or_the_flag(monkeypatch: pytest
 @pytest.mark.parametrize("way", ["", "foo", "torch+no_such", "published+pdl", "xsa=cuda", "no_such=triton"])
 def test_a_way_that_cannot_be_taken_is_refused_before_any_is_measured(way: str, tmp_path: Path) -> None:
     folder = tmp_path / "made"
-    with pytest.raises(UserError, match=rf"--ways: '{re.escape(way)}': expected published, torch, golf or op"):
+    with pytest.raises(
+        UserError, match=rf"--ways: '{re.escape(way)}': expected published, torch, golf, golf-OPERATOR or op"
+    ):
         bench_loss_curves.main(["--ways", f"torch,{way}", "--device", "cpu", "--out", str(folder)])
     assert not folder.exists()
     with pytest.raises(UserError, match=rf"--ways: '{re.escape(way)}'"):
