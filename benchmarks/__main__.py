@@ -42,6 +42,7 @@ def main() -> int:
         "--out", type=Path, default=Path("session"), help="new folder for outputs, rows and summary.md"
     )
     measuring.add_argument("--only", default="", metavar="PIECE,…", help="these pieces; --list names them")
+    measuring.add_argument("--skip", default="", metavar="PIECE,…", help="all but these pieces")
     measuring.add_argument("--list", action="store_true", help="say what would be run, in order, and end")
     measuring.add_argument("--tiny", action="store_true", help="small shapes on the CPU; proves nothing about speed")
     verbs.add_parser("schedule", add_help=False, help="every kernel of a training step, computed without a GPU")
@@ -55,7 +56,12 @@ def main() -> int:
             if arguments.results != RESULTS:
                 raise ValueError(f"--results: a session's benchmarks append to {RESULTS}: leave it out")
             return run_session(
-                arguments.out, arguments.minutes, arguments.only, tiny=arguments.tiny, listing=arguments.list
+                arguments.out,
+                arguments.minutes,
+                arguments.only,
+                arguments.skip,
+                tiny=arguments.tiny,
+                listing=arguments.list,
             )
         measurements = read_results(arguments.results)
         if arguments.verb == "compare":

@@ -1,7 +1,8 @@
 """One command on a rented GPU: measure what decides a default, the most valuable first, within a time limit.
 
-Each piece is a process of its own with its own limit, whose output goes to a file line by line and whose rows are on disk as
-soon as they are measured; whatever ends a piece, or the session, leaves what was measured before. Nothing is installed.
+Each piece is a process of its own with its own limit, or one for each kernel, switch or test file; its output goes to a file
+line by line, and its rows are on disk as soon as they are measured. Whatever ends a process, a piece or the session leaves what
+was measured before. Nothing is installed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import csv
 import datetime
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -26,14 +28,20 @@ import torch
 from benchmarks.common import COLUMNS, NOTHING_TO_RUN, RESULTS, ROOT
 from benchmarks.report import tables
 from benchmarks.results import ResultsError, read_results
+from benchmarks.ways import step_kernels
 from train.files import atomic_write
+from train.inductor import SWITCHES
 
 # a piece with less than this left is not begun; the last seconds belong to the summary
 SHORTEST_S = 15.0
 # the verdict on a piece of which every command said so by its exit code
 NOTHING = "not possible here"
-# test files that share the GPU at a time
-TESTS_AT_ONCE = 4
+# a session of so many seconds has the limits that the plan says, a longer one longer ones
+PLANNED_S = 1800.0
+# test files that share a GPU at a time: at most so many, and each has so much of its memory
+TESTS_AT_ONCE, TEST_BYTES = 4, 16e9
+# what a line of bench_step says of two ways
+BESIDE = re.compile(r"^\S+ +[\d.]+ → .*", re.MULTILINE)
 
 
 @dataclass
@@ -44,6 +52,7 @@ class Piece:
         name: of the piece.
         limit_s: it is stopped after so many seconds.
         commands: arguments for Python by the name of the output file.
+        each_s: one of them is stopped after so many seconds, and the next has its turn.
         at_once: how many of them run at the same time.
         instead_of: it is run only if this piece failed.
         verdict: how it ended; "not reached" until then.
@@ -53,10 +62,16 @@ class Piece:
     name: str
     limit_s: float
     commands: dict[str, list[str]]
+    each_s: float = math.inf
     at_once: int = 1
     instead_of: str = ""
     verdict: str = "not reached"
     seconds: float = field(default=0.0)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether more time would have given more."""
+        return self.verdict in ("not reached", "interrupted") or "stopped" in self.verdict
 
 
 def plan(*, tiny: bool = False) -> list[Piece]:
@@ -70,24 +85,32 @@ def plan(*, tiny: bool = False) -> list[Piece]:
     def bench(name: str, limit_s: float, module: str, *arguments: str, instead_of: str = "") -> Piece:
         return Piece(name, limit_s, {name: ["-m", f"benchmarks.{module}", *arguments, *short]}, instead_of=instead_of)
 
-    def step(name: str, limit_s: float, *arguments: str, instead_of: str = "") -> Piece:
-        return bench(
-            name, limit_s, "bench_step", *(() if tiny else ("--rounds", "15")), *arguments, instead_of=instead_of
-        )
-
+    rounds = () if tiny else ("--rounds", "15")
     before, after = ("--phase", "before"), ("--phase", "after")
-    tests = Piece("tests", 240, {path.stem: _test(path, tiny) for path in gpu_tests()}, at_once=TESTS_AT_ONCE)
+
+    def step(name: str, limit_s: float, *arguments: str, instead_of: str = "") -> Piece:
+        return bench(name, limit_s, "bench_step", *rounds, *arguments, instead_of=instead_of)
+
+    def each(name: str, limit_s: float, flag: str, values: Sequence[str]) -> Piece:
+        pieces = [step(f"{name}_{value}", 200, *before, "--ways", "torch", flag, value) for value in values]
+        commands = {label: command for piece in pieces for label, command in piece.commands.items()}
+        return Piece(name, limit_s, commands, each_s=200)
+
+    tests = Piece(
+        "tests", 240, {path.stem: _test(path, tiny) for path in gpu_tests()}, each_s=150, at_once=tests_at_once()
+    )
     others = ("sp4096_recurrence", "sp2048_normuon", "sp1024_smear_bigram")
     return [
-        step("step", 240, *before, "--ways", "published,torch,golf"),
-        step("step_without_kernels", 150, *before, "--ways", "published,torch", instead_of="step"),
-        step("each_kernel_in_the_step", 240, *before, "--each-kernel"),
+        step("step", 400, *before, "--ways", "published,torch,golf"),
+        step("step_without_kernels", 200, *before, "--ways", "published,torch", instead_of="step"),
+        # where no kernel can run, the command says why
+        each("kernel", 420, "--kernel", step_kernels() or ["all"]),
         tests,
-        step("compiler_switches", 300, *before, "--ways", "torch", "--inductor", "all"),
-        bench("start", 200, "bench_start"),
-        step("step_after_recurrence", 240, *after, "--ways", "published,torch,golf"),
+        each("switch", 360, "--inductor", [switch.name for switch in SWITCHES]),
+        bench("start", 240, "bench_start"),
+        step("step_after_recurrence", 300, *after, "--ways", "published,torch,golf"),
         *(bench(name, 100, f"bench_{name}") for name in op_benches()),
-        *(step(f"step_{name}", 240, "--recipe", name, "--ways", "published,torch,golf") for name in others),
+        *(step(f"step_{name}", 300, "--recipe", name, "--ways", "published,torch,golf") for name in others),
         bench("evaluation", 150, "bench_evaluation"),
         bench(
             "loss_curves",
@@ -98,6 +121,21 @@ def plan(*, tiny: bool = False) -> list[Piece]:
             *(() if tiny else ("--steps", "300")),
         ),
     ]
+
+
+def stretch(pieces: Sequence[Piece], seconds: float) -> None:
+    """Lengthen the limits where a session has more time than was planned with, or only these pieces to spend it on."""
+    needed = sum(piece.limit_s for piece in pieces if not piece.instead_of) or math.inf
+    factor = max(1.0, seconds / PLANNED_S, seconds / needed)
+    for piece in pieces:
+        piece.limit_s, piece.each_s = min(piece.limit_s * factor, seconds), piece.each_s * factor
+
+
+def tests_at_once() -> int:
+    """How many test files the GPU's memory has room for, or all that a CPU is given."""
+    if not torch.cuda.is_available():
+        return TESTS_AT_ONCE
+    return max(1, min(TESTS_AT_ONCE, int(torch.cuda.get_device_properties(0).total_memory / TEST_BYTES)))
 
 
 def op_benches() -> list[str]:
@@ -119,7 +157,8 @@ def gpu_tests() -> list[Path]:
 def _test(path: Path, tiny: bool) -> list[str]:
     # without a GPU the kernels' own tests would take minutes in the interpreter
     chosen = [] if path.stem.endswith("_triton") and not tiny else ["-m", "gpu"]
-    return ["-m", "pytest", "-v", "-x", str(path.relative_to(ROOT)), *chosen]
+    # one more -v than the project's -q takes away: a line is begun with each test
+    return ["-m", "pytest", "-vv", str(path.relative_to(ROOT)), *chosen]
 
 
 class Session:
@@ -144,11 +183,16 @@ class Session:
     def run(self, pieces: Sequence[Piece]) -> bool:
         """Run the pieces in order until the time is over; whether none of those that ran failed."""
         ended: dict[str, str] = {}
+        # what a kill during the first piece leaves
+        self.keep(pieces)
         try:
             for piece in pieces:
                 if piece.instead_of and ended.get(piece.instead_of) == "ok":
                     piece.verdict = f"not needed, {piece.instead_of} ran"
                 elif self.left >= SHORTEST_S:
+                    # what an interrupt or a kill leaves
+                    piece.verdict = "interrupted"
+                    self.keep(pieces)
                     self._run(piece)
                 ended[piece.name] = piece.verdict
                 self.keep(pieces)
@@ -161,28 +205,34 @@ class Session:
         begun = time.monotonic()
         until = begun + min(piece.limit_s, self.left)
         waiting = list(piece.commands.items())
-        running: list[tuple[str, subprocess.Popen[bytes]]] = []
+        running: list[tuple[str, subprocess.Popen[bytes], float, contextlib.ExitStack]] = []
         verdicts: list[str] = []
         codes: list[int] = []
-        # what an interrupt finds
-        piece.verdict = "interrupted"
         with contextlib.ExitStack() as held:
             while waiting or running:
                 while waiting and len(running) < piece.at_once:
                     label, command = waiting.pop(0)
-                    running.append((label, held.enter_context(self._process(label, command))))
+                    own = held.enter_context(contextlib.ExitStack())
+                    process = own.enter_context(self._process(label, command))
+                    running.append((label, process, time.monotonic(), own))
                 time.sleep(0.1)
-                for label, process in list(running):
+                now = time.monotonic()
+                for one in list(running):
+                    label, process, since, own = one
                     if process.poll() is not None:
-                        running.remove((label, process))
                         codes.append(process.returncode)
                         if codes[-1] not in (0, NOTHING_TO_RUN):
-                            verdicts.append(f"{label} failed ({codes[-1]})")
-                if time.monotonic() >= until and running:
-                    labels = ", ".join(label for label, _ in running)
-                    verdicts.append(
-                        f"{labels} stopped at the limit" + (f", {len(waiting)} not begun" if waiting else "")
-                    )
+                            died = self._reached(label) if codes[-1] < 0 else ""
+                            verdicts.append(f"{label} failed ({codes[-1]}){died}")
+                    elif now >= until or now - since >= piece.each_s:
+                        limit = "the limit" if now >= until else f"{piece.each_s:.0f} s"
+                        verdicts.append(f"{label} stopped at {limit}{self._reached(label)}")
+                    else:
+                        continue
+                    running.remove(one)
+                    own.close()
+                if now >= until and waiting:
+                    verdicts.append(f"stopped before {', '.join(label for label, _ in waiting)}")
                     break
         piece.seconds = time.monotonic() - begun
         piece.verdict = "; ".join(verdicts) or ("ok" if 0 in codes else NOTHING)
@@ -213,8 +263,24 @@ class Session:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
+    def _reached(self, label: str) -> str:
+        """How far a file of tests had come, from what pytest has said."""
+        text = "\n".join(self._tail(label, 0))
+        collected = re.findall(r"collected (\d+) items?(?: / \d+ deselected / (\d+) selected)?", text)
+        if not collected:
+            return ""
+        ended = re.findall(r"^(\S*::.*?) (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", text, re.MULTILINE)
+        begun = re.findall(r"^\S*?::(.*?) *$", text.rpartition("\n")[2])
+        return f" in {begun[0] if begun else 'its start'}, {len(ended)} of {collected[0][1] or collected[0][0]} tests had ended"
+
     def _tail(self, label: str, lines: int) -> list[str]:
         return (self.out / f"{label}.txt").read_text(errors="replace").splitlines()[-lines:]
+
+    def _beside(self, pieces: Sequence[Piece]) -> str:
+        """What was said of each kernel and each switch beside the step without it."""
+        outputs = [self.out / f"{label}.txt" for piece in pieces for label in piece.commands]
+        lines = [line for path in outputs if path.exists() for line in BESIDE.findall(path.read_text(errors="replace"))]
+        return "\n".join(["ms per step without and with:\n", "```", *lines, "```\n\n"]) if lines else ""
 
     def keep(self, pieces: Sequence[Piece]) -> None:
         """Copy the rows measured since the session began, and write the summary anew."""
@@ -230,7 +296,7 @@ class Session:
             measured = tables(read_results(self.out))
         except ResultsError as error:
             measured = str(error)
-        atomic_write(self.out / "summary.md", f"{summary(pieces)}\n\n{measured}\n")
+        atomic_write(self.out / "summary.md", f"{summary(pieces)}\n\n{rest(pieces)}{self._beside(pieces)}{measured}\n")
 
 
 def summary(pieces: Sequence[Piece]) -> str:
@@ -242,6 +308,15 @@ def summary(pieces: Sequence[Piece]) -> str:
     return "\n".join(lines)
 
 
+def rest(pieces: Sequence[Piece]) -> str:
+    """The command that goes on with what found no time."""
+    left = [piece for piece in pieces if piece.unfinished]
+    minutes = math.ceil(sum(piece.limit_s for piece in left if not piece.instead_of) / 60)
+    names = ",".join(piece.name for piece in left)
+    command = f"python -m benchmarks session --minutes {max(minutes, 1)} --out session_2 --only {names}"
+    return f"To go on with what found no time: `{command}`\n\n" if left else ""
+
+
 def _first_command(piece: Piece) -> str:
     """What the piece runs, as one would type it, how many more like it, and when."""
     command, *more = piece.commands.values()
@@ -250,7 +325,14 @@ def _first_command(piece: Piece) -> str:
     return f"python {shlex.join(command)}{others}{condition}"
 
 
-def run_session(out: Path, minutes: float, only: str, *, tiny: bool, listing: bool) -> int:
+def _names(flag: str, text: str, pieces: Sequence[Piece]) -> set[str]:
+    names = set(text.split(",")) if text else set()
+    if unknown := sorted(names - {piece.name for piece in pieces}):
+        raise ValueError(f"{flag}: no piece {', '.join(unknown)}: expected some of {', '.join(p.name for p in pieces)}")
+    return names
+
+
+def run_session(out: Path, minutes: float, only: str, skip: str = "", *, tiny: bool, listing: bool) -> int:
     """`python -m benchmarks session`.
 
     Raises:
@@ -261,10 +343,11 @@ def run_session(out: Path, minutes: float, only: str, *, tiny: bool, listing: bo
             f"--minutes: expected at least {SHORTEST_S / 60}, without which no piece is begun, got {minutes}"
         )
     pieces = plan(tiny=tiny)
-    wanted = only.split(",") if only else [piece.name for piece in pieces]
-    if unknown := sorted(set(wanted) - {piece.name for piece in pieces}):
-        raise ValueError(f"--only: no piece {', '.join(unknown)}: expected some of {', '.join(p.name for p in pieces)}")
-    pieces = [piece for piece in pieces if piece.name in wanted]
+    wanted, skipped = _names("--only", only, pieces), _names("--skip", skip, pieces)
+    pieces = [piece for piece in pieces if (not wanted or piece.name in wanted) and piece.name not in skipped]
+    if not pieces:
+        raise ValueError("--skip: no piece is left: expected fewer names")
+    stretch(pieces, 60 * minutes)
     if listing:
         for piece in pieces:
             print(f"{piece.name:<28}{piece.limit_s:>5.0f} s at most  {_first_command(piece)}")

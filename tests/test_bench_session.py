@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,13 +64,88 @@ def test_pieces_end_well_fail_or_are_stopped_and_the_rest_goes_on(
     verdicts = {piece.name: piece.verdict for piece in pieces}
     assert verdicts == {
         "fine": "ok", "broken": "broken failed (3)", "plain": "ok", "unneeded": "not needed, fine ran",
-        "endless": "b stopped at the limit, 1 not begun", "together": "ok", "some_left": "ok",
+        "endless": "b stopped at the limit; stopped before c", "together": "ok", "some_left": "ok",
         "none_left": "not possible here",
     }  # fmt: skip
     assert (tmp_path / "out" / "b.txt").read_text() == "begun\n" and not (tmp_path / "out" / "c.txt").exists()
     assert "not possible here, 0 s\n          | no GPU\n" in capsys.readouterr().out
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert "| broken | broken failed (3) |" in summary and "there is no figure here" in summary
+
+
+def test_a_process_that_hangs_costs_only_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "a_kernel=triton       10.00 →     9.00   -10.0%  faster            first step 2.0 s"
+    commands = {"a": script("import time; time.sleep(60)"), "b": script(f"print('other → line'); print({said!r})")}
+    pieces = [Piece("several", 60, commands, each_s=3), Piece("late", 60, {"c": script("")})]
+    assert not Session(tmp_path / "out", 300, tmp_path / "results").run(pieces)
+    assert [piece.verdict for piece in pieces] == ["a stopped at 3 s", "ok"] and pieces[0].seconds < 30
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert f"ms per step without and with:\n\n```\n{said}\n```\n" in summary
+    assert "`python -m benchmarks session --minutes 1 --out session_2 --only several`" in summary
+
+
+def test_tests_that_never_ran_are_counted_and_the_one_that_ran_last_is_named(tmp_path: Path) -> None:
+    tests = tmp_path / "test_made.py"
+    tests.write_text(
+        "import os, pytest\n@pytest.mark.parametrize('n', ['a b', 'c'])\ndef test_quick(n): pass\n"
+        "def test_wrong(): assert 0\ndef test_bad(): os.kill(os.getpid(), 9)\ndef test_never(): pass\ndef test_other(): pass\n"
+    )
+    flags = ["-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-k", "not other"]
+    # as the plan has it
+    command = [flag for flag in session._test(ROOT / "tests" / "test_made_triton.py", False) if "made" not in flag]
+    piece = Piece("tests", 60, {"test_made": [*command, *flags, str(tests)]})
+    assert not Session(tmp_path / "out", 300, tmp_path / "results").run([piece])
+    assert piece.verdict == "test_made failed (-9) in test_bad, 3 of 5 tests had ended"
+    # stopped at a limit before it has collected anything, or no file of tests at all
+    (tmp_path / "out" / "early.txt").write_text("imports\n")
+    assert Session(tmp_path / "out", 300, tmp_path / "results")._reached("early") == ""
+
+
+def test_a_file_of_tests_goes_on_behind_a_test_that_fails() -> None:
+    (tests,) = (piece for piece in plan() if piece.name == "tests")
+    assert tests.commands and not any("-x" in command for command in tests.commands.values())
+
+
+def test_longer_sessions_have_longer_limits() -> None:
+    def limits(seconds: float, *names: str) -> list[tuple[float, float]]:
+        pieces = [piece for piece in plan() if not names or piece.name in names]
+        session.stretch(pieces, seconds)
+        return [(piece.limit_s, piece.each_s) for piece in pieces]
+
+    short = limits(900)
+    assert limits(60) == [(60, each) for _, each in short]
+    assert limits(7200) == [(4 * limit, 4 * each) for limit, each in short]
+    # alone a piece has all the time, and so has what is run in its place
+    assert limits(540, "step", "step_without_kernels") == [(540, float("inf")), (pytest.approx(270), float("inf"))]
+
+
+@pytest.mark.parametrize(("gigabytes", "files"), [(9.7, 1), (40, 2), (80, 4), (141, 4)])
+def test_test_files_share_a_gpu_as_far_as_its_memory_goes(
+    gigabytes: float, files: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    memory = types.SimpleNamespace(total_memory=gigabytes * 1e9)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: memory)
+    assert session.tests_at_once() == files
+
+
+def test_pieces_are_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_session(tmp_path, 9, "step,tests,int6", "tests", tiny=False, listing=True) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", "int6"]
+    with pytest.raises(ValueError, match="--skip: no piece nothing: expected some of step,"):
+        run_session(tmp_path, 9, "", "nothing", tiny=False, listing=True)
+    with pytest.raises(ValueError, match="--skip: no piece is left"):
+        run_session(tmp_path, 9, "int6", "int6", tiny=False, listing=True)
+
+
+def test_each_kernel_and_each_switch_has_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = {piece.name: piece.commands for piece in plan()}
+    assert commands["kernel"]["kernel_muon_step"][-2:] == ["--kernel", "muon_step"] and len(commands["kernel"]) > 5
+    assert commands["switch"]["switch_pdl"][-2:] == ["--inductor", "pdl"]
+    # where none can run, the benchmark says why
+    monkeypatch.setattr(session, "step_kernels", list)
+    (kernel,) = (piece for piece in plan() if piece.name == "kernel")
+    assert [command[-2:] for command in kernel.commands.values()] == [["--kernel", "all"]]
 
 
 def test_what_cannot_run_here_is_no_failure(tmp_path: Path) -> None:
@@ -107,11 +183,11 @@ def test_a_kill_in_the_middle_leaves_the_output_and_a_summary_and_no_process(tmp
         "--out",
         str(out),
         "--only",
-        "compiler_switches,int6",
+        "switch,int6",
     ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert "compiler_switches" in process.stdout.readline()
-    output = out / "compiler_switches.txt"
+    assert "switch" in process.stdout.readline()
+    output = out / "switch_mix_order_reduction_off.txt"
     for _ in range(600):
         if output.exists() and "attention" in output.read_text():
             break
@@ -120,7 +196,7 @@ def test_a_kill_in_the_middle_leaves_the_output_and_a_summary_and_no_process(tmp
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
     assert "attention: " in output.read_text()
     summary = (out / "summary.md").read_text()
-    assert "| compiler_switches | interrupted |" in summary and "| int6 | not reached |" in summary
+    assert "| switch | interrupted |" in summary and "| int6 | not reached |" in summary
     # -lname only reads the link, and of other people's processes it reads none
     found = subprocess.run(
         ["find", *glob.glob("/proc/[0-9]*/fd"), "-name", "1", "-lname", str(output.resolve())],
@@ -146,6 +222,7 @@ def test_no_signal_leaves_a_process_behind(number: signal.Signals, code: int, tm
     assert until(lambda: output.exists() and output.read_text().endswith("\n"))
     process.send_signal(number)
     assert process.wait(timeout=30) == code and "Traceback" not in process.stderr.read()
+    assert "| long | interrupted |" in (tmp_path / "out" / "summary.md").read_text()
     grandchild = Path("/proc", output.read_text().strip(), "stat")
     # one that nobody has waited for yet runs no more
     assert until(lambda: not grandchild.exists() or " Z " in grandchild.read_text())
@@ -192,7 +269,7 @@ def test_a_session_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.Capt
         run_session(tmp_path, 1, "step", tiny=True, listing=False)
     assert run_session(tmp_path, 1, "", tiny=False, listing=True) == 0
     listed = capsys.readouterr().out.splitlines()
-    assert listed[0].startswith("step ") and "240 s at most  python -m benchmarks.bench_step --rounds 15" in listed[0]
+    assert listed[0].startswith("step ") and "60 s at most  python -m benchmarks.bench_step --rounds 15" in listed[0]
     assert listed[1].endswith("--ways published,torch, if step failed")
     assert any("python -m pytest" in line and line.endswith(" more") for line in listed)
 
