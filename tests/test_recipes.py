@@ -28,7 +28,7 @@ from train.optimize.schedules import lr_scale, muon_momentum
 from train.recipes import load_recipe, recipe_names
 
 STEPS = 20
-# a whole schedule in fewer steps: constant, recurrent, falling, averaged
+# a whole schedule in fewer steps, where graphs are counted: constant, recurrent, falling, averaged
 SHORT = {"iterations": 8, "recur_start_step": 4, "warmdown_iters": 4}
 SEQ_LEN = 32
 
@@ -202,14 +202,14 @@ RANK_SCRIPT = """
 import sys, torch
 from pathlib import Path
 sys.path.insert(0, "tests")
-from test_recipes import SHORT, Training, narrow
+from test_recipes import STEPS, Training, narrow
 from train.distributed import start_ranks
 from train.recipes import recipe_names
 torch.set_num_threads(1)
 with start_ranks("cpu") as ranks:
     for name in recipe_names():
-        run = Training.begin(narrow(name, Path(sys.argv[1]), **SHORT), ranks, double=True)
-        run.run(run.config.iterations)
+        run = Training.begin(narrow(name, Path(sys.argv[1])), ranks, double=True)
+        run.run(STEPS)
         torch.save(run.weights(), f"{sys.argv[2]}/{name}.{ranks.rank}.pt")
 """
 
@@ -223,8 +223,8 @@ def test_two_ranks_give_the_weights_of_one(tokens: Path, tmp_path: Path) -> None
     )
     assert result.returncode == 0, result.stderr
     for name in recipe_names():
-        one = Training.begin(narrow(name, tokens, **SHORT), double=True)
-        one.run(one.config.iterations)
+        one = Training.begin(narrow(name, tokens), double=True)
+        one.run(STEPS)
         ranks = [torch.load(tmp_path / f"{name}.{rank}.pt", weights_only=True) for rank in range(2)]
         for key, tensor in one.weights().items():
             assert torch.equal(ranks[0][key], ranks[1][key]), (name, key)
