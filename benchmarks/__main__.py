@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import figures, report
-from benchmarks.common import RESULTS
-from benchmarks.results import Change, ResultsError, compare, read_results
+from benchmarks import report
+from benchmarks.comparison import Change, compare
+from benchmarks.results import RESULTS, ResultsError, read_results, relative
 from benchmarks.schedule import run_schedule
 from benchmarks.session import run_session
 from train.errors import main_guard
@@ -66,9 +66,8 @@ def main() -> int:
         measurements = read_results(arguments.results)
         if arguments.verb == "compare":
             return print_changes(compare(measurements, arguments.revision))
-        changed = report.write_readme(arguments.readme, measurements)
-        print(f"{arguments.readme}: {'updated' if changed else 'up to date'}")
-        print(f"plots: {report.describe_written(figures.plots(measurements, arguments.plots))}")
+        changed = report.write(measurements, arguments.readme, arguments.plots)
+        print(f"written: {', '.join(map(relative, changed)) or 'nothing, all is up to date'}")
     except (ResultsError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

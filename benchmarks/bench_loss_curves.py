@@ -103,6 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--ways: {first} has nothing to be compared with: expected another way behind it, such as {first},golf"
         )
     first, *ways = named_ways([first, *ways], device)
+    folder = common.RESULTS / "curves"
+    if not arguments.tiny:
+        common.check_place(device, folder, COLUMNS)
     if arguments.out:
         # better found now than after the training
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -139,7 +142,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines += [",".join(map(str, line)) for line in zip(range(1, steps + 1), *curves.values(), strict=True)]
         atomic_write(arguments.out / "curves.csv", "\n".join(lines) + "\n")
         draw(curves, title, arguments.out / "curves.png")
-    folder = common.RESULTS / "curves"
     path = None if arguments.tiny or not rows else common.append_rows(rows, surroundings, folder, columns=COLUMNS)
     print(f"-> {path.relative_to(common.ROOT)}" if path else "not kept: only a GPU's full shapes are")
     return 0 if fine else 1

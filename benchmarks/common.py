@@ -7,11 +7,9 @@ A benchmark describes a `Case` and its `Variant`s and calls `measure`; `append_r
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import itertools
 import math
-import re
 import statistics
 import subprocess
 import time
@@ -25,20 +23,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.results import COLUMNS as COLUMNS
+from benchmarks.results import RESULTS as RESULTS
+from benchmarks.results import ROOT as ROOT
+from benchmarks.results import Row as Row
+from benchmarks.results import append_rows as append_rows
+from benchmarks.results import check_columns, file_stem
 from train.inductor import SWITCHES, missing_options
 from train.wording import counted
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-# p50, p20, p80 and floor are milliseconds per call; n is the number of measurements
-COLUMNS = (
-    *("date", "commit", "dirty", "gpu", "driver", "cuda", "torch", "triton", "op", "impl", "mode", "shape", "dtype"),
-    *("p50", "p20", "p80", "tflops", "gbps", "floor", "rel_err", "n"),
-)
 # below this an event pair measures the host and not the GPU
 GRAPH_BELOW_MS = 0.1
 NUMBERS = itertools.count()
-Row = dict[str, Any]
 
 
 class CheckFailed(Exception):
@@ -322,37 +318,14 @@ def environment(device: torch.device) -> Row:
     }
 
 
-def file_stem(gpu: str) -> str:
-    """A GPU's name as files have it."""
-    return re.sub(r"[^A-Za-z0-9]+", "_", gpu).strip("_")
-
-
-def append_rows(
-    rows: Sequence[Row], surroundings: Row, folder: Path = RESULTS, *, columns: Sequence[str] = COLUMNS
-) -> Path | None:
-    """Appends rows to the GPU's file; what a CPU gave is not kept, and None is returned.
+def check_place(device: torch.device, folder: Path = RESULTS, columns: Sequence[str] = COLUMNS) -> None:
+    """Whether a GPU's rows can be kept, asked before they are measured.
 
     Raises:
-        ValueError: the file has other columns.
+        ResultsError: its file has other columns.
     """
-    if surroundings["gpu"] == "cpu":
-        return None
-    path = folder / f"{file_stem(surroundings['gpu'])}.csv"
-    folder.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    if not new:
-        with path.open(newline="") as file:
-            found = tuple(next(csv.reader(file), ()))
-        if found != tuple(columns):
-            raise ValueError(f"{path}: expected the columns {', '.join(columns)}, found {', '.join(found)}")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        for row in rows:
-            full = surroundings | row
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in full.items()})
-    return path
+    if device.type == "cuda":
+        check_columns(folder / f"{file_stem(torch.cuda.get_device_name(device))}.csv", columns)
 
 
 def render(rows: Sequence[Row], gpu: str) -> str:
@@ -402,7 +375,7 @@ def positive(text: str) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """What is not given depends on `--tiny`."""
+    """What is not given depends on `--tiny`; without it rows are kept, so their place is looked at before anything is measured."""
 
     def __init__(self, full: dict[str, float], **options: Any) -> None:
         super().__init__(**options)
@@ -413,6 +386,8 @@ class _Parser(argparse.ArgumentParser):
         for name, value in self.full.items():
             if getattr(given, name) is None:
                 setattr(given, name, _TINY[name] if given.tiny else value)
+        if not given.tiny:
+            check_place(given.device)
         return given, rest
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.common import file_stem
-from benchmarks.results import Measurement, Subject, gpus, newest
-from train.files import atomic_writer
+from benchmarks.results import Measurement, Subject, file_stem, gpus, newest
 
 STEP = "step "
 EVALUATION = "evaluation"
@@ -26,9 +24,9 @@ REST = "#999999"
 PLAIN = ("torch", "published", "plain")
 
 
-def plots(measurements: Sequence[Measurement], folder: Path) -> list[Path]:
-    """Draw for each GPU ms/step over commits, speed-up per operation, the roofline, and evaluation; what has data."""
-    written = []
+def plots(measurements: Sequence[Measurement]) -> dict[str, bytes]:
+    """PNGs by file name: for each GPU ms/step over commits, speed-up per operation, the roofline, and evaluation; what has data."""
+    drawn = {}
     for gpu in gpus(measurements):
         own = [m for m in measurements if m.subject.gpu == gpu and not m.subject.impl.endswith(" again")]
         for name, draw in (
@@ -42,12 +40,10 @@ def plots(measurements: Sequence[Measurement], folder: Path) -> list[Path]:
             if not title:
                 continue
             figure.suptitle(f"{title}\n{gpu}", x=0.01, ha="left", fontsize=11)
-            path = folder / f"{file_stem(gpu)}_{name}.png"
-            folder.mkdir(parents=True, exist_ok=True)
-            with atomic_writer(path) as file:
-                FigureCanvasAgg(figure).print_png(file)
-            written.append(path)
-    return written
+            png = io.BytesIO()
+            FigureCanvasAgg(figure).print_png(png)
+            drawn[f"{file_stem(gpu)}_{name}.png"] = png.getvalue()
+    return drawn
 
 
 def _bare(axis: Axes, grid: Literal["both", "x", "y"]) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import ROOT
-from benchmarks.figures import STEP
-from benchmarks.results import Measurement, gpus, newest, relative
+from benchmarks.figures import STEP, plots
+from benchmarks.results import ROOT, Measurement, ResultsError, gpus, newest
 from train.files import atomic_write
 
 README = ROOT / "README.md"
@@ -43,24 +42,28 @@ def tables(measurements: Sequence[Measurement]) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
-def write_readme(path: Path, measurements: Sequence[Measurement]) -> bool:
-    """Put the tables between the README's two marks; whether that changed it.
+def new_readme(path: Path, measurements: Sequence[Measurement]) -> str:
+    """The README with the tables between its two marks.
 
     Raises:
-        ValueError: the marks are not there, once each.
+        ResultsError: the marks are not there, once each.
     """
     text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path}: expected the lines {BEGIN!r} and {END!r}, once each and in this order")
+        raise ResultsError(
+            f"{path}: expected the lines {BEGIN!r} and {END!r}, once each and in this order: put them back"
+        )
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    new = f"{before}{BEGIN}\n{tables(measurements)}\n{END}{after}"
-    if new == text:
-        return False
-    atomic_write(path, new)
-    return True
+    return f"{before}{BEGIN}\n{tables(measurements)}\n{END}{after}"
 
 
-def describe_written(paths: Sequence[Path]) -> str:
-    """Names of what was written, for the terminal."""
-    return ", ".join(relative(path) for path in paths) or "nothing to draw"
+def write(measurements: Sequence[Measurement], readme: Path, folder: Path) -> list[Path]:
+    """Put the tables into the README and the plots into their folder; what changed. Nothing is written before all of it is made."""
+    made: dict[Path, bytes] = {readme: new_readme(readme, measurements).encode()}
+    made |= {folder / name: png for name, png in plots(measurements).items()}
+    changed = [path for path, data in made.items() if not path.exists() or path.read_bytes() != data]
+    for path in changed:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, made[path])
+    return changed

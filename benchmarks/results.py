@@ -1,17 +1,33 @@
-"""Reading `benchmarks/results/*.csv`: rows by GPU, never mixed, and how far two measurements of one thing are apart."""
+"""`benchmarks/results/*.csv`: appending rows, and reading them whole or not at all; GPUs are never mixed."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+import datetime
+import io
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from benchmarks.common import COLUMNS, RESULTS, ROOT
+from train.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+# p50, p20, p80 and floor are milliseconds per call; n is the number of measurements
+COLUMNS = (
+    *("date", "commit", "dirty", "gpu", "driver", "cuda", "torch", "triton", "op", "impl", "mode", "shape", "dtype"),
+    *("p50", "p20", "p80", "tflops", "gbps", "floor", "rel_err", "n"),
+)
+DATE = "%Y-%m-%dT%H:%M:%SZ"
+MERGE_MARKS = ("<<<<<<<", "|||||||", "=======", ">>>>>>>")
+Row = dict[str, Any]
 
 
-class ResultsError(Exception):
+class ResultsError(UserError):
     """A results file cannot be read, or does not hold what was asked for."""
 
 
@@ -58,26 +74,138 @@ class Measurement:
     floor: float
 
 
+def measurement(cells: Mapping[str, str]) -> Measurement:
+    """One row from its cells.
+
+    Raises:
+        ResultsError: by its field, a cell that no benchmark writes.
+    """
+    for name, cell in cells.items():
+        if not cell.isprintable():
+            raise ResultsError(f"{name}: expected text, found {cell!r}")
+    for name in ("commit", *Subject._fields):
+        if not cells[name]:
+            raise ResultsError(f"{name}: expected a text, found none")
+    if not _is_date(cells["date"]):
+        raise ResultsError(f"date: expected one such as 2026-01-31T23:59:59Z, found {cells['date']!r}")
+    if cells["dirty"] not in ("0", "1"):
+        raise ResultsError(f"dirty: expected 0 or 1, found {cells['dirty']!r}")
+    p50, p20, p80 = (_number(name, cells[name]) for name in ("p50", "p20", "p80"))
+    for name, value, fits in (("p20", p20, 0 < p20 <= p50), ("p50", p50, p50 > 0), ("p80", p80, p80 >= p50)):
+        if not fits:
+            raise ResultsError(f"{name}: expected 0 < p20 ≤ p50 ≤ p80, found {value:g} in {p20:g}, {p50:g}, {p80:g}")
+    rates = [_number(name, cells[name]) if cells[name] else 0.0 for name in ("tflops", "gbps", "floor")]
+    subject = Subject(*(cells[name] for name in Subject._fields))
+    return Measurement(subject, cells["date"], cells["commit"], cells["dirty"] == "1", p50, p20, p80, *rates)
+
+
+def _is_date(text: str) -> bool:
+    try:
+        # dates are compared as texts, so they have one form
+        return datetime.datetime.strptime(text, DATE).strftime(DATE) == text
+    except ValueError:
+        return False
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ResultsError(f"{name}: expected a number from 0, found {text!r}")
+    return value
+
+
 def read_results(folder: Path = RESULTS) -> list[Measurement]:
     """All rows of all GPUs, by date.
 
     Raises:
-        ResultsError: a file has other columns, or a cell is no number.
+        ResultsError: by file, line and field, something that no benchmark writes.
     """
+    found = [row for path in sorted(folder.glob("*.csv")) for row in _read_file(path)]
+    return sorted(found, key=lambda row: row.date)
+
+
+def _read_file(path: Path) -> list[Measurement]:
+    # bytes that are no UTF-8 stay in their cell, whose field is named then
+    text = path.read_bytes().decode(errors="surrogateescape")
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.startswith(MERGE_MARKS):
+            remedy = "keep the rows of both sides and delete the marks"
+            raise ResultsError(f"{path}, line {number}: a merge's mark {line[:7]!r} where a row is expected: {remedy}")
+    reader = csv.reader(io.StringIO(text, newline=""))
+    check_columns(path, COLUMNS)
     found: list[Measurement] = []
-    for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ResultsError(f"{path}: expected the columns {', '.join(COLUMNS)}")
-            for row in reader:
-                try:
-                    numbers = [float(row[name] or 0) for name in ("p50", "p20", "p80", "tflops", "gbps", "floor")]
-                except (TypeError, ValueError) as error:
-                    raise ResultsError(f"{path}, line {reader.line_num}: {error}") from error
-                subject = Subject(*(row[name] for name in Subject._fields))
-                found.append(Measurement(subject, row["date"], row["commit"], row["dirty"] == "1", *numbers))
-    return sorted(found, key=lambda measurement: measurement.date)
+    line_number = 1
+    try:
+        for cells in reader:
+            if len(cells) not in (0, len(COLUMNS)):
+                end = COLUMNS[min(len(cells), len(COLUMNS)) - 1]
+                raise ResultsError(f"{end}: expected {len(COLUMNS)} cells, found {len(cells)}: a row torn or glued")
+            if cells and line_number > 1:
+                found.append(measurement(dict(zip(COLUMNS, cells, strict=True))))
+            # where the next row begins: a quotation mark that nothing closes takes the lines after it along
+            line_number = reader.line_num + 1
+        if not text.endswith("\n"):
+            line_number = reader.line_num
+            raise ResultsError(f"{COLUMNS[-1]}: expected the end of a line, found that of the file: a row may be torn")
+    except (ResultsError, csv.Error) as error:
+        raise ResultsError(
+            f"{path}, line {line_number}: {error}: mend this line, or delete it and measure again"
+        ) from error
+    return found
+
+
+def check_columns(path: Path, columns: Sequence[str]) -> None:
+    """Whether rows of these columns can be appended to a file, or it is yet to be made.
+
+    Raises:
+        ResultsError: its first line names others.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        found = file.readline().decode(errors="replace").strip()
+    if found != ",".join(columns):
+        raise ResultsError(
+            f"{path}, line 1: expected the columns {','.join(columns)}, found {found[:200]!r}: move the file away"
+        )
+
+
+def file_stem(gpu: str) -> str:
+    """A GPU's name as files have it."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", gpu).strip("_")
+
+
+def append_rows(
+    rows: Sequence[Row], surroundings: Row, folder: Path = RESULTS, *, columns: Sequence[str] = COLUMNS
+) -> Path | None:
+    """Append rows to the GPU's file at once; what a CPU gave is not kept, and None is returned.
+
+    Raises:
+        ResultsError: the file has other columns, or a row is none that could be read again.
+    """
+    if surroundings["gpu"] == "cpu":
+        return None
+    path = folder / f"{file_stem(surroundings['gpu'])}.csv"
+    check_columns(path, columns)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = io.StringIO()
+    writer = csv.DictWriter(made, columns, restval="")
+    for row in rows:
+        cells = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in (surroundings | row).items()}
+        if tuple(columns) == COLUMNS:
+            measurement(dict.fromkeys(COLUMNS, "") | cells)
+        writer.writerow(cells)
+    with path.open("a+b") as file:
+        # one that was torn keeps its line to itself
+        size = file.seek(0, os.SEEK_END)
+        torn = size and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n"
+        head = "\r\n" if torn else "" if size else ",".join(columns) + "\r\n"
+        # in one piece, which a kill cannot tear
+        file.write((head + made.getvalue()).encode())
+    return path
 
 
 def gpus(measurements: Iterable[Measurement]) -> list[str]:
@@ -88,49 +216,6 @@ def gpus(measurements: Iterable[Measurement]) -> list[str]:
 def newest(measurements: Iterable[Measurement]) -> dict[Subject, Measurement]:
     """The last measurement of each subject."""
     return {measurement.subject: measurement for measurement in measurements}
-
-
-class Change(NamedTuple):
-    """A subject before and after.
-
-    Attributes:
-        before: the earlier measurement.
-        after: the later one.
-    """
-
-    before: Measurement
-    after: Measurement
-
-    @property
-    def ratio(self) -> float:
-        """After over before, of the medians."""
-        return self.after.p50 / self.before.p50
-
-    @property
-    def beyond_spread(self) -> bool:
-        """Whether the ranges from p20 to p80 do not touch."""
-        return self.after.p20 > self.before.p80 or self.after.p80 < self.before.p20
-
-
-def compare(measurements: Sequence[Measurement], revision: str) -> list[Change]:
-    """The newest measurement of each subject against the last one at a commit, on the same GPU.
-
-    Raises:
-        ResultsError: nothing was measured at that commit, or nothing since.
-    """
-    known = sorted({measurement.commit for measurement in measurements})
-    at = [m for m in measurements if m.commit and (m.commit.startswith(revision) or revision.startswith(m.commit))]
-    if not at:
-        raise ResultsError(
-            f"{revision}: nothing was measured at this commit; there are: {', '.join(known) or 'none at all'}"
-        )
-    earlier = newest(at)
-    commit = at[0].commit
-    later = newest(m for m in measurements if m.commit != commit and m.date >= min(b.date for b in earlier.values()))
-    changes = [Change(before, later[subject]) for subject, before in earlier.items() if subject in later]
-    if not changes:
-        raise ResultsError(f"{revision}: nothing that was measured there was measured again since")
-    return changes
 
 
 def relative(path: Path) -> str:

@@ -1,6 +1,5 @@
 """The measuring itself, on a CPU: checks come first, variants take turns, nothing a CPU gave is kept."""
 
-import csv
 import dataclasses
 import math
 import re
@@ -9,7 +8,8 @@ import subprocess
 import pytest
 import torch
 
-from benchmarks import bench_loss_curves, bench_start, common, devices
+from benchmarks import bench_int6, bench_loss_curves, bench_start, bench_step, common, devices
+from benchmarks.results import ResultsError, read_results
 
 CPU = torch.device("cpu")
 
@@ -150,23 +150,28 @@ def test_a_gpu_has_the_data_sheet_s_rate_of_its_own_kind():
     assert devices.DEVICES[0].tflops == devices.datasheet_tflops("NVIDIA H100 80GB HBM3")
 
 
-def test_rows_are_kept_for_a_gpu_only(tmp_path):
+def test_a_cpu_s_rows_are_not_kept(tmp_path):
     rows = common.measure(case(), [common.Variant("a", product)], clock(2), common.Ceilings(1.0, 1.0))
     here = common.environment(CPU)
     assert here["gpu"] == "cpu" and here["torch"] == torch.__version__
     assert common.append_rows(rows, here, tmp_path) is None and list(tmp_path.iterdir()) == []
-    there = here | {"gpu": "Some GPU 80GB"}
-    for _ in range(2):
-        path = common.append_rows(rows, there, tmp_path)
-    assert path == tmp_path / "Some_GPU_80GB.csv"
-    with path.open(newline="") as file:
-        kept = list(csv.DictReader(file))
-    assert len(kept) == 4 and tuple(kept[0]) == common.COLUMNS
-    assert float(kept[0]["p50"]) == pytest.approx(rows[0]["p50"], rel=1e-5) and kept[0]["gpu"] == "Some GPU 80GB"
-    path.write_text("p50,p20\n1,2\n")
-    with pytest.raises(ValueError, match="expected the columns date, commit"):
-        common.append_rows(rows, there, tmp_path)
+    # what is measured is what can be read again
+    common.append_rows(rows, here | {"gpu": "Made GPU"}, tmp_path)
+    assert [row.subject.impl for row in read_results(tmp_path)] == ["a", "a again"]
     assert "a again" in common.render(rows, "cpu") and "on cpu" in common.render(rows, "cpu")
+
+
+@pytest.mark.parametrize("bench", [bench_int6, bench_step, bench_loss_curves])
+def test_a_file_of_other_columns_is_refused_before_anything_is_measured(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Made GPU")
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(common.check_place, "__defaults__", (tmp_path, common.COLUMNS))
+    folder = tmp_path / "curves" if bench is bench_loss_curves else tmp_path
+    folder.mkdir(exist_ok=True)
+    (folder / "Made_GPU.csv").write_text("p50,p20\n1,2\n")
+    with pytest.raises(ResultsError, match=r"Made_GPU\.csv, line 1: expected the columns date,commit"):
+        bench.main(["--device", "cuda"])
 
 
 def test_ways_to_compile_are_those_that_this_torch_has(monkeypatch, capsys):
