@@ -35,7 +35,11 @@ def main() -> int:
     reporting.add_argument("--readme", type=Path, default=report.README)
     reporting.add_argument("--plots", type=Path, default=RESULTS.parent / "plots")
     comparing = verbs.add_parser("compare", help="the newest results against those of a commit")
-    comparing.add_argument("revision", metavar="REV", help="commit, as in the column of that name")
+    comparing.add_argument(
+        "revision",
+        metavar="REV",
+        help="commit, branch or tag; or a commit as the results have it, also one that git does not know",
+    )
     measuring = verbs.add_parser("session", help="measure what decides a default on this GPU, most valuable first")
     measuring.add_argument("--minutes", type=float, default=9.0, help="then everything is stopped; default 9")
     measuring.add_argument(
@@ -85,7 +89,7 @@ def print_changes(changes: list[Change]) -> int:
                 verdict = "SLOWER" if change.ratio > 1 else "faster"
                 slower |= change.ratio > 1
             print(
-                f"  {change.before.p50:9.3f} → {change.after.p50:9.3f} ms  {change.ratio - 1:+7.1%}  {verdict:<17}  {change.before.subject}"
+                f"  {change.before.p50:9.3f} → {change.after.p50:9.3f} ms  {change.ratio - 1:+7.1%}  {verdict:<17}  {change.before.subject}: {change.before.code} → {change.after.code}"
             )
     return int(slower)
 

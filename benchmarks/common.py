@@ -12,6 +12,7 @@ import itertools
 import math
 import statistics
 import subprocess
+import sys
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import provenance
 from benchmarks.results import COLUMNS as COLUMNS
 from benchmarks.results import RESULTS as RESULTS
 from benchmarks.results import ROOT as ROOT
@@ -306,10 +308,11 @@ def environment(device: torch.device) -> Row:
     except PackageNotFoundError:
         triton = ""
     on_gpu = device.type == "cuda"
+    code = provenance.code_version()
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": _output("git", "rev-parse", "--short=12", "HEAD"),
-        "dirty": int(bool(_output("git", "status", "--porcelain", "--untracked-files=no"))),
+        "commit": code.commit,
+        "dirty": int(code.dirty),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         "cuda": torch.version.cuda or "",
@@ -386,8 +389,11 @@ class _Parser(argparse.ArgumentParser):
         for name, value in self.full.items():
             if getattr(given, name) is None:
                 setattr(given, name, _TINY[name] if given.tiny else value)
-        if not given.tiny:
+        if given.device.type == "cuda" and not given.tiny:
             check_place(given.device)
+            code = provenance.code_version()
+            if code.problem:
+                print(provenance.warning(code), file=sys.stderr, flush=True)
         return given, rest
 
 

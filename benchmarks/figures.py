@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.results import Measurement, Subject, file_stem, gpus, newest
+from benchmarks.results import Measurement, Subject, codes_by_age, file_stem, gpus, newest
 
 STEP = "step "
 EVALUATION = "evaluation"
@@ -85,13 +85,13 @@ def _over_commits(figure: Figure, panels: dict[str, list[Measurement]], value: C
         axis = figure.add_subplot(rows, columns, number + 1)
         # the last measurement of a way at a commit counts
         lines: dict[str, dict[str, Measurement]] = {}
-        commits = list(dict.fromkeys(m.commit for m in points))
+        codes = codes_by_age(points)
         for m in points:
-            lines.setdefault(m.subject.impl, {})[m.commit] = m
+            lines.setdefault(m.subject.impl, {})[m.code] = m
         others = iter(COLORS * len(lines))
         for impl, of_commit in lines.items():
-            own = list(of_commit.values())
-            places, values = [commits.index(m.commit) for m in own], [value(m) for m in own]
+            own = sorted(of_commit.values(), key=lambda m: codes.index(m.code))
+            places, values = [codes.index(m.code) for m in own], [value(m) for m in own]
             # the spread of the time, carried over to whatever is drawn
             low = [v * (1 - m.p20 / m.p50) for v, m in zip(values, own, strict=True)]
             high = [v * (m.p80 / m.p50 - 1) for v, m in zip(values, own, strict=True)]
@@ -101,8 +101,8 @@ def _over_commits(figure: Figure, panels: dict[str, list[Measurement]], value: C
                 f"{impl} {values[-1]:.1f}", (places[-1], values[-1]), (6, 0), textcoords="offset points", va="center", fontsize=8, color=color
             )  # fmt: skip
         axis.set_title(title, fontsize=9, loc="left")
-        axis.set_xticks(range(len(commits)), commits, fontsize=8)
-        axis.set_xlim(-0.3, len(commits) - 1 + 0.35 * max(len(commits), 1))
+        axis.set_xticks(range(len(codes)), codes, fontsize=8)
+        axis.set_xlim(-0.3, len(codes) - 1 + 0.35 * max(len(codes), 1))
         axis.set_ylim(0, None)
         _bare(axis, "y")
 

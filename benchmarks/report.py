@@ -34,9 +34,8 @@ def tables(measurements: Sequence[Measurement]) -> str:
         for m in rows:
             op, impl, mode, shape, dtype = m.subject[1:]
             floor = f"{m.floor:.3f}" if m.floor else "–"
-            commit = f"{m.commit}{' + changes' if m.dirty else ''}"
             lines.append(
-                f"| {op} | {impl}, {mode} | {shape} {dtype} | {m.p50:.3f} | {m.p20:.3f}–{m.p80:.3f} | {floor} | {commit} |"
+                f"| {op} | {impl}, {mode} | {shape} {dtype} | {m.p50:.3f} | {m.p20:.3f}–{m.p80:.3f} | {floor} | {m.code} |"
             )
         parts.append("\n".join(lines))
     return "\n\n".join(parts) or NOTHING

@@ -9,13 +9,14 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.provenance import ROOT as ROOT
+from benchmarks.provenance import ancestors
 from train.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # p50, p20, p80 and floor are milliseconds per call; n is the number of measurements
 COLUMNS = (
@@ -23,6 +24,8 @@ COLUMNS = (
     *("p50", "p20", "p80", "tflops", "gbps", "floor", "rel_err", "n"),
 )
 DATE = "%Y-%m-%dT%H:%M:%SZ"
+# modes that say how a call was timed, which its duration decides, and not what it did
+TIMINGS = ("eager", "graph")
 MERGE_MARKS = ("<<<<<<<", "|||||||", "=======", ">>>>>>>")
 Row = dict[str, Any]
 
@@ -52,7 +55,7 @@ class Measurement:
     Attributes:
         subject: what was measured.
         date: ISO 8601, UTC.
-        commit: abbreviated commit of the code.
+        commit: abbreviated commit of the code, or what stands for one where there was no git (`provenance.Version`).
         dirty: whether the code differed from the commit.
         p50: milliseconds, the median.
         p20: milliseconds.
@@ -60,6 +63,7 @@ class Measurement:
         tflops: arithmetic rate, 10¹² per second; 0 where not given.
         gbps: traffic rate, 10⁹ bytes per second; 0 where not given.
         floor: computed milliseconds that nothing on that GPU can undercut; 0 where not given.
+        ancestors: commits with rows that this one descends from, as far as git knows.
     """
 
     subject: Subject
@@ -72,6 +76,18 @@ class Measurement:
     tflops: float
     gbps: float
     floor: float
+    ancestors: frozenset[str] = frozenset()
+
+    @property
+    def code(self) -> str:
+        """The commit, for people, and whether there were changes."""
+        return f"{self.commit}{' + changes' * self.dirty}"
+
+    def is_later(self, other: Measurement) -> bool:
+        """Whether the code is a descendant of the other's; the clock decides where neither is one, or git does not know."""
+        if other.commit in self.ancestors or self.commit in other.ancestors:
+            return other.commit in self.ancestors
+        return self.date > other.date
 
 
 def measurement(cells: Mapping[str, str]) -> Measurement:
@@ -94,9 +110,11 @@ def measurement(cells: Mapping[str, str]) -> Measurement:
     for name, value, fits in (("p20", p20, 0 < p20 <= p50), ("p50", p50, p50 > 0), ("p80", p80, p80 >= p50)):
         if not fits:
             raise ResultsError(f"{name}: expected 0 < p20 ≤ p50 ≤ p80, found {value:g} in {p20:g}, {p50:g}, {p80:g}")
-    rates = [_number(name, cells[name]) if cells[name] else 0.0 for name in ("tflops", "gbps", "floor")]
+    tflops, gbps, floor = (_number(name, cells[name] or "0") for name in ("tflops", "gbps", "floor"))
     subject = Subject(*(cells[name] for name in Subject._fields))
-    return Measurement(subject, cells["date"], cells["commit"], cells["dirty"] == "1", p50, p20, p80, *rates)
+    return Measurement(
+        subject, cells["date"], cells["commit"], cells["dirty"] == "1", p50, p20, p80, tflops, gbps, floor
+    )
 
 
 def _is_date(text: str) -> bool:
@@ -118,12 +136,14 @@ def _number(name: str, text: str) -> float:
 
 
 def read_results(folder: Path = RESULTS) -> list[Measurement]:
-    """All rows of all GPUs, by date.
+    """All rows of all GPUs, by date, with what git knows of their commits.
 
     Raises:
         ResultsError: by file, line and field, something that no benchmark writes.
     """
     found = [row for path in sorted(folder.glob("*.csv")) for row in _read_file(path)]
+    behind = ancestors({row.commit for row in found})
+    found = [replace(row, ancestors=behind.get(row.commit, frozenset())) for row in found]
     return sorted(found, key=lambda row: row.date)
 
 
@@ -214,8 +234,29 @@ def gpus(measurements: Iterable[Measurement]) -> list[str]:
 
 
 def newest(measurements: Iterable[Measurement]) -> dict[Subject, Measurement]:
-    """The last measurement of each subject."""
-    return {measurement.subject: measurement for measurement in measurements}
+    """The last measurement of each subject; one that is now short enough for a graph, or no longer, is not two."""
+    rows: dict[Subject, list[Measurement]] = {}
+    for row in measurements:
+        timing = row.subject.mode in TIMINGS
+        rows.setdefault(row.subject._replace(mode="") if timing else row.subject, []).append(row)
+    return {last.subject: last for last in map(latest, rows.values())}
+
+
+def latest(rows: Sequence[Measurement]) -> Measurement:
+    """The last by date of those, given by date, whose commit no other's descends from."""
+    behind = frozenset[str]().union(*(row.ancestors for row in rows))
+    return [row for row in rows if row.commit not in behind][-1]
+
+
+def codes_by_age(rows: Iterable[Measurement]) -> list[str]:
+    """What was measured, as `Measurement.code`: a commit before its descendants, and otherwise by the first date."""
+    left = {row.code: row for row in rows}
+    ordered = []
+    while left:
+        commits = {row.commit for row in left.values()}
+        ordered.append(next(code for code, row in left.items() if not row.ancestors & commits))
+        del left[ordered[-1]]
+    return ordered
 
 
 def relative(path: Path) -> str:

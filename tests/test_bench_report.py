@@ -90,7 +90,9 @@ def test_a_change_counts_beyond_the_spread(results: Path) -> None:
 def test_other_gpus_and_unknown_commits_are_not_compared(results: Path) -> None:
     measurements = read_results(results)
     assert all(change.before.subject.gpu == MADE for change in compare(measurements, "aaaaaaa"))
-    with pytest.raises(ResultsError, match=r"ccccccc: nothing was measured.*aaaaaaa, bbbbbbb"):
+    with pytest.raises(
+        ResultsError, match=r"'ccccccc': expected a commit at which something was measured.*aaaaaaa, bbbbbbb"
+    ):
         compare(measurements, "ccccccc")
     with pytest.raises(ResultsError, match="nothing that was measured there was measured again"):
         compare(measurements, "bbbbbbb")
