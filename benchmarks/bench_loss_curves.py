@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # all curves attend by one back end
     config = config.replace(attention=choose_attention(config, device, share_sequences(config)).name)
 
-    tokens = functools.partial(token_source, config, arguments.data)
+    tokens = functools.partial(token_source, config, arguments.data, device)
     starts = [config.replace(seed=config.seed + number) for number in range(arguments.seeds)]
     curves = {f"{first}, seed {start.seed}": train(start, first, tokens(), steps, device) for start in starts}
     seeds = list(curves.values())

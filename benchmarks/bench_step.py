@@ -85,7 +85,7 @@ class Bench:
 
     def tokens(self) -> Tokens:
         """The same tokens again, from the first on."""
-        return token_source(self.config, self.data)
+        return token_source(self.config, self.data, self.clock.device)
 
     def step_flops(self, recurrence: bool) -> float:
         mflop: float = describe(self.config, {})["mflop_per_token"][phase_name(recurrence)]
@@ -222,8 +222,11 @@ def measure_ways(names: list[str], bench: Bench, recurrence: bool, traces: Path 
         "of sheet",
         "GPU busy",
         "idle",
-        "peak MiB",
+        "step MiB",
         "first s",
+    )
+    print(
+        "step MiB: most that a step allocates above what stands between steps: all ways' weights, optimizers, averages"
     )
     print(f"{'':<28}" + "".join(f"{column:>10}" for column in columns))
     base = next(iter(rows.values()), None)

@@ -25,7 +25,7 @@ from benchmarks.published import PublishedStep
 from golf_kernels import dispatch
 from golf_kernels.sharding import assign
 from train.config import MICRO_BATCHES, Config
-from train.data.loaders import Stream
+from train.data.loaders import Batch, Stream, unpack
 from train.data.shards import find_shards
 from train.distributed import Ranks
 from train.errors import UserError
@@ -39,6 +39,7 @@ from train.optimize.averaging import EMA
 from train.optimize.groups import build_optimizers, split_parameters
 from train.recipes import load_recipe
 
+CPU = torch.device("cpu")
 TINY = {"model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 512, "train_seq_len": 64, "bigram_dim": 16}
 
 
@@ -176,9 +177,9 @@ def share_sequences(config: Config) -> int:
     return config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
 
 
-def token_source(config: Config, data: Path | None) -> Tokens:
-    """The share's tokens from the first on: of the shards in a folder, or made."""
-    return MadeTokens(config) if data is None else ShardTokens(config, data)
+def token_source(config: Config, data: Path | None, device: torch.device) -> Tokens:
+    """The share's tokens from the first on, of the shards in a folder or made, from where the device takes them."""
+    return MadeTokens(config, device=device) if data is None else ShardTokens(config, data, device)
 
 
 class Tokens(Protocol):
@@ -190,43 +191,47 @@ class Tokens(Protocol):
 class MadeTokens:
     """Random tokens in the place of a loader, so that a step is measured and not a disk."""
 
-    def __init__(self, config: Config, seed: int = 0) -> None:
+    def __init__(self, config: Config, seed: int = 0, device: torch.device = CPU) -> None:
         self.shape = (share_sequences(config), config.train_seq_len + 1)
-        self.vocab_size = config.vocab_size
+        self.vocab_size, self.device = config.vocab_size, device
         self.generator = np.random.default_rng(seed)
 
     def next(self) -> np.ndarray:
         """`(sequences, length + 1)` uint16, Zipf-like as text is."""
         ranks = self.generator.zipf(1.2, self.shape)
-        return np.minimum(ranks, self.vocab_size - 1).astype(np.uint16)
+        return loaded(np.minimum(ranks, self.vocab_size - 1).astype(np.uint16), self.device)
 
 
 class ShardTokens:
     """The tokens of a dataset's training shards, in their order."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: Config, folder: Path, device: torch.device = CPU) -> None:
         self.stream = Stream(find_shards(folder, "train"), config.vocab_size)
-        self.shape = (share_sequences(config), config.train_seq_len + 1)
+        self.shape, self.device = (share_sequences(config), config.train_seq_len + 1), device
         self.place = 0
 
     def next(self) -> np.ndarray:
         """`(sequences, length + 1)` uint16."""
         rows = self.stream.span(self.place, self.shape[0] * self.shape[1])
         self.place += len(rows)
-        return rows.reshape(self.shape)
+        return loaded(rows.reshape(self.shape), self.device)
+
+
+def loaded(rows: np.ndarray, device: torch.device) -> np.ndarray:
+    """The rows in pinned memory where the device is a GPU: there the trainer's thread has them before a step begins."""
+    if device.type != "cuda":
+        return rows
+    return torch.from_numpy(rows.view(np.int16)).pin_memory().numpy().view(np.uint16)
 
 
 class OneBatch:
-    """A loader that gives one batch, from pinned memory as the trainer's does."""
+    """A loader that gives one batch, and sends it to the device as the trainer's does."""
 
     def __init__(self, tokens: np.ndarray, device: torch.device) -> None:
-        batch = torch.from_numpy(tokens.astype(np.int32))
-        if device.type == "cuda":
-            batch = batch.pin_memory().to(device, non_blocking=True)
-        self.batch = batch.long()
+        self.rows, self.device = torch.from_numpy(tokens.view(np.int16)), device
 
-    def next_batch(self) -> list[tuple[Tensor, Tensor]]:
-        return [(self.batch[:, :-1], self.batch[:, 1:])]
+    def next_batch(self) -> list[Batch]:
+        return [unpack(self.rows, self.device)]
 
 
 def trainer_step(

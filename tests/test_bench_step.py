@@ -322,10 +322,35 @@ def test_golf_without_an_operator_has_all_other_kernels() -> None:
 
 def test_tokens_of_shards_follow_each_other(tmp_path: Path) -> None:
     config = load_recipe("quickstart").config(**NARROW)
-    write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(200, dtype=np.uint16) % 300)
-    tokens = ShardTokens(config, tmp_path)
+    tokens = ShardTokens(config, write_tokens(tmp_path))
     first, second = tokens.next(), tokens.next()
     assert first.shape == (2, 33) and np.array_equal(np.concatenate([first, second]).ravel(), np.arange(132) % 300)
+
+
+def test_a_batch_is_in_pinned_memory_before_the_step_and_arrives_as_the_trainers_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor.dtype), tensor.clone())[1])
+    config = load_recipe("quickstart").config(**NARROW)
+    for tokens in (MadeTokens(config), ShardTokens(config, write_tokens(tmp_path))):
+        tokens.device, before = CUDA, len(pinned)
+        batch = tokens.next()
+        assert batch.dtype == np.uint16 and pinned[before:] == [torch.int16]
+    assert isinstance(ways.token_source(config, None, CUDA).next(), np.ndarray) and len(pinned) == 3
+    (variant,) = make_variants(config, ["torch"], CPU)
+    variant.run(batch, False)
+    assert len(pinned) == 3
+    # of 16 bits all count
+    rows = np.array([[1, 40000, 65535], [7, 0, 32768]], dtype=np.uint16)
+    ((inputs, targets),) = ways.OneBatch(rows, CPU).next_batch()
+    assert inputs.tolist() == [[1, 40000], [7, 0]] and targets.tolist() == [[40000, 65535], [0, 32768]]
+    assert inputs.dtype == torch.int64 and inputs.is_contiguous() and targets.is_contiguous()
+
+
+def write_tokens(folder: Path) -> Path:
+    write_shard(folder / "fineweb_train_000000.bin", np.arange(200, dtype=np.uint16) % 300)
+    return folder
 
 
 def test_made_tokens_are_the_same_for_every_way_and_inside_the_vocabulary() -> None:
@@ -363,6 +388,7 @@ def test_the_command_prints_a_table_and_keeps_nothing_from_a_cpu(tmp_path: Path)
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
+    assert "step MiB: most that a step allocates above what stands between steps" in result.stdout
     assert "before recurrence, on cpu" in result.stdout and "after recurrence, on cpu" in result.stdout
     for way in ("published", "golf"):
         assert f"\n{way} " in result.stdout

@@ -267,7 +267,7 @@ class Loader:
         """
         rows, self.state = (self.pending or self.thread.submit(self._prepare)).result()
         self.pending = self.thread.submit(self._prepare)
-        return [self._unpack(row) for row in rows]
+        return [unpack(row, self.device) for row in rows]
 
     def state_dict(self) -> State:
         """Where the order stands after the batches that were served; numbers, strings and lists only."""
@@ -287,10 +287,12 @@ class Loader:
             rows = [row.pin_memory() for row in rows]
         return rows, self.order.state_dict()
 
-    def _unpack(self, row: torch.Tensor) -> Batch:
-        # torch has little arithmetic for uint16: the mask undoes the sign
-        ids = row.to(self.device, non_blocking=True).to(torch.int64) & 0xFFFF
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+def unpack(row: torch.Tensor, device: torch.device) -> Batch:
+    """Inputs and targets `(sequences, seq_len)` int64 on the device from rows of 16-bit integers, one token longer."""
+    # torch has little arithmetic for uint16: the mask undoes the sign
+    ids = row.to(device, non_blocking=True).to(torch.int64) & 0xFFFF
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 LOADERS: dict[str, Callable[[Stream, int, int, int], Order]] = {
