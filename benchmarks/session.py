@@ -344,7 +344,10 @@ def run_session(out: Path, minutes: float, only: str, skip: str = "", *, tiny: b
         )
     pieces = plan(tiny=tiny)
     wanted, skipped = _names("--only", only, pieces), _names("--skip", skip, pieces)
-    pieces = [piece for piece in pieces if (not wanted or piece.name in wanted) and piece.name not in skipped]
+    if not wanted:
+        # what is run in the place of a piece is left out with it
+        wanted = {piece.name for piece in pieces if piece.instead_of not in skipped or not piece.instead_of}
+    pieces = [piece for piece in pieces if piece.name in wanted - skipped]
     if not pieces:
         raise ValueError("--skip: no piece is left: expected fewer names")
     stretch(pieces, 60 * minutes)

@@ -132,6 +132,10 @@ def test_test_files_share_a_gpu_as_far_as_its_memory_goes(
 def test_pieces_are_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_session(tmp_path, 9, "step,tests,int6", "tests", tiny=False, listing=True) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", "int6"]
+    assert run_session(tmp_path, 9, "", "step", tiny=False, listing=True) == 0
+    assert capsys.readouterr().out.startswith("kernel ")
+    assert run_session(tmp_path, 9, "step_without_kernels", tiny=False, listing=True) == 0
+    assert capsys.readouterr().out.startswith("step_without_kernels ")
     with pytest.raises(ValueError, match="--skip: no piece nothing: expected some of step,"):
         run_session(tmp_path, 9, "", "nothing", tiny=False, listing=True)
     with pytest.raises(ValueError, match="--skip: no piece is left"):
