@@ -28,7 +28,7 @@ import torch
 from benchmarks.common import COLUMNS, NOTHING_TO_RUN, RESULTS, ROOT
 from benchmarks.report import tables
 from benchmarks.results import ResultsError, read_results
-from benchmarks.ways import step_kernels
+from benchmarks.ways import refuse_forced, step_kernels
 from train.files import atomic_write
 from train.inductor import SWITCHES
 
@@ -337,6 +337,7 @@ def run_session(out: Path, minutes: float, only: str, skip: str = "", *, tiny: b
 
     Raises:
         ValueError: there is no GPU, no such piece, no time for one, or the folder holds something already.
+        UserError: GOLF_BACKEND is set.
     """
     if not SHORTEST_S / 60 <= minutes < math.inf:
         raise ValueError(
@@ -355,6 +356,7 @@ def run_session(out: Path, minutes: float, only: str, skip: str = "", *, tiny: b
         for piece in pieces:
             print(f"{piece.name:<28}{piece.limit_s:>5.0f} s at most  {_first_command(piece)}")
         return 0
+    refuse_forced()
     if not tiny and not torch.cuda.is_available():
         raise ValueError("there is no GPU here: --tiny runs the session on small shapes, which measures nothing")
     if out.exists() and any(out.iterdir()):

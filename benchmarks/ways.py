@@ -153,17 +153,26 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def share_config(recipe: str, device: torch.device, *, tiny: bool, attention: str = "auto") -> Config:
-    """A recipe's settings as a share of its step is measured: compiled on a GPU, and narrow where `tiny`.
+def refuse_forced() -> None:
+    """Refuse GOLF_BACKEND, which the ways would override.
 
     Raises:
-        UserError: there is no such attention back end, or GOLF_BACKEND is set, which the ways would override.
+        UserError: it is set.
     """
     if text := os.environ.get(dispatch.ENVIRONMENT_VARIABLE):
         raise UserError(
             f"{dispatch.ENVIRONMENT_VARIABLE}={text} is set, but each of the ways has back ends of its own: unset it, and name "
             "them as a way, such as --ways torch,muon_step=triton"
         )
+
+
+def share_config(recipe: str, device: torch.device, *, tiny: bool, attention: str = "auto") -> Config:
+    """A recipe's settings as a share of its step is measured: compiled on a GPU, and narrow where `tiny`.
+
+    Raises:
+        UserError: there is no such attention back end, or GOLF_BACKEND is set, which the ways would override.
+    """
+    refuse_forced()
     changes: dict[str, Any] = {"compile": "on" if device.type == "cuda" else "off", "attention": attention}
     if tiny:
         changes |= TINY | {"train_batch_tokens": MICRO_BATCHES * 2 * TINY["train_seq_len"], "compute_dtype": "float32"}

@@ -17,7 +17,7 @@ from test_bench_report import row, write
 from benchmarks import session
 from benchmarks.__main__ import main
 from benchmarks.session import Piece, Session, gpu_tests, op_benches, plan, run_session
-from train.errors import main_guard
+from train.errors import UserError, main_guard
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -294,6 +294,15 @@ def test_a_tiny_session_gives_each_process_one_thread(tmp_path: Path, monkeypatc
             monkeypatch.delenv("OMP_NUM_THREADS")
         assert run_session(tmp_path / str(wanted), 1, "int6", tiny=True, listing=False) == 0
     assert threads == ["3", "1"]
+
+
+def test_back_ends_that_every_way_would_refuse_are_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOLF_BACKEND", "xsa=triton")
+    with pytest.raises(UserError, match=r"GOLF_BACKEND=xsa=triton is set, .* unset it"):
+        run_session(tmp_path / "out", 1, "int6", tiny=True, listing=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
