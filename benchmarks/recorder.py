@@ -161,15 +161,10 @@ def launches_listed(kernels: list[Kernel]) -> Iterator[None]:
         yield
 
 
-def backend_of(op: str) -> dispatch.Backend:
-    """The back end that an operator takes on a GPU."""
-    return dispatch.choose(op, device="cuda").backend
-
-
 def run_operator(op: str, kernels: list[Kernel], *args: Any) -> Any:
     """An operator on its back end, whose launches are added to `kernels`."""
     with launches_listed(kernels):
-        return dispatch.run_on(backend_of(op), op, *args)
+        return dispatch.run_on(dispatch.choose(op, *args).backend, op, *args)
 
 
 def operator_kernels(operator: Any, args: Iterable[Any]) -> list[Kernel]:
@@ -208,7 +203,7 @@ def fused_muon_listed(recorder: Recorder) -> Iterator[None]:
     call = dispatch.call
 
     def listed(op: str, *args: Any) -> Any:
-        if op != "muon_step" or backend_of(op) == "torch":
+        if op != "muon_step" or dispatch.choose(op, device="cuda").backend == "torch":
             return call(op, *args)
         optimizer: Muon = args[1]
         for _, params in args[2]:

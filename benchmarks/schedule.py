@@ -124,12 +124,33 @@ def step_kernels(config: Config, way: str, recurrence: bool) -> Step:
     return Step(way, forward, backward, recorder.kernels, recorder.waits, graphs)
 
 
+def described_flops(config: Config, recurrence: bool) -> float:
+    """Arithmetic of a share's step as `--describe` has it."""
+    phase = "after_recurrence" if recurrence else "before_recurrence"
+    tokens = share_sequences(config) * config.train_seq_len
+    return float(1e6 * tokens * describe(config, {})["mflop_per_token"][phase])
+
+
+def check_complete(step: Step, flops: float) -> None:
+    """Refuse a schedule without all products.
+
+    Raises:
+        UserError: some of the described arithmetic is missing, as where Inductor hides a part of a graph in another.
+    """
+    found = sum(kernel.flops for kernel in (*step.forward, *step.backward))
+    if found < (1 - 1e-9) * flops:
+        raise UserError(
+            f"--ways: {step.way}: its schedule has {found / 1e12:.2f} TFLOP of the {flops / 1e12:.2f} described: what is compiled as "
+            "a graph inside a graph is not listed: leave this way out"
+        )
+
+
 def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Device) -> str:
     """ms per step by family and way, and what follows from them."""
     reached = REACHED[device.name]
     tokens = share_sequences(config) * config.train_seq_len
     phase = "after recurrence" if recurrence else "before recurrence"
-    flops = 1e6 * tokens * describe(config, {})["mflop_per_token"][phase.replace(" ", "_")]
+    flops = described_flops(config, recurrence)
     times = [family_ms(step.kernels, device) for step in steps]
     totals = [step.ms(device) for step in steps]
     rows: list[tuple[str, list[str]]] = [
@@ -236,6 +257,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for recurrence in sorted({False, bool(config.recur_layers)}):
         if arguments.phase in ("both", "after" if recurrence else "before"):
             steps = [step_kernels(config, way, recurrence) for way in ways]
+            for step in steps:
+                check_complete(step, described_flops(config, recurrence))
             print(table(config, steps, recurrence, device), end="\n\n")
             for step in steps:
                 print(largest(step, device, arguments.largest), end="\n\n", flush=True)

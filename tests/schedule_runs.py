@@ -16,6 +16,7 @@ from benchmarks import bench_leaky_relu2_mlp, bench_mix_rms_norm, bench_qk_norm_
 from benchmarks.compiled import PROPERTIES, Scheduled, planning_for_an_absent_gpu
 from benchmarks.devices import Kernel
 from benchmarks.recorder import Recorder
+from benchmarks.ways import all_kernels
 from golf_kernels import dispatch
 from golf_kernels.qk_norm_rope import written_out
 from train.config import MICRO_BATCHES, Config
@@ -185,6 +186,14 @@ def test_an_operator_moves_what_its_benchmark_counts(bench: Any, monkeypatch: py
     found = [total(recorder.kernels[:first]), total(recorder.kernels[first:])]
     # beside the large tensors there are tables and parts of sums
     assert found == pytest.approx(list(chain.traffic(chain.shapes[0])["triton"].values()), rel=0.03)
+
+
+def test_a_kernel_of_the_host_is_not_run_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with on_kernels(monkeypatch) as recorder:
+        # as in the way golf, where nothing but the native module has int6
+        monkeypatch.setenv("GOLF_BACKEND", all_kernels())
+        torch.ops.golf.int6_fake_quantize(empty(5, 7, dtype=torch.float32), empty(5, dtype=torch.float32))
+    assert {kernel.name.partition("::")[0] for kernel in recorder.kernels} == {"aten"}
 
 
 def test_the_block_of_the_mlp_launches_what_its_benchmark_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,13 @@ def test_equal_kernels_stand_together_and_families_add_up() -> None:
     assert lines[2].endswith("backward  absent::attention_backward") and len(lines) == 3
 
 
+def test_a_schedule_without_all_products_is_refused() -> None:
+    step = schedule.Step("torch+x", [Kernel("aten::mm", 2e12, 1.0)], [Kernel("aten::mm", 3e12, 1.0)], [], 0, [])
+    schedule.check_complete(step, 5e12)
+    with pytest.raises(UserError, match=r"torch\+x: its schedule has 5.00 TFLOP of the 5.10 described"):
+        schedule.check_complete(step, 5.1e12)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
