@@ -190,20 +190,20 @@ def test_a_gpus_profile_without_kernels_is_no_profile_of_the_cpu(tmp_path: Path)
     trace = made_trace(events)
     assert kernel_times(trace) == [] and busy_ms(trace, 1) is None
     for event in events:
-        event.name, event.kernels, event.cpu_parent = event.key, [], None
+        event.kernels, event.cpu_parent = [], None
     assert write_breakdowns(tmp_path, "", trace, 1, "title") == NO_KERNELS
     assert list(tmp_path.iterdir()) == []
 
 
 def made_event(name: str, start: float, end: float, *, gpu: bool = True, annotation: bool = False) -> SimpleNamespace:
     return SimpleNamespace(
-        key=name, device_type=DeviceType.CUDA if gpu else DeviceType.CPU, is_user_annotation=annotation,
+        name=name, device_type=DeviceType.CUDA if gpu else DeviceType.CPU, is_user_annotation=annotation,
         time_range=SimpleNamespace(start=start, end=end), self_device_time_total=end - start, self_cpu_time_total=end - start,
     )  # fmt: skip
 
 
 def made_trace(events: list[SimpleNamespace], activity: ProfilerActivity = ProfilerActivity.CUDA) -> SimpleNamespace:
-    return SimpleNamespace(activities={activity}, events=lambda: events, key_averages=lambda: events)
+    return SimpleNamespace(activities={activity}, events=lambda: events)
 
 
 def test_ranges_and_overlaps_are_no_time_of_the_gpu() -> None:
@@ -224,7 +224,7 @@ def launched(
     name: str, microseconds: list[float], parent: object = None, *, annotation: bool = False
 ) -> SimpleNamespace:
     return SimpleNamespace(
-        name=name, key=name, device_type=DeviceType.CPU, is_user_annotation=annotation, cpu_parent=parent,
+        name=name, device_type=DeviceType.CPU, is_user_annotation=annotation, cpu_parent=parent,
         kernels=[SimpleNamespace(duration=us) for us in microseconds], self_cpu_time_total=1e6, self_device_time_total=0,
     )  # fmt: skip
 
