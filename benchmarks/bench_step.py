@@ -124,22 +124,19 @@ def measure_steps(
     device, rounds = bench.clock.device, bench.clock.rounds
     tokens = bench.tokens()
     batches = [tokens.next() for _ in range(bench.warmup_steps)]
+    means: dict[str, float] = {}
     problems: list[str] = []
     for variant in variants:
-        variant.times_ms = []
-        if variant.warmup_loss is not None:
-            continue
         try:
             started = time.perf_counter()
             losses = [float(variant.run(batches[0], recurrence))]
             variant.first_step_s = time.perf_counter() - started
             losses += [float(variant.run(batch, recurrence)) for batch in batches[1:]]
-            variant.warmup_loss = statistics.fmean(losses)
+            means[variant.name] = statistics.fmean(losses)
         # whatever a kernel or the compiler dies of, the other ways have figures
         except Exception as error:
             traceback.print_exc()
             problems.append(said_of(variant, error))
-    means = {variant.name: variant.warmup_loss for variant in variants if variant.warmup_loss is not None}
     wanted = next(iter(means.values()), float("nan"))
     errors = {name: abs(mean - wanted) / wanted for name, mean in means.items()}
     for name, distance in list(errors.items()):

@@ -53,7 +53,6 @@ class StepVariant:
         step: takes token ids `(sequences, length + 1)` and whether layers repeat, and returns the loss.
         times_ms: measured.
         first_step_s: seconds of the first step, in which it was compiled.
-        warmup_loss: mean loss of the steps before it was timed; None before them.
     """
 
     name: str
@@ -61,7 +60,6 @@ class StepVariant:
     step: Callable[[np.ndarray, bool], Tensor]
     times_ms: list[float] = field(default_factory=list)
     first_step_s: float = float("nan")
-    warmup_loss: float | None = None
 
     def run(self, tokens: np.ndarray, recurrence: bool) -> Tensor:
         with dispatch.forced(self.backends):
