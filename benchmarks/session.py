@@ -309,12 +309,15 @@ def summary(pieces: Sequence[Piece]) -> str:
 
 
 def rest(pieces: Sequence[Piece]) -> str:
-    """The command that goes on with what found no time."""
+    """The commands that go on with what found no time, and without the kernels that failed."""
+    failed = re.findall(r"\bkernel_(\w+) (?:failed|stopped at \d)", "; ".join(piece.verdict for piece in pieces))
+    command = f"python -m benchmarks.bench_step --ways published,torch,golf-{'-'.join(failed)}"
+    others = f"To measure the other kernels together: `{command}`\n\n" if failed else ""
     left = [piece for piece in pieces if piece.unfinished]
     minutes = math.ceil(sum(piece.limit_s for piece in left if not piece.instead_of) / 60)
     names = ",".join(piece.name for piece in left)
     command = f"python -m benchmarks session --minutes {max(minutes, 1)} --out session_2 --only {names}"
-    return f"To go on with what found no time: `{command}`\n\n" if left else ""
+    return (f"To go on with what found no time: `{command}`\n\n" if left else "") + others
 
 
 def _first_command(piece: Piece) -> str:

@@ -84,6 +84,17 @@ def test_a_process_that_hangs_costs_only_itself(tmp_path: Path, capsys: pytest.C
     assert "`python -m benchmarks session --minutes 1 --out session_2 --only several`" in summary
 
 
+def test_kernels_that_fail_are_left_out_of_the_step_that_is_offered(tmp_path: Path) -> None:
+    commands = {"kernel_xsa": script("raise SystemExit(1)"), "kernel_muon_step": script("import time; time.sleep(60)")}
+    pieces = [Piece("kernel", 60, commands | {"kernel_other": script("")}, each_s=3)]
+    assert not Session(tmp_path / "out", 300, tmp_path / "results").run(pieces)
+    command = "`python -m benchmarks.bench_step --ways published,torch,golf-xsa-muon_step`"
+    assert f"To measure the other kernels together: {command}\n" in (tmp_path / "out" / "summary.md").read_text()
+    # for want of time no kernel has failed
+    pieces[0].verdict = "kernel_xsa stopped at the limit; stopped before kernel_other"
+    assert "other kernels" not in session.rest(pieces)
+
+
 def test_tests_that_never_ran_are_counted_and_the_one_that_ran_last_is_named(tmp_path: Path) -> None:
     tests = tmp_path / "test_made.py"
     tests.write_text(
