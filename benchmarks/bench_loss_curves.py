@@ -1,4 +1,4 @@
-"""Training losses of one GPU's share of a recipe with and without a kernel, beside what another seed changes.
+"""Training losses of a recipe with and without a kernel, on one GPU's share of the batch, beside what another seed changes.
 
 The first of the `--ways` (`benchmarks.ways` names them) is trained from several seeds, the others from the first seed, all
 on the same tokens. A way's distance is its mean |difference| from the first way's curve of the same seed, the spread that
@@ -44,7 +44,7 @@ Curves = dict[str, np.ndarray]
 
 def train(config: Config, way: str, tokens: Tokens, steps: int, device: torch.device) -> np.ndarray:
     """The loss of each step, from the weights of the configuration's seed."""
-    (variant,) = make_variants(config, [way], device)
+    (variant,) = make_variants(config, [way], device, whole=True)
     # read at the end alone, so that the host runs ahead as it does in training
     losses = [variant.run(tokens.next(), False).detach() for _ in range(steps)]
     return torch.stack(losses).double().cpu().numpy()

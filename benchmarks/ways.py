@@ -4,7 +4,8 @@
 operators, `golf` is this trainer on all kernels, `golf-op` on all but one, and `op=backend` is `torch` with that one
 switched. On a GPU a way that lacks a kernel never has the name `golf`: `named_ways` calls it `golf-op`.
 `WAY+SWITCH` is a way with one of Inductor's switches (`train.inductor`). The share is what one of 8 GPUs has: an eighth of
-the batch, and the matrices that one rank orthogonalizes. What the ranks would exchange is not in it.
+the batch, and the matrices that one rank orthogonalizes, or all of them where losses are compared. What the ranks would
+exchange is not in it.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class StepVariant:
         name: of the way.
         backends: value of GOLF_BACKEND while it runs.
         step: takes token ids `(sequences, length + 1)` and whether layers repeat, and returns the loss.
+        weights: what a step changes in place: "matrix", "embedding" and "scalar" weights, and their "average" if there is one.
         times_ms: measured.
         first_step_s: seconds of the first step, in which it was compiled.
     """
@@ -58,12 +60,21 @@ class StepVariant:
     name: str
     backends: str
     step: Callable[[np.ndarray, bool], Tensor]
+    weights: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     times_ms: list[float] = field(default_factory=list)
     first_step_s: float = float("nan")
 
     def run(self, tokens: np.ndarray, recurrence: bool) -> Tensor:
         with dispatch.forced(self.backends):
             return self.step(tokens, recurrence)
+
+    def flat_weights(self) -> dict[str, Tensor]:
+        """A copy of all weights of each kind, flat, in float32."""
+        return {
+            kind: torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+            for kind, tensors in self.weights.items()
+            if tensors
+        }
 
 
 def all_kernels(without: Iterable[str] = ()) -> str:
@@ -196,17 +207,25 @@ class Tokens(Protocol):
 
 
 class MadeTokens:
-    """Random tokens in the place of a loader, so that a step is measured and not a disk."""
+    """Random tokens in the place of a loader, so that a step is measured and not a disk.
+
+    Half of them follow from the one before, by a fixed permutation of the vocabulary; the others are Zipf-like, as text is.
+    So there is something to learn that no embedding can hold alone.
+    """
 
     def __init__(self, config: Config, seed: int = 0, device: torch.device = CPU) -> None:
         self.shape = (share_sequences(config), config.train_seq_len + 1)
         self.vocab_size, self.device = config.vocab_size, device
         self.generator = np.random.default_rng(seed)
+        self.follower = self.generator.permutation(config.vocab_size)
 
     def next(self) -> np.ndarray:
-        """`(sequences, length + 1)` uint16, Zipf-like as text is."""
-        ranks = self.generator.zipf(1.2, self.shape)
-        return loaded(np.minimum(ranks, self.vocab_size - 1).astype(np.uint16), self.device)
+        """`(sequences, length + 1)` uint16."""
+        tokens = np.minimum(self.generator.zipf(1.2, self.shape), self.vocab_size - 1)
+        follows = self.generator.random(self.shape) < 0.5
+        for place in range(1, self.shape[1]):
+            tokens[:, place] = np.where(follows[:, place], self.follower[tokens[:, place - 1]], tokens[:, place])
+        return loaded(tokens.astype(np.uint16), self.device)
 
 
 class ShardTokens:
@@ -243,8 +262,8 @@ class OneBatch:
 
 def trainer_step(
     model: GPT, config: Config, share: list[int], device: torch.device, options: Mapping[str, Any] | None
-) -> Callable[..., Tensor]:
-    """The trainer's own step on one rank's share: its loop, its optimizers, its moving average."""
+) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
+    """The trainer's own step on one rank's share: its loop, its optimizers, and its moving average by name of the weights."""
     # one micro-batch is the whole of a rank's part of the step
     ranks = Ranks(world_size=MICRO_BATCHES, device=device)
     optimizers = build_optimizers(model, config, owned=share)
@@ -259,7 +278,7 @@ def trainer_step(
             average.update()
         return loss
 
-    return step
+    return step, average.average() if average else {}
 
 
 def check_ways(names: Iterable[str]) -> None:
@@ -296,15 +315,26 @@ def backends_of(way: str) -> str:
     return all_kernels(without) if golf == "golf" else "torch" if way == "torch" else f"torch,{way}"
 
 
-def make_variants(config: Config, names: list[str], device: torch.device) -> list[StepVariant]:
-    """The ways to measure, each with a model of its own that starts from the same weights."""
+def make_variants(config: Config, names: list[str], device: torch.device, *, whole: bool = False) -> list[StepVariant]:
+    """The ways to measure, each with a model of its own that starts from the same weights.
+
+    Args:
+        config: the recipe.
+        names: of the ways.
+        device: where they run.
+        whole: update every matrix, so that losses are those of a training; otherwise one rank's share.
+    """
     check_ways(names)
     torch.manual_seed(config.seed)
     first = GPT(config).to(device)
     use_attention(first, choose_attention(config, device, share_sequences(config)).name)
-    matrices = list(split_parameters(first, config)["matrix"].values())
+    matrices: list[Tensor] = list(split_parameters(first, config)["matrix"].values())
     owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), MICRO_BATCHES)
-    share = [number for number, owner in enumerate(owners) if owner == 0]
+    share = [number for number, owner in enumerate(owners) if whole or owner == 0]
+    if not whole:
+        # a block's output begins as zero; where nobody updates it, all gradients before it would stay zero
+        with torch.no_grad():
+            torch._foreach_add_(matrices, [torch.randn_like(matrix) for matrix in matrices], alpha=0.02)
     variants = []
     for name in names:
         model = copy.deepcopy(first)
@@ -314,11 +344,20 @@ def make_variants(config: Config, names: list[str], device: torch.device) -> lis
                     module.as_published = True
             # torch.compile's defaults, whatever train.inductor has chosen
             compiled = compiled_loss(model, config, device, {})
-            variants.append(StepVariant(name, "torch", PublishedStep(model, config, share, compiled)))
+            plain = PublishedStep(model, config, share, compiled)
+            variants.append(StepVariant(name, "torch", plain, weights_of(model, config, plain.average)))
             continue
         way, _, switch = name.partition("+")
         backends = backends_of(way)
         options = chosen_options()[0] | dict(parse_switch(switch).options) if switch else None
         with dispatch.forced(backends):
-            variants.append(StepVariant(name, backends, trainer_step(model, config, share, device, options)))
+            step, average = trainer_step(model, config, share, device, options)
+        variants.append(StepVariant(name, backends, step, weights_of(model, config, average)))
     return variants
+
+
+def weights_of(model: GPT, config: Config, average: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """The trained weights by kind, and their average."""
+    kinds = split_parameters(model, config)
+    weights: dict[str, list[Tensor]] = {kind: list(parameters.values()) for kind, parameters in kinds.items()}
+    return weights | {"average": [average[name] for names in kinds.values() for name in names if average]}

@@ -5,10 +5,71 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import bench_loss_curves as bench
+from benchmarks import ways
+from benchmarks.ways import MadeTokens
+from train.config import Config
+from train.recipes import load_recipe
 
 COMMAND = ["--tiny", "--device", "cpu", "--recipe", "quickstart", "--seeds", "2", "--steps", "4"]
+NARROW = {
+    "model_dim": 32, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 4, "vocab_size": 300, "train_seq_len": 32, "bigram_dim": 8,
+    "recur_layers": (1,), "parallel_start_layer": 2, "ve_layers": (2,), "xsa_last_n": 3, "train_batch_tokens": 8 * 2 * 32,
+    "compile": "off", "compute_dtype": "float32", "embed_dtype": "float32", "device": "cpu", "matrix_lr": 0.005,
+}  # fmt: skip
+
+
+def trained(config: Config, way: str, steps: int) -> np.ndarray:
+    return bench.train(config, way, MadeTokens(config), steps, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return load_recipe("sp8192_sdclip").config(**NARROW)
+
+
+@pytest.fixture(scope="module")
+def seeds(config: Config) -> list[np.ndarray]:
+    return [trained(config.replace(seed=config.seed + number), "torch", 300) for number in range(3)]
+
+
+def test_loss_curves_of_300_steps_lie_within_the_spread_of_seeds(config: Config, seeds: list[np.ndarray]) -> None:
+    # the scripts' way, with its bfloat16 orthogonalization
+    published = trained(config, "published", 300)
+    distances, spread = bench.compare(seeds, {"published": published})
+    assert 0 < distances["published"] < spread < 0.1
+    # log 300 is 5.7
+    for curve in (*seeds, published):
+        assert curve[:5].mean() > 5 and curve[-20:].mean() < 3.2
+
+
+@pytest.mark.parametrize("wrong", [{"matrix_lr": 0.0}, {"matrix_lr": 0.0025}, "negated"])
+def test_a_wrong_step_of_the_matrices_leaves_the_spread_of_seeds(
+    wrong: dict[str, float] | str, config: Config, seeds: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = ways.build_optimizers
+
+    def negated(*given: object, **named: object) -> object:
+        optimizers = build(*given, **named)
+        optimizers.muon.param_groups[0]["base_lr"] *= -1
+        return optimizers
+
+    if wrong == "negated":
+        monkeypatch.setattr(ways, "build_optimizers", negated)
+    changed = config if wrong == "negated" else config.replace(**wrong)
+    distances, spread = bench.compare([curve[:100] for curve in seeds], {"wrong": trained(changed, "torch", 100)})
+    assert distances["wrong"] > 2 * spread
+
+
+def test_all_matrices_move(config: Config) -> None:
+    for way in ("published", "torch"):
+        (variant,) = ways.make_variants(config, [way], torch.device("cpu"), whole=True)
+        tokens, before = MadeTokens(config), [matrix.detach().clone() for matrix in variant.weights["matrix"]]
+        for _ in range(2):
+            variant.run(tokens.next(), True)
+        assert all(not torch.equal(*pair) for pair in zip(before, variant.weights["matrix"], strict=True))
 
 
 def test_a_way_is_trained_beside_seeds_on_the_same_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
