@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 
 from benchmarks.results import Measurement, Subject, codes_by_age, file_stem, gpus, newest
 
@@ -20,6 +22,8 @@ EVALUATION = "evaluation"
 WAYS = {"published": "#999999", "torch": "#0072B2", "golf": "#D55E00"}
 COLORS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 REST = "#999999"
+# by which labels are spread, or lie too close for any spreading
+PASSES = 300
 # what a kernel is measured against: the fastest of PyTorch's own ways
 PLAIN = ("torch", "published", "plain")
 
@@ -40,6 +44,10 @@ def plots(measurements: Sequence[Measurement]) -> dict[str, bytes]:
             if not title:
                 continue
             figure.suptitle(f"{title}\n{gpu}", x=0.01, ha="left", fontsize=11)
+            # where everything stands is known once it is laid out
+            figure.draw_without_rendering()
+            for axis in figure.axes:
+                spread_labels(axis, figure.dpi)
             png = io.BytesIO()
             FigureCanvasAgg(figure).print_png(png)
             drawn[f"{file_stem(gpu)}_{name}.png"] = png.getvalue()
@@ -52,11 +60,37 @@ def _bare(axis: Axes, grid: Literal["both", "x", "y"]) -> None:
     axis.set_axisbelow(True)
 
 
+def spread_labels(axis: Axes, dpi: float) -> None:
+    """Move an axis's annotations up and down until none lies over another, each as little as the others."""
+    labels = [text for text in axis.texts if isinstance(text, Annotation)]
+    # without the lines to what they name
+    boxes = [Text.get_window_extent(label) for label in labels]
+    middles = [(box.y0 + box.y1) / 2 for box in boxes]
+    places = list(middles)
+    # from below; that order stays
+    pairs = list(itertools.combinations(sorted(range(len(labels)), key=places.__getitem__), 2))
+    for _ in range(PASSES):
+        moved = False
+        for one, other in pairs:
+            beside = boxes[one].x0 >= boxes[other].x1 or boxes[other].x0 >= boxes[one].x1
+            over = places[one] - places[other] + (boxes[one].height + boxes[other].height) / 2
+            if not beside and over > 0:
+                # a little more than needed, or halves of halves would never end
+                places[one], places[other] = places[one] - over / 2 - 0.1, places[other] + over / 2 + 0.1
+                moved = True
+        if not moved:
+            break
+    for label, middle, place in zip(labels, middles, places, strict=True):
+        x, y = label.get_position()
+        label.set_position((x, y + (place - middle) * 72 / dpi))
+
+
 def _steps(figure: Figure, measurements: list[Measurement]) -> str:
     steps = [m for m in measurements if m.subject.op.startswith(STEP) and "+" not in m.subject.impl]
     panels: dict[str, list[Measurement]] = {}
     for m in sorted(steps, key=lambda m: (m.subject.op, m.subject.mode != "before recurrence")):
-        panels.setdefault(f"{m.subject.op.removeprefix(STEP)}, {m.subject.mode}", []).append(m)
+        name = f"{m.subject.op.removeprefix(STEP)}, {m.subject.mode}, {m.subject.shape} {m.subject.dtype}"
+        panels.setdefault(name, []).append(m)
     _over_commits(figure, panels, lambda m: m.p50)
     return "ms per training step of one GPU's share, over commits" if steps else ""
 
@@ -65,7 +99,7 @@ def _evaluation(figure: Figure, measurements: list[Measurement]) -> str:
     panels: dict[str, list[Measurement]] = {}
     for m in measurements:
         if m.subject.op == EVALUATION and _targets(m):
-            panels.setdefault(m.subject.shape, []).append(m)
+            panels.setdefault(f"{m.subject.shape} {m.subject.dtype}", []).append(m)
     _over_commits(figure, panels, lambda m: _targets(m) / m.p50)
     return "Thousands of tokens per second of sliding evaluation, over commits" if panels else ""
 
@@ -77,7 +111,7 @@ def _targets(m: Measurement) -> int:
 
 
 def _over_commits(figure: Figure, panels: dict[str, list[Measurement]], value: Callable[[Measurement], float]) -> None:
-    """A panel for each of `panels`, a line for each way, the newest value written at its end."""
+    """A panel for each of `panels`, a line for each way, the newest value written at the right end."""
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns) if panels else 0
     figure.set_size_inches(5.5 * max(columns, 1) + (columns == 1) * 3, 3.2 * max(rows, 1) + 0.8)
@@ -98,11 +132,15 @@ def _over_commits(figure: Figure, panels: dict[str, list[Measurement]], value: C
             color = WAYS.get(impl) or next(others)
             axis.errorbar(places, values, [low, high], marker="o", markersize=4, capsize=2, color=color, label=impl)
             axis.annotate(
-                f"{impl} {values[-1]:.1f}", (places[-1], values[-1]), (6, 0), textcoords="offset points", va="center", fontsize=8, color=color
+                f"{impl} {values[-1]:.1f}", (len(codes) - 1, values[-1]), (6, 0), textcoords="offset points", va="center", fontsize=8, color=color
             )  # fmt: skip
         axis.set_title(title, fontsize=9, loc="left")
-        axis.set_xticks(range(len(codes)), codes, fontsize=8)
-        axis.set_xlim(-0.3, len(codes) - 1 + 0.35 * max(len(codes), 1))
+        axis.set_xticks(range(len(codes)), [code.replace(" + ", "\n+ ") for code in codes], fontsize=8)
+        if len(codes) > 3:
+            for tick in axis.get_xticklabels():
+                tick.set(rotation=30, ha="right", rotation_mode="anchor")
+        # room at the end for the lines' names
+        axis.set_xlim(-0.3, len(codes) - 1 + 0.35 * len(codes))
         axis.set_ylim(0, None)
         _bare(axis, "y")
 
@@ -144,9 +182,8 @@ def speedups(latest: dict[Subject, Measurement]) -> dict[str, float]:
             same = [o for o in same if o.subject.impl in PLAIN or o.subject.impl.startswith("compile")]
         is_kernel = subject.impl == "golf" if whole else re.match(r"triton|cuda|cpp|golf", subject.impl)
         if same and is_kernel:
-            name = ", ".join(
-                [subject.op, *([subject.mode] if subject.op.startswith(STEP) else [subject.impl]), subject.shape]
-            )
+            which = subject.mode if subject.op.startswith(STEP) else subject.impl
+            name = f"{subject.op}, {which}, {subject.shape} {subject.dtype}"
             found[name] = min(o.p50 for o in same) / m.p50
     return found
 
@@ -156,13 +193,14 @@ def _roofline(figure: Figure, measurements: list[Measurement]) -> str:
     if not points:
         return ""
     axis = figure.subplots()
-    # a floor is the longer of two times, each at a ceiling measured beside it
-    peak_tflops = max(m.tflops * m.p50 / m.floor for m in points)
-    peak_gbps = max(m.gbps * m.p50 / m.floor for m in points)
     intensities = [1e3 * m.tflops / m.gbps for m in points]
-    ridge = 1e3 * peak_tflops / peak_gbps
-    edges = sorted([min(*intensities, ridge) / 3, ridge, max(*intensities, ridge) * 3])
-    axis.loglog(edges, [min(peak_tflops, x * peak_gbps / 1e3) for x in edges], color="#333333", linewidth=1)
+    tflops, gbps = ceilings_of(points)
+    edges = [min(intensities) / 3, max(intensities) * 3]
+    if math.isfinite(tflops + gbps):
+        ridge = 1e3 * tflops / gbps
+        edges = sorted([min(edges[0], ridge / 3), ridge, max(edges[1], 3 * ridge)])
+    if math.isfinite(min(tflops, gbps)):
+        axis.loglog(edges, [min(tflops, x * gbps / 1e3) for x in edges], color="#333333", linewidth=1)
     for op in sorted({m.subject.op for m in points}):
         own = [m for m in points if m.subject.op == op]
         fastest = min(own, key=lambda m: m.p50 / m.floor)
@@ -173,10 +211,26 @@ def _roofline(figure: Figure, measurements: list[Measurement]) -> str:
             )
         label = f"{op}: {fastest.subject.impl}, {fastest.floor / fastest.p50:.0%}"
         place = (1e3 * fastest.tflops / fastest.gbps, fastest.tflops)
-        left = place[0] > ridge
         axis.annotate(
-            label, place, (-7 if left else 7, -1), textcoords="offset points", ha="right" if left else "left", va="top", fontsize=7.5
+            label, place, (24, -4), textcoords="offset points", va="top", fontsize=7.5,
+            arrowprops={"arrowstyle": "-", "color": REST, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 4},
         )  # fmt: skip
     axis.set(xlabel="operations per byte that cannot be avoided", ylabel="TFLOP/s")
     _bare(axis, "both")
-    return f"Roofline of this GPU as measured ({peak_tflops:.0f} TFLOP/s, {peak_gbps:,.0f} GB/s); the fastest of each operation and its share of the floor"
+    ceilings = {f"{tflops:.0f} TFLOP/s": tflops, f"{gbps:,.0f} GB/s": gbps}
+    reached = ", ".join(name for name, ceiling in ceilings.items() if math.isfinite(ceiling))
+    known = f"Roofline of this GPU as measured ({reached})" if reached else "Operations"
+    return f"{known}; the fastest of each operation and its share of the floor"
+
+
+def ceilings_of(points: Sequence[Measurement]) -> tuple[float, float]:
+    """TFLOP/s and GB/s that the floors were computed from; infinite for one that none of them shows.
+
+    A floor is the longer of two times, each at a ceiling measured beside it. A row at less than the most of one ceiling is
+    at the other; a tenth is how far ceilings of several runs may be apart.
+    """
+    tflops, gbps = [m.tflops * m.p50 / m.floor for m in points], [m.gbps * m.p50 / m.floor for m in points]
+    return (
+        max(tflops) if min(gbps) < 0.9 * max(gbps) else math.inf,
+        max(gbps) if min(tflops) < 0.9 * max(tflops) else math.inf,
+    )

@@ -177,6 +177,13 @@ def _read_file(path: Path) -> list[Measurement]:
     return found
 
 
+def rows_since(path: Path, date: str) -> bytes:
+    """The header and the lines of rows since a date as they are, damaged ones too; nothing where there is none."""
+    header, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
+    rows = [line for line in lines if re.match(rb"\d{4}-\d", line) and line[:20] >= date.encode()]
+    return header + b"".join(rows) if rows else b""
+
+
 def check_columns(path: Path, columns: Sequence[str]) -> None:
     """Whether rows of these columns can be appended to a file, or it is yet to be made.
 

@@ -8,7 +8,6 @@ was measured before. Nothing is installed.
 from __future__ import annotations
 
 import contextlib
-import csv
 import datetime
 import math
 import os
@@ -25,9 +24,9 @@ from types import FrameType
 
 import torch
 
-from benchmarks.common import COLUMNS, NOTHING_TO_RUN, RESULTS, ROOT
+from benchmarks.common import NOTHING_TO_RUN, RESULTS, ROOT
 from benchmarks.report import tables
-from benchmarks.results import ResultsError, read_results
+from benchmarks.results import ResultsError, read_results, rows_since
 from benchmarks.ways import refuse_forced, step_kernels
 from train.files import atomic_write
 from train.inductor import SWITCHES
@@ -285,13 +284,8 @@ class Session:
     def keep(self, pieces: Sequence[Piece]) -> None:
         """Copy the rows measured since the session began, and write the summary anew."""
         for path in self.results.glob("*.csv"):
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if (row.get("date") or "") >= self.since]
-            if rows:
-                with (self.out / path.name).open("w", newline="") as file:
-                    writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-                    writer.writeheader()
-                    writer.writerows(rows)
+            if rows := rows_since(path, self.since):
+                atomic_write(self.out / path.name, rows)
         try:
             measured = tables(read_results(self.out))
         except ResultsError as error:
@@ -340,7 +334,7 @@ def run_session(out: Path, minutes: float, only: str, skip: str = "", *, tiny: b
 
     Raises:
         ValueError: there is no GPU, no such piece, no time for one, or the folder holds something already.
-        UserError: GOLF_BACKEND is set.
+        UserError: GOLF_BACKEND is set, or a file that rows will be appended to is damaged.
     """
     if not SHORTEST_S / 60 <= minutes < math.inf:
         raise ValueError(
@@ -364,6 +358,8 @@ def run_session(out: Path, minutes: float, only: str, skip: str = "", *, tiny: b
         raise ValueError("there is no GPU here: --tiny runs the session on small shapes, which measures nothing")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: holds something already: choose a new --out")
+    # damage is better found now than when the first rows are there
+    read_results(RESULTS)
 
     def end(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)

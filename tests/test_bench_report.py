@@ -1,16 +1,15 @@
 """Results to tables, plots and comparisons: nothing mixed, nothing typed, nothing lost."""
 
 import csv
-import itertools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import figures, report
+from benchmarks import report
 from benchmarks.comparison import compare
-from benchmarks.results import COLUMNS, RESULTS, Measurement, ResultsError, Subject, newest, read_results
+from benchmarks.results import COLUMNS, RESULTS, ResultsError, newest, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 MADE = "Made GPU"
@@ -101,50 +100,6 @@ def test_other_gpus_and_unknown_commits_are_not_compared(results: Path) -> None:
 def test_newest_is_by_date_and_not_by_place(tmp_path: Path) -> None:
     write(tmp_path / "a.csv", [row(date="2026-03-01T00:00:00Z"), row(p50=2.05)])
     assert [m.p50 for m in newest(read_results(tmp_path)).values()] == [2.0]
-
-
-def test_plots_are_drawn_per_gpu_from_what_is_there(results: Path) -> None:
-    drawn = figures.plots(read_results(results))
-    assert set(drawn) == {
-        "Made_GPU_steps.png", "Made_GPU_speedup.png", "Made_GPU_roofline.png", "Other_GPU_roofline.png",
-    }  # fmt: skip
-    assert all(png.startswith(b"\x89PNG") for png in drawn.values())
-
-
-def test_a_speed_up_is_over_the_best_of_pytorch_and_of_the_same_work() -> None:
-    made = [
-        row(op="mlp", p50=4.0), row(op="mlp", impl="compiled", mode="graph", p50=3.0), row(op="mlp", impl="quack", p50=0.5),
-        row(op="mlp", impl="triton", p50=1.5), row(op="mlp", impl="triton", shape="9x9", p50=1.0),
-        *(
-            row(op="step x", mode=f"{phase} recurrence", impl=impl, p50=ms)
-            for phase, times in (("before", (3.0, 2.5, 2.0)), ("after", (9.0, 8.0, 6.0)))
-            for impl, ms in zip(("published", "torch", "golf"), times, strict=True)
-        ),
-        row(op="evaluation", impl="published", p50=8.0), row(op="evaluation", impl="golf", p50=2.0),
-    ]  # fmt: skip
-    latest = {}
-    for one in made:
-        numbers = [float(one[name]) for name in ("p50", "p20", "p80", "tflops", "gbps", "floor")]
-        subject = Subject(*(str(one[name]) for name in Subject._fields))
-        latest[subject] = Measurement(subject, str(one["date"]), str(one["commit"]), False, *numbers)
-    assert figures.speedups(latest) == {
-        "step x, before recurrence, 8x8": 1.5, "step x, after recurrence, 8x8": 1.5,
-        "mlp, triton, 8x8": 2.0, "evaluation, golf, 8x8": 4.0,
-    }  # fmt: skip
-
-
-def test_evaluation_is_drawn_in_tokens_per_second(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = row(
-        op="evaluation", shape="recipe 4000 targets window 8 stride 2", impl="golf", p50=20.0, p20=19.0, p80=21.0
-    )
-    write(results / "b.csv", [row(gpu="Other GPU", p50=9.0, p20=8.0, p80=9.5), made | {"gpu": "Other GPU"}])
-    drawn = []
-    monkeypatch.setattr(
-        figures, "_over_commits", lambda _, panels, value: drawn.extend(map(value, itertools.chain(*panels.values())))
-    )
-    assert "Other_GPU_evaluation.png" in figures.plots(read_results(results))
-    # 4,000 tokens in 20 ms; before it the steps of the other GPU, in ms
-    assert drawn == [2.0, 1.25, 200.0]
 
 
 def test_the_command_reports_and_compares(results: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from test_bench_report import row, write
 
 from benchmarks import session
 from benchmarks.__main__ import main
+from benchmarks.results import ResultsError
 from benchmarks.session import Piece, Session, gpu_tests, op_benches, plan, run_session
 from train.errors import UserError, main_guard
 
@@ -176,6 +177,27 @@ def test_the_rows_of_this_session_alone_are_kept(tmp_path: Path) -> None:
     with (tmp_path / "out" / "Made_GPU.csv").open(newline="") as file:
         assert [kept["op"] for kept in csv.DictReader(file)] == ["new"]
     assert "| new | torch, eager |" in (tmp_path / "out" / "summary.md").read_text()
+
+
+@pytest.mark.parametrize("damage", [b"2999-01-01T0", b"2999-01-01T00:00:00Z,\xff\0\r\n", b"\xff\xfe,\r\n"])
+def test_damage_by_a_piece_ends_no_session_and_is_named(damage: bytes, tmp_path: Path) -> None:
+    path = write(tmp_path / "results" / "Made_GPU.csv", [row(op="new", date="2999-01-01T00:00:00Z")])
+    tear = f"open({str(path)!r}, 'ab').write({damage!r})"
+    pieces = [Piece("tears", 60, {"tears": script(tear)}), Piece("after", 60, {"after": script("")})]
+    assert Session(tmp_path / "out", 300, tmp_path / "results").run(pieces)
+    kept = (tmp_path / "out" / "Made_GPU.csv").read_bytes()
+    assert kept == path.read_bytes() if damage.startswith(b"2999") else kept + damage == path.read_bytes()
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "| after | ok |" in summary
+    assert ("Made_GPU.csv, line 3: " in summary) == damage.startswith(b"2999")
+
+
+def test_a_session_with_a_damaged_file_of_results_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "results" / "Made_GPU.csv", [row(p50="nan")])
+    monkeypatch.setattr(session, "RESULTS", tmp_path / "results")
+    with pytest.raises(ResultsError, match=r"Made_GPU\.csv, line 2: p50: expected a number"):
+        run_session(tmp_path / "out", 1, "int6", tiny=True, listing=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_begins_when_the_time_is_over(tmp_path: Path) -> None:
