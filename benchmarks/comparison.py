@@ -47,7 +47,8 @@ def compare(measurements: Sequence[Measurement], revision: str) -> list[Change]:
     commits = find_commits({m.commit for m in measurements}, revision)
     rows: dict[Subject, list[Measurement]] = {}
     for m in measurements:
-        rows.setdefault(m.subject, []).append(m)
+        if not m.subject.repeated:
+            rows.setdefault(m.subject, []).append(m)
     changes = []
     measured = False
     for own in rows.values():

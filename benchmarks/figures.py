@@ -32,7 +32,7 @@ def plots(measurements: Sequence[Measurement]) -> dict[str, bytes]:
     """PNGs by file name: for each GPU ms/step over commits, speed-up per operation, the roofline, and evaluation; what has data."""
     drawn = {}
     for gpu in gpus(measurements):
-        own = [m for m in measurements if m.subject.gpu == gpu and not m.subject.impl.endswith(" again")]
+        own = [m for m in measurements if m.subject.gpu == gpu and not m.subject.repeated]
         for name, draw in (
             ("steps", _steps),
             ("speedup", _speedup),

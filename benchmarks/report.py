@@ -21,8 +21,7 @@ def tables(measurements: Sequence[Measurement]) -> str:
     """One Markdown table per GPU of the newest measurements, or the sentence that there are none."""
     parts = []
     for gpu in gpus(measurements):
-        rows = [m for subject, m in newest(measurements).items() if subject.gpu == gpu]
-        rows = [m for m in rows if not m.subject.impl.endswith(" again")]
+        rows = [m for subject, m in newest(measurements).items() if subject.gpu == gpu and not subject.repeated]
         rows.sort(
             key=lambda m: (not m.subject.op.startswith(STEP), m.subject.op, m.subject.shape, m.subject.mode, m.p50)
         )

@@ -44,6 +44,11 @@ class Subject(NamedTuple):
     shape: str
     dtype: str
 
+    @property
+    def repeated(self) -> bool:
+        """Whether it is the second turn of the first way, which shows how far two measurements of one thing are apart."""
+        return self.impl.endswith(" again")
+
     def __str__(self) -> str:
         return f"{self.op}, {self.impl}, {self.mode}, {self.shape}, {self.dtype}"
 

@@ -63,6 +63,15 @@ def test_the_clock_decides_per_subject_where_git_knows_nothing(tmp_path: Path) -
     assert (change.before.commit, change.after.commit, change.ratio) == ("bbbbbbb", "aaaaaaa", 70 / 90)
 
 
+def test_the_second_turn_of_the_first_way_is_compared_with_nothing(tmp_path: Path) -> None:
+    made = [
+        at(minute, code, name, ms=minute)
+        for minute, code in ((1, "aaaaaaa"), (2, "bbbbbbb"))
+        for name in ("torch", "torch again")
+    ]
+    assert [change.before.subject.impl for change in compare(rows(tmp_path, *made), "aaaaaaa")] == ["torch"]
+
+
 def test_ancestry_decides_whatever_the_clock_says(git: Git, tmp_path: Path) -> None:
     first, second, third = (commit(git) for _ in range(3))
     # the newest code was measured first, and the oldest last
