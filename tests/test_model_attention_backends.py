@@ -10,13 +10,15 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from train.config import Config
 from train.errors import UserError
 from train.model import attention_backends, attention_choice
 from train.model.attention import Attention
-from train.model.attention_backends import BACKENDS, causal_attention
+from train.model.attention_backends import BACKENDS, causal_attention, load_library
 from train.model.attention_choice import check_attention, choose_attention, use_attention
 from train.model.documents import Documents
 from train.model.gpt import GPT
@@ -91,6 +93,57 @@ def test_documents_bound_attention(backend: str) -> None:
     documents = Documents.of(ids)
     found = causal_attention(q, k, v, documents=documents, backend=backend)
     torch.testing.assert_close(found, softmax_attention(q, k, v, documents.mask()[:, 0]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("asks_for_groups", [False, True])
+def test_pytorchs_flash_attention_takes_documents_as_pieces(
+    asks_for_groups: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attend(q, k, v, begins, key_begins, longest, longest_key, *, window_size):  # type: ignore[no-untyped-def]
+        assert window_size == (-1, 0)
+        return FlashLibrary(with_sums=False).flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q=begins, cu_seqlens_k=key_begins, max_seqlen_q=longest, max_seqlen_k=longest_key, causal=True
+        )  # fmt: skip
+
+    def with_groups(*given, enable_gqa=False, window_size):  # type: ignore[no-untyped-def]
+        assert enable_gqa
+        return attend(*given, window_size=window_size)
+
+    # the newer signature, and the older one
+    library = types.SimpleNamespace(varlen_attn=with_groups if asks_for_groups else attend)
+    monkeypatch.setattr(attention_backends.importlib, "import_module", lambda name: library)
+    monkeypatch.setattr(attention_backends, "_libraries", {})
+    ids = torch.full((2, 70), 5)
+    ids[0, 0] = ids[0, 33] = ids[1, 2] = ids[1, 69] = 1
+    q, k, v = (heads(count, seed=seed, length=70).requires_grad_() for seed, count in enumerate((4, 2, 2)))
+    documents = Documents.of(ids)
+    found = causal_attention(q, k, v, documents=documents, backend="flash")
+    wanted = softmax_attention(q, k, v, documents.mask()[:, 0])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(output.square().sum(), (q, k, v)) for output in (found, wanted)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-11)
+
+
+def test_pytorchs_flash_attention_compiles_with_documents_into_one_graph() -> None:
+    seen: list[str] = []
+
+    def counted(graph: torch.fx.GraphModule, _: object) -> object:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        return causal_attention(q, k, v, documents=Documents(starts), backend="flash")
+
+    load_library("flash")
+    compiled = torch.compile(attend, fullgraph=True, backend=aot_autograd(fw_compiler=counted, bw_compiler=counted))
+    # tensors without data, as the kernel itself needs a GPU
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q, k, v = (torch.empty(2, 70, count, 16, dtype=torch.bfloat16, requires_grad=True) for count in (4, 2, 2))
+        found = compiled(q, k, v, torch.zeros(2, 70, dtype=torch.bool))
+        found.sum().backward()
+        assert found.shape == q.shape and k.grad is not None and k.grad.shape == v.shape
+    kernels = [name for name in seen if "varlen" in name]
+    assert kernels == ["torch_attn._varlen_attn.default", "torch_attn._varlen_attn_backward.default"]
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -277,6 +330,17 @@ def test_a_choice_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 def test_on_a_cpu_pytorch_chooses() -> None:
     assert choose_attention(Config(), CPU, 1).name == "sdpa"
     assert choose_attention(Config(attention="math"), CPU, 1) == ("math", "asked for")
+
+
+@pytest.mark.parametrize(("name", "how"), [("fa3", "their lengths"), ("flash", "their lengths"), ("cudnn", "a mask")])
+def test_the_log_says_how_documents_are_kept_apart(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_choice, "check_attention", lambda *_: dict.fromkeys(BACKENDS))
+    monkeypatch.setattr(attention_choice, "_measure", lambda *_: {name: 1.0})
+    cuda = torch.device("cuda")
+    for attention in ("auto", name):
+        said = choose_attention(Config(attention=attention, document_masking=True), cuda, 1).reason
+        assert said.endswith(f"; documents by {how}")
+    assert "documents" not in choose_attention(Config(attention=name), cuda, 1).reason
 
 
 def test_every_layer_gets_the_back_end() -> None:

@@ -1,8 +1,13 @@
-"""The back ends of causal attention: FlashAttention 3 and 4 where installed, and PyTorch's own kernels by name."""
+"""The back ends of causal attention: FlashAttention 3 and 4 where installed, and PyTorch's own kernels by name.
+
+With documents, fa3, fa4 and flash attend in pieces of different lengths; the others take a mask.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -101,6 +106,14 @@ def _flash_attention_3() -> Any:
     return library
 
 
+def _flash_attention_2() -> Any:
+    """PyTorch's own FlashAttention 2 for pieces of different lengths."""
+    attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    # before torch 2.13 grouped heads go to the kernel unasked, as torch.compile's tracer cannot find out by itself
+    grouped = "enable_gqa" in inspect.signature(attend).parameters
+    return functools.partial(attend, enable_gqa=True) if grouped else attend
+
+
 def _imported(module: str) -> Any:
     try:
         return importlib.import_module(module)
@@ -118,6 +131,7 @@ def _first_line(error: Exception) -> str:
 _FINDERS: dict[str, Callable[[], Any]] = {
     "fa3": _flash_attention_3,
     "fa4": lambda: _imported("flash_attn.cute"),
+    "flash": _flash_attention_2,
 }
 _libraries: dict[str, Any] = {}
 
@@ -157,6 +171,16 @@ def _flash_library(name: str) -> Core:
     return run
 
 
+def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+    if documents is None or query.shape[1] < key.shape[1]:
+        return _sdpa_by(SDPBackend.FLASH_ATTENTION)(query, key, value, documents)
+    offsets, longest = documents.offsets(), query.shape[1]
+    flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
+    # no key to the right of its query is what this library calls causal
+    attended: Tensor = _library("flash")(*flat, offsets, offsets, longest, longest, window_size=(-1, 0))
+    return attended.view_as(query)
+
+
 def _anywhere(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     return None
 
@@ -189,7 +213,10 @@ BACKENDS: dict[str, AttentionBackend] = {
     ),
     "fa4": AttentionBackend(_flash_library("fa4"), _with_library("fa4", "pip install flash-attn-4")),
     "cudnn": AttentionBackend(_sdpa_by(SDPBackend.CUDNN_ATTENTION), _on_cuda),
-    "flash": AttentionBackend(_sdpa_by(SDPBackend.FLASH_ATTENTION), _on_cuda),
+    "flash": AttentionBackend(_flash, _on_cuda),
     "math": AttentionBackend(_sdpa_by(SDPBackend.MATH), _anywhere),
 }
 """Back ends by name. "sdpa" lets PyTorch choose; "math" is the plain formula, for comparison."""
+
+BY_LENGTH = ("fa3", "fa4", "flash")
+"""Back ends that keep documents apart by their lengths instead of by a mask."""

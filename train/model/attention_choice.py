@@ -10,7 +10,7 @@ from torch import nn
 from train.config import Config
 from train.errors import UserError
 from train.model.attention import Attention
-from train.model.attention_backends import BACKENDS, causal_attention, load_library
+from train.model.attention_backends import BACKENDS, BY_LENGTH, causal_attention, load_library
 from train.model.documents import Documents
 from train.model.gpt import resolve_compute_dtype
 
@@ -55,9 +55,9 @@ def choose_attention(config: Config, device: torch.device, sequences: int) -> At
     """
     problems = check_attention(config, device)
     if config.attention != "auto":
-        return AttentionChoice(config.attention, "asked for")
+        return AttentionChoice(config.attention, "asked for" + _documents(config, config.attention))
     if device.type != "cuda":
-        return AttentionChoice("sdpa", f"PyTorch's own choice on {device.type}")
+        return AttentionChoice("sdpa", f"PyTorch's own choice on {device.type}{_documents(config, 'sdpa')}")
     names = [name for name, problem in problems.items() if problem is None and name != "math"]
     times = _measure(names, config, device, resolve_compute_dtype(config), sequences, problems)
     if not times:
@@ -66,7 +66,14 @@ def choose_attention(config: Config, device: torch.device, sequences: int) -> At
     fastest = min(times, key=times.__getitem__)
     measured = ", ".join(f"{name} {time:.3f}" for name, time in sorted(times.items(), key=lambda item: item[1]))
     absent = "".join(f"; {name}: {problem}" for name, problem in problems.items() if problem is not None)
-    return AttentionChoice(fastest, f"fastest, ms forward + backward: {measured}{absent}")
+    return AttentionChoice(fastest, f"fastest, ms forward + backward: {measured}{absent}{_documents(config, fastest)}")
+
+
+def _documents(config: Config, name: str) -> str:
+    """How this back end keeps documents apart, where it must."""
+    if not config.document_masking:
+        return ""
+    return f"; documents by {'their lengths' if name in BY_LENGTH else 'a mask'}"
 
 
 def use_attention(model: nn.Module, name: str) -> None:

@@ -74,7 +74,7 @@ class Documents(NamedTuple):
         torch._assert_async(
             flat.sum() <= most,
             f"document_masking: more than {most} documents in {batch} x {length} tokens, shorter than {MEAN_DOCUMENT_TOKENS} "
-            "tokens on average: use an attention back end with a mask, ATTENTION=flash",
+            "tokens on average: use an attention back end with a mask, ATTENTION=sdpa",
         )
         places = torch.nonzero_static(flat, size=most, fill_value=flat.numel()).flatten()
         # a constant of the host would be waited for in every layer
