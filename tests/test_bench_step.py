@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import bench_loss_curves, bench_step, common, ways
 from benchmarks.bench_step import Bench, measure_steps
@@ -398,6 +400,36 @@ def test_only_the_published_way_has_its_layers_as_the_scripts_have_them() -> Non
     for kind in (Attention, MLP):
         assert {part.as_published for part in plain.step.model.modules() if isinstance(part, kind)} == {True}
         assert {part.as_published for part in GPT(config).modules() if isinstance(part, kind)} == {False}
+
+
+def autograd_nodes(loss: Tensor) -> Counter[str]:
+    """How often each operation with a backward pass stands behind a loss."""
+    nodes = [loss.grad_fn]
+    for node in nodes:
+        nodes += {parent for parent, _ in node.next_functions if parent is not None} - set(nodes)
+    return Counter(node.name() for node in nodes)
+
+
+def test_only_the_published_way_has_three_products_and_autograds_own_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
+    config = load_recipe("sp8192_sdclip").config(**SHALLOW | {"compile": "on"})
+    found = {}
+    for variant in make_variants(config, ["published", "torch", "golf"], CPU):
+        with dispatch.forced(variant.backends), FakeTensorMode(allow_non_fake_inputs=True):
+            ids = torch.zeros(2, config.train_seq_len, dtype=torch.int64)
+            nodes = autograd_nodes(compiled.pop(0)(ids, ids, recurrence=True))
+        own = {name: count for name, count in nodes.items() if "_WrittenOut" in name or "golf" in name}
+        found[variant.name] = nodes["MmBackward0"], own
+    # three layers run four times; the values' embedding and the head have a product each, too
+    assert found["published"] == (4 * 6 + 2, {})
+    assert found["torch"] == (4 * 4 + 2, {"_WrittenOutBackward": 4})
+    products, own = found["golf"]
+    # those of its MLP and head are in operators
+    assert products == 4 * 2 + 1 and "_WrittenOutBackward" not in own
+    assert [count for name, count in own.items() if "qk_norm_rope" in name] == [4]
 
 
 def test_the_share_is_an_eighth_of_the_work() -> None:

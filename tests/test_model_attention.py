@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from train.config import Config
 from train.model.attention import Attention, remove_value_direction
-from train.model.rope import rotary_table
+from train.model.rope import rotary_table, rotate
 
 DEVICE = torch.device("cpu")
 
@@ -90,3 +91,31 @@ def test_attention_passes_gradcheck(xsa: bool) -> None:
 
     # one random direction through all the weights at once
     assert torch.autograd.gradcheck(run, (x, extra, *weights), fast_mode=True)
+
+
+def test_attention_as_published_is_bit_for_bit_the_scripts_straight_line() -> None:
+    torch.manual_seed(0)
+    attention = Attention(Config(num_layers=1, model_dim=64, num_heads=4, num_kv_heads=2, xsa_last_n=0), 0)
+    attention.output.data.normal_()
+    attention.q_gain.data.normal_()
+    attention.fused_qk_norm_rope = False
+    rotary = rotary_table(29, 8, 1e4, dtype=torch.bfloat16, device=DEVICE)
+    x, upstream = torch.randn(2, 2, 29, 64).bfloat16()
+    leaves = [x.requires_grad_(), torch.randn(64).requires_grad_(), *attention.parameters()]
+
+    def results(y: torch.Tensor) -> list[torch.Tensor]:
+        return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
+
+    def straight(x: torch.Tensor, scale: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        q_weight, k_weight, v_weight, o_weight, gain = (weight.bfloat16() for weight in weights)
+        query, key, value = (F.linear(x, weight).unflatten(-1, (-1, 16)) for weight in (q_weight, k_weight, v_weight))
+        query, key = (rotate(F.rms_norm(part, (16,), eps=attention.eps), rotary) for part in (query, key))
+        heads = [part.transpose(1, 2) for part in (query * gain[:, None], key, value)]
+        output = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
+        return scale.bfloat16() * F.linear(output.flatten(-2), o_weight)
+
+    want = results(straight(*leaves))
+    for as_published in (True, False):
+        attention.as_published = as_published
+        found = results(attention(x, rotary, scale=leaves[1]))
+        assert [torch.equal(*pair) for pair in zip(found, want, strict=True)] == [as_published] * len(want)
