@@ -222,9 +222,9 @@ def describe() -> dict[str, dict[Backend, str]]:
     return answers
 
 
-def may_run(op: str, backend: Backend, forced: str) -> bool:
-    """Whether a call of `op` may go to this back end where `GOLF_BACKEND` is `forced`: it waits for no force, or has it."""
-    return not _implementations(op)[backend].opt_in or _forced(op, forced) == backend
+def may_run(op: str, backend: Backend, text: str) -> bool:
+    """Whether a call of `op` may go to this back end where `GOLF_BACKEND` is `text`: it waits for no force, or has it."""
+    return not _implementations(op)[backend].opt_in or _forced(op, text) == backend
 
 
 def registered() -> Iterator[tuple[str, Backend, Callable[..., Any]]]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from golf_kernels import dispatch
@@ -201,7 +202,9 @@ class _WrittenOut(torch.autograd.Function):
     forward = staticmethod(_reference)
     setup_context = staticmethod(_setup_context)
 
+    # as of the operator, there is no second derivative
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dq_hat: Tensor, dk_hat: Tensor, unused: Any) -> tuple[Any, ...]:
         dq, dk, dgain = _backward_reference(dq_hat, dk_hat, *ctx.saved_tensors)
         return dq, dk, None, None, dgain, None

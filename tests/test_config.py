@@ -1,10 +1,15 @@
 """Settings: types, ranges, contradictions, precedence, misspelt names."""
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from train.config import Config, ConfigError, field_names, parse_value
+from train.errors import UserError
+from train.evaluate.__main__ import main as evaluate
+from train.quantize.__main__ import main as quantize
 from train.recipes import load_recipe, recipe_names
 from train.settings import help_text, note_unread, override_line, resolve
 
@@ -122,7 +127,9 @@ def test_a_variable_that_a_stage_does_not_read_is_said_where_it_differs() -> Non
     said: list[str] = []
     environ = {"GPTQ_CALIB_BATCHES": "8", "MODEL_DIM": "128", "RUNS_DIR": "elsewhere", "PATH": "/bin", "seed": "3"}
     config = load_recipe("quickstart").config(gptq_calib_batches=4, recur_layers=(1, 2))
-    note_unread(config, environ | {"RECUR_LAYERS": "x", "WEIGHT_QUANTIZATION_BITS": "5"}, said.append)
+    odd = {"RECUR_LAYERS": "x", "WEIGHT_QUANTIZATION_BITS": "5"}
+    # this one is read, whatever the run had
+    note_unread(config, environ | odd | {"GOLF_BACKEND": "torch"}, said.append)
     assert said == [
         "environment: not read, as the run's settings and flags count: GPTQ_CALIB_BATCHES=8 (here 4), "
         "RECUR_LAYERS=x (here 1,2), WEIGHT_QUANTIZATION_BITS=5 (here 6)"
@@ -130,6 +137,16 @@ def test_a_variable_that_a_stage_does_not_read_is_said_where_it_differs() -> Non
     # a flag that says the same has made it so
     note_unread(config.replace(gptq_calib_batches=8), environ, said.append)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("stage", [evaluate, quantize])
+@pytest.mark.parametrize("forced", ["nonsense", "gptq_block=nonsense", "gptq_blok=torch"])
+def test_a_stage_of_its_own_refuses_a_back_end_that_is_none(
+    stage: Callable[[list[str]], int], forced: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOLF_BACKEND", forced)
+    with pytest.raises(UserError, match=r"GOLF_BACKEND|gptq_blok"):
+        stage([str(tmp_path)])
 
 
 def test_ordinary_environment_is_left_alone() -> None:

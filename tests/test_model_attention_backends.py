@@ -146,6 +146,16 @@ def test_pytorchs_flash_attention_compiles_with_documents_into_one_graph() -> No
     assert kernels == ["torch_attn._varlen_attn.default", "torch_attn._varlen_attn_backward.default"]
 
 
+def test_flash_takes_heads_that_are_too_large_for_its_lengths_by_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_backends, "_library", lambda name: pytest.fail("called with 257 dimensions"))
+    monkeypatch.setattr(attention_backends, "_sdpa_by", lambda kernel: attention_backends._sdpa)
+    query, key, value = (heads(count, seed=count, dim=257) for count in (4, 2, 2))
+    ids = torch.tensor([[1, 5, 6, 1, 7, 8, 9], [1, 5, 6, 7, 8, 1, 9]])
+    documents = Documents.of(ids)
+    found = BACKENDS["flash"].run(query, key, value, documents)
+    torch.testing.assert_close(found, BACKENDS["sdpa"].run(query, key, value, documents))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_fewer_queries_than_keys_are_the_last_ones(backend: str, masked: bool) -> None:
     q, k, v = (heads(count, seed=seed, length=9) for seed, count in enumerate((4, 2, 2)))

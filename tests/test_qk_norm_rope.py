@@ -33,6 +33,13 @@ def test_written_out_for_a_compiler_it_is_the_same(rotary, compiled):
     assert all(error < 1e-13 for error in found.values()), found
 
 
+def test_written_out_has_no_second_derivative_that_is_wrong():
+    tensors = heads()
+    first = torch.autograd.grad(written_out(**tensors, eps=0.3)[0].square().sum(), tensors["q"], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 2, 2), (3, 7, 5, 1, 10, 6), (2, 33, 8, 4, 64, 16), (1, 4, 2, 6, 3, 2)])
 def test_shapes(sizes):
     tensors = heads(*sizes)

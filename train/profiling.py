@@ -207,7 +207,8 @@ class StepProfiler:
                 name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
                 title = f"steps {self.steps.start}-{done - 1} on {name}"
                 return write_breakdowns(self.folder, "", trace, steps, title) or ""
-        except (OSError, UserError) as error:
+        # the others wait for this rank's answer, whatever its profiler died of
+        except (OSError, RuntimeError, UserError) as error:
             return f"not all written ({error})"
         return ""
 

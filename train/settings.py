@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from golf_kernels import dispatch
 from train.config import BOOKKEEPING, Config, field_help, field_names, nearest, parse_value
+from train.errors import UserError
 from train.recipes import load_recipe, recipe_names
 from train.values import ConfigError, format_value
 
@@ -76,7 +78,13 @@ def note_unread(config: Config, environ: Mapping[str, str], note: Callable[[str]
     unread = []
     for name, text in environ.items():
         field = _ALIASES.get(name.lower(), name.lower())
-        if not name.isupper() or field not in field_names() or field in BOOKKEEPING:
+        # kernels are the machine's: a run trained with them is quantized and scored elsewhere
+        if (
+            not name.isupper()
+            or field not in field_names()
+            or field in BOOKKEEPING
+            or name == dispatch.ENVIRONMENT_VARIABLE
+        ):
             continue
         has = getattr(config, field)
         try:
@@ -87,6 +95,18 @@ def note_unread(config: Config, environ: Mapping[str, str], note: Callable[[str]
             unread.append(f"{name}={text} (here {format_value(has)})")
     if unread:
         note(f"environment: not read, as the run's settings and flags count: {', '.join(sorted(unread))}")
+
+
+def check_back_ends() -> None:
+    """Find out at the start whether what `GOLF_BACKEND` forces can run.
+
+    Raises:
+        UserError: it cannot, or the variable cannot be read.
+    """
+    try:
+        dispatch.validate()
+    except dispatch.BackendError as error:
+        raise UserError(str(error)) from error
 
 
 def help_text() -> str:

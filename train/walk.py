@@ -26,7 +26,7 @@ from train.logger import RunLogger
 from train.model.attention_choice import check_attention
 from train.run import RunFolder, new_run_id, open_run_folder
 from train.script.code_size import check_code_form, package_source
-from train.settings import Override, override_line
+from train.settings import Override, check_back_ends, override_line
 from train.stages import artifact_stage, evaluate_stage, prepare_data, quantize_stage, train_stage
 
 if TYPE_CHECKING:
@@ -158,10 +158,8 @@ def preflight(config: Config) -> None:
         )
     try:
         with dispatch.forced(config.golf_backend):
-            dispatch.validate()
+            check_back_ends()
         coefficient_set(config.muon_coefficients).schedule(config.muon_backend_steps)
-    except dispatch.BackendError as error:
-        raise UserError(str(error)) from error
     except ValueError as error:
         raise UserError(f"muon_coefficients, muon_backend_steps: {error}") from error
     CODECS[config.codec].encode(b"")

@@ -23,7 +23,7 @@ from train.model.attention_backends import BACKENDS
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
 from train.run import RunFolder
-from train.settings import note_unread
+from train.settings import check_back_ends, note_unread
 from train.values import parse_text
 
 
@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     """Score a run folder from the command line; under torchrun its ranks share the windows."""
     arguments = _parser().parse_args(map(_as_named, sys.argv[1:] if argv is None else argv))
     folder = RunFolder(arguments.run)
+    check_back_ends()
     # no other artifact may take the place of the one that is scored
     with folder.held(shared=True):
         return _score(folder, arguments)

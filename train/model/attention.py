@@ -67,11 +67,11 @@ class Attention(nn.Module):
         self.xsa = layer >= config.num_layers - config.xsa_last_n
         self.qat = config.qat
         self.backend = "sdpa"
-        # by the operators of these names; False: plain PyTorch, for a compiler to fuse; see train.model.fusion
+        # by the operators of these names; False: written out for a compiler to fuse; see train.model.fusion
         self.fused_qk_norm_rope = True
         self.fused_xsa = True
         # as the published scripts have it: queries, keys and values by three products, the scale behind the last one, and
-        # all gradients by autograd
+        # where no operator is called all gradients by autograd
         self.as_published = False
 
     def project(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
@@ -167,7 +167,7 @@ class Attention(nn.Module):
         Returns:
             `(B, T - rows_from, d)`, not yet added to the stream.
         """
-        # the op turns queries and keys by one table, so it takes the same positions of both
+        # one call turns queries and keys by one table, so both must have the same positions
         if rows_from or (self.as_published and not self.fused_qk_norm_rope):
             return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past, scale)
         query, key, value = self.project(x, extra_value)

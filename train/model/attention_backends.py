@@ -172,7 +172,8 @@ def _flash_library(name: str) -> Core:
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-    if documents is None or query.shape[1] < key.shape[1]:
+    # FlashAttention 2 takes heads of 256 at most
+    if documents is None or query.shape[1] < key.shape[1] or query.shape[-1] > 256:
         return _sdpa_by(SDPBackend.FLASH_ATTENTION)(query, key, value, documents)
     offsets, longest = documents.offsets(), query.shape[1]
     flat = (tensor.flatten(0, 1) for tensor in (query, key, value))

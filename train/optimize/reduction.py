@@ -148,7 +148,9 @@ class Reduction:
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+    gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+    assert len(gradients) == len(parameters), "reduce_gradients gives every parameter a gradient"
+    return gradients
 
 
 def _wide_dtype(parameters: Sequence[Tensor]) -> torch.dtype:

@@ -38,10 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     from train.logger import RunLogger
     from train.model.gpt import GPT
     from train.run import RunFolder
-    from train.settings import note_unread
+    from train.settings import check_back_ends, note_unread
     from train.stages import artifact_stage, quantize_stage
 
     folder = RunFolder(arguments.run)
+    check_back_ends()
     config, changes = _settings(arguments, folder)
 
     def make_room() -> None:

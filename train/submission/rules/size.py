@@ -39,19 +39,19 @@ def cap(evidence: Evidence) -> Finding:
 def code(evidence: Evidence) -> Finding:
     """The code that is counted must be the code that is shipped."""
     rule = "code that is counted"
-    counted = evidence.number("bytes_code", "code_bytes")
+    stated = evidence.number("bytes_code", "code_bytes")
     logged = sorted({log.log["sizes"]["code"] for log in evidence.logs if "code" in log.log["sizes"]})
-    if counted is None:
+    if stated is None:
         found = f", the logs say {', '.join(f'{size:,}' for size in logged)}" if logged else ""
         return fails(rule, f"no bytes_code in submission.json{found}")
     if evidence.script is None:
         if not logged:
-            return unseen(rule, f"{counted:,} in submission.json, but neither script nor logged size")
-        return judged(rule, counted in logged, f"{counted:,}; the logs say {', '.join(f'{size:,}' for size in logged)}")
+            return unseen(rule, f"{stated:,} in submission.json, but neither script nor logged size")
+        return judged(rule, stated in logged, f"{stated:,}; the logs say {', '.join(f'{size:,}' for size in logged)}")
     shipped = sum(path.stat().st_size for path in (evidence.script, *evidence.package))
-    if shipped != counted:
-        return fails(rule, f"{counted:,} in submission.json, {shipped:,} in the folder")
-    other = [f"{size:,}" for size in logged if size != counted]
+    if shipped != stated:
+        return fails(rule, f"{stated:,} in submission.json, {shipped:,} in the folder")
+    other = [f"{size:,}" for size in logged if size != stated]
     return holds(rule, f"{shipped:,}" + (f"; the runs logged {', '.join(other)}" if other else ""))
 
 
