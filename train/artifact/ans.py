@@ -129,8 +129,8 @@ def ans_encode(data: bytes, shape: tuple[int, int] | None = None) -> bytes:
     coder = stream.stack.AnsCoder()
     for part, table_model in reversed(parts):
         coder.encode_reverse(np.ascontiguousarray(part, np.int32), table_model)
-    counts = [0 if given is None else _labels(given) for given in (plan.rows, plan.columns)]
-    header = _HEADER.pack(*counts, plan.flags is not None, low, high)
+    label_counts = [0 if given is None else _labels(given) for given in (plan.rows, plan.columns)]
+    header = _HEADER.pack(*label_counts, plan.flags is not None, low, high)
     if any(header[:3]):
         header += _SHAPE.pack(rows, columns)
     words: bytes = coder.get_compressed().astype("<u4").tobytes()
