@@ -19,6 +19,7 @@ from benchmarks.bench_step import Bench, measure_steps
 from benchmarks.published import quintic
 from benchmarks.ways import MadeTokens, ShardTokens, StepVariant, all_kernels, make_variants, step_kernels
 from golf_kernels import dispatch
+from train import loop
 from train.config import Config
 from train.data.shards import write_shard
 from train.errors import UserError
@@ -430,6 +431,16 @@ def test_only_the_published_way_has_three_products_and_autograds_own_backward_pa
     # those of its MLP and head are in operators
     assert products == 4 * 2 + 1 and "_WrittenOutBackward" not in own
     assert [count for name, count in own.items() if "qk_norm_rope" in name] == [4]
+
+
+def test_the_published_way_has_none_of_the_compilers_switches_that_the_trainer_chose(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda model, *, options, **_: given.append(options) or model)
+    monkeypatch.setattr(loop, "chosen_options", lambda: ({"max_autotune": True}, "won"))
+    make_variants(load_recipe("quickstart").config(**NARROW | {"compile": "on"}), ["published", "torch"], CPU)
+    assert given == [{}, {"max_autotune": True}]
 
 
 def test_the_share_is_an_eighth_of_the_work() -> None:
