@@ -139,7 +139,12 @@ def _reference(
         rotated.append(_rotate(x * rstd.unsqueeze(-1), cosine, sine))
         rstds.append(rstd)
     queries, keys = rotated[0] * _floored(gain, q.dtype), rotated[1]
-    return queries.to(q.dtype), keys.to(k.dtype), torch.cat(rstds, dim=-1)
+    return _rounded(queries, q.dtype), _rounded(keys, k.dtype), torch.cat(rstds, dim=-1)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # torch 2.11 compiles an autograd.Function whose result went through a conversion to its own dtype to gradients of zero
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _backward_fake(
