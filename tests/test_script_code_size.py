@@ -51,8 +51,7 @@ def test_the_code_that_counts_is_the_script_that_a_record_ships(monkeypatch: pyt
         for form in ("raw", "wrapped", "minified", "plain", "sources")
     }
     assert sorted(sizes, key=sizes.__getitem__) == ["raw", "wrapped", "minified", "plain", "sources"]
-    # build gives the script a title, which no small form keeps
-    shipped = pack("quickstart", script_settings(config), "wrapped", "A title of its own.")
+    shipped = pack("quickstart", script_settings(config), "wrapped")
     assert sizes["wrapped"] == len(shipped)
     assert sizes["sources"] == package_code_bytes()
 

@@ -41,7 +41,7 @@ def expected(run: Path) -> dict[str, Any]:
 def test_every_form_scores_the_artifact_as_the_package_does(
     run: Path, expected: dict[str, Any], tmp_path: Path, form: str
 ) -> None:
-    write_script(tmp_path, RunFolder(run).read_config(), form, "A title.")
+    write_script(tmp_path, RunFolder(run).read_config(), form)
     assert [path.name for path in tmp_path.iterdir()] == ["train_gpt.py"] or not form
     found = script_score(tmp_path, read_run(run))
     for name in ("val_loss", "val_bpb", "tokens", "bytes", "windows", "stride", "rule"):
@@ -50,7 +50,7 @@ def test_every_form_scores_the_artifact_as_the_package_does(
 
 def test_the_smallest_form_trains_alone_in_an_empty_folder_as_the_package_did(run: Path, tmp_path: Path) -> None:
     config = RunFolder(run).read_config()
-    write_script(tmp_path, config, "raw", "A title.")
+    write_script(tmp_path, config, "raw")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {
         "SEED": "42",
@@ -76,9 +76,9 @@ def test_the_smallest_form_trains_alone_in_an_empty_folder_as_the_package_did(ru
 
 
 def test_the_plain_form_holds_each_module_as_it_is(tmp_path: Path) -> None:
-    text = pack("baseline", {"SEED": "7"}, "plain", "A title.").decode()
+    text = pack("baseline", {"SEED": "7"}, "plain").decode()
     tree = ast.parse(text)
-    assert ast.get_docstring(tree).startswith("A title.")
+    assert ast.get_docstring(tree).startswith("Trains, quantizes, packs and scores.")
     held = {
         node.targets[0].slice.value: ast.literal_eval(node.value)
         for node in tree.body

@@ -16,6 +16,8 @@ from train.data.paid_prefix import NOT_COMPLIANT
 from train.errors import UserError
 from train.evaluate.scores import read_evaluation
 from train.run import RunFolder
+from train.script.code_size import counted_code_bytes
+from train.script.single_file import FORMS
 from train.settings import resolve
 from train.submission import build
 from train.submission.__main__ import main
@@ -124,6 +126,24 @@ def test_requirements_are_the_packages_installed_here(record: Path) -> None:
     # the installed package's version: torch's own adds what it was built for, which no registry takes
     assert f"torch=={importlib.metadata.version('torch')}" in lines
     assert {line.partition("==")[0] for line in lines} >= {"brotli", "numpy", "sentencepiece", "torch"}
+
+
+@pytest.mark.parametrize("form", ["", *FORMS])
+def test_the_script_knows_no_name_and_is_as_large_as_the_run_counted(
+    form: str, runs: list[Path], tmp_path: Path, no_proof: None
+) -> None:
+    config = RunFolder(runs[0]).read_config()
+    scripts = []
+    for number, name in enumerate(["", "one\\", '"""\nraise SystemExit("run")\n"""']):
+        build_record(runs[:1], tmp_path / f"{number}", replace(LABELS, name=name), single_file=form)
+        submission = json.loads((tmp_path / f"{number}/submission.json").read_text())
+        assert submission["name"] == name or not name
+        assert (tmp_path / f"{number}/README.md").read_text().startswith(f"# {name}")
+        scripts.append((tmp_path / f"{number}/train_gpt.py").read_bytes())
+        if form:
+            counted = counted_code_bytes(config.replace(code_form=form))
+            assert counted == len(scripts[-1]) == submission["bytes_code"]
+    assert len(set(scripts)) == 1
 
 
 def test_a_base_is_compared_in_settings_and_scores(

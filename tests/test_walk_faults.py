@@ -163,16 +163,32 @@ def test_scores_made_at_once_are_both_kept(finished: Finished, tmp_path: Path, m
     assert {entry["max_tokens"] for key, entry in after.items() if key not in before} == {256, 512}
 
 
+# at the second place the first has a file half-written
+@pytest.mark.parametrize("place", ["train.submission.record.readme", "train.files.os.fsync"])
 def test_of_records_made_at_once_the_last_is_whole(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
     first, second = (["record", str(folder.path), "--name", name] for name in ("first", "second"))
-    thread = begin_at("train.submission.record.readme", lambda: submission(second), monkeypatch)
+    thread = begin_at(place, lambda: submission(second), monkeypatch)
     assert submission(first) == 0
     thread.join()
     assert json.loads((folder.path / "submission.json").read_text())["name"] == "second"
     assert (folder.path / "README.md").read_text().startswith("# second: ")
+
+
+@pytest.mark.parametrize("arguments", [["evaluate", "--stride", "0"], ["submission", "record"]])
+def test_what_a_killed_record_was_writing_is_gone_after_the_next_command(
+    finished: Finished, tmp_path: Path, arguments: list[str]
+) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    killed = "import os; from train.submission import __main__, plots; plots.Figure.savefig = lambda *_, **__: os.kill(os.getpid(), 9); "
+    program = [sys.executable, "-c", f"{killed} __main__.main(['record', {str(folder.path)!r}])"]
+    assert subprocess.run(program, cwd=ROOT, capture_output=True, timeout=120, check=False).returncode == -9
+    assert len(list(folder.path.glob(".loss.png.*.part"))) == 1
+    works = {"evaluate": evaluate, "submission": submission}
+    assert works[arguments[0]]([*arguments[1:], str(folder.path)]) == 0
+    assert not list(folder.path.glob(".*.part"))
 
 
 def test_what_the_command_asks_for_holds_whoever_held_the_run_before(

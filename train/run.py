@@ -121,9 +121,7 @@ class RunFolder:
                     "or set RUNS_DIR to one"
                 ) from error
             if not shared:
-                # what a killed process was writing; the lock says that nobody writes now
-                for part in self.path.glob(".*.part"):
-                    part.unlink()
+                self._clear()
             yield
 
     @contextmanager
@@ -131,7 +129,13 @@ class RunFolder:
         """Within a shared `held`: wait until no other process is here, so that what is read and written again loses nothing."""
         with open(self.path / ".writing.lock", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            self._clear()
             yield
+
+    def _clear(self) -> None:
+        """Remove what a killed process was writing, where a lock says that nobody writes now."""
+        for part in self.path.glob(".*.part"):
+            part.unlink()
 
     def read_training(self, **kinds: type) -> dict[str, Any]:
         """What the training stage measured, the named fields at least, each of its kind.

@@ -26,7 +26,8 @@ from train.settings import resolve
 from train.values import format_value
 
 FORMS = ("plain", "minified", "wrapped", "raw")
-_HEAD = '''"""{title}
+# no word of it is a person's, whose quotes would end the text; and what a run counts is what a record ships
+_HEAD = '''"""Trains, quantizes, packs and scores.
 
 One file, made of {count} modules: unpacked into a temporary folder, then imported. SETTINGS is the configuration of the run.
 """
@@ -66,14 +67,13 @@ if __name__ == "__main__":
 '''
 
 
-def pack(recipe: str, settings: Mapping[str, str], form: str, title: str = "") -> bytes:
+def pack(recipe: str, settings: Mapping[str, str], form: str) -> bytes:
     """A train_gpt.py.
 
     Args:
         recipe: recipe whose module it carries.
         settings: what differs from the defaults: name in upper case → value as text; `RECIPE` is added.
         form: a name in `FORMS`.
-        title: first line of the file.
 
     Raises:
         UserError: no such form or recipe, or python-minifier is not installed and the form needs it.
@@ -82,7 +82,7 @@ def pack(recipe: str, settings: Mapping[str, str], form: str, title: str = "") -
         raise UserError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
     carried = script_modules(recipe, settings)
     constants = {"settings": as_literal({"RECIPE": recipe, **settings}), "left_out": as_literal(carried.left_out)}
-    head = _HEAD.format(title=title or "Trains, quantizes, packs and scores.", count=len(carried.sources), **constants)
+    head = _HEAD.format(count=len(carried.sources), **constants)
     if form == "plain":
         files = [f"\n# {name}\nFILES[{name!r}] = {_literal(source)}\n" for name, source in carried.sources.items()]
         return "".join([head, *files, _TAIL]).encode()

@@ -76,9 +76,8 @@ def build_record(
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        title = f"{labels.name or runs[0].config.recipe}: trains, quantizes, packs and scores."
         started = runs[0].folder.read_config()
-        write_script(folder, started, single_file, title)
+        write_script(folder, started, single_file)
         proof = prove(folder, runs[0])
         code_bytes = sum(path.stat().st_size for path in folder.rglob("*.py"))
         submission = record_json(runs, labels, code_bytes)
@@ -143,11 +142,11 @@ def record_json(runs: Sequence[FinishedRun], labels: Labels, code_bytes: int) ->
     }
 
 
-def write_script(folder: Path, config: Config, single_file: str, title: str) -> None:
+def write_script(folder: Path, config: Config, single_file: str) -> None:
     """Write train_gpt.py, and beside it the modules it imports unless it holds them itself."""
     settings = script_settings(config)
     if single_file:
-        atomic_write(folder / "train_gpt.py", pack(config.recipe, settings, single_file, title))
+        atomic_write(folder / "train_gpt.py", pack(config.recipe, settings, single_file))
         return
     carried = script_modules(config.recipe, settings)
     for name, source in carried.sources.items():
@@ -156,7 +155,7 @@ def write_script(folder: Path, config: Config, single_file: str, title: str) -> 
         path.write_text(source)
     atomic_write(
         folder / "train_gpt.py",
-        f'"""{title}"""\n\nfrom train.errors import main_guard\nfrom train.script.entry import main\n\nSETTINGS = {as_literal({"RECIPE": config.recipe, **settings})}\n'
+        f'"""Trains, quantizes, packs and scores."""\n\nfrom train.errors import main_guard\nfrom train.script.entry import main\n\nSETTINGS = {as_literal({"RECIPE": config.recipe, **settings})}\n'
         f"# modules that these settings do not need, and which would\nLEFT_OUT = {as_literal(carried.left_out)}\n\n"
         'if __name__ == "__main__":\n    main_guard(lambda: main(SETTINGS, LEFT_OUT))\n',
     )
