@@ -14,8 +14,9 @@ TRITON := triton==3.6.0
 help:  ## show the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 16
 
-# a process for each GPU, or for each core: one thread each loses less than one process with many on small matrices
-PROCESSES = $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c GPU); [ $$n -gt 0 ] || n=$$(nproc); for p in 8 4 2 1; do [ $$p -le $$n ] && echo $$p && break; done)
+# a process for each GPU, or for each core: one thread each loses less than one process with many on small matrices;
+# nproc counts what OMP_NUM_THREADS leaves, which is about threads
+PROCESSES = $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c GPU); [ $$n -gt 0 ] || n=$$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc); for p in 8 4 2 1; do [ $$p -le $$n ] && echo $$p && break; done)
 
 run: $(READY)  ## train, quantize, score and record a small model on the standard library's own text
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(PROCESSES) -m train --recipe quickstart

@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a narrow model, to try this out")
     arguments = parser.parse_args(argv)
     device = next(device for device in DEVICES if device.name.lower() == arguments.device)
-    config = share_config(arguments.recipe, CUDA, tiny=arguments.tiny).replace(device="cuda")
+    config = share_config(arguments.recipe, CUDA, tiny=arguments.tiny).replace(device="cuda", compute_dtype="bfloat16")
     if arguments.phase == "after" and not config.recur_layers:
         raise UserError(f"--phase after: {arguments.recipe} repeats no layers: expected before or both")
     ways = arguments.ways.split(",")

@@ -317,8 +317,8 @@ def rest(pieces: Sequence[Piece]) -> str:
 def _first_command(piece: Piece) -> str:
     """What the piece runs, as one would type it, how many more like it, and when."""
     command, *more = piece.commands.values()
-    others = f", and {len(more)} more" if more else ""
-    condition = f", if {piece.instead_of} failed" if piece.instead_of else ""
+    others = f"  (and {len(more)} more)" if more else ""
+    condition = f"  (if {piece.instead_of} failed)" if piece.instead_of else ""
     return f"python {shlex.join(command)}{others}{condition}"
 
 
