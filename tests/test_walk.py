@@ -65,6 +65,7 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
     ]
     assert exact[-1].endswith(f"val_bpb:{submission['val_bpb']:.8f}")
     assert set(log["steps"]) == set(range(1, 11)) | {12}
+    assert "recurrence:activated at step 6, layers " in text
     assert log["sizes"]["total"] == submission["bytes_total"]
     assert log["finals"]["int6_sliding_window_exact"]["val_bpb"] == pytest.approx(submission["val_bpb"], abs=1e-8)
 

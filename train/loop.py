@@ -154,7 +154,9 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     while True:
         last = stop or step == config.iterations
         if not last and config.recur_layers and step == config.recur_start_step:
-            log.line(f"recurrence:activated at step {step}, layers {','.join(str(s.layer) for s in model.recurrent_plan)}")
+            log.line(
+                f"recurrence:activated at step {step}, layers {','.join(str(s.layer) for s in model.recurrent_plan)}"
+            )
         # step 0 was validated before the clock ran
         if not last and step and config.val_loss_every and step % config.val_loss_every == 0:
             seconds = clock.pause()
