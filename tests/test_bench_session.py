@@ -309,7 +309,7 @@ def test_a_session_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert run_session(tmp_path, 1, "", tiny=False, listing=True) == 0
     listed = capsys.readouterr().out.splitlines()
     assert listed[0].startswith("step ") and "60 s at most  python -m benchmarks.bench_step --rounds 15" in listed[0]
-    assert listed[1].endswith("--ways published,torch,  (if step failed)")
+    assert listed[1].endswith("--ways published,torch  (if step failed)")
     assert any("python -m pytest" in line and line.endswith(" more)") for line in listed)
 
 
