@@ -348,11 +348,15 @@ def test_a_library_that_only_the_record_wants_is_missed_before_training(dataset:
 def test_a_back_end_forced_for_a_gpu_passes_the_check_before_a_run(
     backends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GOLF_BACKEND", backends)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    preflight(load_recipe("quickstart").config())
+    capability = (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    config = load_recipe("quickstart").config(golf_backend=backends)
+    preflight(config)
+    capability = (8, 0)
+    with pytest.raises(UserError, match=r"GOLF_BACKEND forces triton .* this GPU is sm_80"):
+        preflight(config)
 
 
 def test_bad_data_leaves_no_run_folder(dataset: Path, tmp_path: Path) -> None:
