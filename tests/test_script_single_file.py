@@ -106,6 +106,24 @@ def test_forms_fall_in_size_and_are_counted(capsys: pytest.CaptureFixture[str]) 
     assert f"{{{','.join(FORMS)}}}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("form", ["wrapped", "raw"])
+@pytest.mark.parametrize("damage", ["changed", "missing", "cut short"])
+def test_a_damaged_script_says_so_in_one_line(tmp_path: Path, form: str, damage: str) -> None:
+    script = bytearray(pack("quickstart", {}, form))
+    middle = script.index(b"a", len(script) // 2)
+    if damage == "changed":
+        script[middle : middle + 1] = b"b"
+    elif damage == "missing":
+        del script[middle]
+    else:
+        del script[middle : script.rindex(b"\ntry:") - (1 if form == "wrapped" else 3)]
+    (tmp_path / "train_gpt.py").write_bytes(script)
+    command = [sys.executable, "-I", "train_gpt.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    message = "error: train_gpt.py is damaged: copy or build it again\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
+
+
 @pytest.mark.parametrize(
     "source", ["x = 1\n", "'''a'''\n", "a = '''b''' + \"\"\"c\"\"\"\n", "r = r'\\n'  # \\", "", "é = 'ü\\x00'\n"]
 )

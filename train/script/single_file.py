@@ -65,6 +65,11 @@ if __name__ == "__main__":
 
     main_guard(lambda: main(SETTINGS, LEFT_OUT))
 '''
+# every byte of it counts; bz2 compares checksums
+_LOADER = b'''try:S=bz2.decompress(%b)
+except(OSError,ValueError):exit("error: train_gpt.py is damaged: copy or build it again")
+exec(S)
+'''
 
 
 def pack(recipe: str, settings: Mapping[str, str], form: str) -> bytes:
@@ -93,8 +98,8 @@ def pack(recipe: str, settings: Mapping[str, str], form: str) -> bytes:
     packed = bz2.compress(text.encode())
     # on a line of its own, which no traceback shows
     if form == "wrapped":
-        return b'import base64,bz2\nP="%b"\nexec(bz2.decompress(base64.b85decode(P)))\n' % base64.b85encode(packed)
-    return b'%bimport bz2\nP=%b\nexec(bz2.decompress(P.encode("latin1")))\n' % (LATIN1, _latin1_literal(packed))
+        return b'import base64,bz2\nP="%b"\n%b' % (base64.b85encode(packed), _LOADER % b"base64.b85decode(P)")
+    return b"%bimport bz2\nP=%b\n%b" % (LATIN1, _latin1_literal(packed), _LOADER % b'P.encode("latin1")')
 
 
 def script_modules(recipe: str, settings: Mapping[str, str]) -> Modules:
