@@ -11,7 +11,7 @@ import pytest
 
 from train.errors import UserError
 from train.log_grammar import GRAMMAR, parse_log
-from train.logger import RunLogger, append_metric, read_metrics, series
+from train.logger import RunLogger, append_metric, read_metrics, resumed_steps, series
 
 
 def write_run(folder: Path) -> Path:
@@ -177,8 +177,26 @@ def test_resume_cuts_the_torn_line_and_appends_without_a_second_header(tmp_path:
     added = "resumed: step:10 train_time:435ms\nstep:12/20 train_loss:5.0000 train_time:500ms step_avg:41.67ms\n"
     assert path.read_text() == whole_log + added
     records = read_metrics(metrics)
+    assert resumed_steps(records) == [10]
     assert series(records, "val", "val_bpb") == [(0, 0.0, 4.10581234)]
     assert series(records, "train", "train_loss") == [(1, 0.0434, 6.91), (10, 435.4 / 1000, 5.12345), (12, 0.5, 5.0)]
+
+
+@pytest.mark.parametrize(
+    ("resumes", "counted"),
+    [
+        ([], []),
+        ([0], []),
+        ([50, 100], [50, 100]),
+        ([100, 100], [100]),
+        ([50, 100, 70], [50, 70]),
+        ([50, 0], []),
+        ([0, 50], [50]),
+    ],
+)
+def test_a_run_is_made_of_the_parts_that_were_not_done_again(resumes: list[int], counted: list[int]) -> None:
+    records = [{"kind": "resume", "step": step, "seconds": 1.0} for step in resumes]
+    assert resumed_steps([{"kind": "train", "step": 7}, *records]) == counted
 
 
 def test_curves_rise_in_steps_and_take_the_last_word_on_each() -> None:

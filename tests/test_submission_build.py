@@ -19,7 +19,7 @@ from train.run import RunFolder
 from train.script.code_size import counted_code_bytes
 from train.script.single_file import FORMS
 from train.settings import resolve
-from train.submission import build
+from train.submission import build, writeup
 from train.submission.__main__ import main
 from train.submission.base import find_base
 from train.submission.build import Labels, build_record, recipe_settings
@@ -103,6 +103,14 @@ def test_the_readme_tells_it_to_the_last_digit(record: Path) -> None:
     assert sum(parts[:-1]) == parts[-1] == submission["bytes_total"]
     assert "| `model_dim` | 128 | 32 |" in text
     assert text.count("torchrun --standalone --nproc_per_node=1 train_gpt.py") == 3
+
+
+def test_the_readme_says_which_runs_were_resumed(runs: list[Path]) -> None:
+    first, second, third = read_runs(runs)
+    resumed = [replace(run, summary=replace(run.summary, resumed=[2, 3])) for run in (second, third)]
+    note = writeup._times([first, *resumed])[-1]
+    said = "training was resumed at steps 2, 3: train is its clock alone."
+    assert note.endswith(f" Seed 314: {said} Seed 999: {said}") and "Seed 42" not in note
 
 
 def test_the_settings_in_the_script_are_those_of_the_run(record: Path, runs: list[Path]) -> None:

@@ -36,6 +36,7 @@ def test_summary_round_trip(tmp_path: Path) -> None:
         ({"val_bpb": None}, "val_bpb: expected a number"),
         ({"stage_seconds": {"train": "x"}}, "stage_seconds: expected"),
         ({"stage_seconds": {"lunch": 1.0}}, "got lunch"),
+        ({"resumed": ["4"]}, "resumed: expected"),
         ({"bytes_total": 15_981_301}, "expected bytes_code [+] bytes_model = 15981300, got 15981301"),
         ({"model_groups": {"all": 1}}, "expected a sum of bytes_model = 15898181, got 1"),
         ({"extra": 1}, "unknown extra"),

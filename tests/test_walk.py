@@ -221,10 +221,25 @@ def test_a_killed_run_goes_on_bit_for_bit(
     process.wait()
     assert (tmp_path / "run" / "checkpoint.pt").exists()
     folder = walk(config.replace(resume="auto"))
-    assert "resumed: step:4" in capsys.readouterr().out
+    assert "resumed: step:4" in (output := capsys.readouterr().out)
+    clock = folder.read_training()["seconds"]
+    assert summarize(folder).stage_seconds["train"] == clock
+    assert re.search(
+        rf"seconds +train {clock:.1f}, .* in all \(training was resumed at step 4: train is its clock alone\)", output
+    )
     expected, found = (read_tensors(folder.weights) for folder in (finished.folder, folder))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_stage_has_the_seconds_of_the_pass_that_counts(finished: Finished, tmp_path: Path) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    write_json(folder.stages, dict.fromkeys(("data", "train", "quantize", "artifact", "evaluate"), 1000.0))
+    walk(finished.config.replace(runs_dir=str(tmp_path), resume="auto"))
+    seconds = summarize(folder).stage_seconds
+    # found: the text, and what was trained
+    assert {name for name, taken in seconds.items() if taken == 1000} == {"data", "train"}
+    assert all(0 < seconds[name] < 1000 for name in ("quantize", "artifact", "evaluate"))
 
 
 def test_two_ranks_train_like_one(finished: Finished, dataset: Path, tmp_path: Path) -> None:

@@ -266,6 +266,18 @@ def series(records: list[dict[str, Any]], kind: str, field: str) -> list[tuple[i
     return [points[step] for step in sorted(points)]
 
 
+def resumed_steps(records: list[dict[str, Any]]) -> list[int]:
+    """The steps at which a run's training changed from one process to the next, by rising step.
+
+    A part that was done again from an earlier checkpoint, or from the beginning, is no part of the run.
+    """
+    steps: list[int] = []
+    for record in records:
+        if record["kind"] == "resume":
+            steps = [*(step for step in steps if step < record["step"]), record["step"]]
+    return [step for step in steps if step]
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

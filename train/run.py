@@ -64,6 +64,11 @@ class RunFolder:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether training has left all it leaves."""
+        return self.weights.exists() and self.training.exists()
+
     def read_config(self) -> Config:
         """The configuration that the run was started with; a setting that is younger than the file has its default.
 

@@ -66,7 +66,7 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
 
 def train_stage(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> GPT:
     """Train, and leave weights.pt and training.json; a run that has them already is not trained again."""
-    if folder.weights.exists() and folder.training.exists():
+    if folder.is_trained:
         log.line("training: finished before, weights.pt is taken")
         return load_weights(folder).to(ranks.device)
     result = train(config, folder, ranks, log)

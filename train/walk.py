@@ -34,29 +34,30 @@ if TYPE_CHECKING:
 
 
 class StageClock:
-    """Seconds per stage, kept in the run folder so that a resumed walk still knows what its first part took."""
+    """Seconds per stage, of the pass whose result counts; kept in the run folder, as a stage may have been finished before."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.path: Path | None = None
 
     def keep_in(self, path: Path) -> None:
-        """From now on keep the seconds in a file; what it holds already is added to."""
+        """From now on keep the seconds in a file; what it holds already of other stages stays."""
         remedy = "delete it, which loses only the seconds of the stages, and resume again"
         earlier = read_json(path, remedy) if path.exists() else {}
         if not all(type(seconds) in (int, float) for seconds in earlier.values()):
             raise UserError(f"{path}: expected seconds per stage, found {earlier}: {remedy}")
-        for name, seconds in earlier.items():
-            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.seconds = {**earlier, **self.seconds}
         self.path = path
         self._save()
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __call__(self, name: str, *, found: bool = False) -> Iterator[None]:
+        """Time a stage; if its result is `found`, it keeps the seconds of the pass that made it."""
         started = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-        self._save()
+        if not found:
+            self.seconds[name] = time.perf_counter() - started
+            self._save()
 
     def _save(self) -> None:
         if self.path is not None:
@@ -79,7 +80,7 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
     preflight(config)
     with dispatch.forced(config.golf_backend), start_ranks(config.device) as ranks, ExitStack() as held:
         clock = StageClock()
-        with clock("data"):
+        with clock("data", found=Path(config.data_path).exists()):
             prepare_data(config, ranks)
         config = config.replace(run_id=ranks.broadcast(new_run_id(config)))
         ranks.on_main(lambda: check_data(config))
@@ -97,7 +98,7 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
             log.line(f"run_id:{config.run_id} recipe:{config.recipe} device:{ranks.device}")
             for override in overrides:
                 log.line(override_line(override))
-            with clock("train"):
+            with clock("train", found=folder.is_trained):
                 model = train_stage(config, folder, ranks, log)
             with clock("quantize"):
                 encoder = Encoder()

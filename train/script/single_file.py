@@ -66,10 +66,10 @@ if __name__ == "__main__":
     main_guard(lambda: main(SETTINGS, LEFT_OUT))
 '''
 # every byte of it counts; bz2 compares checksums
-_LOADER = b'''try:S=bz2.decompress(%b)
+_LOADER = b"""try:S=bz2.decompress(%b)
 except(OSError,ValueError):exit("error: train_gpt.py is damaged: copy or build it again")
 exec(S)
-'''
+"""
 
 
 def pack(recipe: str, settings: Mapping[str, str], form: str) -> bytes:

@@ -7,7 +7,7 @@ from train.data.manifest import read_manifest
 from train.errors import UserError
 from train.evaluate.scores import find_evaluation
 from train.files import read_json
-from train.logger import read_metrics
+from train.logger import read_metrics, resumed_steps
 from train.run import RunFolder
 from train.submission.summary import Summary, group_bytes
 
@@ -26,10 +26,15 @@ def summarize(folder: RunFolder) -> Summary:
     flat = find_evaluation(folder, config.replace(eval_stride=0))
     artifact = read_artifact(folder.artifact)
     # as logged when the artifact was written: the sources may have changed since
-    records = [record for record in read_metrics(folder.metrics) if record["kind"] == "sizes"]
-    sizes = [record for record in records if isinstance(record.get("code_bytes"), int)]
+    records = read_metrics(folder.metrics)
+    sizes = [record for record in records if record["kind"] == "sizes" and isinstance(record.get("code_bytes"), int)]
     if not sizes:
         raise UserError(f"{folder.metrics}: no sizes in it: run python -m train.quantize {folder.path} again")
+    stage_seconds = read_json(folder.stages, "delete it") if folder.stages.exists() else {}
+    resumed = resumed_steps(records)
+    if resumed:
+        # no process saw all of it, and what a kill lost is in none of its steps
+        stage_seconds["train"] = training["seconds"]
     bytes_code, bytes_prefix = sizes[-1]["code_bytes"], sizes[-1].get("prefix_bytes", 0)
     manifest = read_manifest(config.data_path)
     # the compressors did not stop at eval_max_tokens
@@ -42,7 +47,8 @@ def summarize(folder: RunFolder) -> Summary:
         steps=training["steps"],
         step_avg_ms=1000 * training["seconds"] / max(training["steps"], 1),
         train_seconds=training["seconds"],
-        stage_seconds=read_json(folder.stages, "delete it") if folder.stages.exists() else {},
+        stage_seconds=stage_seconds,
+        resumed=resumed,
         val_loss=score["val_loss"],
         val_bpb=score["val_bpb"],
         eval_seconds=score["seconds"],

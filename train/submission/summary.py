@@ -39,7 +39,8 @@ class Summary:
         steps: optimizer steps.
         step_avg_ms: training clock over steps.
         train_seconds: training clock.
-        stage_seconds: stage → wall-clock seconds; stages are `STAGES`.
+        stage_seconds: stage → wall-clock seconds of the pass whose result counts; stages are `STAGES`. Of a resumed run's
+            training, `train_seconds`.
         step0_val_bpb: flat, before the first step; None: not measured, as in the following ones.
         prequant_val_bpb: flat, of the trained weights before quantization.
         val_loss: nats per token of the reloaded artifact under the run's evaluation.
@@ -61,6 +62,7 @@ class Summary:
         model_groups: group of tensors → bytes in the artifact, in all `bytes_model`; empty: not measured.
         target_bytes: that `target_mb` was to reach by pruning; 0: none.
         label: what stands beside every score of a run that breaks the rules; empty: nothing.
+        resumed: steps at which training went on after a kill.
     """
 
     run_id: str
@@ -92,6 +94,7 @@ class Summary:
     bytes_prefix: int = 0
     target_bytes: int = 0
     label: str = ""
+    resumed: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
@@ -122,7 +125,9 @@ class Summary:
             UserError: a field is missing, unknown or of the wrong type; the message begins with `source`.
         """
         hints = typing.get_type_hints(cls)
-        optional = {item.name for item in fields(cls) if item.default is not MISSING or item.default_factory is dict}
+        optional = {
+            item.name for item in fields(cls) if item.default is not MISSING or item.default_factory is not MISSING
+        }
         missing = [name for name in hints if name not in values and name not in optional]
         unknown = [name for name in values if name not in hints]
         if missing or unknown:
@@ -176,7 +181,16 @@ def size_line(summary: Summary) -> str:
 def stage_line(summary: Summary) -> str:
     """Seconds of each stage that ran, in the order of the walk, and their sum."""
     parts = [f"{name} {summary.stage_seconds[name]:.1f}" for name in STAGES if name in summary.stage_seconds]
-    return f"{', '.join(parts)}; {sum(summary.stage_seconds.values()):.1f} in all"
+    note = f" ({note})" if (note := resumed_note(summary)) else ""
+    return f"{', '.join(parts)}; {sum(summary.stage_seconds.values()):.1f} in all{note}"
+
+
+def resumed_note(summary: Summary) -> str:
+    """Where training went on after a kill, and what that means for its seconds; empty: it did not."""
+    if not summary.resumed:
+        return ""
+    steps = f"step{'s' if len(summary.resumed) > 1 else ''} {', '.join(f'{step:,}' for step in summary.resumed)}"
+    return f"training was resumed at {steps}: train is its clock alone"
 
 
 def summary_text(summary: Summary, run_dir: str | Path | None = None) -> str:
@@ -217,6 +231,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if typing.get_origin(kind) is dict:
         _, inner = typing.get_args(kind)
         return isinstance(value, dict) and all(isinstance(k, str) and _fits(v, inner) for k, v in value.items())
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
     if type(None) in typing.get_args(kind):
         return value is None or _fits(value, float)
     return isinstance(value, kind)

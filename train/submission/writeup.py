@@ -12,7 +12,7 @@ from train.submission.record import evaluation, form
 from train.submission.runs import FinishedRun
 from train.submission.standing import Standing
 from train.submission.statistics import comparison_text
-from train.submission.summary import STAGES
+from train.submission.summary import STAGES, resumed_note
 from train.wording import counted
 
 _FORM_NAMES = {
@@ -169,7 +169,8 @@ def _times(runs: Sequence[FinishedRun]) -> list[str]:
         cells += [f"{run.summary.stage_seconds.get(stage, 0.0):.1f}" for stage in stages]
         rows.append((run.seed, *cells))
     note = "The training clock holds the steps alone; what is calibrated on training data comes behind it and counts with it."
-    return [*_table(head, rows), "", note]
+    resumed = [f" Seed {run.seed}: {note}." for run in runs if (note := resumed_note(run.summary))]
+    return [*_table(head, rows), "", note + "".join(resumed)]
 
 
 def _machine(run: FinishedRun, submission: dict[str, Any]) -> list[str]:
