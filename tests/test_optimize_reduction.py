@@ -31,6 +31,7 @@ def check_reduction(rank: int, group: dist.ProcessGroup) -> None:
     small = [nn.Parameter(torch.zeros(6, 2, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(5))]
     matrices = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
     reduction = Reduction(small, matrices, OWNERS, group)
+    places = []
     for _ in range(2):
         for index, parameter in enumerate([*small, *matrices]):
             parameter.grad = gradient(rank, index, parameter.shape, parameter.dtype)
@@ -38,6 +39,7 @@ def check_reduction(rank: int, group: dist.ProcessGroup) -> None:
         if rank == 1:
             small[1].grad = None
         reduction.reduce_gradients()
+        places.append([p.grad.data_ptr() for p in (*small, *matrices) if p.grad is not None])
         drawn = [[gradient(r, i, p.shape, p.dtype).double() for i, p in enumerate([*small, *matrices])] for r in (0, 1)]
         drawn[1][1].zero_()
         means = [(mine + other) / 2 for mine, other in zip(*drawn, strict=True)]
@@ -61,6 +63,29 @@ def check_reduction(rank: int, group: dist.ProcessGroup) -> None:
         for index, (matrix, owner) in enumerate(zip(matrices, OWNERS, strict=True)):
             assert torch.equal(matrix, torch.full_like(matrix, index + 10 * owner))
         assert torch.equal(clipped.grad, before)
+    # where a CUDA graph of a step looks for them
+    assert places[0] == places[1]
+    # and only a dtype of its own needs another copy
+    assert small[1].grad is reduction._flat_views[1] and small[0].grad is not reduction._flat_views[0]
+
+
+def test_one_process_can_have_its_gradients_at_fixed_places() -> None:
+    small = [nn.Parameter(torch.zeros(6, 2, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(5))]
+    matrices = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    parameters = [*small, *matrices]
+    reduction, places = Reduction(small, matrices, fixed=True), []
+    for step in range(3):
+        given = [gradient(step, i, p.shape, p.dtype) for i, p in enumerate(parameters)]
+        for parameter, one in zip(parameters, given, strict=True):
+            parameter.grad = one.clone()
+        if step == 1:
+            # what lies there already, and what is missing
+            parameters[0].grad = reduction._places[0].copy_(given[0])
+            parameters[1].grad, given[1] = None, torch.zeros(5)
+        reduction.reduce_gradients()
+        assert all(torch.equal(p.grad, one) for p, one in zip(parameters, given, strict=True))
+        places.append([p.grad.data_ptr() for p in parameters])
+    assert places[0] == places[1] == places[2] and len(set(places[0])) == len(parameters)
 
 
 STEPS, CHECKPOINT = 20, 8

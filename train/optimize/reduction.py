@@ -27,6 +27,8 @@ class Reduction:
         matrices: parameters that one rank updates for all.
         owners: for each of `matrices`, the rank that updates it; not looked at without a group.
         group: process group of all ranks; None for one process, which then owns everything.
+        fixed: the reduced gradients have the same places in every step, as a CUDA graph of what follows needs it; with
+            a group they always have.
 
     Attributes:
         owned: the matrices that this rank updates, in their order.
@@ -38,6 +40,8 @@ class Reduction:
         matrices: Sequence[nn.Parameter],
         owners: Sequence[int] = (),
         group: dist.ProcessGroup | None = None,
+        *,
+        fixed: bool = False,
     ) -> None:
         self.owned: list[Tensor] = list(matrices)
         self._replicated: list[Tensor] = list(replicated)
@@ -46,6 +50,9 @@ class Reduction:
         self._rank = dist.get_rank(group) if group is not None else 0
         self._world_size = dist.get_world_size(group) if group is not None else 1
         self._gathering: dist.Work | None = None
+        parameters = [*self._replicated, *self._matrices]
+        self._square, self._norm = _buffer(parameters, 2).unbind()
+        self._places = [torch.empty_like(p, requires_grad=False) for p in parameters] if fixed and group is None else []
         if group is not None:
             if len(owners) != len(self._matrices) or not all(0 <= owner < self._world_size for owner in owners):
                 raise ValueError(
@@ -61,6 +68,7 @@ class Reduction:
         self._by_owner = [matrix for share in shares for matrix in share]
         self._flat = _buffer(self._replicated, sum(p.numel() for p in self._replicated))
         self._flat_views = _views(self._flat, self._replicated)
+        self._flat_places = _places(self._flat_views, self._replicated)
         longest = max(sum(matrix.numel() for matrix in share) for share in shares)
         self._all = _buffer(self._matrices, self._world_size * longest)
         rows = self._all.view(self._world_size, longest)
@@ -68,19 +76,22 @@ class Reduction:
         # gradients stay readable after a step, so weights leave from a place of their own
         self._own_gradients, self._own_weights = (_buffer(self._matrices, longest) for _ in range(2))
         self._own_gradient_views = _views(self._own_gradients, self.owned)
+        self._own_places = _places(self._own_gradient_views, self.owned)
         self._own_weight_views = _views(self._own_weights, self.owned)
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
         """Replace `.grad` by the mean over ranks: of replicated parameters everywhere, of a matrix at its owner.
 
-        At the other ranks a matrix's `.grad` becomes None. An owner's may be a view of a buffer that the next call
-        overwrites.
+        At the other ranks a matrix's `.grad` becomes None. Gradients with fixed places are overwritten by the next call.
         """
         for parameter in (*self._replicated, *self._matrices):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if self._group is None:
+            if self._places:
+                parameters = [*self._replicated, *self._matrices]
+                _settle(parameters, _gradients(parameters), self._places)
             return
         scattering = None
         # the larger transfer goes first, so that packing the smaller one overlaps it
@@ -92,42 +103,56 @@ class Reduction:
             dist.all_reduce(self._flat, op=dist.ReduceOp.SUM, group=self._group)
             # a sum and a power of two give the exact mean, which not every back end and version has as an operation
             self._flat.mul_(1 / self._world_size)
-            torch._foreach_copy_(_gradients(self._replicated), self._flat_views)
+            _settle(self._replicated, self._flat_views, self._flat_places)
         if scattering is not None:
             scattering.wait()
             self._own_gradients.mul_(1 / self._world_size)
             for matrix in self._matrices:
                 matrix.grad = None
-            for matrix, view in zip(self.owned, self._own_gradient_views, strict=True):
-                matrix.grad = view.to(matrix.dtype)
+            _settle(self.owned, self._own_gradient_views, self._own_places)
 
-    @torch.no_grad()
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale all reduced gradients by min(1, max_norm / (norm + 1e-6)), with the L2 norm over all of them.
+
+        It is `measure_gradients`, `sum_squares` and `scale_gradients`, of which the second alone needs the other ranks.
 
         Args:
             max_norm: largest norm; 0 only measures.
 
         Returns:
             The norm before clipping, 0-dimensional, float32 (float64 for float64 gradients), on the device, equal on
-            all ranks.
+            all ranks; the next call overwrites it.
 
         Source: `torch.nn.utils.clip_grad_norm_`, whose formula this is.
         """
-        parameters = [*self._replicated, *self._matrices]
-        gradients = _gradients([*self._replicated, *self.owned])
+        self.measure_gradients()
+        self.sum_squares()
+        return self.scale_gradients(max_norm)
+
+    @torch.no_grad()
+    def measure_gradients(self) -> None:
+        """Sum the squares of the gradients that this rank counts."""
         # each matrix is counted at its owner, and what all ranks hold is counted by the first
-        counted = gradients if self._rank == 0 else _gradients(self.owned)
-        dtype = _wide_dtype(parameters)
-        square = torch.zeros((), dtype=dtype, device=parameters[0].device)
+        counted = [*self._replicated, *self.owned] if self._rank == 0 else self.owned
+        self._square.zero_()
         if counted:
-            square = torch.stack(torch._foreach_norm(counted, 2, dtype)).square().sum()
+            norms = torch._foreach_norm(_gradients(counted), 2, self._square.dtype)
+            self._square.add_(torch.stack(norms).square().sum())
+
+    @torch.no_grad()
+    def sum_squares(self) -> None:
+        """Add up what the ranks have measured."""
         if self._group is not None:
-            dist.all_reduce(square, op=dist.ReduceOp.SUM, group=self._group)
-        norm = square.sqrt()
+            dist.all_reduce(self._square, op=dist.ReduceOp.SUM, group=self._group)
+
+    @torch.no_grad()
+    def scale_gradients(self, max_norm: float) -> Tensor:
+        """Scale the gradients that this rank holds; as `clip_gradients`."""
+        torch.sqrt(self._square, out=self._norm)
+        gradients = _gradients([*self._replicated, *self.owned])
         if max_norm > 0 and gradients:
-            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+            torch._foreach_mul_(gradients, (max_norm / (self._norm + 1e-6)).clamp(max=1.0))
+        return self._norm
 
     @torch.no_grad()
     def start_gathering(self) -> None:
@@ -167,6 +192,20 @@ def _views(buffer: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     sizes = [parameter.numel() for parameter in parameters]
     pieces = buffer[: sum(sizes)].split(sizes)
     return [piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters, strict=True)]
+
+
+def _places(views: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    # a gradient has its parameter's dtype, which may be narrower than that of the sums
+    pairs = zip(views, parameters, strict=True)
+    return [v if v.dtype == p.dtype else torch.empty_like(p, requires_grad=False) for v, p in pairs]
+
+
+def _settle(parameters: Sequence[Tensor], gradients: Sequence[Tensor], places: Sequence[Tensor]) -> None:
+    moved = [(place, gradient) for place, gradient in zip(places, gradients, strict=True) if place is not gradient]
+    if moved:
+        torch._foreach_copy_([place for place, _ in moved], [gradient for _, gradient in moved])
+    for parameter, place in zip(parameters, places, strict=True):
+        parameter.grad = place
 
 
 def _reduce_scatter(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> dist.Work:
