@@ -24,7 +24,7 @@ from train.submission.__main__ import main
 from train.submission.base import find_base
 from train.submission.build import Labels, build_record, recipe_settings
 from train.submission.evidence import read_evidence
-from train.submission.rules import Verdict, judge
+from train.submission.rules import Finding, Verdict, judge
 from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
 
 LABELS = Labels("Ada", "ada", "", "", "10min_16mb")
@@ -208,13 +208,24 @@ def test_command_says_what_it_made_and_which_rules_fail(
         "--github-id",
         "ada",
     ]
-    assert main([*arguments, "--single-file"]) == 0
+    assert main([*arguments, "--single-file"]) == 1
     output = capsys.readouterr().out
     assert "README.md, config.json, requirements.txt, submission.json, train_gpt.py, train_seed314.log" in output
     assert "Failed: hardware; the challenge's validation text." in output
     assert "compressed" in (tmp_path / "records/mine/README.md").read_text()
+    assert main(["check", str(tmp_path / "records/mine")]) == 1
     with pytest.raises(UserError, match="exists: choose another --out"):
         main(arguments)
+
+
+@pytest.mark.parametrize(("verdicts", "code"), [("HOLDS UNSEEN", 0), ("UNSEEN FAILS HOLDS", 1)])
+def test_command_ends_as_the_folder_is_judged(
+    runs: list[Path], tmp_path: Path, no_proof: None, monkeypatch: pytest.MonkeyPatch, verdicts: str, code: int
+) -> None:
+    findings = [Finding("a rule", Verdict[name], "a value") for name in verdicts.split()]
+    monkeypatch.setattr("train.submission.rules.judge", lambda evidence: findings)
+    assert main(["build", str(runs[0]), "--out", str(tmp_path / "mine")]) == code
+    assert (tmp_path / "mine/train_gpt.py").exists()
 
 
 @pytest.mark.parametrize("missing", ["training.json", "model.golf", "evaluation.json", "train_seed314.log"])

@@ -61,7 +61,7 @@ def _build(arguments: argparse.Namespace) -> int:
     from train.submission.build import Labels, build_record
     from train.submission.evidence import read_evidence
     from train.submission.record import git_setting
-    from train.submission.rules import judge, summary_lines
+    from train.submission.rules import exit_code, judge, summary_lines
 
     author = git_setting("user.name") if arguments.author is None else arguments.author
     github_id = git_setting("github.user") if arguments.github_id is None else arguments.github_id
@@ -71,18 +71,18 @@ def _build(arguments: argparse.Namespace) -> int:
     size = json.loads((arguments.out / "submission.json").read_text())["bytes_code"]
     print(f"{arguments.out}: {', '.join(sorted(path.name for path in arguments.out.iterdir()))}")
     print(f"code: {size:,} bytes; {proof}")
-    print("\n".join(summary_lines(judge(read_evidence(arguments.out)))))
-    return 0
+    findings = judge(read_evidence(arguments.out))
+    print("\n".join(summary_lines(findings)))
+    return exit_code(findings)
 
 
 def _check(arguments: argparse.Namespace) -> int:
     from train.submission.evidence import read_evidence
-    from train.submission.rules import judge, judgement_text
-    from train.submission.rules.finding import Verdict
+    from train.submission.rules import exit_code, judge, judgement_text
 
     findings = judge(read_evidence(arguments.folder))
     print(judgement_text(findings))
-    return int(any(finding.verdict is Verdict.FAILS for finding in findings))
+    return exit_code(findings)
 
 
 def _dashboard(arguments: argparse.Namespace) -> int:
@@ -131,7 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         "build",
         "a complete record folder from one run per seed",
         "Write README.md, submission.json, logs, requirements.txt and train_gpt.py of a record, and say which rules it breaks. "
-        "The script is scored on a CPU, from an empty folder, against the package before the folder appears.",
+        "The script is scored on a CPU, from an empty folder, against the package before the folder appears. Exit code 1 if the "
+        "folder is made but fails a rule, as `check` would have it; 2 if there is none.",
         "build runs/seed1 runs/seed2 runs/seed3 --out records/mine --single-file wrapped --base 1019",
     )
     build.add_argument(

@@ -62,3 +62,8 @@ def summary_lines(findings: list[Finding]) -> list[str]:
     if counts[Verdict.UNSEEN]:
         lines.append(f"Could not be seen: {'; '.join(counts[Verdict.UNSEEN])}.")
     return lines
+
+
+def exit_code(findings: list[Finding]) -> int:
+    """1 if a rule fails, else 0: what cannot be seen is no failure."""
+    return int(any(item.verdict is Verdict.FAILS for item in findings))
