@@ -145,7 +145,8 @@ def test_chosen_steps_leave_a_trace_with_the_models_parts(tmp_path: Path) -> Non
     families = json.loads((folder / "breakdown.json").read_text())
     assert families["matrix products"] > 0
     parts = json.loads((folder / "parts.json").read_text())
-    assert min(parts[name] for name in ("0", "1.0", "1.1")) > 0
+    assert min(parts[name + way] for name in ("0", "1.0", "1.1") for way in ("", " backward")) > 0
+    assert parts.keys() - {"1"} == {"0", "1.0", "1.1", "0 backward", "1.0 backward", "1.1 backward", "elsewhere"}
     assert sum(parts.values()) == pytest.approx(sum(families.values()))
 
 
@@ -190,7 +191,7 @@ def test_a_gpus_profile_without_kernels_is_no_profile_of_the_cpu(tmp_path: Path)
     trace = made_trace(events)
     assert kernel_times(trace) == [] and busy_ms(trace, 1) is None
     for event in events:
-        event.kernels, event.cpu_parent = [], None
+        event.kernels, event.cpu_parent, event.sequence_nr, event.fwd_thread = [], None, -1, 0
     assert write_breakdowns(tmp_path, "", trace, 1, "title") == NO_KERNELS
     assert list(tmp_path.iterdir()) == []
 
@@ -221,11 +222,18 @@ def test_ranges_and_overlaps_are_no_time_of_the_gpu() -> None:
 
 
 def launched(
-    name: str, microseconds: list[float], parent: object = None, *, annotation: bool = False
+    name: str,
+    microseconds: list[float],
+    parent: object = None,
+    *,
+    annotation: bool = False,
+    node: int = -1,
+    of_thread: int = 0,
 ) -> SimpleNamespace:
     return SimpleNamespace(
         name=name, device_type=DeviceType.CPU, is_user_annotation=annotation, cpu_parent=parent,
         kernels=[SimpleNamespace(duration=us) for us in microseconds], self_cpu_time_total=1e6, self_device_time_total=0,
+        thread=2 if of_thread else 1, sequence_nr=node, fwd_thread=of_thread,
     )  # fmt: skip
 
 
@@ -243,3 +251,38 @@ def test_a_kernels_time_is_that_of_the_innermost_range_it_was_started_in() -> No
     # of 55 microseconds on the GPU, 1 was started in no range and 10 by no operator
     assert found == [("blocks.3.mlp", 35), ("blocks.3.mlp", 7), ("forward", 2), ("elsewhere", 11)]
     assert breakdown(found, 1, part_of_any_layer) == {"blocks.mlp": 0.042, "elsewhere": 0.011, "forward": 0.002}
+
+
+def test_a_derivatives_time_is_that_of_the_part_it_is_the_derivative_of() -> None:
+    forward, backward = (launched(name, [], annotation=True) for name in ("forward", "backward"))
+    first, second = (launched(name, [], forward, annotation=True) for name in ("blocks.0.mlp", "blocks.1.mlp"))
+    nodes = [launched(f"node {node}", [], backward, node=node, of_thread=1) for node in (9, 8, 7)]
+    other = launched("CompiledFunctionBackward", [], node=8, of_thread=3)
+    compiled = launched("blocks.7.mlp backward", [], nodes[0], annotation=True)
+    events = [
+        forward, first, launched("aten::mm", [1.0], first, node=7),
+        # makes no node, so the next one bears the same number
+        launched("aten::detach", [2.0], first, node=8),
+        second, launched("aten::mm", [4.0], second, node=8), launched("aten::sum", [8.0], forward, node=9),
+        backward, *nodes, *(launched("aten::mm", [us], node) for us, node in zip((16.0, 32.0, 64.0), nodes, strict=True)),
+        launched("aten::mul", [128.0], compiled), launched("aten::mm", [256.0], other),
+        *(made_event("gemm", 0, 2**power) for power in range(9)),
+    ]  # fmt: skip
+    assert breakdown(part_times(made_trace(events)), 1, str) == {
+        "elsewhere": 0.256, "blocks.7.mlp backward": 0.128, "blocks.0.mlp backward": 0.064, "blocks.1.mlp backward": 0.032,
+        "backward": 0.016, "forward": 0.008, "blocks.1.mlp": 0.004, "blocks.0.mlp": 0.003,
+    }  # fmt: skip
+
+
+def test_steps_done_before_this_process_are_said_to_be_at_once(tmp_path: Path) -> None:
+    with RunLogger(tmp_path, 1, echo=False) as log:
+        profiler = StepProfiler(range(30, 33), tmp_path, Ranks(), log, CountingClock())
+        profiler.before(31, recurrence=False)
+        said = log.path.read_text()
+        profiler.before(32, recurrence=False)
+        profiler.finish(33)
+    assert said.startswith(
+        "profile:none, step 30 was done before this process, which begins with step 31: choose later"
+    )
+    # and once
+    assert log.path.read_text() == said and not (tmp_path / "profile").exists()

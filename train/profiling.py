@@ -41,6 +41,8 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     (_ELEMENTWISE, r"mix_rms_norm|^(mix|unmix)_kernel|elementwise|vectorized|reduce_kernel|aten::[a-z]"),
 )
 OTHER = "other"
+# what the loop itself calls its ranges, which are no part of the model
+LOOP_RANGES = ("forward", "backward")
 
 NO_KERNELS = (
     "no kernel is in the trace; the driver may keep its counters (CUPTI) from this process: run it as root, in a container with "
@@ -86,18 +88,20 @@ def kernel_times(trace: profile) -> list[tuple[str, float]]:
 def part_times(trace: profile) -> list[tuple[str, float]]:
     """Name and microseconds of the ranges in which kernels (on a CPU: operators) were started, each in its innermost one.
 
-    What was started in no range, or by a replayed CUDA graph, is "elsewhere".
+    A node of the backward pass counts as the range of the operator that it differentiates, with " backward" behind its name;
+    but for what is in no part of the model. What was started in no range, or by a replayed CUDA graph, is "elsewhere".
     """
     events = [event for event in trace.events() if event.device_type.name == "CPU"]
     whole = sum(microseconds for _, microseconds in kernel_times(trace))
+    # a thread numbers autograd's nodes; operators bear the number of the next node, so the last with a number made that one
+    operators = [event for event in events if event.sequence_nr >= 0 and not event.fwd_thread]
+    made_in = {(event.thread, event.sequence_nr): _part(event, {}) for event in operators}
     found = []
     for event in events:
         microseconds = sum(kernel.duration for kernel in event.kernels) if _of_gpu(trace) else event.self_cpu_time_total
-        around = event
-        while around is not None and not _is_range(around):
-            around = around.cpu_parent
-        if around is not None and microseconds > 0:
-            found.append((around.name, microseconds))
+        part = _part(event, made_in)
+        if part and microseconds > 0:
+            found.append((part, microseconds))
     return [*found, ("elsewhere", max(0.0, whole - sum(microseconds for _, microseconds in found)))]
 
 
@@ -109,6 +113,16 @@ def busy_ms(trace: profile, steps: int) -> float | None:
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
     return busy / 1e3 / steps if spans else None
+
+
+def _part(event: Any, made_in: Mapping[tuple[int, int], str]) -> str:
+    """The innermost range around an event, or around the operator that it is a derivative of; empty where there is none."""
+    while event is not None and not _is_range(event):
+        part = made_in.get((event.fwd_thread, event.sequence_nr), "")
+        if part and part not in LOOP_RANGES:
+            return f"{part} backward"
+        event = event.cpu_parent
+    return event.name if event is not None else ""
 
 
 def _of_gpu(trace: profile) -> bool:
@@ -146,7 +160,8 @@ class StepProfiler:
     ) -> None:
         self.steps = steps
         self.folder = folder / "profile"
-        self._begun = self._recurrence = False
+        # begun, or said why it never will be
+        self._settled = self._recurrence = False
         self._ranks = ranks
         self._log = log
         self._clock = clock
@@ -155,14 +170,20 @@ class StepProfiler:
         self._ranges = contextlib.ExitStack()
 
     def before(self, step: int, *, recurrence: bool) -> None:
-        """Called before each step: begins at the first one to profile."""
+        """Called before each step: begins at the first one to profile, or says that it was done before this process began."""
+        if not self._settled and step > self.steps.start:
+            self._settled = True
+            self._log.line(
+                f"profile:none, step {self.steps.start} was done before this process, which begins with step {step}: choose later "
+                "PROFILE_STEPS"
+            )
         if self._trace is not None and recurrence != self._recurrence:
             with self._paused():
                 self.end(step, "recurrence begins")
         if step == self.steps.start:
             # the pause waits for what earlier steps have queued, which is not these steps' work
             with self._paused():
-                self._begun, self._recurrence = True, recurrence
+                self._settled, self._recurrence = True, recurrence
                 self._trace = new_trace(self._ranks.device)
                 if self._parts is not None:
                     self._ranges.enter_context(named_ranges(self._parts))
@@ -176,7 +197,7 @@ class StepProfiler:
 
     def finish(self, done: int) -> None:
         """Called when the run ends, the clock standing still: writes what there is of a profile, or says why there is none."""
-        if not self._begun:
+        if not self._settled:
             self._log.line(f"profile:none, step {self.steps.start} was not among the steps of this process")
         self.end(done, "training ends")
 
