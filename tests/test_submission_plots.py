@@ -1,5 +1,6 @@
 """The pictures: readable PNGs whose curves are the measured points and nothing else."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from train.errors import UserError
 from train.logger import read_metrics
 from train.submission import plots
 from train.submission.plots import plot_bpb, plot_loss, plot_size_budget
+
+# how scores were made
+WORDS = {"validation": "flat, some tokens", "evaluation": "sliding"}
 
 
 @pytest.fixture
@@ -67,29 +71,35 @@ def test_loss_shows_each_measured_point_over_steps_and_over_seconds(
 def test_bpb_shows_validations_the_artifact_and_the_yardsticks_that_were_measured(
     tmp_path: Path, records: list[dict[str, Any]], drawn: list[Figure]
 ) -> None:
-    plot_bpb(tmp_path / "bpb.png", records, make_summary())
+    plot_bpb(tmp_path / "bpb.png", records, make_summary(), **WORDS)
     check_picture(tmp_path / "bpb.png")
     over_steps, over_seconds = curves(drawn[0])
-    assert over_steps.pop("while training, flat") == [(0, 3.4876), (100, 1.142)]
-    assert over_seconds.pop("while training, flat") == [(0, 3.4876), (12.0, 1.142)]
+    assert over_steps.pop("while training, flat, some tokens") == [(0, 3.4876), (100, 1.142)]
+    assert over_seconds.pop("while training, flat, some tokens") == [(0, 3.4876), (12.0, 1.142)]
     levels = {label: {y for _, y in points} for label, points in over_steps.items()}
-    assert levels == {"artifact 1.1041": {1.1040946}, "gzip -9 1.9612": {1.96123456}, "xz -9 1.4012": {1.40123456}}
+    assert levels == {
+        "artifact, sliding: 1.1041": {1.1040946}, "artifact, flat: 1.1041": {1.10412345},
+        "gzip -9 1.9612": {1.96123456}, "xz -9 1.4012": {1.40123456},
+    }  # fmt: skip
     assert over_seconds.keys() == over_steps.keys()
-    plot_bpb(tmp_path / "bare.png", records, make_summary(yardsticks={}))
-    assert list(curves(drawn[1])[0]) == ["while training, flat", "artifact 1.1041"]
+    # a flat score is drawn once
+    for number, flat in enumerate((None, 1.1040946), start=1):
+        bare = make_summary(yardsticks={}, flat_val_bpb=flat)
+        plot_bpb(tmp_path / "bare.png", records, bare, validation="flat", evaluation="flat, rows of 64")
+        assert list(curves(drawn[number])[0]) == ["while training, flat", "artifact, flat, rows of 64: 1.1041"]
 
 
 def test_bpb_panels_hold_curve_and_levels(tmp_path: Path, records: list[dict[str, Any]], drawn: list[Figure]) -> None:
-    plot_bpb(tmp_path / "bpb.png", records, make_summary(yardsticks={"gzip -9": 5.0, "xz -9": 0.5}))
+    plot_bpb(tmp_path / "bpb.png", records, make_summary(yardsticks={"gzip -9": 5.0, "xz -9": 0.5}), **WORDS)
     low, high = drawn[0].axes[0].get_ylim()
     assert 0 < low < 0.5 and 5.0 < high < 6.0
 
 
 def test_one_validation_is_enough_and_none_is_an_error(tmp_path: Path, records: list[dict[str, Any]]) -> None:
-    plot_bpb(tmp_path / "bpb.png", records[:1], make_summary())
+    plot_bpb(tmp_path / "bpb.png", records[:1], make_summary(), **WORDS)
     plot_loss(tmp_path / "loss.png", records[:1], make_summary())
     check_picture(tmp_path / "bpb.png")
-    for draw in (plot_loss, plot_bpb):
+    for draw in (plot_loss, functools.partial(plot_bpb, **WORDS)):
         with pytest.raises(UserError, match="nothing to draw"):
             draw(tmp_path / "none.png", [], make_summary())
     assert not (tmp_path / "none.png").exists()

@@ -53,8 +53,17 @@ def plot_loss(path: str | os.PathLike[str], records: list[dict[str, Any]], summa
     _save(figure, path)
 
 
-def plot_bpb(path: str | os.PathLike[str], records: list[dict[str, Any]], summary: Summary) -> None:
-    """Draw validation bits per byte over steps and over seconds, with the artifact's score and the yardsticks.
+def plot_bpb(
+    path: str | os.PathLike[str], records: list[dict[str, Any]], summary: Summary, *, validation: str, evaluation: str
+) -> None:
+    """Draw validation bits per byte over steps and over seconds, with the artifact's scores and the yardsticks.
+
+    Args:
+        path: the PNG.
+        records: metrics.jsonl, as `train.logger.read_metrics` returns it.
+        summary: the run's numbers.
+        validation: how the scores while training were made, in words.
+        evaluation: how `summary.val_bpb` was.
 
     Raises:
         UserError: the metrics hold no validation.
@@ -63,16 +72,18 @@ def plot_bpb(path: str | os.PathLike[str], records: list[dict[str, Any]], summar
     if not val:
         raise UserError(f"{path}: nothing to draw: metrics.jsonl holds no validation")
     figure, panels = _two_panels(_title("Validation", summary), "bits per byte of text")
-    levels = [(f"artifact {summary.val_bpb:.4f}", summary.val_bpb, VERMILION, "-")]
+    levels = [(f"artifact, {evaluation}: {summary.val_bpb:.4f}", summary.val_bpb, VERMILION, "-")]
+    if summary.flat_val_bpb not in (None, summary.val_bpb):
+        levels.append((f"artifact, flat: {summary.flat_val_bpb:.4f}", summary.flat_val_bpb, VERMILION, ":"))
     colors = (INK, PURPLE, GREEN, ORANGE)
     for (name, value), color in zip(summary.yardsticks.items(), colors, strict=False):
         levels.append((f"{name} {value:.4f}", value, color, "--"))
     for axis, column in zip(panels, (0, 1), strict=True):
-        _curve(axis, val, column, label="while training, flat", **MEASURED)
+        _curve(axis, val, column, label=f"while training, {validation}", **MEASURED)
         for label, value, color, style in levels:
             axis.axhline(value, color=color, linestyle=style, linewidth=1.2, label=label)
         _limit(axis, [*(point[2] for point in val), *(level[1] for level in levels)])
-    panels[1].legend(**LEGEND)
+    _legend_below(figure, panels[1])
     _save(figure, path)
 
 
@@ -106,7 +117,7 @@ def plot_size_budget(path: str | os.PathLike[str], summary: Summary) -> None:
         axis.xaxis.set_major_formatter(EngFormatter(unit="B"))
         _tidy(axis)
     enlarged.set_xlabel("bytes (1 kB = 1,000 B)")
-    figure.legend(*enlarged.get_legend_handles_labels(), frameon=False, loc="outside lower left", ncols=3, fontsize=9)
+    _legend_below(figure, enlarged)
     _save(figure, path)
 
 
@@ -145,6 +156,10 @@ def _limit(axis: Axes, values: list[float]) -> None:
     margin = 0.05 * (max(values) - min(values)) or 0.05 * abs(max(values)) or 1.0
     axis.set_ylim(min(values) - margin, max(values) + margin)
     axis.set_xlim(left=0)
+
+
+def _legend_below(figure: Figure, axis: Axes) -> None:
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, loc="outside lower left", ncols=3, fontsize=9)
 
 
 def _tidy(axis: Axes) -> None:

@@ -62,7 +62,7 @@ def write_record(
     )
     paths = [folder.path / item for item in ("loss.png", "bpb.png", "size_budget.png", "submission.json", "README.md")]
     plot_loss(paths[0], records, summary)
-    plot_bpb(paths[1], records, summary)
+    plot_bpb(paths[1], records, summary, validation=validation(config), evaluation=evaluation(config))
     plot_size_budget(paths[2], summary)
     atomic_write(paths[3], json.dumps(submission, indent=2, ensure_ascii=False) + "\n")
     atomic_write(paths[4], readme(summary, config, submission["name"]))
@@ -127,12 +127,12 @@ def default_blurb(summary: Summary, config: Config) -> str:
 
 def readme(summary: Summary, config: Config, name: str) -> str:
     """The README of the run; every number in it is the summary's."""
-    look = f", first {config.val_max_tokens:,} tokens" if config.val_max_tokens else ""
+    while_training = validation(config)
     bits = [
         (f"**artifact, {evaluation(config)}**", f"**{summary.val_bpb:.8f}**"),
         ("artifact, flat", _bpb(summary.flat_val_bpb)),
-        (f"before quantization, flat{look}", _bpb(summary.prequant_val_bpb)),
-        (f"before training, flat{look}", _bpb(summary.step0_val_bpb)),
+        (f"before quantization, {while_training}", _bpb(summary.prequant_val_bpb)),
+        (f"before training, {while_training}", _bpb(summary.step0_val_bpb)),
         *((f"{compressor}, for comparison", _bpb(value)) for compressor, value in summary.yardsticks.items()),
     ]
     facts = [
@@ -179,6 +179,11 @@ def evaluation(config: Config) -> str:
         return f"flat, rows of {config.window}"
     rule = "" if config.eval_rule == "once" else f", rule {config.eval_rule}"
     return f"sliding window {config.window}, stride {config.eval_stride}{rule}"
+
+
+def validation(config: Config) -> str:
+    """How the scores while training were made, in words."""
+    return f"flat, first {config.val_max_tokens:,} tokens" if config.val_max_tokens else "flat"
 
 
 def form(config: Config) -> str:
