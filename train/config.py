@@ -148,6 +148,11 @@ class Config:
     adam_wd: float = setting(0.0, "decoupled weight decay of whatever AdamW trains", low=0.0)
     embed_wd: float = setting(-1.0, "decoupled weight decay of the embeddings; -1: adam_wd", low=-1.0)
     grad_clip_norm: float = setting(0.0, "largest norm of the whole gradient; 0: no clipping", low=0.0)
+    gradient_reduction: str = setting(
+        "after",
+        "when matrices' gradients travel to their owners: all after the backward pass, or in buckets that overlap it",
+        choices=("after", "overlapped"),
+    )
     ema_decay: float = setting(
         0.0, "decay of the weights' moving average, which is what is scored; 0: none", low=0.0, high=0.99999
     )

@@ -6,6 +6,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from train.model.fusion import compiles, write_out_references
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
+from train.optimize.reduction import Reduction
 from train.optimize.schedules import WallClock, lr_scale, muon_momentum
 from train.progress import Progress
 from train.run import RunFolder
@@ -107,7 +109,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
 
         if compiles(config, ranks.device) and (problem := name_compiled_kernels(ranks.device.type)):
             log.line(f"profile:the model's parts have no ranges, {problem}")
-    loss_of = compiled_loss(model, config, ranks.device)
+    loss_of = compiled_loss(model, config, ranks.device, reduction=optimizers.reduction)
     if loss_of is not model:
         log.line(f"inductor:{chosen_options()[1]}")
     log.facts(
@@ -226,10 +228,12 @@ def training_step(
         This rank's mean training loss, 0-dimensional, still on the device.
     """
     losses = []
-    for inputs, targets in loader.next_batch():
+    batches = loader.next_batch()
+    for number, (inputs, targets) in enumerate(batches, start=1):
+        last = optimizers.reduction.last_micro_batch() if number == len(batches) else nullcontext()
         with record_function("forward"):
             loss = loss_of(inputs, targets, recurrence=recurrence)
-        with record_function("backward"):
+        with record_function("backward"), last:
             (loss / ranks.accumulation).backward()
         losses.append(loss.detach())
     with record_function("optimizers"):
@@ -265,7 +269,11 @@ def warm_up(
 
 
 def compiled_loss(
-    model: GPT, config: Config, device: torch.device, options: Mapping[str, Any] | None = None
+    model: GPT,
+    config: Config,
+    device: torch.device,
+    options: Mapping[str, Any] | None = None,
+    reduction: Reduction | None = None,
 ) -> Callable[..., Tensor]:
     """The model's loss, through torch.compile if the settings say so; one static graph for each form of recurrence.
 
@@ -274,10 +282,14 @@ def compiled_loss(
         config: `compile`.
         device: where it runs.
         options: Inductor's switches; None: those that `train.inductor` has chosen.
+        reduction: what starts transfers of gradients inside the backward pass, if anything does.
     """
     if compiles(config, device):
         write_out_references(model, device.type)
         options = chosen_options()[0] if options is None else dict(options)
+        backend = None if reduction is None else reduction.compiler(options)
+        if backend is not None:
+            return torch.compile(model, dynamic=False, fullgraph=True, backend=backend)
         return torch.compile(model, dynamic=False, fullgraph=True, options=options)
     return model
 

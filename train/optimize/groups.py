@@ -71,6 +71,11 @@ class Optimizers:
         moments = [moment for p in parameters for moment in self.muon.state.get(p, {}).values()]
         return [*parameters, *(p.grad for p in parameters if p.grad is not None), *moments]
 
+    @property
+    def reduction(self) -> Reduction:
+        """What the ranks exchange."""
+        return self._reduction
+
     def step(self, lr_scale: float, momentum: float) -> Tensor | None:
         """Reduce the gradients over the ranks, clip them, and move every parameter.
 
@@ -210,7 +215,7 @@ def build_optimizers(
     Args:
         model: its parameters are on their final device, with the same values on every rank.
         config: `matrix_lr`, `tied_embed_lr`, `scalar_lr`, `muon_*`, `normuon*`, `beta*`, `adam_eps`, `*_wd`,
-            `grad_clip_norm`.
+            `grad_clip_norm`, `gradient_reduction`.
         process_group: process group of all ranks; None for one process.
         owned: without a group, numbers of the matrices that are updated: one rank's share, to measure it alone.
     """
@@ -219,7 +224,12 @@ def build_optimizers(
     owners: tuple[int, ...] = ()
     if process_group is not None:
         owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), dist.get_world_size(process_group))
-    reduction = Reduction([*kinds["embedding"].values(), *kinds["scalar"].values()], matrices, owners, process_group)
+    kind: type[Reduction] = Reduction
+    if config.gradient_reduction == "overlapped":
+        from train.optimize.overlap import OverlappedReduction
+
+        kind = OverlappedReduction
+    reduction = kind([*kinds["embedding"].values(), *kinds["scalar"].values()], matrices, owners, process_group)
     updated = reduction.owned if owned is None else [matrices[number] for number in owned]
     muon = _build_muon(updated, config) if updated else None
     rates = {"embedding": (config.tied_embed_lr, config.embedding_decay), "scalar": (config.scalar_lr, config.adam_wd)}

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 _Collective = Callable[..., dist.Work]
+
+
+class Bucket(NamedTuple):
+    """Matrices whose gradients travel in one reduce-scatter.
+
+    Attributes:
+        matrices: owner by owner.
+        places: where their gradients leave from; views of `source`.
+        source: as much room for every rank as the fullest one needs.
+        own: where the sum of this rank's share arrives.
+    """
+
+    matrices: list[Tensor]
+    places: list[Tensor]
+    source: Tensor
+    own: Tensor
 
 
 class Reduction:
@@ -49,6 +67,9 @@ class Reduction:
         self._group = group
         self._rank = dist.get_rank(group) if group is not None else 0
         self._world_size = dist.get_world_size(group) if group is not None else 1
+        self._buckets: list[Bucket] = []
+        self._packed: set[int] = set()
+        self._scattering: list[dist.Work] = []
         self._gathering: dist.Work | None = None
         parameters = [*self._replicated, *self._matrices]
         self._square, self._norm = _buffer(parameters, 2).unbind()
@@ -59,25 +80,55 @@ class Reduction:
                     f"owners: expected one rank in 0..{self._world_size - 1} for each of {len(self._matrices)} matrices, "
                     f"got {list(owners)}"
                 )
-            self._lay_out(owners)
+            self._lay_out(owners, [range(len(self._matrices))] if self._matrices else [])
 
-    def _lay_out(self, owners: Sequence[int]) -> None:
-        ranks = range(self._world_size)
-        shares = [[m for m, o in zip(self._matrices, owners, strict=True) if o == rank] for rank in ranks]
+    def _lay_out(self, owners: Sequence[int], buckets: Sequence[Sequence[int]]) -> None:
+        """Make room for what travels; a bucket is the numbers of its matrices."""
+
+        def shares_of(numbers: Sequence[int]) -> list[list[Tensor]]:
+            return [[self._matrices[n] for n in numbers if owners[n] == rank] for rank in range(self._world_size)]
+
+        shares = shares_of(range(len(self._matrices)))
         self.owned = shares[self._rank]
         self._by_owner = [matrix for share in shares for matrix in share]
         self._flat = _buffer(self._replicated, sum(p.numel() for p in self._replicated))
         self._flat_views = _views(self._flat, self._replicated)
         self._flat_places = _places(self._flat_views, self._replicated)
-        longest = max(sum(matrix.numel() for matrix in share) for share in shares)
-        self._all = _buffer(self._matrices, self._world_size * longest)
-        rows = self._all.view(self._world_size, longest)
-        self._all_views = [view for rank in ranks for view in _views(rows[rank], shares[rank])]
+        longest = _longest(shares)
+        bucket_shares = [shares_of(bucket) for bucket in buckets]
+        rooms = [_longest(bucket) for bucket in bucket_shares]
+        # gradients have left before weights come back, so they share the room
+        room = _buffer(self._matrices, self._world_size * max(longest, sum(rooms)))
+        self._all, self._all_views = _rows(room, shares, longest)
         # gradients stay readable after a step, so weights leave from a place of their own
-        self._own_gradients, self._own_weights = (_buffer(self._matrices, longest) for _ in range(2))
-        self._own_gradient_views = _views(self._own_gradients, self.owned)
-        self._own_places = _places(self._own_gradient_views, self.owned)
+        self._own_gradients, self._own_weights = (_buffer(self._matrices, size) for size in (sum(rooms), longest))
         self._own_weight_views = _views(self._own_weights, self.owned)
+        gradients: dict[Tensor, Tensor] = {}
+        start = 0
+        for bucket, size in zip(bucket_shares, rooms, strict=True):
+            source, places = _rows(room[start * self._world_size :], bucket, size)
+            own = self._own_gradients[start : start + size]
+            self._buckets.append(Bucket([matrix for share in bucket for matrix in share], places, source, own))
+            gradients |= zip(bucket[self._rank], _views(own, bucket[self._rank]), strict=True)
+            start += size
+        self._own_gradient_views = [gradients[matrix] for matrix in self.owned]
+        self._own_places = _places(self._own_gradient_views, self.owned)
+
+    def last_micro_batch(self) -> AbstractContextManager[None]:
+        """The context of a step's last backward pass: from there on gradients may leave before `reduce_gradients`."""
+        return nullcontext()
+
+    def compiler(self, options: Mapping[str, Any]) -> Callable[..., Any] | None:
+        """The back end of torch.compile for the model whose gradients these are, with Inductor's switches; None: Inductor itself."""
+        return None
+
+    def _pack(self, number: int, gradients: list[Tensor]) -> None:
+        """Put a bucket's gradients where they leave from; it starts once all buckets before it have, the same on all ranks."""
+        torch._foreach_copy_(self._buckets[number].places, gradients)
+        self._packed.add(number)
+        while (first := len(self._scattering)) in self._packed:
+            bucket = self._buckets[first]
+            self._scattering.append(_reduce_scatter(bucket.own, bucket.source, self._group))
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
@@ -93,19 +144,21 @@ class Reduction:
                 parameters = [*self._replicated, *self._matrices]
                 _settle(parameters, _gradients(parameters), self._places)
             return
-        scattering = None
         # the larger transfer goes first, so that packing the smaller one overlaps it
-        if self._matrices:
-            torch._foreach_copy_(self._all_views, _gradients(self._by_owner))
-            scattering = _reduce_scatter(self._own_gradients, self._all, self._group)
+        for number, bucket in enumerate(self._buckets):
+            if number not in self._packed:
+                self._pack(number, _gradients(bucket.matrices))
         if self._replicated:
             torch._foreach_copy_(self._flat_views, _gradients(self._replicated))
             dist.all_reduce(self._flat, op=dist.ReduceOp.SUM, group=self._group)
             # a sum and a power of two give the exact mean, which not every back end and version has as an operation
             self._flat.mul_(1 / self._world_size)
             _settle(self._replicated, self._flat_views, self._flat_places)
-        if scattering is not None:
-            scattering.wait()
+        if self._matrices:
+            for work in self._scattering:
+                work.wait()
+            self._scattering.clear()
+            self._packed.clear()
             self._own_gradients.mul_(1 / self._world_size)
             for matrix in self._matrices:
                 matrix.grad = None
@@ -208,7 +261,18 @@ def _settle(parameters: Sequence[Tensor], gradients: Sequence[Tensor], places: S
         parameter.grad = place
 
 
-def _reduce_scatter(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> dist.Work:
+def _longest(shares: Sequence[Sequence[Tensor]]) -> int:
+    return max(sum(matrix.numel() for matrix in share) for share in shares)
+
+
+def _rows(room: Tensor, shares: Sequence[Sequence[Tensor]], length: int) -> tuple[Tensor, list[Tensor]]:
+    """The beginning of `room` with one row of `length` per rank, and the places of all ranks' matrices in it."""
+    buffer = room[: len(shares) * length]
+    rows = buffer.view(len(shares), length)
+    return buffer, [view for row, share in zip(rows, shares, strict=True) for view in _views(row, share)]
+
+
+def _reduce_scatter(output: Tensor, source: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
     # torch 2.13 renames this collective and the next, and warns about their old names
     scatter: _Collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return scatter(output, source, op=dist.ReduceOp.SUM, group=group, async_op=True)
