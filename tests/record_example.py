@@ -5,6 +5,9 @@ import math
 import statistics
 from pathlib import Path
 
+from train.submission.evidence import read_evidence
+from train.submission.rules import Verdict, judge
+
 TOKENS, BYTES = 40_540_160, 151_078_222
 CODE = 83_119
 # seed → bits per byte, model bytes, steps, ms per step
@@ -115,3 +118,11 @@ def edit(path: Path, old: str, new: str) -> None:
 def edit_json(folder: Path, **changes: object) -> None:
     path = folder / "submission.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def verdicts(folder: Path, verdict: Verdict) -> dict[str, str]:
+    return {item.rule: item.value for item in judge(read_evidence(folder)) if item.verdict is verdict}
+
+
+def failures(folder: Path) -> dict[str, str]:
+    return verdicts(folder, Verdict.FAILS)
