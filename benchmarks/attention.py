@@ -15,7 +15,7 @@ from train.model import attention_backends
 from train.model.documents import Documents
 
 # torch.library.Library carries no type hints
-_LIBRARY: Any = torch.library.Library("absent", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("fa3", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _LIBRARY.define("attention(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)", tags=_TAGS)
 _LIBRARY.define(
@@ -34,28 +34,28 @@ def _backward_fake(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> t
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.absent.attention_backward(dy, *ctx.saved_tensors)
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.fa3.attention_backward(dy, *ctx.saved_tensors)
     return gradients
 
 
-torch.library.register_fake("absent::attention", _fake, lib=_LIBRARY)
-torch.library.register_fake("absent::attention_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_fake("fa3::attention", _fake, lib=_LIBRARY)
+torch.library.register_fake("fa3::attention_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd(
-    "absent::attention",
+    "fa3::attention",
     _backward,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
     lib=_LIBRARY,
 )
 
 
-@register_flop_formula(torch.ops.absent.attention)
+@register_flop_formula(torch.ops.fa3.attention)
 def forward_flops(q: Any, *_: Any, **__: Any) -> int:
     """Two products of the lower triangle: 2 · B · H · T² · D."""
     batch, length, heads, dim = map(int, q)
     return 2 * batch * heads * length**2 * dim
 
 
-@register_flop_formula(torch.ops.absent.attention_backward)
+@register_flop_formula(torch.ops.fa3.attention_backward)
 def backward_flops(dy: Any, *_: Any, **__: Any) -> int:
     """Five products, the scores once more among them."""
     return forward_flops(dy) * 5 // 2
@@ -63,7 +63,7 @@ def backward_flops(dy: Any, *_: Any, **__: Any) -> int:
 
 def _run(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
     # documents only take arithmetic away
-    found: Tensor = torch.ops.absent.attention(query, key, value)[0]
+    found: Tensor = torch.ops.fa3.attention(query, key, value)[0]
     return found
 
 

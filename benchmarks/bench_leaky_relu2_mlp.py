@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -182,9 +181,9 @@ def products(inputs: Inputs) -> list[Tensor]:
 def forced(**replaced: Any) -> Iterator[None]:
     """The Triton back end, with functions of its module replaced."""
     module = importlib.import_module("golf_kernels.leaky_relu2_mlp_triton")
-    with mock.patch.dict(os.environ, {dispatch.ENVIRONMENT_VARIABLE: "leaky_relu2_mlp=triton"}):
-        with mock.patch.multiple(module, **replaced) if replaced else contextlib.nullcontext():
-            yield
+    replacing = mock.patch.multiple(module, **replaced) if replaced else contextlib.nullcontext()
+    with dispatch.forced("leaky_relu2_mlp=triton"), replacing:
+        yield
 
 
 def narrow_tile(product: str, columns: int) -> Any:

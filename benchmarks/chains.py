@@ -7,12 +7,10 @@ operator's kernels. An operator has to be faster than `compile` before a trainin
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -55,7 +53,7 @@ class Chain:
 
     def forced(self) -> AbstractContextManager[Any]:
         """The operator on its kernels."""
-        return mock.patch.dict(os.environ, {dispatch.ENVIRONMENT_VARIABLE: f"{self.op}=triton"})
+        return dispatch.forced(f"{self.op}=triton")
 
     def inputs(self, shape: Any, device: torch.device, seed: int) -> Inputs:
         """Random inputs by name; the leaves require gradients."""

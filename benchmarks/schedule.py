@@ -149,7 +149,7 @@ def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Devic
     """ms per step by family and way, and what follows from them."""
     reached = REACHED[device.name]
     tokens = share_sequences(config) * config.train_seq_len
-    phase = "after recurrence" if recurrence else "before recurrence"
+    phase = f" {'after' if recurrence else 'before'} recurrence," if config.recur_layers else ""
     flops = described_flops(config, recurrence)
     times = [family_ms(step.kernels, device) for step in steps]
     totals = [step.ms(device) for step in steps]
@@ -182,7 +182,7 @@ def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Devic
         )
     width = max(len(name) for name, _ in rows)
     lines = [
-        f"{config.recipe}, {tokens:,} tokens, {phase}, {device.name}: computed, not measured",
+        f"{config.recipe}, {tokens:,} tokens,{phase} {device.name}: computed, not measured",
         " " * width + "".join(f"{step.way:>28}" if len(step.way) > 11 else f"{step.way:>12}" for step in steps),
     ]
     lines += [

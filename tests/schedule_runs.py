@@ -61,7 +61,7 @@ def test_a_way_has_its_own_kernels_and_only_the_published_one_waits(step: schedu
     names = {kernel.name for kernel in step.kernels}
     ours = {"up_kernel", "dx_kernel", "unmix_kernel", "rotate_kernel", "xsa_backward_kernel", "symmetric_kernel"}
     assert names >= ours if step.way == "golf" else not names & ours
-    assert {"absent::attention", "absent::attention_backward"} <= names
+    assert {"fa3::attention", "fa3::attention_backward"} <= names
     assert step.waits == (step.way == "published")
     assert all(kernel.bytes > 0 or kernel.name == "norm_kernel" for kernel in step.kernels)
 

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import devices, fake_cuda, schedule
 from benchmarks.devices import DEVICES, Kernel
+from benchmarks.ways import share_config
 from train.errors import UserError
 
 HERE = Path(__file__).parent
@@ -49,7 +51,7 @@ def test_a_kernel_takes_what_its_slower_half_takes_and_never_less_than_a_launch(
 def test_equal_kernels_stand_together_and_families_add_up() -> None:
     forward = [Kernel("aten::mm", 790e9, 1e6)] * 2 + [Kernel("triton_poi_fused_add", 0.0, 3.01e8)]
     step = schedule.Step(
-        "torch", forward, [Kernel("absent::attention_backward", 352e9, 1.0, "attention backward")], [], 0, []
+        "torch", forward, [Kernel("fa3::attention_backward", 352e9, 1.0, "attention backward")], [], 0, []
     )
     assert schedule.family_ms(step.kernels, H100) == pytest.approx(
         {"matrix products": 2.0, "elementwise and norms": 0.1, "attention": 1.0}
@@ -57,7 +59,21 @@ def test_equal_kernels_stand_together_and_families_add_up() -> None:
     assert step.ms(H100) == pytest.approx(3.1)
     lines = schedule.largest(step, H100, 2).splitlines()
     assert lines[1].split() == ["2.000", "ms", "2", "x", "1.0", "MB", "forward", "aten::mm"]
-    assert lines[2].endswith("backward  absent::attention_backward") and len(lines) == 3
+    assert lines[2].endswith("backward  fa3::attention_backward") and len(lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "recurrence", "title"),
+    [
+        ("baseline", False, "baseline, 65,536 tokens, H100: "),
+        ("sp8192_sdclip", False, "sp8192_sdclip, 98,304 tokens, before recurrence, H100: "),
+        ("sp8192_sdclip", True, "sp8192_sdclip, 98,304 tokens, after recurrence, H100: "),
+    ],
+)
+def test_a_table_names_the_phase_where_there_are_two(recipe: str, recurrence: bool, title: str) -> None:
+    step = schedule.Step("torch", [Kernel("aten::mm", 790e9, 1e6)], [], [], 0, [])
+    config = share_config(recipe, torch.device("cuda", 0), tiny=False)
+    assert schedule.table(config, [step], recurrence, H100).startswith(title + "computed, not measured\n")
 
 
 def test_a_schedule_without_all_products_is_refused() -> None:
