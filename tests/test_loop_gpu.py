@@ -24,24 +24,26 @@ NARROW = {
     "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 512, "train_seq_len": 128, "bigram_dim": 16,
     "train_batch_tokens": MICRO_BATCHES * 4 * 128, "compile": "on", "device": "cuda",
 }  # fmt: skip
-# the step that counts most first, as a rented GPU may not see the end
+# the step that counts most first, as a rented GPU may not see the end; without kernels a graph is not the default
 CASES = [
-    *(("sp8192_sdclip", kernels) for kernels in (True, False)),
-    *((recipe, True) for recipe in recipe_names() if recipe != "sp8192_sdclip"),
+    *(("sp8192_sdclip", kernels, graph) for kernels, graph in ((True, "auto"), (False, "auto"), (False, "on"))),
+    *((recipe, True, "auto") for recipe in recipe_names() if recipe != "sp8192_sdclip"),
+    ("sp2048_normuon", False, "on"),
 ]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("recipe", "kernels"), CASES)
-def test_a_step_never_waits_and_never_compiles_again(recipe: str, kernels: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "kernels", "graph"), CASES)
+def test_a_step_never_waits_and_never_compiles_again(recipe: str, kernels: bool, graph: str, tmp_path: Path) -> None:
     # something to learn: each token follows from the one before it
     write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(2**18) % 397)
-    config = load_recipe(recipe).config(**NARROW, data_path=str(tmp_path))
+    config = load_recipe(recipe).config(**NARROW, data_path=str(tmp_path), optimizer_graph=graph)
     device = torch.device("cuda")
     with dispatch.forced(all_kernels() if kernels else "torch"):
         model = GPT(config).to(device)
         use_attention(model, choose_attention(config, device, 4).name)
         optimizers = build_optimizers(model, config)
+        assert optimizers.graph.on == (kernels or graph == "on")
         average = EMA(model, 0.99)
         loss_of = compiled_loss(model, config, device)
         loader, ranks = make_loader(config, 0, 1, device), Ranks(device=device)

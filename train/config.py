@@ -147,6 +147,10 @@ class Config:
     adam_eps: float = setting(1e-8, "AdamW's epsilon", low=1e-30)
     adam_wd: float = setting(0.0, "decoupled weight decay of whatever AdamW trains", low=0.0)
     embed_wd: float = setting(-1.0, "decoupled weight decay of the embeddings; -1: adam_wd", low=-1.0)
+    optimizer_graph: str = setting(
+        "auto", "replay clipping, Muon and AdamW as CUDA graphs; auto: where Muon's step is the fused one",
+        choices=("auto", "on", "off"),
+    )  # fmt: skip
     grad_clip_norm: float = setting(0.0, "largest norm of the whole gradient; 0: no clipping", low=0.0)
     gradient_reduction: str = setting(
         "after",

@@ -97,6 +97,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     # an initialization may depend on the number of threads
     ranks.copy_from(0, model.parameters())
     optimizers = build_optimizers(model, config, ranks.group)
+    log.line(f"optimizer_graph:{optimizers.graph}")
     loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
     sequences = config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
     start.end("data and model")

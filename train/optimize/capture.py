@@ -3,9 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from golf_kernels import dispatch
+from train.config import Config
+from train.errors import UserError
+
+# the measurement for which `auto` takes graphs on every GPU: GPU, commit, ms per step without and with; empty: none yet
+FIGURE = ""
+
+
+class GraphChoice(NamedTuple):
+    """Whether the optimizer's step is replayed as CUDA graphs, and why."""
+
+    on: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'on' if self.on else 'off'} ({self.reason})"
+
+
+def choose_graph(config: Config, device: torch.device) -> GraphChoice:
+    """What `optimizer_graph` means on a device, the same on every rank.
+
+    Raises:
+        UserError: a graph is asked for where there is no CUDA.
+    """
+    if config.optimizer_graph == "off":
+        return GraphChoice(False, "as set")
+    if device.type != "cuda":
+        if config.optimizer_graph == "on":
+            raise UserError(
+                f"optimizer_graph: on needs a CUDA GPU, and this run is on {device.type}: set OPTIMIZER_GRAPH=auto or off"
+            )
+        return GraphChoice(False, "needs a CUDA GPU")
+    if config.optimizer_graph == "on":
+        return GraphChoice(True, "as set")
+    if FIGURE:
+        return GraphChoice(True, FIGURE)
+    if dispatch.choose("muon_step", device=device.type).backend == "triton":
+        return GraphChoice(True, "Muon's step is the fused one")
+    return GraphChoice(False, "Muon's step is PyTorch's, with which no graph was measured yet")
 
 
 class Captured:

@@ -9,13 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from golf_kernels import dispatch
 from golf_kernels.muon import Muon
 from golf_kernels.sharding import assign
 from train.config import Config
 from train.errors import UserError
 from train.model.inventory import classify
-from train.optimize.capture import Captured
+from train.optimize.capture import Captured, GraphChoice, choose_graph
 from train.optimize.reduction import Reduction
 
 KINDS = ("matrix", "embedding", "scalar")
@@ -24,19 +23,24 @@ KINDS = ("matrix", "embedding", "scalar")
 UNTRAINED = "recur_scales"
 
 Moments = Mapping[str, Mapping[str, Tensor]]
+_Work = Callable[[], object]
 
 
 class Optimizers:
     """All optimizers of a model, stepped as one; made by `build_optimizers`.
+
+    What follows the reduction of the gradients is three pieces of work, between which ranks exchange numbers: the local
+    norm; clipping and Muon; AdamW. With graphs each piece is a CUDA graph, and in one process all of them are one.
 
     Args:
         model: whose gradients are dropped by `zero_grad`.
         kinds: `split_parameters(model, …)`.
         muon: Muon over this rank's share of the matrices; None if it has none.
         adamw: AdamW over embeddings and scalars, the same on every rank; None if there are none.
-        reduction: what the ranks exchange.
+        reduction: what the ranks exchange; with graphs it gives gradients fixed places.
         max_norm: largest norm of the whole gradient; 0: no clipping.
         process_group: process group of all ranks; None for one process.
+        graph: whether the work is replayed as CUDA graphs.
     """
 
     def __init__(
@@ -49,27 +53,50 @@ class Optimizers:
         *,
         max_norm: float = 0.0,
         process_group: dist.ProcessGroup | None = None,
+        graph: GraphChoice,
     ) -> None:
         self.muon = muon
         self.adamw = adamw
+        self.graph = graph
         self._model = model
         self._names = {"muon": dict(kinds["matrix"]), "adamw": {**kinds["embedding"], **kinds["scalar"]}}
         self._reduction = reduction
         self._max_norm = max_norm
         self._group = process_group
         self._each = [optimizer for optimizer in (muon, adamw) if optimizer is not None]
-        self._step_muon: Callable[[], object] | None = None if muon is None else muon.step
-        if muon is not None and captures(muon):
-            for group in muon.param_groups:
+        self._norm: Tensor | None = None
+        measuring: list[_Work] = [reduction.measure_gradients] if max_norm > 0 else []
+        matrices: list[_Work] = [self._clip] if max_norm > 0 else []
+        matrices += [muon.step] if muon is not None else []
+        others: list[_Work] = [adamw.step] if adamw is not None else []
+        self._measure = self._piece(measuring)
+        self._move_matrices = self._piece(matrices, muon)
+        self._move_others = self._piece(others, adamw)
+        self._move_all = self._piece([*measuring, *matrices, *others], muon, adamw)
+        if graph.on:
+            for group in (group for optimizer in self._each for group in optimizer.param_groups):
+                # a graph has its numbers from the device
                 device = group["params"][0].device
-                group["lr"], group["momentum"] = (torch.zeros((), device=device) for _ in range(2))
-            self._step_muon = Captured(muon.step, self._muon_tensors)
+                group |= {name: torch.zeros((), device=device) for name in ("lr", "momentum") if name in group}
+                group |= {"capturable": True} if "capturable" in group else {}
 
-    def _muon_tensors(self) -> list[Tensor]:
-        assert self.muon is not None
-        parameters = [parameter for group in self.muon.param_groups for parameter in group["params"]]
-        moments = [moment for p in parameters for moment in self.muon.state.get(p, {}).values()]
-        return [*parameters, *(p.grad for p in parameters if p.grad is not None), *moments]
+    def _piece(self, work: Sequence[_Work], *moved: torch.optim.Optimizer | None) -> Callable[[], None]:
+        """Work one after the other, on the gradients and on what these optimizers move."""
+
+        def run() -> None:
+            for each in work:
+                each()
+
+        def tensors() -> list[Tensor]:
+            trained = [parameter for names in self._names.values() for parameter in names.values()]
+            found = [parameter.grad for parameter in trained if parameter.grad is not None]
+            for optimizer in moved:
+                if optimizer is not None:
+                    found += [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                    found += [moment for moments in optimizer.state.values() for moment in moments.values()]
+            return found
+
+        return Captured(run, tensors) if self.graph.on and work else run
 
     @property
     def reduction(self) -> Reduction:
@@ -86,45 +113,41 @@ class Optimizers:
             momentum: Muon's momentum in this step.
 
         Returns:
-            The gradient's norm before clipping (0-dimensional, on the device), None where nothing is clipped.
+            The gradient's norm before clipping (0-dimensional, on the device, overwritten by the next step), None where
+            nothing is clipped.
         """
         self._reduction.reduce_gradients()
-        norm = self._reduction.clip_gradients(self._max_norm) if self._max_norm > 0 else None
-        for optimizer in self._each:
-            for group in optimizer.param_groups:
-                _set(group, "lr", group["base_lr"] * lr_scale)
-        if self.muon is not None and self._step_muon is not None:
-            for group in self.muon.param_groups:
+        for group in (group for optimizer in self._each for group in optimizer.param_groups):
+            _set(group, "lr", group["base_lr"] * lr_scale)
+            if "momentum" in group:
                 _set(group, "momentum", momentum)
-            self._step_muon()
+        if self._group is None:
+            self._move_all()
+            return self._norm
+        self._measure()
+        if self._max_norm > 0:
+            self._reduction.sum_squares()
+        self._move_matrices()
         # the matrices travel while the replicated parameters are updated
         self._reduction.start_gathering()
-        if self.adamw is not None:
-            self.adamw.step()
+        self._move_others()
         self._reduction.finish_gathering()
-        return norm
+        return self._norm
+
+    def _clip(self) -> None:
+        self._norm = self._reduction.scale_gradients(self._max_norm)
 
     def zero_grad(self) -> None:
         """Drop every gradient of the model, those of parameters in no group too."""
-        kept: dict[Tensor, Tensor] = {}
-        if isinstance(self._step_muon, Captured) and self._group is None:
-            # a graph wants the next gradients where these are
-            kept = {p: p.grad for p in self._names["muon"].values() if p.grad is not None}
-            torch._foreach_zero_([*kept.values()])
         for parameter in self._model.parameters():
-            if parameter not in kept:
-                parameter.grad = None
+            parameter.grad = None
 
     def reset(self) -> None:
         """Forget all moments and step counts, Muon's momentum included, as after the warm-up."""
+        # they begin as zeros, and a graph holds these very tensors
         for optimizer in self._each:
-            if optimizer is self.muon and isinstance(self._step_muon, Captured):
-                # a graph holds these very tensors, and Muon's moments begin as zeros
-                moments = [moment for state in optimizer.state.values() for moment in state.values()]
-                if moments:
-                    torch._foreach_zero_(moments)
-            else:
-                optimizer.state.clear()
+            for moments in optimizer.state.values():
+                torch._foreach_zero_(list(moments.values()))
 
     def state_dict(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """The moments of all parameters of all ranks, so that any number of ranks can go on from them.
@@ -162,21 +185,13 @@ class Optimizers:
                 raise UserError(
                     f"checkpoint, optimizer {key}, {name}: {found}: resume with the checkpoint's own settings"
                 )
-        self.reset()
         for optimizer, key in ((self.muon, "muon"), (self.adamw, "adamw")):
             if optimizer is None:
                 continue
             held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-            for name, moments in state[key].items():
-                parameter = self._names[key][name]
+            for name, parameter in self._names[key].items():
                 if parameter in held:
-                    optimizer.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in moments.items()}
-
-
-def captures(muon: Muon) -> bool:
-    """Whether Muon's step is replayed as a CUDA graph: where it is the fused one, which reads its rates on the GPU."""
-    device = muon.param_groups[0]["params"][0].device.type
-    return device == "cuda" and dispatch.choose("muon_step", device=device).backend == "triton"
+                    _load(optimizer, parameter, state[key].get(name, {}))
 
 
 def _set(group: dict[str, Any], name: str, value: float) -> None:
@@ -184,6 +199,16 @@ def _set(group: dict[str, Any], name: str, value: float) -> None:
         group[name].fill_(value)
     else:
         group[name] = value
+
+
+def _load(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: Mapping[str, Tensor]) -> None:
+    own = optimizer.state.get(parameter, {})
+    if saved and own.keys() != saved.keys():
+        optimizer.state[parameter] = {name: v.to(parameter.device, copy=True) for name, v in saved.items()}
+        return
+    # in place, where a graph looks for them; without a saved step they are zeros
+    for name, value in own.items():
+        value.copy_(saved[name] if saved else torch.zeros_like(value))
 
 
 def split_parameters(model: nn.Module, config: Config) -> dict[str, dict[str, nn.Parameter]]:
@@ -215,11 +240,15 @@ def build_optimizers(
     Args:
         model: its parameters are on their final device, with the same values on every rank.
         config: `matrix_lr`, `tied_embed_lr`, `scalar_lr`, `muon_*`, `normuon*`, `beta*`, `adam_eps`, `*_wd`,
-            `grad_clip_norm`, `gradient_reduction`.
+            `grad_clip_norm`, `gradient_reduction`, `optimizer_graph`.
         process_group: process group of all ranks; None for one process.
         owned: without a group, numbers of the matrices that are updated: one rank's share, to measure it alone.
+
+    Raises:
+        UserError: a CUDA graph is asked for where there is no CUDA.
     """
     kinds = split_parameters(model, config)
+    graph = choose_graph(config, next(model.parameters()).device)
     matrices = list(kinds["matrix"].values())
     owners: tuple[int, ...] = ()
     if process_group is not None:
@@ -229,7 +258,8 @@ def build_optimizers(
         from train.optimize.overlap import OverlappedReduction
 
         kind = OverlappedReduction
-    reduction = kind([*kinds["embedding"].values(), *kinds["scalar"].values()], matrices, owners, process_group)
+    replicated = [*kinds["embedding"].values(), *kinds["scalar"].values()]
+    reduction = kind(replicated, matrices, owners, process_group, fixed=graph.on)
     updated = reduction.owned if owned is None else [matrices[number] for number in owned]
     muon = _build_muon(updated, config) if updated else None
     rates = {"embedding": (config.tied_embed_lr, config.embedding_decay), "scalar": (config.scalar_lr, config.adam_wd)}
@@ -239,7 +269,9 @@ def build_optimizers(
         if kinds[kind]
     ]
     adamw = _build_adamw(groups, config) if groups else None
-    return Optimizers(model, kinds, muon, adamw, reduction, max_norm=config.grad_clip_norm, process_group=process_group)
+    return Optimizers(
+        model, kinds, muon, adamw, reduction, max_norm=config.grad_clip_norm, process_group=process_group, graph=graph
+    )
 
 
 def _build_muon(matrices: Sequence[Tensor], config: Config) -> Muon:

@@ -1,0 +1,88 @@
+"""A CUDA graph on a CPU: what a capture would launch is written down instead, and a replay does it with the same memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class FakeGraph:
+    """Stands for `torch.cuda.CUDAGraph`.
+
+    A number that Python computes is part of a launch and stays what it was; a tensor is read again.
+
+    Attributes:
+        launches: what to call, with what, and where the results belong.
+    """
+
+    made: ClassVar[list[FakeGraph]] = []
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Callable[..., Any], Any, Any, list[Tensor]]] = []
+        self.replays = 0
+        FakeGraph.made.append(self)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        self.replays += 1
+        for function, args, kwargs, places in self.launches:
+            results = [leaf for leaf in pytree.tree_leaves(function(*args, **kwargs)) if isinstance(leaf, Tensor)]
+            for place, result in zip(places, results if places else [], strict=True):
+                place.copy_(result)
+
+
+class _Capture(TorchDispatchMode):
+    def __init__(self, graph: FakeGraph) -> None:
+        super().__init__()
+        self.launches = graph.launches
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._overloadpacket.__name__
+        assert func.namespace != "c10d", f"{name}: a collective inside a graph"
+        assert name != "_local_scalar_dense", "the host would wait inside a graph"
+        if func.is_view or name.startswith(("empty", "detach")):
+            return func(*args, **kwargs)
+        if not func._schema.is_mutable:
+            # a graph computes nothing yet; what it would compute has this shape
+            result = func(*args, **kwargs)
+            places = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+            self.launches.append((func, args, kwargs, places))
+            return result
+        self.launches.append((func, args, kwargs, []))
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        changed = [given[a.name] for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        return changed[0] if func._schema.returns else None
+
+
+@contextlib.contextmanager
+def _capture(graph: FakeGraph, capture_error_mode: str) -> Iterator[None]:
+    assert capture_error_mode == "thread_local"
+    launch: Any = None
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):
+            from triton.runtime.interpreter import GridExecutor
+
+            # the interpreter's kernels are no operations of PyTorch
+            def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+                graph.launches.append((run, (self, *args), kwargs, []))
+
+            run = GridExecutor.__call__
+            stack.enter_context(mock.patch.object(GridExecutor, "__call__", launch))
+        stack.enter_context(_Capture(graph))
+        yield
+
+
+@contextlib.contextmanager
+def fake_graphs() -> Iterator[list[FakeGraph]]:
+    """Graphs made inside are `FakeGraph`s, which are listed."""
+    FakeGraph.made = []
+    with mock.patch.object(torch.cuda, "CUDAGraph", FakeGraph), mock.patch.object(torch.cuda, "graph", _capture):
+        yield FakeGraph.made
