@@ -5,10 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+# torch.library.Library carries no type hints
+_Library: Any = torch.library.Library
+_ATEN = _Library("aten", "IMPL")
 
 
 class NoDevice(RuntimeError):
@@ -34,3 +41,12 @@ def environment(folder: Path) -> dict[str, str]:
     linked = [f"-Wl,-rpath,{root / 'lib'}", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu"]
     subprocess.run([os.environ.get("CXX", "g++"), *flags, SOURCE, "-o", library, *linked], check=True)
     return {**os.environ, "LD_PRELOAD": str(library)}
+
+
+def tensors_without_data() -> FakeTensorMode:
+    """The mode in which tensors of that device have a shape and no data."""
+    # PyTorch itself knows AdamW without data where its rate is a number alone; it changes what it gets, and returns nothing
+    rated = "_fused_adamw_.tensor_lr"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{rated}", "Meta"):
+        _ATEN.impl(rated, lambda *_, **__: None, "Meta")
+    return FakeTensorMode(allow_non_fake_inputs=True)

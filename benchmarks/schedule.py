@@ -23,7 +23,6 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import common, fake_cuda
 from benchmarks.attention import stand_in
@@ -97,7 +96,7 @@ def step_kernels(config: Config, way: str, recurrence: bool) -> Step:
 
     torch._dynamo.reset()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(fake_cuda.tensors_without_data())
         for owner, attribute, value in (
             (dispatch, "triton_problem", lambda: None),
             (Captured, "__call__", lambda captured: captured._run()),

@@ -12,16 +12,11 @@ from typing import Any
 import torch
 from model_systems import SHALLOW, narrow_config
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from train.config import MICRO_BATCHES, Config
 from train.model.gpt import GPT
 
 CUDA = torch.device("cuda", 0)
-
-
-def tensors_without_data() -> FakeTensorMode:
-    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def gpu_config(system: str, **changes: Any) -> Config:

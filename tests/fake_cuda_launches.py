@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from fake_cuda import CUDA, GRAPHS, Batches, Graph, empty, gpu_config, gpu_model, recorded_capture, tensors_without_data
+from fake_cuda import CUDA, GRAPHS, Batches, Graph, empty, gpu_config, gpu_model, recorded_capture
 from torch import Tensor
 
 import golf_kernels
+from benchmarks.fake_cuda import tensors_without_data
 from golf_kernels import dispatch
 from golf_kernels.muon import Muon
 from golf_kernels.newton_schulz import COEFFICIENTS
@@ -180,9 +181,12 @@ def test_nothing_new_is_copied_into_a_graph(launches: dict[str, bool]) -> None:
         launches["capturing"] = True
 
 
-@pytest.mark.parametrize("system", ["sp2048", "sp4096"])
+@pytest.mark.parametrize(
+    ("system", "backend", "graph"),
+    [("sp2048", "triton", "auto"), ("sp4096", "triton", "auto"), ("sp2048", "torch", "on")],
+)
 def test_a_captured_step_is_replayed_from_the_third_one_on(
-    system: str, launches: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+    system: str, backend: str, graph: str, launches: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextlib.contextmanager
     def capture(graph: Graph, capture_error_mode: str) -> Iterator[None]:
@@ -192,10 +196,10 @@ def test_a_captured_step_is_replayed_from_the_third_one_on(
         launches["capturing"] = False
 
     GRAPHS.clear()
-    monkeypatch.setenv("GOLF_BACKEND", "torch,muon_step=triton")
+    monkeypatch.setenv("GOLF_BACKEND", f"torch,muon_step={backend}")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    config = gpu_config(system)
+    config = gpu_config(system, optimizer_graph=graph)
     model = gpu_model(config)
     optimizers = build_optimizers(model, config)
     ranks = Ranks(world_size=MICRO_BATCHES, device=CUDA)

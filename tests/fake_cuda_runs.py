@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fake_cuda import CUDA, GRAPHS, Batches, Graph, empty, gpu_config, gpu_model, recorded_capture, tensors_without_data
+from fake_cuda import CUDA, GRAPHS, Batches, Graph, empty, gpu_config, gpu_model, recorded_capture
 from host_traffic import NoHostCopies
 from model_systems import SYSTEMS
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.common import relative_error
+from benchmarks.fake_cuda import tensors_without_data
 from golf_kernels import dispatch
 from golf_kernels.muon import Muon
 from golf_kernels.newton_schulz import COEFFICIENTS

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import CUDA, empty, gpu_config, tensors_without_data
+from fake_cuda import CUDA, empty, gpu_config
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import bench_leaky_relu2_mlp, bench_mix_rms_norm, bench_qk_norm_rope, bench_xsa, schedule
 from benchmarks.compiled import PROPERTIES, Scheduled, planning_for_an_absent_gpu
 from benchmarks.devices import Kernel
+from benchmarks.fake_cuda import tensors_without_data
 from benchmarks.recorder import Recorder
 from benchmarks.ways import all_kernels
 from golf_kernels import dispatch

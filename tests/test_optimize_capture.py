@@ -166,6 +166,20 @@ def test_a_state_can_be_loaded_into_its_own_optimizers_and_an_empty_one_forgets(
     assert len(moments) > 20 and not any(moment.any() for moment in moments)
 
 
+def test_moments_in_another_place_are_not_those_of_a_graph() -> None:
+    found = []
+    for graph in (True, False):
+        with fake_graphs() as graphs:
+            model, optimizers = build(EXACT, graph=graph)
+            train(model, optimizers, range(3))
+            for state in (*optimizers.muon.state.values(), *optimizers.adamw.state.values()):
+                state.update({name: moment.clone() for name, moment in state.items()})
+            train(model, optimizers, range(3, 6))
+            assert [one.replays for one in graphs] == ([2, 2] if graph else [])
+        found.append(state_of(model, optimizers))
+    assert_equal(*found)
+
+
 FORMS = {"muon_eq_r": {}, "normuon": {"muon_eq_r": False, "normuon": True}, "no_clipping": {"grad_clip_norm": 0.0}}
 
 
