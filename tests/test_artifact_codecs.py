@@ -94,6 +94,18 @@ def test_a_stream_that_has_all_its_bytes_but_no_end_is_refused() -> None:
         CODECS["brotli"].decode(stream, len(SAMPLE))
 
 
+@pytest.mark.parametrize(("name", "kind"), [("lzma", "an xz"), ("zlib", "a zlib")])
+def test_what_is_wrong_with_a_stream_is_said(name: str, kind: str) -> None:
+    stream = CODECS[name].encode(SAMPLE)
+    for damaged, said in (
+        (b"\xff" * 50, rf"not {kind} stream, or a damaged one \("),
+        (stream[:-1], "the stream ends early$"),
+        (stream + b"\0\0", "2 bytes behind the stream's end$"),
+    ):
+        with pytest.raises(CodecError, match=f"^codec {name}: {said}"):
+            CODECS[name].decode(damaged, len(SAMPLE))
+
+
 @pytest.mark.parametrize("name", STREAM_CODECS)
 def test_foreign_bytes_are_refused(name: str) -> None:
     for foreign in (b"", b"\xff" * 50, SAMPLE):

@@ -185,12 +185,20 @@ def _lzma_encode(data: bytes) -> bytes:
 
 def _lzma_decode(data: bytes, size: int) -> bytes:
     decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, _LZMA_MEMORY_BYTES)
+    return _decompress("lzma", "an xz stream", decoder, lzma.LZMAError, data, size)
+
+
+def _decompress(codec: str, kind: str, decoder: Any, failure: type[Exception], data: bytes, size: int) -> bytes:
     try:
-        decoded = decoder.decompress(data, size + 1)
-    except lzma.LZMAError as error:
-        raise CodecError(f"codec lzma: not an xz stream, or a damaged one ({error})") from error
+        decoded: bytes = decoder.decompress(data, size + 1)
+    except failure as error:
+        raise CodecError(f"codec {codec}: not {kind}, or a damaged one ({error})") from error
+    # what is longer than it may be is refused by its length
     if len(decoded) <= size:
-        _need_end("lzma", decoder.eof, decoder.unused_data)
+        if not decoder.eof:
+            raise CodecError(f"codec {codec}: the stream ends early")
+        if decoder.unused_data:
+            raise CodecError(f"codec {codec}: {counted(len(decoder.unused_data), 'byte')} behind the stream's end")
     return decoded
 
 
@@ -199,14 +207,7 @@ def _zlib_encode(data: bytes) -> bytes:
 
 
 def _zlib_decode(data: bytes, size: int) -> bytes:
-    decoder = zlib.decompressobj()
-    try:
-        decoded = decoder.decompress(data, size + 1)
-    except zlib.error as error:
-        raise CodecError(f"codec zlib: not a zlib stream, or a damaged one ({error})") from error
-    if len(decoded) <= size:
-        _need_end("zlib", decoder.eof, decoder.unused_data)
-    return decoded
+    return _decompress("zlib", "a zlib stream", zlib.decompressobj(), zlib.error, data, size)
 
 
 def _ans_encode(data: bytes, shape: tuple[int, int] | None = None) -> bytes:
@@ -241,13 +242,6 @@ def _raw6_decode(data: bytes, size: int) -> bytes:
         raise CodecError(f"codec raw6: {size:,} codes take {expected:,} bytes, found {len(data):,}")
     packed = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
     return int6_unpack(packed, size).numpy().tobytes()
-
-
-def _need_end(codec: str, ended: bool, unused: bytes) -> None:
-    if not ended:
-        raise CodecError(f"codec {codec}: the stream ends early")
-    if unused:
-        raise CodecError(f"codec {codec}: {counted(len(unused), 'byte')} behind the stream's end")
 
 
 CODECS: dict[str, Codec] = {
