@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 import golf_kernels
 from benchmarks.bench_newton_schulz import STEPS, symmetric_flops
 from benchmarks.devices import Kernel
-from golf_kernels import dispatch
+from golf_kernels import dispatch, int6_native
 from golf_kernels.muon import Muon, Work, coefficients_of
 
 # what makes room, or another view of what is there, and launches nothing
@@ -146,7 +146,11 @@ def _kernel_modules() -> list[Any]:
 
 @contextlib.contextmanager
 def launches_listed(kernels: list[Kernel]) -> Iterator[None]:
-    """Every Triton kernel of the package replaced by a `Launch`."""
+    """Every Triton kernel of the package replaced by a `Launch`, and what a training step has of CUDA listed as well."""
+
+    def fake_quantize(*tensors: Tensor) -> None:
+        kernels.append(Kernel("fake_quantize_kernel", 0.0, sum(map(size_of, tensors))))
+
     with contextlib.ExitStack() as stack:
         for module in _kernel_modules():
             for name, kernel in list(vars(module).items()):
@@ -155,6 +159,7 @@ def launches_listed(kernels: list[Kernel]) -> Iterator[None]:
             if hasattr(module, "KERNELS"):
                 replaced = {product: Launch(kernel, kernels) for product, kernel in module.KERNELS.items()}
                 stack.enter_context(mock.patch.object(module, "KERNELS", replaced))
+        stack.enter_context(mock.patch.object(int6_native, "fake_quantize", fake_quantize))
         stack.enter_context(mock.patch.object(torch.cuda, "device_of", return_value=contextlib.nullcontext()))
         # an address that TMA takes
         stack.enter_context(mock.patch.object(Tensor, "data_ptr", return_value=512))

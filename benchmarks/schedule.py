@@ -30,10 +30,11 @@ from benchmarks.compiled import Scheduled, planning_for_an_absent_gpu
 from benchmarks.devices import DEVICES, REACHED, Device, Kernel
 from benchmarks.recorder import Recorder, fused_muon_listed
 from benchmarks.ways import check_ways, make_variants, share_config, share_sequences
-from golf_kernels import dispatch
+from golf_kernels import dispatch, native
 from train.config import Config
 from train.describe import describe
 from train.errors import UserError, main_guard
+from train.inductor import parse_switch
 from train.optimize.capture import Captured
 from train.profiling import kernel_family
 from train.recipes import recipe_names
@@ -99,6 +100,7 @@ def step_kernels(config: Config, way: str, recurrence: bool) -> Step:
         stack.enter_context(fake_cuda.tensors_without_data())
         for owner, attribute, value in (
             (dispatch, "triton_problem", lambda: None),
+            (native, "problem", lambda part: None),
             (Captured, "__call__", lambda captured: captured._run()),
             (Tensor, "pin_memory", lambda tensor: tensor),
             (Tensor, "item", lambda tensor: recorder.item(tensor)),
@@ -251,6 +253,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ways = arguments.ways.split(",")
     with mock.patch.object(dispatch, "triton_problem", return_value=None):
         check_ways(ways)
+    for way in ways:
+        if "+" in way and any("max_autotune" in option for option in parse_switch(way.partition("+")[2]).options):
+            raise UserError(f"--ways: {way}: tuned products are those that ran fastest on a GPU: leave this way out")
     # PyTorch's, about tensors that have no address
     warnings.simplefilter("ignore")
     for recurrence in sorted({False, bool(config.recur_layers)}):

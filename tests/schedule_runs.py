@@ -18,7 +18,7 @@ from benchmarks.devices import Kernel
 from benchmarks.fake_cuda import tensors_without_data
 from benchmarks.recorder import Recorder
 from benchmarks.ways import all_kernels
-from golf_kernels import dispatch
+from golf_kernels import dispatch, native
 from golf_kernels.qk_norm_rope import written_out
 from train.config import MICRO_BATCHES, Config
 from train.describe import describe
@@ -195,6 +195,14 @@ def test_a_kernel_of_the_host_is_not_run_on_the_gpu(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("GOLF_BACKEND", all_kernels())
         torch.ops.golf.int6_fake_quantize(empty(5, 7, dtype=torch.float32), empty(5, dtype=torch.float32))
     assert {kernel.name.partition("::")[0] for kernel in recorder.kernels} == {"aten"}
+
+
+def test_a_cuda_kernel_is_listed_where_a_gpu_would_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "problem", lambda part: None)
+    with on_kernels(monkeypatch) as recorder:
+        monkeypatch.setenv("GOLF_BACKEND", all_kernels())
+        torch.ops.golf.int6_fake_quantize(empty(5, 7, dtype=torch.float32), empty(5, dtype=torch.float32))
+    assert recorder.kernels == [Kernel("fake_quantize_kernel", 0.0, 4 * (5 * 7 + 5 + 5 * 7))]
 
 
 def test_the_block_of_the_mlp_launches_what_its_benchmark_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,11 @@ from train.values import ConfigError, parse_steps
         ("golf::qk_norm_rope_backward", "attention"),
         ("golf::mix_rms_norm_backward", "elementwise and norms"),
         ("golf::xsa_backward", "attention"),
+        ("golf::int6_fake_quantize", "elementwise and norms"),
+        (
+            "void golf::fake_quantize_kernel<float>(float const*, float const*, float*, long, long)",
+            "elementwise and norms",
+        ),
         ("cudaLaunchKernel", "other"),
     ],
 )

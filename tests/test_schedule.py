@@ -87,6 +87,11 @@ def test_a_schedule_without_all_products_is_refused() -> None:
     ("given", "message"),
     [
         (["--ways", "torch,foo"], "--ways: 'foo': expected published, torch, golf"),
+        (
+            ["--ways", "torch,golf+tma_matmul"],
+            "--ways: golf+tma_matmul: tuned products are those that ran fastest on a GPU",
+        ),
+        (["--ways", "torch+max_autotune=True"], "--ways: torch+max_autotune=True: tuned products"),
         (["--phase", "after", "--recipe", "baseline"], "baseline repeats no layers"),
         (["--largest", "0"], "expected a whole number from 1"),
         (["--device", "a100"], "invalid choice: 'a100'"),

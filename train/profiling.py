@@ -38,7 +38,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ("matrix products", r"^triton_tem|gemm|cutlass|cublas|nvjet|xmma|aten::(mm|addmm|bmm|baddbmm|linear|matmul)\b"),
     ("optimizer and average", r"multi_tensor|foreach|adam|lerp"),
     ("copies", r"memcpy|memset|copy|aten::(cat|clone|contiguous|fill|zero|ones|empty|index|nonzero|arange)"),
-    (_ELEMENTWISE, r"mix_rms_norm|^(mix|unmix)_kernel|elementwise|vectorized|reduce_kernel|aten::[a-z]"),
+    (_ELEMENTWISE, r"mix_rms_norm|^(mix|unmix)_kernel|fake_quantize|elementwise|vectorized|reduce_kernel|aten::[a-z]"),
 )
 OTHER = "other"
 # what the loop itself calls its ranges, which are no part of the model
