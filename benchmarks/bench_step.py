@@ -1,6 +1,7 @@
 """ms per training step of one GPU's share of a recipe, three ways in turn in one process.
 
-The ways are those of `benchmarks.ways`: published, torch, golf, any one operator switched, and any of Inductor's switches.
+The ways are those of `benchmarks.ways`: published, torch, golf, any one operator switched, and any of Inductor's switches
+or another value of a setting.
 All start from the same weights and read the same tokens; a way that fails, or whose loss or weights leave the first one's,
 is named and writes no row. Rows are on disk before the next measurement begins. Kernels and switches that are measured one
 by one have a process each, because after one illegal access nothing more can run in a process.
@@ -34,6 +35,7 @@ from benchmarks.ways import (
     kernels_problem,
     make_variants,
     named_ways,
+    parse_way_switch,
     share_config,
     share_sequences,
     step_kernels,
@@ -43,8 +45,9 @@ from golf_kernels import dispatch
 from train.config import Config
 from train.describe import describe
 from train.errors import UserError, main_guard
-from train.inductor import SWITCHES, parse_switch
+from train.inductor import SWITCHES
 from train.model.attention_choice import choose_attention
+from train.optimize.capture import choose_graph
 from train.parts import name_compiled_kernels
 from train.profiling import NO_KERNELS, breakdown, busy_ms, kernel_times, new_trace, write_breakdowns, write_trace
 from train.recipes import recipe_names
@@ -298,7 +301,11 @@ def measure_pair(way: str, other: str, bench: Bench, recurrence: bool) -> bool:
         figure = (
             f"{gpu}, {commit}, {bench.config.recipe} {phase}: {before['p50']:.2f} to {after['p50']:.2f} ms per step"
         )
-        print(f"    to set it, in train/inductor.py: figure={figure!r}", flush=True)
+        name = other.partition("+")[2]
+        if name == "optimizer_graph=on":
+            print(f"    to make it the default, in train/optimize/capture.py: FIGURE = {figure!r}", flush=True)
+        elif not parse_way_switch(name)[0]:
+            print(f"    to set it, in train/inductor.py: figure={figure!r}", flush=True)
     return not problems
 
 
@@ -368,6 +375,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="SWITCH",
         help="measure each way but published beside itself with a switch of train.inductor, one NAME=VALUE, or all of them",
     )
+    parser.add_argument(
+        "--setting",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="measure each way but published beside itself with this value of a setting, such as optimizer_graph=on",
+    )
     add_attention(parser)
     parser.add_argument(
         "--limit-s",
@@ -383,17 +397,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     every = [switch.name for switch in SWITCHES]
-    switches = [name for given in arguments.inductor for name in (every if given == "all" else [given])]
+    switches = [(name, "--inductor") for given in arguments.inductor for name in (every if given == "all" else [given])]
+    switches += [(name, "--setting") for name in arguments.setting]
     given_ways = arguments.ways.split(",")
-    try:
-        for name in [*switches, *(name.partition("+")[2] for name in given_ways if "+" in name)]:
-            parse_switch(name)
-    except ValueError as error:
-        parser.error(f"--inductor: {error}")
+    for name, flag in [*switches, *((name.partition("+")[2], "--ways") for name in given_ways if "+" in name)]:
+        try:
+            is_setting = bool(parse_way_switch(name)[0])
+        except ValueError as error:
+            parser.error(f"{flag}: {error}")
+        if flag != "--ways" and is_setting != (flag == "--setting"):
+            parser.error(f"{flag}: {name!r} belongs to {'--setting' if is_setting else '--inductor'}")
     device = arguments.device
     config = share_config(arguments.recipe, device, tiny=arguments.tiny, attention=arguments.attention)
     if arguments.phase == "after" and not config.recur_layers:
         parser.error(f"--phase after: {arguments.recipe} repeats no layers: expected before or both")
+    try:
+        for name in arguments.setting:
+            choose_graph(config.replace(**parse_way_switch(name)[0]), device)
+    except UserError as error:
+        print(f"error: --setting: {error}", file=sys.stderr)
+        return common.NOTHING_TO_RUN
     names = [] if arguments.kernel and not switches else named_ways(given_ways, device)
     if arguments.kernel and (problem := kernels_problem()):
         print(f"error: --kernel: no kernel of a training step can run here: {problem}", file=sys.stderr)
@@ -405,12 +428,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     pairs = {("torch", f"{name}=triton"): ["--kernel", name] for name in kernels}
     for way in names if switches else ():
-        pairs |= {
-            (way, f"{way}+{name}"): ["--ways", way, "--inductor", name] for name in switches if way != "published"
-        }
+        pairs |= {(way, f"{way}+{name}"): ["--ways", way, flag, name] for name, flag in switches if way != "published"}
     check_ways(other for _, other in pairs)
     if switches and not pairs:
-        parser.error("--inductor: no switch is set for published: expected torch, golf or operator=backend in --ways")
+        parser.error(
+            f"{switches[0][1]}: no switch is set for published: expected torch, golf or operator=backend in --ways"
+        )
     if pairs and arguments.profile:
         parser.error("--profile: not with --kernel or --inductor: name the ways, such as --ways torch,torch+pdl")
     if len(pairs) > 1:

@@ -106,6 +106,7 @@ def plan(*, tiny: bool = False) -> list[Piece]:
         each("kernel", 420, "--kernel", step_kernels() or ["all"]),
         tests,
         each("switch", 360, "--inductor", [switch.name for switch in SWITCHES]),
+        step("graph", 200, *before, "--ways", "torch", "--setting", "optimizer_graph=on"),
         bench("start", 240, "bench_start"),
         step("step_after_recurrence", 300, *after, "--ways", "published,torch,golf"),
         *(bench(name, 100, f"bench_{name}") for name in op_benches()),

@@ -3,9 +3,9 @@
 `published` is the recipe written plainly (`benchmarks.published`), `torch` is this trainer on PyTorch's reference
 operators, `golf` is this trainer on all kernels, `golf-op` on all but one, and `op=backend` is `torch` with that one
 switched. On a GPU a way that lacks a kernel never has the name `golf`: `named_ways` calls it `golf-op`.
-`WAY+SWITCH` is a way with one of Inductor's switches (`train.inductor`). The share is what one of 8 GPUs has: an eighth of
-the batch, and the matrices that one rank orthogonalizes, or all of them where losses are compared. What the ranks would
-exchange is not in it.
+`WAY+SWITCH` is a way with one of Inductor's switches (`train.inductor`), or with another value of a setting that decides
+how a step is computed: `torch+optimizer_graph=on`. The share is what one of 8 GPUs has: an eighth of the batch, and the
+matrices that one rank orthogonalizes, or all of them where losses are compared. What the ranks would exchange is not in it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ from train.model.mlp import MLP
 from train.optimize.averaging import EMA
 from train.optimize.groups import build_optimizers, split_parameters
 from train.recipes import load_recipe
+from train.values import ConfigError
 
 CPU = torch.device("cpu")
+# settings that decide how a step is computed, and not what
+SETTINGS = ("optimizer_graph",)
 TINY = {"model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 512, "train_seq_len": 64, "bigram_dim": 16}
 
 
@@ -281,6 +284,26 @@ def trainer_step(
     return step, average.average() if average else {}
 
 
+def parse_way_switch(text: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What stands behind a way's +: another value of a setting, or Inductor's options.
+
+    Returns:
+        Settings by name, and the options; None for those that the trainer would choose.
+
+    Raises:
+        ValueError: there is no such setting, switch or option, or the value is not one of its.
+    """
+    name, _, value = text.partition("=")
+    if name not in SETTINGS:
+        return {}, chosen_options()[0] | dict(parse_switch(text).options)
+    changes: dict[str, Any] = {name: value}
+    try:
+        Config(**changes)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return changes, None
+
+
 def check_ways(names: Iterable[str]) -> None:
     """Refuse ways that cannot be taken here, before anything is measured.
 
@@ -293,7 +316,7 @@ def check_ways(names: Iterable[str]) -> None:
             continue
         try:
             if switch or "+" in name:
-                parse_switch(switch)
+                parse_way_switch(switch)
             golf, *without = way.split("-")
             if golf == "golf" and (unknown := set(without) - set(kernel_problems())):
                 raise ValueError(
@@ -349,9 +372,9 @@ def make_variants(config: Config, names: list[str], device: torch.device, *, who
             continue
         way, _, switch = name.partition("+")
         backends = backends_of(way)
-        options = chosen_options()[0] | dict(parse_switch(switch).options) if switch else None
+        changes, options = parse_way_switch(switch) if switch else ({}, None)
         with dispatch.forced(backends):
-            step, average = trainer_step(model, config, share, device, options)
+            step, average = trainer_step(model, config.replace(**changes), share, device, options)
         variants.append(StepVariant(name, backends, step, weights_of(model, config, average)))
     return variants
 

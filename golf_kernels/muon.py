@@ -224,12 +224,12 @@ class Muon(torch.optim.Optimizer):
             # a half precision β would be another one
             momentum = momentum.reshape(()).to(grads[0].device, _wide_dtype(grads[0]))
             torch._foreach_mul_(buffers, momentum)
-            share = 1 - momentum if group["dampened"] else torch.ones_like(momentum)
-            torch._foreach_add_(buffers, torch._foreach_mul(grads, share))
+            weighted = list(torch._foreach_mul(grads, 1 - momentum)) if group["dampened"] else grads
+            torch._foreach_add_(buffers, weighted)
             updates = buffers
             if group["nesterov"]:
                 updates = list(torch._foreach_mul(buffers, momentum))
-                torch._foreach_add_(updates, torch._foreach_mul(grads, share))
+                torch._foreach_add_(updates, weighted)
         elif group["dampened"]:
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
             updates = list(torch._foreach_lerp(grads, buffers, momentum)) if group["nesterov"] else buffers

@@ -22,7 +22,9 @@ from golf_kernels import dispatch, native
 from golf_kernels.qk_norm_rope import written_out
 from train.config import MICRO_BATCHES, Config
 from train.describe import describe
+from train.model.gpt import GPT
 from train.model.order import virtual_order
+from train.optimize.groups import split_parameters
 
 WIDTH, LENGTH = 64, 16
 
@@ -65,6 +67,19 @@ def test_a_way_has_its_own_kernels_and_only_the_published_one_waits(step: schedu
     assert {"fa3::attention", "fa3::attention_backward"} <= names
     assert step.waits == (step.way == "published")
     assert all(kernel.bytes > 0 or kernel.name == "norm_kernel" for kernel in step.kernels)
+
+
+def test_a_graph_copies_the_gradients_once_and_has_its_rates_from_the_device() -> None:
+    graph, eager = (
+        schedule.step_kernels(narrow(), f"torch+optimizer_graph={form}", True).rest for form in ("on", "off")
+    )
+    with tensors_without_data():
+        kinds = split_parameters(GPT(narrow()), narrow())
+    gradients = sum(p.numel() * p.element_size() for kind in kinds.values() for p in kind.values())
+    copies = [kernel.bytes for kernel in graph if kernel.name == "aten::_foreach_copy_" and kernel not in eager]
+    assert copies == [2 * gradients]
+    # two of Muon, and one for each group of AdamW
+    assert [sum(kernel.name == "aten::fill_" for kernel in kernels) for kernels in (graph, eager)] == [4, 0]
 
 
 def planned(function: Callable[..., Any], *inputs: Tensor) -> list[list[Scheduled]]:

@@ -158,6 +158,7 @@ def test_each_kernel_and_each_switch_has_its_process(monkeypatch: pytest.MonkeyP
     commands = {piece.name: piece.commands for piece in plan()}
     assert commands["kernel"]["kernel_muon_step"][-2:] == ["--kernel", "muon_step"] and len(commands["kernel"]) > 5
     assert commands["switch"]["switch_pdl"][-2:] == ["--inductor", "pdl"]
+    assert commands["graph"]["graph"][-4:] == ["--ways", "torch", "--setting", "optimizer_graph=on"]
     # where none can run, the benchmark says why
     monkeypatch.setattr(session, "step_kernels", list)
     (kernel,) = (piece for piece in plan() if piece.name == "kernel")

@@ -148,6 +148,23 @@ def test_each_way_but_the_published_one_is_measured_with_each_switch(monkeypatch
     assert len(kernels) == len(step_kernels())
 
 
+def test_the_graph_is_measured_beside_the_same_way_without_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    command = ["--tiny", "--device", "cpu", "--setting", "optimizer_graph=on", "--ways", "torch,muon_step=triton"]
+    monkeypatch.setattr(bench_step, "choose_attention", None)
+    # a session says so, and goes on
+    assert bench_step.main(command) == common.NOTHING_TO_RUN
+    assert "error: --setting: optimizer_graph: on needs a CUDA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(bench_step, "measure_apart", lambda pairs, _: found.append(pairs))
+    monkeypatch.setattr(bench_step, "choose_graph", lambda *_: None)
+    bench_step.main([*command, "--inductor", "pdl"])
+    assert found[0]["torch+optimizer_graph=on"] == ["--ways", "torch", "--setting", "optimizer_graph=on"]
+    switches = ("pdl", "optimizer_graph=on")
+    assert list(found[0]) == [f"{way}+{switch}" for way in ("torch", "muon_step=triton") for switch in switches]
+
+
 def test_a_pair_of_which_one_fails_has_no_row_and_one_that_runs_has_two(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,13 +200,21 @@ def test_a_verdict_needs_rounds(times: tuple[float, float], rounds: int, verdict
     assert bench_step.verdict_of(before, after) == verdict
 
 
+@pytest.mark.parametrize(
+    ("switch", "said"),
+    [
+        ("pdl", "to set it, in train/inductor.py: figure='Made"),
+        ("optimizer_graph=on", "to make it the default, in train/optimize/capture.py: FIGURE = 'Made"),
+        ("optimizer_graph=off", ""),
+    ],
+)
 def test_a_switch_that_wins_is_offered_with_its_figure(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    switch: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench = made_bench(rounds=3)
     bench.keep, bench.surroundings = True, {"gpu": "Made GPU", "commit": "aaaaaaa"}
     monkeypatch.setattr(Bench, "store", lambda *_: None)
-    times = {"torch": 2.0, "torch+pdl": 1.0}
+    times = {"torch": 2.0, f"torch+{switch}": 1.0}
     current = []
 
     def make(config: Config, names: list[str], *_: object) -> list[StepVariant]:
@@ -200,10 +225,12 @@ def test_a_switch_that_wins_is_offered_with_its_figure(
 
     monkeypatch.setattr(bench_step, "make_variants", make)
     monkeypatch.setattr(bench.clock, "once_ms", lambda run: (run(), times[current[-1]])[1])
-    assert bench_step.measure_pair("torch", "torch+pdl", bench, False)
+    assert bench_step.measure_pair("torch", f"torch+{switch}", bench, False)
     printed = capsys.readouterr().out
     assert "-50.0%  faster" in printed
-    assert "figure='Made GPU, aaaaaaa, quickstart before recurrence: 2.00 to 1.00 ms per step'" in printed
+    assert said in printed and (
+        f"{said[-4:]} GPU, aaaaaaa, quickstart before recurrence: 2.00 to 1.00 ms per step'" in printed
+    ) == bool(said)
 
 
 def test_without_a_kernel_that_can_run_its_reason_is_said_and_nothing_measured(
@@ -251,6 +278,10 @@ def test_the_command_prints_a_table_and_keeps_nothing_from_a_cpu(tmp_path: Path)
         (["--inductor", "no_such"], "no_such' is no switch"),
         (["--ways", "torch+no_such=1"], "has no switch no_such"),
         (["--inductor", "all", "--inductor", "no_such"], "no_such' is no switch"),
+        (["--inductor", "optimizer_graph=on"], "--inductor: 'optimizer_graph=on' belongs to --setting"),
+        (["--setting", "pdl"], "--setting: 'pdl' belongs to --inductor"),
+        (["--setting", "optimizer_graph=yes"], "--setting: optimizer_graph: expected one of 'auto', 'on', 'off'"),
+        (["--ways", "torch+optimizer_graph=yes"], "--ways: optimizer_graph: expected one of 'auto', 'on', 'off'"),
         (["--tiny", "--data", "no_such_folder"], "no_such_folder"),
         (
             ["--inductor", "all", "--ways", "published"],

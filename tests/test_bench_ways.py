@@ -225,6 +225,19 @@ def test_the_published_way_has_none_of_the_compilers_switches_that_the_trainer_c
     assert given == [{}, {"max_autotune": True}]
 
 
+def test_a_setting_behind_a_way_is_that_ways_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, build = [], ways.build_optimizers
+
+    def note(model: GPT, config: Config, **options: object) -> object:
+        given.append(config.optimizer_graph)
+        return build(model, config.replace(optimizer_graph="off"), **options)
+
+    monkeypatch.setattr(ways, "build_optimizers", note)
+    config = load_recipe("quickstart").config(**NARROW)
+    make_variants(config, ["torch+optimizer_graph=on", "torch", "torch+optimizer_graph=off"], CPU)
+    assert given == ["on", "auto", "off"]
+
+
 def test_the_share_is_an_eighth_of_the_work() -> None:
     config = load_recipe("sp8192_sdclip").config(**NARROW)
     plain, _ = make_variants(config, ["published", "torch"], CPU)
