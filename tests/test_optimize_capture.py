@@ -75,11 +75,13 @@ def test_a_graph_is_for_cuda_and_not_the_default_before_a_measurement(monkeypatc
     assert choose_graph(CONFIG, CUDA) == (True, "a GPU, 2 to 1 ms") and not choose_graph(CONFIG, CPU).on
 
 
-def build(config: Config, *, graph: bool, group: dist.ProcessGroup | None = None) -> tuple[GPT, Optimizers]:
+def build(
+    config: Config, *, graph: bool, group: dist.ProcessGroup | None = None, **options: Any
+) -> tuple[GPT, Optimizers]:
     torch.manual_seed(0)
     model = GPT(config)
     with mock.patch.object(groups, "choose_graph", return_value=GraphChoice(graph, "a test's")):
-        return model, build_optimizers(model, config, group)
+        return model, build_optimizers(model, config, group, **options)
 
 
 def train(model: GPT, optimizers: Optimizers, steps: Sequence[int], rank: int = 0, world_size: int = 1) -> list[Tensor]:
@@ -164,6 +166,27 @@ def test_a_state_can_be_loaded_into_its_own_optimizers_and_an_empty_one_forgets(
     optimizers.load_state_dict(empty)
     moments = [m for each in optimizers.state_dict().values() for named in each.values() for m in named.values()]
     assert len(moments) > 20 and not any(moment.any() for moment in moments)
+
+
+def test_a_share_alone_has_the_pieces_of_a_rank_and_the_norm_of_all_gradients() -> None:
+    found = []
+    for graph in (True, False):
+        with fake_graphs() as graphs:
+            model, optimizers = build(EXACT, graph=graph, owned=[1, 3])
+            before = copy.deepcopy(model.state_dict())
+            norms = train(model, optimizers, range(4))
+            assert [one.replays for one in graphs] == [3] * 3 * graph
+        found.append({**state_of(model, optimizers), "norms": dict(enumerate(norms))})
+    assert_equal(*found)
+    # those that other ranks would move stay
+    matrices = list(optimizers._names["muon"])
+    assert {name for name in matrices if not torch.equal(before[name], model.state_dict()[name])} == {
+        matrices[1],
+        matrices[3],
+    }
+    # the first step's norm is that of one process
+    wanted = train(*build(EXACT, graph=False), range(1))[0]
+    torch.testing.assert_close(norms[0], wanted, rtol=1e-6, atol=0)
 
 
 def test_moments_in_another_place_are_not_those_of_a_graph() -> None:

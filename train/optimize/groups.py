@@ -29,8 +29,8 @@ _Work = Callable[[], object]
 class Optimizers:
     """All optimizers of a model, stepped as one; made by `build_optimizers`.
 
-    What follows the reduction of the gradients is three pieces of work, between which ranks exchange numbers: the local
-    norm; clipping and Muon; AdamW. With graphs each piece is a CUDA graph, and in one process all of them are one.
+    Behind the reduction there are three pieces of work, between which ranks exchange something: the local norm; clipping
+    and Muon; AdamW. With graphs each is a CUDA graph, and in one process all of them are one.
 
     Args:
         model: whose gradients are dropped by `zero_grad`.
@@ -88,11 +88,10 @@ class Optimizers:
                 each()
 
         def tensors() -> list[Tensor]:
-            trained = [parameter for names in self._names.values() for parameter in names.values()]
-            found = [parameter.grad for parameter in trained if parameter.grad is not None]
+            found = [p.grad for optimizer in self._each for p in _parameters(optimizer) if p.grad is not None]
             for optimizer in moved:
                 if optimizer is not None:
-                    found += [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                    found += _parameters(optimizer)
                     found += [moment for moments in optimizer.state.values() for moment in moments.values()]
             return found
 
@@ -121,7 +120,7 @@ class Optimizers:
             _set(group, "lr", group["base_lr"] * lr_scale)
             if "momentum" in group:
                 _set(group, "momentum", momentum)
-        if self._group is None:
+        if not self._reduction.exchanges:
             self._move_all()
             return self._norm
         self._measure()
@@ -188,10 +187,14 @@ class Optimizers:
         for optimizer, key in ((self.muon, "muon"), (self.adamw, "adamw")):
             if optimizer is None:
                 continue
-            held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+            held = set(_parameters(optimizer))
             for name, parameter in self._names[key].items():
                 if parameter in held:
                     _load(optimizer, parameter, state[key].get(name, {}))
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _set(group: dict[str, Any], name: str, value: float) -> None:
@@ -259,9 +262,10 @@ def build_optimizers(
 
         kind = OverlappedReduction
     replicated = [*kinds["embedding"].values(), *kinds["scalar"].values()]
-    reduction = kind(replicated, matrices, owners, process_group, fixed=graph.on)
-    updated = reduction.owned if owned is None else [matrices[number] for number in owned]
-    muon = _build_muon(updated, config) if updated else None
+    others = [] if owned is None else [matrix for number, matrix in enumerate(matrices) if number not in owned]
+    share = matrices if owned is None else [matrices[number] for number in owned]
+    reduction = kind(replicated, share, owners, process_group, others=others, fixed=graph.on)
+    muon = _build_muon(reduction.owned, config) if reduction.owned else None
     rates = {"embedding": (config.tied_embed_lr, config.embedding_decay), "scalar": (config.scalar_lr, config.adam_wd)}
     groups = [
         {"params": list(kinds[kind].values()), "lr": lr, "base_lr": lr, "weight_decay": decay}

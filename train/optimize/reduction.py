@@ -45,6 +45,8 @@ class Reduction:
         matrices: parameters that one rank updates for all.
         owners: for each of `matrices`, the rank that updates it; not looked at without a group.
         group: process group of all ranks; None for one process, which then owns everything.
+        others: without a group, matrices that other ranks would update, where one rank's share is measured alone: they
+            count for the norm, as what those ranks would send.
         fixed: the reduced gradients have the same places in every step, as a CUDA graph of what follows needs it; with
             a group they always have.
 
@@ -59,11 +61,13 @@ class Reduction:
         owners: Sequence[int] = (),
         group: dist.ProcessGroup | None = None,
         *,
+        others: Sequence[nn.Parameter] = (),
         fixed: bool = False,
     ) -> None:
         self.owned: list[Tensor] = list(matrices)
         self._replicated: list[Tensor] = list(replicated)
         self._matrices: list[Tensor] = list(matrices)
+        self._others: list[Tensor] = list(others)
         self._group = group
         self._rank = dist.get_rank(group) if group is not None else 0
         self._world_size = dist.get_world_size(group) if group is not None else 1
@@ -182,21 +186,30 @@ class Reduction:
         self.sum_squares()
         return self.scale_gradients(max_norm)
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether anything comes from other ranks, be it made up."""
+        return self._group is not None or bool(self._others)
+
     @torch.no_grad()
     def measure_gradients(self) -> None:
         """Sum the squares of the gradients that this rank counts."""
         # each matrix is counted at its owner, and what all ranks hold is counted by the first
         counted = [*self._replicated, *self.owned] if self._rank == 0 else self.owned
         self._square.zero_()
-        if counted:
-            norms = torch._foreach_norm(_gradients(counted), 2, self._square.dtype)
-            self._square.add_(torch.stack(norms).square().sum())
+        self._add_squares(_gradients(counted))
 
     @torch.no_grad()
     def sum_squares(self) -> None:
         """Add up what the ranks have measured."""
         if self._group is not None:
             dist.all_reduce(self._square, op=dist.ReduceOp.SUM, group=self._group)
+        self._add_squares([matrix.grad for matrix in self._others if matrix.grad is not None])
+
+    def _add_squares(self, gradients: list[Tensor]) -> None:
+        if gradients:
+            norms = torch._foreach_norm(gradients, 2, self._square.dtype)
+            self._square.add_(torch.stack(norms).square().sum())
 
     @torch.no_grad()
     def scale_gradients(self, max_norm: float) -> Tensor:
