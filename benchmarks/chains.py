@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.devices import DEVICES
+from benchmarks.devices import DEVICES, Kernel
 from golf_kernels import dispatch
 
 Inputs = dict[str, Tensor]
@@ -38,6 +38,8 @@ class Chain:
         traffic: bytes to and from device memory of each pass of a shape by implementation, the operator's first.
         shapes: what is measured.
         tiny: what `--tiny` takes.
+        flops: arithmetic of the products in each pass of a shape, where there are any.
+        beside: other operators of this package that the chain can be made of, by name, and the chain made of them.
     """
 
     op: str
@@ -50,10 +52,12 @@ class Chain:
     traffic: Callable[[Any], Mapping[str, Mapping[str, float]]]
     shapes: tuple[Any, ...]
     tiny: Any
+    flops: Callable[[Any], Mapping[str, float]] = lambda shape: {}
+    beside: Mapping[str, Function] = field(default_factory=dict)
 
     def forced(self) -> AbstractContextManager[Any]:
-        """The operator on its kernels."""
-        return dispatch.forced(f"{self.op}=triton")
+        """The operator, and those beside it, on their kernels."""
+        return dispatch.forced(",".join(f"{op}=triton" for op in (self.op, *self.beside)))
 
     def inputs(self, shape: Any, device: torch.device, seed: int) -> Inputs:
         """Random inputs by name; the leaves require gradients."""
@@ -83,7 +87,7 @@ class Chain:
             str(_dtype(device)).removeprefix("torch."),
             functools.partial(self.inputs, shape, device),
             self.truth,
-            flops=0.0,
+            flops=sum(self.flops(shape).values()),
             bytes=sum(operator.values()),
             # plain chains err up to 6e-3 in bfloat16
             max_rel_err=1e-2,
@@ -92,10 +96,11 @@ class Chain:
     def variants(self, device: torch.device) -> list[common.Variant]:
         """Everything that can run here; what cannot is printed with its reason."""
         traced = {"backend": "aot_eager"} if device.type == "cpu" else {"dynamic": False}
-        functions = {"triton": self.operator, "torch": self.plain, "compile": torch.compile(self.plain, **traced)}
+        functions = {"triton": self.operator} | {f"{op} alone": function for op, function in self.beside.items()}
         if "triton" not in dispatch.available_backends(self.op):
             print(f"triton: {dispatch.describe()[self.op]['triton']}")
-            del functions["triton"]
+            functions = {}
+        functions |= {"torch": self.plain, "compile": torch.compile(self.plain, **traced)}
         return [
             common.Variant(name, functools.partial(self.both_passes, function), graph=True)
             for name, function in functions.items()
@@ -114,11 +119,15 @@ class Chain:
         return sum(kept.values())
 
     def predict(self, shape: Any) -> str:
-        """Times computed from bytes, per device, implementation and pass."""
+        """Times computed from bytes and arithmetic, per device, implementation and pass."""
         lines = [f"computed, not measured: {shape}, ms"]
         for device in DEVICES:
             for name, passes in self.traffic(shape).items():
-                parts = ", ".join(f"{part} {size / device.gbps / 1e6:.3f}" for part, size in passes.items())
+                times = {
+                    part: Kernel(part, self.flops(shape).get(part, 0.0), size).floor_ms(device)
+                    for part, size in passes.items()
+                }
+                parts = ", ".join(f"{part} {time:.3f}" for part, time in times.items())
                 lines.append(f"  {device.name} ({device.gbps:.0f} GB/s), {name}: {parts}")
         return "\n".join(lines)
 

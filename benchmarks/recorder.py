@@ -34,8 +34,15 @@ _NOTHING = {
 # their first argument is written without being read
 _OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 _RATES = {"attention": "attention", "attention_backward": "attention backward"}
-# products among the package's kernels
-_PRODUCTS = {"up_kernel", "down_kernel", "dpre_kernel", "dx_kernel"}
+# products among the package's kernels: whose rows meet which matrix
+_PRODUCTS = {
+    "up_kernel": ("x_desc", "w_up_desc"),
+    "down_kernel": ("post_desc", "w_down_desc"),
+    "dpre_kernel": ("dy_desc", "w_down_desc"),
+    "dx_kernel": ("dpre_desc", "w_up_desc"),
+    "xsa_linear_kernel": ("y_desc", "weight_desc"),
+    "xsa_linear_backward_kernel": ("dy_desc", "weight_desc"),
+}
 # what turns a tensor into another in place
 _IN_PLACE = {"loss_and_gradient_kernel": "logits_ptr"}
 
@@ -126,12 +133,12 @@ class Launch:
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*arguments: Any, **named: Any) -> None:
             given = dict(zip(self.arg_names, arguments, strict=False)) | named
-            values = [getattr(value, "base", value) for value in given.values()]
+            values: dict[str, Any] = {name: getattr(value, "base", value) for name, value in given.items()}
             tensors = on_gpu(values)
             flops = 0.0
             if self.name in _PRODUCTS:
-                left, right = tensors[:2]
-                flops = 2.0 * left.numel() * right.numel() / left.shape[1]
+                rows, matrix = (values[name] for name in _PRODUCTS[self.name])
+                flops = 2.0 * rows.numel() / rows.shape[-1] * matrix.numel()
             again = size_of(given[_IN_PLACE[self.name]]) if self.name in _IN_PLACE else 0.0
             self.kernels.append(Kernel(self.name, flops, sum(map(size_of, tensors)) + again, "triton"))
 

@@ -2,9 +2,10 @@
 
 Every operator has a PyTorch reference (back end `torch`) that runs on any device. An operator may also have `cpp` (CPU
 tensors), `triton` and `cuda` (CUDA tensors). Order of preference: cuda, triton, cpp, torch. `GOLF_BACKEND` forces:
-`torch` (every operator), `newton_schulz=triton,int6=cuda` (by name; `int6` means all operators `int6_*`), or both at
-once, `torch,int6=cpp`. A forced back end that cannot run raises; tensors on a device that it is not made for go their
-usual way, as a run has tensors on both. An automatic fall-back is logged once with its reason.
+`torch` (every operator), `newton_schulz=triton,int6=cuda` (by name, a backward pass with its operator; `int6`, which none is
+called, means all operators `int6_*`), or both at once, `torch,int6=cpp`. A forced back end that cannot run raises; tensors
+on a device that it is not made for go their usual way, as a run has tensors on both. An automatic fall-back is logged once
+with its reason.
 """
 
 from __future__ import annotations
@@ -329,7 +330,8 @@ def _forced(op: str, text: str | None = None) -> Backend | None:
 
 
 def _covers(name: str, op: str) -> bool:
-    return op == name or op.startswith(f"{name}_")
+    # xsa is an operator with its backward pass, and no family to which xsa_linear would belong
+    return op in (name, f"{name}_backward") or (name not in _registry and op.startswith(f"{name}_"))
 
 
 @functools.lru_cache(maxsize=64)

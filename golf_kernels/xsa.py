@@ -47,7 +47,7 @@ def xsa(output: Tensor, value: Tensor) -> Tensor:
     return removed
 
 
-def _check(output: Tensor, value: Tensor) -> None:
+def check(output: Tensor, value: Tensor) -> None:
     if output.ndim != 4 or not output.dtype.is_floating_point or output.shape[-1] == 0:
         raise ValueError(
             f"output: expected shape (B, T, H, D) and a floating dtype, found {tuple(output.shape)} and {output.dtype}"
@@ -70,7 +70,7 @@ def _check(output: Tensor, value: Tensor) -> None:
 
 
 def _fake(output: Tensor, value: Tensor) -> Tensor:
-    _check(output, value)
+    check(output, value)
     return output.new_empty(output.shape)
 
 
@@ -94,8 +94,8 @@ def _length(value: Tensor) -> Tensor:
     return length.unsqueeze(3)
 
 
-def _reference(output: Tensor, value: Tensor) -> Tensor:
-    _check(output, value)
+def reference(output: Tensor, value: Tensor) -> Tensor:
+    check(output, value)
     grouped = _grouped(output, value)
     direction = _wide(value).unsqueeze(3) / _length(value).clamp_min(EPS)
     removed = torch.addcmul(grouped, _along(grouped, direction), direction, value=-1)
@@ -106,7 +106,7 @@ def _backward_fake(dy: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor, T
     return output.new_empty(output.shape), value.new_empty(value.shape)
 
 
-def _backward_reference(dy: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def backward_reference(dy: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     upstream, grouped, length = _grouped(dy, value), _grouped(output, value), _length(value)
     clamped = length.clamp_min(EPS)
     direction = _wide(value).unsqueeze(3) / clamped
@@ -148,7 +148,7 @@ def _triton_supports(*args: Any) -> str | None:
 def _triton(output: Tensor, value: Tensor) -> Tensor:
     from golf_kernels import xsa_triton
 
-    _check(output, value)
+    check(output, value)
     return xsa_triton.forward(output, value, EPS)
 
 
@@ -158,11 +158,11 @@ def _triton_backward(dy: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor,
     return xsa_triton.backward(dy, output, value, EPS)
 
 
-dispatch.define("xsa", "(Tensor output, Tensor value) -> Tensor", reference=_reference, fake=_fake)
+dispatch.define("xsa", "(Tensor output, Tensor value) -> Tensor", reference=reference, fake=_fake)
 dispatch.define_backward(
     "xsa",
     "(Tensor dy, Tensor output, Tensor value) -> (Tensor doutput, Tensor dvalue)",
-    reference=_backward_reference,
+    reference=backward_reference,
     fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -12,7 +12,14 @@ from fake_cuda import CUDA, empty, gpu_config
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import bench_leaky_relu2_mlp, bench_mix_rms_norm, bench_qk_norm_rope, bench_xsa, schedule
+from benchmarks import (
+    bench_leaky_relu2_mlp,
+    bench_mix_rms_norm,
+    bench_qk_norm_rope,
+    bench_xsa,
+    bench_xsa_linear,
+    schedule,
+)
 from benchmarks.compiled import PROPERTIES, Scheduled, planning_for_an_absent_gpu
 from benchmarks.devices import Kernel
 from benchmarks.fake_cuda import tensors_without_data
@@ -62,8 +69,10 @@ def test_every_buffer_is_written_once_and_read_when_it_was(step: schedule.Step) 
 
 def test_a_way_has_its_own_kernels_and_only_the_published_one_waits(step: schedule.Step) -> None:
     names = {kernel.name for kernel in step.kernels}
-    ours = {"up_kernel", "dx_kernel", "unmix_kernel", "rotate_kernel", "xsa_backward_kernel", "symmetric_kernel"}
+    ours = {"up_kernel", "dx_kernel", "unmix_kernel", "rotate_kernel", "xsa_linear_backward_kernel", "symmetric_kernel"}
     assert names >= ours if step.way == "golf" else not names & ours
+    # the product behind XSA takes it along
+    assert not names & {"xsa_kernel", "xsa_backward_kernel"}
     assert {"fa3::attention", "fa3::attention_backward"} <= names
     assert step.waits == (step.way == "published")
     assert all(kernel.bytes > 0 or kernel.name == "norm_kernel" for kernel in step.kernels)
@@ -184,9 +193,9 @@ def total(kernels: list[Kernel]) -> float:
     return sum(kernel.bytes for kernel in kernels)
 
 
-@pytest.mark.parametrize("bench", [bench_xsa, bench_mix_rms_norm, bench_qk_norm_rope])
+@pytest.mark.parametrize("bench", [bench_xsa, bench_xsa_linear, bench_mix_rms_norm, bench_qk_norm_rope])
 def test_an_operator_moves_what_its_benchmark_counts(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    chain, options = bench.CHAIN, {bench_xsa: (), bench_mix_rms_norm: (1e-6, 0.5), bench_qk_norm_rope: (1e-6,)}[bench]
+    chain, options = bench.CHAIN, {bench_mix_rms_norm: (1e-6, 0.5), bench_qk_norm_rope: (1e-6,)}.get(bench, ())
     forward, backward = (getattr(torch.ops.golf, chain.op + part) for part in ("", "_backward"))
     with tensors_without_data():
         shapes = chain.make(chain.shapes[0], torch.bfloat16, torch.device("cpu"), 0)
@@ -202,6 +211,8 @@ def test_an_operator_moves_what_its_benchmark_counts(bench: Any, monkeypatch: py
     found = [total(recorder.kernels[:first]), total(recorder.kernels[first:])]
     # beside the large tensors there are tables and parts of sums
     assert found == pytest.approx(list(chain.traffic(chain.shapes[0])["triton"].values()), rel=0.03)
+    products = [sum(kernel.flops for kernel in part) for part in (recorder.kernels[:first], recorder.kernels[first:])]
+    assert products == list(chain.flops(chain.shapes[0]).values() or (0, 0))
 
 
 def test_a_kernel_of_the_host_is_not_run_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,7 @@ def test_only_the_published_way_has_three_products_and_autograds_own_backward_pa
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
     config = load_recipe("sp8192_sdclip").config(**SHALLOW | {"compile": "on"})
     found = {}
-    for variant in make_variants(config, ["published", "torch", "golf"], CPU):
+    for variant in make_variants(config, ["published", "torch", "golf", "golf-xsa_linear"], CPU):
         with dispatch.forced(variant.backends), FakeTensorMode(allow_non_fake_inputs=True):
             ids = torch.zeros(2, config.train_seq_len, dtype=torch.int64)
             nodes = autograd_nodes(compiled.pop(0)(ids, ids, recurrence=True))
@@ -210,9 +210,12 @@ def test_only_the_published_way_has_three_products_and_autograds_own_backward_pa
     assert found["published"] == (4 * 6 + 2, {})
     assert found["torch"] == (4 * 4 + 2, {"_WrittenOutBackward": 4})
     products, own = found["golf"]
-    # those of its MLP and head are in operators
-    assert products == 4 * 2 + 1 and "_WrittenOutBackward" not in own
-    assert [count for name, count in own.items() if "qk_norm_rope" in name] == [4]
+    # those of its MLP and head are in operators, and the one behind XSA is with it
+    for way, product, called, idle in (("golf", 1, "xsa_linear", "xsa"), ("golf-xsa_linear", 2, "xsa", "xsa_linear")):
+        products, own = found[way]
+        assert products == 4 * product + 1 and "_WrittenOutBackward" not in own
+        calls = {name.rpartition("golf_")[2].partition("_default")[0]: count for name, count in own.items()}
+        assert calls["qk_norm_rope"] == calls[called] == 4 and idle not in calls, own
 
 
 def test_the_published_way_has_none_of_the_compilers_switches_that_the_trainer_chose(
