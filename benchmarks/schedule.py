@@ -15,7 +15,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -78,6 +78,32 @@ class Step(NamedTuple):
         return sum(kernel.reached_ms(REACHED[device.name]) for kernel in self.kernels)
 
 
+@contextlib.contextmanager
+def planning(recorder: Recorder, plan: Callable[[list[Scheduled]], Callable[[], None]]) -> Iterator[str]:
+    """Tensors without data, attention that nobody has to have, and `plan` for what is compiled; in a process that has a CUDA device.
+
+    Yields:
+        The attention back end.
+    """
+    torch._dynamo.reset()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(fake_cuda.tensors_without_data())
+        for owner, attribute, value in (
+            (dispatch, "triton_problem", lambda: None),
+            (native, "problem", lambda part: None),
+            (Captured, "__call__", lambda captured: captured._run()),
+            (Tensor, "pin_memory", lambda tensor: tensor),
+            (Tensor, "item", lambda tensor: recorder.item(tensor)),
+            # a module's tensors without data cannot be moved, so they are made where they belong
+            (torch.nn.Module, "to", lambda module, device: module),
+        ):
+            stack.enter_context(mock.patch.object(owner, attribute, value))
+        attention = stack.enter_context(stand_in())
+        stack.enter_context(planning_for_an_absent_gpu(plan))
+        stack.enter_context(fused_muon_listed(recorder))
+        yield attention
+
+
 def step_kernels(config: Config, way: str, recurrence: bool) -> Step:
     """Take a step of a way twice, the second time recorded; in a process that has a CUDA device.
 
@@ -95,22 +121,7 @@ def step_kernels(config: Config, way: str, recurrence: bool) -> Step:
         kernels = [kernel for scheduled in schedule for kernel in scheduled.kernels]
         return lambda: passes.append(kernels)
 
-    torch._dynamo.reset()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(fake_cuda.tensors_without_data())
-        for owner, attribute, value in (
-            (dispatch, "triton_problem", lambda: None),
-            (native, "problem", lambda part: None),
-            (Captured, "__call__", lambda captured: captured._run()),
-            (Tensor, "pin_memory", lambda tensor: tensor),
-            (Tensor, "item", lambda tensor: recorder.item(tensor)),
-            # a module's tensors without data cannot be moved, so they are made where they belong
-            (torch.nn.Module, "to", lambda module, device: module),
-        ):
-            stack.enter_context(mock.patch.object(owner, attribute, value))
-        attention = stack.enter_context(stand_in())
-        stack.enter_context(planning_for_an_absent_gpu(plan))
-        stack.enter_context(fused_muon_listed(recorder))
+    with planning(recorder, plan) as attention:
         with CUDA:
             variant = make_variants(config.replace(attention=attention), [way], CUDA)[0]
         tokens = np.zeros((share_sequences(config), config.train_seq_len + 1), dtype=np.uint16)
@@ -219,8 +230,8 @@ def largest(step: Step, device: Device, count: int) -> str:
     return "\n".join(lines)
 
 
-def run_schedule(argv: Sequence[str]) -> int:
-    """`main` in a process that has a CUDA device.
+def run_schedule(argv: Sequence[str], module: str = "schedule") -> int:
+    """`main` of a module of this package in a process that has a CUDA device.
 
     Raises:
         UserError: nothing can stand in for one here.
@@ -229,10 +240,10 @@ def run_schedule(argv: Sequence[str]) -> int:
         try:
             variables = fake_cuda.environment(Path(folder))
         except fake_cuda.NoDevice as reason:
-            raise UserError(f"schedule: {reason}: install a torch without CUDA, or run it on a GPU's machine") from None
+            raise UserError(f"{module}: {reason}: install a torch without CUDA, or run it on a GPU's machine") from None
         except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(f"schedule: needs a C++ compiler for its stand-in of a GPU: {error}") from error
-        return subprocess.run([sys.executable, "-m", "benchmarks.schedule", *argv], env=variables).returncode
+            raise UserError(f"{module}: needs a C++ compiler for its stand-in of a GPU: {error}") from error
+        return subprocess.run([sys.executable, "-m", f"benchmarks.{module}", *argv], env=variables).returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
