@@ -29,12 +29,11 @@ from benchmarks.attention import stand_in
 from benchmarks.compiled import Scheduled, planning_for_an_absent_gpu
 from benchmarks.devices import DEVICES, REACHED, Device, Kernel
 from benchmarks.recorder import Recorder, fused_muon_listed
-from benchmarks.ways import check_ways, make_variants, share_config, share_sequences
+from benchmarks.ways import check_ways, make_variants, parse_way_switch, share_config, share_sequences
 from golf_kernels import dispatch, native
 from train.config import Config
 from train.describe import describe
 from train.errors import UserError, main_guard
-from train.inductor import parse_switch
 from train.optimize.capture import Captured
 from train.profiling import kernel_family
 from train.recipes import recipe_names
@@ -265,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with mock.patch.object(dispatch, "triton_problem", return_value=None):
         check_ways(ways)
     for way in ways:
-        if "+" in way and any("max_autotune" in option for option in parse_switch(way.partition("+")[2]).options):
+        options = parse_way_switch(way.partition("+")[2])[1] if "+" in way else None
+        if any("max_autotune" in option for option in options or ()):
             raise UserError(f"--ways: {way}: tuned products are those that ran fastest on a GPU: leave this way out")
     # PyTorch's, about tensors that have no address
     warnings.simplefilter("ignore")

@@ -29,6 +29,7 @@ from benchmarks.recorder import Recorder
 from benchmarks.ways import all_kernels
 from golf_kernels import dispatch, native
 from golf_kernels.qk_norm_rope import written_out
+from golf_kernels.sharding import assign
 from train.config import MICRO_BATCHES, Config
 from train.describe import describe
 from train.model.gpt import GPT
@@ -102,7 +103,11 @@ def test_a_graph_copies_the_gradients_once_and_has_its_rates_from_the_device() -
     )
     with tensors_without_data():
         kinds = split_parameters(GPT(narrow()), narrow())
-    gradients = sum(p.numel() * p.element_size() for kind in kinds.values() for p in kind.values())
+    matrices = list(kinds["matrix"].values())
+    owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), MICRO_BATCHES)
+    own = [matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == 0]
+    moved = [*own, *kinds["embedding"].values(), *kinds["scalar"].values()]
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in moved)
     copies = [kernel.bytes for kernel in graph if kernel.name == "aten::_foreach_copy_" and kernel not in eager]
     assert copies == [2 * gradients]
     # two of Muon, and one for each group of AdamW

@@ -11,6 +11,7 @@ import torch
 from benchmarks import devices, fake_cuda, schedule
 from benchmarks.devices import DEVICES, Kernel
 from benchmarks.ways import share_config
+from train.config import Config
 from train.errors import UserError
 
 HERE = Path(__file__).parent
@@ -101,6 +102,19 @@ def test_what_cannot_be_computed_is_refused(given: list[str], message: str, caps
     with pytest.raises((SystemExit, UserError)) as ended:
         schedule.main(given)
     assert message in f"{ended.value}{capsys.readouterr().err}"
+
+
+def test_the_optimizers_graph_is_no_switch_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def note(config: Config, way: str, recurrence: bool) -> None:
+        taken.append(way)
+        raise UserError("enough")
+
+    monkeypatch.setattr(schedule, "step_kernels", note)
+    with pytest.raises(UserError, match="enough"):
+        schedule.main(["--tiny", "--ways", "torch+optimizer_graph=on"])
+    assert taken == ["torch+optimizer_graph=on"]
 
 
 def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path) -> None:
