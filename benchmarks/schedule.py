@@ -90,7 +90,7 @@ def planning(recorder: Recorder, plan: Callable[[list[Scheduled]], Callable[[], 
         for owner, attribute, value in (
             (dispatch, "triton_problem", lambda: None),
             (native, "problem", lambda part: None),
-            (Captured, "__call__", lambda captured: captured._run()),
+            (Captured, "__call__", lambda captured: captured.run()),
             (Tensor, "pin_memory", lambda tensor: tensor),
             (Tensor, "item", lambda tensor: recorder.item(tensor)),
             # a module's tensors without data cannot be moved, so they are made where they belong

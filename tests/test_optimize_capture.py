@@ -179,7 +179,7 @@ def test_a_share_alone_has_the_pieces_of_a_rank_and_the_norm_of_all_gradients() 
         found.append({**state_of(model, optimizers), "norms": dict(enumerate(norms))})
     assert_equal(*found)
     # those that other ranks would move stay
-    matrices = list(optimizers._names["muon"])
+    matrices = list(optimizers._named["muon"])
     assert {name for name in matrices if not torch.equal(before[name], model.state_dict()[name])} == {
         matrices[1],
         matrices[3],
@@ -209,7 +209,7 @@ FORMS = {"muon_eq_r": {}, "normuon": {"muon_eq_r": False, "normuon": True}, "no_
 def both(config: Config, steps: int, with_gradients: Callable[[GPT, Optimizers, int], object]) -> list[dict[str, Any]]:
     """What is left of some steps that are replayed, and of the same work as it is."""
     results = []
-    for call in (Captured.__call__, lambda captured: captured._run()):
+    for call in (Captured.__call__, lambda captured: captured.run()):
         with mock.patch.object(Captured, "__call__", call):
             model, optimizers = build(config, graph=True)
             for step in range(steps):
@@ -296,7 +296,7 @@ def test_a_captured_step_trains_as_an_eager_one(form: str, backend: str, monkeyp
     monkeypatch.setenv("GOLF_BACKEND", f"torch,muon_step={backend}")
     config = CONFIG.replace(optimizer_graph="on", **FORMS[form])
     weights = []
-    for call in (Captured.__call__, lambda captured: captured._run()):
+    for call in (Captured.__call__, lambda captured: captured.run()):
         torch.manual_seed(0)
         model = GPT(config).cuda()
         optimizers = build_optimizers(model, config)
@@ -309,7 +309,7 @@ def test_a_captured_step_trains_as_an_eager_one(form: str, backend: str, monkeyp
                     parameter.grad = noise.to(parameter.dtype)
                 optimizers.step(1.0 - step / 10, 0.9 + step / 100)
                 optimizers.zero_grad()
-        assert (optimizers._move_all._graph is not None) == (not weights)
+        assert (optimizers._update_all._graph is not None) == (not weights)
         weights.append(
             [
                 *model.state_dict().values(),

@@ -182,7 +182,8 @@ def test_clipping_equals_torch_s(size: float) -> None:
     set_gradients(other, 0, size)
     other.recur_scales.grad = None
     expected = nn.utils.clip_grad_norm_(other.parameters(), 0.3)
-    norm = optimizers._reduction.clip_gradients(0.3)
+    optimizers.reduction.measure_gradients()
+    norm = optimizers.reduction.scale_gradients(0.3)
     torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
     for name, parameter in other.named_parameters():
         if parameter.grad is not None:
@@ -195,7 +196,9 @@ def test_clipping_equals_torch_s(size: float) -> None:
 def test_the_norm_of_bfloat16_gradients_is_not_rounded() -> None:
     model = Model(torch.bfloat16)
     gradients = set_gradients(model, 0)
-    norm = build_optimizers(model, CONFIG)._reduction.clip_gradients(0.0)
+    reduction = build_optimizers(model, CONFIG).reduction
+    reduction.measure_gradients()
+    norm = reduction.scale_gradients(0.3)
     total = torch.cat([g.flatten() for name, g in gradients.items() if name != "recur_scales"]).norm()
     torch.testing.assert_close(norm.double(), total, rtol=1e-6, atol=0)
 

@@ -58,10 +58,13 @@ class Captured:
     Args:
         run: launches the work on the current stream.
         tensors: all tensors that outlive a call and whose memory the work touches, in a fixed order.
+
+    Attributes:
+        run: as given.
     """
 
     def __init__(self, run: Callable[[], object], tensors: Callable[[], Iterable[Tensor]]) -> None:
-        self._run = run
+        self.run = run
         self._tensors = tensors
         self._addresses: tuple[int, ...] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -71,7 +74,7 @@ class Captured:
         addresses = tuple(tensor.data_ptr() for tensor in self._tensors())
         if addresses != self._addresses:
             self._graph = None
-            self._run()
+            self.run()
             # the first step of an optimizer makes its moments
             self._addresses = tuple(tensor.data_ptr() for tensor in self._tensors())
             return
@@ -79,6 +82,6 @@ class Captured:
             graph = torch.cuda.CUDAGraph()
             # other threads, such as a loader's, may call CUDA meanwhile
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._run()
+                self.run()
             self._graph = graph
         self._graph.replay()

@@ -57,31 +57,32 @@ class Optimizers:
     ) -> None:
         self.muon = muon
         self.adamw = adamw
+        self.reduction = reduction
         self.graph = graph
         self._model = model
-        self._names = {"muon": dict(kinds["matrix"]), "adamw": {**kinds["embedding"], **kinds["scalar"]}}
-        self._reduction = reduction
+        self._named = {"muon": dict(kinds["matrix"]), "adamw": {**kinds["embedding"], **kinds["scalar"]}}
         self._max_norm = max_norm
-        self._group = process_group
+        self._process_group = process_group
         self._each = [optimizer for optimizer in (muon, adamw) if optimizer is not None]
+        self._groups = [group for optimizer in self._each for group in optimizer.param_groups]
         self._norm: Tensor | None = None
         measuring: list[_Work] = [reduction.measure_gradients] if max_norm > 0 else []
         matrices: list[_Work] = [self._clip] if max_norm > 0 else []
         matrices += [muon.step] if muon is not None else []
         others: list[_Work] = [adamw.step] if adamw is not None else []
         self._measure = self._piece(measuring)
-        self._move_matrices = self._piece(matrices, muon)
-        self._move_others = self._piece(others, adamw)
-        self._move_all = self._piece([*measuring, *matrices, *others], muon, adamw)
-        if graph.on:
-            for group in (group for optimizer in self._each for group in optimizer.param_groups):
-                # a graph has its numbers from the device
-                device = group["params"][0].device
-                group |= {name: torch.zeros((), device=device) for name in ("lr", "momentum") if name in group}
-                group |= {"capturable": True} if "capturable" in group else {}
+        self._update_matrices = self._piece(matrices, muon)
+        self._update_others = self._piece(others, adamw)
+        self._update_all = self._piece([*measuring, *matrices, *others], muon, adamw)
+        for group in self._groups if graph.on else ():
+            # a graph has its numbers from the device
+            device = group["params"][0].device
+            group.update({name: torch.zeros((), device=device) for name in ("lr", "momentum") if name in group})
+            if "capturable" in group:
+                group["capturable"] = True
 
-    def _piece(self, work: Sequence[_Work], *moved: torch.optim.Optimizer | None) -> Callable[[], None]:
-        """Work one after the other, on the gradients and on what these optimizers move."""
+    def _piece(self, work: Sequence[_Work], *stepped: torch.optim.Optimizer | None) -> Callable[[], None]:
+        """Work one after the other, on the gradients and on what these optimizers update."""
 
         def run() -> None:
             for each in work:
@@ -89,7 +90,7 @@ class Optimizers:
 
         def tensors() -> list[Tensor]:
             found = [p.grad for optimizer in self._each for p in _parameters(optimizer) if p.grad is not None]
-            for optimizer in moved:
+            for optimizer in stepped:
                 if optimizer is not None:
                     found += _parameters(optimizer)
                     found += [moment for moments in optimizer.state.values() for moment in moments.values()]
@@ -97,13 +98,8 @@ class Optimizers:
 
         return Captured(run, tensors) if self.graph.on and work else run
 
-    @property
-    def reduction(self) -> Reduction:
-        """What the ranks exchange."""
-        return self._reduction
-
     def step(self, lr_scale: float, momentum: float) -> Tensor | None:
-        """Reduce the gradients over the ranks, clip them, and move every parameter.
+        """Reduce the gradients over the ranks, clip them, and update every parameter.
 
         Every rank must have accumulated the mean over its own micro-batches (loss / accumulation).
 
@@ -115,26 +111,26 @@ class Optimizers:
             The gradient's norm before clipping (0-dimensional, on the device, overwritten by the next step), None where
             nothing is clipped.
         """
-        self._reduction.reduce_gradients()
-        for group in (group for optimizer in self._each for group in optimizer.param_groups):
+        self.reduction.reduce_gradients()
+        for group in self._groups:
             _set(group, "lr", group["base_lr"] * lr_scale)
             if "momentum" in group:
                 _set(group, "momentum", momentum)
-        if not self._reduction.exchanges:
-            self._move_all()
+        if not self.reduction.exchanges:
+            self._update_all()
             return self._norm
         self._measure()
         if self._max_norm > 0:
-            self._reduction.sum_squares()
-        self._move_matrices()
+            self.reduction.sum_squares()
+        self._update_matrices()
         # the matrices travel while the replicated parameters are updated
-        self._reduction.start_gathering()
-        self._move_others()
-        self._reduction.finish_gathering()
+        self.reduction.start_gathering()
+        self._update_others()
+        self.reduction.finish_gathering()
         return self._norm
 
     def _clip(self) -> None:
-        self._norm = self._reduction.scale_gradients(self._max_norm)
+        self._norm = self.reduction.scale_gradients(self._max_norm)
 
     def zero_grad(self) -> None:
         """Drop every gradient of the model, those of parameters in no group too."""
@@ -158,16 +154,16 @@ class Optimizers:
             are not in it: they come from the configuration and the step.
         """
         muon = self._moments("muon", self.muon)
-        if self._group is not None:
-            shares: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(dist.get_world_size(self._group))]
+        if self._process_group is not None:
+            shares: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(dist.get_world_size(self._process_group))]
             own = {name: {key: value.cpu() for key, value in moments.items()} for name, moments in muon.items()}
-            dist.all_gather_object(shares, own, group=self._group)
+            dist.all_gather_object(shares, own, group=self._process_group)
             muon = {name: moments for share in shares for name, moments in share.items()}
         return {"muon": muon, "adamw": self._moments("adamw", self.adamw)}
 
     def _moments(self, key: str, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Tensor]]:
         state = {} if optimizer is None else optimizer.state
-        return {name: dict(state[parameter]) for name, parameter in self._names[key].items() if parameter in state}
+        return {name: dict(state[parameter]) for name, parameter in self._named[key].items() if parameter in state}
 
     def load_state_dict(self, state: Mapping[str, Moments]) -> None:
         """Go on from `state_dict`'s result, bit for bit; each rank copies what it needs.
@@ -175,7 +171,7 @@ class Optimizers:
         Raises:
             UserError: the checkpoint has moments of other parameters than this run trains.
         """
-        for key, parameters in self._names.items():
+        for key, parameters in self._named.items():
             # before the first step there are no moments
             odd = set(state[key]) ^ set(parameters) if state[key] else set()
             if odd:
@@ -188,7 +184,7 @@ class Optimizers:
             if optimizer is None:
                 continue
             held = set(_parameters(optimizer))
-            for name, parameter in self._names[key].items():
+            for name, parameter in self._named[key].items():
                 if parameter in held:
                     _load(optimizer, parameter, state[key].get(name, {}))
 
@@ -252,19 +248,9 @@ def build_optimizers(
     """
     kinds = split_parameters(model, config)
     graph = choose_graph(config, next(model.parameters()).device)
-    matrices = list(kinds["matrix"].values())
-    owners: tuple[int, ...] = ()
-    if process_group is not None:
-        owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), dist.get_world_size(process_group))
-    kind: type[Reduction] = Reduction
-    if config.gradient_reduction == "overlapped":
-        from train.optimize.overlap import OverlappedReduction
-
-        kind = OverlappedReduction
     replicated = [*kinds["embedding"].values(), *kinds["scalar"].values()]
-    others = [] if owned is None else [matrix for number, matrix in enumerate(matrices) if number not in owned]
-    share = matrices if owned is None else [matrices[number] for number in owned]
-    reduction = kind(replicated, share, owners, process_group, others=others, fixed=graph.on)
+    matrices = list(kinds["matrix"].values())
+    reduction = _build_reduction(replicated, matrices, config, process_group, owned, fixed=graph.on)
     muon = _build_muon(reduction.owned, config) if reduction.owned else None
     rates = {"embedding": (config.tied_embed_lr, config.embedding_decay), "scalar": (config.scalar_lr, config.adam_wd)}
     groups = [
@@ -276,6 +262,27 @@ def build_optimizers(
     return Optimizers(
         model, kinds, muon, adamw, reduction, max_norm=config.grad_clip_norm, process_group=process_group, graph=graph
     )
+
+
+def _build_reduction(
+    replicated: Sequence[nn.Parameter],
+    matrices: Sequence[nn.Parameter],
+    config: Config,
+    process_group: dist.ProcessGroup | None,
+    owned: Sequence[int] | None,
+    *,
+    fixed: bool,
+) -> Reduction:
+    if process_group is None:
+        numbers = range(len(matrices)) if owned is None else owned
+        others = [matrix for number, matrix in enumerate(matrices) if number not in numbers]
+        return Reduction(replicated, [matrices[number] for number in numbers], others=others, fixed=fixed)
+    owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), dist.get_world_size(process_group))
+    if config.gradient_reduction == "overlapped":
+        from train.optimize.overlap import OverlappedReduction
+
+        return OverlappedReduction(replicated, matrices, owners, process_group)
+    return Reduction(replicated, matrices, owners, process_group)
 
 
 def _build_muon(matrices: Sequence[Tensor], config: Config) -> Muon:

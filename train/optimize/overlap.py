@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,12 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from golf_kernels.sharding import newton_schulz_cost
 from train.optimize.reduction import Reduction
 
-# whose last backward pass of a step runs; not one per thread, because autograd has threads of its own
+# whose last backward pass of a step runs: a compiled pass calls `start_bucket` with tensors and numbers alone; and not one
+# for each thread, because autograd has threads of its own
 _listening: OverlappedReduction | None = None
 
 
@@ -30,24 +32,27 @@ class OverlappedReduction(Reduction):
     order in which a back end adds more than two ranks.
 
     Args:
-        replicated, matrices, owners, group: as `Reduction` takes them.
+        replicated, matrices, owners: as `Reduction` takes them.
+        group: process group of all ranks.
     """
 
-    def _lay_out(self, owners: Sequence[int], buckets: Sequence[Sequence[int]]) -> None:
-        shapes = [(matrix.shape[0], matrix.shape[1]) for matrix in self._matrices]
-        self._numbers = cut(shapes, self._world_size)
-        super()._lay_out(spread(owners, shapes, self._numbers), self._numbers)
+    def __init__(
+        self,
+        replicated: Sequence[nn.Parameter],
+        matrices: Sequence[nn.Parameter],
+        owners: Sequence[int],
+        group: dist.ProcessGroup,
+    ) -> None:
+        shapes = [(matrix.shape[0], matrix.shape[1]) for matrix in matrices]
+        self._numbers = cut(shapes, dist.get_world_size(group))
+        super().__init__(replicated, matrices, spread(owners, shapes, self._numbers), group, buckets=self._numbers)
         self._bucket_of = {number: index for index, bucket in enumerate(self._numbers) for number in bucket}
         self._awaited: list[set[int]] = []
-        # collectives of a step that was given up, whose buffers must not be touched before they are done
-        self._stale: list[dist.Work] = []
-        self._compiled = self._from_graph = False
-        for number, matrix in enumerate(self._matrices):
-            matrix.register_post_accumulate_grad_hook(self._hook(number))
+        self._compiled = False
+        for number, matrix in enumerate(matrices):
+            matrix.register_post_accumulate_grad_hook(functools.partial(self._arrived, number))
 
-    def compiler(self, options: Mapping[str, Any]) -> Callable[..., Any] | None:
-        if self._group is None:
-            return None
+    def compiler(self, options: Mapping[str, Any]) -> Callable[..., Any]:
         # imported here: only a compiled model needs it
         from train.optimize.backward_graph import overlapping_compiler
 
@@ -62,56 +67,39 @@ class OverlappedReduction(Reduction):
             RuntimeError: more than one backward pass was taken in it, or a compiled one started nothing.
         """
         global _listening
-        if self._group is None:
-            yield
-            return
+        # of a step that was given up, whose buffers must not be touched before
+        self._finish_scattering()
         self._awaited = [set(bucket) for bucket in self._numbers]
-        self._from_graph = False
         _listening = self
         try:
             yield
-            if self._compiled and self._numbers and not self._from_graph:
-                raise RuntimeError(
-                    f"the compiled backward pass started no transfer of gradients, torch {torch.__version__} may compile "
-                    "it in another way: set GRADIENT_REDUCTION=after"
-                )
-        except BaseException:
-            self._stale += self._scattering
-            self._scattering.clear()
-            self._packed.clear()
-            raise
         finally:
             _listening = None
+        if self._compiled and self._numbers and not self._packed:
+            raise RuntimeError(
+                f"the compiled backward pass started no transfer of gradients, torch {torch.__version__} may compile it in "
+                "another way: set GRADIENT_REDUCTION=after"
+            )
 
-    def start(self, numbers: Sequence[int], gradients: list[Tensor]) -> None:
+    def start(self, numbers: Sequence[int], gradients: Sequence[Tensor]) -> None:
         """Send a bucket with what the last micro-batch adds to the gradients of these of its matrices."""
-        self._from_graph = True
-        added = {id(self._matrices[number]): gradient for number, gradient in zip(numbers, gradients, strict=True)}
-        bucket = self._bucket_of[numbers[0]]
-        self._fill(bucket, [_sum(matrix, added.get(id(matrix))) for matrix in self._buckets[bucket].matrices])
+        added = {self._matrices[number]: gradient for number, gradient in zip(numbers, gradients, strict=True)}
+        self._fill(self._bucket_of[numbers[0]], added)
 
-    def _hook(self, number: int) -> Callable[[Tensor], None]:
-        def arrived(_: Tensor) -> None:
-            # a compiled pass hands all gradients over at its end, when they have left
-            if _listening is not self or self._from_graph:
-                return
-            bucket = self._bucket_of[number]
-            self._awaited[bucket].discard(number)
-            if not self._awaited[bucket]:
-                self._fill(bucket, [_sum(matrix, None) for matrix in self._buckets[bucket].matrices])
-
-        return arrived
+    def _arrived(self, number: int, _: Tensor) -> None:
+        # a compiled pass hands all gradients over at its end, when they have left
+        if _listening is not self or self._compiled:
+            return
+        bucket = self._bucket_of[number]
+        self._awaited[bucket].discard(number)
+        if not self._awaited[bucket]:
+            self._fill(bucket, {})
 
     @torch.no_grad()
-    def _fill(self, bucket: int, gradients: list[Tensor]) -> None:
+    def _fill(self, bucket: int, added: Mapping[Tensor, Tensor]) -> None:
         if bucket in self._packed:
             raise RuntimeError("last_micro_batch: expected one backward pass in it, found a second one")
-        self._pack(bucket, gradients)
-
-    def _pack(self, number: int, gradients: list[Tensor]) -> None:
-        while self._stale:
-            self._stale.pop().wait()
-        super()._pack(number, gradients)
+        self._pack(bucket, [_sum(matrix, added.get(matrix)) for matrix in self._buckets[bucket].matrices])
 
 
 def start_bucket(gradients: list[Tensor], numbers: list[int]) -> None:

@@ -45,6 +45,7 @@ class Reduction:
         matrices: parameters that one rank updates for all.
         owners: for each of `matrices`, the rank that updates it; not looked at without a group.
         group: process group of all ranks; None for one process, which then owns everything.
+        buckets: numbers of matrices whose gradients travel in a reduce-scatter of their own; None: all in one.
         others: without a group, matrices that other ranks would update, where one rank's share is measured alone: they
             count for the norm, as what those ranks would send.
         fixed: the reduced gradients have the same places in every step, as a CUDA graph of what follows needs it; with
@@ -61,6 +62,7 @@ class Reduction:
         owners: Sequence[int] = (),
         group: dist.ProcessGroup | None = None,
         *,
+        buckets: Sequence[Sequence[int]] | None = None,
         others: Sequence[nn.Parameter] = (),
         fixed: bool = False,
     ) -> None:
@@ -84,10 +86,12 @@ class Reduction:
                     f"owners: expected one rank in 0..{self._world_size - 1} for each of {len(self._matrices)} matrices, "
                     f"got {list(owners)}"
                 )
-            self._lay_out(owners, [range(len(self._matrices))] if self._matrices else [])
+            if buckets is None:
+                buckets = [range(len(self._matrices))] if self._matrices else []
+            self._lay_out(owners, buckets)
 
     def _lay_out(self, owners: Sequence[int], buckets: Sequence[Sequence[int]]) -> None:
-        """Make room for what travels; a bucket is the numbers of its matrices."""
+        """Make room for what travels."""
 
         def shares_of(numbers: Sequence[int]) -> list[list[Tensor]]:
             return [[self._matrices[n] for n in numbers if owners[n] == rank] for rank in range(self._world_size)]
@@ -134,6 +138,12 @@ class Reduction:
             bucket = self._buckets[first]
             self._scattering.append(_reduce_scatter(bucket.own, bucket.source, self._group))
 
+    def _finish_scattering(self) -> None:
+        for work in self._scattering:
+            work.wait()
+        self._scattering.clear()
+        self._packed.clear()
+
     @torch.no_grad()
     def reduce_gradients(self) -> None:
         """Replace `.grad` by the mean over ranks: of replicated parameters everywhere, of a matrix at its owner.
@@ -159,32 +169,11 @@ class Reduction:
             self._flat.mul_(1 / self._world_size)
             _settle(self._replicated, self._flat_views, self._flat_places)
         if self._matrices:
-            for work in self._scattering:
-                work.wait()
-            self._scattering.clear()
-            self._packed.clear()
+            self._finish_scattering()
             self._own_gradients.mul_(1 / self._world_size)
             for matrix in self._matrices:
                 matrix.grad = None
             _settle(self.owned, self._own_gradient_views, self._own_places)
-
-    def clip_gradients(self, max_norm: float) -> Tensor:
-        """Scale all reduced gradients by min(1, max_norm / (norm + 1e-6)), with the L2 norm over all of them.
-
-        It is `measure_gradients`, `sum_squares` and `scale_gradients`, of which the second alone needs the other ranks.
-
-        Args:
-            max_norm: largest norm; 0 only measures.
-
-        Returns:
-            The norm before clipping, 0-dimensional, float32 (float64 for float64 gradients), on the device, equal on
-            all ranks; the next call overwrites it.
-
-        Source: `torch.nn.utils.clip_grad_norm_`, whose formula this is.
-        """
-        self.measure_gradients()
-        self.sum_squares()
-        return self.scale_gradients(max_norm)
 
     @property
     def exchanges(self) -> bool:
@@ -193,7 +182,7 @@ class Reduction:
 
     @torch.no_grad()
     def measure_gradients(self) -> None:
-        """Sum the squares of the gradients that this rank counts."""
+        """Sum the squares of the reduced gradients that this rank counts: the first of three pieces of clipping."""
         # each matrix is counted at its owner, and what all ranks hold is counted by the first
         counted = [*self._replicated, *self.owned] if self._rank == 0 else self.owned
         self._square.zero_()
@@ -201,7 +190,7 @@ class Reduction:
 
     @torch.no_grad()
     def sum_squares(self) -> None:
-        """Add up what the ranks have measured."""
+        """Add up what the ranks have measured: the piece that needs them."""
         if self._group is not None:
             dist.all_reduce(self._square, op=dist.ReduceOp.SUM, group=self._group)
         self._add_squares([matrix.grad for matrix in self._others if matrix.grad is not None])
@@ -213,10 +202,17 @@ class Reduction:
 
     @torch.no_grad()
     def scale_gradients(self, max_norm: float) -> Tensor:
-        """Scale the gradients that this rank holds; as `clip_gradients`."""
+        """Scale the gradients that this rank holds by min(1, max_norm / (norm + 1e-6)), with the L2 norm of all gradients.
+
+        Returns:
+            The norm before clipping, 0-dimensional, float32 (float64 for float64 gradients), on the device, equal on
+            all ranks; the next call overwrites it.
+
+        Source: `torch.nn.utils.clip_grad_norm_`, whose formula this is.
+        """
         torch.sqrt(self._square, out=self._norm)
         gradients = _gradients([*self._replicated, *self.owned])
-        if max_norm > 0 and gradients:
+        if gradients:
             torch._foreach_mul_(gradients, (max_norm / (self._norm + 1e-6)).clamp(max=1.0))
         return self._norm
 
