@@ -116,12 +116,23 @@ def test_a_damaged_script_says_so_in_one_line(tmp_path: Path, form: str, damage:
     elif damage == "missing":
         del script[middle]
     else:
-        del script[middle : script.rindex(b"\ntry:") - (1 if form == "wrapped" else 3)]
+        del script[middle : script.rindex(b"\n try:") - (1 if form == "wrapped" else 3)]
     (tmp_path / "train_gpt.py").write_bytes(script)
     command = [sys.executable, "-I", "train_gpt.py", "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     message = "error: train_gpt.py is damaged: copy or build it again\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
+
+
+@pytest.mark.parametrize("form", ["wrapped", "raw"])
+def test_a_script_that_was_cut_off_is_no_python(form: str) -> None:
+    script = pack("quickstart", {}, form)
+    begin, payload, tail = script.index(b"import"), script.index(b"P=") + 4, script.rindex(b"try:S=") - 4
+    # but for the line break at its end
+    for end in (*range(begin + 6, payload), len(script) // 2, *range(tail, len(script) - 1)):
+        with pytest.raises(SyntaxError):
+            compile(script[:end], "train_gpt.py", "exec")
+    compile(script, "train_gpt.py", "exec")
 
 
 @pytest.mark.parametrize(

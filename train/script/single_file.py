@@ -65,10 +65,14 @@ if __name__ == "__main__":
 
     main_guard(lambda: main(SETTINGS, LEFT_OUT))
 '''
-# every byte of it counts; bz2 compares checksums
-_LOADER = b"""try:S=bz2.decompress(%b)
-except(OSError,ValueError):exit("error: train_gpt.py is damaged: copy or build it again")
-exec(S)
+# every byte of it counts; bz2 compares checksums, and a file that was cut off lacks the last line and is no Python
+_LOADER = b"""try:
+ import %b
+ P=%b
+ try:S=bz2.decompress(%b)
+ except(OSError,ValueError):exit("error: train_gpt.py is damaged: copy or build it again")
+ exec(S)
+finally:0
 """
 
 
@@ -98,8 +102,8 @@ def pack(recipe: str, settings: Mapping[str, str], form: str) -> bytes:
     packed = bz2.compress(text.encode())
     # on a line of its own, which no traceback shows
     if form == "wrapped":
-        return b'import base64,bz2\nP="%b"\n%b' % (base64.b85encode(packed), _LOADER % b"base64.b85decode(P)")
-    return b"%bimport bz2\nP=%b\n%b" % (LATIN1, _latin1_literal(packed), _LOADER % b'P.encode("latin1")')
+        return _LOADER % (b"base64,bz2", b'"%b"' % base64.b85encode(packed), b"base64.b85decode(P)")
+    return LATIN1 + _LOADER % (b"bz2", _latin1_literal(packed), b'P.encode("latin1")')
 
 
 def script_modules(recipe: str, settings: Mapping[str, str]) -> Modules:
