@@ -28,6 +28,7 @@ from torch import Tensor
 from benchmarks import common
 from benchmarks.devices import datasheet_tflops
 from benchmarks.ways import (
+    SETTINGS,
     StepVariant,
     Tokens,
     add_attention,
@@ -404,7 +405,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             is_setting = bool(parse_way_switch(name)[0])
         except ValueError as error:
-            parser.error(f"{flag}: {error}")
+            unknown = flag == "--setting" and name.partition("=")[0] not in SETTINGS
+            wanted = f"{name!r}: expected NAME=VALUE, with NAME one of {', '.join(SETTINGS)}"
+            parser.error(f"{flag}: {wanted if unknown else error}")
         if flag != "--ways" and is_setting != (flag == "--setting"):
             parser.error(f"{flag}: {name!r} belongs to {'--setting' if is_setting else '--inductor'}")
     device = arguments.device
@@ -435,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{switches[0][1]}: no switch is set for published: expected torch, golf or operator=backend in --ways"
         )
     if pairs and arguments.profile:
-        parser.error("--profile: not with --kernel or --inductor: name the ways, such as --ways torch,torch+pdl")
+        parser.error("--profile: not with --kernel, --inductor or --setting: name the ways, such as --ways torch,torch+pdl")
     if len(pairs) > 1:
         return measure_apart({other: own for (_, other), own in pairs.items()}, arguments)
     if arguments.profile:

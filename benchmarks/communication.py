@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -97,6 +98,13 @@ def table() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser("python -m benchmarks.communication", description=__doc__)
+    parser.parse_args(argv)
     print(table())
-    sys.exit()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import overlap
-from benchmarks.communication import bucket_bytes, exchanged_bytes, table
+from benchmarks.communication import bucket_bytes, exchanged_bytes, main, table
 from benchmarks.overlap import Start, hidden_ms
 from train.errors import UserError
 from train.recipes import load_recipe
@@ -43,3 +43,9 @@ def test_what_is_left_of_the_pass_hides_a_transfer_and_the_link_carries_one_at_a
 def test_a_way_without_starts_is_refused(way: str) -> None:
     with pytest.raises(UserError, match=f"way.*{way.replace('+', '.')}"):
         overlap.main(["--way", way])
+
+
+def test_it_takes_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["--recipe", "baseline"])
+    assert "error: unrecognized arguments: --recipe baseline" in capsys.readouterr().err
