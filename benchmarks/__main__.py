@@ -6,10 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import fake_cuda, report
 from benchmarks.comparison import Change, compare
 from benchmarks.results import RESULTS, ResultsError, read_results, relative
-from benchmarks.schedule import run_schedule
 from benchmarks.session import run_session
 from train.errors import main_guard
 
@@ -54,7 +53,7 @@ def main() -> int:
     verbs.add_parser("overlap", add_help=False, help="what of the gradients' way overlaps the backward pass, computed")
     arguments, rest = parser.parse_known_args()
     if arguments.verb in ("schedule", "overlap"):
-        return run_schedule(rest, arguments.verb)
+        return fake_cuda.run_module(arguments.verb, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

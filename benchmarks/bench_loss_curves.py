@@ -18,15 +18,8 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import common
-from benchmarks.ways import (
-    Tokens,
-    add_attention,
-    make_variants,
-    named_ways,
-    share_config,
-    share_sequences,
-    token_source,
-)
+from benchmarks.tokens import Tokens, share_sequences, token_source
+from benchmarks.ways import add_attention, make_variants, named_ways, share_config
 from train.config import Config
 from train.errors import main_guard
 from train.files import atomic_write

@@ -1,10 +1,9 @@
 """ms per training step of one GPU's share of a recipe, three ways in turn in one process.
 
-The ways are those of `benchmarks.ways`: published, torch, golf, any one operator switched, and any of Inductor's switches
-or another value of a setting.
-All start from the same weights and read the same tokens; a way that fails, or whose loss or weights leave the first one's,
-is named and writes no row. Rows are on disk before the next measurement begins. Kernels and switches that are measured one
-by one have a process each, because after one illegal access nothing more can run in a process.
+The ways are those of `benchmarks.ways`: published, torch, golf, any one operator switched, any of Inductor's switches, and
+another value of a setting. All start from the same weights and read the same tokens; a way that fails, or whose loss or
+weights leave the first one's, is named and writes no row. Rows are on disk before the next measurement begins. Kernels and
+switches that are measured one by one have a process each, because after one illegal access nothing more can run in a process.
 """
 
 from __future__ import annotations
@@ -12,25 +11,21 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import statistics
 import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import common
 from benchmarks.devices import datasheet_tflops
+from benchmarks.step_times import Bench, measure_steps, phase_name, said_of
+from benchmarks.tokens import share_sequences
 from benchmarks.ways import (
     SETTINGS,
     StepVariant,
-    Tokens,
     add_attention,
     check_ways,
     kernels_problem,
@@ -38,13 +33,9 @@ from benchmarks.ways import (
     named_ways,
     parse_way_switch,
     share_config,
-    share_sequences,
     step_kernels,
-    token_source,
 )
 from golf_kernels import dispatch
-from train.config import Config
-from train.describe import describe
 from train.errors import UserError, main_guard
 from train.inductor import SWITCHES
 from train.model.attention_choice import choose_attention
@@ -53,145 +44,9 @@ from train.parts import name_compiled_kernels
 from train.profiling import NO_KERNELS, breakdown, busy_ms, kernel_times, new_trace, write_breakdowns, write_trace
 from train.recipes import recipe_names
 
-# how far a way's loss may be from the first one's after the warm-up, relative: bfloat16 in another order
-MAX_LOSS_ERROR = 0.02
-# how far the part of the first way's movement that a way repeats may be from 1, for each kind of weights: 0.98 to 1.00 in
-# bfloat16 on a CPU, at most 0.5 without momentum or at half the rate; losses of so few steps show none of it
-MAX_MOVEMENT_ERROR = 0.25
-# steps between two looks at the clock: the host may run ahead of the GPU, as it does in training
-STEPS_PER_TURN = 4
 PROFILED_STEPS = 3
 # with fewer measurements p20 and p80 say nothing of the spread
 VERDICT_ROUNDS = 3
-
-
-@dataclass
-class Bench:
-    """What all measurements of one call share.
-
-    Attributes:
-        config: the recipe.
-        clock: device and number of measurements.
-        limits: what the device reaches in this run.
-        surroundings: device and versions, for the rows.
-        warmup_steps: steps before timing, whose losses and weights are compared.
-        data: folder of shards; None for made tokens.
-        keep: whether rows go to the results.
-    """
-
-    config: Config
-    clock: common.Clock
-    limits: common.Ceilings
-    surroundings: common.Row
-    warmup_steps: int
-    data: Path | None
-    keep: bool
-
-    @property
-    def share_tokens(self) -> int:
-        return share_sequences(self.config) * self.config.train_seq_len
-
-    def tokens(self) -> Tokens:
-        """The same tokens again, from the first on."""
-        return token_source(self.config, self.data, self.clock.device)
-
-    def step_flops(self, recurrence: bool) -> float:
-        mflop: float = describe(self.config, {})["mflop_per_token"][phase_name(recurrence)]
-        return 1e6 * mflop * self.share_tokens
-
-    def row(self, variant: StepVariant, recurrence: bool, error: float) -> common.Row:
-        p20, p50, p80 = common.quantiles(variant.times_ms)
-        flops = self.step_flops(recurrence)
-        return (
-            {"op": f"step {self.config.recipe}", "impl": variant.name, "mode": phase_name(recurrence).replace("_", " ")}
-            | {"shape": f"{share_sequences(self.config)}x{self.config.train_seq_len}"}
-            | {"dtype": "bf16" if self.clock.device.type == "cuda" else "f32", "p50": p50, "p20": p20, "p80": p80}
-            | {"tflops": flops / p50 / 1e9, "gbps": "", "floor": flops / self.limits.tflops / 1e9}
-            | {"rel_err": error, "n": len(variant.times_ms)}
-        )
-
-    def store(self, rows: Sequence[common.Row]) -> None:
-        """Keep rows at once, so that whatever ends the process later cannot lose them."""
-        path = common.append_rows(rows, self.surroundings) if self.keep else None
-        if path:
-            print(f"-> {path.relative_to(common.ROOT)}", flush=True)
-
-
-def phase_name(recurrence: bool) -> str:
-    return "after_recurrence" if recurrence else "before_recurrence"
-
-
-def repeated_movement(moved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
-    """For each kind of weights ⟨m, w⟩ / ⟨w, w⟩: 1 for the same movement, 0 for none, -1 for the opposite one."""
-    return {kind: float(moved[kind] @ other / (other @ other)) for kind, other in wanted.items()}
-
-
-def measure_steps(
-    variants: Sequence[StepVariant], bench: Bench, recurrence: bool
-) -> tuple[dict[str, float], list[str]]:
-    """Warm every variant up on the same tokens, compare losses and weights, then time those that agree in turns.
-
-    Returns:
-        Relative distance of each variant's mean warm-up loss from the first one's, and what is wrong with the others.
-    """
-    device, rounds = bench.clock.device, bench.clock.rounds
-    tokens = bench.tokens()
-    batches = [tokens.next() for _ in range(bench.warmup_steps)]
-    means: dict[str, float] = {}
-    moved: dict[str, dict[str, Tensor]] = {}
-    problems: list[str] = []
-    for variant in variants:
-        try:
-            before = variant.flat_weights()
-            started = time.perf_counter()
-            losses = [float(variant.run(batches[0], recurrence))]
-            variant.first_step_s = time.perf_counter() - started
-            losses += [float(variant.run(batch, recurrence)) for batch in batches[1:]]
-            # on the host, where a way that loses the device cannot reach it
-            moved[variant.name] = {kind: (now - before[kind]).cpu() for kind, now in variant.flat_weights().items()}
-            means[variant.name] = statistics.fmean(losses)
-        # whatever a kernel or the compiler dies of, the other ways have figures
-        except Exception as error:
-            traceback.print_exc()
-            problems.append(said_of(variant, error))
-    errors: dict[str, float] = {}
-    for name, mean in means.items():
-        first = next(iter(errors), name)
-        distance = abs(mean - means[first]) / means[first]
-        repeated = repeated_movement(moved[name], moved[first])
-        if not distance <= MAX_LOSS_ERROR:
-            problems.append(f"{name}: mean loss {mean:.4f}, {first} has {means[first]:.4f}")
-        elif odd := {kind: part for kind, part in repeated.items() if not abs(part - 1) <= MAX_MOVEMENT_ERROR}:
-            parts = ", ".join(f"{kind} {part:.2f}" for kind, part in odd.items())
-            problems.append(f"{name}: of the movement of {first}'s weights it repeats: {parts}")
-        else:
-            errors[name] = distance
-    timed = [variant for variant in variants if variant.name in errors]
-    steps = STEPS_PER_TURN if device.type == "cuda" else 1
-    for number in range(rounds):
-        batches = [tokens.next() for _ in range(steps)]
-        turn = number % max(len(timed), 1)
-        for variant in timed[turn:] + timed[:turn]:
-
-            def run(variant: StepVariant = variant) -> None:
-                for batch in batches:  # noqa: B023
-                    variant.run(batch, recurrence)
-
-            try:
-                variant.times_ms.append(bench.clock.once_ms(run) / steps)
-            except Exception as error:
-                traceback.print_exc()
-                # what fails after another way may have lost the device to it, and keeps its times
-                if not problems:
-                    del errors[variant.name]
-                problems.append(said_of(variant, error))
-                timed = [other for other in timed if other is not variant]
-    return {v.name: errors[v.name] for v in variants if v.name in errors and v.times_ms}, problems
-
-
-def said_of(variant: StepVariant, error: Exception) -> str:
-    """A failure in a line."""
-    return f"{variant.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def profile_variant(variant: StepVariant, bench: Bench, recurrence: bool) -> tuple[Any, dict[str, float], float | None]:
@@ -305,7 +160,7 @@ def measure_pair(way: str, other: str, bench: Bench, recurrence: bool) -> bool:
         name = other.partition("+")[2]
         if name == "optimizer_graph=on":
             print(f"    to make it the default, in train/optimize/capture.py: FIGURE = {figure!r}", flush=True)
-        elif not parse_way_switch(name)[0]:
+        elif not parse_way_switch(name).settings:
             print(f"    to set it, in train/inductor.py: figure={figure!r}", flush=True)
     return not problems
 
@@ -344,7 +199,7 @@ def measure_apart(pairs: Mapping[str, list[str]], arguments: argparse.Namespace)
     return int(bool(failed))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = common.parser("bench_step", __doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--recipe", default="sp8192_sdclip", choices=recipe_names())
     parser.add_argument(
@@ -396,6 +251,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         help="folder for each way's trace and its time by family of kernels and by part of the model",
     )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
     arguments = parser.parse_args(argv)
     every = [switch.name for switch in SWITCHES]
     switches = [(name, "--inductor") for given in arguments.inductor for name in (every if given == "all" else [given])]
@@ -403,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given_ways = arguments.ways.split(",")
     for name, flag in [*switches, *((name.partition("+")[2], "--ways") for name in given_ways if "+" in name)]:
         try:
-            is_setting = bool(parse_way_switch(name)[0])
+            is_setting = bool(parse_way_switch(name).settings)
         except ValueError as error:
             unknown = flag == "--setting" and name.partition("=")[0] not in SETTINGS
             wanted = f"{name!r}: expected NAME=VALUE, with NAME one of {', '.join(SETTINGS)}"
@@ -416,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--phase after: {arguments.recipe} repeats no layers: expected before or both")
     try:
         for name in arguments.setting:
-            choose_graph(config.replace(**parse_way_switch(name)[0]), device)
+            choose_graph(config.replace(**parse_way_switch(name).settings), device)
     except UserError as error:
         print(f"error: --setting: {error}", file=sys.stderr)
         return common.NOTHING_TO_RUN

@@ -20,7 +20,8 @@ from benchmarks.compiled import Scheduled
 from benchmarks.devices import REACHED
 from benchmarks.recorder import Recorder
 from benchmarks.schedule import CUDA, planning
-from benchmarks.ways import backends_of, check_ways, share_config, share_sequences
+from benchmarks.tokens import share_sequences
+from benchmarks.ways import backends_of, check_ways, share_config
 from golf_kernels import dispatch
 from train.config import MICRO_BATCHES, Config
 from train.errors import UserError, main_guard

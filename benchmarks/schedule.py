@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import subprocess
-import sys
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -29,7 +25,8 @@ from benchmarks.attention import stand_in
 from benchmarks.compiled import Scheduled, planning_for_an_absent_gpu
 from benchmarks.devices import DEVICES, REACHED, Device, Kernel
 from benchmarks.recorder import Recorder, fused_muon_listed
-from benchmarks.ways import check_ways, make_variants, parse_way_switch, share_config, share_sequences
+from benchmarks.tokens import share_sequences
+from benchmarks.ways import check_ways, make_variants, parse_way_switch, share_config
 from golf_kernels import dispatch, native
 from train.config import Config
 from train.describe import describe
@@ -229,22 +226,6 @@ def largest(step: Step, device: Device, count: int) -> str:
     return "\n".join(lines)
 
 
-def run_schedule(argv: Sequence[str], module: str = "schedule") -> int:
-    """`main` of a module of this package in a process that has a CUDA device.
-
-    Raises:
-        UserError: nothing can stand in for one here.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            variables = fake_cuda.environment(Path(folder))
-        except fake_cuda.NoDevice as reason:
-            raise UserError(f"{module}: {reason}: install a torch without CUDA, or run it on a GPU's machine") from None
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(f"{module}: needs a C++ compiler for its stand-in of a GPU: {error}") from error
-        return subprocess.run([sys.executable, "-m", f"benchmarks.{module}", *argv], env=variables).returncode
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks schedule", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="sp8192_sdclip", choices=recipe_names())
@@ -264,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with mock.patch.object(dispatch, "triton_problem", return_value=None):
         check_ways(ways)
     for way in ways:
-        options = parse_way_switch(way.partition("+")[2])[1] if "+" in way else None
+        options = parse_way_switch(way.partition("+")[2]).options if "+" in way else None
         if any("max_autotune" in option for option in options or ()):
             raise UserError(f"--ways: {way}: tuned products are those that ran fastest on a GPU: leave this way out")
     # PyTorch's, about tensors that have no address

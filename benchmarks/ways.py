@@ -1,4 +1,4 @@
-"""The ways to take a training step that are measured beside each other: models, optimizers and tokens of one GPU's share.
+"""The ways to take a training step that are measured beside each other: models and optimizers of one GPU's share.
 
 `published` is the recipe written plainly (`benchmarks.published`), `torch` is this trainer on PyTorch's reference
 operators, `golf` is this trainer on all kernels, `golf-op` on all but one, and `op=backend` is `torch` with that one
@@ -15,19 +15,17 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.published import PublishedStep
+from benchmarks.tokens import OneBatch, share_sequences
 from golf_kernels import dispatch
 from golf_kernels.sharding import assign
 from train.config import MICRO_BATCHES, Config
-from train.data.loaders import Batch, Stream, unpack
-from train.data.shards import find_shards
 from train.distributed import Ranks
 from train.errors import UserError
 from train.inductor import chosen_options, parse_switch
@@ -41,7 +39,6 @@ from train.optimize.groups import build_optimizers, split_parameters
 from train.recipes import load_recipe
 from train.values import ConfigError
 
-CPU = torch.device("cpu")
 # settings that decide how a step is computed, and not what
 SETTINGS = ("optimizer_graph",)
 TINY = {"model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 512, "train_seq_len": 64, "bigram_dim": 16}
@@ -193,76 +190,6 @@ def share_config(recipe: str, device: torch.device, *, tiny: bool, attention: st
     return load_recipe(recipe).config(**changes)
 
 
-def share_sequences(config: Config) -> int:
-    """Sequences of one GPU's share of a step."""
-    return config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
-
-
-def token_source(config: Config, data: Path | None, device: torch.device) -> Tokens:
-    """The share's tokens from the first on, of the shards in a folder or made, from where the device takes them."""
-    return MadeTokens(config, device=device) if data is None else ShardTokens(config, data, device)
-
-
-class Tokens(Protocol):
-    """Where batches come from: `(sequences, length + 1)` uint16 each."""
-
-    def next(self) -> np.ndarray: ...
-
-
-class MadeTokens:
-    """Random tokens in the place of a loader, so that a step is measured and not a disk.
-
-    Half of them follow from the one before, by a fixed permutation of the vocabulary; the others are Zipf-like, as text is.
-    So there is something to learn that no embedding can hold alone.
-    """
-
-    def __init__(self, config: Config, seed: int = 0, device: torch.device = CPU) -> None:
-        self.shape = (share_sequences(config), config.train_seq_len + 1)
-        self.vocab_size, self.device = config.vocab_size, device
-        self.generator = np.random.default_rng(seed)
-        self.follower = self.generator.permutation(config.vocab_size)
-
-    def next(self) -> np.ndarray:
-        """`(sequences, length + 1)` uint16."""
-        tokens = np.minimum(self.generator.zipf(1.2, self.shape), self.vocab_size - 1)
-        follows = self.generator.random(self.shape) < 0.5
-        for place in range(1, self.shape[1]):
-            tokens[:, place] = np.where(follows[:, place], self.follower[tokens[:, place - 1]], tokens[:, place])
-        return loaded(tokens.astype(np.uint16), self.device)
-
-
-class ShardTokens:
-    """The tokens of a dataset's training shards, in their order."""
-
-    def __init__(self, config: Config, folder: Path, device: torch.device = CPU) -> None:
-        self.stream = Stream(find_shards(folder, "train"), config.vocab_size)
-        self.shape, self.device = (share_sequences(config), config.train_seq_len + 1), device
-        self.place = 0
-
-    def next(self) -> np.ndarray:
-        """`(sequences, length + 1)` uint16."""
-        rows = self.stream.span(self.place, self.shape[0] * self.shape[1])
-        self.place += len(rows)
-        return loaded(rows.reshape(self.shape), self.device)
-
-
-def loaded(rows: np.ndarray, device: torch.device) -> np.ndarray:
-    """The rows in pinned memory where the device is a GPU: there the trainer's thread has them before a step begins."""
-    if device.type != "cuda":
-        return rows
-    return torch.from_numpy(rows.view(np.int16)).pin_memory().numpy().view(np.uint16)
-
-
-class OneBatch:
-    """A loader that gives one batch, and sends it to the device as the trainer's does."""
-
-    def __init__(self, tokens: np.ndarray, device: torch.device) -> None:
-        self.rows, self.device = torch.from_numpy(tokens.view(np.int16)), device
-
-    def next_batch(self) -> list[Batch]:
-        return [unpack(self.rows, self.device)]
-
-
 def trainer_step(
     model: GPT, config: Config, share: list[int], device: torch.device, options: Mapping[str, Any] | None
 ) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
@@ -284,24 +211,33 @@ def trainer_step(
     return step, average.average() if average else {}
 
 
-def parse_way_switch(text: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What stands behind a way's +: another value of a setting, or Inductor's options.
+class WaySwitch(NamedTuple):
+    """What stands behind a way's +.
 
-    Returns:
-        Settings by name, and the options; None for those that the trainer would choose.
+    Attributes:
+        settings: by name, with other values than the recipe's; empty: it is a switch of Inductor.
+        options: Inductor's; None: those that the trainer would choose.
+    """
+
+    settings: dict[str, Any]
+    options: dict[str, Any] | None
+
+
+def parse_way_switch(text: str) -> WaySwitch:
+    """Another value of a setting, or Inductor's options.
 
     Raises:
         ValueError: there is no such setting, switch or option, or the value is not one of its.
     """
     name, _, value = text.partition("=")
     if name not in SETTINGS:
-        return {}, chosen_options()[0] | dict(parse_switch(text).options)
+        return WaySwitch({}, chosen_options()[0] | dict(parse_switch(text).options))
     changes: dict[str, Any] = {name: value}
     try:
         Config(**changes)
     except ConfigError as error:
         raise ValueError(str(error)) from error
-    return changes, None
+    return WaySwitch(changes, None)
 
 
 def check_ways(names: Iterable[str]) -> None:
@@ -372,9 +308,9 @@ def make_variants(config: Config, names: list[str], device: torch.device, *, who
             continue
         way, _, switch = name.partition("+")
         backends = backends_of(way)
-        changes, options = parse_way_switch(switch) if switch else ({}, None)
+        changes = parse_way_switch(switch) if switch else WaySwitch({}, None)
         with dispatch.forced(backends):
-            step, average = trainer_step(model, config.replace(**changes), share, device, options)
+            step, average = trainer_step(model, config.replace(**changes.settings), share, device, changes.options)
         variants.append(StepVariant(name, backends, step, weights_of(model, config, average)))
     return variants
 

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import bench_loss_curves as bench
 from benchmarks import ways
-from benchmarks.ways import MadeTokens
+from benchmarks.tokens import MadeTokens
 from train.config import Config
 from train.recipes import load_recipe
 

@@ -12,7 +12,7 @@ import torch
 from step_example import NARROW
 
 from benchmarks import bench_loss_curves, bench_step, common
-from benchmarks.bench_step import Bench, measure_steps
+from benchmarks.step_times import Bench, measure_steps
 from benchmarks.ways import StepVariant, make_variants, step_kernels
 from golf_kernels import dispatch
 from train.config import Config

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import bench_loss_curves, bench_step, ways
 from benchmarks.published import quintic
-from benchmarks.ways import MadeTokens, ShardTokens, StepVariant, all_kernels, make_variants, step_kernels
+from benchmarks.tokens import MadeTokens, OneBatch, ShardTokens, token_source
+from benchmarks.ways import StepVariant, all_kernels, make_variants, step_kernels
 from golf_kernels import dispatch
 from train import loop
 from train.config import Config
@@ -150,13 +151,13 @@ def test_a_batch_is_in_pinned_memory_before_the_step_and_arrives_as_the_trainers
         tokens.device, before = CUDA, len(pinned)
         batch = tokens.next()
         assert batch.dtype == np.uint16 and pinned[before:] == [torch.int16]
-    assert isinstance(ways.token_source(config, None, CUDA).next(), np.ndarray) and len(pinned) == 3
+    assert isinstance(token_source(config, None, CUDA).next(), np.ndarray) and len(pinned) == 3
     (variant,) = make_variants(config, ["torch"], CPU)
     variant.run(batch, False)
     assert len(pinned) == 3
     # of 16 bits all count
     rows = np.array([[1, 40000, 65535], [7, 0, 32768]], dtype=np.uint16)
-    ((inputs, targets),) = ways.OneBatch(rows, CPU).next_batch()
+    ((inputs, targets),) = OneBatch(rows, CPU).next_batch()
     assert inputs.tolist() == [[1, 40000], [7, 0]] and targets.tolist() == [[40000, 65535], [0, 32768]]
     assert inputs.dtype == torch.int64 and inputs.is_contiguous() and targets.is_contiguous()
 
