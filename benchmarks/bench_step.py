@@ -254,14 +254,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+def _switches(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """The switches to measure one by one, and the flag of each; ends the process where one of them cannot be."""
     every = [switch.name for switch in SWITCHES]
     switches = [(name, "--inductor") for given in arguments.inductor for name in (every if given == "all" else [given])]
     switches += [(name, "--setting") for name in arguments.setting]
-    given_ways = arguments.ways.split(",")
-    for name, flag in [*switches, *((name.partition("+")[2], "--ways") for name in given_ways if "+" in name)]:
+    named = [(way.partition("+")[2], "--ways") for way in arguments.ways.split(",") if "+" in way]
+    for name, flag in [*switches, *named]:
         try:
             is_setting = bool(parse_way_switch(name).settings)
         except ValueError as error:
@@ -270,6 +269,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{flag}: {wanted if unknown else error}")
         if flag != "--ways" and is_setting != (flag == "--setting"):
             parser.error(f"{flag}: {name!r} belongs to {'--setting' if is_setting else '--inductor'}")
+    return switches
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    switches, given_ways = _switches(parser, arguments), arguments.ways.split(",")
     device = arguments.device
     config = share_config(arguments.recipe, device, tiny=arguments.tiny, attention=arguments.attention)
     if arguments.phase == "after" and not config.recur_layers:
@@ -298,7 +304,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{switches[0][1]}: no switch is set for published: expected torch, golf or operator=backend in --ways"
         )
     if pairs and arguments.profile:
-        parser.error("--profile: not with --kernel, --inductor or --setting: name the ways, such as --ways torch,torch+pdl")
+        parser.error(
+            "--profile: not with --kernel, --inductor or --setting: name the ways, such as --ways torch,torch+pdl"
+        )
     if len(pairs) > 1:
         return measure_apart({other: own for (_, other), own in pairs.items()}, arguments)
     if arguments.profile:

@@ -48,6 +48,7 @@ def xsa(output: Tensor, value: Tensor) -> Tensor:
 
 
 def check(output: Tensor, value: Tensor) -> None:
+    """Raise `xsa`'s errors."""
     if output.ndim != 4 or not output.dtype.is_floating_point or output.shape[-1] == 0:
         raise ValueError(
             f"output: expected shape (B, T, H, D) and a floating dtype, found {tuple(output.shape)} and {output.dtype}"
@@ -95,6 +96,7 @@ def _length(value: Tensor) -> Tensor:
 
 
 def reference(output: Tensor, value: Tensor) -> Tensor:
+    """`golf::xsa` in PyTorch, computed in float32 at least and rounded once."""
     check(output, value)
     grouped = _grouped(output, value)
     direction = _wide(value).unsqueeze(3) / _length(value).clamp_min(EPS)
@@ -107,6 +109,7 @@ def _backward_fake(dy: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor, T
 
 
 def backward_reference(dy: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """`golf::xsa_backward` in PyTorch, do and dv likewise."""
     upstream, grouped, length = _grouped(dy, value), _grouped(output, value), _length(value)
     clamped = length.clamp_min(EPS)
     direction = _wide(value).unsqueeze(3) / clamped

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import torch
@@ -22,12 +22,9 @@ class FakeGraph:
         launches: what to call, with what, and where the results belong.
     """
 
-    made: ClassVar[list[FakeGraph]] = []
-
     def __init__(self) -> None:
         self.launches: list[tuple[Callable[..., Any], Any, Any, list[Tensor]]] = []
         self.replays = 0
-        FakeGraph.made.append(self)
 
     @torch.no_grad()
     def replay(self) -> None:
@@ -83,6 +80,11 @@ def _capture(graph: FakeGraph, capture_error_mode: str) -> Iterator[None]:
 @contextlib.contextmanager
 def fake_graphs() -> Iterator[list[FakeGraph]]:
     """Graphs made inside are `FakeGraph`s, which are listed."""
-    FakeGraph.made = []
-    with mock.patch.object(torch.cuda, "CUDAGraph", FakeGraph), mock.patch.object(torch.cuda, "graph", _capture):
-        yield FakeGraph.made
+    made: list[FakeGraph] = []
+
+    def make() -> FakeGraph:
+        made.append(FakeGraph())
+        return made[-1]
+
+    with mock.patch.object(torch.cuda, "CUDAGraph", make), mock.patch.object(torch.cuda, "graph", _capture):
+        yield made

@@ -279,7 +279,10 @@ def test_the_command_prints_a_table_and_keeps_nothing_from_a_cpu(tmp_path: Path)
         (["--ways", "torch+no_such=1"], "has no switch no_such"),
         (["--inductor", "all", "--inductor", "no_such"], "no_such' is no switch"),
         (["--inductor", "optimizer_graph=on"], "--inductor: 'optimizer_graph=on' belongs to --setting"),
-        (["--setting", "OPTIMIZER_GRAPH=on"], "--setting: 'OPTIMIZER_GRAPH=on': expected NAME=VALUE, with NAME one of opt"),
+        (
+            ["--setting", "OPTIMIZER_GRAPH=on"],
+            "--setting: 'OPTIMIZER_GRAPH=on': expected NAME=VALUE, with NAME one of opt",
+        ),
         (["--setting", "pdl"], "--setting: 'pdl' belongs to --inductor"),
         (["--setting", "optimizer_graph=yes"], "--setting: optimizer_graph: expected one of 'auto', 'on', 'off'"),
         (["--ways", "torch+optimizer_graph=yes"], "--ways: optimizer_graph: expected one of 'auto', 'on', 'off'"),

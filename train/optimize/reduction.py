@@ -19,13 +19,13 @@ class Bucket(NamedTuple):
 
     Attributes:
         matrices: owner by owner.
-        places: where their gradients leave from; views of `source`.
+        views: where their gradients leave from, in `source`.
         source: as much room for every rank as the fullest one needs.
         own: where the sum of this rank's share arrives.
     """
 
     matrices: list[Tensor]
-    places: list[Tensor]
+    views: list[Tensor]
     source: Tensor
     own: Tensor
 
@@ -96,31 +96,31 @@ class Reduction:
         def shares_of(numbers: Sequence[int]) -> list[list[Tensor]]:
             return [[self._matrices[n] for n in numbers if owners[n] == rank] for rank in range(self._world_size)]
 
+        self._flat = _buffer(self._replicated, sum(p.numel() for p in self._replicated))
+        self._flat_views = _views(self._flat, self._replicated)
+        self._flat_places = _places_for(self._flat_views, self._replicated)
         shares = shares_of(range(len(self._matrices)))
         self.owned = shares[self._rank]
         self._by_owner = [matrix for share in shares for matrix in share]
-        self._flat = _buffer(self._replicated, sum(p.numel() for p in self._replicated))
-        self._flat_views = _views(self._flat, self._replicated)
-        self._flat_places = _places(self._flat_views, self._replicated)
         longest = _longest(shares)
         bucket_shares = [shares_of(bucket) for bucket in buckets]
         rooms = [_longest(bucket) for bucket in bucket_shares]
         # gradients have left before weights come back, so they share the room
         room = _buffer(self._matrices, self._world_size * max(longest, sum(rooms)))
-        self._all, self._all_views = _rows(room, shares, longest)
+        self._gathered, self._gathered_views = _rows(room, shares, longest)
         # gradients stay readable after a step, so weights leave from a place of their own
         self._own_gradients, self._own_weights = (_buffer(self._matrices, size) for size in (sum(rooms), longest))
         self._own_weight_views = _views(self._own_weights, self.owned)
         gradients: dict[Tensor, Tensor] = {}
         start = 0
         for bucket, size in zip(bucket_shares, rooms, strict=True):
-            source, places = _rows(room[start * self._world_size :], bucket, size)
+            source, views = _rows(room[start * self._world_size :], bucket, size)
             own = self._own_gradients[start : start + size]
-            self._buckets.append(Bucket([matrix for share in bucket for matrix in share], places, source, own))
+            self._buckets.append(Bucket([matrix for share in bucket for matrix in share], views, source, own))
             gradients |= zip(bucket[self._rank], _views(own, bucket[self._rank]), strict=True)
             start += size
         self._own_gradient_views = [gradients[matrix] for matrix in self.owned]
-        self._own_places = _places(self._own_gradient_views, self.owned)
+        self._own_places = _places_for(self._own_gradient_views, self.owned)
 
     def last_micro_batch(self) -> AbstractContextManager[None]:
         """The context of a step's last backward pass: from there on gradients may leave before `reduce_gradients`."""
@@ -132,7 +132,7 @@ class Reduction:
 
     def _pack(self, number: int, gradients: list[Tensor]) -> None:
         """Put a bucket's gradients where they leave from; it starts once all buckets before it have, the same on all ranks."""
-        torch._foreach_copy_(self._buckets[number].places, gradients)
+        torch._foreach_copy_(self._buckets[number].views, gradients)
         self._packed.add(number)
         while (first := len(self._scattering)) in self._packed:
             bucket = self._buckets[first]
@@ -156,7 +156,7 @@ class Reduction:
         if self._group is None:
             if self._places:
                 parameters = [*self._replicated, *self._matrices]
-                _settle(parameters, _gradients(parameters), self._places)
+                _set_gradients(parameters, _gradients(parameters), self._places)
             return
         # the larger transfer goes first, so that packing the smaller one overlaps it
         for number, bucket in enumerate(self._buckets):
@@ -167,13 +167,13 @@ class Reduction:
             dist.all_reduce(self._flat, op=dist.ReduceOp.SUM, group=self._group)
             # a sum and a power of two give the exact mean, which not every back end and version has as an operation
             self._flat.mul_(1 / self._world_size)
-            _settle(self._replicated, self._flat_views, self._flat_places)
+            _set_gradients(self._replicated, self._flat_views, self._flat_places)
         if self._matrices:
             self._finish_scattering()
             self._own_gradients.mul_(1 / self._world_size)
             for matrix in self._matrices:
                 matrix.grad = None
-            _settle(self.owned, self._own_gradient_views, self._own_places)
+            _set_gradients(self.owned, self._own_gradient_views, self._own_places)
 
     @property
     def exchanges(self) -> bool:
@@ -223,14 +223,14 @@ class Reduction:
             return
         if self.owned:
             torch._foreach_copy_(self._own_weight_views, self.owned)
-        self._gathering = _all_gather(self._all, self._own_weights, self._group)
+        self._gathering = _all_gather(self._gathered, self._own_weights, self._group)
 
     @torch.no_grad()
     def finish_gathering(self) -> None:
         """Put the matrices of all owners into the model; every rank then holds the same bits."""
         if self._gathering is not None:
             self._gathering.wait()
-            torch._foreach_copy_(self._by_owner, self._all_views)
+            torch._foreach_copy_(self._by_owner, self._gathered_views)
             self._gathering = None
 
 
@@ -256,13 +256,13 @@ def _views(buffer: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     return [piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters, strict=True)]
 
 
-def _places(views: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+def _places_for(views: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
     # a gradient has its parameter's dtype, which may be narrower than that of the sums
     pairs = zip(views, parameters, strict=True)
     return [v if v.dtype == p.dtype else torch.empty_like(p, requires_grad=False) for v, p in pairs]
 
 
-def _settle(parameters: Sequence[Tensor], gradients: Sequence[Tensor], places: Sequence[Tensor]) -> None:
+def _set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor], places: Sequence[Tensor]) -> None:
     moved = [(place, gradient) for place, gradient in zip(places, gradients, strict=True) if place is not gradient]
     if moved:
         torch._foreach_copy_([place for place, _ in moved], [gradient for _, gradient in moved])
