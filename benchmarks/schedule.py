@@ -189,14 +189,11 @@ def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Devic
             )
         )
     width = max(len(name) for name, _ in rows)
-    lines = [
-        f"{config.recipe}, {tokens:,} tokens,{phase} {device.name}: computed, not measured",
-        " " * width + "".join(f"{step.way:>28}" if len(step.way) > 11 else f"{step.way:>12}" for step in steps),
-    ]
+    widths = [max(12, len(step.way) + 2) for step in steps]
+    lines = [f"{config.recipe}, {tokens:,} tokens,{phase} {device.name}: computed, not measured"]
     lines += [
-        f"{name:<{width}}"
-        + "".join(f"{value:>{28 if len(step.way) > 11 else 12}}" for step, value in zip(steps, values, strict=True))
-        for name, values in rows
+        f"{name:<{width}}" + "".join(f"{value:>{wide}}" for value, wide in zip(values, widths, strict=True))
+        for name, values in [("", [step.way for step in steps]), *rows]
     ]
     return "\n".join(lines)
 

@@ -77,6 +77,15 @@ def test_a_table_names_the_phase_where_there_are_two(recipe: str, recurrence: bo
     assert schedule.table(config, [step], recurrence, H100).startswith(title + "computed, not measured\n")
 
 
+def test_a_way_of_any_name_has_a_column_of_its_own() -> None:
+    ways = ["torch", "torch+optimizer_graph=on", "softcapped_cross_entropy=triton", "golf-leaky_relu2_mlp-xsa_linear"]
+    steps = [schedule.Step(way, [Kernel("aten::mm", 790e9, 1e6)], [], [], 0, []) for way in ways]
+    config = share_config("baseline", torch.device("cuda", 0), tiny=False)
+    _, head, *rows = schedule.table(config, steps, False, H100).splitlines()
+    assert head.split() == ways and rows[1].split()[-len(ways) :] == ["1.00"] * len(ways)
+    assert {len(row) for row in rows} == {len(head)}
+
+
 def test_a_schedule_without_all_products_is_refused() -> None:
     step = schedule.Step("torch+x", [Kernel("aten::mm", 2e12, 1.0)], [Kernel("aten::mm", 3e12, 1.0)], [], 0, [])
     schedule.check_complete(step, 5e12)
