@@ -13,23 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from two_ranks import VARIABLES, free_port, torchrun_variables
 
 from train.distributed import Ranks, choose_device, start_ranks
 from train.errors import UserError
 from train.optimize.schedules import WallClock
-
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
-    values = (rank, rank, world_size, "127.0.0.1", port)
-    return {name: str(value) for name, value in zip(VARIABLES, values, strict=True)}
 
 
 @pytest.fixture(autouse=True)

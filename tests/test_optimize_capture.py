@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from fake_graph import fake_graphs
 from torch import Tensor
+from two_ranks import on_two_ranks
 
 from golf_kernels import dispatch
 from train.config import MICRO_BATCHES, Config
-from train.distributed import start_ranks
+from train.distributed import Ranks
 from train.errors import UserError
 from train.model.gpt import GPT
 from train.optimize import capture, groups
@@ -241,24 +239,15 @@ def test_a_replay_reads_this_step_s_numbers(backend: str, form: str) -> None:
         torch.testing.assert_close(captured["model"][name], value, rtol=0, atol=1e-3 if backend == "triton" else 1e-5)
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    torch.set_num_threads(1)
-    with start_ranks("cpu") as ranks:
-        results = {graph: run(EXACT, graph=graph, group=ranks.group) for graph in (True, False)}
-        # a norm is no part of a run that clips nothing
-        plain = EXACT.replace(grad_clip_norm=0.0, muon_eq_r=False)
-        results["plain"] = {graph: run(plain, graph=graph, group=ranks.group) for graph in (True, False)}
-    torch.save(results, Path(folder, f"{rank}.pt"))
+def work(ranks: Ranks) -> dict[Any, Any]:
+    results = {graph: run(EXACT, graph=graph, group=ranks.group) for graph in (True, False)}
+    # a norm is no part of a run that clips nothing
+    plain = EXACT.replace(grad_clip_norm=0.0, muon_eq_r=False)
+    return results | {"plain": {graph: run(plain, graph=graph, group=ranks.group) for graph in (True, False)}}
 
 
 def test_two_ranks_replay_their_pieces_between_what_they_exchange(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    ranks = on_two_ranks(work, tmp_path)
     for pieces, results in [(3, one) for one in ranks] + [(2, one["plain"]) for one in ranks]:
         captured, eager = results[True], results[False]
         # the local norm, clipping and Muon, AdamW

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from two_ranks import on_two_ranks
 
 from golf_kernels.sharding import assign, newton_schulz_cost
 from train.config import MICRO_BATCHES, Config
-from train.distributed import Ranks, start_ranks
+from train.distributed import Ranks
 from train.loop import compiled_loss, training_step
 from train.model.gpt import GPT
 from train.optimize import reduction as reduction_module
@@ -248,27 +246,19 @@ def check_numbers_decide(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
         assert weight.grad is None or torch.equal(weight.grad, torch.full_like(weight, mean))
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    torch.set_num_threads(1)
-    with start_ranks("cpu") as ranks:
-        for compiled in (False, True):
-            check_chain(ranks, compiled)
-            check_order(ranks, compiled)
-            check_broken_step(ranks, compiled)
-        check_refusals(ranks)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            check_numbers_decide(ranks, monkeypatch)
-        torch.save({form: trained(ranks, form) for form in ("after", "overlapped")}, Path(folder, f"{rank}.pt"))
+def work(ranks: Ranks) -> dict[str, dict[str, Tensor]]:
+    for compiled in (False, True):
+        check_chain(ranks, compiled)
+        check_order(ranks, compiled)
+        check_broken_step(ranks, compiled)
+    check_refusals(ranks)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        check_numbers_decide(ranks, monkeypatch)
+    return {form: trained(ranks, form) for form in ("after", "overlapped")}
 
 
 def test_two_ranks_train_the_same_weights_in_both_forms(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    results = on_two_ranks(work, tmp_path)
     torch.manual_seed(1)
     start = GPT(CONFIG).state_dict()
     for name, wanted in results[0]["after"].items():

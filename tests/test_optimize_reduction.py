@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from two_ranks import on_two_ranks
 
 from train.config import Config
-from train.distributed import MICRO_BATCHES, start_ranks
+from train.distributed import MICRO_BATCHES, Ranks
 from train.model.gpt import GPT
 from train.optimize.groups import Optimizers, build_optimizers
 from train.optimize.reduction import Reduction
@@ -135,44 +133,37 @@ def train(model: GPT, optimizers: Optimizers, steps: range, rank: int = 0, world
     return loss
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    torch.set_num_threads(1)
-    with start_ranks("cpu") as ranks:
-        check_reduction(rank, ranks.group)
-        with pytest.raises(ValueError, match="owners"):
-            Reduction([], [nn.Parameter(torch.zeros(1))], [2], ranks.group)
-        for name, config in VARIANTS.items():
-            model = build(config)
-            optimizers = build_optimizers(model, config, ranks.group)
-            train(model, optimizers, range(CHECKPOINT), rank, 2)
-            state = {"model": copy.deepcopy(model.state_dict()), "optimizers": copy.deepcopy(optimizers.state_dict())}
-            loss = train(model, optimizers, range(CHECKPOINT, STEPS), rank, 2)
-            result = {"loss": ranks.sum(loss) / 2, "end": model.state_dict(), "checkpoint": state}
-            # a fresh start from the checkpoint ends with the same bits
-            model.load_state_dict(state["model"])
-            resumed = build_optimizers(model, config, ranks.group)
-            resumed.load_state_dict(state["optimizers"])
-            train(model, resumed, range(CHECKPOINT, STEPS), rank, 2)
-            result["resumed"] = model.state_dict()
-            result["share"] = 0 if optimizers.muon is None else len(optimizers.muon.param_groups[0]["params"])
-            torch.save(result, Path(folder, f"{name}-{rank}.pt"))
+def work(ranks: Ranks) -> dict[str, dict[str, Any]]:
+    check_reduction(ranks.rank, ranks.group)
+    with pytest.raises(ValueError, match="owners"):
+        Reduction([], [nn.Parameter(torch.zeros(1))], [2], ranks.group)
+    results: dict[str, dict[str, Any]] = {}
+    for name, config in VARIANTS.items():
+        model = build(config)
+        optimizers = build_optimizers(model, config, ranks.group)
+        train(model, optimizers, range(CHECKPOINT), ranks.rank, 2)
+        state = {"model": copy.deepcopy(model.state_dict()), "optimizers": copy.deepcopy(optimizers.state_dict())}
+        loss = train(model, optimizers, range(CHECKPOINT, STEPS), ranks.rank, 2)
+        result = {"loss": ranks.sum(loss) / 2, "end": copy.deepcopy(model.state_dict()), "checkpoint": state}
+        # a fresh start from the checkpoint ends with the same bits
+        model.load_state_dict(state["model"])
+        resumed = build_optimizers(model, config, ranks.group)
+        resumed.load_state_dict(state["optimizers"])
+        train(model, resumed, range(CHECKPOINT, STEPS), ranks.rank, 2)
+        result["resumed"] = model.state_dict()
+        result["share"] = 0 if optimizers.muon is None else len(optimizers.muon.param_groups[0]["params"])
+        results[name] = result
+    return results
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, str(folder)), nprocs=2)
-    return folder
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_two_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_two_ranks_end_where_one_process_does(name: str, two_ranks: Path) -> None:
-    first, second = (torch.load(two_ranks / f"{name}-{rank}.pt") for rank in (0, 1))
+def test_two_ranks_end_where_one_process_does(name: str, two_ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank[name] for rank in two_ranks)
     for key, value in first["end"].items():
         assert torch.equal(value, second["end"][key]), key
         assert torch.equal(value, first["resumed"][key]), key
@@ -190,8 +181,8 @@ def test_two_ranks_end_where_one_process_does(name: str, two_ranks: Path) -> Non
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_one_process_goes_on_from_two_ranks(name: str, two_ranks: Path) -> None:
-    result, other = (torch.load(two_ranks / f"{name}-{rank}.pt") for rank in (0, 1))
+def test_one_process_goes_on_from_two_ranks(name: str, two_ranks: list[dict[str, Any]]) -> None:
+    result, other = (rank[name] for rank in two_ranks)
     state = result["checkpoint"]
     for parameter, moments in state["optimizers"]["muon"].items():
         for key, value in moments.items():

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from model_systems import SHALLOW, narrow_config, random_model
-from test_distributed import free_port, torchrun_variables
+from two_ranks import on_two_ranks
 
 from train.config import Config
-from train.distributed import Ranks, start_ranks
+from train.distributed import Ranks
 from train.errors import UserError
 from train.model.gpt import GPT
 from train.quantize import generate
@@ -106,22 +104,17 @@ def test_hessians_of_generated_text_are_those_of_the_texts(graph: str) -> None:
     assert notes[0].startswith(f"gptq:generated 5 sequences of {LENGTH} tokens, 3 Hessians of the {graph} graph in ")
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    os.environ.update(torchrun_variables(rank, 2, port))
-    torch.set_num_threads(1)
+def work(ranks: Ranks) -> dict[str, torch.Tensor]:
     config = settings()
-    with start_ranks("cpu") as ranks:
-        hessians = calibrate(config, random_model(config), NAMES, ranks, print)
-        with pytest.raises(UserError, match="GPTQ_CALIB_BATCHES to 2 at least"):
-            calibrate(config.replace(gptq_calib_batches=1), random_model(config), NAMES, ranks, print)
-    torch.save(hessians, Path(folder, f"{rank}.pt"))
+    with pytest.raises(UserError, match="GPTQ_CALIB_BATCHES to 2 at least"):
+        calibrate(config.replace(gptq_calib_batches=1), random_model(config), NAMES, ranks, print)
+    return calibrate(config, random_model(config), NAMES, ranks, print)
 
 
 def test_two_ranks_share_the_texts(tmp_path: Path) -> None:
-    mp.spawn(work, args=(free_port(), str(tmp_path)), nprocs=2)
     config = settings()
     alone = calibrate(config, random_model(config), NAMES, Ranks(), print)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    first, second = on_two_ranks(work, tmp_path)
     for name in NAMES:
         assert torch.equal(first[name], second[name])
         # two ranks have two batches where one process has one

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from test_distributed import free_port, torchrun_variables
 from test_quantize_model import random_batches, random_model, tiny
+from two_ranks import on_two_ranks
 
-from train.distributed import Ranks, start_ranks
+from train.distributed import Ranks
 from train.errors import UserError
 from train.quantize.calibrate import collect_hessians
 from train.quantize.shares import assign, gather, gptq_cost
@@ -73,20 +70,15 @@ def refuse(ranks: Ranks) -> str:
     return "nothing"
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    os.environ.update(torchrun_variables(rank, 2, port))
-    torch.set_num_threads(1)
-    with start_ranks("cpu") as ranks:
-        result = {clip: quantize(ranks, clip) for clip in CLIPS}
-        told = gather(ranks, lambda: f"from {ranks.rank}")
-        torch.save({"result": result, "told": told, "refused": refuse(ranks)}, Path(folder, f"{rank}.pt"))
+def work(ranks: Ranks) -> dict[str, Any]:
+    result = {clip: quantize(ranks, clip) for clip in CLIPS}
+    told = gather(ranks, lambda: f"from {ranks.rank}")
+    return {"result": result, "told": told, "refused": refuse(ranks)}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, args=(free_port(), str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return on_two_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("clip", CLIPS)
