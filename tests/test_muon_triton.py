@@ -164,6 +164,26 @@ def test_zero_rows_and_huge_gradients_stay_finite(monkeypatch):
         assert_close(cpu(params), reference(lr=0.02, momenta=(0.95,), row_eps=options.get("row_eps")), 2e-6)
 
 
+@pytest.mark.skipif(GPU, reason="counted in Triton's interpreter")
+@pytest.mark.parametrize(("normuon", "launches"), [(False, 18), (True, 19)])
+def test_a_step_is_as_many_launches_for_any_number_of_matrices(normuon, launches, monkeypatch):
+    from triton.runtime.interpreter import GridExecutor
+
+    launched = []
+    launch = GridExecutor.__call__
+
+    def counted(self, *args, **kwargs):
+        launched.append(self.fn)
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    # of 5 iterations; README has these numbers
+    for shapes in ([(8, 8)], [(6, 10), (10, 6), (8, 8)]):
+        launched.clear()
+        fused(steps=1, params=single(shapes), row_normalize=not normuon, normuon=normuon)
+        assert len(launched) == launches
+
+
 def test_what_it_cannot_take_is_refused_by_name(monkeypatch):
     for options, message in (
         ({"params": parameters()}, "its weights, gradients and moments are float32"),
