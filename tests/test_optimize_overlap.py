@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -223,6 +225,15 @@ def check_refusals(ranks: Ranks) -> None:
         OverlappedReduction([], [nn.Parameter(torch.zeros(1, 1))], [2], ranks.group)
 
 
+def check_nothing_stays(ranks: Ranks) -> None:
+    chain = ChainStep(ranks, OverlappedReduction)
+    chain.run(True)
+    held = [weakref.ref(one) for one in (chain.reduction, *chain.model.weights)]
+    del chain
+    gc.collect()
+    assert [one() for one in held] == [None] * len(held)
+
+
 def check_numbers_decide(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Buckets start by number where they fill in another order, as they may do on one rank alone."""
     chain = ChainStep(ranks, OverlappedReduction)
@@ -252,6 +263,7 @@ def work(ranks: Ranks) -> dict[str, dict[str, Tensor]]:
         check_order(ranks, compiled)
         check_broken_step(ranks, compiled)
     check_refusals(ranks)
+    check_nothing_stays(ranks)
     with pytest.MonkeyPatch.context() as monkeypatch:
         check_numbers_decide(ranks, monkeypatch)
     return {form: trained(ranks, form) for form in ("after", "overlapped")}

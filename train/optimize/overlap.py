@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,8 +50,10 @@ class OverlappedReduction(Reduction):
         self._bucket_of = {number: index for index, bucket in enumerate(self._numbers) for number in bucket}
         self._awaited: list[set[int]] = []
         self._compiled = False
+        # a reduction that its own matrices' hooks held would never be freed, nor its process group before the process ends
+        reduction = weakref.ref(self)
         for number, matrix in enumerate(matrices):
-            matrix.register_post_accumulate_grad_hook(functools.partial(self._arrived, number))
+            matrix.register_post_accumulate_grad_hook(functools.partial(_arrived, reduction, number))
 
     def compiler(self, options: Mapping[str, Any]) -> Callable[..., Any]:
         # imported here: only a compiled model needs it
@@ -86,9 +89,9 @@ class OverlappedReduction(Reduction):
         added = {self._matrices[number]: gradient for number, gradient in zip(numbers, gradients, strict=True)}
         self._fill(self._bucket_of[numbers[0]], added)
 
-    def _arrived(self, number: int, _: Tensor) -> None:
+    def _count(self, number: int) -> None:
         # a compiled pass hands all gradients over at its end, when they have left
-        if _listening is not self or self._compiled:
+        if self._compiled:
             return
         bucket = self._bucket_of[number]
         self._awaited[bucket].discard(number)
@@ -100,6 +103,11 @@ class OverlappedReduction(Reduction):
         if bucket in self._packed:
             raise RuntimeError("last_micro_batch: expected one backward pass in it, found a second one")
         self._pack(bucket, [_sum(matrix, added.get(matrix)) for matrix in self._buckets[bucket].matrices])
+
+
+def _arrived(reduction: weakref.ref[OverlappedReduction], number: int, _: Tensor) -> None:
+    if _listening is not None and _listening is reduction():
+        _listening._count(number)
 
 
 def start_bucket(gradients: list[Tensor], numbers: list[int]) -> None:
