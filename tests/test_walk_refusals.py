@@ -120,3 +120,9 @@ def test_bad_data_leaves_no_run_folder(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=shard.name):
         walk(small(broken, tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_graph_without_a_gpu_leaves_no_run_folder(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="optimizer_graph: on needs a CUDA GPU"):
+        walk(small(dataset, tmp_path / "runs", optimizer_graph="on"))
+    assert not (tmp_path / "runs").exists()

@@ -69,6 +69,13 @@ class RunFolder:
         """Whether training has left all it leaves."""
         return self.weights.exists() and self.training.exists()
 
+    @property
+    def is_untrained(self) -> bool:
+        """Whether this is a run's folder in which no step was trained, or at least none logged."""
+        if not self.config.exists() or self.checkpoint.exists() or self.weights.exists():
+            return False
+        return not self.metrics.exists() or b'"kind": "train"' not in self.metrics.read_bytes()
+
     def read_config(self) -> Config:
         """The configuration that the run was started with; a setting that is younger than the file has its default.
 
@@ -182,18 +189,22 @@ def create_run_folder(config: Config) -> RunFolder:
     With `resume=auto` an existing folder is taken up again if it was started with the same settings.
 
     Raises:
-        UserError: the folder exists, or it belongs to a run with other settings.
+        UserError: the folder exists, or it belongs to a run with other settings, or to one that another process begins.
     """
     if not config.run_id.isprintable() or "/" in config.run_id or config.run_id in ("", ".", ".."):
         raise UserError(f"run_id: expected the name of a folder, got {config.run_id!r}: choose another RUN_ID")
     folder = RunFolder(Path(config.runs_dir) / config.run_id)
     if folder.path.exists():
         if config.resume == "never":
-            raise UserError(f"{folder.path}: this run folder exists: choose another RUN_ID, or go on with RESUME=auto")
+            raise UserError(
+                f"{folder.path}: this run folder exists: choose another RUN_ID, or go on with RESUME=auto{_way_out(folder)}"
+            )
         changed = changed_settings(folder.read_config(), config)
         if changed:
             listed = ", ".join(f"{name} was {before}, is {now}" for name, before, now in changed)
-            raise UserError(f"{folder.path}: cannot resume with other settings than it was started with: {listed}")
+            raise UserError(
+                f"{folder.path}: cannot resume with other settings than it was started with: {listed}{_way_out(folder)}"
+            )
         return folder
     folder.path.parent.mkdir(parents=True, exist_ok=True)
     # a folder without its settings, as a kill would leave it, could neither be resumed nor begun again
@@ -203,6 +214,14 @@ def create_run_folder(config: Config) -> RunFolder:
         made.write_config(config)
         os.rename(made.path, folder.path)
     return folder
+
+
+def _way_out(folder: RunFolder) -> str:
+    if not folder.is_untrained:
+        return ""
+    # another process may be about to train in it
+    with folder.held():
+        return "; no step was trained in it, so it can be deleted, and its RUN_ID used again"
 
 
 @contextmanager

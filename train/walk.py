@@ -24,6 +24,7 @@ from train.errors import UserError
 from train.files import read_json, write_json
 from train.logger import RunLogger
 from train.model.attention_choice import check_attention
+from train.optimize.capture import choose_graph
 from train.run import RunFolder, new_run_id, open_run_folder
 from train.script.code_size import check_code_form, package_source
 from train.settings import Override, check_back_ends, override_line
@@ -85,6 +86,7 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
         config = config.replace(run_id=ranks.broadcast(new_run_id(config)))
         ranks.on_main(lambda: check_data(config))
         ranks.on_main(lambda: check_attention(config, ranks.device))
+        ranks.on_main(lambda: choose_graph(config, ranks.device))
         folder = ranks.on_main(lambda: held.enter_context(open_run_folder(config)))
         if ranks.is_main:
             clock.keep_in(folder.stages)
