@@ -169,7 +169,7 @@ def _times(runs: Sequence[FinishedRun]) -> list[str]:
         cells += [f"{run.summary.stage_seconds.get(stage, 0.0):.1f}" for stage in stages]
         rows.append((run.seed, *cells))
     note = "The training clock holds the steps alone; what is calibrated on training data comes behind it and counts with it."
-    resumed = [f" Seed {run.seed}: {note}." for run in runs if (note := resumed_note(run.summary))]
+    resumed = [f" Seed {run.seed}: {said}." for run in runs if (said := resumed_note(run.summary))]
     return [*_table(head, rows), "", note + "".join(resumed)]
 
 
