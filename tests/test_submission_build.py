@@ -161,11 +161,17 @@ def test_a_base_is_compared_in_settings_and_scores(
 ) -> None:
     build_record(runs, tmp_path / "a", LABELS, base=find_base("1019"))
     text = (tmp_path / "a/README.md").read_text()
-    assert "## What is different from #1019" in text and "In words: A clears the bar in no reading." in text
+    assert "## What is different from #1019" in text and "In words" not in text
+    assert re.search(
+        r"Not compared: scored on different texts, .* tokens that are not the challenge's .*, #1019 on", text
+    )
     build_record(runs, tmp_path / "b", LABELS, base=find_base("sp8192_sdclip"))
     assert "| `vocab_size` | 8192 | 512 |" in (tmp_path / "b/README.md").read_text()
     base = find_base(str(record))
     assert base.standing is not None and base.settings is not None and base.settings["model_dim"] == 32
+    build_record(runs, tmp_path / "same", LABELS, base=base)
+    text = (tmp_path / "same/README.md").read_text()
+    assert "Both are scored on " in text and "In words: A clears the bar in no reading." in text
     build_record(runs[:1], tmp_path / "c", LABELS, base=base)
     text = (tmp_path / "c/README.md").read_text()
     assert "No setting." in text and "In words" not in text and "over 1 seed," in text

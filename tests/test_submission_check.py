@@ -22,7 +22,7 @@ from sentencepiece import SentencePieceTrainer
 
 from train.submission.__main__ import main
 from train.submission.rules import RULES, Verdict
-from train.submission.rules.scoring import TEXTS
+from train.submission.texts import TEXTS
 
 
 @pytest.fixture

@@ -190,3 +190,55 @@ def test_command_prints_the_comparison(capsys):
     output = capsys.readouterr().out
     assert "t = -18.3720, 2.3794 degrees of freedom, one-sided p = 0.00063882 against no improvement" in output
     assert output.count("holds\n") == 3
+
+
+def scored_record(folder: Path, tokens: int, digest: str, *, whole: int = 0) -> str:
+    folder.mkdir()
+    facts = {"evaluation": {"tokens": tokens, "validation_tokens": whole or tokens, "window": 2048}}
+    results = {"1": {"val_bpb": 1.05}, "2": {"val_bpb": 1.06}}
+    (folder / "submission.json").write_text(
+        json.dumps({"seed_results": results, **facts, "tokenizer": {"sha256": digest}})
+    )
+    return str(folder)
+
+
+def test_scores_of_different_texts_are_not_compared(tmp_path: Path):
+    ours = scored_record(tmp_path / "ours", 12_288, "a")
+    for pair, fragment in (
+        (
+            (ours, "1019"),
+            "ours on 12,288 tokens that are not the challenge's validation text, #1019 on the challenge's",
+        ),
+        (("1019", ours), "#1019 on the challenge's validation text, .*ours on 12,288"),
+        # of one tokenizer, and more apart than a window
+        ((ours, scored_record(tmp_path / "longer", 14_336, "a")), "on 14,336 tokens"),
+        (("1019", scored_record(tmp_path / "part", 65_536, "b", whole=40_540_160)), "part on 65,536 tokens"),
+    ):
+        with pytest.raises(UserError, match=f"^scored on different texts, .*{fragment}"):
+            main(["compare", *pair])
+    silent = tmp_path / "silent.json"
+    silent.write_text('{"seed_results": {"1": {"val_bpb": 1.05}, "2": {"val_bpb": 1.06}}}')
+    for other in (str(silent), scored_record(tmp_path / "other", 9_216, "c")):
+        with pytest.raises(UserError, match=r"^not known to be scored on one text"):
+            main(["compare", ours, other])
+
+
+def test_scores_of_one_text_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    ours = scored_record(tmp_path / "ours", 12_288, "a")
+    # a window of another length leaves out another end
+    assert main(["compare", ours, scored_record(tmp_path / "again", 13_312, "a")]) == 0
+    assert "Both are scored on 12,288 tokens that are not the challenge's validation text." in capsys.readouterr().out
+    challenge = scored_record(tmp_path / "challenge", 40_540_160 - 1024, "b")
+    silent = tmp_path / "silent.json"
+    silent.write_text('{"seed_results": {"1": {"val_bpb": 1.05}, "2": {"val_bpb": 1.06}}}')
+    for other in ("1019", str(silent), scored_record(tmp_path / "sp1024", 62_021_632, "c")):
+        assert main(["compare", challenge, other]) == 0
+        output = capsys.readouterr().out
+        assert "Both are scored" not in output and "In words: A clears the bar" in output
+
+
+def test_the_help_says_what_exit_codes_mean(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Exit code 0 if they were compared, also where A is not better; 2 if they cannot be" in said

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 from train.errors import UserError
 from train.files import read_json
 from train.log_grammar import Log, Numbers, parse_log
+from train.submission.texts import TEXTS, ScoredText
 
 # per-seed scores of published records, from their submission.json, README or logs; losses where they are given
 _PUBLISHED: dict[str, tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...]]] = {
@@ -36,12 +37,14 @@ class Standing:
         seeds: as written; empty: not known.
         val_bpb: bits per byte, one per seed.
         val_loss: nats per token, one per seed; empty: not given.
+        text: what was scored; None: not written down.
     """
 
     name: str
     seeds: tuple[str, ...]
     val_bpb: tuple[float, ...]
     val_loss: tuple[float, ...] = ()
+    text: ScoredText | None = None
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -59,7 +62,7 @@ def find_standing(name: str) -> Standing:
     """
     number = name.removeprefix("#")
     if number in _PUBLISHED and not Path(name).exists():
-        return Standing(f"#{number}", *_PUBLISHED[number])
+        return Standing(f"#{number}", *_PUBLISHED[number], text=ScoredText(challenge=True))
     path = Path(name)
     if not path.exists():
         raise UserError(
@@ -70,7 +73,7 @@ def find_standing(name: str) -> Standing:
     if source.exists():
         values = read_json(source, "give a record's submission.json")
         if values.get("seed_results"):
-            return _from_json(name, source, values["seed_results"])
+            return _from_json(name, source, values)
     logs = sorted(path.glob("*.log")) if path.is_dir() else []
     if not logs:
         raise UserError(f"{source}: expected scores per seed (seed_results), found none, nor a log beside it")
@@ -94,7 +97,22 @@ def exact_score(log: Log) -> Numbers | None:
     return finals[-1] if finals and is_score(finals[-1]) else None
 
 
-def _from_json(name: str, source: Path, results: Any) -> Standing:
+def scored_text(submission: Mapping[str, Any]) -> ScoredText | None:
+    """What a submission.json says of the text that was scored; None: nothing."""
+    evaluation, tokenizer = submission.get("evaluation"), submission.get("tokenizer")
+    if not isinstance(evaluation, dict) or not is_number(whole := evaluation.get("validation_tokens")):
+        return None
+    scored, window = evaluation.get("tokens"), evaluation.get("window")
+    # the older rule scores the last tokens several times
+    tokens = int(min(scored, whole) if is_number(scored) else whole)
+    row = int(window) if is_number(window) and window >= 1 else 1
+    digest = tokenizer.get("sha256") if isinstance(tokenizer, dict) else None
+    challenge = any(abs(tokens - known) < row for known, _ in TEXTS.values())
+    return ScoredText(challenge, tokens, row, digest if isinstance(digest, str) else "")
+
+
+def _from_json(name: str, source: Path, submission: Mapping[str, Any]) -> Standing:
+    results = submission["seed_results"]
     if not isinstance(results, dict):
         raise UserError(f"{source}: seed_results: expected an object, seed to scores, found {type(results).__name__}")
     for seed, scores in results.items():
@@ -103,7 +121,7 @@ def _from_json(name: str, source: Path, results: Any) -> Standing:
     losses = [scores.get("val_loss") for scores in results.values()]
     known = all(is_number(loss) for loss in losses)
     scores = tuple(float(scores["val_bpb"]) for scores in results.values())
-    return Standing(name, tuple(results), scores, tuple(losses) if known else ())
+    return Standing(name, tuple(results), scores, tuple(losses) if known else (), scored_text(submission))
 
 
 def _from_logs(name: str, logs: list[Path]) -> Standing:

@@ -11,6 +11,7 @@ from scipy import stats
 
 from train.errors import UserError
 from train.submission.standing import Standing
+from train.submission.texts import one_text
 from train.wording import counted
 
 BAR = 0.005
@@ -96,16 +97,32 @@ def readings(ours: Standing, theirs: Standing) -> list[Reading]:
     return [Reading(name, bar, welch(ours.val_bpb, theirs.val_bpb, bar)) for name, bar in bars]
 
 
+def incomparable(ours: Standing, theirs: Standing) -> str:
+    """Why the scores of two records say nothing about each other; empty: nothing is known against it."""
+    same = one_text(ours.text, theirs.text)
+    foreign = any(side.text is not None and not side.text.challenge for side in (ours, theirs))
+    if same or (same is None and not foreign):
+        return ""
+    reason = "scored on different texts" if same is False else "not known to be scored on one text"
+    sides = (f"{side.name} on {side.text or 'a text that is not written down'}" for side in (ours, theirs))
+    return f"{reason}, so that the scores say nothing about each other: {', '.join(sides)}"
+
+
 def comparison_text(ours: Standing, theirs: Standing) -> str:
     """Two records side by side, Welch's test and the three readings of the bar, in words.
 
     Raises:
-        UserError: see `welch`.
+        UserError: see `incomparable` and `welch`.
     """
+    reason = incomparable(ours, theirs)
+    if reason:
+        raise UserError(f"{reason}: compare records whose runs had one validation text")
     plain = welch(ours.val_bpb, theirs.val_bpb)
     tests = readings(ours, theirs)
     gain = statistics.fmean(theirs.val_bpb) - statistics.fmean(ours.val_bpb)
     lines = [f"A  {_side(ours)}", f"B  {_side(theirs)}", ""]
+    if ours.text and not ours.text.challenge:
+        lines += [f"Both are scored on {ours.text}.", ""]
     if gain > 0:
         lines.append(f"A is better by {gain:.8f} bits per byte.")
     else:

@@ -10,8 +10,8 @@ from train.config import LOCAL
 from train.submission.base import Base
 from train.submission.record import evaluation, form
 from train.submission.runs import FinishedRun
-from train.submission.standing import Standing
-from train.submission.statistics import comparison_text
+from train.submission.standing import Standing, scored_text
+from train.submission.statistics import comparison_text, incomparable
 from train.submission.summary import STAGES, resumed_note
 from train.wording import counted
 
@@ -116,8 +116,10 @@ def _differences(run: FinishedRun, submission: dict[str, Any], base: Base) -> li
     if base.standing is not None and len(submission["seeds"]) > 1:
         results = submission["seed_results"]
         bpb, loss = (tuple(result[name] for result in results.values()) for name in ("val_bpb", "val_loss"))
-        ours = Standing(submission["name"], tuple(results), bpb, loss)
-        lines += ["", "```", comparison_text(ours, base.standing), "```"]
+        ours = Standing(submission["name"], tuple(results), bpb, loss, scored_text(submission))
+        reason = incomparable(ours, base.standing)
+        compared = [f"Not compared: {reason}."] if reason else ["```", comparison_text(ours, base.standing), "```"]
+        lines += ["", *compared]
     return lines
 
 

@@ -14,19 +14,10 @@ from train.errors import UserError
 from train.submission.evidence import Evidence
 from train.submission.rules.finding import Finding, fails, holds, judged, unseen
 from train.submission.standing import is_number, is_score
+from train.submission.texts import TEXTS
 
 # two pairs of numbers with 8 decimals agree to this
 _SAME = 3e-8
-# validation texts: name → scored tokens, bytes; from the published logs
-TEXTS = {
-    "sp1024": (62_021_632, 151_080_362),
-    "sp1024, older export": (63_779_840, 155_769_746),
-    "sp2048": (50_905_088, 150_746_272),
-    "sp4096": (45_508_608, 151_074_052),
-    "sp4096 of #1285": (45_514_752, 151_074_924),
-    "sp8192": (40_540_160, 151_078_222),
-    "CaseOps sp8192": (47_851_520, 151_084_309),
-}
 # bytes of the last 64 tokens, which the older rule scores 31 times more
 _TAIL_TOKENS, _TAIL_BYTES = 31 * 64, {"sp1024": 4_434, "sp4096": 4_991}
 
