@@ -73,6 +73,7 @@ def test_text_makes_a_dataset_that_can_be_trained_on(run, texts: list[str], tmp_
     printed = run("text", folder, "--vocab", 400, "--out", out, "--name", "mine")
     info = read_manifest(out)
     assert info and f"{info.train.tokens:,} tokens" in printed and "MB/s" in printed
+    assert f"{info.val.text_bytes:,} bytes, {info.val.normalized_bytes:,} as normalized" in printed
     assert f"gzip -9 {info.yardsticks['gzip -9']:.2f}, xz -9 {info.yardsticks['xz -9']:.2f}" in printed
     assert f"python -m train --data_path {out} --vocab_size 400" in printed
     load_tokenizer(find_tokenizer(out, 400), 400)
@@ -114,6 +115,7 @@ def test_build_reports_what_it_made(run, texts: list[str], tmp_path: Path) -> No
         info and info.val.documents == 5 and info.train.tokens == 3000 and "yardsticks" in printed and "MB/s" in printed
     )
     assert [path.name for path in find_shards(tmp_path / "d", "train")] == ["fineweb_train_000000.bin"]
+    assert f"{info.val.text_bytes:,} bytes, {info.val.normalized_bytes:,} as normalized" in printed
     assert "val: 5 documents, " in printed and printed.count(" tokens, 1 shard\n") == 2
 
 

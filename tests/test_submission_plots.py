@@ -79,7 +79,7 @@ def test_bpb_shows_validations_the_artifact_and_the_yardsticks_that_were_measure
     levels = {label: {y for _, y in points} for label, points in over_steps.items()}
     assert levels == {
         "artifact, sliding: 1.1041": {1.1040946}, "artifact, flat: 1.1041": {1.10412345},
-        "gzip -9 1.9612": {1.96123456}, "xz -9 1.4012": {1.40123456},
+        "gzip -9 after the training text: 1.9612": {1.96123456}, "xz -9 after the training text: 1.4012": {1.40123456},
     }  # fmt: skip
     assert over_seconds.keys() == over_steps.keys()
     # a flat score is drawn once

@@ -159,7 +159,7 @@ def test_readme_repeats_summary_and_submission_to_the_last_digit(tmp_path: Path)
     assert float(rows["before training, flat"]) == 3.48761234
     assert float(rows["before quantization, flat"]) == 1.08741234
     assert float(rows["artifact, flat"]) == 1.10412345
-    assert float(rows["gzip -9, for comparison"]) == 1.96123456
+    assert float(rows["gzip -9 after the training text, for comparison"]) == 1.96123456
     assert rows["bytes"] == "code 83,119 + model 15,898,181 = 15,981,300 of 16,000,000 bytes (99.9 %)"
     assert rows["steps"] == "4,964" and rows["ms per step"] == "118.87" and rows["bytes of mlp"] == "7,000,000"
     assert rows["seconds per stage"] == "data 3.5, train 610.2, quantize 20.1, evaluate 90.0; 723.9 in all"
@@ -183,10 +183,10 @@ def test_summary_text_is_the_block_a_run_ends_with() -> None:
         "example (recipe sp8192_sdclip, seed 1337, 37,022,811 parameters)",
         "  val_bpb    1.1041 bits per byte, from the bytes of the artifact",
         "             1.1041 flat, 1.0874 before quantization, flat, 3.4876 before training",
-        "  beside it  gzip -9 1.9612, xz -9 1.4012",
+        "  beside it  gzip -9 after the training text 1.9612, xz -9 after the training text 1.4012",
         "  size       code 83,119 + model 15,898,181 = 15,981,300 of 16,000,000 bytes (99.9 %)",
         "  training   4,964 steps of 118.87 ms, 590.1 s",
-        "  scored     40,540,160 tokens, 151,078,222 bytes of text, 81.5 s",
+        "  scored     40,540,160 tokens, 151,078,222 bytes of text as normalized, 81.5 s",
         "  seconds    data 3.5, train 610.2, quantize 20.1, evaluate 90.0; 723.9 in all",
         "  folder     runs/example",
     ]

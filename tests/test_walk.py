@@ -15,6 +15,7 @@ from walk_runs import Finished, command, flags, record, small
 
 from train.artifact import ArtifactInfo, encode_artifact, load_model
 from train.checkpoint import load_weights, read_tensors
+from train.data.manifest import read_manifest
 from train.data.validation import load_validation
 from train.errors import UserError
 from train.evaluate.__main__ import main as evaluate
@@ -109,6 +110,10 @@ def test_the_artifact_scores_what_the_quantized_model_in_memory_scores(finished:
     recorded = json.loads(finished.folder.summary.read_text())
     assert scores[1].val_bpb == pytest.approx(recorded["val_bpb"], abs=1e-6)
     assert (scores[1].tokens, scores[1].bytes) == (recorded["tokens"], recorded["bytes"])
+    manifest = read_manifest(config.data_path)
+    # the compressors did not stop at eval_max_tokens
+    said = {f"{name} after the training text and over more text": bits for name, bits in manifest.yardsticks.items()}
+    assert recorded["yardsticks"] == said and len(said) == 2
 
 
 @pytest.mark.usefixtures("short_fit")

@@ -122,6 +122,10 @@ def describe_dataset(
     counted = {
         split: count_bytes(paths[split], tables) if split == "val" or count_train_bytes else None for split in counts
     }
+    print(
+        f"text to score: {counts['val'][1]:,} bytes, {counted['val']:,} as normalized, which bits per byte are per",
+        flush=True,
+    )
     splits = {
         split: SplitInfo(*counts[split], counted[split], sum(map(check_shard, paths[split])), len(paths[split]))
         for split in counts

@@ -38,7 +38,7 @@ def summarize(folder: RunFolder) -> Summary:
     bytes_code, bytes_prefix = sizes[-1]["code_bytes"], sizes[-1].get("prefix_bytes", 0)
     manifest = read_manifest(config.data_path)
     # the compressors did not stop at eval_max_tokens
-    beyond = " over more text" if config.eval_max_tokens else ""
+    condition = "after the training text" + (" and over more text" if config.eval_max_tokens else "")
     return Summary(
         run_id=folder.path.name,
         recipe=config.recipe,
@@ -67,7 +67,7 @@ def summarize(folder: RunFolder) -> Summary:
         step0_val_bpb=training["first"].get("val_bpb"),
         prequant_val_bpb=training["last"].get("val_bpb"),
         flat_val_bpb=flat["val_bpb"],
-        yardsticks={f"{name}{beyond}": value for name, value in (manifest.yardsticks if manifest else {}).items()},
+        yardsticks={f"{name} {condition}": value for name, value in (manifest.yardsticks if manifest else {}).items()},
         label=score.get("label", ""),
         model_groups=group_bytes(artifact.info.rows()),
     )

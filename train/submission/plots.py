@@ -77,7 +77,7 @@ def plot_bpb(
         levels.append((f"artifact, flat: {summary.flat_val_bpb:.4f}", summary.flat_val_bpb, VERMILION, ":"))
     colors = (INK, PURPLE, GREEN, ORANGE)
     for (name, value), color in zip(summary.yardsticks.items(), colors, strict=False):
-        levels.append((f"{name} {value:.4f}", value, color, "--"))
+        levels.append((f"{name}: {value:.4f}", value, color, "--"))
     for axis, column in zip(panels, (0, 1), strict=True):
         _curve(axis, val, column, label=f"while training, {validation}", **MEASURED)
         for label, value, color, style in levels:

@@ -137,7 +137,10 @@ def readme(summary: Summary, config: Config, name: str) -> str:
     ]
     facts = [
         ("val_loss (nats per token)", f"{summary.val_loss:.8f}"),
-        ("scored", f"{summary.tokens:,} tokens, {summary.bytes:,} bytes, in {summary.eval_seconds:.1f} s"),
+        (
+            "scored",
+            f"{summary.tokens:,} tokens, {summary.bytes:,} bytes as normalized, in {summary.eval_seconds:.1f} s",
+        ),
         ("steps", f"{summary.steps:,}"),
         ("ms per step", f"{summary.step_avg_ms:.2f}"),
         ("training clock (s)", f"{summary.train_seconds:.1f}"),

@@ -58,7 +58,8 @@ class Summary:
         hardware: devices, by name and number.
         torch: version.
         python: version.
-        yardsticks: compressor → bits per byte of the validation text, e.g. `gzip -9`.
+        yardsticks: compressor, and what it has seen before → bits per byte of the validation text, e.g. `xz -9 after the
+            training text`; see `train.data.build.yardsticks`.
         model_groups: group of tensors → bytes in the artifact, in all `bytes_model`; empty: not measured.
         target_bytes: that `target_mb` was to reach by pruning; 0: none.
         label: what stands beside every score of a run that breaks the rules; empty: nothing.
@@ -215,7 +216,10 @@ def summary_text(summary: Summary, run_dir: str | Path | None = None) -> str:
             "training",
             f"{counted(summary.steps, 'step')} of {summary.step_avg_ms:.2f} ms, {summary.train_seconds:.1f} s",
         ),
-        ("scored", f"{summary.tokens:,} tokens, {summary.bytes:,} bytes of text, {summary.eval_seconds:.1f} s"),
+        (
+            "scored",
+            f"{summary.tokens:,} tokens, {summary.bytes:,} bytes of text as normalized, {summary.eval_seconds:.1f} s",
+        ),
         ("seconds", stage_line(summary)),
         ("folder", str(run_dir or "")),
     ]
