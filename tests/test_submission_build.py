@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from train.config import Config
 from train.data.paid_prefix import NOT_COMPLIANT
@@ -131,11 +132,16 @@ def test_a_setting_that_a_recipe_changes_back_to_the_default_is_kept() -> None:
     assert settings["MODEL_DIM"] == "512"
 
 
-def test_requirements_are_the_packages_installed_here(record: Path) -> None:
+def test_requirements_are_the_packages_installed_here(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = (record / "requirements.txt").read_text().splitlines()
-    # the installed package's version: torch's own adds what it was built for, which no registry takes
-    assert f"torch=={importlib.metadata.version('torch')}" in lines
+    installed = importlib.metadata.version("torch")
+    assert f"torch=={installed.split('+')[0]}" in lines
     assert {line.partition("==")[0] for line in lines} >= {"brotli", "numpy", "sentencepiece", "torch"}
+    for local in ("2.13.0+cpu", "2.13.0+cu128"):
+        monkeypatch.setattr(importlib.metadata, "version", lambda package, local=local: local)
+        found = build.requirements(record, Config(recipe="quickstart"))
+        assert set(found.splitlines()) >= {"torch==2.13.0", "numpy==2.13.0"} and "+" not in found
+    assert json.loads((record / "submission.json").read_text())["pytorch_version"] == torch.__version__
 
 
 @pytest.mark.parametrize("form", ["", *FORMS])

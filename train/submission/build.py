@@ -196,14 +196,18 @@ def script_score(folder: Path, run: FinishedRun) -> dict[str, Any]:
 
 
 def requirements(folder: Path, config: Config) -> str:
-    """The packages that the script in `folder` imports, in the versions installed here."""
+    """The packages that the script in `folder` imports, in the versions installed here, without what they were built for.
+
+    An index that serves torch 2.13.0 has no 2.13.0+cpu.
+    """
     carried = script_modules(config.recipe, script_settings(config))
     sources = [*carried.sources.values(), decoded((folder / "train_gpt.py").read_bytes())]
     names = {name for source in sources for node in ast.walk(ast.parse(source)) for name in _imported(node)}
     names |= {_CODEC_PACKAGES[config.codec]} if config.codec in _CODEC_PACKAGES else set()
     providers = importlib.metadata.packages_distributions()
     packages = {providers[name][0] for name in names - {"train", "golf_kernels"} if name in providers}
-    return "".join(f"{package}=={importlib.metadata.version(package)}\n" for package in sorted(packages))
+    versions = {package: importlib.metadata.version(package).partition("+")[0] for package in packages}
+    return "".join(f"{package}=={versions[package]}\n" for package in sorted(packages))
 
 
 def _calibration(config: Config) -> str:
