@@ -181,6 +181,25 @@ def test_the_table_shows_the_numbers_sorted_by_score(browser_page: Page) -> None
 
 
 @needs_chromium
+@pytest.mark.parametrize(
+    ("seeds", "counted", "deviates"),
+    [([42, 314, 999], "3", True), ([42, 42, 42], "3 runs, 1 seed", False), ([42, 42, 999], "3 runs, 2 seeds", False)],
+)
+def test_runs_of_one_seed_are_no_seeds(browser_page: Page, seeds: list[int], counted: str, deviates: bool) -> None:
+    cells = browser_page.evaluate(
+        """(seeds) => {
+            const wide = data.runs.filter((run) => run.id.startsWith("wide_"));
+            fillGroups(wide.map((run, index) => ({ ...run, seed: seeds[index] })));
+            const cells = [...document.querySelector("#groups tbody tr").cells].map((cell) => cell.textContent);
+            render();
+            return cells;
+        }""",
+        seeds,
+    )
+    assert cells[1] == counted and (cells[3] != "–") == deviates and cells[2] != "–"
+
+
+@needs_chromium
 def test_points_are_drawn_where_the_axes_say(browser_page: Page) -> None:
     for number, offset in ((0, -0.1), (4, 0.0)):
         scale_x, origin_x = ticks(browser_page, "chart-bpb", "x")
