@@ -162,7 +162,7 @@ def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Devic
     times = [family_ms(step.kernels, device) for step in steps]
     totals = [step.ms(device) for step in steps]
     rows: list[tuple[str, list[str]]] = [
-        (family, [f"{found.get(family, 0.0):.2f}" for found in times])
+        (family, [f"{found[family]:.2f}" if family in found else "–" for found in times])
         for family, _ in Counter({name: ms for found in times for name, ms in found.items()}).most_common()
     ]
     rows += [

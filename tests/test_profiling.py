@@ -49,7 +49,7 @@ from train.values import ConfigError, parse_steps
         ("aten::bmm", "matrix products"),
         ("aten::tanh", "elementwise and norms"),
         ("void at::native::vectorized_elementwise_kernel<4, MulFunctor<float>>", "elementwise and norms"),
-        ("golf::leaky_relu2_mlp_backward", "mlp"),
+        ("golf::leaky_relu2_mlp_backward", "mlp kernels"),
         ("golf::qk_norm_rope_backward", "attention"),
         ("golf::mix_rms_norm_backward", "elementwise and norms"),
         ("golf::xsa_backward", "attention"),
@@ -68,8 +68,8 @@ def test_kernels_are_told_apart(kernel: str, family: str) -> None:
 @pytest.mark.parametrize(
     ("module", "family"),
     [
-        ("newton_schulz_triton", "muon"), ("muon_triton", "muon"), ("leaky_relu2_mlp_triton", "mlp"),
-        ("softcapped_cross_entropy_triton", "head and loss"), ("qk_norm_rope_triton", "attention"),
+        ("newton_schulz_triton", "muon kernels"), ("muon_triton", "muon kernels"), ("leaky_relu2_mlp_triton", "mlp kernels"),
+        ("softcapped_cross_entropy_triton", "head and loss kernels"), ("qk_norm_rope_triton", "attention"),
         ("mix_rms_norm_triton", "elementwise and norms"),
         ("xsa_triton", "attention"), ("xsa_linear_triton", "attention"),
     ],

@@ -86,6 +86,16 @@ def test_a_way_of_any_name_has_a_column_of_its_own() -> None:
     assert {len(row) for row in rows} == {len(head)}
 
 
+def test_a_family_that_a_way_has_no_kernel_of_takes_no_time() -> None:
+    kernels = {"torch": [Kernel("aten::mm", 790e9, 1e6)], "golf": [Kernel("up_kernel", 643e9, 1.0, "triton")]}
+    steps = [schedule.Step(way, launched, [], [], 0, []) for way, launched in kernels.items()]
+    config = share_config("baseline", torch.device("cuda", 0), tiny=False)
+    _, _, products, own, *_ = (
+        line.rsplit(maxsplit=2) for line in schedule.table(config, steps, False, H100).splitlines()
+    )
+    assert (products, own) == (["matrix products", "1.00", "–"], ["mlp kernels", "–", "1.00"])
+
+
 def test_a_schedule_without_all_products_is_refused() -> None:
     step = schedule.Step("torch+x", [Kernel("aten::mm", 2e12, 1.0)], [Kernel("aten::mm", 3e12, 1.0)], [], 0, [])
     schedule.check_complete(step, 5e12)

@@ -31,9 +31,12 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     # a compiler's kernels have the names of all that was fused into them; tem are its matrix products
     (_ELEMENTWISE, r"^triton_(?!tem)"),
     ("communication", r"nccl|gloo|c10d"),
-    ("muon", r"newton_schulz|muon|^(pack|norm|aol_sums|aol_scale|symmetric|product|momentum|moments|apply)_kernel"),
-    ("mlp", r"leaky_relu2|^(inverse_rms|up|down|dpre|dx)_kernel"),
-    ("head and loss", r"cross_entropy|nll_|softcap|^(loss_and_gradient|row_nll)_kernel"),
+    (
+        "muon kernels",
+        r"newton_schulz|muon|^(pack|norm|aol_sums|aol_scale|symmetric|product|momentum|moments|apply)_kernel",
+    ),
+    ("mlp kernels", r"leaky_relu2|^(inverse_rms|up|down|dpre|dx)_kernel"),
+    ("head and loss kernels", r"cross_entropy|nll_|softcap|^(loss_and_gradient|row_nll)_kernel"),
     ("attention", r"flash|fmha|attention|attn|sdpa|qk_norm_rope|xsa|^(rotate|unrotate)_kernel"),
     ("matrix products", r"^triton_tem|gemm|cutlass|cublas|nvjet|xmma|aten::(mm|addmm|bmm|baddbmm|linear|matmul)\b"),
     ("optimizer and average", r"multi_tensor|foreach|adam|lerp"),
