@@ -62,11 +62,11 @@ def profile_variant(variant: StepVariant, bench: Bench, recurrence: bool) -> tup
     return trace, breakdown(kernel_times(trace), PROFILED_STEPS), busy_ms(trace, PROFILED_STEPS)
 
 
-def peak_mib(variant: StepVariant, bench: Bench, recurrence: bool) -> float:
-    """Largest memory allocated in a step above what is allocated between steps, all variants' weights among it."""
+def peak_mib(variant: StepVariant, bench: Bench, recurrence: bool) -> float | None:
+    """Largest memory allocated in a step above what is allocated between steps, all variants' weights among it; on a GPU."""
     device = bench.clock.device
     if device.type != "cuda":
-        return float("nan")
+        return None
     torch.cuda.synchronize(device)
     between = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -115,12 +115,14 @@ def measure_ways(names: list[str], bench: Bench, recurrence: bool, traces: Path 
         # its times count all the same
         except Exception as error:
             problems.append(f"{said_of(variant, error)}, while it was profiled")
-            trace, families, busy, peak = None, {}, None, float("nan")
+            trace, families, busy, peak = None, {}, None, None
         cells = [f"{row[name]:.2f}" for name in ("p20", "p50", "p80")]
-        cells += [f"{1e3 * bench.share_tokens / row['p50']:,.0f}", f"{base['p50'] / row['p50']:.2f} x"]
+        # a tiny step is made of what a real one hides: launches
+        faster = f"{base['p50'] / row['p50']:.2f} x" if bench.keep else "–"
+        cells += [f"{1e3 * bench.share_tokens / row['p50']:,.0f}", faster]
         cells += [f"{row['tflops'] / limits.tflops:.1%}", f"{row['tflops'] / datasheet:.1%}" if datasheet else "–"]
         cells += [f"{busy:.2f}", f"{row['p50'] - busy:.2f}"] if busy is not None else ["–", "–"]
-        cells += [f"{peak:.0f}", f"{variant.first_step_s:.1f}"]
+        cells += [f"{peak:.0f}" if peak is not None else "–", f"{variant.first_step_s:.1f}"]
         print(f"{variant.name:<28}" + "".join(f"{cell:>10}" for cell in cells))
         if trace is None:
             continue
