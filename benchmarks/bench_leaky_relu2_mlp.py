@@ -58,13 +58,13 @@ def kernels(shape: Shape) -> dict[str, list[Kernel]]:
 
 def predict(shape: Shape) -> str:
     """Times computed from bytes and FLOPs, per pass and device."""
-    lines = [f"computed, not measured: {shape.rows}x{shape.d}x{shape.hidden}, ms"]
+    lines = [f"computed, not measured: {shape.rows}x{shape.d}x{shape.hidden}, µs"]
     for device in DEVICES:
         passes = {name: sum(k.floor_ms(device) for k in group) for name, group in kernels(shape).items()}
         products = 12.0 * shape.rows * shape.d * shape.hidden / (device.tflops * 1e9)
-        parts = ", ".join(f"{name} {time:.3f}" for name, time in passes.items())
+        parts = ", ".join(f"{name} {1e3 * time:.4g}" for name, time in passes.items())
         lines.append(
-            f"  {device.name} ({device.tflops:.0f} TF/s, {device.gbps:.0f} GB/s): {parts}; products {products:.3f}"
+            f"  {device.name} ({device.tflops:.0f} TF/s, {device.gbps:.0f} GB/s): {parts}; products {1e3 * products:.4g}"
         )
     return "\n".join(lines)
 

@@ -120,14 +120,14 @@ class Chain:
 
     def predict(self, shape: Any) -> str:
         """Times computed from bytes and arithmetic, per device, implementation and pass."""
-        lines = [f"computed, not measured: {shape}, ms"]
+        lines = [f"computed, not measured: {shape}, µs"]
         for device in DEVICES:
             for name, passes in self.traffic(shape).items():
                 times = {
                     part: Kernel(part, self.flops(shape).get(part, 0.0), size).floor_ms(device)
                     for part, size in passes.items()
                 }
-                parts = ", ".join(f"{part} {time:.3f}" for part, time in times.items())
+                parts = ", ".join(f"{part} {1e3 * time:.4g}" for part, time in times.items())
                 lines.append(f"  {device.name} ({device.gbps:.0f} GB/s), {name}: {parts}")
         return "\n".join(lines)
 

@@ -45,7 +45,7 @@ def test_predictions(name, hidden):
     found = [sum(kernel.floor_ms(device) for kernel in groups[part]) for part in ("forward", "backward")]
     assert found == pytest.approx(FLOORS[name, hidden], abs=1e-3)
     line = next(line for line in bench.predict(bench.Shape(98_304, 512, hidden)).split("\n") if name in line)
-    assert f"forward {found[0]:.3f}, backward {found[1]:.3f}" in line
+    assert f"forward {1e3 * found[0]:.4g}, backward {1e3 * found[1]:.4g}" in line
 
 
 def test_traffic_in_activations():
