@@ -48,6 +48,10 @@ from train.stages import quantize_stage
 from train.submission.plots import BLUE, DPI, FAINT, INK, ORANGE
 
 SIGMAS = (5.0, 6.5, 8.0, 10.0, 12.85, 16.0, 20.0, 26.0)
+BELOW_ENTROPY = (
+    "less than the entropy: that is of a group's codes without order, while those of a trained model are not independent, so "
+    "that a codec with context can take less"
+)
 _COLORS = (BLUE, ORANGE)
 
 
@@ -249,7 +253,10 @@ def report_codecs(tensors: StoredTensors, config: Config, codecs: Sequence[str])
     rows = codec_rows(tensors, config, codecs)
     plans, _ = plan_sections(tensors)
     codes = {plan.group: sum(map(len, plan.parts)) for plan in plans if not plan.floats}
-    print(f"{codec_table(rows, sum(codes.values()))}\n\n{group_table(rows, codes)}", flush=True)
+    print(codec_table(rows, sum(codes.values())))
+    if min(row.code_bytes for row in rows) < rows[0].code_bytes:
+        print(BELOW_ENTROPY)
+    print(f"\n{group_table(rows, codes)}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

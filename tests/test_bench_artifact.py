@@ -50,6 +50,23 @@ def test_rows_are_the_sizes_of_real_files(tmp_path: Path) -> None:
         assert row.encode_s > 0 and row.read_s > 0
 
 
+@pytest.mark.parametrize("dependent", [False, True])
+def test_less_than_the_entropy_is_explained_where_a_codec_takes_less(
+    dependent: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = bench_artifact.made_tensors(layers=1, dim=64, vocab_size=64)
+    if dependent:
+        # each row is the first one again, which zlib sees
+        tensors = {
+            name: dataclasses.replace(tensor, codes=tensor.codes[:1].expand_as(tensor.codes).contiguous())
+            for name, tensor in tensors.items()
+        }
+    bench_artifact.report_codecs(tensors, Config(), ["zlib"])
+    table, _, _ = capsys.readouterr().out.partition("\n\n")
+    assert bool(re.search(r"^zlib .* -\d", table, re.MULTILINE)) == dependent
+    assert table.endswith(bench_artifact.BELOW_ENTROPY) == dependent
+
+
 def test_a_codec_that_loses_a_bit_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = CODECS["lzma"]
     lossy = dataclasses.replace(honest, _encode=lambda data: honest.encode(data[:-1] + bytes([data[-1] ^ 1])))
