@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from submission_runs import narrow
 
+import train.quantize.__main__
 from train.config import Config
 from train.data.paid_prefix import NOT_COMPLIANT
 from train.errors import UserError
@@ -27,6 +29,8 @@ from train.submission.build import Labels, build_record, recipe_settings
 from train.submission.evidence import read_evidence
 from train.submission.rules import Finding, Verdict, judge
 from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
+from train.submission.summary import Summary
+from train.walk import walk
 
 LABELS = Labels("Ada", "ada", "", "", "10min_16mb")
 
@@ -160,6 +164,27 @@ def test_the_script_knows_no_name_and_is_as_large_as_the_run_counted(
             counted = counted_code_bytes(config.replace(code_form=form))
             assert counted == len(scripts[-1]) == submission["bytes_code"]
     assert len(set(scripts)) == 1
+
+
+def test_a_run_that_ended_before_its_recurrence_counts_the_script_that_is_shipped(
+    runs: list[Path], tmp_path: Path, no_proof: None
+) -> None:
+    dataset = Path(RunFolder(runs[0]).read_config().data_path)
+    config = narrow(
+        dataset, tmp_path / "runs", 42, iterations=2, recur_start_step=2, matrix_clip="sdclip", target_bytes=120_000
+    )
+    folder = walk(config)
+    sizes = [counted_code_bytes(settings) for settings in (folder.read_config(), folder.trained_config())]
+    assert sizes[0] != sizes[1]
+    build_record([folder.path], tmp_path / "mine", LABELS, single_file="wrapped")
+    shipped = (tmp_path / "mine/train_gpt.py").stat().st_size
+    assert Summary.read(folder.summary).bytes_code == shipped == sizes[0]
+    text = (folder.path / "train_seed42.log").read_text()
+    fitted = [int(size) for size in re.findall(r"^fit:(\d+) of 120000 bytes", text, re.M)]
+    assert shipped + folder.artifact.stat().st_size in fitted
+    assert train.quantize.__main__.main([str(folder.path)]) == 0
+    text = (folder.path / "train_seed42.log").read_text()
+    assert re.findall(r"^Code size: (\d+) bytes", text, re.M) == [str(shipped)] * 2
 
 
 def test_a_base_is_compared_in_settings_and_scores(

@@ -90,11 +90,17 @@ def train_stage(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger)
 
 
 def quantize_stage(
-    config: Config, model: GPT, ranks: Ranks, log: RunLogger, encoder: Encoder | None = None
+    config: Config,
+    model: GPT,
+    ranks: Ranks,
+    log: RunLogger,
+    encoder: Encoder | None = None,
+    *,
+    packed: Config | None = None,
 ) -> StoredTensors:
     """Calibrate, round, and return what the artifact stores; the same on every rank.
 
-    `encoder` keeps, for `artifact_stage`, what a fit to `target_bytes` encoded.
+    `encoder` keeps, for `artifact_stage`, what a fit to `target_bytes` encoded; `packed` as there.
     """
     encoder = encoder or Encoder()
     names = matrices_to_calibrate(model, config)
@@ -111,7 +117,7 @@ def quantize_stage(
     if config.target_bytes:
         from train.artifact.fitting import fit_target
 
-        tensors = fit_target(config, model, hessians, quantize, ranks, log, encoder)
+        tensors = fit_target(config, packed or config, model, hessians, quantize, ranks, log, encoder)
     else:
         tensors = quantize({})
     log.line(f"gptq:quantized {len(tensors)} tensors in {time.perf_counter() - started:.1f}s")
@@ -130,6 +136,7 @@ def artifact_stage(
     log: RunLogger,
     *,
     encoder: Encoder,
+    packed: Config | None = None,
     before_replacing: Callable[[], object] = lambda: None,
 ) -> GPT:
     """Prune if the settings say so, write the artifact, read it back from its bytes, and make sure that nothing was lost.
@@ -142,12 +149,13 @@ def artifact_stage(
         ranks: this process among the others, all of which must call.
         log: is told the sizes.
         encoder: of `quantize_stage`.
+        packed: the settings that the script carries and its code is counted with; None: `config`.
         before_replacing: called on the first rank when the artifact fits, before it stands at `path`.
 
     Returns:
         The model that the artifact's bytes hold.
     """
-    code, paid = ranks.on_main(lambda: counted_code_bytes(config)), prefix_bytes(config)
+    code, paid = ranks.on_main(lambda: counted_code_bytes(packed or config)), prefix_bytes(config)
     if config.target_mb or config.prune_excess:
         from train.artifact.target import prune
 

@@ -103,8 +103,9 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
             with clock("train", found=folder.is_trained):
                 model = train_stage(config, folder, ranks, log)
             with clock("quantize"):
-                encoder = Encoder()
-                tensors = quantize_stage(folder.trained_config(), model, ranks, log, encoder)
+                # a script that trains again needs the recurrence that this run may have ended before
+                encoder, packed = Encoder(), folder.read_config()
+                tensors = quantize_stage(folder.trained_config(), model, ranks, log, encoder, packed=packed)
             with clock("artifact"):
                 model = artifact_stage(
                     folder.trained_config(),
@@ -114,6 +115,7 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
                     ranks,
                     log,
                     encoder=encoder,
+                    packed=packed,
                     before_replacing=folder.drop_scores,
                 )
             with clock("evaluate"):

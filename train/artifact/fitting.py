@@ -26,6 +26,7 @@ FIT_TOKENS = 1 << 15
 
 def fit_target(
     config: Config,
+    packed: Config,
     model: GPT,
     hessians: Mapping[str, Tensor],
     quantize: Callable[[Mapping[str, float]], StoredTensors],
@@ -33,7 +34,10 @@ def fit_target(
     log: RunLogger,
     encoder: Encoder,
 ) -> StoredTensors:
-    """Quantize so that code and model take at most `target_bytes`: by the row clips, and if these do not do by pruning."""
+    """Quantize so that code and model take at most `target_bytes`: by the row clips, and if these do not do by pruning.
+
+    The code is that of a script with the settings `packed`.
+    """
     started = time.perf_counter()
     loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
     batches: list[tuple[Tensor, Tensor]] = []
@@ -42,7 +46,7 @@ def fit_target(
     recurrence = bool(config.recur_layers)
     # what reads training data belongs to the clock of training
     reading_seconds = time.perf_counter() - started
-    counted = ranks.on_main(lambda: counted_code_bytes(config)) + prefix_bytes(config)
+    counted = ranks.on_main(lambda: counted_code_bytes(packed)) + prefix_bytes(config)
 
     def loss() -> float:
         nonlocal reading_seconds

@@ -64,8 +64,11 @@ def main(argv: list[str] | None = None) -> int:
         note_unread(config, os.environ, log.line)
         model: GPT = load_weights(folder).to(ranks.device)
         encoder, path = Encoder(), arguments.out or folder.artifact
-        tensors = quantize_stage(config, model, ranks, log, encoder)
-        artifact_stage(config, path, model, tensors, ranks, log, encoder=encoder, before_replacing=make_room)
+        packed = folder.read_config().replace(**changes)
+        tensors = quantize_stage(config, model, ranks, log, encoder, packed=packed)
+        artifact_stage(
+            config, path, model, tensors, ranks, log, encoder=encoder, packed=packed, before_replacing=make_room
+        )
         log.line(f"wrote {path}")
     return 0
 
