@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -59,6 +60,9 @@ def missing(part: Literal["cpp", "cuda"]) -> str | None:
     """Why a part of the extension cannot be used on any machine, and what to type; None where it can."""
     record = build_info()[part]
     if not record["built"]:
+        # what a script was packed into knows no source tree
+        if hasattr(sys.modules.get("__main__"), "PACKED_SCRIPT"):
+            return "a single script carries no compiled code, and PyTorch's form gives the same values"
         return f"not built: {record['reason']}; to change that, {record['remedy']}"
     if _extension is None:
         return f"built, but it does not import: {_import_error}; to repair it, run {REBUILD}"

@@ -1,6 +1,7 @@
 """The doctor: its data, its text, and the exit code when something is broken."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -115,3 +116,15 @@ def test_the_command_and_its_help():
     assert run.returncode == 0 and "--json" in run.stdout and "examples:" in run.stdout
     wrong = subprocess.run([sys.executable, "-m", "golf_kernels", "--jsn"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "unrecognized arguments: --jsn" in wrong.stderr
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly():
+    end, pipe = os.pipe()
+    os.close(end)
+    # as in a terminal: what is printed leaves at the end
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with open(pipe, "w") as closed:
+        run = subprocess.run(
+            [sys.executable, "-m", "golf_kernels"], env=environment, stdout=closed, stderr=subprocess.PIPE, check=False
+        )
+    assert (run.returncode, run.stderr) == (141, b"")

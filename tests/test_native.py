@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import types
 
 import pytest
@@ -28,6 +29,12 @@ def test_a_tree_that_was_never_installed():
         assert "pip install --no-build-isolation --no-deps -e ." in native.problem(part)
     with pytest.raises(RuntimeError, match=r"golf_kernels\._C: not built: this source tree was never installed"):
         native.extension()
+
+
+def test_a_packed_script(monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "PACKED_SCRIPT", "train_gpt.py", raising=False)
+    said = "a single script carries no compiled code, and PyTorch's form gives the same values"
+    assert native.problem("cpp") == native.problem("cuda") == said
 
 
 def test_an_extension_that_does_not_import(monkeypatch):
