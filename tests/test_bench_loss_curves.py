@@ -10,7 +10,9 @@ import torch
 from benchmarks import bench_loss_curves as bench
 from benchmarks import ways
 from benchmarks.tokens import MadeTokens
+from golf_kernels import dispatch
 from train.config import Config
+from train.model.fusion import CALLERS
 from train.recipes import load_recipe
 
 COMMAND = ["--tiny", "--device", "cpu", "--recipe", "quickstart", "--seeds", "2", "--steps", "4"]
@@ -43,6 +45,19 @@ def test_loss_curves_of_300_steps_lie_within_the_spread_of_seeds(config: Config,
     # log 300 is 5.7
     for curve in (*seeds, published):
         assert curve[:5].mean() > 5 and curve[-20:].mean() < 3.2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels of a CPU run in Triton's interpreter")
+def test_loss_curves_of_300_steps_of_all_kernels_lie_within_the_spread_of_seeds(config: Config) -> None:
+    narrower = config.replace(num_layers=2, parallel_start_layer=1, ve_layers=(1,), xsa_last_n=2, recur_layers=())
+    assert all("triton" in dispatch.available_backends(op) for op in CALLERS) and not ways.kernels_problem()
+    three = [trained(narrower.replace(seed=config.seed + number), "torch", 300) for number in range(3)]
+    golf = trained(narrower, "golf", 300)
+    distances, spread = bench.compare(three, {"golf": golf, "published": trained(narrower, "published", 300)})
+    # sums in another order: 0 would be PyTorch's operators under another name
+    assert 0 < distances["golf"] < spread / 10 and distances["published"] < spread < 0.1
+    assert golf[:5].mean() > 5 and golf[-20:].mean() < 3.2
 
 
 @pytest.mark.parametrize("wrong", [{"matrix_lr": 0.0}, {"matrix_lr": 0.0025}, "negated"])
