@@ -148,7 +148,8 @@ def test_the_score_says_whether_windows_share_layer_0(
         (["--stride", "0"], "per window: windows side by side have no token in common"),
     ):
         main([str(run), "--max-tokens", "100", *arguments])
-        assert capsys.readouterr().out.splitlines()[-3] == f"layer 0: {said}"
+        line = f"layer0:the first layer's queries, keys and values were computed {said}"
+        assert capsys.readouterr().out.splitlines()[-3] == line
         assert read_metrics(run / "metrics.jsonl")[-1]["layer0"] == said
     with pytest.raises(UserError, match="--share-layer0: expected 0 or 1, got 'maybe'"):
         main([str(run), "--share-layer0", "maybe"])

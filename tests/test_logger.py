@@ -29,7 +29,7 @@ def write_run(folder: Path) -> Path:
             seed=42,
         )
         log.warmup_step(1, 2)
-        log.warmup_step(2, 2)
+        log.warmup_step(2, 2, " (1 without recurrence, 1 with it)")
         log.val_step(0, 20, 6.93251234, 4.10581234, 0.0)
         log.train_step(1, 20, 6.91, 43.4, lr=0.04)
         log.train_step(10, 20, 5.12345, 435.4)
@@ -57,7 +57,7 @@ def test_lines_are_the_published_ones_to_the_character(tmp_path: Path) -> None:
         "world_size:2 grad_accum_steps:4",
         "seed:42",
         "warmup_step:1/2",
-        "warmup_step:2/2",
+        "warmup_step:2/2 (1 without recurrence, 1 with it)",
         "step:0/20 val_loss:6.9325 val_bpb:4.1058 train_time:0ms step_avg:0.00ms",
         "step:1/20 train_loss:6.9100 train_time:43ms step_avg:43.40ms lr:0.04",
         "step:10/20 train_loss:5.1235 train_time:435ms step_avg:43.54ms",

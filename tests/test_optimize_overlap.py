@@ -238,6 +238,8 @@ def check_numbers_decide(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Buckets start by number where they fill in another order, as they may do on one rank alone."""
     chain = ChainStep(ranks, OverlappedReduction)
     weights = list(chain.model.weights)
+    assert str(chain.reduction) == f"overlapped in {len(chain.reduction._buckets)} buckets"
+    assert str(ChainStep(ranks, Reduction).reduction) == "after the backward pass in 1 bucket"
     started: list[int] = []
     scatter = reduction_module._reduce_scatter
 
@@ -286,6 +288,7 @@ def test_one_process_has_nothing_to_overlap() -> None:
         model = GPT(config)
         optimizers = build_optimizers(model, config)
         assert optimizers.reduction.compiler({}) is None
+        assert str(optimizers.reduction) == "none (one process: nothing to reduce)"
         training_step(optimizers, model, Batches(Ranks(), text), Ranks(), True, 1.0, 0.9)
         ends.append(model.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())

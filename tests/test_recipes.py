@@ -258,7 +258,7 @@ def test_nothing_is_compiled_after_the_warm_up(name: str, tokens: Path, graphs: 
     from train.loop import warm_up
 
     class Silent:
-        def warmup_step(self, step: int, total: int) -> None: ...
+        def warmup_step(self, step: int, total: int, note: str = "") -> None: ...
 
     run = Training.begin(narrow(name, tokens, compile="on", warmup_steps=1, **SHORT))
     run.loss_of = compiled_loss(run.model, run.config, torch.device("cpu"))

@@ -29,6 +29,8 @@ from train.run import RunFolder
 from train.script.code_size import package_code_bytes
 from train.stages import quantize_stage
 from train.submission.gather import summarize
+from train.submission.record import readme
+from train.submission.summary import summary_text
 from train.walk import walk
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +65,8 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
     assert exact[-1].endswith(f"val_bpb:{submission['val_bpb']:.8f}")
     assert set(log["steps"]) == set(range(1, 11)) | {12}
     assert "recurrence:activated at step 6, layers " in text
+    assert "\nwarmup_step:2/2 (1 without recurrence, 1 with it)\n" in text and log["warmup_steps"] == 2
+    assert "\ngradient_reduction:none (one process: nothing to reduce)\n" in text
     assert log["sizes"]["total"] == submission["bytes_total"]
     assert log["finals"]["int6_sliding_window_exact"]["val_bpb"] == pytest.approx(submission["val_bpb"], abs=1e-8)
 
@@ -80,6 +84,15 @@ def test_metrics_keep_the_whole_score_with_its_timing(finished: Finished) -> Non
     assert [{"kind": "final", **score} for score in scores] == kept and len(kept) == 2
     for score in kept:
         assert score["tokens_per_second"] == pytest.approx(score["tokens"] / score["seconds"], rel=1e-3)
+
+
+def test_a_summary_says_where_recurrence_never_began(finished: Finished, tmp_path: Path) -> None:
+    assert "\n  recurrence " not in summary_text(summarize(finished.folder))
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    write_json(folder.training, {**folder.read_training(), "recurrence": False})
+    summary = summarize(folder)
+    assert "\n  recurrence never began (step 6)\n" in summary_text(summary)
+    assert "| recurrence | never began (step 6) |" in readme(summary, folder.read_config(), "name")
 
 
 def test_training_lowers_the_loss(finished: Finished) -> None:

@@ -125,9 +125,9 @@ class RunLogger:
         self.line(f"world_size:{world_size} grad_accum_steps:{grad_accum_steps}")
         self.line(f"seed:{seed}")
 
-    def warmup_step(self, step: int, total: int) -> None:
-        """`step` counts from 1."""
-        self.line(f"warmup_step:{step}/{total}")
+    def warmup_step(self, step: int, total: int, note: str = "") -> None:
+        """`step` counts from 1; a `note` goes to the line's end."""
+        self.line(f"warmup_step:{step}/{total}{note}")
 
     def train_step(self, step: int, total: int, train_loss: float, train_time_ms: float, **extra: Any) -> None:
         """Log the training loss of `step`; `train_time_ms` is the training clock, `extra` goes to the line's end."""

@@ -98,6 +98,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     ranks.copy_from(0, model.parameters())
     optimizers = build_optimizers(model, config, ranks.group)
     log.line(f"optimizer_graph:{optimizers.graph}")
+    log.line(f"gradient_reduction:{optimizers.reduction}")
     loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
     sequences = config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
     start.end("data and model")
@@ -259,10 +260,11 @@ def warm_up(
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     forms = sorted({recurrence_on(config, 0), recurrence_on(config, config.recur_start_step)})
     total = config.warmup_steps * len(forms)
+    note = f" ({config.warmup_steps} without recurrence, {config.warmup_steps} with it)" if len(forms) > 1 else ""
     for number in range(total):
         training_step(optimizers, loss_of, loader, ranks, forms[number // config.warmup_steps], 1.0, 0.0)
         if number < FIRST_LOGGED_STEPS or number + 1 == total:
-            log.warmup_step(number + 1, total)
+            log.warmup_step(number + 1, total, note)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(weights[name])

@@ -218,7 +218,7 @@ def evaluate_stage(folder: RunFolder, model: GPT, ranks: Ranks, log: RunLogger) 
             result, scored, weights="artifact", world_size=ranks.world_size, device=str(ranks.device)
         )
         write_evaluation(folder, entry)
-        log.line(f"layer0:{result.layer0}")
+        log.line(result.layer0_line)
         log.final(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=stride, facts=entry)
         if "label" in entry:
             log.line(entry["label"])

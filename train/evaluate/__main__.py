@@ -158,7 +158,7 @@ def _score(folder: RunFolder, arguments: argparse.Namespace) -> int:
             write_evaluation(folder, entry)
             append_metric(folder.metrics, "final", entry)
         score = final_lines(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=entry["stride"])
-        lines = [f"layer 0: {result.layer0}", *score, *([entry["label"]] if "label" in entry else [])]
+        lines = [result.layer0_line, *score, *([entry["label"]] if "label" in entry else [])]
         print(json.dumps(entry) if arguments.json else "\n".join(lines))
     return 0
 

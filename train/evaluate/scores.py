@@ -35,6 +35,11 @@ class EvalResult:
     layer0: str = ""
 
     @property
+    def layer0_line(self) -> str:
+        """How a log tells of `layer0`."""
+        return f"layer0:the first layer's queries, keys and values were computed {self.layer0}"
+
+    @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
 

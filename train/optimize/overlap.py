@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from golf_kernels.sharding import newton_schulz_cost
 from train.optimize.reduction import Reduction
+from train.wording import counted
 
 # whose last backward pass of a step runs: a compiled pass calls `start_bucket` with tensors and numbers alone; and not one
 # for each thread, because autograd has threads of its own
@@ -54,6 +55,9 @@ class OverlappedReduction(Reduction):
         reduction = weakref.ref(self)
         for number, matrix in enumerate(matrices):
             matrix.register_post_accumulate_grad_hook(functools.partial(_arrived, reduction, number))
+
+    def __str__(self) -> str:
+        return f"overlapped in {counted(len(self._numbers), 'bucket')}"
 
     def compiler(self, options: Mapping[str, Any]) -> Callable[..., Any]:
         # imported here: only a compiled model needs it

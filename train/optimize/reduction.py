@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from train.wording import counted
+
 _Collective = Callable[..., dist.Work]
 
 
@@ -121,6 +123,11 @@ class Reduction:
             start += size
         self._own_gradient_views = [gradients[matrix] for matrix in self.owned]
         self._own_places = _places_for(self._own_gradient_views, self.owned)
+
+    def __str__(self) -> str:
+        if self._group is None:
+            return "none (one process: nothing to reduce)"
+        return f"after the backward pass in {counted(len(self._buckets), 'bucket')}"
 
     def last_micro_batch(self) -> AbstractContextManager[None]:
         """The context of a step's last backward pass: from there on gradients may leave before `reduce_gradients`."""

@@ -18,7 +18,7 @@ def summarize(folder: RunFolder) -> Summary:
     Raises:
         UserError: a stage has not run, or the artifact is newer than its score.
     """
-    config = folder.trained_config()
+    config, asked = folder.trained_config(), folder.read_config()
     training = folder.read_training(
         steps=int, seconds=float, date=str, hardware=str, torch=str, python=str, first=dict, last=dict
     )
@@ -49,6 +49,7 @@ def summarize(folder: RunFolder) -> Summary:
         train_seconds=training["seconds"],
         stage_seconds=stage_seconds,
         resumed=resumed,
+        recurrence_missed=0 if asked.recur_layers == config.recur_layers else asked.recur_start_step,
         val_loss=score["val_loss"],
         val_bpb=score["val_bpb"],
         eval_seconds=score["seconds"],

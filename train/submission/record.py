@@ -15,7 +15,7 @@ from train.logger import read_metrics
 from train.run import RunFolder
 from train.submission.gather import summarize
 from train.submission.plots import plot_bpb, plot_loss, plot_size_budget
-from train.submission.summary import Summary, size_line, stage_line, summary_text
+from train.submission.summary import Summary, recurrence_note, size_line, stage_line, summary_text
 from train.wording import counted
 
 TRACKS = ("10min_16mb", "non-record-16mb")
@@ -142,6 +142,7 @@ def readme(summary: Summary, config: Config, name: str) -> str:
             f"{summary.tokens:,} tokens, {summary.bytes:,} bytes as normalized, in {summary.eval_seconds:.1f} s",
         ),
         ("steps", f"{summary.steps:,}"),
+        *((("recurrence", note),) if (note := recurrence_note(summary)) else ()),
         ("ms per step", f"{summary.step_avg_ms:.2f}"),
         ("training clock (s)", f"{summary.train_seconds:.1f}"),
         ("seconds per stage", stage_line(summary)),

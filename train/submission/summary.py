@@ -64,6 +64,7 @@ class Summary:
         target_bytes: that `target_mb` was to reach by pruning; 0: none.
         label: what stands beside every score of a run that breaks the rules; empty: nothing.
         resumed: steps at which training went on after a kill.
+        recurrence_missed: step at which recurrence was to begin, where training ended before it; 0: it began, or none was set.
     """
 
     run_id: str
@@ -96,6 +97,7 @@ class Summary:
     target_bytes: int = 0
     label: str = ""
     resumed: list[int] = field(default_factory=list)
+    recurrence_missed: int = 0
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
@@ -194,6 +196,11 @@ def resumed_note(summary: Summary) -> str:
     return f"training was resumed at {steps}: train is its clock alone"
 
 
+def recurrence_note(summary: Summary) -> str:
+    """What became of a recurrence that training was too short for; empty: nothing of the kind."""
+    return f"never began (step {summary.recurrence_missed:,})" if summary.recurrence_missed else ""
+
+
 def summary_text(summary: Summary, run_dir: str | Path | None = None) -> str:
     """The short block with which a run ends.
 
@@ -216,6 +223,7 @@ def summary_text(summary: Summary, run_dir: str | Path | None = None) -> str:
             "training",
             f"{counted(summary.steps, 'step')} of {summary.step_avg_ms:.2f} ms, {summary.train_seconds:.1f} s",
         ),
+        ("recurrence", recurrence_note(summary)),
         (
             "scored",
             f"{summary.tokens:,} tokens, {summary.bytes:,} bytes of text as normalized, {summary.eval_seconds:.1f} s",
