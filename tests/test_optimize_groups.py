@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from torch import nn
 
 from train.config import Config
 from train.errors import UserError
+from train.optimize import groups
+from train.optimize.capture import GraphChoice
 from train.optimize.groups import Optimizers, build_optimizers, split_parameters
 
 CONFIG = Config(
@@ -261,3 +265,17 @@ def test_reset_forgets_the_warm_up(normuon: bool) -> None:
     advance(fresh, build_optimizers(fresh, config), range(4))
     for name, value in weights(fresh).items():
         assert torch.equal(value, weights(model)[name]), name
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_optimizers_are_freed_with_their_last_name(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # they hold the process group: left to the collector, it may outlive the interpreter, and gloo then aborts
+    monkeypatch.setattr(groups, "choose_graph", lambda *_: GraphChoice(graph, "as the test says"))
+    gc.disable()
+    try:
+        optimizers = build_optimizers(Model(), CONFIG.replace(grad_clip_norm=0.3))
+        held = [weakref.ref(optimizers), weakref.ref(optimizers.reduction)]
+        del optimizers
+        assert [one() for one in held] == [None, None]
+    finally:
+        gc.enable()

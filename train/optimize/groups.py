@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -65,9 +66,8 @@ class Optimizers:
         self._process_group = process_group
         self._each = [optimizer for optimizer in (muon, adamw) if optimizer is not None]
         self._groups = [group for optimizer in self._each for group in optimizer.param_groups]
-        self._norm: Tensor | None = None
         measuring: list[_Work] = [reduction.measure_gradients] if max_norm > 0 else []
-        matrices: list[_Work] = [self._clip] if max_norm > 0 else []
+        matrices: list[_Work] = [functools.partial(reduction.scale_gradients, max_norm)] if max_norm > 0 else []
         matrices += [muon.step] if muon is not None else []
         others: list[_Work] = [adamw.step] if adamw is not None else []
         self._measure = self._piece(measuring)
@@ -82,14 +82,18 @@ class Optimizers:
                 group["capturable"] = True
 
     def _piece(self, work: Sequence[_Work], *stepped: torch.optim.Optimizer | None) -> Callable[[], None]:
-        """Work one after the other, on the gradients and on what these optimizers update."""
+        """Work one after the other, on the gradients and on what these optimizers update.
+
+        It must not hold `self`, which holds it: a process group in a cycle may outlive the interpreter, and aborts then.
+        """
+        each_optimizer = self._each
 
         def run() -> None:
             for each in work:
                 each()
 
         def tensors() -> list[Tensor]:
-            found = [p.grad for optimizer in self._each for p in _parameters(optimizer) if p.grad is not None]
+            found = [p.grad for optimizer in each_optimizer for p in _parameters(optimizer) if p.grad is not None]
             for optimizer in stepped:
                 if optimizer is not None:
                     found += _parameters(optimizer)
@@ -111,6 +115,7 @@ class Optimizers:
             The gradient's norm before clipping (0-dimensional, on the device, overwritten by the next step), None where
             nothing is clipped.
         """
+        norm = self.reduction.norm if self._max_norm > 0 else None
         self.reduction.reduce_gradients()
         for group in self._groups:
             _set(group, "lr", group["base_lr"] * lr_scale)
@@ -118,7 +123,7 @@ class Optimizers:
                 _set(group, "momentum", momentum)
         if not self.reduction.exchanges:
             self._update_all()
-            return self._norm
+            return norm
         self._measure()
         if self._max_norm > 0:
             self.reduction.sum_squares()
@@ -127,10 +132,7 @@ class Optimizers:
         self.reduction.start_gathering()
         self._update_others()
         self.reduction.finish_gathering()
-        return self._norm
-
-    def _clip(self) -> None:
-        self._norm = self.reduction.scale_gradients(self._max_norm)
+        return norm
 
     def zero_grad(self) -> None:
         """Drop every gradient of the model, those of parameters in no group too."""

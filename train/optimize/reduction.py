@@ -55,6 +55,7 @@ class Reduction:
 
     Attributes:
         owned: the matrices that this rank updates, in their order.
+        norm: what `scale_gradients` returned last.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Reduction:
         self._scattering: list[dist.Work] = []
         self._gathering: dist.Work | None = None
         parameters = [*self._replicated, *self._matrices]
-        self._square, self._norm = _buffer(parameters, 2).unbind()
+        self._square, self.norm = _buffer(parameters, 2).unbind()
         self._places = [torch.empty_like(p, requires_grad=False) for p in parameters] if fixed and group is None else []
         if group is not None:
             if len(owners) != len(self._matrices) or not all(0 <= owner < self._world_size for owner in owners):
@@ -217,11 +218,11 @@ class Reduction:
 
         Source: `torch.nn.utils.clip_grad_norm_`, whose formula this is.
         """
-        torch.sqrt(self._square, out=self._norm)
+        torch.sqrt(self._square, out=self.norm)
         gradients = _gradients([*self._replicated, *self.owned])
         if gradients:
-            torch._foreach_mul_(gradients, (max_norm / (self._norm + 1e-6)).clamp(max=1.0))
-        return self._norm
+            torch._foreach_mul_(gradients, (max_norm / (self.norm + 1e-6)).clamp(max=1.0))
+        return self.norm
 
     @torch.no_grad()
     def start_gathering(self) -> None:
