@@ -250,8 +250,9 @@ def test_a_kill_in_the_middle_leaves_the_output_and_a_summary_and_no_process(tmp
 def test_no_signal_leaves_a_process_behind(number: signal.Signals, code: int, tmp_path: Path) -> None:
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(99)'])"
     begin = (
-        # a shell's background jobs ignore interrupts, and their children with them
+        # a shell's background jobs ignore interrupts, nohup's hangups, and their children with them
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL);"
         "import benchmarks.session as s; from train.errors import main_guard;"
         f"s.plan = lambda tiny: [s.Piece('long', 99, {{'long': ['-c', {child!r}]}})];"
         f"main_guard(lambda: s.run_session(s.Path({str(tmp_path / 'out')!r}), 9, '', tiny=True, listing=False))"
