@@ -6,11 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import fake_cuda, report
-from benchmarks.comparison import Change, compare
-from benchmarks.results import RESULTS, ResultsError, read_results, relative
+from benchmarks.computed import fake_cuda
+from benchmarks.report import tables as report
+from benchmarks.report.comparison import Change, compare
+from benchmarks.report.results import RESULTS, ResultsError, read_results, relative
 from benchmarks.session import run_session
-from train.errors import main_guard
+from train.common.errors import main_guard
 
 EPILOG = """examples:
   python -m benchmarks session --minutes 9    measure what decides a default, most valuable first

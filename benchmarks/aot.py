@@ -1,6 +1,6 @@
 """Every kernel that ships, compiled for sm_90 without a GPU: `python -m benchmarks.aot`.
 
-Triton: the launches of `benchmarks.launches` are made with Triton's own launch code, which compiles what it would run;
+Triton: the launches of `benchmarks.computed.launches` are made with Triton's own launch code, which compiles what it would run;
 16-bit products promise wgmma, tensor descriptors TMA. CUDA: every kernel of every `csrc/*.cu`. All promise to spill no
 register, to fit in Hopper's shared memory, and that no wgmma waits for the one before.
 """
@@ -104,7 +104,7 @@ def compile_triton(paths: Sequence[Path]) -> list[Compiled]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from benchmarks import launches
+    from benchmarks.computed import launches
 
     kernels = {str(path.resolve()): path for path in paths}
     found: dict[str, Any] = {}
@@ -129,7 +129,9 @@ def compile_triton(paths: Sequence[Path]) -> list[Compiled]:
         own = [compiled for compiled in found.values() if compiled.src.fn.fn.__code__.co_filename == file]
         names = set(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
         if idle := names - {compiled.src.fn.__name__ for compiled in own}:
-            raise SystemExit(f"error: {path.name}: benchmarks/launches.py launches no {', '.join(sorted(idle))}")
+            raise SystemExit(
+                f"error: {path.name}: benchmarks/computed/launches.py launches no {', '.join(sorted(idle))}"
+            )
         rows += [_judge_triton(path.name, compiled) for compiled in own]
     return rows
 

@@ -29,21 +29,21 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.common import CheckFailed
+from benchmarks.measure.common import CheckFailed
 from train.artifact import Artifact, load_model, read_artifact, write_artifact
 from train.artifact.codecs import CODECS
 from train.artifact.difference import difference
 from train.artifact.storage import encode_section, plan_sections
 from train.checkpoint import load_weights
+from train.common.distributed import Ranks, start_ranks
+from train.common.errors import UserError, main_guard
+from train.common.files import atomic_writer
 from train.config import Config
 from train.data.validation import load_validation
-from train.distributed import Ranks, start_ranks
-from train.errors import UserError, main_guard
 from train.evaluate.scoring import evaluate_model
-from train.files import atomic_writer
-from train.logger import RunLogger
 from train.quantize.tensors import QuantizedTensor, StoredTensors
-from train.run import RunFolder
+from train.run.folder import RunFolder
+from train.run.logger import RunLogger
 from train.stages import quantize_stage
 from train.submission.plots import BLUE, DPI, FAINT, INK, ORANGE
 

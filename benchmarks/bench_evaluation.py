@@ -22,15 +22,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# before there is a process group; see train.distributed
+# before there is a process group; see train.common.distributed
 import torch.distributed.nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import common
+from benchmarks.measure import common
+from train.common.errors import main_guard
 from train.config import Config
 from train.data.tokenizer import ByteTables
-from train.errors import main_guard
 from train.evaluate.scoring import evaluate_model
 from train.evaluate.windows import plan_windows
 from train.model.attention_choice import choose_attention, use_attention

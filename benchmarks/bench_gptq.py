@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import common
+from benchmarks.measure import common
 from golf_kernels import dispatch
-from train.errors import main_guard
+from train.common.errors import main_guard
 
 # matrices of one shape, columns of a block, rows: query and output, key and value, up, down
 MODEL = ((22, 128, 512), (22, 128, 256), (11, 128, 2048), (11, 128, 512))

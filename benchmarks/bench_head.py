@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import common
+from benchmarks.measure import common
 from golf_kernels import dispatch
-from train.errors import main_guard
+from train.common.errors import main_guard
 
 # the package's name of this module is the function
 head = importlib.import_module("golf_kernels.softcapped_cross_entropy")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import golf_kernels
-from benchmarks import common
+from benchmarks.measure import common
 from golf_kernels import dispatch, int6_native
-from train.errors import main_guard
+from train.common.errors import main_guard
 
 # the matrices of 11 layers: query and output, key and value, up, down
 MODEL = [(512, 512)] * 22 + [(256, 512)] * 22 + [(2048, 512)] * 11 + [(512, 2048)] * 11

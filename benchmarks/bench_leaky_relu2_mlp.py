@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import common
-from benchmarks.devices import DEVICES, Kernel
+from benchmarks.measure import common
+from benchmarks.measure.devices import DEVICES, Kernel
 from golf_kernels import dispatch
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
-from train.errors import main_guard
+from train.common.errors import main_guard
 
 EPS = 1e-6
 GRADIENTS = ("x", "w_up", "w_down", "scale")

@@ -1,6 +1,6 @@
 """Training losses of a recipe with and without a kernel, on one GPU's share of the batch, beside what another seed changes.
 
-The first of the `--ways` (`benchmarks.ways` names them) is trained from several seeds, the others from the first seed, all
+The first of the `--ways` (`benchmarks.measure.step_variants` names them) is trained from several seeds, the others from the first seed, all
 on the same tokens. A way's distance is its mean |difference| from the first way's curve of the same seed, the spread that
 of the first way's curves from each other; losses are averaged over some steps first. A way whose distance is not below
 the spread is named, and the exit code is 1. Curves and a picture go to `--out`, a GPU's distances to `results/curves/`.
@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import common
-from benchmarks.tokens import Tokens, share_sequences, token_source
-from benchmarks.ways import add_attention, make_variants, named_ways, share_config
+from benchmarks.measure import common
+from benchmarks.measure.step_variants import add_attention, make_variants, named_ways, share_config
+from benchmarks.measure.tokens import Tokens, share_sequences, token_source
+from train.common.errors import main_guard
+from train.common.files import atomic_write
 from train.config import Config
-from train.errors import main_guard
-from train.files import atomic_write
 from train.model.attention_choice import choose_attention
 from train.recipes import recipe_names
 

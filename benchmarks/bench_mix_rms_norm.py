@@ -1,7 +1,7 @@
 """Residual mix and norm before one layer's attention, for 98,304 tokens, forward and backward.
 
 A compiler's backward pass goes over its gradient once more for the columns' sums, and keeps the mixed stream. See
-`benchmarks.chains`.
+`benchmarks.measure.chains`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.chains import Chain, Inputs
+from benchmarks.measure.chains import Chain, Inputs
 from golf_kernels.mix_rms_norm import mix_rms_norm
-from train.errors import main_guard
+from train.common.errors import main_guard
 
 EPS = 1e-6
 GAIN = 0.5

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.optim import _muon
 
-from benchmarks.common import Case, Clock, Row, Variant, ceilings, environment, measure, parser, report, runs
+from benchmarks.measure.common import Case, Clock, Row, Variant, ceilings, environment, measure, parser, report, runs
 from golf_kernels import COEFFICIENTS, Muon, dispatch
 from golf_kernels.sharding import assign, newton_schulz_cost
-from train.errors import main_guard
+from train.common.errors import main_guard
 
 Shapes = tuple[tuple[int, int], ...]
 STEPS = COEFFICIENTS["quintic"].default_steps

@@ -1,6 +1,6 @@
 """QK-norm, rotary embedding and query gain of one layer's 98,304 tokens, forward and backward.
 
-The chain saves q and k beside what attention saves, and the operator one number per head and row. See `benchmarks.chains`.
+The chain saves q and k beside what attention saves, and the operator one number per head and row. See `benchmarks.measure.chains`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.chains import Chain, Inputs
+from benchmarks.measure.chains import Chain, Inputs
 from golf_kernels.qk_norm_rope import qk_norm_rope
-from train.errors import main_guard
+from train.common.errors import main_guard
 
 EPS = 1e-6
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import common
 from benchmarks.bench_evaluation import NARROW, random_model, window_flops
+from benchmarks.measure import common
+from train.common.errors import main_guard
 from train.config import Config
-from train.errors import main_guard
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
 from train.model.order import make_plan

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import common
-from benchmarks.ways import TINY
+from benchmarks.measure import common
+from benchmarks.measure.step_variants import TINY
+from train.common.errors import main_guard
 from train.config import MICRO_BATCHES, Config
 from train.data.shards import write_shard
 from train.data.tokenizer import train_tokenizer
-from train.errors import main_guard
 from train.recipes import load_recipe, recipe_names
 
 # seconds that a user should wait at most

@@ -1,6 +1,6 @@
 """ms per training step of one GPU's share of a recipe, three ways in turn in one process.
 
-The ways are those of `benchmarks.ways`: published, torch, golf, any one operator switched, any of Inductor's switches, and
+The ways are those of `benchmarks.measure.step_variants`: published, torch, golf, any one operator switched, any of Inductor's switches, and
 another value of a setting. All start from the same weights and read the same tokens; a way that fails, or whose loss or
 weights leave the first one's, is named and writes no row. Rows are on disk before the next measurement begins. Kernels and
 switches that are measured one by one have a process each, because after one illegal access nothing more can run in a process.
@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import common
-from benchmarks.devices import datasheet_tflops
-from benchmarks.step_times import Bench, measure_steps, phase_name, said_of
-from benchmarks.tokens import share_sequences
-from benchmarks.ways import (
+from benchmarks.measure import common
+from benchmarks.measure.devices import datasheet_tflops
+from benchmarks.measure.step_times import Bench, measure_steps, phase_name, said_of
+from benchmarks.measure.step_variants import (
     SETTINGS,
     StepVariant,
     add_attention,
@@ -35,14 +34,15 @@ from benchmarks.ways import (
     share_config,
     step_kernels,
 )
+from benchmarks.measure.tokens import share_sequences
 from golf_kernels import dispatch
-from train.errors import UserError, main_guard
-from train.inductor import SWITCHES
+from train.common.errors import UserError, main_guard
 from train.model.attention_choice import choose_attention
-from train.optimize.capture import choose_graph
-from train.parts import name_compiled_kernels
-from train.profiling import NO_KERNELS, breakdown, busy_ms, kernel_times, new_trace, write_breakdowns, write_trace
+from train.model.compile import SWITCHES
+from train.optimize.cuda_graph import choose_graph
 from train.recipes import recipe_names
+from train.run.profile_parts import name_compiled_kernels
+from train.run.profiling import NO_KERNELS, breakdown, busy_ms, kernel_times, new_trace, write_breakdowns, write_trace
 
 PROFILED_STEPS = 3
 # with fewer measurements p20 and p80 say nothing of the spread
@@ -161,9 +161,9 @@ def measure_pair(way: str, other: str, bench: Bench, recurrence: bool) -> bool:
         )
         name = other.partition("+")[2]
         if name == "optimizer_graph=on":
-            print(f"    to make it the default, in train/optimize/capture.py: FIGURE = {figure!r}", flush=True)
+            print(f"    to make it the default, in train/optimize/cuda_graph.py: FIGURE = {figure!r}", flush=True)
         elif not parse_way_switch(name).settings:
-            print(f"    to set it, in train/inductor.py: figure={figure!r}", flush=True)
+            print(f"    to set it, in train/model/compile.py: figure={figure!r}", flush=True)
     return not problems
 
 
@@ -231,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="SWITCH",
-        help="measure each way but published beside itself with a switch of train.inductor, one NAME=VALUE, or all of them",
+        help="measure each way but published beside itself with a switch of train.model.compile, one NAME=VALUE, or all of them",
     )
     parser.add_argument(
         "--setting",

@@ -1,6 +1,6 @@
 """XSA behind one layer's attention of 98,304 tokens, forward and backward.
 
-Operator and chain read and write the same large tensors; the chain keeps two small ones more. See `benchmarks.chains`.
+Operator and chain read and write the same large tensors; the chain keeps two small ones more. See `benchmarks.measure.chains`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.chains import Chain, Inputs
+from benchmarks.measure.chains import Chain, Inputs
 from golf_kernels.xsa import xsa
-from train.errors import main_guard
+from train.common.errors import main_guard
 from train.model.attention import remove_value_direction
 
 

@@ -1,6 +1,6 @@
 """XSA and the output projection behind one layer's attention of 98,304 tokens, forward and backward.
 
-`xsa alone` is XSA's own operator on its kernels with cuBLAS behind it. See `benchmarks.chains`.
+`xsa alone` is XSA's own operator on its kernels with cuBLAS behind it. See `benchmarks.measure.chains`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.chains import Chain, Inputs
+from benchmarks.measure.chains import Chain, Inputs
 from golf_kernels.xsa import xsa
 from golf_kernels.xsa_linear import xsa_linear
-from train.errors import main_guard
+from train.common.errors import main_guard
 from train.model.attention import remove_value_direction
 
 

@@ -24,12 +24,12 @@ from types import FrameType
 
 import torch
 
-from benchmarks.common import NOTHING_TO_RUN, RESULTS, ROOT
-from benchmarks.report import tables
-from benchmarks.results import ResultsError, read_results, rows_since
-from benchmarks.ways import refuse_forced, step_kernels
-from train.files import atomic_write
-from train.inductor import SWITCHES
+from benchmarks.measure.common import NOTHING_TO_RUN, RESULTS, ROOT
+from benchmarks.measure.step_variants import refuse_forced, step_kernels
+from benchmarks.report.results import ResultsError, read_results, rows_since
+from benchmarks.report.tables import tables
+from train.common.files import atomic_write
+from train.model.compile import SWITCHES
 
 # a piece with less than this left is not begun; the last seconds belong to the summary
 SHORTEST_S = 15.0

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from train import hardware
+from train.common import hardware
 
 if TYPE_CHECKING:
-    from walk_runs import Finished
+    from pipeline_runs import Finished
 
 # packing the code into one script takes seconds, which the many small runs of the tests do not spend
 os.environ.setdefault("CODE_FORM", "sources")
@@ -104,6 +104,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> "Finished":
     """A finished run of these shards; copy what you change."""
-    from walk_runs import finish
+    from pipeline_runs import finish
 
     return finish(dataset, tmp_path_factory.mktemp("runs"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 # what pip runs, with torch out of reach
 HOOK = "import sys; sys.modules['torch'] = None; from setuptools import build_meta; print(build_meta.{}({!r}))"
 HAS_CXX = any(shutil.which(name) for name in ("g++", "c++", "clang++"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from train.checkpoint import read_tensors, write_tensors
-from train.errors import UserError
+from train.common.errors import UserError
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from train.artifact.requantize import main as quantize
+from train.command_line import help_text, note_unread, override_line, resolve
+from train.common.errors import UserError
 from train.config import Config, ConfigError, field_names, parse_value
-from train.errors import UserError
 from train.evaluate.__main__ import main as evaluate
-from train.quantize.__main__ import main as quantize
 from train.recipes import load_recipe, recipe_names
-from train.settings import help_text, note_unread, override_line, resolve
 
 
 def test_dict_round_trip_keeps_every_field() -> None:

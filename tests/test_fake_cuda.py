@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fake_cuda
+from benchmarks.computed import fake_cuda
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
+HELPERS = ROOT / "tests" / "helpers"
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +26,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_every_path_of_a_gpu_is_walked_without_one(environment: dict[str, str]) -> None:
-    files = [HERE / "fake_cuda_runs.py", HERE / "fake_cuda_launches.py"]
+    files = [HELPERS / "fake_cuda_runs.py", HELPERS / "fake_cuda_launches.py"]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", *files],
         env=environment,
-        cwd=HERE.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

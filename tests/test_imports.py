@@ -14,8 +14,8 @@ KERNELS_MAY = {"torch", "golf_kernels", "triton"}
 TRAIN_MAY_NOT = {"triton", "benchmarks", "tests", "setup"}
 # the way of a run through train's folders: none imports from one that comes later, but for what is started by hand or
 # looks at all of them from outside
-WALK = ("data", "model", "optimize", "quantize", "script", "artifact", "evaluate", "submission")
-STARTED = {"__main__.py", "entry.py", "modules.py"}
+WALK = ("data", "model", "optimize", "quantize", "single_file", "artifact", "evaluate", "submission")
+STARTED = {"__main__.py", "requantize.py", "modules.py"}
 
 
 def imports(source, package=""):
@@ -111,7 +111,7 @@ def test_csrc_knows_neither_python_nor_torch():
 def test_the_readers_see_what_they_must():
     source = (
         "import torch.nn\nfrom train.config import Config\nfrom . import dispatch\n"
-        "def f():\n    import triton\n    importlib.import_module('benchmarks.common')\n"
+        "def f():\n    import triton\n    importlib.import_module('benchmarks.measure.common')\n"
         "try:\n    import numpy as np\nexcept ImportError:\n    np = None\n"
     )
     assert sorted(imports(source, "golf_kernels")) == [

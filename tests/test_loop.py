@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from train.common.distributed import Ranks
 from train.config import MICRO_BATCHES
 from train.data.loaders import make_loader
 from train.data.shards import write_shard
-from train.distributed import Ranks
 from train.evaluate.scoring import flat_evaluation
 from train.loop import compiled_loss, training_step
 from train.model.gpt import GPT

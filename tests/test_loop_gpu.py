@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.ways import all_kernels
+from benchmarks.measure.step_variants import all_kernels
 from golf_kernels import dispatch
+from train.common.distributed import Ranks
 from train.config import MICRO_BATCHES
 from train.data.loaders import make_loader
 from train.data.shards import write_shard
-from train.distributed import Ranks
 from train.loop import compiled_loss, training_step
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT

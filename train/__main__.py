@@ -6,11 +6,11 @@ import json
 import os
 import sys
 
+from train.command_line import help_text, resolve
+from train.common.errors import main_guard
+from train.common.values import ConfigError
 from train.config import Config
-from train.errors import main_guard
 from train.recipes import load_recipe
-from train.settings import help_text, resolve
-from train.values import ConfigError
 
 USAGE = f"""usage: python -m train [--recipe NAME] [--SETTING VALUE ...] [--describe [--json]]
 
@@ -42,7 +42,7 @@ def main() -> int:
     if wants:
         raise ConfigError("--json: belongs to --describe")
     # imported after the settings are checked: torch takes seconds, a misspelt flag should not
-    from train.walk import walk
+    from train.pipeline import walk
 
     walk(config, overrides)
     return 0

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 import torch
 
+from train.common.distributed import Ranks
+from train.common.errors import UserError
+from train.common.files import atomic_write
 from train.config import Config
-from train.distributed import Ranks
-from train.errors import UserError
-from train.files import atomic_write
 from train.model.gpt import GPT
-from train.run import RunFolder
+from train.run.folder import RunFolder
 
 
 class Stateful(Protocol):

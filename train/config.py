@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from train.common.values import ConfigError, check_type, check_value, format_value, parse_text, setting
 from train.consistency import check_consistency
-from train.values import ConfigError, check_type, check_value, format_value, parse_text, setting
 
 # a step is the mean over this many micro-batches, shared by 1, 2, 4 or 8 ranks
 MICRO_BATCHES = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from train.values import ConfigError, parse_steps
+from train.common.values import ConfigError, parse_steps
 
 if TYPE_CHECKING:
     from train.config import Config

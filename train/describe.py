@@ -10,8 +10,8 @@ import torch
 
 from train.config import Config
 from train.model.gpt import GPT
-from train.model.inventory import mflop_per_token, parameter_table
 from train.model.order import virtual_order
+from train.model.parameters import mflop_per_token, parameter_table
 from train.optimize.schedules import lr_scale, muon_momentum
 from train.quantize.tensors import stored_bits
 

@@ -16,27 +16,27 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from train.checkpoint import Parts, load_checkpoint, save_checkpoint
+from train.common.distributed import Ranks
+from train.common.errors import UserError
+from train.common.progress import Progress
+from train.common.values import parse_steps
 from train.config import MICRO_BATCHES, Config
 from train.data.loaders import BatchSource, Loader, make_loader
 from train.data.shards import find_shards
 from train.data.validation import ValidationText, load_validation
-from train.distributed import Ranks
-from train.errors import UserError
 from train.evaluate.scores import EvalResult
 from train.evaluate.scoring import flat_evaluation
-from train.inductor import chosen_options
-from train.logger import RunLogger
 from train.model.attention_choice import choose_attention, use_attention
+from train.model.compile import chosen_options
 from train.model.fusion import compiles, write_out_references
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
 from train.optimize.reduction import Reduction
 from train.optimize.schedules import WallClock, lr_scale, muon_momentum
-from train.progress import Progress
-from train.run import RunFolder
-from train.startup import StartUp
-from train.values import parse_steps
+from train.run.clocks import StartUp
+from train.run.folder import RunFolder
+from train.run.logger import RunLogger
 
 # the first steps are logged one by one, as in the published logs
 FIRST_LOGGED_STEPS = 10
@@ -107,7 +107,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     log.line(f"attention:{attention.name} ({attention.reason})")
     start.end("attention")
     if config.profile_steps:
-        from train.parts import name_compiled_kernels
+        from train.run.profile_parts import name_compiled_kernels
 
         if compiles(config, ranks.device) and (problem := name_compiled_kernels(ranks.device.type)):
             log.line(f"profile:the model's parts have no ranges, {problem}")
@@ -149,7 +149,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     stop = config.training_seconds > 0 and seconds >= config.training_seconds
     profiler = None
     if config.profile_steps:
-        from train.profiling import StepProfiler
+        from train.run.profiling import StepProfiler
 
         profiled = parse_steps(config.profile_steps)
         profiler = StepProfiler(profiled, folder.path, ranks, log, clock, model if loss_of is model else None)
@@ -284,7 +284,7 @@ def compiled_loss(
         model: the model.
         config: `compile`.
         device: where it runs.
-        options: Inductor's switches; None: those that `train.inductor` has chosen.
+        options: Inductor's switches; None: those that `train.model.compile` has chosen.
         reduction: what starts transfers of gradients inside the backward pass, if anything does.
     """
     if compiles(config, device):

@@ -15,22 +15,22 @@ from torch import Tensor
 from golf_kernels import dispatch
 from train.artifact import Encoder, load_model, write_artifact
 from train.checkpoint import load_weights, write_tensors
+from train.common.distributed import Ranks
+from train.common.errors import UserError
+from train.common.files import write_json
+from train.common.hardware import hardware
 from train.config import Config
 from train.data.paid_prefix import known_targets, prefix_bytes
 from train.data.validation import load_validation
-from train.distributed import Ranks
-from train.errors import UserError
 from train.evaluate.scores import evaluation_entry, write_evaluation
 from train.evaluate.scoring import evaluate_model
-from train.files import write_json
-from train.hardware import hardware
-from train.logger import RunLogger
 from train.loop import train
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
 from train.quantize.tensors import StoredTensors, dequantize_state, matrices_to_calibrate, quantize_model
-from train.run import RunFolder
-from train.script.code_size import counted_code_bytes
+from train.run.folder import RunFolder
+from train.run.logger import RunLogger
+from train.single_file.code_size import counted_code_bytes
 
 
 def prepare_data(config: Config, ranks: Ranks) -> None:
@@ -115,7 +115,7 @@ def quantize_stage(
         return quantize_model(model, config, hessians, ranks=ranks, note=log.line, sigmas=sigmas)
 
     if config.target_bytes:
-        from train.artifact.fitting import fit_target
+        from train.artifact.fit_to_target import fit_target
 
         tensors = fit_target(config, packed or config, model, hessians, quantize, ranks, log, encoder)
     else:
@@ -157,7 +157,7 @@ def artifact_stage(
     """
     code, paid = ranks.on_main(lambda: counted_code_bytes(packed or config)), prefix_bytes(config)
     if config.target_mb or config.prune_excess:
-        from train.artifact.target import prune
+        from train.artifact.prune_to_target import prune
 
         tensors = prune(config, tensors, code + paid, ranks, log, encoder)
 

@@ -12,9 +12,9 @@ from train.artifact.codecs import CODECS
 from train.artifact.difference import difference
 from train.artifact.export import PUBLISHED_FORMATS, export
 from train.artifact.storage import MODEL_FIELDS, build_model, read_artifact, write_artifact
-from train.errors import UserError, main_guard
-from train.files import atomic_write, sha256_file
-from train.wording import counted
+from train.common.errors import UserError, main_guard
+from train.common.files import atomic_write, sha256_file
+from train.common.wording import counted
 
 
 def main(arguments: list[str] | None = None) -> int | None:

@@ -51,8 +51,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from train.errors import CodecError, MissingCodec
-from train.wording import counted
+from train.common.errors import CodecError, MissingCodec
+from train.common.wording import counted
 
 PACKAGE = "constriction>=0.4"
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.artifact.container import Section
-from train.errors import UserError
-from train.wording import counted
+from train.common.errors import UserError
+from train.common.wording import counted
 
 
 class BudgetError(UserError):

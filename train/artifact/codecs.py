@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from golf_kernels import int6_pack, int6_unpack
-from train.errors import CodecError, MissingCodec
-from train.wording import counted
+from train.common.errors import CodecError, MissingCodec
+from train.common.wording import counted
 
 SHUFFLE_MAGIC = b"BSHF"
 SHUFFLE_HEADER_BYTES = 5

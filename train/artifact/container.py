@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from train.artifact.codecs import CODECS, SHUFFLE_HEADER_BYTES, byte_unshuffle
-from train.errors import CodecError, MissingCodec, UserError
+from train.common.errors import CodecError, MissingCodec, UserError
 
 MAGIC = b"\x89GOLF\r\n\x1a"
 VERSION = 1

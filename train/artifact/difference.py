@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from train.artifact.storage import MODEL_FIELDS, Artifact
+from train.common.wording import counted
 from train.quantize.tensors import QuantizedTensor
-from train.wording import counted
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from golf_kernels import int6_pack
 from train.artifact.codecs import CODECS, byte_shuffle
-from train.errors import UserError
+from train.common.errors import UserError
 from train.quantize.tensors import QuantizedTensor
 
 _Tensors = Mapping[str, QuantizedTensor | Tensor]

@@ -25,14 +25,14 @@ from train.artifact.container import (
     pack,
     unpack,
 )
+from train.common.errors import UserError
+from train.common.files import atomic_write
+from train.common.progress import Progress
+from train.common.values import ConfigError
 from train.config import Config
-from train.errors import UserError
-from train.files import atomic_write
 from train.model.gpt import GPT
-from train.progress import Progress
 from train.quantize.row_scales import largest_code
 from train.quantize.tensors import QuantizedTensor, StoredTensors, dequantize_state, tensor_group
-from train.values import ConfigError
 
 MODEL_FIELDS = (
     "vocab_size", "document_masking", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope",

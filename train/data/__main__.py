@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from train.common.errors import UserError, main_guard
+from train.common.wording import counted
 from train.data.build import build_dataset, check_output
 from train.data.bulk import VAL_DOCS, build_bulk
 from train.data.corpus import split_documents, stdlib_documents, text_documents
 from train.data.hub import DEFAULT_PREFIX, DEFAULT_REPO, DEFAULT_TRAIN_SHARDS, FolderSource, HubSource, download
 from train.data.manifest import DatasetInfo
 from train.data.shards import SHARD_TOKENS
-from train.errors import UserError, main_guard
-from train.wording import counted
 
 
 def stdlib(arguments: argparse.Namespace) -> None:

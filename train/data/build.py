@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
+from train.common.errors import UserError
+from train.common.files import atomic_write, sha256_file
+from train.common.progress import Progress
 from train.data.corpus import Document, total_bytes
 from train.data.manifest import MANIFEST, DatasetInfo, SplitInfo
 from train.data.shards import BOS, SHARD_TOKENS, ShardWriter, check_shard, find_shards, read_shard
 from train.data.tokenizer import SETTINGS, ByteTables, byte_tables, load_tokenizer, train_tokenizer
-from train.errors import UserError
-from train.files import atomic_write, sha256_file
-from train.progress import Progress
 
 # xz -9 takes a second for 2 to 3 MB
 YARDSTICK_TRAIN_BYTES = 8_000_000

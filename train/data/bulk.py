@@ -29,15 +29,15 @@ import numpy as np
 import numpy.typing as npt
 from sentencepiece import SentencePieceProcessor
 
+from train.common.errors import UserError
+from train.common.files import atomic_write, read_json, sha256_file
+from train.common.progress import Progress
+from train.common.wording import counted
 from train.data.build import check_output, describe_dataset, install_folder, prepare_tokenizer
 from train.data.corpus import document_lines, parse_document
 from train.data.manifest import DatasetInfo
 from train.data.shards import SHARD_TOKENS, ShardWriter, Tokens
 from train.data.tokenizer import load_tokenizer
-from train.errors import UserError
-from train.files import atomic_write, read_json, sha256_file
-from train.progress import Progress
-from train.wording import counted
 
 VAL_DOCS = 50_000
 STATE = "state.json"

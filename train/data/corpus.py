@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError
+from train.common.errors import UserError
 
 # character tables, and packages that some distributions split off: without them machines of one Python version agree
 STDLIB_SKIPPED_FOLDERS = frozenset(

@@ -22,11 +22,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from train.common.errors import UserError
+from train.common.files import atomic_write, atomic_writer
+from train.common.progress import Progress
 from train.data.shards import check_shard
 from train.data.tokenizer import load_tokenizer
-from train.errors import UserError
-from train.files import atomic_write, atomic_writer
-from train.progress import Progress
 
 DEFAULT_REPO = "willdepueoai/parameter-golf"
 DEFAULT_PREFIX = "datasets"

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from train.common.errors import UserError
 from train.config import MICRO_BATCHES, Config
 from train.data.shards import Tokens, check_tokens, find_shards, read_shard
-from train.errors import UserError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 State = dict[str, Any]

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from train.errors import UserError
+from train.common.errors import UserError
 
 MANIFEST = "manifest.json"
 

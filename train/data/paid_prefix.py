@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from train.common.errors import UserError
+from train.common.files import atomic_write
 from train.config import Config
 from train.data.shards import find_shards, read_shard
-from train.errors import UserError
-from train.files import atomic_write
 
 NOT_COMPLIANT = "NOT COMPLIANT: validation tokens in the artifact"
 """What stands beside every score that a paid prefix had a part in."""

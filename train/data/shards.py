@@ -15,8 +15,8 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from train.errors import UserError
-from train.files import atomic_writer
+from train.common.errors import UserError
+from train.common.files import atomic_writer
 
 MAGIC = 20240520
 VERSION = 1

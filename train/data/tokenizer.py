@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
+from train.common.errors import UserError
+from train.common.files import atomic_write
 from train.data.shards import BOS
-from train.errors import UserError
-from train.files import atomic_write
 
 if TYPE_CHECKING:
     import torch

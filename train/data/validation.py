@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from train.common.errors import UserError
+from train.common.files import sha256_file
 from train.config import Config
 from train.data.manifest import read_manifest
 from train.data.shards import Tokens, load_validation_tokens
 from train.data.tokenizer import ByteTables, byte_tables, find_tokenizer, load_tokenizer
-from train.errors import UserError
-from train.files import sha256_file
 
 
 @dataclass(frozen=True)

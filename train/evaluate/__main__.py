@@ -10,21 +10,21 @@ from pathlib import Path
 
 from train.artifact import load_model
 from train.checkpoint import load_weights
+from train.command_line import check_back_ends, note_unread
+from train.common.distributed import start_ranks
+from train.common.errors import main_guard
+from train.common.values import parse_text
 from train.config import Config, field_names
 from train.data.paid_prefix import NOT_COMPLIANT, known_targets
 from train.data.validation import load_validation
-from train.distributed import start_ranks
-from train.errors import main_guard
 from train.evaluate.scores import evaluation_entry, read_evaluation, write_evaluation
 from train.evaluate.scoring import evaluate_model
 from train.evaluate.windows import RULES
-from train.logger import append_metric, final_lines
 from train.model.attention_backends import BACKENDS
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
-from train.run import RunFolder
-from train.settings import check_back_ends, note_unread
-from train.values import parse_text
+from train.run.folder import RunFolder
+from train.run.logger import append_metric, final_lines
 
 
 def _parser() -> argparse.ArgumentParser:

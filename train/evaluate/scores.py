@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+from train.common.errors import UserError
+from train.common.files import read_json, write_json
 from train.config import Config
 from train.data.paid_prefix import NOT_COMPLIANT
-from train.errors import UserError
-from train.files import read_json, write_json
-from train.run import RunFolder
+from train.run.folder import RunFolder
 
 
 @dataclass(frozen=True)

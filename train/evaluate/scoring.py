@@ -22,13 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from golf_kernels import window_nll
+from train.common.errors import UserError
+from train.common.progress import Progress
 from train.config import Config
 from train.data.shards import check_tokens
-from train.errors import UserError
 from train.evaluate.scores import EvalResult
 from train.evaluate.windows import WindowPlan, group_windows, plan_windows
 from train.model.fusion import compiles, write_out_references
-from train.progress import Progress
 
 NOTE_INTERVAL_SECONDS = 0.5
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train.errors import UserError
+from train.common.errors import UserError
 
 RULES = ("once", "overlap_tail", "full_windows")
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from train.common.errors import UserError
 from train.config import Config
-from train.errors import UserError
 from train.model.attention import Attention
 from train.model.attention_backends import BACKENDS, BY_LENGTH, causal_attention, load_library
 from train.model.documents import Documents

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from train.common.wording import counted
 from train.model.block import BlockInputs
 from train.model.documents import Documents
 from train.model.gpt import GPT, Shared
 from train.model.head import head_logits
 from train.model.key_values import KeyValues
-from train.wording import counted
 
 # the gate reads the token before, whose trigram goes back two more
 _PREDECESSORS = 3

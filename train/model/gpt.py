@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from train import hardware
+from train.common import hardware
 from train.config import Config
 from train.model.attention import Heads
 from train.model.block import BLOCK_MATRICES, Block, BlockInputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.wording import counted
+from train.common.wording import counted
 
 
 class KeyValues:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.errors import UserError
+from train.common.errors import UserError
 
 
 class _Average:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from golf_kernels.muon import Muon
 from golf_kernels.sharding import assign
+from train.common.errors import UserError
 from train.config import Config
-from train.errors import UserError
-from train.model.inventory import classify
-from train.optimize.capture import Captured, GraphChoice, choose_graph
+from train.model.parameters import classify
+from train.optimize.cuda_graph import Captured, GraphChoice, choose_graph
 from train.optimize.reduction import Reduction
 
 KINDS = ("matrix", "embedding", "scalar")

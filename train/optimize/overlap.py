@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from golf_kernels.sharding import newton_schulz_cost
+from train.common.wording import counted
 from train.optimize.reduction import Reduction
-from train.wording import counted
 
 # whose last backward pass of a step runs: a compiled pass calls `start_bucket` with tensors and numbers alone; and not one
 # for each thread, because autograd has threads of its own

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.wording import counted
+from train.common.wording import counted
 
 _Collective = Callable[..., dist.Work]
 

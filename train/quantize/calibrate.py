@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from train.common.distributed import Ranks
+from train.common.errors import UserError
+from train.common.wording import counted
 from train.config import Config
 from train.data.loaders import make_loader
-from train.distributed import Ranks
-from train.errors import UserError
 from train.model.gpt import GPT
 from train.model.linear import observe_inputs
-from train.wording import counted
 
 
 def calibrate(

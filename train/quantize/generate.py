@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train.common.distributed import Ranks
+from train.common.errors import UserError
+from train.common.progress import Progress
 from train.config import Config
-from train.distributed import Ranks
-from train.errors import UserError
 from train.model.decoder import Decoder
 from train.model.gpt import GPT
-from train.progress import Progress
 
 # keys and values of the texts that are written side by side stay below 2 GiB
 _CACHE_BYTES = 1 << 31

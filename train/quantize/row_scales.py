@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from train.errors import UserError
+from train.common.errors import UserError
 
 QUANTILE = 0.9999984
 """The row quantile of |w| at which #122, #265 and #1392 clip."""

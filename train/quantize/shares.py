@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from golf_kernels.sharding import share_out
-from train.distributed import Ranks
-from train.errors import UserError
+from train.common.distributed import Ranks
+from train.common.errors import UserError
 
 Name = TypeVar("Name")
 T = TypeVar("T")

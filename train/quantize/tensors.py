@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from train.common.distributed import Ranks
+from train.common.errors import UserError
+from train.common.progress import Progress
 from train.config import Config
-from train.distributed import Ranks
-from train.errors import UserError
-from train.model.inventory import classify
-from train.progress import Progress
+from train.model.parameters import classify
 from train.quantize.gptq import gptq
 from train.quantize.row_scales import ROW_SCALES, largest_code, percentile_candidates, rtn, squared_error
 from train.quantize.shares import assign, gather, gptq_cost

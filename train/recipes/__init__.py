@@ -13,8 +13,8 @@ import pkgutil
 from dataclasses import dataclass
 from typing import Any
 
+from train.common.values import ConfigError
 from train.config import Config
-from train.values import ConfigError
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-from train.errors import main_guard
-from train.run import RunFolder
-from train.settings import note_unread
+from train.command_line import note_unread
+from train.common.errors import main_guard
+from train.common.wording import counted
+from train.run.folder import RunFolder
 from train.submission.record import TRACKS
-from train.wording import counted
 
 # each command imports its own parts, so that none waits for another's libraries
 
@@ -41,7 +41,7 @@ def _record(arguments: argparse.Namespace) -> int:
 
 
 def _code(arguments: argparse.Namespace) -> int:
-    from train.script.single_file import form_bytes
+    from train.single_file.pack import form_bytes
 
     for form, size in form_bytes(arguments.recipe).items():
         print(f"{form:<9} {size:>9,} bytes")
@@ -49,7 +49,7 @@ def _code(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from train.submission.standing import find_standing
+    from train.submission.record_scores import find_standing
     from train.submission.statistics import comparison_text
 
     print(comparison_text(find_standing(arguments.a), find_standing(arguments.b)))
@@ -59,8 +59,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _build(arguments: argparse.Namespace) -> int:
     from train.submission.base import find_base
     from train.submission.build import Labels, build_record
-    from train.submission.evidence import read_evidence
     from train.submission.record import git_setting
+    from train.submission.record_folder import read_evidence
     from train.submission.rules import exit_code, judge, summary_lines
 
     author = git_setting("user.name") if arguments.author is None else arguments.author
@@ -77,7 +77,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from train.submission.evidence import read_evidence
+    from train.submission.record_folder import read_evidence
     from train.submission.rules import exit_code, judge, judgement_text
 
     findings = judge(read_evidence(arguments.folder))

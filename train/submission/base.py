@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train.common.errors import UserError
+from train.common.files import read_json
 from train.config import Config
-from train.errors import UserError
-from train.files import read_json
 from train.recipes import load_recipe, recipe_names
-from train.submission.standing import Standing, find_standing
+from train.submission.record_scores import Standing, find_standing
 
 
 @dataclass(frozen=True)

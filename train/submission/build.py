@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.common.errors import UserError
+from train.common.files import atomic_write
+from train.common.wording import counted
 from train.config import Config
 from train.data.validation import load_validation
-from train.errors import UserError
-from train.files import atomic_write
-from train.script.code_size import decoded
-from train.script.single_file import as_literal, pack, recipe_settings, script_modules, script_settings
+from train.single_file.code_size import decoded
+from train.single_file.pack import as_literal, pack, recipe_settings, script_modules, script_settings
 from train.submission.base import Base
-from train.submission.evidence import mean_and_deviation
+from train.submission.readme import writeup
 from train.submission.record import evaluation, form
+from train.submission.record_folder import mean_and_deviation
 from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
-from train.submission.writeup import writeup
-from train.wording import counted
 
 _PROOF_TOKENS = 32_768
 # libraries that are imported by a name in a string
@@ -60,7 +60,7 @@ def build_record(
         paths: finished runs, one per seed.
         out: the folder, which must not exist.
         labels: what people say about it.
-        single_file: form of the one-file script, see `train.script.single_file`; empty: the modules in folders beside
+        single_file: form of the one-file script, see `train.single_file.pack`; empty: the modules in folders beside
             it.
         base: what the settings and scores are compared with; None: the recipe.
 
@@ -155,7 +155,7 @@ def write_script(folder: Path, config: Config, single_file: str) -> None:
         path.write_text(source)
     atomic_write(
         folder / "train_gpt.py",
-        f'"""Trains, quantizes, packs and scores."""\n\nfrom train.errors import main_guard\nfrom train.script.entry import main\n\nSETTINGS = {as_literal({"RECIPE": config.recipe, **settings})}\n'
+        f'"""Trains, quantizes, packs and scores."""\n\nfrom train.common.errors import main_guard\nfrom train.train_gpt import main\n\nSETTINGS = {as_literal({"RECIPE": config.recipe, **settings})}\n'
         f"# modules that these settings do not need, and which would\nLEFT_OUT = {as_literal(carried.left_out)}\n\n"
         'if __name__ == "__main__":\n    main_guard(lambda: main(SETTINGS, LEFT_OUT))\n',
     )

@@ -10,11 +10,11 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from train.common.errors import UserError
+from train.common.files import atomic_write
 from train.config import Config
-from train.errors import UserError
-from train.files import atomic_write
-from train.logger import finite, read_metrics, series
-from train.run import RunFolder, changed_settings
+from train.run.folder import RunFolder, changed_settings
+from train.run.logger import finite, read_metrics, series
 from train.submission.summary import Summary
 
 TEMPLATE = Path(__file__).with_name("dashboard.html")

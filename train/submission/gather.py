@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from train.artifact import read_artifact
+from train.common.errors import UserError
+from train.common.files import read_json
 from train.data.manifest import read_manifest
-from train.errors import UserError
 from train.evaluate.scores import find_evaluation
-from train.files import read_json
-from train.logger import read_metrics, resumed_steps
-from train.run import RunFolder
+from train.run.folder import RunFolder
+from train.run.logger import read_metrics, resumed_steps
 from train.submission.summary import Summary, group_bytes
 
 

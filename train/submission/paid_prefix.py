@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 
+from train.common.errors import main_guard
 from train.data.paid_prefix import NOT_COMPLIANT, build_prefix
-from train.errors import main_guard
 
 
 def main(argv: list[str] | None = None) -> int:

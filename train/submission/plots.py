@@ -12,9 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from train.errors import UserError
-from train.files import atomic_writer
-from train.logger import series
+from train.common.errors import UserError
+from train.common.files import atomic_writer
+from train.run.logger import series
 from train.submission.summary import Summary
 
 # Okabe and Ito's colors, which people with any color vision tell apart
@@ -33,7 +33,7 @@ def plot_loss(path: str | os.PathLike[str], records: list[dict[str, Any]], summa
 
     Args:
         path: the PNG.
-        records: metrics.jsonl, as `train.logger.read_metrics` returns it.
+        records: metrics.jsonl, as `train.run.logger.read_metrics` returns it.
         summary: the run's numbers.
 
     Raises:
@@ -60,7 +60,7 @@ def plot_bpb(
 
     Args:
         path: the PNG.
-        records: metrics.jsonl, as `train.logger.read_metrics` returns it.
+        records: metrics.jsonl, as `train.run.logger.read_metrics` returns it.
         summary: the run's numbers.
         validation: how the scores while training were made, in words.
         evaluation: how `summary.val_bpb` was.

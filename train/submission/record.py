@@ -9,14 +9,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from train.common.files import atomic_write
+from train.common.wording import counted
 from train.config import Config
-from train.files import atomic_write
-from train.logger import read_metrics
-from train.run import RunFolder
+from train.run.folder import RunFolder
+from train.run.logger import read_metrics
 from train.submission.gather import summarize
 from train.submission.plots import plot_bpb, plot_loss, plot_size_budget
 from train.submission.summary import Summary, recurrence_note, size_line, stage_line, summary_text
-from train.wording import counted
 
 TRACKS = ("10min_16mb", "non-record-16mb")
 

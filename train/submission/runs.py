@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.common.errors import UserError
+from train.common.files import sha256_file
 from train.config import Config
 from train.data.tokenizer import byte_tables, find_tokenizer, load_tokenizer
 from train.data.validation import load_validation
-from train.errors import UserError
 from train.evaluate.scores import find_evaluation
-from train.files import sha256_file
-from train.log_grammar import Log, parse_log
-from train.run import RunFolder, changed_settings
+from train.run.folder import RunFolder, changed_settings
+from train.run.log_grammar import Log, parse_log
 from train.submission.gather import summarize
-from train.submission.standing import exact_score
+from train.submission.record_scores import exact_score
 from train.submission.summary import Summary
 
 _PROVEN_TOKENS = 1_000_000

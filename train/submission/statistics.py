@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from train.errors import UserError
-from train.submission.standing import Standing
+from train.common.errors import UserError
+from train.common.wording import counted
+from train.submission.record_scores import Standing
 from train.submission.texts import one_text
-from train.wording import counted
 
 BAR = 0.005
 SIGNIFICANCE = 0.01

@@ -8,9 +8,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.errors import UserError
-from train.files import read_json, write_json
-from train.wording import counted
+from train.common.errors import UserError
+from train.common.files import read_json, write_json
+from train.common.wording import counted
 
 if TYPE_CHECKING:
     from train.artifact.budget import BudgetRow

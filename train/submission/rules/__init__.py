@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from train.submission.evidence import Evidence
+from train.submission.record_folder import Evidence
 from train.submission.rules import agreement, clock, form, scoring, size, validation
 from train.submission.rules.finding import Finding, Verdict
 

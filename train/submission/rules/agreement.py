@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from decimal import MAX_PREC, ROUND_DOWN, ROUND_HALF_EVEN, ROUND_HALF_UP, Context, Decimal
 
-from train.log_grammar import Log
-from train.submission.evidence import Evidence, logged_numbers, mean_and_deviation
+from train.common.wording import counted
+from train.run.log_grammar import Log
+from train.submission.record_folder import Evidence, logged_numbers, mean_and_deviation
+from train.submission.record_scores import is_number
 from train.submission.rules.finding import Finding, fails, holds, judged, unseen
-from train.submission.standing import is_number
-from train.wording import counted
 
 _COMPARED = (
     "val_loss",

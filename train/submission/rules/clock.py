@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
-from train.submission.evidence import Evidence
+from train.submission.record_folder import Evidence
+from train.submission.record_scores import is_number
 from train.submission.rules.finding import Finding, holds, judged, unseen
-from train.submission.standing import is_number
 
 LIMIT_SECONDS = 600.0
 

@@ -9,9 +9,9 @@ import lzma
 import re
 import zlib
 
-from train.submission.evidence import Evidence
+from train.common.wording import counted
+from train.submission.record_folder import Evidence
 from train.submission.rules.finding import Finding, holds, judged, unseen
-from train.wording import counted
 
 KEYS = (
     "author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_bpb_std", "seeds", "seed_results",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from train.submission.evidence import Evidence
+from train.common.wording import counted
+from train.submission.record_folder import Evidence
 from train.submission.rules.finding import Finding, fails, holds, judged, unseen
-from train.wording import counted
 
 CAP_BYTES = 16_000_000
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from train.submission.evidence import Evidence
+from train.submission.record_folder import Evidence
 from train.submission.rules.finding import Finding, fails, holds, unseen
 
 # with this label our own runs mark scores of a text that is partly in the artifact

@@ -1,0 +1,243 @@
+"""What torch.compile makes of a model for a GPU that is not here: Inductor's own schedule, read and not run.
+
+Inductor needs properties of a device, which are given, and values of constants, which are computed on the host. It plans
+as it would on the device, from the decompositions to the kernels that it fuses; then its schedule is read, and instead of
+code the model gets a function that returns tensors without data. Products and operators that Inductor calls are listed as
+`benchmarks.computed.recorder` does it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.computed.recorder import operator_kernels
+from benchmarks.measure.devices import Kernel
+
+# what Inductor asks of an H100 SXM; an H200 has more memory and is otherwise the same
+PROPERTIES = types.SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=80 << 30,
+    warp_size=32,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    L2_cache_size=50 << 20,
+    shared_memory_per_block=48 << 10,
+    shared_memory_per_block_optin=227 << 10,
+    shared_memory_per_multiprocessor=228 << 10,
+    is_integrated=0,
+    gcnArchName="",
+)
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+
+
+class Scheduled(types.SimpleNamespace):
+    """One kernel of a schedule.
+
+    Attributes:
+        kernels: what it launches; several for an operator.
+        reads: bytes by name of a buffer that it reads.
+        writes: bytes by name of a buffer that it writes.
+        sends: numbers of the matrices whose gradients it sends on their way.
+    """
+
+    kernels: list[Kernel]
+    reads: dict[str, float]
+    writes: dict[str, float]
+    sends: tuple[int, ...] = ()
+
+
+class _OnHost(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        return func(*args, **kwargs | ({"device": torch.device("cpu")} if "device" in kwargs else {}))
+
+
+@contextlib.contextmanager
+def planning_for_an_absent_gpu(
+    plan: Callable[[list[Scheduled]], Callable[[], None]],
+) -> Iterator[None]:
+    """Let torch.compile plan for an H100, whatever this machine has.
+
+    Args:
+        plan: gets each compiled graph's schedule; what it returns is called whenever the graph is.
+    """
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor import config
+    from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
+    from torch._inductor.graph import GraphLowering
+
+    fold = UniformValueConstantFolder.run
+
+    def fold_on_host(folder: Any, *args: Any) -> Any:
+        with _OnHost():
+            return fold(folder, *args)
+
+    def read(graph: Any) -> Any:
+        graph._update_scheduler()
+        called = plan(read_schedule(graph))
+        output = next(node for node in graph.module.graph.nodes if node.op == "output")
+
+        def call(args: list[Any]) -> list[Any]:
+            args.clear()
+            called()
+            return [_without_data(node) for node in output.args[0]]
+
+        return types.SimpleNamespace(call=call)
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (torch.cuda, "get_device_properties", lambda device=None: PROPERTIES),
+            (torch.cuda, "get_device_capability", lambda device=None: (PROPERTIES.major, PROPERTIES.minor)),
+            (torch.cuda, "current_device", lambda: 0),
+            (torch.cuda, "device_count", lambda: 1),
+            (CudaInterface, "is_available", staticmethod(lambda: True)),
+            # it was bound when the class was made
+            (CudaInterface, "get_device_properties", staticmethod(lambda device=None: PROPERTIES)),
+            (CudaInterface, "is_bf16_supported", staticmethod(lambda including_emulation=True: True)),
+            (UniformValueConstantFolder, "run", fold_on_host),
+            (GraphLowering, "compile_to_module", read),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(config.patch(force_disable_caches=True))
+        yield
+
+
+def _without_data(node: Any) -> Any:
+    value = node.meta["val"] if isinstance(node, torch.fx.Node) else node
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def read_schedule(graph: Any) -> list[Scheduled]:
+    """The kernels of a graph that Inductor has scheduled, in their order.
+
+    A compiled kernel reads what it addresses of each buffer once, however often it comes back to it, and writes what
+    somebody behind it reads; what stays inside does not count.
+    """
+    from torch._inductor import ir
+    from torch._inductor.scheduler import NopKernelSchedulerNode
+    from torch._inductor.virtualized import V
+
+    with V.set_graph_handler(graph):
+        found = []
+        for node in graph.scheduler.nodes:
+            if isinstance(node, NopKernelSchedulerNode):
+                # pieces that were written where they belong, or room that somebody fills
+                found.append(Scheduled(kernels=[], reads={}, writes=dict.fromkeys(node.get_buffer_names(), 0.0)))
+            elif not node.is_extern():
+                found.append(_compiled(node, graph))
+            elif not isinstance(node.node, ir.MultiOutput):
+                found.append(_extern(node))
+        return found
+
+
+def _bytes(node: Any, elements: float | None = None) -> float:
+    size = 1
+    for length in node.get_size():
+        size *= int(length)
+    return float((size if elements is None else min(size, elements)) * node.get_dtype().itemsize)
+
+
+def _elements(dep: Any) -> int:
+    """Elements that a kernel addresses; of what it looks up by a computed index as many as it does so often."""
+    from torch._inductor.dependencies import MemoryDep
+
+    if isinstance(dep, MemoryDep) and dep.is_indirect():
+        return math.prod(int(size) for size in dep.size)
+    return int(dep.numel_hint())
+
+
+def _compiled(node: Any, graph: Any) -> Scheduled:
+    from torch._inductor.dependencies import MemoryDep, WeakDep
+    from torch._inductor.utils import get_fused_kernel_name
+
+    inside = {n.get_name() for n in node.get_nodes()}
+    own = set(node.get_buffer_names())
+    reads: dict[str, float] = {}
+    writes: dict[str, float] = {}
+    addressed: dict[str, dict[Any, int]] = {}
+    for dep in node.read_writes.reads:
+        if dep.name not in own and not isinstance(dep, WeakDep):
+            # what is added to in place is read, too
+            index = dep.index if isinstance(dep, MemoryDep) else None
+            addressed.setdefault(dep.name, {})[index] = _elements(dep)
+    for name, indices in addressed.items():
+        buffer = _buffer(graph, name)
+        if buffer is not None:
+            reads[name] = _bytes(buffer, sum(indices.values()))
+    for output in node.get_outputs():
+        users = {user.node.get_name() for user in output.users}
+        if not users - inside:
+            continue
+        name = output.get_name()
+        changed = output.get_mutations()
+        target = _buffer(graph, changed[0]) if changed else output.node
+        addressed_here = sum(_elements(dep) for dep in node.read_writes.writes if dep.name == name)
+        writes[name] = _bytes(target, addressed_here or None)
+    kind = "red" if node.is_reduction() else "poi"
+    name = f"triton_{kind}_{get_fused_kernel_name(node.get_nodes(), 'original_aten')}"
+    return Scheduled(
+        kernels=[Kernel(name, 0.0, sum(reads.values()) + sum(writes.values()))], reads=reads, writes=writes
+    )
+
+
+def _buffer(graph: Any, name: str) -> Any:
+    found = graph.name_to_buffer.get(name) or graph.graph_inputs.get(name)
+    return found if hasattr(found, "get_size") else None
+
+
+def _extern(node: Any) -> Scheduled:
+    from torch._inductor import ir
+
+    called = node.node
+    overload = getattr(called, "op_overload", None)
+    if overload is not None and overload.namespace == "train":
+        # it packs gradients, which it only says to write
+        packed = {gradient.get_name(): _bytes(gradient) for gradient in called.inputs}
+        origin = next(node for node in called.origins if node.target is overload)
+        kernel = Kernel(f"train::{overload._overloadpacket.__name__}", 0.0, 2 * sum(packed.values()))
+        return Scheduled(kernels=[kernel], reads=packed, writes={}, sends=tuple(origin.args[1]))
+    inputs = {i.get_name(): _bytes(i) for i in called.inputs if isinstance(i, ir.IRNode) and hasattr(i, "get_size")}
+    if isinstance(called.layout, ir.MultiOutputLayout):
+        written = [user.node.node for user in node.outputs[0].users if hasattr(user.node, "node")]
+        outputs = {o.get_name(): _bytes(o) for o in written if isinstance(o, ir.MultiOutput)}
+    else:
+        outputs = {called.get_name(): _bytes(called)}
+    if getattr(overload, "namespace", "") in ("golf", "fa3"):
+        origin = next(node for node in called.origins if node.target is overload)
+        values = [a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in origin.args]
+        with next(v.fake_mode for v in values if isinstance(v, FakeTensor)):
+            kernels = operator_kernels(overload, values)
+        return Scheduled(kernels=kernels, reads=inputs, writes=outputs)
+    name = (called.python_kernel_name or str(overload)).rpartition(".")[2]
+    name = name if overload is None else overload._overloadpacket.__name__
+    flops = 0.0
+    if name in _PRODUCTS:
+        left = called.inputs[-2]
+        *_, depth = (int(n) for n in left.get_size())
+        elements = 1
+        for length in called.get_size():
+            elements *= int(length)
+        flops = 2.0 * elements * depth
+    return Scheduled(
+        kernels=[Kernel(f"aten::{name}", flops, sum(inputs.values()) + sum(outputs.values()))],
+        reads=inputs,
+        writes=outputs,
+    )

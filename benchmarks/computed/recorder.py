@@ -1,0 +1,228 @@
+"""The kernels that PyTorch and this package's operators launch, listed from tensors that have no data.
+
+An operation of PyTorch is one kernel that reads every tensor it is given once and writes every tensor it makes or changes
+once. An operator of this package is what its back end launches: its Triton kernels, and PyTorch's operations between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import golf_kernels
+from benchmarks.bench_newton_schulz import STEPS, symmetric_flops
+from benchmarks.measure.devices import Kernel
+from golf_kernels import dispatch, int6_native
+from golf_kernels.muon import Muon, Work, coefficients_of
+
+# what makes room, or another view of what is there, and launches nothing
+_NOTHING = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "_unsafe_view"),
+    *("_reshape_alias", "is_pinned", "resize_", "record_stream"),
+}
+# their first argument is written without being read
+_OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
+_RATES = {"attention": "attention", "attention_backward": "attention backward"}
+# products among the package's kernels: whose rows meet which matrix
+_PRODUCTS = {
+    "up_kernel": ("x_desc", "w_up_desc"),
+    "down_kernel": ("post_desc", "w_down_desc"),
+    "dpre_kernel": ("dy_desc", "w_down_desc"),
+    "dx_kernel": ("dpre_desc", "w_up_desc"),
+    "xsa_linear_kernel": ("y_desc", "weight_desc"),
+    "xsa_linear_backward_kernel": ("dy_desc", "weight_desc"),
+}
+# what turns a tensor into another in place
+_IN_PLACE = {"loss_and_gradient_kernel": "logits_ptr"}
+
+
+def size_of(tensor: Tensor) -> float:
+    """Bytes of a tensor's elements; what is repeated in a view counts once."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= size if stride or not size else 1
+    return float(elements * tensor.element_size())
+
+
+def on_gpu(values: Any) -> list[Tensor]:
+    """The CUDA tensors in nested arguments; views of one and the same memory, such as a transposed one, once."""
+    found: dict[Any, Tensor] = {}
+    for leaf in pytree.tree_leaves(values):
+        if isinstance(leaf, Tensor) and leaf.is_cuda:
+            layout = tuple(sorted(zip(leaf.shape, leaf.stride(), strict=True)))
+            found[leaf.untyped_storage()._cdata, leaf.storage_offset(), layout] = leaf
+    return list(found.values())
+
+
+class Recorder(TorchDispatchMode):
+    """Lists the kernels of whatever runs inside.
+
+    Attributes:
+        kernels: in the order of their launches.
+        waits: how often the host waited for a number from the device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+        self.waits = 0
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Let code that is compiled already run inside."""
+        return True
+
+    def item(self, tensor: Tensor) -> int:
+        """What stands for `Tensor.item`."""
+        self.waits += tensor.is_cuda
+        return 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._overloadpacket.__name__
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        if func.namespace == "golf":
+            with self:
+                return run_operator(name, self.kernels, *args)
+        with self:
+            # below autograd some operations arrive that are made of others
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
+        result = func(*args, **kwargs)
+        if not (func.is_view or name in _NOTHING):
+            self.kernels += [eager_kernel(func, args, kwargs, result)] if on_gpu((args, kwargs, result)) else []
+        return result
+
+
+def eager_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Kernel:
+    """The kernel of one of PyTorch's operations."""
+    name = func._overloadpacket.__name__
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    changed = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    blind = {n for n in changed if n == "out" or name in _OVERWRITE}
+    reads = on_gpu([value for n, value in given.items() if n not in blind])
+    writes = on_gpu([given.get(n) for n in changed])
+    if not changed:
+        writes = on_gpu(result)
+    count = flop_registry.get(func._overloadpacket)
+    flops = float(count(*args, **kwargs, out_val=result)) if count else 0.0
+    return Kernel(f"{func.namespace}::{name}", flops, sum(map(size_of, (*reads, *writes))), _RATES.get(name, "cublas"))
+
+
+class Launch:
+    """Stands for a Triton kernel, and lists what a launch would do: each tensor it gets goes through it once."""
+
+    def __init__(self, kernel: Any, kernels: list[Kernel]) -> None:
+        self.name, self.arg_names, self.kernels = kernel.__name__, kernel.arg_names, kernels
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*arguments: Any, **named: Any) -> None:
+            given = dict(zip(self.arg_names, arguments, strict=False)) | named
+            values: dict[str, Any] = {name: getattr(value, "base", value) for name, value in given.items()}
+            tensors = on_gpu(values)
+            flops = 0.0
+            if self.name in _PRODUCTS:
+                rows, matrix = (values[name] for name in _PRODUCTS[self.name])
+                flops = 2.0 * rows.numel() / rows.shape[-1] * matrix.numel()
+            again = size_of(given[_IN_PLACE[self.name]]) if self.name in _IN_PLACE else 0.0
+            self.kernels.append(Kernel(self.name, flops, sum(map(size_of, tensors)) + again, "triton"))
+
+        return launch
+
+
+@functools.cache
+def _kernel_modules() -> list[Any]:
+    paths = sorted(Path(golf_kernels.__file__).parent.glob("*_triton.py"))
+    return [importlib.import_module(f"golf_kernels.{path.stem}") for path in paths]
+
+
+@contextlib.contextmanager
+def launches_listed(kernels: list[Kernel]) -> Iterator[None]:
+    """Every Triton kernel of the package replaced by a `Launch`, and what a training step has of CUDA listed as well."""
+
+    def fake_quantize(*tensors: Tensor) -> None:
+        kernels.append(Kernel("fake_quantize_kernel", 0.0, sum(map(size_of, tensors))))
+
+    with contextlib.ExitStack() as stack:
+        for module in _kernel_modules():
+            for name, kernel in list(vars(module).items()):
+                if name.endswith("_kernel") and hasattr(kernel, "arg_names"):
+                    stack.enter_context(mock.patch.object(module, name, Launch(kernel, kernels)))
+            if hasattr(module, "KERNELS"):
+                replaced = {product: Launch(kernel, kernels) for product, kernel in module.KERNELS.items()}
+                stack.enter_context(mock.patch.object(module, "KERNELS", replaced))
+        stack.enter_context(mock.patch.object(int6_native, "fake_quantize", fake_quantize))
+        stack.enter_context(mock.patch.object(torch.cuda, "device_of", return_value=contextlib.nullcontext()))
+        # an address that TMA takes
+        stack.enter_context(mock.patch.object(Tensor, "data_ptr", return_value=512))
+        yield
+
+
+def run_operator(op: str, kernels: list[Kernel], *args: Any) -> Any:
+    """An operator on its back end, whose launches are added to `kernels`."""
+    with launches_listed(kernels):
+        return dispatch.run_on(dispatch.choose(op, *args).backend, op, *args)
+
+
+def operator_kernels(operator: Any, args: Iterable[Any]) -> list[Kernel]:
+    """The kernels of a call of an operator on tensors without data, whose mode is active."""
+    with Recorder() as recorder, torch.no_grad():
+        operator(*args)
+    found: list[Kernel] = recorder.kernels
+    return found
+
+
+def muon_step_kernels(work: list[Work]) -> list[Kernel]:
+    """The launches of the fused step of Muon: two passes over float32 state and the products between them.
+
+    Its products are those of `benchmarks.bench_newton_schulz`, in bfloat16, read from and written to the cache: what
+    leaves it once is the matrix that goes in and the one that comes out.
+    """
+    kernels = []
+    for group, params in work:
+        shapes = tuple((m.shape[-2], m.shape[-1]) for p in params for m in (p.unbind() if p.ndim == 3 else (p,)))
+        numbers = float(sum(p.numel() for p in params))
+        iterations = len(coefficients_of(group).schedule(group["ns_steps"]))
+        # gradient and momentum in, momentum and direction out; direction and weights in, weights out
+        kernels.append(Kernel("momentum_kernel", 0.0, 14 * numbers, "triton"))
+        kernels.append(Kernel("norm_kernel", 0.0, 0.0, "triton"))
+        for name in ("symmetric_kernel", "symmetric_kernel", "product_kernel"):
+            share = Kernel(name, symmetric_flops(shapes) / 3 / STEPS, 4 * numbers / 3 / iterations, "triton")
+            kernels += [share] * iterations
+        kernels += [Kernel("moments_kernel", 0.0, 2 * numbers, "triton")] * bool(group["normuon"])
+        kernels.append(Kernel("apply_kernel", 0.0, 10 * numbers, "triton"))
+    return kernels
+
+
+@contextlib.contextmanager
+def fused_muon_listed(recorder: Recorder) -> Iterator[None]:
+    """Calls of `muon_step` on its Triton back end listed instead of run, for as long as a step is recorded."""
+    call = dispatch.call
+
+    def listed(op: str, *args: Any) -> Any:
+        if op != "muon_step" or dispatch.choose(op, device="cuda").backend == "torch":
+            return call(op, *args)
+        optimizer: Muon = args[1]
+        for _, params in args[2]:
+            for param in params:
+                optimizer.moment(param, "momentum_buffer", param)
+        recorder.kernels += muon_step_kernels(args[2])
+        return None
+
+    with mock.patch.object(dispatch, "call", listed):
+        yield

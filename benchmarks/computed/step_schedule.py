@@ -1,0 +1,263 @@
+"""The kernels of a training step, by way, with the time that each must take: computed without a GPU, never measured.
+
+Each way's step of one GPU's share runs on a CUDA device without CUDA, with tensors that have shapes and no data: what is
+compiled is planned by Inductor itself (`benchmarks.computed.inductor_plan`), what is not is listed as it is launched
+(`benchmarks.computed.recorder`). A kernel takes max(bytes / bandwidth, arithmetic / matrix rate), at the rates that such kernels were
+seen to reach (`benchmarks.measure.devices`). The device runs one after the other; what the host and other ranks add is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.computed import fake_cuda
+from benchmarks.computed.attention import stand_in
+from benchmarks.computed.inductor_plan import Scheduled, planning_for_an_absent_gpu
+from benchmarks.computed.recorder import Recorder, fused_muon_listed
+from benchmarks.measure import common
+from benchmarks.measure.devices import DEVICES, REACHED, Device, Kernel
+from benchmarks.measure.step_variants import check_ways, make_variants, parse_way_switch, share_config
+from benchmarks.measure.tokens import share_sequences
+from golf_kernels import dispatch, native
+from train.common.errors import UserError, main_guard
+from train.config import Config
+from train.describe import describe
+from train.optimize.cuda_graph import Captured
+from train.recipes import recipe_names
+from train.run.profiling import kernel_family
+
+CUDA = torch.device("cuda", 0)
+# ms per step of the published runs on 8 H100, before and after recurrence, from their logs; #262's and the baseline's
+# attention was PyTorch's
+PUBLISHED_MS = {
+    "baseline": (43.5,),
+    "sp1024_smear_bigram": (96.3,),
+    "sp2048_normuon": (53.9,),
+    "sp4096_recurrence": (95.3, 102.9),
+    "sp8192_sdclip": (102.3, 125.8),
+}
+
+
+class Step(NamedTuple):
+    """What one way launches in a step.
+
+    Attributes:
+        way: its name.
+        forward: kernels of the compiled forward pass.
+        backward: of the compiled backward pass.
+        rest: of everything else: gradients' norm, optimizers, average.
+        waits: how often the host waits for the device.
+        graphs: the schedules of both passes.
+    """
+
+    way: str
+    forward: list[Kernel]
+    backward: list[Kernel]
+    rest: list[Kernel]
+    waits: int
+    graphs: list[list[Scheduled]]
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        return [*self.forward, *self.backward, *self.rest]
+
+    def ms(self, device: Device) -> float:
+        return sum(kernel.reached_ms(REACHED[device.name]) for kernel in self.kernels)
+
+
+@contextlib.contextmanager
+def planning(recorder: Recorder, plan: Callable[[list[Scheduled]], Callable[[], None]]) -> Iterator[str]:
+    """Tensors without data, attention that nobody has to have, and `plan` for what is compiled; in a process that has a CUDA device.
+
+    Yields:
+        The attention back end.
+    """
+    torch._dynamo.reset()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(fake_cuda.tensors_without_data())
+        for owner, attribute, value in (
+            (dispatch, "triton_problem", lambda: None),
+            (native, "problem", lambda part: None),
+            (Captured, "__call__", lambda captured: captured.run()),
+            (Tensor, "pin_memory", lambda tensor: tensor),
+            (Tensor, "item", lambda tensor: recorder.item(tensor)),
+            # a module's tensors without data cannot be moved, so they are made where they belong
+            (torch.nn.Module, "to", lambda module, device: module),
+        ):
+            stack.enter_context(mock.patch.object(owner, attribute, value))
+        attention = stack.enter_context(stand_in())
+        stack.enter_context(planning_for_an_absent_gpu(plan))
+        stack.enter_context(fused_muon_listed(recorder))
+        yield attention
+
+
+def step_kernels(config: Config, way: str, recurrence: bool) -> Step:
+    """Take a step of a way twice, the second time recorded; in a process that has a CUDA device.
+
+    Args:
+        config: the recipe; `compile` is on.
+        way: as in `benchmarks.measure.step_variants`.
+        recurrence: whether the repeated layers run twice.
+    """
+    recorder = Recorder()
+    graphs: list[list[Scheduled]] = []
+    passes: list[list[Kernel]] = []
+
+    def plan(schedule: list[Scheduled]) -> Callable[[], None]:
+        graphs.append(schedule)
+        kernels = [kernel for scheduled in schedule for kernel in scheduled.kernels]
+        return lambda: passes.append(kernels)
+
+    with planning(recorder, plan) as attention:
+        with CUDA:
+            variant = make_variants(config.replace(attention=attention), [way], CUDA)[0]
+        tokens = np.zeros((share_sequences(config), config.train_seq_len + 1), dtype=np.uint16)
+        # the first step compiles, and makes the moments
+        variant.run(tokens, recurrence)
+        passes.clear()
+        recorder.kernels.clear()
+        recorder.waits = 0
+        with recorder:
+            variant.run(tokens, recurrence)
+    forward, backward = passes
+    return Step(way, forward, backward, recorder.kernels, recorder.waits, graphs)
+
+
+def described_flops(config: Config, recurrence: bool) -> float:
+    """Arithmetic of a share's step as `--describe` has it."""
+    phase = "after_recurrence" if recurrence else "before_recurrence"
+    tokens = share_sequences(config) * config.train_seq_len
+    return float(1e6 * tokens * describe(config, {})["mflop_per_token"][phase])
+
+
+def check_complete(step: Step, flops: float) -> None:
+    """Refuse a schedule without all products.
+
+    Raises:
+        UserError: some of the described arithmetic is missing, as where Inductor hides a part of a graph in another.
+    """
+    found = sum(kernel.flops for kernel in (*step.forward, *step.backward))
+    if found < (1 - 1e-9) * flops:
+        raise UserError(
+            f"--ways: {step.way}: its schedule has {found / 1e12:.2f} TFLOP of the {flops / 1e12:.2f} described: what is compiled as "
+            "a graph inside a graph is not listed: leave this way out"
+        )
+
+
+def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Device) -> str:
+    """ms per step by family and way, and what follows from them."""
+    reached = REACHED[device.name]
+    tokens = share_sequences(config) * config.train_seq_len
+    phase = f" {'after' if recurrence else 'before'} recurrence," if config.recur_layers else ""
+    flops = described_flops(config, recurrence)
+    times = [family_ms(step.kernels, device) for step in steps]
+    totals = [step.ms(device) for step in steps]
+    rows: list[tuple[str, list[str]]] = [
+        (family, [f"{found[family]:.2f}" if family in found else "–" for found in times])
+        for family, _ in Counter({name: ms for found in times for name, ms in found.items()}).most_common()
+    ]
+    rows += [
+        ("ms per step", [f"{total:.2f}" for total in totals]),
+        (
+            "no kernel can take less",
+            [f"{sum(kernel.floor_ms(device) for kernel in step.kernels):.2f}" for step in steps],
+        ),
+        ("GB moved", [f"{sum(kernel.bytes for kernel in step.kernels) / 1e9:.1f}" for step in steps]),
+        ("launches", [str(len(step.kernels)) for step in steps]),
+        ("waits of the host", [str(step.waits) for step in steps]),
+        (f"tokens/s, {steps[0].way} = 1", [f"{totals[0] / total:.2f}" for total in totals]),
+        (
+            f"utilisation of {reached.tflops['cublas']:.0f} TFLOP/s",
+            [f"{flops / total / 1e9 / reached.tflops['cublas']:.0%}" for total in totals],
+        ),
+    ]
+    published = PUBLISHED_MS.get(config.recipe, ())
+    if len(published) > recurrence and device.name == "H100" and tokens > 10_000:
+        rows.append(
+            (
+                f"published run, {published[recurrence]} ms, over this",
+                [f"{published[recurrence] / total:.2f}" for total in totals],
+            )
+        )
+    width = max(len(name) for name, _ in rows)
+    widths = [max(12, len(step.way) + 2) for step in steps]
+    lines = [f"{config.recipe}, {tokens:,} tokens,{phase} {device.name}: computed, not measured"]
+    lines += [
+        f"{name:<{width}}" + "".join(f"{value:>{wide}}" for value, wide in zip(values, widths, strict=True))
+        for name, values in [("", [step.way for step in steps]), *rows]
+    ]
+    return "\n".join(lines)
+
+
+def family_ms(kernels: Sequence[Kernel], device: Device) -> dict[str, float]:
+    """Milliseconds by family of `train.run.profiling`."""
+    found: dict[str, float] = {}
+    for kernel in kernels:
+        family = kernel_family(kernel.name)
+        found[family] = found.get(family, 0.0) + kernel.reached_ms(REACHED[device.name])
+    return found
+
+
+def largest(step: Step, device: Device, count: int) -> str:
+    """The kernels that take longest, equal ones together."""
+    times: Counter[tuple[str, str, float]] = Counter()
+    launches: Counter[tuple[str, str, float]] = Counter()
+    for part in ("forward", "backward", "rest"):
+        for kernel in getattr(step, part):
+            key = (part, kernel.name, kernel.bytes)
+            times[key] += kernel.reached_ms(REACHED[device.name])
+            launches[key] += 1
+    lines = [f"largest of {step.way}:"]
+    for key, ms in times.most_common(count):
+        part, name, size = key
+        lines.append(f"{ms:8.3f} ms  {launches[key]:4} x {size / 1e6:8.1f} MB  {part:<8}  {name[:100]}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks schedule", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recipe", default="sp8192_sdclip", choices=recipe_names())
+    parser.add_argument("--ways", default="published,torch,golf", help="as of bench_step, +SWITCH included")
+    parser.add_argument(
+        "--phase", default="both", choices=("before", "after", "both"), help="recurrence off, on, or both"
+    )
+    parser.add_argument("--device", default="h100", choices=[device.name.lower() for device in DEVICES])
+    parser.add_argument("--largest", type=common.positive, default=12, metavar="N", help="kernels to name; default 12")
+    parser.add_argument("--tiny", action="store_true", help="a narrow model, to try this out")
+    arguments = parser.parse_args(argv)
+    device = next(device for device in DEVICES if device.name.lower() == arguments.device)
+    config = share_config(arguments.recipe, CUDA, tiny=arguments.tiny).replace(device="cuda", compute_dtype="bfloat16")
+    if arguments.phase == "after" and not config.recur_layers:
+        raise UserError(f"--phase after: {arguments.recipe} repeats no layers: expected before or both")
+    ways = arguments.ways.split(",")
+    with mock.patch.object(dispatch, "triton_problem", return_value=None):
+        check_ways(ways)
+    for way in ways:
+        options = parse_way_switch(way.partition("+")[2]).options if "+" in way else None
+        if any("max_autotune" in option for option in options or ()):
+            raise UserError(f"--ways: {way}: tuned products are those that ran fastest on a GPU: leave this way out")
+    # PyTorch's, about tensors that have no address
+    warnings.simplefilter("ignore")
+    for recurrence in sorted({False, bool(config.recur_layers)}):
+        if arguments.phase in ("both", "after" if recurrence else "before"):
+            steps = [step_kernels(config, way, recurrence) for way in ways]
+            for step in steps:
+                check_complete(step, described_flops(config, recurrence))
+            print(table(config, steps, recurrence, device), end="\n\n")
+            for step in steps:
+                print(largest(step, device, arguments.largest), end="\n\n", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    main_guard(main)

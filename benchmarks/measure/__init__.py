@@ -1,0 +1,1 @@
+"""How something is measured: inputs, timing, the variants of a training step."""

@@ -1,0 +1,440 @@
+"""How everything here is measured: checked first, rotated inputs, interleaved variants, and floors from measured ceilings.
+
+A benchmark describes a `Case` and its `Variant`s and calls `measure`; `append_rows` keeps what a GPU gave in
+`benchmarks/results/<gpu>.csv`. On a CPU everything runs, so that it can be tested, and nothing is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import math
+import statistics
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.report import provenance
+from benchmarks.report.results import COLUMNS as COLUMNS
+from benchmarks.report.results import RESULTS as RESULTS
+from benchmarks.report.results import ROOT as ROOT
+from benchmarks.report.results import Row as Row
+from benchmarks.report.results import append_rows as append_rows
+from benchmarks.report.results import check_columns, file_stem
+from train.common.wording import counted
+from train.model.compile import SWITCHES, missing_options
+
+# below this an event pair measures the host and not the GPU
+GRAPH_BELOW_MS = 0.1
+NUMBERS = itertools.count()
+
+
+class CheckFailed(Exception):
+    """A variant's result is wrong, so its time means nothing; no row is written."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on inputs of one shape.
+
+    Args:
+        op: name of the operation.
+        shape: of the inputs, for people.
+        dtype: of the products, for people.
+        make: inputs from a seed, on the device; random and never zero, because zeros run faster.
+        truth: the result in float64 from the same inputs, as a list of tensors.
+        flops: arithmetic of one call.
+        bytes: traffic of one call with device memory that no implementation can avoid.
+        max_rel_err: largest ‖got − truth‖ / ‖truth‖ of any tensor that counts as correct.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    make: Callable[[int], Any]
+    truth: Callable[[Any], Sequence[Tensor]]
+    flops: float
+    bytes: float
+    max_rel_err: float
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One implementation of a case.
+
+    Args:
+        impl: its name.
+        run: takes what `Case.make` made and returns a list of tensors.
+        graph: replay it as a CUDA graph; None: where a call takes less than `GRAPH_BELOW_MS`.
+    """
+
+    impl: str
+    run: Callable[[Any], Sequence[Tensor]]
+    graph: bool | None = None
+
+
+class Ceilings(NamedTuple):
+    """What this device reaches in this run: a large bfloat16 product (float32 on a CPU) and a large copy."""
+
+    tflops: float
+    gbps: float
+
+    def floor_ms(self, flops: float, traffic_bytes: float) -> float:
+        """The longer of the two times that nothing on this device can undercut."""
+        return max(flops / (self.tflops * 1e9), traffic_bytes / (self.gbps * 1e6))
+
+
+@dataclass
+class Clock:
+    """Times calls on one device.
+
+    Args:
+        device: `cuda` or `cpu`.
+        warmup_ms: each variant runs so long before it is timed.
+        rounds: measurements of each variant.
+    """
+
+    device: torch.device
+    warmup_ms: float = 300.0
+    rounds: int = 50
+    cache_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        on_gpu = self.device.type == "cuda"
+        self.cache_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size if on_gpu else 0
+
+    def once_ms(self, run: Callable[[], Any]) -> float:
+        """One call, from an idle device to an idle device."""
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            run()
+            return 1e3 * (time.perf_counter() - start)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        first.record()
+        run()
+        last.record()
+        last.synchronize()
+        elapsed: float = first.elapsed_time(last)
+        return elapsed
+
+    def warm_up(self, run: Callable[[], Any]) -> float:
+        """Runs for `warmup_ms`, at least twice, and returns the last call's milliseconds."""
+        end = time.perf_counter() + self.warmup_ms / 1e3
+        self.once_ms(run)
+        duration = self.once_ms(run)
+        while time.perf_counter() < end:
+            duration = self.once_ms(run)
+        return duration
+
+
+def ceilings(clock: Clock) -> Ceilings:
+    """Measures them, before or after the variants, but in the same process."""
+    on_gpu = clock.device.type == "cuda"
+    size, dtype = (8192, torch.bfloat16) if on_gpu else (256, torch.float32)
+    a, b = (torch.randn(size, size, device=clock.device, dtype=dtype) for _ in range(2))
+    source = torch.randn(max(4 * clock.cache_bytes, 2**30 if on_gpu else 2**20) // 4, device=clock.device)
+    target = torch.empty_like(source)
+    times = []
+    for run in (lambda: torch.mm(a, b), lambda: target.copy_(source)):
+        clock.warm_up(run)
+        times.append(statistics.median(clock.once_ms(run) for _ in range(clock.rounds)))
+    return Ceilings(2 * size**3 / times[0] / 1e9, 2 * source.numel() * 4 / times[1] / 1e6)
+
+
+def relative_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """Largest ‖got − want‖ / ‖want‖ of the tensors, in float64; infinite where something is not finite."""
+    errors = []
+    for one, other in zip(got, want, strict=True):
+        exact = other.double()
+        error = float((one.to(exact) - exact).norm() / exact.norm())
+        errors.append(error if math.isfinite(error) else math.inf)
+    return max(errors)
+
+
+def input_bytes(inputs: Any) -> int:
+    """Bytes of the tensors in nested lists, tuples and dicts."""
+    if isinstance(inputs, Tensor):
+        return inputs.numel() * inputs.element_size()
+    pieces = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, (list, tuple)) else ()
+    return sum(input_bytes(piece) for piece in pieces)
+
+
+def runs(variant: Variant, inputs: Any) -> bool:
+    """Whether somebody else's variant runs at all; one that does not is named with its reason, and the others go on."""
+    try:
+        variant.run(inputs)
+        if variant.graph and torch.cuda.is_available():
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                variant.run(inputs)
+    except Exception as error:
+        print(f"{variant.impl}: left out: {type(error).__name__}: {str(error).strip().split(chr(10))[0]}")
+        return False
+    return True
+
+
+def measure(case: Case, variants: Sequence[Variant], clock: Clock, limits: Ceilings) -> list[Row]:
+    """Checks every variant, then times them in turns; the first runs twice, which shows the spread.
+
+    Inputs rotate over at least three times the GPU's L2 cache, so that no call finds its inputs in it.
+
+    Returns:
+        One row per variant, and `<first> again`; what the environment adds comes with `append_rows`.
+
+    Raises:
+        CheckFailed: a result is farther from the truth than `case.max_rel_err`.
+    """
+    inputs = [case.make(0)]
+    # inputs that lie on the host, such as a text, are in no GPU's cache
+    size = input_bytes(inputs[0])
+    copies = math.ceil(3 * clock.cache_bytes / size) if size else 0
+    inputs += [case.make(seed) for seed in range(1, max(2, copies))]
+    want = case.truth(inputs[0])
+    errors = {}
+    for variant in variants:
+        # inputs of its own: an optimizer's step changes them
+        errors[variant.impl] = error = relative_error(variant.run(case.make(0)), want)
+        if not error <= case.max_rel_err:
+            raise CheckFailed(f"{case.op}, {variant.impl}: relative error {error:.2e}, at most {case.max_rel_err:.0e}")
+    timed = [*variants, Variant(f"{variants[0].impl} again", variants[0].run, variants[0].graph)]
+    errors[timed[-1].impl] = errors[variants[0].impl]
+    calls = {variant.impl: _prepare(variant, inputs, clock) for variant in timed}
+    times: dict[str, list[float]] = {variant.impl: [] for variant in timed}
+    for number in range(clock.rounds):
+        # nobody is always the first, or always behind the same other
+        order = timed[number % len(timed) :] + timed[: number % len(timed)]
+        for variant in order if number % 2 else reversed(order):
+            call, per_call, _ = calls[variant.impl]
+            times[variant.impl].append(clock.once_ms(call) / per_call)
+    floor = limits.floor_ms(case.flops, case.bytes)
+    rows = []
+    for variant in timed:
+        p20, p50, p80 = quantiles(times[variant.impl])
+        rows.append(
+            {"op": case.op, "impl": variant.impl, "mode": calls[variant.impl][2], "shape": case.shape}
+            | {"dtype": case.dtype, "p50": p50, "p20": p20, "p80": p80, "tflops": case.flops / p50 / 1e9}
+            | {"gbps": case.bytes / p50 / 1e6, "floor": floor, "rel_err": errors[variant.impl], "n": clock.rounds}
+        )
+    return rows
+
+
+def _prepare(variant: Variant, inputs: Sequence[Any], clock: Clock) -> tuple[Callable[[], Any], int, str]:
+    """What to time, how many calls of the variant it makes, and its mode."""
+    turn = 0
+
+    def one() -> None:
+        nonlocal turn
+        turn = (turn + 1) % len(inputs)
+        variant.run(inputs[turn])
+
+    duration = clock.warm_up(one)
+    wanted = variant.graph if variant.graph is not None else duration < GRAPH_BELOW_MS
+    if clock.device.type != "cuda" or not wanted:
+        return one, 1, "eager"
+    # what a first call with some inputs prepares must not become part of the graph
+    for given in inputs:
+        variant.run(given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for given in inputs:
+            variant.run(given)
+    clock.warm_up(graph.replay)
+    return graph.replay, len(inputs), "graph"
+
+
+def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """p20, p50 and p80, between the measurements where none falls on it."""
+    ordered = torch.tensor(sorted(times), dtype=torch.float64)
+    p20, p50, p80 = torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return p20, p50, p80
+
+
+def compilations(names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """Inductor's options by the way to compile: none of them, and each of these switches of `train.model.compile`.
+
+    A switch that this torch does not have is printed with its reason.
+    """
+    ways: dict[str, Mapping[str, Any]] = {"compile": {}}
+    for switch in SWITCHES:
+        missing = missing_options(switch.options)
+        if switch.name in names and missing:
+            print(f"compile, {switch.name}: left out: torch {torch.__version__} has no {', '.join(missing)}")
+        elif switch.name in names:
+            ways[f"compile, {switch.name}"] = switch.options
+    return ways
+
+
+def compiled(function: Callable[..., Any], options: Mapping[str, Any], device: torch.device) -> Callable[..., Any]:
+    """A function compiled with Inductor's options; on a CPU only traced, because there they change nothing."""
+    # a code object of its own, or variants would share what was compiled, and the limit on compiling one function again
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(NUMBERS)}")
+    own = types.FunctionType(code, function.__globals__, closure=function.__closure__)
+    if device.type == "cpu":
+        return torch.compile(own, backend="aot_eager")
+    return torch.compile(own, dynamic=False, options=dict(options))
+
+
+def peak_bytes(variant: Variant, inputs: Any, device: torch.device) -> int:
+    """Most memory that one call holds on a GPU beyond what is allocated before it, results included."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    variant.run(inputs)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def environment(device: torch.device) -> Row:
+    """What a number means nothing without: commit, device, driver and versions."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = ""
+    on_gpu = device.type == "cuda"
+    code = provenance.code_version()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": code.commit,
+        "dirty": int(code.dirty),
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "cuda": torch.version.cuda or "",
+        "torch": torch.__version__,
+        "triton": triton,
+    }
+
+
+def check_place(device: torch.device, folder: Path = RESULTS, columns: Sequence[str] = COLUMNS) -> None:
+    """Whether a GPU's rows can be kept, asked before they are measured.
+
+    Raises:
+        ResultsError: its file has other columns.
+    """
+    if device.type == "cuda":
+        check_columns(folder / f"{file_stem(torch.cuda.get_device_name(device))}.csv", columns)
+
+
+def render(rows: Sequence[Row], gpu: str) -> str:
+    """The rows as a table for the terminal, with the device in its title."""
+    width = max(len(row["impl"]) for row in rows)
+    lines = [f"{rows[0]['op']}, {rows[0]['shape']}, {rows[0]['dtype']}, on {gpu}, ms per call"]
+    lines.append(
+        f"{'':<{width}}  {'mode':<5}  {'p20':>9}  {'p50':>9}  {'p80':>9}  {'TF/s':>7}  {'GB/s':>7}  rel. error"
+    )
+    for row in rows:
+        times = "  ".join(f"{row[name]:>9.4f}" for name in ("p20", "p50", "p80"))
+        rates = f"{row['tflops']:>7.1f}  {row['gbps']:>7.0f}"
+        lines.append(f"{row['impl']:<{width}}  {row['mode']:<5}  {times}  {rates}  {row['rel_err']:.1e}")
+    lines.append(f"{'floor, computed':<{width}}  {'':<5}  {'':>9}  {rows[0]['floor']:>9.4f}")
+    return "\n".join(lines)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"{text}: PyTorch finds {counted(torch.cuda.device_count(), 'GPU')} here: --device cpu with --tiny runs anywhere"
+        )
+    return device
+
+
+def _milliseconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected milliseconds from 0, got {text!r}")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, as the type of an argument."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    """What is not given depends on `--tiny`; without it rows are kept, so their place is looked at before anything is measured."""
+
+    def __init__(self, full: dict[str, float], **options: Any) -> None:
+        super().__init__(**options)
+        self.full = full
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        given, rest = super().parse_known_args(args, namespace)
+        for name, value in self.full.items():
+            if getattr(given, name) is None:
+                setattr(given, name, _TINY[name] if given.tiny else value)
+        if given.device.type == "cuda" and not given.tiny:
+            check_place(given.device)
+            code = provenance.code_version()
+            if code.problem:
+                print(provenance.warning(code), file=sys.stderr, flush=True)
+        return given, rest
+
+
+# exit code of a command that finds nothing here that it could run, as pytest's
+NOTHING_TO_RUN = 5
+# nothing is proven by more
+_TINY = {"rounds": 2, "warmup_ms": 1.0}
+
+
+def parser(
+    prog: str, description: str, *, rounds: int | None = 50, warmup_ms: float = 300.0
+) -> argparse.ArgumentParser:
+    """Arguments that every benchmark has: `--device` and `--tiny`, and those of its clock, `--rounds` and `--warmup-ms`.
+
+    Args:
+        prog: its module.
+        description: for `--help`.
+        rounds: measurements of each variant where the command line names no number; None: it has no such clock.
+        warmup_ms: before each variant is timed.
+    """
+    command = f"python -m benchmarks.{prog}"
+    full = {} if rounds is None else {"rounds": rounds, "warmup_ms": warmup_ms}
+    made = _Parser(
+        full,
+        prog=command,
+        description=description,
+        epilog=f"examples:\n  {command}\n  {command} --tiny      (anywhere; proves nothing about speed)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    made.add_argument("--device", default=default, type=_device, help="default: cuda where there is a GPU")
+    if full:
+        ends = {name: f"default {value:g}, or {_TINY[name]:g} with --tiny" for name, value in full.items()}
+        made.add_argument("--rounds", type=positive, help=f"measurements of each variant; {ends['rounds']}")
+        made.add_argument("--warmup-ms", type=_milliseconds, help=f"before each variant is timed; {ends['warmup_ms']}")
+    made.add_argument("--tiny", action="store_true", help="small shapes that run anywhere; proves nothing about speed")
+    return made
+
+
+def report(rows: Sequence[Row], surroundings: Row, *, keep: bool = True) -> None:
+    """Prints the table, and keeps the rows where they are a GPU's."""
+    print(render(rows, surroundings["gpu"]))
+    path = append_rows(rows, surroundings) if keep else None
+    print(f"-> {path.relative_to(ROOT)}\n" if path else "not kept: only a GPU's full shapes are\n")

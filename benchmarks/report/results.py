@@ -1,0 +1,276 @@
+"""`benchmarks/results/*.csv`: appending rows, and reading them whole or not at all; GPUs are never mixed."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.report.provenance import ROOT as ROOT
+from benchmarks.report.provenance import ancestors
+from train.common.errors import UserError
+
+RESULTS = ROOT / "benchmarks" / "results"
+# p50, p20, p80 and floor are milliseconds per call; n is the number of measurements
+COLUMNS = (
+    *("date", "commit", "dirty", "gpu", "driver", "cuda", "torch", "triton", "op", "impl", "mode", "shape", "dtype"),
+    *("p50", "p20", "p80", "tflops", "gbps", "floor", "rel_err", "n"),
+)
+DATE = "%Y-%m-%dT%H:%M:%SZ"
+# modes that say how a call was timed, which its duration decides, and not what it did
+TIMINGS = ("eager", "graph")
+MERGE_MARKS = ("<<<<<<<", "|||||||", "=======", ">>>>>>>")
+Row = dict[str, Any]
+
+
+class ResultsError(UserError):
+    """A results file cannot be read, or does not hold what was asked for."""
+
+
+class Subject(NamedTuple):
+    """What was measured: two rows are comparable only where all of it is equal."""
+
+    gpu: str
+    op: str
+    impl: str
+    mode: str
+    shape: str
+    dtype: str
+
+    @property
+    def repeated(self) -> bool:
+        """Whether it is the second turn of the first way, which shows how far two measurements of one thing are apart."""
+        return self.impl.endswith(" again")
+
+    def __str__(self) -> str:
+        return f"{self.op}, {self.impl}, {self.mode}, {self.shape}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row.
+
+    Attributes:
+        subject: what was measured.
+        date: ISO 8601, UTC.
+        commit: abbreviated commit of the code, or what stands for one where there was no git (`provenance.Version`).
+        dirty: whether the code differed from the commit.
+        p50: milliseconds, the median.
+        p20: milliseconds.
+        p80: milliseconds.
+        tflops: arithmetic rate, 10¹² per second; 0 where not given.
+        gbps: traffic rate, 10⁹ bytes per second; 0 where not given.
+        floor: computed milliseconds that nothing on that GPU can undercut; 0 where not given.
+        ancestors: commits with rows that this one descends from, as far as git knows.
+    """
+
+    subject: Subject
+    date: str
+    commit: str
+    dirty: bool
+    p50: float
+    p20: float
+    p80: float
+    tflops: float
+    gbps: float
+    floor: float
+    ancestors: frozenset[str] = frozenset()
+
+    @property
+    def code(self) -> str:
+        """The commit, for people, and whether there were changes."""
+        return f"{self.commit}{' + changes' * self.dirty}"
+
+    def is_later(self, other: Measurement) -> bool:
+        """Whether the code is a descendant of the other's; the clock decides where neither is one, or git does not know."""
+        if other.commit in self.ancestors or self.commit in other.ancestors:
+            return other.commit in self.ancestors
+        return self.date > other.date
+
+
+def measurement(cells: Mapping[str, str]) -> Measurement:
+    """One row from its cells.
+
+    Raises:
+        ResultsError: by its field, a cell that no benchmark writes.
+    """
+    for name, cell in cells.items():
+        if not cell.isprintable():
+            raise ResultsError(f"{name}: expected text, found {cell!r}")
+    for name in ("commit", *Subject._fields):
+        if not cells[name]:
+            raise ResultsError(f"{name}: expected a text, found none")
+    if not _is_date(cells["date"]):
+        raise ResultsError(f"date: expected one such as 2026-01-31T23:59:59Z, found {cells['date']!r}")
+    if cells["dirty"] not in ("0", "1"):
+        raise ResultsError(f"dirty: expected 0 or 1, found {cells['dirty']!r}")
+    p50, p20, p80 = (_number(name, cells[name]) for name in ("p50", "p20", "p80"))
+    for name, value, fits in (("p20", p20, 0 < p20 <= p50), ("p50", p50, p50 > 0), ("p80", p80, p80 >= p50)):
+        if not fits:
+            raise ResultsError(f"{name}: expected 0 < p20 ≤ p50 ≤ p80, found {value:g} in {p20:g}, {p50:g}, {p80:g}")
+    tflops, gbps, floor = (_number(name, cells[name] or "0") for name in ("tflops", "gbps", "floor"))
+    subject = Subject(*(cells[name] for name in Subject._fields))
+    return Measurement(
+        subject, cells["date"], cells["commit"], cells["dirty"] == "1", p50, p20, p80, tflops, gbps, floor
+    )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        # dates are compared as texts, so they have one form
+        return datetime.datetime.strptime(text, DATE).strftime(DATE) == text
+    except ValueError:
+        return False
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ResultsError(f"{name}: expected a number from 0, found {text!r}")
+    return value
+
+
+def read_results(folder: Path = RESULTS) -> list[Measurement]:
+    """All rows of all GPUs, by date, with what git knows of their commits.
+
+    Raises:
+        ResultsError: by file, line and field, something that no benchmark writes.
+    """
+    found = [row for path in sorted(folder.glob("*.csv")) for row in _read_file(path)]
+    behind = ancestors({row.commit for row in found})
+    found = [replace(row, ancestors=behind.get(row.commit, frozenset())) for row in found]
+    return sorted(found, key=lambda row: row.date)
+
+
+def _read_file(path: Path) -> list[Measurement]:
+    # bytes that are no UTF-8 stay in their cell, whose field is named then
+    text = path.read_bytes().decode(errors="surrogateescape")
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.startswith(MERGE_MARKS):
+            remedy = "keep the rows of both sides and delete the marks"
+            raise ResultsError(f"{path}, line {number}: a merge's mark {line[:7]!r} where a row is expected: {remedy}")
+    reader = csv.reader(io.StringIO(text, newline=""))
+    check_columns(path, COLUMNS)
+    found: list[Measurement] = []
+    line_number = 1
+    try:
+        for cells in reader:
+            if len(cells) not in (0, len(COLUMNS)):
+                end = COLUMNS[min(len(cells), len(COLUMNS)) - 1]
+                raise ResultsError(f"{end}: expected {len(COLUMNS)} cells, found {len(cells)}: a row torn or glued")
+            if cells and line_number > 1:
+                found.append(measurement(dict(zip(COLUMNS, cells, strict=True))))
+            # where the next row begins: a quotation mark that nothing closes takes the lines after it along
+            line_number = reader.line_num + 1
+        if not text.endswith("\n"):
+            line_number = reader.line_num
+            raise ResultsError(f"{COLUMNS[-1]}: expected the end of a line, found that of the file: a row may be torn")
+    except (ResultsError, csv.Error) as error:
+        raise ResultsError(
+            f"{path}, line {line_number}: {error}: mend this line, or delete it and measure again"
+        ) from error
+    return found
+
+
+def rows_since(path: Path, date: str) -> bytes:
+    """The header and the lines of rows since a date as they are, damaged ones too; nothing where there is none."""
+    header, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
+    rows = [line for line in lines if re.match(rb"\d{4}-\d", line) and line[:20] >= date.encode()]
+    return header + b"".join(rows) if rows else b""
+
+
+def check_columns(path: Path, columns: Sequence[str]) -> None:
+    """Whether rows of these columns can be appended to a file, or it is yet to be made.
+
+    Raises:
+        ResultsError: its first line names others.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        found = file.readline().decode(errors="replace").strip()
+    if found != ",".join(columns):
+        raise ResultsError(
+            f"{path}, line 1: expected the columns {','.join(columns)}, found {found[:200]!r}: move the file away"
+        )
+
+
+def file_stem(gpu: str) -> str:
+    """A GPU's name as files have it."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", gpu).strip("_")
+
+
+def append_rows(
+    rows: Sequence[Row], surroundings: Row, folder: Path = RESULTS, *, columns: Sequence[str] = COLUMNS
+) -> Path | None:
+    """Append rows to the GPU's file at once; what a CPU gave is not kept, and None is returned.
+
+    Raises:
+        ResultsError: the file has other columns, or a row is none that could be read again.
+    """
+    if surroundings["gpu"] == "cpu":
+        return None
+    path = folder / f"{file_stem(surroundings['gpu'])}.csv"
+    check_columns(path, columns)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = io.StringIO()
+    writer = csv.DictWriter(made, columns, restval="")
+    for row in rows:
+        cells = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in (surroundings | row).items()}
+        if tuple(columns) == COLUMNS:
+            measurement(dict.fromkeys(COLUMNS, "") | cells)
+        writer.writerow(cells)
+    with path.open("a+b") as file:
+        # one that was torn keeps its line to itself
+        size = file.seek(0, os.SEEK_END)
+        torn = size and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n"
+        head = "\r\n" if torn else "" if size else ",".join(columns) + "\r\n"
+        # in one piece, which a kill cannot tear
+        file.write((head + made.getvalue()).encode())
+    return path
+
+
+def gpus(measurements: Iterable[Measurement]) -> list[str]:
+    """The GPUs measured on, by name."""
+    return sorted({measurement.subject.gpu for measurement in measurements})
+
+
+def newest(measurements: Iterable[Measurement]) -> dict[Subject, Measurement]:
+    """The last measurement of each subject; one that is now short enough for a graph, or no longer, is not two."""
+    rows: dict[Subject, list[Measurement]] = {}
+    for row in measurements:
+        timing = row.subject.mode in TIMINGS
+        rows.setdefault(row.subject._replace(mode="") if timing else row.subject, []).append(row)
+    return {last.subject: last for last in map(latest, rows.values())}
+
+
+def latest(rows: Sequence[Measurement]) -> Measurement:
+    """The last by date of those, given by date, whose commit no other's descends from."""
+    behind = frozenset[str]().union(*(row.ancestors for row in rows))
+    return [row for row in rows if row.commit not in behind][-1]
+
+
+def codes_by_age(rows: Iterable[Measurement]) -> list[str]:
+    """What was measured, as `Measurement.code`: a commit before its descendants, and otherwise by the first date."""
+    left = {row.code: row for row in rows}
+    ordered = []
+    while left:
+        commits = {row.commit for row in left.values()}
+        ordered.append(next(code for code, row in left.items() if not row.ancestors & commits))
+        del left[ordered[-1]]
+    return ordered
+
+
+def relative(path: Path) -> str:
+    """A path as people read it: from the project's root where it lies inside."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

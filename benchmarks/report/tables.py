@@ -1,0 +1,67 @@
+"""Tables for the README from `benchmarks/results/*.csv`; no figure in them is ever typed.
+
+Each GPU has its own table. Where nothing was measured the README says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.report.plots import STEP, plots
+from benchmarks.report.results import ROOT, Measurement, ResultsError, gpus, newest
+from train.common.files import atomic_write
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- figures: python -m benchmarks report -->", "<!-- end of figures -->"
+NOTHING = "**Not measured on a GPU yet**: `benchmarks/results/` is empty, so there is no figure here."
+
+
+def tables(measurements: Sequence[Measurement]) -> str:
+    """One Markdown table per GPU of the newest measurements, or the sentence that there are none."""
+    parts = []
+    for gpu in gpus(measurements):
+        rows = [m for subject, m in newest(measurements).items() if subject.gpu == gpu and not subject.repeated]
+        rows.sort(
+            key=lambda m: (not m.subject.op.startswith(STEP), m.subject.op, m.subject.shape, m.subject.mode, m.p50)
+        )
+        lines = [
+            f"**{gpu}**, milliseconds per call (median, and p20 to p80)\n",
+            "| what | implementation | shape | ms | spread | floor, computed | commit |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for m in rows:
+            op, impl, mode, shape, dtype = m.subject[1:]
+            floor = f"{m.floor:.3f}" if m.floor else "–"
+            lines.append(
+                f"| {op} | {impl}, {mode} | {shape} {dtype} | {m.p50:.3f} | {m.p20:.3f}–{m.p80:.3f} | {floor} | {m.code} |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or NOTHING
+
+
+def new_readme(path: Path, measurements: Sequence[Measurement]) -> str:
+    """The README with the tables between its two marks.
+
+    Raises:
+        ResultsError: the marks are not there, once each.
+    """
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ResultsError(
+            f"{path}: expected the lines {BEGIN!r} and {END!r}, once each and in this order: put them back"
+        )
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{tables(measurements)}\n{END}{after}"
+
+
+def write(measurements: Sequence[Measurement], readme: Path, folder: Path) -> list[Path]:
+    """Put the tables into the README and the plots into their folder; what changed. Nothing is written before all of it is made."""
+    made: dict[Path, bytes] = {readme: new_readme(readme, measurements).encode()}
+    made |= {folder / name: png for name, png in plots(measurements).items()}
+    changed = [path for path, data in made.items() if not path.exists() or path.read_bytes() != data]
+    for path in changed:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, made[path])
+    return changed

@@ -1,0 +1,118 @@
+"""Results to tables, plots and comparisons: nothing mixed, nothing typed, nothing lost."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.report import tables as report
+from benchmarks.report.comparison import compare
+from benchmarks.report.results import COLUMNS, RESULTS, ResultsError, newest, read_results
+
+ROOT = Path(__file__).resolve().parents[2]
+MADE = "Made GPU"
+
+
+def row(**changes: object) -> dict[str, object]:
+    """A made row; made GPUs only, so that nobody takes it for a figure."""
+    base = {
+        "date": "2026-01-01T00:00:00Z", "commit": "aaaaaaa", "dirty": 0, "gpu": MADE, "op": "op", "impl": "torch", "mode": "eager",
+        "shape": "8x8", "dtype": "bf16", "p50": 2.0, "p20": 1.9, "p80": 2.1, "tflops": 3.0, "gbps": 400.0, "floor": 1.0, "n": 50,
+    }  # fmt: skip
+    return base | changes
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Two commits and two GPUs; one operation became faster, one slower, one stayed."""
+    later = {"date": "2026-02-01T00:00:00Z", "commit": "bbbbbbb"}
+    write(
+        tmp_path / "results" / "a.csv",
+        [
+            row(), row(op="slow"), row(op="same"), row(impl="triton", p50=1.5, p20=1.4, p80=1.6), row(op="step x", impl="published", gbps=""),
+            row(**later, p50=1.0, p20=0.9, p80=1.1), row(**later, op="slow", p50=3.0, p20=2.9, p80=3.1),
+            row(**later, op="same", p50=2.05, p20=2.0, p80=2.2), row(**later, op="step x", impl="golf", p50=1.25, p20=1.2, p80=1.3, dirty=1, gbps=""),
+        ],
+    )  # fmt: skip
+    write(tmp_path / "results" / "b.csv", [row(gpu="Other GPU", p50=9.0, p20=8.0, p80=9.5)])
+    return tmp_path / "results"
+
+
+def test_the_newest_row_of_each_gpu_makes_its_own_table(results: Path) -> None:
+    text = report.tables(read_results(results))
+    assert "| op | torch, eager | 8x8 bf16 | 1.000 | 0.900–1.100 | 1.000 | bbbbbbb |" in text
+    assert "| op | torch, eager | 8x8 bf16 | 2.000" not in text
+    assert "bbbbbbb + changes" in text
+    made, other = text.split("**Other GPU**")
+    assert f"**{MADE}**" in made and "9.000" not in made
+    assert "9.000" in other and "1.000 | 0.900" not in other
+
+
+def test_without_results_the_readme_says_so(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold 1.234 ms\n{report.END}\nafter\n")
+    assert report.write([], readme, tmp_path / "plots") == [readme]
+    assert readme.read_text() == f"before\n{report.BEGIN}\n{report.NOTHING}\n{report.END}\nafter\n"
+    assert report.write([], readme, tmp_path / "plots") == []
+
+
+@pytest.mark.parametrize("text", ["no marks", f"{report.END}\n{report.BEGIN}", report.BEGIN])
+def test_a_readme_without_its_marks_is_left_alone(text: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(ResultsError, match="once each"):
+        report.write([], tmp_path / "README.md", tmp_path)
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_the_projects_readme_holds_what_the_results_say() -> None:
+    assert f"{report.BEGIN}\n{report.tables(read_results(RESULTS))}\n{report.END}" in report.README.read_text()
+
+
+def test_a_change_counts_beyond_the_spread(results: Path) -> None:
+    changes = {change.before.subject.op: change for change in compare(read_results(results), "aaaaaaa")}
+    assert set(changes) == {"op", "slow", "same"}
+    assert {op: change.beyond_spread for op, change in changes.items()} == {"op": True, "slow": True, "same": False}
+    assert changes["slow"].ratio == 1.5 and changes["op"].ratio == 0.5
+
+
+def test_other_gpus_and_unknown_commits_are_not_compared(results: Path) -> None:
+    measurements = read_results(results)
+    assert all(change.before.subject.gpu == MADE for change in compare(measurements, "aaaaaaa"))
+    with pytest.raises(
+        ResultsError, match=r"'ccccccc': expected a commit at which something was measured.*aaaaaaa, bbbbbbb"
+    ):
+        compare(measurements, "ccccccc")
+    with pytest.raises(ResultsError, match="nothing that was measured there was measured again"):
+        compare(measurements, "bbbbbbb")
+
+
+def test_newest_is_by_date_and_not_by_place(tmp_path: Path) -> None:
+    write(tmp_path / "a.csv", [row(date="2026-03-01T00:00:00Z"), row(p50=2.05)])
+    assert [m.p50 for m in newest(read_results(tmp_path)).values()] == [2.0]
+
+
+def test_the_command_reports_and_compares(results: Path, tmp_path: Path) -> None:
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "benchmarks", "--results", results, *arguments]
+        return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    compared = run("compare", "aaaaaaa")
+    assert compared.returncode == 1
+    assert "SLOWER" in compared.stdout and "faster" in compared.stdout and "within the spread" in compared.stdout
+    assert run("compare", "ccccccc").returncode == 2
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    reported = run("report", "--readme", readme, "--plots", tmp_path / "plots")
+    assert reported.returncode == 0, reported.stderr
+    assert "1.000" in readme.read_text()

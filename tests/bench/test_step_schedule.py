@@ -1,0 +1,152 @@
+"""The command that computes a step's kernels without a GPU; what needs a CUDA device runs in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.computed import fake_cuda
+from benchmarks.computed import step_schedule as schedule
+from benchmarks.measure import devices
+from benchmarks.measure.devices import DEVICES, Kernel
+from benchmarks.measure.step_variants import share_config
+from train.common.errors import UserError
+from train.config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+HELPERS = ROOT / "tests" / "helpers"
+H100 = next(device for device in DEVICES if device.name == "H100")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    try:
+        return {**fake_cuda.environment(folder), "GOLF_BACKEND": ""}
+    except fake_cuda.NoDevice as reason:
+        pytest.skip(str(reason))
+
+
+def test_steps_are_counted_without_a_gpu(tmp_path: Path) -> None:
+    arguments = ["-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:logging", str(HELPERS / "schedule_runs.py")]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments],
+        env=environment(tmp_path),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout and " skipped" not in result.stdout
+
+
+def test_a_kernel_takes_what_its_slower_half_takes_and_never_less_than_a_launch() -> None:
+    reached = devices.REACHED["H100"]
+    product, copy = Kernel("aten::mm", 790e9, 1.0), Kernel("aten::copy_", 0.0, 3.01e9)
+    assert (product.reached_ms(reached), copy.reached_ms(reached)) == pytest.approx((1.0, 1.0))
+    assert Kernel("up_kernel", 643e9, 1.0, "triton").reached_ms(reached) == pytest.approx(1.0)
+    assert Kernel("aten::add", 1.0, 8.0).reached_ms(reached) == pytest.approx(0.0035)
+    assert product.floor_ms(H100) == pytest.approx(790 / H100.tflops) and copy.floor_ms(H100) == pytest.approx(
+        3.01 / 3.35
+    )
+
+
+def test_equal_kernels_stand_together_and_families_add_up() -> None:
+    forward = [Kernel("aten::mm", 790e9, 1e6)] * 2 + [Kernel("triton_poi_fused_add", 0.0, 3.01e8)]
+    step = schedule.Step(
+        "torch", forward, [Kernel("fa3::attention_backward", 352e9, 1.0, "attention backward")], [], 0, []
+    )
+    assert schedule.family_ms(step.kernels, H100) == pytest.approx(
+        {"matrix products": 2.0, "elementwise and norms": 0.1, "attention": 1.0}
+    )
+    assert step.ms(H100) == pytest.approx(3.1)
+    lines = schedule.largest(step, H100, 2).splitlines()
+    assert lines[1].split() == ["2.000", "ms", "2", "x", "1.0", "MB", "forward", "aten::mm"]
+    assert lines[2].endswith("backward  fa3::attention_backward") and len(lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "recurrence", "title"),
+    [
+        ("baseline", False, "baseline, 65,536 tokens, H100: "),
+        ("sp8192_sdclip", False, "sp8192_sdclip, 98,304 tokens, before recurrence, H100: "),
+        ("sp8192_sdclip", True, "sp8192_sdclip, 98,304 tokens, after recurrence, H100: "),
+    ],
+)
+def test_a_table_names_the_phase_where_there_are_two(recipe: str, recurrence: bool, title: str) -> None:
+    step = schedule.Step("torch", [Kernel("aten::mm", 790e9, 1e6)], [], [], 0, [])
+    config = share_config(recipe, torch.device("cuda", 0), tiny=False)
+    assert schedule.table(config, [step], recurrence, H100).startswith(title + "computed, not measured\n")
+
+
+def test_a_way_of_any_name_has_a_column_of_its_own() -> None:
+    ways = ["torch", "torch+optimizer_graph=on", "softcapped_cross_entropy=triton", "golf-leaky_relu2_mlp-xsa_linear"]
+    steps = [schedule.Step(way, [Kernel("aten::mm", 790e9, 1e6)], [], [], 0, []) for way in ways]
+    config = share_config("baseline", torch.device("cuda", 0), tiny=False)
+    _, head, *rows = schedule.table(config, steps, False, H100).splitlines()
+    assert head.split() == ways and rows[1].split()[-len(ways) :] == ["1.00"] * len(ways)
+    assert {len(row) for row in rows} == {len(head)}
+
+
+def test_a_family_that_a_way_has_no_kernel_of_takes_no_time() -> None:
+    kernels = {"torch": [Kernel("aten::mm", 790e9, 1e6)], "golf": [Kernel("up_kernel", 643e9, 1.0, "triton")]}
+    steps = [schedule.Step(way, launched, [], [], 0, []) for way, launched in kernels.items()]
+    config = share_config("baseline", torch.device("cuda", 0), tiny=False)
+    _, _, products, own, *_ = (
+        line.rsplit(maxsplit=2) for line in schedule.table(config, steps, False, H100).splitlines()
+    )
+    assert (products, own) == (["matrix products", "1.00", "–"], ["mlp kernels", "–", "1.00"])
+
+
+def test_a_schedule_without_all_products_is_refused() -> None:
+    step = schedule.Step("torch+x", [Kernel("aten::mm", 2e12, 1.0)], [Kernel("aten::mm", 3e12, 1.0)], [], 0, [])
+    schedule.check_complete(step, 5e12)
+    with pytest.raises(UserError, match=r"torch\+x: its schedule has 5.00 TFLOP of the 5.10 described"):
+        schedule.check_complete(step, 5.1e12)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--ways", "torch,foo"], "--ways: 'foo': expected published, torch, golf"),
+        (
+            ["--ways", "torch,golf+tma_matmul"],
+            "--ways: golf+tma_matmul: tuned products are those that ran fastest on a GPU",
+        ),
+        (["--ways", "torch+max_autotune=True"], "--ways: torch+max_autotune=True: tuned products"),
+        (["--phase", "after", "--recipe", "baseline"], "baseline repeats no layers"),
+        (["--largest", "0"], "expected a whole number from 1"),
+        (["--device", "a100"], "invalid choice: 'a100'"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((SystemExit, UserError)) as ended:
+        schedule.main(given)
+    assert message in f"{ended.value}{capsys.readouterr().err}"
+
+
+def test_the_optimizers_graph_is_no_switch_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def note(config: Config, way: str, recurrence: bool) -> None:
+        taken.append(way)
+        raise UserError("enough")
+
+    monkeypatch.setattr(schedule, "step_kernels", note)
+    with pytest.raises(UserError, match="enough"):
+        schedule.main(["--tiny", "--ways", "torch+optimizer_graph=on"])
+    assert taken == ["torch+optimizer_graph=on"]
+
+
+def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path) -> None:
+    if fake_cuda.torch.version.cuda is not None:
+        pytest.skip("a torch for CUDA compiles nothing")
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "schedule", "--tiny"],
+        env={**os.environ, "CXX": str(tmp_path / "none")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and "schedule: needs a C++ compiler" in result.stderr

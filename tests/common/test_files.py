@@ -1,0 +1,162 @@
+"""Files are whole or absent; commands end on a sentence."""
+
+import errno
+import hashlib
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.common.errors import UserError, main_guard
+from train.common.files import atomic_write, atomic_writer, read_json, sha256_file, write_json
+
+
+def test_a_file_appears_whole_and_follows_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        atomic_write(tmp_path / "a", "text é")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a").read_bytes() == "text é".encode()
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+    assert sha256_file(tmp_path / "a") == hashlib.sha256("text é".encode()).hexdigest()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    atomic_write(target, b"old")
+
+    def fail_half_way() -> None:
+        with atomic_writer(target) as file:
+            file.write(b"new")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        fail_half_way()
+    assert caught.value.filename == str(target)
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("x.bin: truncated"), 2, "error: x.bin: truncated"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a/model.golf"),
+            2,
+            "error: runs/a/model.golf: No space left",
+        ),
+        (FileExistsError(errno.EEXIST, "File exists", "runs"), 2, "error: runs: File exists: choose another path"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "xxx"), 2, "error: xxx: File name too long: choose another"),
+        (OSError(errno.ELOOP, "Too many levels", "a"), 2, "error: a: Too many levels"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a"),
+            2,
+            "error: a: Permission denied: give this user the right",
+        ),
+        (MemoryError(), 2, "error: out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 2, "lower TRAIN_BATCH_TOKENS"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "lower TRAIN_BATCH_TOKENS"),
+        (ModuleNotFoundError("none", name="tqdm.auto"), 2, "error: tqdm is not installed: pip install tqdm, or"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_bad_input_ends_a_command_with_a_sentence(
+    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    def main() -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        main_guard(main)
+    assert caught.value.code == code
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "broken"),
+        OSError(errno.ENOENT, "broken"),
+        RuntimeError("broken"),
+        ModuleNotFoundError("broken", name="train.nothing"),
+    ],
+)
+def test_a_defect_keeps_its_traceback(error: Exception) -> None:
+    def main() -> int:
+        raise error
+
+    with pytest.raises(type(error), match="broken"):
+        main_guard(main)
+
+
+def test_an_argument_that_is_not_utf8_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "--run_id", "x\udcff"])
+    with pytest.raises(SystemExit) as caught:
+        main_guard(lambda: pytest.fail("went on"))
+    assert caught.value.code == 2
+    assert r"'x\udcff' is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(UserError, match="a device or a pipe"):
+        atomic_write(tmp_path / "a", b"new")
+    assert (tmp_path / "a").is_fifo()
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_place_where_nothing_can_be_written_is_named_as_given(tmp_path: Path) -> None:
+    target = tmp_path / "missing" / "a"
+    with pytest.raises(FileNotFoundError) as caught:
+        atomic_write(target, b"new")
+    assert caught.value.filename == str(target)
+
+
+def test_json_nested_beyond_reading_is_refused(tmp_path: Path) -> None:
+    path, limit = tmp_path / "a.json", sys.getrecursionlimit()
+    path.write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"a\.json: not readable as JSON .*: write it again"):
+        read_json(path, "write it again")
+    # about the limit some objects can be read but not written again, as their checksum wants
+    for depth in range(limit - 200, limit + 20):
+        path.write_text('{"a":' * depth + "1" + "}" * depth)
+        with suppress(UserError):
+            read_json(path, "write it again")
+
+
+def test_every_flipped_byte_of_an_object_is_noticed_or_means_nothing(tmp_path: Path) -> None:
+    path, values = (
+        tmp_path / "a.json",
+        {"seed": 1337, "val_bpb": 1.08725556, "name": "é", "layers": [3, 4], "none": None},
+    )
+    write_json(path, values)
+    assert read_json(path, "") == values
+    whole = path.read_bytes()
+    checksum = whole.index(b'"crc32"')
+    unnoticed = 0
+    for place in range(checksum):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with suppress(UserError):
+            assert read_json(path, "") == values
+            unnoticed += 1
+    # line breaks and indents alone may become other white space
+    assert unnoticed <= whole.count(b"\n") + whole.count(b" ")
+
+
+def test_a_changed_object_says_how_to_keep_the_change(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"data_path": "here"})
+    path.write_text(path.read_text().replace("here", "there"))
+    with pytest.raises(
+        UserError, match=r"a\.json: changed since it was written .*: restore it; .* delete the field crc32"
+    ):
+        read_json(path, "restore it")
+    path.write_text(path.read_text().replace(path.read_text()[path.read_text().index(",") : -2], ""))
+    assert read_json(path, "") == {"data_path": "there"}

@@ -1,0 +1,25 @@
+"""One of a thing is not several."""
+
+import pytest
+from submission_example import make_summary
+
+from train.common.wording import counted
+from train.submission.summary import summary_text
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((0, "shard"), "0 shards"),
+        ((1, "shard"), "1 shard"),
+        ((2, "shard"), "2 shards"),
+        ((1, "matrix", "matrices"), "1 matrix"),
+        ((1234567, "matrix", "matrices"), "1,234,567 matrices"),
+    ],
+)
+def test_numbers_and_nouns_agree(given: tuple[int, str], said: str) -> None:
+    assert counted(*given) == said
+
+
+def test_a_run_of_one_step_says_so() -> None:
+    assert "  training   1 step of " in summary_text(make_summary(steps=1))

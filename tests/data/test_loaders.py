@@ -1,0 +1,256 @@
+"""The order of training tokens: against straight-line formulas, at every world size, and after a restart."""
+
+import io
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from train.common.errors import UserError
+from train.config import Config
+from train.data.loaders import LOADERS, Coprime, Loader, Stream, _fnv1a, make_loader
+from train.data.shards import find_shards, write_shard
+
+SEQ = 8
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three shards whose tokens are 0, 1, 2, …, so that a token is its place in the stream."""
+    bounds = [0, 1000, 1700, 2750]
+    for index, (low, high) in enumerate(itertools.pairwise(bounds)):
+        write_shard(tmp_path / f"x_train_{index:06d}.bin", np.arange(low, high))
+    return tmp_path
+
+
+def config(data: Path, **changes: object) -> Config:
+    # two sequences per share
+    return Config(data_path=str(data), vocab_size=65536, train_seq_len=SEQ, train_batch_tokens=16 * SEQ).replace(
+        **changes
+    )
+
+
+def steps(loader: Loader, count: int) -> list[list[list[list[int]]]]:
+    """Per step and micro-batch, the rows of inputs with their last target behind."""
+    result = []
+    for _ in range(count):
+        batch = loader.next_batch()
+        for inputs, targets in batch:
+            assert inputs.dtype == targets.dtype == torch.int64 and inputs.is_contiguous() and targets.is_contiguous()
+            assert torch.equal(inputs[:, 1:], targets[:, :-1])
+        result.append([torch.cat((inputs, targets[:, -1:]), 1).tolist() for inputs, targets in batch])
+    return result
+
+
+def test_sequential_is_the_published_stream(data: Path) -> None:
+    tokens, length = list(range(2750)), 2 * SEQ
+    for rank in range(8):
+        for step, micro in enumerate(steps(make_loader(config(data), rank, 8), 40)):
+            # rank r takes span [r·(L+1), +L+1) of each chunk of 8·(L+1) tokens, and the stream begins anew at its end
+            first = step * 8 * (length + 1) + rank * (length + 1)
+            span = [tokens[(first + offset) % 2750] for offset in range(length + 1)]
+            assert micro == [[span[:9], span[8:]]]
+
+
+def test_sequential_span_of_the_published_batch(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x_train_000000.bin", np.arange(300_000) % 65536)
+    big = config(tmp_path, train_batch_tokens=786_432, train_seq_len=2048)
+    inputs, targets = make_loader(big, 1, 8).next_batch()[0]
+    assert inputs.shape == (48, 2048)
+    assert inputs[0, 0] == 98_305 % 65536 and targets[-1, -1] == (2 * 98_305 - 1) % 65536
+
+
+@pytest.mark.parametrize("name", sorted(LOADERS))
+def test_every_world_size_sees_the_same_tokens(data: Path, name: str) -> None:
+    whole = steps(make_loader(config(data, loader=name), 0, 1), 30)
+    assert all(len(step) == 8 for step in whole)
+    for world_size in (2, 4, 8):
+        ranks = [steps(make_loader(config(data, loader=name), rank, world_size), 30) for rank in range(world_size)]
+        for step in range(30):
+            # micro-batch m of rank r is share r + m·W
+            joined = [ranks[share % world_size][step][share // world_size] for share in range(8)]
+            assert joined == whole[step]
+
+
+@pytest.mark.parametrize("name", sorted(LOADERS))
+@pytest.mark.parametrize("served", [0, 1, 13])
+def test_resumes_in_the_middle_of_a_shard(data: Path, name: str, served: int) -> None:
+    straight = make_loader(config(data, loader=name), 1, 2)
+    steps(straight, served)
+    saved = straight.state_dict()
+    rest = steps(straight, 20)
+    # through a checkpoint that holds plain data only, and through text
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    buffer.seek(0)
+    for state in (torch.load(buffer, weights_only=True), json.loads(json.dumps(saved))):
+        fresh = make_loader(config(data, loader=name), 1, 2)
+        steps(fresh, 3)
+        fresh.load_state_dict(state)
+        assert fresh.state_dict() == saved
+        assert steps(fresh, 20) == rest
+
+
+@pytest.mark.parametrize("name", sorted(LOADERS))
+def test_a_checkpoint_of_other_data_is_refused(data: Path, name: str) -> None:
+    state = make_loader(config(data, loader=name), 0, 1).state_dict()
+    write_shard(data / "x_train_000003.bin", [1] * 20)
+    with pytest.raises(UserError, match="walked 2750 training tokens, data_path holds 2770"):
+        make_loader(config(data, loader=name), 0, 1).load_state_dict(state)
+
+
+def windows(loader: Loader, count: int) -> list[int]:
+    """First tokens of all windows, in the order in which they were dealt to the shares."""
+    firsts = []
+    for step in steps(loader, count):
+        for index in range(len(step[0])):
+            firsts += [share[index][0] for share in step]
+        for share in step:
+            for row in share:
+                assert row == list(range(row[0], row[0] + SEQ + 1))
+    return firsts
+
+
+def test_shuffled_sees_every_window_once_per_epoch(data: Path) -> None:
+    loader = make_loader(config(data, loader="shuffled"), 0, 1)
+    per_epoch = 999 // SEQ + 699 // SEQ + 1049 // SEQ
+    firsts = windows(loader, 4 * per_epoch // 16)
+    epochs = [firsts[index * per_epoch : (index + 1) * per_epoch] for index in range(3)]
+    for epoch in epochs:
+        assert epoch != sorted(epoch)
+        placed = sorted(epoch)
+        for low, length in ((0, 1000), (1000, 700), (1700, 1050)):
+            inside = [place for place in placed if low <= place < low + length]
+            phase, count = inside[0] - low, (length - 1) // SEQ
+            assert inside == [low + phase + SEQ * index for index in range(count)]
+            assert phase + count * SEQ < length
+    assert epochs[0] != epochs[1]
+    # shards are cut in other places as well
+    assert len({min(epoch) for epoch in epochs}) > 1
+
+
+def test_shuffled_depends_on_the_seed_and_coprime_does_not(data: Path) -> None:
+    def first(name: str, seed: int) -> list[int]:
+        return windows(make_loader(config(data, loader=name, seed=seed), 0, 1), 4)
+
+    assert first("shuffled", 1) == first("shuffled", 1) != first("shuffled", 2)
+    assert first("coprime", 1) == first("coprime", 2)
+
+
+def test_coprime_depends_on_the_shards_names(data: Path, tmp_path: Path) -> None:
+    before = windows(make_loader(config(data, loader="coprime"), 0, 1), 2)
+    for path in find_shards(data, "train"):
+        path.rename(path.with_name(path.name.replace("x_", "y_")))
+    assert windows(make_loader(config(data, loader="coprime"), 0, 1), 2) != before
+
+
+def test_fnv_vectors() -> None:
+    # published test vectors of the 64-bit FNV-1a hash
+    assert [_fnv1a(text) for text in (b"", b"a", b"foobar")] == [
+        0xCBF29CE484222325,
+        0xAF63DC4C8601EC8C,
+        0x85944171F73967E8,
+    ]
+
+
+def test_coprime_walks_each_shard_in_a_coprime_stride(data: Path) -> None:
+    order = make_loader(config(data, loader="coprime"), 0, 1).order
+    assert isinstance(order, Coprime)
+    strides = set()
+    for shard, length in enumerate((1000, 700, 1050)):
+        for _ in range(3):
+            seen: list[int] = []
+            while not seen or order.walks[shard, 4] < order.walks[shard, 3]:
+                # shuffled within one request, so requests are compared as sets
+                count = min(3, int(order.walks[shard, 3] - order.walks[shard, 4])) if seen else 1
+                offsets = order._walk(shard, count)
+                phase, start, stride, blocks, _ = (int(value) for value in order.walks[shard])
+                wanted = [
+                    phase + (start + index * stride) % blocks * SEQ for index in range(len(seen), len(seen) + count)
+                ]
+                assert set(offsets) == {(shard, offset) for offset in wanted}
+                seen += wanted
+            assert 0 <= phase < SEQ and 0 <= start < blocks == (length - 1 - phase) // SEQ
+            assert math.gcd(stride, blocks) == 1 and sorted(seen) == [phase + SEQ * index for index in range(blocks)]
+            strides.add(stride)
+    assert len(strides) > 3
+
+
+def test_coprime_ramps_its_mixture(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(200, 4000, 80)
+    for index, length in enumerate(lengths):
+        write_shard(tmp_path / f"x_train_{index:06d}.bin", np.full(length, 7))
+    # a shard too short for one window is never drawn
+    write_shard(tmp_path / "x_train_000080.bin", np.full(SEQ, 7))
+    stream = Stream(find_shards(tmp_path, "train"), 65536)
+    for step, alpha, shards in ((0, 0.9, 8), (900, 0.7, 36), (1800, 0.5, 64), (5000, 0.5, 64)):
+        order = Coprime(stream, SEQ, 20, 0)
+        order.step = step
+        recorded: list[np.ndarray] = []
+        original = order.random
+
+        class Recorder:
+            def choice(self, *arguments, _original=original, _recorded=recorded, **options):
+                _recorded.append(options["p"])
+                assert options["replace"] is False
+                return _original.choice(*arguments, **options)
+
+            def __getattr__(self, name, _original=original):
+                return getattr(_original, name)
+
+        order.random = Recorder()  # type: ignore[assignment]
+        for draw in range(2):
+            left = np.where(order.walks[:80, 3] > 0, order.walks[:80, 3] - order.walks[:80, 4], (lengths - 1) // SEQ)
+            weights = np.maximum(left, 1).astype(float) ** alpha
+            places = order._draw_step()
+            assert len(places) == 160 and len({shard for shard, _ in places}) == shards
+            np.testing.assert_allclose(recorded[draw], weights / weights.sum(), rtol=1e-12)
+            assert 80 not in {shard for shard, _ in places}
+            # interleaved: the first round has every shard once
+            assert len({shard for shard, _ in places[:shards]}) == shards
+
+
+def test_tokens_above_the_sign_bit_survive_the_wire(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x_train_000000.bin", np.arange(65536 - 200, 65536))
+    assert steps(make_loader(config(tmp_path), 0, 8), 1)[0][0][0] == list(range(65336, 65345))
+
+
+def test_a_token_beyond_the_vocabulary_is_refused_when_it_is_read(data: Path) -> None:
+    loader = make_loader(config(data, vocab_size=1700), 0, 1)
+    with pytest.raises(UserError, match=r"x_train_000002\.bin: holds token \d+, but vocab_size is 1700"):
+        steps(loader, 13)
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "changes", "message"),
+    [
+        (0, 3, {}, "world size 3"),
+        (0, 16, {}, "world size 16"),
+        (2, 2, {}, "rank 2"),
+        (0, 1, {"train_batch_tokens": 12 * SEQ}, "train_batch_tokens 96 .* train_seq_len 8"),
+        (0, 1, {"train_seq_len": 4000, "train_batch_tokens": 32_000}, "2750 tokens in a row, one sequence needs 4001"),
+        (
+            0,
+            1,
+            {"train_seq_len": 1050, "train_batch_tokens": 8400, "loader": "coprime"},
+            "1050 tokens in a row, one sequence needs 1051",
+        ),
+        (0, 1, {"data_path": "/nonexistent"}, "no such folder"),
+    ],
+)
+def test_bad_settings_are_refused(data: Path, rank: int, world_size: int, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_loader(config(data, **changes), rank, world_size)
+
+
+@pytest.mark.gpu
+def test_cuda_gets_the_same_batches(data: Path) -> None:
+    on_gpu, on_cpu = make_loader(config(data), 0, 1, "cuda"), make_loader(config(data), 0, 1)
+    for _ in range(5):
+        for (inputs, targets), (wanted, following) in zip(on_gpu.next_batch(), on_cpu.next_batch(), strict=True):
+            assert inputs.is_cuda and torch.equal(inputs.cpu(), wanted) and torch.equal(targets.cpu(), following)

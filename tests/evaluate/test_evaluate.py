@@ -1,0 +1,283 @@
+"""`python -m train.evaluate`: a run folder is scored from its artifact's bytes, alone and over ranks."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from plain_evaluation import plain_score
+
+from train.artifact import load_model, write_artifact
+from train.common.errors import UserError
+from train.config import Config
+from train.data.shards import load_validation_tokens, write_shard
+from train.data.tokenizer import byte_tables, load_tokenizer, train_tokenizer
+from train.evaluate.__main__ import _load, main
+from train.evaluate.scores import read_evaluation
+from train.evaluate.windows import plan_windows
+from train.model.gpt import GPT
+from train.quantize.tensors import quantize_model
+from train.run.folder import RunFolder
+from train.run.log_grammar import GRAMMAR
+from train.run.logger import read_metrics
+
+TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. ".split()
+MODEL = Config(
+    vocab_size=300,
+    num_layers=2,
+    model_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    train_seq_len=32,
+    train_batch_tokens=256,
+    rope_train_seq_len=64,
+    recur_layers=(1,),
+    quantizer="rtn",
+    passthrough_max_elements=64,
+    embed_dtype="float32",
+    eval_stride=8,
+    eval_batch_seqs=7,
+)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with data, weights and artifact of a model that was not trained."""
+    root = tmp_path_factory.mktemp("finished")
+    data, run = root / "data", root / "run"
+    data.mkdir()
+    run.mkdir()
+    random = np.random.default_rng(3)
+    documents = [" ".join(random.choice(TEXT, 40)) for _ in range(60)]
+    tokenizer = train_tokenizer(documents, MODEL.vocab_size, data / "tiny_300_bpe.model")
+    ids = np.concatenate([[1, *tokenizer.Encode(document)] for document in documents[:12]])
+    write_shard(data / "tiny_val_000000.bin", ids)
+    config = MODEL.replace(data_path=str(data))
+    (run / "config.json").write_text(json.dumps(config.to_dict()))
+    torch.manual_seed(5)
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    torch.save(model.state_dict(), run / "weights.pt")
+    (run / "training.json").write_text(json.dumps({"recurrence": True}))
+    write_artifact(run / "model.golf", quantize_model(model, config, {}), config, code_bytes=0)
+    return run
+
+
+def run_truth(run: Path, seq_len: int, stride: int, limit: int | None = None) -> tuple[float, int, int]:
+    """Nats, tokens and bytes of the artifact's model by the plain loop."""
+    config = RunFolder(run).read_config()
+    tokens = load_validation_tokens(config.data_path, 32)[:limit]
+    tables = byte_tables(load_tokenizer(Path(config.data_path) / "tiny_300_bpe.model", 300), 300)
+    return plain_score(load_model(run / "model.golf"), tokens, tables, seq_len, stride, "once", config.logit_softcap)
+
+
+def test_weights_compute_as_the_device_asks_that_scores_them(finished_run: Path) -> None:
+    config = RunFolder(finished_run).trained_config()
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        settings = config.replace(device=device, compute_dtype="auto")
+        for weights in ("master", "artifact"):
+            assert _load(RunFolder(finished_run), settings, weights).compute_dtype == dtype
+
+
+def test_command_scores_the_artifact_from_its_bytes(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    assert main([str(run)]) == 0
+    nats, tokens, size = run_truth(run, 32, 8)
+    (entry,) = read_evaluation(RunFolder(run)).values()
+    assert (entry["tokens"], entry["bytes"]) == (tokens, size)
+    assert entry["val_loss"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert entry["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
+    rounded, exact = capsys.readouterr().out.splitlines()[-2:]
+    match = GRAMMAR["final"].fullmatch(rounded)
+    assert match and match["name"] == "int6_sliding_window" and match["stride"] == "8"
+    assert exact == f"final_int6_sliding_window_exact val_loss:{entry['val_loss']:.8f} val_bpb:{entry['val_bpb']:.8f}"
+    assert read_metrics(run / "metrics.jsonl") == [{"kind": "final", **entry}]
+
+
+def test_command_options_change_what_is_scored_and_scores_stand_side_by_side(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    # with --json not even the progress may reach stdout
+    monkeypatch.setattr("train.common.progress.LINE_INTERVAL_SECONDS", 0.0)
+    batches: list[tuple[int, ...]] = []
+    hidden = GPT.hidden
+    monkeypatch.setattr(
+        GPT, "hidden", lambda self, ids, **flags: (batches.append(tuple(ids.shape)), hidden(self, ids, **flags))[1]
+    )
+    arguments = ["--stride", "0", "--max-tokens", "150", "--seq-len", "16", "--batch-seqs", "3", "--json"]
+    main([str(run), *arguments])
+    entry = json.loads(capsys.readouterr().out)
+    nats, tokens, size = run_truth(run, 16, 0, 151)
+    assert (entry["tokens"], entry["bytes"], entry["windows"], entry["name"]) == (150, size, 10, "int6_roundtrip")
+    # ten windows in batches of at most three, made even
+    assert set(batches[:4]) == {(3, 16)}
+    assert entry["val_loss"] == pytest.approx(nats / tokens, rel=1e-6)
+    main([str(run), *arguments, "--weights", "master"])
+    master = json.loads(capsys.readouterr().out)
+    assert master["name"] == "prequant_roundtrip" and 0 < abs(master["val_loss"] - entry["val_loss"]) < 0.2
+    main([str(run), "--rule", "overlap_tail", "--max-tokens", "150", "--json"])
+    repeated = json.loads(capsys.readouterr().out)
+    assert repeated["tokens"] == plan_windows(150, 32, 8, "overlap_tail").scored > 150
+    main([str(run), *arguments])
+    scores = read_evaluation(RunFolder(run))
+    assert len(scores) == 3 and len(read_metrics(run / "metrics.jsonl")) == 4
+
+
+def test_the_score_says_whether_windows_share_layer_0(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    for arguments, said in (
+        ([], "once per token"),
+        (["--share-layer0", "0"], "per window: EVAL_SHARE_LAYER0 is off"),
+        (["--stride", "0"], "per window: windows side by side have no token in common"),
+    ):
+        main([str(run), "--max-tokens", "100", *arguments])
+        line = f"layer0:the first layer's queries, keys and values were computed {said}"
+        assert capsys.readouterr().out.splitlines()[-3] == line
+        assert read_metrics(run / "metrics.jsonl")[-1]["layer0"] == said
+    with pytest.raises(UserError, match="--share-layer0: expected 0 or 1, got 'maybe'"):
+        main([str(run), "--share-layer0", "maybe"])
+
+
+def test_flags_are_understood_as_the_trainer_writes_them(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    forms = (
+        ["--stride", "4", "--seq-len", "16", "--max-tokens=60", "--logits-rounding", "bf16"],
+        ["--eval_stride", "4", "--eval_seq_len", "16", "--eval_max_tokens=60", "--logits_rounding", "bf16"],
+        ["--eval-stride=4", "--seq_len", "16", "--eval-max-tokens", "60", "--logits-rounding=bf16"],
+    )
+    entries = []
+    for form in forms:
+        main([str(run), *form, "--json"])
+        entries.append(json.loads(capsys.readouterr().out))
+    assert all(
+        (entry["stride"], entry["seq_len"], entry["tokens"], entry["logits_rounding"]) == (4, 16, 60, "bf16")
+        for entry in entries
+    )
+    main([str(run), *forms[0][:-1], "none", "--json"])
+    exact = json.loads(capsys.readouterr().out)
+    # a score of rounded logits does not take the place of one without
+    assert exact["val_loss"] != entries[0]["val_loss"] == entries[1]["val_loss"]
+    assert len(read_evaluation(RunFolder(run))) == 2
+    assert exact["tokens_per_second"] == pytest.approx(60 / exact["seconds"], abs=0.1)
+
+
+def test_command_gives_the_same_score_on_two_ranks(finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    main([str(run), "--json"])
+    (alone,) = read_evaluation(RunFolder(run)).values()
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "train.evaluate",
+    ]
+    root = Path(__file__).parents[2]
+    result = subprocess.run([*command, str(run)], cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    (shared,) = read_evaluation(RunFolder(run)).values()
+    assert shared["world_size"] == 2 and alone["world_size"] == 1
+    for name in ("tokens", "bytes", "windows"):
+        assert shared[name] == alone[name]
+    assert shared["val_bpb"] == pytest.approx(alone["val_bpb"], rel=1e-7)
+    # one rank reports for both
+    assert result.stdout.count("final_int6_sliding_window_exact") == 1
+    assert len(read_metrics(run / "metrics.jsonl")) == 2
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != ".lock"}
+
+
+def spoil_scores_and_artifact(run: Path) -> None:
+    """What would be noticed last has to be noticed first: before the work, not after it."""
+    (run / "evaluation.json").write_text("[")
+    (run / "model.golf").unlink()
+
+
+def folder_in_place_of_artifact(run: Path) -> None:
+    (run / "model.golf").unlink()
+    (run / "model.golf").mkdir()
+
+
+def damage(run: Path, name: str) -> None:
+    path = run / name
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "arguments", "fragment"),
+    [
+        (lambda run: (run / "model.golf").unlink(), [], r"model\.golf: missing: run python -m train first"),
+        (folder_in_place_of_artifact, [], r"model\.golf: expected a file, found a folder: move it away"),
+        (lambda run: (run / "config.json").unlink(), [], r"config\.json: missing"),
+        (lambda run: damage(run, "model.golf"), [], r"model\.golf"),
+        (lambda run: damage(run, "config.json"), [], r"config\.json: not readable"),
+        (lambda run: (run / "evaluation.json").write_text("["), [], r"evaluation\.json: not readable"),
+        (spoil_scores_and_artifact, [], r"evaluation\.json: not readable"),
+        (lambda run: None, ["--data-path", "/nowhere"], "/nowhere"),
+        (lambda run: None, ["--stride", "33"], "stride: expected 0"),
+        (lambda run: None, ["--attention", "fa3"], "attention: fa3 cannot run: needs a CUDA GPU"),
+        (lambda run: None, ["--stride", "-1"], "eval_stride: must be at least 0"),
+        (lambda run: None, ["--seq-len", "5000"], "one sequence needs 5001"),
+        (lambda run: (run / "weights.pt").unlink(), ["--weights", "master"], r"weights\.pt: missing"),
+        (lambda run: torch.save({}, run / "weights.pt"), ["--weights", "master"], "not the weights of this run"),
+    ],
+)
+def test_bad_runs_are_refused_and_leave_no_score(
+    finished_run: Path, tmp_path: Path, spoil: Callable[[Path], object], arguments: list[str], fragment: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    spoil(run)
+    before = contents(run)
+    with pytest.raises(UserError, match=fragment):
+        main([str(run), *arguments])
+    assert contents(run) == before
+
+
+def test_help_is_complete_and_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    flags = {
+        "--stride",
+        "--rule",
+        "--seq-len",
+        "--max-tokens",
+        "--batch-seqs",
+        "--data-path",
+        "--weights",
+        "--device",
+        "--attention",
+        "--compile",
+        "--logits-rounding",
+        "--share-layer0",
+        "--json",
+    }
+    assert flags <= set(re.findall(r"--[a-z0-9-]+", text))
+    assert "python -m train.evaluate runs/" in text and "torchrun --standalone" in text

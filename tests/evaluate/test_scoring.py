@@ -1,0 +1,218 @@
+"""Sums and counts against a plain loop, shapes, ranks, progress and refusals."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from plain_evaluation import plain_score, plain_windows
+from torch import Tensor, nn
+
+from train.common.errors import UserError
+from train.config import Config
+from train.data.tokenizer import ByteTables
+from train.evaluate.scoring import evaluate_model, flat_evaluation
+
+VOCAB = 37
+CONFIG = Config(vocab_size=259, eval_batch_seqs=4)
+
+
+class StandIn(nn.Module):
+    """Predicts from the mean of the tokens since the window's start and from the position in the window."""
+
+    def __init__(self, longest: int = 64, dim: int = 12) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.head_weight = nn.Parameter(torch.randn(VOCAB, dim))
+        self.place = nn.Parameter(torch.randn(longest, dim))
+        self.mix = nn.Parameter(torch.randn(dim, dim) / 3)
+        self.seen: list[Tensor] = []
+        self.rows_from: list[int] = []
+        self.modes: set[tuple[bool, bool]] = set()
+
+    overlap_problem = "windows share nothing here"
+
+    def overlapping_hidden(self, text: Tensor, **options: object) -> Tensor:
+        raise AssertionError("asked for in spite of overlap_problem")
+
+    @property
+    def shapes(self) -> set[tuple[int, ...]]:
+        return {tuple(ids.shape) for ids in self.seen}
+
+    def hidden(self, ids: Tensor, *, recurrence: bool, rows_from: int = 0) -> Tensor:
+        self.seen.append(ids)
+        self.rows_from.append(rows_from)
+        self.modes.add((recurrence, self.training))
+        count = torch.arange(1, ids.shape[1] + 1)[:, None]
+        mean = self.head_weight[ids].cumsum(1) / count
+        return torch.tanh((mean + self.place[: ids.shape[1]])[:, rows_from:] @ self.mix) * 2
+
+
+def make_text(count: int, seed: int = 0) -> tuple[np.ndarray, ByteTables]:
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, VOCAB, count).astype(np.uint16)
+    boundary = np.arange(VOCAB) < 3
+    base = np.where(boundary, 0, random.integers(1, 9, VOCAB)).astype(np.int16)
+    space = (random.random(VOCAB) < 0.4) & ~boundary
+    return tokens, ByteTables(base, space, boundary)
+
+
+@pytest.mark.parametrize("rule", ["once", "overlap_tail", "full_windows"])
+@pytest.mark.parametrize(
+    ("count", "seq_len", "stride"),
+    [
+        (97, 16, 1),
+        (97, 16, 4),
+        (99, 16, 4),
+        (98, 16, 16),
+        (83, 16, 0),
+        (201, 64, 64),
+        (130, 64, 24),
+        (10, 16, 4),
+        (2, 16, 1),
+        (17, 16, 4),
+    ],
+)
+def test_scores_equal_the_plain_loop(rule: str, count: int, seq_len: int, stride: int) -> None:
+    tokens, tables = make_text(count, seed=count)
+    model = StandIn()
+    if rule == "full_windows" and stride and count - 1 < seq_len:
+        with pytest.raises(UserError, match="no window of"):
+            evaluate_model(model, tokens, tables, CONFIG, seq_len=seq_len, stride=stride, rule=rule)
+        return
+    nats, scored, size = plain_score(model, tokens, tables, seq_len, stride, rule, CONFIG.logit_softcap)
+    result = evaluate_model(model, tokens, tables, CONFIG, seq_len=seq_len, stride=stride, rule=rule)
+    assert (result.tokens, result.bytes) == (scored, size)
+    assert result.val_loss == pytest.approx(nats / scored, rel=1e-6)
+    assert result.val_bpb == pytest.approx(nats / math.log(2) / size, rel=1e-6)
+    assert result.windows == len(list(plain_windows(count - 1, seq_len, stride, rule)))
+
+
+def test_settings_come_from_the_config_unless_given() -> None:
+    tokens, tables = make_text(90)
+    model = StandIn()
+    config = CONFIG.replace(
+        eval_seq_len=16, eval_stride=4, eval_rule="overlap_tail", eval_max_tokens=50, logit_softcap=2.0
+    )
+    result = evaluate_model(model, tokens, tables, config)
+    nats, scored, size = plain_score(model, tokens[:51], tables, 16, 4, "overlap_tail", 2.0)
+    assert (result.tokens, result.bytes) == (scored, size)
+    assert result.val_loss == pytest.approx(nats / scored, rel=1e-6)
+    given_zero = evaluate_model(model, tokens, tables, config, stride=0, max_tokens=0, seq_len=8)
+    assert (given_zero.tokens, given_zero.windows) == (89, 12)
+    rounded = evaluate_model(model, tokens, tables, config.replace(logits_rounding="bf16"))
+    assert rounded.val_loss != result.val_loss
+    assert rounded.val_loss == pytest.approx(result.val_loss, rel=1e-2)
+
+
+def test_shapes_are_static_and_batches_even() -> None:
+    tokens, tables = make_text(120)
+    model = StandIn()
+    evaluate_model(model, tokens, tables, CONFIG, seq_len=16, stride=4, batch_seqs=26)
+    # the first window scores all its positions; the 26 others go in one batch
+    assert [tuple(ids.shape) for ids in model.seen] == [(1, 16), (26, 16)]
+    assert model.rows_from == [0, 12]
+    model = StandIn()
+    evaluate_model(model, tokens, tables, CONFIG, seq_len=16, stride=4, batch_seqs=25)
+    # in two batches of 13
+    assert [tuple(ids.shape) for ids in model.seen] == [(1, 16), (13, 16), (13, 16)]
+
+
+def test_the_model_sees_each_window_padded_with_zeros() -> None:
+    tokens, tables = make_text(24)
+    # without zeros of its own, so that every zero is padding
+    tokens = (tokens % (VOCAB - 1) + 1).astype(np.uint16)
+    model = StandIn()
+    evaluate_model(model, tokens, tables, CONFIG, seq_len=16, stride=4, batch_seqs=2)
+    inputs = tokens[:23].tolist()
+    windows = [inputs[0:16], inputs[4:20], [*inputs[8:23], 0]]
+    assert torch.cat(model.seen).tolist() == windows
+    model = StandIn()
+    evaluate_model(model, np.append(tokens, tokens[:4]), tables, CONFIG, seq_len=16, stride=4, batch_seqs=2)
+    # a window of nothing makes the last batch as long as the others
+    assert torch.cat(model.seen)[-1].tolist() == [0] * 16 and len(model.seen) == 3
+
+
+def test_recurrence_flag_and_training_mode() -> None:
+    tokens, tables = make_text(40)
+    model = StandIn().train()
+    evaluate_model(model, tokens, tables, CONFIG, seq_len=16, stride=4, recurrence=False)
+    assert model.modes == {(False, False)} and model.training
+    evaluate_model(model.eval(), tokens, tables, CONFIG, seq_len=16, stride=4)
+    assert model.modes == {(False, False), (True, False)} and not model.training
+
+
+def test_flat_evaluation_takes_the_training_rows_and_the_first_tokens() -> None:
+    tokens, tables = make_text(100)
+    model, plain = StandIn(), StandIn()
+    config = CONFIG.replace(
+        train_seq_len=16, train_batch_tokens=128, val_max_tokens=40, val_batch_size=32, eval_stride=4
+    )
+    result = flat_evaluation(model, tokens, tables, config)
+    nats, scored, size = plain_score(plain, tokens[:41], tables, 16, 0, "once", config.logit_softcap)
+    assert (result.tokens, result.bytes, result.windows) == (40, size, 3)
+    assert result.val_loss == pytest.approx(nats / scored, rel=1e-6)
+    assert model.shapes == {(2, 16)}
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+@pytest.mark.parametrize("count", [100, 20])
+def test_ranks_split_the_windows_by_count_and_their_sums_are_the_whole(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, count: int
+) -> None:
+    tokens, tables = make_text(count)
+    whole = evaluate_model(StandIn().double(), tokens, tables, CONFIG, seq_len=16, stride=4)
+    sums: list[list[float]] = []
+
+    def record(tensor: Tensor) -> None:
+        sums[-1] += tensor.reshape(-1).tolist()
+        # stands for what the other ranks would add
+        tensor.add_(1)
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", record)
+    for rank in range(world_size):
+        sums.append([])
+        evaluate_model(
+            StandIn().double(), tokens, tables, CONFIG, seq_len=16, stride=4, rank=rank, world_size=world_size
+        )
+    nats, scored, size = (sum(column) for column in zip(*sums, strict=True))
+    assert (scored, size) == (whole.tokens, whole.bytes)
+    assert nats == pytest.approx(whole.val_loss * whole.tokens, rel=1e-12)
+    # the first window scores 16 tokens, each further one 4, the last one what is left
+    counts = [row[1] for row in sums]
+    opening = next(rank for rank, count in enumerate(counts) if count)
+    counts[opening] -= 12
+    shares = [math.ceil(count / 4) for count in counts]
+    assert sum(shares) == whole.windows and max(shares) - min(shares) <= 1
+
+
+def test_several_ranks_without_a_process_group_are_refused() -> None:
+    tokens, tables = make_text(50)
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        evaluate_model(StandIn(), tokens, tables, CONFIG, seq_len=16, stride=4, world_size=2)
+
+
+def test_texts_that_cannot_be_scored_are_refused() -> None:
+    tokens, tables = make_text(50)
+    with pytest.raises(UserError, match="nothing to score"):
+        evaluate_model(StandIn(), tokens[:1], tables, CONFIG, seq_len=16, stride=4)
+    with pytest.raises(UserError, match="nothing to score"):
+        evaluate_model(StandIn(), tokens[:0], tables, CONFIG, seq_len=16, stride=4)
+    with pytest.raises(UserError, match=f"{VOCAB}"):
+        evaluate_model(StandIn(), np.array([1, 2, VOCAB], np.uint16), tables, CONFIG, seq_len=16, stride=4)
+    with pytest.raises(UserError, match="no bytes"):
+        evaluate_model(StandIn(), np.array([1, 1, 1], np.uint16), tables, CONFIG, seq_len=16, stride=4)
+
+
+def test_progress_shows_the_running_bpb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.common.progress.LINE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr("train.evaluate.scoring.NOTE_INTERVAL_SECONDS", 0.0)
+    tokens, tables = make_text(90)
+    result = evaluate_model(StandIn(), tokens, tables, CONFIG, seq_len=16, stride=4, progress=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and lines[-1].startswith("evaluate: 89/89 tokens (100 %)")
+    assert lines[-1].endswith(f"bpb {result.val_bpb:.4f}")
+    evaluate_model(StandIn(), tokens, tables, CONFIG, seq_len=16, stride=4)
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,216 @@
+"""Dry runs of every kernel's launch and of the captured step, on tensors without data; collected by `test_fake_cuda.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from fake_cuda import CUDA, GRAPHS, Batches, Graph, empty, gpu_config, gpu_model, recorded_capture
+from torch import Tensor
+
+import golf_kernels
+from benchmarks.computed.fake_cuda import tensors_without_data
+from golf_kernels import dispatch
+from golf_kernels.muon import Muon
+from golf_kernels.newton_schulz import COEFFICIENTS
+from train.common.distributed import Ranks
+from train.config import MICRO_BATCHES
+from train.loop import training_step
+from train.optimize.groups import build_optimizers
+
+
+@pytest.fixture(autouse=True)
+def fake() -> Iterator[None]:
+    with tensors_without_data():
+        yield
+
+
+class Launch:
+    """Stands for a Triton kernel: looks at what a launch would have got."""
+
+    seen: ClassVar[set[str]] = set()
+
+    def __init__(self, kernel: Any) -> None:
+        self.name = kernel.__name__
+        self.arg_names = kernel.arg_names
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert isinstance(grid, tuple) and all(isinstance(n, int) and n > 0 for n in grid)
+        assert grid[0] < 2**31 and all(n < 2**16 for n in grid[1:])
+
+        def launch(*arguments: Any, **named: Any) -> None:
+            given = dict(zip(self.arg_names, arguments, strict=False)) | named
+            options = set(given) - set(self.arg_names)
+            assert set(self.arg_names) <= set(given), (self.name, set(self.arg_names) - set(given))
+            assert options <= {"num_warps", "num_stages", "maxnreg"}
+            tensors = [getattr(value, "base", value) for value in given.values()]
+            devices = {tensor.device for tensor in tensors if isinstance(tensor, Tensor)}
+            assert devices == {GUARDS[-1]}, (self.name, devices, GUARDS)
+            Launch.seen.add(self.name)
+
+        return launch
+
+
+GUARDS: list[torch.device] = []
+WAITS: list[Any] = []
+# every file of kernels is found, also one that is yet to come
+MODULES = sorted(
+    path.name.removesuffix("_triton.py") for path in Path(golf_kernels.__file__).parent.glob("*_triton.py")
+)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bool]]:
+    """Every kernel replaced by a `Launch`; what a stream is doing, for a test to change."""
+    stream = {"capturing": False}
+
+    @contextlib.contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        GUARDS.append(tensor.device)
+        yield
+        GUARDS.pop()
+
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stream["capturing"])
+    monkeypatch.setattr(dispatch, "triton_problem", lambda: None)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(Tensor, "data_ptr", address_of)
+    for name in MODULES:
+        module = importlib.import_module(f"golf_kernels.{name}_triton")
+        for attribute, kernel in list(vars(module).items()):
+            if attribute.endswith("_kernel"):
+                monkeypatch.setattr(module, attribute, Launch(kernel))
+        if hasattr(module, "KERNELS"):
+            replaced = {product: Launch(kernel) for product, kernel in module.KERNELS.items()}
+            monkeypatch.setattr(module, "KERNELS", replaced)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: types.SimpleNamespace(record=lambda on: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda on: types.SimpleNamespace(wait_event=WAITS.append))
+    Launch.seen.clear()
+    WAITS.clear()
+    yield stream
+    # what is kept for good belongs to this test's tensors
+    newton_schulz_triton = importlib.import_module("golf_kernels.newton_schulz_triton")
+    muon_triton = importlib.import_module("golf_kernels.muon_triton")
+    for cached in (newton_schulz_triton.make_plan, newton_schulz_triton._send, muon_triton.ratio_table):
+        cached.cache_clear()
+
+
+def address_of(tensor: Tensor) -> int:
+    # an allocator's addresses are multiples of 512
+    return 512 * (tensor.untyped_storage()._cdata % 2**40) + tensor.storage_offset() * tensor.element_size()
+
+
+@torch.no_grad()
+def test_every_launch_has_a_grid_all_arguments_and_the_device_of_its_tensors(launches: dict[str, bool]) -> None:
+    # not the current device, unless this machine's own is the only one
+    second = torch.device("cuda", int(torch.cuda.device_count() != 1))
+
+    def run(op: str, *arguments: Any) -> list[Tensor]:
+        found = dispatch.run_on("triton", op, *arguments)
+        results = list(found) if isinstance(found, (list, tuple)) else [found]
+        assert {result.device for result in results} == {second} and not GUARDS
+        return results
+
+    with second:
+        bfloat16, float32 = torch.bfloat16, torch.float32
+        matrices = [torch.empty(70, 150), torch.empty(2, 300, 40, dtype=bfloat16), torch.empty(0, 3)]
+        for name, dtype in (("quintic", bfloat16), ("aol", torch.float16)):
+            chosen = COEFFICIENTS[name]
+            flat = [value for triple in chosen.schedule() for value in triple]
+            found = run("newton_schulz", matrices, flat, 1e-7, chosen.prescale, dtype)
+            assert [result.shape for result in found] == [matrix.shape for matrix in matrices]
+        x, up, down, scale = (torch.empty(shape, dtype=bfloat16) for shape in ((130, 64), (192, 64), (64, 192), (64,)))
+        for residual, add_x, slope, eps in ((x, False, 0.5, 1e-6), (None, True, 0.0, 1e-6), (None, False, 0.5, None)):
+            y, *saved = run("leaky_relu2_mlp", x, up, down, residual, scale, slope, eps, 1.0, add_x, True)
+            run("leaky_relu2_mlp_backward", y, x, up, down, scale, *saved, slope, eps is not None, 1.0, add_x)
+        head = (torch.empty(300, 64, dtype=bfloat16), torch.empty(512, 64, dtype=bfloat16))
+        targets = torch.empty(300, dtype=torch.int64)
+        for needed in (True, False):
+            run("softcapped_cross_entropy", *head, targets, 30.0, True, -100, 0.0, needed, needed)
+        run("window_nll", *head, targets, 30.0, True)
+        q, k, table = (torch.empty(s, dtype=bfloat16) for s in ((2, 9, 4, 16), (2, 9, 2, 16), (9, 1, 4)))
+        gain = torch.empty(4, dtype=float32)
+        rotated = run("qk_norm_rope", q, k, table, table, gain, 1e-6)
+        run("qk_norm_rope_backward", q, k, *rotated[:2], table, table, gain, rotated[2])
+        run("xsa_backward", q, *run("xsa", q, k), k)
+        joined = torch.empty(40, 64, dtype=bfloat16)
+        run("xsa_linear_backward", *run("xsa_linear", q, k, joined), q, k, joined)
+        stream, mix = torch.empty(2, 9, 64, dtype=bfloat16), torch.empty(2, 64)
+        mixed = run("mix_rms_norm", stream, stream, mix, 1e-6, 0.5)
+        run("mix_rms_norm_backward", *mixed, stream, stream, mix, 1e-6, 0.5)
+        weights = [torch.nn.Parameter(torch.empty(shape)) for shape in ((70, 150), (2, 30, 40))]
+        for weight in weights:
+            weight.grad = torch.empty_like(weight)
+        optimizer = Muon(weights, row_normalize=True, normuon=True)
+        group = optimizer.param_groups[0]
+        dispatch.run_on("triton", "muon_step", weights, optimizer, [(group, weights)])
+    kernels = {
+        attribute
+        for name in MODULES
+        for attribute in vars(importlib.import_module(f"golf_kernels.{name}_triton"))
+        if attribute.endswith("_kernel")
+    }
+    assert Launch.seen == kernels
+
+
+@torch.no_grad()
+def test_who_finds_a_table_waits_until_it_has_arrived(launches: dict[str, bool]) -> None:
+    arguments = ([empty(70, 150)], (3.4, -4.8, 2.0), 1e-7, "frobenius", torch.bfloat16)
+    for capturing, waits in ((False, 1), (False, 2), (True, 2)):
+        launches["capturing"] = capturing
+        dispatch.run_on("triton", "newton_schulz", *arguments)
+        assert len(WAITS) == waits and len(set(map(id, WAITS))) == 1
+
+
+@torch.no_grad()
+def test_nothing_new_is_copied_into_a_graph(launches: dict[str, bool]) -> None:
+    matrices, coefficients = [empty(70, 150)], (3.4, -4.8, 2.0)
+    launches["capturing"] = True
+    # neither a new shape nor, with known shapes, a new address
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="run once with the same tensors before"):
+            dispatch.run_on("triton", "newton_schulz", matrices, coefficients, 1e-7, "frobenius", torch.bfloat16)
+        launches["capturing"] = False
+        dispatch.run_on("triton", "newton_schulz", [empty(70, 150)], coefficients, 1e-7, "frobenius", torch.bfloat16)
+        launches["capturing"] = True
+
+
+@pytest.mark.parametrize(
+    ("system", "backend", "graph"),
+    [("sp2048", "triton", "auto"), ("sp4096", "triton", "auto"), ("sp2048", "torch", "on")],
+)
+def test_a_captured_step_is_replayed_from_the_third_one_on(
+    system: str, backend: str, graph: str, launches: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def capture(graph: Graph, capture_error_mode: str) -> Iterator[None]:
+        launches["capturing"] = True
+        with recorded_capture(graph, capture_error_mode):
+            yield
+        launches["capturing"] = False
+
+    GRAPHS.clear()
+    monkeypatch.setenv("GOLF_BACKEND", f"torch,muon_step={backend}")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    config = gpu_config(system, optimizer_graph=graph)
+    model = gpu_model(config)
+    optimizers = build_optimizers(model, config)
+    ranks = Ranks(world_size=MICRO_BATCHES, device=CUDA)
+    replays = []
+    for step in range(5):
+        training_step(optimizers, model, Batches(), ranks, False, 1.0 - step / 10, 0.9 + step / 100)
+        replays.append(sum(graph.replays for graph in GRAPHS))
+    assert replays == [0, 1, 2, 3, 4] and len(GRAPHS) == 1
+    # the warm-up's graph is the run's
+    optimizers.reset()
+    training_step(optimizers, model, Batches(), ranks, False, 1.0, 0.9)
+    assert len(GRAPHS) == 1 and GRAPHS[0].replays == 5

@@ -1,0 +1,265 @@
+"""Steps computed on a CUDA device whose tensors have no data; collected by `test_schedule.py` in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda import CUDA, empty, gpu_config
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import bench_leaky_relu2_mlp, bench_mix_rms_norm, bench_qk_norm_rope, bench_xsa, bench_xsa_linear
+from benchmarks.computed import overlap
+from benchmarks.computed import step_schedule as schedule
+from benchmarks.computed.fake_cuda import tensors_without_data
+from benchmarks.computed.inductor_plan import PROPERTIES, Scheduled, planning_for_an_absent_gpu
+from benchmarks.computed.recorder import Recorder
+from benchmarks.measure.devices import Kernel
+from benchmarks.measure.step_variants import all_kernels
+from golf_kernels import dispatch, native
+from golf_kernels.qk_norm_rope import written_out
+from golf_kernels.sharding import assign
+from train.config import MICRO_BATCHES, Config
+from train.describe import describe
+from train.model.gpt import GPT
+from train.model.order import virtual_order
+from train.optimize.groups import split_parameters
+
+WIDTH, LENGTH = 64, 16
+
+
+def narrow(**changes: Any) -> Config:
+    batch = {"train_seq_len": LENGTH, "train_batch_tokens": MICRO_BATCHES * 2 * LENGTH}
+    # odd widths would be padded where that is faster, which no absent GPU can say
+    return gpu_config("sp8192", compile="on", vocab_size=264, ve_dim=16, **batch, **changes)
+
+
+@pytest.fixture(scope="module", params=["published", "golf"])
+def step(request: pytest.FixtureRequest) -> schedule.Step:
+    return schedule.step_kernels(narrow(), request.param, True)
+
+
+def test_the_products_are_those_that_the_recipe_describes(step: schedule.Step) -> None:
+    config = narrow()
+    tokens, runs = 2 * LENGTH, len(virtual_order(config, recurrence=True))
+    described = 1e6 * tokens * describe(config, {})["mflop_per_token"]["after_recurrence"]
+    # attention's backward pass computes the scores once more, which a description leaves out
+    wanted = described + runs * LENGTH * WIDTH * tokens
+    found = sum(kernel.flops for kernel in (*step.forward, *step.backward))
+    assert found == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("recurrence", [False, True])
+def test_gradients_leave_once_they_are_there(recurrence: bool) -> None:
+    starts = overlap.find_starts(narrow(num_layers=6), "torch", recurrence)
+    with torch.device("meta"):
+        kinds = split_parameters(GPT(narrow(num_layers=6)), narrow(num_layers=6))
+    numbers = range(len(kinds["matrix"]))
+    # from the model's end, every matrix once
+    assert [number for start in starts for number in start.matrices] == list(numbers)[::-1]
+    assert len(starts) > 1
+    whole = starts[0].after + starts[0].left
+    for earlier, later in itertools.pairwise(starts):
+        assert earlier.after < later.after and later.after + later.left == pytest.approx(whole)
+    # a bucket's gradients are a part of the pass, and the rest of it follows
+    assert starts[0].left > whole / 4
+
+
+def test_every_buffer_is_written_once_and_read_when_it_was(step: schedule.Step) -> None:
+    for graph in step.graphs:
+        written: set[str] = set()
+        for kernel in graph:
+            assert {name for name in kernel.reads if name.startswith("buf")} <= written
+            assert not written & set(kernel.writes)
+            written |= set(kernel.writes)
+        assert len(written) > 50
+
+
+def test_a_way_has_its_own_kernels_and_only_the_published_one_waits(step: schedule.Step) -> None:
+    names = {kernel.name for kernel in step.kernels}
+    ours = {"up_kernel", "dx_kernel", "unmix_kernel", "rotate_kernel", "xsa_linear_backward_kernel", "symmetric_kernel"}
+    assert names >= ours if step.way == "golf" else not names & ours
+    # the product behind XSA takes it along
+    assert not names & {"xsa_kernel", "xsa_backward_kernel"}
+    assert {"fa3::attention", "fa3::attention_backward"} <= names
+    assert step.waits == (step.way == "published")
+    assert all(kernel.bytes > 0 or kernel.name == "norm_kernel" for kernel in step.kernels)
+
+
+def test_a_graph_copies_the_gradients_once_and_has_its_rates_from_the_device() -> None:
+    graph, eager = (
+        schedule.step_kernels(narrow(), f"torch+optimizer_graph={form}", True).rest for form in ("on", "off")
+    )
+    with tensors_without_data():
+        kinds = split_parameters(GPT(narrow()), narrow())
+    matrices = list(kinds["matrix"].values())
+    owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), MICRO_BATCHES)
+    own = [matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == 0]
+    moved = [*own, *kinds["embedding"].values(), *kinds["scalar"].values()]
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in moved)
+    copies = [kernel.bytes for kernel in graph if kernel.name == "aten::_foreach_copy_" and kernel not in eager]
+    assert copies == [2 * gradients]
+    # two of Muon, and one for each group of AdamW
+    assert [sum(kernel.name == "aten::fill_" for kernel in kernels) for kernels in (graph, eager)] == [4, 0]
+
+
+def planned(function: Callable[..., Any], *inputs: Tensor) -> list[list[Scheduled]]:
+    graphs: list[list[Scheduled]] = []
+
+    def plan(graph: list[Scheduled]) -> Callable[[], None]:
+        graphs.append(graph)
+        return lambda: None
+
+    torch._dynamo.reset()
+    with planning_for_an_absent_gpu(plan):
+        found = torch.compile(function, dynamic=False, fullgraph=True)(*inputs)
+        if found.requires_grad:
+            found.backward()
+    return graphs
+
+
+def test_bytes_and_arithmetic_of_a_small_graph() -> None:
+    def loss(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.relu(x @ weight + bias).float().square().sum(1).mean()
+
+    with tensors_without_data():
+        x, weight, bias = empty(64, 32), empty(32, 16).requires_grad_(), empty(16)
+        forward, backward = planned(loss, x, weight, bias)
+    product, rows, mean = (kernel for scheduled in forward for kernel in scheduled.kernels)
+    assert product == Kernel("aten::mm", 2 * 64 * 32 * 16, 2 * (64 * 32 + 32 * 16 + 64 * 16))
+    # the product and the bias go in, a number per row comes out, and from those one
+    assert (rows.flops, rows.bytes) == (0, 2 * (64 * 16 + 16) + 4 * 64)
+    assert mean.bytes == 4 * 64 + 4
+    gradient, product = (kernel for scheduled in backward for kernel in scheduled.kernels)
+    # with the product, the bias and the loss's gradient the compiler computes the activation again
+    assert gradient.bytes == 2 * (64 * 16 + 16) + 4 + 2 * 64 * 16
+    assert product == Kernel("aten::mm", 2 * 32 * 64 * 16, 2 * (64 * 32 + 64 * 16 + 32 * 16))
+
+
+def test_a_slice_counts_what_is_read_of_it_and_a_repeated_row_once() -> None:
+    with tensors_without_data():
+        x, row = empty(64, 32), empty(1, 8)
+        ((scheduled,),) = planned(lambda x, row: x[:, 8:16] + row.expand(64, 8), x, row)
+    assert sorted(scheduled.reads.values()) == [2 * 8, 2 * 64 * 8]
+    assert list(scheduled.writes.values()) == [2 * 64 * 8]
+
+
+def test_a_look_up_counts_as_often_as_it_is_done_and_never_more_than_the_table() -> None:
+    def look_up(table: Tensor, ids: Tensor) -> Tensor:
+        return table[ids] + 1
+
+    for rows, read in ((1000, 2 * 5 * 8), (3, 2 * 3 * 8)):
+        with tensors_without_data():
+            table, ids = empty(rows, 8), empty(5, dtype=torch.int64)
+            ((scheduled,),) = planned(look_up, table, ids)
+        assert sorted(scheduled.reads.values()) == sorted([read, 8 * 5])
+
+
+def test_norm_and_rotation_are_one_pass_over_queries_and_one_over_keys_each_way() -> None:
+    def rotated(x: Tensor, gain: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        return sum(part.sum() for part in written_out(x[:, :, :8], x[:, :, 8:], cosine, sine, gain, eps=1e-6))
+
+    with tensors_without_data():
+        tables = (empty(256, 1, 8), empty(256, 1, 8))
+        graphs = planned(rotated, empty(4, 256, 12, 64).requires_grad_(), empty(8).requires_grad_(), *tables)
+    queries = 2 * 4 * 256 * 8 * 64
+    for graph in graphs:
+        large = [name for kernel in graph for name, size in kernel.writes.items() if size >= queries / 2]
+        # results both ways, and in the backward pass the gradient of what holds queries and keys
+        assert len(large) <= 3, graph
+
+
+@torch.no_grad()
+def test_an_operation_counts_what_it_reads_and_writes() -> None:
+    with tensors_without_data(), Recorder() as recorder:
+        x, y = empty(8, 4, dtype=torch.float32), empty(8, 4)
+        x.add_(1.0)
+        x.copy_(y)
+        x[:, :2].zero_()
+        torch._foreach_mul_([x, x.clone()], x.sum())
+        x.view(4, 8).t()
+        y @ y.T
+    bytes_of = [(kernel.name.removeprefix("aten::"), kernel.bytes) for kernel in recorder.kernels]
+    assert bytes_of == [
+        ("add_", 256),
+        ("copy_", 192),
+        ("zero_", 64),
+        ("clone", 256),
+        ("sum", 132),
+        ("_foreach_mul_", 516),
+        ("mm", 2 * (8 * 4 + 8 * 8)),
+    ]
+    assert recorder.kernels[-1].flops == 2 * 8 * 8 * 4
+
+
+@contextlib.contextmanager
+def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    monkeypatch.setenv("GOLF_BACKEND", "triton,muon_step=torch")
+    monkeypatch.setattr(dispatch, "triton_problem", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: PROPERTIES)
+    with tensors_without_data(), CUDA, torch.no_grad(), Recorder() as recorder:
+        yield recorder
+
+
+def total(kernels: list[Kernel]) -> float:
+    return sum(kernel.bytes for kernel in kernels)
+
+
+@pytest.mark.parametrize("bench", [bench_xsa, bench_xsa_linear, bench_mix_rms_norm, bench_qk_norm_rope])
+def test_an_operator_moves_what_its_benchmark_counts(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain, options = bench.CHAIN, {bench_mix_rms_norm: (1e-6, 0.5), bench_qk_norm_rope: (1e-6,)}.get(bench, ())
+    forward, backward = (getattr(torch.ops.golf, chain.op + part) for part in ("", "_backward"))
+    with tensors_without_data():
+        shapes = chain.make(chain.shapes[0], torch.bfloat16, torch.device("cpu"), 0)
+    with on_kernels(monkeypatch) as recorder:
+        made = {name: empty(*tensor.shape, dtype=tensor.dtype) for name, tensor in shapes.items()}
+        inputs, upstream = ([made[name] for name in names] for names in (chain.arguments, chain.upstream))
+        results = forward(*inputs, *options)
+        first = len(recorder.kernels)
+        if bench is bench_qk_norm_rope:
+            backward(*upstream, *results[:2], *inputs[2:], results[2])
+        else:
+            backward(*upstream, *inputs, *options)
+    found = [total(recorder.kernels[:first]), total(recorder.kernels[first:])]
+    # beside the large tensors there are tables and parts of sums
+    assert found == pytest.approx(list(chain.traffic(chain.shapes[0])["triton"].values()), rel=0.03)
+    products = [sum(kernel.flops for kernel in part) for part in (recorder.kernels[:first], recorder.kernels[first:])]
+    assert products == list(chain.flops(chain.shapes[0]).values() or (0, 0))
+
+
+def test_a_kernel_of_the_host_is_not_run_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with on_kernels(monkeypatch) as recorder:
+        # as in the way golf, where nothing but the native module has int6
+        monkeypatch.setenv("GOLF_BACKEND", all_kernels())
+        torch.ops.golf.int6_fake_quantize(empty(5, 7, dtype=torch.float32), empty(5, dtype=torch.float32))
+    assert {kernel.name.partition("::")[0] for kernel in recorder.kernels} == {"aten"}
+
+
+def test_a_cuda_kernel_is_listed_where_a_gpu_would_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "problem", lambda part: None)
+    with on_kernels(monkeypatch) as recorder:
+        monkeypatch.setenv("GOLF_BACKEND", all_kernels())
+        torch.ops.golf.int6_fake_quantize(empty(5, 7, dtype=torch.float32), empty(5, dtype=torch.float32))
+    assert recorder.kernels == [Kernel("fake_quantize_kernel", 0.0, 4 * (5 * 7 + 5 + 5 * 7))]
+
+
+def test_the_block_of_the_mlp_launches_what_its_benchmark_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = bench_leaky_relu2_mlp.Shape(98_304, 512, 2048)
+    counted = bench_leaky_relu2_mlp.kernels(shape)
+    with on_kernels(monkeypatch) as recorder:
+        x, up, down = empty(shape.rows, shape.d), empty(shape.hidden, shape.d), empty(shape.d, shape.hidden)
+        y, *saved = torch.ops.golf.leaky_relu2_mlp(x, up, down, None, None, 0.5, 1e-6, 1.0, True, True)
+        torch.ops.golf.leaky_relu2_mlp_backward(y, x, up, down, None, *saved, 0.5, True, 1.0, True)
+    found = {kernel.name: kernel for kernel in recorder.kernels}
+    for name in ("up", "down", "dpre", "dx"):
+        wanted = next(kernel for part in counted.values() for kernel in part if kernel.name == name)
+        assert found[f"{name}_kernel"].flops == wanted.flops
+        assert found[f"{name}_kernel"].bytes == pytest.approx(wanted.bytes, rel=0.01)
+    assert [kernel.flops for kernel in recorder.kernels if kernel.name == "aten::mm"] == [
+        counted["backward"][2].flops
+    ] * 2

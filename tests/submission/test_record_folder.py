@@ -1,0 +1,181 @@
+"""What a record folder shows is read as it is: numbers that disagree, what is packed, cut off, missing or no number."""
+
+import base64
+import bz2
+import json
+import lzma
+import math
+import random
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import brotli
+import pytest
+from record_example import (
+    RUNS,
+    edit,
+    edit_json,
+    failures,
+    make_record,
+    verdicts,
+)
+
+from train.common.errors import UserError
+from train.single_file.pack import LATIN1, _latin1_literal
+from train.submission.__main__ import main
+from train.submission.record_folder import read_evidence
+from train.submission.rules import Verdict
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    return make_record(tmp_path / "record")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rule", "words"),
+    [
+        (
+            "1.08725556",
+            "1.08725557",
+            "README agrees with json and logs",
+            "1.08725557 in README.md, 1.08725556 measured",
+        ),
+        (
+            "1.08655776",
+            "1.08855776",
+            "README agrees with json and logs",
+            "1.08855776 in README.md, 1.08655776 measured",
+        ),
+        ("15,975,819", "15,975,818", "README agrees with json and logs", "15,975,818 in README.md, 15975819 measured"),
+        ("| 2024 | 1.08585085", "| 2024 | 1.0858", "", ""),
+        (
+            "| 2024 | 1.08585085",
+            "| 2024 | 1.0860",
+            "README agrees with json and logs",
+            "1.0860 in README.md's row of seed 2024",
+        ),
+    ],
+)
+def test_one_digit_in_the_readme(record: Path, old: str, new: str, rule: str, words: str) -> None:
+    edit(record / "README.md", old, new)
+    found = failures(record)
+    assert list(found) == ([rule] if rule else []) and words in found.get(rule, "")
+
+
+@pytest.mark.parametrize("seed", list(RUNS))
+def test_one_digit_between_json_and_log(record: Path, seed: str) -> None:
+    bpb = f"{RUNS[seed][0]:.8f}"
+    other = bpb[:-1] + str((int(bpb[-1]) + 1) % 10)
+    edit(record / f"train_seed{seed}.log", f"val_bpb:{bpb}", f"val_bpb:{other}")
+    found = failures(record)["submission.json agrees with the logs"]
+    assert found == f"train_seed{seed}.log: val_bpb is {float(other)}, json says {float(bpb)}"
+
+
+def test_one_digit_beside_a_lost_zero(record: Path) -> None:
+    # json writes 1.0872555, and the log must not say 1.08725553
+    results = json.loads((record / "submission.json").read_text())["seed_results"]
+    results["42"]["val_bpb"] = 1.08725550
+    edit_json(record, seed_results=results)
+    assert "submission.json agrees with the logs" in failures(record)
+
+
+def test_mean_that_is_not_the_mean(record: Path) -> None:
+    edit_json(record, val_bpb=1.08655473)
+    assert (
+        failures(record)["mean and deviation are those of the seeds"] == "val_bpb 1.08655473, of the seeds 1.08655472"
+    )
+
+
+def test_a_command_whose_variables_the_script_ignores(record: Path) -> None:
+    edit(record / "README.md", "MATRIX_LR=0.02", "MATRIX_LR=0.02 MUON_WD=0.09 RECUR_LAYERS=4,5")
+    rule = "README's command sets variables that the script reads"
+    assert failures(record) == {rule: "ignored: MUON_WD, RECUR_LAYERS"}
+
+
+RAW = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2, "preset": 6, "pb": 0}]}
+
+
+@pytest.mark.parametrize(
+    "compress",
+    [brotli.compress, bz2.compress, lzma.compress, zlib.compress, lambda data: lzma.compress(data, **RAW)],
+)
+def test_a_compressed_script_is_read_without_running_it(record: Path, compress: Callable[[bytes], bytes]) -> None:
+    rng = random.Random(1)
+    filler = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=4000))
+    rule = "README's command sets variables that the script reads"
+    for known, verdict in (("seed matrix_lr", Verdict.HOLDS), ("seed", Verdict.FAILS)):
+        packed = base64.b85encode(compress(f"raise SystemExit  # {known} {filler}".encode())).decode()
+        (record / "train_gpt.py").write_text(f'import base64 as B;exec(L.decompress(B.b85decode("{packed}")))')
+        assert rule in verdicts(record, verdict)
+        literal = _latin1_literal(compress(f"raise SystemExit  # {known} {filler}".encode()))
+        (record / "train_gpt.py").write_bytes(b'%bexec(decompress(%b.encode("latin1")))' % (LATIN1, literal))
+        assert rule in verdicts(record, verdict)
+    (record / "train_gpt.py").write_text(f"exec(f(b85decode('{'0' * 2000}')))")
+    assert "compressed in an unknown way" in verdicts(record, Verdict.UNSEEN)[rule]
+
+
+def test_missing_keys_and_files(record: Path) -> None:
+    edit_json(record, bytes_code=None, blurb="")
+    found = failures(record)
+    assert found["the 14 common keys of submission.json"] == "missing or empty: blurb, bytes_code"
+    assert found["code that is counted"] == "no bytes_code in submission.json, the logs say 83,119"
+    (record / "submission.json").write_text("{")
+    (record / "train_gpt.py").unlink()
+    value = failures(record)["the files of a record"]
+    assert "train_gpt.py" in value and "a readable submission.json (not readable as JSON" in value
+
+
+def test_a_log_that_was_cut(record: Path) -> None:
+    path = record / "train_seed1337.log"
+    path.write_text(path.read_text()[:900])
+    found = failures(record)
+    assert found["logs run to their final score"] == "none in train_seed1337.log"
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "0.00000000"])
+def test_a_log_that_ends_without_a_sound_score(record: Path, number: str) -> None:
+    edit(record / "train_seed1337.log", f"val_bpb:{RUNS['1337'][0]:.8f}", f"val_bpb:{number}")
+    assert failures(record)["logs run to their final score"] == "none in train_seed1337.log"
+    # what stands in the json is then what is judged
+    assert read_evidence(record).result("1337")["val_bpb"] == RUNS["1337"][0]
+
+
+@pytest.mark.parametrize(
+    "value", ["x", [], {"a": 1}, True, 10**400, math.inf, math.nan], ids=lambda value: str(value)[:9]
+)
+def test_what_is_no_number_in_the_json_is_not_there(record: Path, value: object) -> None:
+    names = ("val_loss", "val_bpb", "val_bpb_std", "bytes_total", "bytes_code", "eval_time_seconds")
+    results = {seed: dict.fromkeys(("val_bpb", "val_loss", "artifact_bytes", "steps"), value) for seed in RUNS}
+    facts = {"rule": "once", "tokens": value, "validation_tokens": value}
+    edit_json(record, seed_results=results, evaluation=facts, **dict.fromkeys(names, value))
+    found = failures(record)
+    assert found.pop("code that is counted") == "no bytes_code in submission.json, the logs say 83,119"
+    # an empty list or object is a missing key
+    assert set(found) <= {"the 14 common keys of submission.json"}
+    assert "every token scored once" in verdicts(record, Verdict.HOLDS)
+
+
+@pytest.mark.parametrize("text", ["0.123456789012345", "1.0865547" + "1" * 40, "9" * 5000], ids=["15", "47", "5000"])
+def test_long_numbers_in_the_readme_agree_with_nothing(record: Path, text: str) -> None:
+    edit_json(record, seeds_drawn=10**17)
+    edit(record / "README.md", "# A record", f"# A record\n\n{text}")
+    assert failures(record) == {}
+
+
+def test_a_foreign_folder_with_a_readme_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "README.md").write_text(
+        "# Something\n\nRun on 8xH100 SXM, val_bpb 1.1, not trained on validation data.\n"
+    )
+    assert main(["check", str(tmp_path)]) == 1
+    output = capsys.readouterr().out
+    assert "ok       hardware" in output and "not seen training" in output
+    assert "Could not be seen: " in output.splitlines()[-1]
+
+
+def test_what_is_no_record_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        read_evidence(tmp_path / "none")
+    with pytest.raises(UserError, match="not a record: neither"):
+        read_evidence(tmp_path)

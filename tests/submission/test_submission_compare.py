@@ -1,0 +1,244 @@
+"""Welch's test and the three readings of the bar, against published statistics and straight-line formulae."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train.common.errors import UserError
+from train.submission.__main__ import main
+from train.submission.record_scores import Standing, exact_score, find_standing
+from train.submission.statistics import bar_bpb, comparison_text, readings, welch
+
+
+def t_below(t, df):
+    """P(T_df <= t) by Simpson's rule over the density, whose tail is cut where it is below 1e-17."""
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    # x = t - (1 - u) / u maps u in (0, 1] to (-inf, t]
+    u = np.linspace(1e-9, 1.0, 2_000_001)
+    x = t - (1 - u) / u
+    y = scale * (1 + x * x / df) ** (-(df + 1) / 2) / u**2
+    return float((y[0] + y[-1] + 4 * y[1:-1:2].sum() + 2 * y[2:-1:2].sum()) * (u[1] - u[0]) / 3)
+
+
+def straight_welch(a, b, margin):
+    va, vb = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
+    t = (statistics.fmean(a) + margin - statistics.fmean(b)) / math.sqrt(va + vb)
+    df = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    return t, df, t_below(t, df)
+
+
+# t to 4 and degrees of freedom to 4 decimals, as published in the records named (or recomputed from their scores)
+@pytest.mark.parametrize(
+    ("ours", "theirs", "t", "df"),
+    [
+        ("1392", "1019", -18.3720, 2.3794),
+        ("1471", "1019", -62.062, 2.9539),
+        ("1019", "549", -11.8339, 3.3063),
+        ((1.09269834, 1.09269085, 1.09194120), "1019", -68.8548, 3.8409),
+    ],
+)
+def test_published_statistics_are_reproduced(ours, theirs, t, df):
+    a = ours if isinstance(ours, tuple) else find_standing(ours).val_bpb
+    result = welch(a, find_standing(theirs).val_bpb)
+    assert result.t == pytest.approx(t, abs=5.1e-5) and result.df == pytest.approx(df, abs=5.1e-5)
+
+
+def test_published_means_deviations_and_p():
+    ours, theirs = find_standing("1392"), find_standing("#1019")
+    assert round(statistics.fmean(ours.val_bpb), 10) == 1.1020347333
+    assert round(statistics.stdev(ours.val_bpb), 8) == 0.00114386
+    assert round(statistics.fmean(find_standing("1471").val_bpb), 10) == 1.0865547233
+    assert round(statistics.stdev(find_standing("1471").val_bpb), 8) == 0.00070236
+    assert (round(statistics.fmean(theirs.val_loss), 8), round(statistics.stdev(theirs.val_loss), 8)) == (
+        1.88217853,
+        0.00059750,
+    )
+    runs = find_standing("122")
+    assert (round(statistics.fmean(runs.val_bpb), 8), round(statistics.stdev(runs.val_bpb), 8)) == (
+        1.16027254,
+        0.00145697,
+    )
+    assert round(statistics.fmean(runs.val_loss), 8) == 2.38160730
+    assert round(welch(ours.val_bpb, theirs.val_bpb).p, 8) == 0.00063882
+    # #1392 scored the last 64 tokens of 45,508,608 32 times, which is 1,984 tokens of 4,991 bytes more
+    losses = [bpb * math.log(2) * (151_074_052 + 4_991) / (45_508_608 + 1_984) for bpb in ours.val_bpb]
+    assert statistics.fmean(losses) == pytest.approx(2.53578534, abs=2e-8)
+    assert statistics.stdev(losses) == pytest.approx(0.00263202, abs=5e-9)
+
+
+def test_the_bar_in_bits_per_byte_is_the_published_one():
+    sizes = (2.4359301, 2.9613203, 3.3196808, 3.7266311)
+    assert [round(bar_bpb(size), 6) for size in sizes] == [0.002961, 0.002436, 0.002173, 0.001936]
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.003, 0.0072])
+@pytest.mark.parametrize("sizes", [(3, 3), (2, 6), (5, 3)])
+def test_against_the_formula_and_an_integral(sizes, margin):
+    rng = np.random.default_rng(sum(sizes) + int(1e4 * margin))
+    a, b = (list(1.1 - 0.008 * (side == 0) + 0.002 * rng.standard_normal(size)) for side, size in enumerate(sizes))
+    t, df, p = straight_welch(a, b, margin)
+    result = welch(a, b, margin)
+    assert (result.t, result.df) == (pytest.approx(t, rel=1e-9), pytest.approx(df, rel=1e-9))
+    assert result.p == pytest.approx(p, rel=1e-5, abs=1e-9)
+
+
+def test_readings_shift_the_null_hypothesis_by_the_bar():
+    ours, theirs = find_standing("1019"), find_standing("549")
+    tests = {reading.name.split(" of ")[0]: reading for reading in readings(ours, theirs)}
+    assert list(tests) == ["nats per token", "nats per byte", "bits per byte"]
+    bars = [0.005 / (math.log(2) * ours.bytes_per_token), 0.005 / math.log(2), 0.005]
+    for reading, bar in zip(tests.values(), bars, strict=True):
+        assert reading.test.t == pytest.approx(straight_welch(ours.val_bpb, theirs.val_bpb, bar)[0], rel=1e-9)
+        assert reading.bar_bpb == pytest.approx(bar, rel=1e-12)
+    # the improvement of 0.00784 nats per token is 0.00322 nats per byte: the readings part
+    assert [reading.holds for reading in tests.values()] == [True, False, False]
+
+
+def test_a_test_on_losses_has_the_same_t_within_one_tokenizer():
+    theirs = find_standing("1019")
+    loss = tuple(value * math.log(2) * theirs.bytes_per_token for value in (1.1031, 1.1036, 1.1039))
+    ours = Standing("ours", (), (1.1031, 1.1036, 1.1039), loss)
+    assert len(readings(ours, theirs)) == 3
+    assert welch(ours.val_loss, theirs.val_loss, 0.005).t == pytest.approx(readings(ours, theirs)[0].test.t, rel=1e-5)
+
+
+def test_words_name_both_tokenizers_and_what_holds():
+    ours = Standing("ours", ("1", "2", "3"), (1.1015, 1.1018, 1.1021), (2.5345, 2.5352, 2.5359))
+    text = comparison_text(ours, find_standing("1019"))
+    assert "nats per token of #1019 (2.4359 bytes)" in text and "nats per token of ours (3.3196 bytes)" in text
+    assert "A is better by 0.01293509 bits per byte." in text
+    assert text.endswith("In words: A clears the bar in every reading.")
+    worse = comparison_text(find_standing("1019"), find_standing("1392"))
+    assert "A is not better: it needs 0.01270036 bits per byte more than B." in worse
+    assert worse.endswith("A clears the bar in no reading.")
+    unseen = comparison_text(find_standing("1471"), find_standing("1392"))
+    assert "nats per token: not seen" in unseen
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "fragment"),
+    [
+        ((1.1,), (1.2, 1.3), "A: 1 seed has no deviation"),
+        ((1.1, 1.2), (), "B: 0 seed has no deviation"),
+        ((1.1, 1.1), (1.2, 1.2), "without a deviation there is no test"),
+    ],
+)
+def test_scores_without_a_deviation_are_refused(a, b, fragment):
+    with pytest.raises(UserError, match=fragment):
+        welch(a, b)
+
+
+LOG = """seed:{seed}
+final_int6_roundtrip val_loss:2.0000 val_bpb:1.2000 eval_time:1000ms
+final_int6_roundtrip_exact val_loss:2.00000000 val_bpb:1.20000000
+final_int6_sliding_window val_loss:1.9000 val_bpb:{bpb:.4f} stride:64 eval_time:9000ms
+final_int6_sliding_window_exact val_loss:1.90000000 val_bpb:{bpb:.8f}
+"""
+
+
+def test_scores_come_from_the_json_or_else_from_the_logs(tmp_path: Path):
+    for seed, bpb in ((42, 1.10327377), (314, 1.10181145), (999, 1.10101898)):
+        (tmp_path / f"train_seed{seed}.log").write_text(LOG.format(seed=seed, bpb=bpb))
+    logs = find_standing(str(tmp_path))
+    assert logs.val_bpb == (1.10181145, 1.10327377, 1.10101898) and logs.seeds == ("314", "42", "999")
+    assert logs.val_loss == (1.9, 1.9, 1.9)
+    results = {"7": {"val_bpb": 1.5}, "8": {"val_bpb": 1.6, "val_loss": 2.0}}
+    (tmp_path / "submission.json").write_text(json.dumps({"seed_results": results}))
+    for name in (str(tmp_path), str(tmp_path / "submission.json")):
+        assert find_standing(name) == Standing(name, ("7", "8"), (1.5, 1.6))
+
+
+def test_the_score_of_a_log_is_its_last_exact_one():
+    flat, exact, other = ({"val_loss": 2.0, "val_bpb": bpb} for bpb in (1.0, 1.01, 0.9))
+    assert exact_score({"finals": {"a": flat, "a_exact": exact, "b": other}}) == exact
+    assert exact_score({"finals": {"b": other}}) == other
+    assert exact_score({"finals": {}}) is None
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e400", "true", '"1.1"', "1" + "0" * 400], ids=lambda text: text[:5])
+def test_scores_that_are_no_numbers_are_refused(tmp_path: Path, number: str):
+    (tmp_path / "submission.json").write_text(f'{{"seed_results": {{"1": {{"val_bpb": {number}}}}}}}')
+    with pytest.raises(UserError, match="seed 1: expected a val_bpb"):
+        find_standing(str(tmp_path))
+    (tmp_path / "submission.json").unlink()
+    (tmp_path / "a.log").write_text("final_int6_roundtrip_exact val_loss:nan val_bpb:nan\n")
+    with pytest.raises(UserError, match=r"a\.log: no final score"):
+        find_standing(str(tmp_path))
+
+
+def test_what_holds_no_scores_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="neither a record's folder, nor"):
+        find_standing("records/none")
+    with pytest.raises(UserError, match=r"expected scores per seed .*, nor a log"):
+        find_standing(str(tmp_path))
+    (tmp_path / "train_seed1.log").write_text("seed:1\nstep:1/2 train_loss")
+    with pytest.raises(UserError, match=r"train_seed1\.log: no final score in it"):
+        find_standing(str(tmp_path))
+    file = tmp_path / "submission.json"
+    for results, fragment in (([1], "seed_results: expected an object"), ({"1": {}}, "seed 1: expected a val_bpb")):
+        file.write_text(json.dumps({"seed_results": results}))
+        with pytest.raises(UserError, match=fragment):
+            find_standing(str(tmp_path))
+
+
+def test_command_prints_the_comparison(capsys):
+    assert main(["compare", "1392", "1019"]) == 0
+    output = capsys.readouterr().out
+    assert "t = -18.3720, 2.3794 degrees of freedom, one-sided p = 0.00063882 against no improvement" in output
+    assert output.count("holds\n") == 3
+
+
+def scored_record(folder: Path, tokens: int, digest: str, *, whole: int = 0) -> str:
+    folder.mkdir()
+    facts = {"evaluation": {"tokens": tokens, "validation_tokens": whole or tokens, "window": 2048}}
+    results = {"1": {"val_bpb": 1.05}, "2": {"val_bpb": 1.06}}
+    (folder / "submission.json").write_text(
+        json.dumps({"seed_results": results, **facts, "tokenizer": {"sha256": digest}})
+    )
+    return str(folder)
+
+
+def test_scores_of_different_texts_are_not_compared(tmp_path: Path):
+    ours = scored_record(tmp_path / "ours", 12_288, "a")
+    for pair, fragment in (
+        (
+            (ours, "1019"),
+            "ours on 12,288 tokens that are not the challenge's validation text, #1019 on the challenge's",
+        ),
+        (("1019", ours), "#1019 on the challenge's validation text, .*ours on 12,288"),
+        # of one tokenizer, and more apart than a window
+        ((ours, scored_record(tmp_path / "longer", 14_336, "a")), "on 14,336 tokens"),
+        (("1019", scored_record(tmp_path / "part", 65_536, "b", whole=40_540_160)), "part on 65,536 tokens"),
+    ):
+        with pytest.raises(UserError, match=f"^scored on different texts, .*{fragment}"):
+            main(["compare", *pair])
+    silent = tmp_path / "silent.json"
+    silent.write_text('{"seed_results": {"1": {"val_bpb": 1.05}, "2": {"val_bpb": 1.06}}}')
+    for other in (str(silent), scored_record(tmp_path / "other", 9_216, "c")):
+        with pytest.raises(UserError, match=r"^not known to be scored on one text"):
+            main(["compare", ours, other])
+
+
+def test_scores_of_one_text_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    ours = scored_record(tmp_path / "ours", 12_288, "a")
+    # a window of another length leaves out another end
+    assert main(["compare", ours, scored_record(tmp_path / "again", 13_312, "a")]) == 0
+    assert "Both are scored on 12,288 tokens that are not the challenge's validation text." in capsys.readouterr().out
+    challenge = scored_record(tmp_path / "challenge", 40_540_160 - 1024, "b")
+    silent = tmp_path / "silent.json"
+    silent.write_text('{"seed_results": {"1": {"val_bpb": 1.05}, "2": {"val_bpb": 1.06}}}')
+    for other in ("1019", str(silent), scored_record(tmp_path / "sp1024", 62_021_632, "c")):
+        assert main(["compare", challenge, other]) == 0
+        output = capsys.readouterr().out
+        assert "Both are scored" not in output and "In words: A clears the bar" in output
+
+
+def test_the_help_says_what_exit_codes_mean(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Exit code 0 if they were compared, also where A is not better; 2 if they cannot be" in said

@@ -1,0 +1,111 @@
+"""`python -m train.quantize RUN`: make the artifact of a trained run again, or try other quantization settings on it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from train.common.errors import main_guard
+from train.common.values import ConfigError
+from train.config import Config, field_help, parse_value
+
+if TYPE_CHECKING:
+    from train.run.folder import RunFolder
+
+SETTINGS = (
+    "quantizer", "matrix_bits", "embed_bits", "tied_embed_bits", "matrix_clip", "matrix_clip_sigmas", "embed_clip",
+    "embed_clip_sigmas", "scale_floor", "gptq_calib_source", "gptq_calib_graph", "gptq_calib_batches", "gptq_calib_temperature",
+    "gptq_tied_embed", "gptq_damp", "gptq_block_size", "gptq_act_order", "passthrough_max_elements", "codec", "target_bytes",
+    "target_mb", "prune_excess", "max_artifact_bytes", "data_path", "device",
+)  # fmt: skip
+
+# with these the artifact is still the run's own
+BUDGET = frozenset({"target_bytes", "target_mb", "prune_excess"})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Calibrate, quantize and pack the weights of a run folder; under torchrun its ranks share the calibration."""
+    arguments = _parser().parse_args(argv)
+    # imported after the arguments are read: torch takes seconds, --help should not
+    from train.artifact import Encoder
+    from train.checkpoint import load_weights
+    from train.command_line import check_back_ends, note_unread
+    from train.common.distributed import start_ranks
+    from train.model.gpt import GPT
+    from train.run.folder import RunFolder
+    from train.run.logger import RunLogger
+    from train.stages import artifact_stage, quantize_stage
+
+    folder = RunFolder(arguments.run)
+    check_back_ends()
+    config, changes = _settings(arguments, folder)
+
+    def make_room() -> None:
+        if arguments.out is not None:
+            return
+        folder.drop_scores()
+        if changes:
+            # a kill between the two leaves no artifact, rather than one of other settings than the run's
+            folder.artifact.unlink(missing_ok=True)
+            folder.write_config(folder.read_config().replace(**changes))
+
+    with start_ranks(config.device) as ranks, tempfile.TemporaryDirectory() as elsewhere, ExitStack() as held:
+        if arguments.out is None:
+            ranks.on_main(lambda: held.enter_context(folder.held()))
+            # whoever held it before may have changed its settings
+            config, changes = _settings(arguments, folder)
+        # the run's log tells of the run's own artifact alone
+        log = RunLogger(elsewhere if arguments.out else folder.path, config.seed, ranks.rank)
+        note_unread(config, os.environ, log.line)
+        model: GPT = load_weights(folder).to(ranks.device)
+        encoder, path = Encoder(), arguments.out or folder.artifact
+        packed = folder.read_config().replace(**changes)
+        tensors = quantize_stage(config, model, ranks, log, encoder, packed=packed)
+        artifact_stage(
+            config, path, model, tensors, ranks, log, encoder=encoder, packed=packed, before_replacing=make_room
+        )
+        log.line(f"wrote {path}")
+    return 0
+
+
+def _settings(arguments: argparse.Namespace, folder: RunFolder) -> tuple[Config, dict[str, object]]:
+    """The run's settings as they are on the disk now with those of the command line, and which of these differ."""
+    config = folder.trained_config()
+    given = {name: text for name in SETTINGS if (text := getattr(arguments, name)) is not None}
+    values = {name: parse_value(name, text, f"--{name}") for name, text in given.items()}
+    changes = {name: value for name, value in values.items() if getattr(config, name) != value}
+    if set(changes) - BUDGET and arguments.out is None:
+        raise ConfigError(
+            f"--out: needed with other settings than the run's ({', '.join(changes)}): its own artifact stays"
+        )
+    return config.replace(**changes), changes
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.quantize",
+        description="Quantize a run's trained weights and pack them: RUN/weights.pt becomes RUN/model.golf.",
+        epilog="examples:\n"
+        "  python -m train.quantize runs/quickstart_20260101-120000\n"
+        "  python -m train.quantize runs/quickstart_20260101-120000 --target-bytes 16000000\n"
+        "  python -m train.quantize runs/quickstart_20260101-120000 --matrix_clip_sigmas 10 --out /tmp/k10.golf\n"
+        "  torchrun --standalone --nproc_per_node=2 -m train.quantize runs/quickstart_20260101-120000",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, help="run folder with config.json, training.json and weights.pt"
+    )
+    parser.add_argument("--out", type=Path, help="write the artifact here instead of RUN/model.golf")
+    for name in SETTINGS:
+        spellings = {f"--{name}", f"--{name.replace('_', '-')}"}
+        parser.add_argument(*sorted(spellings), dest=name, metavar="VALUE", help=field_help(name).replace("%", "%%"))
+    return parser
+
+
+if __name__ == "__main__":
+    main_guard(lambda: main(sys.argv[1:]))

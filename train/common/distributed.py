@@ -1,0 +1,206 @@
+"""The ranks of a run: who this process is, which device it has, and the process group they share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+# imported before there is a process group: its functions' default arguments would keep one that exists alive, and gloo's
+# threads, outliving the interpreter, then abort the process at its end
+import torch.distributed.nn
+
+from train.common import hardware
+from train.common.errors import UserError
+from train.common.wording import counted
+from train.config import MICRO_BATCHES
+
+# the first step of each rank may compile for minutes
+TIMEOUT = timedelta(minutes=30)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the processes of a run.
+
+    Attributes:
+        rank: number of this process, from 0.
+        local_rank: its number on this machine, which is its GPU.
+        world_size: number of processes; divides 8.
+        device: where this process computes.
+        group: process group over all ranks, which reduces tensors in host memory by gloo and CUDA tensors by NCCL;
+            None for one process.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per rank and step: 8 / world size."""
+        return MICRO_BATCHES // self.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.rank == 0
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """Give every rank the small picklable `value` of rank `source`."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=source, group=self.group, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The small picklable `value` of every rank, in their order, on all of them."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Let rank 0 do `work` while the others wait, and give every rank its small picklable result.
+
+        Raises:
+            UserError: on every rank, if rank 0 raised it; nobody is left waiting.
+        """
+        done: list[T] = []
+        problem = None
+        if self.is_main:
+            try:
+                done.append(work())
+            except UserError as error:
+                problem = str(error)
+        done, problem = self.broadcast((done, problem))
+        if problem is not None:
+            raise UserError(problem)
+        return done[0]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replace `tensor` (any shape, dtype and device) by its sum over the ranks, in place, and return it."""
+        if self.group is not None:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group)
+        return tensor
+
+    @torch.no_grad()
+    def copy_from(self, source: int, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every rank the values of rank `source`, in place; shapes, dtypes and kinds of device must agree."""
+        if self.group is not None:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=source, group=self.group)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here and its device has finished."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        # a sum in host memory always goes through gloo, which dist.barrier of a mixed group does not promise
+        self.sum(torch.zeros(1))
+
+
+@contextmanager
+def start_ranks(device: str = "auto") -> Iterator[Ranks]:
+    """Set up this process as `torchrun` started it, or alone, and tear the process group down at the end.
+
+    Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. One process gets no process group.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+
+    Raises:
+        UserError: a variable is missing or no number, the world size does not divide 8, or there is no such GPU.
+    """
+    world_size = _number("WORLD_SIZE", 1)
+    if world_size < 1 or MICRO_BATCHES % world_size:
+        raise UserError(
+            f"WORLD_SIZE: {world_size} processes cannot share the {MICRO_BATCHES} micro-batches of a step evenly: "
+            "start 1, 2, 4 or 8 (torchrun --nproc_per_node)"
+        )
+    rank = _number("RANK", 0 if world_size == 1 else None)
+    local_rank = _number("LOCAL_RANK", 0 if world_size == 1 else None)
+    if not 0 <= rank < world_size or local_rank < 0:
+        raise UserError(
+            f"RANK {rank}, LOCAL_RANK {local_rank}: expected a RANK in 0..{world_size - 1} for WORLD_SIZE {world_size} "
+            "and a LOCAL_RANK from 0: let torchrun set them"
+        )
+    place = choose_device(device, local_rank)
+    if world_size == 1:
+        yield Ranks(rank, local_rank, world_size, place)
+        return
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(
+                f"{name}: WORLD_SIZE is {world_size}, but {name} is not set: start the processes with torchrun"
+            )
+    if not 0 <= _number("MASTER_PORT", None) < 65536:
+        raise UserError(f"MASTER_PORT: expected 0 to 65535, found {os.environ['MASTER_PORT']}: let torchrun set it")
+    # with both back ends, numbers in host memory are agreed on without touching the GPU's queue
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend,
+            timeout=TIMEOUT,
+            rank=rank,
+            world_size=world_size,
+            device_id=place if place.type == "cuda" else None,
+        )
+    except dist.DistNetworkError as error:
+        raise UserError(
+            f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}: rank {rank} cannot "
+            f"join the others there ({error}): check the address, or choose a free port with torchrun --master_port"
+        ) from error
+    try:
+        yield Ranks(rank, local_rank, world_size, place, dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """The device of this process, made the current one.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        local_rank: number of the GPU.
+
+    Raises:
+        UserError: CUDA is asked for and missing, or there are fewer GPUs than processes on this machine.
+    """
+    if (hardware.auto_device() if device == "auto" else device) == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "DEVICE: cuda was asked for, but torch finds no CUDA GPU here: set DEVICE=cpu, or look at "
+            "`python -m golf_kernels`"
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK {local_rank}: this machine has {counted(torch.cuda.device_count(), 'GPU')}: start at most so many processes "
+            "(torchrun --nproc_per_node)"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _number(name: str, default: int | None) -> int:
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None:
+        raise UserError(f"{name}: not set, though WORLD_SIZE is: start the processes with torchrun")
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name}: expected a whole number, found {text!r}: let torchrun set it") from None

@@ -1,0 +1,105 @@
+"""Files that are either whole or absent: written beside their place, synced, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from train.common.errors import UserError
+
+_CHECKSUM = "crc32"
+
+
+@contextmanager
+def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Yield a binary file that becomes `path` when the block ends well and vanishes when it does not.
+
+    Args:
+        path: where the file shall stand; its folder must exist.
+
+    Raises:
+        UserError: a device, a pipe or a socket stands there: the rename would put a file in its place.
+        OSError: as the file system reports it, with `filename` set to `path`; nothing is left behind.
+    """
+    target = Path(path)
+    name = ""
+    try:
+        if target.exists() and not (target.is_file() or target.is_dir()):
+            raise UserError(f"{target}: a device or a pipe, expected the name of a file to write: choose another")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a result should follow the user's umask
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, target)
+    except BaseException as error:
+        if name and os.path.exists(name):
+            os.unlink(name)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(target), None
+        raise
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes | memoryview | str) -> None:
+    """Write `data` (text as UTF-8) to `path` so that no reader ever sees a part of it."""
+    with atomic_writer(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
+    """Write one JSON object with its checksum as a last field, `crc32`, whole or not at all."""
+    atomic_write(path, json.dumps({**values, _CHECKSUM: _checksum(values)}, indent=1) + "\n")
+
+
+def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
+    """Read a file that holds one JSON object; if it has the checksum of `write_json`, check it and leave it out.
+
+    Args:
+        path: the file.
+        remedy: what to do if it is not one, for the message.
+
+    Raises:
+        UserError: it is missing, not a file, holds something else, or is not as it was written.
+    """
+    try:
+        value = json.loads(Path(path).read_text())
+        expected = value.pop(_CHECKSUM, None) if isinstance(value, dict) else None
+        # an object may be nested just too far to be written again
+        found = _checksum(value)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({type(error).__name__}): {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}: {remedy}")
+    if expected not in (None, found):
+        raise UserError(
+            f"{path}: changed since it was written (checksum {found}, expected {expected}): {remedy}; if the change is yours, "
+            f"delete the field {_CHECKSUM}"
+        )
+    return value
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(values: Any) -> str:
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

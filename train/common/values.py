@@ -1,0 +1,121 @@
+"""Values of settings: what a field may hold, and how it is read from text and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from train.common.errors import UserError, check_text
+
+# beyond it a number is infinite in float32, which the model computes in
+_LARGEST = 1e38
+
+
+class ConfigError(UserError):
+    """A setting is unknown, of the wrong type, out of range, or contradicts another."""
+
+
+def setting(
+    default: Any, help: str, *, choices: Sequence[Any] = (), low: float | None = None, high: float | None = None
+) -> Any:
+    """A dataclass field with a default, a one-line description, and what it may hold."""
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": tuple(choices), "low": low, "high": high}
+    )
+
+
+def parse_text(kind: Any, text: str, source: str) -> Any:
+    """Turn the text of an environment variable or flag into a field's type.
+
+    Args:
+        kind: the field's type.
+        text: what was given; lists are comma-separated, booleans 0/1/true/false.
+        source: where it came from, for the message.
+
+    Raises:
+        ConfigError: `text` is no value of that type.
+    """
+    try:
+        if kind is bool:
+            return _BOOLEANS[text.strip().lower()]
+        if kind is int:
+            return int(text.replace("_", ""))
+        if kind is float:
+            number = float(text)
+            if not math.isfinite(number):
+                raise ValueError(text)
+            return number
+        if kind is str:
+            check_text(text, source)
+            return text
+        return tuple(int(part) for part in text.replace(" ", "").split(",") if part)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{source}: expected {_type_name(kind)}, got {text!r}") from error
+
+
+def format_value(value: Any) -> str:
+    """A value as it is written on a command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def check_type(name: str, kind: Any, value: Any) -> None:
+    """Refuse a value of another type.
+
+    Raises:
+        ConfigError: by the field's name.
+    """
+    if not _is_instance(value, kind):
+        raise ConfigError(f"{name}: expected {_type_name(kind)}, got {value!r}")
+
+
+def check_value(field: dataclasses.Field[Any], kind: Any, value: Any) -> None:
+    """Refuse what a field may not hold.
+
+    Raises:
+        ConfigError: the type, the choice or the range is wrong; by the field's name.
+    """
+    check_type(field.name, kind, value)
+    choices, low, high = field.metadata["choices"], field.metadata["low"], field.metadata["high"]
+    if isinstance(value, (int, float)) and not -_LARGEST <= value <= _LARGEST:
+        raise ConfigError(f"{field.name}: expected a finite number of at most {_LARGEST:g}, got {value}")
+    if choices and value not in choices:
+        raise ConfigError(f"{field.name}: expected one of {', '.join(repr(c) for c in choices)}, got {value!r}")
+    if low is not None and value < low:
+        raise ConfigError(f"{field.name}: must be at least {low:g}, got {value}")
+    if high is not None and value > high:
+        raise ConfigError(f"{field.name}: must be at most {high:g}, got {value}")
+
+
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+_TYPE_NAMES = {bool: "0 or 1", int: "a whole number", float: "a number", str: "text"}
+
+
+def _type_name(kind: Any) -> str:
+    return _TYPE_NAMES.get(kind, "whole numbers separated by commas")
+
+
+def _is_instance(value: Any, kind: Any) -> bool:
+    if isinstance(kind, types.GenericAlias) or typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(type(part) is int for part in value)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind
+
+
+def parse_steps(text: str) -> range:
+    """The steps of `first:end`, `end` itself not among them; "" is none.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    if not text:
+        return range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ConfigError(f"profile_steps: expected FIRST:END with FIRST < END, such as 30:33, got {text!r}")
+    return range(int(match[1]), int(match[2]))

@@ -1,0 +1,178 @@
+"""The walk from text to record: the stages in order, their seconds, and the summary at the end."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from golf_kernels import dispatch
+from golf_kernels.newton_schulz import coefficient_set
+from train.artifact import Encoder
+from train.artifact.codecs import CODECS
+from train.command_line import Override, check_back_ends, override_line
+from train.common.distributed import start_ranks
+from train.common.errors import UserError
+from train.common.files import read_json, write_json
+from train.config import MICRO_BATCHES, Config
+from train.data.loaders import make_loader
+from train.data.manifest import read_manifest
+from train.data.paid_prefix import known_targets
+from train.data.validation import load_validation
+from train.model.attention_choice import check_attention
+from train.optimize.cuda_graph import choose_graph
+from train.run.folder import RunFolder, new_run_id, open_run_folder
+from train.run.logger import RunLogger
+from train.single_file.code_size import check_code_form, package_source
+from train.stages import artifact_stage, evaluate_stage, prepare_data, quantize_stage, train_stage
+
+if TYPE_CHECKING:
+    from train.run.sinks import Sink
+
+
+class StageClock:
+    """Seconds per stage, of the pass whose result counts; kept in the run folder, as a stage may have been finished before."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.path: Path | None = None
+
+    def keep_in(self, path: Path) -> None:
+        """From now on keep the seconds in a file; what it holds already of other stages stays."""
+        remedy = "delete it, which loses only the seconds of the stages, and resume again"
+        earlier = read_json(path, remedy) if path.exists() else {}
+        if not all(type(seconds) in (int, float) for seconds in earlier.values()):
+            raise UserError(f"{path}: expected seconds per stage, found {earlier}: {remedy}")
+        self.seconds = {**earlier, **self.seconds}
+        self.path = path
+        self._save()
+
+    @contextmanager
+    def __call__(self, name: str, *, found: bool = False) -> Iterator[None]:
+        """Time a stage; if its result is `found`, it keeps the seconds of the pass that made it."""
+        started = time.perf_counter()
+        yield
+        if not found:
+            self.seconds[name] = time.perf_counter() - started
+            self._save()
+
+    def _save(self) -> None:
+        if self.path is not None:
+            write_json(self.path, self.seconds)
+
+
+def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
+    """Go from text to record; under torchrun all ranks share the work and the first one writes.
+
+    Args:
+        config: the settings.
+        overrides: where settings differ from the recipe, for the log.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: anything in settings, data or on the disk that the user can mend.
+    """
+    preflight(config)
+    with dispatch.forced(config.golf_backend), start_ranks(config.device) as ranks, ExitStack() as held:
+        clock = StageClock()
+        with clock("data", found=Path(config.data_path).exists()):
+            prepare_data(config, ranks)
+        config = config.replace(run_id=ranks.broadcast(new_run_id(config)))
+        ranks.on_main(lambda: check_data(config))
+        ranks.on_main(lambda: check_attention(config, ranks.device))
+        ranks.on_main(lambda: choose_graph(config, ranks.device))
+        folder = ranks.on_main(lambda: held.enter_context(open_run_folder(config)))
+        if ranks.is_main:
+            clock.keep_in(folder.stages)
+        sinks: list[Sink] = []
+        if config.loggers:
+            from train.run.sinks import open_sinks
+
+            ranks.on_main(lambda: sinks.extend(open_sinks(config.loggers, folder.path, config.to_dict())))
+        with RunLogger(folder.path, config.seed, ranks.rank, sinks=sinks) as log:
+            log.header(package_source())
+            log.line(f"run_id:{config.run_id} recipe:{config.recipe} device:{ranks.device}")
+            for override in overrides:
+                log.line(override_line(override))
+            with clock("train", found=folder.is_trained):
+                model = train_stage(config, folder, ranks, log)
+            with clock("quantize"):
+                # a script that trains again needs the recurrence that this run may have ended before
+                encoder, packed = Encoder(), folder.read_config()
+                tensors = quantize_stage(folder.trained_config(), model, ranks, log, encoder, packed=packed)
+            with clock("artifact"):
+                model = artifact_stage(
+                    folder.trained_config(),
+                    folder.artifact,
+                    model,
+                    tensors,
+                    ranks,
+                    log,
+                    encoder=encoder,
+                    packed=packed,
+                    before_replacing=folder.drop_scores,
+                )
+            with clock("evaluate"):
+                evaluate_stage(folder, model, ranks, log)
+            if ranks.is_main and importlib.util.find_spec("train.submission"):
+                from train.submission.record import record_run
+
+                log.line(record_run(folder))
+        # torchrun takes a rank that is gone for done: nobody leaves before the record is written
+        ranks.barrier()
+    return folder
+
+
+def check_data(config: Config) -> None:
+    """Read what training and the record will read, before a run folder stands for nothing.
+
+    Raises:
+        UserError: shards, tokenizer or manifest are missing, damaged or of another vocabulary.
+    """
+    known_targets(config, load_validation(config).tokens)
+    make_loader(config, 0, 1)
+    read_manifest(config.data_path)
+
+
+def preflight(config: Config) -> None:
+    """Find out now what would otherwise fail at the end of training.
+
+    Raises:
+        UserError: a forced back end cannot run, the coefficients do not fit the steps, or the codec or a logger is not
+            installed.
+        ModuleNotFoundError: a library that the record is made with is not installed.
+    """
+    if config.resume == "auto" and not config.run_id:
+        raise UserError("resume: which run? name its folder with RUN_ID, or leave RESUME=never")
+    share = MICRO_BATCHES * config.train_seq_len
+    if config.train_batch_tokens % share:
+        raise UserError(
+            f"train_batch_tokens: {config.train_batch_tokens} is not a multiple of {MICRO_BATCHES} · train_seq_len = {share}: a step "
+            f"is {MICRO_BATCHES} micro-batches of whole sequences"
+        )
+    if config.eval_stride > config.window:
+        raise UserError(
+            f"eval_stride: {config.eval_stride} is longer than the window of {config.window} tokens, so that some would never be "
+            "scored: set EVAL_STRIDE to at most that, or EVAL_SEQ_LEN to more"
+        )
+    try:
+        with dispatch.forced(config.golf_backend):
+            check_back_ends()
+        coefficient_set(config.muon_coefficients).schedule(config.muon_backend_steps)
+    except ValueError as error:
+        raise UserError(f"muon_coefficients, muon_backend_steps: {error}") from error
+    CODECS[config.codec].encode(b"")
+    check_code_form(config)
+    if config.loggers:
+        from train.run.sinks import check_sinks
+
+        check_sinks(config.loggers)
+    # a submission's script carries no code that only writes about a run; elsewhere its libraries must be there
+    if importlib.util.find_spec("train.submission"):
+        importlib.import_module("train.submission.record")

@@ -1,0 +1,1 @@
+"""A run's folder, log, clocks and profile."""

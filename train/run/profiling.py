@@ -1,0 +1,305 @@
+"""Profiles of training steps: a trace for Perfetto per rank, and where the time goes by family of kernels and part of the model."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gzip
+import json
+import math
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from train.common.distributed import Ranks
+from train.common.errors import UserError
+from train.common.files import atomic_write, atomic_writer
+from train.optimize.schedules import WallClock
+from train.run.logger import RunLogger
+from train.run.profile_parts import named_ranges
+
+# the first family whose pattern is found in a kernel's (on a CPU: an operator's) name takes it; the package's Triton kernels
+# go by their whole names
+_ELEMENTWISE = "elementwise and norms"
+FAMILIES: tuple[tuple[str, str], ...] = (
+    # a compiler's kernels have the names of all that was fused into them; tem are its matrix products
+    (_ELEMENTWISE, r"^triton_(?!tem)"),
+    ("communication", r"nccl|gloo|c10d"),
+    (
+        "muon kernels",
+        r"newton_schulz|muon|^(pack|norm|aol_sums|aol_scale|symmetric|product|momentum|moments|apply)_kernel",
+    ),
+    ("mlp kernels", r"leaky_relu2|^(inverse_rms|up|down|dpre|dx)_kernel"),
+    ("head and loss kernels", r"cross_entropy|nll_|softcap|^(loss_and_gradient|row_nll)_kernel"),
+    ("attention", r"flash|fmha|attention|attn|sdpa|qk_norm_rope|xsa|^(rotate|unrotate)_kernel"),
+    ("matrix products", r"^triton_tem|gemm|cutlass|cublas|nvjet|xmma|aten::(mm|addmm|bmm|baddbmm|linear|matmul)\b"),
+    ("optimizer and average", r"multi_tensor|foreach|adam|lerp"),
+    ("copies", r"memcpy|memset|copy|aten::(cat|clone|contiguous|fill|zero|ones|empty|index|nonzero|arange)"),
+    (_ELEMENTWISE, r"mix_rms_norm|^(mix|unmix)_kernel|fake_quantize|elementwise|vectorized|reduce_kernel|aten::[a-z]"),
+)
+OTHER = "other"
+# what the loop itself calls its ranges, which are no part of the model
+LOOP_RANGES = ("forward", "backward")
+
+NO_KERNELS = (
+    "no kernel is in the trace; the driver may keep its counters (CUPTI) from this process: run it as root, in a container with "
+    "--cap-add=SYS_ADMIN, or load the driver with NVreg_RestrictProfilingToAdminUsers=0"
+)
+
+
+def kernel_family(name: str) -> str:
+    """The family of `FAMILIES` that a kernel belongs to, or "other"."""
+    lowered = name.lower()
+    return next((family for family, pattern in FAMILIES if re.search(pattern, lowered)), OTHER)
+
+
+def part_of_any_layer(part: str) -> str:
+    """A part's name without numbers: "blocks.mlp" for "blocks.3.mlp"."""
+    return re.sub(r"\.\d+", "", part)
+
+
+def breakdown(
+    events: Iterable[tuple[str, float]], steps: int, group: Callable[[str], str] = kernel_family
+) -> dict[str, float]:
+    """Milliseconds per step and group, the largest first.
+
+    Args:
+        events: names and microseconds.
+        steps: steps over which they ran.
+        group: the group a name belongs to.
+    """
+    total: dict[str, float] = {}
+    for name, microseconds in events:
+        total[group(name)] = total.get(group(name), 0.0) + microseconds / 1e3 / steps
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def kernel_times(trace: profile) -> list[tuple[str, float]]:
+    """Name and microseconds of everything that ran on the GPU; in a profile of a CPU, of every operator by itself."""
+    # not key_averages, which takes seconds for a step's events
+    if _of_gpu(trace):
+        return [(e.name, e.self_device_time_total) for e in trace.events() if _is_kernel(e)]
+    return [(e.name, e.self_cpu_time_total) for e in trace.events() if e.self_cpu_time_total > 0]
+
+
+def part_times(trace: profile) -> list[tuple[str, float]]:
+    """Name and microseconds of the ranges in which kernels (on a CPU: operators) were started, each in its innermost one.
+
+    A node of the backward pass counts as the range of the operator that it differentiates, with " backward" behind its name;
+    but for what is in no part of the model. What was started in no range, or by a replayed CUDA graph, is "elsewhere".
+    """
+    events = [event for event in trace.events() if event.device_type.name == "CPU"]
+    whole = sum(microseconds for _, microseconds in kernel_times(trace))
+    # a thread numbers autograd's nodes; operators bear the number of the next node, so the last with a number made that one
+    operators = [event for event in events if event.sequence_nr >= 0 and not event.fwd_thread]
+    made_in = {(event.thread, event.sequence_nr): _part(event, {}) for event in operators}
+    found = []
+    for event in events:
+        microseconds = sum(kernel.duration for kernel in event.kernels) if _of_gpu(trace) else event.self_cpu_time_total
+        part = _part(event, made_in)
+        if part and microseconds > 0:
+            found.append((part, microseconds))
+    return [*found, ("elsewhere", max(0.0, whole - sum(microseconds for _, microseconds in found)))]
+
+
+def busy_ms(trace: profile, steps: int) -> float | None:
+    """Milliseconds per step in which the GPU ran anything, what overlaps counted once; None where no GPU ran."""
+    spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events() if _is_kernel(e))
+    busy, until = 0.0, -math.inf
+    for start, end in spans:
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return busy / 1e3 / steps if spans else None
+
+
+def _part(event: Any, made_in: Mapping[tuple[int, int], str]) -> str:
+    """The innermost range around an event, or around the operator that it is a derivative of; empty where there is none."""
+    while event is not None and not _is_range(event):
+        part = made_in.get((event.fwd_thread, event.sequence_nr), "")
+        if part and part not in LOOP_RANGES:
+            return f"{part} backward"
+        event = event.cpu_parent
+    return event.name if event is not None else ""
+
+
+def _of_gpu(trace: profile) -> bool:
+    return ProfilerActivity.CUDA in trace.activities
+
+
+def _is_kernel(event: Any) -> bool:
+    # a range of record_function has a shadow on the GPU, as long as all its kernels together
+    return event.device_type.name == "CUDA" and not event.is_user_annotation
+
+
+def _is_range(event: Any) -> bool:
+    # torch.compile's own ranges, which have a graph's checksum for a name, say less than ours around them
+    return event.is_user_annotation and not event.name.startswith(("## Call", "Torch-Compiled Region"))
+
+
+class StepProfiler:
+    """Profiles some steps of a run into `<run>/profile/`.
+
+    What it does itself is outside the training clock, and a file that cannot be written is no reason to stop training.
+    The profile holds steps of one kind and nothing else: it ends early before a validation, a checkpoint, or the first step
+    with recurrence.
+
+    Args:
+        steps: the steps to profile, counted from 0; at least one.
+        folder: the run's folder.
+        ranks: every rank writes its own trace, rank 0 the breakdowns.
+        log: gets a line for what was written.
+        clock: runs from `before` to `after`.
+        parts: a model that is not compiled, whose modules get their names into the trace; else None.
+    """
+
+    def __init__(
+        self, steps: range, folder: Path, ranks: Ranks, log: RunLogger, clock: WallClock, parts: nn.Module | None = None
+    ) -> None:
+        self.steps = steps
+        self.folder = folder / "profile"
+        # begun, or said why it never will be
+        self._settled = self._recurrence = False
+        self._ranks = ranks
+        self._log = log
+        self._clock = clock
+        self._parts = parts
+        self._trace: profile | None = None
+        self._ranges = contextlib.ExitStack()
+
+    def before(self, step: int, *, recurrence: bool) -> None:
+        """Called before each step: begins at the first one to profile, or says that it was done before this process began."""
+        if not self._settled and step > self.steps.start:
+            self._settled = True
+            self._log.line(
+                f"profile:none, step {self.steps.start} was done before this process, which begins with step {step}: choose later "
+                "PROFILE_STEPS"
+            )
+        if self._trace is not None and recurrence != self._recurrence:
+            with self._paused():
+                self.end(step, "recurrence begins")
+        if step == self.steps.start:
+            # the pause waits for what earlier steps have queued, which is not these steps' work
+            with self._paused():
+                self._settled, self._recurrence = True, recurrence
+                self._trace = new_trace(self._ranks.device)
+                if self._parts is not None:
+                    self._ranges.enter_context(named_ranges(self._parts))
+                self._trace.start()
+
+    def after(self, done: int) -> None:
+        """Called after each step, with the number of those done: ends behind the last one to profile and writes."""
+        if self._trace is not None and done >= self.steps.stop:
+            with self._paused():
+                self.end(done)
+
+    def finish(self, done: int) -> None:
+        """Called when the run ends, the clock standing still: writes what there is of a profile, or says why there is none."""
+        if not self._settled:
+            self._log.line(f"profile:none, step {self.steps.start} was not among the steps of this process")
+        self.end(done, "training ends")
+
+    def end(self, done: int, why: str = "") -> None:
+        """End the profile, if there is one, and write it; the clock stands still.
+
+        Args:
+            done: number of steps done.
+            why: what comes before all steps are profiled.
+        """
+        if self._trace is None:
+            return
+        trace, self._trace = self._trace, None
+        trace.stop()
+        self._ranges.close()
+        said = f"steps:{self.steps.start}-{done - 1}"
+        if done < self.steps.stop:
+            said += f" of {self.steps.start}-{self.steps.stop - 1}, {why}"
+        problems = [problem for problem in self._ranks.gather(self._write(trace, done)) if problem]
+        self._log.line(f"profile:{'; '.join(problems) or self.folder} {said} (their time is longer by the profiling)")
+
+    def _write(self, trace: profile, done: int) -> str:
+        device, steps = self._ranks.device, done - self.steps.start
+        try:
+            self.folder.mkdir(exist_ok=True)
+            write_trace(self.folder / f"trace_rank{self._ranks.rank}.json.gz", trace)
+            if self._ranks.is_main:
+                name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+                title = f"steps {self.steps.start}-{done - 1} on {name}"
+                return write_breakdowns(self.folder, "", trace, steps, title) or ""
+        # the others wait for this rank's answer, whatever its profiler died of
+        except (OSError, RuntimeError, UserError) as error:
+            return f"not all written ({error})"
+        return ""
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        self._clock.pause()
+        yield
+        self._clock.resume()
+
+
+def new_trace(device: torch.device) -> profile:
+    """A profiler of operators and, on a GPU, kernels; not yet started."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    return profile(activities=activities)
+
+
+def write_trace(path: Path, trace: profile) -> None:
+    """Write a finished profile as compressed JSON, which Perfetto and chrome://tracing open.
+
+    Raises:
+        OSError: it could not be written; nothing is left behind.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".trace") as folder:
+        plain = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(plain))
+        # the profiler only warns of a file that it could not write
+        if not plain.exists():
+            raise OSError(errno.EIO, "the profiler could not write its trace; is there room for it?", str(path))
+        with atomic_writer(path) as file:
+            file.write(gzip.compress(plain.read_bytes()))
+
+
+def write_breakdowns(folder: Path, prefix: str, trace: profile, steps: int, title: str) -> str | None:
+    """Write a profile's milliseconds per step by family of kernels and by part of the model, as JSON and as pictures.
+
+    The pictures add up the layers; `parts.json` has each.
+
+    Returns:
+        None, or why nothing was written.
+    """
+    families, parts = breakdown(kernel_times(trace), steps), breakdown(part_times(trace), steps, str)
+    if not families:
+        return NO_KERNELS
+    for name, times in (("breakdown", families), ("parts", parts)):
+        atomic_write(folder / f"{prefix}{name}.json", json.dumps(times, indent=1) + "\n")
+    plot_breakdown(folder / f"{prefix}breakdown.png", families, title)
+    of_any_layer = breakdown(((name, 1e3 * ms) for name, ms in parts.items()), 1, part_of_any_layer)
+    plot_breakdown(folder / f"{prefix}parts.png", of_any_layer, title)
+    return None
+
+
+def plot_breakdown(path: Path, times: Mapping[str, float], title: str) -> None:
+    """Draw milliseconds per step as bars, the largest at the top."""
+    # imported here, as training without a profile draws nothing
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.4 * len(times) + 1.4), layout="constrained")
+    axis = figure.subplots()
+    total = sum(times.values())
+    bars = axis.barh(list(times), list(times.values()), color="#0072B2")
+    labels = [f"{ms:.2f} ms, {100 * ms / total:.0f} %" for ms in times.values()]
+    axis.bar_label(bars, labels, padding=4, fontsize=9)
+    axis.invert_yaxis()
+    axis.margins(x=0.25)
+    axis.set(xlabel="ms per step")
+    figure.suptitle(f"{total:.2f} ms of kernels per step\n{title}", fontsize=10, x=0.01, ha="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    with atomic_writer(path) as file:
+        FigureCanvasAgg(figure).print_png(file)

@@ -1,0 +1,112 @@
+"""Where a run's metrics go besides its folder: TensorBoard and Weights & Biases, imported only when they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from train.common.errors import UserError
+
+
+class Sink(Protocol):
+    """Takes scalars while a run goes on."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in `<run>/tensorboard`, for `tensorboard --logdir runs`."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        module = _library("tensorboard")
+        self._writer = module.SummaryWriter(str(folder / "tensorboard"))
+        self._writer.add_text("settings", "\n".join(f"    {name}={value}" for name, value in settings.items()))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the project in WANDB_PROJECT, or golf_kernels; WANDB_MODE=offline keeps it in the run's folder."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        wandb = _library("wandb")
+        project = os.environ.get("WANDB_PROJECT", "golf_kernels")
+        try:
+            # one id per folder: a resumed run goes on in the same curves
+            self._run = wandb.init(
+                project=project,
+                id=folder.name,
+                name=folder.name,
+                dir=str(folder),
+                config=dict(settings),
+                resume="allow",
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"loggers: wandb does not start ({error}): run wandb login, or set WANDB_MODE=offline, or leave it out"
+            ) from error
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+SINKS: dict[str, Callable[[Path, Mapping[str, Any]], Sink]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+
+
+def sink_names(text: str) -> list[str]:
+    """The names in a setting such as `tensorboard,wandb`.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in SINKS:
+            raise UserError(f"loggers: expected {' or '.join(SINKS)}, separated by commas, got {name!r}")
+    return names
+
+
+def check_sinks(text: str) -> None:
+    """Import what a run will log to, before it starts.
+
+    Raises:
+        UserError: an unknown name, or a package that is not installed.
+    """
+    for name in sink_names(text):
+        _library(name)
+
+
+def open_sinks(text: str, folder: Path, settings: Mapping[str, Any]) -> list[Sink]:
+    """Start everything that the setting names.
+
+    Args:
+        text: the setting, e.g. `tensorboard,wandb`; empty: nothing.
+        folder: the run's folder.
+        settings: the run's configuration, to be kept beside the curves.
+
+    Raises:
+        UserError: see `check_sinks`, or a service that does not start.
+    """
+    return [SINKS[name](folder, settings) for name in sink_names(text)]
+
+
+def _library(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(_MODULES[name])
+    except ImportError as error:
+        raise UserError(f"loggers: {name} does not import ({error}): pip install {name}, or leave it out") from error

@@ -1,0 +1,206 @@
+"""All the code of a run in one train_gpt.py: as it is, minified, or minified and compressed.
+
+    plain     every module as it is                         wrapped   minified and compressed, as text of base85
+    minified  without comments, help and annotations        raw       the same as bytes: a fifth smaller, but no UTF-8
+
+The file carries each module's source under its path and unpacks them into a temporary folder before it imports them, so
+that modules keep their names, and Triton and torch.compile find the sources they read.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import bz2
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from train.command_line import resolve
+from train.common.errors import UserError
+from train.common.values import format_value
+from train.config import LOCAL, Config
+from train.recipes import load_recipe
+from train.single_file.code_size import LATIN1
+from train.single_file.modules import Modules, find_modules
+
+FORMS = ("plain", "minified", "wrapped", "raw")
+# no word of it is a person's, whose quotes would end the text; and what a run counts is what a record ships
+_HEAD = '''"""Trains, quantizes, packs and scores.
+
+One file, made of {count} modules: unpacked into a temporary folder, then imported. SETTINGS is the configuration of the run.
+"""
+
+PACKED_SCRIPT = __import__("pathlib").Path(__file__).resolve()
+FILES = {{}}
+SETTINGS = {settings}
+# modules that these settings do not need, and which would
+LEFT_OUT = {left_out}
+'''
+_TAIL = '''
+
+def unpack():
+    """Write the modules into a temporary folder, which is removed at the end, and let python find them there."""
+    import atexit
+    import os
+    import shutil
+    import sys
+    import tempfile
+
+    folder = tempfile.mkdtemp(prefix="train_gpt_")
+    atexit.register(shutil.rmtree, folder, True)
+    for name, source in FILES.items():
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(source)
+    sys.path.insert(0, folder)
+
+
+if __name__ == "__main__":
+    unpack()
+    from train.common.errors import main_guard
+    from train.train_gpt import main
+
+    main_guard(lambda: main(SETTINGS, LEFT_OUT))
+'''
+# every byte of it counts; bz2 compares checksums, and a file that was cut off lacks the last line and is no Python
+_LOADER = b"""try:
+ import %b
+ P=%b
+ try:S=bz2.decompress(%b)
+ except(OSError,ValueError):exit("error: train_gpt.py is damaged: copy or build it again")
+ exec(S)
+finally:0
+"""
+
+
+def pack(recipe: str, settings: Mapping[str, str], form: str) -> bytes:
+    """A train_gpt.py.
+
+    Args:
+        recipe: recipe whose module it carries.
+        settings: what differs from the defaults: name in upper case → value as text; `RECIPE` is added.
+        form: a name in `FORMS`.
+
+    Raises:
+        UserError: no such form or recipe, or python-minifier is not installed and the form needs it.
+    """
+    if form not in FORMS:
+        raise UserError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
+    carried = script_modules(recipe, settings)
+    constants = {"settings": as_literal({"RECIPE": recipe, **settings}), "left_out": as_literal(carried.left_out)}
+    head = _HEAD.format(count=len(carried.sources), **constants)
+    if form == "plain":
+        files = [f"\n# {name}\nFILES[{name!r}] = {_literal(source)}\n" for name, source in carried.sources.items()]
+        return "".join([head, *files, _TAIL]).encode()
+    files = [f"FILES[{name!r}]={_literal(minify(name, source))}\n" for name, source in carried.sources.items()]
+    text = "".join([minify("head", head), "\n", *files, minify("tail", _TAIL), "\n"])
+    if form == "minified":
+        return text.encode()
+    packed = bz2.compress(text.encode())
+    # on a line of its own, which no traceback shows
+    if form == "wrapped":
+        return _LOADER % (b"base64,bz2", b'"%b"' % base64.b85encode(packed), b"base64.b85decode(P)")
+    return LATIN1 + _LOADER % (b"bz2", _latin1_literal(packed), b'P.encode("latin1")')
+
+
+def script_modules(recipe: str, settings: Mapping[str, str]) -> Modules:
+    """What a script with these settings is made of; arguments as for `pack`.
+
+    Raises:
+        UserError: there is no such recipe or setting.
+    """
+    return find_modules(resolve([], {"RECIPE": recipe, **settings})[0])
+
+
+def as_literal(values: Mapping[str, str]) -> str:
+    """A dictionary as it is read best, a line for each name."""
+    return "".join(["{\n", *(f"    {name!r}: {value!r},\n" for name, value in values.items()), "}"])
+
+
+@functools.cache
+def minify(name: str, source: str) -> str:
+    """A module without comments, docstrings, annotations and the help of settings and flags, its local names shortened.
+
+    Annotations of classes stay, since dataclasses are made of them; of Triton kernels all names and annotations stay,
+    since `tl.constexpr` is one.
+
+    Raises:
+        UserError: python-minifier is not installed.
+    """
+    try:
+        import python_minifier
+    except ImportError as error:
+        raise UserError(
+            "python-minifier: not installed: pip install 'python-minifier>=3', or take --single-file plain"
+        ) from error
+    kernels = "triton" in name
+    annotations = python_minifier.RemoveAnnotationsOptions(
+        remove_variable_annotations=not kernels,
+        remove_return_annotations=not kernels,
+        remove_argument_annotations=not kernels,
+        remove_class_attribute_annotations=False,
+    )
+    tree = ast.parse(source)
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        call.keywords = [keyword for keyword in call.keywords if keyword.arg not in ("help", "epilog")]
+        if isinstance(call.func, ast.Name) and call.func.id == "setting":
+            call.args[1] = ast.Constant("")
+    return python_minifier.minify(
+        ast.unparse(tree),
+        name,
+        remove_annotations=annotations,
+        remove_literal_statements=True,
+        rename_locals=not kernels,
+        rename_globals=False,
+        # a kernel must not read globals, and repeated text costs a compressor nothing
+        hoist_literals=False,
+    )
+
+
+def recipe_settings(config: Config) -> dict[str, Any]:
+    """The settings that the default or the recipe does not have anyway, without what belongs to a machine or a seed."""
+    defaults, recipe = vars(Config()), vars(load_recipe(config.recipe).config())
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if name not in LOCAL and not value == defaults[name] == recipe[name]
+    }
+
+
+def script_settings(config: Config) -> dict[str, str]:
+    """`recipe_settings` as a script carries them: name in upper case → value as text."""
+    return {name.upper(): format_value(value) for name, value in recipe_settings(config).items()}
+
+
+def form_bytes(recipe: str) -> dict[str, int]:
+    """Bytes of a recipe's script in each form, with its settings as they stand: what a run of it counts.
+
+    Raises:
+        UserError: see `pack`.
+    """
+    settings = script_settings(load_recipe(recipe).config())
+    return {form: len(pack(recipe, settings, form)) for form in FORMS}
+
+
+def _literal(source: str) -> str:
+    """The source as it is read best: a raw string where it can be one."""
+    for quotes in ("'" * 3, '"' * 3):
+        text = f"r{quotes}{source}{quotes}"
+        try:
+            same = ast.literal_eval(text) == source
+        except (SyntaxError, ValueError):
+            continue
+        if same:
+            return text
+    return repr(source)
+
+
+def _latin1_literal(data: bytes) -> bytes:
+    """A string of characters 0 to 255 in a latin-1 source, escaped where python or its reading of lines demands it."""
+    text = data.replace(b"\\", rb"\\").replace(b"\r", rb"\r")
+    text = re.sub(rb"\0(?![0-7])", rb"\\0", text).replace(b"\0", rb"\x00")
+    # no two quotes stand side by side, and none at the end
+    return b"'''%b'''" % re.sub(rb"'(?='|\Z)", rb"\\'", text)

@@ -1,0 +1,170 @@
+"""What a record folder shows: its README, its json, its logs and its script, whoever made it."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from train.common.errors import UserError
+from train.run.log_grammar import Log, Numbers, parse_log
+from train.submission.record_scores import exact_score, is_number
+
+
+@dataclass(frozen=True)
+class LogFile:
+    """One training log.
+
+    Attributes:
+        path: the file.
+        seed: as the log says, or its name; "" where neither does.
+        log: see `parse_log`.
+    """
+
+    path: Path
+    seed: str
+    log: Log
+
+    @property
+    def score(self) -> Numbers | None:
+        return exact_score(self.log)
+
+    @property
+    def last_step(self) -> Numbers | None:
+        """Numbers of the line of the last step: step, total, clock."""
+        lines = {**self.log["steps"], **self.log["vals"]}
+        return lines[max(lines)] if lines else None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A record folder as it is on the disk.
+
+    Attributes:
+        path: the folder.
+        readme: text of README.md; "" where there is none.
+        submission: submission.json; empty where there is none or it is not readable.
+        problem: why submission.json is not readable; "" where it is.
+        logs: the files in Parameter Golf's log grammar, in the order of their names.
+        scripts: the Python files.
+    """
+
+    path: Path
+    readme: str
+    submission: dict[str, Any]
+    problem: str
+    logs: tuple[LogFile, ...]
+    scripts: tuple[Path, ...] = field(default=())
+
+    @cached_property
+    def seed_results(self) -> dict[str, Numbers]:
+        """submission.json's numbers per seed; empty where it has none."""
+        results = self.submission.get("seed_results")
+        if not isinstance(results, dict):
+            return {}
+        return {
+            str(seed): {name: value for name, value in scores.items() if is_number(value)}
+            for seed, scores in results.items()
+            if isinstance(scores, dict)
+        }
+
+    @cached_property
+    def script(self) -> Path | None:
+        """train_gpt.py, or the only Python file there is."""
+        named = [path for path in self.scripts if path.name == "train_gpt.py"]
+        return named[0] if named else self.scripts[0] if len(self.scripts) == 1 else None
+
+    @cached_property
+    def package(self) -> tuple[Path, ...]:
+        """Source files in folders beside the script, which are shipped with it."""
+        return tuple(sorted(path for path in self.path.rglob("*.py") if path.parent != self.path))
+
+    @cached_property
+    def seeds(self) -> tuple[str, ...]:
+        """Seeds with a score, from json and logs."""
+        logged = {log.seed for log in self.logs if log.seed and log.score}
+        return tuple(sorted(set(self.seed_results) | logged, key=lambda seed: (len(seed), seed)))
+
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """What people and programs wrote about the run: README, json, and the logs without the source they begin with."""
+        parts = {"README.md": self.readme, "submission.json": json.dumps(self.submission, indent=0, ensure_ascii=False)}
+        return parts | {log.path.name: "\n".join(log.log["lines"]) for log in self.logs}
+
+    def find(self, pattern: str) -> list[tuple[str, str]]:
+        """(file, line) of each line of `texts` that a regular expression finds, without regard to case."""
+        found = re.compile(pattern, re.IGNORECASE)
+        return [
+            (name, line.strip()) for name, text in self.texts.items() for line in text.split("\n") if found.search(line)
+        ]
+
+    def number(self, *names: str) -> float | None:
+        """The first of these entries of submission.json that is a number; None: none is."""
+        return next((value for name in names if is_number(value := self.submission.get(name))), None)
+
+    def result(self, seed: str) -> Numbers:
+        """A seed's numbers, the log's before the json's: val_loss, val_bpb, artifact_bytes, steps, step_avg_ms, …"""
+        values = dict(self.seed_results.get(seed, {}))
+        for log in self.logs:
+            if log.seed == seed:
+                values |= logged_numbers(log)
+        return values
+
+
+def logged_numbers(log: LogFile) -> Numbers:
+    """The numbers of a log under the names that seed_results has."""
+    values: Numbers = {}
+    if log.score:
+        values |= {name: log.score[name] for name in ("val_loss", "val_bpb")}
+        seconds = [final["eval_time_ms"] / 1000 for final in log.log["finals"].values() if "eval_time_ms" in final]
+        values |= {"eval_time_s": seconds[-1]} if seconds else {}
+    if log.last_step:
+        last = log.last_step
+        values |= {"steps": last["step"], "step_avg_ms": last["step_avg_ms"]}
+        values["train_time_s"] = last["train_time_ms"] / 1000
+    sizes = log.log["sizes"]
+    names = {"total": "artifact_bytes", "model": "bytes_model", "code": "bytes_code"}
+    values |= {name: sizes[size] for size, name in names.items() if size in sizes}
+    return {name: value for name, value in values.items() if is_number(value)}
+
+
+def read_evidence(path: Path) -> Evidence:
+    """Read a record folder, ours or another's.
+
+    Raises:
+        UserError: there is no such folder, or nothing of a record in it.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder: give a record's folder, with README.md, submission.json and logs")
+    readme = path / "README.md"
+    submission, problem = _read_submission(path / "submission.json")
+    logs = []
+    for file in sorted([*path.glob("*.log"), *path.glob("*.txt"), *path.glob("logs/*")]):
+        log = parse_log(file) if file.is_file() else None
+        if log and (log["steps"] or log["vals"] or log["finals"]):
+            digits = re.search(r"(?:seed|_s)_?(\d+)", file.stem)
+            logs.append(LogFile(file, str(log["facts"].get("seed", digits[1] if digits else "")), log))
+    scripts = tuple(sorted(path.glob("*.py")))
+    if not (readme.is_file() or submission or problem or logs):
+        raise UserError(f"{path}: not a record: neither README.md nor submission.json nor a log in it")
+    text = readme.read_text(errors="replace") if readme.is_file() else ""
+    return Evidence(path, text, submission, problem, tuple(logs), scripts)
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample deviation; of one value there is none."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _read_submission(path: Path) -> tuple[dict[str, Any], str]:
+    if not path.is_file():
+        return {}, ""
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        return {}, f"not readable as JSON ({error})"
+    return (values, "") if isinstance(values, dict) else ({}, "not a JSON object")

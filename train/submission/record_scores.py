@@ -1,0 +1,138 @@
+"""The scores of a record, seed by seed: read from its folder or json, or of a published one by its number."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from train.common.errors import UserError
+from train.common.files import read_json
+from train.run.log_grammar import Log, Numbers, parse_log
+from train.submission.texts import TEXTS, ScoredText
+
+# per-seed scores of published records, from their submission.json, README or logs; losses where they are given
+_PUBLISHED: dict[str, tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...]]] = {
+    "122": (
+        ("41", "102", "1337"),
+        (1.16192049, 1.15974176, 1.15915537),
+        (2.38498992, 2.38051780, 2.37931417),
+    ),
+    "549": ((), (1.11922988, 1.12002032, 1.11888882), ()),
+    "1019": (("314", "42", "999"), (1.11508120, 1.11437394, 1.11475014), (1.88276292, 1.88156874, 1.88220393)),
+    "1392": (("42", "314", "999"), (1.10327377, 1.10181145, 1.10101898), ()),
+    "1471": (("42", "1337", "2024"), (1.08725556, 1.08655776, 1.08585085), ()),
+}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A record's scores.
+
+    Attributes:
+        name: what to call it.
+        seeds: as written; empty: not known.
+        val_bpb: bits per byte, one per seed.
+        val_loss: nats per token, one per seed; empty: not given.
+        text: what was scored; None: not written down.
+    """
+
+    name: str
+    seeds: tuple[str, ...]
+    val_bpb: tuple[float, ...]
+    val_loss: tuple[float, ...] = ()
+    text: ScoredText | None = None
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """val_loss / (val_bpb · ln 2); None without losses."""
+        if not self.val_loss:
+            return None
+        return statistics.fmean(self.val_loss) / (statistics.fmean(self.val_bpb) * math.log(2))
+
+
+def find_standing(name: str) -> Standing:
+    """The scores that a command line names: a record's folder, its submission.json, or a published record's number.
+
+    Raises:
+        UserError: there is no such thing, or no score per seed in it.
+    """
+    number = name.removeprefix("#")
+    if number in _PUBLISHED and not Path(name).exists():
+        return Standing(f"#{number}", *_PUBLISHED[number], text=ScoredText(challenge=True))
+    path = Path(name)
+    if not path.exists():
+        raise UserError(
+            f"{name}: neither a record's folder, nor a submission.json, nor one of the published records "
+            f"{', '.join(f'#{known}' for known in _PUBLISHED)}"
+        )
+    source = path / "submission.json" if path.is_dir() else path
+    if source.exists():
+        values = read_json(source, "give a record's submission.json")
+        if values.get("seed_results"):
+            return _from_json(name, source, values)
+    logs = sorted(path.glob("*.log")) if path.is_dir() else []
+    if not logs:
+        raise UserError(f"{source}: expected scores per seed (seed_results), found none, nor a log beside it")
+    return _from_logs(name, logs)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether an entry of somebody's json or log is a number to compute with: neither NaN nor beyond 10¹⁸."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e18
+
+
+def is_score(values: Mapping[str, Any]) -> bool:
+    """Whether there are a loss and bits per byte, both positive."""
+    return all(is_number(values.get(name)) and values[name] > 0 for name in ("val_loss", "val_bpb"))
+
+
+def exact_score(log: Log) -> Numbers | None:
+    """The score that a log ends with, as `parse_log` returns it: the last with 8 decimals, else the last; None: none."""
+    finals = [values for name, values in log["finals"].items() if name.endswith("_exact")]
+    finals = finals or list(log["finals"].values())
+    return finals[-1] if finals and is_score(finals[-1]) else None
+
+
+def scored_text(submission: Mapping[str, Any]) -> ScoredText | None:
+    """What a submission.json says of the text that was scored; None: nothing."""
+    evaluation, tokenizer = submission.get("evaluation"), submission.get("tokenizer")
+    if not isinstance(evaluation, dict) or not is_number(whole := evaluation.get("validation_tokens")):
+        return None
+    scored, window = evaluation.get("tokens"), evaluation.get("window")
+    # the older rule scores the last tokens several times
+    tokens = int(min(scored, whole) if is_number(scored) else whole)
+    row = int(window) if is_number(window) and window >= 1 else 1
+    digest = tokenizer.get("sha256") if isinstance(tokenizer, dict) else None
+    challenge = any(abs(tokens - known) < row for known, _ in TEXTS.values())
+    return ScoredText(challenge, tokens, row, digest if isinstance(digest, str) else "")
+
+
+def _from_json(name: str, source: Path, submission: Mapping[str, Any]) -> Standing:
+    results = submission["seed_results"]
+    if not isinstance(results, dict):
+        raise UserError(f"{source}: seed_results: expected an object, seed to scores, found {type(results).__name__}")
+    for seed, scores in results.items():
+        if not isinstance(scores, dict) or not is_number(scores.get("val_bpb")):
+            raise UserError(f"{source}: seed_results: seed {seed}: expected a val_bpb")
+    losses = [scores.get("val_loss") for scores in results.values()]
+    known = all(is_number(loss) for loss in losses)
+    scores = tuple(float(scores["val_bpb"]) for scores in results.values())
+    return Standing(name, tuple(results), scores, tuple(losses) if known else (), scored_text(submission))
+
+
+def _from_logs(name: str, logs: list[Path]) -> Standing:
+    seeds, scores = [], []
+    for path in logs:
+        log = parse_log(path)
+        score = exact_score(log)
+        if score is None:
+            raise UserError(f"{path}: no final score in it: the log is cut, or not in Parameter Golf's grammar")
+        seeds.append(str(log["facts"].get("seed", path.stem)))
+        scores.append(score)
+    return Standing(
+        name, tuple(seeds), tuple(score["val_bpb"] for score in scores), tuple(score["val_loss"] for score in scores)
+    )

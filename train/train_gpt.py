@@ -1,0 +1,82 @@
+"""What a packed train_gpt.py does: train, quantize, pack and score under its settings, or score an artifact again."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import os
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from train.command_line import help_text, resolve
+from train.common.errors import UserError
+from train.config import Config
+
+USAGE = """usage: train_gpt.py [--SETTING VALUE ...]        train, quantize, pack, score; leaves runs/<run_id>/
+       train_gpt.py evaluate RUN [...]     score RUN/model.golf again (evaluate --help)
+
+One process per GPU with torchrun --standalone --nproc_per_node=8 train_gpt.py. Precedence: flag > environment variable > the
+settings in this file > default.
+"""
+
+
+class LeftOut(importlib.abc.MetaPathFinder):
+    """Refuses to import the modules that a script does without, in a sentence."""
+
+    def __init__(self, conditions: Mapping[str, str]) -> None:
+        self.conditions = conditions
+
+    def find_spec(self, fullname: str, *_: Any) -> None:
+        if fullname in self.conditions:
+            settings = dict.fromkeys(re.findall(r"config\.(\w+)", self.conditions[fullname]))
+            raise UserError(
+                f"{fullname}: not part of this train_gpt.py, because its settings do not need it: leave {', '.join(settings).upper()} "
+                "as it was packed, or run the package itself: python -m train"
+            )
+
+
+def holds(condition: str, config: Config) -> bool:
+    """Whether the settings meet a condition: Python, in which `config` is known and `golf_kernels.dispatch.may_run`.
+
+    Raises:
+        UserError: `golf_backend` cannot be read.
+    """
+    # imported here, as help needs no torch
+    from golf_kernels.dispatch import BackendError, may_run
+
+    try:
+        return bool(eval(condition, {"config": config, "may_run": may_run}))
+    except BackendError as error:
+        raise UserError(str(error)) from error
+
+
+def main(settings: Mapping[str, str], left_out: Mapping[str, str]) -> int:
+    """Run the packed script.
+
+    Args:
+        settings: name of a field in upper case → its value as text, as in the environment.
+        left_out: module that the script does without → the condition on which it would be imported.
+
+    Raises:
+        UserError: the settings need a module that was left out.
+    """
+    sys.meta_path.insert(0, LeftOut(left_out))
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["evaluate"]:
+        from train.evaluate.__main__ import main as evaluate
+
+        return evaluate(arguments[1:])
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(f"{USAGE}\n{help_text()}")
+        return 0
+    config, overrides = resolve(arguments, {**settings, **os.environ})
+    # now, and not when the first of them is imported, which may be after training
+    for module, condition in left_out.items():
+        if holds(condition, config):
+            importlib.import_module(module)
+    from train.pipeline import walk
+
+    walk(config, overrides)
+    return 0
