@@ -150,7 +150,7 @@ def gpu_tests() -> list[Path]:
 
     The longest one comes first.
     """
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: (path.stem != "test_loop_gpu", path))
+    files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: (path.stem != "test_loop_gpu", path))
     return [path for path in files if path.stem.endswith("_triton") or "mark.gpu" in path.read_text()]
 
 

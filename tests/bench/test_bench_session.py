@@ -34,7 +34,7 @@ def test_every_benchmark_and_every_test_of_a_gpu_has_its_place() -> None:
     # it wants a finished run
     assert written - modules == {"benchmarks.bench_artifact"}
     assert [piece.name for piece in pieces][:2] == ["step", "step_without_kernels"]
-    assert {"test_loop_gpu", "test_optimize_capture", "test_muon_triton"} <= {path.stem for path in gpu_tests()}
+    assert {"test_loop_gpu", "test_cuda_graph", "test_muon_triton"} <= {path.stem for path in gpu_tests()}
     assert "test_config" not in {path.stem for path in gpu_tests()} and op_benches()[-3:] == [
         "gptq",
         "int6",
