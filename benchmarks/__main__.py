@@ -16,7 +16,6 @@ from train.common.errors import main_guard
 EPILOG = """examples:
   python -m benchmarks session --minutes 9    measure what decides a default, most valuable first
   python -m benchmarks schedule --recipe sp8192_sdclip   ms/step by kernel, computed without a GPU
-  python -m benchmarks overlap --recipe sp8192_sdclip    when gradients leave in its backward pass, computed
   python -m benchmarks report                 put the newest figures into README.md, and draw benchmarks/plots/
   python -m benchmarks compare 9f22c17        what changed since that commit, beyond the spread (exit 1 if slower)
 
@@ -51,10 +50,9 @@ def main() -> int:
     measuring.add_argument("--list", action="store_true", help="say what would be run, in order, and end")
     measuring.add_argument("--tiny", action="store_true", help="small shapes on the CPU; proves nothing about speed")
     verbs.add_parser("schedule", add_help=False, help="every kernel of a training step, computed without a GPU")
-    verbs.add_parser("overlap", add_help=False, help="what of the gradients' way overlaps the backward pass, computed")
     arguments, rest = parser.parse_known_args()
-    if arguments.verb in ("schedule", "overlap"):
-        return fake_cuda.run_module(arguments.verb, rest)
+    if arguments.verb == "schedule":
+        return fake_cuda.run_module("schedule", rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

@@ -66,7 +66,6 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
     assert set(log["steps"]) == set(range(1, 11)) | {12}
     assert "recurrence:activated at step 6, layers " in text
     assert "\nwarmup_step:2/2 (1 without recurrence, 1 with it)\n" in text and log["warmup_steps"] == 2
-    assert "\ngradient_reduction:none (one process: nothing to reduce)\n" in text
     assert log["sizes"]["total"] == submission["bytes_total"]
     assert log["finals"]["int6_sliding_window_exact"]["val_bpb"] == pytest.approx(submission["val_bpb"], abs=1e-8)
 

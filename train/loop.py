@@ -6,7 +6,6 @@ import math
 import random
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,6 @@ from train.model.fusion import compiles, write_out_references
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
-from train.optimize.reduction import Reduction
 from train.optimize.schedules import WallClock, lr_scale, muon_momentum
 from train.run.clocks import StartUp
 from train.run.folder import RunFolder
@@ -98,7 +96,6 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     ranks.copy_from(0, model.parameters())
     optimizers = build_optimizers(model, config, ranks.group)
     log.line(f"optimizer_graph:{optimizers.graph}")
-    log.line(f"gradient_reduction:{optimizers.reduction}")
     loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
     sequences = config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
     start.end("data and model")
@@ -111,7 +108,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
 
         if compiles(config, ranks.device) and (problem := name_compiled_kernels(ranks.device.type)):
             log.line(f"profile:the model's parts have no ranges, {problem}")
-    loss_of = compiled_loss(model, config, ranks.device, reduction=optimizers.reduction)
+    loss_of = compiled_loss(model, config, ranks.device)
     if loss_of is not model:
         log.line(f"inductor:{chosen_options()[1]}")
     log.facts(
@@ -230,12 +227,10 @@ def training_step(
         This rank's mean training loss, 0-dimensional, still on the device.
     """
     losses = []
-    batches = loader.next_batch()
-    for number, (inputs, targets) in enumerate(batches, start=1):
-        last = optimizers.reduction.last_micro_batch() if number == len(batches) else nullcontext()
+    for inputs, targets in loader.next_batch():
         with record_function("forward"):
             loss = loss_of(inputs, targets, recurrence=recurrence)
-        with record_function("backward"), last:
+        with record_function("backward"):
             (loss / ranks.accumulation).backward()
         losses.append(loss.detach())
     with record_function("optimizers"):
@@ -272,11 +267,7 @@ def warm_up(
 
 
 def compiled_loss(
-    model: GPT,
-    config: Config,
-    device: torch.device,
-    options: Mapping[str, Any] | None = None,
-    reduction: Reduction | None = None,
+    model: GPT, config: Config, device: torch.device, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Tensor]:
     """The model's loss, through torch.compile if the settings say so; one static graph for each form of recurrence.
 
@@ -285,14 +276,10 @@ def compiled_loss(
         config: `compile`.
         device: where it runs.
         options: Inductor's switches; None: those that `train.model.compile` has chosen.
-        reduction: what starts transfers of gradients inside the backward pass, if anything does.
     """
     if compiles(config, device):
         write_out_references(model, device.type)
         options = chosen_options()[0] if options is None else dict(options)
-        backend = None if reduction is None else reduction.compiler(options)
-        if backend is not None:
-            return torch.compile(model, dynamic=False, fullgraph=True, backend=backend)
         return torch.compile(model, dynamic=False, fullgraph=True, options=options)
     return model
 

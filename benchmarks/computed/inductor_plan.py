@@ -51,13 +51,11 @@ class Scheduled(types.SimpleNamespace):
         kernels: what it launches; several for an operator.
         reads: bytes by name of a buffer that it reads.
         writes: bytes by name of a buffer that it writes.
-        sends: numbers of the matrices whose gradients it sends on their way.
     """
 
     kernels: list[Kernel]
     reads: dict[str, float]
     writes: dict[str, float]
-    sends: tuple[int, ...] = ()
 
 
 class _OnHost(TorchDispatchMode):
@@ -208,12 +206,6 @@ def _extern(node: Any) -> Scheduled:
 
     called = node.node
     overload = getattr(called, "op_overload", None)
-    if overload is not None and overload.namespace == "train":
-        # it packs gradients, which it only says to write
-        packed = {gradient.get_name(): _bytes(gradient) for gradient in called.inputs}
-        origin = next(node for node in called.origins if node.target is overload)
-        kernel = Kernel(f"train::{overload._overloadpacket.__name__}", 0.0, 2 * sum(packed.values()))
-        return Scheduled(kernels=[kernel], reads=packed, writes={}, sends=tuple(origin.args[1]))
     inputs = {i.get_name(): _bytes(i) for i in called.inputs if isinstance(i, ir.IRNode) and hasattr(i, "get_size")}
     if isinstance(called.layout, ir.MultiOutputLayout):
         written = [user.node.node for user in node.outputs[0].users if hasattr(user.node, "node")]

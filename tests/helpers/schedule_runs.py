@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import bench_leaky_relu2_mlp, bench_mix_rms_norm, bench_qk_norm_rope, bench_xsa, bench_xsa_linear
-from benchmarks.computed import overlap
 from benchmarks.computed import step_schedule as schedule
 from benchmarks.computed.fake_cuda import tensors_without_data
 from benchmarks.computed.inductor_plan import PROPERTIES, Scheduled, planning_for_an_absent_gpu
@@ -52,22 +50,6 @@ def test_the_products_are_those_that_the_recipe_describes(step: schedule.Step) -
     wanted = described + runs * LENGTH * WIDTH * tokens
     found = sum(kernel.flops for kernel in (*step.forward, *step.backward))
     assert found == pytest.approx(wanted, rel=1e-9)
-
-
-@pytest.mark.parametrize("recurrence", [False, True])
-def test_gradients_leave_once_they_are_there(recurrence: bool) -> None:
-    starts = overlap.find_starts(narrow(num_layers=6), "torch", recurrence)
-    with torch.device("meta"):
-        kinds = split_parameters(GPT(narrow(num_layers=6)), narrow(num_layers=6))
-    numbers = range(len(kinds["matrix"]))
-    # from the model's end, every matrix once
-    assert [number for start in starts for number in start.matrices] == list(numbers)[::-1]
-    assert len(starts) > 1
-    whole = starts[0].after + starts[0].left
-    for earlier, later in itertools.pairwise(starts):
-        assert earlier.after < later.after and later.after + later.left == pytest.approx(whole)
-    # a bucket's gradients are a part of the pass, and the rest of it follows
-    assert starts[0].left > whole / 4
 
 
 def test_every_buffer_is_written_once_and_read_when_it_was(step: schedule.Step) -> None:

@@ -1,8 +1,7 @@
 """Parameter groups, schedules, averages of weights, and the reduction of gradients over ranks.
 
 A matrix in a step: products take a working weight made of it (`train.model.linear`), autograd adds the gradients of all
-micro-batches up in `.grad`, and these leave in a bucket for the rank that owns the matrix (`reduction`; `overlap` and
-`backward_graph` where they leave during the last backward pass). There the mean gradient is clipped and Muon updates the
+micro-batches up in `.grad`, and a reduce-scatter takes these to the rank that owns the matrix (`reduction`). There the mean gradient is clipped and Muon updates the
 matrix (`groups`), which is gathered by all ranks, and averaged (`averaging`). Embeddings, vectors and scalars are reduced
 together, and AdamW updates them on every rank.
 

@@ -241,7 +241,7 @@ def build_optimizers(
     Args:
         model: its parameters are on their final device, with the same values on every rank.
         config: `matrix_lr`, `tied_embed_lr`, `scalar_lr`, `muon_*`, `normuon*`, `beta*`, `adam_eps`, `*_wd`,
-            `grad_clip_norm`, `gradient_reduction`, `optimizer_graph`.
+            `grad_clip_norm`, `optimizer_graph`.
         process_group: process group of all ranks; None for one process.
         owned: without a group, numbers of the matrices that are updated: one rank's share, to measure it alone.
 
@@ -252,7 +252,7 @@ def build_optimizers(
     graph = choose_graph(config, next(model.parameters()).device)
     replicated = [*kinds["embedding"].values(), *kinds["scalar"].values()]
     matrices = list(kinds["matrix"].values())
-    reduction = _build_reduction(replicated, matrices, config, process_group, owned, fixed=graph.on)
+    reduction = _build_reduction(replicated, matrices, process_group, owned, fixed=graph.on)
     muon = _build_muon(reduction.owned, config) if reduction.owned else None
     rates = {"embedding": (config.tied_embed_lr, config.embedding_decay), "scalar": (config.scalar_lr, config.adam_wd)}
     groups = [
@@ -269,7 +269,6 @@ def build_optimizers(
 def _build_reduction(
     replicated: Sequence[nn.Parameter],
     matrices: Sequence[nn.Parameter],
-    config: Config,
     process_group: dist.ProcessGroup | None,
     owned: Sequence[int] | None,
     *,
@@ -280,10 +279,6 @@ def _build_reduction(
         others = [matrix for number, matrix in enumerate(matrices) if number not in numbers]
         return Reduction(replicated, [matrices[number] for number in numbers], others=others, fixed=fixed)
     owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), dist.get_world_size(process_group))
-    if config.gradient_reduction == "overlapped":
-        from train.optimize.overlap import OverlappedReduction
-
-        return OverlappedReduction(replicated, matrices, owners, process_group)
     return Reduction(replicated, matrices, owners, process_group)
 
 

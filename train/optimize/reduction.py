@@ -1,61 +1,40 @@
-"""Gradients to their mean over ranks, clipping, and weights back to all ranks, without the host waiting for a number."""
+"""The gradients' mean over ranks, their norm for clipping, and updated matrices back to all ranks."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.common.wording import counted
-
 _Collective = Callable[..., dist.Work]
 
 
-class Bucket(NamedTuple):
-    """Matrices whose gradients travel in one reduce-scatter.
-
-    Attributes:
-        matrices: owner by owner.
-        views: where their gradients leave from, in `source`.
-        source: as much room for every rank as the fullest one needs.
-        own: where the sum of this rank's share arrives.
-    """
-
-    matrices: list[Tensor]
-    views: list[Tensor]
-    source: Tensor
-    own: Tensor
-
-
 class Reduction:
-    """What the ranks of a run exchange in a step: mean gradients before the optimizers, changed weights after them.
+    """What the ranks exchange in a step: mean gradients before the optimizers run, updated matrices after.
 
-    Replicated parameters (embeddings, vectors, scalars) travel together in one all-reduce, and every rank updates them
-    by itself. Each matrix has one rank that updates it, its owner: the gradients of all matrices travel in one
-    reduce-scatter, after which the owner holds the mean and the others hold nothing, and the changed weights come back
-    in one all-gather. A step's gradient is then the mean over all micro-batches if each rank has accumulated its own
-    with the factor 1 / accumulation. A parameter without a gradient counts as one with a zero gradient, whatever the
-    number of ranks, so that weight decay does not depend on how the graph was cut.
+    Replicated parameters (embeddings, vectors, scalars): one all-reduce of their gradients; every rank updates them.
+    Matrices: each has one rank that updates it, its owner. One reduce-scatter gives every owner the mean gradients of
+    its matrices, one all-gather sends the updated matrices back. The host never waits for a number.
+
+    A rank must accumulate its micro-batches with the factor 1 / accumulation. A missing gradient counts as zero, so
+    that weight decay does not depend on the number of ranks.
 
     Args:
-        replicated: parameters that every rank updates by itself.
+        replicated: parameters that every rank updates.
         matrices: parameters that one rank updates for all.
-        owners: for each of `matrices`, the rank that updates it; not looked at without a group.
+        owners: for each of `matrices`, the rank that updates it; ignored without a group.
         group: process group of all ranks; None for one process, which then owns everything.
-        buckets: numbers of matrices whose gradients travel in a reduce-scatter of their own; None: all in one.
-        others: without a group, matrices that other ranks would update, where one rank's share is measured alone: they
-            count for the norm, as what those ranks would send.
-        fixed: the reduced gradients have the same places in every step, as a CUDA graph of what follows needs it; with
-            a group they always have.
+        others: without a group, matrices of other ranks, when one rank's work is measured alone: only their norm
+            counts.
+        fixed: keep the reduced gradients at the same addresses in every step, as a CUDA graph needs; with a group they
+            always are.
 
     Attributes:
         owned: the matrices that this rank updates, in their order.
-        norm: what `scale_gradients` returned last.
+        norm: the last result of `scale_gradients`.
     """
 
     def __init__(
@@ -65,7 +44,6 @@ class Reduction:
         owners: Sequence[int] = (),
         group: dist.ProcessGroup | None = None,
         *,
-        buckets: Sequence[Sequence[int]] | None = None,
         others: Sequence[nn.Parameter] = (),
         fixed: bool = False,
     ) -> None:
@@ -76,9 +54,6 @@ class Reduction:
         self._group = group
         self._rank = dist.get_rank(group) if group is not None else 0
         self._world_size = dist.get_world_size(group) if group is not None else 1
-        self._buckets: list[Bucket] = []
-        self._packed: set[int] = set()
-        self._scattering: list[dist.Work] = []
         self._gathering: dist.Work | None = None
         parameters = [*self._replicated, *self._matrices]
         self._square, self.norm = _buffer(parameters, 2).unbind()
@@ -89,95 +64,56 @@ class Reduction:
                     f"owners: expected one rank in 0..{self._world_size - 1} for each of {len(self._matrices)} matrices, "
                     f"got {list(owners)}"
                 )
-            if buckets is None:
-                buckets = [range(len(self._matrices))] if self._matrices else []
-            self._lay_out(owners, buckets)
+            self._allocate(owners)
 
-    def _lay_out(self, owners: Sequence[int], buckets: Sequence[Sequence[int]]) -> None:
-        """Make room for what travels."""
-
-        def shares_of(numbers: Sequence[int]) -> list[list[Tensor]]:
-            return [[self._matrices[n] for n in numbers if owners[n] == rank] for rank in range(self._world_size)]
-
+    def _allocate(self, owners: Sequence[int]) -> None:
+        """Allocate the buffers of the collectives."""
         self._flat = _buffer(self._replicated, sum(p.numel() for p in self._replicated))
         self._flat_views = _views(self._flat, self._replicated)
         self._flat_places = _places_for(self._flat_views, self._replicated)
-        shares = shares_of(range(len(self._matrices)))
-        self.owned = shares[self._rank]
-        self._by_owner = [matrix for share in shares for matrix in share]
-        longest = _longest(shares)
-        bucket_shares = [shares_of(bucket) for bucket in buckets]
-        rooms = [_longest(bucket) for bucket in bucket_shares]
-        # gradients have left before weights come back, so they share the room
-        room = _buffer(self._matrices, self._world_size * max(longest, sum(rooms)))
-        self._gathered, self._gathered_views = _rows(room, shares, longest)
-        # gradients stay readable after a step, so weights leave from a place of their own
-        self._own_gradients, self._own_weights = (_buffer(self._matrices, size) for size in (sum(rooms), longest))
+        pairs = list(zip(self._matrices, owners, strict=True))
+        by_owner = [[matrix for matrix, owner in pairs if owner == rank] for rank in range(self._world_size)]
+        self.owned = by_owner[self._rank]
+        self._by_owner = [matrix for matrices in by_owner for matrix in matrices]
+        # a collective has the same length for every rank: that of the rank with most elements
+        length = max(sum(matrix.numel() for matrix in matrices) for matrices in by_owner)
+        # gradients are sent before weights arrive, so both use this buffer
+        self._all = _buffer(self._matrices, self._world_size * length)
+        rows = zip(self._all.view(self._world_size, length), by_owner, strict=True)
+        self._all_views = [view for row, matrices in rows for view in _views(row, matrices)]
+        # gradients stay readable after a step, so weights are sent from another buffer
+        self._own_gradients, self._own_weights = (_buffer(self._matrices, length) for _ in range(2))
+        self._own_gradient_views = _views(self._own_gradients, self.owned)
         self._own_weight_views = _views(self._own_weights, self.owned)
-        gradients: dict[Tensor, Tensor] = {}
-        start = 0
-        for bucket, size in zip(bucket_shares, rooms, strict=True):
-            source, views = _rows(room[start * self._world_size :], bucket, size)
-            own = self._own_gradients[start : start + size]
-            self._buckets.append(Bucket([matrix for share in bucket for matrix in share], views, source, own))
-            gradients |= zip(bucket[self._rank], _views(own, bucket[self._rank]), strict=True)
-            start += size
-        self._own_gradient_views = [gradients[matrix] for matrix in self.owned]
         self._own_places = _places_for(self._own_gradient_views, self.owned)
-
-    def __str__(self) -> str:
-        if self._group is None:
-            return "none (one process: nothing to reduce)"
-        return f"after the backward pass in {counted(len(self._buckets), 'bucket')}"
-
-    def last_micro_batch(self) -> AbstractContextManager[None]:
-        """The context of a step's last backward pass: from there on gradients may leave before `reduce_gradients`."""
-        return nullcontext()
-
-    def compiler(self, options: Mapping[str, Any]) -> Callable[..., Any] | None:
-        """The back end of torch.compile for the model whose gradients these are, with Inductor's switches; None: Inductor itself."""
-        return None
-
-    def _pack(self, number: int, gradients: list[Tensor]) -> None:
-        """Put a bucket's gradients where they leave from; it starts once all buckets before it have, the same on all ranks."""
-        torch._foreach_copy_(self._buckets[number].views, gradients)
-        self._packed.add(number)
-        while (first := len(self._scattering)) in self._packed:
-            bucket = self._buckets[first]
-            self._scattering.append(_reduce_scatter(bucket.own, bucket.source, self._group))
-
-    def _finish_scattering(self) -> None:
-        for work in self._scattering:
-            work.wait()
-        self._scattering.clear()
-        self._packed.clear()
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
-        """Replace `.grad` by the mean over ranks: of replicated parameters everywhere, of a matrix at its owner.
+        """Replace `.grad` by the mean over ranks: of a replicated parameter on every rank, of a matrix on its owner.
 
-        At the other ranks a matrix's `.grad` becomes None. Gradients with fixed places are overwritten by the next call.
+        On the other ranks a matrix's `.grad` becomes None. The next call may overwrite these gradients.
         """
-        for parameter in (*self._replicated, *self._matrices):
+        parameters = [*self._replicated, *self._matrices]
+        for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if self._group is None:
             if self._places:
-                parameters = [*self._replicated, *self._matrices]
                 _set_gradients(parameters, _gradients(parameters), self._places)
             return
-        # the larger transfer goes first, so that packing the smaller one overlaps it
-        for number, bucket in enumerate(self._buckets):
-            if number not in self._packed:
-                self._pack(number, _gradients(bucket.matrices))
+        scattering = None
+        # the larger transfer starts first: packing the smaller one overlaps it
+        if self._matrices:
+            torch._foreach_copy_(self._all_views, _gradients(self._by_owner))
+            scattering = _reduce_scatter(self._own_gradients, self._all, self._group)
         if self._replicated:
             torch._foreach_copy_(self._flat_views, _gradients(self._replicated))
             dist.all_reduce(self._flat, op=dist.ReduceOp.SUM, group=self._group)
-            # a sum and a power of two give the exact mean, which not every back end and version has as an operation
+            # not every backend and version can average; a sum times a power of two is the exact mean
             self._flat.mul_(1 / self._world_size)
             _set_gradients(self._replicated, self._flat_views, self._flat_places)
-        if self._matrices:
-            self._finish_scattering()
+        if scattering is not None:
+            scattering.wait()
             self._own_gradients.mul_(1 / self._world_size)
             for matrix in self._matrices:
                 matrix.grad = None
@@ -185,20 +121,20 @@ class Reduction:
 
     @property
     def exchanges(self) -> bool:
-        """Whether anything comes from other ranks, be it made up."""
+        """Whether the norm needs gradients that this process does not update."""
         return self._group is not None or bool(self._others)
 
     @torch.no_grad()
     def measure_gradients(self) -> None:
-        """Sum the squares of the reduced gradients that this rank counts: the first of three pieces of clipping."""
-        # each matrix is counted at its owner, and what all ranks hold is counted by the first
+        """Clipping, 1 of 3: sum the squares of this rank's reduced gradients."""
+        # a matrix counts on its owner, a replicated parameter on rank 0
         counted = [*self._replicated, *self.owned] if self._rank == 0 else self.owned
         self._square.zero_()
         self._add_squares(_gradients(counted))
 
     @torch.no_grad()
     def sum_squares(self) -> None:
-        """Add up what the ranks have measured: the piece that needs them."""
+        """Clipping, 2 of 3: add the sums of all ranks."""
         if self._group is not None:
             dist.all_reduce(self._square, op=dist.ReduceOp.SUM, group=self._group)
         self._add_squares([matrix.grad for matrix in self._others if matrix.grad is not None])
@@ -210,11 +146,11 @@ class Reduction:
 
     @torch.no_grad()
     def scale_gradients(self, max_norm: float) -> Tensor:
-        """Scale the gradients that this rank holds by min(1, max_norm / (norm + 1e-6)), with the L2 norm of all gradients.
+        """Clipping, 3 of 3: scale this rank's gradients by min(1, max_norm / (norm + 1e-6)), norm over all ranks.
 
         Returns:
-            The norm before clipping, 0-dimensional, float32 (float64 for float64 gradients), on the device, equal on
-            all ranks; the next call overwrites it.
+            The L2 norm before clipping, 0-dimensional, float32 (float64 for float64 gradients), on the device, the same
+            on all ranks; the next call overwrites it.
 
         Source: `torch.nn.utils.clip_grad_norm_`, whose formula this is.
         """
@@ -226,19 +162,19 @@ class Reduction:
 
     @torch.no_grad()
     def start_gathering(self) -> None:
-        """Send the owned matrices, just updated, on their way to the other ranks."""
+        """Start the all-gather of the updated matrices."""
         if self._group is None or not self._matrices:
             return
         if self.owned:
             torch._foreach_copy_(self._own_weight_views, self.owned)
-        self._gathering = _all_gather(self._gathered, self._own_weights, self._group)
+        self._gathering = _all_gather(self._all, self._own_weights, self._group)
 
     @torch.no_grad()
     def finish_gathering(self) -> None:
-        """Put the matrices of all owners into the model; every rank then holds the same bits."""
+        """Wait for the all-gather and copy the matrices into the model; every rank then holds the same bits."""
         if self._gathering is not None:
             self._gathering.wait()
-            torch._foreach_copy_(self._by_owner, self._gathered_views)
+            torch._foreach_copy_(self._by_owner, self._all_views)
             self._gathering = None
 
 
@@ -248,20 +184,17 @@ def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return gradients
 
 
-def _wide_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
-    # float32 at least, so that a sum of bfloat16 gradients is rounded once and not per rank
-    return functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)
-
-
 def _buffer(parameters: Sequence[Tensor], size: int) -> Tensor:
+    # float32 at least, so that a sum of bfloat16 gradients is rounded once and not per rank
+    dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)
     device = parameters[0].device if parameters else None
-    return torch.zeros(size, dtype=_wide_dtype(parameters), device=device)
+    return torch.zeros(size, dtype=dtype, device=device)
 
 
 def _views(buffer: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     sizes = [parameter.numel() for parameter in parameters]
-    pieces = buffer[: sum(sizes)].split(sizes)
-    return [piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters, strict=True)]
+    chunks = buffer[: sum(sizes)].split(sizes)
+    return [chunk.view(parameter.shape) for chunk, parameter in zip(chunks, parameters, strict=True)]
 
 
 def _places_for(views: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -278,18 +211,7 @@ def _set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor], pl
         parameter.grad = place
 
 
-def _longest(shares: Sequence[Sequence[Tensor]]) -> int:
-    return max(sum(matrix.numel() for matrix in share) for share in shares)
-
-
-def _rows(room: Tensor, shares: Sequence[Sequence[Tensor]], length: int) -> tuple[Tensor, list[Tensor]]:
-    """The beginning of `room` with one row of `length` per rank, and the places of all ranks' matrices in it."""
-    buffer = room[: len(shares) * length]
-    rows = buffer.view(len(shares), length)
-    return buffer, [view for row, share in zip(rows, shares, strict=True) for view in _views(row, share)]
-
-
-def _reduce_scatter(output: Tensor, source: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
+def _reduce_scatter(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> dist.Work:
     # torch 2.13 renames this collective and the next, and warns about their old names
     scatter: _Collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return scatter(output, source, op=dist.ReduceOp.SUM, group=group, async_op=True)
