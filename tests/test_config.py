@@ -9,9 +9,11 @@ import pytest
 from train.artifact.requantize import main as quantize
 from train.command_line import help_text, note_unread, override_line, resolve
 from train.common.errors import UserError
-from train.config import Config, ConfigError, field_names, parse_value
+from train.common.files import write_json
+from train.config import RETIRED, Config, ConfigError, field_names, parse_value
 from train.evaluate.__main__ import main as evaluate
 from train.recipes import load_recipe, recipe_names
+from train.run.folder import RunFolder
 
 
 def test_dict_round_trip_keeps_every_field() -> None:
@@ -147,6 +149,36 @@ def test_a_stage_of_its_own_refuses_a_back_end_that_is_none(
     monkeypatch.setenv("GOLF_BACKEND", forced)
     with pytest.raises(UserError, match=r"GOLF_BACKEND|gptq_blok"):
         stage([str(tmp_path)])
+
+
+def test_removed_settings_load_with_the_value_of_today_and_are_refused_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(RETIRED, "old_form", ("after", ""))
+    monkeypatch.setitem(RETIRED, "old_layers", ((1, 2),))
+    config = Config(seed=5)
+    for values in ({"old_form": "after", "old_layers": [1, 2]}, {"old_form": ""}):
+        assert Config.from_dict(config.to_dict() | values) == config
+    folder = RunFolder(tmp_path)
+    write_json(folder.config, config.to_dict() | {"old_form": "overlapped"})
+    with pytest.raises(
+        UserError, match=r"config\.json: old_form=overlapped: .* supports only after: use an earlier version"
+    ):
+        folder.read_config()
+    with pytest.raises(ConfigError, match=r"old_layers=1,3: "):
+        Config.from_dict({"old_layers": [1, 3]})
+    # whoever types it is told, whatever the value
+    with pytest.raises(ConfigError, match=r"--old_form: old_form was removed in 0\.2\.0: leave it out"):
+        resolve(["--old-form", "after"], {})
+    with pytest.raises(ConfigError, match=r"environment variable OLD_FORM: .*leave it out"):
+        resolve([], {"OLD_FORM": "after"})
+    assert resolve([], {"old_form": "after"})[1] == []
+
+
+def test_no_setting_is_retired_and_alive() -> None:
+    assert not set(RETIRED) & set(field_names())
+    # JSON holds lists
+    assert all(isinstance(values, tuple) and values for values in RETIRED.values())
 
 
 def test_ordinary_environment_is_left_alone() -> None:

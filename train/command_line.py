@@ -14,7 +14,7 @@ from typing import Any
 from golf_kernels import dispatch
 from train.common.errors import UserError
 from train.common.values import ConfigError, format_value
-from train.config import BOOKKEEPING, Config, field_help, field_names, nearest, parse_value
+from train.config import BOOKKEEPING, Config, field_help, field_names, nearest, parse_value, refuse_retired
 from train.recipes import load_recipe, recipe_names
 
 # first words that only a setting of this field begins with; a variable such as MUON_MOMENTM is then no stranger
@@ -51,8 +51,11 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Confi
     """
     given: dict[str, Override] = {}
     for name, text in environ.items():
+        if not name.isupper():
+            continue
         field = _ALIASES.get(name.lower(), name.lower())
-        if name.isupper() and field in field_names():
+        refuse_retired(field, f"environment variable {name}")
+        if field in field_names():
             given[field] = Override(field, parse_value(field, text, name), f"environment {name}")
         elif _looks_like_setting(name):
             raise ConfigError(
@@ -132,6 +135,7 @@ def _flags(arguments: Sequence[str]) -> list[tuple[str, str]]:
         name, equals, text = flag[2:].partition("=")
         name = name.replace("-", "_").lower()
         name = _ALIASES.get(name, name)
+        refuse_retired(name, f"--{name}")
         if name not in field_names():
             raise ConfigError(f"{flag.partition('=')[0]}: no such setting{nearest(name)}")
         if not equals:
@@ -143,8 +147,6 @@ def _flags(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _looks_like_setting(name: str) -> bool:
-    if not name.isupper():
-        return False
     if name.split("_")[0] in _FAMILIES:
         return True
     return bool(difflib.get_close_matches(name.lower(), [n for n in field_names() if len(n) >= 8], n=1, cutoff=0.88))

@@ -29,6 +29,15 @@ BOOKKEEPING = frozenset(
 # with them, what belongs to a machine or to one seed and makes no other recipe
 LOCAL = BOOKKEEPING | {"recipe", "seed", "data_path", "tokenizer_path", "device", "code_form"}
 
+# the version that removed the settings below
+REMOVED_IN = "0.2.0"
+
+RETIRED: dict[str, tuple[Any, ...]] = {}
+"""Removed settings: name → the values that mean what every run computes today.
+
+A config.json or artifact that holds one of these values loads as if the setting were not there.
+"""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -297,12 +306,20 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """The inverse of `to_dict`; refuses names that no field has."""
+        """The inverse of `to_dict`, which also reads the settings of earlier versions.
+
+        Raises:
+            ConfigError: an unknown name, a bad value, or a removed setting with a value that is no longer supported.
+        """
         converted: dict[str, Any] = {}
         for name, value in values.items():
+            typed = tuple(value) if isinstance(value, list) else value
+            if name in RETIRED:
+                _check_retired(name, typed)
+                continue
             field = _FIELDS.get(name) or _unknown(name)
-            converted[name] = tuple(value) if isinstance(value, list) else value
-            check_type(name, _TYPES[field.name], converted[name])
+            check_type(name, _TYPES[field.name], typed)
+            converted[name] = typed
         return cls(**converted)
 
 
@@ -321,6 +338,12 @@ def field_help(name: str) -> str:
     return f"{field.metadata['help']}{choices} [{format_value(field.default)}]"
 
 
+def refuse_retired(name: str, source: str) -> None:
+    """Raise a ConfigError if `name` is a removed setting; `source` is how it was given, such as `--name`."""
+    if name in RETIRED:
+        raise ConfigError(f"{source}: {name} was removed in {REMOVED_IN}: leave it out")
+
+
 def parse_value(name: str, text: str, source: str) -> Any:
     """Turn the text of an environment variable or flag into the type of field `name`; see `parse_text`."""
     return parse_text(_TYPES[name], text, source)
@@ -334,3 +357,11 @@ def nearest(name: str) -> str:
 
 def _unknown(name: str) -> typing.NoReturn:
     raise ConfigError(f"{name}: no such setting{nearest(name)}")
+
+
+def _check_retired(name: str, value: Any) -> None:
+    if value not in RETIRED[name]:
+        raise ConfigError(
+            f"{name}={format_value(value)}: {name} was removed in {REMOVED_IN}, which supports only "
+            f"{format_value(RETIRED[name][0])}: use an earlier version of golf_kernels for this file"
+        )

@@ -46,7 +46,7 @@ def find_base(name: str) -> Base:
         values = read_json(path / "config.json", "give another --base")
         recipe = load_recipe(str(values.get("recipe", "")))
         # a record's file holds what differs from the defaults, a run's all
-        settings = {**Config(recipe=recipe.name).to_dict(), **values}
+        settings = Config.from_dict({"recipe": recipe.name, **values}).to_dict()
     try:
         standing = find_standing(name)
     except UserError as error:
