@@ -32,7 +32,9 @@ LOCAL = BOOKKEEPING | {"recipe", "seed", "data_path", "tokenizer_path", "device"
 # the version that removed the settings below
 REMOVED_IN = "0.2.0"
 
-RETIRED: dict[str, tuple[Any, ...]] = {}
+RETIRED: dict[str, tuple[Any, ...]] = {
+    "gradient_reduction": ("after", "overlapped"),
+}
 """Removed settings: name → the values that mean what every run computes today.
 
 A config.json or artifact that holds one of these values loads as if the setting were not there.
@@ -161,11 +163,6 @@ class Config:
         choices=("auto", "on", "off"),
     )  # fmt: skip
     grad_clip_norm: float = setting(0.0, "largest norm of the whole gradient; 0: no clipping", low=0.0)
-    gradient_reduction: str = setting(
-        "after",
-        "when matrices' gradients travel to their owners: all after the backward pass, or in buckets that overlap it",
-        choices=("after", "overlapped"),
-    )
     ema_decay: float = setting(
         0.0, "decay of the weights' moving average, which is what is scored; 0: none", low=0.0, high=0.99999
     )
