@@ -29,8 +29,7 @@ from train.run.log_grammar import parse_log
 from train.run.logger import read_metrics, series
 from train.single_file.code_size import package_code_bytes
 from train.stages import quantize_stage
-from train.submission.gather import summarize
-from train.submission.record import readme
+from train.submission.record import readme, summarize
 from train.submission.summary import summary_text
 
 ROOT = Path(__file__).resolve().parents[1]

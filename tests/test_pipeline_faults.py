@@ -28,7 +28,7 @@ from train.evaluate.scores import read_evaluation
 from train.pipeline import walk
 from train.run.folder import RunFolder, create_run_folder, open_run_folder
 from train.submission.__main__ import main as submission
-from train.submission.gather import summarize
+from train.submission.record import summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -26,9 +26,9 @@ from train.single_file.pack import FORMS
 from train.submission import build
 from train.submission import readme as writeup
 from train.submission.__main__ import main
-from train.submission.base import find_base
 from train.submission.build import Labels, build_record, recipe_settings
 from train.submission.record_folder import read_evidence
+from train.submission.record_scores import find_base
 from train.submission.rules import Finding, Verdict, judge
 from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
 from train.submission.summary import Summary

@@ -21,8 +21,8 @@ from record_example import (
 from sentencepiece import SentencePieceTrainer
 
 from train.submission.__main__ import main
+from train.submission.record_scores import TEXTS
 from train.submission.rules import RULES, Verdict
-from train.submission.texts import TEXTS
 
 
 @pytest.fixture

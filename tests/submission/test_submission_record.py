@@ -214,7 +214,7 @@ def test_command_writes_again_what_is_there(
 ) -> None:
     run = make_run(tmp_path)
     # gathering needs a real artifact and is tested with the walk
-    monkeypatch.setattr("train.submission.gather.summarize", lambda folder: Summary.read(folder.summary))
+    monkeypatch.setattr("train.submission.record.summarize", lambda folder: Summary.read(folder.summary))
     arguments = [
         "record",
         str(run),

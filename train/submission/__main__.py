@@ -18,8 +18,7 @@ from train.submission.record import TRACKS
 
 
 def _record(arguments: argparse.Namespace) -> int:
-    from train.submission.gather import summarize
-    from train.submission.record import write_record
+    from train.submission.record import summarize, write_record
     from train.submission.summary import summary_text
 
     options = {name: getattr(arguments, name) for name in ("author", "github_id", "name", "blurb", "track")}
@@ -57,10 +56,10 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from train.submission.base import find_base
     from train.submission.build import Labels, build_record
     from train.submission.record import git_setting
     from train.submission.record_folder import read_evidence
+    from train.submission.record_scores import find_base
     from train.submission.rules import exit_code, judge, summary_lines
 
     author = git_setting("user.name") if arguments.author is None else arguments.author

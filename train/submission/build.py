@@ -22,10 +22,10 @@ from train.config import Config
 from train.data.validation import load_validation
 from train.single_file.code_size import decoded
 from train.single_file.pack import as_literal, pack, recipe_settings, script_modules, script_settings
-from train.submission.base import Base
 from train.submission.readme import writeup
 from train.submission.record import evaluation, form
 from train.submission.record_folder import mean_and_deviation
+from train.submission.record_scores import Base
 from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
 
 _PROOF_TOKENS = 32_768

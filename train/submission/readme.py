@@ -8,9 +8,8 @@ from typing import Any
 
 from train.common.wording import counted
 from train.config import LOCAL
-from train.submission.base import Base
 from train.submission.record import evaluation, form
-from train.submission.record_scores import Standing, scored_text
+from train.submission.record_scores import Base, Standing, scored_text
 from train.submission.runs import FinishedRun
 from train.submission.statistics import comparison_text, incomparable
 from train.submission.summary import STAGES, resumed_note

@@ -5,14 +5,60 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from train.common.errors import UserError
 from train.common.files import read_json
+from train.config import Config
+from train.recipes import load_recipe, recipe_names
 from train.run.log_grammar import Log, Numbers, parse_log
-from train.submission.texts import TEXTS, ScoredText
+
+# validation texts of the challenge: name → scored tokens, bytes; from the published logs
+TEXTS = {
+    "sp1024": (62_021_632, 151_080_362),
+    "sp1024, older export": (63_779_840, 155_769_746),
+    "sp2048": (50_905_088, 150_746_272),
+    "sp4096": (45_508_608, 151_074_052),
+    "sp4096 of #1285": (45_514_752, 151_074_924),
+    "sp8192": (40_540_160, 151_078_222),
+    "CaseOps sp8192": (47_851_520, 151_084_309),
+}
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """The text that a record was scored on.
+
+    Attributes:
+        challenge: whether it is the challenge's validation text, all of it.
+        tokens: scored; 0: not written down.
+        row: tokens of a window; the end of the text that fills none is left out.
+        tokenizer: SHA-256; empty: not written down.
+    """
+
+    challenge: bool
+    tokens: int = 0
+    row: int = 1
+    tokenizer: str = ""
+
+    def __str__(self) -> str:
+        if self.challenge:
+            return "the challenge's validation text"
+        return f"{self.tokens:,} tokens that are not the challenge's validation text"
+
+
+def one_text(a: ScoredText | None, b: ScoredText | None) -> bool | None:
+    """Whether two scores are of one text; None: nothing shows it."""
+    if a is None or b is None:
+        return None
+    if a.tokens and b.tokens and a.tokenizer and a.tokenizer == b.tokenizer:
+        return abs(a.tokens - b.tokens) < max(a.row, b.row)
+    if a.challenge and b.challenge:
+        return True
+    return False if a.challenge or b.challenge else None
+
 
 # per-seed scores of published records, from their submission.json, README or logs; losses where they are given
 _PUBLISHED: dict[str, tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...]]] = {
@@ -136,3 +182,48 @@ def _from_logs(name: str, logs: list[Path]) -> Standing:
     return Standing(
         name, tuple(seeds), tuple(score["val_bpb"] for score in scores), tuple(score["val_loss"] for score in scores)
     )
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base of a record.
+
+    Attributes:
+        name: what to call it.
+        settings: field → value; None: not known, as for published scores.
+        standing: its scores; None: a recipe has none.
+    """
+
+    name: str
+    settings: dict[str, Any] | None = field(default=None)
+    standing: Standing | None = None
+
+    @classmethod
+    def of_recipe(cls, config: Config) -> Base:
+        return cls(f"recipe {config.recipe}", load_recipe(config.recipe).config().to_dict())
+
+
+def find_base(name: str) -> Base:
+    """What `--base` names: a recipe, a folder with config.json, or whatever `compare` takes.
+
+    Raises:
+        UserError: none of them.
+    """
+    if name in recipe_names():
+        return Base(f"recipe {name}", load_recipe(name).config().to_dict())
+    path = Path(name)
+    settings = None
+    if (path / "config.json").is_file():
+        values = read_json(path / "config.json", "give another --base")
+        recipe = load_recipe(str(values.get("recipe", "")))
+        # a record's file holds what differs from the defaults, a run's all
+        settings = Config.from_dict({"recipe": recipe.name, **values}).to_dict()
+    try:
+        standing = find_standing(name)
+    except UserError as error:
+        if settings is None:
+            raise UserError(f"base: {error}; nor a recipe ({', '.join(recipe_names())})") from error
+        standing = None
+    # one seed has no deviation to test with
+    scored = standing if standing and len(standing.val_bpb) > 1 else None
+    return Base(standing.name if standing else name, settings, scored)

@@ -17,7 +17,7 @@ from train.data.validation import load_validation
 from train.evaluate.scores import find_evaluation
 from train.run.folder import RunFolder, changed_settings
 from train.run.log_grammar import Log, parse_log
-from train.submission.gather import summarize
+from train.submission.record import summarize
 from train.submission.record_scores import exact_score
 from train.submission.summary import Summary
 

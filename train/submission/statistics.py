@@ -11,8 +11,7 @@ from scipy import stats
 
 from train.common.errors import UserError
 from train.common.wording import counted
-from train.submission.record_scores import Standing
-from train.submission.texts import one_text
+from train.submission.record_scores import Standing, one_text
 
 BAR = 0.005
 SIGNIFICANCE = 0.01

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from train.common.errors import UserError
 from train.data.tokenizer import load_tokenizer
 from train.submission.record_folder import Evidence
-from train.submission.record_scores import is_number, is_score
+from train.submission.record_scores import TEXTS, is_number, is_score
 from train.submission.rules.finding import Finding, fails, holds, judged, unseen
-from train.submission.texts import TEXTS
 
 # two pairs of numbers with 8 decimals agree to this
 _SAME = 3e-8
