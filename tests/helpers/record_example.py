@@ -5,8 +5,9 @@ import math
 import statistics
 from pathlib import Path
 
+from train.submission.check import judge
 from train.submission.record_folder import read_evidence
-from train.submission.rules import Verdict, judge
+from train.submission.rules.finding import Verdict
 
 TOKENS, BYTES = 40_540_160, 151_078_222
 CODE = 83_119

@@ -25,7 +25,7 @@ from train.common.errors import UserError
 from train.single_file.pack import LATIN1, _latin1_literal
 from train.submission.__main__ import main
 from train.submission.record_folder import read_evidence
-from train.submission.rules import Verdict
+from train.submission.rules.finding import Verdict
 
 
 @pytest.fixture

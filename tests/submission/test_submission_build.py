@@ -27,9 +27,10 @@ from train.submission import build
 from train.submission import readme as writeup
 from train.submission.__main__ import main
 from train.submission.build import Labels, build_record, recipe_settings
+from train.submission.check import judge
 from train.submission.record_folder import read_evidence
 from train.submission.record_scores import find_base
-from train.submission.rules import Finding, Verdict, judge
+from train.submission.rules.finding import Finding, Verdict
 from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
 from train.submission.summary import Summary
 
@@ -266,7 +267,7 @@ def test_command_ends_as_the_folder_is_judged(
     runs: list[Path], tmp_path: Path, no_proof: None, monkeypatch: pytest.MonkeyPatch, verdicts: str, code: int
 ) -> None:
     findings = [Finding("a rule", Verdict[name], "a value") for name in verdicts.split()]
-    monkeypatch.setattr("train.submission.rules.judge", lambda evidence: findings)
+    monkeypatch.setattr("train.submission.check.judge", lambda evidence: findings)
     assert main(["build", str(runs[0]), "--out", str(tmp_path / "mine")]) == code
     assert (tmp_path / "mine/train_gpt.py").exists()
 

@@ -21,8 +21,9 @@ from record_example import (
 from sentencepiece import SentencePieceTrainer
 
 from train.submission.__main__ import main
+from train.submission.check import RULES
 from train.submission.record_scores import TEXTS
-from train.submission.rules import RULES, Verdict
+from train.submission.rules.finding import Verdict
 
 
 @pytest.fixture

@@ -57,10 +57,10 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _build(arguments: argparse.Namespace) -> int:
     from train.submission.build import Labels, build_record
+    from train.submission.check import exit_code, judge, summary_lines
     from train.submission.record import git_setting
     from train.submission.record_folder import read_evidence
     from train.submission.record_scores import find_base
-    from train.submission.rules import exit_code, judge, summary_lines
 
     author = git_setting("user.name") if arguments.author is None else arguments.author
     github_id = git_setting("github.user") if arguments.github_id is None else arguments.github_id
@@ -76,8 +76,8 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from train.submission.check import exit_code, judge, judgement_text
     from train.submission.record_folder import read_evidence
-    from train.submission.rules import exit_code, judge, judgement_text
 
     findings = judge(read_evidence(arguments.folder))
     print(judgement_text(findings))
