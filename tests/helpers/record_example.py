@@ -5,8 +5,8 @@ import math
 import statistics
 from pathlib import Path
 
-from train.submission.check import judge
-from train.submission.record_folder import read_evidence
+from train.submission.check import apply_rules
+from train.submission.record_folder import read_record_folder
 from train.submission.rules.finding import Verdict
 
 TOKENS, BYTES = 40_540_160, 151_078_222
@@ -122,7 +122,7 @@ def edit_json(folder: Path, **changes: object) -> None:
 
 
 def verdicts(folder: Path, verdict: Verdict) -> dict[str, str]:
-    return {item.rule: item.value for item in judge(read_evidence(folder)) if item.verdict is verdict}
+    return {item.rule: item.value for item in apply_rules(read_record_folder(folder)) if item.verdict is verdict}
 
 
 def failures(folder: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ from record_example import (
 from train.common.errors import UserError
 from train.single_file.pack import LATIN1, _latin1_literal
 from train.submission.__main__ import main
-from train.submission.record_folder import read_evidence
+from train.submission.record_folder import read_record_folder
 from train.submission.rules.finding import Verdict
 
 
@@ -105,7 +105,7 @@ def test_a_compressed_script_is_read_without_running_it(record: Path, compress: 
     rng = random.Random(1)
     filler = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=4000))
     rule = "README's command sets variables that the script reads"
-    for known, verdict in (("seed matrix_lr", Verdict.HOLDS), ("seed", Verdict.FAILS)):
+    for known, verdict in (("seed matrix_lr", Verdict.PASSES), ("seed", Verdict.FAILS)):
         packed = base64.b85encode(compress(f"raise SystemExit  # {known} {filler}".encode())).decode()
         (record / "train_gpt.py").write_text(f'import base64 as B;exec(L.decompress(B.b85decode("{packed}")))')
         assert rule in verdicts(record, verdict)
@@ -113,7 +113,7 @@ def test_a_compressed_script_is_read_without_running_it(record: Path, compress: 
         (record / "train_gpt.py").write_bytes(b'%bexec(decompress(%b.encode("latin1")))' % (LATIN1, literal))
         assert rule in verdicts(record, verdict)
     (record / "train_gpt.py").write_text(f"exec(f(b85decode('{'0' * 2000}')))")
-    assert "compressed in an unknown way" in verdicts(record, Verdict.UNSEEN)[rule]
+    assert "compressed in an unknown way" in verdicts(record, Verdict.UNKNOWN)[rule]
 
 
 def test_missing_keys_and_files(record: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_log_that_ends_without_a_sound_score(record: Path, number: str) -> Non
     edit(record / "train_seed1337.log", f"val_bpb:{RUNS['1337'][0]:.8f}", f"val_bpb:{number}")
     assert failures(record)["logs run to their final score"] == "none in train_seed1337.log"
     # what stands in the json is then what is judged
-    assert read_evidence(record).result("1337")["val_bpb"] == RUNS["1337"][0]
+    assert read_record_folder(record).result("1337")["val_bpb"] == RUNS["1337"][0]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_what_is_no_number_in_the_json_is_not_there(record: Path, value: object)
     assert found.pop("code that is counted") == "no bytes_code in submission.json, the logs say 83,119"
     # an empty list or object is a missing key
     assert set(found) <= {"the 14 common keys of submission.json"}
-    assert "every token scored once" in verdicts(record, Verdict.HOLDS)
+    assert "every token scored once" in verdicts(record, Verdict.PASSES)
 
 
 @pytest.mark.parametrize("text", ["0.123456789012345", "1.0865547" + "1" * 40, "9" * 5000], ids=["15", "47", "5000"])
@@ -176,6 +176,6 @@ def test_a_foreign_folder_with_a_readme_alone(tmp_path: Path, capsys: pytest.Cap
 
 def test_what_is_no_record_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        read_evidence(tmp_path / "none")
+        read_record_folder(tmp_path / "none")
     with pytest.raises(UserError, match="not a record: neither"):
-        read_evidence(tmp_path)
+        read_record_folder(tmp_path)

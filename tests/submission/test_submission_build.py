@@ -24,17 +24,17 @@ from train.run.folder import RunFolder
 from train.single_file.code_size import counted_code_bytes
 from train.single_file.pack import FORMS
 from train.submission import build
-from train.submission import readme as writeup
+from train.submission import readme as record_readme
 from train.submission.__main__ import main
-from train.submission.build import Labels, build_record, recipe_settings
-from train.submission.check import judge
-from train.submission.record_folder import read_evidence
+from train.submission.build import RecordDetails, build_record, recipe_settings
+from train.submission.check import apply_rules
+from train.submission.record_folder import read_record_folder
 from train.submission.record_scores import find_base
 from train.submission.rules.finding import Finding, Verdict
 from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
 from train.submission.summary import Summary
 
-LABELS = Labels("Ada", "ada", "", "", "10min_16mb")
+DETAILS = RecordDetails("Ada", "ada", "", "", "10min_16mb")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def runs(narrow_runs: list[Path]) -> list[Path]:
 @pytest.fixture(scope="module")
 def record(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("records") / "mine"
-    build_record(runs, out, LABELS)
+    build_record(runs, out, DETAILS)
     return out
 
 
@@ -59,12 +59,12 @@ def no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_check_passes_but_for_what_a_laptop_cannot_meet(record: Path) -> None:
-    findings = judge(read_evidence(record))
+    findings = apply_rules(read_record_folder(record))
     assert [item.rule for item in findings if item.verdict is Verdict.FAILS] == [
         "hardware",
         "the challenge's validation text",
     ]
-    assert [item.rule for item in findings if item.verdict is Verdict.UNSEEN] == []
+    assert [item.rule for item in findings if item.verdict is Verdict.UNKNOWN] == []
 
 
 def test_the_numbers_are_those_of_the_runs(record: Path, runs: list[Path]) -> None:
@@ -115,11 +115,11 @@ def test_the_readme_tells_it_to_the_last_digit(record: Path) -> None:
 def test_the_readme_says_which_runs_were_resumed(runs: list[Path]) -> None:
     first, second, third = read_runs(runs)
     resumed = [replace(run, summary=replace(run.summary, resumed=[2, 3])) for run in (second, third)]
-    note = writeup._times([first, *resumed])[-1]
+    note = record_readme._times([first, *resumed])[-1]
     said = "training was resumed at steps 2, 3: train is its clock alone."
     clock = "The training clock holds the steps alone; what is calibrated on training data comes behind it and counts with it."
     assert note == f"{clock} Seed 314: {said} Seed 999: {said}"
-    assert writeup._times([*resumed, first])[-1] == note and writeup._times([first])[-1] == clock
+    assert record_readme._times([*resumed, first])[-1] == note and record_readme._times([first])[-1] == clock
 
 
 def test_the_settings_in_the_script_are_those_of_the_run(record: Path, runs: list[Path]) -> None:
@@ -157,7 +157,7 @@ def test_the_script_knows_no_name_and_is_as_large_as_the_run_counted(
     config = RunFolder(runs[0]).read_config()
     scripts = []
     for number, name in enumerate(["", "one\\", '"""\nraise SystemExit("run")\n"""']):
-        build_record(runs[:1], tmp_path / f"{number}", replace(LABELS, name=name), single_file=form)
+        build_record(runs[:1], tmp_path / f"{number}", replace(DETAILS, name=name), single_file=form)
         submission = json.loads((tmp_path / f"{number}/submission.json").read_text())
         assert submission["name"] == name or not name
         assert (tmp_path / f"{number}/README.md").read_text().startswith(f"# {name}")
@@ -181,7 +181,7 @@ def test_a_run_that_ended_before_its_recurrence_counts_the_script_that_is_shippe
     folder = walk(config)
     sizes = [counted_code_bytes(settings) for settings in (folder.read_config(), folder.trained_config())]
     assert sizes[0] != sizes[1]
-    build_record([folder.path], tmp_path / "mine", LABELS, single_file="plain")
+    build_record([folder.path], tmp_path / "mine", DETAILS, single_file="plain")
     shipped = (tmp_path / "mine/train_gpt.py").stat().st_size
     assert Summary.read(folder.summary).bytes_code == shipped == sizes[0]
     text = (folder.path / "train_seed42.log").read_text()
@@ -195,20 +195,20 @@ def test_a_run_that_ended_before_its_recurrence_counts_the_script_that_is_shippe
 def test_a_base_is_compared_in_settings_and_scores(
     runs: list[Path], record: Path, tmp_path: Path, no_proof: None
 ) -> None:
-    build_record(runs, tmp_path / "a", LABELS, base=find_base("1019"))
+    build_record(runs, tmp_path / "a", DETAILS, base=find_base("1019"))
     text = (tmp_path / "a/README.md").read_text()
     assert "## What is different from #1019" in text and "In words" not in text
     assert re.search(
         r"Not compared: scored on different texts, .* tokens that are not the challenge's .*, #1019 on", text
     )
-    build_record(runs, tmp_path / "b", LABELS, base=find_base("sp8192_sdclip"))
+    build_record(runs, tmp_path / "b", DETAILS, base=find_base("sp8192_sdclip"))
     assert "| `vocab_size` | 8192 | 512 |" in (tmp_path / "b/README.md").read_text()
     base = find_base(str(record))
-    assert base.standing is not None and base.settings is not None and base.settings["model_dim"] == 32
-    build_record(runs, tmp_path / "same", LABELS, base=base)
+    assert base.scores is not None and base.settings is not None and base.settings["model_dim"] == 32
+    build_record(runs, tmp_path / "same", DETAILS, base=base)
     text = (tmp_path / "same/README.md").read_text()
     assert "Both are scored on " in text and "In words: A clears the bar in no reading." in text
-    build_record(runs[:1], tmp_path / "c", LABELS, base=base)
+    build_record(runs[:1], tmp_path / "c", DETAILS, base=base)
     text = (tmp_path / "c/README.md").read_text()
     assert "No setting." in text and "In words" not in text and "over 1 seed," in text
     with pytest.raises(UserError, match=r"base: .*neither a record's folder.*nor a recipe \(baseline"):
@@ -229,13 +229,13 @@ def test_a_label_stands_in_readme_and_json_and_the_check_finds_it(
         return found
 
     monkeypatch.setattr(build, "read_runs", labelled)
-    build_record(runs, tmp_path / "mine", LABELS)
+    build_record(runs, tmp_path / "mine", DETAILS)
     submission = json.loads((tmp_path / "mine/submission.json").read_text())
     assert submission["label"] == NOT_COMPLIANT and submission["blurb"].startswith(NOT_COMPLIANT)
     assert submission["bytes_total"] == submission["bytes_model"] + submission["bytes_code"] + 4388
     text = (tmp_path / "mine/README.md").read_text()
     assert text.splitlines()[0].endswith(f"({NOT_COMPLIANT})") and "| paid prefix | 4,388 |" in text
-    findings = judge(read_evidence(tmp_path / "mine"))
+    findings = apply_rules(read_record_folder(tmp_path / "mine"))
     assert "no validation tokens in the artifact" in [item.rule for item in findings if item.verdict is Verdict.FAILS]
 
 
@@ -262,12 +262,12 @@ def test_command_says_what_it_made_and_which_rules_fail(
         main(arguments)
 
 
-@pytest.mark.parametrize(("verdicts", "code"), [("HOLDS UNSEEN", 0), ("UNSEEN FAILS HOLDS", 1)])
+@pytest.mark.parametrize(("verdicts", "code"), [("PASSES UNKNOWN", 0), ("UNKNOWN FAILS PASSES", 1)])
 def test_command_ends_as_the_folder_is_judged(
     runs: list[Path], tmp_path: Path, no_proof: None, monkeypatch: pytest.MonkeyPatch, verdicts: str, code: int
 ) -> None:
     findings = [Finding("a rule", Verdict[name], "a value") for name in verdicts.split()]
-    monkeypatch.setattr("train.submission.check.judge", lambda evidence: findings)
+    monkeypatch.setattr("train.submission.check.apply_rules", lambda evidence: findings)
     assert main(["build", str(runs[0]), "--out", str(tmp_path / "mine")]) == code
     assert (tmp_path / "mine/train_gpt.py").exists()
 
@@ -277,7 +277,7 @@ def test_an_unfinished_run_is_named_and_leaves_nothing(runs: list[Path], tmp_pat
     broken = copies(runs, tmp_path / "runs")
     (broken[1] / missing).unlink()
     with pytest.raises(UserError, match=rf"seed314/{re.escape(missing)}: (missing|no such file)"):
-        build_record(broken, tmp_path / "records/mine", LABELS)
+        build_record(broken, tmp_path / "records/mine", DETAILS)
     assert not list(tmp_path.glob("records/*")) and not list(tmp_path.glob("records/.*"))
 
 
@@ -305,9 +305,9 @@ def test_runs_that_do_not_belong_together_are_named(runs: list[Path], tmp_path: 
     with pytest.raises(
         UserError, match=r"seed314: not of one record with .*seed42: recipe is baseline, there quickstart, matrix_lr"
     ):
-        build_record(broken, tmp_path / "mine", LABELS)
+        build_record(broken, tmp_path / "mine", DETAILS)
     with pytest.raises(UserError, match=r"seed 42: both of .*give one run per seed"):
-        build_record([runs[0], runs[0]], tmp_path / "mine", LABELS)
+        build_record([runs[0], runs[0]], tmp_path / "mine", DETAILS)
     assert not (tmp_path / "mine").exists()
 
 
@@ -319,7 +319,7 @@ def test_a_script_that_scores_otherwise_stops_the_build(
     with pytest.raises(
         UserError, match=r"train_gpt\.py: scores the artifact of .* as 1\.50000000, the package as 1\.00000000"
     ):
-        build_record(runs[:1], tmp_path / "mine", LABELS)
+        build_record(runs[:1], tmp_path / "mine", DETAILS)
     assert list(tmp_path.iterdir()) == []
 
 

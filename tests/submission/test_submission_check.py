@@ -78,9 +78,9 @@ def test_validation_tokens_in_the_artifact(record: Path, file: str, text: str) -
     [
         ("After training we fine-tune the model on validation data.", Verdict.FAILS),
         ("A val-only run.", Verdict.FAILS),
-        ("It is never trained on validation data.", Verdict.HOLDS),
-        ("Test-time training on validation tokens that were already scored.", Verdict.UNSEEN),
-        ("Trained on the training set, scored on the validation set.", Verdict.HOLDS),
+        ("It is never trained on validation data.", Verdict.PASSES),
+        ("Test-time training on validation tokens that were already scored.", Verdict.UNKNOWN),
+        ("Trained on the training set, scored on the validation set.", Verdict.PASSES),
     ],
 )
 def test_validation_tokens_in_training(record: Path, text: str, verdict: Verdict) -> None:
@@ -107,9 +107,9 @@ def test_calibration_outside_the_clock(record: Path) -> None:
 def test_calibration_that_nobody_timed_is_not_seen(record: Path) -> None:
     for seed in RUNS:
         edit(record / f"train_seed{seed}.log", "gptq:calibrated", "something else:")
-    assert "training and calibration on training data" in verdicts(record, Verdict.UNSEEN)
+    assert "training and calibration on training data" in verdicts(record, Verdict.UNKNOWN)
     edit(record / "train_seed42.log", "something else:", "gptq:generated 64 sequences in 196.0s, something else:")
-    assert "generated text" in verdicts(record, Verdict.HOLDS)["training and calibration on training data"]
+    assert "generated text" in verdicts(record, Verdict.PASSES)["training and calibration on training data"]
 
 
 def test_evaluation_clock(record: Path) -> None:
@@ -175,8 +175,10 @@ def test_bytes_per_token_of_no_published_tokenizer_are_not_seen(record: Path) ->
     (record / "submission.json").write_text(json.dumps({"val_loss": 2.0, "val_bpb": 1.0}))
     for seed in RUNS:
         (record / f"train_seed{seed}.log").unlink()
-    unseen = verdicts(record, Verdict.UNSEEN)
-    assert {"tokenizer counts bytes right", "the challenge's validation text", "every token scored once"} <= set(unseen)
+    unknown = verdicts(record, Verdict.UNKNOWN)
+    assert {"tokenizer counts bytes right", "the challenge's validation text", "every token scored once"} <= set(
+        unknown
+    )
 
 
 def test_hardware(record: Path) -> None:
@@ -202,7 +204,7 @@ def test_code_that_is_counted_is_code_that_is_shipped(record: Path) -> None:
     for _, model, _, _ in RUNS.values():
         edit(record / "README.md", f"{model + CODE:,}", f"{model + 76_450:,}")
     assert not failures(record)
-    assert verdicts(record, Verdict.HOLDS)["code that is counted"] == "76,450; the runs logged 83,119"
+    assert verdicts(record, Verdict.PASSES)["code that is counted"] == "76,450; the runs logged 83,119"
 
 
 # model, other parts, code, total of published records; #1392 with the code of its README and with the logged one
@@ -232,7 +234,7 @@ def test_published_totals_are_judged_from_their_parts(
     values = {"bytes_model": model, "bytes_code": code, "bytes_total": total, "bytes_paid_prefix": other}
     (tmp_path / "submission.json").write_text(json.dumps(values))
     found = failures(tmp_path)
-    assert "total = model + code" in verdicts(tmp_path, Verdict.HOLDS)
+    assert "total = model + code" in verdicts(tmp_path, Verdict.PASSES)
     assert ("code and model together" in found) == (total > 16_000_000)
     # a prefix that nobody names is so many bytes too many
     (tmp_path / "submission.json").write_text(json.dumps({**values, "bytes_paid_prefix": 0, "bytes_total": total + 1}))
@@ -255,7 +257,7 @@ def test_published_pairs_name_their_validation_text(
     assert loss / math.log(2) * tokens / size == pytest.approx(bpb, abs=1.2e-8)
     assert round(size / tokens, 7) == bytes_per_token
     (tmp_path / "submission.json").write_text(json.dumps({"val_loss": loss, "val_bpb": bpb}))
-    held = verdicts(tmp_path, Verdict.HOLDS)
+    held = verdicts(tmp_path, Verdict.PASSES)
     assert held["the challenge's validation text"].endswith(f"bytes per token: {name}")
     assert name in held["every token scored once"] and name in held["tokenizer counts bytes right"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from train.common.errors import UserError
 from train.submission.__main__ import main
-from train.submission.record_scores import Standing, exact_score, find_standing
+from train.submission.record_scores import RecordScores, exact_score, find_scores
 from train.submission.statistics import bar_bpb, comparison_text, readings, welch
 
 
@@ -42,22 +42,22 @@ def straight_welch(a, b, margin):
     ],
 )
 def test_published_statistics_are_reproduced(ours, theirs, t, df):
-    a = ours if isinstance(ours, tuple) else find_standing(ours).val_bpb
-    result = welch(a, find_standing(theirs).val_bpb)
+    a = ours if isinstance(ours, tuple) else find_scores(ours).val_bpb
+    result = welch(a, find_scores(theirs).val_bpb)
     assert result.t == pytest.approx(t, abs=5.1e-5) and result.df == pytest.approx(df, abs=5.1e-5)
 
 
 def test_published_means_deviations_and_p():
-    ours, theirs = find_standing("1392"), find_standing("#1019")
+    ours, theirs = find_scores("1392"), find_scores("#1019")
     assert round(statistics.fmean(ours.val_bpb), 10) == 1.1020347333
     assert round(statistics.stdev(ours.val_bpb), 8) == 0.00114386
-    assert round(statistics.fmean(find_standing("1471").val_bpb), 10) == 1.0865547233
-    assert round(statistics.stdev(find_standing("1471").val_bpb), 8) == 0.00070236
+    assert round(statistics.fmean(find_scores("1471").val_bpb), 10) == 1.0865547233
+    assert round(statistics.stdev(find_scores("1471").val_bpb), 8) == 0.00070236
     assert (round(statistics.fmean(theirs.val_loss), 8), round(statistics.stdev(theirs.val_loss), 8)) == (
         1.88217853,
         0.00059750,
     )
-    runs = find_standing("122")
+    runs = find_scores("122")
     assert (round(statistics.fmean(runs.val_bpb), 8), round(statistics.stdev(runs.val_bpb), 8)) == (
         1.16027254,
         0.00145697,
@@ -87,7 +87,7 @@ def test_against_the_formula_and_an_integral(sizes, margin):
 
 
 def test_readings_shift_the_null_hypothesis_by_the_bar():
-    ours, theirs = find_standing("1019"), find_standing("549")
+    ours, theirs = find_scores("1019"), find_scores("549")
     tests = {reading.name.split(" of ")[0]: reading for reading in readings(ours, theirs)}
     assert list(tests) == ["nats per token", "nats per byte", "bits per byte"]
     bars = [0.005 / (math.log(2) * ours.bytes_per_token), 0.005 / math.log(2), 0.005]
@@ -95,28 +95,28 @@ def test_readings_shift_the_null_hypothesis_by_the_bar():
         assert reading.test.t == pytest.approx(straight_welch(ours.val_bpb, theirs.val_bpb, bar)[0], rel=1e-9)
         assert reading.bar_bpb == pytest.approx(bar, rel=1e-12)
     # the improvement of 0.00784 nats per token is 0.00322 nats per byte: the readings part
-    assert [reading.holds for reading in tests.values()] == [True, False, False]
+    assert [reading.passes for reading in tests.values()] == [True, False, False]
 
 
 def test_a_test_on_losses_has_the_same_t_within_one_tokenizer():
-    theirs = find_standing("1019")
+    theirs = find_scores("1019")
     loss = tuple(value * math.log(2) * theirs.bytes_per_token for value in (1.1031, 1.1036, 1.1039))
-    ours = Standing("ours", (), (1.1031, 1.1036, 1.1039), loss)
+    ours = RecordScores("ours", (), (1.1031, 1.1036, 1.1039), loss)
     assert len(readings(ours, theirs)) == 3
     assert welch(ours.val_loss, theirs.val_loss, 0.005).t == pytest.approx(readings(ours, theirs)[0].test.t, rel=1e-5)
 
 
 def test_words_name_both_tokenizers_and_what_holds():
-    ours = Standing("ours", ("1", "2", "3"), (1.1015, 1.1018, 1.1021), (2.5345, 2.5352, 2.5359))
-    text = comparison_text(ours, find_standing("1019"))
+    ours = RecordScores("ours", ("1", "2", "3"), (1.1015, 1.1018, 1.1021), (2.5345, 2.5352, 2.5359))
+    text = comparison_text(ours, find_scores("1019"))
     assert "nats per token of #1019 (2.4359 bytes)" in text and "nats per token of ours (3.3196 bytes)" in text
     assert "A is better by 0.01293509 bits per byte." in text
     assert text.endswith("In words: A clears the bar in every reading.")
-    worse = comparison_text(find_standing("1019"), find_standing("1392"))
+    worse = comparison_text(find_scores("1019"), find_scores("1392"))
     assert "A is not better: it needs 0.01270036 bits per byte more than B." in worse
     assert worse.endswith("A clears the bar in no reading.")
-    unseen = comparison_text(find_standing("1471"), find_standing("1392"))
-    assert "nats per token: not seen" in unseen
+    unknown = comparison_text(find_scores("1471"), find_scores("1392"))
+    assert "nats per token: not seen" in unknown
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,13 @@ final_int6_sliding_window_exact val_loss:1.90000000 val_bpb:{bpb:.8f}
 def test_scores_come_from_the_json_or_else_from_the_logs(tmp_path: Path):
     for seed, bpb in ((42, 1.10327377), (314, 1.10181145), (999, 1.10101898)):
         (tmp_path / f"train_seed{seed}.log").write_text(LOG.format(seed=seed, bpb=bpb))
-    logs = find_standing(str(tmp_path))
+    logs = find_scores(str(tmp_path))
     assert logs.val_bpb == (1.10181145, 1.10327377, 1.10101898) and logs.seeds == ("314", "42", "999")
     assert logs.val_loss == (1.9, 1.9, 1.9)
     results = {"7": {"val_bpb": 1.5}, "8": {"val_bpb": 1.6, "val_loss": 2.0}}
     (tmp_path / "submission.json").write_text(json.dumps({"seed_results": results}))
     for name in (str(tmp_path), str(tmp_path / "submission.json")):
-        assert find_standing(name) == Standing(name, ("7", "8"), (1.5, 1.6))
+        assert find_scores(name) == RecordScores(name, ("7", "8"), (1.5, 1.6))
 
 
 def test_the_score_of_a_log_is_its_last_exact_one():
@@ -163,26 +163,26 @@ def test_the_score_of_a_log_is_its_last_exact_one():
 def test_scores_that_are_no_numbers_are_refused(tmp_path: Path, number: str):
     (tmp_path / "submission.json").write_text(f'{{"seed_results": {{"1": {{"val_bpb": {number}}}}}}}')
     with pytest.raises(UserError, match="seed 1: expected a val_bpb"):
-        find_standing(str(tmp_path))
+        find_scores(str(tmp_path))
     (tmp_path / "submission.json").unlink()
     (tmp_path / "a.log").write_text("final_int6_roundtrip_exact val_loss:nan val_bpb:nan\n")
     with pytest.raises(UserError, match=r"a\.log: no final score"):
-        find_standing(str(tmp_path))
+        find_scores(str(tmp_path))
 
 
 def test_what_holds_no_scores_is_named(tmp_path: Path):
     with pytest.raises(UserError, match="neither a record's folder, nor"):
-        find_standing("records/none")
+        find_scores("records/none")
     with pytest.raises(UserError, match=r"expected scores per seed .*, nor a log"):
-        find_standing(str(tmp_path))
+        find_scores(str(tmp_path))
     (tmp_path / "train_seed1.log").write_text("seed:1\nstep:1/2 train_loss")
     with pytest.raises(UserError, match=r"train_seed1\.log: no final score in it"):
-        find_standing(str(tmp_path))
+        find_scores(str(tmp_path))
     file = tmp_path / "submission.json"
     for results, fragment in (([1], "seed_results: expected an object"), ({"1": {}}, "seed 1: expected a val_bpb")):
         file.write_text(json.dumps({"seed_results": results}))
         with pytest.raises(UserError, match=fragment):
-            find_standing(str(tmp_path))
+            find_scores(str(tmp_path))
 
 
 def test_command_prints_the_comparison(capsys):

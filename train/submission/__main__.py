@@ -48,39 +48,39 @@ def _code(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from train.submission.record_scores import find_standing
+    from train.submission.record_scores import find_scores
     from train.submission.statistics import comparison_text
 
-    print(comparison_text(find_standing(arguments.a), find_standing(arguments.b)))
+    print(comparison_text(find_scores(arguments.a), find_scores(arguments.b)))
     return 0
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from train.submission.build import Labels, build_record
-    from train.submission.check import exit_code, judge, summary_lines
+    from train.submission.build import RecordDetails, build_record
+    from train.submission.check import apply_rules, exit_code, summary_lines
     from train.submission.record import git_setting
-    from train.submission.record_folder import read_evidence
+    from train.submission.record_folder import read_record_folder
     from train.submission.record_scores import find_base
 
     author = git_setting("user.name") if arguments.author is None else arguments.author
     github_id = git_setting("github.user") if arguments.github_id is None else arguments.github_id
-    labels = Labels(author, github_id, arguments.name or "", arguments.blurb or "", arguments.track)
+    details = RecordDetails(author, github_id, arguments.name or "", arguments.blurb or "", arguments.track)
     base = find_base(arguments.base) if arguments.base else None
-    proof = build_record(arguments.runs, arguments.out, labels, single_file=arguments.single_file or "", base=base)
+    proof = build_record(arguments.runs, arguments.out, details, single_file=arguments.single_file or "", base=base)
     size = json.loads((arguments.out / "submission.json").read_text())["bytes_code"]
     print(f"{arguments.out}: {', '.join(sorted(path.name for path in arguments.out.iterdir()))}")
     print(f"code: {size:,} bytes; {proof}")
-    findings = judge(read_evidence(arguments.out))
+    findings = apply_rules(read_record_folder(arguments.out))
     print("\n".join(summary_lines(findings)))
     return exit_code(findings)
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from train.submission.check import exit_code, judge, judgement_text
-    from train.submission.record_folder import read_evidence
+    from train.submission.check import apply_rules, check_text, exit_code
+    from train.submission.record_folder import read_record_folder
 
-    findings = judge(read_evidence(arguments.folder))
-    print(judgement_text(findings))
+    findings = apply_rules(read_record_folder(arguments.folder))
+    print(check_text(findings))
     return exit_code(findings)
 
 
@@ -98,7 +98,7 @@ def _dashboard(arguments: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train.submission",
-        description="Turn finished runs into records, and judge them.",
+        description="Turn finished runs into records, and apply_rules them.",
         epilog="examples:\n  python -m train.submission record runs/quickstart_20260101-120000\n"
         "  python -m train.submission compare records/mine 1019\n\n"
         "`python -m train.submission COMMAND --help` explains a command.",
@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
 
     check = command(
         "check",
-        "judge a record folder, ours or another's, by the rules",
+        "apply_rules a record folder, ours or another's, by the rules",
         "Each rule as a line: verdict, rule, what was found, limit. Exit code 0 if none fails, 1 if one does. What the "
         "README, the json and the logs do not show is said, not guessed.",
         "check records/mine",

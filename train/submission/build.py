@@ -22,7 +22,7 @@ from train.config import Config
 from train.data.validation import load_validation
 from train.single_file.code_size import decoded
 from train.single_file.pack import as_literal, pack, recipe_settings, script_modules, script_settings
-from train.submission.readme import writeup
+from train.submission.readme import record_readme
 from train.submission.record import evaluation, form
 from train.submission.record_folder import mean_and_deviation
 from train.submission.record_scores import Base
@@ -34,7 +34,7 @@ _CODEC_PACKAGES = {"brotli": "brotli", "zstd": "zstandard", "ans": "constriction
 
 
 @dataclass(frozen=True)
-class Labels:
+class RecordDetails:
     """What people say about a record.
 
     Attributes:
@@ -52,14 +52,14 @@ class Labels:
 
 
 def build_record(
-    paths: Sequence[Path], out: Path, labels: Labels, *, single_file: str = "", base: Base | None = None
+    paths: Sequence[Path], out: Path, details: RecordDetails, *, single_file: str = "", base: Base | None = None
 ) -> str:
     """Write a record folder.
 
     Args:
         paths: finished runs, one per seed.
         out: the folder, which must not exist.
-        labels: what people say about it.
+        details: what people say about it.
         single_file: form of the one-file script, see `train.single_file.pack`; empty: the modules in folders beside
             it.
         base: what the settings and scores are compared with; None: the recipe.
@@ -80,14 +80,15 @@ def build_record(
         write_script(folder, started, single_file)
         proof = prove(folder, runs[0])
         code_bytes = sum(path.stat().st_size for path in folder.rglob("*.py"))
-        submission = record_json(runs, labels, code_bytes)
+        submission = record_json(runs, details, code_bytes)
         for run in runs:
             shutil.copyfile(run.log_path, folder / f"train_seed{run.seed}.log")
         _write_json(folder / "config.json", {"recipe": started.recipe, **recipe_settings(started)})
         _write_json(folder / "submission.json", submission)
         atomic_write(folder / "requirements.txt", requirements(folder, started))
         atomic_write(
-            folder / "README.md", writeup(runs, submission, single_file, base or Base.of_recipe(runs[0].config), proof)
+            folder / "README.md",
+            record_readme(runs, submission, single_file, base or Base.of_recipe(runs[0].config), proof),
         )
         folder.chmod(0o755)
         os.rename(folder, out)
@@ -97,7 +98,7 @@ def build_record(
     return proof
 
 
-def record_json(runs: Sequence[FinishedRun], labels: Labels, code_bytes: int) -> dict[str, Any]:
+def record_json(runs: Sequence[FinishedRun], details: RecordDetails, code_bytes: int) -> dict[str, Any]:
     """submission.json: the 14 common keys, then what the rule check reads. Sizes count the script that is shipped."""
     results = {run.seed: _seed_result(run, code_bytes) for run in runs}
     # means of what is written, so that they can be computed again from it
@@ -117,12 +118,12 @@ def record_json(runs: Sequence[FinishedRun], labels: Labels, code_bytes: int) ->
         "validation_tokens": len(load_validation(first.config).tokens) - 1,
     }
     return {
-        "author": labels.author,
-        "github_id": labels.github_id,
-        "name": labels.name or first.config.recipe,
-        "blurb": labels.blurb or _blurb(runs, bpb, bytes_total),
+        "author": details.author,
+        "github_id": details.github_id,
+        "name": details.name or first.config.recipe,
+        "blurb": details.blurb or _blurb(runs, bpb, bytes_total),
         "date": max(run.summary.date for run in runs)[:10],
-        "track": labels.track,
+        "track": details.track,
         "val_loss": round(loss, 8),
         "val_bpb": round(bpb, 8),
         "val_bpb_std": None if bpb_std is None else round(bpb_std, 8),

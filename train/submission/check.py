@@ -1,6 +1,6 @@
 """The rules of Parameter Golf, each judged from what a record folder shows: value, limit, verdict.
 
-A rule is a function from `Evidence` to a `Finding`. A rule about which a folder shows nothing is "not seen", which is
+A rule is a function from `RecordFolder` to a `Finding`. A rule about which a folder shows nothing is "not seen", which is
 no failure, but is said.
 """
 
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from train.submission.record_folder import Evidence
+from train.submission.record_folder import RecordFolder
 from train.submission.rules import agreement, clock, contents, scoring, size, validation
 from train.submission.rules.finding import Finding, Verdict
 
 # in the order in which a reader of a record asks
-RULES: tuple[Callable[[Evidence], Finding], ...] = (
+RULES: tuple[Callable[[RecordFolder], Finding], ...] = (
     contents.files,
     contents.keys,
     contents.seeds,
@@ -37,12 +37,12 @@ RULES: tuple[Callable[[Evidence], Finding], ...] = (
 )
 
 
-def judge(evidence: Evidence) -> list[Finding]:
+def apply_rules(record: RecordFolder) -> list[Finding]:
     """Apply every rule."""
-    return [rule(evidence) for rule in RULES]
+    return [rule(record) for rule in RULES]
 
 
-def judgement_text(findings: list[Finding]) -> str:
+def check_text(findings: list[Finding]) -> str:
     """A line per rule, then what failed and what could not be seen."""
     width = max(len(finding.rule) for finding in findings)
     lines = [f"{finding.verdict.value:<8} {finding.rule:<{width}}  {finding.value}" for finding in findings]
@@ -56,11 +56,11 @@ def judgement_text(findings: list[Finding]) -> str:
 def summary_lines(findings: list[Finding]) -> list[str]:
     """How many rules hold, which fail, and about which nothing could be seen."""
     counts = {verdict: [item.rule for item in findings if item.verdict is verdict] for verdict in Verdict}
-    lines = [f"{len(counts[Verdict.HOLDS])} of {len(findings)} rules hold."]
+    lines = [f"{len(counts[Verdict.PASSES])} of {len(findings)} rules hold."]
     if counts[Verdict.FAILS]:
         lines.append(f"Failed: {'; '.join(counts[Verdict.FAILS])}.")
-    if counts[Verdict.UNSEEN]:
-        lines.append(f"Could not be seen: {'; '.join(counts[Verdict.UNSEEN])}.")
+    if counts[Verdict.UNKNOWN]:
+        lines.append(f"Could not be seen: {'; '.join(counts[Verdict.UNKNOWN])}.")
     return lines
 
 

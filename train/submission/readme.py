@@ -9,7 +9,7 @@ from typing import Any
 from train.common.wording import counted
 from train.config import LOCAL
 from train.submission.record import evaluation, form
-from train.submission.record_scores import Base, Standing, scored_text
+from train.submission.record_scores import Base, RecordScores, scored_text
 from train.submission.runs import FinishedRun
 from train.submission.statistics import comparison_text, incomparable
 from train.submission.summary import STAGES, resumed_note
@@ -22,7 +22,9 @@ _FORM_NAMES = {
 }
 
 
-def writeup(runs: Sequence[FinishedRun], submission: dict[str, Any], single_file: str, base: Base, proof: str) -> str:
+def record_readme(
+    runs: Sequence[FinishedRun], submission: dict[str, Any], single_file: str, base: Base, proof: str
+) -> str:
     """The README.
 
     Args:
@@ -112,12 +114,12 @@ def _differences(run: FinishedRun, submission: dict[str, Any], base: Base) -> li
     lines = _table(("setting", named.name, "here"), changed)
     if not changed:
         lines = ["No setting."] if named is base else [none]
-    if base.standing is not None and len(submission["seeds"]) > 1:
+    if base.scores is not None and len(submission["seeds"]) > 1:
         results = submission["seed_results"]
         bpb, loss = (tuple(result[name] for result in results.values()) for name in ("val_bpb", "val_loss"))
-        ours = Standing(submission["name"], tuple(results), bpb, loss, scored_text(submission))
-        reason = incomparable(ours, base.standing)
-        compared = [f"Not compared: {reason}."] if reason else ["```", comparison_text(ours, base.standing), "```"]
+        ours = RecordScores(submission["name"], tuple(results), bpb, loss, scored_text(submission))
+        reason = incomparable(ours, base.scores)
+        compared = [f"Not compared: {reason}."] if reason else ["```", comparison_text(ours, base.scores), "```"]
         lines += ["", *compared]
     return lines
 

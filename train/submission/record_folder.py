@@ -41,7 +41,7 @@ class LogFile:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class RecordFolder:
     """A record folder as it is on the disk.
 
     Attributes:
@@ -132,7 +132,7 @@ def logged_numbers(log: LogFile) -> Numbers:
     return {name: value for name, value in values.items() if is_number(value)}
 
 
-def read_evidence(path: Path) -> Evidence:
+def read_record_folder(path: Path) -> RecordFolder:
     """Read a record folder, ours or another's.
 
     Raises:
@@ -152,7 +152,7 @@ def read_evidence(path: Path) -> Evidence:
     if not (readme.is_file() or submission or problem or logs):
         raise UserError(f"{path}: not a record: neither README.md nor submission.json nor a log in it")
     text = readme.read_text(errors="replace") if readme.is_file() else ""
-    return Evidence(path, text, submission, problem, tuple(logs), scripts)
+    return RecordFolder(path, text, submission, problem, tuple(logs), scripts)
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:

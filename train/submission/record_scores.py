@@ -75,7 +75,7 @@ _PUBLISHED: dict[str, tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...
 
 
 @dataclass(frozen=True)
-class Standing:
+class RecordScores:
     """A record's scores.
 
     Attributes:
@@ -100,7 +100,7 @@ class Standing:
         return statistics.fmean(self.val_loss) / (statistics.fmean(self.val_bpb) * math.log(2))
 
 
-def find_standing(name: str) -> Standing:
+def find_scores(name: str) -> RecordScores:
     """The scores that a command line names: a record's folder, its submission.json, or a published record's number.
 
     Raises:
@@ -108,7 +108,7 @@ def find_standing(name: str) -> Standing:
     """
     number = name.removeprefix("#")
     if number in _PUBLISHED and not Path(name).exists():
-        return Standing(f"#{number}", *_PUBLISHED[number], text=ScoredText(challenge=True))
+        return RecordScores(f"#{number}", *_PUBLISHED[number], text=ScoredText(challenge=True))
     path = Path(name)
     if not path.exists():
         raise UserError(
@@ -157,7 +157,7 @@ def scored_text(submission: Mapping[str, Any]) -> ScoredText | None:
     return ScoredText(challenge, tokens, row, digest if isinstance(digest, str) else "")
 
 
-def _from_json(name: str, source: Path, submission: Mapping[str, Any]) -> Standing:
+def _from_json(name: str, source: Path, submission: Mapping[str, Any]) -> RecordScores:
     results = submission["seed_results"]
     if not isinstance(results, dict):
         raise UserError(f"{source}: seed_results: expected an object, seed to scores, found {type(results).__name__}")
@@ -167,10 +167,10 @@ def _from_json(name: str, source: Path, submission: Mapping[str, Any]) -> Standi
     losses = [scores.get("val_loss") for scores in results.values()]
     known = all(is_number(loss) for loss in losses)
     scores = tuple(float(scores["val_bpb"]) for scores in results.values())
-    return Standing(name, tuple(results), scores, tuple(losses) if known else (), scored_text(submission))
+    return RecordScores(name, tuple(results), scores, tuple(losses) if known else (), scored_text(submission))
 
 
-def _from_logs(name: str, logs: list[Path]) -> Standing:
+def _from_logs(name: str, logs: list[Path]) -> RecordScores:
     seeds, scores = [], []
     for path in logs:
         log = parse_log(path)
@@ -179,7 +179,7 @@ def _from_logs(name: str, logs: list[Path]) -> Standing:
             raise UserError(f"{path}: no final score in it: the log is cut, or not in Parameter Golf's grammar")
         seeds.append(str(log["facts"].get("seed", path.stem)))
         scores.append(score)
-    return Standing(
+    return RecordScores(
         name, tuple(seeds), tuple(score["val_bpb"] for score in scores), tuple(score["val_loss"] for score in scores)
     )
 
@@ -191,12 +191,12 @@ class Base:
     Attributes:
         name: what to call it.
         settings: field → value; None: not known, as for published scores.
-        standing: its scores; None: a recipe has none.
+        scores: its scores; None: a recipe has none.
     """
 
     name: str
     settings: dict[str, Any] | None = field(default=None)
-    standing: Standing | None = None
+    scores: RecordScores | None = None
 
     @classmethod
     def of_recipe(cls, config: Config) -> Base:
@@ -219,11 +219,11 @@ def find_base(name: str) -> Base:
         # a record's file holds what differs from the defaults, a run's all
         settings = Config.from_dict({"recipe": recipe.name, **values}).to_dict()
     try:
-        standing = find_standing(name)
+        scores = find_scores(name)
     except UserError as error:
         if settings is None:
             raise UserError(f"base: {error}; nor a recipe ({', '.join(recipe_names())})") from error
-        standing = None
+        scores = None
     # one seed has no deviation to test with
-    scored = standing if standing and len(standing.val_bpb) > 1 else None
-    return Base(standing.name if standing else name, settings, scored)
+    scored = scores if scores and len(scores.val_bpb) > 1 else None
+    return Base(scores.name if scores else name, settings, scored)

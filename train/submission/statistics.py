@@ -11,7 +11,7 @@ from scipy import stats
 
 from train.common.errors import UserError
 from train.common.wording import counted
-from train.submission.record_scores import Standing, one_text
+from train.submission.record_scores import RecordScores, one_text
 
 BAR = 0.005
 SIGNIFICANCE = 0.01
@@ -49,7 +49,7 @@ class Reading:
     test: Welch
 
     @property
-    def holds(self) -> bool:
+    def passes(self) -> bool:
         return self.test.p < SIGNIFICANCE
 
 
@@ -81,7 +81,7 @@ def bar_bpb(bytes_per_token: float) -> float:
     return BAR / (math.log(2) * bytes_per_token)
 
 
-def readings(ours: Standing, theirs: Standing) -> list[Reading]:
+def readings(ours: RecordScores, theirs: RecordScores) -> list[Reading]:
     """The test in all readings of the bar, on bits per byte.
 
     Within one tokenizer val_loss = val_bpb · ln 2 · bytes per token, so that a test on losses has the same t. Where the
@@ -96,7 +96,7 @@ def readings(ours: Standing, theirs: Standing) -> list[Reading]:
     return [Reading(name, bar, welch(ours.val_bpb, theirs.val_bpb, bar)) for name, bar in bars]
 
 
-def incomparable(ours: Standing, theirs: Standing) -> str:
+def incomparable(ours: RecordScores, theirs: RecordScores) -> str:
     """Why the scores of two records say nothing about each other; empty: nothing is known against it."""
     same = one_text(ours.text, theirs.text)
     foreign = any(side.text is not None and not side.text.challenge for side in (ours, theirs))
@@ -107,7 +107,7 @@ def incomparable(ours: Standing, theirs: Standing) -> str:
     return f"{reason}, so that the scores say nothing about each other: {', '.join(sides)}"
 
 
-def comparison_text(ours: Standing, theirs: Standing) -> str:
+def comparison_text(ours: RecordScores, theirs: RecordScores) -> str:
     """Two records side by side, Welch's test and the three readings of the bar, in words.
 
     Raises:
@@ -135,25 +135,25 @@ def comparison_text(ours: Standing, theirs: Standing) -> str:
     for reading in tests:
         lines.append(
             f"  {reading.name:<{width}}  = {reading.bar_bpb:.6f} bpb   t = {reading.test.t:9.4f}   p = {reading.test.p:<10.5g}  "
-            f"{'holds' if reading.holds else 'does NOT hold'}"
+            f"{'holds' if reading.passes else 'does NOT hold'}"
         )
     if not (ours.bytes_per_token or theirs.bytes_per_token):
         lines.append("  nats per token: not seen, as neither side gives its val_loss beside its val_bpb")
     return "\n".join([*lines, "", _verdict(tests)])
 
 
-def _side(standing: Standing) -> str:
-    mean, deviation = statistics.fmean(standing.val_bpb), statistics.stdev(standing.val_bpb)
-    loss = f", val_loss {statistics.fmean(standing.val_loss):.8f}" if standing.val_loss else ""
-    seeds = f"seeds {', '.join(standing.seeds)}" if standing.seeds else counted(len(standing.val_bpb), "seed")
-    return f"{standing.name}: val_bpb {mean:.8f} ± {deviation:.8f}{loss} ({seeds})"
+def _side(scores: RecordScores) -> str:
+    mean, deviation = statistics.fmean(scores.val_bpb), statistics.stdev(scores.val_bpb)
+    loss = f", val_loss {statistics.fmean(scores.val_loss):.8f}" if scores.val_loss else ""
+    seeds = f"seeds {', '.join(scores.seeds)}" if scores.seeds else counted(len(scores.val_bpb), "seed")
+    return f"{scores.name}: val_bpb {mean:.8f} ± {deviation:.8f}{loss} ({seeds})"
 
 
 def _verdict(tests: list[Reading]) -> str:
-    names = [reading.name for reading in tests if reading.holds]
+    names = [reading.name for reading in tests if reading.passes]
     if len(names) == len(tests):
         return "In words: A clears the bar in every reading."
     if not names:
         return "In words: A clears the bar in no reading."
-    others = [reading.name for reading in tests if not reading.holds]
+    others = [reading.name for reading in tests if not reading.passes]
     return f"In words: A clears the bar if it is read as {', '.join(names)}, but not as {', '.join(others)}."

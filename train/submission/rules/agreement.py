@@ -7,9 +7,9 @@ from decimal import MAX_PREC, ROUND_DOWN, ROUND_HALF_EVEN, ROUND_HALF_UP, Contex
 
 from train.common.wording import counted
 from train.run.log_grammar import Log
-from train.submission.record_folder import Evidence, logged_numbers, mean_and_deviation
+from train.submission.record_folder import RecordFolder, logged_numbers, mean_and_deviation
 from train.submission.record_scores import is_number
-from train.submission.rules.finding import Finding, fails, holds, judged, unseen
+from train.submission.rules.finding import Finding, fails, pass_if, passes, unknown
 
 _COMPARED = (
     "val_loss",
@@ -30,26 +30,26 @@ _LONG = 6
 _ANY_LENGTH = Context(prec=MAX_PREC)
 
 
-def logs(evidence: Evidence) -> Finding:
+def logs(record: RecordFolder) -> Finding:
     rule = "logs run to their final score"
-    if not evidence.logs:
-        return unseen(rule, "no log")
-    cut = [log.path.name for log in evidence.logs if log.score is None]
-    return judged(rule, not cut, f"none in {', '.join(cut)}" if cut else f"all {len(evidence.logs)}")
+    if not record.logs:
+        return unknown(rule, "no log")
+    cut = [log.path.name for log in record.logs if log.score is None]
+    return pass_if(rule, not cut, f"none in {', '.join(cut)}" if cut else f"all {len(record.logs)}")
 
 
-def json_and_logs(evidence: Evidence) -> Finding:
+def json_and_logs(record: RecordFolder) -> Finding:
     rule = "submission.json agrees with the logs"
-    if not evidence.submission or not evidence.logs:
-        return unseen(rule, "no log" if evidence.submission else "no submission.json")
+    if not record.submission or not record.logs:
+        return unknown(rule, "no log" if record.submission else "no submission.json")
     compared, wrong = 0, []
-    for log in evidence.logs:
-        found = evidence.seed_results.get(log.seed, {})
-        if not found and len(evidence.logs) == 1:
-            scores = {name: evidence.number(name) for name in ("val_loss", "val_bpb")}
+    for log in record.logs:
+        found = record.seed_results.get(log.seed, {})
+        if not found and len(record.logs) == 1:
+            scores = {name: record.number(name) for name in ("val_loss", "val_bpb")}
             found = {name: score for name, score in scores.items() if score is not None}
         measured = logged_numbers(log)
-        if "bytes_code" in measured and measured["bytes_code"] != evidence.number("bytes_code"):
+        if "bytes_code" in measured and measured["bytes_code"] != record.number("bytes_code"):
             # the shipped script is another form of what ran: its total is the sum that the rule on size checks
             measured.pop("artifact_bytes", None)
         for name in _COMPARED:
@@ -60,25 +60,25 @@ def json_and_logs(evidence: Evidence) -> Finding:
     if wrong:
         return fails(rule, "; ".join(wrong))
     if not compared:
-        return unseen(rule, "no seed of the json has a log")
-    return holds(rule, counted(compared, "number"))
+        return unknown(rule, "no seed of the json has a log")
+    return passes(rule, counted(compared, "number"))
 
 
-def means(evidence: Evidence) -> Finding:
+def means(record: RecordFolder) -> Finding:
     """Mean and deviation of the json must be those of its seeds; either deviation is taken."""
     rule = "mean and deviation are those of the seeds"
     wrong, compared = [], 0
     for name in ("val_bpb", "val_loss"):
-        values = [evidence.result(seed).get(name) for seed in evidence.seeds]
+        values = [record.result(seed).get(name) for seed in record.seeds]
         known = [value for value in values if value is not None]
-        stated = evidence.number(name)
+        stated = record.number(name)
         if len(known) != len(values) or not known or stated is None:
             continue
         mean, deviation = mean_and_deviation(known)
         compared += 1
         if not _agree(stated, mean):
             wrong.append(f"{name} {stated}, of the seeds {mean:.8f}")
-        stated = evidence.number(f"{name}_std")
+        stated = record.number(f"{name}_std")
         if deviation is not None and stated is not None:
             compared += 1
             population = deviation * ((len(known) - 1) / len(known)) ** 0.5
@@ -86,21 +86,21 @@ def means(evidence: Evidence) -> Finding:
                 wrong.append(f"{name}_std {stated}, of the seeds {deviation:.8f}")
     if wrong:
         return fails(rule, "; ".join(wrong))
-    return holds(rule, counted(compared, "number")) if compared else unseen(rule, "no scores per seed")
+    return passes(rule, counted(compared, "number")) if compared else unknown(rule, "no scores per seed")
 
 
-def readme(evidence: Evidence) -> Finding:
+def readme(record: RecordFolder) -> Finding:
     """A number in the README that is one digit from a measured one, and no rounding of any, is a slip."""
     rule = "README agrees with json and logs"
-    if not evidence.readme:
-        return unseen(rule, "no README.md")
-    known = _known_numbers(evidence)
+    if not record.readme:
+        return unknown(rule, "no README.md")
+    known = _known_numbers(record)
     if not known:
-        return unseen(rule, "no measured number to compare with")
+        return unknown(rule, "no measured number to compare with")
     precise = {value for value in known if len(value.as_tuple().digits) >= _LONG}
     wrong: list[str] = []
     matched = 0
-    for text in re.findall(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?![\w]|\.\d)", evidence.readme):
+    for text in re.findall(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?![\w]|\.\d)", record.readme):
         plain = text.replace(",", "").rstrip(".")
         decimals = len(plain.partition(".")[2])
         if decimals < 4 and len(plain.partition(".")[0]) < 6:
@@ -112,23 +112,23 @@ def readme(evidence: Evidence) -> Finding:
             near = next((value for value in precise if _one_digit_apart(plain, _written(value, decimals))), None)
             if near is not None:
                 wrong.append(f"{text} in README.md, {_written(near, decimals)} measured")
-    for seed in evidence.seeds:
-        wrong += _row_slips(evidence, seed)
+    for seed in record.seeds:
+        wrong += _row_slips(record, seed)
     if wrong:
         return fails(rule, "; ".join(dict.fromkeys(wrong)))
-    stated = evidence.number("val_bpb")
+    stated = record.number("val_bpb")
     if stated is not None and not matched:
-        return unseen(rule, f"the score {stated} is not in README.md")
-    return holds(rule, f"{counted(matched, 'measured number')} in README.md")
+        return unknown(rule, f"the score {stated} is not in README.md")
+    return passes(rule, f"{counted(matched, 'measured number')} in README.md")
 
 
-def _row_slips(evidence: Evidence, seed: str) -> list[str]:
+def _row_slips(record: RecordFolder, seed: str) -> list[str]:
     """Cells in the seed's rows of tables that are up to two units of their last digit from a score of the seed."""
-    result = evidence.result(seed)
+    result = record.result(seed)
     scores = [Decimal(str(result[name])) for name in ("val_bpb", "val_loss") if name in result]
-    values = [*scores, *(value for log in evidence.logs if log.seed == seed for value in _log_numbers(log.log))]
+    values = [*scores, *(value for log in record.logs if log.seed == seed for value in _log_numbers(log.log))]
     slips = []
-    for row in re.findall(rf"^\|\s*\**{re.escape(seed)}\**\s*\|(.*)\|\s*$", evidence.readme, re.MULTILINE):
+    for row in re.findall(rf"^\|\s*\**{re.escape(seed)}\**\s*\|(.*)\|\s*$", record.readme, re.MULTILINE):
         for cell in re.findall(r"(?<![\w.])\d\.\d{4,5}(?!\d)", row):
             unit = Decimal(1).scaleb(-len(cell.partition(".")[2]))
             if any(_rounds_to(value, cell) for value in values):
@@ -139,15 +139,15 @@ def _row_slips(evidence: Evidence, seed: str) -> list[str]:
     return slips
 
 
-def _known_numbers(evidence: Evidence) -> set[Decimal]:
-    found = {Decimal(str(value)) for value in evidence.submission.values() if is_number(value)}
-    for seed in evidence.seeds:
-        found |= {Decimal(str(value)) for value in evidence.result(seed).values()}
-        found |= {Decimal(str(value)) for value in evidence.seed_results.get(seed, {}).values()}
-    for log in evidence.logs:
+def _known_numbers(record: RecordFolder) -> set[Decimal]:
+    found = {Decimal(str(value)) for value in record.submission.values() if is_number(value)}
+    for seed in record.seeds:
+        found |= {Decimal(str(value)) for value in record.result(seed).values()}
+        found |= {Decimal(str(value)) for value in record.seed_results.get(seed, {}).values()}
+    for log in record.logs:
         found |= _log_numbers(log.log)
     for name in ("val_bpb", "val_loss", "artifact_bytes"):
-        values = [evidence.result(seed)[name] for seed in evidence.seeds if name in evidence.result(seed)]
+        values = [record.result(seed)[name] for seed in record.seeds if name in record.result(seed)]
         if values:
             mean, deviation = mean_and_deviation(values)
             found |= {Decimal(str(value)) for value in (mean, deviation) if value is not None}

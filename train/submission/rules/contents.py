@@ -10,8 +10,8 @@ import re
 import zlib
 
 from train.common.wording import counted
-from train.submission.record_folder import Evidence
-from train.submission.rules.finding import Finding, holds, judged, unseen
+from train.submission.record_folder import RecordFolder
+from train.submission.rules.finding import Finding, pass_if, passes, unknown
 
 KEYS = (
     "author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_bpb_std", "seeds", "seed_results",
@@ -25,71 +25,71 @@ _FOREIGN_VARIABLES = re.compile(
 )
 
 
-def files(evidence: Evidence) -> Finding:
-    missing = [name for name in ("README.md", "submission.json") if not (evidence.path / name).is_file()]
-    missing += [] if evidence.logs else ["a training log"]
-    missing += [] if evidence.script else ["train_gpt.py"]
-    if evidence.problem:
-        missing.append(f"a readable submission.json ({evidence.problem})")
+def files(record: RecordFolder) -> Finding:
+    missing = [name for name in ("README.md", "submission.json") if not (record.path / name).is_file()]
+    missing += [] if record.logs else ["a training log"]
+    missing += [] if record.script else ["train_gpt.py"]
+    if record.problem:
+        missing.append(f"a readable submission.json ({record.problem})")
     value = (
         f"missing: {', '.join(missing)}"
         if missing
-        else f"README.md, submission.json, {counted(len(evidence.logs), 'log')}, script"
+        else f"README.md, submission.json, {counted(len(record.logs), 'log')}, script"
     )
-    return judged("the files of a record", not missing, value)
+    return pass_if("the files of a record", not missing, value)
 
 
-def keys(evidence: Evidence) -> Finding:
+def keys(record: RecordFolder) -> Finding:
     rule = "the 14 common keys of submission.json"
-    if not evidence.submission:
-        return unseen(rule, "no submission.json")
-    missing = [key for key in KEYS if evidence.submission.get(key) in (None, "", [], {})]
-    return judged(rule, not missing, f"missing or empty: {', '.join(missing)}" if missing else "all there")
+    if not record.submission:
+        return unknown(rule, "no submission.json")
+    missing = [key for key in KEYS if record.submission.get(key) in (None, "", [], {})]
+    return pass_if(rule, not missing, f"missing or empty: {', '.join(missing)}" if missing else "all there")
 
 
-def seeds(evidence: Evidence) -> Finding:
-    found = evidence.seeds
-    named = evidence.submission.get("seeds")
+def seeds(record: RecordFolder) -> Finding:
+    found = record.seeds
+    named = record.submission.get("seeds")
     if isinstance(named, list) and found and sorted(map(str, named)) != sorted(found):
         value = f"json names {', '.join(map(str, named))}; scores are there of {', '.join(found)}"
-        return judged("seeds", False, value, f"at least {SEEDS}")
+        return pass_if("seeds", False, value, f"at least {SEEDS}")
     value = f"{len(found)}: {', '.join(found)}" if found else "none with a score"
-    return judged("seeds", len(found) >= SEEDS, value, f"at least {SEEDS}")
+    return pass_if("seeds", len(found) >= SEEDS, value, f"at least {SEEDS}")
 
 
-def hardware(evidence: Evidence) -> Finding:
+def hardware(record: RecordFolder) -> Finding:
     rule, limit = "hardware", "8 × H100 SXM"
-    stated = str(evidence.submission.get("hardware") or "")
+    stated = str(record.submission.get("hardware") or "")
     if not stated:
-        found = re.search(rf"{_H100}[\w ]*", evidence.readme, re.IGNORECASE)
+        found = re.search(rf"{_H100}[\w ]*", record.readme, re.IGNORECASE)
         stated = found[0].strip() if found else ""
     if not stated:
-        return unseen(rule, "named neither in submission.json nor in README.md", limit)
+        return unknown(rule, "named neither in submission.json nor in README.md", limit)
     good = re.search(_H100, stated, re.IGNORECASE) and "pcie" not in stated.lower()
-    return judged(rule, bool(good), stated, limit)
+    return pass_if(rule, bool(good), stated, limit)
 
 
-def command(evidence: Evidence) -> Finding:
+def command(record: RecordFolder) -> Finding:
     """The variables that the README sets must be ones that the script reads, or the command reproduces another run."""
     rule = "README's command sets variables that the script reads"
-    blocks = re.findall(r"```(?:bash|sh|shell)?\n(.*?)```|^((?: {4}.*\n)+)", evidence.readme, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"```(?:bash|sh|shell)?\n(.*?)```|^((?: {4}.*\n)+)", record.readme, re.DOTALL | re.MULTILINE)
     text = "\n".join(part for block in blocks for part in block)
     variables = sorted(
         {name for name in re.findall(r"(?:^|[\s;])([A-Z][A-Z0-9_]+)=", text) if not _FOREIGN_VARIABLES.search(name)}
     )
     if not variables:
-        return unseen(rule, "no command with variables in README.md")
-    if evidence.script is None:
-        return unseen(rule, f"{counted(len(variables), 'variable')}, but no script")
-    sources = [evidence.script, *evidence.package]
+        return unknown(rule, "no command with variables in README.md")
+    if record.script is None:
+        return unknown(rule, f"{counted(len(variables), 'variable')}, but no script")
+    sources = [record.script, *record.package]
     source = "\n".join(unwrapped(path.read_bytes()) for path in sources)
     if not source:
-        return unseen(rule, f"{counted(len(variables), 'variable')}, but the script is compressed in an unknown way")
+        return unknown(rule, f"{counted(len(variables), 'variable')}, but the script is compressed in an unknown way")
     # a settings dataclass has the name in lower case
     ignored = [name for name in variables if not re.search(rf"\b({name}|{name.lower()})\b", source)]
     if ignored:
-        return judged(rule, False, f"ignored: {', '.join(ignored)}")
-    return holds(rule, f"all {len(variables)}")
+        return pass_if(rule, False, f"ignored: {', '.join(ignored)}")
+    return passes(rule, f"all {len(variables)}")
 
 
 def unwrapped(source: bytes) -> str:

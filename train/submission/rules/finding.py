@@ -9,9 +9,9 @@ from enum import Enum
 class Verdict(Enum):
     """What a rule came to; the value is what is printed."""
 
-    HOLDS = "ok"
+    PASSES = "ok"
     FAILS = "FAIL"
-    UNSEEN = "not seen"
+    UNKNOWN = "not seen"
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class Finding:
     limit: str = ""
 
 
-def holds(rule: str, value: str, limit: str = "") -> Finding:
-    return Finding(rule, Verdict.HOLDS, value, limit)
+def passes(rule: str, value: str, limit: str = "") -> Finding:
+    return Finding(rule, Verdict.PASSES, value, limit)
 
 
 def fails(rule: str, value: str, limit: str = "") -> Finding:
     return Finding(rule, Verdict.FAILS, value, limit)
 
 
-def unseen(rule: str, why: str, limit: str = "") -> Finding:
-    return Finding(rule, Verdict.UNSEEN, why, limit)
+def unknown(rule: str, why: str, limit: str = "") -> Finding:
+    return Finding(rule, Verdict.UNKNOWN, why, limit)
 
 
-def judged(rule: str, good: bool, value: str, limit: str = "") -> Finding:
-    return (holds if good else fails)(rule, value, limit)
+def pass_if(rule: str, good: bool, value: str, limit: str = "") -> Finding:
+    return (passes if good else fails)(rule, value, limit)

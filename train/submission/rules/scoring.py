@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 from train.common.errors import UserError
 from train.data.tokenizer import load_tokenizer
-from train.submission.record_folder import Evidence
+from train.submission.record_folder import RecordFolder
 from train.submission.record_scores import TEXTS, is_number, is_score
-from train.submission.rules.finding import Finding, fails, holds, judged, unseen
+from train.submission.rules.finding import Finding, fails, pass_if, passes, unknown
 
 # two pairs of numbers with 8 decimals agree to this
 _SAME = 3e-8
@@ -21,32 +21,34 @@ _SAME = 3e-8
 _TAIL_TOKENS, _TAIL_BYTES = 31 * 64, {"sp1024": 4_434, "sp4096": 4_991}
 
 
-def text(evidence: Evidence) -> Finding:
+def text(record: RecordFolder) -> Finding:
     rule, limit = "the challenge's validation text", "FineWeb's first 50,000 documents"
-    facts = evidence.submission.get("evaluation")
+    facts = record.submission.get("evaluation")
     if isinstance(facts, dict) and is_number(tokens := facts.get("validation_tokens")):
         names = [name for name, (known, _) in TEXTS.items() if known == tokens]
-        return judged(rule, bool(names), f"{tokens:,} tokens: {names[0] if names else 'another text'}", limit)
-    sizes = _bytes_per_token(evidence)
+        return pass_if(rule, bool(names), f"{tokens:,} tokens: {names[0] if names else 'another text'}", limit)
+    sizes = _bytes_per_token(record)
     if not sizes:
-        return unseen(rule, "no val_loss beside a val_bpb", limit)
+        return unknown(rule, "no val_loss beside a val_bpb", limit)
     near = {
         name for name, (tokens, size) in TEXTS.items() for value in sizes.values() if _close(value, size / tokens, 1e-4)
     }
     value = f"{next(iter(sizes.values())):.7f} bytes per token"
     if near:
-        return holds(rule, f"{value}: {', '.join(sorted(near))}", limit)
-    return unseen(rule, f"{value}, which is no published tokenizer's", limit)
+        return passes(rule, f"{value}: {', '.join(sorted(near))}", limit)
+    return unknown(rule, f"{value}, which is no published tokenizer's", limit)
 
 
-def once(evidence: Evidence) -> Finding:
+def once(record: RecordFolder) -> Finding:
     rule = "every token scored once"
-    facts = evidence.submission.get("evaluation")
+    facts = record.submission.get("evaluation")
     names = ("tokens", "validation_tokens")
     if isinstance(facts, dict) and "rule" in facts and all(is_number(facts.get(name)) for name in names):
         scored = f"{facts['tokens']:,} of {facts['validation_tokens']:,} tokens, rule {facts['rule']}"
-        return judged(rule, facts["tokens"] == facts["validation_tokens"] and facts["rule"] in ("once", "flat"), scored)
-    for log in evidence.logs:
+        return pass_if(
+            rule, facts["tokens"] == facts["validation_tokens"] and facts["rule"] in ("once", "flat"), scored
+        )
+    for log in record.logs:
         finals = {name: final for name, final in log.log["finals"].items() if name.endswith("_exact")}
         flat = next((final for name, final in finals.items() if "roundtrip" in name and is_score(final)), None)
         if flat and log.score and flat is not log.score:
@@ -56,7 +58,7 @@ def once(evidence: Evidence) -> Finding:
                     rule,
                     f"{log.path.name}: {found:.7f} bytes per token in the score, {expected:.7f} in the flat evaluation{_tail(found)}",
                 )
-    sizes = _bytes_per_token(evidence)
+    sizes = _bytes_per_token(record)
     for source, value in sizes.items():
         if _tail(value):
             return fails(rule, f"{source}: {value:.7f} bytes per token{_tail(value)}")
@@ -64,15 +66,17 @@ def once(evidence: Evidence) -> Finding:
         name for name, (tokens, size) in TEXTS.items() if all(_close(v, size / tokens, _SAME) for v in sizes.values())
     ]
     if sizes and known:
-        return holds(rule, f"{next(iter(sizes.values())):.7f} bytes per token, as {known[0]} has when each counts once")
-    if any("roundtrip" in name for log in evidence.logs for name in log.log["finals"]) and sizes:
-        return holds(rule, "bytes per token as in the flat evaluation, to 8 digits")
-    return unseen(rule, "how many tokens were scored is not written down")
+        return passes(
+            rule, f"{next(iter(sizes.values())):.7f} bytes per token, as {known[0]} has when each counts once"
+        )
+    if any("roundtrip" in name for log in record.logs for name in log.log["finals"]) and sizes:
+        return passes(rule, "bytes per token as in the flat evaluation, to 8 digits")
+    return unknown(rule, "how many tokens were scored is not written down")
 
 
-def tokenizer(evidence: Evidence) -> Finding:
+def tokenizer(record: RecordFolder) -> Finding:
     rule = "tokenizer counts bytes right"
-    models = sorted(evidence.path.rglob("*.model"))
+    models = sorted(record.path.rglob("*.model"))
     for model in models:
         size = _pieces(model)
         try:
@@ -80,24 +84,24 @@ def tokenizer(evidence: Evidence) -> Finding:
         except UserError as error:
             return fails(rule, f"{model.name}: {str(error).partition(': ')[2]}")
     if models:
-        return holds(rule, f"{', '.join(model.name for model in models)}: a piece for the space, 256 byte pieces")
-    facts = evidence.submission.get("tokenizer")
+        return passes(rule, f"{', '.join(model.name for model in models)}: a piece for the space, 256 byte pieces")
+    facts = record.submission.get("tokenizer")
     if isinstance(facts, dict) and "counts_bytes" in facts:
-        return judged(rule, facts["counts_bytes"] is True, f"{facts.get('finding', '')}")
-    sizes = _bytes_per_token(evidence)
+        return pass_if(rule, facts["counts_bytes"] is True, f"{facts.get('finding', '')}")
+    sizes = _bytes_per_token(record)
     known = [
         name for name, (tokens, size) in TEXTS.items() if any(_close(v, size / tokens, 1e-4) for v in sizes.values())
     ]
     if known:
-        return holds(rule, f"{next(iter(sizes.values())):.7f} bytes per token, as published for {known[0]}")
-    return unseen(rule, "no tokenizer in the folder, and bytes per token that no published one has")
+        return passes(rule, f"{next(iter(sizes.values())):.7f} bytes per token, as published for {known[0]}")
+    return unknown(rule, "no tokenizer in the folder, and bytes per token that no published one has")
 
 
-def _bytes_per_token(evidence: Evidence) -> dict[str, float]:
+def _bytes_per_token(record: RecordFolder) -> dict[str, float]:
     """Source → bytes per token, from each pair of loss and bpb."""
-    pairs = {f"seed {seed}": evidence.result(seed) for seed in evidence.seeds}
+    pairs = {f"seed {seed}": record.result(seed) for seed in record.seeds}
     if not pairs:
-        pairs = {"submission.json": evidence.submission}
+        pairs = {"submission.json": record.submission}
     return {source: _ratio(pair) for source, pair in pairs.items() if is_score(pair)}
 
 
