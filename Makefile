@@ -1,43 +1,43 @@
-# The verbs of this project. On a fresh machine `make run` and `make test` set up everything they need in .venv.
+# The project's commands. On a new machine `make run` and `make test` first install what they need into .venv.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := torch==2.13.0
-# for a torch that brings none: what the kernels were tested with
+# for a torch that comes without Triton: the version that the kernels were tested with
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint format bench doctor clean
 
-help:  ## show the verbs
+help:  ## list these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 16
 
-# a process for each GPU, or for each core: one thread each loses less than one process with many on small matrices;
-# nproc counts what OMP_NUM_THREADS leaves, which is about threads
+# one process per GPU, or per core: on small matrices, processes of one thread are faster than one process of many threads;
+# nproc obeys OMP_NUM_THREADS, which is about threads, so it runs without that variable
 PROCESSES = $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c GPU); [ $$n -gt 0 ] || n=$$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc); for p in 8 4 2 1; do [ $$p -le $$n ] && echo $$p && break; done)
 
-run: $(READY)  ## train, quantize, score and record a small model on the standard library's own text
+run: $(READY)  ## train, quantize and score a small model on the standard library's text (4 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(PROCESSES) -m train --recipe quickstart
 
-# a process per core with one thread: on the tests' small tensors more threads only wait for each other
-test: $(READY)  ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# one process per core, one thread each: on small tensors more threads only wait for each other
+test: $(READY)  ## run all tests and list the 15 slowest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=15
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## check with ruff and mypy
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-format: $(READY)  ## rewrite the sources as ruff likes them
+format: $(READY)  ## format the sources with ruff
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-# bench_artifact wants a run to measure, so it is called by hand
+# bench_artifact measures a run, so it is called by hand
 BENCHES = $(filter-out bench_artifact,$(basename $(notdir $(wildcard benchmarks/bench_*.py))))
 
-bench: $(READY)  ## measure everything and write tables and plots; without a GPU on tiny shapes, which proves nothing
+bench: $(READY)  ## run all benchmarks, write tables and plots (without a GPU: tiny shapes, no speed claim)
 	@tiny=$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "--tiny")') || exit 1; failed=; \
 	for name in $(BENCHES); do \
 	  echo "== $$name $$tiny"; OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name $$tiny || failed="$$failed $$name"; \
@@ -45,14 +45,14 @@ bench: $(READY)  ## measure everything and write tables and plots; without a GPU
 	$(BIN)/python -m benchmarks report || failed="$$failed report"; \
 	[ -z "$$failed" ] || { echo "error: failed:$$failed"; exit 1; }
 
-doctor: $(READY)  ## what was built, what each op runs on, and a self-check
+doctor: $(READY)  ## show what was built and which backend each operator takes; self-check
 	$(BIN)/python -m golf_kernels
 
-clean:  ## remove the environment and everything built
+clean:  ## delete .venv and everything built
 	rm -rf $(VENV) build golf_kernels/_C*.so golf_kernels/_build_info.json *.egg-info
 
-# a torch that the base interpreter already has is used as it is: another one would not match the machine's GPU driver;
-# its folder goes into a .pth, as that interpreter may be an environment itself, into which another one does not look
+# A torch that the base interpreter has is used as it is, because another one may not match the GPU's driver. Its folder
+# goes into a .pth file: if that interpreter is itself a virtual environment, .venv would not look there.
 $(READY): pyproject.toml setup.py $(wildcard csrc/*) $(wildcard golf_kernels/version.py)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.11: install a newer one and run make PYTHON=python3.12"; exit 2; }

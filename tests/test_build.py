@@ -103,7 +103,7 @@ def fake_toolkit(tmp_path):
 def test_a_compiler_gives_a_wheel_with_the_extension_and_nothing_else_on_top(compiled):
     tree, wheel = compiled
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"golf_kernels", "golf_kernels-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"golf_kernels", "golf_kernels-0.2.0.dist-info"}
     assert "golf_kernels/py.typed" in names and "none-any" not in wheel.name
     package = tree / "out" / "site" / "golf_kernels"
     information = build_info(package)
@@ -132,7 +132,7 @@ def test_an_editable_installation_reuses_the_objects_and_can_lose_its_compiler(c
 def test_no_compiler_gives_a_pure_wheel_that_says_why(tree):
     status, output, wheel = build(tree, "build_wheel", PATH=str(tree))
     assert status == 0, output
-    assert wheel.name == "golf_kernels-0.1.0-py3-none-any.whl"
+    assert wheel.name == "golf_kernels-0.2.0-py3-none-any.whl"
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if "/_C" in name]
     information = build_info(tree / "out" / "site" / "golf_kernels")
     assert information["extension"] is None
