@@ -47,7 +47,7 @@ def test_dict_round_trip_keeps_every_field() -> None:
         ({"mlp_slope": 1.0}, "mlp_slope"),
         ({"gptq_reserve_seconds": 700.0}, "gptq_reserve_seconds"),
         ({"mlp_mult": 0.3333}, "mlp_mult"),
-        ({"trigram": True}, "trigram looks its rows up in the bigram table"),
+        ({"trigram": True}, "trigram uses the bigram table"),
         ({"embed_wd": -0.5}, "embed_wd -0.5 is negative"),
         ({"swa_enabled": True, "ema_decay": 0.9}, "both average"),
     ],

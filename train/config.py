@@ -16,8 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from train.common.values import ConfigError, check_type, check_value, format_value, parse_text, setting
-from train.consistency import check_consistency
+from train.common.values import ConfigError, check_type, check_value, format_value, parse_steps, parse_text, setting
 
 # a step is the mean over this many micro-batches, shared by 1, 2, 4 or 8 ranks
 MICRO_BATCHES = 8
@@ -259,7 +258,7 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check_value(field, _TYPES[field.name], getattr(self, field.name))
-        check_consistency(self)
+        _check_together(self)
 
     @property
     def head_dim(self) -> int:
@@ -362,3 +361,77 @@ def _check_retired(name: str, value: Any) -> None:
             f"{name}={format_value(value)}: {name} was removed in {REMOVED_IN}, which supports only "
             f"{format_value(RETIRED[name][0])}: use an earlier version of golf_kernels for this file"
         )
+
+
+def _check_together(c: Config) -> None:
+    """Refuse values that are each allowed but contradict each other."""
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise ConfigError(message)
+
+    need(c.model_dim % c.num_heads == 0, f"model_dim {c.model_dim} is not a multiple of num_heads {c.num_heads}")
+    need(
+        c.num_heads % c.num_kv_heads == 0, f"num_heads {c.num_heads} is not a multiple of num_kv_heads {c.num_kv_heads}"
+    )
+    need(c.head_dim % 2 == 0, f"head size {c.head_dim} is odd: rotary embeddings need pairs")
+    need(
+        c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim,
+        f"rope_dims {c.rope_dims} must be even and at most the head size {c.head_dim}",
+    )
+    need(
+        float(c.model_dim * c.mlp_mult).is_integer(),
+        f"mlp_mult {c.mlp_mult} times model_dim {c.model_dim} is not a whole number of hidden units",
+    )
+    need(c.xsa_last_n <= c.num_layers, f"xsa_last_n {c.xsa_last_n} is more than num_layers {c.num_layers}")
+    for name, layers in (("ve_layers", c.ve_layers), ("recur_layers", c.recur_layers)):
+        need(
+            all(0 <= layer < c.num_layers for layer in layers),
+            f"{name} {layers} names a layer outside 0..{c.num_layers - 1}",
+        )
+        need(list(layers) == sorted(set(layers)), f"{name} {layers} must rise without repeats")
+    recurring = c.recur_layers
+    need(
+        c.recur_form != "unroll" or not recurring or recurring[-1] - recurring[0] + 1 == len(recurring),
+        f"recur_layers {recurring} must be consecutive for recur_form unroll",
+    )
+    need(
+        c.parallel_start_layer < c.num_layers,
+        f"parallel_start_layer {c.parallel_start_layer} is not below num_layers {c.num_layers}",
+    )
+    need(
+        c.train_batch_tokens % c.train_seq_len == 0,
+        f"train_batch_tokens {c.train_batch_tokens} is not a multiple of train_seq_len {c.train_seq_len}",
+    )
+    need(
+        c.quantizer == "gptq" or c.matrix_clip != "hessian_sdclip",
+        "matrix_clip hessian_sdclip needs Hessians, which only quantizer gptq has",
+    )
+    need(
+        not c.qat or c.matrix_bits == 6,
+        f"qat trains with 6-bit rows, but matrix_bits is {c.matrix_bits}: set MATRIX_BITS=6 or QAT=0",
+    )
+    need(
+        not c.target_bytes or c.matrix_clip in ("sdclip", "hessian_sdclip"),
+        f"target_bytes searches the k of SDClip, but matrix_clip is {c.matrix_clip}: set MATRIX_CLIP=sdclip",
+    )
+    need(c.bigram_vocab_size != 1, "bigram_vocab_size 1 leaves no row to hash into: set 0 for no table, or at least 2")
+    need(
+        not c.trigram or c.bigram_vocab_size > 0,
+        "trigram uses the bigram table, but there is none: set BIGRAM_VOCAB_SIZE, or TRIGRAM=0",
+    )
+    need(bool(c.ve_dim) == bool(c.ve_layers), "ve_dim and ve_layers belong together: set both or neither")
+    need(c.embed_wd == -1 or c.embed_wd >= 0, f"embed_wd {c.embed_wd} is negative: set at least 0, or -1 for adam_wd")
+    need(
+        not (c.swa_enabled and c.ema_decay),
+        "swa_enabled and ema_decay both average the weights: set SWA_ENABLED=0 or EMA_DECAY=0",
+    )
+    need(
+        c.max_wallclock_seconds == 0 or c.gptq_reserve_seconds < c.max_wallclock_seconds,
+        f"gptq_reserve_seconds {c.gptq_reserve_seconds} leaves no time of max_wallclock_seconds {c.max_wallclock_seconds}",
+    )
+    steps = parse_steps(c.profile_steps)
+    need(
+        not steps or steps.start < c.iterations,
+        f"profile_steps {c.profile_steps} starts after the last of {c.iterations} iterations: choose earlier steps",
+    )

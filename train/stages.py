@@ -77,7 +77,7 @@ def train_stage(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger)
             "seconds": result.seconds,
             "recurrence": result.recurrence,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "hardware": hardware(ranks),
+            "hardware": hardware(ranks.device, ranks.world_size),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "first": asdict(result.first),

@@ -255,5 +255,5 @@ def test_floors_and_fixed_tables_are_left_out_of_the_search(model: GPT, config: 
 
 
 def test_a_clip_without_k_cannot_be_searched() -> None:
-    with pytest.raises(UserError, match=r"target_bytes searches the k of SDClip, and matrix_clip row_max has none"):
+    with pytest.raises(UserError, match=r"target_bytes searches the k of SDClip, but matrix_clip is row_max"):
         Config(target_bytes=16_000_000, matrix_clip="row_max")

@@ -92,7 +92,7 @@ def test_steps_of_another_form_are_refused(text: str) -> None:
 
 
 def test_steps_behind_the_last_one_are_refused() -> None:
-    with pytest.raises(ConfigError, match="profile_steps 30:33 begins behind the last of 30 iterations"):
+    with pytest.raises(ConfigError, match="profile_steps 30:33 starts after the last of 30 iterations"):
         Config(profile_steps="30:33", iterations=30)
     assert Config(profile_steps="29:33", iterations=30)
 

@@ -1,30 +1,26 @@
-"""What a run computes on, as its record names it."""
+"""The device that a run uses, and the name of the hardware."""
 
 from __future__ import annotations
 
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from train.common.wording import counted
 
-if TYPE_CHECKING:
-    from train.common.distributed import Ranks
-
 
 def auto_device() -> str:
-    """What `device=auto` stands for here: "cuda" where there is a GPU, else "cpu"."""
+    """The device that `device=auto` means on this machine: "cuda" if it has a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def hardware(ranks: Ranks) -> str:
-    """What the run computed on, as the record names it."""
-    if ranks.device.type == "cuda":
-        return f"{ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
-    return f"{counted(os.cpu_count() or 1, 'CPU core')} ({_cpu_name()}), {counted(ranks.world_size, 'process', 'processes')}"
+def hardware(device: torch.device, world_size: int) -> str:
+    """The GPUs or CPU cores that the run used, as the record names them."""
+    if device.type == "cuda":
+        return f"{world_size} x {torch.cuda.get_device_name(device)}"
+    return f"{counted(os.cpu_count() or 1, 'CPU core')} ({_cpu_name()}), {counted(world_size, 'process', 'processes')}"
 
 
 def _cpu_name() -> str:
