@@ -23,7 +23,7 @@ from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
 from train.model.order import make_plan
 from train.quantize.calibrate import collect_hessians
-from train.quantize.generate import generate_tokens, sample
+from train.quantize.generate import TEMPERATURE, generate_tokens, sample
 from train.quantize.gptq import gptq
 from train.quantize.row_scales import ROW_SCALES
 from train.quantize.shares import gptq_cost
@@ -124,8 +124,6 @@ def gptq_case(model: GPT, config: Config, names: Sequence[str]) -> common.Case:
                 scales.double(),
                 bits,
                 damp=config.gptq_damp,
-                block_size=config.gptq_block_size,
-                act_order=config.gptq_act_order,
             )
             weights.append((codes * scales.double()[:, None]).cpu())
         return weights
@@ -153,7 +151,7 @@ def agreement(model: GPT, config: Config, texts: Tensor) -> float:
     with torch.no_grad():
         for row in range(rows):
             logits = model.logits(texts[row : row + 1], recurrence=bool(config.recur_layers))[0, :-1]
-            drawn = sample(logits, given[row, 1:], config.gptq_calib_temperature)
+            drawn = sample(logits, given[row, 1:], TEMPERATURE)
             same += int((drawn == texts[row, 1:]).sum())
     return same / (rows * (length - 1))
 
@@ -173,7 +171,7 @@ def measure_generation(
             model,
             range(rows),
             length,
-            temperature=config.gptq_calib_temperature,
+            temperature=TEMPERATURE,
             seed=config.seed,
             recurrence=recurrence,
         )

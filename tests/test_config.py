@@ -26,7 +26,7 @@ def test_dict_round_trip_keeps_every_field() -> None:
     ("changes", "fragment"),
     [
         ({"num_layers": 0}, "num_layers: must be at least 1"),
-        ({"beta1": 1.5}, "beta1: must be at most"),
+        ({"beta2": 1.5}, "beta2: must be at most"),
         ({"num_layers": 10**8}, "num_layers: must be at most 1024"),
         ({"model_dim": 10**12}, "model_dim: must be at most 65536"),
         ({"iterations": 10**400}, "iterations: expected a finite number"),

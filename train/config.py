@@ -32,7 +32,14 @@ LOCAL = BOOKKEEPING | {"recipe", "seed", "data_path", "tokenizer_path", "device"
 REMOVED_IN = "0.2.0"
 
 RETIRED: dict[str, tuple[Any, ...]] = {
+    "adam_eps": (1e-8,),
+    "beta1": (0.9,),
+    "gptq_act_order": (True,),
+    "gptq_block_size": (128,),
+    "gptq_calib_temperature": (0.8,),
     "gradient_reduction": ("after", "overlapped"),
+    "normuon_beta2": (0.95,),
+    "tied_embed_init_std": (0.005,),
 }
 """Removed settings: name → the values that mean what every run computes today.
 
@@ -91,7 +98,6 @@ class Config:
     )
     qk_gain_init: float = setting(1.5, "initial gain of each query head after QK-norm")
     logit_softcap: float = setting(30.0, "logits are cap * tanh(logits / cap)", low=1e-3)
-    tied_embed_init_std: float = setting(0.005, "deviation of the tied embedding at the start", low=0.0)
     embed_dtype: str = setting(
         "bfloat16", "dtype of the embedding tables and their moments", choices=("bfloat16", "float32")
     )
@@ -151,10 +157,7 @@ class Config:
     muon_eq_r: bool = setting(False, "normalize rows before Newton-Schulz (MuonEq-R)")
     muon_row_eps: float = setting(1e-7, "added to a row's squared norm in MuonEq-R", low=0.0)
     normuon: bool = setting(False, "normalize rows after Newton-Schulz by their running second moment (NorMuon)")
-    normuon_beta2: float = setting(0.95, "decay of NorMuon's second moment", low=0.0, high=0.9999)
-    beta1: float = setting(0.9, "AdamW's first decay", low=0.0, high=0.9999)
     beta2: float = setting(0.95, "AdamW's second decay", low=0.0, high=0.99999)
-    adam_eps: float = setting(1e-8, "AdamW's epsilon", low=1e-30)
     adam_wd: float = setting(0.0, "decoupled weight decay of whatever AdamW trains", low=0.0)
     embed_wd: float = setting(-1.0, "decoupled weight decay of the embeddings; -1: adam_wd", low=-1.0)
     optimizer_graph: str = setting(
@@ -206,13 +209,10 @@ class Config:
     gptq_calib_batches: int = setting(
         64, "training batches, or sequences of train_seq_len tokens that the model writes, for the Hessians", low=1
     )
-    gptq_calib_temperature: float = setting(0.8, "temperature at which the model writes them", low=0.01)
     gptq_tied_embed: bool = setting(
         False, "round the tied embedding by GPTQ too, on the final norm's outputs (#1394), not to nearest"
     )
     gptq_damp: float = setting(0.01, "damping, as a fraction of the Hessian's mean diagonal", low=0.0)
-    gptq_block_size: int = setting(128, "columns per GPTQ block", low=1)
-    gptq_act_order: bool = setting(True, "quantize columns by falling Hessian diagonal")
     passthrough_max_elements: int = setting(65536, "tensors of at most this many elements stay in float16", low=0)
     codec: str = setting(
         "brotli", "entropy coder of the artifact", choices=("brotli", "zstd", "lzma", "zlib", "ans", "raw", "raw6")

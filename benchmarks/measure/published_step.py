@@ -77,7 +77,7 @@ class PlainMuon:
                 result = (results[number] if results else quintic(updates[number], steps, self.dtype)).float()
                 if config.normuon:
                     before = result.norm()
-                    second.lerp_(result.square().mean(-1, keepdim=True), 1 - config.normuon_beta2)
+                    second.lerp_(result.square().mean(-1, keepdim=True), 0.05)
                     result = result / (second.sqrt() + 1e-10)
                     result = result * (before / (result.norm() + 1e-10))
                 scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
@@ -99,9 +99,9 @@ class PublishedStep:
         matrices = list(kinds["matrix"].values())
         self.model, self.config, self.compiled = model, config, compiled
         self.muon = PlainMuon([matrices[number] for number in share], config, banked=config.recipe in BANKED)
-        betas = (config.beta1, config.beta2)
+        betas = (0.9, config.beta2)
         self.adamw = [
-            torch.optim.AdamW(list(kinds[kind].values()), lr, betas, config.adam_eps, decay, fused=True)
+            torch.optim.AdamW(list(kinds[kind].values()), lr, betas, 1e-8, decay, fused=True)
             for kind, lr, decay in (
                 ("embedding", config.tied_embed_lr, config.embedding_decay),
                 ("scalar", config.scalar_lr, config.adam_wd),

@@ -66,7 +66,7 @@ def test_lookup_gathers_gradients_in_the_wider_dtype() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_token_embedding_returns_rows(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    embedding = TokenEmbedding(20, 8, 0.005, dtype)
+    embedding = TokenEmbedding(20, 8, dtype)
     ids = torch.tensor([[3, 3, 19]])
     assert embedding.weight.dtype == dtype
     assert torch.equal(embedding(ids, torch.float32), embedding.weight.float()[ids])

@@ -30,8 +30,7 @@ CONFIG = Config(
     muon_wd=0.1,
     embed_wd=0.2,
     adam_wd=0.05,
-    beta1=0.8,
-    beta2=0.9,
+    beta2=0.8,
 )
 RATES = {"embedding": (0.03, 0.2), "scalar": (0.01, 0.05)}
 
@@ -98,9 +97,9 @@ def test_adamw_follows_its_formula_with_each_group_s_rate() -> None:
         assert optimizers.step(scale, 0.95) is None
         for name, value in truth.items():
             (rate, decay), (first, second) = RATES[kind_of(name)], moments[name]
-            first.mul_(0.8).add_(0.2 * gradients[name])
-            second.mul_(0.9).add_(0.1 * gradients[name] ** 2)
-            update = (first / (1 - 0.8**step)) / ((second / (1 - 0.9**step)).sqrt() + 1e-8)
+            first.mul_(0.9).add_(0.1 * gradients[name])
+            second.mul_(0.8).add_(0.2 * gradients[name] ** 2)
+            update = (first / (1 - 0.9**step)) / ((second / (1 - 0.8**step)).sqrt() + 1e-8)
             value.sub_(scale * rate * (decay * value + update))
         for name, value in truth.items():
             torch.testing.assert_close(weights(model)[name], value, rtol=1e-5, atol=1e-6, msg=name)
@@ -115,7 +114,7 @@ def quintic(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.T if tall else x
 
 
-FORMS = {"muon": {}, "muon_eq_r": {"muon_eq_r": True}, "normuon": {"normuon": True, "normuon_beta2": 0.8}}
+FORMS = {"muon": {}, "muon_eq_r": {"muon_eq_r": True}, "normuon": {"normuon": True}}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -137,7 +136,7 @@ def test_muon_gets_rate_decay_momentum_and_form(form: str) -> None:
                 update = update / update.norm(dim=1, keepdim=True)
             update = quintic(update, 4)
             if form == "normuon":
-                rows[name] = 0.8 * rows[name] + 0.2 * (update**2).mean(1, keepdim=True)
+                rows[name] = 0.95 * rows[name] + 0.05 * (update**2).mean(1, keepdim=True)
                 scaled = update / (rows[name].sqrt() + 1e-10)
                 update = scaled * update.norm() / (scaled.norm() + 1e-10)
             update = update * max(1.0, value.shape[0] / value.shape[1]) ** 0.5

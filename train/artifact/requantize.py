@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 SETTINGS = (
     "quantizer", "matrix_bits", "embed_bits", "tied_embed_bits", "matrix_clip", "matrix_clip_sigmas", "embed_clip",
-    "embed_clip_sigmas", "scale_floor", "gptq_calib_source", "gptq_calib_graph", "gptq_calib_batches", "gptq_calib_temperature",
-    "gptq_tied_embed", "gptq_damp", "gptq_block_size", "gptq_act_order", "passthrough_max_elements", "codec", "target_bytes",
+    "embed_clip_sigmas", "scale_floor", "gptq_calib_source", "gptq_calib_graph", "gptq_calib_batches",
+    "gptq_tied_embed", "gptq_damp", "passthrough_max_elements", "codec", "target_bytes",
     "target_mb", "prune_excess", "max_artifact_bytes", "data_path", "device",
 )  # fmt: skip
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from train.model.init import constant, matrix, normal_table, zero_matrix
 from train.model.linear import linear
 
+# initial values of the published scripts
+_TOKEN_DEVIATION = 0.005
 _BIGRAM_SCALE = 0.05
 _VALUE_SCALE = 0.1
 _VALUE_DEVIATION = 0.01
@@ -31,18 +33,17 @@ def lookup(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class TokenEmbedding(nn.Module):
-    """The tied embedding E `(V, d)`, N(0, deviation²): rows at the input, `hidden Eᵀ` at the head.
+    """The tied embedding E `(V, d)`, N(0, 0.005²) at the start: rows at the input, `hidden Eᵀ` at the head.
 
     Args:
         vocab_size: V.
         dim: d.
-        deviation: deviation of the initial values.
         dtype: dtype of the table.
     """
 
-    def __init__(self, vocab_size: int, dim: int, deviation: float, dtype: torch.dtype) -> None:
+    def __init__(self, vocab_size: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = normal_table(vocab_size, dim, deviation, dtype)
+        self.weight = normal_table(vocab_size, dim, _TOKEN_DEVIATION, dtype)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of `ids` `(B, T)` as `(B, T, d)` in `dtype`."""

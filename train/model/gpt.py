@@ -67,7 +67,7 @@ class GPT(nn.Module):
         self.compute_dtype = resolve_compute_dtype(config)
         self.plan = make_plan(config, recurrence=False)
         self.recurrent_plan = make_plan(config, recurrence=True)
-        self.embedding = TokenEmbedding(config.vocab_size, dim, config.tied_embed_init_std, tables)
+        self.embedding = TokenEmbedding(config.vocab_size, dim, tables)
         self.bigram = self.smear = self.skips = self.ve = None
         if config.bigram_vocab_size:
             self.bigram = BigramHash(

@@ -23,6 +23,9 @@ KINDS = ("matrix", "embedding", "scalar")
 # #1392 counts and saves these vectors, but none of its optimizers had them
 UNTRAINED = "recur_scales"
 
+# of AdamW, in every published script
+_ADAM_BETA1, _ADAM_EPS = 0.9, 1e-8
+
 Moments = Mapping[str, Mapping[str, Tensor]]
 _Work = Callable[[], object]
 
@@ -240,7 +243,7 @@ def build_optimizers(
 
     Args:
         model: its parameters are on their final device, with the same values on every rank.
-        config: `matrix_lr`, `tied_embed_lr`, `scalar_lr`, `muon_*`, `normuon*`, `beta*`, `adam_eps`, `*_wd`,
+        config: `matrix_lr`, `tied_embed_lr`, `scalar_lr`, `muon_*`, `normuon*`, `beta2`, `*_wd`,
             `grad_clip_norm`, `optimizer_graph`.
         process_group: process group of all ranks; None for one process.
         owned: without a group, numbers of the matrices that are updated: one rank's share, to measure it alone.
@@ -293,7 +296,6 @@ def _build_muon(matrices: Sequence[Tensor], config: Config) -> Muon:
         row_normalize=config.muon_eq_r,
         row_eps=config.muon_row_eps,
         normuon=config.normuon,
-        normuon_beta2=config.normuon_beta2,
         # among the published forms only #122's NorMuon weighs a gradient by 1 - momentum
         dampened=config.normuon,
         coefficients=config.muon_coefficients,
@@ -303,6 +305,4 @@ def _build_muon(matrices: Sequence[Tensor], config: Config) -> Muon:
 def _build_adamw(groups: list[dict[str, Any]], config: Config) -> torch.optim.AdamW:
     # the fused kernels compute bfloat16 moments in float32 and round them once
     fused = {parameter.device.type for group in groups for parameter in group["params"]} <= {"cpu", "cuda"}
-    return torch.optim.AdamW(
-        groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=fused, foreach=not fused
-    )
+    return torch.optim.AdamW(groups, betas=(_ADAM_BETA1, config.beta2), eps=_ADAM_EPS, fused=fused, foreach=not fused)

@@ -17,6 +17,8 @@ from train.model.gpt import GPT
 
 # keys and values of the texts that are written side by side stay below 2 GiB
 _CACHE_BYTES = 1 << 31
+# of the text that a model writes to be calibrated on, as published by #1392
+TEMPERATURE = 0.8
 # sequences per forward pass over generated text, as published
 _GENERATED_BATCH = 8
 
@@ -36,7 +38,7 @@ def generated_batches(config: Config, model: GPT, ranks: Ranks, *, recurrence: b
         model,
         range(ranks.rank, config.gptq_calib_batches, ranks.world_size),
         config.train_seq_len,
-        temperature=config.gptq_calib_temperature,
+        temperature=TEMPERATURE,
         seed=config.seed,
         recurrence=recurrence,
         progress=ranks.is_main,

@@ -269,8 +269,6 @@ def _gptq_batch(
         torch.stack([*candidates.values()]),
         bits,
         damp=config.gptq_damp,
-        block_size=config.gptq_block_size,
-        act_order=config.gptq_act_order,
     )
     best: dict[str, QuantizedTensor] = {}
     for (name, weight), rounded in zip(weights.items(), codes, strict=True):
