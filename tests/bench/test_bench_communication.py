@@ -7,7 +7,7 @@ import pytest
 from benchmarks.computed.communication import exchanged_bytes, main, table
 from train.recipes import load_recipe
 
-README = Path(__file__).resolve().parents[2] / "benchmarks" / "README.md"
+README = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 
 
 def test_the_readme_holds_what_is_computed() -> None:
