@@ -26,7 +26,6 @@ from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
 from golf_kernels.version import __version__
 from golf_kernels.window_nll import window_nll
 from golf_kernels.xsa import xsa
-from golf_kernels.xsa_linear import xsa_linear
 
 __all__ = [
     "COEFFICIENTS",
@@ -46,5 +45,4 @@ __all__ = [
     "softcapped_cross_entropy",
     "window_nll",
     "xsa",
-    "xsa_linear",
 ]

@@ -26,7 +26,6 @@ from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
 from golf_kernels.version import __version__
 from golf_kernels.window_nll import window_nll
 from golf_kernels.xsa import xsa
-from golf_kernels.xsa_linear import xsa_linear
 
 EXAMPLES = """examples:
   python -m golf_kernels              the report; exit code 1 if a check fails
@@ -167,17 +166,6 @@ def _check_xsa(device: str, dtype: torch.dtype) -> Results:
     return got, [want, *dispatch.run_on("torch", "xsa_backward", *_truth(dy), *exact)]
 
 
-def _check_xsa_linear(device: str, dtype: torch.dtype) -> Results:
-    shapes = ((2, 19, 4, 16), (2, 19, 2, 16), (40, 64))
-    leaves = [_random(*s, seed=i, device=device, dtype=dtype).requires_grad_() for i, s in enumerate(shapes)]
-    y = xsa_linear(*leaves)
-    dy = _random(2, 19, 40, seed=9, device=device, dtype=dtype)
-    got = [y, *torch.autograd.grad(y, leaves, dy)]
-    exact = _truth(*leaves)
-    want = dispatch.run_on("torch", "xsa_linear", *exact)
-    return got, [want, *dispatch.run_on("torch", "xsa_linear_backward", *_truth(dy), *exact)]
-
-
 def _head(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     targets = torch.randint(0, 129, (53,), generator=torch.Generator().manual_seed(2)).to(device)
     hidden = _random(53, 32, seed=0, device=device, dtype=dtype)
@@ -226,7 +214,6 @@ CHECKS: dict[str, Callable[[str, torch.dtype], Results]] = {
     "mix_rms_norm": _check_mix_rms_norm,
     "qk_norm_rope": _check_qk_norm_rope,
     "xsa": _check_xsa,
-    "xsa_linear": _check_xsa_linear,
     "softcapped_cross_entropy": _check_cross_entropy,
     "window_nll": _check_window_nll,
     "int6_dequantize": _check_int6,

@@ -330,7 +330,6 @@ def _forced(op: str, text: str | None = None) -> Backend | None:
 
 
 def _covers(name: str, op: str) -> bool:
-    # xsa is an operator with its backward pass, and no family to which xsa_linear would belong
     return op in (name, f"{name}_backward") or (name not in _registry and op.startswith(f"{name}_"))
 
 

@@ -32,8 +32,6 @@ HEADS = (
     (32, 8, 256, 128),
     (64, 8, 128, 64),
 )
-# heads, value heads and dimension: every group and dimension that the kernels take, but the recipes' own
-XSA_LINEAR_HEADS = ((8, 8, 64), (4, 4, 128), (8, 4, 32), (8, 2, 32), (8, 1, 16), (4, 2, 16))
 # width and hidden size: one that wide tiles divide and one that they do not, both with the most sums of a row
 MLPS = ((512, 4096), (640, 1984))
 
@@ -116,10 +114,6 @@ def launch_branches() -> None:
         q_hat, k_hat, rstd = run("qk_norm_rope", q, k, table, table, gain, 1e-6)
         run("qk_norm_rope_backward", q, k, q_hat, k_hat, table, table, gain, rstd)
         run("xsa_backward", q, *run("xsa", q, k), k)
-    for heads, kv_heads, dim in XSA_LINEAR_HEADS:
-        q, k = (torch.empty(SEQUENCES, LENGTH, number, dim, dtype=bfloat16) for number in (heads, kv_heads))
-        joined = torch.empty(heads * dim, heads * dim, dtype=bfloat16)
-        run("xsa_linear_backward", *run("xsa_linear", q, k, joined), q, k, joined)
     for width in (333, 768, 4096):
         stream, mix = torch.empty(SEQUENCES, LENGTH, width, dtype=bfloat16), torch.empty(2, width)
         mixed = run("mix_rms_norm", stream, stream, mix, 1e-6, 0.5)

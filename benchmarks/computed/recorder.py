@@ -40,8 +40,6 @@ _PRODUCTS = {
     "down_kernel": ("post_desc", "w_down_desc"),
     "dpre_kernel": ("dy_desc", "w_down_desc"),
     "dx_kernel": ("dpre_desc", "w_up_desc"),
-    "xsa_linear_kernel": ("y_desc", "weight_desc"),
-    "xsa_linear_backward_kernel": ("dy_desc", "weight_desc"),
 }
 # what turns a tensor into another in place
 _IN_PLACE = {"loss_and_gradient_kernel": "logits_ptr"}

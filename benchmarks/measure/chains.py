@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,8 +38,6 @@ class Chain:
         traffic: bytes to and from device memory of each pass of a shape by implementation, the operator's first.
         shapes: what is measured.
         tiny: what `--tiny` takes.
-        flops: arithmetic of the products in each pass of a shape, where there are any.
-        beside: other operators of this package that the chain can be made of, by name, and the chain made of them.
     """
 
     op: str
@@ -52,12 +50,10 @@ class Chain:
     traffic: Callable[[Any], Mapping[str, Mapping[str, float]]]
     shapes: tuple[Any, ...]
     tiny: Any
-    flops: Callable[[Any], Mapping[str, float]] = lambda shape: {}
-    beside: Mapping[str, Function] = field(default_factory=dict)
 
     def forced(self) -> AbstractContextManager[Any]:
-        """The operator, and those beside it, on their kernels."""
-        return dispatch.forced(",".join(f"{op}=triton" for op in (self.op, *self.beside)))
+        """The operator on its kernels."""
+        return dispatch.forced(f"{self.op}=triton")
 
     def inputs(self, shape: Any, device: torch.device, seed: int) -> Inputs:
         """Random inputs by name; the leaves require gradients."""
@@ -87,7 +83,7 @@ class Chain:
             str(_dtype(device)).removeprefix("torch."),
             functools.partial(self.inputs, shape, device),
             self.truth,
-            flops=sum(self.flops(shape).values()),
+            flops=0.0,
             bytes=sum(operator.values()),
             # plain chains err up to 6e-3 in bfloat16
             max_rel_err=1e-2,
@@ -96,7 +92,7 @@ class Chain:
     def variants(self, device: torch.device) -> list[common.Variant]:
         """Everything that can run here; what cannot is printed with its reason."""
         traced = {"backend": "aot_eager"} if device.type == "cpu" else {"dynamic": False}
-        functions = {"triton": self.operator} | {f"{op} alone": function for op, function in self.beside.items()}
+        functions = {"triton": self.operator}
         if "triton" not in dispatch.available_backends(self.op):
             print(f"triton: {dispatch.describe()[self.op]['triton']}")
             functions = {}
@@ -119,14 +115,11 @@ class Chain:
         return sum(kept.values())
 
     def predict(self, shape: Any) -> str:
-        """Times computed from bytes and arithmetic, per device, implementation and pass."""
+        """Times computed from bytes, per device, implementation and pass."""
         lines = [f"computed, not measured: {shape}, µs"]
         for device in DEVICES:
             for name, passes in self.traffic(shape).items():
-                times = {
-                    part: Kernel(part, self.flops(shape).get(part, 0.0), size).floor_ms(device)
-                    for part, size in passes.items()
-                }
+                times = {part: Kernel(part, 0.0, size).floor_ms(device) for part, size in passes.items()}
                 parts = ", ".join(f"{part} {1e3 * time:.4g}" for part, time in times.items())
                 lines.append(f"  {device.name} ({device.gbps:.0f} GB/s), {name}: {parts}")
         return "\n".join(lines)

@@ -81,7 +81,7 @@ def test_a_table_names_the_phase_where_there_are_two(recipe: str, recurrence: bo
 
 
 def test_a_way_of_any_name_has_a_column_of_its_own() -> None:
-    ways = ["torch", "torch+optimizer_graph=on", "softcapped_cross_entropy=triton", "golf-leaky_relu2_mlp-xsa_linear"]
+    ways = ["torch", "torch+optimizer_graph=on", "softcapped_cross_entropy=triton", "golf-leaky_relu2_mlp-qk_norm_rope"]
     steps = [schedule.Step(way, [Kernel("aten::mm", 790e9, 1e6)], [], [], 0, []) for way in ways]
     config = share_config("baseline", torch.device("cuda", 0), tiny=False)
     _, head, *rows = schedule.table(config, steps, False, H100).splitlines()

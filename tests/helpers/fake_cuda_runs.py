@@ -161,8 +161,6 @@ def test_references_compute_on_a_gpu_what_they_say() -> None:
     rotated = run_reference("qk_norm_rope", q, k, table, table, gain, 1e-6)
     run_reference("qk_norm_rope_backward", q, k, *rotated[:2], table, table, gain, rotated[2])
     run_reference("xsa_backward", q, *run_reference("xsa", q, k), k)
-    joined = empty(6, 32)
-    run_reference("xsa_linear_backward", *run_reference("xsa_linear", q, k, joined), q, k, joined)
     stream, mix = empty(2, 3, 16), empty(2, 16, dtype=float32)
     mixed = run_reference("mix_rms_norm", stream, stream, mix, 1e-6, 0.5)
     run_reference("mix_rms_norm_backward", *mixed, stream, stream, mix, 1e-6, 0.5)

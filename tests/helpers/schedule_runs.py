@@ -12,7 +12,7 @@ from fake_cuda import CUDA, empty, gpu_config
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import bench_leaky_relu2_mlp, bench_mix_rms_norm, bench_qk_norm_rope, bench_xsa, bench_xsa_linear
+from benchmarks import bench_leaky_relu2_mlp, bench_mix_rms_norm, bench_qk_norm_rope, bench_xsa
 from benchmarks.computed import step_schedule as schedule
 from benchmarks.computed.fake_cuda import tensors_without_data
 from benchmarks.computed.inductor_plan import PROPERTIES, Scheduled, planning_for_an_absent_gpu
@@ -64,10 +64,8 @@ def test_every_buffer_is_written_once_and_read_when_it_was(step: schedule.Step) 
 
 def test_a_way_has_its_own_kernels_and_only_the_published_one_waits(step: schedule.Step) -> None:
     names = {kernel.name for kernel in step.kernels}
-    ours = {"up_kernel", "dx_kernel", "unmix_kernel", "rotate_kernel", "xsa_linear_backward_kernel", "symmetric_kernel"}
+    ours = {"up_kernel", "dx_kernel", "unmix_kernel", "rotate_kernel", "xsa_backward_kernel", "symmetric_kernel"}
     assert names >= ours if step.way == "golf" else not names & ours
-    # the product behind XSA takes it along
-    assert not names & {"xsa_kernel", "xsa_backward_kernel"}
     assert {"fa3::attention", "fa3::attention_backward"} <= names
     assert step.waits == (step.way == "published")
     assert all(kernel.bytes > 0 or kernel.name == "norm_kernel" for kernel in step.kernels)
@@ -192,7 +190,7 @@ def total(kernels: list[Kernel]) -> float:
     return sum(kernel.bytes for kernel in kernels)
 
 
-@pytest.mark.parametrize("bench", [bench_xsa, bench_xsa_linear, bench_mix_rms_norm, bench_qk_norm_rope])
+@pytest.mark.parametrize("bench", [bench_xsa, bench_mix_rms_norm, bench_qk_norm_rope])
 def test_an_operator_moves_what_its_benchmark_counts(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     chain, options = bench.CHAIN, {bench_mix_rms_norm: (1e-6, 0.5), bench_qk_norm_rope: (1e-6,)}.get(bench, ())
     forward, backward = (getattr(torch.ops.golf, chain.op + part) for part in ("", "_backward"))
@@ -210,8 +208,7 @@ def test_an_operator_moves_what_its_benchmark_counts(bench: Any, monkeypatch: py
     found = [total(recorder.kernels[:first]), total(recorder.kernels[first:])]
     # beside the large tensors there are tables and parts of sums
     assert found == pytest.approx(list(chain.traffic(chain.shapes[0])["triton"].values()), rel=0.03)
-    products = [sum(kernel.flops for kernel in part) for part in (recorder.kernels[:first], recorder.kernels[first:])]
-    assert products == list(chain.flops(chain.shapes[0]).values() or (0, 0))
+    assert not any(kernel.flops for kernel in recorder.kernels)
 
 
 def test_a_kernel_of_the_host_is_not_run_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,6 @@ def test_one_operator_of_each_kind_is_checked_on_each_device(capsys):
         "mix_rms_norm",
         "qk_norm_rope",
         "xsa",
-        "xsa_linear",
         "softcapped_cross_entropy",
         "window_nll",
         "int6_dequantize",

@@ -8,9 +8,7 @@ import torch.nn.functional as F
 
 from golf_kernels import dispatch
 from train.config import Config
-from train.model import attention as attention_module
 from train.model.attention import Attention, remove_value_direction
-from train.model.linear import observe_inputs
 from train.model.rope import rotary_table, rotate
 
 DEVICE = torch.device("cpu")
@@ -147,39 +145,13 @@ def results_of(attention: Attention, dtype: torch.dtype, device: str, rows_from:
 
 @pytest.mark.parametrize("rows_from", [0, 40])
 @pytest.mark.parametrize("qat", [False, True])
-@pytest.mark.skipif("triton" not in dispatch.available_backends("xsa_linear"), reason=f"{dispatch.triton_problem()}")
-def test_xsa_and_its_product_are_the_same_on_triton_kernels(
-    qat: bool, rows_from: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.skipif("triton" not in dispatch.available_backends("xsa"), reason=f"{dispatch.triton_problem()}")
+def test_xsa_is_the_same_on_triton_kernels(qat: bool, rows_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     attention = xsa_attention(qat=qat).to(device)
-    attention.fused_xsa_linear = attention.fused_xsa = False
+    attention.fused_xsa = False
     usual = results_of(attention, dtype, device, rows_from)
-    monkeypatch.setenv("GOLF_BACKEND", "torch,xsa_linear=triton")
-    attention.fused_xsa_linear = True
+    monkeypatch.setenv("GOLF_BACKEND", "torch,xsa=triton")
+    attention.fused_xsa = True
     for mine, plain in zip(results_of(attention, dtype, device, rows_from), usual, strict=True):
         assert (mine - plain).norm() <= (2e-6 if dtype == torch.float32 else 2e-2) * plain.norm()
-
-
-@pytest.mark.parametrize("changed", ["", "observed", "as_published", "fused_xsa_linear"])
-def test_what_xsa_leaves_exists_only_where_somebody_looks_at_it(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    attention, seen, called = xsa_attention(), {}, []
-    for name in ("xsa", "xsa_linear"):
-        function = getattr(attention_module, name)
-        wrapped = lambda *args, name=name, function=function: (called.append(name), function(*args))[1]  # noqa: E731
-        monkeypatch.setattr(attention_module, name, wrapped)
-    want = results_of(attention, torch.float32, "cpu")
-    assert called == ["xsa_linear"]
-    called.clear()
-    if changed == "observed":
-        with observe_inputs(attention, seen.__setitem__):
-            found = results_of(attention, torch.float32, "cpu")
-        product = F.linear(seen["output"], attention.output.detach()) * inputs_of(torch.float32, "cpu")[1]
-        torch.testing.assert_close(found[0], product, rtol=2e-5, atol=2e-5)
-    else:
-        if changed:
-            setattr(attention, changed, changed == "as_published")
-        found = results_of(attention, torch.float32, "cpu")
-    assert called == ["xsa" if changed else "xsa_linear"]
-    for mine, plain in zip(found, want, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=2e-5, atol=2e-5)

@@ -10,7 +10,7 @@ from golf_kernels import dispatch
 from train.model.fusion import write_out_references
 from train.model.gpt import GPT
 
-OPERATORS = {"leaky_relu2_mlp", "mix_rms_norm", "qk_norm_rope", "softcapped_cross_entropy", "xsa", "xsa_linear"}
+OPERATORS = {"leaky_relu2_mlp", "mix_rms_norm", "qk_norm_rope", "softcapped_cross_entropy", "xsa"}
 
 
 def loss_and_gradients(model: GPT, ids: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
@@ -63,8 +63,7 @@ def operators_in_graph(model: GPT, ids: torch.Tensor) -> set[str]:
 def test_a_compiled_model_has_an_operator_only_where_a_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(narrow_config("sp8192"))
     ids = random_ids(model.config)
-    # the product behind XSA takes it along
-    assert {name.split(".")[1] for name in operators_in_graph(model, ids)} == OPERATORS - {"xsa"}
+    assert {name.split(".")[1] for name in operators_in_graph(model, ids)} == OPERATORS
     # the same code, compiled again for a model that calls other forms
     write_out_references(model, "cpu")
     assert operators_in_graph(model, ids) == set()
@@ -81,7 +80,6 @@ def test_a_kernel_that_is_asked_for_stays_an_operator(asked_for: str, monkeypatc
     assert all(block.fused == (asked_for == "mix_rms_norm") for block in model.blocks)
     assert all(block.attention.fused_qk_norm_rope == (asked_for == "qk_norm_rope") for block in model.blocks)
     assert all(block.attention.fused_xsa == (asked_for == "xsa") for block in model.blocks)
-    assert all(block.attention.fused_xsa_linear == (asked_for == "xsa_linear") for block in model.blocks)
     assert not model.head.fused
     monkeypatch.undo()
     assert {name.split(".")[1] for name in operators_in_graph(model, random_ids(model.config))} == {asked_for}

@@ -71,7 +71,7 @@ def test_kernels_are_told_apart(kernel: str, family: str) -> None:
         ("newton_schulz_triton", "muon kernels"), ("muon_triton", "muon kernels"), ("leaky_relu2_mlp_triton", "mlp kernels"),
         ("softcapped_cross_entropy_triton", "head and loss kernels"), ("qk_norm_rope_triton", "attention"),
         ("mix_rms_norm_triton", "elementwise and norms"),
-        ("xsa_triton", "attention"), ("xsa_linear_triton", "attention"),
+        ("xsa_triton", "attention"),
     ],
 )  # fmt: skip
 def test_every_triton_kernel_is_counted_where_it_belongs(module: str, family: str) -> None:

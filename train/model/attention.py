@@ -7,13 +7,12 @@ from torch import Tensor, nn
 
 from golf_kernels.qk_norm_rope import qk_norm_rope, written_out
 from golf_kernels.xsa import xsa
-from golf_kernels.xsa_linear import xsa_linear
 from train.config import Config
 from train.model.attention_backends import causal_attention
 from train.model.documents import Documents
 from train.model.init import constant, matrix, zero_matrix
 from train.model.key_values import KeyValues
-from train.model.linear import joint_linear, linear, observing, working_weight
+from train.model.linear import joint_linear, linear
 from train.model.norm import rms_norm
 from train.model.rope import rotate
 
@@ -71,7 +70,6 @@ class Attention(nn.Module):
         # by the operators of these names; False: written out for a compiler to fuse; see train.model.fusion
         self.fused_qk_norm_rope = True
         self.fused_xsa = True
-        self.fused_xsa_linear = True
         # as the published scripts have it: queries, keys and values by three products, the scale behind the last one, and
         # where no operator is called all gradients by autograd
         self.as_published = False
@@ -139,10 +137,6 @@ class Attention(nn.Module):
         fake_quantize = self.qat and self.training
         if self.xsa:
             own = value[:, key.shape[1] - query.shape[1] :]
-            # the fused op hides the input of the matrix, which calibration has to see
-            if self.fused_xsa_linear and not (self.as_published or observing()):
-                weight = working_weight(self.output, output.dtype, scale=scale, fake_quantize=fake_quantize)
-                return xsa_linear(output, own, weight)
             output = xsa(output, own) if self.fused_xsa else remove_value_direction(output, own)
         return linear(
             output.flatten(-2), self.output, scale=scale, behind=self.as_published, fake_quantize=fake_quantize

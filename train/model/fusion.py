@@ -18,7 +18,6 @@ CALLERS: dict[str, tuple[type[nn.Module], str]] = {
     "qk_norm_rope": (Attention, "fused_qk_norm_rope"),
     "softcapped_cross_entropy": (Head, "fused"),
     "xsa": (Attention, "fused_xsa"),
-    "xsa_linear": (Attention, "fused_xsa_linear"),
 }
 """The operators of a training step, by whom they are called, and the attribute there that says whether they are."""
 
