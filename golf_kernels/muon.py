@@ -114,7 +114,6 @@ class Muon(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.process_group = process_group
-        self.copies: dict[Tensor, Tensor] = {}
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -144,9 +143,9 @@ class Muon(torch.optim.Optimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's own has neither
+        # torch's own state has no group
         group = None if self.process_group is None else _SameGroup(self.process_group)
-        return {**super().__getstate__(), "process_group": group, "copies": self.copies}
+        return {**super().__getstate__(), "process_group": group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for group in state["param_groups"]:
@@ -160,7 +159,6 @@ class Muon(torch.optim.Optimizer):
         super().__setstate__(state)
         held = self.__dict__.setdefault("process_group", None)
         self.process_group = held.group if isinstance(held, _SameGroup) else held
-        self.__dict__.setdefault("copies", {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -190,19 +188,6 @@ class Muon(torch.optim.Optimizer):
             dispatch.call("muon_step", [param for _, params in work for param in params], self, work)
         return loss
 
-    def copy_to(self, param: Tensor, copy: Tensor) -> None:
-        """Lets every step also write the new weights of `param` to `copy`, for example the bfloat16 ones of a model.
-
-        Raises:
-            ValueError: another shape or device, or a parameter that is not updated here.
-        """
-        if not any(param is known for group in self.param_groups for known in group["params"]):
-            raise ValueError(f"param: expected a parameter of this optimizer, found another of {tuple(param.shape)}")
-        if copy.shape != param.shape or copy.device != param.device:
-            found = f"{tuple(copy.shape)} on {copy.device}"
-            raise ValueError(f"copy: expected shape {tuple(param.shape)} on {param.device}, found {found}")
-        self.copies[param] = copy
-
     def _step_by_parts(self, work: list[Work]) -> None:
         calls: dict[Any, list[Tensor]] = {}
         for group, params in work:
@@ -211,9 +196,6 @@ class Muon(torch.optim.Optimizer):
         for group, params in work:
             orthogonal = [next(results[_call_key(group, params)]) for _ in params]
             self._apply(group, params, orthogonal)
-            for param in params:
-                if param in self.copies:
-                    self.copies[param].copy_(param)
 
     def _updates(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         """Momentum, Nesterov and row normalization: the matrices that Newton-Schulz gets."""

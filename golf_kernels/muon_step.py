@@ -32,14 +32,13 @@ def _step_triton(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> No
     for group, members in work:
         state = [optimizer.moment(p, "momentum_buffer", g) for p in members if (g := p.grad) is not None]
         second = [optimizer.moment(p, "second_moment", p[..., :1]) for p in members] if group["normuon"] else members
-        copies = [optimizer.copies.get(p, p) for p in members]
-        lists = ([p.grad for p in members if p.grad is not None], state, members, second, copies)
+        lists = ([p.grad for p in members if p.grad is not None], state, members, second)
         # empty matrices have nothing to update, and no address
         pieces = [p for p in zip(*map(kernels.matrices_of, lists), strict=True) if p[2].numel()]
         if not pieces:
             continue
         device = members[0].device
-        shapes = tuple((weight.shape[0], weight.shape[1]) for _, _, weight, _, _ in pieces)
+        shapes = tuple((weight.shape[0], weight.shape[1]) for _, _, weight, _ in pieces)
         addresses = tuple(tuple(tensor.data_ptr() for tensor in piece) for piece in pieces)
         ratios = tuple(learning_rate_ratio(group["adjust_lr_fn"], *shape) for shape in shapes)
         aligned = all(a % 16 == 0 for row in addresses for a in row) and all(n % 8 == 0 for _, n in shapes)
@@ -73,7 +72,6 @@ def _step_triton(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> No
                 ratios=kernels.lasting(muon_triton.ratio_table(ratios, device), device),
                 weight_decay=group["weight_decay"],
                 beta2=group["normuon_beta2"] if group["normuon"] else None,
-                copy=all(p in optimizer.copies for p in members),
                 aligned=aligned,
             )
 
@@ -88,9 +86,6 @@ def _triton_supports(*args: Any) -> str | None:
         tensors = [tensor for p in members for tensor in (p, p.grad, *optimizer.state.get(p, {}).values())]
         if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in tensors):
             return "its weights, gradients and moments are float32 and contiguous"
-        copies = [optimizer.copies[p] for p in members if p in optimizer.copies]
-        if copies and (len(copies) < len(members) or any(c.dtype != torch.bfloat16 for c in copies)):
-            return "it copies all weights of a group in bfloat16, or none"
         if group["compute_dtype"] not in (None, torch.float32, torch.bfloat16):
             return f"its products are bfloat16 or float32, found {group['compute_dtype']}"
     return triton_problem([])

@@ -3,7 +3,7 @@
     momentum  m ← β·m + g (dampened: m + (1 − β)·(g − m)); u = the Nesterov or plain direction, its rows normalized or not;
               X ← u in the workspace of newton_schulz_triton.py, and each block's largest entry and sum of squares
     moments   NorMuon: s ← β₂·s + (1 − β₂)·mean_row(X²), and each block's sums of X² and of (X / (√s + 1e-10))²
-    apply     w ← w·(1 − lr·weight_decay) − lr·ratio·X, with NorMuon's row and norm factors, and a bfloat16 copy of w
+    apply     w ← w·(1 − lr·weight_decay) − lr·ratio·X, with NorMuon's row and norm factors
 
 β and lr are read from the device, so that a CUDA graph of the step can be replayed with other values.
 """
@@ -22,8 +22,8 @@ from torch import Tensor
 from golf_kernels.newton_schulz_triton import CHUNK, LAYOUT, add_squares, on_device, pointer_to, reciprocal_power
 
 OPTIONS = {"num_warps": 8}
-# fields of a matrix's addresses: gradient, momentum, weight, second moment, copy
-ADDRESSES = tl.constexpr(5)
+# fields of a matrix's addresses: gradient, momentum, weight, second moment
+ADDRESSES = tl.constexpr(4)
 # added to NorMuon's divisors
 TINY = tl.constexpr(1e-10)
 
@@ -113,7 +113,7 @@ def moments_kernel(
 @triton.jit
 def apply_kernel(
     addresses_ptr, layout_ptr, blocks_ptr, x_ptr, stats_ptr, factors_ptr, ratios_ptr, lr_ptr, weight_decay,
-    NORMUON: tl.constexpr, COPY: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    NORMUON: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     matrix = tl.load(blocks_ptr + 3 * block)
@@ -144,9 +144,6 @@ def apply_kernel(
         weight = tl.load(weights + at * columns + column, mask=inside, other=0.0)
         weight = weight * (1 - lr * weight_decay) - rate * factor * value
         tl.store(weights + at * columns + column, weight, mask=inside)
-        if COPY:
-            copies = pointer_to(tl.load(addresses_ptr + matrix * ADDRESSES + 4), tl.bfloat16, ALIGNED)
-            tl.store(copies + at * columns + column, weight.to(tl.bfloat16), mask=inside)
 
 
 @functools.lru_cache(maxsize=32)
@@ -174,8 +171,8 @@ def momentum(
         plan: of the shapes, from `newton_schulz_triton.make_plan`.
         x: workspace for the directions.
         stats: two floats for each of the plan's blocks.
-        addresses: `(matrices, 5)`, int64: gradient, momentum, weight, second moment, copy; all contiguous, float32, the
-            copy bfloat16; 0 for what there is not.
+        addresses: `(matrices, 4)`, int64: of gradient, momentum, weight and second moment, all contiguous and float32; without
+            NorMuon the fourth is not read.
         rows: of a block.
         beta: one float32 on the device.
         row_eps: added to a row's squared length; None: rows keep their length.
@@ -200,7 +197,6 @@ def apply(
     ratios: Tensor,
     weight_decay: float,
     beta2: float | None,
-    copy: bool,
     aligned: bool,
 ) -> None:
     """Updates every weight, and NorMuon's second moments, from the orthogonalized directions in the workspace.
@@ -211,7 +207,6 @@ def apply(
         ratios: factor on the learning rate of each matrix, float32, on the device.
         weight_decay: decoupled.
         beta2: decay of NorMuon's second moments; None: no NorMuon.
-        copy: also write the new weights in bfloat16.
     """
     grid = (len(plan.blocks),)
     factors = torch.empty(len(plan.blocks) * rows if beta2 is not None else 0, dtype=torch.float32, device=x.device)
@@ -221,5 +216,5 @@ def apply(
         )
     apply_kernel[grid](
         addresses, plan.layout, plan.blocks, x, stats, factors, ratios, lr, weight_decay,
-        NORMUON=beta2 is not None, COPY=copy, ALIGNED=aligned, ROWS=rows, CHUNK=CHUNK, **OPTIONS,
+        NORMUON=beta2 is not None, ALIGNED=aligned, ROWS=rows, CHUNK=CHUNK, **OPTIONS,
     )  # fmt: skip

@@ -91,15 +91,10 @@ def launch_branches() -> None:
     ):
         coefficients = [value for triple in chosen.schedule() for value in triple]
         run("newton_schulz", [torch.empty(2048, columns)], coefficients, 1e-7, chosen.prescale, dtype)
-    for columns, dtype, extras, copied in itertools.product(
-        (512, 333), (bfloat16, float32), (False, True), (False, True)
-    ):
+    for columns, dtype, extras in itertools.product((512, 333), (bfloat16, float32), (False, True)):
         weight = torch.nn.Parameter(torch.empty(2048, columns))
         weight.grad = torch.empty_like(weight)
-        muon = Muon([weight], row_normalize=extras, normuon=extras)
-        if copied:
-            muon.copy_to(weight, torch.empty_like(weight, dtype=bfloat16))
-        step_muon(muon, dtype)
+        step_muon(Muon([weight], row_normalize=extras, normuon=extras), dtype)
     for (width, hidden), eps, slope, add in itertools.product(MLPS, (None, 1e-6), (0.0, 0.5), (False, True)):
         shapes = ((SEQUENCES * LENGTH, width), (hidden, width), (width, hidden))
         x, up, down = (torch.empty(shape, dtype=bfloat16) for shape in shapes)
