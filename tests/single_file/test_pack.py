@@ -100,12 +100,12 @@ def test_forms_fall_in_size_and_are_counted(capsys: pytest.CaptureFixture[str]) 
     # what a run of the recipe counts
     config = load_recipe("quickstart").config()
     assert sizes == {form: counted_code_bytes(config.replace(code_form=form)) for form in FORMS}
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "artifact.md").read_text()
     for form, said in (
         ("wrapped", r"one compressed script, (\d+) to (\d+) kB"),
         ("raw", r"or (\d+) to (\d+) kB in the form `raw`"),
     ):
-        smallest, largest = map(int, re.search(said, readme).groups())
+        smallest, largest = map(int, re.search(said, text).groups())
         assert smallest < sizes[form] / 1000 < largest
     assert main(["code", "quickstart"]) == 0
     output = capsys.readouterr().out
