@@ -181,7 +181,12 @@ def group_table(rows: Sequence[CodecRow], codes: dict[str, int]) -> str:
 
 
 def curve(
-    folder: RunFolder, config: Config, sigmas: Sequence[float], codecs: Sequence[str], ranks: Ranks
+    folder: RunFolder,
+    config: Config,
+    sigmas: Sequence[float],
+    codecs: Sequence[str],
+    ranks: Ranks,
+    max_tokens: int = 0,
 ) -> list[CurvePoint]:
     """Quantize a run's weights at each width, pack them with each codec, and score what the last one's bytes hold.
 
@@ -207,7 +212,15 @@ def curve(
             bits = 8 * sum(map(entropy_bytes, matrices)) / max(sum(map(len, matrices)), 1)
             loaded = load_model(path, clipped).to(ranks.device)
             recurrence = bool(config.recur_layers)
-            result = evaluate_model(loaded, text.tokens, text.tables, clipped, stride=0, recurrence=recurrence)
+            result = evaluate_model(
+                loaded,
+                text.tokens,
+                text.tables,
+                clipped,
+                stride=0,
+                max_tokens=max_tokens,
+                recurrence=recurrence,
+            )
             points.append(CurvePoint(k, sizes, bits, result.val_bpb))
     return points
 
@@ -268,13 +281,13 @@ def main(argv: list[str] | None = None) -> int:
         report_codecs(made_tensors(), Config(), options.codecs)
         return 0
     folder = RunFolder(options.run)
-    config = folder.trained_config().replace(eval_max_tokens=options.max_tokens)
+    config = folder.trained_config()
     artifact = read_artifact(folder.need(folder.artifact, "python -m train"))
     report_codecs(artifact.tensors, artifact.config, options.codecs)
     if not options.sigmas:
         return 0
     with start_ranks(config.device) as ranks:
-        points = curve(folder, config, options.sigmas, options.curve_codecs, ranks)
+        points = curve(folder, config, options.sigmas, options.curve_codecs, ranks, options.max_tokens)
     print(f"\n{curve_table(points, config.matrix_bits)}")
     picture = options.out or folder.path / "size_bpb.png"
     plot_curve(

@@ -265,7 +265,6 @@ def run_recipe(name: str, options: Any, clock: common.Clock, limits: common.Ceil
         "eval_seq_len": 2048,
         "eval_stride": 64,
         "eval_rule": "once",
-        "eval_batch_seqs": options.batch_seqs or (16 if options.tiny else 32),
     }
     settings |= {"recipe": name, "device": options.device.type, "logits_rounding": "none"}
     config = Config(**(load_recipe(name).settings | settings | changes))
@@ -306,11 +305,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="default: both, or the first with --tiny")
     parser.add_argument("--tokens", type=int, help="targets of the text; default 409,600, or 2,048 with --tiny")
-    parser.add_argument(
-        "--batch-seqs",
-        type=int,
-        help="windows per forward pass of golf; default 32, or 16 with --tiny, for a CPU's caches",
-    )
     options = parser.parse_args(arguments)
     clock = common.Clock(options.device, options.warmup_ms, options.rounds)
     limits = common.ceilings(clock)

@@ -31,17 +31,21 @@ LOCAL = BOOKKEEPING | {"recipe", "seed", "data_path", "tokenizer_path", "device"
 # the version that removed the settings below
 REMOVED_IN = "0.2.0"
 
-RETIRED: dict[str, tuple[Any, ...]] = {
+RETIRED: dict[str, tuple[Any, ...] | None] = {
     "adam_eps": (1e-8,),
     "beta1": (0.9,),
+    "eval_batch_seqs": None,
+    "eval_max_tokens": (0,),
+    "eval_share_layer0": None,
     "gptq_act_order": (True,),
     "gptq_block_size": (128,),
     "gptq_calib_temperature": (0.8,),
     "gradient_reduction": ("after", "overlapped"),
     "normuon_beta2": (0.95,),
     "tied_embed_init_std": (0.005,),
+    "val_max_tokens": (0,),
 }
-"""Removed settings: name → the values that mean what every run computes today.
+"""Removed settings: name → the values that compute what every run computes today; None: any value.
 
 A config.json or artifact that holds one of these values loads as if the setting were not there.
 """
@@ -237,7 +241,6 @@ class Config:
     profile_steps: str = setting("", "profile these steps into the run folder, FIRST:END, such as 30:33; empty: none")
     loggers: str = setting("", "also log to tensorboard, wandb, or both, separated by a comma; empty: files alone")
     train_log_every: int = setting(200, "steps between log lines of the training loss", low=1)
-    val_max_tokens: int = setting(0, "look at only so many validation tokens while training; 0: all", low=0)
     val_batch_size: int = setting(524288, "tokens per validation batch over all ranks", low=1)
     eval_seq_len: int = setting(0, "window of the final evaluation; 0: train_seq_len", low=0)
     eval_stride: int = setting(64, "new tokens per window; 0: only non-overlapping windows", low=0)
@@ -245,11 +248,6 @@ class Config:
         "once", "which positions a window scores: once (every token once), or the older published rules",
         choices=("once", "overlap_tail", "full_windows"),
     )  # fmt: skip
-    eval_batch_seqs: int = setting(32, "windows per forward pass", low=1)
-    eval_share_layer0: bool = setting(
-        True, "overlapping windows compute layer 0's projections once per token, where the model allows it"
-    )
-    eval_max_tokens: int = setting(0, "score only so many tokens; 0: all", low=0)
     paid_prefix_file: str = setting(
         "", "blob of validation targets that cost no nats (#262); NOT COMPLIANT, for checking the published arithmetic"
     )
@@ -356,10 +354,11 @@ def _unknown(name: str) -> typing.NoReturn:
 
 
 def _check_retired(name: str, value: Any) -> None:
-    if value not in RETIRED[name]:
+    supported = RETIRED[name]
+    if supported is not None and value not in supported:
         raise ConfigError(
             f"{name}={format_value(value)}: {name} was removed in {REMOVED_IN}, which supports only "
-            f"{format_value(RETIRED[name][0])}: use an earlier version of golf_kernels for this file"
+            f"{format_value(supported[0])}: use an earlier version of golf_kernels for this file"
         )
 
 

@@ -23,7 +23,7 @@ from train.config import Config
 from train.data.paid_prefix import known_targets, prefix_bytes
 from train.data.validation import load_validation
 from train.evaluate.scores import evaluation_entry, write_evaluation
-from train.evaluate.scoring import evaluate_model
+from train.evaluate.scoring import BATCH_SEQS, evaluate_model
 from train.loop import train
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
@@ -195,7 +195,7 @@ def evaluate_stage(folder: RunFolder, model: GPT, ranks: Ranks, log: RunLogger) 
     """Score the artifact's model, flat and with the recipe's sliding window."""
     config = folder.trained_config()
     validation = load_validation(config)
-    use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, config.eval_batch_seqs)).name)
+    use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, BATCH_SEQS)).name)
     recurrence = bool(config.recur_layers)
     known = known_targets(config, validation.tokens)
     for stride in sorted({0, config.eval_stride}):

@@ -17,6 +17,7 @@ from golf_kernels import dispatch
 from golf_kernels.muon import Muon
 from golf_kernels.newton_schulz import COEFFICIENTS
 from train.config import Config
+from train.evaluate.scoring import BATCH_SEQS
 from train.model.gpt import GPT
 from train.optimize.groups import build_optimizers
 from train.recipes import load_recipe, recipe_names
@@ -62,7 +63,7 @@ def launch_recipe(config: Config) -> None:
     """One GPU's share of a training step and its batches of an evaluation, with and without recurrence."""
     model = GPT(config)
     ids = torch.empty(share_sequences(config), config.train_seq_len, dtype=torch.int64)
-    count, stride = config.eval_batch_seqs, config.eval_stride
+    count, stride = BATCH_SEQS, config.eval_stride
     late = config.window - (stride or config.window)
     windows = torch.empty(count, config.window, dtype=torch.int64)
     text = torch.empty(config.window + (count - 1) * stride, dtype=torch.int64)

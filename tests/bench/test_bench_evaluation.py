@@ -24,8 +24,6 @@ def test_both_ways_are_measured_and_compared(capsys):
         "--tiny",
         "--tokens",
         "300",
-        "--batch-seqs",
-        "2",
     ]
     assert bench_evaluation.main([*arguments, "--recipes", "sp8192_sdclip"]) == 0
     printed = capsys.readouterr().out

@@ -43,7 +43,6 @@ MODEL = Config(
     passthrough_max_elements=64,
     embed_dtype="float32",
     eval_stride=8,
-    eval_batch_seqs=7,
 )
 
 
@@ -144,15 +143,12 @@ def test_the_score_says_whether_windows_share_layer_0(
     shutil.copytree(finished_run, run)
     for arguments, said in (
         ([], "once per token"),
-        (["--share-layer0", "0"], "per window: EVAL_SHARE_LAYER0 is off"),
         (["--stride", "0"], "per window: windows side by side have no token in common"),
     ):
         main([str(run), "--max-tokens", "100", *arguments])
         line = f"layer0:the first layer's queries, keys and values were computed {said}"
         assert capsys.readouterr().out.splitlines()[-3] == line
         assert read_metrics(run / "metrics.jsonl")[-1]["layer0"] == said
-    with pytest.raises(UserError, match="--share-layer0: expected 0 or 1, got 'maybe'"):
-        main([str(run), "--share-layer0", "maybe"])
 
 
 def test_flags_are_understood_as_the_trainer_writes_them(
@@ -162,8 +158,8 @@ def test_flags_are_understood_as_the_trainer_writes_them(
     shutil.copytree(finished_run, run)
     forms = (
         ["--stride", "4", "--seq-len", "16", "--max-tokens=60", "--logits-rounding", "bf16"],
-        ["--eval_stride", "4", "--eval_seq_len", "16", "--eval_max_tokens=60", "--logits_rounding", "bf16"],
-        ["--eval-stride=4", "--seq_len", "16", "--eval-max-tokens", "60", "--logits-rounding=bf16"],
+        ["--eval_stride", "4", "--eval_seq_len", "16", "--max_tokens=60", "--logits_rounding", "bf16"],
+        ["--eval-stride=4", "--seq_len", "16", "--max-tokens", "60", "--logits-rounding=bf16"],
     )
     entries = []
     for form in forms:
@@ -276,7 +272,6 @@ def test_help_is_complete_and_shows_examples(capsys: pytest.CaptureFixture[str])
         "--attention",
         "--compile",
         "--logits-rounding",
-        "--share-layer0",
         "--json",
     }
     assert flags <= set(re.findall(r"--[a-z0-9-]+", text))

@@ -1,6 +1,7 @@
 """Sums and counts against a plain loop, shapes, ranks, progress and refusals."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from train.common.errors import UserError
 from train.config import Config
 from train.data.tokenizer import ByteTables
-from train.evaluate.scoring import evaluate_model, flat_evaluation
+from train.evaluate import scoring
+from train.evaluate.scoring import flat_evaluation
 
 VOCAB = 37
-CONFIG = Config(vocab_size=259, eval_batch_seqs=4)
+CONFIG = Config(vocab_size=259)
+# several batches for a short text
+evaluate_model = partial(scoring.evaluate_model, batch_seqs=4)
 
 
 class StandIn(nn.Module):
@@ -92,16 +96,14 @@ def test_scores_equal_the_plain_loop(rule: str, count: int, seq_len: int, stride
 def test_settings_come_from_the_config_unless_given() -> None:
     tokens, tables = make_text(90)
     model = StandIn()
-    config = CONFIG.replace(
-        eval_seq_len=16, eval_stride=4, eval_rule="overlap_tail", eval_max_tokens=50, logit_softcap=2.0
-    )
-    result = evaluate_model(model, tokens, tables, config)
+    config = CONFIG.replace(eval_seq_len=16, eval_stride=4, eval_rule="overlap_tail", logit_softcap=2.0)
+    result = evaluate_model(model, tokens, tables, config, max_tokens=50)
     nats, scored, size = plain_score(model, tokens[:51], tables, 16, 4, "overlap_tail", 2.0)
     assert (result.tokens, result.bytes) == (scored, size)
     assert result.val_loss == pytest.approx(nats / scored, rel=1e-6)
-    given_zero = evaluate_model(model, tokens, tables, config, stride=0, max_tokens=0, seq_len=8)
+    given_zero = evaluate_model(model, tokens, tables, config, stride=0, seq_len=8)
     assert (given_zero.tokens, given_zero.windows) == (89, 12)
-    rounded = evaluate_model(model, tokens, tables, config.replace(logits_rounding="bf16"))
+    rounded = evaluate_model(model, tokens, tables, config.replace(logits_rounding="bf16"), max_tokens=50)
     assert rounded.val_loss != result.val_loss
     assert rounded.val_loss == pytest.approx(result.val_loss, rel=1e-2)
 
@@ -143,15 +145,13 @@ def test_recurrence_flag_and_training_mode() -> None:
     assert model.modes == {(False, False), (True, False)} and not model.training
 
 
-def test_flat_evaluation_takes_the_training_rows_and_the_first_tokens() -> None:
+def test_flat_evaluation_takes_the_training_rows() -> None:
     tokens, tables = make_text(100)
     model, plain = StandIn(), StandIn()
-    config = CONFIG.replace(
-        train_seq_len=16, train_batch_tokens=128, val_max_tokens=40, val_batch_size=32, eval_stride=4
-    )
+    config = CONFIG.replace(train_seq_len=16, train_batch_tokens=128, val_batch_size=32, eval_stride=4)
     result = flat_evaluation(model, tokens, tables, config)
-    nats, scored, size = plain_score(plain, tokens[:41], tables, 16, 0, "once", config.logit_softcap)
-    assert (result.tokens, result.bytes, result.windows) == (40, size, 3)
+    nats, scored, size = plain_score(plain, tokens, tables, 16, 0, "once", config.logit_softcap)
+    assert (result.tokens, result.bytes, result.windows) == (99, size, 7)
     assert result.val_loss == pytest.approx(nats / scored, rel=1e-6)
     assert model.shapes == {(2, 16)}
 

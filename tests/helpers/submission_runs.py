@@ -29,7 +29,7 @@ def narrow(dataset: Path, runs: Path, seed: int, **changes: object) -> Config:
         data_path=str(dataset), corpus="", runs_dir=str(runs), run_id=f"seed{seed}", seed=seed, vocab_size=512, model_dim=32,
         num_heads=2, num_kv_heads=1, rope_dims=4, ve_dim=8, train_seq_len=64, rope_train_seq_len=64, train_batch_tokens=1024,
         iterations=4, max_wallclock_seconds=0.0, gptq_reserve_seconds=0.0, recur_start_step=2, gptq_calib_batches=2,
-        val_loss_every=2, passthrough_max_elements=512, eval_stride=32, val_max_tokens=1024, warmup_steps=1, device="cpu",
+        val_loss_every=2, passthrough_max_elements=512, eval_stride=32, warmup_steps=1, device="cpu",
     )  # fmt: skip
     return load_recipe("quickstart").config(**{**values, **changes})
 

@@ -10,7 +10,7 @@ from submission_example import CONFIG, make_run, make_summary
 from train.artifact.budget import BudgetRow
 from train.common.errors import UserError
 from train.submission.__main__ import main
-from train.submission.record import evaluation, readme, validation, write_record
+from train.submission.record import evaluation, write_record
 from train.submission.summary import Summary, group_bytes, size_line, summary_text
 
 COMMON_KEYS = (
@@ -92,18 +92,11 @@ def test_group_bytes_adds_up_the_rows_of_a_budget_largest_first() -> None:
     assert list(group_bytes(rows).items()) == parts
 
 
-def test_readme_says_on_how_much_text_the_validations_looked() -> None:
-    text = readme(make_summary(), CONFIG.replace(val_max_tokens=32768), "name")
-    assert "| before training, flat, first 32,768 tokens | 3.48761234 |" in text
-    assert "| before quantization, flat, first 32,768 tokens | 1.08741234 |" in text
-
-
 def test_a_curve_of_bpb_says_how_each_score_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: dict[str, str] = {}
     monkeypatch.setattr("train.submission.record.plot_bpb", lambda *_, **words: said.update(words))
     write_record(make_run(tmp_path))
     assert said == {"validation": "flat", "evaluation": "sliding window 2048, stride 64"}
-    assert validation(CONFIG.replace(val_max_tokens=32768)) == "flat, first 32,768 tokens"
     assert evaluation(CONFIG.replace(eval_stride=0)) == "flat, rows of 2048"
 
 

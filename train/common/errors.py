@@ -60,7 +60,7 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
             raise
         code = _refuse(
             f"out of memory ({str(error).splitlines()[0] if str(error) else 'no more of it'}): lower TRAIN_BATCH_TOKENS, "
-            "VAL_BATCH_SIZE, EVAL_BATCH_SEQS or the model's widths, or use more GPUs"
+            "VAL_BATCH_SIZE or the model's widths, or use more GPUs"
         )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -13,12 +13,11 @@ from train.checkpoint import load_weights
 from train.command_line import check_back_ends, note_unread
 from train.common.distributed import start_ranks
 from train.common.errors import main_guard
-from train.common.values import parse_text
 from train.config import Config, field_names
 from train.data.paid_prefix import NOT_COMPLIANT, known_targets
 from train.data.validation import load_validation
 from train.evaluate.scores import evaluation_entry, read_evaluation, write_evaluation
-from train.evaluate.scoring import evaluate_model
+from train.evaluate.scoring import BATCH_SEQS, evaluate_model
 from train.evaluate.windows import RULES
 from train.model.attention_backends import BACKENDS
 from train.model.attention_choice import choose_attention, use_attention
@@ -45,19 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rule", choices=RULES, help="which positions a window scores [the run's eval_rule]")
     parser.add_argument("--seq-len", type=int, help="window length in tokens [the run's eval_seq_len]")
-    parser.add_argument(
-        "--max-tokens", type=int, help="score only the first N tokens; 0: all [the run's eval_max_tokens]"
-    )
+    parser.add_argument("--max-tokens", type=int, default=0, help="score only the first N tokens; 0: all [0]")
     parser.add_argument(
         "--logits-rounding", choices=("none", "bf16"), help="round logits before the cap [the run's logits_rounding]"
     )
-    parser.add_argument("--batch-seqs", type=int, help="windows per forward pass [the run's eval_batch_seqs]")
-    parser.add_argument(
-        "--share-layer0",
-        metavar="0|1",
-        type=lambda text: parse_text(bool, text, "--share-layer0"),
-        help="layer 0's projections once per token, where the model allows it [the run's eval_share_layer0]",
-    )
+    parser.add_argument("--batch-seqs", type=int, default=BATCH_SEQS, help=f"windows per forward pass [{BATCH_SEQS}]")
     parser.add_argument("--data-path", help="folder with the validation shards and the tokenizer [the run's data_path]")
     parser.add_argument(
         "--weights",
@@ -84,9 +75,6 @@ _SETTINGS = {
     "stride": "eval_stride",
     "rule": "eval_rule",
     "seq_len": "eval_seq_len",
-    "max_tokens": "eval_max_tokens",
-    "batch_seqs": "eval_batch_seqs",
-    "share_layer0": "eval_share_layer0",
     "paid_prefix": "paid_prefix_file",
 }
 
@@ -137,7 +125,7 @@ def _score(folder: RunFolder, arguments: argparse.Namespace) -> int:
         if ranks.is_main:
             note_unread(config, os.environ, lambda line: print(line, file=sys.stderr, flush=True))
         model = model.to(ranks.device)
-        use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, config.eval_batch_seqs)).name)
+        use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, arguments.batch_seqs)).name)
         # a bar goes to stderr, but plain progress lines would stand between a script and its JSON
         progress = not arguments.json or sys.stderr.isatty()
         result = evaluate_model(
@@ -145,6 +133,8 @@ def _score(folder: RunFolder, arguments: argparse.Namespace) -> int:
             text.tokens,
             text.tables,
             config,
+            batch_seqs=arguments.batch_seqs,
+            max_tokens=arguments.max_tokens,
             known=known,
             rank=ranks.rank,
             world_size=ranks.world_size,
@@ -152,7 +142,12 @@ def _score(folder: RunFolder, arguments: argparse.Namespace) -> int:
         )
     if ranks.is_main:
         entry = evaluation_entry(
-            result, config, weights=arguments.weights, world_size=ranks.world_size, device=str(ranks.device)
+            result,
+            config,
+            weights=arguments.weights,
+            max_tokens=arguments.max_tokens,
+            world_size=ranks.world_size,
+            device=str(ranks.device),
         )
         with folder.writing():
             write_evaluation(folder, entry)

@@ -44,14 +44,16 @@ class EvalResult:
         return self.tokens / self.seconds
 
 
-def evaluation_entry(result: EvalResult, config: Config, *, weights: str, **facts: Any) -> dict[str, Any]:
+def evaluation_entry(
+    result: EvalResult, config: Config, *, weights: str, max_tokens: int = 0, **facts: Any
+) -> dict[str, Any]:
     """One score with the settings it was made under, as evaluation.json and metrics.jsonl hold it."""
     stride = config.eval_stride
     form = f"int{config.matrix_bits}" if weights == "artifact" else "prequant"
     label = {"label": NOT_COMPLIANT} if config.paid_prefix_file else {}
     return {
         "name": f"{form}_{'sliding_window' if stride else 'roundtrip'}{'_paid_prefix' if label else ''}",
-        **_settings(config, weights),
+        **_settings(config, weights, max_tokens),
         **asdict(result),
         "tokens_per_second": round(result.tokens_per_second, 1),
         **facts,
@@ -86,13 +88,13 @@ def find_evaluation(folder: RunFolder, config: Config, *, weights: str = "artifa
     )
 
 
-def _settings(config: Config, weights: str) -> dict[str, Any]:
+def _settings(config: Config, weights: str, max_tokens: int = 0) -> dict[str, Any]:
     return {
         "weights": weights,
         "stride": config.eval_stride,
         "rule": config.eval_rule if config.eval_stride else "flat",
         "seq_len": config.window,
-        "max_tokens": config.eval_max_tokens,
+        "max_tokens": max_tokens,
         "logits_rounding": config.logits_rounding,
         "data_path": config.data_path,
         "paid_prefix_file": config.paid_prefix_file,

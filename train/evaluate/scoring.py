@@ -31,6 +31,8 @@ from train.evaluate.windows import WindowPlan, group_windows, plan_windows
 from train.model.fusion import compiles, write_out_references
 
 NOTE_INTERVAL_SECONDS = 0.5
+# windows per forward pass
+BATCH_SEQS = 32
 
 
 class Scorable(Protocol):
@@ -65,9 +67,9 @@ def evaluate_model(
     stride: int | None = None,
     seq_len: int | None = None,
     rule: str | None = None,
-    batch_seqs: int | None = None,
-    max_tokens: int | None = None,
-    share_layer0: bool | None = None,
+    batch_seqs: int = BATCH_SEQS,
+    max_tokens: int = 0,
+    share_layer0: bool = True,
     known: np.ndarray | None = None,
     recurrence: bool = True,
     rank: int = 0,
@@ -83,7 +85,7 @@ def evaluate_model(
             `overlap_problem` says why not.
         tokens: `(T + 1,)` uint16, the first input and the T targets.
         tables: `count(previous, target)` int64 bytes.
-        config: settings; the arguments below replace what it says.
+        config: settings; stride, seq_len and rule replace what it says.
         stride: new tokens per window; 0: flat.
         seq_len: window length; shorter windows are padded to it with zeros behind their end.
         rule: see `plan_windows`.
@@ -105,18 +107,16 @@ def evaluate_model(
     started = time.perf_counter()
     stride = config.eval_stride if stride is None else stride
     seq_len = seq_len or config.window
-    limit = config.eval_max_tokens if max_tokens is None else max_tokens
-    total = len(tokens) - 1 if limit == 0 else min(len(tokens) - 1, limit)
+    total = min(len(tokens) - 1, max_tokens or len(tokens))
     plan = plan_windows(total, seq_len, stride, rule or config.eval_rule)
     windows = len(plan.start)
     share = WindowPlan(*(part[windows * rank // world_size : windows * (rank + 1) // world_size] for part in plan))
-    share_layer0 = config.eval_share_layer0 if share_layer0 is None else share_layer0
     problem = _sharing_problem(model, share_layer0, stride, seq_len)
     with _evaluating(model), Progress(share.scored, description, "tokens", enabled=progress and rank == 0) as bar:
         scorer = _Scorer(model, tokens[: total + 1], tables, config, seq_len, recurrence, problem is None, known)
         shown, done, noted = 0, 0, time.monotonic()
         for windows_of_shape, rows_from in group_windows(share, seq_len, stride):
-            for scored in scorer.score(windows_of_shape, rows_from, batch_seqs or config.eval_batch_seqs):
+            for scored in scorer.score(windows_of_shape, rows_from, batch_seqs):
                 done += scored
                 if time.monotonic() - noted >= NOTE_INTERVAL_SECONDS or done == share.scored:
                     bits = float(scorer.nll_sum) / math.log(2)
@@ -142,7 +142,7 @@ def _sharing_problem(model: Scorable, share_layer0: bool, stride: int, seq_len: 
     """Why windows compute layer 0's projections each for themselves, or None where they share them."""
     if stride in (0, seq_len):
         return "windows side by side have no token in common"
-    return model.overlap_problem if share_layer0 else "EVAL_SHARE_LAYER0 is off"
+    return model.overlap_problem if share_layer0 else "share_layer0 is off"
 
 
 class _Scorer:
@@ -282,7 +282,7 @@ def flat_evaluation(
     rank: int = 0,
     world_size: int = 1,
 ) -> EvalResult:
-    """The validation inside training: rows of train_seq_len side by side, the first val_max_tokens of the text."""
+    """The validation inside training: rows of train_seq_len side by side."""
     return evaluate_model(
         model,
         tokens,
@@ -291,7 +291,6 @@ def flat_evaluation(
         stride=0,
         seq_len=config.train_seq_len,
         batch_seqs=max(config.val_batch_size // (world_size * config.train_seq_len), 1),
-        max_tokens=config.val_max_tokens,
         recurrence=recurrence,
         rank=rank,
         world_size=world_size,

@@ -254,8 +254,7 @@ def _score(program: list[str], run: FinishedRun, folder: Path, **environ: str) -
         # an evaluation leaves its score in the run folder, so it gets one of its own
         _write_json(scored / "config.json", run.config.to_dict())
         shutil.copyfile(run.folder.artifact, scored / run.folder.artifact.name)
-        limit = min(run.config.eval_max_tokens or _PROOF_TOKENS, _PROOF_TOKENS)
-        arguments = [str(scored), "--json", "--device", "cpu", "--max-tokens", str(limit), "--paid-prefix", ""]
+        arguments = [str(scored), "--json", "--device", "cpu", "--max-tokens", str(_PROOF_TOKENS), "--paid-prefix", ""]
         arguments += ["--data-path", str(Path(run.config.data_path).resolve())]
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment = {**inherited, "CUDA_VISIBLE_DEVICES": "", **environ}

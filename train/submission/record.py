@@ -65,7 +65,7 @@ def write_record(
     )
     paths = [folder.path / item for item in ("loss.png", "bpb.png", "size_budget.png", "submission.json", "README.md")]
     plot_loss(paths[0], records, summary)
-    plot_bpb(paths[1], records, summary, validation=validation(config), evaluation=evaluation(config))
+    plot_bpb(paths[1], records, summary, validation="flat", evaluation=evaluation(config))
     plot_size_budget(paths[2], summary)
     atomic_write(paths[3], json.dumps(submission, indent=2, ensure_ascii=False) + "\n")
     atomic_write(paths[4], readme(summary, config, submission["name"]))
@@ -130,12 +130,11 @@ def default_blurb(summary: Summary, config: Config) -> str:
 
 def readme(summary: Summary, config: Config, name: str) -> str:
     """The README of the run; every number in it is the summary's."""
-    while_training = validation(config)
     bits = [
         (f"**artifact, {evaluation(config)}**", f"**{summary.val_bpb:.8f}**"),
         ("artifact, flat", _bpb(summary.flat_val_bpb)),
-        (f"before quantization, {while_training}", _bpb(summary.prequant_val_bpb)),
-        (f"before training, {while_training}", _bpb(summary.step0_val_bpb)),
+        ("before quantization, flat", _bpb(summary.prequant_val_bpb)),
+        ("before training, flat", _bpb(summary.step0_val_bpb)),
         *((f"{compressor}, for comparison", _bpb(value)) for compressor, value in summary.yardsticks.items()),
     ]
     facts = [
@@ -188,11 +187,6 @@ def evaluation(config: Config) -> str:
     return f"sliding window {config.window}, stride {config.eval_stride}{rule}"
 
 
-def validation(config: Config) -> str:
-    """How the scores while training were made, in words."""
-    return f"flat, first {config.val_max_tokens:,} tokens" if config.val_max_tokens else "flat"
-
-
 def form(config: Config) -> str:
     """How the artifact is stored, in words."""
     return f"int{config.matrix_bits} {config.quantizer} + {config.codec}"
@@ -239,8 +233,6 @@ def summarize(folder: RunFolder) -> Summary:
         stage_seconds["train"] = training["seconds"]
     bytes_code, bytes_prefix = sizes[-1]["code_bytes"], sizes[-1].get("prefix_bytes", 0)
     manifest = read_manifest(config.data_path)
-    # the compressors did not stop at eval_max_tokens
-    condition = "after the training text" + (" and over more text" if config.eval_max_tokens else "")
     return Summary(
         run_id=folder.path.name,
         recipe=config.recipe,
@@ -270,7 +262,10 @@ def summarize(folder: RunFolder) -> Summary:
         step0_val_bpb=training["first"].get("val_bpb"),
         prequant_val_bpb=training["last"].get("val_bpb"),
         flat_val_bpb=flat["val_bpb"],
-        yardsticks={f"{name} {condition}": value for name, value in (manifest.yardsticks if manifest else {}).items()},
+        yardsticks={
+            f"{name} after the training text": value
+            for name, value in (manifest.yardsticks if manifest else {}).items()
+        },
         label=score.get("label", ""),
         model_groups=group_bytes(artifact.info.rows()),
     )
