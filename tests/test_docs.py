@@ -19,6 +19,9 @@ from pipeline_runs import flags
 from submission_runs import narrow
 from torch.distributed.run import get_args_parser
 
+import golf_kernels
+from train.config import Config, field_names
+
 ROOT = Path(__file__).resolve().parents[1]
 # each command is run as `__main__`, also where it is imported already
 pytestmark = pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
@@ -277,8 +280,6 @@ def test_the_librarys_code_runs(workspace: tuple[Path, dict[str, int]], monkeypa
 
 
 def test_the_example_recipe_is_one() -> None:
-    from train.config import Config
-
     names: dict[str, Any] = {}
     execute(TEXTS["docs/recipes.md"], names)
     assert Config(**names["SETTINGS"]).model_dim == 192
@@ -319,6 +320,20 @@ def test_paths_in_a_document_exist(name: str) -> None:
     assert paths - found == set()
 
 
+# names in capitals that are no settings: tables of the code, and variables of other programs
+OTHERS = {
+    "CODECS", "CUDA_HOME", "CUDA_LAUNCH_BLOCKING", "CXX", "GOLF_CUDA_ARCHS", "GOLF_FORCE_CUDA", "GOLF_SKIP_CUDA", "LOADERS",
+    "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "MATCHED_FINEWEB_REPO_ID", "OMP_NUM_THREADS", "PUBLISHED", "REACHED", "ROW_SCALES",
+    "SETTINGS", "TORCHINDUCTOR_CACHE_DIR", "TRITON_INTERPRET", "WANDB_MODE", "WANDB_PROJECT",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name not in ("docs/log.md", "CHANGELOG.md")])
+def test_settings_in_a_document_exist(name: str) -> None:
+    named = set(re.findall(r"`([A-Z][A-Z0-9_]{2,})(?:=[^`]*)?`", TEXTS[name]))
+    assert named - OTHERS - {field.upper() for field in field_names()} == set()
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_in_a_document_lead_somewhere(name: str) -> None:
     links = re.findall(r"\]\(([^)#]+)", TEXTS[name])
@@ -342,3 +357,16 @@ def test_the_log_is_dated_and_newest_first() -> None:
     assert len(dates) == len(entries) >= 100 and dates == sorted(dates, reverse=True)
     for entry in entries:
         assert re.findall(r"^- (Why|What|Result)\b", entry, re.MULTILINE) == ["Why", "What", "Result"], entry
+
+
+def test_versions_agree_and_the_workflow_calls_make() -> None:
+    pinned = re.findall(r'"ruff==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert [f"v{version}" for version in pinned] == re.findall(
+        r"rev: (v\S+)", (ROOT / ".pre-commit-config.yaml").read_text()
+    )
+    assert re.findall(r"^## (\S+)", TEXTS["CHANGELOG.md"], re.MULTILINE)[0] == golf_kernels.__version__
+    (targets,) = re.findall(r"command: \[(.*)\]", (ROOT / ".github/workflows/tests.yml").read_text())
+    assert targets.split(", ") == ["lint", "test"]
+    assert all(
+        re.search(f"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in targets.split(", ")
+    )
