@@ -17,8 +17,8 @@ from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA
 from train.optimize.groups import build_optimizers
-from train.optimize.schedules import WallClock
 from train.recipes import load_recipe, recipe_names
+from train.run.clocks import WallClock
 
 NARROW = {
     "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 512, "train_seq_len": 128, "bigram_dim": 16,

@@ -31,8 +31,8 @@ from train.model.fusion import compiles, write_out_references
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
-from train.optimize.schedules import WallClock, lr_scale, muon_momentum
-from train.run.clocks import StartUp
+from train.optimize.schedules import lr_scale, muon_momentum
+from train.run.clocks import StartUp, WallClock
 from train.run.folder import RunFolder
 from train.run.logger import RunLogger
 

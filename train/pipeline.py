@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,6 @@ from train.artifact.codecs import CODECS
 from train.command_line import Override, check_back_ends, override_line
 from train.common.distributed import start_ranks
 from train.common.errors import UserError
-from train.common.files import read_json, write_json
 from train.config import MICRO_BATCHES, Config
 from train.data.loaders import make_loader
 from train.data.manifest import read_manifest
@@ -25,6 +23,7 @@ from train.data.paid_prefix import known_targets
 from train.data.validation import load_validation
 from train.model.attention_choice import check_attention
 from train.optimize.cuda_graph import choose_graph
+from train.run.clocks import StageClock
 from train.run.folder import RunFolder, new_run_id, open_run_folder
 from train.run.logger import RunLogger
 from train.single_file.code_size import check_code_form, package_source
@@ -32,37 +31,6 @@ from train.stages import artifact_stage, evaluate_stage, prepare_data, quantize_
 
 if TYPE_CHECKING:
     from train.run.sinks import Sink
-
-
-class StageClock:
-    """Seconds per stage, of the pass whose result counts; kept in the run folder, as a stage may have been finished before."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.path: Path | None = None
-
-    def keep_in(self, path: Path) -> None:
-        """From now on keep the seconds in a file; what it holds already of other stages stays."""
-        remedy = "delete it, which loses only the seconds of the stages, and resume again"
-        earlier = read_json(path, remedy) if path.exists() else {}
-        if not all(type(seconds) in (int, float) for seconds in earlier.values()):
-            raise UserError(f"{path}: expected seconds per stage, found {earlier}: {remedy}")
-        self.seconds = {**earlier, **self.seconds}
-        self.path = path
-        self._save()
-
-    @contextmanager
-    def __call__(self, name: str, *, found: bool = False) -> Iterator[None]:
-        """Time a stage; if its result is `found`, it keeps the seconds of the pass that made it."""
-        started = time.perf_counter()
-        yield
-        if not found:
-            self.seconds[name] = time.perf_counter() - started
-            self._save()
-
-    def _save(self) -> None:
-        if self.path is not None:
-            write_json(self.path, self.seconds)
 
 
 def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:

@@ -17,7 +17,7 @@ from two_ranks import VARIABLES, free_port, torchrun_variables
 
 from train.common.distributed import Ranks, choose_device, start_ranks
 from train.common.errors import UserError
-from train.optimize.schedules import WallClock
+from train.run.clocks import WallClock
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity
 from train.common.distributed import Ranks
 from train.common.values import ConfigError, parse_steps
 from train.config import Config
-from train.optimize.schedules import WallClock
+from train.run.clocks import WallClock
 from train.run.logger import RunLogger
 from train.run.profiling import (
     NO_KERNELS,

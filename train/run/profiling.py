@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.common.files import atomic_write, atomic_writer
-from train.optimize.schedules import WallClock
+from train.run.clocks import WallClock
 from train.run.logger import RunLogger
 from train.run.profile_parts import named_ranges
 
