@@ -33,6 +33,7 @@ from benchmarks.measure.common import CheckFailed
 from train.artifact import Artifact, load_model, read_artifact, write_artifact
 from train.artifact.codecs import CODECS
 from train.artifact.difference import difference
+from train.artifact.make import quantize_stage
 from train.artifact.storage import encode_section, plan_sections
 from train.checkpoint import load_weights
 from train.common.distributed import Ranks, start_ranks
@@ -44,7 +45,6 @@ from train.evaluate.scoring import evaluate_model
 from train.quantize.tensors import QuantizedTensor, StoredTensors
 from train.run.folder import RunFolder
 from train.run.logger import RunLogger
-from train.stages import quantize_stage
 from train.submission.plots import BLUE, DPI, FAINT, INK, ORANGE
 
 SIGMAS = (5.0, 6.5, 8.0, 10.0, 12.85, 16.0, 20.0, 26.0)

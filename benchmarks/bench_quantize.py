@@ -25,9 +25,10 @@ from train.model.order import make_plan
 from train.quantize.calibrate import collect_hessians
 from train.quantize.generate import TEMPERATURE, generate_tokens, sample
 from train.quantize.gptq import gptq
+from train.quantize.quantize_model import quantize_model
 from train.quantize.row_scales import ROW_SCALES
 from train.quantize.shares import gptq_cost
-from train.quantize.tensors import clip_settings, matrices_to_calibrate, quantize_model, stored_bits
+from train.quantize.tensors import clip_settings, matrices_to_calibrate, stored_bits
 from train.recipes import load_recipe
 
 RECIPE = "sp8192_sdclip"

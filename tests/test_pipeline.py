@@ -14,6 +14,7 @@ import torch
 from pipeline_runs import Finished, command, flags, record, small
 
 from train.artifact import ArtifactInfo, encode_artifact, load_model
+from train.artifact.make import quantize_stage
 from train.artifact.requantize import main as quantize
 from train.checkpoint import load_weights, read_tensors
 from train.common.errors import UserError
@@ -28,7 +29,6 @@ from train.run.folder import RunFolder
 from train.run.log_grammar import parse_log
 from train.run.logger import read_metrics, series
 from train.single_file.code_size import package_code_bytes
-from train.stages import quantize_stage
 from train.submission.record import readme, summarize
 from train.submission.summary import summary_text
 

@@ -232,7 +232,7 @@ def kill(*_: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["train.run.folder.write_json", "train.artifact.storage.atomic_write", "train.stages.load_model"]
+    "place", ["train.run.folder.write_json", "train.artifact.storage.atomic_write", "train.artifact.make.load_model"]
 )
 @pytest.mark.parametrize("changes", [[], ["--target-mb", "0.01"]])
 def test_a_kill_leaves_no_old_score_beside_a_new_artifact(

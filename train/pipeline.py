@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import importlib.util
+import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from golf_kernels import dispatch
 from golf_kernels.newton_schulz import coefficient_set
 from train.artifact import Encoder
 from train.artifact.codecs import CODECS
+from train.artifact.make import artifact_stage, quantize_stage
+from train.checkpoint import load_weights, write_tensors
 from train.command_line import Override, check_back_ends, override_line
-from train.common.distributed import start_ranks
+from train.common.distributed import Ranks, start_ranks
 from train.common.errors import UserError
+from train.common.files import write_json
+from train.common.hardware import hardware
 from train.config import MICRO_BATCHES, Config
 from train.data.loaders import make_loader
 from train.data.manifest import read_manifest
 from train.data.paid_prefix import known_targets
 from train.data.validation import load_validation
-from train.model.attention_choice import check_attention
+from train.evaluate.scores import evaluation_entry, write_evaluation
+from train.evaluate.scoring import BATCH_SEQS, evaluate_model
+from train.loop import train
+from train.model.attention_choice import check_attention, choose_attention, use_attention
+from train.model.gpt import GPT
 from train.optimize.cuda_graph import choose_graph
 from train.run.clocks import StageClock
 from train.run.folder import RunFolder, new_run_id, open_run_folder
 from train.run.logger import RunLogger
 from train.single_file.code_size import check_code_form, package_source
-from train.stages import artifact_stage, evaluate_stage, prepare_data, quantize_stage, train_stage
 
 if TYPE_CHECKING:
     from train.run.sinks import Sink
@@ -97,6 +109,37 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
     return folder
 
 
+def prepare_data(config: Config, ranks: Ranks) -> None:
+    """Build the embedded corpus's shards if the recipe has one and they are not there yet.
+
+    Raises:
+        UserError: the data is missing and the recipe has no embedded text to make it from.
+    """
+    path = Path(config.data_path)
+    if not config.data_path:
+        raise UserError("data_path: not set: give a folder of shards (python -m train.data makes one)")
+
+    def build() -> None:
+        if path.exists():
+            return
+        if config.corpus:
+            from train.data.build import build_dataset
+            from train.data.corpus import split_documents, stdlib_documents
+
+            print(
+                "text: the Python standard library's own sources and documentation (nothing is downloaded)", flush=True
+            )
+            parts = split_documents(stdlib_documents())
+            build_dataset(*parts, path, config.vocab_size, name="stdlib", source="Python standard library")
+        else:
+            raise UserError(
+                f"data_path: {path} does not exist: make it with python -m train.data (fineweb --variant "
+                f"sp{config.vocab_size}, see its --help for repositories; or text PATH… for your own), or set DATA_PATH"
+            )
+
+    ranks.on_main(build)
+
+
 def check_data(config: Config) -> None:
     """Read what training and the record will read, before a run folder stands for nothing.
 
@@ -144,3 +187,61 @@ def preflight(config: Config) -> None:
     # a submission's script carries no code that only writes about a run; elsewhere its libraries must be there
     if importlib.util.find_spec("train.submission"):
         importlib.import_module("train.submission.record")
+
+
+def train_stage(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> GPT:
+    """Train, and leave weights.pt and training.json; a run that has them already is not trained again."""
+    if folder.is_trained:
+        log.line("training: finished before, weights.pt is taken")
+        return load_weights(folder).to(ranks.device)
+    result = train(config, folder, ranks, log)
+    if ranks.is_main:
+        write_tensors(folder.weights, result.model.state_dict())
+        measured = {
+            "steps": result.steps,
+            "seconds": result.seconds,
+            "recurrence": result.recurrence,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "hardware": hardware(ranks.device, ranks.world_size),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "first": asdict(result.first),
+            "last": asdict(result.last),
+        }
+        write_json(folder.training, measured)
+        folder.checkpoint.unlink(missing_ok=True)
+    ranks.barrier()
+    return result.model
+
+
+def evaluate_stage(folder: RunFolder, model: GPT, ranks: Ranks, log: RunLogger) -> None:
+    """Score the artifact's model, flat and with the recipe's sliding window."""
+    config = folder.trained_config()
+    validation = load_validation(config)
+    use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, BATCH_SEQS)).name)
+    recurrence = bool(config.recur_layers)
+    known = known_targets(config, validation.tokens)
+    for stride in sorted({0, config.eval_stride}):
+        scored = config.replace(eval_stride=stride)
+        result = evaluate_model(
+            model,
+            validation.tokens,
+            validation.tables,
+            scored,
+            known=known,
+            recurrence=recurrence,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            progress=True,
+            description=f"evaluate, stride {stride or 'flat'}",
+        )
+        if not ranks.is_main:
+            continue
+        entry = evaluation_entry(
+            result, scored, weights="artifact", world_size=ranks.world_size, device=str(ranks.device)
+        )
+        write_evaluation(folder, entry)
+        log.line(result.layer0_line)
+        log.final(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=stride, facts=entry)
+        if "label" in entry:
+            log.line(entry["label"])

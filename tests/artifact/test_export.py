@@ -20,7 +20,8 @@ from train.artifact.storage import read_artifact
 from train.common.errors import UserError
 from train.config import Config
 from train.model.gpt import GPT
-from train.quantize.tensors import QuantizedTensor, StoredTensors, dequantize_state, quantize_model, stored_bits
+from train.quantize.quantize_model import quantize_model
+from train.quantize.tensors import QuantizedTensor, StoredTensors, dequantize_state, stored_bits
 from train.recipes import load_recipe
 
 BITS_OF_EMBEDDINGS = {"baseline": 16, "pr122": 16, "pr262": 8, "pr1392": 8, "pr1471": 8}

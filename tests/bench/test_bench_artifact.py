@@ -15,7 +15,7 @@ from train.artifact.codecs import CODECS
 from train.checkpoint import load_weights
 from train.common.errors import UserError
 from train.config import Config
-from train.quantize.tensors import quantize_model
+from train.quantize.quantize_model import quantize_model
 from train.run.folder import RunFolder
 
 __all__ = ["finished_run"]

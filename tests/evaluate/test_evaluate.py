@@ -23,7 +23,7 @@ from train.evaluate.__main__ import _load, main
 from train.evaluate.scores import read_evaluation
 from train.evaluate.windows import plan_windows
 from train.model.gpt import GPT
-from train.quantize.tensors import quantize_model
+from train.quantize.quantize_model import quantize_model
 from train.run.folder import RunFolder
 from train.run.log_grammar import GRAMMAR
 from train.run.logger import read_metrics

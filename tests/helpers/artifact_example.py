@@ -6,7 +6,8 @@ import torch
 
 from train.config import Config
 from train.model.gpt import GPT
-from train.quantize.tensors import QuantizedTensor, StoredTensors, quantize_model
+from train.quantize.quantize_model import quantize_model
+from train.quantize.tensors import QuantizedTensor, StoredTensors
 
 ROOMY = {"code_bytes": 0, "max_bytes": 10**9}
 

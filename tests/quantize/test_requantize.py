@@ -11,7 +11,8 @@ from torch import Tensor
 from train.config import Config
 from train.model.gpt import GPT
 from train.quantize.calibrate import collect_hessians
-from train.quantize.tensors import QuantizedTensor, StoredTensors, matrices_to_calibrate, quantize_model
+from train.quantize.quantize_model import quantize_model
+from train.quantize.tensors import QuantizedTensor, StoredTensors, matrices_to_calibrate
 from train.recipes import load_recipe
 
 STEPS = 40

@@ -12,8 +12,9 @@ from two_ranks import on_two_ranks
 from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.quantize.calibrate import collect_hessians
+from train.quantize.quantize_model import quantize_model
 from train.quantize.shares import assign, gather, gptq_cost
-from train.quantize.tensors import QuantizedTensor, StoredTensors, matrices_to_calibrate, quantize_model
+from train.quantize.tensors import QuantizedTensor, StoredTensors, matrices_to_calibrate
 
 CLIPS = ("sdclip", "percentile_search")
 BAD = "blocks.2.mlp.down"

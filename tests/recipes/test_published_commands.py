@@ -15,6 +15,7 @@ import torch
 from train.__main__ import main
 from train.artifact import Encoder, encode_artifact
 from train.artifact.prune_to_target import prune
+from train.artifact.pruning import count_ones
 from train.command_line import resolve
 from train.common.distributed import Ranks
 from train.common.errors import UserError
@@ -28,8 +29,8 @@ from train.evaluate.scores import read_evaluation
 from train.loop import recurrence_on
 from train.model.gpt import GPT
 from train.optimize.groups import build_optimizers
-from train.quantize.pruning import count_ones
-from train.quantize.tensors import QuantizedTensor, quantize_model
+from train.quantize.quantize_model import quantize_model
+from train.quantize.tensors import QuantizedTensor
 from train.recipes import load_recipe
 from train.run.folder import RunFolder
 from train.submission.__main__ import main as submission

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from train.artifact import Encoder
+from train.artifact.pruning import count_ones, prune_ones, prunes_needed
 from train.common.distributed import Ranks
 from train.config import Config
 from train.data.loaders import make_loader
 from train.data.paid_prefix import prefix_bytes
 from train.model.gpt import GPT
-from train.quantize.fit import Encoded, fit
-from train.quantize.pruning import count_ones, prune_ones, prunes_needed
+from train.quantize.clip_curves import Encoded, fit
 from train.quantize.tensors import StoredTensors
 from train.run.logger import RunLogger
 from train.single_file.code_size import counted_code_bytes

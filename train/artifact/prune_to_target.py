@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from train.artifact import Encoder
+from train.artifact.pruning import count_ones, prune_ones, prunes_needed
 from train.common.distributed import Ranks
 from train.common.wording import counted
 from train.config import Config
 from train.model.parameters import classify
-from train.quantize.pruning import count_ones, prune_ones, prunes_needed
 from train.quantize.tensors import StoredTensors
 from train.run.logger import RunLogger
 

@@ -33,13 +33,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     # imported after the arguments are read: torch takes seconds, --help should not
     from train.artifact import Encoder
+    from train.artifact.make import artifact_stage, quantize_stage
     from train.checkpoint import load_weights
     from train.command_line import check_back_ends, note_unread
     from train.common.distributed import start_ranks
     from train.model.gpt import GPT
     from train.run.folder import RunFolder
     from train.run.logger import RunLogger
-    from train.stages import artifact_stage, quantize_stage
 
     folder = RunFolder(arguments.run)
     check_back_ends()

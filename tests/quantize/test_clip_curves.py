@@ -14,7 +14,7 @@ from train.common.errors import UserError
 from train.config import Config
 from train.model.gpt import GPT
 from train.quantize.calibrate import collect_hessians
-from train.quantize.fit import (
+from train.quantize.clip_curves import (
     TOLERANCE,
     Curves,
     Encoded,
@@ -24,8 +24,9 @@ from train.quantize.fit import (
     group_curves,
     loss_factors,
 )
+from train.quantize.quantize_model import quantize_model
 from train.quantize.row_scales import largest_code, rtn, sdclip
-from train.quantize.tensors import QuantizedTensor, StoredTensors, matrices_to_calibrate, quantize_model, tensor_group
+from train.quantize.tensors import QuantizedTensor, StoredTensors, matrices_to_calibrate, tensor_group
 
 
 @pytest.mark.parametrize(("bits", "sigmas", "published"), [(6, 12.85, 3.363), (8, 20.0, 4.725)])

@@ -5,7 +5,7 @@ import zlib
 import pytest
 import torch
 
-from train.quantize.pruning import count_ones, prune_ones, prunes_needed
+from train.artifact.pruning import count_ones, prune_ones, prunes_needed
 from train.quantize.tensors import QuantizedTensor, StoredTensors
 
 
