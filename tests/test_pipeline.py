@@ -28,7 +28,7 @@ from train.pipeline import walk
 from train.run.folder import RunFolder
 from train.run.log_grammar import parse_log
 from train.run.logger import read_metrics, series
-from train.single_file.code_size import package_code_bytes
+from train.single_file.sources import package_code_bytes
 from train.submission.record import readme, summarize
 from train.submission.summary import summary_text
 

@@ -39,7 +39,8 @@ from train.optimize.cuda_graph import choose_graph
 from train.run.clocks import StageClock
 from train.run.folder import RunFolder, new_run_id, open_run_folder
 from train.run.logger import RunLogger
-from train.single_file.code_size import check_code_form, package_source
+from train.single_file.code_size import check_code_form
+from train.single_file.sources import package_source
 
 if TYPE_CHECKING:
     from train.run.sinks import Sink

@@ -12,7 +12,7 @@ from typing import Any
 
 from train.command_line import help_text, resolve
 from train.common.errors import UserError
-from train.config import Config
+from train.single_file.conditions import holds
 
 USAGE = """usage: train_gpt.py [--SETTING VALUE ...]        train, quantize, pack, score; leaves runs/<run_id>/
        train_gpt.py evaluate RUN [...]     score RUN/model.golf again (evaluate --help)
@@ -35,21 +35,6 @@ class LeftOut(importlib.abc.MetaPathFinder):
                 f"{fullname}: not part of this train_gpt.py, because its settings do not need it: leave {', '.join(settings).upper()} "
                 "as it was packed, or run the package itself: python -m train"
             )
-
-
-def holds(condition: str, config: Config) -> bool:
-    """Whether the settings meet a condition: Python, in which `config` is known and `golf_kernels.dispatch.may_run`.
-
-    Raises:
-        UserError: `golf_backend` cannot be read.
-    """
-    # imported here, as help needs no torch
-    from golf_kernels.dispatch import BackendError, may_run
-
-    try:
-        return bool(eval(condition, {"config": config, "may_run": may_run}))
-    except BackendError as error:
-        raise UserError(str(error)) from error
 
 
 def main(settings: Mapping[str, str], left_out: Mapping[str, str]) -> int:

@@ -8,8 +8,9 @@ import pytest
 from train.common.errors import UserError
 from train.config import Config
 from train.recipes import load_recipe
-from train.single_file.code_size import check_code_form, counted_code_bytes, package_code_bytes
+from train.single_file.code_size import check_code_form, counted_code_bytes
 from train.single_file.pack import pack, script_settings
+from train.single_file.sources import package_code_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 

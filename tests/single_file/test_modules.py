@@ -13,10 +13,10 @@ from train.config import Config
 from train.recipes import load_recipe, recipe_names
 from train.run.folder import RunFolder
 from train.run.log_grammar import parse_log
+from train.single_file.conditions import holds
 from train.single_file.modules import find_modules, imports, module_path
 from train.single_file.pack import pack, script_modules, script_settings
 from train.submission.runs import read_run
-from train.train_gpt import holds
 
 KERNELS = {path.stem for path in Path(__file__).parents[2].glob("golf_kernels/*_triton.py")}
 # trains under the settings given and prints what of this project it has imported

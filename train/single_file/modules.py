@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from golf_kernels import dispatch
 from train.artifact.codecs import CODECS
 from train.config import Config, field_names
-from train.train_gpt import holds
+from train.single_file.conditions import holds
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = ("golf_kernels", "train")
@@ -35,7 +35,7 @@ class Modules(NamedTuple):
 
     Attributes:
         sources: path → source of each module it carries.
-        left_out: module → the condition, see `train.train_gpt.holds`, on which it would be imported.
+        left_out: module → the condition, see `train.single_file.conditions.holds`, on which it would be imported.
     """
 
     sources: dict[str, str]

@@ -22,8 +22,8 @@ from train.common.errors import UserError
 from train.common.values import format_value
 from train.config import LOCAL, Config
 from train.recipes import load_recipe
-from train.single_file.code_size import LATIN1
 from train.single_file.modules import Modules, find_modules
+from train.single_file.sources import LATIN1
 
 FORMS = ("plain", "minified", "wrapped", "raw")
 # no word of it is a person's, whose quotes would end the text; and what a run counts is what a record ships

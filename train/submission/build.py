@@ -20,8 +20,8 @@ from train.common.files import atomic_write
 from train.common.wording import counted
 from train.config import Config
 from train.data.validation import load_validation
-from train.single_file.code_size import decoded
 from train.single_file.pack import as_literal, pack, recipe_settings, script_modules, script_settings
+from train.single_file.sources import decoded
 from train.submission.readme import record_readme
 from train.submission.record import evaluation, form
 from train.submission.record_folder import mean_and_deviation

@@ -1,0 +1,19 @@
+"""The conditions on which a packed script may leave a module out."""
+
+from __future__ import annotations
+
+from golf_kernels.dispatch import BackendError, may_run
+from train.common.errors import UserError
+from train.config import Config
+
+
+def holds(condition: str, config: Config) -> bool:
+    """Whether the settings meet a condition: Python, in which `config` is known and `golf_kernels.dispatch.may_run`.
+
+    Raises:
+        UserError: `golf_backend` cannot be read.
+    """
+    try:
+        return bool(eval(condition, {"config": config, "may_run": may_run}))
+    except BackendError as error:
+        raise UserError(str(error)) from error
