@@ -157,11 +157,14 @@ def test_settings_rule_imports_out_and_nothing_else_does() -> None:
         "    if other.codec == 'ans':\n        import f\n"
         "    if config.replace(codec='ans'):\n        import g\n"
         "def table():\n    importlib.import_module('h')\n"
+        "IMPORTED_IF = {'coded': 'config.qat'}\n"
+        "def coded():\n    from i import j\n"
     )
     # window is no setting, other no configuration, and a call may do anything
     logging = "config.loggers and (not config.seed > 3)"
     assert dict(imports(source, {"table": "config.trigram"})) == {
         "a": (), "b": (), "c": (logging,), "d": (f"not ({logging})",), "e": (), "f": (), "g": (), "h": ("config.trigram",),
+        "i": ("config.qat",), "i.j": ("config.qat",),
     }  # fmt: skip
 
 

@@ -210,8 +210,11 @@ def _zlib_decode(data: bytes, size: int) -> bytes:
     return _decompress("zlib", "a zlib stream", zlib.decompressobj(), zlib.error, data, size)
 
 
+# a packed script carries what these functions import on this condition alone
+IMPORTED_IF = {"_ans_encode": "config.codec == 'ans'", "_ans_decode": "config.codec == 'ans'"}
+
+
 def _ans_encode(data: bytes, shape: tuple[int, int] | None = None) -> bytes:
-    # in a function, so that a script without this codec carries no code of it
     from train.artifact.ans import ans_encode
 
     return ans_encode(data, shape)

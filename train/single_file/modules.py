@@ -2,12 +2,15 @@
 
 All imports are followed from the entry on, those inside functions too, but for what the settings rule out:
 
-    if config.loggers:                        an `if` whose test reads settings alone, and its `else`
+    if config.loggers:                                        an `if` whose test reads settings alone, and its `else`
         from train.run.sinks import open_sinks
 
-    def _ans_encode(…):                       a function of a table from which the settings choose: codecs, and back
-        from train.artifact.ans import …      ends of operators that only `golf_backend` turns on
+    IMPORTED_IF = {"_ans_encode": "config.codec == 'ans'"}    functions of a module with their conditions, as text
+    def _ans_encode(…):
+        from train.artifact.ans import …
 
+    register("xsa", "triton", …)                              functions of an operator's backend that only
+                                                              `golf_backend` can turn on
 A script is told what it lacks and on which condition, so that it can refuse settings that need more than it has.
 """
 
@@ -16,10 +19,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from golf_kernels import dispatch
-from train.artifact.codecs import CODECS
 from train.config import Config, field_names
 from train.single_file.conditions import holds
 
@@ -48,7 +50,7 @@ def find_modules(config: Config) -> Modules:
     Raises:
         UserError: `golf_backend` cannot be read.
     """
-    chosen_from = _tables()
+    backends = _backends()
     found: dict[str, Path] = {}
     closed: dict[str, list[str]] = {}
     waiting = [f"train.recipes.{config.recipe}", *ENTRY]
@@ -60,7 +62,7 @@ def find_modules(config: Config) -> Modules:
         found[module] = path
         # the packages around a module are imported with it
         waiting += [module.rpartition(".")[0]] if "." in module else []
-        for name, conditions in imports(path.read_text(), chosen_from.get(module, {})):
+        for name, conditions in imports(path.read_text(), backends.get(module, {})):
             if all(holds(condition, config) for condition in conditions):
                 waiting.append(name)
             elif module_path(name) is not None:
@@ -87,9 +89,17 @@ def imports(source: str, chosen: Mapping[str, str]) -> Iterator[tuple[str, tuple
 
     Args:
         source: of a module.
-        chosen: name of a function → the condition on which it is called.
+        chosen: name of a function → the condition on which it is called, beside those of `IMPORTED_IF`.
     """
-    yield from _imports(ast.parse(source).body, chosen, ())
+    body = ast.parse(source).body
+    yield from _imports(body, {**chosen, **_imported_if(body)}, ())
+
+
+def _imported_if(body: list[ast.stmt]) -> dict[str, str]:
+    for node in body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "IMPORTED_IF":
+            return dict(ast.literal_eval(node.value))
+    return {}
 
 
 def _imports(
@@ -136,20 +146,14 @@ def _reads_settings(node: ast.AST) -> bool:
     )
 
 
-def _tables() -> dict[str, dict[str, str]]:
-    """Module → name of a function that stands in a table → the condition on which it is taken from there."""
+def _backends() -> dict[str, dict[str, str]]:
+    """Module → name of a function that an operator's backend is made of → the condition on which it may run."""
     found: dict[str, dict[str, list[str]]] = {}
-
-    def add(function: Any, condition: str) -> None:
+    for op, backend, function in dispatch.registered():
         # what is no function, or one made of another, imports nothing
         if hasattr(function, "__qualname__"):
+            condition = f"may_run({op!r}, {backend!r}, config.golf_backend)"
             found.setdefault(function.__module__, {}).setdefault(function.__qualname__, []).append(condition)
-
-    for op, backend, function in dispatch.registered():
-        add(function, f"may_run({op!r}, {backend!r}, config.golf_backend)")
-    for name, codec in CODECS.items():
-        for function in vars(codec).values():
-            add(function, f"config.codec == {name!r}")
     return {
         module: {name: " or ".join(dict.fromkeys(conditions)) for name, conditions in functions.items()}
         for module, functions in found.items()
