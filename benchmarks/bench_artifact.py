@@ -33,7 +33,7 @@ from benchmarks.measure.common import CheckFailed
 from train.artifact import Artifact, load_model, read_artifact, write_artifact
 from train.artifact.codecs import CODECS
 from train.artifact.difference import difference
-from train.artifact.make import quantize_stage
+from train.artifact.make import quantize
 from train.artifact.storage import encode_section, plan_sections
 from train.checkpoint import load_weights
 from train.common.distributed import Ranks, start_ranks
@@ -198,7 +198,7 @@ def curve(
     with tempfile.TemporaryDirectory() as elsewhere, RunLogger(elsewhere, config.seed, echo=False) as log:
         for k in sigmas:
             clipped = config.replace(matrix_clip="sdclip", matrix_clip_sigmas=k)
-            tensors = quantize_stage(clipped, model, ranks, log)
+            tensors, _ = quantize(clipped, model, ranks, log, code_bytes=0)
             path = Path(elsewhere) / "model.golf"
             sizes: dict[str, int] = {}
             read: Artifact | None = None

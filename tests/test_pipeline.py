@@ -13,8 +13,7 @@ import pytest
 import torch
 from pipeline_runs import Finished, command, flags, record, small
 
-from train.artifact import ArtifactInfo, encode_artifact, load_model
-from train.artifact.make import quantize_stage
+from train.artifact import EncodedArtifact, encode_artifact, load_model, make
 from train.artifact.requantize import main as quantize
 from train.checkpoint import load_weights, read_tensors
 from train.common.errors import UserError
@@ -109,7 +108,7 @@ def test_the_artifact_scores_what_the_quantized_model_in_memory_scores(finished:
     from train.common.distributed import Ranks
     from train.quantize.tensors import dequantize_state
 
-    tensors = quantize_stage(config, model, Ranks(), Silent())  # type: ignore[arg-type]
+    tensors, _ = make.quantize(config, model, Ranks(), Silent(), code_bytes=0)  # type: ignore[arg-type]
     state = dequantize_state(tensors)
     model.load_state_dict({name: state[name].to(parameter.dtype) for name, parameter in model.named_parameters()})
     validation = load_validation(config)
@@ -128,7 +127,7 @@ def test_the_artifact_scores_what_the_quantized_model_in_memory_scores(finished:
 
 @pytest.mark.usefixtures("short_fit")
 @pytest.mark.parametrize("changes", [[], ["--target-mb", "16"], ["--target-bytes"]])
-def test_what_a_fit_encoded_last_is_written(
+def test_nothing_is_encoded_twice(
     finished: Finished,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -138,18 +137,19 @@ def test_what_a_fit_encoded_last_is_written(
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
     if changes == ["--target-bytes"]:
         changes = [*changes, str(package_code_bytes() + int(0.8 * folder.artifact.stat().st_size))]
-    encoded: list[int] = []
+    encoded: list[bytes] = []
 
-    def encode(*arguments: object, **named: object) -> tuple[bytes, ArtifactInfo]:
+    def encode(*arguments: object, **named: object) -> EncodedArtifact:
         found = encode_artifact(*arguments, **named)  # type: ignore[arg-type]
-        encoded.append(len(found[0]))
+        encoded.append(found.data)
         return found
 
-    monkeypatch.setattr("train.artifact.storage.encode_artifact", encode)
+    for module in ("storage", "fit_to_target", "prune_to_target"):
+        monkeypatch.setattr(f"train.artifact.{module}.encode_artifact", encode)
     assert quantize([str(folder.path), *changes]) == 0
     rounds = re.findall(r"fit:\d+ of \d+ bytes", capsys.readouterr().out)
     assert len(encoded) == max(len(rounds), 1)
-    assert folder.artifact.stat().st_size == encoded[-1]
+    assert folder.artifact.read_bytes() in encoded
 
 
 def test_a_setting_that_is_younger_than_a_run_has_its_default(finished: Finished, tmp_path: Path) -> None:

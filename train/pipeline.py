@@ -16,9 +16,8 @@ import torch
 
 from golf_kernels import dispatch
 from golf_kernels.newton_schulz import coefficient_set
-from train.artifact import Encoder
 from train.artifact.codecs import CODECS
-from train.artifact.make import artifact_stage, quantize_stage
+from train.artifact.make import make_artifact, quantize
 from train.checkpoint import load_weights, write_tensors
 from train.command_line import Override, check_back_ends, override_line
 from train.common.distributed import Ranks, start_ranks
@@ -39,7 +38,7 @@ from train.optimize.cuda_graph import choose_graph
 from train.run.clocks import StageClock
 from train.run.folder import RunFolder, new_run_id, open_run_folder
 from train.run.logger import RunLogger
-from train.single_file.code_size import check_code_form
+from train.single_file.code_size import check_code_form, counted_code_bytes
 from train.single_file.sources import package_source
 
 if TYPE_CHECKING:
@@ -83,20 +82,21 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
                 log.line(override_line(override))
             with clock("train", found=folder.is_trained):
                 model = train_stage(config, folder, ranks, log)
+            trained = folder.trained_config()
             with clock("quantize"):
                 # a script that trains again needs the recurrence that this run may have ended before
-                encoder, packed = Encoder(), folder.read_config()
-                tensors = quantize_stage(folder.trained_config(), model, ranks, log, encoder, packed=packed)
+                code_bytes = ranks.on_main(lambda: counted_code_bytes(config))
+                tensors, encoded = quantize(trained, model, ranks, log, code_bytes=code_bytes)
             with clock("artifact"):
-                model = artifact_stage(
-                    folder.trained_config(),
+                model = make_artifact(
                     folder.artifact,
+                    trained,
                     model,
                     tensors,
+                    encoded,
                     ranks,
                     log,
-                    encoder=encoder,
-                    packed=packed,
+                    code_bytes=code_bytes,
                     before_replacing=folder.drop_scores,
                 )
             with clock("evaluate"):

@@ -5,7 +5,9 @@ import zlib
 import pytest
 import torch
 
+from train.artifact.budget import ArtifactInfo
 from train.artifact.pruning import count_ones, prune_ones, prunes_needed
+from train.artifact.storage import EncodedArtifact
 from train.quantize.tensors import QuantizedTensor, StoredTensors
 
 
@@ -63,38 +65,41 @@ def test_nothing_to_prune_is_no_error() -> None:
     assert count_ones({}) == 0
 
 
-def encoded_bytes(tensors: StoredTensors) -> int:
-    return sum(
-        len(zlib.compress(tensor.codes.numpy().tobytes(), 9))
-        for tensor in tensors.values()
-        if isinstance(tensor, QuantizedTensor)
-    )
+def encode(tensors: StoredTensors) -> EncodedArtifact:
+    """An encoder's stand-in: zlib over the codes."""
+    coded = [tensor for tensor in tensors.values() if isinstance(tensor, QuantizedTensor)]
+    data = b"".join(zlib.compress(tensor.codes.numpy().tobytes(), 9) for tensor in coded)
+    return EncodedArtifact(data, ArtifactInfo(1, len(data), 0, 0, (), len(tensors)))
 
 
-def test_the_search_finds_what_just_fits(tensors: StoredTensors) -> None:
-    sizes = [encoded_bytes(prune_ones(tensors, count)) for count in range(count_ones(tensors) + 1)]
-    target = (sizes[0] + sizes[-1]) // 2
-    count = prunes_needed(tensors, target, encoded_bytes)
-    assert 0 < count < len(sizes) - 1
-    assert sizes[count] <= target < sizes[count - 1]
+def test_the_search_finds_what_just_fits_and_returns_its_bytes(tensors: StoredTensors) -> None:
+    encoded = [encode(prune_ones(tensors, count)).data for count in range(count_ones(tensors) + 1)]
+    target = (len(encoded[0]) + len(encoded[-1])) // 2
+    count, found = prunes_needed(tensors, target, encode)
+    assert 0 < count < len(encoded) - 1
+    assert len(encoded[count]) <= target < len(encoded[count - 1])
+    assert found.data == encoded[count]
 
 
 def test_a_model_that_fits_is_left_alone_and_one_that_cannot_loses_all(tensors: StoredTensors) -> None:
-    total = count_ones(tensors)
-    assert prunes_needed(tensors, encoded_bytes(tensors), encoded_bytes) == 0
-    assert prunes_needed(tensors, 1, encoded_bytes) == total
+    whole, total = encode(tensors), count_ones(tensors)
+    assert prunes_needed(tensors, len(whole.data), encode) == (0, whole)
+    count, smallest = prunes_needed(tensors, 1, encode, whole)
+    assert (count, smallest.data) == (total, encode(prune_ones(tensors, total)).data)
 
 
-def test_the_search_encodes_few_times_on_a_large_model() -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_the_search_encodes_few_times_on_a_large_model(known: bool) -> None:
     codes = torch.randint(-1, 2, (256, 1024), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
     tensors: StoredTensors = {"a": QuantizedTensor(codes, torch.rand(256).half() + 0.1, 6)}
     probes: list[int] = []
 
-    def size(pruned: StoredTensors) -> int:
+    def size_alone(pruned: StoredTensors) -> EncodedArtifact:
         probes.append(int((pruned["a"].codes != 0).sum()))
-        return probes[-1]
+        return EncodedArtifact(bytes(probes[-1]), ArtifactInfo(1, probes[-1], 0, 0, (), 1))
 
     total = count_ones(tensors)
-    count = prunes_needed(tensors, total // 3, size)
+    count, found = prunes_needed(tensors, total // 3, size_alone, size_alone(tensors) if known else None)
     assert 0 <= count - (total - total // 3) < total / 4096 + 1
+    assert len(found.data) == total - count
     assert len(probes) <= 2 + 13

@@ -1,9 +1,7 @@
-"""Fitting the cap: the entropy model against its formula and real codes, the choice against brute force, real encodes."""
+"""The curves of the row clips: the entropy model against its formula and real codes, the choice against brute force."""
 
 import copy
 import math
-import zlib
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -15,18 +13,14 @@ from train.config import Config
 from train.model.gpt import GPT
 from train.quantize.calibrate import collect_hessians
 from train.quantize.clip_curves import (
-    TOLERANCE,
     Curves,
-    Encoded,
     choose_sigmas,
-    fit,
     gaussian_codes,
     group_curves,
     loss_factors,
 )
-from train.quantize.quantize_model import quantize_model
 from train.quantize.row_scales import largest_code, rtn, sdclip
-from train.quantize.tensors import QuantizedTensor, StoredTensors, matrices_to_calibrate, tensor_group
+from train.quantize.tensors import matrices_to_calibrate, tensor_group
 
 
 @pytest.mark.parametrize(("bits", "sigmas", "published"), [(6, 12.85, 3.363), (8, 20.0, 4.725)])
@@ -170,80 +164,6 @@ def test_loss_factors_are_measured_group_by_group_and_leave_the_model_as_it_was(
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     # a loss that falls is noise, not a gift
     assert min(loss_factors(model, config, curves, {}, iter(range(100, 0, -1)).__next__)) > 0
-
-
-def encode(tensors: StoredTensors) -> Encoded:
-    """An entropy coder's stand-in: zlib over the codes of each group; 777 bytes of code."""
-    parts: dict[str, bytes] = {}
-    other = 777
-    for name, tensor in tensors.items():
-        if isinstance(tensor, QuantizedTensor):
-            parts[tensor_group(name)] = parts.get(tensor_group(name), b"") + tensor.codes.numpy().tobytes()
-            other += 2 * len(tensor.scales)
-        else:
-            other += 2 * tensor.numel()
-    codes = {group: len(zlib.compress(part, 9)) for group, part in parts.items()}
-    return Encoded(other + sum(codes.values()), codes)
-
-
-def fitted(
-    model: GPT, config: Config, hessians: dict[str, torch.Tensor], target: int
-) -> tuple[StoredTensors, Encoded, list[str]]:
-    ids, notes = random_ids(config, 4, 17, seed=3), []
-
-    def quantize(sigmas: Mapping[str, float]) -> StoredTensors:
-        return quantize_model(model, config, hessians, note=notes.append, sigmas=sigmas)
-
-    def loss() -> float:
-        return float(model.loss(ids[:, :-1], ids[:, 1:], recurrence=True).detach())
-
-    tensors, encoded = fit(
-        model,
-        config,
-        hessians,
-        target,
-        counted_bytes=777,
-        loss=loss,
-        quantize=quantize,
-        encode=encode,
-        note=notes.append,
-    )
-    return tensors, encoded, notes
-
-
-@pytest.mark.parametrize("clip", ["sdclip", "hessian_sdclip"])
-@pytest.mark.parametrize("share", [0.6, 1.1])
-def test_the_fitted_model_is_just_below_the_target(
-    model: GPT, config: Config, hessians, clip: str, share: float
-) -> None:
-    config = config.replace(matrix_clip=clip)
-    target = int(share * encode(quantize_model(model, config, hessians)).total)
-    tensors, encoded, notes = fitted(model, config, hessians, target)
-    assert encode(tensors) == encoded
-    assert target * (1 - TOLERANCE) <= encoded.total <= target
-    assert sum(f" of {target} bytes" in line for line in notes) <= 5
-    assert any(line.startswith("fit:blocks.*.mlp.up int6 k 12.85 -> ") for line in notes)
-
-
-def test_a_target_out_of_reach_gives_the_smallest_and_a_generous_one_the_most_exact(
-    model: GPT, config: Config, hessians
-) -> None:
-    tensors, encoded, _ = fitted(model, config, hessians, 1000)
-    assert encoded.total > 1000
-    coarsest = quantize_model(model, config, hessians, sigmas=dict.fromkeys(hessians, 62.0))
-    assert encoded.total <= encode(coarsest).total
-    tensors, encoded, _ = fitted(model, config, hessians, 10**8)
-    plain = quantize_model(model, config, hessians)
-    weights = dict(model.named_parameters())
-
-    def error(stored: StoredTensors) -> float:
-        return sum(
-            float((weights[name] - tensor.dequantize()).detach().square().sum())
-            for name, tensor in stored.items()
-            if name in hessians
-        )
-
-    assert error(tensors) < error(plain)
 
 
 def test_floors_and_fixed_tables_are_left_out_of_the_search(model: GPT, config: Config) -> None:

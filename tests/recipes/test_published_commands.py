@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from train.__main__ import main
-from train.artifact import Encoder, encode_artifact
+from train.artifact import encode_artifact
 from train.artifact.prune_to_target import prune
 from train.artifact.pruning import count_ones
 from train.command_line import resolve
@@ -226,7 +226,9 @@ def test_target_mb_prunes_and_warns_when_it_is_above_the_cap() -> None:
     tensors = quantize_model(built, config, {})
 
     def pruned(target_mb: float, log: Lines) -> int:
-        result = prune(config.replace(target_mb=target_mb), tensors, 50_000, Ranks(), log, Encoder())  # type: ignore[arg-type]
+        targeted = config.replace(target_mb=target_mb)
+        result, encoded = prune(targeted, tensors, None, Ranks(), log, counted_bytes=50_000)  # type: ignore[arg-type]
+        assert encoded is not None and encoded.data == encode_artifact(result, targeted).data
         return int((result["blocks.3.mlp.up"].codes == 0).sum() - (tensors["blocks.3.mlp.up"].codes == 0).sum())  # type: ignore[union-attr]
 
     log = Lines()
@@ -256,7 +258,9 @@ def test_1471_prunes_eight_codes_per_byte_over_the_cap_once() -> None:
     for excess, expected in ((-1, 0), (0, 0), (1, 8), (100, 800), (size - 1, before)):
         log = Lines()
         capped = config.replace(max_artifact_bytes=size - excess)
-        result = prune(capped, tensors, 50_000, Ranks(), log, Encoder())  # type: ignore[arg-type]
+        result, encoded = prune(capped, tensors, None, Ranks(), log, counted_bytes=50_000)  # type: ignore[arg-type]
+        # the bytes that were made are those of other tensors once something is pruned
+        assert encoded is None if expected else encoded is not None and len(encoded.data) + 50_000 == size
         assert list(result) == list(tensors) and all(result[name] is tensors[name] for name in tables)
         assert count_ones(tensors) - count_ones(result) == expected
         assert (result is tensors) == (expected == 0) and len(log) == (expected > 0)

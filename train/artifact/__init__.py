@@ -11,7 +11,7 @@ from train.artifact.container import ArtifactError
 from train.artifact.storage import (
     MODEL_FIELDS,
     Artifact,
-    Encoder,
+    EncodedArtifact,
     encode_artifact,
     load_model,
     read_artifact,
@@ -25,7 +25,7 @@ __all__ = [
     "ArtifactInfo",
     "BudgetError",
     "BudgetRow",
-    "Encoder",
+    "EncodedArtifact",
     "budget_table",
     "encode_artifact",
     "load_model",

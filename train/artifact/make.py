@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from golf_kernels import dispatch
-from train.artifact import Encoder, load_model, write_artifact
+from train.artifact.storage import EncodedArtifact, load_model, write_artifact
 from train.common.distributed import Ranks
 from train.config import Config
 from train.data.paid_prefix import prefix_bytes
@@ -18,23 +18,23 @@ from train.model.gpt import GPT
 from train.quantize.quantize_model import quantize_model
 from train.quantize.tensors import StoredTensors, dequantize_state, matrices_to_calibrate
 from train.run.logger import RunLogger
-from train.single_file.code_size import counted_code_bytes
 
 
-def quantize_stage(
-    config: Config,
-    model: GPT,
-    ranks: Ranks,
-    log: RunLogger,
-    encoder: Encoder | None = None,
-    *,
-    packed: Config | None = None,
-) -> StoredTensors:
-    """Calibrate, round, and return what the artifact stores; the same on every rank.
+def quantize(
+    config: Config, model: GPT, ranks: Ranks, log: RunLogger, *, code_bytes: int
+) -> tuple[StoredTensors, EncodedArtifact | None]:
+    """Calibrate and round a trained model, under a `target_bytes` with row clips that fit.
 
-    `encoder` keeps, for `artifact_stage`, what a fit to `target_bytes` encoded; `packed` as there.
+    Args:
+        config: the settings.
+        model: as it was trained.
+        ranks: this process among the others, all of which must call.
+        log: is told what was done.
+        code_bytes: size of the code that counts with the model.
+
+    Returns:
+        What the artifact stores, the same on every rank; and its bytes where the search for row clips made them.
     """
-    encoder = encoder or Encoder()
     names = matrices_to_calibrate(model, config)
     hessians: dict[str, Tensor] = {}
     if config.quantizer == "gptq":
@@ -43,71 +43,71 @@ def quantize_stage(
         hessians = calibrate(config, model, names, ranks, log.line) if names else {}
     started = time.perf_counter()
 
-    def quantize(sigmas: Mapping[str, float]) -> StoredTensors:
+    def rounded(sigmas: Mapping[str, float]) -> StoredTensors:
         return quantize_model(model, config, hessians, ranks=ranks, note=log.line, sigmas=sigmas)
 
+    encoded = None
     if config.target_bytes:
-        from train.artifact.fit_to_target import fit_target
+        from train.artifact.fit_to_target import fit_to_target
 
-        tensors = fit_target(config, packed or config, model, hessians, quantize, ranks, log, encoder)
+        counted_bytes = code_bytes + prefix_bytes(config)
+        tensors, encoded = fit_to_target(config, model, hessians, rounded, ranks, log, counted_bytes=counted_bytes)
     else:
-        tensors = quantize({})
+        tensors = rounded({})
     log.line(f"gptq:quantized {len(tensors)} tensors in {time.perf_counter() - started:.1f}s")
     if names:
         backend, reason = dispatch.choose("gptq_block", device=ranks.device.type)
         log.line(f"gptq:column loop in {backend} ({reason})")
-    return tensors
+    return tensors, encoded
 
 
-def artifact_stage(
-    config: Config,
+def make_artifact(
     path: Path,
+    config: Config,
     model: GPT,
     tensors: StoredTensors,
+    encoded: EncodedArtifact | None,
     ranks: Ranks,
     log: RunLogger,
     *,
-    encoder: Encoder,
-    packed: Config | None = None,
+    code_bytes: int,
     before_replacing: Callable[[], object] = lambda: None,
 ) -> GPT:
     """Prune if the settings say so, write the artifact, read it back from its bytes, and make sure that nothing was lost.
 
     Args:
-        config: the settings.
         path: of the artifact.
+        config: the settings.
         model: as it was trained.
-        tensors: of `quantize_stage`.
+        tensors, encoded: of `quantize`.
         ranks: this process among the others, all of which must call.
         log: is told the sizes.
-        encoder: of `quantize_stage`.
-        packed: the settings that the script carries and its code is counted with; None: `config`.
+        code_bytes: size of the code that counts with the model.
         before_replacing: called on the first rank when the artifact fits, before it stands at `path`.
 
     Returns:
         The model that the artifact's bytes hold.
     """
-    code, paid = ranks.on_main(lambda: counted_code_bytes(packed or config)), prefix_bytes(config)
+    paid = prefix_bytes(config)
     if config.target_mb or config.prune_excess:
         from train.artifact.prune_to_target import prune
 
-        tensors = prune(config, tensors, code + paid, ranks, log, encoder)
+        tensors, encoded = prune(config, tensors, encoded, ranks, log, counted_bytes=code_bytes + paid)
 
     def write() -> None:
-        cap = min(config.target_bytes or config.max_artifact_bytes, config.max_artifact_bytes)
         info = write_artifact(
             path,
             tensors,
             config,
-            code_bytes=code,
+            code_bytes=code_bytes,
             prefix_bytes=paid,
-            max_bytes=cap,
-            encode=encoder,
+            max_bytes=min(config.target_bytes or config.max_artifact_bytes, config.max_artifact_bytes),
+            encoded=encoded,
             before_replacing=before_replacing,
         )
         log.sizes(
             raw_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-            code_bytes=code,
+            code_bytes=code_bytes,
             model_bytes=info.model_bytes,
             prefix_bytes=paid,
             bits=config.matrix_bits,

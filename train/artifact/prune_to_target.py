@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from train.artifact import Encoder
 from train.artifact.pruning import count_ones, prune_ones, prunes_needed
+from train.artifact.storage import EncodedArtifact, encode_artifact
 from train.common.distributed import Ranks
 from train.common.wording import counted
 from train.config import Config
@@ -13,16 +13,33 @@ from train.run.logger import RunLogger
 
 
 def prune(
-    config: Config, tensors: StoredTensors, other_bytes: int, ranks: Ranks, log: RunLogger, encoder: Encoder
-) -> StoredTensors:
-    """Prune codes ±1 as `target_mb` and `prune_excess` say, beside `other_bytes` of code that count with the model.
+    config: Config,
+    tensors: StoredTensors,
+    encoded: EncodedArtifact | None,
+    ranks: Ranks,
+    log: RunLogger,
+    *,
+    counted_bytes: int,
+) -> tuple[StoredTensors, EncodedArtifact | None]:
+    """Prune codes ±1 as `target_mb` and `prune_excess` say.
 
     `target_mb` (#1392) searches the number of codes, and takes all of them where the target is out of reach; that it was
     is logged, and no error. `prune_excess` (#1471) prunes so many codes per byte over the cap, once, and of matrices alone.
+
+    Args:
+        config: the settings.
+        tensors: as quantized.
+        encoded: their artifact; None: not made yet.
+        ranks: this process among the others, all of which must call.
+        log: is told how many codes went.
+        counted_bytes: what counts beside the model: code, for one.
+
+    Returns:
+        The tensors, and their artifact if it was made.
     """
 
-    def size(candidate: StoredTensors) -> int:
-        return other_bytes + encoder(candidate, config)[1].model_bytes
+    def encode(tensors: StoredTensors) -> EncodedArtifact:
+        return encode_artifact(tensors, config)
 
     if config.target_mb:
         target = config.pruning_target_bytes
@@ -31,25 +48,25 @@ def prune(
                 f"warning: target_mb {config.target_mb:g} is {target:,} bytes, beyond the cap of {config.max_artifact_bytes:,}: "
                 "pruning does not keep to the cap"
             )
-        tensors = _pruned(
-            tensors, ranks.on_main(lambda: prunes_needed(tensors, target, size)), f"target of {target} bytes", log
-        )
-        reached = ranks.on_main(lambda: size(tensors))
+        before, known = tensors, encoded
+        count, encoded = ranks.on_main(lambda: prunes_needed(before, target - counted_bytes, encode, known))
+        log.line(f"prune:{count} of {count_ones(tensors)} codes ±1 for a target of {target} bytes")
+        tensors = prune_ones(tensors, count) if count else tensors
+        reached = counted_bytes + len(encoded.data)
         if reached > target:
             log.line(
                 f"warning: target_mb {config.target_mb:g} is not reached: with every code ±1 pruned code and model take "
                 f"{reached:,} bytes, {reached - target:,} over the target of {target:,}"
             )
     if config.prune_excess:
-        excess = ranks.on_main(lambda: size(tensors)) - config.max_artifact_bytes
+        unpruned = tensors
+        encoded = encoded or ranks.on_main(lambda: encode(unpruned))
+        excess = counted_bytes + len(encoded.data) - config.max_artifact_bytes
         if excess > 0:
             matrices = {name: tensor for name, tensor in tensors.items() if classify(name, config) == "matrix"}
-            count = min(config.prune_excess * excess, count_ones(matrices))
-            tensors = {**tensors, **_pruned(matrices, count, f"model {counted(excess, 'byte')} over the cap", log)}
-    return tensors
-
-
-def _pruned(tensors: StoredTensors, count: int, reason: str, log: RunLogger) -> StoredTensors:
-    log.line(f"prune:{count} of {count_ones(tensors)} codes ±1 for a {reason}")
-    # the same tensors need not be encoded again
-    return prune_ones(tensors, count) if count else tensors
+            ones = count_ones(matrices)
+            count = min(config.prune_excess * excess, ones)
+            log.line(f"prune:{count} of {ones} codes ±1 for a model {counted(excess, 'byte')} over the cap")
+            if count:
+                tensors, encoded = {**tensors, **prune_ones(matrices, count)}, None
+    return tensors, encoded

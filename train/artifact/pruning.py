@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from train.artifact.storage import EncodedArtifact
 from train.quantize.tensors import QuantizedTensor, StoredTensors
 
 # the search stops when it knows the number of codes to so many parts of them all
@@ -51,34 +52,43 @@ def prune_ones(tensors: StoredTensors, count: int) -> StoredTensors:
     return pruned
 
 
-def prunes_needed(tensors: StoredTensors, target_bytes: int, size: Callable[[StoredTensors], int]) -> int:
-    """How many codes ±1 must go until the encoded model has at most `target_bytes`.
+def prunes_needed(
+    tensors: StoredTensors,
+    max_bytes: int,
+    encode: Callable[[StoredTensors], EncodedArtifact],
+    encoded: EncodedArtifact | None = None,
+) -> tuple[int, EncodedArtifact]:
+    """How many codes ±1 must go until the encoded model has at most `max_bytes`.
 
     Found by bisection, to one part in 4,096 of all such codes on the side that fits. If even all of them are not
     enough, all of them.
 
     Args:
         tensors: as for `prune_ones`.
-        target_bytes: what the encoded model may take.
-        size: bytes of a model, really encoded.
+        max_bytes: what the encoded model may take.
+        encode: makes the artifact's bytes.
+        encoded: what `encode` has made of `tensors`; None: not made yet.
 
     Returns:
-        The `count` for `prune_ones`; 0 if the model fits as it is.
+        The `count` for `prune_ones`, 0 if the model fits as it is; and the bytes of the model that it leaves.
     """
-    if size(tensors) <= target_bytes:
-        return 0
+    encoded = encoded or encode(tensors)
+    if len(encoded.data) <= max_bytes:
+        return 0, encoded
     total = count_ones(tensors)
     step = max(total // _RESOLUTION, 1)
     over, fits = 0, -(-total // step)
-    if size(prune_ones(tensors, total)) > target_bytes:
-        return total
+    encoded = encode(prune_ones(tensors, total))
+    if len(encoded.data) > max_bytes:
+        return total, encoded
     while fits - over > 1:
         middle = (over + fits) // 2
-        if size(prune_ones(tensors, middle * step)) <= target_bytes:
-            fits = middle
+        tried = encode(prune_ones(tensors, middle * step))
+        if len(tried.data) <= max_bytes:
+            fits, encoded = middle, tried
         else:
             over = middle
-    return min(fits * step, total)
+    return min(fits * step, total), encoded
 
 
 def _coded(tensors: Mapping[str, object]) -> dict[str, QuantizedTensor]:

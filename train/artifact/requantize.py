@@ -32,14 +32,14 @@ def main(argv: list[str] | None = None) -> int:
     """Calibrate, quantize and pack the weights of a run folder; under torchrun its ranks share the calibration."""
     arguments = _parser().parse_args(argv)
     # imported after the arguments are read: torch takes seconds, --help should not
-    from train.artifact import Encoder
-    from train.artifact.make import artifact_stage, quantize_stage
+    from train.artifact.make import make_artifact, quantize
     from train.checkpoint import load_weights
     from train.command_line import check_back_ends, note_unread
     from train.common.distributed import start_ranks
     from train.model.gpt import GPT
     from train.run.folder import RunFolder
     from train.run.logger import RunLogger
+    from train.single_file.code_size import counted_code_bytes
 
     folder = RunFolder(arguments.run)
     check_back_ends()
@@ -63,11 +63,12 @@ def main(argv: list[str] | None = None) -> int:
         log = RunLogger(elsewhere if arguments.out else folder.path, config.seed, ranks.rank)
         note_unread(config, os.environ, log.line)
         model: GPT = load_weights(folder).to(ranks.device)
-        encoder, path = Encoder(), arguments.out or folder.artifact
-        packed = folder.read_config().replace(**changes)
-        tensors = quantize_stage(config, model, ranks, log, encoder, packed=packed)
-        artifact_stage(
-            config, path, model, tensors, ranks, log, encoder=encoder, packed=packed, before_replacing=make_room
+        path = arguments.out or folder.artifact
+        # a script that trains again needs the recurrence that the run may have ended before
+        code_bytes = ranks.on_main(lambda: counted_code_bytes(folder.read_config().replace(**changes)))
+        tensors, encoded = quantize(config, model, ranks, log, code_bytes=code_bytes)
+        make_artifact(
+            path, config, model, tensors, encoded, ranks, log, code_bytes=code_bytes, before_replacing=make_room
         )
         log.line(f"wrote {path}")
     return 0

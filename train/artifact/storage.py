@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +28,6 @@ from train.artifact.container import (
 )
 from train.common.errors import UserError
 from train.common.files import atomic_write
-from train.common.progress import Progress
 from train.common.values import ConfigError
 from train.config import Config
 from train.model.gpt import GPT
@@ -67,6 +67,13 @@ class Artifact:
     info: ArtifactInfo
 
 
+class EncodedArtifact(NamedTuple):
+    """An artifact's bytes before they are written, and their sizes."""
+
+    data: bytes
+    info: ArtifactInfo
+
+
 def write_artifact(
     path: str | os.PathLike[str],
     tensors: Mapping[str, QuantizedTensor | Tensor],
@@ -75,14 +82,10 @@ def write_artifact(
     code_bytes: int,
     prefix_bytes: int = 0,
     max_bytes: int | None = None,
-    progress: bool = False,
-    encode: Encoder | None = None,
+    encoded: EncodedArtifact | None = None,
     before_replacing: Callable[[], object] = lambda: None,
 ) -> ArtifactInfo:
     """Pack a quantized model with `config.codec` into one file, whole or not at all.
-
-    Codes of the matrices that play the same part in all layers form a section, so that like data stand together; the
-    sections are encoded on several threads. The same tensors give the same bytes.
 
     Args:
         path: of the file.
@@ -91,8 +94,7 @@ def write_artifact(
         code_bytes: size of the code that counts with the model.
         prefix_bytes: size of a paid prefix, which counts too.
         max_bytes: cap on all together; None takes `config.max_artifact_bytes`.
-        progress: show it.
-        encode: takes the place of `encode_artifact`, and may have the bytes already.
+        encoded: what `encode_artifact` has made of these tensors; None: not made yet.
         before_replacing: called when the bytes are there and fit, before they take the place of a former artifact.
 
     Returns:
@@ -100,13 +102,12 @@ def write_artifact(
 
     Raises:
         BudgetError: code and model exceed the cap; nothing is written.
-        UserError: a tensor holds NaN or infinity, codes outside its bits or a dtype that the format does not have, the
-            codec's library is not installed, or the folder does not exist.
+        UserError: as `encode_artifact`, or the folder does not exist.
     """
     target = Path(path)
     if not target.parent.is_dir():
         raise UserError(f"{target}: its folder does not exist: create {target.parent} first")
-    data, info = encode_artifact(tensors, config, progress=progress) if encode is None else encode(tensors, config)
+    data, info = encoded or encode_artifact(tensors, config)
     cap = config.max_artifact_bytes if max_bytes is None else max_bytes
     check_budget(str(target), info, code_bytes, cap, prefix_bytes)
     before_replacing()
@@ -114,49 +115,31 @@ def write_artifact(
     return info
 
 
-class Encoder:
-    """`encode_artifact` that does not encode again what it encoded last: brotli takes seconds for each million codes.
+def encode_artifact(tensors: Mapping[str, QuantizedTensor | Tensor], config: Config) -> EncodedArtifact:
+    """The bytes of a quantized model's artifact; the same tensors give the same bytes.
 
-    Tensors are recognized by being the same dictionary, which nobody may change in between.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[Mapping[str, QuantizedTensor | Tensor], Config, tuple[bytes, ArtifactInfo]] | None = None
-
-    def __call__(self, tensors: Mapping[str, QuantizedTensor | Tensor], config: Config) -> tuple[bytes, ArtifactInfo]:
-        if self._last is None or self._last[0] is not tensors or self._last[1] != config:
-            self._last = tensors, config, encode_artifact(tensors, config)
-        return self._last[2]
-
-
-def encode_artifact(
-    tensors: Mapping[str, QuantizedTensor | Tensor], config: Config, *, progress: bool = False
-) -> tuple[bytes, ArtifactInfo]:
-    """The bytes of a quantized model's artifact, and its sizes; see `write_artifact`.
+    Codes of the matrices that play the same part in all layers form a section, so that like data stand together; the
+    sections are encoded on several threads. brotli takes seconds for each million codes.
 
     Raises:
-        UserError: as `write_artifact`.
+        UserError: a tensor holds NaN or infinity, codes outside its bits or a dtype that the format does not have, or
+            the codec's library is not installed.
     """
     if config.codec not in CODECS:
         raise UserError(f"codec: expected one of {', '.join(CODECS)}, got {config.codec!r}")
     plans, entries = plan_sections(tensors)
     contents = [b"".join(plan.parts) for plan in plans]
     codec = CODECS[config.codec]
-    with (
-        Progress(sum(map(len, contents)), "pack", "bytes", enabled=progress) as bar,
-        ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool,
-    ):
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         # the longest first, so that no thread is left alone with it at the end
         order = sorted(range(len(plans)), key=lambda index: -len(contents[index]))
         jobs = {index: pool.submit(encode_section, plans[index], contents[index], codec) for index in order}
-        encoded = []
-        for index, content in enumerate(contents):
-            encoded.append(jobs[index].result())
-            bar.advance(len(content))
+        encoded = [jobs[index].result() for index in range(len(plans))]
     values = config.to_dict()
     header = Header({name: values[name] for name in MODEL_FIELDS}, [section for section, _ in encoded], entries)
     data, header_bytes, json_bytes = pack(header, [payload for _, payload in encoded])
-    return data, ArtifactInfo(VERSION, len(data), header_bytes, json_bytes, tuple(header.sections), len(entries))
+    info = ArtifactInfo(VERSION, len(data), header_bytes, json_bytes, tuple(header.sections), len(entries))
+    return EncodedArtifact(data, info)
 
 
 def read_artifact(path: str | os.PathLike[str]) -> Artifact:

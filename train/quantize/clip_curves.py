@@ -1,9 +1,8 @@
-"""Fitting the cap: a row clip for every group of tensors, so that the encoded model fits and the loss suffers least.
+"""What a row clip costs: predicted bytes and loss of each group of tensors over SDClip's k, and the choice among them.
 
-SDClip's k is the lever: a larger one makes coarser codes, fewer bytes and more loss. For each group (the matrices that
-play the same part in all layers, and each table) two curves over k are predicted, and a multiplier λ picks from all of
-them the k that minimize (expected loss) + λ · (bytes). The model is then quantized and really encoded; what each group
-took corrects the prediction, until the encoded model is just below the target.
+A larger k makes coarser codes, fewer bytes and more loss. For each group (the matrices that play the same part in all
+layers, and each table) two curves over k are predicted, and a multiplier λ picks from all of them the k that minimize
+(expected loss) + λ · (bytes). `train.artifact.fit_to_target` corrects the prediction by what the groups really take.
 
 bytes   a row of N(0, σ²) rounded to codes of scale s has the entropy of the discretized normal distribution at σ / s,
         which at high rate is ½ log2(2πe (σ²/s² + 1/12)) bits per weight, with s = kσ / (2^(bits-1) - 1).
@@ -22,15 +21,10 @@ from torch import Tensor, nn
 
 from train.config import Config
 from train.quantize.row_scales import ROW_SCALES, largest_code, rtn
-from train.quantize.tensors import StoredTensors, clip_settings, stored_bits, tensor_group
+from train.quantize.tensors import clip_settings, stored_bits, tensor_group
 
 SEARCHED_CLIPS = ("sdclip", "hessian_sdclip")
 """Row clips that have a k to search."""
-
-# encodings at most; the prediction is corrected after each
-ROUNDS = 8
-# of the target, left free at most
-TOLERANCE = 0.002
 
 _GRID = 800
 _SMALLEST_SIGMAS = 2.0
@@ -38,19 +32,6 @@ _SMALLEST_SIGMAS = 2.0
 _PROBE = 2.0
 # float16 scales at k = 1 would lose bits below 2^-14
 _UNIT_SIGMAS = 1024.0
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What a really encoded model takes.
-
-    Attributes:
-        total: bytes that count against the target, code included.
-        codes: group → bytes of its codes.
-    """
-
-    total: int
-    codes: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -208,82 +189,6 @@ def choose_sigmas(
         else:
             low = middle
     return picked(2.0**high)
-
-
-def fit(
-    model: nn.Module,
-    config: Config,
-    hessians: Mapping[str, Tensor],
-    target_bytes: int,
-    *,
-    counted_bytes: int,
-    loss: Callable[[], float],
-    quantize: Callable[[Mapping[str, float]], StoredTensors],
-    encode: Callable[[StoredTensors], Encoded],
-    note: Callable[[str], None],
-) -> tuple[StoredTensors, Encoded]:
-    """Quantize a model so that, really encoded, it takes at most `target_bytes`, with the least expected loss.
-
-    Args:
-        model: its parameters are read; while loss factors are measured they change, and are put back.
-        config: the quantization settings; its k are where the search begins.
-        hessians: by parameter name, for `hessian_sdclip`.
-        target_bytes: cap on what `encode` counts.
-        counted_bytes: what counts beside the model: code, for one.
-        loss: the model's mean loss on some text.
-        quantize: the model under the k of each tensor that is searched, by parameter name.
-        encode: what a quantized model really takes.
-        note: is told what was found, a line per group and round.
-
-    Returns:
-        The quantized tensors of the best round that fits, and what they take. If none fits, those of the smallest one,
-        for whoever writes them to prune or to refuse.
-    """
-    curves = group_curves(model, config, hessians)
-    factors = loss_factors(model, config, curves, hessians, loss)
-    correction: dict[str, float] = {}
-    # before anything is encoded: what is not searched as it lies in memory
-    other, places = float(_uncoded_bytes(model, curves) + counted_bytes), None
-    best: tuple[bool, float, StoredTensors, list[int], Encoded] | None = None
-    for _ in range(ROUNDS):
-        chosen = choose_sigmas(curves, factors, correction, target_bytes * (1 - TOLERANCE / 2) - other)
-        if chosen == places:
-            break
-        places = chosen
-        sigmas = {
-            name: float(group.sigmas[place])
-            for group, place in zip(curves, places, strict=True)
-            for name in group.tensors
-        }
-        tensors = quantize(sigmas)
-        encoded = encode(tensors)
-        expected = sum(f * float(g.error[p]) for f, g, p in zip(factors, curves, places, strict=True))
-        fits = encoded.total <= target_bytes
-        note(f"fit:{encoded.total} of {target_bytes} bytes, expected loss +{expected:.5f}")
-        # among those that fit the least loss, among those that do not the fewest bytes
-        rank = expected if fits else float(encoded.total)
-        if best is None or (fits, -rank) > (best[0], -best[1]):
-            best = (fits, rank, tensors, places, encoded)
-        other = encoded.total - sum(encoded.codes[group.name] for group in curves)
-        for group, place in zip(curves, places, strict=True):
-            correction[group.name] = (encoded.codes[group.name] - float(group.size[place])) / group.elements
-        if fits and encoded.total >= target_bytes * (1 - TOLERANCE):
-            break
-    assert best is not None
-    _, _, tensors, places, encoded = best
-    for group, place in zip(curves, places, strict=True):
-        size = encoded.codes[group.name]
-        note(
-            f"fit:{group.name} int{group.bits} k {group.start:g} -> {float(group.sigmas[place]):.3f}: {size} bytes, "
-            f"{8 * size / group.elements:.3f} bits per weight"
-        )
-    return tensors, encoded
-
-
-def _uncoded_bytes(model: nn.Module, curves: Sequence[Curves]) -> int:
-    """Bytes of the float16 tensors and of the row scales."""
-    coded = {name for group in curves for name in group.tensors}
-    return sum(2 * (len(weight) if name in coded else weight.numel()) for name, weight in model.named_parameters())
 
 
 def _row_units(

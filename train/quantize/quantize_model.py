@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from train.common.distributed import Ranks
 from train.common.errors import UserError
-from train.common.progress import Progress
 from train.config import Config
 from train.quantize.gptq import gptq
 from train.quantize.row_scales import ROW_SCALES, percentile_candidates, rtn, squared_error
@@ -44,7 +43,6 @@ def quantize_model(
     *,
     ranks: Ranks | None = None,
     note: Callable[[str], None] = warnings.warn,
-    progress: bool = False,
     sigmas: Mapping[str, float] | None = None,
 ) -> StoredTensors:
     """Turn a model's parameters into what its artifact stores; see `stored_bits` for which tensor becomes what.
@@ -62,7 +60,6 @@ def quantize_model(
         hessians: by parameter name, the same on every rank; every name of `matrices_to_calibrate` is needed.
         ranks: this process among the others, all of which must call; None for one process.
         note: is told, in a sentence, of each matrix that needed more damping or had to be rounded to nearest.
-        progress: show it.
         sigmas: SDClip's k of single tensors, by parameter name, in place of the settings'.
 
     Returns:
@@ -100,12 +97,10 @@ def quantize_model(
     def round_share() -> list[str]:
         notes: list[str] = []
         mine = shares[ranks.rank]
-        with Progress(len(mine), "quantize", "matrices", enabled=progress) as bar:
-            for job, names in _batches({name: jobs[name] for name in mine}, device):
-                weights = {name: parameters[name].float() for name in names}
-                given = {name: _checked(name, hessians[name], weights[name]) for name in names}
-                rounded.update(_gptq_batch(weights, given, job.bits, job.clip, config, notes.append))
-                bar.advance(len(names))
+        for job, names in _batches({name: jobs[name] for name in mine}, device):
+            weights = {name: parameters[name].float() for name in names}
+            given = {name: _checked(name, hessians[name], weights[name]) for name in names}
+            rounded.update(_gptq_batch(weights, given, job.bits, job.clip, config, notes.append))
         return notes
 
     for notes in gather(ranks, round_share):
