@@ -40,7 +40,7 @@ from train.common.distributed import Ranks, start_ranks
 from train.common.errors import UserError, main_guard
 from train.common.files import atomic_writer
 from train.config import Config
-from train.data.validation import load_validation
+from train.data.dataset import Dataset
 from train.evaluate.scoring import evaluate_model
 from train.quantize.tensors import QuantizedTensor, StoredTensors
 from train.run.folder import RunFolder
@@ -193,12 +193,13 @@ def curve(
     Raises:
         CheckFailed: two codecs do not hold the same model.
     """
-    model, text = load_weights(folder).to(ranks.device), load_validation(config)
+    model, data = load_weights(folder).to(ranks.device), Dataset(config)
+    text = data.validation
     points = []
     with tempfile.TemporaryDirectory() as elsewhere, RunLogger(elsewhere, config.seed, echo=False) as log:
         for k in sigmas:
             clipped = config.replace(matrix_clip="sdclip", matrix_clip_sigmas=k)
-            tensors, _ = quantize(clipped, model, ranks, log, code_bytes=0)
+            tensors, _ = quantize(clipped, model, data, ranks, log, code_bytes=0)
             path = Path(elsewhere) / "model.golf"
             sizes: dict[str, int] = {}
             read: Artifact | None = None

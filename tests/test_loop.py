@@ -8,7 +8,7 @@ import torch
 
 from train.common.distributed import Ranks
 from train.config import MICRO_BATCHES
-from train.data.loaders import make_loader
+from train.data.dataset import Dataset
 from train.data.shards import write_shard
 from train.evaluate.scoring import flat_evaluation
 from train.loop import compiled_loss, training_step
@@ -56,7 +56,7 @@ def test_nothing_is_compiled_behind_the_first_steps(
     torch.manual_seed(0)
     model = GPT(config)
     optimizers, average = build_optimizers(model, config), EMA(model, 0.99)
-    loss_of, loader, ranks = compiled_loss(model, config, CPU), make_loader(config, 0, 1, CPU), Ranks()
+    loss_of, loader, ranks = compiled_loss(model, config, CPU), Dataset(config).loader(Ranks()), Ranks()
     forms = sorted({False, bool(config.recur_layers)})
 
     def step(recurrence: bool, number: int) -> None:

@@ -10,7 +10,7 @@ from benchmarks.measure.step_variants import all_kernels
 from golf_kernels import dispatch
 from train.common.distributed import Ranks
 from train.config import MICRO_BATCHES
-from train.data.loaders import make_loader
+from train.data.dataset import Dataset
 from train.data.shards import write_shard
 from train.loop import compiled_loss, training_step
 from train.model.attention_choice import choose_attention, use_attention
@@ -47,7 +47,7 @@ def test_a_step_never_waits_and_never_compiles_again(recipe: str, kernels: bool,
         assert optimizers.graph.on == (graph == "on" or "muon_step=triton" in backends)
         average = EMA(model, 0.99)
         loss_of = compiled_loss(model, config, device)
-        loader, ranks = make_loader(config, 0, 1, device), Ranks(device=device)
+        loader, ranks = Dataset(config).loader(Ranks(device=device)), Ranks(device=device)
         clock = WallClock(1000.0, device=device)
         forms = sorted({False, bool(config.recur_layers)})
 

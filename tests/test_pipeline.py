@@ -1,4 +1,4 @@
-"""The walk as a whole on a small text: what it leaves, resumption, ranks, fitting."""
+"""The pipeline as a whole on a small text: what it leaves, resumption, ranks, fitting."""
 
 import json
 import os
@@ -18,12 +18,12 @@ from train.artifact.requantize import main as quantize
 from train.checkpoint import load_weights, read_tensors
 from train.common.errors import UserError
 from train.common.files import write_json
+from train.data.dataset import Dataset
 from train.data.manifest import read_manifest
-from train.data.validation import load_validation
 from train.evaluate.__main__ import main as evaluate
 from train.evaluate.scores import read_evaluation
 from train.evaluate.scoring import evaluate_model
-from train.pipeline import walk
+from train.pipeline import run_pipeline
 from train.run.folder import RunFolder
 from train.run.log_grammar import parse_log
 from train.run.logger import read_metrics, series
@@ -71,7 +71,7 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
 def test_profiled_steps_leave_their_pictures(dataset: Path, tmp_path: Path) -> None:
     # few layers, as what a profile costs goes by operations
     shallow = {"num_layers": 2, "recur_layers": (), "ve_layers": (1,), "xsa_last_n": 1, "parallel_start_layer": 1}
-    folder = walk(small(dataset, tmp_path, iterations=2, profile_steps="1:2", **shallow))
+    folder = run_pipeline(small(dataset, tmp_path, iterations=2, profile_steps="1:2", **shallow))
     assert {"trace_rank0.json.gz", "breakdown.png"} <= {path.name for path in (folder.path / "profile").iterdir()}
 
 
@@ -108,10 +108,10 @@ def test_the_artifact_scores_what_the_quantized_model_in_memory_scores(finished:
     from train.common.distributed import Ranks
     from train.quantize.tensors import dequantize_state
 
-    tensors, _ = make.quantize(config, model, Ranks(), Silent(), code_bytes=0)  # type: ignore[arg-type]
+    tensors, _ = make.quantize(config, model, Dataset(config), Ranks(), Silent(), code_bytes=0)  # type: ignore[arg-type]
     state = dequantize_state(tensors)
     model.load_state_dict({name: state[name].to(parameter.dtype) for name, parameter in model.named_parameters()})
-    validation = load_validation(config)
+    validation = Dataset(config).validation
     scores = [
         evaluate_model(candidate, validation.tokens, validation.tables, config)
         for candidate in (model, load_model(finished.folder.artifact))
@@ -168,13 +168,13 @@ def test_a_setting_that_is_younger_than_a_run_has_its_default(finished: Finished
 def test_a_run_folder_that_exists_is_refused(finished: Finished) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.folder.path.iterdir()}
     with pytest.raises(UserError, match="this run folder exists"):
-        walk(finished.config)
+        run_pipeline(finished.config)
     assert before == {path: path.stat().st_mtime_ns for path in finished.folder.path.iterdir()}
 
 
 def test_resuming_with_other_settings_is_refused(finished: Finished) -> None:
     with pytest.raises(UserError, match="matrix_lr was"):
-        walk(finished.config.replace(resume="auto", matrix_lr=0.5))
+        run_pipeline(finished.config.replace(resume="auto", matrix_lr=0.5))
 
 
 def test_an_artifact_over_the_cap_is_not_written(finished: Finished, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
             break
     process.wait()
     assert (tmp_path / "run" / "checkpoint.pt").exists()
-    folder = walk(config.replace(resume="auto"))
+    folder = run_pipeline(config.replace(resume="auto"))
     assert "resumed: step:4" in (output := capsys.readouterr().out)
     clock = folder.read_training()["seconds"]
     assert summarize(folder).stage_seconds["train"] == clock
@@ -212,7 +212,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 def test_a_stage_has_the_seconds_of_the_pass_that_counts(finished: Finished, tmp_path: Path) -> None:
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
     write_json(folder.stages, dict.fromkeys(("data", "train", "quantize", "artifact", "evaluate"), 1000.0))
-    walk(finished.config.replace(runs_dir=str(tmp_path), resume="auto"))
+    run_pipeline(finished.config.replace(runs_dir=str(tmp_path), resume="auto"))
     seconds = summarize(folder).stage_seconds
     # found: the text, and what was trained
     assert {name for name, taken in seconds.items() if taken == 1000} == {"data", "train"}

@@ -1,4 +1,4 @@
-"""The walk where things break: full disks, kills, two processes at once, files that changed."""
+"""The pipeline where things break: full disks, kills, two processes at once, files that changed."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ from train.checkpoint import read_tensors
 from train.common.errors import UserError, main_guard
 from train.evaluate.__main__ import main as evaluate
 from train.evaluate.scores import read_evaluation
-from train.pipeline import walk
+from train.pipeline import run_pipeline
 from train.run.folder import RunFolder, create_run_folder, open_run_folder
 from train.submission.__main__ import main as submission
 from train.submission.record import summarize
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def resume(arguments: list[str]) -> RunFolder:
     folder = RunFolder(Path(*arguments))
-    return walk(folder.read_config().replace(runs_dir=str(folder.path.parent), resume="auto"))
+    return run_pipeline(folder.read_config().replace(runs_dir=str(folder.path.parent), resume="auto"))
 
 
 def test_a_file_system_that_takes_no_more_leaves_nothing_half_written(tmp_path: Path) -> None:
@@ -83,12 +83,12 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
     with monkeypatch.context() as patched:
         patched.setattr("train.common.files.os.fdopen", fdopen)
         with pytest.raises(SystemExit) as ended:
-            main_guard(lambda: bool(walk(config)))
+            main_guard(lambda: bool(run_pipeline(config)))
     assert ended.value.code == 2
     assert f"{name}: No space left on device: free some space" in capsys.readouterr().err
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert name not in left and not any(path.endswith(".part") for path in left)
-    folder = walk(config.replace(resume="auto"))
+    folder = run_pipeline(config.replace(resume="auto"))
     expected, found = (read_tensors(folder.weights) for folder in (finished.folder, folder))
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 

@@ -1,4 +1,4 @@
-"""What the walk refuses before it makes anything, and how it says so."""
+"""What the pipeline refuses before it makes anything, and how it says so."""
 
 import shutil
 import sys
@@ -13,7 +13,7 @@ from train.common.errors import UserError
 from train.data.build import build_dataset
 from train.data.corpus import stdlib_documents
 from train.data.validation import load_validation
-from train.pipeline import preflight, walk
+from train.pipeline import preflight, run_pipeline
 from train.recipes import load_recipe
 
 
@@ -22,7 +22,7 @@ def test_a_tokenizer_of_the_same_size_that_made_no_shard_is_refused(dataset: Pat
     build_dataset(documents[1:], documents[:1], tmp_path / "other", 512, with_yardsticks=False)
     (other,) = (tmp_path / "other").glob("*.model")
     with pytest.raises(UserError, match=r"not the tokenizer that made the shards.*text_512_bpe\.model"):
-        walk(small(dataset, tmp_path / "runs", tokenizer_path=str(other)))
+        run_pipeline(small(dataset, tmp_path / "runs", tokenizer_path=str(other)))
     shutil.copyfile(next(dataset.glob("*.model")), tmp_path / "same.model")
     load_validation(small(dataset, tmp_path, tokenizer_path=str(tmp_path / "same.model")))
     assert not (tmp_path / "runs").exists()
@@ -36,19 +36,19 @@ def test_a_name_that_no_folder_has_is_refused(
     dataset: Path, tmp_path: Path, run_id: str, error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
-        walk(small(dataset, tmp_path / "runs", run_id=run_id))
+        run_pipeline(small(dataset, tmp_path / "runs", run_id=run_id))
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
 
 
 def test_a_missing_dataset_says_how_to_make_it(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"python -m train\.data"):
-        walk(small(tmp_path / "none", tmp_path))
+        run_pipeline(small(tmp_path / "none", tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_vocabulary_that_does_not_match_is_refused(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="512"):
-        walk(small(dataset, tmp_path, vocab_size=1024))
+        run_pipeline(small(dataset, tmp_path, vocab_size=1024))
 
 
 @pytest.mark.parametrize("world_size", ["3", "16"])
@@ -58,7 +58,7 @@ def test_a_world_size_that_does_not_divide_8_is_refused(
     for name, value in {"WORLD_SIZE": world_size, "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"WORLD_SIZE: {world_size} processes"):
-        walk(small(dataset, tmp_path))
+        run_pipeline(small(dataset, tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,11 +118,11 @@ def test_bad_data_leaves_no_run_folder(dataset: Path, tmp_path: Path) -> None:
     shard = next(broken.glob("*_val_*.bin"))
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(UserError, match=shard.name):
-        walk(small(broken, tmp_path / "runs"))
+        run_pipeline(small(broken, tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_graph_without_a_gpu_leaves_no_run_folder(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="optimizer_graph: on needs a CUDA GPU"):
-        walk(small(dataset, tmp_path / "runs", optimizer_graph="on"))
+        run_pipeline(small(dataset, tmp_path / "runs", optimizer_graph="on"))
     assert not (tmp_path / "runs").exists()

@@ -1,4 +1,4 @@
-"""`python -m train`: the walk from text to record, alone or under torchrun."""
+"""`python -m train`: a run from text to record, alone or under torchrun."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def main() -> int:
     if wants:
         raise ConfigError("--json: belongs to --describe")
     # imported after the settings are checked: torch takes seconds, a misspelt flag should not
-    from train.pipeline import walk
+    from train.pipeline import run_pipeline
 
-    walk(config, overrides)
+    run_pipeline(config, overrides)
     return 0
 
 

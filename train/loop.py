@@ -19,10 +19,9 @@ from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.common.progress import Progress
 from train.common.values import parse_steps
-from train.config import MICRO_BATCHES, Config
-from train.data.loaders import BatchSource, Loader, make_loader
-from train.data.shards import find_shards
-from train.data.validation import ValidationText, load_validation
+from train.config import Config
+from train.data.dataset import Dataset
+from train.data.loaders import BatchSource, Loader, micro_batch_sequences
 from train.evaluate.scores import EvalResult
 from train.evaluate.scoring import flat_evaluation
 from train.model.attention_choice import choose_attention, use_attention
@@ -61,13 +60,6 @@ class TrainResult:
     last: EvalResult
 
 
-def validate(text: ValidationText, model: GPT, config: Config, ranks: Ranks, *, recurrence: bool) -> EvalResult:
-    """Score the model as it is, flat."""
-    return flat_evaluation(
-        model, text.tokens, text.tables, config, recurrence=recurrence, rank=ranks.rank, world_size=ranks.world_size
-    )
-
-
 def recurrence_on(config: Config, step: int) -> bool:
     """Whether the repeated layers run twice in `step`, counted from 0."""
     return bool(config.recur_layers) and step >= config.recur_start_step
@@ -79,7 +71,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> TrainResult:
+def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: RunLogger) -> TrainResult:
     """Train a model as `config` says, from its run folder's checkpoint if there is one and `resume` is auto.
 
     Returns:
@@ -90,16 +82,14 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     """
     start = StartUp(ranks.device)
     seed_everything(config.seed)
-    text = load_validation(config)
     model = GPT(config).to(ranks.device)
     # an initialization may depend on the number of threads
     ranks.copy_from(0, model.parameters())
     optimizers = build_optimizers(model, config, ranks.group)
     log.line(f"optimizer_graph:{optimizers.graph}")
-    loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
-    sequences = config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
+    loader = data.loader(ranks)
     start.end("data and model")
-    attention = ranks.on_main(lambda: choose_attention(config, ranks.device, sequences))
+    attention = ranks.on_main(lambda: choose_attention(config, ranks.device, micro_batch_sequences(config)))
     use_attention(model, attention.name)
     log.line(f"attention:{attention.name} ({attention.reason})")
     start.end("attention")
@@ -113,7 +103,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
         log.line(f"inductor:{chosen_options()[1]}")
     log.facts(
         dataset=config.data_path,
-        train_shards=len(find_shards(config.data_path, "train")),
+        train_shards=len(data.training.paths),
         model_params=sum(parameter.numel() for parameter in model.parameters()),
         world_size=ranks.world_size,
         grad_accum_steps=ranks.accumulation,
@@ -121,7 +111,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     )
     if config.warmup_steps:
         warm_up(model, optimizers, loss_of, loader, config, ranks, log)
-        loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
+        loader = data.loader(ranks)
     start.end("compilation and warm-up")
     ema = EMA(model, config.ema_decay) if config.ema_decay else None
     swa = SWA(model, config.swa_every, config.swa_start_frac) if config.swa_enabled else None
@@ -136,9 +126,17 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     clock = WallClock(
         config.training_seconds, group=ranks.group, device=ranks.device, elapsed_seconds=seconds, steps=step
     )
+
+    def validate(recurrence: bool) -> EvalResult:
+        text = data.validation
+        result = flat_evaluation(
+            model, text.tokens, text.tables, config, recurrence=recurrence, rank=ranks.rank, world_size=ranks.world_size
+        )
+        log.val_step(step, config.iterations, result.val_loss, result.val_bpb, seconds * 1000)
+        return result
+
     if first is None:
-        first = validate(text, model, config, ranks, recurrence=recurrence_on(config, step))
-        log.val_step(step, config.iterations, first.val_loss, first.val_bpb, seconds * 1000)
+        first = validate(recurrence_on(config, step))
         start.end("validation")
     log.metric("start", seconds=start.seconds)
     log.line(str(start))
@@ -163,8 +161,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
             seconds = clock.pause()
             if profiler:
                 profiler.end(step, "validation follows")
-            result = validate(text, model, config, ranks, recurrence=recurrence_on(config, step))
-            log.val_step(step, config.iterations, result.val_loss, result.val_bpb, seconds * 1000)
+            validate(recurrence_on(config, step))
             clock.resume()
         if last:
             break
@@ -207,9 +204,7 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
         average.apply()
     # what the last step trained, not what the next one would
     recurrence = recurrence_on(config, max(step - 1, 0))
-    final = validate(text, model, config, ranks, recurrence=recurrence)
-    log.val_step(step, config.iterations, final.val_loss, final.val_bpb, seconds * 1000)
-    return TrainResult(model, step, seconds, recurrence, first, final)
+    return TrainResult(model, step, seconds, recurrence, first, validate(recurrence))
 
 
 def training_step(
@@ -253,11 +248,11 @@ def warm_up(
     Both graphs are compiled here, so that no step inside the clock waits for a compiler.
     """
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    forms = sorted({recurrence_on(config, 0), recurrence_on(config, config.recur_start_step)})
-    total = config.warmup_steps * len(forms)
-    note = f" ({config.warmup_steps} without recurrence, {config.warmup_steps} with it)" if len(forms) > 1 else ""
+    graphs = sorted({recurrence_on(config, 0), recurrence_on(config, config.recur_start_step)})
+    total = config.warmup_steps * len(graphs)
+    note = f" ({config.warmup_steps} without recurrence, {config.warmup_steps} with it)" if len(graphs) > 1 else ""
     for number in range(total):
-        training_step(optimizers, loss_of, loader, ranks, forms[number // config.warmup_steps], 1.0, 0.0)
+        training_step(optimizers, loss_of, loader, ranks, graphs[number // config.warmup_steps], 1.0, 0.0)
         if number < FIRST_LOGGED_STEPS or number + 1 == total:
             log.warmup_step(number + 1, total, note)
     with torch.no_grad():

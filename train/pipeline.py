@@ -1,4 +1,4 @@
-"""The walk from text to record: the stages in order, their seconds, and the summary at the end."""
+"""A run from text to record: the stages in order, their seconds, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -24,14 +24,12 @@ from train.common.distributed import Ranks, start_ranks
 from train.common.errors import UserError
 from train.common.files import write_json
 from train.common.hardware import hardware
-from train.config import MICRO_BATCHES, Config
-from train.data.loaders import make_loader
-from train.data.manifest import read_manifest
-from train.data.paid_prefix import known_targets
-from train.data.validation import load_validation
-from train.evaluate.scores import evaluation_entry, write_evaluation
-from train.evaluate.scoring import BATCH_SEQS, evaluate_model
-from train.loop import train
+from train.config import Config
+from train.data.dataset import Dataset, prepare_data
+from train.data.loaders import check_batch
+from train.evaluate.scores import write_evaluation
+from train.evaluate.scoring import BATCH_SEQS, score
+from train.loop import TrainResult, train
 from train.model.attention_choice import check_attention, choose_attention, use_attention
 from train.model.gpt import GPT
 from train.optimize.cuda_graph import choose_graph
@@ -45,7 +43,7 @@ if TYPE_CHECKING:
     from train.run.sinks import Sink
 
 
-def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
+def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
     """Go from text to record; under torchrun all ranks share the work and the first one writes.
 
     Args:
@@ -64,7 +62,9 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
         with clock("data", found=Path(config.data_path).exists()):
             prepare_data(config, ranks)
         config = config.replace(run_id=ranks.broadcast(new_run_id(config)))
-        ranks.on_main(lambda: check_data(config))
+        data = Dataset(config)
+        # check all inputs before creating the run folder
+        ranks.on_main(data.check)
         ranks.on_main(lambda: check_attention(config, ranks.device))
         ranks.on_main(lambda: choose_graph(config, ranks.device))
         folder = ranks.on_main(lambda: held.enter_context(open_run_folder(config)))
@@ -81,12 +81,18 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
             for override in overrides:
                 log.line(override_line(override))
             with clock("train", found=folder.is_trained):
-                model = train_stage(config, folder, ranks, log)
+                if folder.is_trained:
+                    log.line("training: finished before, weights.pt is taken")
+                    model = load_weights(folder).to(ranks.device)
+                else:
+                    result = train(config, data, folder, ranks, log)
+                    model = result.model
+                    write_training(folder, result, ranks)
             trained = folder.trained_config()
             with clock("quantize"):
                 # a script that trains again needs the recurrence that this run may have ended before
                 code_bytes = ranks.on_main(lambda: counted_code_bytes(config))
-                tensors, encoded = quantize(trained, model, ranks, log, code_bytes=code_bytes)
+                tensors, encoded = quantize(trained, model, data, ranks, log, code_bytes=code_bytes)
             with clock("artifact"):
                 model = make_artifact(
                     folder.artifact,
@@ -100,7 +106,7 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
                     before_replacing=folder.drop_scores,
                 )
             with clock("evaluate"):
-                evaluate_stage(folder, model, ranks, log)
+                evaluate(folder, trained, model, data, ranks, log)
             if ranks.is_main and importlib.util.find_spec("train.submission"):
                 from train.submission.record import record_run
 
@@ -110,64 +116,17 @@ def walk(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
     return folder
 
 
-def prepare_data(config: Config, ranks: Ranks) -> None:
-    """Build the embedded corpus's shards if the recipe has one and they are not there yet.
-
-    Raises:
-        UserError: the data is missing and the recipe has no embedded text to make it from.
-    """
-    path = Path(config.data_path)
-    if not config.data_path:
-        raise UserError("data_path: not set: give a folder of shards (python -m train.data makes one)")
-
-    def build() -> None:
-        if path.exists():
-            return
-        if config.corpus:
-            from train.data.build import build_dataset
-            from train.data.corpus import split_documents, stdlib_documents
-
-            print(
-                "text: the Python standard library's own sources and documentation (nothing is downloaded)", flush=True
-            )
-            parts = split_documents(stdlib_documents())
-            build_dataset(*parts, path, config.vocab_size, name="stdlib", source="Python standard library")
-        else:
-            raise UserError(
-                f"data_path: {path} does not exist: make it with python -m train.data (fineweb --variant "
-                f"sp{config.vocab_size}, see its --help for repositories; or text PATH… for your own), or set DATA_PATH"
-            )
-
-    ranks.on_main(build)
-
-
-def check_data(config: Config) -> None:
-    """Read what training and the record will read, before a run folder stands for nothing.
-
-    Raises:
-        UserError: shards, tokenizer or manifest are missing, damaged or of another vocabulary.
-    """
-    known_targets(config, load_validation(config).tokens)
-    make_loader(config, 0, 1)
-    read_manifest(config.data_path)
-
-
 def preflight(config: Config) -> None:
     """Find out now what would otherwise fail at the end of training.
 
     Raises:
-        UserError: a forced back end cannot run, the coefficients do not fit the steps, or the codec or a logger is not
+        UserError: a forced backend cannot run, the coefficients do not fit the steps, or the codec or a logger is not
             installed.
         ModuleNotFoundError: a library that the record is made with is not installed.
     """
     if config.resume == "auto" and not config.run_id:
         raise UserError("resume: which run? name its folder with RUN_ID, or leave RESUME=never")
-    share = MICRO_BATCHES * config.train_seq_len
-    if config.train_batch_tokens % share:
-        raise UserError(
-            f"train_batch_tokens: {config.train_batch_tokens} is not a multiple of {MICRO_BATCHES} · train_seq_len = {share}: a step "
-            f"is {MICRO_BATCHES} micro-batches of whole sequences"
-        )
+    check_batch(config)
     if config.eval_stride > config.window:
         raise UserError(
             f"eval_stride: {config.eval_stride} is longer than the window of {config.window} tokens, so that some would never be "
@@ -190,12 +149,8 @@ def preflight(config: Config) -> None:
         importlib.import_module("train.submission.record")
 
 
-def train_stage(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> GPT:
-    """Train, and leave weights.pt and training.json; a run that has them already is not trained again."""
-    if folder.is_trained:
-        log.line("training: finished before, weights.pt is taken")
-        return load_weights(folder).to(ranks.device)
-    result = train(config, folder, ranks, log)
+def write_training(folder: RunFolder, result: TrainResult, ranks: Ranks) -> None:
+    """Leave weights.pt and training.json, which make the run a trained one."""
     if ranks.is_main:
         write_tensors(folder.weights, result.model.state_dict())
         measured = {
@@ -212,35 +167,17 @@ def train_stage(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger)
         write_json(folder.training, measured)
         folder.checkpoint.unlink(missing_ok=True)
     ranks.barrier()
-    return result.model
 
 
-def evaluate_stage(folder: RunFolder, model: GPT, ranks: Ranks, log: RunLogger) -> None:
+def evaluate(folder: RunFolder, config: Config, model: GPT, data: Dataset, ranks: Ranks, log: RunLogger) -> None:
     """Score the artifact's model, flat and with the recipe's sliding window."""
-    config = folder.trained_config()
-    validation = load_validation(config)
     use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, BATCH_SEQS)).name)
-    recurrence = bool(config.recur_layers)
-    known = known_targets(config, validation.tokens)
     for stride in sorted({0, config.eval_stride}):
         scored = config.replace(eval_stride=stride)
-        result = evaluate_model(
-            model,
-            validation.tokens,
-            validation.tables,
-            scored,
-            known=known,
-            recurrence=recurrence,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            progress=True,
-            description=f"evaluate, stride {stride or 'flat'}",
-        )
+        description = f"evaluate, stride {stride or 'flat'}"
+        result, entry = score(model, data, scored, ranks, weights="artifact", description=description)
         if not ranks.is_main:
             continue
-        entry = evaluation_entry(
-            result, scored, weights="artifact", world_size=ranks.world_size, device=str(ranks.device)
-        )
         write_evaluation(folder, entry)
         log.line(result.layer0_line)
         log.final(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=stride, facts=entry)

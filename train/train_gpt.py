@@ -61,7 +61,7 @@ def main(settings: Mapping[str, str], left_out: Mapping[str, str]) -> int:
     for module, condition in left_out.items():
         if holds(condition, config):
             importlib.import_module(module)
-    from train.pipeline import walk
+    from train.pipeline import run_pipeline
 
-    walk(config, overrides)
+    run_pipeline(config, overrides)
     return 0

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from train.config import MICRO_BATCHES, Config
-from train.data.loaders import Batch, Stream, unpack
+from train.data.loaders import Batch, TrainingShards, unpack
 from train.data.shards import find_shards
 
 CPU = torch.device("cpu")
@@ -57,13 +57,13 @@ class ShardTokens:
     """The tokens of a dataset's training shards, in their order."""
 
     def __init__(self, config: Config, folder: Path, device: torch.device = CPU) -> None:
-        self.stream = Stream(find_shards(folder, "train"), config.vocab_size)
+        self.shards = TrainingShards(find_shards(folder, "train"), config.vocab_size)
         self.shape, self.device = (share_sequences(config), config.train_seq_len + 1), device
         self.place = 0
 
     def next(self) -> np.ndarray:
         """`(sequences, length + 1)` uint16."""
-        rows = self.stream.span(self.place, self.shape[0] * self.shape[1])
+        rows = self.shards.span(self.place, self.shape[0] * self.shape[1])
         self.place += len(rows)
         return loaded(rows.reshape(self.shape), self.device)
 

@@ -13,7 +13,7 @@ import pytest
 from train.common.errors import UserError, main_guard
 from train.data.__main__ import main, parser
 from train.data.corpus import stdlib_documents
-from train.data.loaders import Stream
+from train.data.loaders import TrainingShards
 from train.data.manifest import read_manifest
 from train.data.shards import find_shards, load_validation_tokens, read_shard
 from train.data.tokenizer import find_tokenizer, load_tokenizer
@@ -77,7 +77,7 @@ def test_text_makes_a_dataset_that_can_be_trained_on(run, texts: list[str], tmp_
     assert f"gzip -9 {info.yardsticks['gzip -9']:.2f}, xz -9 {info.yardsticks['xz -9']:.2f}" in printed
     assert f"python -m train --data_path {out} --vocab_size 400" in printed
     load_tokenizer(find_tokenizer(out, 400), 400)
-    assert Stream(find_shards(out, "train"), 400).total == info.train.tokens
+    assert TrainingShards(find_shards(out, "train"), 400).total == info.train.tokens
     assert info.train.documents + info.val.documents >= 25 and info.source == "mine"
     assert len(load_validation_tokens(out, 64, 400)) > 64
 

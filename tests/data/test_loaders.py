@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.config import Config
-from train.data.loaders import LOADERS, Coprime, Loader, Stream, _fnv1a, make_loader
+from train.data.dataset import Dataset
+from train.data.loaders import LOADERS, Coprime, Loader, TrainingShards, _fnv1a
 from train.data.shards import find_shards, write_shard
 
 SEQ = 8
@@ -20,7 +22,7 @@ SEQ = 8
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Three shards whose tokens are 0, 1, 2, …, so that a token is its place in the stream."""
+    """Three shards whose tokens are 0, 1, 2, …, so that a token is its place among them."""
     bounds = [0, 1000, 1700, 2750]
     for index, (low, high) in enumerate(itertools.pairwise(bounds)):
         write_shard(tmp_path / f"x_train_{index:06d}.bin", np.arange(low, high))
@@ -28,17 +30,21 @@ def data(tmp_path: Path) -> Path:
 
 
 def config(data: Path, **changes: object) -> Config:
-    # two sequences per share
+    # two sequences per micro-batch
     return Config(data_path=str(data), vocab_size=65536, train_seq_len=SEQ, train_batch_tokens=16 * SEQ).replace(
         **changes
     )
 
 
-def steps(loader: Loader, count: int) -> list[list[list[list[int]]]]:
+def loader_of(settings: Config, rank: int, world_size: int, device: str = "cpu") -> Loader:
+    return Dataset(settings).loader(Ranks(rank=rank, world_size=world_size, device=torch.device(device)))
+
+
+def steps(batches: Loader, count: int) -> list[list[list[list[int]]]]:
     """Per step and micro-batch, the rows of inputs with their last target behind."""
     result = []
     for _ in range(count):
-        batch = loader.next_batch()
+        batch = batches.next_batch()
         for inputs, targets in batch:
             assert inputs.dtype == targets.dtype == torch.int64 and inputs.is_contiguous() and targets.is_contiguous()
             assert torch.equal(inputs[:, 1:], targets[:, :-1])
@@ -46,11 +52,11 @@ def steps(loader: Loader, count: int) -> list[list[list[list[int]]]]:
     return result
 
 
-def test_sequential_is_the_published_stream(data: Path) -> None:
+def test_sequential_is_the_published_order(data: Path) -> None:
     tokens, length = list(range(2750)), 2 * SEQ
     for rank in range(8):
-        for step, micro in enumerate(steps(make_loader(config(data), rank, 8), 40)):
-            # rank r takes span [r·(L+1), +L+1) of each chunk of 8·(L+1) tokens, and the stream begins anew at its end
+        for step, micro in enumerate(steps(loader_of(config(data), rank, 8), 40)):
+            # rank r takes span [r·(L+1), +L+1) of each chunk of 8·(L+1) tokens, and the first token follows the last
             first = step * 8 * (length + 1) + rank * (length + 1)
             span = [tokens[(first + offset) % 2750] for offset in range(length + 1)]
             assert micro == [[span[:9], span[8:]]]
@@ -59,17 +65,17 @@ def test_sequential_is_the_published_stream(data: Path) -> None:
 def test_sequential_span_of_the_published_batch(tmp_path: Path) -> None:
     write_shard(tmp_path / "x_train_000000.bin", np.arange(300_000) % 65536)
     big = config(tmp_path, train_batch_tokens=786_432, train_seq_len=2048)
-    inputs, targets = make_loader(big, 1, 8).next_batch()[0]
+    inputs, targets = loader_of(big, 1, 8).next_batch()[0]
     assert inputs.shape == (48, 2048)
     assert inputs[0, 0] == 98_305 % 65536 and targets[-1, -1] == (2 * 98_305 - 1) % 65536
 
 
 @pytest.mark.parametrize("name", sorted(LOADERS))
 def test_every_world_size_sees_the_same_tokens(data: Path, name: str) -> None:
-    whole = steps(make_loader(config(data, loader=name), 0, 1), 30)
+    whole = steps(loader_of(config(data, loader=name), 0, 1), 30)
     assert all(len(step) == 8 for step in whole)
     for world_size in (2, 4, 8):
-        ranks = [steps(make_loader(config(data, loader=name), rank, world_size), 30) for rank in range(world_size)]
+        ranks = [steps(loader_of(config(data, loader=name), rank, world_size), 30) for rank in range(world_size)]
         for step in range(30):
             # micro-batch m of rank r is share r + m·W
             joined = [ranks[share % world_size][step][share // world_size] for share in range(8)]
@@ -79,7 +85,7 @@ def test_every_world_size_sees_the_same_tokens(data: Path, name: str) -> None:
 @pytest.mark.parametrize("name", sorted(LOADERS))
 @pytest.mark.parametrize("served", [0, 1, 13])
 def test_resumes_in_the_middle_of_a_shard(data: Path, name: str, served: int) -> None:
-    straight = make_loader(config(data, loader=name), 1, 2)
+    straight = loader_of(config(data, loader=name), 1, 2)
     steps(straight, served)
     saved = straight.state_dict()
     rest = steps(straight, 20)
@@ -88,7 +94,7 @@ def test_resumes_in_the_middle_of_a_shard(data: Path, name: str, served: int) ->
     torch.save(saved, buffer)
     buffer.seek(0)
     for state in (torch.load(buffer, weights_only=True), json.loads(json.dumps(saved))):
-        fresh = make_loader(config(data, loader=name), 1, 2)
+        fresh = loader_of(config(data, loader=name), 1, 2)
         steps(fresh, 3)
         fresh.load_state_dict(state)
         assert fresh.state_dict() == saved
@@ -97,10 +103,10 @@ def test_resumes_in_the_middle_of_a_shard(data: Path, name: str, served: int) ->
 
 @pytest.mark.parametrize("name", sorted(LOADERS))
 def test_a_checkpoint_of_other_data_is_refused(data: Path, name: str) -> None:
-    state = make_loader(config(data, loader=name), 0, 1).state_dict()
+    state = loader_of(config(data, loader=name), 0, 1).state_dict()
     write_shard(data / "x_train_000003.bin", [1] * 20)
-    with pytest.raises(UserError, match="walked 2750 training tokens, data_path holds 2770"):
-        make_loader(config(data, loader=name), 0, 1).load_state_dict(state)
+    with pytest.raises(UserError, match="was made with 2750 training tokens, data_path holds 2770"):
+        loader_of(config(data, loader=name), 0, 1).load_state_dict(state)
 
 
 def windows(loader: Loader, count: int) -> list[int]:
@@ -116,7 +122,7 @@ def windows(loader: Loader, count: int) -> list[int]:
 
 
 def test_shuffled_sees_every_window_once_per_epoch(data: Path) -> None:
-    loader = make_loader(config(data, loader="shuffled"), 0, 1)
+    loader = loader_of(config(data, loader="shuffled"), 0, 1)
     per_epoch = 999 // SEQ + 699 // SEQ + 1049 // SEQ
     firsts = windows(loader, 4 * per_epoch // 16)
     epochs = [firsts[index * per_epoch : (index + 1) * per_epoch] for index in range(3)]
@@ -135,17 +141,17 @@ def test_shuffled_sees_every_window_once_per_epoch(data: Path) -> None:
 
 def test_shuffled_depends_on_the_seed_and_coprime_does_not(data: Path) -> None:
     def first(name: str, seed: int) -> list[int]:
-        return windows(make_loader(config(data, loader=name, seed=seed), 0, 1), 4)
+        return windows(loader_of(config(data, loader=name, seed=seed), 0, 1), 4)
 
     assert first("shuffled", 1) == first("shuffled", 1) != first("shuffled", 2)
     assert first("coprime", 1) == first("coprime", 2)
 
 
 def test_coprime_depends_on_the_shards_names(data: Path, tmp_path: Path) -> None:
-    before = windows(make_loader(config(data, loader="coprime"), 0, 1), 2)
+    before = windows(loader_of(config(data, loader="coprime"), 0, 1), 2)
     for path in find_shards(data, "train"):
         path.rename(path.with_name(path.name.replace("x_", "y_")))
-    assert windows(make_loader(config(data, loader="coprime"), 0, 1), 2) != before
+    assert windows(loader_of(config(data, loader="coprime"), 0, 1), 2) != before
 
 
 def test_fnv_vectors() -> None:
@@ -158,7 +164,7 @@ def test_fnv_vectors() -> None:
 
 
 def test_coprime_walks_each_shard_in_a_coprime_stride(data: Path) -> None:
-    order = make_loader(config(data, loader="coprime"), 0, 1).order
+    order = loader_of(config(data, loader="coprime"), 0, 1).order
     assert isinstance(order, Coprime)
     strides = set()
     for shard, length in enumerate((1000, 700, 1050)):
@@ -187,9 +193,9 @@ def test_coprime_ramps_its_mixture(tmp_path: Path) -> None:
         write_shard(tmp_path / f"x_train_{index:06d}.bin", np.full(length, 7))
     # a shard too short for one window is never drawn
     write_shard(tmp_path / "x_train_000080.bin", np.full(SEQ, 7))
-    stream = Stream(find_shards(tmp_path, "train"), 65536)
-    for step, alpha, shards in ((0, 0.9, 8), (900, 0.7, 36), (1800, 0.5, 64), (5000, 0.5, 64)):
-        order = Coprime(stream, SEQ, 20, 0)
+    shards = TrainingShards(find_shards(tmp_path, "train"), 65536)
+    for step, alpha, mixed in ((0, 0.9, 8), (900, 0.7, 36), (1800, 0.5, 64), (5000, 0.5, 64)):
+        order = Coprime(shards, SEQ, 20, 0)
         order.step = step
         recorded: list[np.ndarray] = []
         original = order.random
@@ -208,20 +214,20 @@ def test_coprime_ramps_its_mixture(tmp_path: Path) -> None:
             left = np.where(order.walks[:80, 3] > 0, order.walks[:80, 3] - order.walks[:80, 4], (lengths - 1) // SEQ)
             weights = np.maximum(left, 1).astype(float) ** alpha
             places = order._draw_step()
-            assert len(places) == 160 and len({shard for shard, _ in places}) == shards
+            assert len(places) == 160 and len({shard for shard, _ in places}) == mixed
             np.testing.assert_allclose(recorded[draw], weights / weights.sum(), rtol=1e-12)
             assert 80 not in {shard for shard, _ in places}
             # interleaved: the first round has every shard once
-            assert len({shard for shard, _ in places[:shards]}) == shards
+            assert len({shard for shard, _ in places[:mixed]}) == mixed
 
 
 def test_tokens_above_the_sign_bit_survive_the_wire(tmp_path: Path) -> None:
     write_shard(tmp_path / "x_train_000000.bin", np.arange(65536 - 200, 65536))
-    assert steps(make_loader(config(tmp_path), 0, 8), 1)[0][0][0] == list(range(65336, 65345))
+    assert steps(loader_of(config(tmp_path), 0, 8), 1)[0][0][0] == list(range(65336, 65345))
 
 
 def test_a_token_beyond_the_vocabulary_is_refused_when_it_is_read(data: Path) -> None:
-    loader = make_loader(config(data, vocab_size=1700), 0, 1)
+    loader = loader_of(config(data, vocab_size=1700), 0, 1)
     with pytest.raises(UserError, match=r"x_train_000002\.bin: holds token \d+, but vocab_size is 1700"):
         steps(loader, 13)
 
@@ -245,12 +251,12 @@ def test_a_token_beyond_the_vocabulary_is_refused_when_it_is_read(data: Path) ->
 )
 def test_bad_settings_are_refused(data: Path, rank: int, world_size: int, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_loader(config(data, **changes), rank, world_size)
+        loader_of(config(data, **changes), rank, world_size)
 
 
 @pytest.mark.gpu
 def test_cuda_gets_the_same_batches(data: Path) -> None:
-    on_gpu, on_cpu = make_loader(config(data), 0, 1, "cuda"), make_loader(config(data), 0, 1)
+    on_gpu, on_cpu = loader_of(config(data), 0, 1, "cuda"), loader_of(config(data), 0, 1)
     for _ in range(5):
         for (inputs, targets), (wanted, following) in zip(on_gpu.next_batch(), on_cpu.next_batch(), strict=True):
             assert inputs.is_cuda and torch.equal(inputs.cpu(), wanted) and torch.equal(targets.cpu(), following)

@@ -25,7 +25,7 @@ from golf_kernels.muon import Muon
 from golf_kernels.newton_schulz import COEFFICIENTS
 from train.common.distributed import Ranks
 from train.config import MICRO_BATCHES
-from train.data.loaders import make_loader
+from train.data.dataset import Dataset
 from train.data.shards import write_shard
 from train.evaluate import scoring
 from train.evaluate.windows import group_windows, plan_windows
@@ -224,7 +224,7 @@ def test_batches_travel_as_16_bits_from_pinned_memory(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Tensor, "to", watched)
     write_shard(tmp_path / "made_train_000000.bin", np.arange(1000, dtype=np.uint16) % 259)
     config = gpu_config("baseline", data_path=str(tmp_path))
-    loader = make_loader(config, 0, 4, CUDA)
+    loader = Dataset(config).loader(Ranks(world_size=4, device=CUDA))
     for _ in range(2):
         batches = loader.next_batch()
         assert [part.device for batch in batches for part in batch] == [CUDA] * 4

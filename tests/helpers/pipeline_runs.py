@@ -1,4 +1,4 @@
-"""A run of a narrow quickstart by its command, for the tests of the walk."""
+"""A run of a narrow quickstart by its command, for the tests of the pipeline."""
 
 import os
 import subprocess

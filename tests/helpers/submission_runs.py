@@ -5,7 +5,7 @@ from pathlib import Path
 from train.config import Config
 from train.data.build import build_dataset
 from train.data.corpus import split_documents, stdlib_documents
-from train.pipeline import walk
+from train.pipeline import run_pipeline
 from train.recipes import load_recipe
 
 
@@ -35,4 +35,4 @@ def narrow(dataset: Path, runs: Path, seed: int, **changes: object) -> Config:
 
 
 def make_runs(folder: Path, dataset: Path) -> list[Path]:
-    return [walk(narrow(dataset, folder, seed)).path for seed in (42, 314, 999)]
+    return [run_pipeline(narrow(dataset, folder, seed)).path for seed in (42, 314, 999)]

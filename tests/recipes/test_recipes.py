@@ -17,7 +17,8 @@ from torch import Tensor
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.common.distributed import Ranks
 from train.config import Config
-from train.data.loaders import Loader, make_loader
+from train.data.dataset import Dataset
+from train.data.loaders import Loader
 from train.data.shards import write_shard
 from train.loop import compiled_loss, recurrence_on, training_step
 from train.model.gpt import GPT
@@ -96,7 +97,7 @@ class Training:
             model.double().compute_dtype = torch.float64
         average = EMA(model, config.ema_decay) if config.ema_decay else None
         swa = SWA(model, config.swa_every, config.swa_start_frac) if config.swa_enabled else None
-        loader = make_loader(config, ranks.rank, ranks.world_size)
+        loader = Dataset(config).loader(ranks)
         return cls(config, ranks, model, build_optimizers(model, config, ranks.group), loader, average or swa, model)
 
     @property

@@ -23,9 +23,9 @@ KERNELS = {path.stem for path in Path(__file__).parents[2].glob("golf_kernels/*_
 TRACE = """
 import sys
 from train.command_line import resolve
-from train.pipeline import walk
+from train.pipeline import run_pipeline
 config, overrides = resolve(sys.argv[1:], {})
-walk(config, overrides)
+run_pipeline(config, overrides)
 print("\\nimported", *(name for name in sys.modules if name.partition(".")[0] in ("train", "golf_kernels")))
 """
 

@@ -19,7 +19,7 @@ from train.common.errors import UserError
 from train.config import Config
 from train.data.paid_prefix import NOT_COMPLIANT
 from train.evaluate.scores import read_evaluation
-from train.pipeline import walk
+from train.pipeline import run_pipeline
 from train.run.folder import RunFolder
 from train.single_file.code_size import counted_code_bytes
 from train.single_file.pack import FORMS
@@ -178,7 +178,7 @@ def test_a_run_that_ended_before_its_recurrence_counts_the_script_that_is_shippe
     )
     target = counted_code_bytes(config.replace(target_bytes=1_000_000)) + 29_000
     config = config.replace(target_bytes=target)
-    folder = walk(config)
+    folder = run_pipeline(config)
     sizes = [counted_code_bytes(settings) for settings in (folder.read_config(), folder.trained_config())]
     assert sizes[0] != sizes[1]
     build_record([folder.path], tmp_path / "mine", DETAILS, single_file="plain")

@@ -206,7 +206,7 @@ def test_command_writes_again_what_is_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path)
-    # gathering needs a real artifact and is tested with the walk
+    # gathering needs a real artifact and is tested with the pipeline
     monkeypatch.setattr("train.submission.record.summarize", lambda folder: Summary.read(folder.summary))
     arguments = [
         "record",

@@ -18,7 +18,7 @@ from train.artifact.pruning import count_ones, prune_ones, prunes_needed
 from train.artifact.storage import EncodedArtifact, encode_artifact
 from train.common.distributed import Ranks
 from train.config import Config
-from train.data.loaders import make_loader
+from train.data.dataset import Dataset
 from train.model.gpt import GPT
 from train.quantize.clip_curves import Curves, choose_sigmas, group_curves, loss_factors
 from train.quantize.tensors import StoredTensors
@@ -37,6 +37,7 @@ def fit_to_target(
     model: GPT,
     hessians: Mapping[str, Tensor],
     quantize: Callable[[Mapping[str, float]], StoredTensors],
+    data: Dataset,
     ranks: Ranks,
     log: RunLogger,
     *,
@@ -49,6 +50,7 @@ def fit_to_target(
         model: as it was trained; its parameters change while the loss is measured, and are put back.
         hessians: by parameter name, for `hessian_sdclip`.
         quantize: makes tensors of the model under the k of each tensor that is searched, by parameter name.
+        data: gives the training batches on which the loss is measured.
         ranks: this process among the others, all of which must call.
         log: is told what was found.
         counted_bytes: what counts beside the model: code, for one.
@@ -61,7 +63,7 @@ def fit_to_target(
         return encode_artifact(tensors, config)
 
     curves = group_curves(model, config, hessians)
-    factors = measure_factors(config, model, curves, hessians, ranks, log)
+    factors = measure_factors(config, model, curves, hessians, data, ranks, log)
     tensors, encoded = search_clips(
         model,
         curves,
@@ -81,11 +83,17 @@ def fit_to_target(
 
 
 def measure_factors(
-    config: Config, model: GPT, curves: Sequence[Curves], hessians: Mapping[str, Tensor], ranks: Ranks, log: RunLogger
+    config: Config,
+    model: GPT,
+    curves: Sequence[Curves],
+    hessians: Mapping[str, Tensor],
+    data: Dataset,
+    ranks: Ranks,
+    log: RunLogger,
 ) -> list[float]:
     """`loss_factors` on training batches, in the evaluated function, as the mean over the ranks."""
     started = time.perf_counter()
-    loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
+    loader = data.loader(ranks)
     batches: list[tuple[Tensor, Tensor]] = []
     while sum(inputs.numel() for inputs, _ in batches) < FIT_TOKENS:
         batches += loader.next_batch()

@@ -13,6 +13,7 @@ from golf_kernels import dispatch
 from train.artifact.storage import EncodedArtifact, load_model, write_artifact
 from train.common.distributed import Ranks
 from train.config import Config
+from train.data.dataset import Dataset
 from train.data.paid_prefix import prefix_bytes
 from train.model.gpt import GPT
 from train.quantize.quantize_model import quantize_model
@@ -21,13 +22,14 @@ from train.run.logger import RunLogger
 
 
 def quantize(
-    config: Config, model: GPT, ranks: Ranks, log: RunLogger, *, code_bytes: int
+    config: Config, model: GPT, data: Dataset, ranks: Ranks, log: RunLogger, *, code_bytes: int
 ) -> tuple[StoredTensors, EncodedArtifact | None]:
     """Calibrate and round a trained model, under a `target_bytes` with row clips that fit.
 
     Args:
         config: the settings.
         model: as it was trained.
+        data: the run's; read where the settings calibrate on training batches or search row clips.
         ranks: this process among the others, all of which must call.
         log: is told what was done.
         code_bytes: size of the code that counts with the model.
@@ -40,7 +42,7 @@ def quantize(
     if config.quantizer == "gptq":
         from train.quantize.calibrate import calibrate
 
-        hessians = calibrate(config, model, names, ranks, log.line) if names else {}
+        hessians = calibrate(config, model, names, data, ranks, log.line) if names else {}
     started = time.perf_counter()
 
     def rounded(sigmas: Mapping[str, float]) -> StoredTensors:
@@ -51,7 +53,9 @@ def quantize(
         from train.artifact.fit_to_target import fit_to_target
 
         counted_bytes = code_bytes + prefix_bytes(config)
-        tensors, encoded = fit_to_target(config, model, hessians, rounded, ranks, log, counted_bytes=counted_bytes)
+        tensors, encoded = fit_to_target(
+            config, model, hessians, rounded, data, ranks, log, counted_bytes=counted_bytes
+        )
     else:
         tensors = rounded({})
     log.line(f"gptq:quantized {len(tensors)} tensors in {time.perf_counter() - started:.1f}s")

@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     from train.checkpoint import load_weights
     from train.command_line import check_back_ends, note_unread
     from train.common.distributed import start_ranks
+    from train.data.dataset import Dataset
     from train.model.gpt import GPT
     from train.run.folder import RunFolder
     from train.run.logger import RunLogger
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         path = arguments.out or folder.artifact
         # a script that trains again needs the recurrence that the run may have ended before
         code_bytes = ranks.on_main(lambda: counted_code_bytes(folder.read_config().replace(**changes)))
-        tensors, encoded = quantize(config, model, ranks, log, code_bytes=code_bytes)
+        tensors, encoded = quantize(config, model, Dataset(config), ranks, log, code_bytes=code_bytes)
         make_artifact(
             path, config, model, tensors, encoded, ranks, log, code_bytes=code_bytes, before_replacing=make_room
         )

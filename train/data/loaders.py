@@ -1,7 +1,7 @@
 """The order in which training tokens are seen, the same at any number of ranks.
 
-A step is cut into 8 equal shares, as the published runs have 8 ranks; rank r of W takes shares r, r + W, … as its 8 / W
-micro-batches. So one process and eight see the same tokens in every step, and W = 8 is exactly the published order.
+A step is 8 equal micro-batches, as the published runs have 8 ranks; rank r of W takes the micro-batches r, r + W, … So one
+process and eight see the same tokens in every step, and W = 8 is exactly the published order.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.config import MICRO_BATCHES, Config
-from train.data.shards import Tokens, check_tokens, find_shards, read_shard
+from train.data.shards import Tokens, check_tokens, read_shard
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 State = dict[str, Any]
 Integers = npt.NDArray[np.int64]
 
 
-class Stream:
+class TrainingShards:
     """A dataset's training shards, mapped into memory and addressed as one row of tokens.
 
     Args:
@@ -36,8 +37,8 @@ class Stream:
 
     def __init__(self, paths: list[Path], vocab_size: int) -> None:
         self.paths, self.vocab_size = paths, vocab_size
-        self.shards = [read_shard(path) for path in paths]
-        self.lengths = np.array([len(shard) for shard in self.shards], dtype=np.int64)
+        self.tokens = [read_shard(path) for path in paths]
+        self.lengths = np.array([len(tokens) for tokens in self.tokens], dtype=np.int64)
         self.ends = np.cumsum(self.lengths)
 
     @property
@@ -57,56 +58,56 @@ class Stream:
 
     def window(self, shard: int, offset: int, length: int) -> Tokens:
         """`(length,)` tokens inside one shard."""
-        tokens = self.shards[shard][offset : offset + length]
+        tokens = self.tokens[shard][offset : offset + length]
         check_tokens(tokens, self.vocab_size, self.paths[shard])
         return tokens
 
 
 class Order(ABC):
-    """Which tokens each share of each step holds. Rows are one longer than a sequence: inputs and targets overlap.
+    """Which tokens each micro-batch of each step holds. Rows are one longer than a sequence: inputs and targets overlap.
 
     Args:
-        stream: the training tokens.
+        shards: the training tokens.
         seq_len: tokens per sequence.
-        sequences: sequences per share.
+        sequences: sequences per micro-batch.
         seed: the run's seed.
     """
 
-    def __init__(self, stream: Stream, seq_len: int, sequences: int, seed: int) -> None:
-        self.stream, self.seq_len, self.sequences, self.seed = stream, seq_len, sequences, seed
+    def __init__(self, shards: TrainingShards, seq_len: int, sequences: int, seed: int) -> None:
+        self.shards, self.seq_len, self.sequences, self.seed = shards, seq_len, sequences, seed
         self.step = 0
 
     @abstractmethod
-    def next_rows(self, shares: range) -> list[Tokens]:
-        """The next step's rows, `(sequences, seq_len + 1)` uint16 for each of `shares`."""
+    def next_rows(self, micro_batches: range) -> list[Tokens]:
+        """The next step's rows, `(sequences, seq_len + 1)` uint16 for each of `micro_batches`."""
 
     def state_dict(self) -> State:
-        return {"step": self.step, "tokens": self.stream.total}
+        return {"step": self.step, "tokens": self.shards.total}
 
     def load_state_dict(self, state: State) -> None:
-        if state["tokens"] != self.stream.total:
+        if state["tokens"] != self.shards.total:
             raise UserError(
-                f"the checkpoint's loader walked {state['tokens']} training tokens, data_path holds {self.stream.total}: "
+                f"the checkpoint was made with {state['tokens']} training tokens, data_path holds {self.shards.total}: "
                 "resume with the same DATA_PATH"
             )
         self.step = int(state["step"])
 
     def _windows(self, places: list[tuple[int, int]]) -> Tokens:
-        return np.stack([self.stream.window(shard, offset, self.seq_len + 1) for shard, offset in places])
+        return np.stack([self.shards.window(shard, offset, self.seq_len + 1) for shard, offset in places])
 
 
 class Sequential(Order):
-    """The token stream in its order: with L tokens per share, share v of step s is span [(8s + v)(L + 1), +L + 1).
+    """The tokens in their order: with L tokens per micro-batch, number v of step s is span [(8s + v)(L + 1), +L + 1).
 
-    Consecutive spans have no token in common, so the first token of a span is an input but never a target. The stream
-    begins anew at its end.
+    Consecutive spans have no token in common, so the first token of a span is an input but never a target. After the last
+    token comes the first again.
     """
 
-    def next_rows(self, shares: range) -> list[Tokens]:
+    def next_rows(self, micro_batches: range) -> list[Tokens]:
         length = self.sequences * self.seq_len
         rows = []
-        for share in shares:
-            span = self.stream.span((self.step * MICRO_BATCHES + share) * (length + 1), length + 1)
+        for number in micro_batches:
+            span = self.shards.span((self.step * MICRO_BATCHES + number) * (length + 1), length + 1)
             rows.append(np.lib.stride_tricks.sliding_window_view(span, self.seq_len + 1)[:: self.seq_len])
         self.step += 1
         return rows
@@ -116,22 +117,25 @@ class Shuffled(Order):
     """All windows of all shards in a random order, a fresh one and freshly cut ones in each epoch.
 
     Epoch e draws from PCG64 of (seed, e) where each shard's windows begin and the permutation of all windows. Windows
-    that are needed for a step are dealt to the shares in turn.
+    that are needed for a step are dealt to the micro-batches in turn.
     """
 
-    def __init__(self, stream: Stream, seq_len: int, sequences: int, seed: int) -> None:
-        super().__init__(stream, seq_len, sequences, seed)
-        self.counts = (stream.lengths - 1) // seq_len
+    def __init__(self, shards: TrainingShards, seq_len: int, sequences: int, seed: int) -> None:
+        super().__init__(shards, seq_len, sequences, seed)
+        self.counts = (shards.lengths - 1) // seq_len
         self.ends = np.cumsum(self.counts)
         self.epochs: dict[int, tuple[Integers, Integers]] = {}
 
-    def next_rows(self, shares: range) -> list[Tokens]:
+    def next_rows(self, micro_batches: range) -> list[Tokens]:
         first = self.step * MICRO_BATCHES * self.sequences
         # a step at the end of an epoch reaches into the next one
         self.epochs = {epoch: drawn for epoch, drawn in self.epochs.items() if epoch >= first // int(self.ends[-1])}
-        numbers = range(first, first + MICRO_BATCHES * self.sequences)
+        windows = range(first, first + MICRO_BATCHES * self.sequences)
         self.step += 1
-        return [self._windows([self._place(number) for number in numbers[share::MICRO_BATCHES]]) for share in shares]
+        return [
+            self._windows([self._place(window) for window in windows[number::MICRO_BATCHES]])
+            for number in micro_batches
+        ]
 
     def _place(self, number: int) -> tuple[int, int]:
         epoch, index = divmod(number, int(self.ends[-1]))
@@ -145,7 +149,7 @@ class Shuffled(Order):
 
     def _draw(self, epoch: int) -> tuple[Integers, Integers]:
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        slack = np.maximum(self.stream.lengths - 1 - self.counts * self.seq_len, 0)
+        slack = np.maximum(self.shards.lengths - 1 - self.counts * self.seq_len, 0)
         return random.integers(0, slack + 1), random.permutation(int(self.ends[-1]))
 
 
@@ -156,26 +160,26 @@ class Coprime(Order):
     walked as phase + ((start + i·stride) mod blocks)·seq_len with random phase, start and stride, drawn anew when it is
     used up. A step draws its shards with probability ∝ remaining^α, without replacement; with progress p = min(step /
     1800, 1), α is 0.9 - 0.4 p and the number of shards 8 + 56 p, as far as there are any. Each gives one window, the
-    rest are dealt by a multinomial; windows are interleaved over the shards and share v takes every 8th.
+    rest are dealt by a multinomial; windows are interleaved over the shards, and every 8th is of the same micro-batch.
 
     Names instead of the published absolute paths make the order independent of where the data lies.
     """
 
     RAMP_STEPS = 1800
 
-    def __init__(self, stream: Stream, seq_len: int, sequences: int, seed: int) -> None:
-        super().__init__(stream, seq_len, sequences, seed)
+    def __init__(self, shards: TrainingShards, seq_len: int, sequences: int, seed: int) -> None:
+        super().__init__(shards, seq_len, sequences, seed)
         self.random = np.random.Generator(
-            np.random.PCG64(_fnv1a("\n".join(path.name for path in stream.paths).encode()))
+            np.random.PCG64(_fnv1a("\n".join(path.name for path in shards.paths).encode()))
         )
-        self.eligible = np.flatnonzero((stream.lengths - 1) // seq_len > 0)
-        # columns: phase, start, stride, blocks, blocks taken; zero blocks mean that the walk is not drawn yet
-        self.walks = np.zeros((len(stream.shards), 5), dtype=np.int64)
+        self.eligible = np.flatnonzero((shards.lengths - 1) // seq_len > 0)
+        # columns: phase, start, stride, blocks, blocks taken; zero blocks mean that it is not drawn yet
+        self.walks = np.zeros((len(shards.tokens), 5), dtype=np.int64)
 
-    def next_rows(self, shares: range) -> list[Tokens]:
+    def next_rows(self, micro_batches: range) -> list[Tokens]:
         places = self._draw_step()
         self.step += 1
-        return [self._windows(places[share::MICRO_BATCHES]) for share in shares]
+        return [self._windows(places[number::MICRO_BATCHES]) for number in micro_batches]
 
     def state_dict(self) -> State:
         inner = self.random.bit_generator.state
@@ -199,7 +203,7 @@ class Coprime(Order):
         needed = MICRO_BATCHES * self.sequences
         progress = min(self.step / self.RAMP_STEPS, 1.0)
         blocks, taken = self.walks[self.eligible, 3], self.walks[self.eligible, 4]
-        unseen = (self.stream.lengths[self.eligible] - 1) // self.seq_len
+        unseen = (self.shards.lengths[self.eligible] - 1) // self.seq_len
         remaining = np.where(blocks > 0, np.maximum(blocks - taken, 1), unseen).astype(np.float64)
         weights = remaining ** (0.9 - 0.4 * progress)
         chances = weights / weights.sum()
@@ -227,7 +231,7 @@ class Coprime(Order):
         return [(shard, offsets[index]) for index in self.random.permutation(count)]
 
     def _begin_walk(self, shard: int) -> None:
-        length = int(self.stream.lengths[shard])
+        length = int(self.shards.lengths[shard])
         phase = int(self.random.integers(min(self.seq_len, length - self.seq_len)))
         blocks = (length - 1 - phase) // self.seq_len
         stride = 1
@@ -249,12 +253,13 @@ class Loader:
 
     Args:
         order: which tokens come when.
-        rank, world_size: this process among all; world_size divides 8.
-        device: where the batches go. On CUDA they travel as 16-bit integers from pinned memory, asynchronously.
+        ranks: this process among all, and the device where the batches go. To CUDA they travel as 16-bit integers from
+            pinned memory, asynchronously.
     """
 
-    def __init__(self, order: Order, rank: int, world_size: int, device: torch.device | str = "cpu") -> None:
-        self.order, self.shares, self.device = order, range(rank, MICRO_BATCHES, world_size), torch.device(device)
+    def __init__(self, order: Order, ranks: Ranks) -> None:
+        self.order, self.device = order, ranks.device
+        self.micro_batches = range(ranks.rank, MICRO_BATCHES, ranks.world_size)
         self.state = order.state_dict()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self.pending: Future[tuple[list[torch.Tensor], State]] | None = None
@@ -282,7 +287,7 @@ class Loader:
         self.state = self.order.state_dict()
 
     def _prepare(self) -> tuple[list[torch.Tensor], State]:
-        rows = [torch.from_numpy(np.array(row).view(np.int16)) for row in self.order.next_rows(self.shares)]
+        rows = [torch.from_numpy(np.array(row).view(np.int16)) for row in self.order.next_rows(self.micro_batches)]
         if self.device.type == "cuda":
             rows = [row.pin_memory() for row in rows]
         return rows, self.order.state_dict()
@@ -295,39 +300,53 @@ def unpack(row: torch.Tensor, device: torch.device) -> Batch:
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-LOADERS: dict[str, Callable[[Stream, int, int, int], Order]] = {
+LOADERS: dict[str, Callable[[TrainingShards, int, int, int], Order]] = {
     "sequential": Sequential,
     "shuffled": Shuffled,
     "coprime": Coprime,
 }
 
 
-def make_loader(config: Config, rank: int, world_size: int, device: torch.device | str = "cpu") -> Loader:
-    """The loader that `config.loader` names, over the training shards in `config.data_path`.
+def micro_batch_sequences(config: Config) -> int:
+    """Sequences of a micro-batch."""
+    return config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
+
+
+def check_batch(config: Config) -> None:
+    """Refuse a step that is not 8 micro-batches of whole sequences.
 
     Raises:
-        UserError: world_size does not divide 8, the batch does not divide into 8 shares of whole sequences, or the
-            shards are missing, bad or shorter than one sequence.
+        UserError: it is not.
     """
+    tokens = MICRO_BATCHES * config.train_seq_len
+    if config.train_batch_tokens % tokens:
+        raise UserError(
+            f"train_batch_tokens {config.train_batch_tokens} is not a multiple of {MICRO_BATCHES} · train_seq_len {config.train_seq_len} "
+            f"= {tokens}: a step is {MICRO_BATCHES} micro-batches of whole sequences; change TRAIN_BATCH_TOKENS or TRAIN_SEQ_LEN"
+        )
+
+
+def make_loader(shards: TrainingShards, config: Config, ranks: Ranks) -> Loader:
+    """The loader that `config.loader` names, at its first batch.
+
+    Raises:
+        UserError: the world size does not divide 8, or the shards are shorter than one sequence; and see `check_batch`.
+    """
+    rank, world_size = ranks.rank, ranks.world_size
     if world_size < 1 or MICRO_BATCHES % world_size or not 0 <= rank < world_size:
         raise UserError(
-            f"world size {world_size} (rank {rank}): expected 1, 2, 4 or 8 processes: a step is cut into 8 equal shares; set --nproc_per_node"
+            f"world size {world_size} (rank {rank}): expected 1, 2, 4 or 8 processes, which share the {MICRO_BATCHES} micro-batches of "
+            "a step evenly: set --nproc_per_node"
         )
-    share = config.train_seq_len * MICRO_BATCHES
-    if config.train_batch_tokens % share:
-        raise UserError(
-            f"train_batch_tokens {config.train_batch_tokens} is not a multiple of 8 · train_seq_len {config.train_seq_len} = {share}: "
-            "a step is cut into 8 shares of whole sequences; change TRAIN_BATCH_TOKENS or TRAIN_SEQ_LEN"
-        )
-    stream = Stream(find_shards(config.data_path, "train"), config.vocab_size)
-    longest = stream.total if config.loader == "sequential" else int(stream.lengths.max())
+    check_batch(config)
+    longest = shards.total if config.loader == "sequential" else int(shards.lengths.max())
     if longest < config.train_seq_len + 1:
         raise UserError(
             f"{config.data_path}: its training shards hold {longest} tokens in a row, one sequence needs {config.train_seq_len + 1}: "
             "choose a smaller TRAIN_SEQ_LEN, or build the dataset with more text"
         )
-    order = LOADERS[config.loader](stream, config.train_seq_len, config.train_batch_tokens // share, config.seed)
-    return Loader(order, rank, world_size, device)
+    order = LOADERS[config.loader](shards, config.train_seq_len, micro_batch_sequences(config), config.seed)
+    return Loader(order, ranks)
 
 
 def _fnv1a(data: bytes) -> int:

@@ -14,10 +14,10 @@ from train.command_line import check_back_ends, note_unread
 from train.common.distributed import start_ranks
 from train.common.errors import main_guard
 from train.config import Config, field_names
-from train.data.paid_prefix import NOT_COMPLIANT, known_targets
-from train.data.validation import load_validation
-from train.evaluate.scores import evaluation_entry, read_evaluation, write_evaluation
-from train.evaluate.scoring import BATCH_SEQS, evaluate_model
+from train.data.dataset import Dataset
+from train.data.paid_prefix import NOT_COMPLIANT
+from train.evaluate.scores import read_evaluation, write_evaluation
+from train.evaluate.scoring import BATCH_SEQS, score
 from train.evaluate.windows import RULES
 from train.model.attention_backends import BACKENDS
 from train.model.attention_choice import choose_attention, use_attention
@@ -117,9 +117,9 @@ def _score(folder: RunFolder, arguments: argparse.Namespace) -> int:
     if folder.evaluation.exists():
         # an unreadable file of scores is better found before the work than after it
         read_evaluation(folder)
-    text = load_validation(config)
-    known = known_targets(config, text.tokens)
-    # whatever is wrong with the run is found before the ranks wait for one another
+    data = Dataset(config)
+    # whatever is wrong with the data or the run is found before the ranks wait for one another
+    _ = data.known_targets
     model = _load(folder, config, arguments.weights).eval()
     with start_ranks(config.device) as ranks:
         if ranks.is_main:
@@ -128,32 +128,22 @@ def _score(folder: RunFolder, arguments: argparse.Namespace) -> int:
         use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, arguments.batch_seqs)).name)
         # a bar goes to stderr, but plain progress lines would stand between a script and its JSON
         progress = not arguments.json or sys.stderr.isatty()
-        result = evaluate_model(
+        result, entry = score(
             model,
-            text.tokens,
-            text.tables,
+            data,
             config,
+            ranks,
+            weights=arguments.weights,
             batch_seqs=arguments.batch_seqs,
             max_tokens=arguments.max_tokens,
-            known=known,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
             progress=progress,
         )
     if ranks.is_main:
-        entry = evaluation_entry(
-            result,
-            config,
-            weights=arguments.weights,
-            max_tokens=arguments.max_tokens,
-            world_size=ranks.world_size,
-            device=str(ranks.device),
-        )
         with folder.writing():
             write_evaluation(folder, entry)
             append_metric(folder.metrics, "final", entry)
-        score = final_lines(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=entry["stride"])
-        lines = [result.layer0_line, *score, *([entry["label"]] if "label" in entry else [])]
+        final = final_lines(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=entry["stride"])
+        lines = [result.layer0_line, *final, *([entry["label"]] if "label" in entry else [])]
         print(json.dumps(entry) if arguments.json else "\n".join(lines))
     return 0
 

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,11 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from golf_kernels import window_nll
+from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.common.progress import Progress
 from train.config import Config
+from train.data.dataset import Dataset
 from train.data.shards import check_tokens
-from train.evaluate.scores import EvalResult
+from train.evaluate.scores import EvalResult, evaluation_entry
 from train.evaluate.windows import WindowPlan, group_windows, plan_windows
 from train.model.fusion import compiles, write_out_references
 
@@ -94,7 +96,7 @@ def evaluate_model(
         share_layer0: let the windows of a batch share embeddings and layer 0's projections, where the model allows it.
         known: `(T,)` bool, targets that cost no nats though their bytes count (a paid prefix, which no rule allows).
         recurrence: passed on to the model.
-        rank, world_size: this process's share of the windows; sums are reduced over `torch.distributed`.
+        rank, world_size: this process among all, which share the windows; sums are reduced over `torch.distributed`.
         progress: show progress with the running bpb (of this rank's windows).
         description: what the progress calls this evaluation.
 
@@ -110,19 +112,19 @@ def evaluate_model(
     total = min(len(tokens) - 1, max_tokens or len(tokens))
     plan = plan_windows(total, seq_len, stride, rule or config.eval_rule)
     windows = len(plan.start)
-    share = WindowPlan(*(part[windows * rank // world_size : windows * (rank + 1) // world_size] for part in plan))
+    own = WindowPlan(*(column[windows * rank // world_size : windows * (rank + 1) // world_size] for column in plan))
     problem = _sharing_problem(model, share_layer0, stride, seq_len)
-    with _evaluating(model), Progress(share.scored, description, "tokens", enabled=progress and rank == 0) as bar:
+    with _evaluating(model), Progress(own.scored, description, "tokens", enabled=progress and rank == 0) as bar:
         scorer = _Scorer(model, tokens[: total + 1], tables, config, seq_len, recurrence, problem is None, known)
         shown, done, noted = 0, 0, time.monotonic()
-        for windows_of_shape, rows_from in group_windows(share, seq_len, stride):
+        for windows_of_shape, rows_from in group_windows(own, seq_len, stride):
             for scored in scorer.score(windows_of_shape, rows_from, batch_seqs):
                 done += scored
-                if time.monotonic() - noted >= NOTE_INTERVAL_SECONDS or done == share.scored:
+                if time.monotonic() - noted >= NOTE_INTERVAL_SECONDS or done == own.scored:
                     bits = float(scorer.nll_sum) / math.log(2)
                     bar.advance(done - shown, f"bpb {bits / max(int(scorer.byte_sum), 1):.4f}")
                     shown, noted = done, time.monotonic()
-    nll_total, token_total, byte_total = _reduce(scorer.nll_sum, share.scored, scorer.byte_sum, world_size)
+    nll_total, token_total, byte_total = _reduce(scorer.nll_sum, own.scored, scorer.byte_sum, world_size)
     if byte_total == 0:
         raise UserError(
             f"the {token_total} scored tokens stand for no bytes: bits per byte needs text; give a longer one"
@@ -161,7 +163,7 @@ class _Scorer:
     ) -> None:
         self.head = model.head_weight
         device = self.head.device
-        self.stream = _resident(tokens, self.head.shape[0], device)
+        self.text = _resident(tokens, self.head.shape[0], device)
         self.unknown = None if known is None else torch.from_numpy(~known).to(device)
         self.tables, self.config, self.recurrence = tables, config, recurrence
         self.columns = torch.arange(seq_len, device=device)
@@ -185,7 +187,7 @@ class _Scorer:
         # a window of length 0 scores nothing
         padded = np.pad(np.stack(windows), ((0, 0), (0, batches * batch - len(windows.start))))
         counts = (padded[1] - padded[2]).reshape(batches, batch).sum(1).tolist()
-        parts = torch.from_numpy(padded).to(self.stream.device).split(batch, dim=1)
+        parts = torch.from_numpy(padded).to(self.text.device).split(batch, dim=1)
         add: Callable[[Tensor, int], None] = self._add_batch
         for index, (part, count) in enumerate(zip(parts, counts, strict=True)):
             # the first batch compiles and warms up, and is worth capturing for if more than one follows
@@ -197,12 +199,12 @@ class _Scorer:
     def _add_batch(self, windows: Tensor, rows_from: int) -> None:
         """Add the nats and bytes of `(3, B)` windows: starts, lengths and first scored positions."""
         start, length, score_from = windows[..., None]
-        last = len(self.stream) - 2
+        last = len(self.text) - 2
         hidden = self._rows(start, length, rows_from).flatten(0, 1)
         positions = self.columns[rows_from:]
         scored = ((positions >= score_from) & (positions < length)).flatten()
         at = (start + positions).clamp(max=last).flatten()
-        previous, target = self.stream[at].long(), self.stream[at + 1].long()
+        previous, target = self.text[at].long(), self.text[at + 1].long()
         nll = window_nll(
             hidden,
             self.head,
@@ -216,17 +218,17 @@ class _Scorer:
 
     def _rows(self, start: Tensor, length: Tensor, rows_from: int) -> Tensor:
         """The head's input for the positions from `rows_from` on, `(B, T - rows_from, d)`."""
-        last = len(self.stream) - 2
+        last = len(self.text) - 2
         if self.shares and rows_from:
             # windows of which only the last rows are scored lie one stride apart
             windows, stride = len(start), len(self.columns) - rows_from
             places = start[0] + torch.arange((windows - 1) * stride + len(self.columns), device=start.device)
-            text = self.stream[places.clamp(max=last)].long()
+            covered = self.text[places.clamp(max=last)].long()
             return self.overlapping_hidden(
-                text, windows=windows, stride=stride, recurrence=self.recurrence, rows_from=rows_from
+                covered, windows=windows, stride=stride, recurrence=self.recurrence, rows_from=rows_from
             )
         inside = self.columns < length
-        ids = self.stream[(start + self.columns).clamp(max=last)] * inside
+        ids = self.text[(start + self.columns).clamp(max=last)] * inside
         return self.hidden(ids.long(), recurrence=self.recurrence, rows_from=rows_from)
 
     def _capture(self, windows: Tensor, rows_from: int) -> Callable[[Tensor, int], None]:
@@ -270,6 +272,52 @@ def _reduce(nll_sum: Tensor, tokens: int, byte_sum: Tensor, world_size: int) -> 
         dist.all_reduce(nll_sum)
         dist.all_reduce(counts)
     return float(nll_sum), int(counts[0]), int(counts[1])
+
+
+def score(
+    model: Scorable,
+    data: Dataset,
+    config: Config,
+    ranks: Ranks,
+    *,
+    weights: str,
+    batch_seqs: int = BATCH_SEQS,
+    max_tokens: int = 0,
+    progress: bool = True,
+    description: str = "evaluate",
+) -> tuple[EvalResult, dict[str, Any]]:
+    """Score the validation text, and say under which settings.
+
+    Args:
+        model: as for `evaluate_model`.
+        data: its validation text is scored.
+        config: settings, of which `data` has those of the data.
+        ranks: this process among the others, all of which must call.
+        weights: whose the model is: of the "artifact", or the "master" weights before rounding.
+        batch_seqs, max_tokens: as for `evaluate_model`.
+        progress: show progress.
+        description: what the progress calls this evaluation.
+
+    Returns:
+        The score, and the entry of evaluation.json that tells of it.
+    """
+    result = evaluate_model(
+        model,
+        data.validation.tokens,
+        data.validation.tables,
+        config,
+        batch_seqs=batch_seqs,
+        max_tokens=max_tokens,
+        known=data.known_targets,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        progress=progress,
+        description=description,
+    )
+    entry = evaluation_entry(
+        result, config, weights=weights, max_tokens=max_tokens, world_size=ranks.world_size, device=str(ranks.device)
+    )
+    return result, entry
 
 
 def flat_evaluation(

@@ -12,13 +12,13 @@ from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.common.wording import counted
 from train.config import Config
-from train.data.loaders import make_loader
+from train.data.dataset import Dataset
 from train.model.gpt import GPT
 from train.model.linear import observe_inputs
 
 
 def calibrate(
-    config: Config, model: GPT, names: Sequence[str], ranks: Ranks, note: Callable[[str], None]
+    config: Config, model: GPT, names: Sequence[str], data: Dataset, ranks: Ranks, note: Callable[[str], None]
 ) -> dict[str, Tensor]:
     """The Hessians that the settings ask for, summed over the ranks.
 
@@ -30,6 +30,7 @@ def calibrate(
         config: the calibration settings.
         model: not compiled; the same on every rank.
         names: matrices, as for `collect_hessians`.
+        data: gives the training batches.
         ranks: this process among the others, all of which must call.
         note: is told, in a line each, what was done and how long it took.
 
@@ -46,7 +47,7 @@ def calibrate(
 
         batches = generated_batches(config, model, ranks, recurrence=recurrence)
     else:
-        batches = _training_batches(config, ranks)
+        batches = _training_batches(config, data, ranks)
     if config.gptq_calib_graph == "plain":
         model, recurrence = plain_graph(model), False
     hessians = collect_hessians(model, batches, names, recurrence=recurrence, all_reduce=ranks.sum)
@@ -74,13 +75,13 @@ def plain_graph(model: GPT) -> GPT:
     return plain
 
 
-def _training_batches(config: Config, ranks: Ranks) -> list[Tensor]:
-    loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
-    share = -(-config.gptq_calib_batches // ranks.world_size)
+def _training_batches(config: Config, data: Dataset, ranks: Ranks) -> list[Tensor]:
+    loader = data.loader(ranks)
+    count = -(-config.gptq_calib_batches // ranks.world_size)
     batches: list[Tensor] = []
-    while len(batches) < share:
+    while len(batches) < count:
         batches += [inputs for inputs, _ in loader.next_batch()]
-    return batches[:share]
+    return batches[:count]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The run folder: what one walk from text to score leaves behind, and all that a later stage needs to start again."""
+"""The run folder: what a run from text to record leaves behind, and all that a later stage needs to start again."""
 
 from __future__ import annotations
 

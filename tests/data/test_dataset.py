@@ -1,0 +1,50 @@
+"""The data of a run is opened once, however many of its stages read it."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pipeline_runs import small
+
+from train.common.distributed import Ranks
+from train.data.dataset import Dataset
+from train.data.shards import find_shards
+from train.pipeline import run_pipeline
+
+
+def test_a_whole_run_opens_every_shard_once(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: Counter[str] = Counter()
+    memmap = np.memmap
+
+    def counted(path: Path, *arguments: Any, **named: Any) -> np.memmap:
+        opened[Path(path).name] += 1
+        return memmap(path, *arguments, **named)
+
+    monkeypatch.setattr("train.data.shards.np.memmap", counted)
+    monkeypatch.setattr("train.artifact.fit_to_target.FIT_TOKENS", 1 << 11)
+    # warm-up, training, calibration and the search for row clips read batches; four validations and two scores the text
+    folder = run_pipeline(small(dataset, tmp_path, iterations=2, val_loss_every=1, target_bytes=10_000_000))
+    log = next(folder.path.glob("train_seed*.log")).read_text()
+    assert "gptq:calibrated" in log and "fit:measured on" in log and "final_int6_sliding_window_exact" in log
+    shards = [path.name for split in ("train", "val") for path in find_shards(dataset, split)]
+    assert len(shards) >= 2 and opened == dict.fromkeys(shards, 1)
+
+
+def test_loaders_share_the_shards_and_have_positions_of_their_own(dataset: Path, tmp_path: Path) -> None:
+    data = Dataset(small(dataset, tmp_path))
+    first, second = data.loader(Ranks()), data.loader(Ranks())
+    begin = [inputs.tolist() for inputs, _ in first.next_batch()]
+    assert [inputs.tolist() for inputs, _ in first.next_batch()] != begin
+    assert [inputs.tolist() for inputs, _ in second.next_batch()] == begin
+    assert first.order.shards is second.order.shards
+
+
+def test_what_is_not_asked_for_is_not_read(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for path in dataset.iterdir():
+        if "_train_" not in path.name:
+            (tmp_path / "text" / path.name).symlink_to(path)
+    # a score needs no training shards
+    assert len(Dataset(small(tmp_path / "text", tmp_path)).validation.tokens) > 2048
