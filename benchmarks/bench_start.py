@@ -20,8 +20,9 @@ import numpy as np
 
 from benchmarks.measure import common
 from benchmarks.measure.step_variants import TINY
+from train.common.distributed import MICRO_BATCHES
 from train.common.errors import main_guard
-from train.config import MICRO_BATCHES, Config
+from train.config import Config
 from train.data.shards import write_shard
 from train.data.tokenizer import train_tokenizer
 from train.recipes import load_recipe, recipe_names

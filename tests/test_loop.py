@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.common.distributed import Ranks
-from train.config import MICRO_BATCHES
+from train.common.distributed import MICRO_BATCHES, Ranks
 from train.data.dataset import Dataset
 from train.data.shards import write_shard
 from train.evaluate.scoring import flat_evaluation

@@ -8,8 +8,7 @@ import torch
 
 from benchmarks.measure.step_variants import all_kernels
 from golf_kernels import dispatch
-from train.common.distributed import Ranks
-from train.config import MICRO_BATCHES
+from train.common.distributed import MICRO_BATCHES, Ranks
 from train.data.dataset import Dataset
 from train.data.shards import write_shard
 from train.loop import compiled_loss, training_step

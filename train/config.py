@@ -18,9 +18,6 @@ from typing import Any
 
 from train.common.values import ConfigError, check_type, check_value, format_value, parse_steps, parse_text, setting
 
-# a step is the mean over this many micro-batches, shared by 1, 2, 4 or 8 ranks
-MICRO_BATCHES = 8
-
 # settings that compute nothing: where a run writes, what it tells, when it saves
 BOOKKEEPING = frozenset(
     {"run_id", "runs_dir", "resume", "checkpoint_every", "train_log_every", "loggers", "profile_steps"}

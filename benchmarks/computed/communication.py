@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from golf_kernels.sharding import assign
-from train.config import MICRO_BATCHES, Config
+from train.common.distributed import MICRO_BATCHES
+from train.config import Config
 from train.model.gpt import GPT
 from train.optimize.groups import split_parameters
 from train.recipes import load_recipe, recipe_names

@@ -25,10 +25,10 @@ from benchmarks.measure.published_step import PublishedStep
 from benchmarks.measure.tokens import OneBatch, share_sequences
 from golf_kernels import dispatch
 from golf_kernels.sharding import assign
-from train.common.distributed import Ranks
+from train.common.distributed import MICRO_BATCHES, Ranks
 from train.common.errors import UserError
 from train.common.values import ConfigError
-from train.config import MICRO_BATCHES, Config
+from train.config import Config
 from train.loop import compiled_loss, training_step
 from train.model.attention import Attention
 from train.model.attention_choice import choose_attention, use_attention

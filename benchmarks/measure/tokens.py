@@ -8,7 +8,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from train.config import MICRO_BATCHES, Config
+from train.common.distributed import MICRO_BATCHES
+from train.config import Config
 from train.data.loaders import Batch, TrainingShards, unpack
 from train.data.shards import find_shards
 

@@ -13,7 +13,8 @@ import torch
 from model_systems import SHALLOW, narrow_config
 from torch import Tensor
 
-from train.config import MICRO_BATCHES, Config
+from train.common.distributed import MICRO_BATCHES
+from train.config import Config
 from train.model.gpt import GPT
 
 CUDA = torch.device("cuda", 0)

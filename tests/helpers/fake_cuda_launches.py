@@ -19,8 +19,7 @@ from benchmarks.computed.fake_cuda import tensors_without_data
 from golf_kernels import dispatch
 from golf_kernels.muon import Muon
 from golf_kernels.newton_schulz import COEFFICIENTS
-from train.common.distributed import Ranks
-from train.config import MICRO_BATCHES
+from train.common.distributed import MICRO_BATCHES, Ranks
 from train.loop import training_step
 from train.optimize.groups import build_optimizers
 

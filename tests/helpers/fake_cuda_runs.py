@@ -23,8 +23,7 @@ from benchmarks.measure.common import relative_error
 from golf_kernels import dispatch
 from golf_kernels.muon import Muon
 from golf_kernels.newton_schulz import COEFFICIENTS
-from train.common.distributed import Ranks
-from train.config import MICRO_BATCHES
+from train.common.distributed import MICRO_BATCHES, Ranks
 from train.data.dataset import Dataset
 from train.data.shards import write_shard
 from train.evaluate import scoring

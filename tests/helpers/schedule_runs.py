@@ -22,7 +22,8 @@ from benchmarks.measure.step_variants import all_kernels
 from golf_kernels import dispatch, native
 from golf_kernels.qk_norm_rope import written_out
 from golf_kernels.sharding import assign
-from train.config import MICRO_BATCHES, Config
+from train.common.distributed import MICRO_BATCHES
+from train.config import Config
 from train.describe import describe
 from train.model.gpt import GPT
 from train.model.order import virtual_order

@@ -16,9 +16,9 @@ from torch import Tensor
 from two_ranks import on_two_ranks
 
 from golf_kernels import dispatch
-from train.common.distributed import Ranks
+from train.common.distributed import MICRO_BATCHES, Ranks
 from train.common.errors import UserError
-from train.config import MICRO_BATCHES, Config
+from train.config import Config
 from train.model.gpt import GPT
 from train.optimize import cuda_graph as capture
 from train.optimize import groups

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from train.common.distributed import Ranks
+from train.common.distributed import MICRO_BATCHES, Ranks
 from train.common.errors import UserError
-from train.config import MICRO_BATCHES, Config
+from train.config import Config
 from train.data.shards import Tokens, check_tokens, read_shard
 
 Batch = tuple[torch.Tensor, torch.Tensor]
