@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipeline_runs import command
 from torch import Tensor
 
 from train.artifact import load_model, read_artifact
-from train.artifact.requantize import main as requantize
 from train.checkpoint import load_weights, read_tensors
 from train.config import RETIRED
 from train.evaluate.scores import find_evaluation
@@ -70,5 +70,6 @@ def test_weights_and_dequantized_tensors_are_the_same(folder: RunFolder) -> None
 
 
 def test_its_weights_make_the_same_artifact(folder: RunFolder, tmp_path: Path) -> None:
-    assert requantize([str(folder.path), "--out", str(tmp_path / "again.golf")]) == 0
+    result = command("train.quantize", folder.path, "--out", tmp_path / "again.golf")
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / "again.golf").read_bytes() == (RUN / "model.golf").read_bytes()

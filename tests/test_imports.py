@@ -1,8 +1,9 @@
-"""The import direction csrc → golf_kernels → train → benchmarks, read from the sources."""
+"""Which file may import which, read from the sources: csrc → golf_kernels → train → benchmarks, and the rooms of train."""
 
 import ast
 import re
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ HOUSE = {"golf_kernels", "train", "benchmarks", "tests", "setup"}
 # what each part may import besides the standard library; train's list is open, except for these
 KERNELS_MAY = {"torch", "golf_kernels", "triton"}
 TRAIN_MAY_NOT = {"triton", "benchmarks", "tests", "setup"}
-# the way of a run through train's folders: none imports from one that comes later, but for what is started by hand or
-# looks at all of them from outside
-WALK = ("data", "model", "optimize", "quantize", "single_file", "artifact", "evaluate", "submission")
-STARTED = {"__main__.py", "requantize.py", "modules.py"}
+# the rooms of train from the lowest to the highest: a folder, or a file at its top; none imports from a higher one
+ROOMS = (
+    "common", "config", "recipes", "command_line", "single_file", "run", "data", "model", "optimize", "checkpoint", "quantize",
+    "artifact", "evaluate", "loop", "describe", "submission", "pipeline", "train_gpt", "__main__",
+)  # fmt: skip
+MOST_AT_THE_TOP = 9
+COMPILED = "golf_kernels._C"
 
 
 def imports(source, package=""):
@@ -70,17 +74,101 @@ def test_train_imports_neither_triton_nor_what_is_above_it(path):
     assert [f"{path.name}:{line} imports {name}" for name, line, _ in found if name in TRAIN_MAY_NOT] == []
 
 
-@pytest.mark.parametrize("room", WALK)
-def test_no_folder_of_train_looks_ahead_on_the_walk(room):
-    later = {f"train.{name}" for name in WALK[WALK.index(room) + 1 :]}
-    found = []
-    for path in sources(f"train/{room}"):
-        if path.name in STARTED:
-            continue
+def module_name(path, root):
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph(root, folders=("golf_kernels", "train")):
+    """Module → the modules of these folders that it imports anywhere: in functions, for type checkers, by name in a call."""
+    files = {module_name(path, root): path for folder in folders for path in sorted((root / folder).rglob("*.py"))}
+    graph = {}
+    for module, path in files.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        names = set()
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and ".".join((node.module or "").split(".")[:2]) in later:
-                found.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {node.module}")
-    assert found == []
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+                source = ".".join([*above, *([node.module] if node.module else [])])
+                found = {f"{source}.{alias.name}" for alias in node.names} - {COMPILED}
+                # what is no module is a name in the package
+                names |= {name if name in files else source for name in found}
+            elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
+                names |= {part.value for part in node.args if isinstance(part, ast.Constant)}
+        graph[module] = names & files.keys()
+    return graph
+
+
+def room(module):
+    """The room of a module of train; None for other modules and for train itself."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "train" and len(parts) > 1 else None
+
+
+def circle(graph):
+    """Modules that import each other in a circle, or nothing."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def climbs(graph):
+    """Imports of a higher room."""
+    return [
+        f"{module} imports {imported}"
+        for module, found in graph.items()
+        for imported in sorted(found)
+        if room(module) and room(imported) and ROOMS.index(room(module)) < ROOMS.index(room(imported))
+    ]
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert circle(import_graph(ROOT)) == []
+
+
+def test_no_room_of_train_imports_from_a_higher_one():
+    graph = import_graph(ROOT)
+    assert {room(module) for module in graph} - {None} == set(ROOMS)
+    assert climbs(graph) == []
+
+
+def test_few_files_lie_at_the_top_of_train():
+    assert len(list((ROOT / "train").glob("*.py"))) <= MOST_AT_THE_TOP
+
+
+def test_the_old_name_of_requantize_imports_nothing_of_train():
+    assert import_graph(ROOT)["train.quantize.__main__"] == set()
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "import train.loop",
+        "from train.loop import train",
+        "from train import loop",
+        "from ..loop import train",
+        "def f():\n    from train import loop",
+        "if TYPE_CHECKING:\n    from train.loop import TrainResult",
+        "importlib.import_module('train.loop')",
+        "__import__('train.loop')",
+    ],
+)
+def test_a_circle_and_a_climb_are_found_however_they_are_written(tmp_path, back):
+    (tmp_path / "train/data").mkdir(parents=True)
+    (tmp_path / "train/__init__.py").touch()
+    (tmp_path / "train/data/__init__.py").touch()
+    (tmp_path / "train/loop.py").write_text("from train.data.shards import read_shard")
+    (tmp_path / "train/data/shards.py").write_text("import numpy\nfrom golf_kernels import _C")
+    graph = import_graph(tmp_path)
+    assert graph["train.loop"] == {"train.data.shards"} and not circle(graph) and not climbs(graph)
+    (tmp_path / "train/data/shards.py").write_text(back)
+    graph = import_graph(tmp_path)
+    assert set(circle(graph)) == {"train.loop", "train.data.shards"}
+    assert climbs(graph) == ["train.data.shards imports train.loop"]
 
 
 def test_nothing_imports_the_tests_and_setup_needs_no_torch():
