@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = made_dataset(Path(work, "data"), config)
         environ = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{work}/cache", "TRITON_CACHE_DIR": f"{work}/cache/triton"}
         environ |= {"GOLF_BACKEND": arguments.kernels} if arguments.kernels else {}
-        settings = changes | {"data_path": str(data), "runs_dir": f"{work}/runs", "code_form": "sources"}
+        settings = changes | {"data_path": str(data), "runs_dir": f"{work}/runs", "code_form": "plain"}
         flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
         for cache, goal in GOALS.items():
             command = [sys.executable, "-m", "train", "--recipe", arguments.recipe, "--run_id", cache, *flags]

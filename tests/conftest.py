@@ -14,8 +14,8 @@ from train.common import hardware
 if TYPE_CHECKING:
     from pipeline_runs import Finished
 
-# packing the code into one script takes seconds, which the many small runs of the tests do not spend
-os.environ.setdefault("CODE_FORM", "sources")
+# minifying the code takes seconds, which the many small runs of the tests do not spend
+os.environ.setdefault("CODE_FORM", "plain")
 # matrices this small only lose by being shared between threads, which would also round otherwise than two ranks do
 torch.set_num_threads(1)
 # Triton reads it when a kernel is defined, so it is set before any is imported

@@ -27,7 +27,7 @@ from train.pipeline import run_pipeline
 from train.run.folder import RunFolder
 from train.run.log_grammar import parse_log
 from train.run.logger import read_metrics, series
-from train.single_file.sources import package_code_bytes
+from train.single_file.code_size import counted_code_bytes
 from train.submission.record import readme, summarize
 from train.submission.summary import summary_text
 
@@ -136,7 +136,7 @@ def test_nothing_is_encoded_twice(
 ) -> None:
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
     if changes == ["--target-bytes"]:
-        changes = [*changes, str(package_code_bytes() + int(0.8 * folder.artifact.stat().st_size))]
+        changes = [*changes, str(counted_code_bytes(folder.read_config()) + int(0.8 * folder.artifact.stat().st_size))]
     encoded: list[bytes] = []
 
     def encode(*arguments: object, **named: object) -> EncodedArtifact:
@@ -296,10 +296,11 @@ def test_a_run_is_fitted_to_its_cap_and_scored_again(
     shutil.copytree(finished.folder.path, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
     sizes = [record for record in read_metrics(folder.metrics) if record["kind"] == "sizes"][-1]
-    code = package_code_bytes()
-    target = code + int(0.8 * sizes["model_bytes"])
+    target = counted_code_bytes(folder.read_config()) + int(0.8 * sizes["model_bytes"])
     assert quantize([str(folder.path), "--target-bytes", str(target)]) == 0
     printed = capsys.readouterr().out
+    # the script has the target among its settings
+    code = counted_code_bytes(folder.read_config())
     assert 0.99 * target <= code + folder.artifact.stat().st_size <= target
     assert "fit:blocks.*.mlp.up int6 k 12.85 -> " in printed
     calibrated = re.search(r"gptq:calibrated .* in ([\d.]+)s", printed)
@@ -319,7 +320,9 @@ def test_what_no_clip_fits_is_refused_by_its_costliest_group(
 ) -> None:
     artifact = finished.folder.artifact.read_bytes()
     with pytest.raises(UserError) as refused:
-        quantize([str(finished.folder.path), "--target-bytes", str(package_code_bytes() + 500)])
+        quantize(
+            [str(finished.folder.path), "--target-bytes", str(counted_code_bytes(finished.folder.read_config()) + 500)]
+        )
     said = str(refused.value)
     assert re.search(r"expected at most [\d,]+ .*: [\d,]+ bytes over\. Nothing was written", said)
     assert "costs most" in said and "codes ±1, because no row clip fits" in capsys.readouterr().out

@@ -228,8 +228,8 @@ class Config:
         0, "prune so many codes ±1 per byte over the cap, if code and model are over it (#1471: 8); 0: none", low=0
     )
     code_form: str = setting(
-        "wrapped", "code that counts: one script of all a run uses, or the sources as they are",
-        choices=("plain", "minified", "wrapped", "raw", "sources"),
+        "wrapped", "code that counts: one script of all that a run uses, plain, or compressed to text or bytes",
+        choices=("plain", "wrapped", "raw"),
     )  # fmt: skip
     max_artifact_bytes: int = setting(16_000_000, "cap on code plus model, decimal bytes", low=1)
 
@@ -308,6 +308,9 @@ class Config:
             if name in RETIRED:
                 _check_retired(name, typed)
                 continue
+            if name == "code_form" and typed in ("minified", "sources"):
+                # forms removed in 0.2.0: quantized again, such a run counts the compressed script
+                typed = "wrapped"
             field = _FIELDS.get(name) or _unknown(name)
             check_type(name, _TYPES[field.name], typed)
             converted[name] = typed

@@ -21,7 +21,7 @@ def small(dataset: Path, runs: Path, **changes: object) -> Config:
     """A narrow quickstart: every part of it, a few seconds of work."""
     values: dict[str, object] = dict(  # noqa: C408
         run_id="run", iterations=STEPS, recur_start_step=6, gptq_calib_batches=4, val_loss_every=6,
-        code_form="sources",
+        code_form="plain",
     )  # fmt: skip
     return narrow(dataset, runs, 1337, **{**values, **changes})
 

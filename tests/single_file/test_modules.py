@@ -72,7 +72,7 @@ def traced(narrow_runs: list[Path], tmp_path_factory: pytest.TempPathFactory) ->
         ]
         flags = [flag for flag, (key, v) in zip(flags, config.to_dict().items(), strict=True) if v != base[key]]
         root = str(Path(__file__).parents[2])
-        flags += ["--code_form=sources"]
+        flags += ["--code_form=plain"]
         done = run_alone(["-c", TRACE, *flags], Path(config.runs_dir), PYTHONPATH=root, TRITON_INTERPRET="1")
         assert done.returncode == 0, done.stderr
         found[name] = config, set(done.stdout.rpartition("\nimported ")[2].split())

@@ -6,21 +6,21 @@ import importlib.util
 
 from train.common.errors import UserError
 from train.config import Config
-from train.single_file.sources import SCRIPT, package_code_bytes
+from train.single_file.sources import SCRIPT, read_source
 
 
 def counted_code_bytes(config: Config) -> int:
     """Bytes of code that count against the cap with a run's model.
 
     A packed script counts itself. A run from sources counts the train_gpt.py that it would be packed into, in the form
-    `config.code_form`; or, with "sources", all files of `package_code_bytes`.
+    `config.code_form`.
 
     Raises:
         UserError: see `check_code_form`.
     """
     check_code_form(config)
-    if SCRIPT is not None or config.code_form == "sources":
-        return package_code_bytes()
+    if SCRIPT is not None:
+        return len(read_source(SCRIPT))
     # not part of a packed script
     from train.single_file.pack import pack, script_settings
 
@@ -33,7 +33,7 @@ def check_code_form(config: Config) -> None:
     Raises:
         UserError: the form needs python-minifier, which is not installed.
     """
-    minified = SCRIPT is None and config.code_form not in ("plain", "sources")
+    minified = SCRIPT is None and config.code_form != "plain"
     if minified and importlib.util.find_spec("python_minifier") is None:
         raise UserError(
             f"code_form: {config.code_form} needs python-minifier, which is not installed: pip install 'python-minifier>=3', or set "

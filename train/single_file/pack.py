@@ -1,7 +1,8 @@
-"""All the code of a run in one train_gpt.py: as it is, minified, or minified and compressed.
+"""All the code of a run in one train_gpt.py: as it is, or minified and compressed.
 
-    plain     every module as it is                         wrapped   minified and compressed, as text of base85
-    minified  without comments, help and annotations        raw       the same as bytes: a fifth smaller, but no UTF-8
+    plain     every module as it is
+    wrapped   without comments, help and annotations, compressed, as text of base85
+    raw       the same as bytes: a fifth smaller, but no UTF-8
 
 The file carries each module's source under its path and unpacks them into a temporary folder before it imports them, so
 that modules keep their names, and Triton and torch.compile find the sources they read.
@@ -25,7 +26,7 @@ from train.recipes import load_recipe
 from train.single_file.modules import Modules, find_modules
 from train.single_file.sources import LATIN1
 
-FORMS = ("plain", "minified", "wrapped", "raw")
+FORMS = ("plain", "wrapped", "raw")
 # no word of it is a person's, whose quotes would end the text; and what a run counts is what a record ships
 _HEAD = '''"""Trains, quantizes, packs and scores.
 
@@ -97,8 +98,6 @@ def pack(recipe: str, settings: Mapping[str, str], form: str) -> bytes:
         return "".join([head, *files, _TAIL]).encode()
     files = [f"FILES[{name!r}]={_literal(minify(name, source))}\n" for name, source in carried.sources.items()]
     text = "".join([minify("head", head), "\n", *files, minify("tail", _TAIL), "\n"])
-    if form == "minified":
-        return text.encode()
     packed = bz2.compress(text.encode())
     # on a line of its own, which no traceback shows
     if form == "wrapped":

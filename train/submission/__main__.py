@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         "--single-file",
         nargs="?",
         const="wrapped",
-        choices=("plain", "minified", "wrapped", "raw"),
+        choices=("plain", "wrapped", "raw"),
         help="all code in one train_gpt.py, in this form [wrapped]; without the option the modules stand beside it",
     )
     build.add_argument("--base", help="recipe, run, record or published record to compare with [the recipe]")
@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     code = command(
         "code",
         "what the code of a recipe costs in each form",
-        "Pack the modules that a run of a recipe imports into one train_gpt.py, plain, minified, and compressed to text or bytes, "
+        "Pack the modules that a run of a recipe imports into one train_gpt.py, plain, and minified and compressed to text or bytes, "
         "and count its bytes.",
         "code sp8192_sdclip",
     )

@@ -16,7 +16,6 @@ from train.submission.summary import STAGES, resumed_note
 
 _FORM_NAMES = {
     "plain": "one file",
-    "minified": "one file, minified",
     "wrapped": "one file, minified and compressed",
     "raw": "one file, minified and compressed to bytes that are no UTF-8",
 }
