@@ -26,8 +26,8 @@ from train.quantize.calibrate import collect_hessians
 from train.quantize.generate import TEMPERATURE, generate_tokens, sample
 from train.quantize.gptq import gptq
 from train.quantize.quantize_model import quantize_model
+from train.quantize.rank_work import gptq_cost
 from train.quantize.row_scales import ROW_SCALES
-from train.quantize.shares import gptq_cost
 from train.quantize.tensors import clip_settings, matrices_to_calibrate, stored_bits
 from train.recipes import load_recipe
 

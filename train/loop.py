@@ -264,7 +264,7 @@ def warm_up(
 def compiled_loss(
     model: GPT, config: Config, device: torch.device, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Tensor]:
-    """The model's loss, through torch.compile if the settings say so; one static graph for each form of recurrence.
+    """The model's loss, through torch.compile if the settings say so; one static graph with recurrence and one without.
 
     Args:
         model: the model.

@@ -74,7 +74,7 @@ def test_no_cap_never_stops_and_a_checkpoint_goes_on() -> None:
 def test_calls_in_the_wrong_order_are_refused() -> None:
     clock = WallClock(1.0)
     for call in (clock.tick, clock.pause):
-        with pytest.raises(RuntimeError, match="stands still"):
+        with pytest.raises(RuntimeError, match="is paused"):
             call()
     clock.resume()
     with pytest.raises(RuntimeError, match="runs already"):

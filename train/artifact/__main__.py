@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=function)
         made[function] = command
     made[diff].add_argument("other", metavar="OTHER", type=Path, help="the artifact to compare it with")
-    formats = "; ".join(f"{name}: {form.about}" for name, form in PUBLISHED_FORMATS.items())
+    formats = "; ".join(f"{name}: {published.about}" for name, published in PUBLISHED_FORMATS.items())
     made[convert].add_argument("--out", metavar="OUT", type=Path, required=True, help="the file to write")
     made[convert].add_argument(
         "--format",

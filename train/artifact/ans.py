@@ -270,8 +270,8 @@ def _bits(counts: NDArray[Any]) -> float:
     counts = counts[:, used[0] : used[-1] + 1]
     floats = _small_floats(np.rint(counts).astype(np.int64))
     weights = _weights(floats)
-    shares = np.maximum(weights / np.maximum(weights.sum(1, keepdims=True), 1), 2.0**-_PRECISION)
-    return float(-(counts * np.log2(shares)).sum() + _STEP_BITS[_steps(floats)].sum())
+    chances = np.maximum(weights / np.maximum(weights.sum(1, keepdims=True), 1), 2.0**-_PRECISION)
+    return float(-(counts * np.log2(chances)).sum() + _STEP_BITS[_steps(floats)].sum())
 
 
 def _blocks(classes: _Bytes, count: int) -> Iterator[tuple[slice, _Integers, _Integers]]:

@@ -79,7 +79,7 @@ class Codec:
 
 
 def byte_shuffle(data: bytes, stride: int = 2) -> bytes:
-    """Put byte 0 of every `stride` bytes first, then byte 1, and so on, so that like bytes stand together.
+    """Put byte 0 of every `stride` bytes first, then byte 1, and so on, so that like bytes lie together.
 
     Layout: `BSHF`, one byte stride, data[0::stride], data[1::stride], …; the result is 5 bytes longer.
 

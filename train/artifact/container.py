@@ -1,11 +1,11 @@
 """The artifact's bytes: a preamble, a compressed JSON header, and sections, every byte under a checksum.
 
-All numbers are little-endian; nothing is aligned; nothing stands between the parts or after the last one.
+All numbers are little-endian; nothing is aligned; nothing lies between the parts or after the last one.
 
     offset   bytes  content
     0        8      magic 89 47 4F 4C 46 0D 0A 1A ("\\x89GOLF\\r\\n\\x1a"; damaged by any transfer as text)
     8        2      uint16  version of what follows offset 22, now 1; the preamble is the same in every version
-    10       4      uint32  H, bytes of the header as it stands in the file
+    10       4      uint32  H, bytes of the header in the file
     14       4      uint32  J, bytes of the header's JSON, at most 2^24
     18       4      uint32  CRC-32 (that of zlib and PNG) of bytes 0..17 followed by the H bytes of the header
     22       H      the header: a zlib stream (RFC 1950) of J bytes of UTF-8 JSON

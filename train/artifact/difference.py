@@ -22,7 +22,7 @@ class TensorDifference:
         name: its name.
         first: its shape and type in the first artifact; "none": it is not there.
         second: the same of the second.
-        codes_changed: share of its codes that differ; None unless both hold codes of one shape.
+        codes_changed: fraction of its codes that differ; None unless both hold codes of one shape.
         weight_error: largest difference of a weight; None for other shapes.
         relative_error: root of the sum of squared differences over that of the first's weights; None for other shapes.
     """
@@ -108,17 +108,17 @@ def difference(first: Artifact, second: Artifact) -> Difference:
 def _compare(
     name: str, first: QuantizedTensor | Tensor | None, second: QuantizedTensor | Tensor | None
 ) -> TensorDifference | None:
-    forms = _form(first), _form(second)
+    kinds = _kind(first), _kind(second)
     if first is None or second is None or first.shape != second.shape:
-        return TensorDifference(name, *forms, None, None, None)
-    share = None
+        return TensorDifference(name, *kinds, None, None, None)
+    changed = None
     if isinstance(first, QuantizedTensor) and isinstance(second, QuantizedTensor):
-        equal = forms[0] == forms[1] and torch.equal(first.codes, second.codes) and _equal(first.scales, second.scales)
+        equal = kinds[0] == kinds[1] and torch.equal(first.codes, second.codes) and _equal(first.scales, second.scales)
         if first.codes.numel():
-            share = (first.codes != second.codes).double().mean().item()
+            changed = (first.codes != second.codes).double().mean().item()
     else:
         equal = (
-            forms[0] == forms[1] and isinstance(first, Tensor) and isinstance(second, Tensor) and _equal(first, second)
+            kinds[0] == kinds[1] and isinstance(first, Tensor) and isinstance(second, Tensor) and _equal(first, second)
         )
     if equal:
         return None
@@ -126,7 +126,7 @@ def _compare(
     error = before - after
     norm = before.norm().item()
     largest = error.abs().max().item() if error.numel() else 0.0
-    return TensorDifference(name, *forms, share, largest, error.norm().item() / norm if norm else 0.0)
+    return TensorDifference(name, *kinds, changed, largest, error.norm().item() / norm if norm else 0.0)
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
@@ -134,11 +134,11 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
 
 
-def _form(tensor: QuantizedTensor | Tensor | None) -> str:
+def _kind(tensor: QuantizedTensor | Tensor | None) -> str:
     if tensor is None:
         return "none"
-    kind = f"int{tensor.bits}" if isinstance(tensor, QuantizedTensor) else str(tensor.dtype).removeprefix("torch.")
-    return f"{kind} {tuple(tensor.shape)}"
+    values = f"int{tensor.bits}" if isinstance(tensor, QuantizedTensor) else str(tensor.dtype).removeprefix("torch.")
+    return f"{values} {tuple(tensor.shape)}"
 
 
 def _weights(tensor: QuantizedTensor | Tensor) -> Tensor:

@@ -88,13 +88,13 @@ def export(tensors: _Tensors, name: str) -> Export:
         UserError: the format cannot hold a tensor's codes.
         MissingCodec: the library of its codec is not installed.
     """
-    form = PUBLISHED_FORMATS[name]
-    content = form.layout(_renamed(tensors))
+    published = PUBLISHED_FORMATS[name]
+    content = published.layout(_renamed(tensors))
     buffer = io.BytesIO()
     torch.save(content, buffer)
     pickled = buffer.getvalue()
-    shuffled = byte_shuffle(pickled, form.stride) if form.stride else pickled
-    return Export(CODECS[form.codec].encode(shuffled), _tensor_bytes(content), len(pickled))
+    shuffled = byte_shuffle(pickled, published.stride) if published.stride else pickled
+    return Export(CODECS[published.codec].encode(shuffled), _tensor_bytes(content), len(pickled))
 
 
 def published_name(name: str) -> str:

@@ -87,7 +87,7 @@ def make_artifact(
         ranks: this process among the others, all of which must call.
         log: is told the sizes.
         code_bytes: size of the code that counts with the model.
-        before_replacing: called on the first rank when the artifact fits, before it stands at `path`.
+        before_replacing: called on the first rank when the artifact fits, before it takes the place of a former one.
 
     Returns:
         The model that the artifact's bytes hold.

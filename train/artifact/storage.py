@@ -118,7 +118,7 @@ def write_artifact(
 def encode_artifact(tensors: Mapping[str, QuantizedTensor | Tensor], config: Config) -> EncodedArtifact:
     """The bytes of a quantized model's artifact; the same tensors give the same bytes.
 
-    Codes of the matrices that play the same part in all layers form a section, so that like data stand together; the
+    Codes of the matrices that play the same part in all layers form a section, so that like data lie together; the
     sections are encoded on several threads. brotli takes seconds for each million codes.
 
     Raises:

@@ -275,7 +275,7 @@ class Loader:
         return [unpack(row, self.device) for row in rows]
 
     def state_dict(self) -> State:
-        """Where the order stands after the batches that were served; numbers, strings and lists only."""
+        """The order's state after the batches that were served; numbers, strings and lists only."""
         return self.state
 
     def load_state_dict(self, state: State) -> None:

@@ -23,7 +23,7 @@ from train.config import Config
 from train.data.shards import find_shards, read_shard
 
 NOT_COMPLIANT = "NOT COMPLIANT: validation tokens in the artifact"
-"""What stands beside every score that a paid prefix had a part in."""
+"""The label of every score that was made with a paid prefix."""
 
 PRESET = 6
 

@@ -126,7 +126,7 @@ def _score(folder: RunFolder, arguments: argparse.Namespace) -> int:
             note_unread(config, os.environ, lambda line: print(line, file=sys.stderr, flush=True))
         model = model.to(ranks.device)
         use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, arguments.batch_seqs)).name)
-        # a bar goes to stderr, but plain progress lines would stand between a script and its JSON
+        # a bar goes to stderr, but plain progress lines would reach the script that reads the JSON
         progress = not arguments.json or sys.stderr.isatty()
         result, entry = score(
             model,

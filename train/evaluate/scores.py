@@ -49,10 +49,10 @@ def evaluation_entry(
 ) -> dict[str, Any]:
     """One score with the settings it was made under, as evaluation.json and metrics.jsonl hold it."""
     stride = config.eval_stride
-    form = f"int{config.matrix_bits}" if weights == "artifact" else "prequant"
+    prefix = f"int{config.matrix_bits}" if weights == "artifact" else "prequant"
     label = {"label": NOT_COMPLIANT} if config.paid_prefix_file else {}
     return {
-        "name": f"{form}_{'sliding_window' if stride else 'roundtrip'}{'_paid_prefix' if label else ''}",
+        "name": f"{prefix}_{'sliding_window' if stride else 'roundtrip'}{'_paid_prefix' if label else ''}",
         **_settings(config, weights, max_tokens),
         **asdict(result),
         "tokens_per_second": round(result.tokens_per_second, 1),

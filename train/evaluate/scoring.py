@@ -176,7 +176,7 @@ class _Scorer:
                 write_out_references(model, device.type)
             self.hidden = torch.compile(self.hidden, dynamic=False, fullgraph=True)
             self.overlapping_hidden = torch.compile(self.overlapping_hidden, dynamic=False, fullgraph=True)
-        self.shares = share_layer0
+        self.share_layer0 = share_layer0
         self.graphs = compiled and device.type == "cuda"
 
     def score(self, windows: WindowPlan, rows_from: int, batch_seqs: int) -> Iterator[int]:
@@ -219,7 +219,7 @@ class _Scorer:
     def _rows(self, start: Tensor, length: Tensor, rows_from: int) -> Tensor:
         """The head's input for the positions from `rows_from` on, `(B, T - rows_from, d)`."""
         last = len(self.text) - 2
-        if self.shares and rows_from:
+        if self.share_layer0 and rows_from:
             # windows of which only the last rows are scored lie one stride apart
             windows, stride = len(start), len(self.columns) - rows_from
             places = start[0] + torch.arange((windows - 1) * stride + len(self.columns), device=start.device)

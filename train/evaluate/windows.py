@@ -41,7 +41,7 @@ def group_windows(plan: WindowPlan, seq_len: int, stride: int) -> list[WindowGro
     """Separate the windows that score only among their last `stride` positions, nearly all, from the others.
 
     Args:
-        plan: windows of `plan_windows`, or a share of them.
+        plan: windows of `plan_windows`, or some of them.
         seq_len: window length in tokens.
         stride: new tokens per window; 0: rows side by side.
 

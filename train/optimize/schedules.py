@@ -8,7 +8,7 @@ from train.config import Config
 def lr_scale(step: int, elapsed_seconds: float, config: Config) -> float:
     """Factor on every learning rate before step `step`.
 
-    Two published forms. By steps (`warmdown_iters` = n): 1, and over the last n steps (iterations - step) / n. Under a
+    Two published schedules. By steps (`warmdown_iters` = n): 1, and over the last n steps (iterations - step) / n. Under a
     wall-clock cap those n steps are measured in time, at the mean step time so far: 1 until
     remaining <= n * elapsed / step, then remaining / (n * elapsed / step). By fraction (`warmdown_frac` = f > 0, which
     replaces the other): with the finished fraction p of the time (of the steps without a cap), 1 while p < 1 - f, then

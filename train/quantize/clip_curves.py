@@ -28,7 +28,7 @@ SEARCHED_CLIPS = ("sdclip", "hessian_sdclip")
 
 _GRID = 800
 _SMALLEST_SIGMAS = 2.0
-# a group's share in the loss is measured with errors so much coarser than the settings', to stand out from the noise
+# a group's loss is measured with errors so much coarser than the settings', to rise above the noise
 _PROBE = 2.0
 # float16 scales at k = 1 would lose bits below 2^-14
 _UNIT_SIGMAS = 1024.0

@@ -24,7 +24,7 @@ _GENERATED_BATCH = 8
 
 
 def generated_batches(config: Config, model: GPT, ranks: Ranks, *, recurrence: bool) -> Sequence[Tensor]:
-    """This rank's share of the texts to calibrate on, as batches `(B, train_seq_len)`.
+    """This rank's texts to calibrate on, as batches `(B, train_seq_len)`.
 
     Raises:
         UserError: there are fewer texts than ranks.

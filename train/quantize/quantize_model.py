@@ -1,4 +1,4 @@
-"""Rounding a trained model: GPTQ or to nearest, tensor by tensor, shared by the ranks."""
+"""Rounding a trained model: GPTQ or to nearest, tensor by tensor, divided among the ranks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.config import Config
 from train.quantize.gptq import gptq
+from train.quantize.rank_work import assign, gather, gptq_cost
 from train.quantize.row_scales import ROW_SCALES, percentile_candidates, rtn, squared_error
-from train.quantize.shares import assign, gather, gptq_cost
 from train.quantize.tensors import (
     Clip,
     QuantizedTensor,
@@ -51,7 +51,7 @@ def quantize_model(
     unless there is a Hessian for them: then by GPTQ too. `percentile_search` runs GPTQ once per candidate and keeps
     the one with the least squared error of the matrix, as #1392 does.
 
-    Ranks share GPTQ by matrix and get each other's results. On a CPU each matrix is a product of its own, so that the
+    Each rank takes some matrices for GPTQ and gets the others' results. On a CPU each matrix is a product of its own, so that the
     result has the same bits with any number of ranks; on a GPU matrices of one shape go together.
 
     Args:
@@ -92,21 +92,21 @@ def quantize_model(
             weight = parameter.float()
             given = _checked(name, hessians[name], weight) if name in hessians else None
             stored[name] = _nearest(name, weight, given, bits, clip)
-    shares = assign({name: gptq_cost(*job.shape) for name, job in jobs.items()}, ranks.world_size)
+    assigned = assign({name: gptq_cost(*job.shape) for name, job in jobs.items()}, ranks.world_size)
 
-    def round_share() -> list[str]:
+    def round_own() -> list[str]:
         notes: list[str] = []
-        mine = shares[ranks.rank]
+        mine = assigned[ranks.rank]
         for job, names in _batches({name: jobs[name] for name in mine}, device):
             weights = {name: parameters[name].float() for name in names}
             given = {name: _checked(name, hessians[name], weights[name]) for name in names}
             rounded.update(_gptq_batch(weights, given, job.bits, job.clip, config, notes.append))
         return notes
 
-    for notes in gather(ranks, round_share):
+    for notes in gather(ranks, round_own):
         for text in notes:
             note(text)
-    for source, names in enumerate(shares):
+    for source, names in enumerate(assigned):
         for name in names:
             if name not in rounded:
                 rounded[name] = QuantizedTensor.empty(jobs[name].shape, jobs[name].bits)

@@ -176,10 +176,10 @@ def _row_deviations(rows: Tensor) -> Tensor:
     return rows.std(dim=1) if len(rows) else rows.new_empty(0)
 
 
-def _row_quantiles(rows: Tensor, shares: Sequence[float]) -> Tensor:
-    """Quantiles of |rows| `(shares, rows)`; each row is sorted once for all of them."""
+def _row_quantiles(rows: Tensor, fractions: Sequence[float]) -> Tensor:
+    """Quantiles of |rows| `(fractions, rows)`; each row is sorted once for all of them."""
     if not len(rows):
-        return rows.new_empty(len(shares), 0)
+        return rows.new_empty(len(fractions), 0)
     step = max(_QUANTILE_ELEMENTS // rows.shape[1], 1)
-    wanted = torch.tensor(shares, dtype=rows.dtype, device=rows.device)
+    wanted = torch.tensor(fractions, dtype=rows.dtype, device=rows.device)
     return torch.cat([torch.quantile(part.abs(), wanted, dim=1) for part in rows.split(step)], dim=1)

@@ -34,7 +34,7 @@ class WallClock:
     learning rate takes `elapsed_seconds`, which is equal on all ranks, where the published scripts let each rank use
     its own clock and so its own rate.
 
-    The clock stands still until `resume`; `pause` stops it for whatever does not count as training (validation).
+    The clock is paused until `resume`; `pause` stops it for whatever does not count as training (validation).
 
     Args:
         cap_seconds: training ends here; 0 for no cap.
@@ -94,7 +94,7 @@ class WallClock:
             Whether training ends here; the same on every rank.
         """
         if self._start is None:
-            raise RuntimeError("the wall clock stands still: resume it before tick")
+            raise RuntimeError("the wall clock is paused: resume it before tick")
         self.steps += 1
         self._events.append((self.steps, self._mark()))
         if len(self._events) > (self._device.type == "cuda"):
@@ -111,7 +111,7 @@ class WallClock:
             The training time so far in seconds, the largest of all ranks.
         """
         if self._start is None:
-            raise RuntimeError("the wall clock stands still: resume it before pause")
+            raise RuntimeError("the wall clock is paused: resume it before pause")
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._events.clear()

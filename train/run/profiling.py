@@ -205,7 +205,7 @@ class StepProfiler:
         self.end(done, "training ends")
 
     def end(self, done: int, why: str = "") -> None:
-        """End the profile, if there is one, and write it; the clock stands still.
+        """End the profile, if there is one, and write it; the clock is paused.
 
         Args:
             done: number of steps done.

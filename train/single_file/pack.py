@@ -175,7 +175,7 @@ def script_settings(config: Config) -> dict[str, str]:
 
 
 def form_bytes(recipe: str) -> dict[str, int]:
-    """Bytes of a recipe's script in each form, with its settings as they stand: what a run of it counts.
+    """Bytes of a recipe's script in each form, which a run of it counts.
 
     Raises:
         UserError: see `pack`.
@@ -201,5 +201,5 @@ def _latin1_literal(data: bytes) -> bytes:
     """A string of characters 0 to 255 in a latin-1 source, escaped where python or its reading of lines demands it."""
     text = data.replace(b"\\", rb"\\").replace(b"\r", rb"\r")
     text = re.sub(rb"\0(?![0-7])", rb"\\0", text).replace(b"\0", rb"\x00")
-    # no two quotes stand side by side, and none at the end
+    # no two quotes in a row, and none at the end
     return b"'''%b'''" % re.sub(rb"'(?='|\Z)", rb"\\'", text)

@@ -1,4 +1,4 @@
-"""Work that ranks share matrix by matrix: who rounds which, and how everybody gets every result."""
+"""Work divided among the ranks matrix by matrix: who rounds which, and how everybody gets every result."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Name = TypeVar("Name")
 T = TypeVar("T")
 
 
-def assign(costs: Mapping[Name, float], shares: int) -> list[list[Name]]:
-    """Divide work so that the slowest share ends early, as `golf_kernels.sharding.share_out` does.
+def assign(costs: Mapping[Name, float], ranks: int) -> list[list[Name]]:
+    """Divide work so that the slowest rank ends early, as `golf_kernels.sharding.share_out` does.
 
     Args:
-        costs: cost of each piece, in any unit.
-        shares: number of shares.
+        costs: cost of each matrix, in any unit.
+        ranks: number of ranks.
 
     Returns:
-        The pieces of each share, in the order of `costs`; the same on every rank.
+        The matrices of each rank, in the order of `costs`; the same on every rank.
     """
-    owners = share_out(list(costs.values()), shares)
-    return [[name for name, owner in zip(costs, owners, strict=True) if owner == share] for share in range(shares)]
+    owners = share_out(list(costs.values()), ranks)
+    return [[name for name, owner in zip(costs, owners, strict=True) if owner == rank] for rank in range(ranks)]
 
 
 def gptq_cost(rows: int, columns: int) -> float:
@@ -33,7 +33,7 @@ def gptq_cost(rows: int, columns: int) -> float:
 
 
 def gather(ranks: Ranks, work: Callable[[], T]) -> list[T]:
-    """Do this rank's share, and learn the small picklable result of every rank's, in their order.
+    """Do this rank's work, and learn the small picklable result of every rank's, in their order.
 
     Raises:
         UserError: of the first rank that raised one, on every rank, so that nobody waits for a rank that is gone.

@@ -13,7 +13,7 @@ from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.quantize.calibrate import collect_hessians
 from train.quantize.quantize_model import quantize_model
-from train.quantize.shares import assign, gather, gptq_cost
+from train.quantize.rank_work import assign, gather, gptq_cost
 from train.quantize.tensors import QuantizedTensor, StoredTensors, matrices_to_calibrate
 
 CLIPS = ("sdclip", "percentile_search")
@@ -26,12 +26,12 @@ def test_every_piece_has_one_owner_and_the_slowest_share_is_near_the_mean() -> N
         ("q", (512, 512)), ("o", (512, 512)), ("k", (256, 512)), ("v", (256, 512)), ("u", (2048, 512)), ("d", (512, 2048))
     )}  # fmt: skip
     costs = {name: gptq_cost(*shape) for name, shape in shapes.items()}
-    for shares in (1, 2, 4, 8):
-        owned = assign(costs, shares)
+    for ranks in (1, 2, 4, 8):
+        owned = assign(costs, ranks)
         assert sorted(name for names in owned for name in names) == sorted(costs)
         loads = [sum(costs[name] for name in names) for names in owned]
         # what is left over after the costliest piece is put down is at most that piece
-        assert max(loads) <= sum(loads) / shares + max(costs.values())
+        assert max(loads) <= sum(loads) / ranks + max(costs.values())
         assert [list(costs).index(name) for name in owned[0]] == sorted(list(costs).index(name) for name in owned[0])
     assert assign({"a": 1.0, "b": 5.0, "c": 2.0, "d": 2.0}, 2) == [["b"], ["a", "c", "d"]]
     assert assign({"a": 1.0}, 3) == [["a"], [], []]
