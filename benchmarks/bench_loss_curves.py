@@ -18,8 +18,8 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.measure import common
-from benchmarks.measure.step_variants import add_attention, make_variants, named_ways, share_config
-from benchmarks.measure.tokens import Tokens, share_sequences, token_source
+from benchmarks.measure.step_variants import add_attention, make_variants, row_names, step_config
+from benchmarks.measure.tokens import Tokens, rank_sequences, token_source
 from train.common.errors import main_guard
 from train.common.files import atomic_write
 from train.config import Config
@@ -95,16 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             f"--ways: {first} has nothing to be compared with: expected another way behind it, such as {first},golf"
         )
-    first, *ways = named_ways([first, *ways], device)
+    first, *ways = row_names([first, *ways], device)
     folder = common.RESULTS / "curves"
     if not arguments.tiny:
         common.check_place(device, folder, COLUMNS)
     if arguments.out:
         # better found now than after the training
         arguments.out.mkdir(parents=True, exist_ok=True)
-    config = share_config(arguments.recipe, device, tiny=arguments.tiny, attention=arguments.attention)
+    config = step_config(arguments.recipe, device, tiny=arguments.tiny, attention=arguments.attention)
     # all curves attend by one back end
-    config = config.replace(attention=choose_attention(config, device, share_sequences(config)).name)
+    config = config.replace(attention=choose_attention(config, device, rank_sequences(config)).name)
 
     tokens = functools.partial(token_source, config, arguments.data, device)
     starts = [config.replace(seed=config.seed + number) for number in range(arguments.seeds)]
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     distances, spread = compare(seeds, others)
     surroundings = common.environment(device)
     made = "made tokens" if arguments.data is None else str(arguments.data)
-    step_tokens = share_sequences(config) * config.train_seq_len
+    step_tokens = rank_sequences(config) * config.train_seq_len
     title = f"{config.recipe}, {steps} steps of {step_tokens:,} tokens ({made}), {surroundings['gpu']}"
     print(f"{title}\nspread of {arguments.seeds} seeds of {first}: {spread:.5f} nats")
     rows, fine = [], True

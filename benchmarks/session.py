@@ -1,6 +1,6 @@
 """One command on a rented GPU: measure what decides a default, the most valuable first, within a time limit.
 
-Each piece is a process of its own with its own limit, or one for each kernel, switch or test file; its output goes to a file
+Each piece is a process of its own with its own limit, or one for each kernel or test file; its output goes to a file
 line by line, and its rows are on disk as soon as they are measured. Whatever ends a process, a piece or the session leaves what
 was measured before. Nothing is installed.
 """
@@ -29,7 +29,6 @@ from benchmarks.measure.step_variants import refuse_forced, step_kernels
 from benchmarks.report.results import ResultsError, read_results, rows_since
 from benchmarks.report.tables import tables
 from train.common.files import atomic_write
-from train.model.compile import SWITCHES
 
 # a piece with less than this left is not begun; the last seconds belong to the summary
 SHORTEST_S = 15.0
@@ -39,7 +38,7 @@ NOTHING = "not possible here"
 PLANNED_S = 1800.0
 # test files that share a GPU at a time: at most so many, and each has so much of its memory
 TESTS_AT_ONCE, TEST_BYTES = 4, 16e9
-# what a line of bench_step says of two ways
+# bench_step's comparison of two variants
 BESIDE = re.compile(r"^\S+ +[\d.]+ → .*", re.MULTILINE)
 
 
@@ -90,11 +89,8 @@ def plan(*, tiny: bool = False) -> list[Piece]:
     def step(name: str, limit_s: float, *arguments: str, instead_of: str = "") -> Piece:
         return bench(name, limit_s, "bench_step", *rounds, *arguments, instead_of=instead_of)
 
-    def each(name: str, limit_s: float, flag: str, values: Sequence[str]) -> Piece:
-        pieces = [step(f"{name}_{value}", 200, *before, "--ways", "torch", flag, value) for value in values]
-        commands = {label: command for piece in pieces for label, command in piece.commands.items()}
-        return Piece(name, limit_s, commands, each_s=200)
-
+    alone = [step(f"kernel_{op}", 200, *before, "--ways", f"torch,{op}=triton") for op in step_kernels()]
+    kernels = Piece("kernel", 420, {label: c for piece in alone for label, c in piece.commands.items()}, each_s=200)
     tests = Piece(
         "tests", 240, {path.stem: _test(path, tiny) for path in gpu_tests()}, each_s=150, at_once=tests_at_once()
     )
@@ -102,12 +98,10 @@ def plan(*, tiny: bool = False) -> list[Piece]:
     return [
         step("step", 400, *before, "--ways", "published,torch,golf"),
         step("step_without_kernels", 200, *before, "--ways", "published,torch", instead_of="step"),
-        # where no kernel can run, the command says why
-        each("kernel", 420, "--kernel", step_kernels() or ["all"]),
+        # where no kernel can run, the output of the step says why
+        *([kernels] if alone else []),
         tests,
-        each("switch", 360, "--inductor", [switch.name for switch in SWITCHES]),
-        step("graph", 200, *before, "--ways", "torch", "--setting", "optimizer_graph=on"),
-        bench("start", 240, "bench_start"),
+        *([] if tiny else [step("graph", 200, *before, "--ways", "torch,torch+optimizer_graph=on")]),
         step("step_after_recurrence", 300, *after, "--ways", "published,torch,golf"),
         *(bench(name, 100, f"bench_{name}") for name in op_benches()),
         *(step(f"step_{name}", 300, "--recipe", name, "--ways", "published,torch,golf") for name in others),
@@ -140,7 +134,7 @@ def tests_at_once() -> int:
 
 def op_benches() -> list[str]:
     """Names of the benchmarks of single operators, those of a training step first."""
-    apart = {"step", "start", "loss_curves", "evaluation", "artifact"}
+    apart = {"step", "loss_curves", "evaluation", "artifact"}
     found = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} - apart
     return sorted(found, key=lambda name: (name in ("gptq", "int6", "quantize"), name))
 
@@ -277,10 +271,14 @@ class Session:
         return (self.out / f"{label}.txt").read_text(errors="replace").splitlines()[-lines:]
 
     def _beside(self, pieces: Sequence[Piece]) -> str:
-        """What was said of each kernel and each switch beside the step without it."""
+        """The lines of `bench_step` that compare variants."""
         outputs = [self.out / f"{label}.txt" for piece in pieces for label in piece.commands]
         lines = [line for path in outputs if path.exists() for line in BESIDE.findall(path.read_text(errors="replace"))]
-        return "\n".join(["ms per step without and with:\n", "```", *lines, "```\n\n"]) if lines else ""
+        return (
+            "\n".join(["ms per step of the first variant and of this one:\n", "```", *lines, "```\n\n"])
+            if lines
+            else ""
+        )
 
     def keep(self, pieces: Sequence[Piece]) -> None:
         """Copy the rows measured since the session began, and write the summary anew."""

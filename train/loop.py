@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,6 @@ from train.data.validation import ValidationText, load_validation
 from train.evaluate.scores import EvalResult
 from train.evaluate.scoring import flat_evaluation
 from train.model.attention_choice import choose_attention, use_attention
-from train.model.compile import chosen_options
 from train.model.fusion import compiles, write_out_references
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
@@ -109,8 +107,6 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
         if compiles(config, ranks.device) and (problem := name_compiled_kernels(ranks.device.type)):
             log.line(f"profile:the model's parts have no ranges, {problem}")
     loss_of = compiled_loss(model, config, ranks.device)
-    if loss_of is not model:
-        log.line(f"inductor:{chosen_options()[1]}")
     log.facts(
         dataset=config.data_path,
         train_shards=len(find_shards(config.data_path, "train")),
@@ -266,21 +262,17 @@ def warm_up(
     optimizers.reset()
 
 
-def compiled_loss(
-    model: GPT, config: Config, device: torch.device, options: Mapping[str, Any] | None = None
-) -> Callable[..., Tensor]:
+def compiled_loss(model: GPT, config: Config, device: torch.device) -> Callable[..., Tensor]:
     """The model's loss, through torch.compile if the settings say so; one static graph for each form of recurrence.
 
     Args:
         model: the model.
         config: `compile`.
         device: where it runs.
-        options: Inductor's switches; None: those that `train.model.compile` has chosen.
     """
     if compiles(config, device):
         write_out_references(model, device.type)
-        options = chosen_options()[0] if options is None else dict(options)
-        return torch.compile(model, dynamic=False, fullgraph=True, options=options)
+        return torch.compile(model, dynamic=False, fullgraph=True)
     return model
 
 

@@ -26,8 +26,8 @@ from benchmarks.computed.inductor_plan import Scheduled, planning_for_an_absent_
 from benchmarks.computed.recorder import Recorder, fused_muon_listed
 from benchmarks.measure import common
 from benchmarks.measure.devices import DEVICES, REACHED, Device, Kernel
-from benchmarks.measure.step_variants import check_ways, make_variants, parse_way_switch, share_config
-from benchmarks.measure.tokens import share_sequences
+from benchmarks.measure.step_variants import check_ways, make_variants, step_config
+from benchmarks.measure.tokens import rank_sequences
 from golf_kernels import dispatch, native
 from train.common.errors import UserError, main_guard
 from train.config import Config
@@ -121,7 +121,7 @@ def step_kernels(config: Config, way: str, recurrence: bool) -> Step:
     with planning(recorder, plan) as attention:
         with CUDA:
             variant = make_variants(config.replace(attention=attention), [way], CUDA)[0]
-        tokens = np.zeros((share_sequences(config), config.train_seq_len + 1), dtype=np.uint16)
+        tokens = np.zeros((rank_sequences(config), config.train_seq_len + 1), dtype=np.uint16)
         # the first step compiles, and makes the moments
         variant.run(tokens, recurrence)
         passes.clear()
@@ -136,7 +136,7 @@ def step_kernels(config: Config, way: str, recurrence: bool) -> Step:
 def described_flops(config: Config, recurrence: bool) -> float:
     """Arithmetic of a share's step as `--describe` has it."""
     phase = "after_recurrence" if recurrence else "before_recurrence"
-    tokens = share_sequences(config) * config.train_seq_len
+    tokens = rank_sequences(config) * config.train_seq_len
     return float(1e6 * tokens * describe(config, {})["mflop_per_token"][phase])
 
 
@@ -157,7 +157,7 @@ def check_complete(step: Step, flops: float) -> None:
 def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Device) -> str:
     """ms per step by family and way, and what follows from them."""
     reached = REACHED[device.name]
-    tokens = share_sequences(config) * config.train_seq_len
+    tokens = rank_sequences(config) * config.train_seq_len
     phase = f" {'after' if recurrence else 'before'} recurrence," if config.recur_layers else ""
     flops = described_flops(config, recurrence)
     times = [family_ms(step.kernels, device) for step in steps]
@@ -227,7 +227,7 @@ def largest(step: Step, device: Device, count: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks schedule", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="sp8192_sdclip", choices=recipe_names())
-    parser.add_argument("--ways", default="published,torch,golf", help="as of bench_step, +SWITCH included")
+    parser.add_argument("--ways", default="published,torch,golf", help="as of bench_step")
     parser.add_argument(
         "--phase", default="both", choices=("before", "after", "both"), help="recurrence off, on, or both"
     )
@@ -236,16 +236,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a narrow model, to try this out")
     arguments = parser.parse_args(argv)
     device = next(device for device in DEVICES if device.name.lower() == arguments.device)
-    config = share_config(arguments.recipe, CUDA, tiny=arguments.tiny).replace(device="cuda", compute_dtype="bfloat16")
+    config = step_config(arguments.recipe, CUDA, tiny=arguments.tiny).replace(device="cuda", compute_dtype="bfloat16")
     if arguments.phase == "after" and not config.recur_layers:
         raise UserError(f"--phase after: {arguments.recipe} repeats no layers: expected before or both")
     ways = arguments.ways.split(",")
     with mock.patch.object(dispatch, "triton_problem", return_value=None):
         check_ways(ways)
-    for way in ways:
-        options = parse_way_switch(way.partition("+")[2]).options if "+" in way else None
-        if any("max_autotune" in option for option in options or ()):
-            raise UserError(f"--ways: {way}: tuned products are those that ran fastest on a GPU: leave this way out")
     # PyTorch's, about tensors that have no address
     warnings.simplefilter("ignore")
     for recurrence in sorted({False, bool(config.recur_layers)}):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,7 +32,6 @@ from benchmarks.report.results import Row as Row
 from benchmarks.report.results import append_rows as append_rows
 from benchmarks.report.results import check_columns, file_stem
 from train.common.wording import counted
-from train.model.compile import SWITCHES, missing_options
 
 # below this an event pair measures the host and not the GPU
 GRAPH_BELOW_MS = 0.1
@@ -259,29 +258,14 @@ def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
     return p20, p50, p80
 
 
-def compilations(names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """Inductor's options by the way to compile: none of them, and each of these switches of `train.model.compile`.
-
-    A switch that this torch does not have is printed with its reason.
-    """
-    ways: dict[str, Mapping[str, Any]] = {"compile": {}}
-    for switch in SWITCHES:
-        missing = missing_options(switch.options)
-        if switch.name in names and missing:
-            print(f"compile, {switch.name}: left out: torch {torch.__version__} has no {', '.join(missing)}")
-        elif switch.name in names:
-            ways[f"compile, {switch.name}"] = switch.options
-    return ways
-
-
-def compiled(function: Callable[..., Any], options: Mapping[str, Any], device: torch.device) -> Callable[..., Any]:
-    """A function compiled with Inductor's options; on a CPU only traced, because there they change nothing."""
-    # a code object of its own, or variants would share what was compiled, and the limit on compiling one function again
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """A function under torch.compile; on a CPU only traced."""
+    # its own code object: Dynamo would share compiled code between variants, and its limit on recompilations
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(NUMBERS)}")
     own = types.FunctionType(code, function.__globals__, closure=function.__closure__)
     if device.type == "cpu":
         return torch.compile(own, backend="aot_eager")
-    return torch.compile(own, dynamic=False, options=dict(options))
+    return torch.compile(own, dynamic=False)
 
 
 def peak_bytes(variant: Variant, inputs: Any, device: torch.device) -> int:

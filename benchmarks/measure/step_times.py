@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.measure import common
 from benchmarks.measure.step_variants import StepVariant
-from benchmarks.measure.tokens import Tokens, share_sequences, token_source
+from benchmarks.measure.tokens import Tokens, rank_sequences, token_source
 from train.config import Config
 from train.describe import describe
 
@@ -49,8 +49,8 @@ class Bench:
     keep: bool
 
     @property
-    def share_tokens(self) -> int:
-        return share_sequences(self.config) * self.config.train_seq_len
+    def rank_tokens(self) -> int:
+        return rank_sequences(self.config) * self.config.train_seq_len
 
     def tokens(self) -> Tokens:
         """The same tokens again, from the first on."""
@@ -58,14 +58,14 @@ class Bench:
 
     def step_flops(self, recurrence: bool) -> float:
         mflop: float = describe(self.config, {})["mflop_per_token"][phase_name(recurrence)]
-        return 1e6 * mflop * self.share_tokens
+        return 1e6 * mflop * self.rank_tokens
 
     def row(self, variant: StepVariant, recurrence: bool, error: float) -> common.Row:
         p20, p50, p80 = common.quantiles(variant.times_ms)
         flops = self.step_flops(recurrence)
         return (
             {"op": f"step {self.config.recipe}", "impl": variant.name, "mode": phase_name(recurrence).replace("_", " ")}
-            | {"shape": f"{share_sequences(self.config)}x{self.config.train_seq_len}"}
+            | {"shape": f"{rank_sequences(self.config)}x{self.config.train_seq_len}"}
             | {"dtype": "bf16" if self.clock.device.type == "cuda" else "f32", "p50": p50, "p20": p20, "p80": p80}
             | {"tflops": flops / p50 / 1e9, "gbps": "", "floor": flops / self.limits.tflops / 1e9}
             | {"rel_err": error, "n": len(variant.times_ms)}
@@ -114,7 +114,7 @@ def measure_steps(
         # whatever a kernel or the compiler dies of, the other ways have figures
         except Exception as error:
             traceback.print_exc()
-            problems.append(said_of(variant, error))
+            problems.append(error_line(variant, error))
     errors: dict[str, float] = {}
     for name, mean in means.items():
         first = next(iter(errors), name)
@@ -145,11 +145,11 @@ def measure_steps(
                 # what fails after another way may have lost the device to it, and keeps its times
                 if not problems:
                     del errors[variant.name]
-                problems.append(said_of(variant, error))
+                problems.append(error_line(variant, error))
                 timed = [other for other in timed if other is not variant]
     return {v.name: errors[v.name] for v in variants if v.name in errors and v.times_ms}, problems
 
 
-def said_of(variant: StepVariant, error: Exception) -> str:
+def error_line(variant: StepVariant, error: Exception) -> str:
     """A failure in a line."""
     return f"{variant.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"

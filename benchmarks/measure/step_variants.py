@@ -2,9 +2,8 @@
 
 `published` is the recipe written plainly (`benchmarks.measure.published_step`), `torch` is this trainer on PyTorch's reference
 operators, `golf` is this trainer on all kernels, `golf-op` on all but one, and `op=backend` is `torch` with that one
-switched. On a GPU a way that lacks a kernel never has the name `golf`: `named_ways` calls it `golf-op`.
-`WAY+SWITCH` is a way with one of Inductor's switches (`train.model.compile`), or with another value of a setting that decides
-how a step is computed: `torch+optimizer_graph=on`. The share is what one of 8 GPUs has: an eighth of the batch, and the
+switched. On a GPU a way that lacks a kernel never has the name `golf`: `row_names` calls it `golf-op`.
+`WAY+SETTING=VALUE` is a way with another value of a setting that decides how a step is computed: `torch+optimizer_graph=on`. The share is what one of 8 GPUs has: an eighth of the batch, and the
 matrices that one rank orthogonalizes, or all of them where losses are compared. What the ranks would exchange is not in it.
 """
 
@@ -15,14 +14,14 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.measure.published_step import PublishedStep
-from benchmarks.measure.tokens import OneBatch, share_sequences
+from benchmarks.measure.tokens import OneBatch, rank_sequences
 from golf_kernels import dispatch
 from golf_kernels.sharding import assign
 from train.common.distributed import Ranks
@@ -32,7 +31,6 @@ from train.config import MICRO_BATCHES, Config
 from train.loop import compiled_loss, training_step
 from train.model.attention import Attention
 from train.model.attention_choice import choose_attention, use_attention
-from train.model.compile import chosen_options, parse_switch
 from train.model.gpt import GPT
 from train.model.mlp import MLP
 from train.optimize.averaging import EMA
@@ -108,11 +106,6 @@ def step_kernels() -> list[str]:
     return [op for op, problem in kernel_problems().items() if not problem]
 
 
-def kernels_problem() -> str:
-    """Why no kernel of a training step can run here; empty where one can."""
-    return "" if step_kernels() else reasons(kernel_problems())
-
-
 def reasons(problems: Mapping[str, str]) -> str:
     """Each reason once, with the operators that have it, unless all have the same."""
     operators: dict[str, list[str]] = {}
@@ -123,7 +116,7 @@ def reasons(problems: Mapping[str, str]) -> str:
     )
 
 
-def named_ways(names: Sequence[str], device: torch.device) -> list[str]:
+def row_names(names: Sequence[str], device: torch.device) -> list[str]:
     """The ways by the names of their rows, after it was said what `golf` is made of here.
 
     Raises:
@@ -133,7 +126,7 @@ def named_ways(names: Sequence[str], device: torch.device) -> list[str]:
     problems = {op: problem for op, problem in kernel_problems().items() if problem}
     found = []
     for name in names:
-        way, plus, switch = name.partition("+")
+        way, plus, change = name.partition("+")
         golf, *without = way.split("-")
         if golf == "golf":
             kernels = [op for op in step_kernels() if op not in without]
@@ -147,7 +140,7 @@ def named_ways(names: Sequence[str], device: torch.device) -> list[str]:
             print("".join(f"    without {op}: {problem}\n" for op, problem in lacking.items()), end="", flush=True)
             if device.type == "cuda":
                 way = "-".join([way, *lacking])
-        found.append(f"{way}{plus}{switch}")
+        found.append(f"{way}{plus}{change}")
     if twice := sorted({name for name in found if found.count(name) > 1}):
         raise UserError(f"--ways: {', '.join(twice)} twice: expected each way once")
     return found
@@ -175,7 +168,7 @@ def refuse_forced() -> None:
         )
 
 
-def share_config(recipe: str, device: torch.device, *, tiny: bool, attention: str = "auto") -> Config:
+def step_config(recipe: str, device: torch.device, *, tiny: bool, attention: str = "auto") -> Config:
     """A recipe's settings as a share of its step is measured: compiled on a GPU, and narrow where `tiny`.
 
     Raises:
@@ -191,14 +184,14 @@ def share_config(recipe: str, device: torch.device, *, tiny: bool, attention: st
 
 
 def trainer_step(
-    model: GPT, config: Config, share: list[int], device: torch.device, options: Mapping[str, Any] | None
+    model: GPT, config: Config, share: list[int], device: torch.device
 ) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
     """The trainer's own step on one rank's share: its loop, its optimizers, and its moving average by name of the weights."""
     # one micro-batch is the whole of a rank's part of the step
     ranks = Ranks(world_size=MICRO_BATCHES, device=device)
     optimizers = build_optimizers(model, config, owned=share)
     average = EMA(model, config.ema_decay) if config.ema_decay else None
-    loss_of = compiled_loss(model, config, device, options)
+    loss_of = compiled_loss(model, config, device)
 
     def step(tokens: np.ndarray, recurrence: bool) -> Tensor:
         loss = training_step(
@@ -211,33 +204,21 @@ def trainer_step(
     return step, average.average() if average else {}
 
 
-class WaySwitch(NamedTuple):
-    """What stands behind a way's +.
-
-    Attributes:
-        settings: by name, with other values than the recipe's; empty: it is a switch of Inductor.
-        options: Inductor's; None: those that the trainer would choose.
-    """
-
-    settings: dict[str, Any]
-    options: dict[str, Any] | None
-
-
-def parse_way_switch(text: str) -> WaySwitch:
-    """Another value of a setting, or Inductor's options.
+def changed_setting(text: str) -> dict[str, Any]:
+    """A setting and its value from SETTING=VALUE.
 
     Raises:
-        ValueError: there is no such setting, switch or option, or the value is not one of its.
+        ValueError: there is no such setting, or it has no such value.
     """
     name, _, value = text.partition("=")
     if name not in SETTINGS:
-        return WaySwitch({}, chosen_options()[0] | dict(parse_switch(text).options))
+        raise ValueError(f"+{text}: expected +SETTING=VALUE, with SETTING one of {', '.join(SETTINGS)}")
     changes: dict[str, Any] = {name: value}
     try:
         Config(**changes)
     except ConfigError as error:
         raise ValueError(str(error)) from error
-    return WaySwitch(changes, None)
+    return changes
 
 
 def check_ways(names: Iterable[str]) -> None:
@@ -247,12 +228,12 @@ def check_ways(names: Iterable[str]) -> None:
         UserError: by its name, with the reason.
     """
     for name in names:
-        way, _, switch = name.partition("+")
+        way, _, change = name.partition("+")
         if name == "published":
             continue
         try:
-            if switch or "+" in name:
-                parse_way_switch(switch)
+            if "+" in name:
+                changed_setting(change)
             golf, *without = way.split("-")
             if golf == "golf" and (unknown := set(without) - set(kernel_problems())):
                 raise ValueError(
@@ -262,9 +243,8 @@ def check_ways(names: Iterable[str]) -> None:
                 dispatch.validate()
         except (ValueError, dispatch.BackendError) as error:
             raise UserError(
-                f"--ways: {name!r}: expected published, torch, golf, golf-OPERATOR or operator=backend, and +SWITCH behind all but "
-                f"the first: "
-                f"{error}"
+                f"--ways: {name!r}: expected published, torch, golf, golf-OPERATOR or OPERATOR=BACKEND, and +SETTING=VALUE behind "
+                f"all but the first: {error}"
             ) from error
 
 
@@ -286,7 +266,7 @@ def make_variants(config: Config, names: list[str], device: torch.device, *, who
     check_ways(names)
     torch.manual_seed(config.seed)
     first = GPT(config).to(device)
-    use_attention(first, choose_attention(config, device, share_sequences(config)).name)
+    use_attention(first, choose_attention(config, device, rank_sequences(config)).name)
     matrices: list[Tensor] = list(split_parameters(first, config)["matrix"].values())
     owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), MICRO_BATCHES)
     share = [number for number, owner in enumerate(owners) if whole or owner == 0]
@@ -301,16 +281,15 @@ def make_variants(config: Config, names: list[str], device: torch.device, *, who
             for module in model.modules():
                 if isinstance(module, (Attention, MLP)):
                     module.as_published = True
-            # torch.compile's defaults, whatever train.model.compile has chosen
-            compiled = compiled_loss(model, config, device, {})
+            compiled = compiled_loss(model, config, device)
             plain = PublishedStep(model, config, share, compiled)
             variants.append(StepVariant(name, "torch", plain, weights_of(model, config, plain.average)))
             continue
-        way, _, switch = name.partition("+")
+        way, _, change = name.partition("+")
         backends = backends_of(way)
-        changes = parse_way_switch(switch) if switch else WaySwitch({}, None)
+        changes = changed_setting(change) if change else {}
         with dispatch.forced(backends):
-            step, average = trainer_step(model, config.replace(**changes.settings), share, device, changes.options)
+            step, average = trainer_step(model, config.replace(**changes), share, device)
         variants.append(StepVariant(name, backends, step, weights_of(model, config, average)))
     return variants
 

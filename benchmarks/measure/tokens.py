@@ -15,7 +15,7 @@ from train.data.shards import find_shards
 CPU = torch.device("cpu")
 
 
-def share_sequences(config: Config) -> int:
+def rank_sequences(config: Config) -> int:
     """Sequences of one GPU's share of a step."""
     return config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
 
@@ -39,7 +39,7 @@ class MadeTokens:
     """
 
     def __init__(self, config: Config, seed: int = 0, device: torch.device = CPU) -> None:
-        self.shape = (share_sequences(config), config.train_seq_len + 1)
+        self.shape = (rank_sequences(config), config.train_seq_len + 1)
         self.vocab_size, self.device = config.vocab_size, device
         self.generator = np.random.default_rng(seed)
         self.follower = self.generator.permutation(config.vocab_size)
@@ -58,7 +58,7 @@ class ShardTokens:
 
     def __init__(self, config: Config, folder: Path, device: torch.device = CPU) -> None:
         self.stream = Stream(find_shards(folder, "train"), config.vocab_size)
-        self.shape, self.device = (share_sequences(config), config.train_seq_len + 1), device
+        self.shape, self.device = (rank_sequences(config), config.train_seq_len + 1), device
         self.place = 0
 
     def next(self) -> np.ndarray:

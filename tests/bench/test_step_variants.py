@@ -18,7 +18,6 @@ from benchmarks.measure.published_step import quintic
 from benchmarks.measure.step_variants import StepVariant, all_kernels, make_variants, step_kernels
 from benchmarks.measure.tokens import MadeTokens, OneBatch, ShardTokens, token_source
 from golf_kernels import dispatch
-from train import loop
 from train.common.errors import UserError
 from train.config import Config
 from train.data.shards import write_shard
@@ -91,21 +90,21 @@ def test_a_way_that_lacks_a_kernel_on_a_gpu_says_so_in_its_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ways, "kernel_problems", lambda: PROBLEMS)
-    assert ways.named_ways(["published", "golf", "golf-a+pdl", "torch"], CUDA) == [
+    assert ways.row_names(["published", "golf", "golf-a+optimizer_graph=on", "torch"], CUDA) == [
         "published",
         "golf-xsa-d",
-        "golf-a-xsa-d+pdl",
+        "golf-a-xsa-d+optimizer_graph=on",
         "torch",
     ]
     said = capsys.readouterr().out.splitlines()
     assert said[:3] == ["golf: a, c", "    without xsa: too old a Triton", "    without d: no tensor cores"]
-    assert said[3] == "golf-a+pdl: c"
+    assert said[3] == "golf-a+optimizer_graph=on: c"
     # a CPU's rows are not kept, and its interpreter's times mean nothing
-    assert ways.named_ways(["golf"], CPU) == ["golf"]
+    assert ways.row_names(["golf"], CPU) == ["golf"]
     with pytest.raises(UserError, match="golf-xsa-d twice"):
-        ways.named_ways(["golf", "golf-xsa"], CUDA)
+        ways.row_names(["golf", "golf-xsa"], CUDA)
     monkeypatch.setattr(ways, "kernel_problems", lambda: dict.fromkeys(PROBLEMS, ""))
-    assert ways.named_ways(["golf"], CUDA) == ["golf"] and capsys.readouterr().out.endswith("golf: a, xsa, c, d\n")
+    assert ways.row_names(["golf"], CUDA) == ["golf"] and capsys.readouterr().out.endswith("golf: a, xsa, c, d\n")
 
 
 def test_golf_without_a_kernel_is_refused_on_a_gpu_and_said_on_a_cpu(
@@ -113,11 +112,11 @@ def test_golf_without_a_kernel_is_refused_on_a_gpu_and_said_on_a_cpu(
 ) -> None:
     monkeypatch.setattr(ways, "kernel_problems", lambda: PROBLEMS)
     with pytest.raises(UserError, match=r"'golf-a-c': no kernel of a training step is left, .* torch: xsa: too old"):
-        ways.named_ways(["torch", "golf-a-c"], CUDA)
+        ways.row_names(["torch", "golf-a-c"], CUDA)
     monkeypatch.setattr(ways, "kernel_problems", lambda: {"a": "this GPU is sm_80", "b": "this GPU is sm_80"})
     with pytest.raises(UserError, match=r"that it would be torch: this GPU is sm_80; leave it out"):
-        ways.named_ways(["golf"], CUDA)
-    assert ways.named_ways(["golf"], CPU) == ["golf"]
+        ways.row_names(["golf"], CUDA)
+    assert ways.row_names(["golf"], CPU) == ["golf"]
     assert "golf: no kernel, so it is torch\n    without a: this GPU is sm_80\n" in capsys.readouterr().out
 
 
@@ -219,16 +218,6 @@ def test_only_the_published_way_has_three_products_and_autograds_own_backward_pa
         assert calls["qk_norm_rope"] == 4 and calls["xsa"] == calls_of_xsa, own
 
 
-def test_the_published_way_has_none_of_the_compilers_switches_that_the_trainer_chose(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    given = []
-    monkeypatch.setattr(torch, "compile", lambda model, *, options, **_: given.append(options) or model)
-    monkeypatch.setattr(loop, "chosen_options", lambda: ({"max_autotune": True}, "won"))
-    make_variants(load_recipe("quickstart").config(**NARROW | {"compile": "on"}), ["published", "torch"], CPU)
-    assert given == [{}, {"max_autotune": True}]
-
-
 def test_a_setting_behind_a_way_is_that_ways_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     given, build = [], ways.build_optimizers
 
@@ -272,11 +261,17 @@ def test_a_way_named_twice_is_refused(bench: types.ModuleType) -> None:
         bench.main(["--tiny", "--device", "cpu", "--ways", "torch,golf,torch"])
 
 
-@pytest.mark.parametrize("way", ["", "foo", "torch+no_such", "published+pdl", "xsa=cuda", "no_such=triton"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        *("", "foo", "torch+", "torch+no_such=1", "torch+optimizer_graph=yes", "published+optimizer_graph=on"),
+        *("xsa=cuda", "no_such=triton"),
+    ],
+)
 def test_a_way_that_cannot_be_taken_is_refused_before_any_is_measured(way: str, tmp_path: Path) -> None:
     folder = tmp_path / "made"
     with pytest.raises(
-        UserError, match=rf"--ways: '{re.escape(way)}': expected published, torch, golf, golf-OPERATOR or op"
+        UserError, match=rf"--ways: '{re.escape(way)}': expected published, torch, golf, golf-OPERATOR or OP"
     ):
         bench_loss_curves.main(["--ways", f"torch,{way}", "--device", "cpu", "--out", str(folder)])
     assert not folder.exists()

@@ -12,9 +12,6 @@ from golf_kernels import dispatch
 from train.common.errors import UserError
 from train.config import Config
 
-# the measurement for which `auto` takes graphs on every GPU: GPU, commit, ms per step without and with; empty: none yet
-FIGURE = ""
-
 
 class GraphChoice(NamedTuple):
     """Whether the optimizer's step is replayed as CUDA graphs, and why."""
@@ -42,11 +39,9 @@ def choose_graph(config: Config, device: torch.device) -> GraphChoice:
         return GraphChoice(False, "needs a CUDA GPU")
     if config.optimizer_graph == "on":
         return GraphChoice(True, "as set")
-    if FIGURE:
-        return GraphChoice(True, FIGURE)
     if dispatch.choose("muon_step", device=device.type).backend == "triton":
-        return GraphChoice(True, "Muon's step is the fused one")
-    return GraphChoice(False, "Muon's step is PyTorch's, with which no graph was measured yet")
+        return GraphChoice(True, "muon_step runs on Triton")
+    return GraphChoice(False, "muon_step runs on PyTorch, for which no graph has been measured")
 
 
 class Captured:
