@@ -34,7 +34,7 @@ from train.data.tokenizer import ByteTables
 from train.evaluate.scoring import evaluate_model
 from train.evaluate.windows import plan_windows
 from train.model.attention_choice import choose_attention, use_attention
-from train.model.fusion import write_out_references
+from train.model.compile import without_kernel, write_out
 from train.model.gpt import GPT
 from train.model.order import make_plan
 from train.recipes import load_recipe
@@ -110,7 +110,7 @@ def published_way(
     """The evaluation as the published scripts have it, so many windows at a time: nats and bytes."""
     forward = model.logits
     if compiled:
-        write_out_references(model, model.head_weight.device.type)
+        write_out(model, without_kernel(model.head_weight.device))
         forward = torch.compile(forward, dynamic=False, fullgraph=True)
     length, stride, device = config.window, config.eval_stride, model.head_weight.device
 

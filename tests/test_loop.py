@@ -11,7 +11,8 @@ from train.config import MICRO_BATCHES
 from train.data.loaders import make_loader
 from train.data.shards import write_shard
 from train.evaluate.scoring import flat_evaluation
-from train.loop import compiled_loss, training_step
+from train.loop import training_step
+from train.model.compile import compiled_loss
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA
 from train.optimize.groups import build_optimizers

@@ -12,8 +12,9 @@ from train.common.distributed import Ranks
 from train.config import MICRO_BATCHES
 from train.data.loaders import make_loader
 from train.data.shards import write_shard
-from train.loop import compiled_loss, training_step
+from train.loop import training_step
 from train.model.attention_choice import choose_attention, use_attention
+from train.model.compile import compiled_loss
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA
 from train.optimize.groups import build_optimizers

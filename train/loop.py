@@ -25,7 +25,7 @@ from train.data.validation import ValidationText, load_validation
 from train.evaluate.scores import EvalResult
 from train.evaluate.scoring import flat_evaluation
 from train.model.attention_choice import choose_attention, use_attention
-from train.model.fusion import compiles, write_out_references
+from train.model.compile import compiled_loss, compiles
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
@@ -260,20 +260,6 @@ def warm_up(
         for name, tensor in model.state_dict().items():
             tensor.copy_(weights[name])
     optimizers.reset()
-
-
-def compiled_loss(model: GPT, config: Config, device: torch.device) -> Callable[..., Tensor]:
-    """The model's loss, through torch.compile if the settings say so; one static graph for each form of recurrence.
-
-    Args:
-        model: the model.
-        config: `compile`.
-        device: where it runs.
-    """
-    if compiles(config, device):
-        write_out_references(model, device.type)
-        return torch.compile(model, dynamic=False, fullgraph=True)
-    return model
 
 
 def log_step(

@@ -1,9 +1,8 @@
 """A training step written plainly, as the published scripts have it: the yardstick of `benchmarks.bench_step`.
 
-The model is the recipe's, compiled with torch.compile's defaults on PyTorch's own operators; queries, keys and values are
-three products, and a layer's output scales are factors of its outputs. Around it stands what the scripts have: batches
-as int64 from memory that is not pinned, one optimizer step per matrix (per bank of equal shapes for #1392, whose Muon was
-batched), one moving average per tensor over a fresh state_dict, and an `.item()` on the wall clock's flag in every step.
+The model is `benchmarks.measure.published_model`, compiled with torch.compile's defaults. The step around it does what the
+scripts do: batches as int64 from pageable memory, one optimizer step per matrix (per bank of equal shapes for #1392, whose
+Muon was batched), one moving average per tensor over a fresh state_dict, and `.item()` on the wall clock's flag in every step.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.measure.published_model import published_model
 from benchmarks.measure.published_step import PublishedStep
 from benchmarks.measure.tokens import OneBatch, rank_sequences
 from golf_kernels import dispatch
@@ -28,11 +29,10 @@ from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.common.values import ConfigError
 from train.config import MICRO_BATCHES, Config
-from train.loop import compiled_loss, training_step
-from train.model.attention import Attention
+from train.loop import training_step
 from train.model.attention_choice import choose_attention, use_attention
+from train.model.compile import compiled_loss
 from train.model.gpt import GPT
-from train.model.mlp import MLP
 from train.optimize.averaging import EMA
 from train.optimize.groups import build_optimizers, split_parameters
 from train.recipes import load_recipe
@@ -276,15 +276,13 @@ def make_variants(config: Config, names: list[str], device: torch.device, *, who
             torch._foreach_add_(matrices, [torch.randn_like(matrix) for matrix in matrices], alpha=0.02)
     variants = []
     for name in names:
-        model = copy.deepcopy(first)
         if name == "published":
-            for module in model.modules():
-                if isinstance(module, (Attention, MLP)):
-                    module.as_published = True
-            compiled = compiled_loss(model, config, device)
-            plain = PublishedStep(model, config, share, compiled)
+            model = published_model(first)
+            with dispatch.forced("torch"):
+                plain = PublishedStep(model, config, share, compiled_loss(model, config, device))
             variants.append(StepVariant(name, "torch", plain, weights_of(model, config, plain.average)))
             continue
+        model = copy.deepcopy(first)
         way, _, change = name.partition("+")
         backends = backends_of(way)
         changes = changed_setting(change) if change else {}

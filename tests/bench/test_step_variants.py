@@ -21,9 +21,7 @@ from golf_kernels import dispatch
 from train.common.errors import UserError
 from train.config import Config
 from train.data.shards import write_shard
-from train.model.attention import Attention
 from train.model.gpt import GPT
-from train.model.mlp import MLP
 from train.recipes import load_recipe, recipe_names
 
 CPU = torch.device("cpu")
@@ -176,14 +174,6 @@ def test_made_tokens_are_the_same_for_every_way_and_inside_the_vocabulary() -> N
     rows = np.concatenate(batches[0])
     follows = sources[0].follower[rows[:, :-1]] == rows[:, 1:]
     assert follows.mean() == pytest.approx(0.5, abs=0.05) and (rows[:, :-1] != rows[:, 1:]).mean() > 0.8
-
-
-def test_only_the_published_way_has_its_layers_as_the_scripts_have_them() -> None:
-    config = load_recipe("sp8192_sdclip").config(**SHALLOW)
-    (plain,) = make_variants(config, ["published"], CPU)
-    for kind in (Attention, MLP):
-        assert {part.as_published for part in plain.step.model.modules() if isinstance(part, kind)} == {True}
-        assert {part.as_published for part in GPT(config).modules() if isinstance(part, kind)} == {False}
 
 
 def autograd_nodes(loss: Tensor) -> Counter[str]:

@@ -32,10 +32,9 @@ from train.evaluate.windows import group_windows, plan_windows
 from train.loop import training_step
 from train.model.attention_backends import causal_attention
 from train.model.attention_choice import use_attention
+from train.model.compile import write_out
 from train.model.decoder import Decoder
 from train.model.documents import Documents
-from train.model.fusion import CALLERS
-from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import build_optimizers
 from train.quantize.calibrate import collect_hessians, plain_graph
@@ -51,13 +50,6 @@ def fake() -> Iterator[FakeTensorMode]:
         yield mode
 
 
-def use_operators(model: GPT, used: bool) -> None:
-    for caller, flag in CALLERS.values():
-        for module in model.modules():
-            if isinstance(module, caller):
-                setattr(module, flag, used)
-
-
 @pytest.mark.parametrize(
     ("system", "changes"),
     [
@@ -71,8 +63,8 @@ def test_a_training_step_stays_on_the_gpu(system: str, changes: dict[str, Any]) 
     optimizers = build_optimizers(model, config)
     ema, swa = EMA(model, 0.99), SWA(model, 1, 2.0)
     for recurrence in sorted({False, bool(config.recur_layers)}):
-        for used in (True, False):
-            use_operators(model, used)
+        for operators in (frozenset(), frozenset(dispatch.describe())):
+            write_out(model, operators)
             ranks = Ranks(world_size=MICRO_BATCHES, device=CUDA)
             with NoHostCopies():
                 loss = training_step(optimizers, model, Batches(), ranks, recurrence, 1.0, 0.95)

@@ -19,7 +19,8 @@ from train.common.distributed import Ranks
 from train.config import Config
 from train.data.loaders import Loader, make_loader
 from train.data.shards import write_shard
-from train.loop import compiled_loss, recurrence_on, training_step
+from train.loop import recurrence_on, training_step
+from train.model.compile import compiled_loss
 from train.model.gpt import GPT
 from train.model.parameters import classify
 from train.optimize.averaging import EMA, SWA

@@ -28,7 +28,7 @@ from train.config import Config
 from train.data.shards import check_tokens
 from train.evaluate.scores import EvalResult
 from train.evaluate.windows import WindowPlan, group_windows, plan_windows
-from train.model.fusion import compiles, write_out_references
+from train.model.compile import compiles, without_kernel, write_out
 
 NOTE_INTERVAL_SECONDS = 0.5
 # windows per forward pass
@@ -171,7 +171,7 @@ class _Scorer:
         self.hidden, self.overlapping_hidden = model.hidden, model.overlapping_hidden
         if compiled:
             if isinstance(model, nn.Module):
-                write_out_references(model, device.type)
+                write_out(model, without_kernel(device))
             self.hidden = torch.compile(self.hidden, dynamic=False, fullgraph=True)
             self.overlapping_hidden = torch.compile(self.overlapping_hidden, dynamic=False, fullgraph=True)
         self.shares = share_layer0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from golf_kernels.qk_norm_rope import qk_norm_rope, written_out
+from golf_kernels.qk_norm_rope import qk_norm_rope
+from golf_kernels.qk_norm_rope import written_out as qk_norm_rope_formula
+from golf_kernels.xsa import written_out as xsa_formula
 from golf_kernels.xsa import xsa
 from train.config import Config
 from train.model.attention_backends import causal_attention
+from train.model.compile import OperatorModule
 from train.model.documents import Documents
 from train.model.init import constant, matrix, zero_matrix
 from train.model.key_values import KeyValues
@@ -21,29 +23,7 @@ Heads = tuple[Tensor, Tensor, Tensor]
 """Queries `(B, R, H, D)`, keys and values `(B, T, H_kv, D)`, normed but not rotated."""
 
 
-def remove_value_direction(output: Tensor, value: Tensor) -> Tensor:
-    """XSA: take from each head's output what lies along the value of the same position.
-
-    y ← y − (y·v̂) v̂, v̂ = v/‖v‖₂
-
-    Query heads are viewed in groups of their value head, so nothing is repeated in memory. `golf::xsa` written out.
-
-    Args:
-        output: `(B, T, H, D)`, attention's output.
-        value: `(B, T, H_kv, D)`, the values it attended to.
-
-    Returns:
-        `(B, T, H, D)`.
-    """
-    batch, length, heads, dim = output.shape
-    kv_heads = value.shape[2]
-    direction = F.normalize(value, dim=-1).unsqueeze(3)
-    grouped = output.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    along = (grouped * direction).sum(dim=-1, keepdim=True)
-    return (grouped - along * direction).reshape(batch, length, heads, dim)
-
-
-class Attention(nn.Module):
+class Attention(OperatorModule):
     """The attention of one layer, from the normed input to the output projection.
 
     q, k ← rms(q), rms(k) per head; RoPE; q ← q · q_gain[head]; causal attention; XSA in the last `xsa_last_n` layers.
@@ -67,18 +47,12 @@ class Attention(nn.Module):
         self.xsa = layer >= config.num_layers - config.xsa_last_n
         self.qat = config.qat
         self.backend = "sdpa"
-        # by the operators of these names; False: written out for a compiler to fuse; see train.model.fusion
-        self.fused_qk_norm_rope = True
-        self.fused_xsa = True
-        # as the published scripts have it: queries, keys and values by three products, the scale behind the last one, and
-        # where no operator is called all gradients by autograd
-        self.as_published = False
 
     def project(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
         """`heads` before the norm of queries and keys."""
         fake_quantize = self.qat and self.training
         weights = (self.query, self.key, self.value)
-        if not (self.as_published or rows_from):
+        if not rows_from:
             query, key, value = joint_linear(x, weights, fake_quantize=fake_quantize)
         else:
             rows = (x[:, rows_from:], x, x)
@@ -137,10 +111,8 @@ class Attention(nn.Module):
         fake_quantize = self.qat and self.training
         if self.xsa:
             own = value[:, key.shape[1] - query.shape[1] :]
-            output = xsa(output, own) if self.fused_xsa else remove_value_direction(output, own)
-        return linear(
-            output.flatten(-2), self.output, scale=scale, behind=self.as_published, fake_quantize=fake_quantize
-        )
+            output = xsa_formula(output, own) if "xsa" in self.written_out else xsa(output, own)
+        return linear(output.flatten(-2), self.output, scale=scale, fake_quantize=fake_quantize)
 
     def forward(
         self,
@@ -167,10 +139,10 @@ class Attention(nn.Module):
         Returns:
             `(B, T - rows_from, d)`, not yet added to the stream.
         """
-        # one call turns queries and keys by one table, so both must have the same positions
-        if rows_from or (self.as_published and not self.fused_qk_norm_rope):
+        # the operator rotates queries and keys by the same table, so both must have the same positions
+        if rows_from:
             return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past, scale)
         query, key, value = self.project(x, extra_value)
-        norm_and_rotate = qk_norm_rope if self.fused_qk_norm_rope else written_out
+        norm_and_rotate = qk_norm_rope_formula if "qk_norm_rope" in self.written_out else qk_norm_rope
         query, key = norm_and_rotate(query, key, *rotary, self.q_gain, eps=self.eps)
         return self.output_of((query, key, value), documents, past, scale)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from golf_kernels.mix_rms_norm import mix_rms_norm
 from train.config import Config
 from train.model.attention import Attention, Heads, Rotary
+from train.model.compile import OperatorModule
 from train.model.documents import Documents
 from train.model.init import parameter
 from train.model.key_values import KeyValues
@@ -40,7 +41,7 @@ class BlockInputs(NamedTuple):
     past: KeyValues | None = None
 
 
-class Block(nn.Module):
+class Block(OperatorModule):
     """One layer, in the three published forms; with m = resid_mix, a = attn_scale, b = mlp_scale and n(x) = g · rms(x):
 
     serial: h = m₀⊙x + m₁⊙x0; u = h + a⊙Attn(n(h)); x ← u + b⊙MLP(n(u))
@@ -63,8 +64,6 @@ class Block(nn.Module):
         self.resid_mix = parameter(torch.tensor([[1.0], [0.0]]).repeat(1, config.model_dim))
         self.attn_scale = parameter(torch.ones(config.model_dim))
         self.mlp_scale = parameter(torch.ones(config.model_dim))
-        # False: plain PyTorch, for a compiler to fuse; see train.model.fusion
-        self.fused = True
 
     def forward(self, x: Tensor, inputs: BlockInputs, *, form: str, rows_from: int = 0) -> Tensor:
         """Run the layer on one stream, "serial" or "gptj".
@@ -95,10 +94,10 @@ class Block(nn.Module):
 
     def mix_and_norm(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
         """h = m₀ ⊙ x + m₁ ⊙ x0, and g · rms(h)."""
-        if self.fused:
-            return mix_rms_norm(x, x0, self.resid_mix, eps=self.eps, gain=self.gain)
-        mixed = self.mix(x, x0)
-        return mixed, self.normed(mixed)
+        if "mix_rms_norm" in self.written_out:
+            mixed = self.mix(x, x0)
+            return mixed, self.normed(mixed)
+        return mix_rms_norm(x, x0, self.resid_mix, eps=self.eps, gain=self.gain)
 
     def attend(self, x: Tensor, inputs: BlockInputs, rows_from: int = 0) -> tuple[Tensor, Tensor]:
         """h = m₀ ⊙ x + m₁ ⊙ x0, and from position `rows_from` on h + a ⊙ Attn(g · rms(h))."""

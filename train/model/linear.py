@@ -24,9 +24,7 @@ class _Observation(NamedTuple):
 _observation: _Observation | None = None
 
 
-def linear(
-    x: Tensor, weight: Tensor, *, scale: Tensor | None = None, behind: bool = False, fake_quantize: bool = False
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, fake_quantize: bool = False) -> Tensor:
     """Multiply by a master weight cast to the dtype of the activations: y = scale ⊙ (x Wᵀ).
 
     The scale joins the weight, not y: its gradient is then a sum over the weight's gradient and not over all rows.
@@ -35,15 +33,12 @@ def linear(
         x: `(..., in_features)`, compute dtype.
         weight: `(out_features, in_features)`, the master parameter itself.
         scale: `(out_features,)`, any floating dtype, or None for 1.
-        behind: let the scale be a factor of y all the same, as in the published scripts.
         fake_quantize: round the weight to int6 rows first, straight-through.
 
     Returns:
         `(..., out_features)` in the dtype of `x`.
     """
     observe(weight, x)
-    if behind and scale is not None:
-        return scale.to(x.dtype) * F.linear(x, working_weight(weight, x.dtype, fake_quantize=fake_quantize))
     return F.linear(x, working_weight(weight, x.dtype, scale=scale, fake_quantize=fake_quantize))
 
 
