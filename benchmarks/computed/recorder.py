@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import golf_kernels
-from benchmarks.bench_newton_schulz import STEPS, symmetric_flops
-from benchmarks.measure.devices import Kernel
+from benchmarks.measure.devices import Kernel, newton_schulz_flops
 from golf_kernels import dispatch, int6_native
 from golf_kernels.muon import Muon, Work, coefficients_of
 
@@ -188,8 +187,7 @@ def operator_kernels(operator: Any, args: Iterable[Any]) -> list[Kernel]:
 def muon_step_kernels(work: list[Work]) -> list[Kernel]:
     """The launches of the fused step of Muon: two passes over float32 state and the products between them.
 
-    Its products are those of `benchmarks.bench_newton_schulz`, in bfloat16, read from and written to the cache: what
-    leaves it once is the matrix that goes in and the one that comes out.
+    The products read and write bfloat16 matrices in the cache; only the first input and the last result go through memory.
     """
     kernels = []
     for group, params in work:
@@ -200,8 +198,9 @@ def muon_step_kernels(work: list[Work]) -> list[Kernel]:
         kernels.append(Kernel("momentum_kernel", 0.0, 14 * numbers, "triton"))
         kernels.append(Kernel("norm_kernel", 0.0, 0.0, "triton"))
         for name in ("symmetric_kernel", "symmetric_kernel", "product_kernel"):
-            share = Kernel(name, symmetric_flops(shapes) / 3 / STEPS, 4 * numbers / 3 / iterations, "triton")
-            kernels += [share] * iterations
+            # a third of an iteration's arithmetic, and of the call's traffic
+            product = Kernel(name, newton_schulz_flops(shapes, 1) / 3, 4 * numbers / 3 / iterations, "triton")
+            kernels += [product] * iterations
         kernels += [Kernel("moments_kernel", 0.0, 2 * numbers, "triton")] * bool(group["normuon"])
         kernels.append(Kernel("apply_kernel", 0.0, 10 * numbers, "triton"))
     return kernels

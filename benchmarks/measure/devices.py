@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 # dense bfloat16 TFLOP/s by what a GPU's name has in it, the first that fits: half of what NVIDIA's data sheets give with
@@ -74,3 +74,8 @@ class Kernel(NamedTuple):
         """What a kernel takes that is as good as those that were seen."""
         slowest = max(self.flops / (reached.tflops[self.rate] * 1e9), self.bytes / (reached.gbps * 1e6))
         return max(slowest, reached.launch_us / 1e3)
+
+
+def newton_schulz_flops(shapes: Iterable[tuple[int, int]], iterations: int) -> float:
+    """Arithmetic of Newton-Schulz that no implementation can avoid: half of each of the two symmetric products."""
+    return float(sum(iterations * (3 * s * s * n + s**3) for s, n in (sorted(shape) for shape in shapes)))
