@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from model_systems import block_matrices
 from torch import Tensor
 
 from train.checkpoint import load_checkpoint, save_checkpoint
@@ -283,7 +284,7 @@ def test_fake_quantization_takes_part_in_the_compiled_step(
     inputs, targets = run.loader.next_batch()[0]
     weight = run.model.blocks[0].mlp.up
     with torch.no_grad():
-        for parameter in run.model.matrices().values():
+        for parameter in block_matrices(run.model).values():
             parameter.normal_(std=0.1)
     step = weight.detach().abs().amax(dim=1) / 31
     # a twentieth of a step moves weights that lie in the middle of their cells, but not their codes
