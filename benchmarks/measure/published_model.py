@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golf_kernels import dispatch
-from train.model.attention import Attention, Rotary
+from train.model.attention import Attention, KeyValues, Rotary
 from train.model.attention_backends import causal_attention
 from train.model.compile import write_out
 from train.model.documents import Documents
 from train.model.gpt import GPT
-from train.model.key_values import KeyValues
 from train.model.linear import working_weight
 from train.model.mlp import MLP
 from train.model.norm import rms_norm

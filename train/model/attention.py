@@ -1,26 +1,71 @@
-"""Causal grouped-query attention with QK-norm, query gain, partial RoPE and, if asked, XSA."""
+"""Causal grouped-query attention with QK-norm, query gain, partial RoPE and optional XSA."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from golf_kernels.qk_norm_rope import qk_norm_rope
 from golf_kernels.qk_norm_rope import written_out as qk_norm_rope_formula
 from golf_kernels.xsa import written_out as xsa_formula
 from golf_kernels.xsa import xsa
+from train.common.wording import counted
 from train.config import Config
 from train.model.attention_backends import causal_attention
 from train.model.compile import OperatorModule
 from train.model.documents import Documents
 from train.model.init import constant, matrix, zero_matrix
-from train.model.key_values import KeyValues
 from train.model.linear import joint_linear, linear
 from train.model.norm import rms_norm
 from train.model.rope import rotate
 
 Rotary = tuple[Tensor, Tensor]
 Heads = tuple[Tensor, Tensor, Tensor]
-"""Queries `(B, R, H, D)`, keys and values `(B, T, H_kv, D)`, normed but not rotated."""
+"""Queries `(B, R, H, D)`, keys and values `(B, T, H_kv, D)`."""
+
+
+class KeyValues:
+    """The cache of keys and values for generation; a layer that runs twice has two entries.
+
+    A forward pass over new positions calls `extend` once for each layer run, in order.
+
+    Args:
+        runs: number of layer runs.
+        shape: `(B, T, H_kv, D)` for the whole text.
+        dtype: compute dtype.
+        device: device of the model.
+    """
+
+    def __init__(
+        self, runs: int, shape: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.keys, self.values = (torch.empty(runs, *shape, dtype=dtype, device=device) for _ in range(2))
+        self.length = 0
+        self._run = 0
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of new positions to the next layer run, and return those of all positions.
+
+        Args:
+            key: `(B, n, H_kv, D)`.
+            value: `(B, n, H_kv, D)`.
+
+        Returns:
+            Keys and values `(B, length + n, H_kv, D)`: views, which later calls do not change.
+
+        Raises:
+            ValueError: the text would be longer than T.
+        """
+        run, end = self._run, self.length + key.shape[1]
+        if end > self.keys.shape[2]:
+            raise ValueError(f"the cache holds {counted(self.keys.shape[2], 'token')}, not {end}")
+        for kept, new in ((self.keys, key), (self.values, value)):
+            kept[run, :, self.length : end] = new
+        self._run = (run + 1) % len(self.keys)
+        keys, values = self.keys[run, :, :end], self.values[run, :, :end]
+        if self._run == 0:
+            self.length = end
+        return keys, values
 
 
 class Attention(OperatorModule):
@@ -49,7 +94,7 @@ class Attention(OperatorModule):
         self.backend = "sdpa"
 
     def project(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
-        """`heads` before the norm of queries and keys."""
+        """Queries, keys and values before norm and rotation; arguments as of `heads`."""
         fake_quantize = self.qat and self.training
         weights = (self.query, self.key, self.value)
         if not rows_from:
@@ -65,12 +110,12 @@ class Attention(OperatorModule):
         return query, key, value
 
     def heads(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
-        """Queries, keys and values, which know nothing of positions yet.
+        """Normed queries and keys, and values, before rotation.
 
         Args:
             x: `(B, T, d)`, normed input.
-            extra_value: `(B, T, kv_dim)` added to the values before the split into heads.
-            rows_from: first position that gets a query.
+            extra_value: `(B, T, kv_dim)`, added to the values.
+            rows_from: first position with a query.
         """
         query, key, value = self.project(x, extra_value, rows_from)
         return rms_norm(query, self.eps), rms_norm(key, self.eps), value
@@ -83,14 +128,14 @@ class Attention(OperatorModule):
         past: KeyValues | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """From `heads` through attention, XSA and the output projection to `(B, R, d)`.
+        """Rotation, attention, XSA and the output projection: from the result of `heads` to `(B, R, d)`.
 
         Args:
-            heads: of `heads`; R queries are those of the last R positions.
+            heads: result of `heads`; its R queries belong to the last R positions.
             rotary: table of `train.model.rope.rotary_table` for T positions, in the dtype of the heads.
-            documents: where documents begin, if attention stays inside them.
-            past: keys and values of positions before these T, which take part and which these join.
-            scale: `(d,)` factor of each channel of the result, or None for 1.
+            documents: where documents begin, to keep attention inside them.
+            past: cache of earlier positions, which these are appended to.
+            scale: `(d,)`, factor of each output channel, or None for 1.
         """
         query, key, value = heads
         (cosine, sine), first = rotary, key.shape[1] - query.shape[1]
@@ -104,7 +149,7 @@ class Attention(OperatorModule):
         past: KeyValues | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """`attend` behind the rotation: `heads` are normed, rotated and their queries multiplied by the gain."""
+        """`attend` after the rotation; queries include the gain."""
         query, key, value = heads
         keys, values = (key, value) if past is None else past.extend(key, value)
         output = causal_attention(query, keys, values, documents=documents, backend=self.backend)
@@ -130,14 +175,14 @@ class Attention(OperatorModule):
         Args:
             x: `(B, T, d)`, normed input.
             rotary: table of `train.model.rope.rotary_table` for T positions, in the dtype of `x`.
-            extra_value: `(B, T, kv_dim)` added to the values before the split into heads.
-            documents: where documents begin, if attention stays inside them.
-            rows_from: first position whose output is wanted; all positions serve as keys and values.
-            past: keys and values of positions before these, if the text grows token by token.
-            scale: `(d,)` factor of each channel of the result, or None for 1.
+            extra_value: `(B, T, kv_dim)`, added to the values.
+            documents: where documents begin, to keep attention inside them.
+            rows_from: first position to compute; earlier positions only give keys and values.
+            past: cache of earlier positions, for generation token by token.
+            scale: `(d,)`, factor of each output channel, or None for 1.
 
         Returns:
-            `(B, T - rows_from, d)`, not yet added to the stream.
+            `(B, T - rows_from, d)`, without the residual.
         """
         # the operator rotates queries and keys by the same table, so both must have the same positions
         if rows_from:

@@ -1,4 +1,4 @@
-"""The head: logits from the tied embedding, capped softly, and their loss."""
+"""The head: softcapped logits from the tied embedding, and their loss."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def head_logits(hidden: Tensor, weight: Tensor, cap: float) -> Tensor:
 
 
 class Head(OperatorModule):
-    """The loss of softcapped logits; the weight is the embedding's, so the head has no parameters.
+    """The loss of softcapped logits; it has no parameters, because its weight is the embedding's.
 
     Args:
         cap: softcap.

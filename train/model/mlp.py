@@ -1,4 +1,4 @@
-"""The MLP with a squared LeakyReLU, its norm and its residual."""
+"""The MLP with squared LeakyReLU, including its norm and residual."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class MLP(OperatorModule):
         self.qat = config.qat
 
     def forward(self, x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-        """Apply the MLP and add it to the stream.
+        """Apply the MLP and add the residual.
 
         Args:
             x: `(B, T, d)`, the input before its norm.
-            residual: `(B, T, d)`, what the result is added to.
-            scale: `(d,)`, per-channel factor of the result, in the dtype of `x`.
+            residual: `(B, T, d)`, added to the result.
+            scale: `(d,)`, factor of each output channel, in the dtype of `x`.
 
         Returns:
             `(B, T, d)`.
