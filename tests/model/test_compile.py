@@ -58,7 +58,7 @@ def operators_in_graph(model: GPT, ids: torch.Tensor) -> set[str]:
         found.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return graph
 
-    torch.compile(model, backend=look, fullgraph=True)(ids, ids, recurrence=False)
+    torch.compile(model, dynamic=False, fullgraph=True, backend=look)(ids, ids, recurrence=False)
     return {name for name in found if "golf" in name}
 
 
