@@ -139,10 +139,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = common.parser("bench_step", __doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--recipe", default="sp8192_sdclip", choices=recipe_names())
     parser.add_argument(
-        "--ways",
+        "--variants",
         default="published,torch,golf",
-        help="comma-separated: published, torch, golf (all kernels), golf-OPERATOR (all but that one), OPERATOR=BACKEND (torch "
-        "with one kernel, such as muon_step=triton), and +SETTING=VALUE behind any of these, such as torch+optimizer_graph=on",
+        help="comma-separated: published (the yardstick), torch (no kernels), golf (all kernels), golf-OPERATOR (all but that "
+        "one), OPERATOR=BACKEND (torch with one kernel, such as muon_step=triton), and +SETTING=VALUE after any of these, such "
+        "as torch+optimizer_graph=on; the others are compared with the first",
     )
     parser.add_argument(
         "--phase", default="both", choices=("before", "after", "both"), help="recurrence off, on, or both"
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = step_config(arguments.recipe, device, tiny=arguments.tiny, attention=arguments.attention)
     if arguments.phase == "after" and not config.recur_layers:
         parser.error(f"--phase after: {arguments.recipe} repeats no layers: expected before or both")
-    names = row_names(arguments.ways.split(","), device)
+    names = row_names(arguments.variants.split(","), device)
     if arguments.profile:
         # an error here is better found before anything is measured
         arguments.profile.mkdir(parents=True, exist_ok=True)

@@ -89,28 +89,28 @@ def plan(*, tiny: bool = False) -> list[Piece]:
     def step(name: str, limit_s: float, *arguments: str, instead_of: str = "") -> Piece:
         return bench(name, limit_s, "bench_step", *rounds, *arguments, instead_of=instead_of)
 
-    alone = [step(f"kernel_{op}", 200, *before, "--ways", f"torch,{op}=triton") for op in step_kernels()]
+    alone = [step(f"kernel_{op}", 200, *before, "--variants", f"torch,{op}=triton") for op in step_kernels()]
     kernels = Piece("kernel", 420, {label: c for piece in alone for label, c in piece.commands.items()}, each_s=200)
     tests = Piece(
         "tests", 240, {path.stem: _test(path, tiny) for path in gpu_tests()}, each_s=150, at_once=tests_at_once()
     )
     others = ("sp4096_recurrence", "sp2048_normuon", "sp1024_smear_bigram")
     return [
-        step("step", 400, *before, "--ways", "published,torch,golf"),
-        step("step_without_kernels", 200, *before, "--ways", "published,torch", instead_of="step"),
+        step("step", 400, *before, "--variants", "published,torch,golf"),
+        step("step_without_kernels", 200, *before, "--variants", "published,torch", instead_of="step"),
         # where no kernel can run, the output of the step says why
         *([kernels] if alone else []),
         tests,
-        *([] if tiny else [step("graph", 200, *before, "--ways", "torch,torch+optimizer_graph=on")]),
-        step("step_after_recurrence", 300, *after, "--ways", "published,torch,golf"),
+        *([] if tiny else [step("graph", 200, *before, "--variants", "torch,torch+optimizer_graph=on")]),
+        step("step_after_recurrence", 300, *after, "--variants", "published,torch,golf"),
         *(bench(name, 100, f"bench_{name}") for name in op_benches()),
-        *(step(f"step_{name}", 300, "--recipe", name, "--ways", "published,torch,golf") for name in others),
+        *(step(f"step_{name}", 300, "--recipe", name, "--variants", "published,torch,golf") for name in others),
         bench("evaluation", 150, "bench_evaluation"),
         bench(
             "loss_curves",
             400,
             "bench_loss_curves",
-            "--ways",
+            "--variants",
             "published,torch,golf",
             *(() if tiny else ("--steps", "300")),
         ),
@@ -304,7 +304,7 @@ def summary(pieces: Sequence[Piece]) -> str:
 def rest(pieces: Sequence[Piece]) -> str:
     """The commands that go on with what found no time, and without the kernels that failed."""
     failed = re.findall(r"\bkernel_(\w+) (?:failed|stopped at \d)", "; ".join(piece.verdict for piece in pieces))
-    command = f"python -m benchmarks.bench_step --ways published,torch,golf-{'-'.join(failed)}"
+    command = f"python -m benchmarks.bench_step --variants published,torch,golf-{'-'.join(failed)}"
     others = f"To measure the other kernels together: `{command}`\n\n" if failed else ""
     left = [piece for piece in pieces if piece.unfinished]
     minutes = math.ceil(sum(piece.limit_s for piece in left if not piece.instead_of) / 60)

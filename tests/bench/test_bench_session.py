@@ -89,7 +89,7 @@ def test_kernels_that_fail_are_left_out_of_the_step_that_is_offered(tmp_path: Pa
     commands = {"kernel_xsa": script("raise SystemExit(1)"), "kernel_muon_step": script("import time; time.sleep(60)")}
     pieces = [Piece("kernel", 60, commands | {"kernel_other": script("")}, each_s=3)]
     assert not Session(tmp_path / "out", 300, tmp_path / "results").run(pieces)
-    command = "`python -m benchmarks.bench_step --ways published,torch,golf-xsa-muon_step`"
+    command = "`python -m benchmarks.bench_step --variants published,torch,golf-xsa-muon_step`"
     assert f"To measure the other kernels together: {command}\n" in (tmp_path / "out" / "summary.md").read_text()
     # for want of time no kernel has failed
     pieces[0].verdict = "kernel_xsa stopped at the limit; stopped before kernel_other"
@@ -156,9 +156,9 @@ def test_pieces_are_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_each_kernel_has_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
     commands = {piece.name: piece.commands for piece in plan()}
-    assert commands["kernel"]["kernel_muon_step"][-2:] == ["--ways", "torch,muon_step=triton"]
+    assert commands["kernel"]["kernel_muon_step"][-2:] == ["--variants", "torch,muon_step=triton"]
     assert len(commands["kernel"]) > 4
-    assert commands["graph"]["graph"][-2:] == ["--ways", "torch,torch+optimizer_graph=on"]
+    assert commands["graph"]["graph"][-2:] == ["--variants", "torch,torch+optimizer_graph=on"]
     monkeypatch.setattr(session, "step_kernels", list)
     assert "kernel" not in {piece.name for piece in plan()}
 
@@ -309,7 +309,7 @@ def test_a_session_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert run_session(tmp_path, 1, "", tiny=False, listing=True) == 0
     listed = capsys.readouterr().out.splitlines()
     assert listed[0].startswith("step ") and "60 s at most  python -m benchmarks.bench_step --rounds 15" in listed[0]
-    assert listed[1].endswith("--ways published,torch  (if step failed)")
+    assert listed[1].endswith("--variants published,torch  (if step failed)")
     assert any("python -m pytest" in line and line.endswith(" more)") for line in listed)
 
 
@@ -331,7 +331,7 @@ def test_a_tiny_session_gives_each_process_one_thread(tmp_path: Path, monkeypatc
     assert threads == ["3", "1"]
 
 
-def test_back_ends_that_every_way_would_refuse_are_refused_at_the_start(
+def test_back_ends_that_every_variant_would_refuse_are_refused_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GOLF_BACKEND", "xsa=triton")

@@ -1,4 +1,4 @@
-"""The step benchmark: which ways have a time, what is measured apart, verdicts, and what is refused."""
+"""The step benchmark: which variants have a time, what is measured apart, verdicts, and what is refused."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def made_bench(rounds: int = 2) -> Bench:
     return Bench(config, common.Clock(CPU, rounds=rounds), common.Ceilings(1.0, 1.0), {}, 2, None, False)
 
 
-def made_way(name: str, loss: float, fails_at: int = -1) -> StepVariant:
+def made_variant(name: str, loss: float, fails_at: int = -1) -> StepVariant:
     calls = []
 
     def step(*_: object) -> torch.Tensor:
@@ -41,18 +41,23 @@ def made_way(name: str, loss: float, fails_at: int = -1) -> StepVariant:
     return StepVariant(name, "torch", step)
 
 
-def test_a_way_that_fails_or_whose_loss_leaves_the_first_ones_has_no_time_and_the_others_have() -> None:
-    ways = [made_way("a", 5.0), made_way("b", 5.2), made_way("c", 5.0, fails_at=2), made_way("d", 5.05)]
-    errors, problems = measure_steps(ways, made_bench(rounds=3), recurrence=False)
+def test_a_variant_that_fails_or_whose_loss_leaves_the_first_ones_has_no_time_and_the_others_have() -> None:
+    variants = [
+        made_variant("a", 5.0),
+        made_variant("b", 5.2),
+        made_variant("c", 5.0, fails_at=2),
+        made_variant("d", 5.05),
+    ]
+    errors, problems = measure_steps(variants, made_bench(rounds=3), recurrence=False)
     assert errors == pytest.approx({"a": 0.0, "d": 0.01}, abs=1e-6)
     assert sorted(problems) == ["b: mean loss 5.2000, a has 5.0000", "c: RuntimeError: no c"]
-    assert [len(way.times_ms) for way in ways] == [3, 0, 0, 3]
+    assert [len(variant.times_ms) for variant in variants] == [3, 0, 0, 3]
 
 
-def test_what_a_way_that_loses_the_device_leaves_to_the_others_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_variant_that_loses_the_device_leaves_to_the_others_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     calls = []
 
-    def way(name: str) -> StepVariant:
+    def made(name: str) -> StepVariant:
         def step(*_: object) -> torch.Tensor:
             calls.append(name)
             # two calls each in the warm-up, then one in each of three turns
@@ -62,15 +67,15 @@ def test_what_a_way_that_loses_the_device_leaves_to_the_others_is_kept(capsys: p
 
         return StepVariant(name, "torch", step)
 
-    ways = [way("a"), way("bad"), way("c")]
-    errors, problems = measure_steps(ways, made_bench(rounds=5), recurrence=False)
+    variants = [made("a"), made("bad"), made("c")]
+    errors, problems = measure_steps(variants, made_bench(rounds=5), recurrence=False)
     # the turns begin with a, bad and c
-    assert errors == {"a": 0.0, "c": 0.0} and [len(each.times_ms) for each in ways] == [1, 1, 1]
+    assert errors == {"a": 0.0, "c": 0.0} and [len(each.times_ms) for each in variants] == [1, 1, 1]
     assert [problem.partition(":")[0] for problem in problems] == ["bad", "c", "a"]
-    assert made_bench().row(ways[0], False, 0.0)["n"] == 1
+    assert made_bench().row(variants[0], False, 0.0)["n"] == 1
 
 
-def test_a_way_whose_weights_move_otherwise_has_no_time() -> None:
+def test_a_variant_whose_weights_move_otherwise_has_no_time() -> None:
     def moving(name: str, rate: float, average: float) -> StepVariant:
         weights = {"matrix": [torch.ones(2, 3), torch.zeros(2)], "average": [torch.ones(5)], "scalar": []}
 
@@ -81,12 +86,14 @@ def test_a_way_whose_weights_move_otherwise_has_no_time() -> None:
 
         return StepVariant(name, "torch", step, weights)
 
-    ways = [moving("a", 0.1, 0.5), moving("b", 0.11, 0.45), moving("c", -0.1, 0.5), moving("d", 0.1, 0.0)]
-    ways += [moving("e", 0.05, 0.5), moving("f", float("nan"), 0.5)]
-    errors, problems = measure_steps(ways, made_bench(), recurrence=False)
+    variants = [moving("a", 0.1, 0.5), moving("b", 0.11, 0.45), moving("c", -0.1, 0.5), moving("d", 0.1, 0.0)]
+    variants += [moving("e", 0.05, 0.5), moving("f", float("nan"), 0.5)]
+    errors, problems = measure_steps(variants, made_bench(), recurrence=False)
     said = {"c": "matrix -1.00", "d": "average 0.00", "e": "matrix 0.50", "f": "matrix nan"}
-    assert problems == [f"{way}: of the movement of a's weights it repeats: {what}" for way, what in said.items()]
-    assert list(errors) == ["a", "b"] and [len(way.times_ms) for way in ways] == [2, 2, 0, 0, 0, 0]
+    assert problems == [
+        f"{variant}: its weight update, projected on a's, is not 1: {what}" for variant, what in said.items()
+    ]
+    assert list(errors) == ["a", "b"] and [len(variant.times_ms) for variant in variants] == [2, 2, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
@@ -103,7 +110,7 @@ def test_a_share_whose_muon_turns_around_or_has_no_momentum_is_refused(recipe: s
     assert set(errors) == {"published", "torch"}
     # without momentum a third of the movement is the same
     for problem, said in zip(problems, ("turned: {} matrix -", "forgetful: {} matrix 0."), strict=True):
-        assert problem.startswith(said.format("of the movement of published's weights it repeats:"))
+        assert problem.startswith(said.format("its weight update, projected on published's, is not 1:"))
 
 
 def test_a_variant_that_fails_has_no_row_and_the_others_are_compared_with_the_first(
@@ -112,7 +119,7 @@ def test_a_variant_that_fails_has_no_row_and_the_others_are_compared_with_the_fi
     stored = []
 
     def make(config: Config, names: list[str], *_: object) -> list[StepVariant]:
-        return [made_way(name, 5.0, fails_at=1 if name == "xsa=triton" else -1) for name in names]
+        return [made_variant(name, 5.0, fails_at=1 if name == "xsa=triton" else -1) for name in names]
 
     bench = made_bench(rounds=3)
     bench.surroundings |= {"gpu": "Made GPU", "commit": "aaaaaaa"}
@@ -147,7 +154,7 @@ def test_a_verdict_needs_rounds(times: tuple[float, float], rounds: int, verdict
 def test_the_command_prints_a_table_and_keeps_nothing_from_a_cpu(tmp_path: Path) -> None:
     # without the interpreter, in which one step of the kernels takes seconds
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = "-m benchmarks.bench_step --tiny --device cpu --rounds 1 --warmup-ms 1 --warmup-steps 1 --recipe quickstart --ways published,golf"
+    command = "-m benchmarks.bench_step --tiny --device cpu --rounds 1 --warmup-ms 1 --warmup-steps 1 --recipe quickstart --variants published,golf"
     result = subprocess.run(
         [sys.executable, *command.split(), "--profile", str(tmp_path)],
         cwd=ROOT,
@@ -159,11 +166,13 @@ def test_the_command_prints_a_table_and_keeps_nothing_from_a_cpu(tmp_path: Path)
     assert result.returncode == 0, result.stderr
     assert "step MiB: peak of a step above what all variants keep allocated between steps" in result.stdout
     assert "before recurrence, on cpu" in result.stdout and "after recurrence, on cpu" in result.stdout
-    for way in ("published", "golf"):
-        rows = [line.split() for line in result.stdout.splitlines() if line.startswith(f"{way} ") and "→" not in line]
+    for variant in ("published", "golf"):
+        rows = [
+            line.split() for line in result.stdout.splitlines() if line.startswith(f"{variant} ") and "→" not in line
+        ]
         # a tiny step has no speed-up, and a CPU neither a data sheet, GPU time nor its memory
         assert len(rows) == 2 and all(row[5] == "–" and row[7:11] == ["–"] * 4 for row in rows)
-        assert (tmp_path / f"quickstart_after_{way}_rank0.json.gz").stat().st_size > 1000
+        assert (tmp_path / f"quickstart_after_{variant}_rank0.json.gz").stat().st_size > 1000
     assert "not kept" in result.stdout
 
 
@@ -172,7 +181,7 @@ def test_the_command_prints_a_table_and_keeps_nothing_from_a_cpu(tmp_path: Path)
     [
         (["--tiny", "--data", "no_such_folder"], "no_such_folder"),
         (
-            ["--tiny", "--ways", "torch+optimizer_graph=on"],
+            ["--tiny", "--variants", "torch+optimizer_graph=on"],
             "optimizer_graph: on needs a CUDA GPU, and this run is on cpu",
         ),
         (["--tiny", "--attention", "fa3"], "attention: fa3 cannot run: needs a CUDA GPU; these can: sdpa, math"),
@@ -200,7 +209,7 @@ def test_attention_is_taken_from_the_environment_or_the_flag(monkeypatch: pytest
     monkeypatch.setattr(bench_step, "choose_attention", note)
     for given in ([], ["--attention", "sdpa"]):
         with pytest.raises(SystemExit):
-            bench_step.main(["--tiny", "--device", "cpu", "--warmup-ms", "1", "--ways", "torch", *given])
+            bench_step.main(["--tiny", "--device", "cpu", "--warmup-ms", "1", "--variants", "torch", *given])
     assert asked == ["math", "sdpa"]
 
 
@@ -211,4 +220,4 @@ def test_a_place_that_is_none_is_found_before_anything_is_measured(
     (tmp_path / "file").touch()
     monkeypatch.setattr(bench, "make_variants", None)
     with pytest.raises(FileExistsError):
-        bench.main(["--ways", "torch,golf", "--device", "cpu", "--tiny", flag, str(tmp_path / "file")])
+        bench.main(["--variants", "torch,golf", "--device", "cpu", "--tiny", flag, str(tmp_path / "file")])

@@ -79,18 +79,23 @@ def test_a_table_names_the_phase_where_there_are_two(recipe: str, recurrence: bo
     assert schedule.table(config, [step], recurrence, H100).startswith(title + "computed, not measured\n")
 
 
-def test_a_way_of_any_name_has_a_column_of_its_own() -> None:
-    ways = ["torch", "torch+optimizer_graph=on", "softcapped_cross_entropy=triton", "golf-leaky_relu2_mlp-qk_norm_rope"]
-    steps = [schedule.Step(way, [Kernel("aten::mm", 790e9, 1e6)], [], [], 0, []) for way in ways]
+def test_a_variant_of_any_name_has_a_column_of_its_own() -> None:
+    variants = [
+        "torch",
+        "torch+optimizer_graph=on",
+        "softcapped_cross_entropy=triton",
+        "golf-leaky_relu2_mlp-qk_norm_rope",
+    ]
+    steps = [schedule.Step(variant, [Kernel("aten::mm", 790e9, 1e6)], [], [], 0, []) for variant in variants]
     config = step_config("baseline", torch.device("cuda", 0), tiny=False)
     _, head, *rows = schedule.table(config, steps, False, H100).splitlines()
-    assert head.split() == ways and rows[1].split()[-len(ways) :] == ["1.00"] * len(ways)
+    assert head.split() == variants and rows[1].split()[-len(variants) :] == ["1.00"] * len(variants)
     assert {len(row) for row in rows} == {len(head)}
 
 
-def test_a_family_that_a_way_has_no_kernel_of_takes_no_time() -> None:
+def test_a_family_that_a_variant_has_no_kernel_of_takes_no_time() -> None:
     kernels = {"torch": [Kernel("aten::mm", 790e9, 1e6)], "golf": [Kernel("up_kernel", 643e9, 1.0, "triton")]}
-    steps = [schedule.Step(way, launched, [], [], 0, []) for way, launched in kernels.items()]
+    steps = [schedule.Step(variant, launched, [], [], 0, []) for variant, launched in kernels.items()]
     config = step_config("baseline", torch.device("cuda", 0), tiny=False)
     _, _, products, own, *_ = (
         line.rsplit(maxsplit=2) for line in schedule.table(config, steps, False, H100).splitlines()
@@ -108,8 +113,11 @@ def test_a_schedule_without_all_products_is_refused() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--ways", "torch,foo"], "--ways: 'foo': expected published, torch, golf"),
-        (["--ways", "torch+max_autotune=True"], "--ways: 'torch+max_autotune=True': expected published, torch, golf"),
+        (["--variants", "torch,foo"], "--variants: 'foo': expected published, torch, golf"),
+        (
+            ["--variants", "torch+max_autotune=True"],
+            "--variants: 'torch+max_autotune=True': expected published, torch, golf",
+        ),
         (["--phase", "after", "--recipe", "baseline"], "baseline repeats no layers"),
         (["--largest", "0"], "expected a whole number from 1"),
         (["--device", "a100"], "invalid choice: 'a100'"),
