@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         atomic_write(arguments.out / "curves.csv", "\n".join(lines) + "\n")
         draw(curves, title, arguments.out / "curves.png")
     path = None if arguments.tiny or not rows else common.append_rows(rows, surroundings, folder, columns=COLUMNS)
-    print(f"-> {path.relative_to(common.ROOT)}" if path else "not kept: only a GPU's full shapes are")
+    print(f"-> {path.relative_to(common.ROOT)}" if path else "not stored: only full-size rows of a GPU are")
     return 0 if fine else 1
 
 

@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             parser.error(str(error))
     if not bench.keep or device.type != "cuda":
-        print("not kept: only full-size rows from a GPU are")
+        print("not stored: only full-size rows of a GPU are")
     return int(not fine)
 
 

@@ -109,7 +109,7 @@ def test_uncommitted_changes_are_no_baseline_and_are_marked(git: Git, tmp_path: 
     assert change.after.code == second
     with pytest.raises(ResultsError, match="measured again since"):
         compare(rows(tmp_path, dirty, at(3, first)), first)
-    with pytest.raises(ResultsError, match="uncommitted changes only, which is no baseline"):
+    with pytest.raises(ResultsError, match="measured only with uncommitted changes, which are no baseline"):
         compare(rows(tmp_path, dirty, at(3, second)), first)
 
 

@@ -25,7 +25,7 @@ def test_every_variant_is_checked_and_compared(capsys):
         for name in bench.TRITON:
             assert len(re.findall(rf"^{name} +eager ", printed, re.MULTILINE)) == 2, name
         assert len(re.findall(r"^triton is \d+\.\d+ times as fast as 'compile", printed, re.MULTILINE)) == 2
-    assert "computed, not measured: 160x64x128" in printed and "not kept" in printed
+    assert "computed, not measured: 160x64x128" in printed and "not stored" in printed
 
 
 # by hand, U being 98,304 x 512 bfloat16 numbers: on an H100 memory limits dpre (9.25 U, or 7.19 U) and dx (7 U, or 6 U),

@@ -91,7 +91,7 @@ def test_a_variant_is_trained_beside_seeds_on_the_same_tokens(
     # the same variant by another name has the same curve, to the last bit
     assert bench.main([*COMMAND, "--variants", "torch,xsa=torch", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "distance 0.00000 nats, within the spread of seeds" in printed and "not kept" in printed
+    assert "distance 0.00000 nats, within the spread of seeds" in printed and "not stored" in printed
     with (tmp_path / "curves.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
@@ -137,7 +137,7 @@ def test_rows_of_a_gpu_are_kept_under_their_columns(
     assert header == list(bench.COLUMNS) and len(rows) == 2
     assert dict(zip(header, rows[0], strict=True))["variant"] == "golf"
     bench.main([*command, "--tiny"])
-    assert "not kept" in capsys.readouterr().out
+    assert "not stored" in capsys.readouterr().out
 
 
 def test_a_variant_beside_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ def test_a_small_run_checks_times_and_keeps_nothing(capsys, monkeypatch, tmp_pat
     text = capsys.readouterr().out
     for title in ("newton_schulz, 6 matrices", "newton_schulz, one rank of eight", "muon_step, 6 matrices"):
         assert f"{title}, bfloat16, on cpu" in text
-    assert text.count("torch.optim.Muon again") == 4 and text.count("not kept") == 4
+    assert text.count("torch.optim.Muon again") == 4 and text.count("not stored") == 4
     assert text.count("\nbanks ") == 4
     assert list(tmp_path.iterdir()) == []
 

@@ -173,7 +173,7 @@ def test_the_command_prints_a_table_and_keeps_nothing_from_a_cpu(tmp_path: Path)
         # a tiny step has no speed-up, and a CPU neither a data sheet, GPU time nor its memory
         assert len(rows) == 2 and all(row[5] == "–" and row[7:11] == ["–"] * 4 for row in rows)
         assert (tmp_path / f"quickstart_after_{variant}_rank0.json.gz").stat().st_size > 1000
-    assert "not kept" in result.stdout
+    assert "not stored" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,13 @@ def test_what_cannot_be_computed_is_refused(given: list[str], message: str, caps
     assert message in f"{ended.value}{capsys.readouterr().err}"
 
 
+def test_the_command_runs_in_a_process_with_the_stand_in(tmp_path: Path) -> None:
+    environment(tmp_path)
+    command = [sys.executable, "-m", "benchmarks", "schedule", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "usage: python -m benchmarks schedule" in result.stdout, result.stderr
+
+
 def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path) -> None:
     if fake_cuda.torch.version.cuda is not None:
         pytest.skip("a torch for CUDA compiles nothing")
@@ -139,4 +146,4 @@ def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 2 and "schedule: needs a C++ compiler" in result.stderr
+    assert result.returncode == 2 and "no C++ compiler for the stand-in of a GPU" in result.stderr
