@@ -162,7 +162,7 @@ def test_chosen_steps_leave_a_trace_with_the_models_parts(tmp_path: Path) -> Non
         (9, {3: "validation follows"}, 99, "steps:1-2 of 1-4, validation follows"),
         (9, {1: "a checkpoint follows"}, 99, "steps:1-4 ("),
         (9, {}, 4, "steps:1-3 of 1-4, recurrence begins"),
-        (1, {}, 99, "profile:none, step 1 was not among the steps of this process"),
+        (1, {}, 99, "profile:none, this process did not reach step 1"),
     ],
 )
 def test_a_profile_holds_steps_of_one_kind_and_nothing_else(
@@ -287,7 +287,7 @@ def test_steps_done_before_this_process_are_said_to_be_at_once(tmp_path: Path) -
         profiler.before(32, recurrence=False)
         profiler.finish(33)
     assert said.startswith(
-        "profile:none, step 30 was done before this process, which begins with step 31: choose later"
+        "profile:none, step 30 was done before this process, which began with step 31: choose later"
     )
     # and once
     assert log.path.read_text() == said and not (tmp_path / "profile").exists()
