@@ -140,7 +140,7 @@ def profiled_run(folder: Path, steps: range, total: int, events: dict[int, str] 
 def test_chosen_steps_leave_a_trace_with_the_models_parts(tmp_path: Path) -> None:
     log = profiled_run(tmp_path, range(1, 3), 4)
     folder = tmp_path / "profile"
-    assert f"profile:{folder} steps:1-2 (their" in log
+    assert f"profile:{folder} steps:1-2 (profiling" in log
     assert sorted(path.name for path in folder.iterdir()) == [
         "breakdown.json", "breakdown.png", "parts.json", "parts.png", "trace_rank0.json.gz",
     ]  # fmt: skip
