@@ -93,13 +93,13 @@ def train(config: Config, folder: RunFolder, ranks: Ranks, log: RunLogger) -> Tr
     # an initialization may depend on the number of threads
     ranks.copy_from(0, model.parameters())
     optimizers = build_optimizers(model, config, ranks.group)
-    log.line(f"optimizer_graph:{optimizers.graph}")
+    log.line(f"optimizer graph: {optimizers.graph}")
     loader = make_loader(config, ranks.rank, ranks.world_size, ranks.device)
     sequences = config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
     start.end("data and model")
     attention = ranks.on_main(lambda: choose_attention(config, ranks.device, sequences))
     use_attention(model, attention.name)
-    log.line(f"attention:{attention.name} ({attention.reason})")
+    log.line(f"attention: {attention.name} ({attention.reason})")
     start.end("attention")
     if config.profile_steps:
         from train.run.profile_parts import name_compiled_kernels

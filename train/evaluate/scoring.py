@@ -134,14 +134,14 @@ def evaluate_model(
         bytes=byte_total,
         windows=windows,
         seconds=time.perf_counter() - started,
-        layer0="once per token" if problem is None else f"per window: {problem}",
+        layer0="on" if problem is None else f"off ({problem})",
     )
 
 
 def _sharing_problem(model: Scorable, share_layer0: bool, stride: int, seq_len: int) -> str | None:
-    """Why windows compute layer 0's projections each for themselves, or None where they share them."""
+    """Why windows do not share layer 0's queries, keys and values, or None if they do."""
     if stride in (0, seq_len):
-        return "windows side by side have no token in common"
+        return "windows do not overlap"
     return model.overlap_problem if share_layer0 else "share_layer0 is off"
 
 
