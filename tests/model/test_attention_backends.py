@@ -1,4 +1,4 @@
-"""Every attention back end against the softmax written out; libraries that need a Hopper GPU are stood in for."""
+"""Every attention backend against the softmax written out; libraries that need a Hopper GPU are stood in for."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_a_library_is_imported_before_anything_is_compiled(
     monkeypatch.setitem(sys.modules, module.partition(".")[0], library)
     monkeypatch.setitem(sys.modules, module, library)
     monkeypatch.setattr(attention_backends, "_libraries", {})
-    # as on a rank that was only told which back end the first one had chosen
+    # as on a rank that was only told which backend the first one had chosen
     use_attention(GPT(Config(num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1)), name)
     q, k, v = (heads(count, seed=seed, length=5).float() for seed, count in enumerate((4, 2, 2)))
     attend = torch.compile(lambda q, k, v: causal_attention(q, k, v, backend=name), backend="aot_eager", fullgraph=True)
