@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: a session on a GPU, a step computed without one, and tables, plots and comparisons of what was measured."""
+"""`python -m benchmarks`: a session on a GPU, a step computed without one, and tables, plots and comparisons of results."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from benchmarks.session import run_session
 from train.common.errors import main_guard
 
 EPILOG = """examples:
-  python -m benchmarks session --minutes 9    measure what decides a default, most valuable first
+  python -m benchmarks session --minutes 9    measure on this GPU, the most important first
   python -m benchmarks schedule --recipe sp8192_sdclip   ms/step by kernel, computed without a GPU
-  python -m benchmarks report                 put the newest figures into README.md, and draw benchmarks/plots/
-  python -m benchmarks compare 9f22c17        what changed since that commit, beyond the spread (exit 1 if slower)
+  python -m benchmarks report                 write the newest figures to README.md and draw benchmarks/plots/
+  python -m benchmarks compare 9f22c17        changes since that commit (exit code 1 if something is slower)
 
-To measure: python -m benchmarks.bench_step, bench_newton_schulz, bench_leaky_relu2_mlp, … (each has --help);
+Single benchmarks: python -m benchmarks.bench_step, bench_newton_schulz, bench_leaky_relu2_mlp, … (each has --help);
 python -m benchmarks.aot compiles every kernel for sm_90 without a GPU.
 """
 
@@ -31,34 +31,34 @@ def main() -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    reporting = verbs.add_parser("report", help="README tables and plots from the newest results")
+    reporting = verbs.add_parser("report", help="write README tables and plots from the newest results")
     reporting.add_argument("--readme", type=Path, default=report.README)
     reporting.add_argument("--plots", type=Path, default=RESULTS.parent / "plots")
-    comparing = verbs.add_parser("compare", help="the newest results against those of a commit")
+    comparing = verbs.add_parser("compare", help="compare the newest results with those of a commit")
     comparing.add_argument(
         "revision",
         metavar="REV",
-        help="commit, branch or tag; or a commit as the results have it, also one that git does not know",
+        help="commit, branch or tag; or a commit in the results, even if git does not know it",
     )
-    measuring = verbs.add_parser("session", help="measure what decides a default on this GPU, most valuable first")
-    measuring.add_argument("--minutes", type=float, default=9.0, help="then everything is stopped; default 9")
+    measuring = verbs.add_parser("session", help="measure on this GPU, the most important first")
+    measuring.add_argument("--minutes", type=float, default=9.0, help="time limit; default 9")
     measuring.add_argument(
-        "--out", type=Path, default=Path("session"), help="new folder for outputs, rows and summary.md"
+        "--out", type=Path, default=Path("session"), help="new folder for outputs, rows and summary.md; default session"
     )
-    measuring.add_argument("--only", default="", metavar="PIECE,…", help="these pieces; --list names them")
-    measuring.add_argument("--skip", default="", metavar="PIECE,…", help="all but these pieces")
-    measuring.add_argument("--list", action="store_true", help="say what would be run, in order, and end")
+    measuring.add_argument("--only", default="", metavar="NAME,…", help="run only these; --list names them")
+    measuring.add_argument("--skip", default="", metavar="NAME,…", help="run all but these")
+    measuring.add_argument("--list", action="store_true", help="print what would run, in order, and exit")
     measuring.add_argument("--tiny", action="store_true", help="small shapes on the CPU; proves nothing about speed")
-    verbs.add_parser("schedule", add_help=False, help="every kernel of a training step, computed without a GPU")
+    verbs.add_parser("schedule", add_help=False, help="list every kernel of a training step, computed without a GPU")
     arguments, rest = parser.parse_known_args()
     if arguments.verb == "schedule":
-        return fake_cuda.run_module("schedule", rest)
+        return fake_cuda.run_module("benchmarks.computed.step_schedule", rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if arguments.verb == "session":
             if arguments.results != RESULTS:
-                raise ValueError(f"--results: a session's benchmarks append to {RESULTS}: leave it out")
+                raise ValueError(f"--results: a session appends to {RESULTS}: leave it out")
             return run_session(
                 arguments.out,
                 arguments.minutes,
@@ -79,7 +79,7 @@ def main() -> int:
 
 
 def print_changes(changes: list[Change]) -> int:
-    """Print a line per subject; 1 if one is slower beyond the spread."""
+    """Print a line per measured subject; returns 1 if one is slower beyond the spread."""
     slower = False
     for gpu in sorted({change.before.subject.gpu for change in changes}):
         print(gpu)

@@ -1,15 +1,14 @@
-"""What a trained model takes under each codec, and what SDClip's width costs: bytes, seconds and bits per byte.
+"""The size of a trained model under each codec, and the cost of SDClip's width in bytes and bits per byte.
 
     python -m benchmarks.bench_artifact runs/quickstart_20260101-120000
     python -m benchmarks.bench_artifact runs/mine --sigmas 8,10,12.85,16 --curve-codecs ans --max-tokens 1000000
     python -m benchmarks.bench_artifact --made --codecs ans,zstd
 
-First two tables of codecs: every codec packs the run's own artifact on one thread, section by section, and what it
-wrote is read back; a codec that loses a bit has no row. Beside them stands the order-0 entropy of the codes, each group
-of tensors by itself. Then the matrices are quantized again at several SDClip widths k; each model is packed, read back
-from its bytes and scored flat. The curve is drawn into the run's folder. Nothing else of the run is changed. `--made`
-takes, instead of a run, 36 million codes of Gaussian rows in the shapes of the 11-layer systems, of which there is
-nothing to score.
+Two tables of codecs: each packs the run's artifact on one thread, section by section, and the result is read back and
+compared. For comparison they list the order-0 entropy of the codes of each group of tensors. Then a curve: the matrices are
+quantized again at several SDClip widths k, and each model is packed, read back and scored flat. Only the picture of the curve
+is written to the run's folder. `--made` takes 36 million codes of Gaussian rows in the shapes of the 11-layer systems instead
+of a run, and draws no curve.
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ from train.submission.plots import BLUE, DPI, FAINT, INK, ORANGE
 
 SIGMAS = (5.0, 6.5, 8.0, 10.0, 12.85, 16.0, 20.0, 26.0)
 BELOW_ENTROPY = (
-    "less than the entropy: that is of a group's codes without order, while those of a trained model are not independent, so "
-    "that a codec with context can take less"
+    "a codec took less than the order-0 entropy, which ignores context: codes of a trained model are not independent"
 )
 _COLORS = (BLUE, ORANGE)
 
@@ -60,10 +58,10 @@ class CodecRow(NamedTuple):
 
     Attributes:
         codec: its name.
-        file_bytes: of the whole artifact.
-        groups: bytes of each section that holds codes.
-        encode_s: seconds of all sections on one thread; 0 for the entropy, which is no codec.
-        read_s: seconds from the file to tensors on one thread.
+        file_bytes: size of the artifact.
+        groups: bytes of each section with codes.
+        encode_s: seconds to encode all sections on one thread; 0 for the entropy.
+        read_s: seconds to read the file on one thread.
     """
 
     codec: str
@@ -82,10 +80,10 @@ class CurvePoint(NamedTuple):
     """One SDClip width.
 
     Attributes:
-        sigmas: k, the row clip of the matrices in deviations.
+        sigmas: k, the row clip of the matrices in standard deviations.
         model_bytes: size of the artifact by codec.
-        matrix_bits: order-0 entropy of a matrix's code, in bits.
-        val_bpb: of the model that the bytes hold, flat.
+        matrix_bits: order-0 entropy of the matrices' codes, bits per code.
+        val_bpb: of the model read back from the artifact, flat.
     """
 
     sigmas: float
@@ -95,7 +93,7 @@ class CurvePoint(NamedTuple):
 
 
 def entropy_bytes(codes: bytes) -> float:
-    """Order-0 entropy of the bytes of one group, in bytes: −Σ n log2(n/N) / 8 over its values."""
+    """Order-0 entropy of a group's codes, in bytes: −Σ n log2(n/N) / 8 over its values."""
     counts = np.bincount(np.frombuffer(codes, np.uint8))
     counts = counts[counts > 0]
     return float(-(counts * np.log2(counts / counts.sum())).sum() / 8) if len(counts) else 0.0
@@ -107,7 +105,7 @@ def predicted_bits(bits: int, sigmas: float) -> float:
 
 
 def made_tensors(layers: int = 11, dim: int = 512, vocab_size: int = 8192) -> StoredTensors:
-    """The large matrices of a model with 4 × MLP, as SDClip makes them of Gaussian rows: k 12.85 at 6 bits, 20 at 8."""
+    """The large matrices of a model with 4 × MLP, Gaussian rows quantized by SDClip: k 12.85 at 6 bits, 20 at 8."""
     generator = torch.Generator().manual_seed(0)
 
     def codes(rows: int, columns: int, bits: int, sigmas: float) -> QuantizedTensor:
@@ -130,10 +128,10 @@ def made_tensors(layers: int = 11, dim: int = 512, vocab_size: int = 8192) -> St
 
 
 def codec_rows(tensors: StoredTensors, config: Config, codecs: Sequence[str]) -> list[CodecRow]:
-    """The order-0 entropy of some tensors' codes, and what each codec makes of them.
+    """The order-0 entropy of tensors' codes, and their size under each codec.
 
     Raises:
-        CheckFailed: what was read is not what was written.
+        CheckFailed: a codec does not restore the tensors.
     """
     plans, _ = plan_sections(tensors)
     coded = {plan.group: b"".join(plan.parts) for plan in plans if not plan.floats}
@@ -151,14 +149,14 @@ def codec_rows(tensors: StoredTensors, config: Config, codecs: Sequence[str]) ->
             found = read_artifact(path)
             read_s = time.perf_counter() - started
             if not difference(expected, found).same:
-                raise CheckFailed(f"{name}: what was read from the artifact is not what was written")
+                raise CheckFailed(f"{name}: the artifact read back differs from the one written")
             groups = {part.group: float(part.packed_bytes) for part in sections if part.group in coded}
             rows.append(CodecRow(name, info.model_bytes, groups, encode_s, read_s))
     return rows
 
 
 def codec_table(rows: Sequence[CodecRow], codes: int) -> str:
-    """The rows as aligned text; the first is the entropy, `codes` the number of them."""
+    """The rows as a table; the first one is the entropy, `codes` the number of codes."""
     entropy = rows[0].code_bytes
     lines = [
         f"{'codec':<8}  {'file bytes':>12}  {'bits/code':>9}  {'over entropy':>12}  {'encode s':>8}  {'read s':>7}"
@@ -171,7 +169,7 @@ def codec_table(rows: Sequence[CodecRow], codes: int) -> str:
 
 
 def group_table(rows: Sequence[CodecRow], codes: dict[str, int]) -> str:
-    """Bits per code of each group under each codec, the entropy first; `codes` is their number by group."""
+    """Bits per code by group and codec, the entropy first; `codes` is the number of codes by group."""
     width = max(map(len, codes))
     lines = [f"{'group':<{width}}  {'codes':>10}  {'  '.join(f'{row.codec:>8}' for row in rows)}"]
     for group, count in codes.items():
@@ -188,10 +186,10 @@ def curve(
     ranks: Ranks,
     max_tokens: int = 0,
 ) -> list[CurvePoint]:
-    """Quantize a run's weights at each width, pack them with each codec, and score what the last one's bytes hold.
+    """Quantize a run's weights at each width, pack them with each codec, and score the last artifact.
 
     Raises:
-        CheckFailed: two codecs do not hold the same model.
+        CheckFailed: the artifacts of two codecs differ.
     """
     model, data = load_weights(folder).to(ranks.device), Dataset(config)
     text = data.validation
@@ -207,7 +205,7 @@ def curve(
                 info = write_artifact(path, tensors, clipped.replace(codec=name), code_bytes=0, max_bytes=sys.maxsize)
                 sizes[name], before, read = info.model_bytes, read, read_artifact(path)
                 if before is not None and not difference(before, read).same:
-                    raise CheckFailed(f"k {k:g}: {codecs[0]} and {name} do not hold the same model")
+                    raise CheckFailed(f"k {k:g}: the models of {codecs[0]} and {name} differ")
             plans, _ = plan_sections(tensors)
             matrices = [b"".join(plan.parts) for plan in plans if plan.type == f"int{config.matrix_bits}"]
             bits = 8 * sum(map(entropy_bytes, matrices)) / max(sum(map(len, matrices)), 1)
@@ -227,7 +225,7 @@ def curve(
 
 
 def curve_table(points: Sequence[CurvePoint], bits: int) -> str:
-    """The points as aligned text, with the entropy that the Gaussian model predicts."""
+    """The points as a table, with the entropy that a Gaussian predicts."""
     codecs = list(points[0].model_bytes)
     heads = "  ".join(f"{f'{name} bytes':>14}" for name in codecs)
     lines = [f"{'k':>6}  {'bits/code':>9}  {'predicted':>9}  {heads}  {'val_bpb':>10}"]
@@ -241,7 +239,7 @@ def curve_table(points: Sequence[CurvePoint], bits: int) -> str:
 
 
 def plot_curve(path: str | os.PathLike[str], points: Sequence[CurvePoint], title: str) -> None:
-    """Draw bits per byte over the artifact's size, one line per codec, each point with its k."""
+    """Draw bits per byte over artifact size, one line per codec, with k at each point."""
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
@@ -309,13 +307,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "run", metavar="RUN", type=Path, nargs="?", help="run folder with config.json, weights.pt and model.golf"
     )
-    parser.add_argument("--made", action="store_true", help="36 million codes of Gaussian rows instead of a run")
+    parser.add_argument("--made", action="store_true", help="random codes (36 million, Gaussian rows) instead of a run")
     parser.add_argument("--codecs", type=_codecs, default=list(CODECS), help="codecs of the first table [all]")
     parser.add_argument("--sigmas", type=_numbers, default=SIGMAS, help="widths k of the curve; '': no curve [5 to 26]")
     parser.add_argument(
         "--curve-codecs", type=_codecs, default=["brotli", "ans"], help="codecs of the curve, at most 2"
     )
-    parser.add_argument("--max-tokens", type=int, default=0, help="score only so many tokens for the curve; 0: all [0]")
+    parser.add_argument("--max-tokens", type=int, default=0, help="tokens to score for the curve; 0: all [0]")
     parser.add_argument("--out", type=Path, help="the curve's PNG [RUN/size_bpb.png]")
     return parser
 

@@ -1,10 +1,9 @@
-"""Sliding-window evaluation of random text and weights: the published way, this one, and what this one leaves out.
+"""Sliding-window evaluation of random text and weights: the published scripts' and this project's.
 
-`published`: full logits of every window (compiled on a GPU), batches of 32 windows that a Python loop fills and sums
-up, window by window; `plain loop`, on a CPU alone: one window at a time. `golf`: `train.evaluate.scoring.evaluate_model`;
-`golf, layer 0 per window` without sharing layer 0; `golf, N processes`, on a CPU alone: one for each core, as `make run`
-starts them. The goals: on a GPU twice the published tokens per second and 45 % of the matrix rate of the same run, on a
-CPU three times a plain loop's.
+`published`: full logits of every window (compiled on a GPU), in batches of 32 windows that a Python loop fills and sums.
+`plain loop` (CPU only): one window at a time. `golf`: `train.evaluate.scoring.evaluate_model`; `golf, layer 0 per window`
+without sharing layer 0; `golf, N processes` (CPU only): one process per core, as `make run` starts them. Goals: on a GPU twice
+the tokens per second of `published` and 45 % of the matrix rate of the same run, on a CPU three times those of `plain loop`.
 """
 
 from __future__ import annotations
@@ -28,64 +27,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import common
+from benchmarks.measure.models import NARROW, random_model, window_flops
 from train.common.errors import main_guard
 from train.config import Config
 from train.data.tokenizer import ByteTables
 from train.evaluate.scoring import evaluate_model
 from train.evaluate.windows import plan_windows
 from train.model.attention_choice import choose_attention, use_attention
-from train.model.fusion import write_out_references
+from train.model.compile import without_kernel, write_out
 from train.model.gpt import GPT
-from train.model.order import make_plan
 from train.recipes import load_recipe
 
 RECIPES = ("sp4096_recurrence", "sp8192_sdclip")
-# targets of the published validation text, and the batch of the published loop
+# tokens to predict in the published validation text, and the batch of the published loop
 VALIDATION_TARGETS = {"sp4096_recurrence": 45_508_608, "sp8192_sdclip": 40_540_160}
 PUBLISHED_BATCH = 32
 PLAIN = "plain loop"
-# a shallow, narrow copy: of its work, the logits that are not needed are the greater part
-NARROW = {
-    "num_layers": 4,
-    "recur_layers": (1,),
-    "parallel_start_layer": 3,
-    "xsa_last_n": 4,
-    "ve_layers": (2, 3),
-    "model_dim": 128,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "ve_dim": 16,
-    "train_seq_len": 256,
-    "train_batch_tokens": 2048,
-    "eval_seq_len": 256,
-    "eval_stride": 16,
-}
 
 
 class Text(NamedTuple):
-    """Random tokens and what they stand for."""
+    """Random tokens and the bytes that they stand for."""
 
     tokens: np.ndarray
     tables: ByteTables
 
 
-def window_flops(config: Config, rows: int) -> float:
-    """Arithmetic of one window's forward pass with repeated layers, if the last layer and the head compute `rows` rows.
-
-    2 · weights of all products · positions, and 4 · d for every pair of a query and a key that it sees.
-    """
-    dim, length = config.model_dim, config.window
-    runs = len(make_plan(config, recurrence=bool(config.recur_layers)))
-    key_value = 2 * dim * config.kv_dim
-    others = 2 * dim * dim + 2 * dim * config.mlp_hidden
-    weights = runs * length * key_value + ((runs - 1) * length + rows) * others + rows * config.vocab_size * dim
-    tables = length * (config.ve_dim * config.kv_dim + bool(config.bigram_vocab_size) * config.bigram_dim * dim)
-    pairs = (runs - 1) * length * length / 2 + rows * (length - rows / 2)
-    return 2 * (weights + tables) + 4 * dim * pairs
-
-
 def text_flops(model: GPT, config: Config, targets: int) -> float:
-    """Arithmetic of scoring a text: its windows', with layer 0's projections once per token where windows may share them."""
+    """Arithmetic of scoring a text: of its windows, with layer 0's projections once per token if windows may share them."""
     plan = plan_windows(targets, config.window, config.eval_stride, config.eval_rule)
     flops = len(plan.start) * window_flops(config, config.eval_stride)
     if model.overlap_problem is not None:
@@ -96,7 +64,7 @@ def text_flops(model: GPT, config: Config, targets: int) -> float:
 
 
 def make_text(vocab_size: int, count: int, seed: int) -> Text:
-    """`count` targets, Zipf-like as text is."""
+    """`count` targets, Zipf-distributed as in text."""
     random = np.random.default_rng(seed)
     tokens = np.minimum(random.zipf(1.2, count + 1), vocab_size - 1).astype(np.uint16)
     boundary = np.arange(vocab_size) < 3
@@ -104,13 +72,13 @@ def make_text(vocab_size: int, count: int, seed: int) -> Text:
     return Text(tokens, ByteTables(base, (random.random(vocab_size) < 0.4) & ~boundary, boundary))
 
 
-def published_way(
+def published_run(
     model: GPT, config: Config, compiled: bool, batch_windows: int = PUBLISHED_BATCH
 ) -> Callable[[Text], list[Tensor]]:
-    """The evaluation as the published scripts have it, so many windows at a time: nats and bytes."""
+    """The evaluation of the published scripts, in batches of windows; returns nats and bytes."""
     forward = model.logits
     if compiled:
-        write_out_references(model, model.head_weight.device.type)
+        write_out(model, without_kernel(model.head_weight.device))
         forward = torch.compile(forward, dynamic=False, fullgraph=True)
     length, stride, device = config.window, config.eval_stride, model.head_weight.device
 
@@ -142,10 +110,10 @@ def published_way(
     return run
 
 
-def golf_way(
+def golf_run(
     model: GPT, config: Config, share_layer0: bool, rank: int = 0, world_size: int = 1
 ) -> Callable[[Text], list[Tensor]]:
-    """This project's evaluation: nats and bytes."""
+    """This project's evaluation; returns nats and bytes."""
 
     def run(text: Text) -> list[Tensor]:
         found = evaluate_model(
@@ -157,7 +125,7 @@ def golf_way(
 
 
 class Processes:
-    """`golf_way` of one process with one thread for each core, which live as long as this."""
+    """`golf_run` in one process with one thread per core; the processes live as long as this object."""
 
     def __init__(self, config: Config, count: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -168,7 +136,7 @@ class Processes:
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=_serve, args=(config, rank, count, store, theirs), daemon=True)
             process.start()
-            # with our copy closed, reading fails where the process is gone
+            # with our copy closed, reading fails if the process has died
             theirs.close()
             self._ends.append(ours)
             self._processes.append(process)
@@ -191,8 +159,8 @@ class Processes:
 def _serve(config: Config, rank: int, world_size: int, store: str, end: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    # of the same seed, hence the same everywhere
-    run = golf_way(random_model(config, torch.device("cpu")), config, True, rank, world_size)
+    # the same seed, hence the same model in every process
+    run = golf_run(random_model(config, torch.device("cpu")), config, True, rank, world_size)
     while True:
         try:
             text = end.recv()
@@ -202,25 +170,14 @@ def _serve(config: Config, rank: int, world_size: int, store: str, end: Connecti
     dist.destroy_process_group()
 
 
-def random_model(config: Config, device: torch.device) -> GPT:
-    """A model of which no matrix is zero, as it would be before training."""
-    torch.manual_seed(config.seed)
-    model = GPT(config).to(device).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad and weight.ndim == 2:
-                weight.copy_(torch.randn_like(weight) * weight.shape[1] ** -0.5)
-    return model
-
-
 def make_case(model: GPT, config: Config, targets: int) -> common.Case:
     """The evaluation of a text of so many targets."""
     exact = copy.deepcopy(model).double()
     exact.compute_dtype = torch.float64
-    # what is fastest in bfloat16 may compute nothing else
+    # the backend for bfloat16 may not take float64
     use_attention(exact, "sdpa")
     windows = len(plan_windows(targets, config.window, config.eval_stride).start)
-    share = config.eval_stride / config.window
+    fraction = config.eval_stride / config.window
     # every weight is read once in a batch at least
     weights = sum(weight.numel() for weight in model.parameters()) * 2
     return common.Case(
@@ -228,10 +185,10 @@ def make_case(model: GPT, config: Config, targets: int) -> common.Case:
         f"{config.recipe} {targets} targets window {config.window} stride {config.eval_stride}",
         str(model.compute_dtype).removeprefix("torch."),
         lambda seed: make_text(config.vocab_size, targets, seed),
-        published_way(exact, config, compiled=False),
+        published_run(exact, config, compiled=False),
         flops=text_flops(model, config, targets),
-        bytes=weights * max(windows * share, 1),
-        # a mean over thousands of tokens; bfloat16 is off by some 1e-4 of it
+        bytes=weights * max(windows * fraction, 1),
+        # a mean over thousands of tokens; bfloat16 changes it by about 1e-4
         max_rel_err=2e-3 if model.compute_dtype == torch.bfloat16 else 1e-6,
     )
 
@@ -239,7 +196,7 @@ def make_case(model: GPT, config: Config, targets: int) -> common.Case:
 def describe_rows(
     rows: Sequence[common.Row], targets: int, limits: common.Ceilings, whole: int, *, on_gpu: bool
 ) -> list[str]:
-    """Tokens per second, ratios to the first row, share of the matrix rate, and the whole text's seconds if it has any."""
+    """Tokens per second, ratio to the first row, fraction of the matrix rate, and the seconds of the whole text if given."""
     lines = []
     for row in rows:
         rate = targets / row["p50"] * 1e3
@@ -274,16 +231,16 @@ def run_recipe(name: str, options: Any, clock: common.Clock, limits: common.Ceil
     print(f"attention: {attention.name} ({attention.reason})")
     targets = options.tokens or (2048 if options.tiny else 409_600)
     variants = [
-        common.Variant("published", published_way(model, config, compiled=on_gpu), graph=False),
-        common.Variant("golf", golf_way(model, config, share_layer0=True), graph=False),
+        common.Variant("published", published_run(model, config, compiled=on_gpu), graph=False),
+        common.Variant("golf", golf_run(model, config, share_layer0=True), graph=False),
     ]
     if model.overlap_problem is None:
         variants.append(
-            common.Variant("golf, layer 0 per window", golf_way(model, config, share_layer0=False), graph=False)
+            common.Variant("golf, layer 0 per window", golf_run(model, config, share_layer0=False), graph=False)
         )
     processes = None
     if not on_gpu:
-        variants.append(common.Variant(PLAIN, published_way(model, config, compiled=False, batch_windows=1)))
+        variants.append(common.Variant(PLAIN, published_run(model, config, compiled=False, batch_windows=1)))
         cores = len(os.sched_getaffinity(0))
         if cores > 1:
             processes = Processes(config, cores)
@@ -301,7 +258,7 @@ def run_recipe(name: str, options: Any, clock: common.Clock, limits: common.Ceil
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark."""
     parser = common.parser(
-        "bench_evaluation", "Sliding-window evaluation against the published way, in one process.", rounds=5
+        "bench_evaluation", "Sliding-window evaluation, compared with the published scripts'.", rounds=5
     )
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="default: both, or the first with --tiny")
     parser.add_argument("--tokens", type=int, help="targets of the text; default 409,600, or 2,048 with --tiny")

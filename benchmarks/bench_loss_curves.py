@@ -1,9 +1,10 @@
-"""Training losses of a recipe with and without a kernel, on one GPU's share of the batch, beside what another seed changes.
+"""Loss curves of a recipe with and without kernels, compared with the spread of seeds.
 
-The first of the `--ways` (`benchmarks.measure.step_variants` names them) is trained from several seeds, the others from the first seed, all
-on the same tokens. A way's distance is its mean |difference| from the first way's curve of the same seed, the spread that
-of the first way's curves from each other; losses are averaged over some steps first. A way whose distance is not below
-the spread is named, and the exit code is 1. Curves and a picture go to `--out`, a GPU's distances to `results/curves/`.
+The first of the `--variants` (`benchmarks.measure.step_variants`) is trained from several seeds, the others from the first
+seed, all on the same tokens, an eighth of a batch per step. Losses are smoothed over some steps. A variant's distance is its
+mean |difference| from the first variant's curve of the same seed; the spread is the mean distance between the first variant's
+seeds. A variant whose distance is not below the spread is named, and the exit code is 1. Curves and a picture go to `--out`,
+distances of a GPU to `results/curves/`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.measure import common
-from benchmarks.measure.step_variants import add_attention, make_variants, named_ways, share_config
-from benchmarks.measure.tokens import Tokens, share_sequences, token_source
+from benchmarks.measure.step_variants import add_attention, make_variants, row_names, step_config
+from benchmarks.measure.tokens import Tokens, rank_sequences, token_source
 from train.common.errors import main_guard
 from train.common.files import atomic_write
 from train.config import Config
@@ -29,16 +30,16 @@ from train.recipes import recipe_names
 # steps over which a curve is averaged before it is compared
 SMOOTH = 20
 COLUMNS = (
-    *("date", "commit", "dirty", "gpu", "driver", "cuda", "torch", "triton", "recipe", "way", "against", "data"),
+    *("date", "commit", "dirty", "gpu", "driver", "cuda", "torch", "triton", "recipe", "variant", "against", "data"),
     *("steps", "tokens", "seeds", "first_loss", "last_loss", "distance", "spread"),
 )
 Curves = dict[str, np.ndarray]
 
 
-def train(config: Config, way: str, tokens: Tokens, steps: int, device: torch.device) -> np.ndarray:
+def train(config: Config, name: str, tokens: Tokens, steps: int, device: torch.device) -> np.ndarray:
     """The loss of each step, from the weights of the configuration's seed."""
-    (variant,) = make_variants(config, [way], device, whole=True)
-    # read at the end alone, so that the host runs ahead as it does in training
+    (variant,) = make_variants(config, [name], device, whole=True)
+    # read only at the end, so that the host runs ahead as in training
     losses = [variant.run(tokens.next(), False).detach() for _ in range(steps)]
     return torch.stack(losses).double().cpu().numpy()
 
@@ -55,9 +56,9 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def compare(seeds: Sequence[np.ndarray], others: Curves) -> tuple[dict[str, float], float]:
-    """Distance of each other way's curve from the first seed's, and the mean distance of the seeds from each other."""
+    """Distance of each other variant's curve from the first seed's, and the mean distance between seeds."""
     pairs = [distance(one, other) for one, other in itertools.combinations(seeds, 2)]
-    return {way: distance(curve, seeds[0]) for way, curve in others.items()}, float(np.mean(pairs))
+    return {name: distance(curve, seeds[0]) for name, curve in others.items()}, float(np.mean(pairs))
 
 
 def draw(curves: Curves, title: str, path: Path) -> None:
@@ -75,60 +76,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("bench_loss_curves", __doc__.splitlines()[0] if __doc__ else "", rounds=None)
     parser.add_argument("--recipe", default="sp8192_sdclip", choices=recipe_names())
     parser.add_argument(
-        "--ways",
+        "--variants",
         default="torch,golf",
-        help="the plain way, then what to compare with it, such as leaky_relu2_mlp=triton",
+        help="comma-separated: the first one, then those to compare with it, such as torch,leaky_relu2_mlp=triton",
     )
     parser.add_argument("--steps", type=common.positive, help="of each curve; default 200, or 6 with --tiny")
     parser.add_argument(
-        "--seeds", type=common.positive, default=3, help="starts of the plain way, at least 2; default 3"
+        "--seeds", type=common.positive, default=3, help="seeds of the first variant, at least 2; default 3"
     )
     add_attention(parser)
-    parser.add_argument("--data", type=Path, help="folder of shards; default: made tokens")
+    parser.add_argument("--data", type=Path, help="folder of shards; default: random tokens")
     parser.add_argument("--out", type=Path, help="folder for curves.csv and curves.png")
     arguments = parser.parse_args(argv)
     device, steps = arguments.device, arguments.steps or (6 if arguments.tiny else 200)
     if arguments.seeds < 2 or steps < 2:
         parser.error("--seeds and --steps: expected at least 2 of each: a single curve has no spread")
-    first, *ways = arguments.ways.split(",")
-    if not ways:
-        parser.error(
-            f"--ways: {first} has nothing to be compared with: expected another way behind it, such as {first},golf"
-        )
-    first, *ways = named_ways([first, *ways], device)
+    first, *rest = arguments.variants.split(",")
+    if not rest:
+        parser.error(f"--variants: expected another one to compare {first} with, such as {first},golf")
+    first, *rest = row_names([first, *rest], device)
     folder = common.RESULTS / "curves"
     if not arguments.tiny:
         common.check_place(device, folder, COLUMNS)
     if arguments.out:
-        # better found now than after the training
+        # an error here is better found before the training
         arguments.out.mkdir(parents=True, exist_ok=True)
-    config = share_config(arguments.recipe, device, tiny=arguments.tiny, attention=arguments.attention)
-    # all curves attend by one back end
-    config = config.replace(attention=choose_attention(config, device, share_sequences(config)).name)
+    config = step_config(arguments.recipe, device, tiny=arguments.tiny, attention=arguments.attention)
+    # the same attention backend for all curves
+    config = config.replace(attention=choose_attention(config, device, rank_sequences(config)).name)
 
     tokens = functools.partial(token_source, config, arguments.data, device)
     starts = [config.replace(seed=config.seed + number) for number in range(arguments.seeds)]
     curves = {f"{first}, seed {start.seed}": train(start, first, tokens(), steps, device) for start in starts}
     seeds = list(curves.values())
-    others = {way: train(config, way, tokens(), steps, device) for way in ways}
-    curves |= {f"{way}, seed {config.seed}": curve for way, curve in others.items()}
+    others = {name: train(config, name, tokens(), steps, device) for name in rest}
+    curves |= {f"{name}, seed {config.seed}": curve for name, curve in others.items()}
     distances, spread = compare(seeds, others)
     surroundings = common.environment(device)
-    made = "made tokens" if arguments.data is None else str(arguments.data)
-    step_tokens = share_sequences(config) * config.train_seq_len
-    title = f"{config.recipe}, {steps} steps of {step_tokens:,} tokens ({made}), {surroundings['gpu']}"
+    data = "random tokens" if arguments.data is None else str(arguments.data)
+    step_tokens = rank_sequences(config) * config.train_seq_len
+    title = f"{config.recipe}, {steps} steps of {step_tokens:,} tokens ({data}), {surroundings['gpu']}"
     print(f"{title}\nspread of {arguments.seeds} seeds of {first}: {spread:.5f} nats")
     rows, fine = [], True
-    for way, found in distances.items():
+    for name, found in distances.items():
         fine &= found < spread
         print(
-            f"{way}: {others[way][0]:.4f} to {others[way][-1]:.4f} ({first}: {seeds[0][0]:.4f} to {seeds[0][-1]:.4f}), "
+            f"{name}: {others[name][0]:.4f} to {others[name][-1]:.4f} ({first}: {seeds[0][0]:.4f} to {seeds[0][-1]:.4f}), "
             f"distance {found:.5f} nats, {'within' if found < spread else 'NOT within'} the spread of seeds"
         )
         rows.append(
-            {"recipe": config.recipe, "way": way, "against": first, "data": made, "steps": steps}
+            {"recipe": config.recipe, "variant": name, "against": first, "data": data, "steps": steps}
             | {"tokens": step_tokens, "seeds": arguments.seeds, "distance": found}
-            | {"first_loss": float(others[way][0]), "last_loss": float(others[way][-1]), "spread": spread}
+            | {"first_loss": float(others[name][0]), "last_loss": float(others[name][-1]), "spread": spread}
         )
     if arguments.out:
         lines = [",".join(["step", *(f'"{name}"' for name in curves)])]
@@ -136,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         atomic_write(arguments.out / "curves.csv", "\n".join(lines) + "\n")
         draw(curves, title, arguments.out / "curves.png")
     path = None if arguments.tiny or not rows else common.append_rows(rows, surroundings, folder, columns=COLUMNS)
-    print(f"-> {path.relative_to(common.ROOT)}" if path else "not kept: only a GPU's full shapes are")
+    print(f"-> {path.relative_to(common.ROOT)}" if path else "not stored: only full-size rows of a GPU are")
     return 0 if fine else 1
 
 

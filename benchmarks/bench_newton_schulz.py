@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import _muon
 
 from benchmarks.measure.common import Case, Clock, Row, Variant, ceilings, environment, measure, parser, report, runs
+from benchmarks.measure.devices import newton_schulz_flops
 from golf_kernels import COEFFICIENTS, Muon, dispatch
 from golf_kernels.sharding import assign, newton_schulz_cost
 from train.common.errors import main_guard
@@ -41,11 +42,6 @@ def share_of_eight(shapes: Shapes) -> Shapes:
     owners = assign(shapes, 8)
     shares = [tuple(s for s, owner in zip(shapes, owners, strict=True) if owner == rank) for rank in range(8)]
     return max(shares, key=lambda share: sum(newton_schulz_cost(*shape) for shape in share))
-
-
-def symmetric_flops(shapes: Shapes) -> float:
-    """Arithmetic that no implementation of this iteration can avoid: half of each symmetric product."""
-    return sum(STEPS * (3 * s * s * n + s**3) for s, n in (sorted(shape) for shape in shapes))
 
 
 def on_exact_copies(call: Callable[[list[Tensor]], Sequence[Tensor]]) -> Callable[[Any], Sequence[Tensor]]:
@@ -123,7 +119,7 @@ def newton_schulz_case(name: str, shapes: Shapes, device: torch.device) -> Case:
     numbers = sum(rows * columns for rows, columns in shapes)
     exact = on_exact_copies(orthogonalize("torch", torch.float64))
     # float32 in and out
-    return Case("newton_schulz", name, "bfloat16", make, exact, symmetric_flops(shapes), 8.0 * numbers, 0.05)
+    return Case("newton_schulz", name, "bfloat16", make, exact, newton_schulz_flops(shapes, STEPS), 8.0 * numbers, 0.05)
 
 
 def muon_case(name: str, shapes: Shapes, device: torch.device) -> Case:
@@ -140,7 +136,7 @@ def muon_case(name: str, shapes: Shapes, device: torch.device) -> Case:
 
     numbers = sum(rows * columns for rows, columns in shapes)
     # gradient read, momentum and weight read and written, all float32
-    return Case("muon_step", name, "bfloat16", make, truth, symmetric_flops(shapes), 20.0 * numbers, 0.05)
+    return Case("muon_step", name, "bfloat16", make, truth, newton_schulz_flops(shapes, STEPS), 20.0 * numbers, 0.05)
 
 
 def muon_step(build: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Callable[[Any], Sequence[Tensor]]:

@@ -1,8 +1,8 @@
-"""From trained weights to codes on a recipe's full shapes: calibration, GPTQ of all matrices, and texts to calibrate on.
+"""Quantization at a recipe's full shapes: calibration, GPTQ of all matrices, and generation of calibration texts.
 
-Weights and tokens are random. The goals on one H100: 64 training batches in 4 s, 67 matrices in 2 s; and 128 texts of
-2,048 tokens in well under a minute on eight of them, which is 16 on each. Floors count arithmetic and traffic; a text is
-written token by token, so that what takes its time is the number of launches.
+Weights and tokens are random. Goals on one H100: 64 training batches in 4 s, and 67 matrices in 2 s; on eight H100, 128 texts
+of 2,048 tokens in well under a minute, 16 on each. Floors count arithmetic and traffic; generation, token by token, is limited
+by the number of launches instead.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.bench_evaluation import NARROW, random_model, window_flops
 from benchmarks.measure import common
+from benchmarks.measure.models import NARROW, random_model, window_flops
 from train.common.errors import main_guard
 from train.config import Config
 from train.model.attention_choice import choose_attention, use_attention
@@ -33,28 +33,28 @@ from train.recipes import load_recipe
 
 RECIPE = "sp8192_sdclip"
 STAGES = ("calibrate", "gptq", "generate")
-# a rank's share of #1392's 128 texts on eight GPUs
+# of #1392's 128 texts on eight GPUs, those of one rank
 TEXTS = 16
-# the check's float64 model would take many times as long on all of them
+# the float64 check would take too long on all batches
 CHECKED_BATCHES = 2
-# so many sequences at once in float64, whose attention keeps all pairs
+# sequences at once in float64, whose attention stores all pairs
 EXACT_SEQUENCES = 4
-# of the tokens, at least so many are what the whole text's logits would have drawn
+# least fraction of tokens that the logits of the whole text would have drawn, too
 LEAST_AGREEMENT = 0.9
 TINY = NARROW | {"train_seq_len": 64, "train_batch_tokens": 1024, "eval_seq_len": 64, "passthrough_max_elements": 512}
 
 
 def make_batches(config: Config, count: int, device: torch.device) -> list[Tensor]:
-    """Random tokens, in batches of one rank's micro-batch."""
+    """Random tokens in micro-batches of one rank."""
     generator = torch.Generator().manual_seed(config.seed)
     shape = (max(config.train_batch_tokens // 8 // config.train_seq_len, 1), config.train_seq_len)
     return [torch.randint(config.vocab_size, shape, generator=generator).to(device) for _ in range(count)]
 
 
 def calibration_flops(config: Config) -> float:
-    """Arithmetic of one token's calibration: all layers, and half of each input's symmetric second moment.
+    """Arithmetic of calibration per token: all layers, and half of each input's symmetric second moment.
 
-    A layer has four inputs: its queries, keys and values share one. The tied embedding's is the fifth kind.
+    A layer has four inputs, because queries, keys and values share one; the tied embedding adds one.
     """
     dim, runs = config.model_dim, len(make_plan(config, recurrence=bool(config.recur_layers)))
     moments = runs * (3 * dim**2 + config.mlp_hidden**2) + dim**2
@@ -67,7 +67,7 @@ def measure_calibration(
     """Check the Hessians of a few batches, and time those of `count`.
 
     Raises:
-        CheckFailed: they are not the model's in float64.
+        CheckFailed: they differ from those of the float64 model.
     """
     recurrence = bool(config.recur_layers)
     batches = make_batches(config, count, model.head_weight.device)
@@ -78,10 +78,10 @@ def measure_calibration(
     parts = [part for ids in few for part in ids.split(EXACT_SEQUENCES)]
     truth = collect_hessians(exact, parts, names, recurrence=recurrence)
     found = collect_hessians(model, few, names, recurrence=recurrence)
-    # both are means over what was given, parts or batches
+    # each is a mean over its inputs, parts or batches
     whole = len(parts) / len(few)
     error = common.relative_error([found[name] for name in names], [truth[name] * whole for name in names])
-    # inputs of the last layers are as inexact as bfloat16 makes them after all the layers before
+    # inputs of the last layers carry the bfloat16 errors of all layers before
     largest = 0.1 if model.compute_dtype == torch.bfloat16 else 1e-4
     if not error <= largest:
         raise common.CheckFailed(f"calibrate: relative error {error:.2e}, at most {largest:.0e}")
@@ -98,7 +98,7 @@ def measure_calibration(
 
 
 def make_hessians(model: GPT, names: Sequence[str], seed: int) -> dict[str, Tensor]:
-    """Second moments of inputs of which some directions are 20 times as large as others."""
+    """Second moments of inputs, some of whose directions are 20 times as large as others."""
     generator = torch.Generator().manual_seed(seed)
     parameters, made = dict(model.named_parameters()), {}
     for name in names:
@@ -110,7 +110,7 @@ def make_hessians(model: GPT, names: Sequence[str], seed: int) -> dict[str, Tens
 
 
 def gptq_case(model: GPT, config: Config, names: Sequence[str]) -> common.Case:
-    """All matrices from weights to codes and scales in host memory, tables included."""
+    """All matrices and tables, from weights to codes and scales in host memory."""
     parameters = dict(model.named_parameters())
 
     def truth(hessians: dict[str, Tensor]) -> list[Tensor]:
@@ -138,13 +138,13 @@ def gptq_case(model: GPT, config: Config, names: Sequence[str]) -> common.Case:
         truth,
         flops=sum(gptq_cost(*shape) for shape in shapes),
         bytes=sum(4.0 * columns**2 + 5.0 * rows * columns for rows, columns in shapes),
-        # a weight whose half falls on the other side in float32 is a whole step away, and changes its row
+        # a weight that float32 rounds the other way is a whole step off, and changes its row
         max_rel_err=0.1,
     )
 
 
 def agreement(model: GPT, config: Config, texts: Tensor) -> float:
-    """Which part of the tokens the logits of the finished texts would have drawn too."""
+    """Fraction of tokens that the logits of the finished texts would have drawn, too."""
     rows, length = texts.shape
     draws = np.array([np.random.default_rng([config.seed, number]).random(length) for number in range(rows)])
     given = torch.from_numpy(draws).to(texts.device)
@@ -163,7 +163,7 @@ def measure_generation(
     """Check and time the texts of one rank.
 
     Raises:
-        CheckFailed: they are not the texts that the model would write without keeping keys and values.
+        CheckFailed: the texts differ from those written without a cache of keys and values.
     """
     length, recurrence = config.train_seq_len, bool(config.recur_layers)
 
@@ -180,7 +180,7 @@ def measure_generation(
     agreed = agreement(model, config, write())
     if agreed < LEAST_AGREEMENT:
         raise common.CheckFailed(f"generate: {agreed:.1%} of the tokens agree, expected {LEAST_AGREEMENT:.0%} at least")
-    # the weights are read for every token, keys and values on average half of their length
+    # every token reads all weights, and on average half of the final keys and values
     runs = len(make_plan(config, recurrence=recurrence))
     weights = 2.0 * sum(weight.numel() for weight in model.parameters())
     traffic = length * (weights + rows * runs * 2 * config.kv_dim * length / 2 * model.compute_dtype.itemsize)
@@ -199,7 +199,7 @@ def measured(
     clock: common.Clock,
     limits: common.Ceilings,
 ) -> common.Row:
-    """A row of what takes seconds: run once, then timed."""
+    """A row of work that takes seconds: run once, then timed."""
     work()
     p20, p50, p80 = common.quantiles([clock.once_ms(work) for _ in range(clock.rounds)])
     row: common.Row = {"op": op, "impl": "golf", "mode": "eager", "shape": shape}

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.measure.chains import Chain, Inputs
-from golf_kernels.xsa import xsa
+from golf_kernels.xsa import written_out, xsa
 from train.common.errors import main_guard
-from train.model.attention import remove_value_direction
 
 
 class Shape(NamedTuple):
@@ -46,7 +45,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: in
 
 CHAIN = Chain(
     "xsa",
-    plain=remove_value_direction,
+    plain=written_out,
     operator=xsa,
     arguments=("output", "value"),
     leaves=("output", "value"),

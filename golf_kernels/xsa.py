@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from golf_kernels import dispatch
 
@@ -45,6 +46,24 @@ def xsa(output: Tensor, value: Tensor) -> Tensor:
     """
     removed: Tensor = torch.ops.golf.xsa(output, value)
     return removed
+
+
+def written_out(output: Tensor, value: Tensor) -> Tensor:
+    """`xsa` in PyTorch's own operations, for a compiler, which cannot look into an operator.
+
+    Args:
+        output, value: as for `xsa`.
+
+    Returns:
+        `(B, T, H, D)`, as of `xsa`.
+    """
+    batch, length, heads, dim = output.shape
+    kv_heads = value.shape[2]
+    direction = F.normalize(value, dim=-1).unsqueeze(3)
+    # a view of the heads in groups: the value is not repeated in memory
+    grouped = output.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    along = (grouped * direction).sum(dim=-1, keepdim=True)
+    return (grouped - along * direction).reshape(batch, length, heads, dim)
 
 
 def check(output: Tensor, value: Tensor) -> None:

@@ -10,7 +10,8 @@ from train.common.distributed import MICRO_BATCHES, Ranks
 from train.data.dataset import Dataset
 from train.data.shards import write_shard
 from train.evaluate.scoring import flat_evaluation
-from train.loop import compiled_loss, training_step
+from train.loop import training_step
+from train.model.compile import compiled_loss
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA
 from train.optimize.groups import build_optimizers

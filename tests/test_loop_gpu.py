@@ -11,8 +11,9 @@ from golf_kernels import dispatch
 from train.common.distributed import MICRO_BATCHES, Ranks
 from train.data.dataset import Dataset
 from train.data.shards import write_shard
-from train.loop import compiled_loss, training_step
+from train.loop import training_step
 from train.model.attention_choice import choose_attention, use_attention
+from train.model.compile import compiled_loss
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA
 from train.optimize.groups import build_optimizers

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +24,7 @@ from train.data.loaders import BatchSource, Loader, micro_batch_sequences
 from train.evaluate.scores import EvalResult
 from train.evaluate.scoring import flat_evaluation
 from train.model.attention_choice import choose_attention, use_attention
-from train.model.compile import chosen_options
-from train.model.fusion import compiles, write_out_references
+from train.model.compile import compiled_loss, compiles
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
@@ -86,12 +84,12 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
     # an initialization may depend on the number of threads
     ranks.copy_from(0, model.parameters())
     optimizers = build_optimizers(model, config, ranks.group)
-    log.line(f"optimizer_graph:{optimizers.graph}")
+    log.line(f"optimizer graph: {optimizers.graph}")
     loader = data.loader(ranks)
     start.end("data and model")
     attention = ranks.on_main(lambda: choose_attention(config, ranks.device, micro_batch_sequences(config)))
     use_attention(model, attention.name)
-    log.line(f"attention:{attention.name} ({attention.reason})")
+    log.line(f"attention: {attention.name} ({attention.reason})")
     start.end("attention")
     if config.profile_steps:
         from train.run.profile_parts import name_compiled_kernels
@@ -99,8 +97,6 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         if compiles(config, ranks.device) and (problem := name_compiled_kernels(ranks.device.type)):
             log.line(f"profile:the model's parts have no ranges, {problem}")
     loss_of = compiled_loss(model, config, ranks.device)
-    if loss_of is not model:
-        log.line(f"inductor:{chosen_options()[1]}")
     log.facts(
         dataset=config.data_path,
         train_shards=len(data.training.paths),
@@ -259,24 +255,6 @@ def warm_up(
         for name, tensor in model.state_dict().items():
             tensor.copy_(weights[name])
     optimizers.reset()
-
-
-def compiled_loss(
-    model: GPT, config: Config, device: torch.device, options: Mapping[str, Any] | None = None
-) -> Callable[..., Tensor]:
-    """The model's loss, through torch.compile if the settings say so; one static graph with recurrence and one without.
-
-    Args:
-        model: the model.
-        config: `compile`.
-        device: where it runs.
-        options: Inductor's switches; None: those that `train.model.compile` has chosen.
-    """
-    if compiles(config, device):
-        write_out_references(model, device.type)
-        options = chosen_options()[0] if options is None else dict(options)
-        return torch.compile(model, dynamic=False, fullgraph=True, options=options)
-    return model
 
 
 def log_step(

@@ -1,4 +1,4 @@
-"""FlashAttention 3 where it cannot be: an operator of its shape, arithmetic and traffic that computes nothing."""
+"""A stand-in for FlashAttention 3: an operator with its shapes, arithmetic and traffic that computes nothing."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ def forward_flops(q: Any, *_: Any, **__: Any) -> int:
 
 @register_flop_formula(torch.ops.fa3.attention_backward)
 def backward_flops(dy: Any, *_: Any, **__: Any) -> int:
-    """Five products, the scores once more among them."""
+    """Five products, including the scores again."""
     return forward_flops(dy) * 5 // 2
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-    # documents only take arithmetic away
+    # documents are ignored: they would only reduce the arithmetic
     found: Tensor = torch.ops.fa3.attention(query, key, value)[0]
     return found
 
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[str]:
-    """The name of a back end of attention that is this operator."""
+    """Replace an attention backend by this operator; yields its name."""
     backend = attention_backends.AttentionBackend(_run, lambda device, dtype, head_dim: None)
     with mock.patch.dict(attention_backends.BACKENDS, fa3=backend):
         yield "fa3"

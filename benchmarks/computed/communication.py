@@ -15,22 +15,22 @@ from train.model.gpt import GPT
 from train.optimize.groups import split_parameters
 from train.recipes import load_recipe, recipe_names
 
-# NVLink of an H100 SXM, one direction; collectives of tens of megabytes reach about three quarters of it
+# NVLink of an H100 SXM in one direction; collectives of tens of megabytes reach about three quarters of it
 LINK_GBPS = 450.0
 REACHED = 0.75
-# gradients and weights travel in float32
+# gradients and weights are sent in float32
 WIDTH = 4
 
 
 def link_ms(sent: float) -> float:
-    """Milliseconds that so many bytes from one rank take."""
+    """Milliseconds to send this many bytes from one rank."""
     return sent / (LINK_GBPS * REACHED * 1e6)
 
 
 def exchanged_bytes(config: Config, ranks: int = MICRO_BATCHES) -> dict[str, float]:
     """Bytes that one rank sends in a step, by collective.
 
-    Reduce-scatter and all-gather send (W - 1) / W of the whole buffer, an all-reduce twice that.
+    Of a buffer, reduce-scatter and all-gather send (W - 1) / W, and an all-reduce twice that.
     """
     with torch.device("meta"):
         kinds = split_parameters(GPT(config), config)

@@ -1,4 +1,4 @@
-"""A process that has a CUDA device without CUDA, and its tensors without data: see fake_cuda.cpp, which this compiles."""
+"""A stand-in for a CUDA device, whose tensors have no data: a library for LD_PRELOAD, compiled from fake_cuda.cpp."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _LIBRARY: Any = torch.library.Library("aten", "IMPL")
 
 
 class NoDevice(RuntimeError):
-    """Nothing can stand in for the GPU that this PyTorch wants."""
+    """This PyTorch cannot use the stand-in."""
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Variables under which a process has a CUDA device: the machine's own, or one that is made up.
+    """Environment variables that give a process a CUDA device: the machine's own or the stand-in.
 
     Args:
-        folder: where the library is compiled to; the process needs it as long as it runs.
+        folder: for the compiled library, which the process needs while it runs.
 
     Raises:
         NoDevice: this PyTorch is built for CUDA and finds no GPU.
@@ -37,7 +37,9 @@ def environment(folder: Path) -> dict[str, str]:
     if torch.cuda.is_available():
         return dict(os.environ)
     if torch.version.cuda is not None:
-        raise NoDevice("this torch is built for CUDA and finds no GPU, which nothing can stand in for")
+        raise NoDevice(
+            "this torch is built for CUDA and finds no GPU, and only a torch without CUDA can use the stand-in"
+        )
     root, library = Path(torch.__file__).parent, folder / "fake_cuda.so"
     flags = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{root / 'include'}", f"-L{root / 'lib'}"]
     linked = [f"-Wl,-rpath,{root / 'lib'}", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu"]
@@ -46,24 +48,24 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def run_module(module: str, argv: Sequence[str]) -> int:
-    """The exit code of `python -m benchmarks.MODULE` with these arguments, in such a process.
+    """Run `python -m MODULE` with these arguments in a process with a CUDA device; its exit code.
 
     Raises:
-        UserError: nothing can stand in for a GPU here.
+        UserError: there is no GPU, and no stand-in for one can be made here.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
             variables = environment(Path(folder))
         except NoDevice as reason:
-            raise UserError(f"{module}: {reason}: install a torch without CUDA, or run it on a GPU's machine") from None
+            raise UserError(f"{reason}: install a torch without CUDA, or run this on a machine with a GPU") from None
         except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(f"{module}: needs a C++ compiler for its stand-in of a GPU: {error}") from error
-        return subprocess.run([sys.executable, "-m", f"benchmarks.{module}", *argv], env=variables).returncode
+            raise UserError(f"no C++ compiler for the stand-in of a GPU: {error}: install g++, or set CXX") from error
+        return subprocess.run([sys.executable, "-m", module, *argv], env=variables).returncode
 
 
 def tensors_without_data() -> FakeTensorMode:
-    """The mode in which tensors of that device have a shape and no data."""
-    # PyTorch itself knows AdamW without data where its rate is a number alone; it changes what it gets, and returns nothing
+    """The mode in which tensors of the device have a shape and no data."""
+    # PyTorch has a meta kernel of fused AdamW only for a Python learning rate; it updates in place and returns nothing
     rated = "_fused_adamw_.tensor_lr"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{rated}", "Meta"):
         _LIBRARY.impl(rated, lambda *_, **__: None, "Meta")

@@ -1,9 +1,8 @@
-"""What torch.compile makes of a model for a GPU that is not here: Inductor's own schedule, read and not run.
+"""The kernels that torch.compile generates for an absent GPU, read from Inductor's schedule and not run.
 
-Inductor needs properties of a device, which are given, and values of constants, which are computed on the host. It plans
-as it would on the device, from the decompositions to the kernels that it fuses; then its schedule is read, and instead of
-code the model gets a function that returns tensors without data. Products and operators that Inductor calls are listed as
-`benchmarks.computed.recorder` does it.
+Inductor gets the properties of an H100 and computes constants on the host. It plans as on the device, from decompositions to
+fusion. Then its schedule is read, and the model gets a function that returns tensors without data instead of compiled code.
+Operators that Inductor calls are listed by `benchmarks.computed.recorder`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.computed.recorder import operator_kernels
 from benchmarks.measure.devices import Kernel
 
-# what Inductor asks of an H100 SXM; an H200 has more memory and is otherwise the same
+# the properties of an H100 SXM that Inductor reads; an H200 differs in its memory only
 PROPERTIES = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
     major=9,
@@ -48,9 +47,9 @@ class Scheduled(types.SimpleNamespace):
     """One kernel of a schedule.
 
     Attributes:
-        kernels: what it launches; several for an operator.
-        reads: bytes by name of a buffer that it reads.
-        writes: bytes by name of a buffer that it writes.
+        kernels: its launches; several for an operator.
+        reads: bytes read, by buffer.
+        writes: bytes written, by buffer.
     """
 
     kernels: list[Kernel]
@@ -70,10 +69,10 @@ class _OnHost(TorchDispatchMode):
 def planning_for_an_absent_gpu(
     plan: Callable[[list[Scheduled]], Callable[[], None]],
 ) -> Iterator[None]:
-    """Let torch.compile plan for an H100, whatever this machine has.
+    """Let torch.compile plan for an H100 on any machine.
 
     Args:
-        plan: gets each compiled graph's schedule; what it returns is called whenever the graph is.
+        plan: called with each compiled graph's schedule; the function that it returns is called in place of the graph.
     """
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import config
@@ -105,7 +104,7 @@ def planning_for_an_absent_gpu(
             (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "device_count", lambda: 1),
             (CudaInterface, "is_available", staticmethod(lambda: True)),
-            # it was bound when the class was made
+            # the class holds its own reference
             (CudaInterface, "get_device_properties", staticmethod(lambda device=None: PROPERTIES)),
             (CudaInterface, "is_bf16_supported", staticmethod(lambda including_emulation=True: True)),
             (UniformValueConstantFolder, "run", fold_on_host),
@@ -124,10 +123,10 @@ def _without_data(node: Any) -> Any:
 
 
 def read_schedule(graph: Any) -> list[Scheduled]:
-    """The kernels of a graph that Inductor has scheduled, in their order.
+    """The kernels of a graph that Inductor has scheduled, in order.
 
-    A compiled kernel reads what it addresses of each buffer once, however often it comes back to it, and writes what
-    somebody behind it reads; what stays inside does not count.
+    A generated kernel reads each element that it addresses once, and writes what later kernels read; intermediate values
+    inside a kernel do not count.
     """
     from torch._inductor import ir
     from torch._inductor.scheduler import NopKernelSchedulerNode
@@ -137,7 +136,7 @@ def read_schedule(graph: Any) -> list[Scheduled]:
         found = []
         for node in graph.scheduler.nodes:
             if isinstance(node, NopKernelSchedulerNode):
-                # pieces that were written where they belong, or room that somebody fills
+                # a concatenation whose parts were written in place, or an empty buffer
                 found.append(Scheduled(kernels=[], reads={}, writes=dict.fromkeys(node.get_buffer_names(), 0.0)))
             elif not node.is_extern():
                 found.append(_compiled(node, graph))
@@ -154,7 +153,7 @@ def _bytes(node: Any, elements: float | None = None) -> float:
 
 
 def _elements(dep: Any) -> int:
-    """Elements that a kernel addresses; of what it looks up by a computed index as many as it does so often."""
+    """Elements that a kernel addresses; for a computed index the number of lookups."""
     from torch._inductor.dependencies import MemoryDep
 
     if isinstance(dep, MemoryDep) and dep.is_indirect():
@@ -173,7 +172,7 @@ def _compiled(node: Any, graph: Any) -> Scheduled:
     addressed: dict[str, dict[Any, int]] = {}
     for dep in node.read_writes.reads:
         if dep.name not in own and not isinstance(dep, WeakDep):
-            # what is added to in place is read, too
+            # a buffer that is accumulated in place is read, too
             index = dep.index if isinstance(dep, MemoryDep) else None
             addressed.setdefault(dep.name, {})[index] = _elements(dep)
     for name, indices in addressed.items():

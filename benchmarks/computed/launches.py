@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure.tokens import share_sequences
+from benchmarks.measure.tokens import rank_sequences
 from golf_kernels import dispatch
 from golf_kernels.muon import Muon
 from golf_kernels.newton_schulz import COEFFICIENTS
@@ -62,7 +62,7 @@ def launch_everything() -> None:
 def launch_recipe(config: Config) -> None:
     """One GPU's share of a training step and its batches of an evaluation, with and without recurrence."""
     model = GPT(config)
-    ids = torch.empty(share_sequences(config), config.train_seq_len, dtype=torch.int64)
+    ids = torch.empty(rank_sequences(config), config.train_seq_len, dtype=torch.int64)
     count, stride = BATCH_SEQS, config.eval_stride
     late = config.window - (stride or config.window)
     windows = torch.empty(count, config.window, dtype=torch.int64)

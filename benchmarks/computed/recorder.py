@@ -1,7 +1,7 @@
-"""The kernels that PyTorch and this package's operators launch, listed from tensors that have no data.
+"""Records the kernels that PyTorch and golf_kernels' operators launch, on tensors without data.
 
-An operation of PyTorch is one kernel that reads every tensor it is given once and writes every tensor it makes or changes
-once. An operator of this package is what its back end launches: its Triton kernels, and PyTorch's operations between them.
+An operation of PyTorch counts as one kernel that reads each of its inputs once and writes each of its outputs once. An operator
+of golf_kernels counts as the launches of its backend: its Triton kernels, and PyTorch's operations between them.
 """
 
 from __future__ import annotations
@@ -21,32 +21,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import golf_kernels
-from benchmarks.bench_newton_schulz import STEPS, symmetric_flops
-from benchmarks.measure.devices import Kernel
+from benchmarks.measure.devices import Kernel, newton_schulz_flops
 from golf_kernels import dispatch, int6_native
 from golf_kernels.muon import Muon, Work, coefficients_of
 
-# what makes room, or another view of what is there, and launches nothing
+# allocations and views, which launch nothing
 _NOTHING = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "_unsafe_view"),
     *("_reshape_alias", "is_pinned", "resize_", "record_stream"),
 }
-# their first argument is written without being read
+# operations that write their first argument without reading it
 _OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 _RATES = {"attention": "attention", "attention_backward": "attention backward"}
-# products among the package's kernels: whose rows meet which matrix
+# golf_kernels' kernels with a matrix product: the arguments with its rows and its matrix
 _PRODUCTS = {
     "up_kernel": ("x_desc", "w_up_desc"),
     "down_kernel": ("post_desc", "w_down_desc"),
     "dpre_kernel": ("dy_desc", "w_down_desc"),
     "dx_kernel": ("dpre_desc", "w_up_desc"),
 }
-# what turns a tensor into another in place
+# kernels that overwrite an argument in place, and the argument
 _IN_PLACE = {"loss_and_gradient_kernel": "logits_ptr"}
 
 
 def size_of(tensor: Tensor) -> float:
-    """Bytes of a tensor's elements; what is repeated in a view counts once."""
+    """Bytes of a tensor's elements; elements repeated by an expanded view count once."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride or not size else 1
@@ -54,7 +53,7 @@ def size_of(tensor: Tensor) -> float:
 
 
 def on_gpu(values: Any) -> list[Tensor]:
-    """The CUDA tensors in nested arguments; views of one and the same memory, such as a transposed one, once."""
+    """The CUDA tensors in nested arguments; views of the same memory, such as a transpose, count once."""
     found: dict[Any, Tensor] = {}
     for leaf in pytree.tree_leaves(values):
         if isinstance(leaf, Tensor) and leaf.is_cuda:
@@ -64,10 +63,10 @@ def on_gpu(values: Any) -> list[Tensor]:
 
 
 class Recorder(TorchDispatchMode):
-    """Lists the kernels of whatever runs inside.
+    """Lists the kernels launched inside this mode.
 
     Attributes:
-        kernels: in the order of their launches.
+        kernels: in launch order.
         waits: how often the host waited for a number from the device.
     """
 
@@ -78,11 +77,11 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Let code that is compiled already run inside."""
+        """Allow compiled code to run inside."""
         return True
 
     def item(self, tensor: Tensor) -> int:
-        """What stands for `Tensor.item`."""
+        """Replaces `Tensor.item`."""
         self.waits += tensor.is_cuda
         return 0
 
@@ -97,7 +96,7 @@ class Recorder(TorchDispatchMode):
             with self:
                 return run_operator(name, self.kernels, *args)
         with self:
-            # below autograd some operations arrive that are made of others
+            # below autograd, composite operations arrive undecomposed
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
@@ -123,7 +122,7 @@ def eager_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resul
 
 
 class Launch:
-    """Stands for a Triton kernel, and lists what a launch would do: each tensor it gets goes through it once."""
+    """Replaces a Triton kernel and records its launches: each tensor argument is read or written once."""
 
     def __init__(self, kernel: Any, kernels: list[Kernel]) -> None:
         self.name, self.arg_names, self.kernels = kernel.__name__, kernel.arg_names, kernels
@@ -151,7 +150,7 @@ def _kernel_modules() -> list[Any]:
 
 @contextlib.contextmanager
 def launches_listed(kernels: list[Kernel]) -> Iterator[None]:
-    """Every Triton kernel of the package replaced by a `Launch`, and what a training step has of CUDA listed as well."""
+    """Replace every Triton kernel of golf_kernels by a `Launch`, and record int6's CUDA kernel."""
 
     def fake_quantize(*tensors: Tensor) -> None:
         kernels.append(Kernel("fake_quantize_kernel", 0.0, sum(map(size_of, tensors))))
@@ -166,19 +165,19 @@ def launches_listed(kernels: list[Kernel]) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(module, "KERNELS", replaced))
         stack.enter_context(mock.patch.object(int6_native, "fake_quantize", fake_quantize))
         stack.enter_context(mock.patch.object(torch.cuda, "device_of", return_value=contextlib.nullcontext()))
-        # an address that TMA takes
+        # an address with the alignment that TMA needs
         stack.enter_context(mock.patch.object(Tensor, "data_ptr", return_value=512))
         yield
 
 
 def run_operator(op: str, kernels: list[Kernel], *args: Any) -> Any:
-    """An operator on its back end, whose launches are added to `kernels`."""
+    """Run an operator on its backend and add its launches to `kernels`."""
     with launches_listed(kernels):
         return dispatch.run_on(dispatch.choose(op, *args).backend, op, *args)
 
 
 def operator_kernels(operator: Any, args: Iterable[Any]) -> list[Kernel]:
-    """The kernels of a call of an operator on tensors without data, whose mode is active."""
+    """The kernels of a call of an operator; the mode of tensors without data must be active."""
     with Recorder() as recorder, torch.no_grad():
         operator(*args)
     found: list[Kernel] = recorder.kernels
@@ -186,22 +185,22 @@ def operator_kernels(operator: Any, args: Iterable[Any]) -> list[Kernel]:
 
 
 def muon_step_kernels(work: list[Work]) -> list[Kernel]:
-    """The launches of the fused step of Muon: two passes over float32 state and the products between them.
+    """The launches of Muon's fused step: two passes over float32 state, and the products between them.
 
-    Its products are those of `benchmarks.bench_newton_schulz`, in bfloat16, read from and written to the cache: what
-    leaves it once is the matrix that goes in and the one that comes out.
+    The products read and write bfloat16 matrices in the cache; only the first input and the last result go through memory.
     """
     kernels = []
     for group, params in work:
         shapes = tuple((m.shape[-2], m.shape[-1]) for p in params for m in (p.unbind() if p.ndim == 3 else (p,)))
         numbers = float(sum(p.numel() for p in params))
         iterations = len(coefficients_of(group).schedule(group["ns_steps"]))
-        # gradient and momentum in, momentum and direction out; direction and weights in, weights out
+        # reads gradient and momentum, writes momentum and direction; apply_kernel reads direction and weights, writes weights
         kernels.append(Kernel("momentum_kernel", 0.0, 14 * numbers, "triton"))
         kernels.append(Kernel("norm_kernel", 0.0, 0.0, "triton"))
         for name in ("symmetric_kernel", "symmetric_kernel", "product_kernel"):
-            share = Kernel(name, symmetric_flops(shapes) / 3 / STEPS, 4 * numbers / 3 / iterations, "triton")
-            kernels += [share] * iterations
+            # a third of an iteration's arithmetic, and of the call's traffic
+            product = Kernel(name, newton_schulz_flops(shapes, 1) / 3, 4 * numbers / 3 / iterations, "triton")
+            kernels += [product] * iterations
         kernels += [Kernel("moments_kernel", 0.0, 2 * numbers, "triton")] * bool(group["normuon"])
         kernels.append(Kernel("apply_kernel", 0.0, 10 * numbers, "triton"))
     return kernels
@@ -209,7 +208,7 @@ def muon_step_kernels(work: list[Work]) -> list[Kernel]:
 
 @contextlib.contextmanager
 def fused_muon_listed(recorder: Recorder) -> Iterator[None]:
-    """Calls of `muon_step` on its Triton back end listed instead of run, for as long as a step is recorded."""
+    """Record calls of `muon_step` on its Triton backend instead of running them."""
     call = dispatch.call
 
     def listed(op: str, *args: Any) -> Any:

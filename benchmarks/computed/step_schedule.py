@@ -1,9 +1,9 @@
-"""The kernels of a training step, by way, with the time that each must take: computed without a GPU, never measured.
+"""The kernels of a training step and the time that each must take: computed without a GPU, never measured.
 
-Each way's step of one GPU's share runs on a CUDA device without CUDA, with tensors that have shapes and no data: what is
-compiled is planned by Inductor itself (`benchmarks.computed.inductor_plan`), what is not is listed as it is launched
-(`benchmarks.computed.recorder`). A kernel takes max(bytes / bandwidth, arithmetic / matrix rate), at the rates that such kernels were
-seen to reach (`benchmarks.measure.devices`). The device runs one after the other; what the host and other ranks add is not in it.
+Every variant's step of one rank runs on a stand-in for a CUDA device, with tensors that have shapes and no data. Inductor
+plans the compiled graphs (`benchmarks.computed.inductor_plan`); all other launches are recorded
+(`benchmarks.computed.recorder`). A kernel takes max(bytes / bandwidth, arithmetic / matrix rate), at rates that such kernels
+have reached elsewhere (`benchmarks.measure.devices`). Kernels run one after the other; the host and other ranks take no time.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from benchmarks.computed.inductor_plan import Scheduled, planning_for_an_absent_
 from benchmarks.computed.recorder import Recorder, fused_muon_listed
 from benchmarks.measure import common
 from benchmarks.measure.devices import DEVICES, REACHED, Device, Kernel
-from benchmarks.measure.step_variants import check_ways, make_variants, parse_way_switch, share_config
-from benchmarks.measure.tokens import share_sequences
+from benchmarks.measure.step_variants import check_names, make_variants, step_config
+from benchmarks.measure.tokens import rank_sequences
 from golf_kernels import dispatch, native
 from train.common.errors import UserError, main_guard
 from train.config import Config
@@ -37,8 +37,8 @@ from train.recipes import recipe_names
 from train.run.profiling import kernel_family
 
 CUDA = torch.device("cuda", 0)
-# ms per step of the published runs on 8 H100, before and after recurrence, from their logs; #262's and the baseline's
-# attention was PyTorch's
+# ms per step of the published runs on 8 H100, before and after recurrence, from their logs; the baseline and #262 ran with
+# PyTorch's attention
 PUBLISHED_MS = {
     "baseline": (43.5,),
     "sp1024_smear_bigram": (96.3,),
@@ -49,18 +49,18 @@ PUBLISHED_MS = {
 
 
 class Step(NamedTuple):
-    """What one way launches in a step.
+    """The launches of a step.
 
     Attributes:
-        way: its name.
+        variant: its name.
         forward: kernels of the compiled forward pass.
-        backward: of the compiled backward pass.
-        rest: of everything else: gradients' norm, optimizers, average.
+        backward: kernels of the compiled backward pass.
+        rest: all other kernels: gradients' norm, optimizers, average.
         waits: how often the host waits for the device.
         graphs: the schedules of both passes.
     """
 
-    way: str
+    variant: str
     forward: list[Kernel]
     backward: list[Kernel]
     rest: list[Kernel]
@@ -77,10 +77,10 @@ class Step(NamedTuple):
 
 @contextlib.contextmanager
 def planning(recorder: Recorder, plan: Callable[[list[Scheduled]], Callable[[], None]]) -> Iterator[str]:
-    """Tensors without data, attention that nobody has to have, and `plan` for what is compiled; in a process that has a CUDA device.
+    """Tensors without data, a stand-in for attention, and `plan` for compiled graphs; in a process with the CUDA stand-in.
 
     Yields:
-        The attention back end.
+        The name of the attention backend.
     """
     torch._dynamo.reset()
     with contextlib.ExitStack() as stack:
@@ -91,7 +91,7 @@ def planning(recorder: Recorder, plan: Callable[[list[Scheduled]], Callable[[], 
             (Captured, "__call__", lambda captured: captured.run()),
             (Tensor, "pin_memory", lambda tensor: tensor),
             (Tensor, "item", lambda tensor: recorder.item(tensor)),
-            # a module's tensors without data cannot be moved, so they are made where they belong
+            # tensors without data cannot be moved; they are created on the device
             (torch.nn.Module, "to", lambda module, device: module),
         ):
             stack.enter_context(mock.patch.object(owner, attribute, value))
@@ -101,12 +101,12 @@ def planning(recorder: Recorder, plan: Callable[[list[Scheduled]], Callable[[], 
         yield attention
 
 
-def step_kernels(config: Config, way: str, recurrence: bool) -> Step:
-    """Take a step of a way twice, the second time recorded; in a process that has a CUDA device.
+def step_kernels(config: Config, name: str, recurrence: bool) -> Step:
+    """Run a variant's step twice and record the second; in a process with the CUDA stand-in.
 
     Args:
         config: the recipe; `compile` is on.
-        way: as in `benchmarks.measure.step_variants`.
+        name: of the variant, see `benchmarks.measure.step_variants`.
         recurrence: whether the repeated layers run twice.
     """
     recorder = Recorder()
@@ -120,9 +120,9 @@ def step_kernels(config: Config, way: str, recurrence: bool) -> Step:
 
     with planning(recorder, plan) as attention:
         with CUDA:
-            variant = make_variants(config.replace(attention=attention), [way], CUDA)[0]
-        tokens = np.zeros((share_sequences(config), config.train_seq_len + 1), dtype=np.uint16)
-        # the first step compiles, and makes the moments
+            variant = make_variants(config.replace(attention=attention), [name], CUDA)[0]
+        tokens = np.zeros((rank_sequences(config), config.train_seq_len + 1), dtype=np.uint16)
+        # the first step compiles, and allocates the moments
         variant.run(tokens, recurrence)
         passes.clear()
         recorder.kernels.clear()
@@ -130,34 +130,34 @@ def step_kernels(config: Config, way: str, recurrence: bool) -> Step:
         with recorder:
             variant.run(tokens, recurrence)
     forward, backward = passes
-    return Step(way, forward, backward, recorder.kernels, recorder.waits, graphs)
+    return Step(name, forward, backward, recorder.kernels, recorder.waits, graphs)
 
 
 def described_flops(config: Config, recurrence: bool) -> float:
-    """Arithmetic of a share's step as `--describe` has it."""
+    """Arithmetic of a rank's forward and backward pass as `--describe` counts it."""
     phase = "after_recurrence" if recurrence else "before_recurrence"
-    tokens = share_sequences(config) * config.train_seq_len
+    tokens = rank_sequences(config) * config.train_seq_len
     return float(1e6 * tokens * describe(config, {})["mflop_per_token"][phase])
 
 
 def check_complete(step: Step, flops: float) -> None:
-    """Refuse a schedule without all products.
+    """Refuse a schedule in which products are missing.
 
     Raises:
-        UserError: some of the described arithmetic is missing, as where Inductor hides a part of a graph in another.
+        UserError: it has less than the described arithmetic, for example because Inductor nests a graph in another.
     """
     found = sum(kernel.flops for kernel in (*step.forward, *step.backward))
     if found < (1 - 1e-9) * flops:
         raise UserError(
-            f"--ways: {step.way}: its schedule has {found / 1e12:.2f} TFLOP of the {flops / 1e12:.2f} described: what is compiled as "
-            "a graph inside a graph is not listed: leave this way out"
+            f"--variants: {step.variant}: its schedule has {found / 1e12:.2f} TFLOP of the {flops / 1e12:.2f} described: nested graphs "
+            "are not listed: leave this variant out"
         )
 
 
 def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Device) -> str:
-    """ms per step by family and way, and what follows from them."""
+    """ms per step by kernel family and variant, and totals."""
     reached = REACHED[device.name]
-    tokens = share_sequences(config) * config.train_seq_len
+    tokens = rank_sequences(config) * config.train_seq_len
     phase = f" {'after' if recurrence else 'before'} recurrence," if config.recur_layers else ""
     flops = described_flops(config, recurrence)
     times = [family_ms(step.kernels, device) for step in steps]
@@ -175,7 +175,7 @@ def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Devic
         ("GB moved", [f"{sum(kernel.bytes for kernel in step.kernels) / 1e9:.1f}" for step in steps]),
         ("launches", [str(len(step.kernels)) for step in steps]),
         ("waits of the host", [str(step.waits) for step in steps]),
-        (f"tokens/s, {steps[0].way} = 1", [f"{totals[0] / total:.2f}" for total in totals]),
+        (f"tokens/s, {steps[0].variant} = 1", [f"{totals[0] / total:.2f}" for total in totals]),
         (
             f"utilisation of {reached.tflops['cublas']:.0f} TFLOP/s",
             [f"{flops / total / 1e9 / reached.tflops['cublas']:.0%}" for total in totals],
@@ -190,11 +190,11 @@ def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Devic
             )
         )
     width = max(len(name) for name, _ in rows)
-    widths = [max(12, len(step.way) + 2) for step in steps]
+    widths = [max(12, len(step.variant) + 2) for step in steps]
     lines = [f"{config.recipe}, {tokens:,} tokens,{phase} {device.name}: computed, not measured"]
     lines += [
         f"{name:<{width}}" + "".join(f"{value:>{wide}}" for value, wide in zip(values, widths, strict=True))
-        for name, values in [("", [step.way for step in steps]), *rows]
+        for name, values in [("", [step.variant for step in steps]), *rows]
     ]
     return "\n".join(lines)
 
@@ -209,7 +209,7 @@ def family_ms(kernels: Sequence[Kernel], device: Device) -> dict[str, float]:
 
 
 def largest(step: Step, device: Device, count: int) -> str:
-    """The kernels that take longest, equal ones together."""
+    """The kernels that take longest; equal ones are added up."""
     times: Counter[tuple[str, str, float]] = Counter()
     launches: Counter[tuple[str, str, float]] = Counter()
     for part in ("forward", "backward", "rest"):
@@ -217,7 +217,7 @@ def largest(step: Step, device: Device, count: int) -> str:
             key = (part, kernel.name, kernel.bytes)
             times[key] += kernel.reached_ms(REACHED[device.name])
             launches[key] += 1
-    lines = [f"largest of {step.way}:"]
+    lines = [f"largest of {step.variant}:"]
     for key, ms in times.most_common(count):
         part, name, size = key
         lines.append(f"{ms:8.3f} ms  {launches[key]:4} x {size / 1e6:8.1f} MB  {part:<8}  {name[:100]}")
@@ -227,30 +227,26 @@ def largest(step: Step, device: Device, count: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks schedule", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="sp8192_sdclip", choices=recipe_names())
-    parser.add_argument("--ways", default="published,torch,golf", help="as of bench_step, +SWITCH included")
+    parser.add_argument("--variants", default="published,torch,golf", help="comma-separated, as of bench_step")
     parser.add_argument(
         "--phase", default="both", choices=("before", "after", "both"), help="recurrence off, on, or both"
     )
     parser.add_argument("--device", default="h100", choices=[device.name.lower() for device in DEVICES])
-    parser.add_argument("--largest", type=common.positive, default=12, metavar="N", help="kernels to name; default 12")
-    parser.add_argument("--tiny", action="store_true", help="a narrow model, to try this out")
+    parser.add_argument("--largest", type=common.positive, default=12, metavar="N", help="kernels to list; default 12")
+    parser.add_argument("--tiny", action="store_true", help="a narrow model, to try the command")
     arguments = parser.parse_args(argv)
     device = next(device for device in DEVICES if device.name.lower() == arguments.device)
-    config = share_config(arguments.recipe, CUDA, tiny=arguments.tiny).replace(device="cuda", compute_dtype="bfloat16")
+    config = step_config(arguments.recipe, CUDA, tiny=arguments.tiny).replace(device="cuda", compute_dtype="bfloat16")
     if arguments.phase == "after" and not config.recur_layers:
         raise UserError(f"--phase after: {arguments.recipe} repeats no layers: expected before or both")
-    ways = arguments.ways.split(",")
+    names = arguments.variants.split(",")
     with mock.patch.object(dispatch, "triton_problem", return_value=None):
-        check_ways(ways)
-    for way in ways:
-        options = parse_way_switch(way.partition("+")[2]).options if "+" in way else None
-        if any("max_autotune" in option for option in options or ()):
-            raise UserError(f"--ways: {way}: tuned products are those that ran fastest on a GPU: leave this way out")
-    # PyTorch's, about tensors that have no address
+        check_names(names)
+    # PyTorch warns about tensors without an address
     warnings.simplefilter("ignore")
     for recurrence in sorted({False, bool(config.recur_layers)}):
         if arguments.phase in ("both", "after" if recurrence else "before"):
-            steps = [step_kernels(config, way, recurrence) for way in ways]
+            steps = [step_kernels(config, name, recurrence) for name in names]
             for step in steps:
                 check_complete(step, described_flops(config, recurrence))
             print(table(config, steps, recurrence, device), end="\n\n")

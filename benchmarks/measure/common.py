@@ -1,7 +1,7 @@
-"""How everything here is measured: checked first, rotated inputs, interleaved variants, and floors from measured ceilings.
+"""How operators are measured: results checked first, inputs rotated, variants in turns, floors from measured ceilings.
 
-A benchmark describes a `Case` and its `Variant`s and calls `measure`; `append_rows` keeps what a GPU gave in
-`benchmarks/results/<gpu>.csv`. On a CPU everything runs, so that it can be tested, and nothing is kept.
+A benchmark describes a `Case` and its `Variant`s and calls `measure`. `append_rows` stores a GPU's rows in
+`benchmarks/results/<gpu>.csv`; rows of a CPU are never stored, but everything runs there for tests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,15 +32,14 @@ from benchmarks.report.results import Row as Row
 from benchmarks.report.results import append_rows as append_rows
 from benchmarks.report.results import check_columns, file_stem
 from train.common.wording import counted
-from train.model.compile import SWITCHES, missing_options
 
-# below this an event pair measures the host and not the GPU
+# for shorter calls a pair of events would measure the host
 GRAPH_BELOW_MS = 0.1
 NUMBERS = itertools.count()
 
 
 class CheckFailed(Exception):
-    """A variant's result is wrong, so its time means nothing; no row is written."""
+    """A variant's result is wrong; no row is written."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,13 @@ class Case:
 
     Args:
         op: name of the operation.
-        shape: of the inputs, for people.
-        dtype: of the products, for people.
-        make: inputs from a seed, on the device; random and never zero, because zeros run faster.
+        shape: of the inputs, as text.
+        dtype: of the products, as text.
+        make: inputs from a seed, on the device; random, because zeros run faster.
         truth: the result in float64 from the same inputs, as a list of tensors.
         flops: arithmetic of one call.
-        bytes: traffic of one call with device memory that no implementation can avoid.
-        max_rel_err: largest ‖got − truth‖ / ‖truth‖ of any tensor that counts as correct.
+        bytes: unavoidable traffic of one call with device memory.
+        max_rel_err: largest allowed ‖got − truth‖ / ‖truth‖ of any tensor.
     """
 
     op: str
@@ -74,8 +73,8 @@ class Variant:
 
     Args:
         impl: its name.
-        run: takes what `Case.make` made and returns a list of tensors.
-        graph: replay it as a CUDA graph; None: where a call takes less than `GRAPH_BELOW_MS`.
+        run: takes the result of `Case.make` and returns a list of tensors.
+        graph: replay it as a CUDA graph; None: if a call takes less than `GRAPH_BELOW_MS`.
     """
 
     impl: str
@@ -84,13 +83,13 @@ class Variant:
 
 
 class Ceilings(NamedTuple):
-    """What this device reaches in this run: a large bfloat16 product (float32 on a CPU) and a large copy."""
+    """The device's rates in this run: of a large bfloat16 product (float32 on a CPU) and a large copy."""
 
     tflops: float
     gbps: float
 
     def floor_ms(self, flops: float, traffic_bytes: float) -> float:
-        """The longer of the two times that nothing on this device can undercut."""
+        """The least possible time at these rates."""
         return max(flops / (self.tflops * 1e9), traffic_bytes / (self.gbps * 1e6))
 
 
@@ -100,7 +99,7 @@ class Clock:
 
     Args:
         device: `cuda` or `cpu`.
-        warmup_ms: each variant runs so long before it is timed.
+        warmup_ms: each variant runs this long before it is timed.
         rounds: measurements of each variant.
     """
 
@@ -139,7 +138,7 @@ class Clock:
 
 
 def ceilings(clock: Clock) -> Ceilings:
-    """Measures them, before or after the variants, but in the same process."""
+    """Measure the ceilings, in the process of the variants."""
     on_gpu = clock.device.type == "cuda"
     size, dtype = (8192, torch.bfloat16) if on_gpu else (256, torch.float32)
     a, b = (torch.randn(size, size, device=clock.device, dtype=dtype) for _ in range(2))
@@ -153,7 +152,7 @@ def ceilings(clock: Clock) -> Ceilings:
 
 
 def relative_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """Largest ‖got − want‖ / ‖want‖ of the tensors, in float64; infinite where something is not finite."""
+    """Largest ‖got − want‖ / ‖want‖ of the tensors, in float64; infinite if a number is not finite."""
     errors = []
     for one, other in zip(got, want, strict=True):
         exact = other.double()
@@ -166,12 +165,12 @@ def input_bytes(inputs: Any) -> int:
     """Bytes of the tensors in nested lists, tuples and dicts."""
     if isinstance(inputs, Tensor):
         return inputs.numel() * inputs.element_size()
-    pieces = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, (list, tuple)) else ()
-    return sum(input_bytes(piece) for piece in pieces)
+    nested = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, (list, tuple)) else ()
+    return sum(input_bytes(value) for value in nested)
 
 
 def runs(variant: Variant, inputs: Any) -> bool:
-    """Whether somebody else's variant runs at all; one that does not is named with its reason, and the others go on."""
+    """Whether a third-party variant runs; if not, prints the reason."""
     try:
         variant.run(inputs)
         if variant.graph and torch.cuda.is_available():
@@ -184,25 +183,25 @@ def runs(variant: Variant, inputs: Any) -> bool:
 
 
 def measure(case: Case, variants: Sequence[Variant], clock: Clock, limits: Ceilings) -> list[Row]:
-    """Checks every variant, then times them in turns; the first runs twice, which shows the spread.
+    """Check every variant, then time them in turns; the first one twice, which shows the spread.
 
-    Inputs rotate over at least three times the GPU's L2 cache, so that no call finds its inputs in it.
+    Inputs rotate over at least three times the GPU's L2 cache, so that no call finds its inputs in the cache.
 
     Returns:
-        One row per variant, and `<first> again`; what the environment adds comes with `append_rows`.
+        One row per variant, and `<first> again`; `append_rows` adds the columns of the environment.
 
     Raises:
-        CheckFailed: a result is farther from the truth than `case.max_rel_err`.
+        CheckFailed: a result differs from the truth by more than `case.max_rel_err`.
     """
     inputs = [case.make(0)]
-    # inputs that lie on the host, such as a text, are in no GPU's cache
+    # inputs on the host, such as a text, need no rotation
     size = input_bytes(inputs[0])
     copies = math.ceil(3 * clock.cache_bytes / size) if size else 0
     inputs += [case.make(seed) for seed in range(1, max(2, copies))]
     want = case.truth(inputs[0])
     errors = {}
     for variant in variants:
-        # inputs of its own: an optimizer's step changes them
+        # fresh inputs, because an optimizer's step changes them
         errors[variant.impl] = error = relative_error(variant.run(case.make(0)), want)
         if not error <= case.max_rel_err:
             raise CheckFailed(f"{case.op}, {variant.impl}: relative error {error:.2e}, at most {case.max_rel_err:.0e}")
@@ -211,7 +210,7 @@ def measure(case: Case, variants: Sequence[Variant], clock: Clock, limits: Ceili
     calls = {variant.impl: _prepare(variant, inputs, clock) for variant in timed}
     times: dict[str, list[float]] = {variant.impl: [] for variant in timed}
     for number in range(clock.rounds):
-        # nobody is always the first, or always behind the same other
+        # no variant is always the first, or always after the same one
         order = timed[number % len(timed) :] + timed[: number % len(timed)]
         for variant in order if number % 2 else reversed(order):
             call, per_call, _ = calls[variant.impl]
@@ -229,7 +228,7 @@ def measure(case: Case, variants: Sequence[Variant], clock: Clock, limits: Ceili
 
 
 def _prepare(variant: Variant, inputs: Sequence[Any], clock: Clock) -> tuple[Callable[[], Any], int, str]:
-    """What to time, how many calls of the variant it makes, and its mode."""
+    """A function to time, how many calls of the variant it makes, and its mode."""
     turn = 0
 
     def one() -> None:
@@ -241,7 +240,7 @@ def _prepare(variant: Variant, inputs: Sequence[Any], clock: Clock) -> tuple[Cal
     wanted = variant.graph if variant.graph is not None else duration < GRAPH_BELOW_MS
     if clock.device.type != "cuda" or not wanted:
         return one, 1, "eager"
-    # what a first call with some inputs prepares must not become part of the graph
+    # preparations of a first call with these inputs must not be captured
     for given in inputs:
         variant.run(given)
     graph = torch.cuda.CUDAGraph()
@@ -253,39 +252,24 @@ def _prepare(variant: Variant, inputs: Sequence[Any], clock: Clock) -> tuple[Cal
 
 
 def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
-    """p20, p50 and p80, between the measurements where none falls on it."""
+    """p20, p50 and p80, interpolated between measurements."""
     ordered = torch.tensor(sorted(times), dtype=torch.float64)
     p20, p50, p80 = torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
     return p20, p50, p80
 
 
-def compilations(names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """Inductor's options by the way to compile: none of them, and each of these switches of `train.model.compile`.
-
-    A switch that this torch does not have is printed with its reason.
-    """
-    ways: dict[str, Mapping[str, Any]] = {"compile": {}}
-    for switch in SWITCHES:
-        missing = missing_options(switch.options)
-        if switch.name in names and missing:
-            print(f"compile, {switch.name}: left out: torch {torch.__version__} has no {', '.join(missing)}")
-        elif switch.name in names:
-            ways[f"compile, {switch.name}"] = switch.options
-    return ways
-
-
-def compiled(function: Callable[..., Any], options: Mapping[str, Any], device: torch.device) -> Callable[..., Any]:
-    """A function compiled with Inductor's options; on a CPU only traced, because there they change nothing."""
-    # a code object of its own, or variants would share what was compiled, and the limit on compiling one function again
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """A function under torch.compile; on a CPU only traced."""
+    # its own code object, because Dynamo shares compiled code and the limit on recompilations per code object
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(NUMBERS)}")
     own = types.FunctionType(code, function.__globals__, closure=function.__closure__)
     if device.type == "cpu":
         return torch.compile(own, backend="aot_eager")
-    return torch.compile(own, dynamic=False, options=dict(options))
+    return torch.compile(own, dynamic=False)
 
 
 def peak_bytes(variant: Variant, inputs: Any, device: torch.device) -> int:
-    """Most memory that one call holds on a GPU beyond what is allocated before it, results included."""
+    """Peak memory of one call on a GPU above what is allocated before it, with its results."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -302,7 +286,7 @@ def _output(*command: str) -> str:
 
 
 def environment(device: torch.device) -> Row:
-    """What a number means nothing without: commit, device, driver and versions."""
+    """Commit, device, driver and versions, for the rows."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -322,17 +306,17 @@ def environment(device: torch.device) -> Row:
 
 
 def check_place(device: torch.device, folder: Path = RESULTS, columns: Sequence[str] = COLUMNS) -> None:
-    """Whether a GPU's rows can be kept, asked before they are measured.
+    """Check before measuring that a GPU's rows can be stored.
 
     Raises:
-        ResultsError: its file has other columns.
+        ResultsError: the GPU's file has other columns.
     """
     if device.type == "cuda":
         check_columns(folder / f"{file_stem(torch.cuda.get_device_name(device))}.csv", columns)
 
 
 def render(rows: Sequence[Row], gpu: str) -> str:
-    """The rows as a table for the terminal, with the device in its title."""
+    """The rows as a table with the device in its title."""
     width = max(len(row["impl"]) for row in rows)
     lines = [f"{rows[0]['op']}, {rows[0]['shape']}, {rows[0]['dtype']}, on {gpu}, ms per call"]
     lines.append(
@@ -378,7 +362,7 @@ def positive(text: str) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """What is not given depends on `--tiny`; without it rows are kept, so their place is looked at before anything is measured."""
+    """Defaults depend on `--tiny`; without it rows are stored, so their file is checked before anything is measured."""
 
     def __init__(self, full: dict[str, float], **options: Any) -> None:
         super().__init__(**options)
@@ -397,22 +381,21 @@ class _Parser(argparse.ArgumentParser):
         return given, rest
 
 
-# exit code of a command that finds nothing here that it could run, as pytest's
+# pytest's exit code if no test was selected
 NOTHING_TO_RUN = 5
-# nothing is proven by more
 _TINY = {"rounds": 2, "warmup_ms": 1.0}
 
 
 def parser(
     prog: str, description: str, *, rounds: int | None = 50, warmup_ms: float = 300.0
 ) -> argparse.ArgumentParser:
-    """Arguments that every benchmark has: `--device` and `--tiny`, and those of its clock, `--rounds` and `--warmup-ms`.
+    """A parser with the arguments of every benchmark: `--device`, `--tiny`, `--rounds` and `--warmup-ms`.
 
     Args:
-        prog: its module.
+        prog: the benchmark's module.
         description: for `--help`.
-        rounds: measurements of each variant where the command line names no number; None: it has no such clock.
-        warmup_ms: before each variant is timed.
+        rounds: default number of measurements of each variant; None: no `--rounds` and no `--warmup-ms`.
+        warmup_ms: default warm-up of each variant.
     """
     command = f"python -m benchmarks.{prog}"
     full = {} if rounds is None else {"rounds": rounds, "warmup_ms": warmup_ms}
@@ -424,17 +407,17 @@ def parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    made.add_argument("--device", default=default, type=_device, help="default: cuda where there is a GPU")
+    made.add_argument("--device", default=default, type=_device, help="default: cuda if there is a GPU")
     if full:
         ends = {name: f"default {value:g}, or {_TINY[name]:g} with --tiny" for name, value in full.items()}
         made.add_argument("--rounds", type=positive, help=f"measurements of each variant; {ends['rounds']}")
-        made.add_argument("--warmup-ms", type=_milliseconds, help=f"before each variant is timed; {ends['warmup_ms']}")
+        made.add_argument("--warmup-ms", type=_milliseconds, help=f"warm-up of each variant; {ends['warmup_ms']}")
     made.add_argument("--tiny", action="store_true", help="small shapes that run anywhere; proves nothing about speed")
     return made
 
 
 def report(rows: Sequence[Row], surroundings: Row, *, keep: bool = True) -> None:
-    """Prints the table, and keeps the rows where they are a GPU's."""
+    """Print the table, and store the rows of a GPU."""
     print(render(rows, surroundings["gpu"]))
     path = append_rows(rows, surroundings) if keep else None
-    print(f"-> {path.relative_to(ROOT)}\n" if path else "not kept: only a GPU's full shapes are\n")
+    print(f"-> {path.relative_to(ROOT)}\n" if path else "not stored: only full-size rows of a GPU are\n")

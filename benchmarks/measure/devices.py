@@ -1,40 +1,40 @@
-"""What GPUs can do, for times that are computed and not measured."""
+"""Rates of GPUs, to compute times from bytes and arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-# dense bfloat16 TFLOP/s by what a GPU's name has in it, the first that fits: half of what NVIDIA's data sheets give with
-# sparsity (1,978.9 for SXM, 132 multiprocessors of 4,096 FLOP at 1.83 GHz; 1,513 for PCIe; 1,671 for NVL)
+# dense bfloat16 TFLOP/s by part of a GPU's name, the first that fits: half of the figure with sparsity in NVIDIA's data sheets
+# (1,978.9 for SXM: 132 multiprocessors, 4,096 FLOP per cycle, 1.83 GHz; 1,513 for PCIe; 1,671 for NVL)
 _SHEETS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "H200 NVL": 835.0, "H200": 989.4}
 
 
 def datasheet_tflops(gpu: str) -> float | None:
-    """Dense bfloat16 TFLOP/s that the data sheet of a GPU of this name gives; None for one not known, or a slice of one."""
+    """Dense bfloat16 TFLOP/s in the data sheet of a GPU of this name; None for an unknown GPU or a MIG slice."""
     return next((tflops for name, tflops in _SHEETS.items() if name in gpu and "MIG" not in gpu), None)
 
 
 class Device(NamedTuple):
-    """Dense bfloat16 TFLOP/s and GB/s that a prediction is computed from."""
+    """The peak dense bfloat16 TFLOP/s and GB/s of a GPU."""
 
     name: str
     tflops: float
     gbps: float
 
 
-# the H100's from its data sheet; the H200's are what one reached
+# H100: data sheet; H200: reached on one
 DEVICES = (Device("H100", _SHEETS["H100"], 3350.0), Device("H200", 790.0, 4300.0))
 
 
 class Reached(NamedTuple):
-    """What kernels were seen to reach, by others or elsewhere, where `Device` says what none can pass.
+    """Rates that kernels have reached according to published measurements.
 
     Attributes:
-        tflops: TFLOP/s by who computes: "cublas", "triton" (products with epilogues of our own), "attention" and
-            "attention backward" (causal, heads of 64, 2,048 positions; arithmetic counted for the lower triangle).
+        tflops: TFLOP/s by kind of kernel: "cublas", "triton" (products with our epilogues), "attention" and "attention
+            backward" (causal, head dimension 64, 2,048 positions; counting the lower triangle only).
         gbps: GB/s of passes over large tensors.
-        launch_us: microseconds that the smallest kernel takes.
+        launch_us: microseconds of the smallest kernel.
     """
 
     tflops: Mapping[str, float]
@@ -43,9 +43,9 @@ class Reached(NamedTuple):
 
 
 _TFLOPS = {
-    # a large product on an H200, which is the same chip; 512 columns to sum over give less
+    # a large product on an H200, the same chip; an inner dimension of 512 gives less
     "cublas": 790.0,
-    # the middle of the 60 to 70 % of the sheet that is expected of such kernels; nobody has run these
+    # expected, not measured: the middle of 60 to 70 % of the data sheet
     "triton": 643.0,
     # FlashAttention 3 without a mask, 460 and 422 (arXiv:2407.08608), times the 521 / 625 that a mask leaves heads of 128
     "attention": 383.0,
@@ -59,7 +59,7 @@ REACHED = {
 
 
 class Kernel(NamedTuple):
-    """One launch: its arithmetic, its traffic with device memory, and whose rate its products have."""
+    """One launch: its arithmetic, its traffic with device memory, and the kind of rate in `Reached.tflops`."""
 
     name: str
     flops: float
@@ -67,10 +67,15 @@ class Kernel(NamedTuple):
     rate: str = "cublas"
 
     def floor_ms(self, device: Device) -> float:
-        """What nothing on the device can undercut."""
+        """The least possible time at the device's peak rates."""
         return max(self.flops / (device.tflops * 1e9), self.bytes / (device.gbps * 1e6))
 
     def reached_ms(self, reached: Reached) -> float:
-        """What a kernel takes that is as good as those that were seen."""
+        """The time at the rates that such kernels have reached."""
         slowest = max(self.flops / (reached.tflops[self.rate] * 1e9), self.bytes / (reached.gbps * 1e6))
         return max(slowest, reached.launch_us / 1e3)
+
+
+def newton_schulz_flops(shapes: Iterable[tuple[int, int]], iterations: int) -> float:
+    """Arithmetic of Newton-Schulz that no implementation can avoid: half of each of the two symmetric products."""
+    return float(sum(iterations * (3 * s * s * n + s**3) for s, n in (sorted(shape) for shape in shapes)))

@@ -1,9 +1,8 @@
-"""A training step written plainly, as the published scripts have it: the yardstick of `benchmarks.bench_step`.
+"""The yardstick of `benchmarks.bench_step`: a training step as the published scripts write it.
 
-The model is the recipe's, compiled with torch.compile's defaults on PyTorch's own operators; queries, keys and values are
-three products, and a layer's output scales are factors of its outputs. Around it stands what the scripts have: batches
-as int64 from memory that is not pinned, one optimizer step per matrix (per bank of equal shapes for #1392, whose Muon was
-batched), one moving average per tensor over a fresh state_dict, and an `.item()` on the wall clock's flag in every step.
+The model is `benchmarks.measure.published_model`, compiled with torch.compile's defaults. The step around it does what the
+scripts do: batches as int64 from pageable memory, one optimizer step per matrix (per bank of equal shapes for #1392, whose
+Muon was batched), one moving average per tensor over a fresh state_dict, and `.item()` on the wall clock's flag in every step.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from train.config import Config
 from train.model.gpt import GPT
 from train.optimize.groups import split_parameters
 
-# #1392 kept its matrices in banks and orthogonalized each bank in one batch
+# #1392 stacked matrices of one shape in banks, and orthogonalized each bank in one batch
 BANKED = ("sp4096_recurrence",)
 
 
 def quintic(gradient: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Newton-Schulz of a matrix `(m, n)` or a bank `(k, m, n)` with Keller Jordan's numbers, in `dtype`."""
+    """Newton-Schulz of a matrix `(m, n)` or a bank `(k, m, n)` with Keller Jordan's coefficients, in `dtype`."""
     x = gradient.to(dtype)
     norm: Tensor = x.norm(dim=(-2, -1), keepdim=True)
     x = x / (norm + 1e-7)
@@ -37,11 +36,11 @@ def quintic(gradient: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -
 
 
 class PlainMuon:
-    """Muon, MuonEq-R or NorMuon over some matrices, one after the other or by banks of equal shapes.
+    """Muon, MuonEq-R or NorMuon, matrix by matrix or by banks of equal shapes.
 
     Args:
-        matrices: what it updates.
-        config: rates, momentum and the variants.
+        matrices: the matrices that it updates.
+        config: rates, momentum, and which of the three.
         banked: stack matrices of one shape and orthogonalize them together.
         dtype: of the orthogonalization.
     """
@@ -85,20 +84,20 @@ class PlainMuon:
 
 
 class PublishedStep:
-    """One GPU's step of a recipe, written as the published scripts write it.
+    """One rank's step of a recipe.
 
     Args:
-        model: the recipe's model, on its device.
+        model: from `published_model`, on its device.
         config: the recipe.
-        share: which matrices this rank would update, by their number among all matrices.
-        compiled: the loss, compiled.
+        owned: numbers of the matrices that this rank updates.
+        compiled: the compiled loss.
     """
 
-    def __init__(self, model: GPT, config: Config, share: Sequence[int], compiled: Callable[..., Tensor]) -> None:
+    def __init__(self, model: GPT, config: Config, owned: Sequence[int], compiled: Callable[..., Tensor]) -> None:
         kinds = split_parameters(model, config)
         matrices = list(kinds["matrix"].values())
         self.model, self.config, self.compiled = model, config, compiled
-        self.muon = PlainMuon([matrices[number] for number in share], config, banked=config.recipe in BANKED)
+        self.muon = PlainMuon([matrices[number] for number in owned], config, banked=config.recipe in BANKED)
         betas = (0.9, config.beta2)
         self.adamw = [
             torch.optim.AdamW(list(kinds[kind].values()), lr, betas, 1e-8, decay, fused=True)
@@ -129,6 +128,6 @@ class PublishedStep:
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items() if self.average else ():
                 self.average[name].mul_(config.ema_decay).add_(tensor.detach().float(), alpha=1 - config.ema_decay)
-        # the scripts agree on the end of training here, and the host waits for the device
+        # here the scripts agree on the end of training, for which the host waits for the device
         torch.tensor(int(time.perf_counter() - self.started > config.max_wallclock_seconds), device=device).item()
         return loss.detach()

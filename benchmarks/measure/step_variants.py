@@ -1,11 +1,11 @@
-"""The ways to take a training step that are measured beside each other: models and optimizers of one GPU's share.
+"""The variants of a training step that are measured beside each other, each on one of 8 GPUs.
 
-`published` is the recipe written plainly (`benchmarks.measure.published_step`), `torch` is this trainer on PyTorch's reference
-operators, `golf` is this trainer on all kernels, `golf-op` on all but one, and `op=backend` is `torch` with that one
-switched. On a GPU a way that lacks a kernel never has the name `golf`: `named_ways` calls it `golf-op`.
-`WAY+SWITCH` is a way with one of Inductor's switches (`train.model.compile`), or with another value of a setting that decides
-how a step is computed: `torch+optimizer_graph=on`. The share is what one of 8 GPUs has: an eighth of the batch, and the
-matrices that one rank orthogonalizes, or all of them where losses are compared. What the ranks would exchange is not in it.
+`published`: the recipe as its script was written (`benchmarks.measure.published_step`). `torch`: this trainer on PyTorch's
+reference operators. `golf`: this trainer with all kernels; `golf-OPERATOR` all but one; `OPERATOR=BACKEND` is `torch` with one
+kernel. `+SETTING=VALUE` changes a setting of any of these but `published`: `torch+optimizer_graph=on`.
+
+A step takes an eighth of the batch and updates the matrices that one rank owns, or all of them to compare losses. The
+exchange between ranks is not part of it.
 """
 
 from __future__ import annotations
@@ -15,46 +15,46 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.measure.published_model import published_model
 from benchmarks.measure.published_step import PublishedStep
-from benchmarks.measure.tokens import OneBatch, share_sequences
+from benchmarks.measure.tokens import OneBatch, rank_sequences
 from golf_kernels import dispatch
 from golf_kernels.sharding import assign
 from train.common.distributed import MICRO_BATCHES, Ranks
 from train.common.errors import UserError
 from train.common.values import ConfigError
 from train.config import Config
-from train.loop import compiled_loss, training_step
-from train.model.attention import Attention
+from train.loop import training_step
 from train.model.attention_choice import choose_attention, use_attention
-from train.model.compile import chosen_options, parse_switch
+from train.model.compile import compiled_loss
 from train.model.gpt import GPT
-from train.model.mlp import MLP
 from train.optimize.averaging import EMA
 from train.optimize.groups import build_optimizers, split_parameters
 from train.recipes import load_recipe
 
-# settings that decide how a step is computed, and not what
+# settings that change how a step is computed and not what it computes
 SETTINGS = ("optimizer_graph",)
+NAMES = "published, torch, golf, golf-OPERATOR or OPERATOR=BACKEND, and +SETTING=VALUE after any of these but the first"
 TINY = {"model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 512, "train_seq_len": 64, "bigram_dim": 16}
 
 
 @dataclass
 class StepVariant:
-    """One way to take a step.
+    """A variant of the training step.
 
     Attributes:
-        name: of the way.
+        name: see the module.
         backends: value of GOLF_BACKEND while it runs.
         step: takes token ids `(sequences, length + 1)` and whether layers repeat, and returns the loss.
-        weights: what a step changes in place: "matrix", "embedding" and "scalar" weights, and their "average" if there is one.
-        times_ms: measured.
-        first_step_s: seconds of the first step, in which it was compiled.
+        weights: the tensors that a step changes in place: "matrix", "embedding", "scalar", and "average" if there is one.
+        times_ms: measured times.
+        first_step_s: seconds of the first step, including compilation.
     """
 
     name: str
@@ -69,7 +69,7 @@ class StepVariant:
             return self.step(tokens, recurrence)
 
     def flat_weights(self) -> dict[str, Tensor]:
-        """A copy of all weights of each kind, flat, in float32."""
+        """A copy of the weights of each kind, flat, in float32."""
         return {
             kind: torch.cat([tensor.detach().float().flatten() for tensor in tensors])
             for kind, tensors in self.weights.items()
@@ -78,10 +78,10 @@ class StepVariant:
 
 
 def all_kernels(without: Iterable[str] = ()) -> str:
-    """GOLF_BACKEND with the fastest kind of kernel of every operator that has one here, and PyTorch for the rest.
+    """GOLF_BACKEND with the preferred kernel of every operator that has one here, and PyTorch for the others.
 
     Args:
-        without: operators that are left to PyTorch, with their backward passes.
+        without: operators that stay on PyTorch, with their backward passes.
     """
     left = {f"{op}{end}" for op in without for end in ("", "_backward")}
     found = {op: dispatch.available_backends(op) for op in dispatch.describe() if op not in left}
@@ -89,13 +89,13 @@ def all_kernels(without: Iterable[str] = ()) -> str:
 
 
 def kernel_problems() -> dict[str, str]:
-    """The operators of a training step that have kernels: why theirs cannot run here, or nothing where they can.
+    """For each operator of a training step that has kernels: why they cannot run here, or "" if they can.
 
-    Each name means its backward pass, too.
+    An operator's name includes its backward pass.
     """
     problems: dict[str, str] = {}
     for op, backends in dispatch.describe().items():
-        # windows are evaluation's
+        # window operators belong to evaluation
         if "triton" in backends and "window" not in op:
             problem = "" if backends["triton"] == dispatch.AVAILABLE else backends["triton"]
             name = op.removesuffix("_backward")
@@ -108,13 +108,8 @@ def step_kernels() -> list[str]:
     return [op for op, problem in kernel_problems().items() if not problem]
 
 
-def kernels_problem() -> str:
-    """Why no kernel of a training step can run here; empty where one can."""
-    return "" if step_kernels() else reasons(kernel_problems())
-
-
 def reasons(problems: Mapping[str, str]) -> str:
-    """Each reason once, with the operators that have it, unless all have the same."""
+    """Each reason once, with its operators unless all have the same reason."""
     operators: dict[str, list[str]] = {}
     for op, problem in problems.items():
         operators.setdefault(problem, []).append(op)
@@ -123,82 +118,91 @@ def reasons(problems: Mapping[str, str]) -> str:
     )
 
 
-def named_ways(names: Sequence[str], device: torch.device) -> list[str]:
-    """The ways by the names of their rows, after it was said what `golf` is made of here.
+def row_names(names: Sequence[str], device: torch.device) -> list[str]:
+    """The names for the rows of these variants; prints the kernels of `golf` here.
+
+    On a GPU `golf` becomes `golf-OPERATOR` where a kernel cannot run, so that rows of equal names are comparable.
 
     Raises:
-        UserError: a way cannot be taken, is named twice, or is to be golf on a GPU where no kernel is left.
+        UserError: there is no such variant, a row would appear twice, or golf has no kernel on a GPU.
     """
-    check_ways(names)
+    check_names(names)
     problems = {op: problem for op, problem in kernel_problems().items() if problem}
     found = []
     for name in names:
-        way, plus, switch = name.partition("+")
-        golf, *without = way.split("-")
+        base, plus, change = name.partition("+")
+        golf, *without = base.split("-")
         if golf == "golf":
             kernels = [op for op in step_kernels() if op not in without]
             lacking = {op: problem for op, problem in problems.items() if op not in without}
             if not kernels and device.type == "cuda":
                 raise UserError(
-                    f"--ways: {name!r}: no kernel of a training step is left, so that it would be torch: "
-                    f"{reasons(lacking) or 'all are left out'}; leave it out"
+                    f"--variants: {name!r} has no kernel, so it would be torch: {reasons(lacking) or 'all are left out'}: "
+                    "leave it out"
                 )
             print(f"{name}: {', '.join(kernels) or 'no kernel, so it is torch'}")
             print("".join(f"    without {op}: {problem}\n" for op, problem in lacking.items()), end="", flush=True)
             if device.type == "cuda":
-                way = "-".join([way, *lacking])
-        found.append(f"{way}{plus}{switch}")
+                base = "-".join([base, *lacking])
+        found.append(f"{base}{plus}{change}")
     if twice := sorted({name for name in found if found.count(name) > 1}):
-        raise UserError(f"--ways: {', '.join(twice)} twice: expected each way once")
+        raise UserError(f"--variants: {', '.join(twice)} twice: expected each variant once")
     return found
 
 
 def add_attention(parser: argparse.ArgumentParser) -> None:
-    """The flag that names the attention back end of all ways, with the trainer's environment variable as its default."""
+    """Add the flag for the attention backend; its default is the trainer's environment variable."""
     parser.add_argument(
         "--attention",
         default=os.environ.get("ATTENTION", "auto"),
-        help="back end of all ways: auto, sdpa, fa3, …, as the trainer's; default: ATTENTION, or auto, the fastest that can run",
+        help="attention backend of all variants: auto (the fastest), sdpa, fa3, …; default: ATTENTION, or auto",
     )
 
 
 def refuse_forced() -> None:
-    """Refuse GOLF_BACKEND, which the ways would override.
+    """Refuse GOLF_BACKEND, which the variants override.
 
     Raises:
         UserError: it is set.
     """
     if text := os.environ.get(dispatch.ENVIRONMENT_VARIABLE):
         raise UserError(
-            f"{dispatch.ENVIRONMENT_VARIABLE}={text} is set, but each of the ways has back ends of its own: unset it, and name "
-            "them as a way, such as --ways torch,muon_step=triton"
+            f"{dispatch.ENVIRONMENT_VARIABLE}={text} is set, but each variant has its own backends: unset it, and name a "
+            "variant such as --variants torch,muon_step=triton"
         )
 
 
-def share_config(recipe: str, device: torch.device, *, tiny: bool, attention: str = "auto") -> Config:
-    """A recipe's settings as a share of its step is measured: compiled on a GPU, and narrow where `tiny`.
+def step_config(recipe: str, device: torch.device, *, tiny: bool, attention: str = "auto") -> Config:
+    """The settings of a recipe to measure its step with: compiled on a GPU; with `tiny` a narrow model.
 
     Raises:
-        UserError: there is no such attention back end, or GOLF_BACKEND is set, which the ways would override.
+        UserError: there is no such attention backend, or GOLF_BACKEND is set.
     """
     refuse_forced()
     changes: dict[str, Any] = {"compile": "on" if device.type == "cuda" else "off", "attention": attention}
     if tiny:
         changes |= TINY | {"train_batch_tokens": MICRO_BATCHES * 2 * TINY["train_seq_len"], "compute_dtype": "float32"}
-    # each way has code of its own for one and the same forward
+    # every variant compiles the same functions again
     torch._dynamo.config.recompile_limit = 64
     return load_recipe(recipe).config(**changes)
 
 
 def trainer_step(
-    model: GPT, config: Config, share: list[int], device: torch.device, options: Mapping[str, Any] | None
+    model: GPT, config: Config, owned: list[int], device: torch.device
 ) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
-    """The trainer's own step on one rank's share: its loop, its optimizers, and its moving average by name of the weights."""
-    # one micro-batch is the whole of a rank's part of the step
+    """The trainer's step on one rank, and its moving average by weight name.
+
+    Args:
+        model: on `device`.
+        config: the recipe.
+        owned: numbers of the matrices that the rank updates.
+        device: where it runs.
+    """
+    # with as many ranks as micro-batches each has one
     ranks = Ranks(world_size=MICRO_BATCHES, device=device)
-    optimizers = build_optimizers(model, config, owned=share)
+    optimizers = build_optimizers(model, config, owned=owned)
     average = EMA(model, config.ema_decay) if config.ema_decay else None
-    loss_of = compiled_loss(model, config, device, options)
+    loss_of = compiled_loss(model, config, device)
 
     def step(tokens: np.ndarray, recurrence: bool) -> Tensor:
         loss = training_step(
@@ -211,106 +215,87 @@ def trainer_step(
     return step, average.average() if average else {}
 
 
-class WaySwitch(NamedTuple):
-    """What stands behind a way's +.
-
-    Attributes:
-        settings: by name, with other values than the recipe's; empty: it is a switch of Inductor.
-        options: Inductor's; None: those that the trainer would choose.
-    """
-
-    settings: dict[str, Any]
-    options: dict[str, Any] | None
-
-
-def parse_way_switch(text: str) -> WaySwitch:
-    """Another value of a setting, or Inductor's options.
+def changed_setting(text: str) -> dict[str, Any]:
+    """A setting and its value from SETTING=VALUE.
 
     Raises:
-        ValueError: there is no such setting, switch or option, or the value is not one of its.
+        ValueError: there is no such setting, or it has no such value.
     """
     name, _, value = text.partition("=")
     if name not in SETTINGS:
-        return WaySwitch({}, chosen_options()[0] | dict(parse_switch(text).options))
+        raise ValueError(f"+{text}: expected +SETTING=VALUE, with SETTING one of {', '.join(SETTINGS)}")
     changes: dict[str, Any] = {name: value}
     try:
         Config(**changes)
     except ConfigError as error:
         raise ValueError(str(error)) from error
-    return WaySwitch(changes, None)
+    return changes
 
 
-def check_ways(names: Iterable[str]) -> None:
-    """Refuse ways that cannot be taken here, before anything is measured.
+def check_names(names: Iterable[str]) -> None:
+    """Refuse variants that do not exist or cannot run here, before anything is measured.
 
     Raises:
-        UserError: by its name, with the reason.
+        UserError: by name, with the reason.
     """
     for name in names:
-        way, _, switch = name.partition("+")
+        base, _, change = name.partition("+")
         if name == "published":
             continue
         try:
-            if switch or "+" in name:
-                parse_way_switch(switch)
-            golf, *without = way.split("-")
+            if "+" in name:
+                changed_setting(change)
+            golf, *without = base.split("-")
             if golf == "golf" and (unknown := set(without) - set(kernel_problems())):
                 raise ValueError(
-                    f"golf leaves out {', '.join(sorted(unknown))}, expected some of {', '.join(kernel_problems())}"
+                    f"golf has no kernel of {', '.join(sorted(unknown))}, only of {', '.join(kernel_problems())}"
                 )
-            with dispatch.forced(backends_of(way)):
+            with dispatch.forced(backends_of(base)):
                 dispatch.validate()
         except (ValueError, dispatch.BackendError) as error:
-            raise UserError(
-                f"--ways: {name!r}: expected published, torch, golf, golf-OPERATOR or operator=backend, and +SWITCH behind all but "
-                f"the first: "
-                f"{error}"
-            ) from error
+            raise UserError(f"--variants: {name!r}: expected {NAMES}: {error}") from error
 
 
-def backends_of(way: str) -> str:
-    """GOLF_BACKEND of a way that is not the published one."""
-    golf, *without = way.split("-")
-    return all_kernels(without) if golf == "golf" else "torch" if way == "torch" else f"torch,{way}"
+def backends_of(name: str) -> str:
+    """GOLF_BACKEND of a variant other than `published`, without its +SETTING=VALUE."""
+    golf, *without = name.split("-")
+    return all_kernels(without) if golf == "golf" else "torch" if name == "torch" else f"torch,{name}"
 
 
 def make_variants(config: Config, names: list[str], device: torch.device, *, whole: bool = False) -> list[StepVariant]:
-    """The ways to measure, each with a model of its own that starts from the same weights.
+    """The variants, each with its own model, all starting from the same weights.
 
     Args:
         config: the recipe.
-        names: of the ways.
+        names: of the variants.
         device: where they run.
-        whole: update every matrix, so that losses are those of a training; otherwise one rank's share.
+        whole: update all matrices, as in a training; otherwise those of one rank.
     """
-    check_ways(names)
+    check_names(names)
     torch.manual_seed(config.seed)
     first = GPT(config).to(device)
-    use_attention(first, choose_attention(config, device, share_sequences(config)).name)
+    use_attention(first, choose_attention(config, device, rank_sequences(config)).name)
     matrices: list[Tensor] = list(split_parameters(first, config)["matrix"].values())
     owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), MICRO_BATCHES)
-    share = [number for number, owner in enumerate(owners) if whole or owner == 0]
+    owned = [number for number, owner in enumerate(owners) if whole or owner == 0]
     if not whole:
-        # a block's output begins as zero; where nobody updates it, all gradients before it would stay zero
+        # output projections start as zero; those that this rank does not update would keep all gradients before them zero
         with torch.no_grad():
             torch._foreach_add_(matrices, [torch.randn_like(matrix) for matrix in matrices], alpha=0.02)
     variants = []
     for name in names:
-        model = copy.deepcopy(first)
         if name == "published":
-            for module in model.modules():
-                if isinstance(module, (Attention, MLP)):
-                    module.as_published = True
-            # torch.compile's defaults, whatever train.model.compile has chosen
-            compiled = compiled_loss(model, config, device, {})
-            plain = PublishedStep(model, config, share, compiled)
+            model = published_model(first)
+            with dispatch.forced("torch"):
+                plain = PublishedStep(model, config, owned, compiled_loss(model, config, device))
             variants.append(StepVariant(name, "torch", plain, weights_of(model, config, plain.average)))
             continue
-        way, _, switch = name.partition("+")
-        backends = backends_of(way)
-        changes = parse_way_switch(switch) if switch else WaySwitch({}, None)
+        model = copy.deepcopy(first)
+        base, _, change = name.partition("+")
+        backends = backends_of(base)
+        changes = changed_setting(change) if change else {}
         with dispatch.forced(backends):
-            step, average = trainer_step(model, config.replace(**changes.settings), share, device, changes.options)
+            step, average = trainer_step(model, config.replace(**changes), owned, device)
         variants.append(StepVariant(name, backends, step, weights_of(model, config, average)))
     return variants
 

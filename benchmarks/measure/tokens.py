@@ -1,4 +1,4 @@
-"""The batches that ways of taking a step are measured with: random tokens with something to learn in them, or a dataset's."""
+"""The batches of the step benchmarks: random tokens with some structure, or the shards of a dataset."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from train.data.shards import find_shards
 CPU = torch.device("cpu")
 
 
-def share_sequences(config: Config) -> int:
-    """Sequences of one GPU's share of a step."""
+def rank_sequences(config: Config) -> int:
+    """Sequences of one rank's part of the batch, with 8 ranks."""
     return config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
 
 
 def token_source(config: Config, data: Path | None, device: torch.device) -> Tokens:
-    """The share's tokens from the first on, of the shards in a folder or made, from where the device takes them."""
+    """Batches of one rank, from the shards of a folder or random, in host memory that the device can copy from."""
     return MadeTokens(config, device=device) if data is None else ShardTokens(config, data, device)
 
 
 class Tokens(Protocol):
-    """Where batches come from: `(sequences, length + 1)` uint16 each."""
+    """A source of batches, `(sequences, length + 1)` uint16 each."""
 
     def next(self) -> np.ndarray: ...
 
 
 class MadeTokens:
-    """Random tokens in the place of a loader, so that a step is measured and not a disk.
+    """Random tokens, so that no disk is measured.
 
-    Half of them follow from the one before, by a fixed permutation of the vocabulary; the others are Zipf-like, as text is.
-    So there is something to learn that no embedding can hold alone.
+    Half of them follow from the token before by a fixed permutation of the vocabulary, which is something to learn beyond
+    the frequencies; the others are Zipf-distributed, as in text.
     """
 
     def __init__(self, config: Config, seed: int = 0, device: torch.device = CPU) -> None:
-        self.shape = (share_sequences(config), config.train_seq_len + 1)
+        self.shape = (rank_sequences(config), config.train_seq_len + 1)
         self.vocab_size, self.device = config.vocab_size, device
         self.generator = np.random.default_rng(seed)
         self.follower = self.generator.permutation(config.vocab_size)
@@ -59,7 +59,7 @@ class ShardTokens:
 
     def __init__(self, config: Config, folder: Path, device: torch.device = CPU) -> None:
         self.shards = TrainingShards(find_shards(folder, "train"), config.vocab_size)
-        self.shape, self.device = (share_sequences(config), config.train_seq_len + 1), device
+        self.shape, self.device = (rank_sequences(config), config.train_seq_len + 1), device
         self.place = 0
 
     def next(self) -> np.ndarray:
@@ -70,14 +70,14 @@ class ShardTokens:
 
 
 def loaded(rows: np.ndarray, device: torch.device) -> np.ndarray:
-    """The rows in pinned memory where the device is a GPU: there the trainer's thread has them before a step begins."""
+    """The rows, in pinned memory for a GPU, where the trainer's loader thread has put them before a step begins."""
     if device.type != "cuda":
         return rows
     return torch.from_numpy(rows.view(np.int16)).pin_memory().numpy().view(np.uint16)
 
 
 class OneBatch:
-    """A loader that gives one batch, and sends it to the device as the trainer's does."""
+    """A loader of one batch, copied to the device as the trainer's loader does it."""
 
     def __init__(self, tokens: np.ndarray, device: torch.device) -> None:
         self.rows, self.device = torch.from_numpy(tokens.view(np.int16)), device

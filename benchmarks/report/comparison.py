@@ -1,4 +1,4 @@
-"""How far two measurements of one thing are apart, on one GPU and at two commits."""
+"""Compares the measurements of two commits on the same GPU."""
 
 from __future__ import annotations
 
@@ -27,22 +27,21 @@ class Change(NamedTuple):
 
     @property
     def beyond_spread(self) -> bool:
-        """Whether the ranges from p20 to p80 do not touch."""
+        """Whether the ranges from p20 to p80 are disjoint."""
         return self.after.p20 > self.before.p80 or self.after.p80 < self.before.p20
 
 
 def compare(measurements: Sequence[Measurement], revision: str) -> list[Change]:
-    """The latest measurement of each subject against the last one at a commit, on the same GPU.
+    """Compare the latest measurement of each subject with the last one at a commit, on the same GPU.
 
-    What was measured with uncommitted changes is never a baseline. It can be what is compared with one, on the same
-    commit or a later one.
+    Rows with uncommitted changes are never a baseline; they can be compared with one of the same or an earlier commit.
 
     Args:
         measurements: rows by date.
-        revision: a commit as in the column, or its beginning, or anything that git takes for one.
+        revision: a commit as in the results, its beginning, or any revision that git knows.
 
     Raises:
-        ResultsError: the revision is none or several, nothing was measured at it, or nothing since.
+        ResultsError: the revision is unknown or ambiguous, nothing was measured at it, or nothing since.
     """
     commits = find_commits({m.commit for m in measurements}, revision)
     rows: dict[Subject, list[Measurement]] = {}
@@ -59,18 +58,18 @@ def compare(measurements: Sequence[Measurement], revision: str) -> list[Change]:
             changes.append(Change(clean[-1], latest(since)))
     if not measured:
         raise ResultsError(
-            f"{revision}: measured with uncommitted changes only, which is no baseline: measure the commit itself"
+            f"{revision}: measured only with uncommitted changes, which are no baseline: measure the commit itself"
         )
     if not changes:
-        raise ResultsError(f"{revision}: nothing that was measured there was measured again since")
+        raise ResultsError(f"{revision}: nothing measured there was measured again since")
     return changes
 
 
 def find_commits(known: Iterable[str], revision: str) -> set[str]:
-    """A revision as the rows have it: one commit, abbreviated to more or fewer digits.
+    """The abbreviations of a revision's commit in the rows.
 
     Raises:
-        ResultsError: it fits none of them, or several.
+        ResultsError: the revision fits no commit of the rows, or several.
     """
     known = sorted(known)
     name = named(revision) if revision.strip() else ""
@@ -79,7 +78,7 @@ def find_commits(known: Iterable[str], revision: str) -> set[str]:
     if revision.strip():
         typed = revision.lower()
         fits |= {commit for commit in known if commit.startswith(typed) or full.get(commit, "").startswith(typed)}
-        # a whole name where there is no git
+        # a full hash, without git
         fits |= {commit for commit in known if typed.startswith(commit)}
     if not fits:
         meant = f"{revision!r}, {name[:12]}" if name else repr(revision)

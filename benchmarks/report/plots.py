@@ -1,4 +1,4 @@
-"""Plots from `benchmarks/results/*.csv`, each GPU's apart: ms per step and evaluation over commits, speed-up, and the roofline."""
+"""Plots of each GPU's results: ms per step and evaluation speed over commits, speed-ups, and the roofline."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from benchmarks.report.results import Measurement, Subject, codes_by_age, file_s
 
 STEP = "step "
 EVALUATION = "evaluation"
-# a way has one color in every plot
-WAYS = {"published": "#999999", "torch": "#0072B2", "golf": "#D55E00"}
+# the same color in every plot
+VARIANT_COLORS = {"published": "#999999", "torch": "#0072B2", "golf": "#D55E00"}
 COLORS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 REST = "#999999"
-# by which labels are spread, or lie too close for any spreading
+# rounds in which overlapping labels are moved apart, at most
 PASSES = 300
-# what a kernel is measured against: the fastest of PyTorch's own ways
+# a kernel's speed-up is over the fastest of these, and of the compiled ones
 PLAIN = ("torch", "published", "plain")
 
 
 def plots(measurements: Sequence[Measurement]) -> dict[str, bytes]:
-    """PNGs by file name: for each GPU ms/step over commits, speed-up per operation, the roofline, and evaluation; what has data."""
+    """PNGs by file name, for each GPU those that have data: ms/step, speed-ups, roofline and evaluation."""
     drawn = {}
     for gpu in gpus(measurements):
         own = [m for m in measurements if m.subject.gpu == gpu and not m.subject.repeated]
@@ -44,7 +44,7 @@ def plots(measurements: Sequence[Measurement]) -> dict[str, bytes]:
             if not title:
                 continue
             figure.suptitle(f"{title}\n{gpu}", x=0.01, ha="left", fontsize=11)
-            # where everything stands is known once it is laid out
+            # positions are known only after the layout
             figure.draw_without_rendering()
             for axis in figure.axes:
                 spread_labels(axis, figure.dpi)
@@ -61,13 +61,13 @@ def _bare(axis: Axes, grid: Literal["both", "x", "y"]) -> None:
 
 
 def spread_labels(axis: Axes, dpi: float) -> None:
-    """Move an axis's annotations up and down until none lies over another, each as little as the others."""
+    """Move an axis's annotations up and down until none overlap."""
     labels = [text for text in axis.texts if isinstance(text, Annotation)]
-    # without the lines to what they name
+    # without their connecting lines
     boxes = [Text.get_window_extent(label) for label in labels]
     middles = [(box.y0 + box.y1) / 2 for box in boxes]
     places = list(middles)
-    # from below; that order stays
+    # from the lowest; the order is kept
     pairs = list(itertools.combinations(sorted(range(len(labels)), key=places.__getitem__), 2))
     for _ in range(PASSES):
         moved = False
@@ -75,7 +75,7 @@ def spread_labels(axis: Axes, dpi: float) -> None:
             beside = boxes[one].x0 >= boxes[other].x1 or boxes[other].x0 >= boxes[one].x1
             over = places[one] - places[other] + (boxes[one].height + boxes[other].height) / 2
             if not beside and over > 0:
-                # a little more than needed, or halves of halves would never end
+                # slightly more than needed, so that it ends
                 places[one], places[other] = places[one] - over / 2 - 0.1, places[other] + over / 2 + 0.1
                 moved = True
         if not moved:
@@ -92,7 +92,7 @@ def _steps(figure: Figure, measurements: list[Measurement]) -> str:
         name = f"{m.subject.op.removeprefix(STEP)}, {m.subject.mode}, {m.subject.shape} {m.subject.dtype}"
         panels.setdefault(name, []).append(m)
     _over_commits(figure, panels, lambda m: m.p50)
-    return "ms per training step of one GPU's share, over commits" if steps else ""
+    return "ms per training step on one of 8 GPUs, over commits" if steps else ""
 
 
 def _evaluation(figure: Figure, measurements: list[Measurement]) -> str:
@@ -105,19 +105,19 @@ def _evaluation(figure: Figure, measurements: list[Measurement]) -> str:
 
 
 def _targets(m: Measurement) -> int:
-    """Tokens that one measured call of the evaluation scores."""
+    """Tokens scored by one measured call of the evaluation."""
     found = re.search(r"(\d+) targets", m.subject.shape)
     return int(found[1]) if found else 0
 
 
 def _over_commits(figure: Figure, panels: dict[str, list[Measurement]], value: Callable[[Measurement], float]) -> None:
-    """A panel for each of `panels`, a line for each way, the newest value written at the right end."""
+    """One panel for each of `panels`, with a line for each variant and its newest value at the right end."""
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns) if panels else 0
     figure.set_size_inches(5.5 * max(columns, 1) + (columns == 1) * 3, 3.2 * max(rows, 1) + 0.8)
     for number, (title, points) in enumerate(panels.items()):
         axis = figure.add_subplot(rows, columns, number + 1)
-        # the last measurement of a way at a commit counts
+        # the last measurement of a variant at a commit
         lines: dict[str, dict[str, Measurement]] = {}
         codes = codes_by_age(points)
         for m in points:
@@ -126,10 +126,10 @@ def _over_commits(figure: Figure, panels: dict[str, list[Measurement]], value: C
         for impl, of_commit in lines.items():
             own = sorted(of_commit.values(), key=lambda m: codes.index(m.code))
             places, values = [codes.index(m.code) for m in own], [value(m) for m in own]
-            # the spread of the time, carried over to whatever is drawn
+            # the relative spread of the time, applied to the drawn value
             low = [v * (1 - m.p20 / m.p50) for v, m in zip(values, own, strict=True)]
             high = [v * (m.p80 / m.p50 - 1) for v, m in zip(values, own, strict=True)]
-            color = WAYS.get(impl) or next(others)
+            color = VARIANT_COLORS.get(impl) or next(others)
             axis.errorbar(places, values, [low, high], marker="o", markersize=4, capsize=2, color=color, label=impl)
             axis.annotate(
                 f"{impl} {values[-1]:.1f}", (len(codes) - 1, values[-1]), (6, 0), textcoords="offset points", va="center", fontsize=8, color=color
@@ -160,11 +160,11 @@ def _speedup(figure: Figure, measurements: list[Measurement]) -> str:
     axis.invert_yaxis()
     axis.margins(x=0.12)
     _bare(axis, "x")
-    return "Speed-up over the fastest of PyTorch's own ways; of whole steps and of evaluation over the published way"
+    return "Speed-up over the fastest PyTorch variant; of whole steps and evaluation over the published script"
 
 
 def speedups(latest: dict[Subject, Measurement]) -> dict[str, float]:
-    """How many times faster each kernel is than the fastest of PyTorch's ways, and golf than the published way."""
+    """Speed-up of each kernel over the fastest PyTorch variant, and of golf over published for steps and evaluation."""
     found = {}
     for subject, m in sorted(latest.items(), key=lambda item: not item[0].op.startswith(STEP)):
         whole = subject.op.startswith(STEP) or subject.op == EVALUATION
@@ -207,7 +207,11 @@ def _roofline(figure: Figure, measurements: list[Measurement]) -> str:
         for m in own:
             x = 1e3 * m.tflops / m.gbps
             axis.loglog(
-                x, m.tflops, "o", color=WAYS["golf"] if m is fastest else REST, markersize=6 if m is fastest else 4
+                x,
+                m.tflops,
+                "o",
+                color=VARIANT_COLORS["golf"] if m is fastest else REST,
+                markersize=6 if m is fastest else 4,
             )
         label = f"{op}: {fastest.subject.impl}, {fastest.floor / fastest.p50:.0%}"
         place = (1e3 * fastest.tflops / fastest.gbps, fastest.tflops)
@@ -215,19 +219,19 @@ def _roofline(figure: Figure, measurements: list[Measurement]) -> str:
             label, place, (24, -4), textcoords="offset points", va="top", fontsize=7.5,
             arrowprops={"arrowstyle": "-", "color": REST, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 4},
         )  # fmt: skip
-    axis.set(xlabel="operations per byte that cannot be avoided", ylabel="TFLOP/s")
+    axis.set(xlabel="operations per byte of unavoidable traffic", ylabel="TFLOP/s")
     _bare(axis, "both")
     ceilings = {f"{tflops:.0f} TFLOP/s": tflops, f"{gbps:,.0f} GB/s": gbps}
     reached = ", ".join(name for name, ceiling in ceilings.items() if math.isfinite(ceiling))
-    known = f"Roofline of this GPU as measured ({reached})" if reached else "Operations"
-    return f"{known}; the fastest of each operation and its share of the floor"
+    known = f"Roofline, ceilings measured on this GPU ({reached})" if reached else "Operations"
+    return f"{known}; the fastest variant of each operation, and floor / time"
 
 
 def ceilings_of(points: Sequence[Measurement]) -> tuple[float, float]:
-    """TFLOP/s and GB/s that the floors were computed from; infinite for one that none of them shows.
+    """The ceilings, TFLOP/s and GB/s, that the floors were computed from; infinite if no floor shows one.
 
-    A floor is the longer of two times, each at a ceiling measured beside it. A row at less than the most of one ceiling is
-    at the other; a tenth is how far ceilings of several runs may be apart.
+    A floor is the longer of two times, each at one ceiling, so the ceiling is the largest rate at the floor. It is known if
+    some rows lie at the other one. The tenth allows for ceilings of different runs.
     """
     tflops, gbps = [m.tflops * m.p50 / m.floor for m in points], [m.gbps * m.p50 / m.floor for m in points]
     return (

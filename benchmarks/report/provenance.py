@@ -1,4 +1,4 @@
-"""Which code was measured: its commit, whether it was changed since, and what git knows of the order of commits."""
+"""The version of the measured code: its commit, uncommitted changes, and the ancestry of commits."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-# what decides a figure; of it, what figures are written to
+# the sources of the code that is measured, and the folders inside them that results are written to
 SOURCES = ("csrc", "golf_kernels", "train", "benchmarks", "setup.py", "pyproject.toml")
 WRITTEN = ("benchmarks/results", "benchmarks/plots")
 SUFFIXES = (".py", ".cpp", ".cu", ".h", ".toml")
-# in front of a checksum that stands for a commit
+# prefix of a checksum in place of a commit
 CHECKSUM = "src-"
 
 
 class GitError(Exception):
-    """git is not there, or knows nothing; the message is its own."""
+    """git is missing or failed; the message is git's."""
 
 
 class Version(NamedTuple):
-    """The code that runs.
+    """The version of the code that runs.
 
     Attributes:
         commit: abbreviated to 12 digits; without git `src-` and 12 digits of the sources' SHA-256.
         dirty: whether the sources differ from the commit.
-        problem: why there is no commit; empty where there is one.
+        problem: why there is no commit, or empty.
     """
 
     commit: str
@@ -38,7 +38,7 @@ class Version(NamedTuple):
 
 def _git(*arguments: str, given: str = "") -> str:
     try:
-        # a lock would meet another git that somebody works with
+        # no locks, which could collide with another git process
         command = ["git", "--no-optional-locks", *arguments]
         run = subprocess.run(command, cwd=ROOT, input=given, capture_output=True, text=True, check=True)
     except OSError as error:
@@ -49,10 +49,10 @@ def _git(*arguments: str, given: str = "") -> str:
 
 
 def read_version() -> Version:
-    """The sources' version as it is on disk; results, plots and texts do not count, as they decide no figure."""
+    """The version of the sources on disk; changes to results, plots and documents do not count."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
-        # a repository around this folder may know nothing of it
+        # this folder may be untracked inside another repository
         _git("cat-file", "-e", "HEAD:./benchmarks")
         outside = [f":(exclude){path}" for path in WRITTEN]
         changed = _git("status", "--porcelain", "--", *SOURCES, *outside)
@@ -63,12 +63,12 @@ def read_version() -> Version:
 
 @functools.cache
 def code_version() -> Version:
-    """The version when it was first asked for: what this process runs, whatever is changed or committed meanwhile."""
+    """The version at the first call, which is what this process runs even if the files change later."""
     return read_version()
 
 
 def warning(found: Version) -> str:
-    """What to say of a version without a commit, and what helps."""
+    """The warning about a version without a commit, with a remedy."""
     helps = "to have commits, measure in a clone of the repository"
     if "ownership" in found.problem:
         helps = f"to have commits, run: git config --global --add safe.directory {ROOT}"
@@ -85,7 +85,7 @@ def _checksum() -> str:
 
 
 def full_names(commits: Iterable[str]) -> dict[str, str]:
-    """The whole names of those abbreviated commits that git knows."""
+    """The full hashes of those abbreviated commits that git knows."""
     asked = sorted({commit for commit in commits if not commit.startswith(CHECKSUM)})
     try:
         lines = "".join(f"{commit}^{{commit}}\n" for commit in asked)
@@ -100,7 +100,7 @@ def full_names(commits: Iterable[str]) -> dict[str, str]:
 
 
 def named(revision: str) -> str:
-    """The whole name of the commit that a branch, a tag, HEAD~3 or an abbreviation stands for; empty where git knows none."""
+    """The full hash of a branch, a tag, HEAD~3 or an abbreviation; empty if git knows no such commit."""
     try:
         return _git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
     except GitError:
@@ -108,7 +108,7 @@ def named(revision: str) -> str:
 
 
 def ancestors(commits: Iterable[str]) -> dict[str, frozenset[str]]:
-    """Which of some abbreviated commits each of them descends from; only those that git knows are there."""
+    """For each abbreviated commit that git knows, the others that it descends from."""
     full = full_names(commits)
     asked = {name: frozenset(short for short in full if full[short] == name) for name in full.values()}
     try:

@@ -1,4 +1,4 @@
-"""`benchmarks/results/*.csv`: appending rows, and reading them whole or not at all; GPUs are never mixed."""
+"""`benchmarks/results/<gpu>.csv`: appends rows, and reads all of them or fails."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ COLUMNS = (
     *("p50", "p20", "p80", "tflops", "gbps", "floor", "rel_err", "n"),
 )
 DATE = "%Y-%m-%dT%H:%M:%SZ"
-# modes that say how a call was timed, which its duration decides, and not what it did
+# modes of timing, chosen by a call's duration; all other modes are part of what was measured
 TIMINGS = ("eager", "graph")
 MERGE_MARKS = ("<<<<<<<", "|||||||", "=======", ">>>>>>>")
 Row = dict[str, Any]
 
 
 class ResultsError(UserError):
-    """A results file cannot be read, or does not hold what was asked for."""
+    """A results file cannot be read, or lacks what was asked for."""
 
 
 class Subject(NamedTuple):
-    """What was measured: two rows are comparable only where all of it is equal."""
+    """What was measured; only rows with equal subjects are comparable."""
 
     gpu: str
     op: str
@@ -46,7 +46,7 @@ class Subject(NamedTuple):
 
     @property
     def repeated(self) -> bool:
-        """Whether it is the second turn of the first way, which shows how far two measurements of one thing are apart."""
+        """Whether it is the repetition of the first variant, which shows the spread of two equal measurements."""
         return self.impl.endswith(" again")
 
     def __str__(self) -> str:
@@ -60,15 +60,15 @@ class Measurement:
     Attributes:
         subject: what was measured.
         date: ISO 8601, UTC.
-        commit: abbreviated commit of the code, or what stands for one where there was no git (`provenance.Version`).
+        commit: abbreviated commit of the code, or a checksum without git (`provenance.Version`).
         dirty: whether the code differed from the commit.
         p50: milliseconds, the median.
         p20: milliseconds.
         p80: milliseconds.
         tflops: arithmetic rate, 10¹² per second; 0 where not given.
         gbps: traffic rate, 10⁹ bytes per second; 0 where not given.
-        floor: computed milliseconds that nothing on that GPU can undercut; 0 where not given.
-        ancestors: commits with rows that this one descends from, as far as git knows.
+        floor: computed least milliseconds on that GPU; 0 where not given.
+        ancestors: the commits of other rows that this commit descends from, as far as git knows.
     """
 
     subject: Subject
@@ -85,11 +85,11 @@ class Measurement:
 
     @property
     def code(self) -> str:
-        """The commit, for people, and whether there were changes."""
+        """The commit, with a note on uncommitted changes."""
         return f"{self.commit}{' + changes' * self.dirty}"
 
     def is_later(self, other: Measurement) -> bool:
-        """Whether the code is a descendant of the other's; the clock decides where neither is one, or git does not know."""
+        """Whether this commit descends from the other's; without a relation known to git, whether the date is later."""
         if other.commit in self.ancestors or self.commit in other.ancestors:
             return other.commit in self.ancestors
         return self.date > other.date
@@ -99,7 +99,7 @@ def measurement(cells: Mapping[str, str]) -> Measurement:
     """One row from its cells.
 
     Raises:
-        ResultsError: by its field, a cell that no benchmark writes.
+        ResultsError: a cell is not valid; the message names its field.
     """
     for name, cell in cells.items():
         if not cell.isprintable():
@@ -124,7 +124,7 @@ def measurement(cells: Mapping[str, str]) -> Measurement:
 
 def _is_date(text: str) -> bool:
     try:
-        # dates are compared as texts, so they have one form
+        # dates are compared as texts, so their format is strict
         return datetime.datetime.strptime(text, DATE).strftime(DATE) == text
     except ValueError:
         return False
@@ -141,10 +141,10 @@ def _number(name: str, text: str) -> float:
 
 
 def read_results(folder: Path = RESULTS) -> list[Measurement]:
-    """All rows of all GPUs, by date, with what git knows of their commits.
+    """All rows of all GPUs by date, with the ancestry of their commits.
 
     Raises:
-        ResultsError: by file, line and field, something that no benchmark writes.
+        ResultsError: a row is not valid; the message names file, line and field.
     """
     found = [row for path in sorted(folder.glob("*.csv")) for row in _read_file(path)]
     behind = ancestors({row.commit for row in found})
@@ -153,12 +153,12 @@ def read_results(folder: Path = RESULTS) -> list[Measurement]:
 
 
 def _read_file(path: Path) -> list[Measurement]:
-    # bytes that are no UTF-8 stay in their cell, whose field is named then
+    # invalid UTF-8 stays in its cell, so that the error can name the field
     text = path.read_bytes().decode(errors="surrogateescape")
     for number, line in enumerate(text.split("\n"), 1):
         if line.startswith(MERGE_MARKS):
             remedy = "keep the rows of both sides and delete the marks"
-            raise ResultsError(f"{path}, line {number}: a merge's mark {line[:7]!r} where a row is expected: {remedy}")
+            raise ResultsError(f"{path}, line {number}: expected a row, found the merge mark {line[:7]!r}: {remedy}")
     reader = csv.reader(io.StringIO(text, newline=""))
     check_columns(path, COLUMNS)
     found: list[Measurement] = []
@@ -170,7 +170,7 @@ def _read_file(path: Path) -> list[Measurement]:
                 raise ResultsError(f"{end}: expected {len(COLUMNS)} cells, found {len(cells)}: a row torn or glued")
             if cells and line_number > 1:
                 found.append(measurement(dict(zip(COLUMNS, cells, strict=True))))
-            # where the next row begins: a quotation mark that nothing closes takes the lines after it along
+            # the line of the next row; an unclosed quotation mark would swallow the lines after it
             line_number = reader.line_num + 1
         if not text.endswith("\n"):
             line_number = reader.line_num
@@ -183,17 +183,17 @@ def _read_file(path: Path) -> list[Measurement]:
 
 
 def rows_since(path: Path, date: str) -> bytes:
-    """The header and the lines of rows since a date as they are, damaged ones too; nothing where there is none."""
+    """The header and the lines since a date, unparsed; empty if there are none."""
     header, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
     rows = [line for line in lines if re.match(rb"\d{4}-\d", line) and line[:20] >= date.encode()]
     return header + b"".join(rows) if rows else b""
 
 
 def check_columns(path: Path, columns: Sequence[str]) -> None:
-    """Whether rows of these columns can be appended to a file, or it is yet to be made.
+    """Check that rows of these columns can be appended to a file, which need not exist.
 
     Raises:
-        ResultsError: its first line names others.
+        ResultsError: it has other columns.
     """
     if not path.exists():
         return
@@ -206,17 +206,20 @@ def check_columns(path: Path, columns: Sequence[str]) -> None:
 
 
 def file_stem(gpu: str) -> str:
-    """A GPU's name as files have it."""
+    """A GPU's name in file names."""
     return re.sub(r"[^A-Za-z0-9]+", "_", gpu).strip("_")
 
 
 def append_rows(
     rows: Sequence[Row], surroundings: Row, folder: Path = RESULTS, *, columns: Sequence[str] = COLUMNS
 ) -> Path | None:
-    """Append rows to the GPU's file at once; what a CPU gave is not kept, and None is returned.
+    """Append rows to the GPU's file; rows of a CPU are not stored.
+
+    Returns:
+        The file, or None for a CPU.
 
     Raises:
-        ResultsError: the file has other columns, or a row is none that could be read again.
+        ResultsError: the file has other columns, or a row could not be read again.
     """
     if surroundings["gpu"] == "cpu":
         return None
@@ -231,22 +234,22 @@ def append_rows(
             measurement(dict.fromkeys(COLUMNS, "") | cells)
         writer.writerow(cells)
     with path.open("a+b") as file:
-        # one that was torn keeps its line to itself
+        # a torn last line is ended first
         size = file.seek(0, os.SEEK_END)
         torn = size and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n"
         head = "\r\n" if torn else "" if size else ",".join(columns) + "\r\n"
-        # in one piece, which a kill cannot tear
+        # one write, so that a kill cannot tear it
         file.write((head + made.getvalue()).encode())
     return path
 
 
 def gpus(measurements: Iterable[Measurement]) -> list[str]:
-    """The GPUs measured on, by name."""
+    """The names of the GPUs, sorted."""
     return sorted({measurement.subject.gpu for measurement in measurements})
 
 
 def newest(measurements: Iterable[Measurement]) -> dict[Subject, Measurement]:
-    """The last measurement of each subject; one that is now short enough for a graph, or no longer, is not two."""
+    """The last measurement of each subject, whether it was timed as a graph or not."""
     rows: dict[Subject, list[Measurement]] = {}
     for row in measurements:
         timing = row.subject.mode in TIMINGS
@@ -255,13 +258,13 @@ def newest(measurements: Iterable[Measurement]) -> dict[Subject, Measurement]:
 
 
 def latest(rows: Sequence[Measurement]) -> Measurement:
-    """The last by date of those, given by date, whose commit no other's descends from."""
+    """Of rows sorted by date, the last one from whose commit no other's descends."""
     behind = frozenset[str]().union(*(row.ancestors for row in rows))
     return [row for row in rows if row.commit not in behind][-1]
 
 
 def codes_by_age(rows: Iterable[Measurement]) -> list[str]:
-    """What was measured, as `Measurement.code`: a commit before its descendants, and otherwise by the first date."""
+    """The rows' `Measurement.code`, a commit before its descendants, otherwise by date."""
     left = {row.code: row for row in rows}
     ordered = []
     while left:
@@ -272,5 +275,5 @@ def codes_by_age(rows: Iterable[Measurement]) -> list[str]:
 
 
 def relative(path: Path) -> str:
-    """A path as people read it: from the project's root where it lies inside."""
+    """A path relative to the project's root if it is inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

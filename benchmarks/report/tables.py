@@ -1,7 +1,4 @@
-"""Tables for the README from `benchmarks/results/*.csv`; no figure in them is ever typed.
-
-Each GPU has its own table. Where nothing was measured the README says so.
-"""
+"""Tables for the README, generated from `benchmarks/results/*.csv`, one for each GPU."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ NOTHING = "**Not measured on a GPU yet**: `benchmarks/results/` is empty, so the
 
 
 def tables(measurements: Sequence[Measurement]) -> str:
-    """One Markdown table per GPU of the newest measurements, or the sentence that there are none."""
-    parts = []
+    """One Markdown table per GPU of the newest measurements, or a sentence that there are none."""
+    found = []
     for gpu in gpus(measurements):
         rows = [m for subject, m in newest(measurements).items() if subject.gpu == gpu and not subject.repeated]
         rows.sort(
@@ -36,15 +33,15 @@ def tables(measurements: Sequence[Measurement]) -> str:
             lines.append(
                 f"| {op} | {impl}, {mode} | {shape} {dtype} | {m.p50:.3f} | {m.p20:.3f}–{m.p80:.3f} | {floor} | {m.code} |"
             )
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) or NOTHING
+        found.append("\n".join(lines))
+    return "\n\n".join(found) or NOTHING
 
 
 def new_readme(path: Path, measurements: Sequence[Measurement]) -> str:
     """The README with the tables between its two marks.
 
     Raises:
-        ResultsError: the marks are not there, once each.
+        ResultsError: the README does not have both marks once.
     """
     text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
@@ -57,7 +54,7 @@ def new_readme(path: Path, measurements: Sequence[Measurement]) -> str:
 
 
 def write(measurements: Sequence[Measurement], readme: Path, folder: Path) -> list[Path]:
-    """Put the tables into the README and the plots into their folder; what changed. Nothing is written before all of it is made."""
+    """Write the tables into the README and the plots into their folder, after all have been made; returns the changed files."""
     made: dict[Path, bytes] = {readme: new_readme(readme, measurements).encode()}
     made |= {folder / name: png for name, png in plots(measurements).items()}
     changed = [path for path, data in made.items() if not path.exists() or path.read_bytes() != data]

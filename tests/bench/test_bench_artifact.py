@@ -72,7 +72,7 @@ def test_a_codec_that_loses_a_bit_has_no_row(monkeypatch: pytest.MonkeyPatch) ->
     lossy = dataclasses.replace(honest, _encode=lambda data: honest.encode(data[:-1] + bytes([data[-1] ^ 1])))
     monkeypatch.setitem(CODECS, "lzma", lossy)
     tensors = bench_artifact.made_tensors(layers=1, dim=64, vocab_size=64)
-    with pytest.raises(CheckFailed, match="lzma: what was read from the artifact is not what was written"):
+    with pytest.raises(CheckFailed, match="lzma: the artifact read back differs from the one written"):
         bench_artifact.codec_rows(tensors, Config(), ["lzma"])
 
 

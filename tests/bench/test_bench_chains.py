@@ -25,7 +25,7 @@ KERNELS = dispatch.triton_problem() is None
 def test_every_variant_is_checked_and_compared(op, capsys):
     assert BENCHES[op].main(["--device", "cpu", "--rounds", "2", "--warmup-ms", "1", "--tiny"]) == 0
     printed = capsys.readouterr().out
-    assert f"{op}, {SHOWN[op][0]}, float16, on cpu" in printed and "not kept" in printed
+    assert f"{op}, {SHOWN[op][0]}, float16, on cpu" in printed and "not stored" in printed
     for name in ("torch", "compile", *(["triton"] if KERNELS else [])):
         assert len(re.findall(rf"^{name} +eager ", printed, re.MULTILINE)) == 1, name
     if KERNELS:

@@ -1,4 +1,4 @@
-"""The evaluation's benchmark runs, its arithmetic is the published model's, and both ways agree."""
+"""The evaluation's benchmark runs, its arithmetic is the published model's, and both evaluations agree."""
 
 import os
 import re
@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import bench_evaluation
 from benchmarks.measure import common
+from benchmarks.measure.models import NARROW, random_model, window_flops
 from train.config import Config
 from train.model.gpt import GPT
 from train.recipes import load_recipe
@@ -40,10 +41,10 @@ def test_both_ways_are_measured_and_compared(capsys):
 
 
 def test_processes_share_the_windows_of_a_text():
-    settings = load_recipe("sp8192_sdclip").settings | bench_evaluation.NARROW
+    settings = load_recipe("sp8192_sdclip").settings | NARROW
     config = Config(**settings | {"device": "cpu", "recipe": "sp8192_sdclip", "eval_rule": "once"})
     text = bench_evaluation.make_text(config.vocab_size, 200, seed=3)
-    alone = bench_evaluation.golf_way(bench_evaluation.random_model(config, torch.device("cpu")), config, True)(text)
+    alone = bench_evaluation.golf_run(random_model(config, torch.device("cpu")), config, True)(text)
     processes = bench_evaluation.Processes(config, 2)
     try:
         nats, size = processes(text)
@@ -72,10 +73,10 @@ def test_seconds_of_the_validation_text_by_hand():
 def test_arithmetic_of_a_window(vocab_size, mlp_mult, mflop, saved):
     # eleven layers without repeats and tables: 2 · 63.4 M or 51.9 M weights, 23.1 MF attention, and the head
     config = Config(vocab_size=vocab_size, num_layers=11, mlp_mult=mlp_mult, train_seq_len=2048, eval_seq_len=2048)
-    whole = bench_evaluation.window_flops(config, 2048)
+    whole = window_flops(config, 2048)
     assert whole / 2048 / 1e6 == pytest.approx(mflop, abs=0.05)
     # of the last layer and the head only 64 rows
-    pruned = bench_evaluation.window_flops(config, 64)
+    pruned = window_flops(config, 64)
     assert 100 * (1 - pruned / whole) == pytest.approx(saved, abs=0.15)
 
 
@@ -87,20 +88,18 @@ def test_layer_0_counts_once_per_token_where_windows_may_share_it(system, saved)
     with torch.device("meta"):
         model = GPT(config)
     targets = 2048 + 64 * 9_999
-    alone = 10_000 * bench_evaluation.window_flops(config, 64)
+    alone = 10_000 * window_flops(config, 64)
     shared = bench_evaluation.text_flops(model, config, targets)
     assert 100 * (1 - shared / alone) == pytest.approx(saved, abs=0.01)
     assert alone - shared == (2 * (10_000 * 2048 - targets) * (512 * 1024 + 128 * 256) if saved else 0)
 
 
 def test_a_way_that_counts_wrong_has_no_time():
-    config = Config(
-        **(load_recipe("sp8192_sdclip").settings | bench_evaluation.NARROW | {"device": "cpu", "eval_rule": "once"})
-    )
+    config = Config(**(load_recipe("sp8192_sdclip").settings | NARROW | {"device": "cpu", "eval_rule": "once"}))
     config = config.replace(logits_rounding="none", recipe="sp8192_sdclip")
-    model = bench_evaluation.random_model(config, torch.device("cpu"))
+    model = random_model(config, torch.device("cpu"))
     case = bench_evaluation.make_case(model, config, 280)
-    right = bench_evaluation.golf_way(model, config, share_layer0=True)
+    right = bench_evaluation.golf_run(model, config, share_layer0=True)
 
     def wrong(text):
         nats, size = right(text)

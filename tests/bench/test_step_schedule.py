@@ -12,9 +12,8 @@ from benchmarks.computed import fake_cuda
 from benchmarks.computed import step_schedule as schedule
 from benchmarks.measure import devices
 from benchmarks.measure.devices import DEVICES, Kernel
-from benchmarks.measure.step_variants import share_config
+from benchmarks.measure.step_variants import step_config
 from train.common.errors import UserError
-from train.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 HELPERS = ROOT / "tests" / "helpers"
@@ -76,23 +75,28 @@ def test_equal_kernels_stand_together_and_families_add_up() -> None:
 )
 def test_a_table_names_the_phase_where_there_are_two(recipe: str, recurrence: bool, title: str) -> None:
     step = schedule.Step("torch", [Kernel("aten::mm", 790e9, 1e6)], [], [], 0, [])
-    config = share_config(recipe, torch.device("cuda", 0), tiny=False)
+    config = step_config(recipe, torch.device("cuda", 0), tiny=False)
     assert schedule.table(config, [step], recurrence, H100).startswith(title + "computed, not measured\n")
 
 
-def test_a_way_of_any_name_has_a_column_of_its_own() -> None:
-    ways = ["torch", "torch+optimizer_graph=on", "softcapped_cross_entropy=triton", "golf-leaky_relu2_mlp-qk_norm_rope"]
-    steps = [schedule.Step(way, [Kernel("aten::mm", 790e9, 1e6)], [], [], 0, []) for way in ways]
-    config = share_config("baseline", torch.device("cuda", 0), tiny=False)
+def test_a_variant_of_any_name_has_a_column_of_its_own() -> None:
+    variants = [
+        "torch",
+        "torch+optimizer_graph=on",
+        "softcapped_cross_entropy=triton",
+        "golf-leaky_relu2_mlp-qk_norm_rope",
+    ]
+    steps = [schedule.Step(variant, [Kernel("aten::mm", 790e9, 1e6)], [], [], 0, []) for variant in variants]
+    config = step_config("baseline", torch.device("cuda", 0), tiny=False)
     _, head, *rows = schedule.table(config, steps, False, H100).splitlines()
-    assert head.split() == ways and rows[1].split()[-len(ways) :] == ["1.00"] * len(ways)
+    assert head.split() == variants and rows[1].split()[-len(variants) :] == ["1.00"] * len(variants)
     assert {len(row) for row in rows} == {len(head)}
 
 
-def test_a_family_that_a_way_has_no_kernel_of_takes_no_time() -> None:
+def test_a_family_that_a_variant_has_no_kernel_of_takes_no_time() -> None:
     kernels = {"torch": [Kernel("aten::mm", 790e9, 1e6)], "golf": [Kernel("up_kernel", 643e9, 1.0, "triton")]}
-    steps = [schedule.Step(way, launched, [], [], 0, []) for way, launched in kernels.items()]
-    config = share_config("baseline", torch.device("cuda", 0), tiny=False)
+    steps = [schedule.Step(variant, launched, [], [], 0, []) for variant, launched in kernels.items()]
+    config = step_config("baseline", torch.device("cuda", 0), tiny=False)
     _, _, products, own, *_ = (
         line.rsplit(maxsplit=2) for line in schedule.table(config, steps, False, H100).splitlines()
     )
@@ -109,12 +113,11 @@ def test_a_schedule_without_all_products_is_refused() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--ways", "torch,foo"], "--ways: 'foo': expected published, torch, golf"),
+        (["--variants", "torch,foo"], "--variants: 'foo': expected published, torch, golf"),
         (
-            ["--ways", "torch,golf+tma_matmul"],
-            "--ways: golf+tma_matmul: tuned products are those that ran fastest on a GPU",
+            ["--variants", "torch+max_autotune=True"],
+            "--variants: 'torch+max_autotune=True': expected published, torch, golf",
         ),
-        (["--ways", "torch+max_autotune=True"], "--ways: torch+max_autotune=True: tuned products"),
         (["--phase", "after", "--recipe", "baseline"], "baseline repeats no layers"),
         (["--largest", "0"], "expected a whole number from 1"),
         (["--device", "a100"], "invalid choice: 'a100'"),
@@ -126,17 +129,11 @@ def test_what_cannot_be_computed_is_refused(given: list[str], message: str, caps
     assert message in f"{ended.value}{capsys.readouterr().err}"
 
 
-def test_the_optimizers_graph_is_no_switch_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
-
-    def note(config: Config, way: str, recurrence: bool) -> None:
-        taken.append(way)
-        raise UserError("enough")
-
-    monkeypatch.setattr(schedule, "step_kernels", note)
-    with pytest.raises(UserError, match="enough"):
-        schedule.main(["--tiny", "--ways", "torch+optimizer_graph=on"])
-    assert taken == ["torch+optimizer_graph=on"]
+def test_the_command_runs_in_a_process_with_the_stand_in(tmp_path: Path) -> None:
+    environment(tmp_path)
+    command = [sys.executable, "-m", "benchmarks", "schedule", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "usage: python -m benchmarks schedule" in result.stdout, result.stderr
 
 
 def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path) -> None:
@@ -149,4 +146,4 @@ def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 2 and "schedule: needs a C++ compiler" in result.stderr
+    assert result.returncode == 2 and "no C++ compiler for the stand-in of a GPU" in result.stderr

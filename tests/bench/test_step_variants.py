@@ -1,4 +1,4 @@
-"""The ways to take a step: the plain step equals the trainer's, what each is made of and trains on, and which names are none."""
+"""The variants of a training step: the yardstick trains like the trainer, what each is made of, and names that are refused."""
 
 import re
 import types
@@ -13,18 +13,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import bench_loss_curves, bench_step
-from benchmarks.measure import step_variants as ways
+from benchmarks.measure import step_variants
 from benchmarks.measure.published_step import quintic
 from benchmarks.measure.step_variants import StepVariant, all_kernels, make_variants, step_kernels
 from benchmarks.measure.tokens import MadeTokens, OneBatch, ShardTokens, token_source
 from golf_kernels import dispatch
-from train import loop
 from train.common.errors import UserError
 from train.config import Config
 from train.data.shards import write_shard
-from train.model.attention import Attention
 from train.model.gpt import GPT
-from train.model.mlp import MLP
 from train.recipes import load_recipe, recipe_names
 
 CPU = torch.device("cpu")
@@ -87,52 +84,54 @@ CUDA = torch.device("cuda")
 PROBLEMS = {"a": "", "xsa": "too old a Triton", "c": "", "d": "no tensor cores"}
 
 
-def test_a_way_that_lacks_a_kernel_on_a_gpu_says_so_in_its_name(
+def test_a_variant_that_lacks_a_kernel_on_a_gpu_says_so_in_its_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ways, "kernel_problems", lambda: PROBLEMS)
-    assert ways.named_ways(["published", "golf", "golf-a+pdl", "torch"], CUDA) == [
+    monkeypatch.setattr(step_variants, "kernel_problems", lambda: PROBLEMS)
+    assert step_variants.row_names(["published", "golf", "golf-a+optimizer_graph=on", "torch"], CUDA) == [
         "published",
         "golf-xsa-d",
-        "golf-a-xsa-d+pdl",
+        "golf-a-xsa-d+optimizer_graph=on",
         "torch",
     ]
     said = capsys.readouterr().out.splitlines()
     assert said[:3] == ["golf: a, c", "    without xsa: too old a Triton", "    without d: no tensor cores"]
-    assert said[3] == "golf-a+pdl: c"
+    assert said[3] == "golf-a+optimizer_graph=on: c"
     # a CPU's rows are not kept, and its interpreter's times mean nothing
-    assert ways.named_ways(["golf"], CPU) == ["golf"]
+    assert step_variants.row_names(["golf"], CPU) == ["golf"]
     with pytest.raises(UserError, match="golf-xsa-d twice"):
-        ways.named_ways(["golf", "golf-xsa"], CUDA)
-    monkeypatch.setattr(ways, "kernel_problems", lambda: dict.fromkeys(PROBLEMS, ""))
-    assert ways.named_ways(["golf"], CUDA) == ["golf"] and capsys.readouterr().out.endswith("golf: a, xsa, c, d\n")
+        step_variants.row_names(["golf", "golf-xsa"], CUDA)
+    monkeypatch.setattr(step_variants, "kernel_problems", lambda: dict.fromkeys(PROBLEMS, ""))
+    assert step_variants.row_names(["golf"], CUDA) == ["golf"] and capsys.readouterr().out.endswith(
+        "golf: a, xsa, c, d\n"
+    )
 
 
 def test_golf_without_a_kernel_is_refused_on_a_gpu_and_said_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ways, "kernel_problems", lambda: PROBLEMS)
-    with pytest.raises(UserError, match=r"'golf-a-c': no kernel of a training step is left, .* torch: xsa: too old"):
-        ways.named_ways(["torch", "golf-a-c"], CUDA)
-    monkeypatch.setattr(ways, "kernel_problems", lambda: {"a": "this GPU is sm_80", "b": "this GPU is sm_80"})
-    with pytest.raises(UserError, match=r"that it would be torch: this GPU is sm_80; leave it out"):
-        ways.named_ways(["golf"], CUDA)
-    assert ways.named_ways(["golf"], CPU) == ["golf"]
+    monkeypatch.setattr(step_variants, "kernel_problems", lambda: PROBLEMS)
+    with pytest.raises(UserError, match=r"'golf-a-c' has no kernel, so it would be torch: xsa: too old"):
+        step_variants.row_names(["torch", "golf-a-c"], CUDA)
+    monkeypatch.setattr(step_variants, "kernel_problems", lambda: {"a": "this GPU is sm_80", "b": "this GPU is sm_80"})
+    with pytest.raises(UserError, match=r"so it would be torch: this GPU is sm_80: leave it out"):
+        step_variants.row_names(["golf"], CUDA)
+    assert step_variants.row_names(["golf"], CPU) == ["golf"]
     assert "golf: no kernel, so it is torch\n    without a: this GPU is sm_80\n" in capsys.readouterr().out
 
 
 def test_golf_without_an_operator_has_all_other_kernels() -> None:
-    with dispatch.forced(ways.backends_of("golf-leaky_relu2_mlp-xsa")):
+    with dispatch.forced(step_variants.backends_of("golf-leaky_relu2_mlp-xsa")):
         left = [f"{op}{end}" for op in ("leaky_relu2_mlp", "xsa") for end in ("", "_backward")]
         assert {dispatch.choose(op).backend for op in left} == {"torch"}
         assert {dispatch.choose(op).backend for op in ("muon_step", "mix_rms_norm_backward")} == {"triton"}
     with pytest.raises(
-        UserError, match=r"'golf-no_such': .* golf leaves out no_such, expected some of leaky_relu2_mlp, mix"
+        UserError, match=r"'golf-no_such': .* golf has no kernel of no_such, only of leaky_relu2_mlp, mix"
     ):
-        ways.check_ways(["torch", "golf-no_such"])
+        step_variants.check_names(["torch", "golf-no_such"])
     # a backward pass alone is not left out
-    with pytest.raises(UserError, match="golf leaves out xsa_backward"):
-        ways.check_ways(["golf-xsa_backward"])
+    with pytest.raises(UserError, match="golf has no kernel of xsa_backward"):
+        step_variants.check_names(["golf-xsa_backward"])
 
 
 def test_tokens_of_shards_follow_each_other(tmp_path: Path) -> None:
@@ -168,7 +167,7 @@ def write_tokens(folder: Path) -> Path:
     return folder
 
 
-def test_made_tokens_are_the_same_for_every_way_and_inside_the_vocabulary() -> None:
+def test_made_tokens_are_the_same_for_every_variant_and_inside_the_vocabulary() -> None:
     config = load_recipe("quickstart").config(**NARROW)
     sources = [MadeTokens(config) for _ in range(2)]
     batches = [[source.next() for _ in range(50)] for source in sources]
@@ -179,14 +178,6 @@ def test_made_tokens_are_the_same_for_every_way_and_inside_the_vocabulary() -> N
     assert follows.mean() == pytest.approx(0.5, abs=0.05) and (rows[:, :-1] != rows[:, 1:]).mean() > 0.8
 
 
-def test_only_the_published_way_has_its_layers_as_the_scripts_have_them() -> None:
-    config = load_recipe("sp8192_sdclip").config(**SHALLOW)
-    (plain,) = make_variants(config, ["published"], CPU)
-    for kind in (Attention, MLP):
-        assert {part.as_published for part in plain.step.model.modules() if isinstance(part, kind)} == {True}
-        assert {part.as_published for part in GPT(config).modules() if isinstance(part, kind)} == {False}
-
-
 def autograd_nodes(loss: Tensor) -> Counter[str]:
     """How often each operation with a backward pass stands behind a loss."""
     nodes = [loss.grad_fn]
@@ -195,7 +186,7 @@ def autograd_nodes(loss: Tensor) -> Counter[str]:
     return Counter(node.name() for node in nodes)
 
 
-def test_only_the_published_way_has_three_products_and_autograds_own_backward_pass(
+def test_only_the_published_variant_has_three_products_and_autograds_own_backward_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compiled = []
@@ -212,31 +203,21 @@ def test_only_the_published_way_has_three_products_and_autograds_own_backward_pa
     assert found["published"] == (4 * 6 + 2, {})
     assert found["torch"] == (4 * 4 + 2, {"_WrittenOutBackward": 4})
     # those of its MLP and head are in operators
-    for way, calls_of_xsa in (("golf", 4), ("golf-xsa", 0)):
-        products, own = found[way]
+    for name, calls_of_xsa in (("golf", 4), ("golf-xsa", 0)):
+        products, own = found[name]
         assert products == 4 * 2 + 1 and "_WrittenOutBackward" not in own
         calls = Counter({name.rpartition("golf_")[2].partition("_default")[0]: count for name, count in own.items()})
         assert calls["qk_norm_rope"] == 4 and calls["xsa"] == calls_of_xsa, own
 
 
-def test_the_published_way_has_none_of_the_compilers_switches_that_the_trainer_chose(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    given = []
-    monkeypatch.setattr(torch, "compile", lambda model, *, options, **_: given.append(options) or model)
-    monkeypatch.setattr(loop, "chosen_options", lambda: ({"max_autotune": True}, "won"))
-    make_variants(load_recipe("quickstart").config(**NARROW | {"compile": "on"}), ["published", "torch"], CPU)
-    assert given == [{}, {"max_autotune": True}]
-
-
-def test_a_setting_behind_a_way_is_that_ways_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    given, build = [], ways.build_optimizers
+def test_a_setting_behind_a_variant_is_that_variants_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, build = [], step_variants.build_optimizers
 
     def note(model: GPT, config: Config, **options: object) -> object:
         given.append(config.optimizer_graph)
         return build(model, config.replace(optimizer_graph="off"), **options)
 
-    monkeypatch.setattr(ways, "build_optimizers", note)
+    monkeypatch.setattr(step_variants, "build_optimizers", note)
     config = load_recipe("quickstart").config(**NARROW)
     make_variants(config, ["torch+optimizer_graph=on", "torch", "torch+optimizer_graph=off"], CPU)
     assert given == ["on", "auto", "off"]
@@ -254,31 +235,37 @@ def test_the_share_is_an_eighth_of_the_work() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("GOLF_BACKEND", "nonsense", r"GOLF_BACKEND=nonsense is set, but each of the ways .* unset it"),
+        ("GOLF_BACKEND", "nonsense", r"GOLF_BACKEND=nonsense is set, but each variant has .* unset it"),
         ("ATTENTION", "no_such", r"attention: expected one of 'auto', .*, got 'no_such'"),
     ],
 )
-def test_an_environment_that_contradicts_the_ways_is_refused(
+def test_an_environment_that_contradicts_the_variants_is_refused(
     bench: types.ModuleType, name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
-        bench.main(["--tiny", "--device", "cpu", "--ways", "torch,golf"])
+        bench.main(["--tiny", "--device", "cpu", "--variants", "torch,golf"])
 
 
 @pytest.mark.parametrize("bench", [bench_step, bench_loss_curves])
-def test_a_way_named_twice_is_refused(bench: types.ModuleType) -> None:
-    with pytest.raises(UserError, match="--ways: torch twice: expected each way once"):
-        bench.main(["--tiny", "--device", "cpu", "--ways", "torch,golf,torch"])
+def test_a_variant_named_twice_is_refused(bench: types.ModuleType) -> None:
+    with pytest.raises(UserError, match="--variants: torch twice: expected each variant once"):
+        bench.main(["--tiny", "--device", "cpu", "--variants", "torch,golf,torch"])
 
 
-@pytest.mark.parametrize("way", ["", "foo", "torch+no_such", "published+pdl", "xsa=cuda", "no_such=triton"])
-def test_a_way_that_cannot_be_taken_is_refused_before_any_is_measured(way: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "foo", "torch+", "torch+no_such=1", "torch+optimizer_graph=yes", "published+optimizer_graph=on"),
+        *("xsa=cuda", "no_such=triton"),
+    ],
+)
+def test_a_variant_that_cannot_be_taken_is_refused_before_any_is_measured(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "made"
     with pytest.raises(
-        UserError, match=rf"--ways: '{re.escape(way)}': expected published, torch, golf, golf-OPERATOR or op"
+        UserError, match=rf"--variants: '{re.escape(name)}': expected published, torch, golf, golf-OPERATOR or OP"
     ):
-        bench_loss_curves.main(["--ways", f"torch,{way}", "--device", "cpu", "--out", str(folder)])
+        bench_loss_curves.main(["--variants", f"torch,{name}", "--device", "cpu", "--out", str(folder)])
     assert not folder.exists()
-    with pytest.raises(UserError, match=rf"--ways: '{re.escape(way)}'"):
-        make_variants(load_recipe("quickstart").config(), [way], CPU)
+    with pytest.raises(UserError, match=rf"--variants: '{re.escape(name)}'"):
+        make_variants(load_recipe("quickstart").config(), [name], CPU)

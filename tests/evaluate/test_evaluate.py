@@ -142,11 +142,11 @@ def test_the_score_says_whether_windows_share_layer_0(
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     for arguments, said in (
-        ([], "once per token"),
-        (["--stride", "0"], "per window: windows side by side have no token in common"),
+        ([], "on"),
+        (["--stride", "0"], "off (windows do not overlap)"),
     ):
         main([str(run), "--max-tokens", "100", *arguments])
-        line = f"layer0:the first layer's queries, keys and values were computed {said}"
+        line = f"layer-0 QKV sharing: {said}"
         assert capsys.readouterr().out.splitlines()[-3] == line
         assert read_metrics(run / "metrics.jsonl")[-1]["layer0"] == said
 

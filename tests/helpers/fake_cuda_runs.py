@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from fake_cuda import CUDA, GRAPHS, Batches, Graph, empty, gpu_config, gpu_model, recorded_capture
 from host_traffic import NoHostCopies
-from model_systems import SYSTEMS
+from model_systems import SYSTEMS, block_matrices
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -31,10 +31,9 @@ from train.evaluate.windows import group_windows, plan_windows
 from train.loop import training_step
 from train.model.attention_backends import causal_attention
 from train.model.attention_choice import use_attention
+from train.model.compile import write_out
 from train.model.decoder import Decoder
 from train.model.documents import Documents
-from train.model.fusion import CALLERS
-from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import build_optimizers
 from train.quantize.calibrate import collect_hessians, plain_graph
@@ -50,13 +49,6 @@ def fake() -> Iterator[FakeTensorMode]:
         yield mode
 
 
-def use_operators(model: GPT, used: bool) -> None:
-    for caller, flag in CALLERS.values():
-        for module in model.modules():
-            if isinstance(module, caller):
-                setattr(module, flag, used)
-
-
 @pytest.mark.parametrize(
     ("system", "changes"),
     [
@@ -70,8 +62,8 @@ def test_a_training_step_stays_on_the_gpu(system: str, changes: dict[str, Any]) 
     optimizers = build_optimizers(model, config)
     ema, swa = EMA(model, 0.99), SWA(model, 1, 2.0)
     for recurrence in sorted({False, bool(config.recur_layers)}):
-        for used in (True, False):
-            use_operators(model, used)
+        for operators in (frozenset(), frozenset(dispatch.describe())):
+            write_out(model, operators)
             ranks = Ranks(world_size=MICRO_BATCHES, device=CUDA)
             with NoHostCopies():
                 loss = training_step(optimizers, model, Batches(), ranks, recurrence, 1.0, 0.95)
@@ -263,7 +255,7 @@ def test_eight_ranks_exchange_tensors_of_the_gpu(system: str, eight_ranks: Ranks
     for _ in range(2):
         training_step(optimizers, model, Batches(), eight_ranks, False, 1.0, 0.95)
     own = {parameter for group in optimizers.muon.param_groups for parameter in group["params"]}
-    assert 0 < len(own) < len(model.matrices())
+    assert 0 < len(own) < len(block_matrices(model))
     assert {parameter.device for parameter in model.parameters()} == {CUDA}
     weights = [torch.nn.Parameter(empty(*shape, dtype=torch.float32)) for shape in ((8, 5), (3, 5, 8), (6, 6))]
     for weight in weights:

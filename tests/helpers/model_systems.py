@@ -6,6 +6,7 @@ import torch
 
 from train.config import Config
 from train.model.gpt import GPT
+from train.optimize.groups import split_parameters
 from train.recipes import load_recipe
 
 _RECIPES = {
@@ -61,6 +62,12 @@ def random_model(config: Config, *, seed: int = 0) -> GPT:
             if weight.requires_grad:
                 weight.add_(torch.randn_like(weight), alpha=0.3)
     return model
+
+
+def block_matrices(model: GPT) -> dict[str, torch.nn.Parameter]:
+    """Query, key, value, output, up and down of every layer, by name."""
+    kinds = split_parameters(model, model.config)
+    return {name: weight for name, weight in kinds["matrix"].items() if name.startswith("blocks.")}
 
 
 def random_ids(config: Config, rows: int = 2, length: int = 13, *, seed: int = 1) -> torch.Tensor:

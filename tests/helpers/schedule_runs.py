@@ -63,12 +63,12 @@ def test_every_buffer_is_written_once_and_read_when_it_was(step: schedule.Step) 
         assert len(written) > 50
 
 
-def test_a_way_has_its_own_kernels_and_only_the_published_one_waits(step: schedule.Step) -> None:
+def test_a_variant_has_its_own_kernels_and_only_the_published_one_waits(step: schedule.Step) -> None:
     names = {kernel.name for kernel in step.kernels}
     ours = {"up_kernel", "dx_kernel", "unmix_kernel", "rotate_kernel", "xsa_backward_kernel", "symmetric_kernel"}
-    assert names >= ours if step.way == "golf" else not names & ours
+    assert names >= ours if step.variant == "golf" else not names & ours
     assert {"fa3::attention", "fa3::attention_backward"} <= names
-    assert step.waits == (step.way == "published")
+    assert step.waits == (step.variant == "published")
     assert all(kernel.bytes > 0 or kernel.name == "norm_kernel" for kernel in step.kernels)
 
 
@@ -151,7 +151,7 @@ def test_norm_and_rotation_are_one_pass_over_queries_and_one_over_keys_each_way(
     queries = 2 * 4 * 256 * 8 * 64
     for graph in graphs:
         large = [name for kernel in graph for name, size in kernel.writes.items() if size >= queries / 2]
-        # results both ways, and in the backward pass the gradient of what holds queries and keys
+        # results of both passes, and in the backward pass the gradient of what holds queries and keys
         assert len(large) <= 3, graph
 
 
@@ -214,7 +214,7 @@ def test_an_operator_moves_what_its_benchmark_counts(bench: Any, monkeypatch: py
 
 def test_a_kernel_of_the_host_is_not_run_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with on_kernels(monkeypatch) as recorder:
-        # as in the way golf, where nothing but the native module has int6
+        # as in the variant golf; only the native module has an int6 kernel
         monkeypatch.setenv("GOLF_BACKEND", all_kernels())
         torch.ops.golf.int6_fake_quantize(empty(5, 7, dtype=torch.float32), empty(5, dtype=torch.float32))
     assert {kernel.name.partition("::")[0] for kernel in recorder.kernels} == {"aten"}

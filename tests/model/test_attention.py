@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from golf_kernels import dispatch
+from golf_kernels.xsa import written_out
 from train.config import Config
-from train.model.attention import Attention, remove_value_direction
-from train.model.rope import rotary_table, rotate
+from train.model.attention import Attention
+from train.model.rope import rotary_table
 
 DEVICE = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def heads(count: int, *, seed: int, length: int = 7, dim: int = 6) -> torch.Tens
 
 def test_xsa_leaves_nothing_along_the_value() -> None:
     y, v = heads(4, seed=0), heads(2, seed=1)
-    found = remove_value_direction(y, v)
+    found = written_out(y, v)
     for head in range(4):
         along = (found[:, :, head] * v[:, :, head // 2]).sum(-1)
         torch.testing.assert_close(along, torch.zeros_like(along), rtol=0, atol=1e-13)
@@ -34,12 +34,12 @@ def test_xsa_of_a_multiple_of_the_value_is_zero() -> None:
     v = heads(2, seed=1)
     factors = heads(4, seed=2, dim=1)
     y = torch.stack([factors[:, :, head] * v[:, :, head // 2] for head in range(4)], dim=2)
-    torch.testing.assert_close(remove_value_direction(y, v), torch.zeros_like(y), rtol=0, atol=1e-14)
+    torch.testing.assert_close(written_out(y, v), torch.zeros_like(y), rtol=0, atol=1e-14)
 
 
 def test_xsa_of_a_zero_value_leaves_the_output() -> None:
     y = heads(2, seed=0)
-    assert torch.equal(remove_value_direction(y, torch.zeros_like(y)), y)
+    assert torch.equal(written_out(y, torch.zeros_like(y)), y)
 
 
 def test_xsa_is_on_in_the_last_layers_alone() -> None:
@@ -94,34 +94,6 @@ def test_attention_passes_gradcheck(xsa: bool) -> None:
     assert torch.autograd.gradcheck(run, (x, extra, *weights), fast_mode=True)
 
 
-def test_attention_as_published_is_bit_for_bit_the_scripts_straight_line() -> None:
-    torch.manual_seed(0)
-    attention = Attention(Config(num_layers=1, model_dim=64, num_heads=4, num_kv_heads=2, xsa_last_n=0), 0)
-    attention.output.data.normal_()
-    attention.q_gain.data.normal_()
-    attention.fused_qk_norm_rope = False
-    rotary = rotary_table(29, 8, 1e4, dtype=torch.bfloat16, device=DEVICE)
-    x, upstream = torch.randn(2, 2, 29, 64).bfloat16()
-    leaves = [x.requires_grad_(), torch.randn(64).requires_grad_(), *attention.parameters()]
-
-    def results(y: torch.Tensor) -> list[torch.Tensor]:
-        return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
-
-    def straight(x: torch.Tensor, scale: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        q_weight, k_weight, v_weight, o_weight, gain = (weight.bfloat16() for weight in weights)
-        query, key, value = (F.linear(x, weight).unflatten(-1, (-1, 16)) for weight in (q_weight, k_weight, v_weight))
-        query, key = (rotate(F.rms_norm(part, (16,), eps=attention.eps), rotary) for part in (query, key))
-        heads = [part.transpose(1, 2) for part in (query * gain[:, None], key, value)]
-        output = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
-        return scale.bfloat16() * F.linear(output.flatten(-2), o_weight)
-
-    want = results(straight(*leaves))
-    for as_published in (True, False):
-        attention.as_published = as_published
-        found = results(attention(x, rotary, scale=leaves[1]))
-        assert [torch.equal(*pair) for pair in zip(found, want, strict=True)] == [as_published] * len(want)
-
-
 def xsa_attention(**changes: object) -> Attention:
     torch.manual_seed(0)
     attention = Attention(Config(num_layers=1, model_dim=64, num_heads=4, num_kv_heads=2, xsa_last_n=1, **changes), 0)
@@ -149,9 +121,9 @@ def results_of(attention: Attention, dtype: torch.dtype, device: str, rows_from:
 def test_xsa_is_the_same_on_triton_kernels(qat: bool, rows_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     attention = xsa_attention(qat=qat).to(device)
-    attention.fused_xsa = False
+    attention.written_out = frozenset(["xsa"])
     usual = results_of(attention, dtype, device, rows_from)
     monkeypatch.setenv("GOLF_BACKEND", "torch,xsa=triton")
-    attention.fused_xsa = True
+    attention.written_out = frozenset()
     for mine, plain in zip(results_of(attention, dtype, device, rows_from), usual, strict=True):
         assert (mine - plain).norm() <= (2e-6 if dtype == torch.float32 else 2e-2) * plain.norm()

@@ -1,4 +1,4 @@
-"""Every attention back end against the softmax written out; libraries that need a Hopper GPU are stood in for."""
+"""Every attention backend against the softmax written out; libraries that need a Hopper GPU are stood in for."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_a_library_is_imported_before_anything_is_compiled(
     monkeypatch.setitem(sys.modules, module.partition(".")[0], library)
     monkeypatch.setitem(sys.modules, module, library)
     monkeypatch.setattr(attention_backends, "_libraries", {})
-    # as on a rank that was only told which back end the first one had chosen
+    # as on a rank that was only told which backend the first one had chosen
     use_attention(GPT(Config(num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1)), name)
     q, k, v = (heads(count, seed=seed, length=5).float() for seed, count in enumerate((4, 2, 2)))
     attend = torch.compile(lambda q, k, v: causal_attention(q, k, v, backend=name), backend="aot_eager", fullgraph=True)
@@ -333,23 +333,26 @@ def test_a_choice_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(attention_choice, "_measure", nothing)
-    with pytest.raises(UserError, match=r"sdpa: No available kernel; cudnn: .*ATTENTION=math always can"):
+    with pytest.raises(UserError, match=r"sdpa: No available kernel; cudnn: .*ATTENTION=math, which always can"):
         choose_attention(Config(compute_dtype="bfloat16"), torch.device("cuda"), 1)
 
 
 def test_on_a_cpu_pytorch_chooses() -> None:
     assert choose_attention(Config(), CPU, 1).name == "sdpa"
-    assert choose_attention(Config(attention="math"), CPU, 1) == ("math", "asked for")
+    assert choose_attention(Config(attention="math"), CPU, 1) == ("math", "as set")
 
 
-@pytest.mark.parametrize(("name", "how"), [("fa3", "their lengths"), ("flash", "their lengths"), ("cudnn", "a mask")])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("fa3", "sequences of different lengths"), ("flash", "sequences of different lengths"), ("cudnn", "a mask")],
+)
 def test_the_log_says_how_documents_are_kept_apart(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_choice, "check_attention", lambda *_: dict.fromkeys(BACKENDS))
     monkeypatch.setattr(attention_choice, "_measure", lambda *_: {name: 1.0})
     cuda = torch.device("cuda")
     for attention in ("auto", name):
         said = choose_attention(Config(attention=attention, document_masking=True), cuda, 1).reason
-        assert said.endswith(f"; documents by {how}")
+        assert said.endswith(f"; documents as {how}")
     assert "documents" not in choose_attention(Config(attention=name), cuda, 1).reason
 
 

@@ -1,71 +1,83 @@
-"""Inductor's switches: every name exists, only a figure sets one, and it reaches the compiler in both directions."""
+"""Formulas written out equal their operators, and a compiled graph calls only operators that have a kernel."""
 
-from typing import Any
+from __future__ import annotations
 
 import pytest
 import torch
-from torch._inductor import compile_fx
-from torch._inductor import config as inductor
+from model_systems import SYSTEMS, narrow_config, random_ids, random_model
 
-from train.config import Config
-from train.loop import compiled_loss
-from train.model.compile import SWITCHES, Switch, chosen_options, missing_options, parse_switch
+from golf_kernels import dispatch
+from train.model.compile import without_kernel, write_out
+from train.model.gpt import GPT
 
-
-@pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: switch.name)
-def test_torch_takes_every_switch_and_none_is_its_default(switch: Switch) -> None:
-    assert missing_options(switch.options) == []
-    defaults = inductor.get_config_copy()
-    assert any(defaults[name] != value for name, value in switch.options.items())
-    assert torch.compile(lambda x: x, options=dict(switch.options))
-    assert parse_switch(switch.name) == switch
+OPERATORS = frozenset({"leaky_relu2_mlp", "mix_rms_norm", "qk_norm_rope", "softcapped_cross_entropy", "xsa"})
+CPU = torch.device("cpu")
 
 
-def test_only_a_figure_sets_a_switch() -> None:
-    won = Switch("pdl", {"triton.enable_pdl": True}, "", "Made GPU, aaaaaaa: 2.0 to 1.0 ms")
-    absent = Switch("gone", {"triton.no_such_thing": True}, "", "Made GPU, aaaaaaa: 2.0 to 1.0 ms")
-    assert chosen_options([won._replace(figure="")]) == ({}, "no switch set, none has won a measurement yet")
-    options, said = chosen_options([won, absent])
-    assert options == {"triton.enable_pdl": True}
-    assert said.startswith("pdl (Made GPU, aaaaaaa: 2.0 to 1.0 ms); gone left out, torch ")
-    assert said.endswith("has no triton.no_such_thing")
+def loss_and_gradients(model: GPT, ids: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
+    loss = model(ids, targets, recurrence=bool(model.config.recur_layers))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
 
-def test_a_switch_reaches_both_directions_of_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    inner = compile_fx.fx_codegen_and_compile
-
-    def look(*given: Any, **rest: Any) -> Any:
-        seen.append((rest["is_backward"], inductor.triton.mix_order_reduction))
-        return inner(*given, **rest)
-
-    monkeypatch.setattr(compile_fx, "fx_codegen_and_compile", look)
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
-    # products alone leave nothing for a C++ compiler to do
-    model = torch.nn.Linear(3, 2, bias=False)
-    monkeypatch.setattr("train.loop.write_out_references", lambda *_: [])
-    loss_of = compiled_loss(model, Config(compile="on"), torch.device("cpu"), {"triton.mix_order_reduction": False})
-    loss_of(torch.ones(4, 3)).backward(torch.ones(4, 2))
-    assert set(seen) == {(False, False), (True, False)}
-    assert inductor.triton.mix_order_reduction is True
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
+def test_written_out_forms_equal_the_operators(system: str) -> None:
+    model = random_model(narrow_config(system))
+    ids = random_ids(model.config)
+    targets = ids.roll(-1, 1)
+    with_operators = loss_and_gradients(model, ids, targets)
+    assert without_kernel(CPU) >= OPERATORS
+    write_out(model, without_kernel(CPU))
+    for ours, plain in zip(with_operators, loss_and_gradients(model, ids, targets), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("no_such", "no_such' is no switch: expected all, NAME=VALUE, or one of mix_order_reduction_off"),
-        ("no.such=1", "has no switch no.such"),
-        ("triton.enable_pdl=yes", "triton.enable_pdl: expected True or False, got 'yes'"),
-        ("combo_kernel_max_num_args=x", "expected a value like 250, got 'x'"),
-        ("triton.mix_order_reduction_split_size=1", "only switches that hold a number or a text"),
-    ],
-)
-def test_a_switch_that_is_none_is_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
-        parse_switch(text)
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
+def test_written_out_forms_equal_the_operators_where_an_evaluation_shares_and_skips(system: str) -> None:
+    model = random_model(narrow_config(system)).eval()
+    text = random_ids(model.config, rows=1, length=21)[0]
+
+    def hidden() -> list[torch.Tensor]:
+        options = {"recurrence": bool(model.config.recur_layers), "rows_from": 9}
+        found = [model.hidden(text[None], **options)]
+        if model.overlap_problem is None:
+            found.append(model.overlapping_hidden(text, windows=3, stride=4, **options))
+        return found
+
+    with torch.no_grad():
+        with_operators = hidden()
+        write_out(model, OPERATORS)
+        torch.testing.assert_close(with_operators, hidden(), rtol=1e-9, atol=1e-12)
 
 
-def test_an_option_is_read_in_its_own_type() -> None:
-    assert parse_switch("triton.mix_order_reduction=False").options == {"triton.mix_order_reduction": False}
-    assert parse_switch("combo_kernel_max_num_args=7").options == {"combo_kernel_max_num_args": 7}
-    assert parse_switch("max_autotune_gemm_backends=ATEN").options == {"max_autotune_gemm_backends": "ATEN"}
+def operators_in_graph(model: GPT, ids: torch.Tensor) -> set[str]:
+    found: set[str] = set()
+
+    def look(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        found.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch.compile(model, dynamic=False, fullgraph=True, backend=look)(ids, ids, recurrence=False)
+    return {name for name in found if "golf" in name}
+
+
+def test_a_compiled_model_has_an_operator_only_where_a_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(narrow_config("sp8192"))
+    ids = random_ids(model.config)
+    assert {name.split(".")[1] for name in operators_in_graph(model, ids)} == OPERATORS
+    # the same code, compiled again for a model that calls other forms
+    write_out(model, OPERATORS)
+    assert operators_in_graph(model, ids) == set()
+
+
+@pytest.mark.parametrize("asked_for", sorted(OPERATORS - {"softcapped_cross_entropy"}))
+def test_a_kernel_that_is_asked_for_stays_an_operator(asked_for: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(narrow_config("sp8192"))
+    choose = dispatch.choose
+    triton = dispatch.Choice("triton", "asked for")
+    monkeypatch.setattr(dispatch, "choose", lambda op, **kwargs: triton if op == asked_for else choose(op, **kwargs))
+    assert without_kernel(CPU) & OPERATORS == OPERATORS - {asked_for}
+    write_out(model, without_kernel(CPU))
+    monkeypatch.undo()
+    assert {name.split(".")[1] for name in operators_in_graph(model, random_ids(model.config))} == {asked_for}

@@ -65,7 +65,7 @@ def test_a_full_text_takes_no_more() -> None:
     decoder = Decoder(random_model(config).eval(), 2, 1, recurrence=False)
     tokens = torch.tensor([3, 4])
     decoder.step(tokens)
-    with pytest.raises(ValueError, match="room for 1 token, not for 2"):
+    with pytest.raises(ValueError, match="end after 1 token: no token 2"):
         decoder.step(tokens)
-    with pytest.raises(ValueError, match="room for 1 token, not for 2"):
+    with pytest.raises(ValueError, match="holds 1 token, not 2"):
         decoder.past.extend(*torch.zeros(2, 2, 1, 2, 8))

@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from model_systems import CASES, SHALLOW, SYSTEMS, narrow_config, random_ids, random_model
+from model_systems import CASES, SHALLOW, SYSTEMS, block_matrices, narrow_config, random_ids, random_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from train.config import Config
 from train.model.gpt import GPT, resolve_compute_dtype
-from train.model.norm import rms_norm
 
 
 @pytest.mark.parametrize("system", sorted(SYSTEMS))
@@ -134,22 +133,6 @@ def test_document_smear_alone_leaves_attention_open() -> None:
     torch.testing.assert_close(x0[:, 2:], begins, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize(("system", "recurrence"), CASES)
-@torch.no_grad()
-def test_last_block_is_separable(system: str, recurrence: bool) -> None:
-    config = narrow_config(system)
-    model, ids = random_model(config), random_ids(config)
-    stream, shared = model.trunk(ids, recurrence=recurrence)
-    hidden = rms_norm(model.last_block(stream, shared), config.norm_eps)
-    assert torch.equal(hidden, model.hidden(ids, recurrence=recurrence))
-    assert (stream.mlp_lane is None) == (system != "sp8192")
-    model.blocks[-1].mlp.down.zero_()
-    model.blocks[-1].attention.output.zero_()
-    again, _ = model.trunk(ids, recurrence=recurrence)
-    assert torch.equal(again.x, stream.x)
-    assert (model.hidden(ids, recurrence=recurrence) - hidden).abs().max() > 1e-6
-
-
 # one core: more only wait for each other at these widths
 
 
@@ -186,7 +169,7 @@ def test_quantized_training_is_in_the_compiled_graph() -> None:
     torch.testing.assert_close(quantized, model(ids, ids, recurrence=False), rtol=0, atol=1e-12)
     assert (quantized - plain(ids, ids, recurrence=False)).abs() > 1e-4
     quantized.backward()
-    assert all(weight.grad.abs().max() > 0 for weight in model.matrices().values())
+    assert all(weight.grad.abs().max() > 0 for weight in block_matrices(model).values())
 
 
 @pytest.mark.parametrize(("system", "recurrence"), CASES)
@@ -194,7 +177,7 @@ def test_bfloat16_runs_throughout_and_stays_near_float32(system: str, recurrence
     config = narrow_config(system, compute_dtype="bfloat16")
     torch.manual_seed(0)
     model = GPT(config)
-    for weight in model.matrices().values():
+    for weight in block_matrices(model).values():
         torch.nn.init.normal_(weight, std=0.1)
     ids, seen = random_ids(config), []
     for block in model.blocks:
@@ -219,19 +202,6 @@ def test_masters_are_float32_and_tables_have_their_dtype() -> None:
         config = narrow_config("sp8192", embed_dtype=str(dtype).removeprefix("torch."))
         for name, weight in GPT(config).named_parameters():
             assert weight.dtype == (dtype if name in tables else torch.float32), name
-
-
-def test_matrices_are_the_block_weights_by_name() -> None:
-    matrices = GPT(narrow_config("sp1024")).matrices()
-    assert len(matrices) == 48
-    assert {name: tuple(weight.shape) for name, weight in matrices.items() if ".3." in name} == {
-        "blocks.3.attention.query": (32, 32),
-        "blocks.3.attention.key": (16, 32),
-        "blocks.3.attention.value": (16, 32),
-        "blocks.3.attention.output": (32, 32),
-        "blocks.3.mlp.up": (64, 32),
-        "blocks.3.mlp.down": (32, 64),
-    }
 
 
 def test_compute_dtype_follows_the_device() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_systems import SYSTEMS, narrow_config, random_model
+from model_systems import SYSTEMS, block_matrices, narrow_config, random_model
 
 from train.config import Config
 from train.model.gpt import GPT
@@ -137,4 +137,4 @@ def test_classes_hold_for_a_model_that_was_cast() -> None:
     model = random_model(narrow_config("sp8192"))
     assert {row.dtype for row in parameter_table(model)} == {torch.float64}
     matrices = {name for name, _ in model.named_parameters() if classify(name, model.config) == "matrix"}
-    assert matrices == {*model.matrices(), "ve.proj"}
+    assert matrices == {*block_matrices(model), "ve.proj"}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from model_systems import block_matrices
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -68,7 +69,7 @@ def hessians(model: GPT, config: Config) -> dict[str, Tensor]:
 def test_hessians_are_the_second_moments_of_the_inputs_over_all_uses(model: GPT, config: Config) -> None:
     inputs: dict[str, list[Tensor]] = {}
     batches = random_batches(config)
-    names = [*model.matrices(), "embedding.weight", "ve.proj"]
+    names = [*block_matrices(model), "embedding.weight", "ve.proj"]
     with torch.no_grad(), observe_inputs(model, lambda name, x: inputs.setdefault(name, []).append(x.clone())):
         for ids in batches:
             model.hidden(ids, recurrence=True)

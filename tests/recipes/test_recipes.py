@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from model_systems import block_matrices
 from torch import Tensor
 
 from train.checkpoint import load_checkpoint, save_checkpoint
@@ -20,7 +21,8 @@ from train.config import Config
 from train.data.dataset import Dataset
 from train.data.loaders import Loader
 from train.data.shards import write_shard
-from train.loop import compiled_loss, recurrence_on, training_step
+from train.loop import recurrence_on, training_step
+from train.model.compile import compiled_loss
 from train.model.gpt import GPT
 from train.model.parameters import classify
 from train.optimize.averaging import EMA, SWA
@@ -283,7 +285,7 @@ def test_fake_quantization_takes_part_in_the_compiled_step(
     inputs, targets = run.loader.next_batch()[0]
     weight = run.model.blocks[0].mlp.up
     with torch.no_grad():
-        for parameter in run.model.matrices().values():
+        for parameter in block_matrices(run.model).values():
             parameter.normal_(std=0.1)
     step = weight.detach().abs().amax(dim=1) / 31
     # a twentieth of a step moves weights that lie in the middle of their cells, but not their codes

@@ -140,7 +140,7 @@ def profiled_run(folder: Path, steps: range, total: int, events: dict[int, str] 
 def test_chosen_steps_leave_a_trace_with_the_models_parts(tmp_path: Path) -> None:
     log = profiled_run(tmp_path, range(1, 3), 4)
     folder = tmp_path / "profile"
-    assert f"profile:{folder} steps:1-2 (their" in log
+    assert f"profile:{folder} steps:1-2 (profiling" in log
     assert sorted(path.name for path in folder.iterdir()) == [
         "breakdown.json", "breakdown.png", "parts.json", "parts.png", "trace_rank0.json.gz",
     ]  # fmt: skip
@@ -162,7 +162,7 @@ def test_chosen_steps_leave_a_trace_with_the_models_parts(tmp_path: Path) -> Non
         (9, {3: "validation follows"}, 99, "steps:1-2 of 1-4, validation follows"),
         (9, {1: "a checkpoint follows"}, 99, "steps:1-4 ("),
         (9, {}, 4, "steps:1-3 of 1-4, recurrence begins"),
-        (1, {}, 99, "profile:none, step 1 was not among the steps of this process"),
+        (1, {}, 99, "profile:none, this process did not reach step 1"),
     ],
 )
 def test_a_profile_holds_steps_of_one_kind_and_nothing_else(
@@ -286,8 +286,6 @@ def test_steps_done_before_this_process_are_said_to_be_at_once(tmp_path: Path) -
         said = log.path.read_text()
         profiler.before(32, recurrence=False)
         profiler.finish(33)
-    assert said.startswith(
-        "profile:none, step 30 was done before this process, which begins with step 31: choose later"
-    )
+    assert said.startswith("profile:none, step 30 was done before this process, which began with step 31: choose later")
     # and once
     assert log.path.read_text() == said and not (tmp_path / "profile").exists()

@@ -23,7 +23,7 @@ class EvalResult:
         bytes: bytes of text they stand for.
         windows: windows over all ranks.
         seconds: duration on this rank.
-        layer0: layer 0's projections, computed `once per token` or `per window`, and then why.
+        layer0: whether overlapping windows share layer 0's queries, keys and values: `on`, or `off` and why.
     """
 
     val_loss: float
@@ -36,8 +36,8 @@ class EvalResult:
 
     @property
     def layer0_line(self) -> str:
-        """How a log tells of `layer0`."""
-        return f"layer0:the first layer's queries, keys and values were computed {self.layer0}"
+        """The log line about `layer0`."""
+        return f"layer-0 QKV sharing: {self.layer0}"
 
     @property
     def tokens_per_second(self) -> float:

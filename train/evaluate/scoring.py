@@ -30,7 +30,7 @@ from train.data.dataset import Dataset
 from train.data.shards import check_tokens
 from train.evaluate.scores import EvalResult, evaluation_entry
 from train.evaluate.windows import WindowPlan, group_windows, plan_windows
-from train.model.fusion import compiles, write_out_references
+from train.model.compile import compiles, without_kernel, write_out
 
 NOTE_INTERVAL_SECONDS = 0.5
 # windows per forward pass
@@ -136,14 +136,14 @@ def evaluate_model(
         bytes=byte_total,
         windows=windows,
         seconds=time.perf_counter() - started,
-        layer0="once per token" if problem is None else f"per window: {problem}",
+        layer0="on" if problem is None else f"off ({problem})",
     )
 
 
 def _sharing_problem(model: Scorable, share_layer0: bool, stride: int, seq_len: int) -> str | None:
-    """Why windows compute layer 0's projections each for themselves, or None where they share them."""
+    """Why windows do not share layer 0's queries, keys and values, or None if they do."""
     if stride in (0, seq_len):
-        return "windows side by side have no token in common"
+        return "windows do not overlap"
     return model.overlap_problem if share_layer0 else "share_layer0 is off"
 
 
@@ -173,7 +173,7 @@ class _Scorer:
         self.hidden, self.overlapping_hidden = model.hidden, model.overlapping_hidden
         if compiled:
             if isinstance(model, nn.Module):
-                write_out_references(model, device.type)
+                write_out(model, without_kernel(device))
             self.hidden = torch.compile(self.hidden, dynamic=False, fullgraph=True)
             self.overlapping_hidden = torch.compile(self.overlapping_hidden, dynamic=False, fullgraph=True)
         self.share_layer0 = share_layer0

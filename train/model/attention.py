@@ -1,49 +1,74 @@
-"""Causal grouped-query attention with QK-norm, query gain, partial RoPE and, if asked, XSA."""
+"""Causal grouped-query attention with QK-norm, query gain, partial RoPE and optional XSA."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from golf_kernels.qk_norm_rope import qk_norm_rope, written_out
+from golf_kernels.qk_norm_rope import qk_norm_rope
+from golf_kernels.qk_norm_rope import written_out as qk_norm_rope_formula
+from golf_kernels.xsa import written_out as xsa_formula
 from golf_kernels.xsa import xsa
+from train.common.wording import counted
 from train.config import Config
 from train.model.attention_backends import causal_attention
+from train.model.compile import OperatorModule
 from train.model.documents import Documents
 from train.model.init import constant, matrix, zero_matrix
-from train.model.key_values import KeyValues
 from train.model.linear import joint_linear, linear
 from train.model.norm import rms_norm
 from train.model.rope import rotate
 
 Rotary = tuple[Tensor, Tensor]
 Heads = tuple[Tensor, Tensor, Tensor]
-"""Queries `(B, R, H, D)`, keys and values `(B, T, H_kv, D)`, normed but not rotated."""
+"""Queries `(B, R, H, D)`, keys and values `(B, T, H_kv, D)`."""
 
 
-def remove_value_direction(output: Tensor, value: Tensor) -> Tensor:
-    """XSA: take from each head's output what lies along the value of the same position.
+class KeyValues:
+    """The cache of keys and values for generation; a layer that runs twice has two entries.
 
-    y ← y − (y·v̂) v̂, v̂ = v/‖v‖₂
-
-    Query heads are viewed in groups of their value head, so nothing is repeated in memory. `golf::xsa` written out.
+    A forward pass over new positions calls `extend` once for each layer run, in order.
 
     Args:
-        output: `(B, T, H, D)`, attention's output.
-        value: `(B, T, H_kv, D)`, the values it attended to.
-
-    Returns:
-        `(B, T, H, D)`.
+        runs: number of layer runs.
+        shape: `(B, T, H_kv, D)` for the whole text.
+        dtype: compute dtype.
+        device: device of the model.
     """
-    batch, length, heads, dim = output.shape
-    kv_heads = value.shape[2]
-    direction = F.normalize(value, dim=-1).unsqueeze(3)
-    grouped = output.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    along = (grouped * direction).sum(dim=-1, keepdim=True)
-    return (grouped - along * direction).reshape(batch, length, heads, dim)
+
+    def __init__(
+        self, runs: int, shape: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.keys, self.values = (torch.empty(runs, *shape, dtype=dtype, device=device) for _ in range(2))
+        self.length = 0
+        self._run = 0
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of new positions to the next layer run, and return those of all positions.
+
+        Args:
+            key: `(B, n, H_kv, D)`.
+            value: `(B, n, H_kv, D)`.
+
+        Returns:
+            Keys and values `(B, length + n, H_kv, D)`: views, which later calls do not change.
+
+        Raises:
+            ValueError: the text would be longer than T.
+        """
+        run, end = self._run, self.length + key.shape[1]
+        if end > self.keys.shape[2]:
+            raise ValueError(f"the cache holds {counted(self.keys.shape[2], 'token')}, not {end}")
+        for kept, new in ((self.keys, key), (self.values, value)):
+            kept[run, :, self.length : end] = new
+        self._run = (run + 1) % len(self.keys)
+        keys, values = self.keys[run, :, :end], self.values[run, :, :end]
+        if self._run == 0:
+            self.length = end
+        return keys, values
 
 
-class Attention(nn.Module):
+class Attention(OperatorModule):
     """The attention of one layer, from the normed input to the output projection.
 
     q, k ← rms(q), rms(k) per head; RoPE; q ← q · q_gain[head]; causal attention; XSA in the last `xsa_last_n` layers.
@@ -67,18 +92,12 @@ class Attention(nn.Module):
         self.xsa = layer >= config.num_layers - config.xsa_last_n
         self.qat = config.qat
         self.backend = "sdpa"
-        # by the operators of these names; False: written out for a compiler to fuse; see train.model.fusion
-        self.fused_qk_norm_rope = True
-        self.fused_xsa = True
-        # as the published scripts have it: queries, keys and values by three products, the scale behind the last one, and
-        # where no operator is called all gradients by autograd
-        self.as_published = False
 
     def project(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
-        """`heads` before the norm of queries and keys."""
+        """Queries, keys and values before norm and rotation; arguments as of `heads`."""
         fake_quantize = self.qat and self.training
         weights = (self.query, self.key, self.value)
-        if not (self.as_published or rows_from):
+        if not rows_from:
             query, key, value = joint_linear(x, weights, fake_quantize=fake_quantize)
         else:
             rows = (x[:, rows_from:], x, x)
@@ -91,12 +110,12 @@ class Attention(nn.Module):
         return query, key, value
 
     def heads(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
-        """Queries, keys and values, which know nothing of positions yet.
+        """Normed queries and keys, and values, before rotation.
 
         Args:
             x: `(B, T, d)`, normed input.
-            extra_value: `(B, T, kv_dim)` added to the values before the split into heads.
-            rows_from: first position that gets a query.
+            extra_value: `(B, T, kv_dim)`, added to the values.
+            rows_from: first position with a query.
         """
         query, key, value = self.project(x, extra_value, rows_from)
         return rms_norm(query, self.eps), rms_norm(key, self.eps), value
@@ -109,14 +128,14 @@ class Attention(nn.Module):
         past: KeyValues | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """From `heads` through attention, XSA and the output projection to `(B, R, d)`.
+        """Rotation, attention, XSA and the output projection: from the result of `heads` to `(B, R, d)`.
 
         Args:
-            heads: of `heads`; R queries are those of the last R positions.
+            heads: result of `heads`; its R queries belong to the last R positions.
             rotary: table of `train.model.rope.rotary_table` for T positions, in the dtype of the heads.
-            documents: where documents begin, if attention stays inside them.
-            past: keys and values of positions before these T, which take part and which these join.
-            scale: `(d,)` factor of each channel of the result, or None for 1.
+            documents: where documents begin, to keep attention inside them.
+            past: cache of earlier positions, which these are appended to.
+            scale: `(d,)`, factor of each output channel, or None for 1.
         """
         query, key, value = heads
         (cosine, sine), first = rotary, key.shape[1] - query.shape[1]
@@ -130,17 +149,15 @@ class Attention(nn.Module):
         past: KeyValues | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """`attend` behind the rotation: `heads` are normed, rotated and their queries multiplied by the gain."""
+        """`attend` after the rotation; queries include the gain."""
         query, key, value = heads
         keys, values = (key, value) if past is None else past.extend(key, value)
         output = causal_attention(query, keys, values, documents=documents, backend=self.backend)
         fake_quantize = self.qat and self.training
         if self.xsa:
             own = value[:, key.shape[1] - query.shape[1] :]
-            output = xsa(output, own) if self.fused_xsa else remove_value_direction(output, own)
-        return linear(
-            output.flatten(-2), self.output, scale=scale, behind=self.as_published, fake_quantize=fake_quantize
-        )
+            output = xsa_formula(output, own) if "xsa" in self.written_out else xsa(output, own)
+        return linear(output.flatten(-2), self.output, scale=scale, fake_quantize=fake_quantize)
 
     def forward(
         self,
@@ -158,19 +175,19 @@ class Attention(nn.Module):
         Args:
             x: `(B, T, d)`, normed input.
             rotary: table of `train.model.rope.rotary_table` for T positions, in the dtype of `x`.
-            extra_value: `(B, T, kv_dim)` added to the values before the split into heads.
-            documents: where documents begin, if attention stays inside them.
-            rows_from: first position whose output is wanted; all positions serve as keys and values.
-            past: keys and values of positions before these, if the text grows token by token.
-            scale: `(d,)` factor of each channel of the result, or None for 1.
+            extra_value: `(B, T, kv_dim)`, added to the values.
+            documents: where documents begin, to keep attention inside them.
+            rows_from: first position to compute; earlier positions only give keys and values.
+            past: cache of earlier positions, for generation token by token.
+            scale: `(d,)`, factor of each output channel, or None for 1.
 
         Returns:
-            `(B, T - rows_from, d)`, not yet added to the stream.
+            `(B, T - rows_from, d)`, without the residual.
         """
-        # one call turns queries and keys by one table, so both must have the same positions
-        if rows_from or (self.as_published and not self.fused_qk_norm_rope):
+        # the operator rotates queries and keys by the same table, so both must have the same positions
+        if rows_from:
             return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past, scale)
         query, key, value = self.project(x, extra_value)
-        norm_and_rotate = qk_norm_rope if self.fused_qk_norm_rope else written_out
+        norm_and_rotate = qk_norm_rope_formula if "qk_norm_rope" in self.written_out else qk_norm_rope
         query, key = norm_and_rotate(query, key, *rotary, self.q_gain, eps=self.eps)
         return self.output_of((query, key, value), documents, past, scale)

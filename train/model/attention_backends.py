@@ -1,6 +1,6 @@
-"""The back ends of causal attention: FlashAttention 3 and 4 where installed, and PyTorch's own kernels by name.
+"""The backends of causal attention: FlashAttention 3 and 4 if installed, and PyTorch's kernels by name.
 
-With documents, fa3, fa4 and flash attend in pieces of different lengths; the others take a mask.
+To keep attention inside documents, fa3, fa4 and flash take sequences of different lengths; the others take a mask.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Core = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
 
 
 class AttentionBackend(NamedTuple):
-    """One way to compute causal attention.
+    """A backend of causal attention.
 
     Attributes:
-        run: takes query, key, value and documents as `causal_attention` does, and returns what it does.
+        run: `causal_attention` on query, key, value and documents.
         problem: why it cannot run for a device, compute dtype and head dimension, or None if it can.
     """
 
@@ -36,25 +36,25 @@ class AttentionBackend(NamedTuple):
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, *, documents: Documents | None = None, backend: str = "sdpa"
 ) -> Tensor:
-    """Causal attention in which equal groups of query heads share a key and value head.
+    """Causal grouped-query attention.
 
     y[t, h] = Σ_{s ≤ t} softmax_s(q[t, h] · k[s, g] / √D) v[s, g], g = ⌊h · H_kv / H⌋
 
     Args:
-        query: `(B, R, H, D)`, the last R of the T positions, in general all of them.
+        query: `(B, R, H, D)`, of the last R of the T positions; usually R = T.
         key: `(B, T, H_kv, D)`.
         value: `(B, T, H_kv, D)`.
-        documents: where documents begin; s then runs over the query's own document alone.
+        documents: where documents begin, to attend inside the query's document only.
         backend: a name in `BACKENDS`.
 
     Returns:
         `(B, R, H, D)`.
 
     Raises:
-        ValueError: no such back end.
+        ValueError: no such backend.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"unknown attention back end {backend!r}: expected one of {sorted(BACKENDS)}")
+        raise ValueError(f"unknown attention backend {backend!r}: expected one of {sorted(BACKENDS)}")
     return BACKENDS[backend].run(query, key, value, documents)
 
 
@@ -62,16 +62,16 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
     rows, length, heads = query.shape[1], key.shape[1], query.shape[2]
     mask = None if documents is None else documents.mask()[:, :, length - rows :]
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    # a single query is the last position and sees every key
+    # a single query is the last position, which sees every key
     if mask is None and 1 < rows < length:
-        # is_causal would let the first query see the first key alone; the kernel beneath it lets the last see the last,
-        # but what leads there, causal_lower_right, cannot be compiled
+        # is_causal aligns queries and keys at their first positions. The flash kernel aligns them at the last, as needed
+        # here, but causal_lower_right, its public name, cannot be compiled
         if query.is_cuda and _on_cuda(query.device, query.dtype, query.shape[-1]) is None and query.shape[-1] <= 256:
             flash: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, is_causal=True)[0]
             return flash.transpose(1, 2)
         mask = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
     if mask is not None and query.is_cuda:
-        # of PyTorch's kernels that take a mask without keeping all scores, one wants a key head for every query head
+        # PyTorch's memory-efficient kernel takes a mask, but needs a key head for every query head
         key, value = repeat_heads(key, heads), repeat_heads(value, heads)
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None and rows > 1, enable_gqa=True
@@ -80,13 +80,13 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
 
 
 def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
-    """Keys or values `(B, H_kv, T, D)` with each head as often as query heads share it, `(B, heads, T, D)`."""
+    """Keys or values `(B, H_kv, T, D)`, each head repeated for its query heads: `(B, heads, T, D)`."""
     return tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
 
 
 def _sdpa_by(kernel: SDPBackend) -> Core:
     def run(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-        # not every kernel takes a mask, so what needs one is left to PyTorch's choice
+        # not every kernel takes a mask: with one, PyTorch chooses
         if documents is not None or query.shape[1] < key.shape[1]:
             return _sdpa(query, key, value, documents)
         with sdpa_kernel(kernel):
@@ -100,16 +100,17 @@ def _flash_attention_3() -> Any:
     if isinstance(library, ImportError) and not isinstance(hub := _imported("kernels"), ImportError):
         try:
             return hub.get_kernel("kernels-community/flash-attn3")
-        # without a network, or for this torch, it fails in ways of other libraries
+        # it may raise errors of any library, without a network or with this torch
         except Exception as error:
             return ImportError(f"kernels-community/flash-attn3 cannot be loaded: {_first_line(error)}")
     return library
 
 
 def _flash_attention_2() -> Any:
-    """PyTorch's own FlashAttention 2 for pieces of different lengths."""
+    """PyTorch's FlashAttention 2 for sequences of different lengths."""
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    # before torch 2.13 grouped heads go to the kernel unasked, as torch.compile's tracer cannot find out by itself
+    # before torch 2.13 there was no such argument, and grouped heads went to the kernel; the check is made here because
+    # torch.compile cannot trace it
     grouped = "enable_gqa" in inspect.signature(attend).parameters
     return functools.partial(attend, enable_gqa=True) if grouped else attend
 
@@ -119,7 +120,7 @@ def _imported(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         return error
-    # installed for another torch, a library fails as it likes while it loads its native code
+    # a library built for another torch may raise any error while it loads its native code
     except Exception as error:
         return ImportError(f"{module} cannot be loaded: {_first_line(error)}")
 
@@ -137,14 +138,14 @@ _libraries: dict[str, Any] = {}
 
 
 def _library(name: str) -> Any:
-    """An optional attention library, or the error that says why it cannot be had."""
+    """An optional attention library, or the error that says why it is missing."""
     if name not in _libraries:
         _libraries[name] = _FINDERS[name]()
     return _libraries[name]
 
 
 def load_library(name: str) -> None:
-    """Import the library of the back end `name`, if it has one: no compiler that meets the back end later could."""
+    """Import the library of the backend `name`, if it has one, because torch.compile cannot trace the import."""
     if name in _FINDERS:
         _library(name)
 
@@ -153,10 +154,10 @@ def _flash_library(name: str) -> Core:
     def run(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         library = _library(name)
         if documents is not None and query.shape[1] < key.shape[1]:
-            # the last rows of a batch are no pieces of one long row
+            # offsets describe whole rows, not their last positions
             return _sdpa(query, key, value, documents)
         if documents is None:
-            # fewer queries than keys are the last ones, also in this library
+            # this library, too, takes fewer queries than keys as the last positions
             output = library.flash_attn_func(query, key, value, causal=True)
         else:
             offsets, longest = documents.offsets(), query.shape[1]
@@ -164,7 +165,7 @@ def _flash_library(name: str) -> Core:
             output = library.flash_attn_varlen_func(
                 *flat, cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=longest, max_seqlen_k=longest, causal=True
             )  # fmt: skip
-        # some releases return the logarithms of the softmax's sums beside the output
+        # some releases return (output, log-sum-exp)
         attended: Tensor = output[0] if isinstance(output, tuple) else output
         return attended.view_as(query)
 
@@ -172,12 +173,12 @@ def _flash_library(name: str) -> Core:
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-    # FlashAttention 2 takes heads of 256 at most
+    # FlashAttention 2 takes head dimensions up to 256
     if documents is None or query.shape[1] < key.shape[1] or query.shape[-1] > 256:
         return _sdpa_by(SDPBackend.FLASH_ATTENTION)(query, key, value, documents)
     offsets, longest = documents.offsets(), query.shape[1]
     flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
-    # no key to the right of its query is what this library calls causal
+    # this window means causal
     attended: Tensor = _library("flash")(*flat, offsets, offsets, longest, longest, window_size=(-1, 0))
     return attended.view_as(query)
 
@@ -198,7 +199,7 @@ def _with_library(name: str, remedy: str) -> Callable[[torch.device, torch.dtype
     def problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         reason = _on_cuda(device, dtype, head_dim)
         if reason is None and torch.cuda.get_device_capability(device)[0] < 9:
-            reason = "needs a Hopper GPU or a newer one"
+            reason = "needs a Hopper GPU or newer"
         if reason is None and isinstance(error := _library(name), ImportError):
             reason = f"{error}: {remedy}"
         return reason
@@ -217,7 +218,7 @@ BACKENDS: dict[str, AttentionBackend] = {
     "flash": AttentionBackend(_flash, _on_cuda),
     "math": AttentionBackend(_sdpa_by(SDPBackend.MATH), _anywhere),
 }
-"""Back ends by name. "sdpa" lets PyTorch choose; "math" is the plain formula, for comparison."""
+"""Backends by name. "sdpa" lets PyTorch choose a kernel; "math" is the plain formula."""
 
 BY_LENGTH = ("fa3", "fa4", "flash")
-"""Back ends that keep documents apart by their lengths instead of by a mask."""
+"""Backends that take documents as sequences of different lengths instead of a mask."""

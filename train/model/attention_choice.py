@@ -1,4 +1,4 @@
-"""Which attention back end a run uses: the one asked for, or the fastest of those that can run, measured at its shapes."""
+"""The attention backend of a run: the one it names, or the fastest at its shapes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _ROUNDS = 5
 
 
 class AttentionChoice(NamedTuple):
-    """A back end's name and why it was taken."""
+    """A backend's name and why it was chosen."""
 
     name: str
     reason: str
 
 
 def check_attention(config: Config, device: torch.device) -> dict[str, str | None]:
-    """Why each back end cannot run, or None where it can.
+    """Why each backend cannot run, or None if it can.
 
     Raises:
-        UserError: the back end that `config.attention` asks for cannot.
+        UserError: `config.attention` names one that cannot.
     """
     dtype = resolve_compute_dtype(config)
     problems = {name: backend.problem(device, dtype, config.head_dim) for name, backend in BACKENDS.items()}
@@ -39,7 +39,7 @@ def check_attention(config: Config, device: torch.device) -> dict[str, str | Non
 
 
 def choose_attention(config: Config, device: torch.device, sequences: int) -> AttentionChoice:
-    """Choose the attention back end.
+    """Choose the attention backend.
 
     Args:
         config: `attention`, the head shapes, `train_seq_len` and `document_masking`.
@@ -47,22 +47,24 @@ def choose_attention(config: Config, device: torch.device, sequences: int) -> At
         sequences: sequences in a micro-batch.
 
     Returns:
-        The back end asked for; or, with `attention=auto`, PyTorch's own choice on a CPU and on a GPU the fastest in
-        forward + backward at the run's shapes.
+        The backend that `attention` names; for auto "sdpa" on a CPU, and on a GPU the fastest in forward + backward at
+        the run's shapes.
 
     Raises:
-        UserError: the back end asked for cannot run here, or none can.
+        UserError: the named backend cannot run here, or none can.
     """
     problems = check_attention(config, device)
     if config.attention != "auto":
-        return AttentionChoice(config.attention, "asked for" + _documents(config, config.attention))
+        return AttentionChoice(config.attention, "as set" + _documents(config, config.attention))
     if device.type != "cuda":
-        return AttentionChoice("sdpa", f"PyTorch's own choice on {device.type}{_documents(config, 'sdpa')}")
+        return AttentionChoice("sdpa", f"PyTorch chooses the kernel on {device.type}{_documents(config, 'sdpa')}")
     names = [name for name, problem in problems.items() if problem is None and name != "math"]
     times = _measure(names, config, device, resolve_compute_dtype(config), sequences, problems)
     if not times:
         reasons = "; ".join(f"{name}: {problems[name]}" for name in names)
-        raise UserError(f"attention: no back end computes this model's heads: {reasons}; ATTENTION=math always can")
+        raise UserError(
+            f"attention: no backend computes this model's heads: {reasons}: set ATTENTION=math, which always can"
+        )
     fastest = min(times, key=times.__getitem__)
     measured = ", ".join(f"{name} {time:.3f}" for name, time in sorted(times.items(), key=lambda item: item[1]))
     absent = "".join(f"; {name}: {problem}" for name, problem in problems.items() if problem is not None)
@@ -70,14 +72,14 @@ def choose_attention(config: Config, device: torch.device, sequences: int) -> At
 
 
 def _documents(config: Config, name: str) -> str:
-    """How this back end keeps documents apart, where it must."""
+    """How this backend keeps attention inside documents, if it must."""
     if not config.document_masking:
         return ""
-    return f"; documents by {'their lengths' if name in BY_LENGTH else 'a mask'}"
+    return f"; documents as {'sequences of different lengths' if name in BY_LENGTH else 'a mask'}"
 
 
 def use_attention(model: nn.Module, name: str) -> None:
-    """Let every layer of `model` attend by the back end `name`."""
+    """Set the attention backend of every layer."""
     load_library(name)
     for module in model.modules():
         if isinstance(module, Attention):
@@ -92,9 +94,9 @@ def _measure(
     sequences: int,
     problems: dict[str, str | None],
 ) -> dict[str, float]:
-    """Milliseconds of one layer's attention, forward and backward, the median of rounds in which all take turns.
+    """Milliseconds of one layer's attention, forward and backward: medians of rounds in which the backends take turns.
 
-    A back end that fails at these shapes gets its reason into `problems` and no time.
+    A backend that fails at these shapes gets no time, and its reason goes into `problems`.
     """
     generator = torch.Generator(device).manual_seed(0)
     shape = (sequences, config.train_seq_len)

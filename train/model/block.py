@@ -1,35 +1,32 @@
-"""One layer: residual mix, attention and MLP, one after the other or side by side."""
+"""One layer: residual mix, attention and MLP, in sequence or in parallel."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from golf_kernels.mix_rms_norm import mix_rms_norm
 from train.config import Config
-from train.model.attention import Attention, Heads, Rotary
+from train.model.attention import Attention, Heads, KeyValues, Rotary
+from train.model.compile import OperatorModule
 from train.model.documents import Documents
 from train.model.init import parameter
-from train.model.key_values import KeyValues
 from train.model.mlp import MLP
 from train.model.norm import layer_scale, rms_norm
 
-BLOCK_MATRICES = ("query", "key", "value", "output", "up", "down")
-"""Last parts of the names of a layer's weight matrices."""
-
 
 class BlockInputs(NamedTuple):
-    """What a layer reads besides the stream.
+    """What a layer reads besides the residual stream.
 
     Attributes:
         x0: `(B, T, d)`, the embedding that every layer may mix in.
         rotary: rotary table for T positions.
-        extra_value: `(B, T, kv_dim)` that joins the values, or None.
-        documents: where documents begin if attention stays inside them, or None.
-        heads: the layer's queries, keys and values, if they are known already, or None.
-        past: keys and values of the positions before, if the text grows token by token, or None.
+        extra_value: `(B, T, kv_dim)`, added to the values, or None.
+        documents: where documents begin, to keep attention inside them, or None.
+        heads: the layer's queries, keys and values if already computed, or None.
+        past: keys and values of earlier positions, for generation token by token, or None.
     """
 
     x0: Tensor
@@ -40,7 +37,7 @@ class BlockInputs(NamedTuple):
     past: KeyValues | None = None
 
 
-class Block(nn.Module):
+class Block(OperatorModule):
     """One layer, in the three published forms; with m = resid_mix, a = attn_scale, b = mlp_scale and n(x) = g · rms(x):
 
     serial: h = m₀⊙x + m₁⊙x0; u = h + a⊙Attn(n(h)); x ← u + b⊙MLP(n(u))
@@ -63,17 +60,15 @@ class Block(nn.Module):
         self.resid_mix = parameter(torch.tensor([[1.0], [0.0]]).repeat(1, config.model_dim))
         self.attn_scale = parameter(torch.ones(config.model_dim))
         self.mlp_scale = parameter(torch.ones(config.model_dim))
-        # False: plain PyTorch, for a compiler to fuse; see train.model.fusion
-        self.fused = True
 
     def forward(self, x: Tensor, inputs: BlockInputs, *, form: str, rows_from: int = 0) -> Tensor:
-        """Run the layer on one stream, "serial" or "gptj".
+        """Run the layer on the residual stream, "serial" or "gptj".
 
         Args:
             x: `(B, T, d)`.
             inputs: see `BlockInputs`.
             form: "serial" or "gptj".
-            rows_from: first position whose output is wanted; the others only give keys and values.
+            rows_from: first position to compute; earlier positions only give keys and values.
 
         Returns:
             `(B, T - rows_from, d)`.
@@ -84,7 +79,7 @@ class Block(nn.Module):
     def run_lanes(
         self, attention_lane: Tensor, mlp_lane: Tensor, inputs: BlockInputs, *, rows_from: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Run the layer on two lanes, each `(B, T, d)`, that do not exchange anything; `rows_from` as in `forward`."""
+        """Run the layer on two independent lanes, each `(B, T, d)`; `rows_from` as in `forward`."""
         rows = mlp_lane[:, rows_from:]
         return self.attend(attention_lane, inputs, rows_from)[1], self.feed(rows, residual=rows)
 
@@ -95,16 +90,16 @@ class Block(nn.Module):
 
     def mix_and_norm(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
         """h = m₀ ⊙ x + m₁ ⊙ x0, and g · rms(h)."""
-        if self.fused:
-            return mix_rms_norm(x, x0, self.resid_mix, eps=self.eps, gain=self.gain)
-        mixed = self.mix(x, x0)
-        return mixed, self.normed(mixed)
+        if "mix_rms_norm" in self.written_out:
+            mixed = self.mix(x, x0)
+            return mixed, self.normed(mixed)
+        return mix_rms_norm(x, x0, self.resid_mix, eps=self.eps, gain=self.gain)
 
     def attend(self, x: Tensor, inputs: BlockInputs, rows_from: int = 0) -> tuple[Tensor, Tensor]:
         """h = m₀ ⊙ x + m₁ ⊙ x0, and from position `rows_from` on h + a ⊙ Attn(g · rms(h))."""
         x0, rotary, extra_value, documents, heads, past = inputs
         if heads is not None:
-            # the norm is in these heads already
+            # these heads are normed already
             mixed = self.mix(x, x0)
             output = self.attention.attend(heads, rotary, documents, past, self.attn_scale)
         else:

@@ -1,4 +1,4 @@
-"""One more token at a time: the logits of a growing text without computing its beginning again."""
+"""Generation token by token with a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ import torch
 from torch import Tensor
 
 from train.common.wording import counted
+from train.model.attention import KeyValues
 from train.model.block import BlockInputs
 from train.model.documents import Documents
 from train.model.gpt import GPT, Shared
 from train.model.head import head_logits
-from train.model.key_values import KeyValues
 
-# the gate reads the token before, whose trigram goes back two more
+# the smear gate reads the token before, and that token's trigram two more
 _PREDECESSORS = 3
 
 
 class Decoder:
-    """Feeds texts to a model token by token; each step's logits are those of `GPT.logits` on the whole text of `length` tokens.
+    """Feeds texts to a model token by token; every step returns the logits of `GPT.logits` on the text of `length` tokens.
 
-    The rotary base is the one of the whole length from the first token on, as in an evaluation of the finished text.
-    (#1392 recomputed everything for each length, with the base of the length so far; that keeps nothing and took 430
-    s.)
+    The rotary base is that of the whole length from the first token on, as in an evaluation of the finished text. (#1392
+    kept no cache: it recomputed the text for every length, with that length's base, in 430 s.)
 
     Args:
         model: in evaluation mode.
-        rows: texts side by side, B.
+        rows: number of texts, B.
         length: tokens of a finished text.
         recurrence: whether the repeated layers run twice.
     """
@@ -49,17 +48,17 @@ class Decoder:
             Softcapped logits of the token after it, `(B, V)` float32 (float64 where the compute dtype is).
 
         Raises:
-            ValueError: the texts are finished.
+            ValueError: the texts have `length` tokens already.
         """
         model, position = self.model, self.past.length
         if position == self.ids.shape[1]:
-            raise ValueError(f"the texts have room for {counted(position, 'token')}, not for {position + 1}")
+            raise ValueError(f"the texts end after {counted(position, 'token')}: no token {position + 1}")
         self.ids[:, position] = tokens
         hidden = model.hidden_of(self._shared(position), recurrence=self.recurrence)
         return head_logits(hidden[:, 0], model.head_weight, model.config.logit_softcap)
 
     def _shared(self, position: int) -> Shared:
-        """What the layers read at one position, from the few tokens that it depends on before the first layer."""
+        """The result of `GPT.embed` at one position, which depends on the last few tokens alone."""
         begin, end = max(position - _PREDECESSORS, 0), position + 1
         window = self.model.embed(self.ids[:, begin:end], self.ids.shape[1])
         cosine, sine = window.inputs.rotary

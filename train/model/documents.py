@@ -1,4 +1,4 @@
-"""Where documents begin in a row of tokens, and which positions may see each other if documents are kept apart."""
+"""Documents in a batch of tokens, and attention that stays inside them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from train.data.shards import BOS
 
-# documents of web text are longer on average than this by far; a batch of shorter ones is refused, not merged
+# web documents are far longer on average; a batch of shorter ones is an error
 MEAN_DOCUMENT_TOKENS = 32
 
 
@@ -27,9 +27,9 @@ def document_starts(ids: Tensor) -> Tensor:
 
 
 class Documents(NamedTuple):
-    """Attention's two ways to stay inside documents: a mask, or the lengths of the pieces to attend in.
+    """The documents of a batch, as a mask or as offsets, whichever an attention backend takes.
 
-    A compiled graph computes only the one that its attention reads.
+    A compiled graph computes only the one that it uses.
 
     Attributes:
         starts: `(B, T)` bool, True where a document begins.
@@ -55,16 +55,15 @@ class Documents(NamedTuple):
         return (same & causal)[:, None]
 
     def offsets(self) -> Tensor:
-        """Where the pieces begin in the rows laid end to end: every document, and what a row continues of one.
+        """Offsets of the sequences to attend in, in the flattened batch: every document, cut at the ends of rows.
 
-        The number of offsets is the same for every batch of a shape, as a static graph needs: behind the last piece
-        they repeat the end, which makes empty pieces.
+        A static graph needs a fixed number of offsets; unused ones repeat the end, as empty sequences.
 
         Returns:
             `(B + ⌈B T / 32⌉ + 1,)` int32, from 0 to B · T.
 
         Raises:
-            RuntimeError: more documents than that, on the device as soon as the work arrives there.
+            RuntimeError: more documents than that; on a GPU asynchronously.
         """
         batch, length = self.starts.shape
         begins = self.starts.clone()
@@ -74,8 +73,8 @@ class Documents(NamedTuple):
         torch._assert_async(
             flat.sum() <= most,
             f"document_masking: more than {most} documents in {batch} x {length} tokens, shorter than {MEAN_DOCUMENT_TOKENS} "
-            "tokens on average: use an attention back end with a mask, ATTENTION=sdpa",
+            "tokens on average: use an attention backend with a mask, ATTENTION=sdpa",
         )
         places = torch.nonzero_static(flat, size=most, fill_value=flat.numel()).flatten()
-        # a constant of the host would be waited for in every layer
+        # padded on the device: a host constant would synchronize in every layer
         return F.pad(places, (0, 1), value=flat.numel()).int()

@@ -1,4 +1,4 @@
-"""Tables looked up by token: the tied embedding, hashed bigrams, and values shared between layers."""
+"""Embedding tables: the tied token embedding, hashed bigrams, and value embeddings shared between layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def lookup(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         `(..., width)` in `dtype`.
     """
-    # the gradient of a row sums over all its tokens, so it is gathered in the wider of the two dtypes
+    # a row's gradient sums over all its tokens, so it is accumulated in the wider dtype
     wide = table.to(torch.promote_types(table.dtype, dtype))
     return F.embedding(ids, wide).to(dtype)
 
@@ -51,12 +51,12 @@ class TokenEmbedding(nn.Module):
 
 
 def bigram_hash(ids: Tensor, rows: int) -> Tensor:
-    """Row of the bigram table for each position, from the token and its predecessor.
+    """Row of the bigram table for each position, from the token and the one before.
 
     index[0] = rows − 1; index[t] = (36313 · ids[t] XOR 27191 · ids[t−1]) mod (rows − 1)
 
     Args:
-        ids: `(B, T)` int64 token ids; the predecessor may belong to the document before.
+        ids: `(B, T)` int64 token ids; bigrams cross document boundaries.
         rows: rows of the table, at least 2.
 
     Returns:
@@ -67,30 +67,30 @@ def bigram_hash(ids: Tensor, rows: int) -> Tensor:
 
 
 def trigram_hash(ids: Tensor, rows: int) -> Tensor:
-    """Row of the bigram table for each position, from the token and its two predecessors.
+    """Row of the bigram table for each position, from the token and the two before.
 
     index[0] = index[1] = rows − 1; index[t] = (36313 · ids[t] XOR 27191 · ids[t−1] XOR 51497 · ids[t−2]) mod (rows − 1)
 
     Args:
-        ids: `(B, T)` int64 token ids; predecessors may belong to the document before.
+        ids: `(B, T)` int64 token ids; trigrams cross document boundaries.
         rows: rows of the table, at least 2.
 
     Returns:
         `(B, T)` int64 in [0, rows).
 
-    Source: #1019, whose switch TRIGRAM the descendants keep; #1392 has it off.
+    Source: #1019, with its setting TRIGRAM; #1392 has it off.
     """
     hashed = (36313 * ids[:, 2:] ^ 27191 * ids[:, 1:-1] ^ 51497 * ids[:, :-2]) % (rows - 1)
     return F.pad(hashed, (min(ids.shape[1], 2), 0), value=rows - 1)
 
 
 class BigramHash(nn.Module):
-    """Adds to each token's embedding one of its bigram: scale · W · table[hash(token, predecessor)].
+    """An embedding of each bigram, added to the token's: scale · W · table[hash(token, token before)].
 
-    With `trigram` the row of the trigram, from the same table, is added to that of the bigram: no more parameters.
+    `trigram` adds the trigram's row of the same table, without more parameters.
 
-    The table starts at zero and the scale at 0.05. W is drawn with gain 1/√(2·layers); it must not be zero as well,
-    or neither it nor the table would ever get a gradient.
+    The table starts at zero, the scale at 0.05. W starts with gain 1/√(2·layers): if it were zero as well, neither would
+    ever get a gradient.
 
     Args:
         rows: rows of the table.
@@ -131,15 +131,15 @@ class BigramHash(nn.Module):
 
 
 class ValueEmbedding(nn.Module):
-    """Values that a few layers share: h = scale · W · table[ids]; layer i of them adds layer_scales[i] · h to its values.
+    """An embedding that some layers add to their values: layer_scales[i] · h, h = scale · W · table[ids].
 
-    The table is N(0, 0.01²), scale starts at 0.1, layer scales at 1. W is orthogonal where the matrices are, else zero.
+    The table starts as N(0, 0.01²), scale at 0.1, layer scales at 1; W is orthogonal if the matrices are, else zero.
 
     Args:
         vocab_size: rows of the table.
         width: width of the table.
         kv_dim: width of the values.
-        layers: physical layers that take part.
+        layers: the physical layers that add it.
         orthogonal: how W is drawn.
         dtype: dtype of the table.
         qat: fake-quantize W while training.
@@ -170,7 +170,7 @@ class ValueEmbedding(nn.Module):
         return self.scale.to(dtype) * linear(rows, self.proj, fake_quantize=self.qat and self.training)
 
     def of_layer(self, layer: int, shared: Tensor) -> Tensor | None:
-        """What a physical layer adds to its values, or None where it takes no part."""
+        """What a physical layer adds to its values, or None if it is not one of `layers`."""
         if layer not in self.layers:
             return None
         return self.layer_scales[self.layers.index(layer)].to(shared.dtype) * shared

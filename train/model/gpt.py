@@ -1,4 +1,4 @@
-"""The whole model, put together from the fields of a `Config`."""
+"""The whole model, built from the settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from train.common import hardware
 from train.config import Config
 from train.model.attention import Heads
-from train.model.block import BLOCK_MATRICES, Block, BlockInputs
+from train.model.block import Block, BlockInputs
 from train.model.documents import Documents, document_starts
 from train.model.embeddings import BigramHash, TokenEmbedding, ValueEmbedding
 from train.model.head import Head, head_logits
@@ -26,22 +26,22 @@ from train.model.smear import DocumentSmearGate, SmearGate
 _BLEND = 0.5
 
 
-class Stream(NamedTuple):
-    """The residual stream between two layers: `x` `(B, T, d)`, and once lanes have begun the MLP's lane beside it."""
+class Lanes(NamedTuple):
+    """The residual stream `(B, T, d)` between two layers, and from the first layer in lanes on the MLP's lane beside it."""
 
     x: Tensor
     mlp_lane: Tensor | None = None
 
 
 class Shared(NamedTuple):
-    """What all layers of one forward pass read: block inputs without values, and the shared value embedding."""
+    """What all layers of a forward pass read: their inputs but for the values, and the shared value embedding."""
 
     inputs: BlockInputs
     values: Tensor | None
 
 
 def resolve_compute_dtype(config: Config) -> torch.dtype:
-    """The dtype of the forward pass; "auto" is bfloat16 where the run goes to a GPU and float32 elsewhere."""
+    """The dtype of the forward pass; "auto" is bfloat16 on a GPU and float32 elsewhere."""
     if config.compute_dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.compute_dtype)
         return dtype
@@ -52,11 +52,11 @@ def resolve_compute_dtype(config: Config) -> torch.dtype:
 class GPT(nn.Module):
     """A Parameter Golf transformer with tied embeddings.
 
-    Master weights are float32, embedding tables `config.embed_dtype`; everything is cast to `compute_dtype` at use.
-    `recurrence` is a plain bool everywhere, so that a compiled model has two static graphs and no switch inside one.
+    Weights are float32, embedding tables `config.embed_dtype`; both are cast to `compute_dtype` at use. `recurrence` is a
+    Python bool, so a compiled model has two static graphs.
 
     Args:
-        config: its model fields are the whole description.
+        config: the settings of the model.
     """
 
     def __init__(self, config: Config) -> None:
@@ -87,7 +87,7 @@ class GPT(nn.Module):
         self.head = Head(config.logit_softcap)
         lanes = any(step.form == "lanes" for step in self.plan)
         self.lane_mix = constant(0.5) if lanes else None
-        # #1392 counts and saves these vectors, but no optimizer ever had them
+        # #1392 saves these vectors, but gave them to no optimizer
         scales = torch.full((config.recur_scale_params, dim), _BLEND)
         self.recur_scales = parameter(scales, trained=False) if len(scales) else None
 
@@ -95,14 +95,6 @@ class GPT(nn.Module):
     def head_weight(self) -> Tensor:
         """The tied embedding `(V, d)` in the compute dtype."""
         return self.embedding.weight.to(self.compute_dtype)
-
-    def matrices(self) -> dict[str, nn.Parameter]:
-        """The 2-D weights of the blocks by name: query, key, value, output, up and down of every layer."""
-        return {
-            name: weight
-            for name, weight in self.named_parameters()
-            if name.startswith("blocks.") and name.split(".")[-1] in BLOCK_MATRICES
-        }
 
     def forward(self, ids: Tensor, targets: Tensor, *, recurrence: bool) -> Tensor:
         """The training loss; see `loss`."""
@@ -133,30 +125,30 @@ class GPT(nn.Module):
         Args:
             ids: `(B, T)` int64 token ids.
             recurrence: whether the repeated layers run twice.
-            rows_from: first position that is wanted; the last layer then computes keys and values alone for the others.
+            rows_from: first position to compute in the last layer; earlier positions only give keys and values there.
 
         Returns:
             `(B, T - rows_from, d)` after the final norm, compute dtype.
         """
-        return self._finish(*self.trunk(ids, recurrence=recurrence), rows_from)
+        return self.hidden_of(self.embed(ids), recurrence=recurrence, rows_from=rows_from)
 
     def overlapping_hidden(
         self, text: Tensor, *, windows: int, stride: int, recurrence: bool, rows_from: int
     ) -> Tensor:
-        """`hidden` of windows that overlap in one text; embeddings and layer 0's heads are computed once per token.
+        """`hidden` of overlapping windows of a text; embeddings and layer 0's heads are computed once per token.
 
         Args:
             text: `(T + (windows - 1) * stride,)` int64 token ids.
             windows: B; window b begins at b * stride.
             stride: tokens between the starts of two windows.
             recurrence: whether the repeated layers run twice.
-            rows_from: first position that is wanted.
+            rows_from: as of `hidden`.
 
         Returns:
             `(B, T - rows_from, d)`.
 
         Raises:
-            RuntimeError: `overlap_problem` says why not.
+            RuntimeError: the model cannot share layer 0; see `overlap_problem`.
         """
         if self.overlap_problem is not None:
             raise RuntimeError(f"windows cannot share layer 0: {self.overlap_problem}")
@@ -166,60 +158,45 @@ class GPT(nn.Module):
         block = self.blocks[self.plan[0].layer]
         query, key, value = block.attention.heads(block.mix_and_norm(inputs.x0, inputs.x0)[1], inputs.extra_value)
 
-        def laid(x: Tensor) -> Tensor:
+        def in_windows(x: Tensor) -> Tensor:
             # a view: windows share the memory of the text
             return x[0].unfold(0, length, stride).movedim(-1, 1)
 
-        documents = None if inputs.documents is None else Documents(laid(inputs.documents.starts))
-        everywhere = BlockInputs(laid(inputs.x0), inputs.rotary, None, documents)
-        shared = Shared(everywhere, None if once.values is None else laid(once.values))
-        stream = self._layers(shared, recurrence, (laid(query), laid(key), laid(value)))
-        return self._finish(stream, shared, rows_from)
+        documents = None if inputs.documents is None else Documents(in_windows(inputs.documents.starts))
+        everywhere = BlockInputs(in_windows(inputs.x0), inputs.rotary, None, documents)
+        shared = Shared(everywhere, None if once.values is None else in_windows(once.values))
+        heads = (in_windows(query), in_windows(key), in_windows(value))
+        return self.hidden_of(shared, recurrence=recurrence, rows_from=rows_from, heads=heads)
 
-    def hidden_of(self, shared: Shared, *, recurrence: bool) -> Tensor:
-        """`hidden` of what `embed` made, every row."""
-        return self._finish(self._layers(shared, recurrence), shared, 0)
+    def hidden_of(self, shared: Shared, *, recurrence: bool, rows_from: int = 0, heads: Heads | None = None) -> Tensor:
+        """`hidden` from the result of `embed`; `heads` are layer 0's, if they are known already."""
+        plan = self.recurrent_plan if recurrence else self.plan
+        lanes = Lanes(shared.inputs.x0)
+        saved: dict[int, Tensor] = {}
+        for index, step in enumerate(plan[:-1]):
+            lanes = self._run(step, self._enter(step, lanes, saved), shared, heads=None if index else heads)
+            if step.saves:
+                saved[index] = lanes.x
+        lanes = self._run(plan[-1], self._enter(plan[-1], lanes, saved), shared, rows_from)
+        hidden = rms_norm(self._merge(lanes), self.config.norm_eps)
+        observe(self.embedding.weight, hidden)
+        return hidden
 
     @property
     def overlap_problem(self) -> str | None:
-        """Why `overlapping_hidden` is not `hidden`, or None where it is."""
+        """Why `overlapping_hidden` would differ from `hidden`, or None if it does not."""
         if self.smear is not None or self.bigram is not None:
-            return "smear gate and bigrams read a predecessor that the first token of a window does not have"
+            return "smear gate and bigrams read the token before, which a window's first token does not have"
         if self.plan[0].form == "lanes" or len(self.plan) == 1:
             return "layer 0 is the first in lanes, or the last"
         return None
 
-    def trunk(self, ids: Tensor, *, recurrence: bool) -> tuple[Stream, Shared]:
-        """Everything before the last layer, so that an evaluation can run that one for the scored rows alone.
-
-        Args:
-            ids: `(B, T)` int64 token ids.
-            recurrence: whether the repeated layers run twice.
-
-        Returns:
-            The stream that the last layer reads, its skip taken up and its lanes begun, and what all layers share.
-        """
-        shared = self.embed(ids)
-        return self._layers(shared, recurrence), shared
-
-    def last_block(self, stream: Stream, shared: Shared, rows_from: int = 0) -> Tensor:
-        """The last layer and the merge of the lanes: from `trunk`'s result to `(B, T - rows_from, d)` before the norm."""
-        # recurrence changes neither which layer is last nor in which form it runs
-        x, mlp_lane = self._run(self.plan[-1], stream, shared, rows_from)
-        if mlp_lane is None or self.lane_mix is None:
-            return x
-        mix = self.lane_mix.to(x.dtype)
-        return mlp_lane + mix * (x - mlp_lane)
-
     def embed(self, ids: Tensor, length: int | None = None) -> Shared:
-        """What is known before the first layer: x0 = smear(rms(E[ids] + bigram)), rotary table, values.
+        """Everything before the first layer: x0 = smear(rms(E[ids] + bigram)), rotary table, values.
 
         Args:
             ids: `(B, T)` int64 token ids.
             length: positions of the rotary table; None: T.
-
-        Returns:
-            The inputs that all layers share.
         """
         config, dtype = self.config, self.compute_dtype
         x = self.embedding(ids, dtype)
@@ -236,47 +213,36 @@ class GPT(nn.Module):
         values = None if self.ve is None else self.ve(ids, dtype)
         return Shared(BlockInputs(x, rotary, None, documents), values)
 
-    def _enter(self, step: Step, stream: Stream, saved: dict[int, Tensor]) -> Stream:
-        x, mlp_lane = stream
+    def _enter(self, step: Step, lanes: Lanes, saved: dict[int, Tensor]) -> Lanes:
+        """Add the step's skip, and begin the MLP's lane with the first layer in lanes."""
+        x, mlp_lane = lanes
         if step.skip is not None and self.skips is not None:
             row, source = step.skip
             x = self.skips(x, saved[source], row)
-        return Stream(x, x if step.form == "lanes" and mlp_lane is None else mlp_lane)
+        return Lanes(x, x if step.form == "lanes" and mlp_lane is None else mlp_lane)
 
-    def _layers(self, shared: Shared, recurrence: bool, heads: Heads | None = None) -> Stream:
-        """All layers but the last; `heads` are layer 0's, if they are known already."""
-        plan = self.recurrent_plan if recurrence else self.plan
-        stream = Stream(shared.inputs.x0)
-        saved: dict[int, Tensor] = {}
-        for index, step in enumerate(plan[:-1]):
-            stream = self._run(step, self._enter(step, stream, saved), shared, heads=None if index else heads)
-            if step.saves:
-                saved[index] = stream.x
-        return self._enter(plan[-1], stream, saved)
-
-    def _finish(self, stream: Stream, shared: Shared, rows_from: int) -> Tensor:
-        hidden = rms_norm(self.last_block(stream, shared, rows_from), self.config.norm_eps)
-        observe(self.embedding.weight, hidden)
-        return hidden
+    def _merge(self, lanes: Lanes) -> Tensor:
+        x, mlp_lane = lanes
+        if mlp_lane is None or self.lane_mix is None:
+            return x
+        return mlp_lane + self.lane_mix.to(x.dtype) * (x - mlp_lane)
 
     def _inputs(self, layer: int, shared: Shared) -> BlockInputs:
         if shared.values is None or self.ve is None:
             return shared.inputs
         return shared.inputs._replace(extra_value=self.ve.of_layer(layer, shared.values))
 
-    def _run(
-        self, step: Step, stream: Stream, shared: Shared, rows_from: int = 0, heads: Heads | None = None
-    ) -> Stream:
+    def _run(self, step: Step, lanes: Lanes, shared: Shared, rows_from: int = 0, heads: Heads | None = None) -> Lanes:
         block, inputs = self.blocks[step.layer], self._inputs(step.layer, shared)
         if heads is not None:
             inputs = inputs._replace(heads=heads)
-        if stream.mlp_lane is not None:
-            return Stream(*block.run_lanes(stream.x, stream.mlp_lane, inputs, rows_from=rows_from))
-        output = block(stream.x, inputs, form=step.form, rows_from=rows_from)
-        # never the last layer: a repeat that blends comes before the decoder
+        if lanes.mlp_lane is not None:
+            return Lanes(*block.run_lanes(lanes.x, lanes.mlp_lane, inputs, rows_from=rows_from))
+        output = block(lanes.x, inputs, form=step.form, rows_from=rows_from)
+        # only in the encoder, where rows_from is 0
         if step.blend is not None:
-            output = torch.lerp(stream.x, output, self._blend_weight(step.blend, output.dtype))
-        return Stream(output)
+            output = torch.lerp(lanes.x, output, self._blend_weight(step.blend, output.dtype))
+        return Lanes(output)
 
     def _blend_weight(self, repeat: int, dtype: torch.dtype) -> Tensor | float:
         if self.recur_scales is not None and repeat < len(self.recur_scales):

@@ -1,12 +1,13 @@
-"""The head: logits from the tied embedding, capped softly, and their loss."""
+"""The head: softcapped logits from the tied embedding, and their loss."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
+from train.model.compile import OperatorModule
 
 
 def softcap(values: Tensor, cap: float) -> Tensor:
@@ -29,8 +30,8 @@ def head_logits(hidden: Tensor, weight: Tensor, cap: float) -> Tensor:
     return softcap(logits.to(torch.promote_types(logits.dtype, torch.float32)), cap)
 
 
-class Head(nn.Module):
-    """The loss of softcapped logits; the weight is the embedding's, so the head has no parameters.
+class Head(OperatorModule):
+    """The loss of softcapped logits; it has no parameters, because its weight is the embedding's.
 
     Args:
         cap: softcap.
@@ -39,8 +40,6 @@ class Head(nn.Module):
     def __init__(self, cap: float) -> None:
         super().__init__()
         self.cap = cap
-        # False: a plain loss for a compiler to fuse; see train.model.fusion
-        self.fused = True
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy.
@@ -53,6 +52,6 @@ class Head(nn.Module):
         Returns:
             Scalar, natural log per token, float32 (float64 for float64 input).
         """
-        if not self.fused:
+        if "softcapped_cross_entropy" in self.written_out:
             return F.cross_entropy(head_logits(hidden, weight, self.cap), targets.long())
         return softcapped_cross_entropy(hidden, weight, targets, softcap=self.cap, reduction="mean")

@@ -1,4 +1,4 @@
-"""Initial values. Every one is rounded to bfloat16, as the published scripts leave them; masters are float32."""
+"""Initial values, rounded to bfloat16 as in the published scripts; weights are float32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def parameter(values: Tensor, dtype: torch.dtype = torch.float32, *, trained: bo
 
     Args:
         values: initial values, any shape.
-        dtype: dtype in which the parameter is kept.
+        dtype: dtype of the parameter.
         trained: whether it takes gradients.
 
     Returns:
@@ -23,12 +23,12 @@ def parameter(values: Tensor, dtype: torch.dtype = torch.float32, *, trained: bo
 
 
 def constant(value: float, *shape: int) -> nn.Parameter:
-    """Make a float32 parameter of one repeated value; no shape makes a scalar."""
+    """Make a float32 parameter filled with a value; without a shape a scalar."""
     return parameter(torch.full(shape, value))
 
 
 def normal_table(rows: int, columns: int, deviation: float, dtype: torch.dtype) -> nn.Parameter:
-    """Make an embedding table `(rows, columns)` drawn from N(0, deviation²); a deviation of 0 makes zeros."""
+    """Make an embedding table `(rows, columns)` from N(0, deviation²)."""
     return parameter(torch.empty(rows, columns).normal_(0.0, deviation), dtype)
 
 
@@ -41,14 +41,14 @@ def matrix(rows: int, columns: int, *, orthogonal: bool, gain: float = 1.0) -> n
     Args:
         rows: output features.
         columns: input features.
-        orthogonal: which of the two.
+        orthogonal: orthogonal or Kaiming-uniform.
         gain: factor on all entries.
 
     Returns:
         The parameter.
     """
     values = torch.empty(rows, columns)
-    # a model on the meta device is only counted, and a decomposition of nothing has a price all the same
+    # skipped on the meta device, where orthogonal_ would still run a QR decomposition
     if values.is_meta:
         return parameter(values)
     if orthogonal:
@@ -60,5 +60,5 @@ def matrix(rows: int, columns: int, *, orthogonal: bool, gain: float = 1.0) -> n
 
 
 def zero_matrix(rows: int, columns: int) -> nn.Parameter:
-    """Make a float32 weight `(rows, columns)` of zeros: output projections, so that a block starts as the identity."""
+    """Make a float32 weight `(rows, columns)` of zeros, for output projections: a block starts as the identity."""
     return parameter(torch.zeros(rows, columns))

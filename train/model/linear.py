@@ -1,4 +1,4 @@
-"""The one way a block multiplies by a weight matrix, so that calibration can watch the inputs of every matrix."""
+"""Products with weight matrices, whose inputs calibration can observe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from train.model.straight_through import fake_quantize_rows
 
 Callback = Callable[[str, Tensor], None]
-"""Called with a matrix's parameter name and an input `(..., in_features)` of it."""
+"""Called with a matrix's parameter name and its input `(..., in_features)`."""
 
 
 class _Observation(NamedTuple):
@@ -24,37 +24,32 @@ class _Observation(NamedTuple):
 _observation: _Observation | None = None
 
 
-def linear(
-    x: Tensor, weight: Tensor, *, scale: Tensor | None = None, behind: bool = False, fake_quantize: bool = False
-) -> Tensor:
-    """Multiply by a master weight cast to the dtype of the activations: y = scale ⊙ (x Wᵀ).
+def linear(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, fake_quantize: bool = False) -> Tensor:
+    """Multiply by a weight cast to the dtype of x: y = scale ⊙ (x Wᵀ).
 
-    The scale joins the weight, not y: its gradient is then a sum over the weight's gradient and not over all rows.
+    The scale multiplies the weight's rows and not y: its gradient then sums over the weight and not over all tokens.
 
     Args:
         x: `(..., in_features)`, compute dtype.
-        weight: `(out_features, in_features)`, the master parameter itself.
+        weight: `(out_features, in_features)`, the float32 parameter.
         scale: `(out_features,)`, any floating dtype, or None for 1.
-        behind: let the scale be a factor of y all the same, as in the published scripts.
         fake_quantize: round the weight to int6 rows first, straight-through.
 
     Returns:
         `(..., out_features)` in the dtype of `x`.
     """
     observe(weight, x)
-    if behind and scale is not None:
-        return scale.to(x.dtype) * F.linear(x, working_weight(weight, x.dtype, fake_quantize=fake_quantize))
     return F.linear(x, working_weight(weight, x.dtype, scale=scale, fake_quantize=fake_quantize))
 
 
 def joint_linear(x: Tensor, weights: Sequence[Tensor], *, fake_quantize: bool = False) -> tuple[Tensor, ...]:
-    """Multiply by several master weights at once: y_i = x W_iᵀ, from one product with all rows below each other.
+    """Multiply by several weights in one product: y_i = x W_iᵀ.
 
-    The gradient of x is one product, too, which sums over all of them before it is rounded.
+    The gradient of x is one product, too: it sums over all weights before it is rounded.
 
     Args:
         x: `(..., in_features)`, compute dtype.
-        weights: of `(rows_i, in_features)`, the master parameters themselves.
+        weights: `(rows_i, in_features)` each, the float32 parameters.
         fake_quantize: round the weights to int6 rows first, straight-through.
 
     Returns:
@@ -70,10 +65,10 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], *, fake_quantize: bool = 
 def working_weight(
     weight: Tensor, dtype: torch.dtype, *, scale: Tensor | None = None, fake_quantize: bool = False
 ) -> Tensor:
-    """The weight as products use it: fake-quantized if asked, its rows scaled if asked, then cast.
+    """The weight as products use it: fake-quantized, its rows scaled, then cast.
 
     Args:
-        weight: `(out_features, in_features)`, master.
+        weight: `(out_features, in_features)`, the float32 parameter.
         dtype: compute dtype.
         scale: `(out_features,)`, or None for 1.
         fake_quantize: round to int6 rows first, straight-through.
@@ -86,7 +81,7 @@ def working_weight(
 
 
 def observe(weight: Tensor, x: Tensor) -> None:
-    """Report an input of a matrix to the observer, if there is one."""
+    """Report a matrix's input to the observer, if there is one."""
     if _observation is None:
         return
     name = _observation.names.get(id(weight))
@@ -95,27 +90,27 @@ def observe(weight: Tensor, x: Tensor) -> None:
 
 
 def observing() -> bool:
-    """Whether inputs are being observed; parts that fuse several products then take a plain path."""
+    """Whether inputs are being observed; fused operators that hide an input must not be called then."""
     return _observation is not None
 
 
 @contextmanager
 def observe_inputs(model: nn.Module, callback: Callback) -> Iterator[None]:
-    """Call back with every input of every matrix of a model while the context is open.
+    """Call back with the input of every matrix of a model inside the context.
 
-    Matrices that share an input (query, key, value) are reported one after the other with the same tensor. A layer
-    that runs twice reports twice. The tied embedding is reported with the head's input, under `embedding.weight`.
+    Query, key and value are reported separately, with the same tensor. A layer that runs twice reports twice. The tied
+    embedding is reported as `embedding.weight`, with the head's input.
 
     Args:
         model: the model, not compiled.
-        callback: gets the parameter's name and the input `(..., in_features)`, detached, in the compute dtype.
+        callback: called with the parameter's name and the detached input, in the compute dtype.
 
     Raises:
         RuntimeError: inputs are already being observed.
     """
     global _observation
     if _observation is not None:
-        raise RuntimeError("inputs are already being observed: close the other observe_inputs first")
+        raise RuntimeError("inputs are being observed already: leave the other observe_inputs first")
     _observation = _Observation({id(parameter): name for name, parameter in model.named_parameters()}, callback)
     try:
         yield

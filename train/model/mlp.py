@@ -1,18 +1,19 @@
-"""The MLP with a squared LeakyReLU, its norm and its residual."""
+"""The MLP with squared LeakyReLU, including its norm and residual."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
 from train.config import Config
+from train.model.compile import OperatorModule
 from train.model.init import matrix, zero_matrix
 from train.model.linear import linear, observing, working_weight
 from train.model.norm import rms_norm
 
 
-class MLP(nn.Module):
+class MLP(OperatorModule):
     """y = residual + scale ⊙ (leaky_relu(g · rms(x) W_upᵀ)² W_downᵀ); slope 0 is ReLU².
 
     Args:
@@ -28,29 +29,24 @@ class MLP(nn.Module):
         self.eps = config.norm_eps
         self.gain = gain
         self.qat = config.qat
-        # False: plain PyTorch, for a compiler to fuse; see train.model.fusion
-        self.fused = True
-        # the scale behind the last product, as the published scripts have it
-        self.as_published = False
 
     def forward(self, x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-        """Apply the MLP and add it to the stream.
+        """Apply the MLP and add the residual.
 
         Args:
             x: `(B, T, d)`, the input before its norm.
-            residual: `(B, T, d)`, what the result is added to.
-            scale: `(d,)`, per-channel factor of the result, in the dtype of `x`.
+            residual: `(B, T, d)`, added to the result.
+            scale: `(d,)`, factor of each output channel, in the dtype of `x`.
 
         Returns:
             `(B, T, d)`.
         """
         fake_quantize = self.qat and self.training
-        # the fused op hides the input of the second matrix, which calibration has to see
-        if observing() or not self.fused:
+        # calibration reads the input of the second matrix, which the operator keeps to itself
+        if observing() or "leaky_relu2_mlp" in self.written_out:
             normed = rms_norm(x, self.eps) * self.gain
             hidden = F.leaky_relu(linear(normed, self.up, fake_quantize=fake_quantize), self.slope).square()
-            behind = self.as_published
-            return residual + linear(hidden, self.down, scale=scale, behind=behind, fake_quantize=fake_quantize)
+            return residual + linear(hidden, self.down, scale=scale, fake_quantize=fake_quantize)
         return leaky_relu2_mlp(
             x,
             working_weight(self.up, x.dtype, fake_quantize=fake_quantize),

@@ -1,4 +1,4 @@
-"""Root-mean-square norm without gain, and the per-layer scale that some systems put behind it."""
+"""RMS norm without gain, and the scale per layer that some systems apply after it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """Scale each vector of the last dimension to a root mean square of one.
+    """Scale the last dimension to a root mean square of one.
 
     rms(x) = x / √(mean(x²) + ε)
 
     Args:
         x: `(..., d)`, any floating dtype.
-        eps: ε; always explicit, because torch's own default changed with 2.7 and with the input's dtype.
+        eps: ε; explicit, because torch's default depends on the version and the input's dtype.
 
     Returns:
         `(..., d)` in the dtype of `x`.
@@ -30,6 +30,6 @@ def layer_scale(layer: int) -> float:
         layer: 0-based index of the layer.
 
     Returns:
-        The factor behind both norms of the layer.
+        The factor of both norms of the layer.
     """
     return 1.0 / math.sqrt(layer + 1)

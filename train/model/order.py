@@ -1,4 +1,4 @@
-"""Which layer runs when: encoder and decoder halves, repeated layers, who takes which skip, where lanes begin."""
+"""The order of layer runs: encoder and decoder, repeated layers, skips, and where lanes begin."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Step(NamedTuple):
     Attributes:
         layer: physical layer.
         form: "serial", "gptj" or "lanes", see `train.model.block`.
-        skip: (row of the skip weights, step whose output is taken up) before the layer runs, or None.
-        saves: whether a later step takes up this one's output.
-        blend: index of the repeated layer if this run is blended half into the stream instead of replacing it (#1392).
+        skip: (row of the skip weights, step whose output is added) before the layer runs, or None.
+        saves: whether a later step adds this one's output.
+        blend: index of the repeated layer if its output is averaged with its input instead of replacing it (#1392).
     """
 
     layer: int
@@ -26,19 +26,19 @@ class Step(NamedTuple):
 
 
 def skip_count(config: Config) -> int:
-    """Number of U-Net skips that have weights: ⌊layers / 2⌋, whatever recurrence adds."""
+    """Number of U-Net skips with weights: ⌊layers / 2⌋, also with recurrence."""
     return config.num_layers // 2 if config.unet_skips else 0
 
 
 def halves(config: Config, *, recurrence: bool) -> tuple[list[int], list[int]]:
-    """Physical layers of the encoder and of the decoder, in order, blended repeats left out.
+    """Physical layers of the encoder and of the decoder in order, without blended repeats.
 
-    `recur_form` "unroll" (#1471) repeats the run of `recur_layers` once behind itself and splits the longer order in
-    the middle; "blend" (#1392) leaves both halves as they are.
+    `recur_form` "unroll" (#1471) repeats `recur_layers` once after their first run and splits the longer order in the
+    middle; "blend" (#1392) does not change the halves.
 
     Args:
         config: `num_layers`, `recur_layers`, `recur_form`.
-        recurrence: whether the repetition is on.
+        recurrence: whether the repeated layers run twice.
 
     Returns:
         Encoder and decoder.
@@ -52,15 +52,15 @@ def halves(config: Config, *, recurrence: bool) -> tuple[list[int], list[int]]:
 
 
 def make_plan(config: Config, *, recurrence: bool) -> tuple[Step, ...]:
-    """Lay out all layer runs of a forward pass.
+    """All layer runs of a forward pass.
 
-    The n-th layer of the decoder takes up the n-th output from the encoder's end, as long as there are weights. A
-    skip is added to the stream that lanes have left, so from the first layer in lanes on, the others are dead (#1471).
-    Blended repeats exist only in the encoder, and the skip is what the layer put out before its repeat (#1392).
+    The n-th layer of the decoder adds the n-th output from the encoder's end, as long as there are weights; from the first
+    layer in lanes on there are no skips (#1471). Only the encoder has blended repeats, and a skip takes a layer's output
+    before its repeat (#1392).
 
     Args:
-        config: the model's fields.
-        recurrence: whether the repetition is on.
+        config: the settings of the model.
+        recurrence: whether the repeated layers run twice.
 
     Returns:
         The steps in order.
@@ -89,7 +89,7 @@ def make_plan(config: Config, *, recurrence: bool) -> tuple[Step, ...]:
 
 
 def virtual_order(config: Config, *, recurrence: bool) -> tuple[int, ...]:
-    """Physical layers in the order in which they run, repeats included."""
+    """Physical layers in the order in which they run, with repeats."""
     return tuple(step.layer for step in make_plan(config, recurrence=recurrence))
 
 

@@ -1,4 +1,4 @@
-"""What a model consists of: the class of every parameter, tables of names and counts, and its arithmetic per token."""
+"""A model's parameters with their optimizer classes, and its arithmetic per token."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from train.config import Config
-from train.model.block import BLOCK_MATRICES
 from train.model.gpt import GPT
 from train.model.order import virtual_order
+
+_BLOCK_MATRICES = ("query", "key", "value", "output", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,16 @@ def classify(name: str, config: Config) -> str:
 
     Args:
         name: its name in `named_parameters`.
-        config: `ve_proj_optimizer` decides about the projection of the value embedding.
+        config: `ve_proj_optimizer` decides for the projection of the value embedding.
 
     Returns:
-        "matrix" (Muon), "embedding" (AdamW at the embeddings' rate) or "scalar" (AdamW; vectors, scalars and control
-        tensors). `recur_scales` is a "scalar" that takes no gradient: no optimizer may hold it.
+        "matrix" (Muon), "embedding" (AdamW at the embeddings' rate) or "scalar" (AdamW; vectors and scalars). The
+        untrained `recur_scales` is a "scalar", too.
     """
     parts = name.split(".")
     if name in ("embedding.weight", "bigram.embedding", "ve.embedding"):
         return "embedding"
-    if name == "bigram.proj" or (parts[0] == "blocks" and parts[-1] in BLOCK_MATRICES):
+    if name == "bigram.proj" or (parts[0] == "blocks" and parts[-1] in _BLOCK_MATRICES):
         return "matrix"
     if name == "ve.proj" and config.ve_proj_optimizer == "muon":
         return "matrix"
@@ -48,7 +49,7 @@ def parameter_table(model: GPT) -> list[ParameterRow]:
     """All parameters of a model, in order.
 
     Args:
-        model: one on the meta device costs nothing.
+        model: may be on the meta device.
 
     Returns:
         One row per tensor.
@@ -62,7 +63,7 @@ def parameter_table(model: GPT) -> list[ParameterRow]:
 def mflop_per_token(config: Config, *, recurrence: bool, seq_len: int | None = None) -> float:
     """Arithmetic of one training token, forward and backward, in MFLOP.
 
-    6 · (weights of all products executed, head included, lookups not) + 6 · layer runs · T · d for causal attention.
+    6 · (weights of all products, with the head, without lookups) + 6 · layer runs · T · d for causal attention.
 
     Args:
         config: the model's fields.

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: half-split pairs, on part of the head if asked, with the NTK rule for longer texts."""
+"""Rotary position embeddings on all or part of a head, with the NTK rule for texts longer than in training."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def ntk_base(base: float, rotary_dims: int, length: int, train_length: int) -> f
         base: base up to `train_length`.
         rotary_dims: r, the rotary dimensions of a head.
         length: tokens of the text.
-        train_length: longest text that keeps the plain base.
+        train_length: longest text with the plain base.
 
     Returns:
-        The base. With r = 2 the only frequency is base⁰, so the base is left alone.
+        The base; with r = 2 the only frequency is base⁰, so the plain one.
     """
     if length <= train_length or rotary_dims <= 2:
         return base
@@ -39,9 +39,9 @@ def rotary_table(
         device: device of the tables.
 
     Returns:
-        `(length, 1, r/2)` cosines and sines; the middle dimension is the heads'.
+        `(length, 1, r/2)` cosines and sines; the middle dimension broadcasts over heads.
     """
-    # float64 costs nothing at this size and keeps the truth of the tests and the angles at long range
+    # float64: angles of large positions need its precision
     exponents = torch.arange(0, rotary_dims, 2, dtype=torch.float64, device=device) / rotary_dims
     positions = torch.arange(length, dtype=torch.float64, device=device)
     angles = torch.outer(positions, base**-exponents)[:, None]
@@ -49,9 +49,9 @@ def rotary_table(
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first r dimensions of each head; the rest passes through.
+    """Rotate the first r dimensions of each head and keep the others.
 
-    (a, b) → (a cos + b sin, −a sin + b cos), with a and b the first and second half of the r rotary dimensions.
+    (a, b) → (a cos + b sin, −a sin + b cos), with a and b the two halves of the r rotary dimensions.
 
     Args:
         x: `(B, T, H, D)`.

@@ -1,4 +1,4 @@
-"""U-Net skips: later layers take up what earlier ones put out."""
+"""U-Net skips: decoder layers add the outputs of encoder layers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from train.model.init import constant
 
 
 class UNetSkips(nn.Module):
-    """Adds a stored output s to the stream: x + w ⊙ s, or with gates w ⊙ s + σ(g) ⊙ (x − w ⊙ s).
+    """Adds an encoder output s to the residual stream: x + w ⊙ s, or with gates w ⊙ s + σ(g) ⊙ (x − w ⊙ s).
 
-    Weights `(count, d)` start at 1, gates `(count, d)` at 0, which blends half and half.
+    Weights `(count, d)` start at 1, gates `(count, d)` at 0, which is the mean of both.
 
     Args:
         count: number of skips.
@@ -25,12 +25,12 @@ class UNetSkips(nn.Module):
         self.gates = constant(0.0, count, dim) if gated else None
 
     def forward(self, x: Tensor, stored: Tensor, row: int) -> Tensor:
-        """Take up a skip.
+        """Add a skip.
 
         Args:
-            x: `(B, T, d)`, the stream.
-            stored: `(B, T, d)`, the earlier layer's output.
-            row: which weights and gates.
+            x: `(B, T, d)`, the residual stream.
+            stored: `(B, T, d)`, the encoder layer's output.
+            row: index of the skip's weights and gates.
 
         Returns:
             `(B, T, d)`.

@@ -1,4 +1,4 @@
-"""SmearGate: let each token take something of its predecessor, in the two published forms."""
+"""SmearGate: mixes each token's embedding with the one before, in the two published forms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def predecessor(x: Tensor, starts: Tensor | None = None) -> Tensor:
 
     Args:
         x: `(B, T, d)`.
-        starts: `(B, T)` bool, where documents begin; None lets documents leak into each other.
+        starts: `(B, T)` bool, where documents begin; None ignores document boundaries.
 
     Returns:
         `(B, T, d)`.
@@ -37,17 +37,17 @@ class SmearGate(nn.Module):
         self.gate = constant(0.0, dim)
 
     def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Smear `x` `(B, T, d)`; `starts` `(B, T)` bool keeps it inside documents, None is as published."""
+        """Smear `x` `(B, T, d)`; `starts` as of `predecessor`, None as published."""
         return torch.lerp(x, predecessor(x, starts), torch.sigmoid(self.gate).to(x.dtype))
 
 
 class DocumentSmearGate(nn.Module):
-    """The later form (#1851): y[t] = x[t] + λ σ(w · x[t, :12]) x[t−1], and nothing of the document before.
+    """The form of #1851, inside documents: y[t] = x[t] + λ σ(w · x[t, :12]) x[t−1].
 
     λ and w `(1, 12)` start at 0, so the model starts without smear.
 
     Args:
-        dim: d; narrower models gate on all their channels.
+        dim: d; models with fewer than 12 channels gate on all of them.
     """
 
     def __init__(self, dim: int) -> None:
@@ -56,6 +56,6 @@ class DocumentSmearGate(nn.Module):
         self.scale = constant(0.0)
 
     def forward(self, x: Tensor, starts: Tensor) -> Tensor:
-        """Smear `x` `(B, T, d)` inside the documents that begin at `starts` `(B, T)` bool."""
+        """Smear `x` `(B, T, d)`; `starts` `(B, T)` bool, where documents begin."""
         gate = torch.sigmoid(F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)))
         return x + self.scale.to(x.dtype) * gate * predecessor(x, starts)

@@ -1,4 +1,4 @@
-"""Training through int6 rows (#122): the forward pass sees the rounded weight, the gradient passes straight through."""
+"""Quantization-aware training with int6 rows (#122): the forward pass rounds weights, the gradient ignores the rounding."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from torch import Tensor
 from golf_kernels.int6 import int6_fake_quantize
 
 QUANTILE = 0.9999984
-"""Row quantile of |w| at which #122 clips; with fewer than 625,000 columns it lies between the two largest."""
+"""Row quantile of |w| at which #122 clips; below 625,000 columns it lies between the two largest."""
 
 _LARGEST_CODE = 31
 _SMALLEST_CLIP = 1e-8
 
 
 def fake_quantize_scales(weight: Tensor) -> Tensor:
-    """Row scales of training: s = max(quantile(|w|, 0.9999984), 1e-8) / 31, without the floor that the export has.
+    """Row scales in training: s = max(quantile(|w|, 0.9999984), 1e-8) / 31, without the export's floor.
 
-    The quantile interpolates linearly between the two largest magnitudes of the row, which is what sorting the whole
-    row would give.
+    The quantile is linear between the row's two largest magnitudes, so no row is sorted.
 
     Args:
         weight: `(rows, columns)`, float32 or float64.
@@ -27,7 +26,7 @@ def fake_quantize_scales(weight: Tensor) -> Tensor:
         `(rows,)` in the dtype of `weight`, without gradient.
 
     Raises:
-        ValueError: the quantile would lie below the two largest of that many columns.
+        ValueError: with that many columns the quantile lies below the two largest.
     """
     columns = weight.shape[-1]
     position = (columns - 1) * QUANTILE
@@ -39,7 +38,7 @@ def fake_quantize_scales(weight: Tensor) -> Tensor:
 
 
 def fake_quantize_rows(weight: Tensor) -> Tensor:
-    """Round each row to 63 int6 levels: w ← round(clamp(w/s, −31, 31)) · s, with the identity as gradient.
+    """Round each row to 63 int6 levels: w ← round(clamp(w/s, −31, 31)) · s; the gradient is the identity.
 
     Args:
         weight: `(rows, columns)`, float32 or float64.

@@ -1,4 +1,4 @@
-"""Averages of the weights along a run: the exponential moving one (EMA) and the uniform one of checkpoints (SWA)."""
+"""Averages of the weights during a run: exponential moving average (EMA) and stochastic weight averaging (SWA)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from train.common.errors import UserError
 
 
 class _Average:
-    """What both averages share: the model's parameters, and one tensor for each."""
+    """The model's parameters, and one tensor for each: the base of both averages."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = [name for name, _ in model.named_parameters()]
         self._parameters: list[Tensor] = [parameter for _, parameter in model.named_parameters()]
 
     def average(self) -> dict[str, Tensor]:
-        """The averaged weights by parameter name; not in the model's dtype, and not to be written to."""
+        """The averaged weights by parameter name, in the average's own dtype; read only."""
         raise NotImplementedError
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Put the average into the model, rounded to each parameter's dtype; the weights that were in it are gone."""
+        """Overwrite the model's weights with the average, rounded to each parameter's dtype."""
         torch._foreach_copy_(self._parameters, list(self.average().values()))
 
     def _named(self, tensors: list[Tensor]) -> dict[str, Tensor]:
@@ -37,19 +37,19 @@ class _Average:
             name = min(name for name in expected | found if expected.get(name) != found.get(name))
             raise UserError(
                 f"checkpoint, averaged weights, {name}: expected {expected.get(name, 'nothing')}, found "
-                f"{found.get(name, 'nothing')}: resume with the settings that the checkpoint was made with"
+                f"{found.get(name, 'nothing')}: resume with the settings that wrote the checkpoint"
             )
         torch._foreach_copy_(tensors, [state[name] for name in self._names])
 
 
 class EMA(_Average):
-    """Exponential moving average of every parameter, from a copy of the present weights.
+    """Exponential moving average of every parameter, starting from the current weights.
 
-    After each step: average <- decay * average + (1 - decay) * weights, without bias correction, in float32 at least
-    (bfloat16 embeddings too), in a few fused launches for all parameters.
+    average <- decay * average + (1 - decay) * weights after each step, without bias correction. The average is in float32
+    at least, also of bfloat16 embeddings.
 
     Args:
-        model: its parameters, trained or not, are averaged; the first copy is their present value.
+        model: all its parameters are averaged, trained or not.
         decay: in [0, 1).
 
     Source: submissions #1392 (0.997) and #1471 (0.9965).
@@ -64,7 +64,7 @@ class EMA(_Average):
             parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
             for parameter in self._parameters
         ]
-        # lerp wants one dtype, so the few narrow parameters are widened into buffers that live as long as the average
+        # lerp needs equal dtypes: bfloat16 parameters are copied to float32 buffers first
         narrow = [i for i, shadow in enumerate(self._shadow) if shadow.dtype != self._parameters[i].dtype]
         self._narrow = [self._parameters[i] for i in narrow]
         self._widened = [torch.empty_like(self._shadow[i]) for i in narrow]
@@ -73,7 +73,7 @@ class EMA(_Average):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the present weights in; once after every step."""
+        """Add the current weights to the average; call it once after every step."""
         if self._narrow:
             torch._foreach_copy_(self._widened, self._narrow)
         torch._foreach_lerp_(self._shadow, self._sources, 1 - self.decay)
@@ -85,28 +85,28 @@ class EMA(_Average):
         return {"decay": self.decay, "average": self._named(self._shadow)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`'s result, bit for bit.
+        """Restore the result of `state_dict`, bit for bit.
 
         Raises:
-            UserError: the checkpoint's decay or parameters are others.
+            UserError: the checkpoint has another decay or other parameters.
         """
         if state["decay"] != self.decay:
             raise UserError(
-                f"ema_decay: the checkpoint was made with {state['decay']}, this run has {self.decay}: use one"
+                f"ema_decay: the checkpoint has {state['decay']}, this run has {self.decay}: resume with the checkpoint's"
             )
         self._load(self._shadow, state["average"])
 
 
 class SWA(_Average):
-    """Uniform average of every n-th step's weights, once the learning rate has fallen.
+    """Mean of the weights of every n-th step, once the learning rate has fallen below a threshold.
 
-    average = (sum of the weights after each step s with s mod every = 0 and scale < threshold) / their number, summed
-    in each parameter's dtype, as published: bfloat16 embeddings lose bits.
+    average = mean of the weights after each step s with s mod every = 0 and scale < threshold. The sum is in each
+    parameter's dtype, as published, so bfloat16 embeddings lose bits.
 
     Args:
-        model: its parameters, trained or not, are averaged.
-        every: steps between two that are taken.
-        threshold: a step is taken when its learning-rate scale is below this.
+        model: all its parameters are averaged, trained or not.
+        every: n.
+        threshold: of the learning-rate scale.
 
     Source: submission #198 (every 200, below 0.5), the parent of #262; #122 has the same rule.
     """
@@ -122,14 +122,14 @@ class SWA(_Average):
 
     @torch.no_grad()
     def update(self, step: int, scale: float) -> bool:
-        """Take the present weights in if it is their turn.
+        """Add the current weights to the average if the step and the learning rate say so.
 
         Args:
-            step: steps finished, the one just done included.
-            scale: learning-rate scale that this step used.
+            step: finished steps, including the one just done.
+            scale: learning-rate scale of this step.
 
         Returns:
-            Whether they were taken.
+            Whether they were added.
         """
         if scale >= self.threshold or step % self.every:
             return False
@@ -140,17 +140,17 @@ class SWA(_Average):
     @torch.no_grad()
     def average(self) -> dict[str, Tensor]:
         if not self.count:
-            raise RuntimeError("no step was averaged: look at `count` before using the average")
+            raise RuntimeError("no step was averaged: check `count` before using the average")
         return self._named(list(torch._foreach_div(self._sums, self.count)))
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self.count, "sums": self._named(self._sums)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`'s result, bit for bit.
+        """Restore the result of `state_dict`, bit for bit.
 
         Raises:
-            UserError: the checkpoint's parameters are others.
+            UserError: the checkpoint has other parameters.
         """
         self._load(self._sums, state["sums"])
         self.count = state["count"]

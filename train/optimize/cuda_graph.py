@@ -1,4 +1,4 @@
-"""The same work again and again, as a CUDA graph for as long as it touches the same memory."""
+"""Replays repeated work as a CUDA graph as long as it uses the same memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from golf_kernels import dispatch
 from train.common.errors import UserError
 from train.config import Config
 
-# the measurement for which `auto` takes graphs on every GPU: GPU, commit, ms per step without and with; empty: none yet
-FIGURE = ""
-
 
 class GraphChoice(NamedTuple):
     """Whether the optimizer's step is replayed as CUDA graphs, and why."""
@@ -27,10 +24,10 @@ class GraphChoice(NamedTuple):
 
 
 def choose_graph(config: Config, device: torch.device) -> GraphChoice:
-    """What `optimizer_graph` means on a device, the same on every rank.
+    """Resolve the setting `optimizer_graph` on a device, the same on every rank.
 
     Raises:
-        UserError: a graph is asked for where there is no CUDA.
+        UserError: it is `on` and the device is not CUDA.
     """
     if config.optimizer_graph == "off":
         return GraphChoice(False, "as set")
@@ -42,22 +39,20 @@ def choose_graph(config: Config, device: torch.device) -> GraphChoice:
         return GraphChoice(False, "needs a CUDA GPU")
     if config.optimizer_graph == "on":
         return GraphChoice(True, "as set")
-    if FIGURE:
-        return GraphChoice(True, FIGURE)
     if dispatch.choose("muon_step", device=device.type).backend == "triton":
-        return GraphChoice(True, "Muon's step is the fused one")
-    return GraphChoice(False, "Muon's step is PyTorch's, with which no graph was measured yet")
+        return GraphChoice(True, "muon_step runs on Triton")
+    return GraphChoice(False, "muon_step runs on PyTorch, for which no graph has been measured")
 
 
 class Captured:
-    """Calls a function, and replays a CUDA graph of it once it has run with the same tensors before.
+    """Calls a function, from its second call with the same tensors on as a CUDA graph.
 
-    The first call with new tensors runs as it is: kernels are compiled and tables uploaded then. Numbers that change
-    from call to call must be tensors on the device.
+    The first call with new tensors runs eagerly, which compiles kernels and uploads tables. Numbers that change between
+    calls must be tensors on the device.
 
     Args:
         run: launches the work on the current stream.
-        tensors: all tensors that outlive a call and whose memory the work touches, in a fixed order.
+        tensors: returns all tensors that the work uses and that outlive a call, in a fixed order.
 
     Attributes:
         run: as given.
@@ -70,17 +65,17 @@ class Captured:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
-        """Do the work once."""
+        """Run the work once."""
         addresses = tuple(tensor.data_ptr() for tensor in self._tensors())
         if addresses != self._addresses:
             self._graph = None
             self.run()
-            # the first step of an optimizer makes its moments
+            # an optimizer allocates its moments in its first step
             self._addresses = tuple(tensor.data_ptr() for tensor in self._tensors())
             return
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            # other threads, such as a loader's, may call CUDA meanwhile
+            # other threads may call CUDA during the capture, such as a data loader's
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.run()
             self._graph = graph

@@ -1,4 +1,4 @@
-"""Which parameter is trained by what: Muon for matrices, AdamW for embeddings and for vectors and scalars."""
+"""The optimizers of a model: Muon for matrices, AdamW for embeddings, vectors and scalars."""
 
 from __future__ import annotations
 
@@ -20,9 +20,6 @@ from train.optimize.reduction import Reduction
 
 KINDS = ("matrix", "embedding", "scalar")
 
-# #1392 counts and saves these vectors, but none of its optimizers had them
-UNTRAINED = "recur_scales"
-
 # of AdamW, in every published script
 _ADAM_BETA1, _ADAM_EPS = 0.9, 1e-8
 
@@ -31,20 +28,20 @@ _Work = Callable[[], object]
 
 
 class Optimizers:
-    """All optimizers of a model, stepped as one; made by `build_optimizers`.
+    """All optimizers of a model, stepped together; made by `build_optimizers`.
 
-    Behind the reduction there are three pieces of work, between which ranks exchange something: the local norm; clipping
-    and Muon; AdamW. With graphs each is a CUDA graph, and in one process all of them are one.
+    After the gradients' reduction a step has three parts with collectives between them: the local norm; clipping and
+    Muon; AdamW. Each may be a CUDA graph; one process has a single graph.
 
     Args:
-        model: whose gradients are dropped by `zero_grad`.
+        model: `zero_grad` clears its gradients.
         kinds: `split_parameters(model, …)`.
-        muon: Muon over this rank's share of the matrices; None if it has none.
+        muon: Muon over the matrices that this rank owns; None if it owns none.
         adamw: AdamW over embeddings and scalars, the same on every rank; None if there are none.
-        reduction: what the ranks exchange; with graphs it gives gradients fixed places.
+        reduction: the collectives; with graphs it keeps gradients at fixed addresses.
         max_norm: largest norm of the whole gradient; 0: no clipping.
         process_group: process group of all ranks; None for one process.
-        graph: whether the work is replayed as CUDA graphs.
+        graph: whether the step is replayed as CUDA graphs.
     """
 
     def __init__(
@@ -78,16 +75,21 @@ class Optimizers:
         self._update_others = self._piece(others, adamw)
         self._update_all = self._piece([*measuring, *matrices, *others], muon, adamw)
         for group in self._groups if graph.on else ():
-            # a graph has its numbers from the device
+            # a graph reads its numbers from the device
             device = group["params"][0].device
             group.update({name: torch.zeros((), device=device) for name in ("lr", "momentum") if name in group})
             if "capturable" in group:
                 group["capturable"] = True
 
     def _piece(self, work: Sequence[_Work], *stepped: torch.optim.Optimizer | None) -> Callable[[], None]:
-        """Work one after the other, on the gradients and on what these optimizers update.
+        """A part of the step: `work` in order, as a CUDA graph if asked for.
 
-        It must not hold `self`, which holds it: a process group in a cycle may outlive the interpreter, and aborts then.
+        The closure must not capture `self`: the cycle would keep the process group alive past interpreter exit, where gloo
+        aborts.
+
+        Args:
+            work: called in order.
+            stepped: the optimizers whose parameters and moments it uses.
         """
         each_optimizer = self._each
 
@@ -106,17 +108,17 @@ class Optimizers:
         return Captured(run, tensors) if self.graph.on and work else run
 
     def step(self, lr_scale: float, momentum: float) -> Tensor | None:
-        """Reduce the gradients over the ranks, clip them, and update every parameter.
+        """Reduce the gradients over ranks, clip them, and update every parameter.
 
-        Every rank must have accumulated the mean over its own micro-batches (loss / accumulation).
+        Every rank must have accumulated its gradients with the factor 1 / accumulation.
 
         Args:
             lr_scale: factor on the learning rate of every group.
             momentum: Muon's momentum in this step.
 
         Returns:
-            The gradient's norm before clipping (0-dimensional, on the device, overwritten by the next step), None where
-            nothing is clipped.
+            The gradient's norm before clipping (0-dimensional, on the device, overwritten by the next step), or None
+            without clipping.
         """
         norm = self.reduction.norm if self._max_norm > 0 else None
         self.reduction.reduce_gradients()
@@ -131,39 +133,39 @@ class Optimizers:
         if self._max_norm > 0:
             self.reduction.sum_squares()
         self._update_matrices()
-        # the matrices travel while the replicated parameters are updated
+        # the all-gather of the matrices overlaps AdamW
         self.reduction.start_gathering()
         self._update_others()
         self.reduction.finish_gathering()
         return norm
 
     def zero_grad(self) -> None:
-        """Drop every gradient of the model, those of parameters in no group too."""
+        """Clear all gradients of the model, including those of untrained parameters."""
         for parameter in self._model.parameters():
             parameter.grad = None
 
     def reset(self) -> None:
-        """Forget all moments and step counts, Muon's momentum included, as after the warm-up."""
-        # they begin as zeros, and a graph holds these very tensors
+        """Zero all moments and step counts, as before the first step."""
+        # in place: a CUDA graph holds these tensors
         for optimizer in self._each:
             for moments in optimizer.state.values():
                 torch._foreach_zero_(list(moments.values()))
 
     def state_dict(self) -> dict[str, dict[str, dict[str, Tensor]]]:
-        """The moments of all parameters of all ranks, so that any number of ranks can go on from them.
+        """The moments of all parameters on all ranks, so that a run may resume with another number of ranks.
 
-        Every rank must call it, whichever of them writes it to a file.
+        A collective: every rank must call it.
 
         Returns:
             Optimizer ("muon", "adamw") -> parameter name -> name of the moment -> tensor. Rates, decays and momentum
-            are not in it: they come from the configuration and the step.
+            are left out, because they follow from the settings and the step.
         """
         muon = self._moments("muon", self.muon)
         if self._process_group is not None:
-            shares: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(dist.get_world_size(self._process_group))]
+            of_ranks: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(dist.get_world_size(self._process_group))]
             own = {name: {key: value.cpu() for key, value in moments.items()} for name, moments in muon.items()}
-            dist.all_gather_object(shares, own, group=self._process_group)
-            muon = {name: moments for share in shares for name, moments in share.items()}
+            dist.all_gather_object(of_ranks, own, group=self._process_group)
+            muon = {name: moments for of_rank in of_ranks for name, moments in of_rank.items()}
         return {"muon": muon, "adamw": self._moments("adamw", self.adamw)}
 
     def _moments(self, key: str, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Tensor]]:
@@ -171,19 +173,19 @@ class Optimizers:
         return {name: dict(state[parameter]) for name, parameter in self._named[key].items() if parameter in state}
 
     def load_state_dict(self, state: Mapping[str, Moments]) -> None:
-        """Go on from `state_dict`'s result, bit for bit; each rank copies what it needs.
+        """Restore the result of `state_dict`, bit for bit; each rank copies the moments of its own parameters.
 
         Raises:
-            UserError: the checkpoint has moments of other parameters than this run trains.
+            UserError: the checkpoint belongs to other parameters.
         """
         for key, parameters in self._named.items():
             # before the first step there are no moments
             odd = set(state[key]) ^ set(parameters) if state[key] else set()
             if odd:
                 name = min(odd)
-                found = "no moments" if name in parameters else f"moments that this run has no {key} for"
+                found = "moments are missing" if name in parameters else "this run does not train it"
                 raise UserError(
-                    f"checkpoint, optimizer {key}, {name}: {found}: resume with the checkpoint's own settings"
+                    f"checkpoint, optimizer {key}, {name}: {found}: resume with the settings that wrote the checkpoint"
                 )
         for optimizer, key in ((self.muon, "muon"), (self.adamw, "adamw")):
             if optimizer is None:
@@ -210,19 +212,16 @@ def _load(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: Mapping[st
     if saved and own.keys() != saved.keys():
         optimizer.state[parameter] = {name: v.to(parameter.device, copy=True) for name, v in saved.items()}
         return
-    # in place, where a graph looks for them; without a saved step they are zeros
+    # in place, because a CUDA graph holds these tensors; before the first step the moments are zero
     for name, value in own.items():
         value.copy_(saved[name] if saved else torch.zeros_like(value))
 
 
 def split_parameters(model: nn.Module, config: Config) -> dict[str, dict[str, nn.Parameter]]:
-    """The trained parameters of each kind ("matrix", "embedding", "scalar") by name, in the model's order.
-
-    `recur_scales` and whatever takes no gradient are in none.
-    """
+    """The trained parameters by kind ("matrix", "embedding", "scalar") and name, in the model's order."""
     kinds: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in KINDS}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and UNTRAINED not in name.split("."):
+        if parameter.requires_grad:
             kinds[classify(name, config)][name] = parameter
     return kinds
 
@@ -234,22 +233,21 @@ def build_optimizers(
     *,
     owned: Sequence[int] | None = None,
 ) -> Optimizers:
-    """Muon and AdamW over the classes of parameters, with the configuration's rates and decays.
+    """Muon and AdamW with the rates and decays of the settings.
 
     Matrices: Muon, p <- p (1 - lr wd) - lr sqrt(max(1, rows / columns)) update, with Nesterov momentum. Embeddings and
-    scalars: AdamW, each with its own rate and decoupled decay; moments have the parameter's dtype, so those of bfloat16
-    embeddings are bfloat16, as published. Over ranks each matrix has one owner, so that the orthogonalization costs
-    every rank about the same.
+    scalars: AdamW, each with its own rate and decoupled decay. Moments have the parameter's dtype, so those of bfloat16
+    embeddings are bfloat16, as published. Each matrix has one owner; orthogonalization costs every rank about the same.
 
     Args:
-        model: its parameters are on their final device, with the same values on every rank.
+        model: on its final device, with the same weights on every rank.
         config: `matrix_lr`, `tied_embed_lr`, `scalar_lr`, `muon_*`, `normuon*`, `beta2`, `*_wd`,
             `grad_clip_norm`, `optimizer_graph`.
         process_group: process group of all ranks; None for one process.
-        owned: without a group, numbers of the matrices that are updated: one rank's share, to measure it alone.
+        owned: without a group, numbers of the matrices to update, to measure one rank's work alone; None: all.
 
     Raises:
-        UserError: a CUDA graph is asked for where there is no CUDA.
+        UserError: `optimizer_graph` is `on` and the device is not CUDA.
     """
     kinds = split_parameters(model, config)
     graph = choose_graph(config, next(model.parameters()).device)
@@ -296,7 +294,7 @@ def _build_muon(matrices: Sequence[Tensor], config: Config) -> Muon:
         row_normalize=config.muon_eq_r,
         row_eps=config.muon_row_eps,
         normuon=config.normuon,
-        # among the published forms only #122's NorMuon weighs a gradient by 1 - momentum
+        # of the published systems only #122, with NorMuon, weights the gradient by 1 - momentum
         dampened=config.normuon,
         coefficients=config.muon_coefficients,
     )

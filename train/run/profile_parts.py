@@ -1,4 +1,4 @@
-"""The model's parts in a profile: a range in the trace around the kernels of each, in a plain model and in a compiled one."""
+"""Ranges in a trace around the kernels of each part of the model, eager or compiled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.profiler import record_function
 
 @contextlib.contextmanager
 def named_ranges(model: nn.Module) -> Iterator[None]:
-    """Give the forward pass of every module of a model that is not compiled a range in the trace, under its name."""
+    """Open a range with the module's name around every module's forward pass; for a model that is not compiled."""
     ranges: list[Any] = []
 
     def enter(name: str) -> Any:
@@ -42,13 +42,13 @@ def named_ranges(model: nn.Module) -> Iterator[None]:
 
 
 class KernelRanges:
-    """The ranges of one call of a compiled graph, which the compiled code opens; no more than a test while nothing is profiled."""
+    """The ranges of one call of a compiled graph, opened by the compiled code; without a profiler only a check."""
 
     def __init__(self) -> None:
         self._range: record_function | None = None
 
     def part(self, name: str) -> None:
-        """End the range that is open and, if `name` is not empty, begin one under that name."""
+        """Close the open range and, if `name` is not empty, open one with that name."""
         if self._range is not None:
             self._range.__exit__(None, None, None)
             self._range = None
@@ -59,18 +59,18 @@ class KernelRanges:
 
 @functools.cache
 def name_compiled_kernels(device: str) -> str | None:
-    """Let the graphs that this process compiles from now on for `device` give the kernels of each part a range.
+    """Open ranges by part of the model in all graphs that this process compiles for `device` from now on.
 
-    A range lies around the launches of neighbouring kernels of one part, forward and backward; the kernels themselves are
-    those of any other run. The compile cache does not keep such code.
+    A range surrounds the launches of consecutive kernels of one part, forward and backward. The kernels do not change. Such
+    code is not stored in the compile cache.
 
     Args:
         device: a device's type.
 
     Returns:
-        None, or why there will be no ranges: this torch's code generator is another one.
+        None, or why there are no ranges: this torch's code generator is not supported.
     """
-    # imported here: only a profile of a compiled model needs Inductor's code generator
+    # imported here: only a profile of a compiled model needs it
     try:
         from torch._functorch import config as autograd_config
         from torch._inductor import config, debug
@@ -90,7 +90,7 @@ def name_compiled_kernels(device: str) -> str | None:
         ):
             getattr(owner, name)
     except (ImportError, AttributeError, KeyError) as error:
-        return f"torch {torch.__version__} has another code generator ({error})"
+        return f"the code generator of torch {torch.__version__} is not supported ({error})"
 
     class RangeWrapper(PythonWrapperCodegen):
         supports_caching = False
@@ -107,9 +107,9 @@ def name_compiled_kernels(device: str) -> str | None:
                 return subgraph
             return RangeWrapper()
 
-        # Inductor calls this in front of each kernel's call
+        # Inductor calls this before each kernel's call
         def write_provenance_debug_handle(self, kernel_name: str, debug_handle: int | None = None) -> None:
-            # Inductor replaces the table from time to time
+            # looked up at each call, because Inductor replaces the table
             made_of = debug._inductor_triton_kernel_to_post_grad_node_info.get(f"{kernel_name}:{debug_handle}", [])
             nodes = {node.name: node for node in V.graph.graph.nodes}
             name = part_of(nodes[node] for node in made_of if node in nodes)
@@ -128,19 +128,18 @@ def name_compiled_kernels(device: str) -> str | None:
             super().generate_return(output_refs)
 
     common.device_codegens[device] = dataclasses.replace(known, wrapper_codegen=RangeWrapper)
-    # Inductor then keeps which nodes of a graph each kernel was made of
+    # makes Inductor record the graph nodes of each kernel
     config.trace.provenance_tracking_level = 2
-    # torch 2.11 would find graphs there that were compiled without ranges
+    # on torch 2.11 the cache may hold graphs compiled without ranges
     autograd_config.enable_autograd_cache = False
     return None
 
 
 def part_of(nodes: Iterable[fx.Node]) -> str:
-    """The part of the model that a kernel belongs to, from the nodes that it was made of.
+    """The part of the model that a kernel belongs to, from its graph nodes.
 
-    Views do no arithmetic, so they count only where nothing else tells. A part stands for the parts within it. A kernel of
-    several parts has the names of two, or of one and a number; one of none, such as what the model itself does between
-    its parts, is "model".
+    Views count only if there is no other node. A part includes its own parts. A kernel of two parts has both names, a kernel
+    of more the first one and a number; a kernel of none belongs to "model".
     """
     nodes = list(nodes)
     names = {module_of(node) for node in nodes if not getattr(node.target, "is_view", False)} - {""}
@@ -152,7 +151,7 @@ def part_of(nodes: Iterable[fx.Node]) -> str:
 
 
 def module_of(node: fx.Node) -> str:
-    """The name of the module whose forward pass a node of a graph belongs to, or is the derivative of; empty for the model itself."""
+    """The name of the module whose forward pass a graph node belongs to or differentiates; empty for the model itself."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     path = next((path for path, _ in reversed(stack.values())), "")
     return re.sub(r"^L\['\w+'\]\.?", "", path)

@@ -1,4 +1,4 @@
-"""Profiles of training steps: a trace for Perfetto per rank, and where the time goes by family of kernels and part of the model."""
+"""Profiles of training steps: a Perfetto trace per rank, and ms per step by kernel family and by part of the model."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from train.run.clocks import WallClock
 from train.run.logger import RunLogger
 from train.run.profile_parts import named_ranges
 
-# the first family whose pattern is found in a kernel's (on a CPU: an operator's) name takes it; the package's Triton kernels
-# go by their whole names
+# a kernel (on a CPU: an operator) belongs to the first family whose pattern its name contains; golf_kernels' Triton kernels are
+# matched by full name
 _ELEMENTWISE = "elementwise and norms"
 FAMILIES: tuple[tuple[str, str], ...] = (
-    # a compiler's kernels have the names of all that was fused into them; tem are its matrix products
+    # names of generated kernels contain all fused operations; triton_tem are matrix products
     (_ELEMENTWISE, r"^triton_(?!tem)"),
     ("communication", r"nccl|gloo|c10d"),
     (
@@ -44,17 +44,17 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     (_ELEMENTWISE, r"mix_rms_norm|^(mix|unmix)_kernel|fake_quantize|elementwise|vectorized|reduce_kernel|aten::[a-z]"),
 )
 OTHER = "other"
-# what the loop itself calls its ranges, which are no part of the model
+# the ranges of the training loop, which are no parts of the model
 LOOP_RANGES = ("forward", "backward")
 
 NO_KERNELS = (
-    "no kernel is in the trace; the driver may keep its counters (CUPTI) from this process: run it as root, in a container with "
+    "the trace has no kernels; the driver may not allow profiling (CUPTI): run as root, in a container with "
     "--cap-add=SYS_ADMIN, or load the driver with NVreg_RestrictProfilingToAdminUsers=0"
 )
 
 
 def kernel_family(name: str) -> str:
-    """The family of `FAMILIES` that a kernel belongs to, or "other"."""
+    """The family of a kernel in `FAMILIES`, or "other"."""
     lowered = name.lower()
     return next((family for family, pattern in FAMILIES if re.search(pattern, lowered)), OTHER)
 
@@ -72,7 +72,7 @@ def breakdown(
     Args:
         events: names and microseconds.
         steps: steps over which they ran.
-        group: the group a name belongs to.
+        group: maps a name to its group.
     """
     total: dict[str, float] = {}
     for name, microseconds in events:
@@ -81,22 +81,23 @@ def breakdown(
 
 
 def kernel_times(trace: profile) -> list[tuple[str, float]]:
-    """Name and microseconds of everything that ran on the GPU; in a profile of a CPU, of every operator by itself."""
-    # not key_averages, which takes seconds for a step's events
+    """Name and microseconds of every kernel; in a profile of a CPU, of every operator without those it calls."""
+    # key_averages would take seconds
     if _of_gpu(trace):
         return [(e.name, e.self_device_time_total) for e in trace.events() if _is_kernel(e)]
     return [(e.name, e.self_cpu_time_total) for e in trace.events() if e.self_cpu_time_total > 0]
 
 
 def part_times(trace: profile) -> list[tuple[str, float]]:
-    """Name and microseconds of the ranges in which kernels (on a CPU: operators) were started, each in its innermost one.
+    """Name and microseconds of the innermost range in which each kernel (on a CPU: operator) was launched.
 
-    A node of the backward pass counts as the range of the operator that it differentiates, with " backward" behind its name;
-    but for what is in no part of the model. What was started in no range, or by a replayed CUDA graph, is "elsewhere".
+    A node of the backward pass counts for the range of the operator that it differentiates, with " backward" after the name.
+    Kernels launched outside all ranges, or by a CUDA graph, are "elsewhere".
     """
     events = [event for event in trace.events() if event.device_type.name == "CPU"]
     whole = sum(microseconds for _, microseconds in kernel_times(trace))
-    # a thread numbers autograd's nodes; operators bear the number of the next node, so the last with a number made that one
+    # autograd numbers its nodes per thread; an operator carries the number of the next node, so the last operator with a number
+    # created that node
     operators = [event for event in events if event.sequence_nr >= 0 and not event.fwd_thread]
     made_in = {(event.thread, event.sequence_nr): _part(event, {}) for event in operators}
     found = []
@@ -109,7 +110,7 @@ def part_times(trace: profile) -> list[tuple[str, float]]:
 
 
 def busy_ms(trace: profile, steps: int) -> float | None:
-    """Milliseconds per step in which the GPU ran anything, what overlaps counted once; None where no GPU ran."""
+    """Milliseconds per step in which the GPU was busy, overlaps counted once; None without a GPU."""
     spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events() if _is_kernel(e))
     busy, until = 0.0, -math.inf
     for start, end in spans:
@@ -119,7 +120,7 @@ def busy_ms(trace: profile, steps: int) -> float | None:
 
 
 def _part(event: Any, made_in: Mapping[tuple[int, int], str]) -> str:
-    """The innermost range around an event, or around the operator that it is a derivative of; empty where there is none."""
+    """The innermost range around an event, or around the operator that it differentiates; empty if there is none."""
     while event is not None and not _is_range(event):
         part = made_in.get((event.fwd_thread, event.sequence_nr), "")
         if part and part not in LOOP_RANGES:
@@ -133,29 +134,28 @@ def _of_gpu(trace: profile) -> bool:
 
 
 def _is_kernel(event: Any) -> bool:
-    # a range of record_function has a shadow on the GPU, as long as all its kernels together
+    # ranges of record_function appear on the GPU, too
     return event.device_type.name == "CUDA" and not event.is_user_annotation
 
 
 def _is_range(event: Any) -> bool:
-    # torch.compile's own ranges, which have a graph's checksum for a name, say less than ours around them
+    # torch.compile's own ranges are named by a checksum of the graph
     return event.is_user_annotation and not event.name.startswith(("## Call", "Torch-Compiled Region"))
 
 
 class StepProfiler:
     """Profiles some steps of a run into `<run>/profile/`.
 
-    What it does itself is outside the training clock, and a file that cannot be written is no reason to stop training.
-    The profile holds steps of one kind and nothing else: it ends early before a validation, a checkpoint, or the first step
-    with recurrence.
+    Starting and writing the profile do not count as training time, and training continues if a file cannot be written. The
+    profile ends early before a validation, a checkpoint, or the first step with recurrence.
 
     Args:
         steps: the steps to profile, counted from 0; at least one.
         folder: the run's folder.
-        ranks: every rank writes its own trace, rank 0 the breakdowns.
-        log: gets a line for what was written.
-        clock: runs from `before` to `after`.
-        parts: a model that is not compiled, whose modules get their names into the trace; else None.
+        ranks: every rank writes a trace, rank 0 the breakdowns.
+        log: gets a line about the result.
+        clock: training clock, running from `before` to `after`.
+        parts: a model that is not compiled, to name its modules in the trace; else None.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class StepProfiler:
     ) -> None:
         self.steps = steps
         self.folder = folder / "profile"
-        # begun, or said why it never will be
+        # whether it began, or logged why it will not
         self._settled = self._recurrence = False
         self._ranks = ranks
         self._log = log
@@ -173,18 +173,18 @@ class StepProfiler:
         self._ranges = contextlib.ExitStack()
 
     def before(self, step: int, *, recurrence: bool) -> None:
-        """Called before each step: begins at the first one to profile, or says that it was done before this process began."""
+        """Call before each step: starts the profile at its first step, or logs that this step was done earlier."""
         if not self._settled and step > self.steps.start:
             self._settled = True
             self._log.line(
-                f"profile:none, step {self.steps.start} was done before this process, which begins with step {step}: choose later "
+                f"profile:none, step {self.steps.start} was done before this process, which began with step {step}: choose later "
                 "PROFILE_STEPS"
             )
         if self._trace is not None and recurrence != self._recurrence:
             with self._paused():
                 self.end(step, "recurrence begins")
         if step == self.steps.start:
-            # the pause waits for what earlier steps have queued, which is not these steps' work
+            # the pause waits for the queued work of earlier steps
             with self._paused():
                 self._settled, self._recurrence = True, recurrence
                 self._trace = new_trace(self._ranks.device)
@@ -193,23 +193,23 @@ class StepProfiler:
                 self._trace.start()
 
     def after(self, done: int) -> None:
-        """Called after each step, with the number of those done: ends behind the last one to profile and writes."""
+        """Call after each step with the number of finished steps: ends the profile after its last step."""
         if self._trace is not None and done >= self.steps.stop:
             with self._paused():
                 self.end(done)
 
     def finish(self, done: int) -> None:
-        """Called when the run ends, the clock standing still: writes what there is of a profile, or says why there is none."""
+        """Call at the end of training, with the clock paused: ends the profile, or logs why there is none."""
         if not self._settled:
-            self._log.line(f"profile:none, step {self.steps.start} was not among the steps of this process")
+            self._log.line(f"profile:none, this process did not reach step {self.steps.start}")
         self.end(done, "training ends")
 
     def end(self, done: int, why: str = "") -> None:
-        """End the profile, if there is one, and write it; the clock is paused.
+        """End the profile, if one runs, and write it; the clock must be paused.
 
         Args:
-            done: number of steps done.
-            why: what comes before all steps are profiled.
+            done: number of finished steps.
+            why: reason to end early.
         """
         if self._trace is None:
             return
@@ -220,7 +220,7 @@ class StepProfiler:
         if done < self.steps.stop:
             said += f" of {self.steps.start}-{self.steps.stop - 1}, {why}"
         problems = [problem for problem in self._ranks.gather(self._write(trace, done)) if problem]
-        self._log.line(f"profile:{'; '.join(problems) or self.folder} {said} (their time is longer by the profiling)")
+        self._log.line(f"profile:{'; '.join(problems) or self.folder} {said} (profiling slows steps down)")
 
     def _write(self, trace: profile, done: int) -> str:
         device, steps = self._ranks.device, done - self.steps.start
@@ -231,7 +231,7 @@ class StepProfiler:
                 name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
                 title = f"steps {self.steps.start}-{done - 1} on {name}"
                 return write_breakdowns(self.folder, "", trace, steps, title) or ""
-        # the others wait for this rank's answer, whatever its profiler died of
+        # the other ranks wait for this one's answer, also after an error
         except (OSError, RuntimeError, UserError) as error:
             return f"not all written ({error})"
         return ""
@@ -244,7 +244,7 @@ class StepProfiler:
 
 
 def new_trace(device: torch.device) -> profile:
-    """A profiler of operators and, on a GPU, kernels; not yet started."""
+    """A profiler of operators and, on a GPU, kernels; not started."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     return profile(activities=activities)
 
@@ -253,22 +253,22 @@ def write_trace(path: Path, trace: profile) -> None:
     """Write a finished profile as compressed JSON, which Perfetto and chrome://tracing open.
 
     Raises:
-        OSError: it could not be written; nothing is left behind.
+        OSError: it could not be written; no file is left.
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".trace") as folder:
         plain = Path(folder) / "trace.json"
         trace.export_chrome_trace(str(plain))
-        # the profiler only warns of a file that it could not write
+        # the profiler only warns if it cannot write
         if not plain.exists():
-            raise OSError(errno.EIO, "the profiler could not write its trace; is there room for it?", str(path))
+            raise OSError(errno.EIO, "the profiler could not write its trace; is the disk full?", str(path))
         with atomic_writer(path) as file:
             file.write(gzip.compress(plain.read_bytes()))
 
 
 def write_breakdowns(folder: Path, prefix: str, trace: profile, steps: int, title: str) -> str | None:
-    """Write a profile's milliseconds per step by family of kernels and by part of the model, as JSON and as pictures.
+    """Write a profile's milliseconds per step by kernel family and by part of the model, as JSON and PNG.
 
-    The pictures add up the layers; `parts.json` has each.
+    `parts.json` lists every layer, `parts.png` the sum over layers.
 
     Returns:
         None, or why nothing was written.
@@ -286,7 +286,7 @@ def write_breakdowns(folder: Path, prefix: str, trace: profile, steps: int, titl
 
 def plot_breakdown(path: Path, times: Mapping[str, float], title: str) -> None:
     """Draw milliseconds per step as bars, the largest at the top."""
-    # imported here, as training without a profile draws nothing
+    # imported here: only a profile needs matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

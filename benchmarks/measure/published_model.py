@@ -1,0 +1,106 @@
+"""The model of the yardstick: the recipe's, with every formula as the published scripts write it.
+
+The trainer's model multiplies queries, keys and values in one product, folds a layer's output scales into its weights, and
+has its own backward pass for norm and rotation. Here these are three products, factors of the outputs, and autograd; and no
+operator of golf_kernels is called.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from golf_kernels import dispatch
+from train.model.attention import Attention, KeyValues, Rotary
+from train.model.attention_backends import causal_attention
+from train.model.compile import write_out
+from train.model.documents import Documents
+from train.model.gpt import GPT
+from train.model.linear import working_weight
+from train.model.mlp import MLP
+from train.model.norm import rms_norm
+from train.model.rope import rotate
+
+
+class PublishedAttention(nn.Module):
+    """`train.model.attention.Attention` with three products and plain autograd.
+
+    Args:
+        own: the trainer's layer, whose parameters it shares under the same names.
+    """
+
+    def __init__(self, own: Attention) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.output = own.query, own.key, own.value, own.output
+        self.q_gain = own.q_gain
+        self.head_dim, self.eps, self.xsa = own.head_dim, own.eps, own.xsa
+        self.qat, self.backend = own.qat, own.backend
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, working_weight(weight, x.dtype, fake_quantize=self.qat and self.training))
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        *,
+        extra_value: Tensor | None,
+        documents: Documents | None,
+        scale: Tensor,
+        rows_from: int = 0,
+        past: KeyValues | None = None,
+    ) -> Tensor:
+        """As of the trainer's layer, for all rows of a training batch."""
+        assert rows_from == 0 and past is None, "training only"
+        query, key, value = (self.product(x, weight) for weight in (self.query, self.key, self.value))
+        if extra_value is not None:
+            value = value + extra_value
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
+        query, key = (rotate(rms_norm(part, self.eps), rotary) for part in (query, key))
+        query = query * self.q_gain.to(query.dtype)[:, None]
+        output = causal_attention(query, key, value, documents=documents, backend=self.backend)
+        if self.xsa:
+            output = remove_value_direction(output, value)
+        return scale.to(x.dtype) * self.product(output.flatten(-2), self.output)
+
+
+def remove_value_direction(output: Tensor, value: Tensor) -> Tensor:
+    """XSA of `(B, T, H, D)` and its values `(B, T, H_kv, D)`: y ← y − (y·v̂) v̂, v̂ = v/‖v‖₂."""
+    direction = F.normalize(value, dim=-1).unsqueeze(3)
+    grouped = output.unflatten(2, (value.shape[2], -1))
+    along = (grouped * direction).sum(dim=-1, keepdim=True)
+    removed: Tensor = grouped - along * direction
+    return removed.flatten(2, 3)
+
+
+class PublishedMLP(nn.Module):
+    """`train.model.mlp.MLP` in plain PyTorch, with the scale applied to the output.
+
+    Args:
+        own: the trainer's layer, whose parameters it shares under the same names.
+    """
+
+    def __init__(self, own: MLP) -> None:
+        super().__init__()
+        self.up, self.down = own.up, own.down
+        self.slope, self.eps, self.gain, self.qat = own.slope, own.eps, own.gain, own.qat
+
+    def forward(self, x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
+        """As of the trainer's layer."""
+        up, down = (
+            working_weight(weight, x.dtype, fake_quantize=self.qat and self.training) for weight in (self.up, self.down)
+        )
+        hidden = F.leaky_relu(F.linear(rms_norm(x, self.eps) * self.gain, up), self.slope).square()
+        return residual + scale * F.linear(hidden, down)
+
+
+def published_model(model: GPT) -> GPT:
+    """A copy of the trainer's model as the published scripts write it, with the same parameters and names."""
+    published = copy.deepcopy(model)
+    for block in published.blocks:
+        block.add_module("attention", PublishedAttention(block.attention))
+        block.add_module("mlp", PublishedMLP(block.mlp))
+    write_out(published, frozenset(dispatch.describe()))
+    return published
