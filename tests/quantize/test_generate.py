@@ -14,6 +14,7 @@ from two_ranks import on_two_ranks
 from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.config import Config
+from train.data.dataset import Dataset
 from train.model.gpt import GPT
 from train.quantize import generate
 from train.quantize.calibrate import calibrate, collect_hessians, plain_graph
@@ -94,7 +95,7 @@ def test_the_plain_graph_has_the_weights_and_neither_repeats_nor_parallel_layers
 def test_hessians_of_generated_text_are_those_of_the_texts(graph: str) -> None:
     config = settings(gptq_calib_graph=graph)
     model, notes = random_model(config), []
-    hessians = calibrate(config, model, NAMES, Ranks(), notes.append)
+    hessians = calibrate(config, model, NAMES, Dataset(config), Ranks(), notes.append)
     function = plain_graph(model) if graph == "plain" else model
     texts = write(model, range(5))
     want = collect_hessians(function, [texts], NAMES, recurrence=graph == "evaluated")
@@ -107,13 +108,13 @@ def test_hessians_of_generated_text_are_those_of_the_texts(graph: str) -> None:
 def work(ranks: Ranks) -> dict[str, torch.Tensor]:
     config = settings()
     with pytest.raises(UserError, match="GPTQ_CALIB_BATCHES to 2 at least"):
-        calibrate(config.replace(gptq_calib_batches=1), random_model(config), NAMES, ranks, print)
-    return calibrate(config, random_model(config), NAMES, ranks, print)
+        calibrate(config.replace(gptq_calib_batches=1), random_model(config), NAMES, Dataset(config), ranks, print)
+    return calibrate(config, random_model(config), NAMES, Dataset(config), ranks, print)
 
 
 def test_two_ranks_share_the_texts(tmp_path: Path) -> None:
     config = settings()
-    alone = calibrate(config, random_model(config), NAMES, Ranks(), print)
+    alone = calibrate(config, random_model(config), NAMES, Dataset(config), Ranks(), print)
     first, second = on_two_ranks(work, tmp_path)
     for name in NAMES:
         assert torch.equal(first[name], second[name])
