@@ -16,7 +16,7 @@ from train.common.errors import main_guard
 EPILOG = """examples:
   python -m benchmarks session --minutes 9    measure on this GPU, the most important first
   python -m benchmarks schedule --recipe sp8192_sdclip   ms/step by kernel, computed without a GPU
-  python -m benchmarks report                 write the newest figures to README.md and draw benchmarks/plots/
+  python -m benchmarks report                 write the newest figures to docs/benchmarks.md and draw benchmarks/plots/
   python -m benchmarks compare 9f22c17        changes since that commit (exit code 1 if something is slower)
 
 Single benchmarks: python -m benchmarks.bench_step, bench_newton_schulz, bench_leaky_relu2_mlp, … (each has --help);
@@ -31,8 +31,10 @@ def main() -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    reporting = verbs.add_parser("report", help="write README tables and plots from the newest results")
-    reporting.add_argument("--readme", type=Path, default=report.README)
+    reporting = verbs.add_parser(
+        "report", help="write the tables and plots of docs/benchmarks.md from the newest results"
+    )
+    reporting.add_argument("--page", type=Path, default=report.PAGE)
     reporting.add_argument("--plots", type=Path, default=RESULTS.parent / "plots")
     comparing = verbs.add_parser("compare", help="compare the newest results with those of a commit")
     comparing.add_argument(
@@ -70,7 +72,7 @@ def main() -> int:
         measurements = read_results(arguments.results)
         if arguments.verb == "compare":
             return print_changes(compare(measurements, arguments.revision))
-        changed = report.write(measurements, arguments.readme, arguments.plots)
+        changed = report.write(measurements, arguments.page, arguments.plots)
         print(f"written: {', '.join(map(relative, changed)) or 'nothing, all is up to date'}")
     except (ResultsError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

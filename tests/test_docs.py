@@ -20,6 +20,7 @@ from submission_runs import narrow
 from torch.distributed.run import get_args_parser
 
 import golf_kernels
+from benchmarks.report.results import RESULTS, read_results
 from train.config import Config, field_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -345,6 +346,8 @@ def test_the_front_page_is_short_and_its_picture_small() -> None:
     assert len(TEXTS["README.md"].splitlines()) <= 80
     (picture,) = re.findall(r"!\[[^]]+\]\((.+?)\)", TEXTS["README.md"])
     assert os.path.getsize(ROOT / picture) < 100_000
+    # the sentence goes with the first measurement
+    assert ("Not measured on a GPU yet" in TEXTS["README.md"]) == (not read_results(RESULTS))
     for name in DOCUMENTS:
         if name.startswith("docs/") or name == "CONTRIBUTING.md":
             assert f"({name})" in TEXTS["README.md"]

@@ -1,4 +1,4 @@
-"""Tables for the README, generated from `benchmarks/results/*.csv`, one for each GPU."""
+"""Tables for docs/benchmarks.md, generated from `benchmarks/results/*.csv`, one for each GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.report.plots import STEP, plots
 from benchmarks.report.results import ROOT, Measurement, ResultsError, gpus, newest
 from train.common.files import atomic_write
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- figures: python -m benchmarks report -->", "<!-- end of figures -->"
 NOTHING = "**Not measured on a GPU yet**: `benchmarks/results/` is empty, so there is no figure here."
 
@@ -37,11 +37,11 @@ def tables(measurements: Sequence[Measurement]) -> str:
     return "\n\n".join(found) or NOTHING
 
 
-def new_readme(path: Path, measurements: Sequence[Measurement]) -> str:
-    """The README with the tables between its two marks.
+def new_page(path: Path, measurements: Sequence[Measurement]) -> str:
+    """The page with the tables between its two marks.
 
     Raises:
-        ResultsError: the README does not have both marks once.
+        ResultsError: the page does not have both marks once.
     """
     text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
@@ -53,9 +53,9 @@ def new_readme(path: Path, measurements: Sequence[Measurement]) -> str:
     return f"{before}{BEGIN}\n{tables(measurements)}\n{END}{after}"
 
 
-def write(measurements: Sequence[Measurement], readme: Path, folder: Path) -> list[Path]:
-    """Write the tables into the README and the plots into their folder, after all have been made; returns the changed files."""
-    made: dict[Path, bytes] = {readme: new_readme(readme, measurements).encode()}
+def write(measurements: Sequence[Measurement], page: Path, folder: Path) -> list[Path]:
+    """Write the tables into the page and the plots into their folder, after all have been made; returns the changed files."""
+    made: dict[Path, bytes] = {page: new_page(page, measurements).encode()}
     made |= {folder / name: png for name, png in plots(measurements).items()}
     changed = [path for path, data in made.items() if not path.exists() or path.read_bytes() != data]
     for path in changed:

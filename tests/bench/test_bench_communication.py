@@ -7,11 +7,11 @@ import pytest
 from benchmarks.computed.communication import exchanged_bytes, main, table
 from train.recipes import load_recipe
 
-README = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 
 
-def test_the_readme_holds_what_is_computed() -> None:
-    assert table() in README.read_text()
+def test_the_page_holds_what_is_computed() -> None:
+    assert table() in PAGE.read_text()
 
 
 def test_the_bytes_are_those_of_the_collectives_formulas() -> None:

@@ -72,34 +72,34 @@ def test_a_damaged_file_is_refused_before_anything_is_written(
     assert any(
         remedy in str(refused.value) for remedy in ("mend this line, or delete", "keep the rows", "move the file")
     )
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\nas it was\n{report.END}\n")
+    page = tmp_path / "page.md"
+    page.write_text(f"{report.BEGIN}\nas it was\n{report.END}\n")
     monkeypatch.chdir(ROOT)
-    places = ["--readme", str(readme), "--plots", str(tmp_path / "plots")]
+    places = ["--page", str(page), "--plots", str(tmp_path / "plots")]
     monkeypatch.setattr("sys.argv", ["benchmarks", "--results", str(tmp_path / "results"), "report", *places])
     assert main() == 2
     assert capsys.readouterr().err.startswith(f"error: {path}, line ")
-    assert "as it was" in readme.read_text() and not (tmp_path / "plots").exists()
+    assert "as it was" in page.read_text() and not (tmp_path / "plots").exists()
 
 
-def test_a_readme_without_marks_leaves_the_plots_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_without_marks_leaves_the_plots_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made(tmp_path / "results" / "a.csv")
-    (tmp_path / "README.md").write_text("no marks")
-    places = ["--readme", str(tmp_path / "README.md"), "--plots", str(tmp_path / "plots")]
+    (tmp_path / "page.md").write_text("no marks")
+    places = ["--page", str(tmp_path / "page.md"), "--plots", str(tmp_path / "plots")]
     monkeypatch.setattr("sys.argv", ["benchmarks", "--results", str(tmp_path / "results"), "report", *places])
     assert main() == 2 and not (tmp_path / "plots").exists()
 
 
-def test_what_cannot_be_drawn_leaves_the_readme_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_drawn_leaves_the_page_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made(tmp_path / "results" / "a.csv")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\nas it was\n{report.END}\n")
+    page = tmp_path / "page.md"
+    page.write_text(f"{report.BEGIN}\nas it was\n{report.END}\n")
     monkeypatch.setattr("benchmarks.report.plots._speedup", lambda *_: 1 / 0)
-    places = ["--readme", str(readme), "--plots", str(tmp_path / "plots")]
+    places = ["--page", str(page), "--plots", str(tmp_path / "plots")]
     monkeypatch.setattr("sys.argv", ["benchmarks", "--results", str(tmp_path / "results"), "report", *places])
     with pytest.raises(ZeroDivisionError):
         main()
-    assert "as it was" in readme.read_text()
+    assert "as it was" in page.read_text()
 
 
 def test_rows_are_appended_to_the_gpu_s_own_file(tmp_path: Path) -> None:

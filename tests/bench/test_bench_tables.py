@@ -59,24 +59,24 @@ def test_the_newest_row_of_each_gpu_makes_its_own_table(results: Path) -> None:
     assert "9.000" in other and "1.000 | 0.900" not in other
 
 
-def test_without_results_the_readme_says_so(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold 1.234 ms\n{report.END}\nafter\n")
-    assert report.write([], readme, tmp_path / "plots") == [readme]
-    assert readme.read_text() == f"before\n{report.BEGIN}\n{report.NOTHING}\n{report.END}\nafter\n"
-    assert report.write([], readme, tmp_path / "plots") == []
+def test_without_results_the_page_says_so(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold 1.234 ms\n{report.END}\nafter\n")
+    assert report.write([], page, tmp_path / "plots") == [page]
+    assert page.read_text() == f"before\n{report.BEGIN}\n{report.NOTHING}\n{report.END}\nafter\n"
+    assert report.write([], page, tmp_path / "plots") == []
 
 
 @pytest.mark.parametrize("text", ["no marks", f"{report.END}\n{report.BEGIN}", report.BEGIN])
-def test_a_readme_without_its_marks_is_left_alone(text: str, tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text(text)
+def test_a_page_without_its_marks_is_left_alone(text: str, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(text)
     with pytest.raises(ResultsError, match="once each"):
-        report.write([], tmp_path / "README.md", tmp_path)
-    assert (tmp_path / "README.md").read_text() == text
+        report.write([], tmp_path / "page.md", tmp_path)
+    assert (tmp_path / "page.md").read_text() == text
 
 
-def test_the_projects_readme_holds_what_the_results_say() -> None:
-    assert f"{report.BEGIN}\n{report.tables(read_results(RESULTS))}\n{report.END}" in report.README.read_text()
+def test_the_projects_page_holds_what_the_results_say() -> None:
+    assert f"{report.BEGIN}\n{report.tables(read_results(RESULTS))}\n{report.END}" in report.PAGE.read_text()
 
 
 def test_a_change_counts_beyond_the_spread(results: Path) -> None:
@@ -111,8 +111,8 @@ def test_the_command_reports_and_compares(results: Path, tmp_path: Path) -> None
     assert compared.returncode == 1
     assert "SLOWER" in compared.stdout and "faster" in compared.stdout and "within the spread" in compared.stdout
     assert run("compare", "ccccccc").returncode == 2
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
-    reported = run("report", "--readme", readme, "--plots", tmp_path / "plots")
+    page = tmp_path / "page.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    reported = run("report", "--page", page, "--plots", tmp_path / "plots")
     assert reported.returncode == 0, reported.stderr
-    assert "1.000" in readme.read_text()
+    assert "1.000" in page.read_text()
