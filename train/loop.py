@@ -134,7 +134,6 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
     if first is None:
         first = validate(recurrence_on(config, step))
         start.end("validation")
-    log.metric("start", seconds=start.seconds)
     log.line(str(start))
     clock.resume()
     stop = config.training_seconds > 0 and seconds >= config.training_seconds

@@ -29,7 +29,7 @@ STAGES = ("data", "train", "quantize", "artifact", "evaluate")
 
 @dataclass(frozen=True)
 class Summary:
-    """What one walk from text to score measured; the content of summary.json.
+    """What a run from text to record measured; the content of summary.json.
 
     Attributes:
         run_id: name of the run's folder.
@@ -102,7 +102,7 @@ class Summary:
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
             if not _fits(value := getattr(self, name), kind):
-                raise UserError(f"{name}: expected {_type_name(kind)}, got {value!r}: run the walk again")
+                raise UserError(f"{name}: expected {_type_name(kind)}, got {value!r}: run python -m train again")
         total = self.bytes_code + self.bytes_prefix + self.bytes_model
         if total != self.bytes_total:
             parts = "bytes_code + bytes_prefix + bytes_model" if self.bytes_prefix else "bytes_code + bytes_model"
@@ -135,7 +135,7 @@ class Summary:
         unknown = [name for name in values if name not in hints]
         if missing or unknown:
             problem = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
-            raise UserError(f"{source}: expected the fields of a run's summary: {problem}: run the walk again")
+            raise UserError(f"{source}: expected the fields of a run's summary: {problem}: run python -m train again")
         try:
             return cls(**values)
         except UserError as error:
@@ -150,7 +150,7 @@ class Summary:
         """
         if not path.exists():
             raise UserError(f"{path}: missing: the run is not finished (python -m train writes it at its end)")
-        return cls.from_dict(read_json(path, "run the walk again"), str(path))
+        return cls.from_dict(read_json(path, "run python -m train again"), str(path))
 
     def write(self, path: Path) -> None:
         """Write summary.json, whole or not at all."""
@@ -182,7 +182,7 @@ def size_line(summary: Summary) -> str:
 
 
 def stage_line(summary: Summary) -> str:
-    """Seconds of each stage that ran, in the order of the walk, and their sum."""
+    """Seconds of each stage that ran, in the order of the pipeline, and their sum."""
     parts = [f"{name} {summary.stage_seconds[name]:.1f}" for name in STAGES if name in summary.stage_seconds]
     note = f" ({note})" if (note := resumed_note(summary)) else ""
     return f"{', '.join(parts)}; {sum(summary.stage_seconds.values()):.1f} in all{note}"
