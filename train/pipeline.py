@@ -85,9 +85,7 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
                     log.line("training: finished before, weights.pt is taken")
                     model = load_weights(folder).to(ranks.device)
                 else:
-                    result = train(config, data, folder, ranks, log)
-                    model = result.model
-                    write_training(folder, result, ranks)
+                    model = write_training(folder, train(config, data, folder, ranks, log), ranks)
             trained = folder.trained_config()
             with clock("quantize"):
                 # a script that trains again needs the recurrence that this run may have ended before
@@ -149,8 +147,8 @@ def preflight(config: Config) -> None:
         importlib.import_module("train.submission.record")
 
 
-def write_training(folder: RunFolder, result: TrainResult, ranks: Ranks) -> None:
-    """Leave weights.pt and training.json, which make the run a trained one."""
+def write_training(folder: RunFolder, result: TrainResult, ranks: Ranks) -> GPT:
+    """Leave weights.pt and training.json, which make the run a trained one, and return the model."""
     if ranks.is_main:
         write_tensors(folder.weights, result.model.state_dict())
         measured = {
@@ -167,6 +165,7 @@ def write_training(folder: RunFolder, result: TrainResult, ranks: Ranks) -> None
         write_json(folder.training, measured)
         folder.checkpoint.unlink(missing_ok=True)
     ranks.barrier()
+    return result.model
 
 
 def evaluate(folder: RunFolder, config: Config, model: GPT, data: Dataset, ranks: Ranks, log: RunLogger) -> None:
