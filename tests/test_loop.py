@@ -20,8 +20,8 @@ from train.recipes import load_recipe
 CPU = torch.device("cpu")
 NARROW = {
     "num_layers": 4, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 4, "vocab_size": 260, "train_seq_len": 16,
-    "train_batch_tokens": MICRO_BATCHES * 2 * 16, "val_batch_size": 64,
-    "compile": "on", "compute_dtype": "float32", "device": "cpu",
+    "train_batch_tokens": MICRO_BATCHES * 2 * 16,
+    "compile": "on", "device": "cpu",
 }  # fmt: skip
 REPEATING = {"xsa_last_n": 4, "ve_layers": (3,), "recur_layers": (1,), "parallel_start_layer": 2}
 RECIPES = {"sp2048_normuon": {}, "sp4096_recurrence": REPEATING, "sp8192_sdclip": REPEATING}

@@ -117,7 +117,7 @@ def load_weights(folder: RunFolder, config: Config | None = None) -> GPT:
 
     Args:
         folder: the run's.
-        config: its settings with another `device` or `compute_dtype`; None: as the run had them.
+        config: its settings with another `device`; None: as the run had them.
 
     Raises:
         UserError: training has not finished, or the file is not the weights of this run.

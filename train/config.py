@@ -31,6 +31,7 @@ REMOVED_IN = "0.2.0"
 RETIRED: dict[str, tuple[Any, ...] | None] = {
     "adam_eps": (1e-8,),
     "beta1": (0.9,),
+    "compute_dtype": ("auto",),
     "eval_batch_seqs": None,
     "eval_max_tokens": (0,),
     "eval_share_layer0": None,
@@ -38,8 +39,11 @@ RETIRED: dict[str, tuple[Any, ...] | None] = {
     "gptq_block_size": (128,),
     "gptq_calib_temperature": (0.8,),
     "gradient_reduction": ("after", "overlapped"),
+    "norm_eps": (2**-23,),
     "normuon_beta2": (0.95,),
     "tied_embed_init_std": (0.005,),
+    "unet_skips": (True,),
+    "val_batch_size": None,
     "val_max_tokens": (0,),
 }
 """Removed settings: name → the values that compute what every run computes today; None: any value.
@@ -62,11 +66,6 @@ class Config:
     )
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: none", low=0)
     device: str = setting("auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda"))
-    compute_dtype: str = setting(
-        "auto",
-        "dtype of the forward pass; auto: bfloat16 on CUDA, float32 on a CPU",
-        choices=("auto", "bfloat16", "float32"),
-    )
     attention: str = setting(
         "auto", "attention back end; auto: the fastest that can run, measured before training",
         choices=("auto", "sdpa", "fa3", "fa4", "cudnn", "flash", "math"),
@@ -94,9 +93,6 @@ class Config:
     rope_base: float = setting(10000.0, "base of the rotary frequencies", low=1.0)
     rope_dims: int = setting(0, "rotary dimensions per head; 0: the whole head", low=0)
     rope_train_seq_len: int = setting(1024, "beyond this length the base grows by the NTK rule", low=1)
-    norm_eps: float = setting(
-        1.1920928955078125e-07, "epsilon of every RMSNorm (float32's, as torch >= 2.7 takes it)", low=0.0
-    )
     qk_gain_init: float = setting(1.5, "initial gain of each query head after QK-norm")
     logit_softcap: float = setting(30.0, "logits are cap * tanh(logits / cap)", low=1e-3)
     embed_dtype: str = setting(
@@ -115,7 +111,6 @@ class Config:
     ve_dim: int = setting(0, "width of the shared value embedding; 0: none", low=0, high=65536)
     ve_layers: tuple[int, ...] = setting((), "layers whose values get the shared embedding")
     ve_proj_optimizer: str = setting("muon", "who trains the value embedding's projection", choices=("muon", "adamw"))
-    unet_skips: bool = setting(True, "U-Net skips from the first half of the layers to the second")
     skip_gates: bool = setting(False, "sigmoid gate on each U-Net skip")
     parallel_start_layer: int = setting(-1, "from this layer on attention and MLP run in parallel; -1: never", low=-1)
     parallel_form: str = setting(
@@ -238,7 +233,6 @@ class Config:
     profile_steps: str = setting("", "profile these steps into the run folder, FIRST:END, such as 30:33; empty: none")
     loggers: str = setting("", "also log to tensorboard, wandb, or both, separated by a comma; empty: files alone")
     train_log_every: int = setting(200, "steps between log lines of the training loss", low=1)
-    val_batch_size: int = setting(524288, "tokens per validation batch over all ranks", low=1)
     eval_seq_len: int = setting(0, "window of the final evaluation; 0: train_seq_len", low=0)
     eval_stride: int = setting(64, "new tokens per window; 0: only non-overlapping windows", low=0)
     eval_rule: str = setting(

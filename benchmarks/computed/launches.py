@@ -54,7 +54,7 @@ def launch_everything() -> None:
     """Makes every launch that ships."""
     with torch.device("meta"):
         for name in recipe_names():
-            launch_recipe(load_recipe(name).config(compute_dtype="bfloat16"))
+            launch_recipe(load_recipe(name).config(device="cuda"))
         with torch.no_grad():
             launch_branches()
 

@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a narrow model, to try the command")
     arguments = parser.parse_args(argv)
     device = next(device for device in DEVICES if device.name.lower() == arguments.device)
-    config = step_config(arguments.recipe, CUDA, tiny=arguments.tiny).replace(device="cuda", compute_dtype="bfloat16")
+    config = step_config(arguments.recipe, CUDA, tiny=arguments.tiny)
     if arguments.phase == "after" and not config.recur_layers:
         raise UserError(f"--phase after: {arguments.recipe} repeats no layers: expected before or both")
     names = arguments.variants.split(",")

@@ -35,7 +35,7 @@ class PublishedAttention(nn.Module):
         super().__init__()
         self.query, self.key, self.value, self.output = own.query, own.key, own.value, own.output
         self.q_gain = own.q_gain
-        self.head_dim, self.eps, self.xsa = own.head_dim, own.eps, own.xsa
+        self.head_dim, self.xsa = own.head_dim, own.xsa
         self.qat, self.backend = own.qat, own.backend
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class PublishedAttention(nn.Module):
         if extra_value is not None:
             value = value + extra_value
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
-        query, key = (rotate(rms_norm(part, self.eps), rotary) for part in (query, key))
+        query, key = (rotate(rms_norm(part), rotary) for part in (query, key))
         query = query * self.q_gain.to(query.dtype)[:, None]
         output = causal_attention(query, key, value, documents=documents, backend=self.backend)
         if self.xsa:
@@ -85,14 +85,14 @@ class PublishedMLP(nn.Module):
     def __init__(self, own: MLP) -> None:
         super().__init__()
         self.up, self.down = own.up, own.down
-        self.slope, self.eps, self.gain, self.qat = own.slope, own.eps, own.gain, own.qat
+        self.slope, self.gain, self.qat = own.slope, own.gain, own.qat
 
     def forward(self, x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
         """As of the trainer's layer."""
         up, down = (
             working_weight(weight, x.dtype, fake_quantize=self.qat and self.training) for weight in (self.up, self.down)
         )
-        hidden = F.leaky_relu(F.linear(rms_norm(x, self.eps) * self.gain, up), self.slope).square()
+        hidden = F.leaky_relu(F.linear(rms_norm(x) * self.gain, up), self.slope).square()
         return residual + scale * F.linear(hidden, down)
 
 

@@ -180,8 +180,9 @@ def step_config(recipe: str, device: torch.device, *, tiny: bool, attention: str
     """
     refuse_forced()
     changes: dict[str, Any] = {"compile": "on" if device.type == "cuda" else "off", "attention": attention}
+    changes["device"] = device.type
     if tiny:
-        changes |= TINY | {"train_batch_tokens": MICRO_BATCHES * 2 * TINY["train_seq_len"], "compute_dtype": "float32"}
+        changes |= TINY | {"train_batch_tokens": MICRO_BATCHES * 2 * TINY["train_seq_len"]}
     # every variant compiles the same functions again
     torch._dynamo.config.recompile_limit = 64
     return load_recipe(recipe).config(**changes)

@@ -168,6 +168,13 @@ def test_a_field_younger_than_the_file_has_its_default(tmp_path: Path, file: Pat
     assert read_artifact(path).config.skip_gates == Config().skip_gates
 
 
+def test_the_header_keeps_the_fields_that_are_settings_no_more(file: Path) -> None:
+    held: dict[str, Any] = {}
+    rewritten(file.read_bytes(), lambda table: held.update(table["config"]))
+    # torch.finfo(torch.float32).eps, as every artifact has had it
+    assert (held["norm_eps"], held["unet_skips"]) == (1.1920928955078125e-07, True)
+
+
 def corrupted(table: dict[str, Any], part: str, row: int, column: int, value: Any) -> None:
     table[part][row][column] = value
 
@@ -181,6 +188,7 @@ def corrupted(table: dict[str, Any], part: str, row: int, column: int, value: An
         (lambda t: t["config"].update(num_layers="three"), "config: .*num_layers"),
         (lambda t: t["config"].update(new_field=1), "config: .*new_field: not expected"),
         (lambda t: t["config"].update(model_dim=17), "config: .*model_dim 17"),
+        (lambda t: t["config"].update(norm_eps=1e-6), "config: .*norm_eps=1e-06: norm_eps was removed in 0.2.0"),
         (lambda t: corrupted(t, "sections", 0, 1, "int9"), "section 0: expected one of int2"),
         (lambda t: corrupted(t, "sections", 0, 2, "pickle"), "section 0: expected a codec among .*'pickle'"),
         (lambda t: corrupted(t, "sections", 0, 4, 1 << 60), "expected .* bytes for its tensors"),

@@ -17,7 +17,7 @@ COMMAND = ["--tiny", "--device", "cpu", "--recipe", "quickstart", "--seeds", "2"
 NARROW = {
     "model_dim": 32, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 4, "vocab_size": 300, "train_seq_len": 32, "bigram_dim": 8,
     "recur_layers": (1,), "parallel_start_layer": 2, "ve_layers": (2,), "xsa_last_n": 3, "train_batch_tokens": 8 * 2 * 32,
-    "compile": "off", "compute_dtype": "float32", "embed_dtype": "float32", "device": "cpu", "matrix_lr": 0.005,
+    "compile": "off", "embed_dtype": "float32", "device": "cpu", "matrix_lr": 0.005,
 }  # fmt: skip
 
 

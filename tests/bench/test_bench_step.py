@@ -99,7 +99,7 @@ def test_a_variant_whose_weights_move_otherwise_has_no_time() -> None:
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_a_share_whose_muon_turns_around_or_has_no_momentum_is_refused(recipe: str) -> None:
     # in bfloat16 as on a GPU; the losses of a warm-up do not show it
-    config = load_recipe(recipe).config(**NARROW | {"compute_dtype": "bfloat16"})
+    config = load_recipe(recipe).config(**NARROW | {"device": "cuda"})
     bench = Bench(config, common.Clock(CPU, rounds=1), common.Ceilings(1.0, 1.0), {}, 5, None, False)
     plain, ours, turned, forgetful = make_variants(config, ["published", "torch", "published", "published"], CPU)
     turned.name, forgetful.name = "turned", "forgetful"

@@ -82,7 +82,7 @@ def run_truth(run: Path, seq_len: int, stride: int, limit: int | None = None) ->
 def test_weights_compute_as_the_device_asks_that_scores_them(finished_run: Path) -> None:
     config = RunFolder(finished_run).trained_config()
     for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
-        settings = config.replace(device=device, compute_dtype="auto")
+        settings = config.replace(device=device)
         for weights in ("master", "artifact"):
             assert _load(RunFolder(finished_run), settings, weights).compute_dtype == dtype
 

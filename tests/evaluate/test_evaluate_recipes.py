@@ -75,7 +75,7 @@ def test_pruned_evaluation_equals_the_plain_one(system: str, count: int, seq_len
 
 def test_pruned_evaluation_of_quickstart_equals_the_plain_one() -> None:
     # as it is, since it is narrow already, with the window and the stride of its own
-    config = load_recipe("quickstart").config(compute_dtype="float32", device="cpu", embed_dtype="float32")
+    config = load_recipe("quickstart").config(device="cpu", embed_dtype="float32")
     model = random_model(config).float().eval()
     model.compute_dtype = torch.float32
     tokens, tables = make_text(150)

@@ -148,12 +148,12 @@ def test_recurrence_flag_and_training_mode() -> None:
 def test_flat_evaluation_takes_the_training_rows() -> None:
     tokens, tables = make_text(100)
     model, plain = StandIn(), StandIn()
-    config = CONFIG.replace(train_seq_len=16, train_batch_tokens=128, val_batch_size=32, eval_stride=4)
+    config = CONFIG.replace(train_seq_len=16, train_batch_tokens=128, eval_stride=4)
     result = flat_evaluation(model, tokens, tables, config)
     nats, scored, size = plain_score(plain, tokens, tables, 16, 0, "once", config.logit_softcap)
     assert (result.tokens, result.bytes, result.windows) == (99, size, 7)
     assert result.val_loss == pytest.approx(nats / scored, rel=1e-6)
-    assert model.shapes == {(2, 16)}
+    assert model.shapes == {(7, 16)}
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])

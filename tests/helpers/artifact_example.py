@@ -17,7 +17,6 @@ def tiny(**changes: Any) -> Config:
         "vocab_size": 260, "num_layers": 3, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_slope": 0.5,
         "train_seq_len": 8, "train_batch_tokens": 64, "ve_dim": 4, "ve_layers": (1, 2), "skip_gates": True,
         "recur_layers": (1,), "quantizer": "rtn", "passthrough_max_elements": 100, "scale_floor": "none",
-        "compute_dtype": "float32",
     }  # fmt: skip
     return Config(**(shape | changes))
 

@@ -3,7 +3,7 @@
 # widths at which 8 ranks still find matrices to share; EMA and clipping as in the recipe
 NARROW = {
     "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 4, "vocab_size": 300, "train_seq_len": 32, "bigram_dim": 8, "compile": "off",
-    "train_batch_tokens": 8 * 2 * 32, "compute_dtype": "float32", "device": "cpu", "embed_dtype": "float32",
+    "train_batch_tokens": 8 * 2 * 32, "device": "cpu", "embed_dtype": "float32",
 }  # fmt: skip
 SHALLOW = NARROW | {
     "num_layers": 3,

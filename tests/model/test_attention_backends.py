@@ -289,7 +289,7 @@ def test_the_fastest_back_end_is_taken_and_the_others_are_accounted_for(monkeypa
     monkeypatch.setattr(attention_backends, "_library", lambda name: ImportError("No module named 'x'"))
     seconds = {"sdpa": 2.0, "cudnn": 1.25, "flash": 2.5}
     monkeypatch.setattr(attention_choice, "_measure", lambda names, *_: {name: seconds[name] for name in names})
-    name, reason = choose_attention(Config(compute_dtype="bfloat16"), torch.device("cuda"), 1)
+    name, reason = choose_attention(Config(device="cuda"), torch.device("cuda"), 1)
     assert name == "cudnn"
     assert "cudnn 1.250, sdpa 2.000, flash 2.500" in reason and "fa4: No module named 'x': pip install" in reason
 
@@ -311,7 +311,7 @@ class Event:
 
 def test_a_back_end_that_fails_at_these_shapes_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    config = Config(model_dim=16, num_heads=2, num_kv_heads=1, train_seq_len=8, compute_dtype="float32")
+    config = Config(model_dim=16, num_heads=2, num_kv_heads=1, train_seq_len=8)
     attend = attention_choice.causal_attention
 
     def failing(*args: object, backend: str, **rest: object) -> torch.Tensor:
@@ -334,7 +334,7 @@ def test_a_choice_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(attention_choice, "_measure", nothing)
     with pytest.raises(UserError, match=r"sdpa: No available kernel; cudnn: .*ATTENTION=math, which always can"):
-        choose_attention(Config(compute_dtype="bfloat16"), torch.device("cuda"), 1)
+        choose_attention(Config(device="cuda"), torch.device("cuda"), 1)
 
 
 def test_on_a_cpu_pytorch_chooses() -> None:
@@ -365,7 +365,7 @@ def test_every_layer_gets_the_back_end() -> None:
 @pytest.mark.gpu
 def test_every_back_end_that_runs_agrees_with_the_formula_on_the_gpu() -> None:
     device = torch.device("cuda")
-    config = Config(train_seq_len=512, compute_dtype="bfloat16", document_masking=True)
+    config = Config(train_seq_len=512, device="cuda", document_masking=True)
     q, k, v = (
         torch.randn(2, 512, count, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for count in (8, 4, 4)
     )

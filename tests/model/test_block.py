@@ -24,7 +24,7 @@ def make(config: Config = CONFIG, layer: int = 3) -> tuple[Block, torch.Tensor, 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
     # layer 3 with LN scale: 1/√4
-    return 0.5 * x / torch.sqrt((x * x).mean(-1, keepdim=True) + CONFIG.norm_eps)
+    return 0.5 * x / torch.sqrt((x * x).mean(-1, keepdim=True) + 2**-23)
 
 
 def parts(block: Block, inputs: BlockInputs):

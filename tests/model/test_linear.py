@@ -118,9 +118,9 @@ def test_inputs_are_the_ones_that_the_products_use() -> None:
     seen = dict(calls)
     query, key, value = (seen[f"blocks.0.attention.{name}"] for name in ("query", "key", "value"))
     assert query is key or query.data_ptr() == key.data_ptr() == value.data_ptr()
-    x0 = rms_norm(model.embedding.weight[ids], config.norm_eps)
+    x0 = rms_norm(model.embedding.weight[ids])
     mix = model.blocks[0].resid_mix
-    torch.testing.assert_close(query, rms_norm((mix[0] + mix[1]) * x0, config.norm_eps), rtol=0, atol=1e-12)
+    torch.testing.assert_close(query, rms_norm((mix[0] + mix[1]) * x0), rtol=0, atol=1e-12)
     hidden = seen["blocks.0.mlp.up"] @ model.blocks[0].mlp.up.T
     torch.testing.assert_close(seen["blocks.0.mlp.down"], hidden.clamp_min(0) ** 2, rtol=0, atol=1e-12)
 

@@ -11,9 +11,7 @@ from train.model.mlp import MLP
 
 def make(slope: float, gain: float = 0.5) -> MLP:
     torch.manual_seed(0)
-    mlp = MLP(
-        Config(model_dim=8, num_heads=1, num_kv_heads=1, mlp_mult=1.5, mlp_slope=slope, norm_eps=0.01), gain
-    ).double()
+    mlp = MLP(Config(model_dim=8, num_heads=1, num_kv_heads=1, mlp_mult=1.5, mlp_slope=slope), gain).double()
     mlp.down.data.normal_()
     return mlp
 
@@ -29,7 +27,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_mlp_equals_the_formula_observed_or_not(slope: float, observed: bool) -> None:
     mlp = make(slope)
     x, residual, scale = inputs()
-    h = 0.5 * x / torch.sqrt((x * x).mean(-1, keepdim=True) + 0.01) @ mlp.up.T
+    h = 0.5 * x / torch.sqrt((x * x).mean(-1, keepdim=True) + 2**-23) @ mlp.up.T
     a = torch.where(h > 0, h * h, slope * slope * h * h)
     expected = residual + scale * (a @ mlp.down.T)
     seen: dict[str, torch.Tensor] = {}

@@ -27,7 +27,7 @@ def tiny(**changes: Any) -> Config:
         "vocab_size": 260, "num_layers": 4, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_slope": 0.5,
         "train_seq_len": 16, "train_batch_tokens": 64, "ve_dim": 8, "ve_layers": (2, 3), "skip_gates": True,
         "recur_layers": (1, 2), "bigram_vocab_size": 300, "bigram_dim": 8, "smear_gate": "published",
-        "passthrough_max_elements": 300, "embed_dtype": "float32", "compute_dtype": "float32", "scale_floor": "none",
+        "passthrough_max_elements": 300, "embed_dtype": "float32", "scale_floor": "none",
     }  # fmt: skip
     return Config(**(settings | changes))
 

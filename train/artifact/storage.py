@@ -31,15 +31,20 @@ from train.common.files import atomic_write
 from train.common.values import ConfigError
 from train.config import Config
 from train.model.gpt import GPT
+from train.model.norm import NORM_EPS
 from train.quantize.row_scales import largest_code
 from train.quantize.tensors import QuantizedTensor, StoredTensors, dequantize_state, tensor_group
 
-MODEL_FIELDS = (
+_HEADER_FIELDS = (
     "vocab_size", "document_masking", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope",
     "rope_base", "rope_dims", "rope_train_seq_len", "norm_eps", "logit_softcap", "embed_dtype", "ln_scale", "xsa_last_n",
     "smear_gate", "bigram_vocab_size", "bigram_dim", "trigram", "ve_dim", "ve_layers", "unet_skips", "skip_gates",
     "parallel_start_layer", "parallel_form", "recur_layers", "recur_form", "recur_scale_params",
 )  # fmt: skip
+# these were settings once: the format keeps them, every model has these values
+_FIXED_FIELDS = {"norm_eps": NORM_EPS, "unet_skips": True}
+
+MODEL_FIELDS = tuple(name for name in _HEADER_FIELDS if name not in _FIXED_FIELDS)
 """The settings that an artifact holds: all that decide what the model computes from its weights."""
 
 # below this a tensor has no section of its own
@@ -135,8 +140,8 @@ def encode_artifact(tensors: Mapping[str, QuantizedTensor | Tensor], config: Con
         order = sorted(range(len(plans)), key=lambda index: -len(contents[index]))
         jobs = {index: pool.submit(encode_section, plans[index], contents[index], codec) for index in order}
         encoded = [jobs[index].result() for index in range(len(plans))]
-    values = config.to_dict()
-    header = Header({name: values[name] for name in MODEL_FIELDS}, [section for section, _ in encoded], entries)
+    values = config.to_dict() | _FIXED_FIELDS
+    header = Header({name: values[name] for name in _HEADER_FIELDS}, [section for section, _ in encoded], entries)
     data, header_bytes, json_bytes = pack(header, [payload for _, payload in encoded])
     info = ArtifactInfo(VERSION, len(data), header_bytes, json_bytes, tuple(header.sections), len(entries))
     return EncodedArtifact(data, info)
@@ -153,7 +158,7 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
     source = Path(path)
     header, contents, header_bytes, json_bytes = unpack(source)
     try:
-        unknown = set(header.config) - set(MODEL_FIELDS)
+        unknown = set(header.config) - set(_HEADER_FIELDS)
         if unknown:
             raise ConfigError(f"{min(unknown)}: not expected")
         config = Config.from_dict(header.config)
@@ -176,7 +181,7 @@ def load_model(path: str | os.PathLike[str], config: Config | None = None) -> GP
 
     Args:
         path: of the artifact.
-        config: settings other than the model's own, such as `device` and `compute_dtype`; None takes the defaults.
+        config: settings other than the model's own, such as `device`; None takes the defaults.
 
     Raises:
         ArtifactError: as `read_artifact`, or its tensors are not those of the model that its fields describe.

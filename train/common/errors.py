@@ -59,8 +59,8 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
         if not _is_out_of_memory(error):
             raise
         code = _refuse(
-            f"out of memory ({str(error).splitlines()[0] if str(error) else 'no more of it'}): lower TRAIN_BATCH_TOKENS, "
-            "VAL_BATCH_SIZE or the model's widths, or use more GPUs"
+            f"out of memory ({str(error).splitlines()[0] if str(error) else 'no more of it'}): lower TRAIN_BATCH_TOKENS or "
+            "the model's widths, or use more GPUs"
         )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

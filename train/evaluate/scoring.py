@@ -338,7 +338,6 @@ def flat_evaluation(
         config,
         stride=0,
         seq_len=config.train_seq_len,
-        batch_seqs=max(config.val_batch_size // (world_size * config.train_seq_len), 1),
         recurrence=recurrence,
         rank=rank,
         world_size=world_size,

@@ -16,7 +16,7 @@ from train.model.compile import OperatorModule
 from train.model.documents import Documents
 from train.model.init import constant, matrix, zero_matrix
 from train.model.linear import joint_linear, linear
-from train.model.norm import rms_norm
+from train.model.norm import NORM_EPS, rms_norm
 from train.model.rope import rotate
 
 Rotary = tuple[Tensor, Tensor]
@@ -74,7 +74,7 @@ class Attention(OperatorModule):
     q, k ← rms(q), rms(k) per head; RoPE; q ← q · q_gain[head]; causal attention; XSA in the last `xsa_last_n` layers.
 
     Args:
-        config: `model_dim`, `num_heads`, `num_kv_heads`, `qk_gain_init`, `norm_eps`, `xsa_last_n`, `orthogonal_init`,
+        config: `model_dim`, `num_heads`, `num_kv_heads`, `qk_gain_init`, `xsa_last_n`, `orthogonal_init`,
             `qat`.
         layer: 0-based index of the physical layer.
     """
@@ -88,7 +88,6 @@ class Attention(OperatorModule):
         self.output = zero_matrix(dim, dim)
         self.q_gain = constant(config.qk_gain_init, config.num_heads)
         self.head_dim = config.head_dim
-        self.eps = config.norm_eps
         self.xsa = layer >= config.num_layers - config.xsa_last_n
         self.qat = config.qat
         self.backend = "sdpa"
@@ -118,7 +117,7 @@ class Attention(OperatorModule):
             rows_from: first position with a query.
         """
         query, key, value = self.project(x, extra_value, rows_from)
-        return rms_norm(query, self.eps), rms_norm(key, self.eps), value
+        return rms_norm(query), rms_norm(key), value
 
     def attend(
         self,
@@ -189,5 +188,5 @@ class Attention(OperatorModule):
             return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past, scale)
         query, key, value = self.project(x, extra_value)
         norm_and_rotate = qk_norm_rope_formula if "qk_norm_rope" in self.written_out else qk_norm_rope
-        query, key = norm_and_rotate(query, key, *rotary, self.q_gain, eps=self.eps)
+        query, key = norm_and_rotate(query, key, *rotary, self.q_gain, eps=NORM_EPS)
         return self.output_of((query, key, value), documents, past, scale)

@@ -14,7 +14,7 @@ from train.model.compile import OperatorModule
 from train.model.documents import Documents
 from train.model.init import parameter
 from train.model.mlp import MLP
-from train.model.norm import layer_scale, rms_norm
+from train.model.norm import NORM_EPS, layer_scale, rms_norm
 
 
 class BlockInputs(NamedTuple):
@@ -54,7 +54,6 @@ class Block(OperatorModule):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.gain = layer_scale(layer) if config.ln_scale else 1.0
-        self.eps = config.norm_eps
         self.attention = Attention(config, layer)
         self.mlp = MLP(config, self.gain)
         self.resid_mix = parameter(torch.tensor([[1.0], [0.0]]).repeat(1, config.model_dim))
@@ -93,7 +92,7 @@ class Block(OperatorModule):
         if "mix_rms_norm" in self.written_out:
             mixed = self.mix(x, x0)
             return mixed, self.normed(mixed)
-        return mix_rms_norm(x, x0, self.resid_mix, eps=self.eps, gain=self.gain)
+        return mix_rms_norm(x, x0, self.resid_mix, eps=NORM_EPS, gain=self.gain)
 
     def attend(self, x: Tensor, inputs: BlockInputs, rows_from: int = 0) -> tuple[Tensor, Tensor]:
         """h = m₀ ⊙ x + m₁ ⊙ x0, and from position `rows_from` on h + a ⊙ Attn(g · rms(h))."""
@@ -117,5 +116,5 @@ class Block(OperatorModule):
 
     def normed(self, x: Tensor) -> Tensor:
         """g · rms(x), the input of attention."""
-        normed = rms_norm(x, self.eps)
+        normed = rms_norm(x)
         return normed if self.gain == 1.0 else normed * self.gain

@@ -41,10 +41,7 @@ class Shared(NamedTuple):
 
 
 def resolve_compute_dtype(config: Config) -> torch.dtype:
-    """The dtype of the forward pass; "auto" is bfloat16 on a GPU and float32 elsewhere."""
-    if config.compute_dtype != "auto":
-        dtype: torch.dtype = getattr(torch, config.compute_dtype)
-        return dtype
+    """The dtype of the forward pass: bfloat16 on a GPU, float32 elsewhere."""
     device = hardware.auto_device() if config.device == "auto" else config.device
     return torch.bfloat16 if device == "cuda" else torch.float32
 
@@ -178,7 +175,7 @@ class GPT(nn.Module):
             if step.saves:
                 saved[index] = lanes.x
         lanes = self._run(plan[-1], self._enter(plan[-1], lanes, saved), shared, rows_from)
-        hidden = rms_norm(self._merge(lanes), self.config.norm_eps)
+        hidden = rms_norm(self._merge(lanes))
         observe(self.embedding.weight, hidden)
         return hidden
 
@@ -202,7 +199,7 @@ class GPT(nn.Module):
         x = self.embedding(ids, dtype)
         if self.bigram is not None:
             x = x + self.bigram(ids, dtype)
-        x = rms_norm(x, config.norm_eps)
+        x = rms_norm(x)
         if self.smear is not None:
             masked = config.document_masking or config.smear_gate == "document"
             x = self.smear(x, document_starts(ids) if masked else None)

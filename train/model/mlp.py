@@ -10,14 +10,14 @@ from train.config import Config
 from train.model.compile import OperatorModule
 from train.model.init import matrix, zero_matrix
 from train.model.linear import linear, observing, working_weight
-from train.model.norm import rms_norm
+from train.model.norm import NORM_EPS, rms_norm
 
 
 class MLP(OperatorModule):
     """y = residual + scale ⊙ (leaky_relu(g · rms(x) W_upᵀ)² W_downᵀ); slope 0 is ReLU².
 
     Args:
-        config: `model_dim`, `mlp_hidden`, `mlp_slope`, `norm_eps`, `orthogonal_init`, `qat`.
+        config: `model_dim`, `mlp_hidden`, `mlp_slope`, `orthogonal_init`, `qat`.
         gain: g, the layer's LN scale.
     """
 
@@ -26,7 +26,6 @@ class MLP(OperatorModule):
         self.up = matrix(config.mlp_hidden, config.model_dim, orthogonal=config.orthogonal_init)
         self.down = zero_matrix(config.model_dim, config.mlp_hidden)
         self.slope = config.mlp_slope
-        self.eps = config.norm_eps
         self.gain = gain
         self.qat = config.qat
 
@@ -44,7 +43,7 @@ class MLP(OperatorModule):
         fake_quantize = self.qat and self.training
         # calibration reads the input of the second matrix, which the operator keeps to itself
         if observing() or "leaky_relu2_mlp" in self.written_out:
-            normed = rms_norm(x, self.eps) * self.gain
+            normed = rms_norm(x) * self.gain
             hidden = F.leaky_relu(linear(normed, self.up, fake_quantize=fake_quantize), self.slope).square()
             return residual + linear(hidden, self.down, scale=scale, fake_quantize=fake_quantize)
         return leaky_relu2_mlp(
@@ -52,7 +51,7 @@ class MLP(OperatorModule):
             working_weight(self.up, x.dtype, fake_quantize=fake_quantize),
             working_weight(self.down, x.dtype, fake_quantize=fake_quantize),
             slope=self.slope,
-            norm_eps=self.eps,
+            norm_eps=NORM_EPS,
             gain=self.gain,
             residual=residual,
             scale=scale,

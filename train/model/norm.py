@@ -7,15 +7,18 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
+# float32's epsilon; explicit, because torch's default depends on the version and the input's dtype
+NORM_EPS = 2.0**-23
 
-def rms_norm(x: Tensor, eps: float) -> Tensor:
+
+def rms_norm(x: Tensor, eps: float = NORM_EPS) -> Tensor:
     """Scale the last dimension to a root mean square of one.
 
     rms(x) = x / √(mean(x²) + ε)
 
     Args:
         x: `(..., d)`, any floating dtype.
-        eps: ε; explicit, because torch's default depends on the version and the input's dtype.
+        eps: ε.
 
     Returns:
         `(..., d)` in the dtype of `x`.

@@ -27,7 +27,7 @@ class Step(NamedTuple):
 
 def skip_count(config: Config) -> int:
     """Number of U-Net skips with weights: ⌊layers / 2⌋, also with recurrence."""
-    return config.num_layers // 2 if config.unet_skips else 0
+    return config.num_layers // 2
 
 
 def halves(config: Config, *, recurrence: bool) -> tuple[list[int], list[int]]:

@@ -57,6 +57,5 @@ SETTINGS = {
     # the published floor of 1/31 is above the deviation of this width's rows and would round them to zero
     "scale_floor": "none",
     "val_loss_every": 100,
-    "val_batch_size": 16384,
     "train_log_every": 25,
 }
