@@ -1,6 +1,7 @@
 """Settings: types, ranges, contradictions, precedence, misspelt names."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_overrides_equal_to_the_recipe_are_not_reported() -> None:
         ([], {"MUON_MOMENTM": "1"}, "did you mean MUON_MOMENTUM"),
         ([], {"TTT_EPOCHS": "3"}, "looks like a setting"),
         (["--recipe", "quikstart"], {}, "did you mean quickstart"),
-        (["seed", "3"], {}, "expected --field value"),
+        (["seed", "3"], {}, "expected --NAME VALUE"),
         (["--seed"], {}, "value is missing"),
     ],
 )
@@ -131,14 +132,15 @@ def test_a_variable_that_a_stage_does_not_read_is_said_where_it_differs() -> Non
     config = load_recipe("quickstart").config(gptq_calib_batches=4, recur_layers=(1, 2))
     odd = {"RECUR_LAYERS": "x", "WEIGHT_QUANTIZATION_BITS": "5"}
     # this one is read, whatever the run had
-    note_unread(config, environ | odd | {"GOLF_BACKEND": "torch"}, said.append)
+    note_unread(config, environ | odd | {"GOLF_BACKEND": "torch"}, said.append, ("gptq_calib_batches", "matrix_bits"))
     assert said == [
-        "environment: not read, as the run's settings and flags count: GPTQ_CALIB_BATCHES=8 (here 4), "
-        "RECUR_LAYERS=x (here 1,2), WEIGHT_QUANTIZATION_BITS=5 (here 6)"
+        "warning: ignoring GPTQ_CALIB_BATCHES=8; this run was made with 4 (pass --gptq_calib_batches to change it)",
+        "warning: ignoring RECUR_LAYERS=x; this run was made with 1,2",
+        "warning: ignoring WEIGHT_QUANTIZATION_BITS=5; this run was made with 6 (pass --matrix_bits to change it)",
     ]
     # a flag that says the same has made it so
     note_unread(config.replace(gptq_calib_batches=8), environ, said.append)
-    assert len(said) == 1
+    assert len(said) == 3
 
 
 @pytest.mark.parametrize("stage", [evaluate, quantize])
@@ -202,6 +204,20 @@ def test_every_recipe_is_a_valid_config_with_a_word_about_itself(name: str) -> N
     assert recipe.config().recipe == name
 
 
-def test_help_names_every_setting_and_recipe() -> None:
+def test_help_names_every_setting_and_recipe_by_section() -> None:
+    titles = ["run", "data", "model", "optimization", "quantization and artifact", "validation and evaluation"]
+    found: dict[str, list[str]] = {}
+    for line in help_text().splitlines():
+        if line.endswith(":") and not line.startswith(" "):
+            section = found.setdefault(line.removesuffix(":"), [])
+        elif line.startswith("  "):
+            section.append(line.split()[0])
+    *sections, (last, recipes) = found.items()
+    assert [title for title, _ in sections] == titles and last.startswith("recipes")
+    assert [name for _, names in sections for name in names] == list(field_names())
+    assert (sections[1][1][0], sections[3][1][0], sections[5][1][-1]) == ("data_path", "iterations", "logits_rounding")
+    assert recipes == recipe_names()
     text = help_text()
-    assert all(name in text for name in (*field_names(), *recipe_names()))
+    assert "  beta2                      float  decay of AdamW's second moments [0.95]\n" in text
+    assert re.search(r"^  resume +text +.* \(never, auto\) \[never\]$", text, re.M)
+    assert re.search(r"^  qat +0\|1 .* \[0\]$", text, re.M)

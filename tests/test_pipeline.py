@@ -262,9 +262,9 @@ def test_a_stage_alone_says_which_variables_it_does_not_read(
     monkeypatch.setenv("CODEC", "brotli")
     assert stage([str(folder.path), *(["--json"] if stage is evaluate else [])]) == 0
     output, errors = capsys.readouterr()
-    said = "environment: not read, as the run's settings and flags count: "
-    (line,) = [line for line in (output + errors).splitlines() if line.startswith(said)]
-    assert "GPTQ_CALIB_BATCHES=3 (here 4)" in line and "CODEC" not in line
+    (line,) = [line for line in (output + errors).splitlines() if line.startswith("warning: ignoring ")]
+    hint = " (pass --gptq_calib_batches to change it)" if stage is quantize else ""
+    assert line == f"warning: ignoring GPTQ_CALIB_BATCHES=3; this run was made with 4{hint}"
     if stage is evaluate:
         assert json.loads(output)["stride"] == 32
 

@@ -1,4 +1,4 @@
-"""`python -m train`: a run from text to record, alone or under torchrun."""
+"""`python -m train`: from text to record, in one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from train.recipes import load_recipe
 
 USAGE = f"""usage: python -m train [--recipe NAME] [--SETTING VALUE ...] [--describe [--json]]
 
-Train a model, quantize it, pack it into an artifact, score the artifact from its bytes, and write the record, all in
-runs/<run_id>/. The default recipe is {Config.recipe}; it trains on the standard library's own text.
+Train a model, quantize it, pack it into an artifact, score the artifact, and write a record, all in runs/RUN_ID/.
+The default recipe, {Config.recipe}, trains on the text of Python's standard library.
 
 examples:
   python -m train
   python -m train --recipe quickstart --max_wallclock_seconds 30 --seed 42
   python -m train --recipe quickstart --data_path data/mine --run_id mine
   SEED=42 torchrun --standalone --nproc_per_node=2 -m train --recipe quickstart
-  python -m train --recipe sp8192_sdclip --describe          (parameters, bytes, layers, schedule; --json for data)
-  python -m train --recipe quickstart --run_id mine --resume auto     (go on after a kill; see checkpoint_every)
+  python -m train --recipe sp8192_sdclip --describe    print parameters, bytes, layers and schedule, and do not train
+  python -m train --run_id mine --resume auto          resume after an interruption; see checkpoint_every
 
-Each stage alone: python -m train.data, train.quantize, train.artifact, train.evaluate, train.submission (each has --help).
-Precedence: flag > environment variable > recipe > default.
+A flag overrides an environment variable, which overrides the recipe, which overrides the default.
+Single stages: python -m train.data, train.quantize, train.artifact, train.evaluate, train.submission; each has --help.
 """
 
 
@@ -40,8 +40,8 @@ def main() -> int:
     if "--describe" in wants:
         return print_description(config, as_json="--json" in wants)
     if wants:
-        raise ConfigError("--json: belongs to --describe")
-    # imported after the settings are checked: torch takes seconds, a misspelt flag should not
+        raise ConfigError("--json: expected only together with --describe")
+    # imported late: torch takes seconds, and an error in the settings should not
     from train.pipeline import run_pipeline
 
     run_pipeline(config, overrides)

@@ -1,35 +1,51 @@
-"""Where a run's settings come from: command line > environment > recipe > default.
+"""The settings of a run from the command line, the environment and the recipe.
 
-The environment variable of a field is its name in upper case, as in Parameter Golf's run commands. A variable or flag
-that looks like a setting and is none is an error that names the nearest one, so that no typo trains for ten minutes.
+The environment variable of a setting is its name in upper case, as in Parameter Golf's run commands. A flag or variable
+that looks like a setting but is none is an error that names the most similar setting.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from golf_kernels import dispatch
 from train.common.errors import UserError
 from train.common.values import ConfigError, format_value
-from train.config import BOOKKEEPING, Config, field_help, field_names, nearest, parse_value, refuse_retired
+from train.config import (
+    BOOKKEEPING,
+    SECTIONS,
+    Config,
+    field_help,
+    field_names,
+    field_type,
+    nearest,
+    parse_value,
+    refuse_retired,
+)
 from train.recipes import load_recipe, recipe_names
 
-# first words that only a setting of this field begins with; a variable such as MUON_MOMENTM is then no stranger
+# a variable that begins with one of these words is meant as a setting, even if misspelt, such as MUON_MOMENTM
 _FAMILIES = frozenset(
     "ADAM BIGRAM COMPRESSOR EMA EMBED EVAL GPTQ LOGIT MATRIX MLP MUON NORMUON PAID PARALLEL QAT QK RECUR ROPE SCALAR SKIP SMEAR "
     "SWA TIED TIE TRAIN TRIGRAM TTT UNET VAL VE VOCAB WARMDOWN WARMUP WEIGHT XSA".split()
 )
 
-# what other published scripts call the same thing
+# names of other published scripts → ours
 _ALIASES = {"weight_quantization_bits": "matrix_bits", "embed_quantization_bits": "embed_bits"}
 
 
 @dataclass(frozen=True)
 class Override:
-    """A setting that differs from the recipe: its name, its value, and where it was given."""
+    """A setting that differs from the recipe.
+
+    Attributes:
+        name: of the setting.
+        value: its value.
+        source: where the value was given.
+    """
 
     name: str
     value: Any
@@ -37,29 +53,29 @@ class Override:
 
 
 def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list[Override]]:
-    """Turn flags and environment into a `Config`.
+    """Build the configuration from flags, environment variables and the recipe.
 
     Args:
-        arguments: `--field value` or `--field=value` pairs; `-` and `_` in a field's name mean the same.
+        arguments: `--name value` or `--name=value`; names may be written with `-` for `_`.
         environ: the environment variables.
 
     Returns:
-        The configuration and the values in it that differ from the recipe's.
+        The configuration, and the settings that differ from the recipe.
 
     Raises:
-        ConfigError: an unknown name, a value of the wrong type or range, or a contradiction.
+        ConfigError: an unknown name, a wrong type, a value out of range, or settings that contradict each other.
     """
     given: dict[str, Override] = {}
     for name, text in environ.items():
         if not name.isupper():
             continue
-        field = _ALIASES.get(name.lower(), name.lower())
+        field = _field_of(name)
         refuse_retired(field, f"environment variable {name}")
         if field in field_names():
             given[field] = Override(field, parse_value(field, text, name), f"environment {name}")
         elif _looks_like_setting(name):
             raise ConfigError(
-                f"{name}: this environment variable looks like a setting, but there is none of that name{nearest(name)} "
+                f"{name}: this environment variable looks like a setting, but no setting has this name{nearest(name)} "
                 "(unset it, or see python -m train --help)"
             )
     for name, text in _flags(arguments):
@@ -70,18 +86,20 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Confi
     return config, [override for name, override in given.items() if getattr(base, name) != override.value]
 
 
-def note_unread(config: Config, environ: Mapping[str, str], note: Callable[[str], object]) -> None:
-    """Say in one line which variables differ from what a stage of its own has, which reads the run and its flags alone.
+def note_unread(
+    config: Config, environ: Mapping[str, str], note: Callable[[str], object], flags: Collection[str] = ()
+) -> None:
+    """Warn about environment variables that disagree with the settings of a single stage, which ignores them.
 
     Args:
-        config: the settings that the stage has.
+        config: the settings of the stage.
         environ: the environment variables.
-        note: takes the line.
+        note: called with each warning.
+        flags: the settings that the stage has flags for.
     """
-    unread = []
-    for name, text in environ.items():
-        field = _ALIASES.get(name.lower(), name.lower())
-        # kernels are the machine's: a run trained with them is quantized and scored elsewhere
+    for name, text in sorted(environ.items()):
+        field = _field_of(name)
+        # GOLF_BACKEND is read: a run may be trained with other kernels than it is scored with
         if (
             not name.isupper()
             or field not in field_names()
@@ -89,22 +107,21 @@ def note_unread(config: Config, environ: Mapping[str, str], note: Callable[[str]
             or name == dispatch.ENVIRONMENT_VARIABLE
         ):
             continue
-        has = getattr(config, field)
+        value = getattr(config, field)
         try:
-            differs = parse_value(field, text, name) != has
+            if parse_value(field, text, name) == value:
+                continue
         except ConfigError:
-            differs = True
-        if differs:
-            unread.append(f"{name}={text} (here {format_value(has)})")
-    if unread:
-        note(f"environment: not read, as the run's settings and flags count: {', '.join(sorted(unread))}")
+            pass
+        hint = f" (pass --{field} to change it)" if field in flags else ""
+        note(f"warning: ignoring {name}={text}; this run was made with {format_value(value) or 'an empty value'}{hint}")
 
 
 def check_back_ends() -> None:
-    """Find out at the start whether what `GOLF_BACKEND` forces can run.
+    """Check that the backends that GOLF_BACKEND forces can run.
 
     Raises:
-        UserError: it cannot, or the variable cannot be read.
+        UserError: one of them cannot run, or does not exist.
     """
     try:
         dispatch.validate()
@@ -113,15 +130,20 @@ def check_back_ends() -> None:
 
 
 def help_text() -> str:
-    """Every setting with its meaning, choices and default."""
-    lines = ["Settings (flag --NAME VALUE or environment variable in upper case) [default]:"]
-    lines += [f"  {name:<28} {field_help(name)}" for name in field_names()]
-    lines += ["", "Recipes (--recipe NAME):"]
-    lines += [f"  {name:<28} {next(iter(load_recipe(name).about.splitlines()), '')}" for name in recipe_names()]
+    """Every setting, by section, and every recipe."""
+    starts = {first: title for title, first in SECTIONS.items()}
+    lines = ["Settings: flags (--NAME VALUE) or environment variables (NAME in upper case); default in brackets"]
+    for name in field_names():
+        if name in starts:
+            lines += ["", f"{starts[name]}:"]
+        lines.append(f"  {name:<26} {field_type(name):<6} {field_help(name)}")
+    lines += ["", "recipes (--recipe NAME):"]
+    lines += [f"  {name:<26} {next(iter(load_recipe(name).about.splitlines()), '')}" for name in recipe_names()]
     return "\n".join(lines)
 
 
 def override_line(override: Override) -> str:
+    """The log line of a setting that differs from the recipe."""
     return f"setting:{override.name}={format_value(override.value)} from:{override.source}"
 
 
@@ -131,10 +153,9 @@ def _flags(arguments: Sequence[str]) -> list[tuple[str, str]]:
     while remaining:
         flag = remaining.pop(0)
         if not flag.startswith("--"):
-            raise ConfigError(f"{flag!r}: expected --field value; see python -m train --help")
+            raise ConfigError(f"{flag!r}: expected --NAME VALUE; see python -m train --help")
         name, equals, text = flag[2:].partition("=")
-        name = name.replace("-", "_").lower()
-        name = _ALIASES.get(name, name)
+        name = _field_of(name.replace("-", "_"))
         refuse_retired(name, f"--{name}")
         if name not in field_names():
             raise ConfigError(f"{flag.partition('=')[0]}: no such setting{nearest(name)}")
@@ -144,6 +165,11 @@ def _flags(arguments: Sequence[str]) -> list[tuple[str, str]]:
             text = remaining.pop(0)
         pairs.append((name, text))
     return pairs
+
+
+def _field_of(name: str) -> str:
+    """The setting that a flag or variable of this name means, if there is one."""
+    return _ALIASES.get(name.lower(), name.lower())
 
 
 def _looks_like_setting(name: str) -> bool:

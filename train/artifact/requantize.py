@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             config, changes = _settings(arguments, folder)
         # the run's log tells of the run's own artifact alone
         log = RunLogger(elsewhere if arguments.out else folder.path, config.seed, ranks.rank)
-        note_unread(config, os.environ, log.line)
+        note_unread(config, os.environ, log.line, SETTINGS)
         model: GPT = load_weights(folder).to(ranks.device)
         path = arguments.out or folder.artifact
         # a script that trains again needs the recurrence that the run may have ended before

@@ -123,7 +123,8 @@ def _score(folder: RunFolder, arguments: argparse.Namespace) -> int:
     model = _load(folder, config, arguments.weights).eval()
     with start_ranks(config.device) as ranks:
         if ranks.is_main:
-            note_unread(config, os.environ, lambda line: print(line, file=sys.stderr, flush=True))
+            flags = {_SETTINGS.get(name, name) for name in vars(arguments)}
+            note_unread(config, os.environ, lambda line: print(line, file=sys.stderr, flush=True), flags)
         model = model.to(ranks.device)
         use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, arguments.batch_seqs)).name)
         # a bar goes to stderr, but plain progress lines would reach the script that reads the JSON
