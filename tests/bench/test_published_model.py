@@ -26,7 +26,7 @@ def test_attention_is_bit_for_bit_the_scripts_straight_line() -> None:
     def straight(x: torch.Tensor, scale: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         q_weight, k_weight, v_weight, o_weight, gain = (weight.bfloat16() for weight in weights)
         query, key, value = (F.linear(x, weight).unflatten(-1, (-1, 16)) for weight in (q_weight, k_weight, v_weight))
-        query, key = (rotate(F.rms_norm(part, (16,), eps=attention.eps), rotary) for part in (query, key))
+        query, key = (rotate(F.rms_norm(part, (16,), eps=2**-23), rotary) for part in (query, key))
         heads = [part.transpose(1, 2) for part in (query * gain[:, None], key, value)]
         output = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
         return scale.bfloat16() * F.linear(output.flatten(-2), o_weight)
@@ -49,7 +49,7 @@ def test_mlp_is_bit_for_bit_the_scripts_straight_line() -> None:
         return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
 
     x, scale, up, down = leaves
-    hidden = F.leaky_relu(F.linear(F.rms_norm(x, (32,), eps=mlp.eps) * 0.5, up.bfloat16()), 0.5).square()
+    hidden = F.leaky_relu(F.linear(F.rms_norm(x, (32,), eps=2**-23) * 0.5, up.bfloat16()), 0.5).square()
     want = results(residual + scale.bfloat16() * F.linear(hidden, down.bfloat16()))
     published = PublishedMLP(mlp)
     for layer in (published, mlp):
