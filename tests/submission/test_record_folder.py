@@ -34,34 +34,21 @@ def record(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "rule", "words"),
+    ("score", "verdict"),
     [
-        (
-            "1.08725556",
-            "1.08725557",
-            "README agrees with json and logs",
-            "1.08725557 in README.md, 1.08725556 measured",
-        ),
-        (
-            "1.08655776",
-            "1.08855776",
-            "README agrees with json and logs",
-            "1.08855776 in README.md, 1.08655776 measured",
-        ),
-        ("15,975,819", "15,975,818", "README agrees with json and logs", "15,975,818 in README.md, 15975819 measured"),
-        ("| 2024 | 1.08585085", "| 2024 | 1.0858", "", ""),
-        (
-            "| 2024 | 1.08585085",
-            "| 2024 | 1.0860",
-            "README agrees with json and logs",
-            "1.0860 in README.md's row of seed 2024",
-        ),
+        ("1.08655472", Verdict.PASSES),
+        ("1.0866", Verdict.PASSES),
+        ("1.0865.", Verdict.PASSES),
+        ("1.0867", Verdict.UNKNOWN),
+        ("1.08655473", Verdict.UNKNOWN),
+        ("1.087", Verdict.UNKNOWN),
+        ("1.08655472" + "0" * 5000, Verdict.PASSES),
     ],
+    ids=lambda value: str(value)[:12],
 )
-def test_one_digit_in_the_readme(record: Path, old: str, new: str, rule: str, words: str) -> None:
-    edit(record / "README.md", old, new)
-    found = failures(record)
-    assert list(found) == ([rule] if rule else []) and words in found.get(rule, "")
+def test_the_readme_states_the_score_rounded_or_cut(record: Path, score: str, verdict: Verdict) -> None:
+    edit(record / "README.md", "val_bpb 1.08655472,", f"val_bpb {score}")
+    assert "README states the score of submission.json" in verdicts(record, verdict)
 
 
 @pytest.mark.parametrize("seed", list(RUNS))
@@ -70,7 +57,7 @@ def test_one_digit_between_json_and_log(record: Path, seed: str) -> None:
     other = bpb[:-1] + str((int(bpb[-1]) + 1) % 10)
     edit(record / f"train_seed{seed}.log", f"val_bpb:{bpb}", f"val_bpb:{other}")
     found = failures(record)["submission.json agrees with the logs"]
-    assert found == f"train_seed{seed}.log: val_bpb is {float(other)}, json says {float(bpb)}"
+    assert found == f"val_bpb is {float(bpb)}, but {float(other)} in train_seed{seed}.log"
 
 
 def test_one_digit_beside_a_lost_zero(record: Path) -> None:
@@ -84,13 +71,14 @@ def test_one_digit_beside_a_lost_zero(record: Path) -> None:
 def test_mean_that_is_not_the_mean(record: Path) -> None:
     edit_json(record, val_bpb=1.08655473)
     assert (
-        failures(record)["mean and deviation are those of the seeds"] == "val_bpb 1.08655473, of the seeds 1.08655472"
+        failures(record)["mean and standard deviation match the seeds"]
+        == "val_bpb is 1.08655473, the seeds give 1.08655472"
     )
 
 
 def test_a_command_whose_variables_the_script_ignores(record: Path) -> None:
     edit(record / "README.md", "MATRIX_LR=0.02", "MATRIX_LR=0.02 MUON_WD=0.09 RECUR_LAYERS=4,5")
-    rule = "README's command sets variables that the script reads"
+    rule = "script reads the variables of README's command"
     assert failures(record) == {rule: "ignored: MUON_WD, RECUR_LAYERS"}
 
 
@@ -104,7 +92,7 @@ RAW = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2, "preset"
 def test_a_compressed_script_is_read_without_running_it(record: Path, compress: Callable[[bytes], bytes]) -> None:
     rng = random.Random(1)
     filler = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=4000))
-    rule = "README's command sets variables that the script reads"
+    rule = "script reads the variables of README's command"
     for known, verdict in (("seed matrix_lr", Verdict.PASSES), ("seed", Verdict.FAILS)):
         packed = base64.b85encode(compress(f"raise SystemExit  # {known} {filler}".encode())).decode()
         (record / "train_gpt.py").write_text(f'import base64 as B;exec(L.decompress(B.b85decode("{packed}")))')
@@ -113,31 +101,31 @@ def test_a_compressed_script_is_read_without_running_it(record: Path, compress: 
         (record / "train_gpt.py").write_bytes(b'%bexec(decompress(%b.encode("latin1")))' % (LATIN1, literal))
         assert rule in verdicts(record, verdict)
     (record / "train_gpt.py").write_text(f"exec(f(b85decode('{'0' * 2000}')))")
-    assert "compressed in an unknown way" in verdicts(record, Verdict.UNKNOWN)[rule]
+    assert "compression is not recognized" in verdicts(record, Verdict.UNKNOWN)[rule]
 
 
 def test_missing_keys_and_files(record: Path) -> None:
     edit_json(record, bytes_code=None, blurb="")
     found = failures(record)
-    assert found["the 14 common keys of submission.json"] == "missing or empty: blurb, bytes_code"
-    assert found["code that is counted"] == "no bytes_code in submission.json, the logs say 83,119"
+    assert found["required keys of submission.json"] == "missing or empty: blurb, bytes_code"
+    assert found["bytes_code is the size of the script"] == "no bytes_code in submission.json; logged: 83,119"
     (record / "submission.json").write_text("{")
     (record / "train_gpt.py").unlink()
-    value = failures(record)["the files of a record"]
-    assert "train_gpt.py" in value and "a readable submission.json (not readable as JSON" in value
+    value = failures(record)["required files"]
+    assert "train_gpt.py" in value and "a valid submission.json (not readable as JSON" in value
 
 
 def test_a_log_that_was_cut(record: Path) -> None:
     path = record / "train_seed1337.log"
     path.write_text(path.read_text()[:900])
     found = failures(record)
-    assert found["logs run to their final score"] == "none in train_seed1337.log"
+    assert found["logs are complete"] == "no final score in train_seed1337.log"
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "0.00000000"])
 def test_a_log_that_ends_without_a_sound_score(record: Path, number: str) -> None:
     edit(record / "train_seed1337.log", f"val_bpb:{RUNS['1337'][0]:.8f}", f"val_bpb:{number}")
-    assert failures(record)["logs run to their final score"] == "none in train_seed1337.log"
+    assert failures(record)["logs are complete"] == "no final score in train_seed1337.log"
     # what stands in the json is then what is judged
     assert read_record_folder(record).result("1337")["val_bpb"] == RUNS["1337"][0]
 
@@ -151,17 +139,10 @@ def test_what_is_no_number_in_the_json_is_not_there(record: Path, value: object)
     facts = {"rule": "once", "tokens": value, "validation_tokens": value}
     edit_json(record, seed_results=results, evaluation=facts, **dict.fromkeys(names, value))
     found = failures(record)
-    assert found.pop("code that is counted") == "no bytes_code in submission.json, the logs say 83,119"
+    assert found.pop("bytes_code is the size of the script") == "no bytes_code in submission.json; logged: 83,119"
     # an empty list or object is a missing key
-    assert set(found) <= {"the 14 common keys of submission.json"}
-    assert "every token scored once" in verdicts(record, Verdict.PASSES)
-
-
-@pytest.mark.parametrize("text", ["0.123456789012345", "1.0865547" + "1" * 40, "9" * 5000], ids=["15", "47", "5000"])
-def test_long_numbers_in_the_readme_agree_with_nothing(record: Path, text: str) -> None:
-    edit_json(record, seeds_drawn=10**17)
-    edit(record / "README.md", "# A record", f"# A record\n\n{text}")
-    assert failures(record) == {}
+    assert set(found) <= {"required keys of submission.json"}
+    assert "each token scored once" in verdicts(record, Verdict.PASSES)
 
 
 def test_a_foreign_folder_with_a_readme_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,8 +151,8 @@ def test_a_foreign_folder_with_a_readme_alone(tmp_path: Path, capsys: pytest.Cap
     )
     assert main(["check", str(tmp_path)]) == 1
     output = capsys.readouterr().out
-    assert "ok       hardware" in output and "not seen training" in output
-    assert "Could not be seen: " in output.splitlines()[-1]
+    assert "ok       hardware" in output and "unknown  training time" in output
+    assert "Could not be checked: " in output.splitlines()[-1]
 
 
 def test_what_is_no_record_is_an_error(tmp_path: Path) -> None:

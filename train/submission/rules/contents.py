@@ -1,4 +1,4 @@
-"""What a record folder must hold, how many seeds it needs, and on what and how it was run."""
+"""What a record folder must contain, how many seeds it needs, and which hardware and command it names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import zlib
 
 from train.common.wording import counted
 from train.submission.record_folder import RecordFolder
-from train.submission.rules.finding import Finding, pass_if, passes, unknown
+from train.submission.rules.finding import Finding, fails, pass_if, unknown
 
 KEYS = (
     "author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_bpb_std", "seeds", "seed_results",
@@ -19,8 +19,8 @@ KEYS = (
 )  # fmt: skip
 SEEDS = 3
 _H100 = r"\b8\s*[x×]\s*(?:NVIDIA\s+)?H100"
-# variables that are for the launcher and the libraries, not for the script
-_FOREIGN_VARIABLES = re.compile(
+# read by the launcher and the libraries, not by the script
+_LAUNCHER_VARIABLES = re.compile(
     r"^(NCCL|CUDA|OMP|MKL|TORCH|TORCHINDUCTOR|PYTORCH|PYTHON|HF|TRITON|MASTER|WORLD|RANK|LOCAL|LD|XDG)(_|$)|^(PATH|NPROC|HOME)$"
 )
 
@@ -30,31 +30,27 @@ def files(record: RecordFolder) -> Finding:
     missing += [] if record.logs else ["a training log"]
     missing += [] if record.script else ["train_gpt.py"]
     if record.problem:
-        missing.append(f"a readable submission.json ({record.problem})")
-    value = (
-        f"missing: {', '.join(missing)}"
-        if missing
-        else f"README.md, submission.json, {counted(len(record.logs), 'log')}, script"
-    )
-    return pass_if("the files of a record", not missing, value)
+        missing.append(f"a valid submission.json ({record.problem})")
+    present = f"README.md, submission.json, {counted(len(record.logs), 'log')}, script"
+    return pass_if(not missing, "required files", f"missing: {', '.join(missing)}" if missing else present)
 
 
 def keys(record: RecordFolder) -> Finding:
-    rule = "the 14 common keys of submission.json"
+    rule = "required keys of submission.json"
     if not record.submission:
         return unknown(rule, "no submission.json")
     missing = [key for key in KEYS if record.submission.get(key) in (None, "", [], {})]
-    return pass_if(rule, not missing, f"missing or empty: {', '.join(missing)}" if missing else "all there")
+    return pass_if(not missing, rule, f"missing or empty: {', '.join(missing)}" if missing else f"all {len(KEYS)}")
 
 
 def seeds(record: RecordFolder) -> Finding:
-    found = record.seeds
+    rule, limit, found = "seeds", f"at least {SEEDS}", record.seeds
     named = record.submission.get("seeds")
     if isinstance(named, list) and found and sorted(map(str, named)) != sorted(found):
-        value = f"json names {', '.join(map(str, named))}; scores are there of {', '.join(found)}"
-        return pass_if("seeds", False, value, f"at least {SEEDS}")
-    value = f"{len(found)}: {', '.join(found)}" if found else "none with a score"
-    return pass_if("seeds", len(found) >= SEEDS, value, f"at least {SEEDS}")
+        return fails(
+            rule, f"submission.json names {', '.join(map(str, named))}, scores exist for {', '.join(found)}", limit
+        )
+    return pass_if(len(found) >= SEEDS, rule, f"{len(found)}: {', '.join(found)}" if found else "no scores", limit)
 
 
 def hardware(record: RecordFolder) -> Finding:
@@ -64,36 +60,34 @@ def hardware(record: RecordFolder) -> Finding:
         found = re.search(rf"{_H100}[\w ]*", record.readme, re.IGNORECASE)
         stated = found[0].strip() if found else ""
     if not stated:
-        return unknown(rule, "named neither in submission.json nor in README.md", limit)
+        return unknown(rule, "not named in submission.json or README.md", limit)
     good = re.search(_H100, stated, re.IGNORECASE) and "pcie" not in stated.lower()
-    return pass_if(rule, bool(good), stated, limit)
+    return pass_if(bool(good), rule, stated, limit)
 
 
 def command(record: RecordFolder) -> Finding:
-    """The variables that the README sets must be ones that the script reads, or the command reproduces another run."""
-    rule = "README's command sets variables that the script reads"
+    """If the script ignores a variable that the README's command sets, the command reproduces another run."""
+    rule = "script reads the variables of README's command"
     blocks = re.findall(r"```(?:bash|sh|shell)?\n(.*?)```|^((?: {4}.*\n)+)", record.readme, re.DOTALL | re.MULTILINE)
     text = "\n".join(part for block in blocks for part in block)
     variables = sorted(
-        {name for name in re.findall(r"(?:^|[\s;])([A-Z][A-Z0-9_]+)=", text) if not _FOREIGN_VARIABLES.search(name)}
+        {name for name in re.findall(r"(?:^|[\s;])([A-Z][A-Z0-9_]+)=", text) if not _LAUNCHER_VARIABLES.search(name)}
     )
+    number = counted(len(variables), "variable")
     if not variables:
-        return unknown(rule, "no command with variables in README.md")
+        return unknown(rule, "README.md has no command with variables")
     if record.script is None:
-        return unknown(rule, f"{counted(len(variables), 'variable')}, but no script")
-    sources = [record.script, *record.package]
-    source = "\n".join(unwrapped(path.read_bytes()) for path in sources)
+        return unknown(rule, f"{number}, but no script")
+    source = "\n".join(unwrapped(path.read_bytes()) for path in [record.script, *record.package])
     if not source:
-        return unknown(rule, f"{counted(len(variables), 'variable')}, but the script is compressed in an unknown way")
+        return unknown(rule, f"{number}, but the script's compression is not recognized")
     # a settings dataclass has the name in lower case
     ignored = [name for name in variables if not re.search(rf"\b({name}|{name.lower()})\b", source)]
-    if ignored:
-        return pass_if(rule, False, f"ignored: {', '.join(ignored)}")
-    return passes(rule, f"all {len(variables)}")
+    return pass_if(not ignored, rule, f"ignored: {', '.join(ignored)}" if ignored else number)
 
 
 def unwrapped(source: bytes) -> str:
-    """A script as it is, or what it unpacks from its one long string and runs; empty where that cannot be told.
+    """The source that a script runs: its own, or what it unpacks from one long string; empty if that cannot be unpacked.
 
     Nothing is executed.
     """

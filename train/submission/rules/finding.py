@@ -1,4 +1,4 @@
-"""One rule's outcome."""
+"""The outcome of one rule."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from enum import Enum
 
 
 class Verdict(Enum):
-    """What a rule came to; the value is what is printed."""
+    """Whether a record keeps a rule; the value is what is printed."""
 
     PASSES = "ok"
     FAILS = "FAIL"
-    UNKNOWN = "not seen"
+    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule's outcome.
+    """The outcome of one rule.
 
     Attributes:
-        rule: the rule, in a few words.
-        verdict: what it came to.
-        value: what was found.
-        limit: what was allowed; empty where the rule says it.
+        rule: name of the rule.
+        verdict: whether the record keeps it.
+        value: what the record shows.
+        limit: what the rule allows; empty where its name says so.
     """
 
     rule: str
@@ -43,5 +43,5 @@ def unknown(rule: str, why: str, limit: str = "") -> Finding:
     return Finding(rule, Verdict.UNKNOWN, why, limit)
 
 
-def pass_if(rule: str, good: bool, value: str, limit: str = "") -> Finding:
+def pass_if(good: bool, rule: str, value: str, limit: str = "") -> Finding:
     return (passes if good else fails)(rule, value, limit)

@@ -1,4 +1,4 @@
-"""16,000,000 bytes, decimal, with everything that is shipped."""
+"""Everything that a record ships counts: at most 16,000,000 bytes, decimal."""
 
 from __future__ import annotations
 
@@ -10,75 +10,70 @@ CAP_BYTES = 16_000_000
 
 
 def cap(record: RecordFolder) -> Finding:
-    rule, limit = "code and model together", f"{CAP_BYTES:,} bytes"
+    rule, limit = "total size", f"{CAP_BYTES:,} bytes"
     totals: dict[str, float | None] = {
         f"seed {seed}": result.get("artifact_bytes") for seed, result in record.seed_results.items()
     }
     totals["submission.json"] = record.number("bytes_total")
     for log in record.logs:
         sizes = log.log["sizes"]
-        # the shipped script may be another form of the sources that ran
+        # the shipped script may have another size than the code that ran
         shipped = record.number("bytes_code") or sizes.get("code")
-        if "model" in sizes and shipped is not None:
-            totals[log.path.name] = sizes["model"] + shipped
-        else:
-            totals[log.path.name] = sizes.get("total")
-    known = {source: int(size) for source, size in totals.items() if size is not None}
-    if not known:
+        known = "model" in sizes and shipped is not None
+        totals[log.path.name] = sizes["model"] + shipped if known and shipped else sizes.get("total")
+    stated = {source: int(size) for source, size in totals.items() if size is not None}
+    if not stated:
         return unknown(rule, "no total in submission.json or in a log", limit)
-    source, largest = max(known.items(), key=lambda item: item[1])
-    spare = CAP_BYTES - largest
+    source, largest = max(stated.items(), key=lambda item: item[1])
+    left = CAP_BYTES - largest
     return pass_if(
-        rule,
-        spare >= 0,
-        f"{largest:,} ({source}), {f'{spare:,} to spare' if spare >= 0 else f'{-spare:,} too many'}",
-        limit,
+        left >= 0, rule, f"{largest:,} ({source}), {abs(left):,} {'left' if left >= 0 else 'too many'}", limit
     )
 
 
 def code(record: RecordFolder) -> Finding:
-    """The code that is counted must be the code that is shipped."""
-    rule = "code that is counted"
+    rule = "bytes_code is the size of the script"
     stated = record.number("bytes_code", "code_bytes")
     logged = sorted({log.log["sizes"]["code"] for log in record.logs if "code" in log.log["sizes"]})
+    in_logs = f"; logged: {', '.join(f'{size:,}' for size in logged)}" if logged else ""
     if stated is None:
-        found = f", the logs say {', '.join(f'{size:,}' for size in logged)}" if logged else ""
-        return fails(rule, f"no bytes_code in submission.json{found}")
+        return fails(rule, f"no bytes_code in submission.json{in_logs}")
     if record.script is None:
         if not logged:
             return unknown(rule, f"{stated:,} in submission.json, but neither script nor logged size")
-        return pass_if(rule, stated in logged, f"{stated:,}; the logs say {', '.join(f'{size:,}' for size in logged)}")
+        return pass_if(stated in logged, rule, f"{stated:,} in submission.json{in_logs}")
     shipped = sum(path.stat().st_size for path in (record.script, *record.package))
     if shipped != stated:
         return fails(rule, f"{stated:,} in submission.json, {shipped:,} in the folder")
-    other = [f"{size:,}" for size in logged if size != stated]
-    return passes(rule, f"{shipped:,}" + (f"; the runs logged {', '.join(other)}" if other else ""))
+    return passes(rule, f"{shipped:,}{in_logs if logged != [stated] else ''}")
 
 
 def parts(record: RecordFolder) -> Finding:
-    """total = model + code: what is more was shipped too, and must be named."""
+    """Bytes that are neither model nor code were shipped too, and must be named."""
     rule = "total = model + code"
-    paid = int(record.number("bytes_paid_prefix") or 0)
-    sums = []
+    prefix = int(record.number("bytes_paid_prefix") or 0)
+    # source → total, model without prefix, code
+    sums: dict[str, tuple[float | None, float | None, float | None]] = {}
     for seed in record.seeds:
         result = record.result(seed)
         total = record.seed_results.get(seed, {}).get("artifact_bytes", result.get("artifact_bytes"))
         code_bytes = record.number("bytes_code") or result.get("bytes_code")
-        if total and "bytes_model" in result and code_bytes:
-            sums.append((f"seed {seed}", int(total), int(result["bytes_model"]) + paid, int(code_bytes)))
+        sums[f"seed {seed}"] = total, result.get("bytes_model"), code_bytes
     for log in record.logs:
         sizes = log.log["sizes"]
-        if {"total", "model", "code"} <= set(sizes):
-            sums.append((log.path.name, sizes["total"], sizes["model"] + paid, sizes["code"]))
-    keys = ("bytes_total", "bytes_model", "bytes_code")
-    top = [int(size) for key in keys if (size := record.number(key)) is not None]
-    if len(top) == len(keys):
-        sums.append(("submission.json", top[0], top[1] + paid, top[2]))
-    if not sums:
-        return unknown(rule, "model bytes are neither in submission.json nor in a log")
-    wrong = [
-        f"{name}: {total:,} is {total - model - code_bytes:+,} from {model:,} + {code_bytes:,}"
-        for name, total, model, code_bytes in sums
-        if total != model + code_bytes
-    ]
-    return pass_if(rule, not wrong, "; ".join(wrong) or f"in {counted(len(sums), 'place')}")
+        sums[log.path.name] = sizes.get("total"), sizes.get("model"), sizes.get("code")
+    number = record.number
+    sums["submission.json"] = number("bytes_total"), number("bytes_model"), number("bytes_code")
+    known, wrong = 0, []
+    for source, (total, model, code_bytes) in sums.items():
+        if total is None or model is None or code_bytes is None:
+            continue
+        known += 1
+        difference = int(total) - int(model) - prefix - int(code_bytes)
+        if difference:
+            wrong.append(
+                f"{source}: {int(total):,} is {difference:+,} from {int(model) + prefix:,} + {int(code_bytes):,}"
+            )
+    if not known:
+        return unknown(rule, "no model size in submission.json or in a log")
+    return pass_if(not wrong, rule, "; ".join(wrong) or f"checked in {counted(known, 'place')}")

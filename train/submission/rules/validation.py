@@ -1,14 +1,15 @@
-"""No validation tokens: not in the artifact, not in training."""
+"""No validation tokens in the artifact or in training, as far as README, submission.json and logs tell."""
 
 from __future__ import annotations
 
 import re
 
+from train.data.paid_prefix import NOT_COMPLIANT
 from train.submission.record_folder import RecordFolder
 from train.submission.rules.finding import Finding, fails, passes, unknown
 
-# with this label our own runs mark scores of a text that is partly in the artifact
-_LABEL = r"NOT COMPLIANT"
+# the label of our own runs with a paid prefix
+_LABEL = NOT_COMPLIANT.partition(":")[0]
 _PREFIX = r"paid[ _-]?prefix|val(idation)? tokens? (are |is |stored )?in the artifact"
 _TRAINED = (
     r"(train|fine-?tun|adapt)\w*\b(?:(?!scor|evaluat|[.,;|]).){0,40}\bon (the )?val(idation)?\b|\bval[ _-]?only\b"
@@ -19,27 +20,30 @@ _DENIED = r"\b(no|not|never|without|n't)\b"
 
 def artifact(record: RecordFolder) -> Finding:
     rule = "no validation tokens in the artifact"
-    label = [(name, line) for name, line in record.find(_LABEL) if re.search(_LABEL, line)]
+    label = [(name, line) for name, line in record.find(_LABEL) if _LABEL in line]
     for name, line in [*label, *_affirmed(record, _PREFIX)]:
         return fails(rule, f"{name}: {_excerpt(line, f'{_LABEL}|{_PREFIX}')}")
-    if not record.logs and not record.readme:
-        return unknown(rule, "neither README nor log to read")
-    return passes(rule, "nothing in README, json and logs says so")
+    return _nothing_found(record, rule)
 
 
 def training(record: RecordFolder) -> Finding:
-    rule = "no validation tokens in training"
+    rule = "no training on validation tokens"
     for name, line in _affirmed(record, _TRAINED):
+        excerpt = f"{name}: {_excerpt(line, _TRAINED)}"
         if re.search(_SCORED_FIRST, line, re.IGNORECASE):
-            return unknown(rule, f"trains on tokens it has scored, read how: {name}: {_excerpt(line, _TRAINED)}")
-        return fails(rule, f"{name}: {_excerpt(line, _TRAINED)}")
+            return unknown(rule, f"allowed only on tokens that are already scored: {excerpt}")
+        return fails(rule, excerpt)
+    return _nothing_found(record, rule)
+
+
+def _nothing_found(record: RecordFolder, rule: str) -> Finding:
     if not record.logs and not record.readme:
-        return unknown(rule, "neither README nor log to read")
-    return passes(rule, "nothing in README, json and logs says so")
+        return unknown(rule, "no README.md and no log")
+    return passes(rule, "README, submission.json and logs mention none")
 
 
 def _affirmed(record: RecordFolder, pattern: str) -> list[tuple[str, str]]:
-    """Lines that say it and do not deny it within the words before."""
+    """(file, line) of each line that matches, unless one of the words before the match denies it."""
     found = []
     for name, line in record.find(pattern):
         match = re.search(pattern, line, re.IGNORECASE)
