@@ -28,7 +28,7 @@ from train.run.folder import RunFolder
 from train.run.log_grammar import parse_log
 from train.run.logger import read_metrics, series
 from train.single_file.code_size import counted_code_bytes
-from train.submission.record import readme, summarize
+from train.submission.record import run_readme, summarize
 from train.submission.summary import summary_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,8 +88,10 @@ def test_a_summary_says_where_recurrence_never_began(finished: Finished, tmp_pat
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
     write_json(folder.training, {**folder.read_training(), "recurrence": False})
     summary = summarize(folder)
-    assert "\n  recurrence never began (step 6)\n" in summary_text(summary)
-    assert "| recurrence | never began (step 6) |" in readme(summary, folder.read_config(), "name")
+    assert "\n  recurrence never started: training ended before step 6\n" in summary_text(summary)
+    assert "| recurrence | never started: training ended before step 6 |" in run_readme(
+        summary, folder.read_config(), "name"
+    )
 
 
 def test_training_lowers_the_loss(finished: Finished) -> None:

@@ -164,7 +164,7 @@ def test_scores_made_at_once_are_both_kept(finished: Finished, tmp_path: Path, m
 
 
 # at the second place the first has a file half-written
-@pytest.mark.parametrize("place", ["train.submission.record.readme", "train.common.files.os.fsync"])
+@pytest.mark.parametrize("place", ["train.submission.record.run_readme", "train.common.files.os.fsync"])
 def test_of_records_made_at_once_the_last_is_whole(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

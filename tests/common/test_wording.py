@@ -22,4 +22,4 @@ def test_numbers_and_nouns_agree(given: tuple[int, str], said: str) -> None:
 
 
 def test_a_run_of_one_step_says_so() -> None:
-    assert "  training   1 step of " in summary_text(make_summary(steps=1))
+    assert "  training   1 step, " in summary_text(make_summary(steps=1))

@@ -46,7 +46,10 @@ def make_summary(**changes: Any) -> Summary:
         "step0_val_bpb": 3.48761234,
         "prequant_val_bpb": 1.08741234,
         "flat_val_bpb": 1.10412345,
-        "yardsticks": {"gzip -9 after the training text": 1.96123456, "xz -9 after the training text": 1.40123456},
+        "yardsticks": {
+            "gzip -9 primed with the training text": 1.96123456,
+            "xz -9 primed with the training text": 1.40123456,
+        },
         "model_groups": {"embeddings": 4_000_000, "attention": 4_898_181, "mlp": 7_000_000},
     }
     return Summary(**{**values, **changes})

@@ -112,7 +112,7 @@ def test_missing_keys_and_files(record: Path) -> None:
     (record / "submission.json").write_text("{")
     (record / "train_gpt.py").unlink()
     value = failures(record)["required files"]
-    assert "train_gpt.py" in value and "a valid submission.json (not readable as JSON" in value
+    assert "train_gpt.py" in value and "a valid submission.json (not valid JSON" in value
 
 
 def test_a_log_that_was_cut(record: Path) -> None:
@@ -158,5 +158,5 @@ def test_a_foreign_folder_with_a_readme_alone(tmp_path: Path, capsys: pytest.Cap
 def test_what_is_no_record_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         read_record_folder(tmp_path / "none")
-    with pytest.raises(UserError, match="not a record: neither"):
+    with pytest.raises(UserError, match="not a record folder: no README"):
         read_record_folder(tmp_path)

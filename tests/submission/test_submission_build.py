@@ -23,11 +23,11 @@ from train.pipeline import run_pipeline
 from train.run.folder import RunFolder
 from train.single_file.code_size import counted_code_bytes
 from train.single_file.pack import FORMS
-from train.submission import build
-from train.submission import readme as record_readme
+from train.submission import build, readme
 from train.submission.__main__ import main
-from train.submission.build import RecordDetails, build_record, recipe_settings
+from train.submission.build import build_record, recipe_settings
 from train.submission.check import apply_rules
+from train.submission.record import RecordDetails
 from train.submission.record_folder import read_record_folder
 from train.submission.record_scores import find_base
 from train.submission.rules.finding import Finding, Verdict
@@ -102,10 +102,9 @@ def test_the_readme_tells_it_to_the_last_digit(record: Path) -> None:
         assert [float(cell) for cell in cells[1:]] == [result[name] for name in names]
     assert f"**val_bpb {submission['val_bpb']:.8f}** ± {submission['val_bpb_std']:.8f} over 3 seeds" in text
     # the parts of the model and the code are the total
-    budget = text.partition("## Bytes")[2].partition("## Time")[0]
+    budget = text.partition("## Size")[2].partition("## Time")[0]
     parts = [
-        int(number.replace(",", ""))
-        for number in re.findall(r"^\| (?!model|to the).* \| \**([\d,]+)\** \|$", budget, re.M)
+        int(number.replace(",", "")) for number in re.findall(r"^\| (?!left).* \| \**([\d,]+)\** \|$", budget, re.M)
     ]
     assert sum(parts[:-1]) == parts[-1] == submission["bytes_total"]
     assert "| `model_dim` | 128 | 32 |" in text
@@ -115,11 +114,11 @@ def test_the_readme_tells_it_to_the_last_digit(record: Path) -> None:
 def test_the_readme_says_which_runs_were_resumed(runs: list[Path]) -> None:
     first, second, third = read_runs(runs)
     resumed = [replace(run, summary=replace(run.summary, resumed=[2, 3])) for run in (second, third)]
-    note = record_readme._times([first, *resumed])[-1]
-    said = "training was resumed at steps 2, 3: train is its clock alone."
-    clock = "The training clock holds the steps alone; what is calibrated on training data comes behind it and counts with it."
+    note = readme._times([first, *resumed])[-1]
+    said = "resumed at steps 2, 3, so train is the training clock."
+    clock = "Times in seconds. The training clock covers the steps; calibration on training data follows it and counts as training too."
     assert note == f"{clock} Seed 314: {said} Seed 999: {said}"
-    assert record_readme._times([*resumed, first])[-1] == note and record_readme._times([first])[-1] == clock
+    assert readme._times([*resumed, first])[-1] == note and readme._times([first])[-1] == clock
 
 
 def test_the_settings_in_the_script_are_those_of_the_run(record: Path, runs: list[Path]) -> None:
@@ -197,21 +196,19 @@ def test_a_base_is_compared_in_settings_and_scores(
 ) -> None:
     build_record(runs, tmp_path / "a", DETAILS, base=find_base("1019"))
     text = (tmp_path / "a/README.md").read_text()
-    assert "## What is different from #1019" in text and "In words" not in text
-    assert re.search(
-        r"Not compared: scored on different texts, .* tokens that are not the challenge's .*, #1019 on", text
-    )
+    assert "## Differences from #1019" in text and "Result:" not in text
+    assert re.search(r"Not compared: scored on different texts: .* on another text of .* tokens, #1019 on", text)
     build_record(runs, tmp_path / "b", DETAILS, base=find_base("sp8192_sdclip"))
     assert "| `vocab_size` | 8192 | 512 |" in (tmp_path / "b/README.md").read_text()
     base = find_base(str(record))
     assert base.scores is not None and base.settings is not None and base.settings["model_dim"] == 32
     build_record(runs, tmp_path / "same", DETAILS, base=base)
     text = (tmp_path / "same/README.md").read_text()
-    assert "Both are scored on " in text and "In words: A clears the bar in no reading." in text
+    assert "Both are scored on " in text and "Result: A is not better by enough in any unit." in text
     build_record(runs[:1], tmp_path / "c", DETAILS, base=base)
     text = (tmp_path / "c/README.md").read_text()
-    assert "No setting." in text and "In words" not in text and "over 1 seed," in text
-    with pytest.raises(UserError, match=r"base: .*neither a record's folder.*nor a recipe \(baseline"):
+    assert "No setting differs from " in text and "Result:" not in text and "over 1 seed," in text
+    with pytest.raises(UserError, match=r"--base: nothing: no such record folder, .* or recipe \(baseline"):
         find_base("nothing")
 
 
@@ -286,7 +283,7 @@ def test_a_log_that_was_cut_or_is_of_another_artifact_is_named(runs: list[Path],
     log = broken[2] / "train_seed999.log"
     text = log.read_text()
     log.write_text(text[: text.index("final_int6_roundtrip ")])
-    with pytest.raises(UserError, match=r"train_seed999\.log: ends before its final score"):
+    with pytest.raises(UserError, match=r"train_seed999\.log: no final score"):
         read_runs(broken)
     exact = re.findall(r"_sliding_window_exact val_loss:\S+ val_bpb:(\S+)", text)[-1]
     other = f"{float(exact) + 1e-8:.8f}"
@@ -303,10 +300,10 @@ def test_runs_that_do_not_belong_together_are_named(runs: list[Path], tmp_path: 
     folder = RunFolder(broken[1])
     folder.write_config(folder.read_config().replace(recipe="baseline", matrix_lr=0.5))
     with pytest.raises(
-        UserError, match=r"seed314: not of one record with .*seed42: recipe is baseline, there quickstart, matrix_lr"
+        UserError, match=r"seed314: settings differ from .*seed42: recipe=baseline, not quickstart, matrix_lr"
     ):
         build_record(broken, tmp_path / "mine", DETAILS)
-    with pytest.raises(UserError, match=r"seed 42: both of .*give one run per seed"):
+    with pytest.raises(UserError, match=r"seed 42: used by .*give one run per seed"):
         build_record([runs[0], runs[0]], tmp_path / "mine", DETAILS)
     assert not (tmp_path / "mine").exists()
 
@@ -326,7 +323,8 @@ def test_a_script_that_scores_otherwise_stops_the_build(
 def test_bytes_are_counted_twice(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunFolder(runs[0]).read_config()
     finding = re.fullmatch(
-        r"(\d+) validation documents: ([\d,]+) bytes charged, ([\d,]+) in the text", tokenizer_facts(config)["finding"]
+        r"(\d+) validation documents: the tokenizer counts ([\d,]+) bytes, the text has ([\d,]+)",
+        tokenizer_facts(config)["finding"],
     )
     assert finding and int(finding[1]) >= 1 and finding[2] == finding[3]
     tables = build.tokenizer_facts.__globals__["byte_tables"]

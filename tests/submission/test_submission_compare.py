@@ -1,4 +1,4 @@
-"""Welch's test and the three readings of the bar, against published statistics and straight-line formulae."""
+"""Welch's test against zero and 0.005 nats in each unit, against published statistics and straight-line formulae."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import pytest
 from train.common.errors import UserError
 from train.submission.__main__ import main
 from train.submission.record_scores import RecordScores, exact_score, find_scores
-from train.submission.statistics import bar_bpb, comparison_text, readings, welch
+from train.submission.statistics import comparison_text, nats_per_token_in_bpb, unit_tests, welch
 
 
 def t_below(t, df):
@@ -44,7 +44,7 @@ def straight_welch(a, b, margin):
 def test_published_statistics_are_reproduced(ours, theirs, t, df):
     a = ours if isinstance(ours, tuple) else find_scores(ours).val_bpb
     result = welch(a, find_scores(theirs).val_bpb)
-    assert result.t == pytest.approx(t, abs=5.1e-5) and result.df == pytest.approx(df, abs=5.1e-5)
+    assert result.statistic == pytest.approx(t, abs=5.1e-5) and result.df == pytest.approx(df, abs=5.1e-5)
 
 
 def test_published_means_deviations_and_p():
@@ -63,16 +63,16 @@ def test_published_means_deviations_and_p():
         0.00145697,
     )
     assert round(statistics.fmean(runs.val_loss), 8) == 2.38160730
-    assert round(welch(ours.val_bpb, theirs.val_bpb).p, 8) == 0.00063882
+    assert round(welch(ours.val_bpb, theirs.val_bpb).pvalue, 8) == 0.00063882
     # #1392 scored the last 64 tokens of 45,508,608 32 times, which is 1,984 tokens of 4,991 bytes more
     losses = [bpb * math.log(2) * (151_074_052 + 4_991) / (45_508_608 + 1_984) for bpb in ours.val_bpb]
     assert statistics.fmean(losses) == pytest.approx(2.53578534, abs=2e-8)
     assert statistics.stdev(losses) == pytest.approx(0.00263202, abs=5e-9)
 
 
-def test_the_bar_in_bits_per_byte_is_the_published_one():
+def test_the_margins_in_bits_per_byte_are_the_published_ones():
     sizes = (2.4359301, 2.9613203, 3.3196808, 3.7266311)
-    assert [round(bar_bpb(size), 6) for size in sizes] == [0.002961, 0.002436, 0.002173, 0.001936]
+    assert [round(nats_per_token_in_bpb(size), 6) for size in sizes] == [0.002961, 0.002436, 0.002173, 0.001936]
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.003, 0.0072])
@@ -82,49 +82,51 @@ def test_against_the_formula_and_an_integral(sizes, margin):
     a, b = (list(1.1 - 0.008 * (side == 0) + 0.002 * rng.standard_normal(size)) for side, size in enumerate(sizes))
     t, df, p = straight_welch(a, b, margin)
     result = welch(a, b, margin)
-    assert (result.t, result.df) == (pytest.approx(t, rel=1e-9), pytest.approx(df, rel=1e-9))
-    assert result.p == pytest.approx(p, rel=1e-5, abs=1e-9)
+    assert (result.statistic, result.df) == (pytest.approx(t, rel=1e-9), pytest.approx(df, rel=1e-9))
+    assert result.pvalue == pytest.approx(p, rel=1e-5, abs=1e-9)
 
 
-def test_readings_shift_the_null_hypothesis_by_the_bar():
+def test_each_unit_shifts_the_null_hypothesis_by_its_margin():
     ours, theirs = find_scores("1019"), find_scores("549")
-    tests = {reading.name.split(" of ")[0]: reading for reading in readings(ours, theirs)}
+    tests = {test.unit.split(" of ")[0]: test for test in unit_tests(ours, theirs)}
     assert list(tests) == ["nats per token", "nats per byte", "bits per byte"]
     bars = [0.005 / (math.log(2) * ours.bytes_per_token), 0.005 / math.log(2), 0.005]
-    for reading, bar in zip(tests.values(), bars, strict=True):
-        assert reading.test.t == pytest.approx(straight_welch(ours.val_bpb, theirs.val_bpb, bar)[0], rel=1e-9)
-        assert reading.bar_bpb == pytest.approx(bar, rel=1e-12)
-    # the improvement of 0.00784 nats per token is 0.00322 nats per byte: the readings part
-    assert [reading.passes for reading in tests.values()] == [True, False, False]
+    for unit, bar in zip(tests.values(), bars, strict=True):
+        assert unit.test.statistic == pytest.approx(straight_welch(ours.val_bpb, theirs.val_bpb, bar)[0], rel=1e-9)
+        assert unit.margin == pytest.approx(bar, rel=1e-12)
+    # the improvement of 0.00784 nats per token is 0.00322 nats per byte
+    assert [unit.passes for unit in tests.values()] == [True, False, False]
 
 
 def test_a_test_on_losses_has_the_same_t_within_one_tokenizer():
     theirs = find_scores("1019")
     loss = tuple(value * math.log(2) * theirs.bytes_per_token for value in (1.1031, 1.1036, 1.1039))
     ours = RecordScores("ours", (), (1.1031, 1.1036, 1.1039), loss)
-    assert len(readings(ours, theirs)) == 3
-    assert welch(ours.val_loss, theirs.val_loss, 0.005).t == pytest.approx(readings(ours, theirs)[0].test.t, rel=1e-5)
+    assert len(unit_tests(ours, theirs)) == 3
+    assert welch(ours.val_loss, theirs.val_loss, 0.005).statistic == pytest.approx(
+        unit_tests(ours, theirs)[0].test.statistic, rel=1e-5
+    )
 
 
-def test_words_name_both_tokenizers_and_what_holds():
+def test_text_names_both_tokenizers_and_the_result():
     ours = RecordScores("ours", ("1", "2", "3"), (1.1015, 1.1018, 1.1021), (2.5345, 2.5352, 2.5359))
     text = comparison_text(ours, find_scores("1019"))
     assert "nats per token of #1019 (2.4359 bytes)" in text and "nats per token of ours (3.3196 bytes)" in text
-    assert "A is better by 0.01293509 bits per byte." in text
-    assert text.endswith("In words: A clears the bar in every reading.")
+    assert "A is better than B by 0.01293509 bits per byte." in text
+    assert text.endswith("Result: A is better by enough in every unit.")
     worse = comparison_text(find_scores("1019"), find_scores("1392"))
-    assert "A is not better: it needs 0.01270036 bits per byte more than B." in worse
-    assert worse.endswith("A clears the bar in no reading.")
+    assert "A is not better than B: its mean is 0.01270036 bits per byte higher." in worse
+    assert worse.endswith("A is not better by enough in any unit.")
     unknown = comparison_text(find_scores("1471"), find_scores("1392"))
-    assert "nats per token: not seen" in unknown
+    assert "nats per token: unknown" in unknown
 
 
 @pytest.mark.parametrize(
     ("a", "b", "fragment"),
     [
-        ((1.1,), (1.2, 1.3), "A: 1 seed has no deviation"),
-        ((1.1, 1.2), (), "B: 0 seed has no deviation"),
-        ((1.1, 1.1), (1.2, 1.2), "without a deviation there is no test"),
+        ((1.1,), (1.2, 1.3), "A: 1 seed: "),
+        ((1.1, 1.2), (), "B: 0 seeds: "),
+        ((1.1, 1.1), (1.2, 1.2), "needs some variance"),
     ],
 )
 def test_scores_without_a_deviation_are_refused(a, b, fragment):
@@ -171,12 +173,12 @@ def test_scores_that_are_no_numbers_are_refused(tmp_path: Path, number: str):
 
 
 def test_what_holds_no_scores_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match="neither a record's folder, nor"):
+    with pytest.raises(UserError, match=r"no such record folder, submission\.json or published record"):
         find_scores("records/none")
-    with pytest.raises(UserError, match=r"expected scores per seed .*, nor a log"):
+    with pytest.raises(UserError, match=r"no scores per seed .*, and no logs"):
         find_scores(str(tmp_path))
     (tmp_path / "train_seed1.log").write_text("seed:1\nstep:1/2 train_loss")
-    with pytest.raises(UserError, match=r"train_seed1\.log: no final score in it"):
+    with pytest.raises(UserError, match=r"train_seed1\.log: no final score"):
         find_scores(str(tmp_path))
     file = tmp_path / "submission.json"
     for results, fragment in (([1], "seed_results: expected an object"), ({"1": {}}, "seed 1: expected a val_bpb")):
@@ -188,8 +190,8 @@ def test_what_holds_no_scores_is_named(tmp_path: Path):
 def test_command_prints_the_comparison(capsys):
     assert main(["compare", "1392", "1019"]) == 0
     output = capsys.readouterr().out
-    assert "t = -18.3720, 2.3794 degrees of freedom, one-sided p = 0.00063882 against no improvement" in output
-    assert output.count("holds\n") == 3
+    assert "t = -18.3720, df = 2.3794, one-sided p = 0.00063882." in output
+    assert output.count("passes\n") == 3
 
 
 def scored_record(folder: Path, tokens: int, digest: str, *, whole: int = 0) -> str:
@@ -207,19 +209,22 @@ def test_scores_of_different_texts_are_not_compared(tmp_path: Path):
     for pair, fragment in (
         (
             (ours, "1019"),
-            "ours on 12,288 tokens that are not the challenge's validation text, #1019 on the challenge's",
+            "ours on another text of 12,288 tokens, #1019 on the challenge's",
         ),
-        (("1019", ours), "#1019 on the challenge's validation text, .*ours on 12,288"),
+        (("1019", ours), "#1019 on the challenge's validation text, .*ours on another text of 12,288"),
         # of one tokenizer, and more apart than a window
-        ((ours, scored_record(tmp_path / "longer", 14_336, "a")), "on 14,336 tokens"),
-        (("1019", scored_record(tmp_path / "part", 65_536, "b", whole=40_540_160)), "part on 65,536 tokens"),
+        ((ours, scored_record(tmp_path / "longer", 14_336, "a")), "on another text of 14,336 tokens"),
+        (
+            ("1019", scored_record(tmp_path / "part", 65_536, "b", whole=40_540_160)),
+            "part on another text of 65,536 tokens",
+        ),
     ):
-        with pytest.raises(UserError, match=f"^scored on different texts, .*{fragment}"):
+        with pytest.raises(UserError, match=f"^scored on different texts: .*{fragment}"):
             main(["compare", *pair])
     silent = tmp_path / "silent.json"
     silent.write_text('{"seed_results": {"1": {"val_bpb": 1.05}, "2": {"val_bpb": 1.06}}}')
     for other in (str(silent), scored_record(tmp_path / "other", 9_216, "c")):
-        with pytest.raises(UserError, match=r"^not known to be scored on one text"):
+        with pytest.raises(UserError, match=r"^may be scored on different texts: "):
             main(["compare", ours, other])
 
 
@@ -227,18 +232,21 @@ def test_scores_of_one_text_are_compared(tmp_path: Path, capsys: pytest.CaptureF
     ours = scored_record(tmp_path / "ours", 12_288, "a")
     # a window of another length leaves out another end
     assert main(["compare", ours, scored_record(tmp_path / "again", 13_312, "a")]) == 0
-    assert "Both are scored on 12,288 tokens that are not the challenge's validation text." in capsys.readouterr().out
+    assert (
+        "Both are scored on another text of 12,288 tokens, not on the challenge's validation text."
+        in capsys.readouterr().out
+    )
     challenge = scored_record(tmp_path / "challenge", 40_540_160 - 1024, "b")
     silent = tmp_path / "silent.json"
     silent.write_text('{"seed_results": {"1": {"val_bpb": 1.05}, "2": {"val_bpb": 1.06}}}')
     for other in ("1019", str(silent), scored_record(tmp_path / "sp1024", 62_021_632, "c")):
         assert main(["compare", challenge, other]) == 0
         output = capsys.readouterr().out
-        assert "Both are scored" not in output and "In words: A clears the bar" in output
+        assert "Both are scored" not in output and "Result: A is " in output
 
 
 def test_the_help_says_what_exit_codes_mean(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         main(["compare", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "Exit code 0 if they were compared, also where A is not better; 2 if they cannot be" in said
+    assert "Exit code: 0 if they were compared, even if A is not better; 2 if they cannot be" in said

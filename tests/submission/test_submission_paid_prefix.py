@@ -24,8 +24,9 @@ from train.data.paid_prefix import (
 from train.data.shards import write_shard
 from train.evaluate.scoring import evaluate_model
 from train.recipes import load_recipe, recipe_names
+from train.run.folder import RunFolder
 from train.submission.paid_prefix import main
-from train.submission.record import write_record
+from train.submission.record import RecordDetails, write_record
 from train.submission.summary import Summary, size_line, summary_text
 
 
@@ -89,7 +90,7 @@ def test_the_command_reads_across_shards(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["build", "--val-dir", str(tmp_path), "--num-tokens", "400", "--output", str(output)]) == 0
     assert decode_prefix(output.read_bytes(), 400).tolist() == tokens[1:401].tolist()
     printed = capsys.readouterr().out
-    assert "400 targets, 800 bytes" in printed and NOT_COMPLIANT in printed
+    assert "400 target tokens, 80.16032 % of the validation text" in printed and NOT_COMPLIANT in printed
 
 
 @pytest.mark.parametrize("count", [0, -3, 500])
@@ -146,11 +147,11 @@ def test_the_label_stands_in_json_readme_plots_and_the_last_lines(
     titles: list[str] = []
     monkeypatch.setattr("train.submission.plots._save", lambda figure, path: titles.append(figure.get_suptitle()))
     run = make_run(tmp_path, summary)
-    write_record(run, blurb="My own words.")
+    write_record(RunFolder(run), summary, RecordDetails(blurb="My own words."))
     assert len(titles) == 3 and all(NOT_COMPLIANT in title for title in titles)
     record = (run / "submission.json").read_text()
     assert f'"label": "{NOT_COMPLIANT}"' in record
-    assert f'"blurb": "{NOT_COMPLIANT} My own words."' in record
+    assert f'"blurb": "{NOT_COMPLIANT}. My own words."' in record
     assert '"bytes_paid_prefix": 100' in record
     assert (run / "README.md").read_text().splitlines()[0].endswith(f"({NOT_COMPLIANT})")
     assert NOT_COMPLIANT in summary_text(summary)

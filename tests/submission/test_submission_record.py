@@ -9,8 +9,9 @@ from submission_example import CONFIG, make_run, make_summary
 
 from train.artifact.budget import BudgetRow
 from train.common.errors import UserError
+from train.run.folder import RunFolder
 from train.submission.__main__ import main
-from train.submission.record import evaluation, write_record
+from train.submission.record import RecordDetails, describe_evaluation, write_record
 from train.submission.summary import Summary, group_bytes, size_line, summary_text
 
 COMMON_KEYS = (
@@ -37,7 +38,7 @@ def test_summary_round_trip(tmp_path: Path) -> None:
         ({"stage_seconds": {"train": "x"}}, "stage_seconds: expected"),
         ({"stage_seconds": {"lunch": 1.0}}, "got lunch"),
         ({"resumed": ["4"]}, "resumed: expected"),
-        ({"bytes_total": 15_981_301}, "expected bytes_code [+] bytes_model = 15981300, got 15981301"),
+        ({"bytes_total": 15_981_301}, r"expected 15981300, the sum of .*, got 15981301"),
         ({"model_groups": {"all": 1}}, "expected a sum of bytes_model = 15898181, got 1"),
         ({"extra": 1}, "unknown extra"),
     ],
@@ -92,17 +93,18 @@ def test_group_bytes_adds_up_the_rows_of_a_budget_largest_first() -> None:
     assert list(group_bytes(rows).items()) == parts
 
 
-def test_a_curve_of_bpb_says_how_each_score_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: dict[str, str] = {}
-    monkeypatch.setattr("train.submission.record.plot_bpb", lambda *_, **words: said.update(words))
-    write_record(make_run(tmp_path))
-    assert said == {"validation": "flat", "evaluation": "sliding window 2048, stride 64"}
-    assert evaluation(CONFIG.replace(eval_stride=0)) == "flat, rows of 2048"
+def test_a_curve_of_bpb_says_how_the_score_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("train.submission.record.plot_bpb", lambda *arguments: said.append(arguments[3]))
+    write_record(RunFolder(make_run(tmp_path)), make_summary())
+    assert said == ["sliding window 2048, stride 64"]
+    assert describe_evaluation(CONFIG.replace(eval_stride=0)) == "non-overlapping windows of 2048"
 
 
 def test_submission_json_holds_the_common_keys_and_the_measured_numbers(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    paths = write_record(run, author="Ada", github_id="ada", track="10min_16mb")
+    details = RecordDetails("Ada", "ada", track="10min_16mb")
+    paths = write_record(RunFolder(run), make_summary(), details)
     assert sorted(path.name for path in paths) == [
         "README.md",
         "bpb.png",
@@ -135,6 +137,9 @@ def test_submission_json_holds_the_common_keys_and_the_measured_numbers(tmp_path
             "steps": 4964,
             "step_avg_ms": 118.87,
             "eval_time_s": 81.457,
+            "bytes_model": 15_898_181,
+            "train_time_s": 590.078,
+            "pre_quant_val_bpb": 1.08741234,
         }
     }
     assert "1.1041 bits per byte (sliding window 2048, stride 64)" in record["blurb"]
@@ -143,19 +148,19 @@ def test_submission_json_holds_the_common_keys_and_the_measured_numbers(tmp_path
 
 def test_readme_repeats_summary_and_submission_to_the_last_digit(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    write_record(run)
+    write_record(RunFolder(run), make_summary())
     text = (run / "README.md").read_text()
     record = json.loads((run / "submission.json").read_text())
     rows = dict(re.findall(r"^\| \**(.+?)\** \| \**(.+?)\** \|$", text, re.MULTILINE))
     assert float(rows["artifact, sliding window 2048, stride 64"]) == record["val_bpb"] == 1.1040946
     assert float(rows["val_loss (nats per token)"]) == record["val_loss"]
-    assert float(rows["before training, flat"]) == 3.48761234
-    assert float(rows["before quantization, flat"]) == 1.08741234
-    assert float(rows["artifact, flat"]) == 1.10412345
-    assert float(rows["gzip -9 after the training text, for comparison"]) == 1.96123456
-    assert rows["bytes"] == "code 83,119 + model 15,898,181 = 15,981,300 of 16,000,000 bytes (99.9 %)"
-    assert rows["steps"] == "4,964" and rows["ms per step"] == "118.87" and rows["bytes of mlp"] == "7,000,000"
-    assert rows["seconds per stage"] == "data 3.5, train 610.2, quantize 20.1, evaluate 90.0; 723.9 in all"
+    assert float(rows["before training, non-overlapping windows"]) == 3.48761234
+    assert float(rows["before quantization, non-overlapping windows"]) == 1.08741234
+    assert float(rows["artifact, non-overlapping windows"]) == 1.10412345
+    assert float(rows["for comparison: gzip -9 primed with the training text"]) == 1.96123456
+    assert rows["size"] == "code 83,119 + model 15,898,181 = 15,981,300 of 16,000,000 bytes (99.9%)"
+    assert rows["training steps"] == "4,964" and rows["ms per step"] == "118.87" and rows["bytes of mlp"] == "7,000,000"
+    assert rows["seconds per stage"] == "data 3.5, train 610.2, quantize 20.1, evaluate 90.0; total 723.9 s"
     assert "python -m train.evaluate runs/example" in text
     for image in re.findall(r"!\[[^]]+\]\((.+?)\)", text):
         assert (run / image).is_file()
@@ -164,23 +169,22 @@ def test_readme_repeats_summary_and_submission_to_the_last_digit(tmp_path: Path)
 def test_what_was_not_measured_is_not_written(tmp_path: Path) -> None:
     summary = make_summary(step0_val_bpb=None, prequant_val_bpb=None, flat_val_bpb=None, yardsticks={}, model_groups={})
     run = make_run(tmp_path)
-    (run / "summary.json").unlink()
-    write_record(run, summary)
+    write_record(RunFolder(run), summary)
     text = (run / "README.md").read_text()
-    assert "before" not in text and "comparison" not in text and "artifact, flat" not in text and "None" not in text
-    assert "beside it" not in summary_text(summary) and "None" not in summary_text(summary)
+    assert "before" not in text and "comparison" not in text and "artifact, non" not in text and "None" not in text
+    assert "comparison" not in summary_text(summary) and "None" not in summary_text(summary)
 
 
 def test_summary_text_is_the_block_a_run_ends_with() -> None:
     assert summary_text(make_summary(), "runs/example").splitlines() == [
         "example (recipe sp8192_sdclip, seed 1337, 37,022,811 parameters)",
-        "  val_bpb    1.1041 bits per byte, from the bytes of the artifact",
-        "             1.1041 flat, 1.0874 before quantization, flat, 3.4876 before training",
-        "  beside it  gzip -9 after the training text 1.9612, xz -9 after the training text 1.4012",
-        "  size       code 83,119 + model 15,898,181 = 15,981,300 of 16,000,000 bytes (99.9 %)",
-        "  training   4,964 steps of 118.87 ms, 590.1 s",
-        "  scored     40,540,160 tokens, 151,078,222 bytes of text as normalized, 81.5 s",
-        "  seconds    data 3.5, train 610.2, quantize 20.1, evaluate 90.0; 723.9 in all",
+        "  val_bpb    1.1041 bits per byte, scored from the artifact's bytes",
+        "             1.1041 non-overlapping windows, 1.0874 before quantization, 3.4876 before training",
+        "  comparison 1.9612 gzip -9 primed with the training text; 1.4012 xz -9 primed with the training text",
+        "  size       code 83,119 + model 15,898,181 = 15,981,300 of 16,000,000 bytes (99.9%)",
+        "  training   4,964 steps, 118.87 ms per step, 590.1 s",
+        "  evaluation 40,540,160 tokens, 151,078,222 bytes of normalized text, 81.5 s",
+        "  stages     data 3.5, train 610.2, quantize 20.1, evaluate 90.0; total 723.9 s",
         "  folder     runs/example",
     ]
 
@@ -189,7 +193,6 @@ def test_summary_text_is_the_block_a_run_ends_with() -> None:
     ("missing", "fragment"),
     [
         ("config.json", "not a run folder"),
-        ("summary.json", "not finished"),
         ("metrics.jsonl", "metrics.jsonl: missing"),
     ],
 )
@@ -198,7 +201,7 @@ def test_an_unfinished_run_gets_an_error_and_no_file(tmp_path: Path, missing: st
     (run / missing).unlink()
     before = sorted(run.iterdir())
     with pytest.raises(UserError, match=fragment):
-        write_record(run)
+        write_record(RunFolder(run), make_summary())
     assert sorted(run.iterdir()) == before
 
 
@@ -244,7 +247,9 @@ def test_help_is_complete_and_shows_an_example(capsys: pytest.CaptureFixture[str
 
 def test_a_missed_target_of_pruning_is_told_beside_the_size() -> None:
     aimed = make_summary(target_bytes=15_981_300)
-    assert "over the target" not in size_line(aimed) and "over the target" not in size_line(make_summary())
+    assert "over the pruning target" not in size_line(aimed) and "over the pruning target" not in size_line(
+        make_summary()
+    )
     missed = make_summary(target_bytes=15_981_000)
-    assert size_line(missed).endswith(", 300 over the target of 15,981,000")
-    assert "300 over the target" in summary_text(missed)
+    assert size_line(missed).endswith(", 300 over the pruning target of 15,981,000")
+    assert "300 over the pruning target" in summary_text(missed)

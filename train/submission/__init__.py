@@ -1,1 +1,1 @@
-"""From a finished run to its record: summary, submission.json, README and plots, all from the same measured numbers."""
+"""Records: summary, submission.json, README and plots of finished runs; the rule check, comparison and dashboard."""

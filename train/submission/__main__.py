@@ -1,40 +1,39 @@
-"""`python -m train.submission`: from finished runs to a record that stands."""
+"""`python -m train.submission`: make records of finished runs, check and compare records."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train.command_line import note_unread
 from train.common.errors import main_guard
 from train.common.wording import counted
 from train.run.folder import RunFolder
-from train.submission.record import TRACKS
 
-# each command imports its own parts, so that none waits for another's libraries
+if TYPE_CHECKING:
+    from train.submission.record import RecordDetails
+
+# each command imports only what it needs, as PyTorch, SciPy and Plotly take seconds
 
 
 def _record(arguments: argparse.Namespace) -> int:
     from train.submission.record import summarize, write_record
     from train.submission.summary import summary_text
 
-    options = {name: getattr(arguments, name) for name in ("author", "github_id", "name", "blurb", "track")}
-    folder = RunFolder(arguments.run_folder)
-    # no other artifact may take the place of the one that is told of, and no file that of another record's
+    folder, details = RunFolder(arguments.run_folder), _details(arguments)
+    # locked, so that no other process replaces the artifact or writes another record meanwhile
     with folder.held(shared=True), folder.writing():
         note_unread(folder.read_config(), os.environ, lambda line: print(line, file=sys.stderr))
-        # gathered anew, so that a stage done again alone is in the record
+        # stages may have been repeated since the run wrote its summary
         summary = summarize(folder)
-        summary.write(folder.summary)
-        paths = write_record(folder.path, summary, **options)
+        paths = write_record(folder, summary, details)
     print(summary_text(summary, folder.path))
-    submission = json.loads((folder.path / "submission.json").read_text())
-    for key, remedy in (("author", "--author NAME"), ("github_id", "--github-id NAME")):
-        if not submission[key]:
-            print(f"note: {key} is empty in submission.json: give {remedy}")
+    for key, option in (("author", "--author NAME"), ("github_id", "--github-id NAME")):
+        if not getattr(details, key):
+            print(f"note: {key} is empty in submission.json: give {option}")
     print(f"wrote {', '.join(path.name for path in paths)}")
     return 0
 
@@ -56,21 +55,17 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from train.submission.build import RecordDetails, build_record
+    from train.submission.build import build_record
     from train.submission.check import apply_rules, exit_code, summary_lines
-    from train.submission.record import git_setting
     from train.submission.record_folder import read_record_folder
     from train.submission.record_scores import find_base
 
-    author = git_setting("user.name") if arguments.author is None else arguments.author
-    github_id = git_setting("github.user") if arguments.github_id is None else arguments.github_id
-    details = RecordDetails(author, github_id, arguments.name or "", arguments.blurb or "", arguments.track)
-    base = find_base(arguments.base) if arguments.base else None
-    proof = build_record(arguments.runs, arguments.out, details, single_file=arguments.single_file or "", base=base)
-    size = json.loads((arguments.out / "submission.json").read_text())["bytes_code"]
-    print(f"{arguments.out}: {', '.join(sorted(path.name for path in arguments.out.iterdir()))}")
-    print(f"code: {size:,} bytes; {proof}")
-    findings = apply_rules(read_record_folder(arguments.out))
+    base, out = find_base(arguments.base) if arguments.base else None, arguments.out
+    proof = build_record(arguments.runs, out, _details(arguments), single_file=arguments.single_file, base=base)
+    record = read_record_folder(out)
+    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    print(f"code: {record.submission['bytes_code']:,} bytes. {proof}")
+    findings = apply_rules(record)
     print("\n".join(summary_lines(findings)))
     return exit_code(findings)
 
@@ -95,10 +90,17 @@ def _dashboard(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _details(arguments: argparse.Namespace) -> RecordDetails:
+    from train.submission.record import RecordDetails
+
+    given = {name: getattr(arguments, name) for name in ("author", "github_id", "name", "blurb", "track")}
+    return RecordDetails(**{name: value for name, value in given.items() if value is not None})
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train.submission",
-        description="Turn finished runs into records, and apply_rules them.",
+        description="Make records of finished runs, check and compare records.",
         epilog="examples:\n  python -m train.submission record runs/quickstart_20260101-120000\n"
         "  python -m train.submission compare records/mine 1019\n\n"
         "`python -m train.submission COMMAND --help` explains a command.",
@@ -115,94 +117,93 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
-    record = command(
+    one = command(
         "record",
-        "write submission.json, README.md and plots into a run's folder",
-        "Write (again) submission.json, README.md, loss.png, bpb.png and size_budget.png into the folder of a finished run, "
-        "from what its stages left there.",
+        "write a run's submission.json, README.md and plots",
+        "Write submission.json, README.md, loss.png, bpb.png and size_budget.png into the folder of a finished run, replacing "
+        "those that are there.",
         'record runs/quickstart_20260101-120000 --author "Ada Lovelace" --github-id ada',
     )
-    record.add_argument("run_folder", metavar="RUN", type=Path, help="run folder of python -m train")
-    _add_author(record)
-    record.set_defaults(run=_record)
+    one.add_argument("run_folder", metavar="RUN", type=Path, help="run folder of python -m train")
+    _add_details(one)
+    one.set_defaults(run=_record)
 
-    build = command(
+    one = command(
         "build",
-        "a complete record folder from one run per seed",
-        "Write README.md, submission.json, logs, requirements.txt and train_gpt.py of a record, and say which rules it breaks. "
-        "The script is scored on a CPU, from an empty folder, against the package before the folder appears. Exit code 1 if the "
-        "folder is made but fails a rule, as `check` would have it; 2 if there is none.",
+        "make a record folder from one run per seed",
+        "Make a record folder: README.md, submission.json, logs, requirements.txt and train_gpt.py. Before the folder appears, "
+        "the script must score the artifact exactly as this package does, on a CPU and from an empty folder. Then the record is "
+        "checked. Exit code: 0 if it passes, 1 if it fails a rule, 2 if no folder was made.",
         "build runs/seed1 runs/seed2 runs/seed3 --out records/mine --single-file wrapped --base 1019",
     )
-    build.add_argument(
-        "runs", metavar="RUN", type=Path, nargs="+", help="finished run folder of python -m train, one per seed"
-    )
-    build.add_argument("--out", type=Path, required=True, help="the record folder to make")
-    build.add_argument(
+    one.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="finished run folders, one per seed")
+    one.add_argument("--out", type=Path, required=True, help="the record folder to make")
+    one.add_argument(
         "--single-file",
         nargs="?",
         const="wrapped",
+        default="",
         choices=("plain", "wrapped", "raw"),
-        help="all code in one train_gpt.py, in this form [wrapped]; without the option the modules stand beside it",
+        help="pack all code into train_gpt.py, in this form [wrapped]; default: train_gpt.py beside its modules",
     )
-    build.add_argument("--base", help="recipe, run, record or published record to compare with [the recipe]")
-    _add_author(build)
-    build.set_defaults(run=_build)
+    one.add_argument("--base", help="recipe, run, record or published record to compare with [the recipe]")
+    _add_details(one)
+    one.set_defaults(run=_build)
 
-    code = command(
+    one = command(
         "code",
-        "what the code of a recipe costs in each form",
-        "Pack the modules that a run of a recipe imports into one train_gpt.py, plain, and minified and compressed to text or bytes, "
-        "and count its bytes.",
+        "print the size of a recipe's code in each form",
+        "Pack the modules that a recipe uses into one train_gpt.py in each form, and print its size.",
         "code sp8192_sdclip",
     )
-    code.add_argument("recipe", metavar="RECIPE", help="a name in train/recipes")
-    code.set_defaults(run=_code)
+    one.add_argument("recipe", metavar="RECIPE", help="a name in train/recipes")
+    one.set_defaults(run=_code)
 
-    compare = command(
+    one = command(
         "compare",
-        "is A better than B, and by the 0.005 nats that a record needs?",
-        "Welch's test between the seeds of two records, in all three readings of 0.005 nats. A and B are a record's folder, "
-        "its submission.json, or a published record (122, 549, 1019, 1392, 1471). Exit code 0 if they were compared, "
-        "also where A is not better; 2 if they cannot be: scored on different texts, fewer than two seeds, no scores.",
+        "test whether record A is better than B",
+        "Test whether record A is better than B, and by the 0.005 nats that a new record needs (Welch's t-test on the seeds). A "
+        "and B are record folders, submission.json files, or published records (122, 549, 1019, 1392, 1471). Exit code: 0 if "
+        "they were compared, even if A is not better; 2 if they cannot be: different texts, fewer than two seeds, no scores.",
         "compare records/mine 1019",
     )
-    compare.add_argument("a", metavar="A", help="the new record")
-    compare.add_argument("b", metavar="B", help="the one it wants to beat")
-    compare.set_defaults(run=_compare)
+    one.add_argument("a", metavar="A", help="the new record")
+    one.add_argument("b", metavar="B", help="the record to beat")
+    one.set_defaults(run=_compare)
 
-    check = command(
+    one = command(
         "check",
-        "apply_rules a record folder, ours or another's, by the rules",
-        "Each rule as a line: verdict, rule, what was found, limit. Exit code 0 if none fails, 1 if one does. What the "
-        "README, the json and the logs do not show is said, not guessed.",
+        "check a record folder against the rules",
+        "Print a line per rule: verdict, rule, what the record shows, limit. Works on anyone's record folder. A rule is unknown "
+        "if README.md, submission.json and logs lack what it needs. Exit code: 0 if no rule fails, 1 if one does.",
         "check records/mine",
     )
-    check.add_argument(
-        "folder", metavar="FOLDER", type=Path, help="README.md, submission.json, logs and script of a record"
+    one.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="folder with README.md, submission.json, logs and script"
     )
-    check.set_defaults(run=_check)
+    one.set_defaults(run=_check)
 
-    dashboard = command(
+    one = command(
         "dashboard",
-        "one page over all runs of a folder",
-        "Write one HTML file that needs no network: curves, speed, bytes against the limit, seeds side by side, filter and sort, "
-        "light and dark.",
+        "make an HTML page of all runs in a folder",
+        "Write one HTML file, which needs no network: curves, step times, sizes and scores by seed of all runs in a folder.",
         "dashboard runs --out runs.html",
     )
-    dashboard.add_argument("runs", metavar="RUNS", type=Path, nargs="+", help="folder of run folders, or run folders")
-    dashboard.add_argument("--out", type=Path, help="the file to write [RUNS/dashboard.html]")
-    dashboard.set_defaults(run=_dashboard)
+    one.add_argument(
+        "runs", metavar="RUNS", type=Path, nargs="+", help="run folders, or folders that contain run folders"
+    )
+    one.add_argument("--out", type=Path, help="the file to write [RUNS/dashboard.html]")
+    one.set_defaults(run=_dashboard)
     return parser
 
 
-def _add_author(parser: argparse.ArgumentParser) -> None:
+def _add_details(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--author", help="who submits [git config user.name]")
     parser.add_argument("--github-id", help="their GitHub name [git config github.user]")
-    parser.add_argument("--name", help="title of the submission [the recipe's name]")
-    parser.add_argument("--blurb", help="one sentence about it [one made of the numbers]")
+    parser.add_argument("--name", help="title of the record [the recipe's name]")
+    parser.add_argument("--blurb", help="one sentence about it [made from the numbers]")
     parser.add_argument(
-        "--track", choices=TRACKS, default="non-record-16mb", help="track it is meant for [%(default)s]"
+        "--track", choices=("10min_16mb", "non-record-16mb"), help="track of the record [non-record-16mb]"
     )
 
 

@@ -1,4 +1,4 @@
-"""A record folder from one run per seed: README, json, logs and script, complete or not there at all."""
+"""Makes a record folder from one run per seed: README, submission.json, logs and script; nothing is left on failure."""
 
 from __future__ import annotations
 
@@ -11,85 +11,68 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.common.errors import UserError
 from train.common.files import atomic_write
-from train.common.wording import counted
 from train.config import Config
 from train.data.validation import load_validation
 from train.single_file.pack import as_literal, pack, recipe_settings, script_modules, script_settings
 from train.single_file.sources import decoded
 from train.submission.readme import record_readme
-from train.submission.record import evaluation, form
-from train.submission.record_folder import mean_and_deviation
+from train.submission.record import RecordDetails, submission_json
 from train.submission.record_scores import Base
 from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
 
-_PROOF_TOKENS = 32_768
-# libraries that are imported by a name in a string
+# scored to check the script
+_CHECKED_TOKENS = 32_768
+# imported by a name in a string
 _CODEC_PACKAGES = {"brotli": "brotli", "zstd": "zstandard", "ans": "constriction"}
 
 
-@dataclass(frozen=True)
-class RecordDetails:
-    """What people say about a record.
-
-    Attributes:
-        author, github_id: who submits.
-        name: title; empty: the recipe's name.
-        blurb: one sentence; empty: one made of the numbers.
-        track: the track.
-    """
-
-    author: str
-    github_id: str
-    name: str
-    blurb: str
-    track: str
-
-
 def build_record(
-    paths: Sequence[Path], out: Path, details: RecordDetails, *, single_file: str = "", base: Base | None = None
+    paths: Sequence[Path],
+    out: Path,
+    details: RecordDetails | None = None,
+    *,
+    single_file: str = "",
+    base: Base | None = None,
 ) -> str:
     """Write a record folder.
 
     Args:
         paths: finished runs, one per seed.
         out: the folder, which must not exist.
-        details: what people say about it.
-        single_file: form of the one-file script, see `train.single_file.pack`; empty: the modules in folders beside
-            it.
+        details: what the author adds.
+        single_file: form of the one-file script, see `train.single_file.pack`; empty: train_gpt.py beside its modules.
         base: what the settings and scores are compared with; None: the recipe.
 
     Returns:
-        How the script was proven, in words.
+        How the script was checked, in a sentence.
 
     Raises:
-        UserError: the folder exists, a run is not fit for it, or the script does not give the artifact's score.
+        UserError: the folder exists, a run is not fit for it, or the script gives another score than this package.
     """
     if out.exists():
         raise UserError(f"{out}: exists: choose another --out, or remove it")
     runs = read_runs(paths)
+    first = runs[0]
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        started = runs[0].folder.read_config()
+        started = first.folder.read_config()
         write_script(folder, started, single_file)
-        proof = prove(folder, runs[0])
+        proof = prove(folder, first)
         code_bytes = sum(path.stat().st_size for path in folder.rglob("*.py"))
-        submission = record_json(runs, details, code_bytes)
+        submission = record_json(runs, details or RecordDetails(), code_bytes)
         for run in runs:
             shutil.copyfile(run.log_path, folder / f"train_seed{run.seed}.log")
         _write_json(folder / "config.json", {"recipe": started.recipe, **recipe_settings(started)})
         _write_json(folder / "submission.json", submission)
         atomic_write(folder / "requirements.txt", requirements(folder, started))
-        atomic_write(
-            folder / "README.md",
-            record_readme(runs, submission, single_file, base or Base.of_recipe(runs[0].config), proof),
-        )
+        base = base or Base.of_recipe(first.config.recipe)
+        atomic_write(folder / "README.md", record_readme(runs, submission, single_file, base, proof))
         folder.chmod(0o755)
         os.rename(folder, out)
     except BaseException:
@@ -99,52 +82,25 @@ def build_record(
 
 
 def record_json(runs: Sequence[FinishedRun], details: RecordDetails, code_bytes: int) -> dict[str, Any]:
-    """submission.json: the 14 common keys, then what the rule check reads. Sizes count the script that is shipped."""
-    results = {run.seed: _seed_result(run, code_bytes) for run in runs}
-    # means of what is written, so that they can be computed again from it
-    bpb, bpb_std = mean_and_deviation([result["val_bpb"] for result in results.values()])
-    loss, loss_std = mean_and_deviation([result["val_loss"] for result in results.values()])
+    """submission.json: `train.submission.record.submission_json`, and what `check` reads besides."""
     first = runs[0]
-    largest = max(runs, key=lambda run: run.summary.bytes_model)
-    prefix_bytes = first.summary.bytes_prefix
-    bytes_total = largest.summary.bytes_model + prefix_bytes + code_bytes
-    scored = {
-        "rule": first.evaluation["rule"],
-        "stride": first.evaluation["stride"],
-        "window": first.evaluation["seq_len"],
-        "windows": first.evaluation["windows"],
-        "tokens": first.evaluation["tokens"],
-        "bytes": first.evaluation["bytes"],
-        "validation_tokens": len(load_validation(first.config).tokens) - 1,
-    }
-    return {
-        "author": details.author,
-        "github_id": details.github_id,
-        "name": details.name or first.config.recipe,
-        "blurb": details.blurb or _blurb(runs, bpb, bytes_total),
-        "date": max(run.summary.date for run in runs)[:10],
-        "track": details.track,
-        "val_loss": round(loss, 8),
-        "val_bpb": round(bpb, 8),
-        "val_bpb_std": None if bpb_std is None else round(bpb_std, 8),
-        "seeds": [run.config.seed for run in runs],
-        "seed_results": results,
-        "bytes_total": bytes_total,
-        "bytes_code": code_bytes,
-        "hardware": first.summary.hardware,
-        "bytes_model": largest.summary.bytes_model,
-        **({"bytes_paid_prefix": prefix_bytes, "label": first.summary.label} if first.summary.label else {}),
-        "val_loss_std": None if loss_std is None else round(loss_std, 8),
-        "pytorch_version": first.summary.torch,
-        "python_version": first.summary.python,
+    submission = submission_json([run.summary for run in runs], first.config, details, code_bytes)
+    for run in runs:
+        if run.calibration_seconds is not None:
+            submission["seed_results"][run.seed]["calibration_s"] = run.calibration_seconds
+    return submission | {
         "calibration": _calibration(first.config),
-        "evaluation": scored,
+        "evaluation": {
+            **{name: first.evaluation[name] for name in ("rule", "stride", "windows", "tokens", "bytes")},
+            "window": first.evaluation["seq_len"],
+            "validation_tokens": len(load_validation(first.config).tokens) - 1,
+        },
         "tokenizer": tokenizer_facts(first.config),
     }
 
 
 def write_script(folder: Path, config: Config, single_file: str) -> None:
-    """Write train_gpt.py, and beside it the modules it imports unless it holds them itself."""
+    """Write train_gpt.py; without `single_file` also the modules that it imports."""
     settings = script_settings(config)
     if single_file:
         atomic_write(folder / "train_gpt.py", pack(config.recipe, settings, single_file))
@@ -157,7 +113,7 @@ def write_script(folder: Path, config: Config, single_file: str) -> None:
     atomic_write(
         folder / "train_gpt.py",
         f'"""Trains, quantizes, packs and scores."""\n\nfrom train.common.errors import main_guard\nfrom train.train_gpt import main\n\nSETTINGS = {as_literal({"RECIPE": config.recipe, **settings})}\n'
-        f"# modules that these settings do not need, and which would\nLEFT_OUT = {as_literal(carried.left_out)}\n\n"
+        f"# modules that these settings do not need\nLEFT_OUT = {as_literal(carried.left_out)}\n\n"
         'if __name__ == "__main__":\n    main_guard(lambda: main(SETTINGS, LEFT_OUT))\n',
     )
 
@@ -166,7 +122,7 @@ def prove(folder: Path, run: FinishedRun) -> str:
     """Score the run's artifact with the script in `folder`, and with this package.
 
     Returns:
-        What was shown, in words.
+        A sentence that says so.
 
     Raises:
         UserError: the two scores differ, or the script fails.
@@ -175,31 +131,31 @@ def prove(folder: Path, run: FinishedRun) -> str:
     if ours["val_bpb"] != theirs["val_bpb"]:
         raise UserError(
             f"train_gpt.py: scores the artifact of {run.folder.path} as {theirs['val_bpb']:.8f}, the package as {ours['val_bpb']:.8f}: "
-            "take another --single-file form, and report this"
+            "this is a bug: report it, and take another --single-file form"
         )
     return (
-        f"run alone on a CPU from an empty folder, train_gpt.py scores the artifact of seed {run.seed} on {theirs['tokens']:,} "
-        f"tokens as {theirs['val_bpb']:.8f} bits per byte, to the last bit what the package gives"
+        f"Run on a CPU from an empty folder, train_gpt.py scores the artifact of seed {run.seed} at {theirs['val_bpb']:.8f} bits "
+        f"per byte on {theirs['tokens']:,} tokens, exactly as this package does."
     )
 
 
 def package_score(run: FinishedRun) -> dict[str, Any]:
-    """The score of the run's artifact on the text's first tokens, on a CPU, by this package."""
+    """The score of the run's artifact on the first validation tokens, by this package on a CPU."""
     root = Path(__file__).resolve().parents[2]
     return _score(["-m", "train.evaluate"], run, root, PYTHONPATH=str(root))
 
 
 def script_score(folder: Path, run: FinishedRun) -> dict[str, Any]:
-    """The same by the script in `folder`, which is copied to where nothing else is."""
+    """The same by the script, from a copy of `folder` alone."""
     with tempfile.TemporaryDirectory() as name:
         alone = Path(shutil.copytree(folder, Path(name) / "alone"))
         return _score(["train_gpt.py", "evaluate"], run, alone)
 
 
 def requirements(folder: Path, config: Config) -> str:
-    """The packages that the script in `folder` imports, in the versions installed here, without what they were built for.
+    """requirements.txt: the packages that the script imports, in the versions installed here.
 
-    An index that serves torch 2.13.0 has no 2.13.0+cpu.
+    Local version labels are cut off: PyPI has torch 2.13.0, but not 2.13.0+cpu.
     """
     carried = script_modules(config.recipe, script_settings(config))
     sources = [*carried.sources.values(), decoded((folder / "train_gpt.py").read_bytes())]
@@ -217,44 +173,22 @@ def _calibration(config: Config) -> str:
     return "training data" if config.gptq_calib_source == "train" else "text that the model wrote"
 
 
-def _blurb(runs: Sequence[FinishedRun], bpb: float, total: int) -> str:
-    first = runs[0]
-    fewest, most = (pick(run.summary.steps for run in runs) for pick in (min, max))
-    steps = f"{fewest:,} to {most:,} steps" if fewest < most else counted(most, "step")
-    label = f"{first.summary.label}. " if first.summary.label else ""
-    return (
-        f"{label}Recipe {first.config.recipe}: {first.summary.parameters:,} parameters, {steps} on {first.summary.hardware}; "
-        f"{form(first.config)} artifact and code take at most {total:,} bytes and score {bpb:.4f} bits per byte "
-        f"({evaluation(first.config)}), mean of {counted(len(runs), 'seed')}."
-    )
-
-
-def _seed_result(run: FinishedRun, code_bytes: int) -> dict[str, Any]:
-    summary = run.summary
-    result = {
-        "val_loss": round(summary.val_loss, 8),
-        "val_bpb": round(summary.val_bpb, 8),
-        "artifact_bytes": summary.bytes_model + summary.bytes_prefix + code_bytes,
-        "steps": summary.steps,
-        "step_avg_ms": round(summary.step_avg_ms, 2),
-        "eval_time_s": round(summary.eval_seconds, 3),
-        "bytes_model": summary.bytes_model,
-        "train_time_s": round(summary.train_seconds, 3),
-    }
-    if run.calibration_seconds is not None:
-        result["calibration_s"] = run.calibration_seconds
-    if summary.prequant_val_bpb is not None:
-        result["pre_quant_val_bpb"] = round(summary.prequant_val_bpb, 8)
-    return result
-
-
 def _score(program: list[str], run: FinishedRun, folder: Path, **environ: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         scored = Path(name)
-        # an evaluation leaves its score in the run folder, so it gets one of its own
+        # a run folder of its own, because an evaluation writes its score there
         _write_json(scored / "config.json", run.config.to_dict())
         shutil.copyfile(run.folder.artifact, scored / run.folder.artifact.name)
-        arguments = [str(scored), "--json", "--device", "cpu", "--max-tokens", str(_PROOF_TOKENS), "--paid-prefix", ""]
+        arguments = [
+            str(scored),
+            "--json",
+            "--device",
+            "cpu",
+            "--max-tokens",
+            str(_CHECKED_TOKENS),
+            "--paid-prefix",
+            "",
+        ]
         arguments += ["--data-path", str(Path(run.config.data_path).resolve())]
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment = {**inherited, "CUDA_VISIBLE_DEVICES": "", **environ}

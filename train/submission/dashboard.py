@@ -1,4 +1,4 @@
-"""One HTML page over all runs of a folder, which needs no network: curves, speed, bytes, seeds side by side."""
+"""An HTML page of all runs in a folder, which needs no network: curves, step times, sizes, scores by seed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from train.run.logger import finite, read_metrics, series
 from train.submission.summary import Summary
 
 TEMPLATE = Path(__file__).with_name("dashboard.html")
-# a curve of more points is thinned: a screen shows no more
+# longer curves are downsampled: a screen shows no more
 MAX_POINTS = 1500
+NUMBERS = "val_bpb val_loss steps step_avg_ms train_seconds eval_seconds bytes_total parameters".split()
 _NAMED_SETTINGS = 3
 
 
@@ -27,14 +28,14 @@ def write_dashboard(paths: Sequence[Path], out: Path) -> tuple[list[dict[str, An
     """Write the page.
 
     Args:
-        paths: run folders, or folders that hold run folders.
+        paths: run folders, or folders that contain run folders.
         out: the HTML file.
 
     Returns:
-        What it shows of each run, and why it does not show some.
+        The data of each run, and a message for each run that cannot be shown.
 
     Raises:
-        UserError: there is no run that can be shown.
+        UserError: no run can be shown.
     """
     if not out.parent.is_dir():
         raise UserError(f"--out: the folder {out.parent} does not exist: create it first")
@@ -46,15 +47,15 @@ def write_dashboard(paths: Sequence[Path], out: Path) -> tuple[list[dict[str, An
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
-    """The run folders among and inside `paths`, in the order of their names.
+    """The run folders among and inside `paths`, sorted by name.
 
     Raises:
-        UserError: there is no such folder, or no run in it.
+        UserError: no such folder, or no run in it.
     """
     found = set()
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path}: no such folder: give a run folder, or the folder that holds them")
+            raise UserError(f"{path}: no such folder: give a run folder, or a folder that contains run folders")
         inside = [path] if (path / "config.json").is_file() else [item for item in path.iterdir() if item.is_dir()]
         runs = [item for item in inside if (item / "config.json").is_file() and (item / "metrics.jsonl").is_file()]
         if not runs:
@@ -64,17 +65,17 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
 
 
 def page(runs: list[dict[str, Any]], source: str, problems: Sequence[str] = ()) -> str:
-    """The page with its data and the plotting library inside."""
-    notes = [f"Colors are settings, dashes are seeds. Curves of more than {MAX_POINTS:,} points are thinned."]
+    """The page, with the data and the plotting library embedded."""
+    notes = [f"Colors: settings. Dash patterns: seeds. Curves of more than {MAX_POINTS:,} points are downsampled."]
     notes += [f"Not shown: {'; '.join(problems)}."] if problems else []
     data = json.dumps({"runs": runs, "source": source, "notes": notes}, allow_nan=False)
-    # a name that holds </script> must not end the block
+    # </script> in a name must not end the block
     data = data.replace("</", "<\\/")
     return TEMPLATE.read_text().replace("/*PLOTLY*/", get_plotlyjs(), 1).replace("/*DATA*/", data, 1)
 
 
 def collect(folders: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], list[str]]:
-    """What the page shows of each run, and why some cannot be shown; what was not measured or is not finite is None."""
+    """The data of each run, and a message for each that cannot be shown; missing and non-finite numbers are None."""
     configs: list[Config] = []
     runs, problems = [], []
     for folder in folders:
@@ -85,7 +86,7 @@ def collect(folders: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], list[st
             problems.append(str(error))
             continue
         configs.append(config)
-        # runs that differ in their seed alone are one group, named after the first of them
+        # runs that differ only in their seed are a group, numbered by its first run
         group = next(
             index for index, other in enumerate(configs) if not changed_settings(other, config, free=("seed",))
         )
@@ -97,7 +98,7 @@ def collect(folders: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], list[st
 
 
 def speed(points: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
-    """(step, seconds, milliseconds per step) between points of a curve, each placed at its later one."""
+    """(step, seconds, milliseconds per step) between neighbouring points of a curve, at the later one."""
     return [
         (after[0], after[1], 1000 * (after[1] - before[1]) / (after[0] - before[0]))
         for before, after in itertools.pairwise(points)
@@ -107,50 +108,33 @@ def speed(points: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, 
 def _run(folder: RunFolder, config: Config) -> dict[str, Any]:
     records = read_metrics(folder.metrics)
     loss, bpb = series(records, "train", "train_loss"), series(records, "val", "val_bpb")
-    summary = Summary.read(folder.summary).to_dict() if folder.summary.exists() else {}
     curves = {"loss": loss, "bpb": bpb, "speed": speed(loss)}
-    numbers = (
-        "val_bpb",
-        "val_loss",
-        "steps",
-        "step_avg_ms",
-        "train_seconds",
-        "eval_seconds",
-        "bytes_total",
-        "parameters",
-    )
+    summary = Summary.read(folder.summary) if folder.summary.exists() else None
+    numbers = summary.to_dict() if summary else {}
     return {
         "id": folder.path.name,
         "recipe": config.recipe,
         "seed": config.seed,
-        "date": summary.get("date", "")[:10] or None,
+        "date": numbers.get("date", "")[:10] or None,
         "status": "finished" if summary else "not finished",
-        "hardware": summary.get("hardware", ""),
-        "label": summary.get("label", ""),
+        "hardware": numbers.get("hardware", ""),
+        "label": numbers.get("label", ""),
         "max_bytes": config.max_artifact_bytes,
-        **{name: finite(summary.get(name)) for name in numbers},
-        "parts": _parts(summary),
+        **{name: finite(numbers.get(name)) for name in NUMBERS},
+        "parts": summary.byte_parts if summary else {},
         "series": {name: _thinned(points) for name, points in curves.items()},
     }
 
 
-def _parts(summary: dict[str, Any]) -> dict[str, int]:
-    if not summary:
-        return {}
-    model = summary["model_groups"] or {"model": summary["bytes_model"]}
-    prefix = {"paid prefix": summary["bytes_prefix"]} if summary.get("bytes_prefix") else {}
-    return {**model, **prefix, "code": summary["bytes_code"]}
-
-
 def _thinned(points: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
-    """Every n-th point, the last one always."""
+    """At most MAX_POINTS + 1 points, the last one included."""
     stride = -(-len(points) // MAX_POINTS) or 1
     kept = list(points[::stride])
     return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
 
 
 def group_names(groups: dict[int, Config]) -> dict[int, str]:
-    """A name for each group: its recipe, and what tells it from the other groups of that recipe."""
+    """A name for each group: its recipe, and the settings in which the groups of that recipe differ."""
     names = {}
     for number, config in groups.items():
         others = [other for other in groups.values() if other.recipe == config.recipe]

@@ -1,7 +1,4 @@
-"""Build the paid prefix of #262; `train.data.paid_prefix` says what it is.
-
-`python -m train.submission.paid_prefix build --val-dir data/datasets/fineweb10B_sp1024 --num-tokens 6200000 --output prefix.xz`
-"""
+"""`python -m train.submission.paid_prefix build`: make the paid prefix of #262, see `train.data.paid_prefix`."""
 
 from __future__ import annotations
 
@@ -15,25 +12,25 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m train.submission.paid_prefix",
-        description="Build the blob of validation targets that #262 carried. The organisers ruled it out: every score made with it "
-        f"is labelled {NOT_COMPLIANT!r}.",
+        description="Make the paid prefix of #262: a file of validation tokens that are not charged. The organisers ruled it out, "
+        f"so every score with it is labelled {NOT_COMPLIANT!r}.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     build = commands.add_parser(
         "build",
-        help="write the first targets of a validation text as one .xz file",
-        description="Write the first targets of a validation text as one .xz file, for the setting PAID_PREFIX_FILE.",
+        help="write the first validation tokens to an .xz file",
+        description="Write the first target tokens of a validation text to an .xz file, for the setting PAID_PREFIX_FILE.",
         epilog="example: python -m train.submission.paid_prefix build --val-dir data/datasets/fineweb10B_sp1024 "
         "--num-tokens 6200000 --output prefix_6m2.xz",
     )
     build.add_argument("--val-dir", required=True, metavar="DIR", help="folder with the *_val_*.bin shards")
-    build.add_argument("--num-tokens", required=True, type=int, metavar="N", help="targets to carry")
-    build.add_argument("--output", required=True, metavar="FILE", help="the blob")
+    build.add_argument("--num-tokens", required=True, type=int, metavar="N", help="number of target tokens")
+    build.add_argument("--output", required=True, metavar="FILE", help="the .xz file to write")
     arguments = parser.parse_args(argv)
     prefix = build_prefix(arguments.val_dir, arguments.num_tokens, arguments.output)
     print(
-        f"{arguments.output}: {prefix.targets:,} targets, {2 * prefix.targets:,} bytes of uint16, {prefix.blob_bytes:,} packed "
-        f"({prefix.blob_bytes / prefix.targets:.3f} bytes each); {100 * prefix.coverage:.5f} % of the text\n{NOT_COMPLIANT}"
+        f"{arguments.output}: {prefix.targets:,} target tokens, {100 * prefix.coverage:.5f} % of the validation text, in "
+        f"{prefix.blob_bytes:,} bytes ({prefix.blob_bytes / prefix.targets:.3f} per token)\n{NOT_COMPLIANT}"
     )
     return 0
 

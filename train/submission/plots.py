@@ -1,4 +1,4 @@
-"""The pictures of a run: loss and bits per byte over steps and seconds, and where the bytes of the artifact go."""
+"""The plots of a run: loss and bits per byte over steps and seconds, and the bytes of the submission."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from train.common.files import atomic_writer
 from train.run.logger import series
 from train.submission.summary import Summary
 
-# Okabe and Ito's colors, which people with any color vision tell apart
+# the Okabe-Ito palette, distinguishable with any color vision
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 INK, FAINT, EMPTY = "#333333", "#DDDDDD", "#F2F2F2"
 DPI = 150
-# few validations are far apart: their marks count, the line between them only leads the eye
+# validations are few: markers are the data, the line only connects them
 MEASURED = {"color": BLUE, "linewidth": 0.8, "marker": "o", "markersize": 5, "clip_on": False, "zorder": 3}
 LEGEND = {"loc": "upper right", "fontsize": 9, "framealpha": 1.0, "edgecolor": "white"}
 
@@ -53,17 +53,14 @@ def plot_loss(path: str | os.PathLike[str], records: list[dict[str, Any]], summa
     _save(figure, path)
 
 
-def plot_bpb(
-    path: str | os.PathLike[str], records: list[dict[str, Any]], summary: Summary, *, validation: str, evaluation: str
-) -> None:
-    """Draw validation bits per byte over steps and over seconds, with the artifact's scores and the yardsticks.
+def plot_bpb(path: str | os.PathLike[str], records: list[dict[str, Any]], summary: Summary, evaluation: str) -> None:
+    """Draw validation bits per byte over steps and over seconds, with the scores of the artifact and of the compressors.
 
     Args:
         path: the PNG.
         records: metrics.jsonl, as `train.run.logger.read_metrics` returns it.
         summary: the run's numbers.
-        validation: how the scores while training were made, in words.
-        evaluation: how `summary.val_bpb` was.
+        evaluation: how `summary.val_bpb` is made.
 
     Raises:
         UserError: the metrics hold no validation.
@@ -71,15 +68,17 @@ def plot_bpb(
     val = series(records, "val", "val_bpb")
     if not val:
         raise UserError(f"{path}: nothing to draw: metrics.jsonl holds no validation")
-    figure, panels = _two_panels(_title("Validation", summary), "bits per byte of text")
+    figure, panels = _two_panels(_title("Validation", summary), "bits per byte")
     levels = [(f"artifact, {evaluation}: {summary.val_bpb:.4f}", summary.val_bpb, VERMILION, "-")]
     if summary.flat_val_bpb not in (None, summary.val_bpb):
-        levels.append((f"artifact, flat: {summary.flat_val_bpb:.4f}", summary.flat_val_bpb, VERMILION, ":"))
+        levels.append(
+            (f"artifact, non-overlapping windows: {summary.flat_val_bpb:.4f}", summary.flat_val_bpb, VERMILION, ":")
+        )
     colors = (INK, PURPLE, GREEN, ORANGE)
     for (name, value), color in zip(summary.yardsticks.items(), colors, strict=False):
         levels.append((f"{name}: {value:.4f}", value, color, "--"))
     for axis, column in zip(panels, (0, 1), strict=True):
-        _curve(axis, val, column, label=f"while training, {validation}", **MEASURED)
+        _curve(axis, val, column, label="during training, non-overlapping windows", **MEASURED)
         for label, value, color, style in levels:
             axis.axhline(value, color=color, linestyle=style, linewidth=1.2, label=label)
         _limit(axis, [*(point[2] for point in val), *(level[1] for level in levels)])
@@ -88,16 +87,15 @@ def plot_bpb(
 
 
 def plot_size_budget(path: str | os.PathLike[str], summary: Summary) -> None:
-    """Draw code and model against the cap, and the same bytes enlarged by group of tensors."""
-    model = summary.model_groups or {"model": summary.bytes_model}
-    palette = (BLUE, SKY, GREEN, PURPLE, VERMILION, "#F0E442", "#999999")
-    parts = [("code", summary.bytes_code, ORANGE)]
-    parts += [("paid prefix", summary.bytes_prefix, INK)] if summary.bytes_prefix else []
-    parts += [(name, size, palette[index % len(palette)]) for index, (name, size) in enumerate(model.items())]
+    """Draw the bytes of code and model against the cap, and enlarged below."""
+    palette = (BLUE, SKY, GREEN, PURPLE, VERMILION, "#F0E442", "#999999", ORANGE)
+    parts = [
+        (name, size, palette[index % len(palette)]) for index, (name, size) in enumerate(summary.byte_parts.items())
+    ]
     remaining = summary.max_bytes - summary.bytes_total
     figure = Figure(figsize=(9, 3.9), layout="constrained")
     title = f"{summary.bytes_total:,} of {summary.max_bytes:,} bytes"
-    title += f", {remaining:,} to spare" if remaining >= 0 else f", {-remaining:,} TOO MANY"
+    title += f", {remaining:,} left" if remaining >= 0 else f", {-remaining:,} TOO MANY"
     figure.suptitle(f"{_title('Size', summary)}: {title}", fontsize=12, color=INK, x=0.01, ha="left")
     whole, enlarged = figure.subplots(2, 1)
     _stack(whole, parts)
@@ -122,7 +120,7 @@ def plot_size_budget(path: str | os.PathLike[str], summary: Summary) -> None:
 
 
 def _title(what: str, summary: Summary) -> str:
-    return f"{f'{summary.label}. ' if summary.label else ''}{what} of {summary.run_id}"
+    return summary.labelled(f"{what} of {summary.run_id}")
 
 
 def _stack(axis: Axes, parts: list[tuple[str, int, str]]) -> None:

@@ -1,11 +1,12 @@
-"""The record of one run: submission.json, README.md and plots in its folder, rendered from its summary and metrics."""
+"""The record of one run: its numbers gathered from the run folder, then submission.json, README.md and plots."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,193 +20,41 @@ from train.evaluate.scores import find_evaluation
 from train.run.folder import RunFolder
 from train.run.logger import read_metrics, resumed_steps
 from train.submission.plots import plot_bpb, plot_loss, plot_size_budget
+from train.submission.record_folder import mean_and_deviation
 from train.submission.summary import Summary, group_bytes, recurrence_note, size_line, stage_line, summary_text
-
-TRACKS = ("10min_16mb", "non-record-16mb")
-
-
-def write_record(
-    run_dir: str | os.PathLike[str],
-    summary: Summary | None = None,
-    *,
-    author: str | None = None,
-    github_id: str | None = None,
-    name: str | None = None,
-    blurb: str | None = None,
-    track: str = "non-record-16mb",
-) -> list[Path]:
-    """Write a finished run's record into its folder; what stood there before is replaced file by file.
-
-    Args:
-        run_dir: the run's folder, with config.json, metrics.jsonl and, unless `summary` is given, summary.json.
-        summary: the run's numbers.
-        author, github_id: who submits; None: git's user.name and github.user, or empty where git has none.
-        name: title of the submission; None: the recipe's name.
-        blurb: one sentence about it; None: one made of the numbers.
-        track: a name in `TRACKS`.
-
-    Returns:
-        The files written.
-
-    Raises:
-        UserError: a file of the run is missing or unreadable, or its metrics hold no curve.
-    """
-    folder = RunFolder(Path(run_dir))
-    config = folder.read_config()
-    summary = summary or Summary.read(folder.summary)
-    records = read_metrics(folder.path / "metrics.jsonl")
-    submission = submission_json(
-        summary,
-        config,
-        author=git_setting("user.name") if author is None else author,
-        github_id=git_setting("github.user") if github_id is None else github_id,
-        name=name or summary.recipe,
-        blurb=blurb,
-        track=track,
-    )
-    paths = [folder.path / item for item in ("loss.png", "bpb.png", "size_budget.png", "submission.json", "README.md")]
-    plot_loss(paths[0], records, summary)
-    plot_bpb(paths[1], records, summary, validation="flat", evaluation=evaluation(config))
-    plot_size_budget(paths[2], summary)
-    atomic_write(paths[3], json.dumps(submission, indent=2, ensure_ascii=False) + "\n")
-    atomic_write(paths[4], readme(summary, config, submission["name"]))
-    return paths
-
-
-def record_run(folder: RunFolder) -> str:
-    """Gather a finished run's numbers, write its summary and its record, and return the block that it ends with."""
-    summary = summarize(folder)
-    summary.write(folder.summary)
-    write_record(folder.path, summary)
-    return summary_text(summary, folder.path)
-
-
-def submission_json(
-    summary: Summary, config: Config, *, author: str, github_id: str, name: str, blurb: str | None, track: str
-) -> dict[str, Any]:
-    """The record's json: the 14 keys that published records share, then what this program adds.
-
-    One seed has no deviation, so `val_bpb_std` is null. `artifact_bytes` counts code and model, as published.
-    """
-    seed_result = {
-        "val_loss": round(summary.val_loss, 8),
-        "val_bpb": round(summary.val_bpb, 8),
-        "artifact_bytes": summary.bytes_total,
-        "steps": summary.steps,
-        "step_avg_ms": round(summary.step_avg_ms, 2),
-        "eval_time_s": round(summary.eval_seconds, 3),
-    }
-    return {
-        "author": author,
-        "github_id": github_id,
-        "name": name,
-        "blurb": " ".join(filter(None, (summary.label, blurb))) if blurb else default_blurb(summary, config),
-        "date": summary.date[:10],
-        "track": track,
-        "val_loss": seed_result["val_loss"],
-        "val_bpb": seed_result["val_bpb"],
-        "val_bpb_std": None,
-        "seeds": [summary.seed],
-        "seed_results": {str(summary.seed): seed_result},
-        "bytes_total": summary.bytes_total,
-        "bytes_code": summary.bytes_code,
-        "hardware": summary.hardware,
-        "bytes_model": summary.bytes_model,
-        "pytorch_version": summary.torch,
-        "train_time_seconds": round(summary.train_seconds, 3),
-        **({"bytes_paid_prefix": summary.bytes_prefix} if summary.bytes_prefix else {}),
-        **({"label": summary.label} if summary.label else {}),
-        "pre_quant_val_bpb": None if summary.prequant_val_bpb is None else round(summary.prequant_val_bpb, 8),
-    }
-
-
-def default_blurb(summary: Summary, config: Config) -> str:
-    """One sentence made of the run's numbers."""
-    return (
-        f"{f'{summary.label}. ' if summary.label else ''}Recipe {summary.recipe}: {summary.parameters:,} parameters, {counted(summary.steps, 'step')} in {summary.train_seconds:.1f} s "
-        f"on {summary.hardware}; {form(config)} artifact and code take {summary.bytes_total:,} bytes and score "
-        f"{summary.val_bpb:.4f} bits per byte ({evaluation(config)})."
-    )
-
-
-def readme(summary: Summary, config: Config, name: str) -> str:
-    """The README of the run; every number in it is the summary's."""
-    bits = [
-        (f"**artifact, {evaluation(config)}**", f"**{summary.val_bpb:.8f}**"),
-        ("artifact, flat", _bpb(summary.flat_val_bpb)),
-        ("before quantization, flat", _bpb(summary.prequant_val_bpb)),
-        ("before training, flat", _bpb(summary.step0_val_bpb)),
-        *((f"{compressor}, for comparison", _bpb(value)) for compressor, value in summary.yardsticks.items()),
-    ]
-    facts = [
-        ("val_loss (nats per token)", f"{summary.val_loss:.8f}"),
-        (
-            "scored",
-            f"{summary.tokens:,} tokens, {summary.bytes:,} bytes as normalized, in {summary.eval_seconds:.1f} s",
-        ),
-        ("steps", f"{summary.steps:,}"),
-        *((("recurrence", note),) if (note := recurrence_note(summary)) else ()),
-        ("ms per step", f"{summary.step_avg_ms:.2f}"),
-        ("training clock (s)", f"{summary.train_seconds:.1f}"),
-        ("seconds per stage", stage_line(summary)),
-        ("bytes", size_line(summary)),
-        *((f"bytes of {group}", f"{size:,}") for group, size in summary.model_groups.items()),
-        ("parameters", f"{summary.parameters:,}"),
-        ("hardware", summary.hardware),
-        ("versions", f"Python {summary.python}, PyTorch {summary.torch}"),
-    ]
-    return "\n".join(
-        [
-            f"# {name}: {summary.val_bpb:.4f} bits per byte{f' ({summary.label})' if summary.label else ''}",
-            "",
-            f"Run `{summary.run_id}` of {summary.date}: recipe `{summary.recipe}`, seed {summary.seed}.",
-            "",
-            *_table(("validation", "bits per byte"), [row for row in bits if row[1]]),
-            "",
-            *_table(("measured", ""), facts),
-            "",
-            "![Loss over steps and seconds](loss.png)",
-            "",
-            "![Bits per byte over steps and seconds](bpb.png)",
-            "",
-            "![Bytes of code and model against the cap](size_budget.png)",
-            "",
-            "`config.json` holds every setting of the run, `metrics.jsonl` the points of the curves and "
-            f"`train_seed{summary.seed}.log` its log. The artifact is scored again with",
-            "",
-            f"    python -m train.evaluate {config.runs_dir}/{summary.run_id}",
-            "",
-        ]
-    )
-
-
-def evaluation(config: Config) -> str:
-    """How the final score was made, in words."""
-    if config.eval_stride == 0:
-        return f"flat, rows of {config.window}"
-    rule = "" if config.eval_rule == "once" else f", rule {config.eval_rule}"
-    return f"sliding window {config.window}, stride {config.eval_stride}{rule}"
-
-
-def form(config: Config) -> str:
-    """How the artifact is stored, in words."""
-    return f"int{config.matrix_bits} {config.quantizer} + {config.codec}"
-
-
-def _bpb(value: float | None) -> str:
-    return "" if value is None else f"{value:.8f}"
-
-
-def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> list[str]:
-    return [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]
 
 
 def git_setting(key: str) -> str:
-    """A value of git's configuration; empty where there is no git or no such value."""
+    """A value of git's configuration; empty without git or without the value."""
     git = shutil.which("git")
     if git is None:
         return ""
     return subprocess.run([git, "config", key], capture_output=True, text=True, check=False).stdout.strip()
+
+
+@dataclass(frozen=True)
+class RecordDetails:
+    """What the author adds to a record.
+
+    Attributes:
+        author, github_id: who submits; default: git's user.name and github.user.
+        name: title; empty: the recipe's name.
+        blurb: one sentence; empty: made from the numbers.
+        track: leaderboard track.
+    """
+
+    author: str = field(default_factory=lambda: git_setting("user.name"))
+    github_id: str = field(default_factory=lambda: git_setting("github.user"))
+    name: str = ""
+    blurb: str = ""
+    track: str = "non-record-16mb"
+
+
+def record_run(folder: RunFolder) -> str:
+    """Write a finished run's summary and record, and return the text that the run ends with."""
+    summary = summarize(folder)
+    write_record(folder, summary)
+    return summary_text(summary, folder.path)
 
 
 def summarize(folder: RunFolder) -> Summary:
@@ -214,14 +63,14 @@ def summarize(folder: RunFolder) -> Summary:
     Raises:
         UserError: a stage has not run, or the artifact is newer than its score.
     """
-    config, asked = folder.trained_config(), folder.read_config()
+    config, started = folder.trained_config(), folder.read_config()
     training = folder.read_training(
         steps=int, seconds=float, date=str, hardware=str, torch=str, python=str, first=dict, last=dict
     )
     score = find_evaluation(folder, config)
     flat = find_evaluation(folder, config.replace(eval_stride=0))
     artifact = read_artifact(folder.artifact)
-    # as logged when the artifact was written: the sources may have changed since
+    # the code's size when the artifact was written: the sources may have changed since
     records = read_metrics(folder.metrics)
     sizes = [record for record in records if record["kind"] == "sizes" and isinstance(record.get("code_bytes"), int)]
     if not sizes:
@@ -229,7 +78,7 @@ def summarize(folder: RunFolder) -> Summary:
     stage_seconds = read_json(folder.stages, "delete it") if folder.stages.exists() else {}
     resumed = resumed_steps(records)
     if resumed:
-        # no process saw all of it, and what a kill lost is in none of its steps
+        # no process measured the whole stage
         stage_seconds["train"] = training["seconds"]
     bytes_code, bytes_prefix = sizes[-1]["code_bytes"], sizes[-1].get("prefix_bytes", 0)
     manifest = read_manifest(config.data_path)
@@ -243,7 +92,7 @@ def summarize(folder: RunFolder) -> Summary:
         train_seconds=training["seconds"],
         stage_seconds=stage_seconds,
         resumed=resumed,
-        recurrence_missed=0 if asked.recur_layers == config.recur_layers else asked.recur_start_step,
+        recurrence_missed=0 if started.recur_layers == config.recur_layers else started.recur_start_step,
         val_loss=score["val_loss"],
         val_bpb=score["val_bpb"],
         eval_seconds=score["seconds"],
@@ -263,9 +112,186 @@ def summarize(folder: RunFolder) -> Summary:
         prequant_val_bpb=training["last"].get("val_bpb"),
         flat_val_bpb=flat["val_bpb"],
         yardsticks={
-            f"{name} after the training text": value
+            f"{name} primed with the training text": value
             for name, value in (manifest.yardsticks if manifest else {}).items()
         },
         label=score.get("label", ""),
         model_groups=group_bytes(artifact.info.rows()),
     )
+
+
+def write_record(folder: RunFolder, summary: Summary, details: RecordDetails | None = None) -> list[Path]:
+    """Write a finished run's summary and record into its folder, replacing each file that exists.
+
+    Returns:
+        The record's files.
+
+    Raises:
+        UserError: a file of the run is missing or unreadable, or its metrics hold no curve.
+    """
+    config = folder.read_config()
+    records = read_metrics(folder.metrics)
+    submission = submission_json([summary], config, details or RecordDetails(), summary.bytes_code) | {
+        "train_time_seconds": round(summary.train_seconds, 3),
+        "pre_quant_val_bpb": _rounded(summary.prequant_val_bpb),
+    }
+    summary.write(folder.summary)
+    paths = [folder.path / item for item in ("loss.png", "bpb.png", "size_budget.png", "submission.json", "README.md")]
+    plot_loss(paths[0], records, summary)
+    plot_bpb(paths[1], records, summary, describe_evaluation(config))
+    plot_size_budget(paths[2], summary)
+    atomic_write(paths[3], json.dumps(submission, indent=2, ensure_ascii=False) + "\n")
+    atomic_write(paths[4], run_readme(summary, config, submission["name"]))
+    return paths
+
+
+def submission_json(
+    summaries: Sequence[Summary], config: Config, details: RecordDetails, code_bytes: int
+) -> dict[str, Any]:
+    """submission.json of one run per seed: the 14 keys of published records, then more.
+
+    Args:
+        summaries: one per seed.
+        config: the settings of the first.
+        details: what the author adds.
+        code_bytes: size of the script that is shipped. With model (and prefix) it makes `artifact_bytes`, as published.
+    """
+    results = {str(summary.seed): _seed_result(summary, code_bytes) for summary in summaries}
+    # of the rounded scores, so that a reader of the file gets the same mean and deviation
+    bpb, bpb_std = mean_and_deviation([result["val_bpb"] for result in results.values()])
+    loss, loss_std = mean_and_deviation([result["val_loss"] for result in results.values()])
+    first, largest = summaries[0], max(summaries, key=lambda summary: summary.bytes_model)
+    bytes_total = results[str(largest.seed)]["artifact_bytes"]
+    return {
+        "author": details.author,
+        "github_id": details.github_id,
+        "name": details.name or config.recipe,
+        "blurb": first.labelled(details.blurb or _blurb(summaries, config, bpb, bytes_total)),
+        "date": max(summary.date for summary in summaries)[:10],
+        "track": details.track,
+        "val_loss": _rounded(loss),
+        "val_bpb": _rounded(bpb),
+        "val_bpb_std": _rounded(bpb_std),
+        "seeds": [summary.seed for summary in summaries],
+        "seed_results": results,
+        "bytes_total": bytes_total,
+        "bytes_code": code_bytes,
+        "hardware": first.hardware,
+        "bytes_model": largest.bytes_model,
+        **({"bytes_paid_prefix": first.bytes_prefix} if first.bytes_prefix else {}),
+        **({"label": first.label} if first.label else {}),
+        "val_loss_std": _rounded(loss_std),
+        "pytorch_version": first.torch,
+        "python_version": first.python,
+    }
+
+
+def _seed_result(summary: Summary, code_bytes: int) -> dict[str, Any]:
+    result = {
+        "val_loss": _rounded(summary.val_loss),
+        "val_bpb": _rounded(summary.val_bpb),
+        "artifact_bytes": summary.bytes_model + summary.bytes_prefix + code_bytes,
+        "steps": summary.steps,
+        "step_avg_ms": round(summary.step_avg_ms, 2),
+        "eval_time_s": round(summary.eval_seconds, 3),
+        "bytes_model": summary.bytes_model,
+        "train_time_s": round(summary.train_seconds, 3),
+    }
+    if summary.prequant_val_bpb is not None:
+        result["pre_quant_val_bpb"] = _rounded(summary.prequant_val_bpb)
+    return result
+
+
+def _blurb(summaries: Sequence[Summary], config: Config, bpb: float, bytes_total: int) -> str:
+    fewest, most = (pick(summary.steps for summary in summaries) for pick in (min, max))
+    steps = f"{fewest:,} to {most:,} steps" if fewest < most else counted(most, "step")
+    seeds = f" as the mean of {len(summaries)} seeds" if len(summaries) > 1 else ""
+    return (
+        f"Recipe {config.recipe}: {summaries[0].parameters:,} parameters, {steps} on {summaries[0].hardware}; "
+        f"{artifact_format(config)} artifact and code take {bytes_total:,} bytes and score {bpb:.4f} bits per byte"
+        f"{seeds} ({describe_evaluation(config)})."
+    )
+
+
+def run_readme(summary: Summary, config: Config, name: str) -> str:
+    """README.md of a run."""
+    scores: list[tuple[str, float | None]] = [
+        ("artifact, non-overlapping windows", summary.flat_val_bpb),
+        ("before quantization, non-overlapping windows", summary.prequant_val_bpb),
+        ("before training, non-overlapping windows", summary.step0_val_bpb),
+        *((f"for comparison: {compressor}", value) for compressor, value in summary.yardsticks.items()),
+    ]
+    facts = [
+        ("val_loss (nats per token)", f"{summary.val_loss:.8f}"),
+        (
+            "evaluation",
+            f"{summary.tokens:,} tokens, {summary.bytes:,} bytes of normalized text, {summary.eval_seconds:.1f} s",
+        ),
+        ("training steps", f"{summary.steps:,}"),
+        *((("recurrence", note),) if (note := recurrence_note(summary)) else ()),
+        ("ms per step", f"{summary.step_avg_ms:.2f}"),
+        ("training clock (s)", f"{summary.train_seconds:.1f}"),
+        ("seconds per stage", stage_line(summary)),
+        ("size", size_line(summary)),
+        *((f"bytes of {group}", f"{size:,}") for group, size in summary.model_groups.items()),
+        ("parameters", f"{summary.parameters:,}"),
+        ("hardware", summary.hardware),
+        ("versions", f"Python {summary.python}, PyTorch {summary.torch}"),
+    ]
+    return "\n".join(
+        [
+            title(name, summary.val_bpb, summary.label),
+            "",
+            f"Run `{summary.run_id}` of {summary.date}: recipe `{summary.recipe}`, seed {summary.seed}. "
+            "Scores are bits per byte of the normalized validation text.",
+            "",
+            *table(
+                ("score", "bits per byte"),
+                [
+                    (f"**artifact, {describe_evaluation(config)}**", f"**{summary.val_bpb:.8f}**"),
+                    *((label, f"{value:.8f}") for label, value in scores if value is not None),
+                ],
+            ),
+            "",
+            *table(("measurement", "value"), facts),
+            "",
+            "![Loss over steps and seconds](loss.png)",
+            "",
+            "![Bits per byte over steps and seconds](bpb.png)",
+            "",
+            "![Bytes of code and model against the cap](size_budget.png)",
+            "",
+            f"`config.json` holds the run's settings, `metrics.jsonl` the points of the curves, `train_seed{summary.seed}.log` "
+            "the log. To score the artifact again:",
+            "",
+            f"    python -m train.evaluate {config.runs_dir}/{summary.run_id}",
+            "",
+        ]
+    )
+
+
+def title(name: str, bpb: float, label: str) -> str:
+    """The first line of a README."""
+    return f"# {name}: {bpb:.4f} bits per byte{f' ({label})' if label else ''}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def describe_evaluation(config: Config) -> str:
+    """How the final score is made."""
+    if config.eval_stride == 0:
+        return f"non-overlapping windows of {config.window}"
+    rule = "" if config.eval_rule == "once" else f", rule {config.eval_rule}"
+    return f"sliding window {config.window}, stride {config.eval_stride}{rule}"
+
+
+def artifact_format(config: Config) -> str:
+    """How the artifact stores the weights."""
+    return f"int{config.matrix_bits} {config.quantizer} + {config.codec}"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 8)

@@ -1,11 +1,11 @@
-"""What a record folder shows: its README, its json, its logs and its script, whoever made it."""
+"""A record folder as it is on disk, whoever made it: README.md, submission.json, logs and script."""
 
 from __future__ import annotations
 
 import json
 import re
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ class LogFile:
 
     Attributes:
         path: the file.
-        seed: as the log says, or its name; "" where neither does.
+        seed: from the log, or else from the file name; "" if neither has it.
         log: see `parse_log`.
     """
 
@@ -35,22 +35,21 @@ class LogFile:
 
     @property
     def last_step(self) -> Numbers | None:
-        """Numbers of the line of the last step: step, total, clock."""
+        """The numbers of the last step's line: step, total, clock."""
         lines = {**self.log["steps"], **self.log["vals"]}
         return lines[max(lines)] if lines else None
 
 
 @dataclass(frozen=True)
 class RecordFolder:
-    """A record folder as it is on the disk.
+    """The contents of a record folder.
 
     Attributes:
         path: the folder.
-        readme: text of README.md; "" where there is none.
-        submission: submission.json; empty where there is none or it is not readable.
-        problem: why submission.json is not readable; "" where it is.
-        logs: the files in Parameter Golf's log grammar, in the order of their names.
-        scripts: the Python files.
+        readme: README.md; "" if there is none.
+        submission: submission.json; empty if there is none or it is invalid.
+        problem: why submission.json is invalid; "" if it is valid.
+        logs: files in Parameter Golf's log grammar, sorted by name.
     """
 
     path: Path
@@ -58,11 +57,10 @@ class RecordFolder:
     submission: dict[str, Any]
     problem: str
     logs: tuple[LogFile, ...]
-    scripts: tuple[Path, ...] = field(default=())
 
     @cached_property
     def seed_results(self) -> dict[str, Numbers]:
-        """submission.json's numbers per seed; empty where it has none."""
+        """The numbers of each seed in submission.json; empty if it has none."""
         results = self.submission.get("seed_results")
         if not isinstance(results, dict):
             return {}
@@ -74,40 +72,41 @@ class RecordFolder:
 
     @cached_property
     def script(self) -> Path | None:
-        """train_gpt.py, or the only Python file there is."""
-        named = [path for path in self.scripts if path.name == "train_gpt.py"]
-        return named[0] if named else self.scripts[0] if len(self.scripts) == 1 else None
+        """train_gpt.py, or else the only Python file at the top of the folder."""
+        scripts = sorted(self.path.glob("*.py"))
+        named = [path for path in scripts if path.name == "train_gpt.py"]
+        return named[0] if named else scripts[0] if len(scripts) == 1 else None
 
     @cached_property
     def package(self) -> tuple[Path, ...]:
-        """Source files in folders beside the script, which are shipped with it."""
+        """Python files in subfolders, which are shipped with the script."""
         return tuple(sorted(path for path in self.path.rglob("*.py") if path.parent != self.path))
 
     @cached_property
     def seeds(self) -> tuple[str, ...]:
-        """Seeds with a score, from json and logs."""
+        """Seeds with a score in submission.json or a log."""
         logged = {log.seed for log in self.logs if log.seed and log.score}
         return tuple(sorted(set(self.seed_results) | logged, key=lambda seed: (len(seed), seed)))
 
     @cached_property
     def texts(self) -> dict[str, str]:
-        """What people and programs wrote about the run: README, json, and the logs without the source they begin with."""
+        """File → text of README, submission.json and the logs, without the source code that a log begins with."""
         parts = {"README.md": self.readme, "submission.json": json.dumps(self.submission, indent=0, ensure_ascii=False)}
         return parts | {log.path.name: "\n".join(log.log["lines"]) for log in self.logs}
 
     def find(self, pattern: str) -> list[tuple[str, str]]:
-        """(file, line) of each line of `texts` that a regular expression finds, without regard to case."""
+        """(file, line) of each line of `texts` that contains a match, ignoring case."""
         found = re.compile(pattern, re.IGNORECASE)
         return [
             (name, line.strip()) for name, text in self.texts.items() for line in text.split("\n") if found.search(line)
         ]
 
     def number(self, *names: str) -> float | None:
-        """The first of these entries of submission.json that is a number; None: none is."""
+        """The first of these fields of submission.json that is a number; None if none is."""
         return next((value for name in names if is_number(value := self.submission.get(name))), None)
 
     def result(self, seed: str) -> Numbers:
-        """A seed's numbers, the log's before the json's: val_loss, val_bpb, artifact_bytes, steps, step_avg_ms, …"""
+        """A seed's val_loss, val_bpb, artifact_bytes, steps, step_avg_ms, …: from its log, or else submission.json."""
         values = dict(self.seed_results.get(seed, {}))
         for log in self.logs:
             if log.seed == seed:
@@ -116,7 +115,7 @@ class RecordFolder:
 
 
 def logged_numbers(log: LogFile) -> Numbers:
-    """The numbers of a log under the names that seed_results has."""
+    """The numbers of a log, under their names in seed_results."""
     values: Numbers = {}
     if log.score:
         values |= {name: log.score[name] for name in ("val_loss", "val_bpb")}
@@ -133,13 +132,13 @@ def logged_numbers(log: LogFile) -> Numbers:
 
 
 def read_record_folder(path: Path) -> RecordFolder:
-    """Read a record folder, ours or another's.
+    """Read a record folder.
 
     Raises:
-        UserError: there is no such folder, or nothing of a record in it.
+        UserError: no such folder, or it has neither README.md, submission.json nor a log.
     """
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder: give a record's folder, with README.md, submission.json and logs")
+        raise UserError(f"{path}: no such folder: give a record folder, with README.md, submission.json and logs")
     readme = path / "README.md"
     submission, problem = _read_submission(path / "submission.json")
     logs = []
@@ -148,15 +147,14 @@ def read_record_folder(path: Path) -> RecordFolder:
         if log and (log["steps"] or log["vals"] or log["finals"]):
             digits = re.search(r"(?:seed|_s)_?(\d+)", file.stem)
             logs.append(LogFile(file, str(log["facts"].get("seed", digits[1] if digits else "")), log))
-    scripts = tuple(sorted(path.glob("*.py")))
     if not (readme.is_file() or submission or problem or logs):
-        raise UserError(f"{path}: not a record: neither README.md nor submission.json nor a log in it")
+        raise UserError(f"{path}: not a record folder: no README.md, no submission.json and no log")
     text = readme.read_text(errors="replace") if readme.is_file() else ""
-    return RecordFolder(path, text, submission, problem, tuple(logs), scripts)
+    return RecordFolder(path, text, submission, problem, tuple(logs))
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample deviation; of one value there is none."""
+    """Mean and sample standard deviation; None for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -166,5 +164,5 @@ def _read_submission(path: Path) -> tuple[dict[str, Any], str]:
     try:
         values = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        return {}, f"not readable as JSON ({error})"
+        return {}, f"not valid JSON ({error})"
     return (values, "") if isinstance(values, dict) else ({}, "not a JSON object")

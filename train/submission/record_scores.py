@@ -1,11 +1,11 @@
-"""The scores of a record, seed by seed: read from its folder or json, or of a published one by its number."""
+"""The scores of a record, seed by seed, and what a new record is compared with."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -15,7 +15,7 @@ from train.config import Config
 from train.recipes import load_recipe, recipe_names
 from train.run.log_grammar import Log, Numbers, parse_log
 
-# validation texts of the challenge: name → scored tokens, bytes; from the published logs
+# the challenge's validation text under each published tokenizer: scored tokens, bytes; from the published logs
 TEXTS = {
     "sp1024": (62_021_632, 151_080_362),
     "sp1024, older export": (63_779_840, 155_769_746),
@@ -25,42 +25,7 @@ TEXTS = {
     "sp8192": (40_540_160, 151_078_222),
     "CaseOps sp8192": (47_851_520, 151_084_309),
 }
-
-
-@dataclass(frozen=True)
-class ScoredText:
-    """The text that a record was scored on.
-
-    Attributes:
-        challenge: whether it is the challenge's validation text, all of it.
-        tokens: scored; 0: not written down.
-        row: tokens of a window; the end of the text that fills none is left out.
-        tokenizer: SHA-256; empty: not written down.
-    """
-
-    challenge: bool
-    tokens: int = 0
-    row: int = 1
-    tokenizer: str = ""
-
-    def __str__(self) -> str:
-        if self.challenge:
-            return "the challenge's validation text"
-        return f"{self.tokens:,} tokens that are not the challenge's validation text"
-
-
-def one_text(a: ScoredText | None, b: ScoredText | None) -> bool | None:
-    """Whether two scores are of one text; None: nothing shows it."""
-    if a is None or b is None:
-        return None
-    if a.tokens and b.tokens and a.tokenizer and a.tokenizer == b.tokenizer:
-        return abs(a.tokens - b.tokens) < max(a.row, b.row)
-    if a.challenge and b.challenge:
-        return True
-    return False if a.challenge or b.challenge else None
-
-
-# per-seed scores of published records, from their submission.json, README or logs; losses where they are given
+# published records: seeds, val_bpb per seed, val_loss per seed where given; from their submission.json, README or logs
 _PUBLISHED: dict[str, tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...]]] = {
     "122": (
         ("41", "102", "1337"),
@@ -75,15 +40,46 @@ _PUBLISHED: dict[str, tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...
 
 
 @dataclass(frozen=True)
-class RecordScores:
-    """A record's scores.
+class ScoredText:
+    """The text that a record was scored on.
 
     Attributes:
-        name: what to call it.
-        seeds: as written; empty: not known.
+        challenge: whether it is the challenge's whole validation text.
+        tokens: number of scored tokens; 0: not known.
+        window: window length; tokens after the last full window are not scored.
+        tokenizer: SHA-256 of the tokenizer; empty: not known.
+    """
+
+    challenge: bool
+    tokens: int = 0
+    window: int = 1
+    tokenizer: str = ""
+
+    def __str__(self) -> str:
+        return "the challenge's validation text" if self.challenge else f"another text of {self.tokens:,} tokens"
+
+
+def same_text(a: ScoredText | None, b: ScoredText | None) -> bool | None:
+    """Whether two scores are of the same text; None if that is not known."""
+    if a is None or b is None:
+        return None
+    if a.tokens and b.tokens and a.tokenizer and a.tokenizer == b.tokenizer:
+        return abs(a.tokens - b.tokens) < max(a.window, b.window)
+    if a.challenge and b.challenge:
+        return True
+    return False if a.challenge or b.challenge else None
+
+
+@dataclass(frozen=True)
+class RecordScores:
+    """The scores of a record.
+
+    Attributes:
+        name: how messages name the record.
+        seeds: the seeds; empty: not known.
         val_bpb: bits per byte, one per seed.
-        val_loss: nats per token, one per seed; empty: not given.
-        text: what was scored; None: not written down.
+        val_loss: nats per token, one per seed; empty: not known.
+        text: the scored text; None: not known.
     """
 
     name: str
@@ -94,27 +90,25 @@ class RecordScores:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """val_loss / (val_bpb · ln 2); None without losses."""
+        """val_loss / (val_bpb · ln 2); None without val_loss."""
         if not self.val_loss:
             return None
         return statistics.fmean(self.val_loss) / (statistics.fmean(self.val_bpb) * math.log(2))
 
 
 def find_scores(name: str) -> RecordScores:
-    """The scores that a command line names: a record's folder, its submission.json, or a published record's number.
+    """The scores of a record folder, a submission.json, or a published record given by its number.
 
     Raises:
-        UserError: there is no such thing, or no score per seed in it.
+        UserError: there is no such record, or it has no score per seed.
     """
     number = name.removeprefix("#")
     if number in _PUBLISHED and not Path(name).exists():
         return RecordScores(f"#{number}", *_PUBLISHED[number], text=ScoredText(challenge=True))
     path = Path(name)
     if not path.exists():
-        raise UserError(
-            f"{name}: neither a record's folder, nor a submission.json, nor one of the published records "
-            f"{', '.join(f'#{known}' for known in _PUBLISHED)}"
-        )
+        published = ", ".join(f"#{known}" for known in _PUBLISHED)
+        raise UserError(f"{name}: no such record folder, submission.json or published record ({published})")
     source = path / "submission.json" if path.is_dir() else path
     if source.exists():
         values = read_json(source, "give a record's submission.json")
@@ -122,45 +116,45 @@ def find_scores(name: str) -> RecordScores:
             return _from_json(name, source, values)
     logs = sorted(path.glob("*.log")) if path.is_dir() else []
     if not logs:
-        raise UserError(f"{source}: expected scores per seed (seed_results), found none, nor a log beside it")
+        raise UserError(f"{source}: no scores per seed (seed_results) in it, and no logs beside it")
     return _from_logs(name, logs)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether an entry of somebody's json or log is a number to compute with: neither NaN nor beyond 10¹⁸."""
+    """Whether a value from a JSON file or log is a number below 10¹⁸ (NaN is not)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e18
 
 
 def is_score(values: Mapping[str, Any]) -> bool:
-    """Whether there are a loss and bits per byte, both positive."""
+    """Whether there are positive val_loss and val_bpb."""
     return all(is_number(values.get(name)) and values[name] > 0 for name in ("val_loss", "val_bpb"))
 
 
 def exact_score(log: Log) -> Numbers | None:
-    """The score that a log ends with, as `parse_log` returns it: the last with 8 decimals, else the last; None: none."""
+    """The final score of a log: the last with 8 decimals, or else the last; None if it has no valid one."""
     finals = [values for name, values in log["finals"].items() if name.endswith("_exact")]
     finals = finals or list(log["finals"].values())
     return finals[-1] if finals and is_score(finals[-1]) else None
 
 
 def scored_text(submission: Mapping[str, Any]) -> ScoredText | None:
-    """What a submission.json says of the text that was scored; None: nothing."""
+    """The scored text according to a submission.json; None if it does not say."""
     evaluation, tokenizer = submission.get("evaluation"), submission.get("tokenizer")
     if not isinstance(evaluation, dict) or not is_number(whole := evaluation.get("validation_tokens")):
         return None
-    scored, window = evaluation.get("tokens"), evaluation.get("window")
+    scored, length = evaluation.get("tokens"), evaluation.get("window")
     # the older rule scores the last tokens several times
     tokens = int(min(scored, whole) if is_number(scored) else whole)
-    row = int(window) if is_number(window) and window >= 1 else 1
+    window = int(length) if is_number(length) and length >= 1 else 1
     digest = tokenizer.get("sha256") if isinstance(tokenizer, dict) else None
-    challenge = any(abs(tokens - known) < row for known, _ in TEXTS.values())
-    return ScoredText(challenge, tokens, row, digest if isinstance(digest, str) else "")
+    challenge = any(abs(tokens - known) < window for known, _ in TEXTS.values())
+    return ScoredText(challenge, tokens, window, digest if isinstance(digest, str) else "")
 
 
 def _from_json(name: str, source: Path, submission: Mapping[str, Any]) -> RecordScores:
     results = submission["seed_results"]
     if not isinstance(results, dict):
-        raise UserError(f"{source}: seed_results: expected an object, seed to scores, found {type(results).__name__}")
+        raise UserError(f"{source}: seed_results: expected an object, seed to scores, got {type(results).__name__}")
     for seed, scores in results.items():
         if not isinstance(scores, dict) or not is_number(scores.get("val_bpb")):
             raise UserError(f"{source}: seed_results: seed {seed}: expected a val_bpb")
@@ -176,54 +170,51 @@ def _from_logs(name: str, logs: list[Path]) -> RecordScores:
         log = parse_log(path)
         score = exact_score(log)
         if score is None:
-            raise UserError(f"{path}: no final score in it: the log is cut, or not in Parameter Golf's grammar")
+            raise UserError(f"{path}: no final score: the log is truncated, or not in Parameter Golf's grammar")
         seeds.append(str(log["facts"].get("seed", path.stem)))
         scores.append(score)
-    return RecordScores(
-        name, tuple(seeds), tuple(score["val_bpb"] for score in scores), tuple(score["val_loss"] for score in scores)
-    )
+    val_bpb, val_loss = (tuple(score[key] for score in scores) for key in ("val_bpb", "val_loss"))
+    return RecordScores(name, tuple(seeds), val_bpb, val_loss)
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base of a record.
+    """What a new record is compared with.
 
     Attributes:
-        name: what to call it.
-        settings: field → value; None: not known, as for published scores.
-        scores: its scores; None: a recipe has none.
+        name: how the README names it.
+        settings: setting → value; None: not known, as for published records.
+        scores: its scores; None for a recipe, and for a single seed, which has no standard deviation to test with.
     """
 
     name: str
-    settings: dict[str, Any] | None = field(default=None)
+    settings: dict[str, Any] | None = None
     scores: RecordScores | None = None
 
     @classmethod
-    def of_recipe(cls, config: Config) -> Base:
-        return cls(f"recipe {config.recipe}", load_recipe(config.recipe).config().to_dict())
+    def of_recipe(cls, name: str) -> Base:
+        return cls(f"recipe {name}", load_recipe(name).config().to_dict())
 
 
 def find_base(name: str) -> Base:
-    """What `--base` names: a recipe, a folder with config.json, or whatever `compare` takes.
+    """What `--base` names: a recipe, a folder with config.json, or any record that `compare` accepts.
 
     Raises:
         UserError: none of them.
     """
     if name in recipe_names():
-        return Base(f"recipe {name}", load_recipe(name).config().to_dict())
+        return Base.of_recipe(name)
     path = Path(name)
     settings = None
     if (path / "config.json").is_file():
         values = read_json(path / "config.json", "give another --base")
         recipe = load_recipe(str(values.get("recipe", "")))
-        # a record's file holds what differs from the defaults, a run's all
+        # a record's file has only the settings that differ from the defaults
         settings = Config.from_dict({"recipe": recipe.name, **values}).to_dict()
     try:
         scores = find_scores(name)
     except UserError as error:
         if settings is None:
-            raise UserError(f"base: {error}; nor a recipe ({', '.join(recipe_names())})") from error
-        scores = None
-    # one seed has no deviation to test with
-    scored = scores if scores and len(scores.val_bpb) > 1 else None
-    return Base(scores.name if scores else name, settings, scored)
+            raise UserError(f"--base: {error} or recipe ({', '.join(recipe_names())})") from error
+        return Base(name, settings)
+    return Base(scores.name, settings, scores if len(scores.val_bpb) > 1 else None)

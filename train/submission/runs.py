@@ -1,4 +1,4 @@
-"""Finished runs, one per seed, that go into one record: read, and checked to belong together."""
+"""The finished runs of one record, one per seed, checked to differ in their seed only."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from train.submission.record import summarize
 from train.submission.record_scores import exact_score
 from train.submission.summary import Summary
 
-_PROVEN_TOKENS = 1_000_000
+_COUNTED_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that has its score.
+    """A run with its final score.
 
     Attributes:
-        folder: its folder.
-        config: what was trained.
-        summary: its numbers.
-        log_path: its log.
+        folder: the run folder.
+        config: settings of the trained model.
+        summary: the run's numbers.
+        log_path: the log.
         log: see `parse_log`.
-        evaluation: the entry of evaluation.json that is its score.
+        evaluation: the final score's entry in evaluation.json.
     """
 
     folder: RunFolder
@@ -55,25 +55,25 @@ class FinishedRun:
 
 
 def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
-    """Read the runs of one record, by rising seed.
+    """Read the runs of one record, sorted by seed.
 
     Raises:
-        UserError: a run is not finished, its log is cut or says something else than its files, two have one seed, or
-            one was trained with other settings than the first.
+        UserError: a run is not finished, its log is truncated or contradicts its files, two runs have the same seed, or
+            one has other settings than the first.
     """
     runs = [read_run(path) for path in paths]
     first = runs[0]
     for run in runs[1:]:
         changed = changed_settings(first.config, run.config, free=("seed",))
         if changed:
-            listed = ", ".join(f"{name} is {new}, there {old}" for name, old, new in changed[:4])
+            listed = ", ".join(f"{name}={new}, not {old}" for name, old, new in changed[:4])
             raise UserError(
-                f"{run.folder.path}: not of one record with {first.folder.path}: {listed}: give runs that differ in their seed only"
+                f"{run.folder.path}: settings differ from {first.folder.path}: {listed}: give runs that differ in their seed only"
             )
     for run in runs:
         twins = [str(other.folder.path) for other in runs if other.seed == run.seed]
         if len(twins) > 1:
-            raise UserError(f"seed {run.seed}: both of {' and '.join(twins)}: give one run per seed")
+            raise UserError(f"seed {run.seed}: used by {' and '.join(twins)}: give one run per seed")
     return sorted(runs, key=lambda run: run.config.seed)
 
 
@@ -87,55 +87,53 @@ def read_run(path: Path) -> FinishedRun:
     config = folder.trained_config()
     log_path = path / f"train_seed{config.seed}.log"
     if not log_path.is_file():
-        raise UserError(f"{log_path}: missing: a record needs the log of every run: restore it, or train again")
+        raise UserError(f"{log_path}: missing: a record contains the log of every run: restore it, or train again")
     log = parse_log(log_path)
     score = exact_score(log)
     if score is None:
-        raise UserError(
-            f"{log_path}: ends before its final score: the run did not finish, or the log was cut: train again"
-        )
+        raise UserError(f"{log_path}: no final score: the run did not finish, or the log is truncated: train again")
     summary = summarize(folder)
     for name in ("val_loss", "val_bpb"):
         measured = getattr(summary, name)
         if not math.isclose(measured, score[name], rel_tol=0, abs_tol=5.1e-9):
             raise UserError(
-                f"{log_path}: {name} is {score[name]:.8f}, but evaluation.json has {measured:.8f}: the log must be of the same "
+                f"{log_path}: {name} is {score[name]:.8f}, but evaluation.json has {measured:.8f}: the log is of another "
                 "artifact: train again"
             )
     if log["sizes"].get("model") != summary.bytes_model:
         raise UserError(
-            f"{log_path}: the model has {log['sizes'].get('model')} bytes, but {folder.artifact} has {summary.bytes_model}: the log must "
-            "be of the same artifact: train again"
+            f"{log_path}: the model has {log['sizes'].get('model')} bytes, but {folder.artifact} has {summary.bytes_model}: the log is "
+            "of another artifact: train again"
         )
     return FinishedRun(folder, config, summary, log_path, log, find_evaluation(folder, config))
 
 
 def tokenizer_facts(config: Config) -> dict[str, Any]:
-    """Count the bytes of validation documents twice, by the tables and in the decoded text.
+    """Describe the tokenizer, and compare the bytes it counts with those of the decoded validation documents.
 
     Returns:
-        File name, SHA-256 and size of the tokenizer, `counts_bytes`, and the finding in words.
+        File name, SHA-256 and size of the tokenizer, `counts_bytes` (whether the two agree), and a sentence.
 
     Raises:
-        UserError: tokenizer or validation text are missing, or the tokenizer is one that miscounts.
+        UserError: tokenizer or validation text are missing, or the tokenizer is known to miscount.
     """
     path = find_tokenizer(config.data_path, config.vocab_size, config.tokenizer_path)
     tokenizer = load_tokenizer(path, config.vocab_size)
     tables = byte_tables(tokenizer, config.vocab_size)
-    tokens = load_validation(config).tokens[:_PROVEN_TOKENS]
+    tokens = load_validation(config).tokens[:_COUNTED_TOKENS]
     begins = (tokens == tokenizer.bos_id()).nonzero()[0]
-    charged = decoded = 0
+    counted = decoded = 0
     for begin, end in itertools.pairwise([*begins, len(tokens)]):
         document = tokens[begin:end].astype(int)
-        # the text may be cut inside a character
+        # the last document may be cut inside a character
         while end == len(tokens) and tokenizer.IsByte(int(document[-1])):
             document = document[:-1]
-        charged += int(tables.count(document[:-1], document[1:]).sum())
+        counted += int(tables.count(document[:-1], document[1:]).sum())
         decoded += len(tokenizer.Decode(document[1:].tolist()).encode())
     return {
         "file": path.name,
         "sha256": sha256_file(path),
         "vocab_size": config.vocab_size,
-        "counts_bytes": charged == decoded and charged > 0,
-        "finding": f"{len(begins):,} validation documents: {charged:,} bytes charged, {decoded:,} in the text",
+        "counts_bytes": counted == decoded and counted > 0,
+        "finding": f"{len(begins):,} validation documents: the tokenizer counts {counted:,} bytes, the text has {decoded:,}",
     }

@@ -1,4 +1,4 @@
-"""Is one record better than another, and by the 0.005 nats that a new one needs? Welch's test in its three readings."""
+"""Welch's t-test: is one record better than another, and by the 0.005 nats that a new record needs?"""
 
 from __future__ import annotations
 
@@ -6,140 +6,125 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scipy import stats
 
 from train.common.errors import UserError
 from train.common.wording import counted
-from train.submission.record_scores import RecordScores, one_text
+from train.submission.record_scores import RecordScores, same_text
 
-BAR = 0.005
+REQUIRED_NATS = 0.005
 SIGNIFICANCE = 0.01
-# tokenizers whose tokens differ by less than this are taken for one; the published rules of scoring differ by 1e-5
+# relative difference in bytes per token between two tokenizers; the published scoring rules differ by 1e-5
 _SAME_TOKENIZER = 1e-4
 
 
 @dataclass(frozen=True)
-class Welch:
-    """One outcome of Welch's test.
+class UnitTest:
+    """The required improvement in one unit that "0.005 nats" may mean.
 
     Attributes:
-        t: statistic.
-        df: Satterthwaite's degrees of freedom.
-        p: one-sided: how likely a t this low is if the improvement is exactly the margin.
+        unit: the unit.
+        margin: the improvement in bits per byte.
+        test: Welch's t-test against exactly that improvement.
     """
 
-    t: float
-    df: float
-    p: float
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One reading of "0.005 nats".
-
-    Attributes:
-        name: what the nats are per.
-        bar_bpb: the bar in bits per byte.
-        test: Welch's test against an improvement of exactly the bar.
-    """
-
-    name: str
-    bar_bpb: float
-    test: Welch
+    unit: str
+    margin: float
+    test: Any
 
     @property
     def passes(self) -> bool:
-        return self.test.p < SIGNIFICANCE
+        return bool(self.test.pvalue < SIGNIFICANCE)
 
 
-def welch(ours: Sequence[float], theirs: Sequence[float], margin: float = 0.0) -> Welch:
-    """Welch's test of whether our mean is lower than theirs by more than `margin`.
+def welch(ours: Sequence[float], theirs: Sequence[float], margin: float = 0.0) -> Any:
+    """One-sided Welch's t-test of whether our mean is lower than theirs by more than `margin`.
 
     t = (m₁ + margin - m₂) / √(s₁²/n₁ + s₂²/n₂), df by Satterthwaite, p = P(T_df ≤ t).
 
     Args:
         ours, theirs: one score per seed, lower is better.
-        margin: the improvement of the null hypothesis, in the scores' unit.
+        margin: the improvement under the null hypothesis, in the scores' unit.
+
+    Returns:
+        SciPy's result: statistic, df, pvalue.
 
     Raises:
-        UserError: fewer than two scores on a side, or no deviation on either.
+        UserError: fewer than two scores on a side, or no variance on either.
     """
     for side, scores in (("A", ours), ("B", theirs)):
         if len(scores) < 2:
-            raise UserError(
-                f"{side}: {len(scores)} seed has no deviation: Welch's test needs at least two, a record three"
-            )
+            raise UserError(f"{side}: {counted(len(scores), 'seed')}: Welch's test needs at least two, a record three")
     if len(set(ours)) == 1 and len(set(theirs)) == 1:
-        raise UserError("each side has one score on all its seeds: without a deviation there is no test")
-    result = stats.ttest_ind([score + margin for score in ours], theirs, equal_var=False, alternative="less")
-    return Welch(float(result.statistic), float(result.df), float(result.pvalue))
+        raise UserError("the scores of A are all equal, and so are those of B: Welch's test needs some variance")
+    return stats.ttest_ind([score + margin for score in ours], theirs, equal_var=False, alternative="less")
 
 
-def bar_bpb(bytes_per_token: float) -> float:
+def nats_per_token_in_bpb(bytes_per_token: float) -> float:
     """0.005 nats per token in bits per byte: 0.005 / (ln 2 · bytes per token)."""
-    return BAR / (math.log(2) * bytes_per_token)
+    return REQUIRED_NATS / (math.log(2) * bytes_per_token)
 
 
-def readings(ours: RecordScores, theirs: RecordScores) -> list[Reading]:
-    """The test in all readings of the bar, on bits per byte.
+def unit_tests(ours: RecordScores, theirs: RecordScores) -> list[UnitTest]:
+    """The test in each unit that "0.005 nats" may mean, on bits per byte.
 
-    Within one tokenizer val_loss = val_bpb · ln 2 · bytes per token, so that a test on losses has the same t. Where the
-    tokenizers differ, the first reading is given for each of them.
+    With one tokenizer val_loss = val_bpb · ln 2 · bytes per token, so a test on val_loss has the same t. With two
+    tokenizers, nats per token are tested for each.
     """
-    bars = []
-    known = [(side.name, side.bytes_per_token) for side in (theirs, ours) if side.bytes_per_token]
-    if len(known) == 2 and math.isclose(known[0][1], known[1][1], rel_tol=_SAME_TOKENIZER):
-        known = known[:1]
-    bars += [(f"nats per token of {name} ({size:.4f} bytes)", bar_bpb(size)) for name, size in known]
-    bars += [("nats per byte", BAR / math.log(2)), ("bits per byte", BAR)]
-    return [Reading(name, bar, welch(ours.val_bpb, theirs.val_bpb, bar)) for name, bar in bars]
+    sizes = [(side.name, side.bytes_per_token) for side in (theirs, ours) if side.bytes_per_token]
+    if len(sizes) == 2 and math.isclose(sizes[0][1], sizes[1][1], rel_tol=_SAME_TOKENIZER):
+        sizes = sizes[:1]
+    margins = {f"nats per token of {name} ({size:.4f} bytes)": nats_per_token_in_bpb(size) for name, size in sizes}
+    margins |= {"nats per byte": REQUIRED_NATS / math.log(2), "bits per byte": REQUIRED_NATS}
+    return [UnitTest(unit, margin, welch(ours.val_bpb, theirs.val_bpb, margin)) for unit, margin in margins.items()]
 
 
 def incomparable(ours: RecordScores, theirs: RecordScores) -> str:
-    """Why the scores of two records say nothing about each other; empty: nothing is known against it."""
-    same = one_text(ours.text, theirs.text)
-    foreign = any(side.text is not None and not side.text.challenge for side in (ours, theirs))
-    if same or (same is None and not foreign):
+    """Why two records' scores cannot be compared; empty if they can."""
+    same = same_text(ours.text, theirs.text)
+    other_text = any(side.text is not None and not side.text.challenge for side in (ours, theirs))
+    if same or (same is None and not other_text):
         return ""
-    reason = "scored on different texts" if same is False else "not known to be scored on one text"
-    sides = (f"{side.name} on {side.text or 'a text that is not written down'}" for side in (ours, theirs))
-    return f"{reason}, so that the scores say nothing about each other: {', '.join(sides)}"
+    reason = "scored on different texts" if same is False else "may be scored on different texts"
+    sides = (f"{side.name} on {side.text or 'an unknown text'}" for side in (ours, theirs))
+    return f"{reason}: {', '.join(sides)}"
 
 
 def comparison_text(ours: RecordScores, theirs: RecordScores) -> str:
-    """Two records side by side, Welch's test and the three readings of the bar, in words.
+    """Both records' scores, Welch's test, and the test against 0.005 nats in each unit.
 
     Raises:
         UserError: see `incomparable` and `welch`.
     """
     reason = incomparable(ours, theirs)
     if reason:
-        raise UserError(f"{reason}: compare records whose runs had one validation text")
+        raise UserError(f"{reason}: compare records that are scored on the same text")
     plain = welch(ours.val_bpb, theirs.val_bpb)
-    tests = readings(ours, theirs)
+    tests = unit_tests(ours, theirs)
     gain = statistics.fmean(theirs.val_bpb) - statistics.fmean(ours.val_bpb)
     lines = [f"A  {_side(ours)}", f"B  {_side(theirs)}", ""]
     if ours.text and not ours.text.challenge:
-        lines += [f"Both are scored on {ours.text}.", ""]
+        lines += [f"Both are scored on {ours.text}, not on the challenge's validation text.", ""]
     if gain > 0:
-        lines.append(f"A is better by {gain:.8f} bits per byte.")
+        lines.append(f"A is better than B by {gain:.8f} bits per byte.")
     else:
-        lines.append(f"A is not better: it needs {-gain:.8f} bits per byte more than B.")
+        lines.append(f"A is not better than B: its mean is {-gain:.8f} bits per byte higher.")
+    width = max(len(test.unit) for test in tests)
     lines += [
-        f"Welch's test: t = {plain.t:.4f}, {plain.df:.4f} degrees of freedom, one-sided p = {plain.p:.5g} against no improvement.",
+        f"Welch's test, A better than B: t = {plain.statistic:.4f}, df = {plain.df:.4f}, one-sided p = {plain.pvalue:.5g}.",
         "",
-        f'A record must be better "by at least {BAR} nats, p < {SIGNIFICANCE}". Against an improvement of exactly that much:',
+        f'A new record must improve "by at least {REQUIRED_NATS} nats, p < {SIGNIFICANCE}". The unit is not stated, so each is tested:',
+        *(
+            f"  {test.unit:<{width}}  = {test.margin:.6f} bpb   t = {test.test.statistic:9.4f}   "
+            f"p = {test.test.pvalue:<10.5g}  {'passes' if test.passes else 'FAILS'}"
+            for test in tests
+        ),
     ]
-    width = max(len(reading.name) for reading in tests)
-    for reading in tests:
-        lines.append(
-            f"  {reading.name:<{width}}  = {reading.bar_bpb:.6f} bpb   t = {reading.test.t:9.4f}   p = {reading.test.p:<10.5g}  "
-            f"{'holds' if reading.passes else 'does NOT hold'}"
-        )
     if not (ours.bytes_per_token or theirs.bytes_per_token):
-        lines.append("  nats per token: not seen, as neither side gives its val_loss beside its val_bpb")
-    return "\n".join([*lines, "", _verdict(tests)])
+        lines.append("  nats per token: unknown, as neither record gives both val_loss and val_bpb")
+    return "\n".join([*lines, "", _result(tests)])
 
 
 def _side(scores: RecordScores) -> str:
@@ -149,11 +134,10 @@ def _side(scores: RecordScores) -> str:
     return f"{scores.name}: val_bpb {mean:.8f} ± {deviation:.8f}{loss} ({seeds})"
 
 
-def _verdict(tests: list[Reading]) -> str:
-    names = [reading.name for reading in tests if reading.passes]
-    if len(names) == len(tests):
-        return "In words: A clears the bar in every reading."
-    if not names:
-        return "In words: A clears the bar in no reading."
-    others = [reading.name for reading in tests if not reading.passes]
-    return f"In words: A clears the bar if it is read as {', '.join(names)}, but not as {', '.join(others)}."
+def _result(tests: list[UnitTest]) -> str:
+    passed, failed = ([test.unit for test in tests if test.passes is verdict] for verdict in (True, False))
+    if not failed:
+        return "Result: A is better by enough in every unit."
+    if not passed:
+        return "Result: A is not better by enough in any unit."
+    return f"Result: A is better by enough in {', '.join(passed)}, but not in {', '.join(failed)}."

@@ -1,4 +1,4 @@
-"""The numbers of one finished run; every table, plot and line about it is rendered from them."""
+"""summary.json: the numbers of one finished run, from which every table, plot and line about it is made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from train.common.wording import counted
 if TYPE_CHECKING:
     from train.artifact.budget import BudgetRow
 
-# parts of parameter names, and what a picture calls the tensors that have them
+STAGES = ("data", "train", "quantize", "artifact", "evaluate")
+# a piece of a tensor group's name, and the part of the model that it belongs to
 _PARTS = {
     ".attention.": "attention",
     ".mlp.": "MLP",
@@ -24,47 +25,42 @@ _PARTS = {
     "ve.": "embeddings",
 }
 
-STAGES = ("data", "train", "quantize", "artifact", "evaluate")
-
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run from text to record measured; the content of summary.json.
+    """The contents of summary.json. None means not measured.
 
     Attributes:
-        run_id: name of the run's folder.
-        recipe: recipe it was started from.
-        seed: its seed.
-        date: when training ended, ISO 8601.
+        run_id: name of the run folder.
+        recipe: the recipe.
+        seed: the seed.
+        date: end of training, ISO 8601.
         steps: optimizer steps.
-        step_avg_ms: training clock over steps.
+        step_avg_ms: training clock per step.
         train_seconds: training clock.
-        stage_seconds: stage → wall-clock seconds of the pass whose result counts; stages are `STAGES`. Of a resumed run's
-            training, `train_seconds`.
-        step0_val_bpb: flat, before the first step; None: not measured, as in the following ones.
-        prequant_val_bpb: flat, of the trained weights before quantization.
-        val_loss: nats per token of the reloaded artifact under the run's evaluation.
-        val_bpb: bits per byte of the same.
-        flat_val_bpb: flat, of the reloaded artifact.
+        stage_seconds: stage → wall-clock seconds; for a resumed run, `train` is the training clock.
+        step0_val_bpb: before the first step, non-overlapping windows.
+        prequant_val_bpb: of the trained weights before quantization, non-overlapping windows.
+        val_loss: nats per token of the reloaded artifact, with the run's evaluation settings.
+        val_bpb: bits per byte of the same evaluation.
+        flat_val_bpb: bits per byte of the reloaded artifact, non-overlapping windows.
         eval_seconds: duration of the evaluation that gave `val_bpb`.
-        tokens: tokens it scored.
-        bytes: bytes of text they stand for.
-        bytes_code: code that a submission carries.
+        tokens: tokens that it scored.
+        bytes: bytes of normalized text that these tokens stand for.
+        bytes_code: the code of a submission.
         bytes_model: the artifact.
-        bytes_prefix: a paid prefix; 0: none.
-        bytes_total: the sum of the three, which counts against the cap.
+        bytes_prefix: the paid prefix; 0: none.
+        bytes_total: sum of code, artifact and prefix, which counts against the cap.
         max_bytes: the cap.
-        parameters: trained and saved numbers of the model.
-        hardware: devices, by name and number.
-        torch: version.
-        python: version.
-        yardsticks: compressor, and what it has seen before → bits per byte of the validation text, e.g. `xz -9 after the
-            training text`; see `train.data.build.yardsticks`.
-        model_groups: group of tensors → bytes in the artifact, in all `bytes_model`; empty: not measured.
-        target_bytes: that `target_mb` was to reach by pruning; 0: none.
-        label: what stands beside every score of a run that breaks the rules; empty: nothing.
-        resumed: steps at which training went on after a kill.
-        recurrence_missed: step at which recurrence was to begin, where training ended before it; 0: it began, or none was set.
+        parameters: numbers stored in the artifact's tensors.
+        hardware: names and number of the devices.
+        torch, python: versions.
+        yardsticks: compressor and its priming → bits per byte of the validation text; see `train.data.build.yardsticks`.
+        model_groups: part of the model → bytes in the artifact; empty: not measured.
+        target_bytes: the target of pruning (TARGET_MB); 0: none.
+        label: shown with every score of a run that breaks the rules; empty: none.
+        resumed: steps at which training was resumed.
+        recurrence_missed: start step of a recurrence that training ended before; 0: none.
     """
 
     run_id: str
@@ -102,20 +98,30 @@ class Summary:
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
             if not _fits(value := getattr(self, name), kind):
-                raise UserError(f"{name}: expected {_type_name(kind)}, got {value!r}: run python -m train again")
-        total = self.bytes_code + self.bytes_prefix + self.bytes_model
-        if total != self.bytes_total:
-            parts = "bytes_code + bytes_prefix + bytes_model" if self.bytes_prefix else "bytes_code + bytes_model"
-            raise UserError(f"bytes_total: expected {parts} = {total}, got {self.bytes_total}")
+                raise UserError(f"{name}: expected {_type_name(kind)}, got {value!r}")
         if self.model_groups and sum(self.model_groups.values()) != self.bytes_model:
             raise UserError(
                 f"model_groups: expected a sum of bytes_model = {self.bytes_model}, got {sum(self.model_groups.values())}"
             )
-        strangers = set(self.stage_seconds) - set(STAGES)
-        if strangers:
+        if sum(self.byte_parts.values()) != self.bytes_total:
             raise UserError(
-                f"stage_seconds: expected stages from {', '.join(STAGES)}, got {', '.join(sorted(strangers))}"
+                f"bytes_total: expected {sum(self.byte_parts.values())}, the sum of {self.byte_parts}, got {self.bytes_total}"
             )
+        unknown = set(self.stage_seconds) - set(STAGES)
+        if unknown:
+            raise UserError(
+                f"stage_seconds: expected stages from {', '.join(STAGES)}, got {', '.join(sorted(unknown))}"
+            )
+
+    @property
+    def byte_parts(self) -> dict[str, int]:
+        """Part → bytes of everything that counts against the cap."""
+        prefix = {"paid prefix": self.bytes_prefix} if self.bytes_prefix else {}
+        return {**(self.model_groups or {"model": self.bytes_model}), **prefix, "code": self.bytes_code}
+
+    def labelled(self, text: str) -> str:
+        """`text` after the label, if there is one."""
+        return f"{self.label}. {text}" if self.label else text
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -127,15 +133,16 @@ class Summary:
         Raises:
             UserError: a field is missing, unknown or of the wrong type; the message begins with `source`.
         """
-        hints = typing.get_type_hints(cls)
-        optional = {
-            item.name for item in fields(cls) if item.default is not MISSING or item.default_factory is not MISSING
-        }
-        missing = [name for name in hints if name not in values and name not in optional]
-        unknown = [name for name in values if name not in hints]
+        known = [item.name for item in fields(cls)]
+        missing = [
+            item.name
+            for item in fields(cls)
+            if item.name not in values and item.default is MISSING and item.default_factory is MISSING
+        ]
+        unknown = [name for name in values if name not in known]
         if missing or unknown:
             problem = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
-            raise UserError(f"{source}: expected the fields of a run's summary: {problem}: run python -m train again")
+            raise UserError(f"{source}: not a run's summary ({problem}): run python -m train.submission record again")
         try:
             return cls(**values)
         except UserError as error:
@@ -146,22 +153,19 @@ class Summary:
         """Read summary.json.
 
         Raises:
-            UserError: it is missing, no JSON object, or see `from_dict`.
+            UserError: it is missing, not a JSON object, or see `from_dict`.
         """
         if not path.exists():
-            raise UserError(f"{path}: missing: the run is not finished (python -m train writes it at its end)")
-        return cls.from_dict(read_json(path, "run python -m train again"), str(path))
+            raise UserError(f"{path}: missing: the run is not finished (python -m train writes it last)")
+        return cls.from_dict(read_json(path, "run python -m train.submission record again"), str(path))
 
     def write(self, path: Path) -> None:
-        """Write summary.json, whole or not at all."""
+        """Write summary.json atomically."""
         write_json(path, self.to_dict())
 
 
 def group_bytes(rows: Iterable[BudgetRow]) -> dict[str, int]:
-    """Bytes of each part of a model in an artifact's budget, the largest first: what `Summary.model_groups` holds.
-
-    The groups of the matrices of a block are taken together, as are those of the embedding tables.
-    """
+    """`Summary.model_groups` of an artifact's byte budget, the largest part first."""
     totals: dict[str, int] = {}
     for row in rows:
         part = next((part for name, part in _PARTS.items() if name in row.group), row.group)
@@ -170,65 +174,62 @@ def group_bytes(rows: Iterable[BudgetRow]) -> dict[str, int]:
 
 
 def size_line(summary: Summary) -> str:
-    """Bytes against the cap, in words."""
-    share = 100 * summary.bytes_total / summary.max_bytes
+    """Bytes of code and model, their sum and the cap."""
     prefix = f" + paid prefix {summary.bytes_prefix:,}" if summary.bytes_prefix else ""
     over = summary.bytes_total - summary.target_bytes
-    missed = f", {over:,} over the target of {summary.target_bytes:,}" if summary.target_bytes and over > 0 else ""
+    missed = (
+        f", {over:,} over the pruning target of {summary.target_bytes:,}" if summary.target_bytes and over > 0 else ""
+    )
     return (
         f"code {summary.bytes_code:,}{prefix} + model {summary.bytes_model:,} = {summary.bytes_total:,} of {summary.max_bytes:,} "
-        f"bytes ({share:.1f} %){missed}"
+        f"bytes ({summary.bytes_total / summary.max_bytes:.1%}){missed}"
     )
 
 
 def stage_line(summary: Summary) -> str:
-    """Seconds of each stage that ran, in the order of the pipeline, and their sum."""
+    """Seconds of each stage, and their sum."""
     parts = [f"{name} {summary.stage_seconds[name]:.1f}" for name in STAGES if name in summary.stage_seconds]
     note = f" ({note})" if (note := resumed_note(summary)) else ""
-    return f"{', '.join(parts)}; {sum(summary.stage_seconds.values()):.1f} in all{note}"
+    return f"{', '.join(parts)}; total {sum(summary.stage_seconds.values()):.1f} s{note}"
 
 
 def resumed_note(summary: Summary) -> str:
-    """Where training went on after a kill, and what that means for its seconds; empty: it did not."""
+    """Where training was resumed; empty if it was not."""
     if not summary.resumed:
         return ""
     steps = f"step{'s' if len(summary.resumed) > 1 else ''} {', '.join(f'{step:,}' for step in summary.resumed)}"
-    return f"training was resumed at {steps}: train is its clock alone"
+    return f"resumed at {steps}, so train is the training clock"
 
 
 def recurrence_note(summary: Summary) -> str:
-    """What became of a recurrence that training was too short for; empty: nothing of the kind."""
-    return f"never began (step {summary.recurrence_missed:,})" if summary.recurrence_missed else ""
+    """Says that training ended before its recurrence; empty if it did not."""
+    step = summary.recurrence_missed
+    return f"never started: training ended before step {step:,}" if step else ""
 
 
 def summary_text(summary: Summary, run_dir: str | Path | None = None) -> str:
-    """The short block with which a run ends.
-
-    Args:
-        summary: the run's numbers.
-        run_dir: the run's folder, to be named in the last line.
-    """
-    before = [
-        (summary.flat_val_bpb, "flat"),
-        (summary.prequant_val_bpb, "before quantization, flat"),
+    """The block that a run ends with; the last line names `run_dir`."""
+    others = [
+        (summary.flat_val_bpb, "non-overlapping windows"),
+        (summary.prequant_val_bpb, "before quantization"),
         (summary.step0_val_bpb, "before training"),
     ]
     lines = [
         ("label", summary.label),
-        ("val_bpb", f"{summary.val_bpb:.4f} bits per byte, from the bytes of the artifact"),
-        ("", ", ".join(f"{value:.4f} {label}" for value, label in before if value is not None)),
-        ("beside it", ", ".join(f"{name} {value:.4f}" for name, value in summary.yardsticks.items())),
+        ("val_bpb", f"{summary.val_bpb:.4f} bits per byte, scored from the artifact's bytes"),
+        ("", ", ".join(f"{value:.4f} {label}" for value, label in others if value is not None)),
+        ("comparison", "; ".join(f"{value:.4f} {name}" for name, value in summary.yardsticks.items())),
         ("size", size_line(summary)),
         (
             "training",
-            f"{counted(summary.steps, 'step')} of {summary.step_avg_ms:.2f} ms, {summary.train_seconds:.1f} s",
+            f"{counted(summary.steps, 'step')}, {summary.step_avg_ms:.2f} ms per step, {summary.train_seconds:.1f} s",
         ),
         ("recurrence", recurrence_note(summary)),
         (
-            "scored",
-            f"{summary.tokens:,} tokens, {summary.bytes:,} bytes of text as normalized, {summary.eval_seconds:.1f} s",
+            "evaluation",
+            f"{summary.tokens:,} tokens, {summary.bytes:,} bytes of normalized text, {summary.eval_seconds:.1f} s",
         ),
-        ("seconds", stage_line(summary)),
+        ("stages", stage_line(summary)),
         ("folder", str(run_dir or "")),
     ]
     title = f"{summary.run_id} (recipe {summary.recipe}, seed {summary.seed}, {summary.parameters:,} parameters)"
