@@ -20,8 +20,15 @@ from train.evaluate.scores import find_evaluation
 from train.run.folder import RunFolder
 from train.run.logger import read_metrics, resumed_steps
 from train.submission.plots import plot_bpb, plot_loss, plot_size_budget
-from train.submission.record_folder import mean_and_deviation
-from train.submission.summary import Summary, group_bytes, recurrence_note, size_line, stage_line, summary_text
+from train.submission.summary import (
+    Summary,
+    group_bytes,
+    mean_and_deviation,
+    recurrence_note,
+    size_line,
+    stage_line,
+    summary_text,
+)
 
 
 def git_setting(key: str) -> str:

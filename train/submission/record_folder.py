@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -151,11 +150,6 @@ def read_record_folder(path: Path) -> RecordFolder:
         raise UserError(f"{path}: not a record folder: no README.md, no submission.json and no log")
     text = readme.read_text(errors="replace") if readme.is_file() else ""
     return RecordFolder(path, text, submission, problem, tuple(logs))
-
-
-def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None for a single value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def _read_submission(path: Path) -> tuple[dict[str, Any], str]:

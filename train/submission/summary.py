@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import typing
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -171,6 +172,11 @@ def group_bytes(rows: Iterable[BudgetRow]) -> dict[str, int]:
         part = next((part for name, part in _PARTS.items() if name in row.group), row.group)
         totals[part] = totals.get(part, 0) + row.packed_bytes
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def size_line(summary: Summary) -> str:

@@ -6,8 +6,9 @@ import re
 from decimal import MAX_PREC, ROUND_DOWN, ROUND_HALF_EVEN, ROUND_HALF_UP, Context, Decimal
 
 from train.common.wording import counted
-from train.submission.record_folder import RecordFolder, logged_numbers, mean_and_deviation
+from train.submission.record_folder import RecordFolder, logged_numbers
 from train.submission.rules.finding import Finding, fails, pass_if, passes, unknown
+from train.submission.summary import mean_and_deviation
 
 _COMPARED = "val_loss val_bpb artifact_bytes bytes_model steps step_avg_ms train_time_s eval_time_s".split()
 # submission.json may round a clock from more digits than the log has
