@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_bench_tables import row, write
+from bench_rows import row, write
 
 from benchmarks import session
 from benchmarks.__main__ import main
