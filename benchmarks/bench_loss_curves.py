@@ -19,6 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.measure import common
+from benchmarks.measure.argument_types import parse_positive
 from benchmarks.measure.step_variants import add_attention, make_variants, row_names, step_config
 from benchmarks.measure.tokens import Tokens, rank_sequences, token_source
 from train.common.errors import main_guard
@@ -80,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="torch,golf",
         help="comma-separated: the first one, then those to compare with it, such as torch,leaky_relu2_mlp=triton",
     )
-    parser.add_argument("--steps", type=common.positive, help="of each curve; default 200, or 6 with --tiny")
+    parser.add_argument("--steps", type=parse_positive, help="of each curve; default 200, or 6 with --tiny")
     parser.add_argument(
-        "--seeds", type=common.positive, default=3, help="seeds of the first variant, at least 2; default 3"
+        "--seeds", type=parse_positive, default=3, help="seeds of the first variant, at least 2; default 3"
     )
     add_attention(parser)
     parser.add_argument("--data", type=Path, help="folder of shards; default: random tokens")

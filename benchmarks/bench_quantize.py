@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import common
+from benchmarks.measure.argument_types import parse_positive
 from benchmarks.measure.models import NARROW, random_model, window_flops
 from train.common.errors import main_guard
 from train.config import Config
@@ -212,9 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check, measure and report the stages."""
     parser = common.parser("bench_quantize", __doc__.splitlines()[0], rounds=3, warmup_ms=0.0)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
-    parser.add_argument("--batches", type=common.positive, help="of calibration; default 64, or 2 with --tiny")
+    parser.add_argument("--batches", type=parse_positive, help="of calibration; default 64, or 2 with --tiny")
     parser.add_argument(
-        "--texts", type=common.positive, help=f"to write; default {TEXTS}, a rank's of eight, or 2 with --tiny"
+        "--texts", type=parse_positive, help=f"to write; default {TEXTS}, a rank's of eight, or 2 with --tiny"
     )
     options = parser.parse_args(arguments)
     changes: dict[str, Any] = TINY if options.tiny else {}

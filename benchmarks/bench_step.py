@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import common
+from benchmarks.measure.argument_types import parse_positive
 from benchmarks.measure.devices import datasheet_tflops
 from benchmarks.measure.step_times import Bench, error_line, measure_steps, phase_name
 from benchmarks.measure.step_variants import StepVariant, add_attention, make_variants, row_names, step_config
@@ -149,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         "--phase", default="both", choices=("before", "after", "both"), help="recurrence off, on, or both"
     )
     parser.add_argument(
-        "--warmup-steps", type=common.positive, default=10, help="steps before timing, whose results are compared"
+        "--warmup-steps", type=parse_positive, default=10, help="steps before timing, whose results are compared"
     )
     add_attention(parser)
     parser.add_argument("--data", type=Path, help="folder of shards; default: random tokens")

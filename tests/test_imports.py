@@ -178,6 +178,12 @@ def test_nothing_imports_the_tests_and_setup_needs_no_torch():
     assert found - set(sys.stdlib_module_names) <= {"setuptools", "pybind11", "ninja"}
 
 
+def test_no_test_imports_a_test():
+    tests = {path.stem for path in sources("tests") if path.stem.startswith("test_")}
+    assert len(tests) == len([path for path in sources("tests") if path.stem.startswith("test_")])
+    assert not {name for path in sources("tests") for name, _, _ in imports(path.read_text())} & tests
+
+
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 NEVER = re.compile(r"^((torch|ATen|c10|cutlass|cute|thrust|cub)/|cublas)")
 

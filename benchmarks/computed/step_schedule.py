@@ -24,7 +24,7 @@ from benchmarks.computed import fake_cuda
 from benchmarks.computed.attention import stand_in
 from benchmarks.computed.inductor_plan import Scheduled, planning_for_an_absent_gpu
 from benchmarks.computed.recorder import Recorder, fused_muon_listed
-from benchmarks.measure import common
+from benchmarks.measure.argument_types import parse_positive
 from benchmarks.measure.devices import DEVICES, REACHED, Device, Kernel
 from benchmarks.measure.step_variants import check_names, make_variants, step_config
 from benchmarks.measure.tokens import rank_sequences
@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--phase", default="both", choices=("before", "after", "both"), help="recurrence off, on, or both"
     )
     parser.add_argument("--device", default="h100", choices=[device.name.lower() for device in DEVICES])
-    parser.add_argument("--largest", type=common.positive, default=12, metavar="N", help="kernels to list; default 12")
+    parser.add_argument("--largest", type=parse_positive, default=12, metavar="N", help="kernels to list; default 12")
     parser.add_argument("--tiny", action="store_true", help="a narrow model, to try the command")
     arguments = parser.parse_args(argv)
     device = next(device for device in DEVICES if device.name.lower() == arguments.device)

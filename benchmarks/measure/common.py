@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.measure.argument_types import parse_device, parse_milliseconds, parse_positive
 from benchmarks.report import provenance
 from benchmarks.report.results import COLUMNS as COLUMNS
 from benchmarks.report.results import RESULTS as RESULTS
@@ -31,7 +32,6 @@ from benchmarks.report.results import ROOT as ROOT
 from benchmarks.report.results import Row as Row
 from benchmarks.report.results import append_rows as append_rows
 from benchmarks.report.results import check_columns, file_stem
-from train.common.wording import counted
 
 # for shorter calls a pair of events would measure the host
 GRAPH_BELOW_MS = 0.1
@@ -330,37 +330,6 @@ def render(rows: Sequence[Row], gpu: str) -> str:
     return "\n".join(lines)
 
 
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"{text}: PyTorch finds {counted(torch.cuda.device_count(), 'GPU')} here: --device cpu with --tiny runs anywhere"
-        )
-    return device
-
-
-def _milliseconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected milliseconds from 0, got {text!r}")
-    return value
-
-
-def positive(text: str) -> int:
-    """A whole number from 1, as the type of an argument."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
-
-
 class _Parser(argparse.ArgumentParser):
     """Defaults depend on `--tiny`; without it rows are stored, so their file is checked before anything is measured."""
 
@@ -407,11 +376,11 @@ def parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    made.add_argument("--device", default=default, type=_device, help="default: cuda if there is a GPU")
+    made.add_argument("--device", default=default, type=parse_device, help="default: cuda if there is a GPU")
     if full:
         ends = {name: f"default {value:g}, or {_TINY[name]:g} with --tiny" for name, value in full.items()}
-        made.add_argument("--rounds", type=positive, help=f"measurements of each variant; {ends['rounds']}")
-        made.add_argument("--warmup-ms", type=_milliseconds, help=f"warm-up of each variant; {ends['warmup_ms']}")
+        made.add_argument("--rounds", type=parse_positive, help=f"measurements of each variant; {ends['rounds']}")
+        made.add_argument("--warmup-ms", type=parse_milliseconds, help=f"warm-up of each variant; {ends['warmup_ms']}")
     made.add_argument("--tiny", action="store_true", help="small shapes that run anywhere; proves nothing about speed")
     return made
 

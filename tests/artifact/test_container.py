@@ -14,8 +14,8 @@ import brotli
 import numpy as np
 import pytest
 import torch
+from ans_reader import SecondReader
 from artifact_example import ROOMY, quantized, tiny
-from test_ans import SecondReader
 
 from train.artifact import ArtifactError, read_artifact, write_artifact
 from train.artifact.container import MAGIC, PREAMBLE_BYTES

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_evaluate import finished_run, run_truth
+from untrained_run import make_untrained_run, run_truth
 
 from benchmarks import bench_artifact
 from benchmarks.measure.common import CheckFailed
@@ -18,7 +18,10 @@ from train.config import Config
 from train.quantize.quantize_model import quantize_model
 from train.run.folder import RunFolder
 
-__all__ = ["finished_run"]
+
+@pytest.fixture(scope="module")
+def untrained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_untrained_run(tmp_path_factory.mktemp("untrained"))
 
 
 def test_entropy_and_its_prediction() -> None:
@@ -77,15 +80,15 @@ def test_a_codec_that_loses_a_bit_has_no_row(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_command_prints_tables_and_draws_the_curve(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    untrained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, out = RunFolder(finished_run), tmp_path / "curve.png"
+    folder, out = RunFolder(untrained_run), tmp_path / "curve.png"
     config = folder.trained_config()
     k = config.matrix_clip_sigmas
-    arguments = [str(finished_run), "--codecs", "zlib,ans", "--curve-codecs", "zlib,ans", "--sigmas", f"6,{k}"]
-    before = sorted(finished_run.iterdir())
+    arguments = [str(untrained_run), "--codecs", "zlib,ans", "--curve-codecs", "zlib,ans", "--sigmas", f"6,{k}"]
+    before = sorted(untrained_run.iterdir())
     assert bench_artifact.main([*arguments, "--out", str(out)]) == 0
-    assert sorted(finished_run.iterdir()) == before
+    assert sorted(untrained_run.iterdir()) == before
     assert out.read_bytes().startswith(b"\x89PNG")
     text = capsys.readouterr().out
     assert re.search(r"^ans +[\d,]+ +\d\.\d{4} +[+-][\d.]+% +\d+\.\d{3} +\d+\.\d{3}$", text, re.MULTILINE)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bench_tables import row, write
+from bench_rows import row, write
 
 from benchmarks.measure import common
 from benchmarks.report import provenance

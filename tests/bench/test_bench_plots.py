@@ -5,15 +5,18 @@ import math
 from pathlib import Path
 
 import pytest
+from bench_rows import row, write, write_results
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
-from test_bench_tables import results, row, write
 
 from benchmarks.report import plots as figures
 from benchmarks.report.results import Measurement, Subject, measurement, read_results
 
-__all__ = ["results"]
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return write_results(tmp_path / "results")
 
 
 def measured(**changes: object) -> Measurement:

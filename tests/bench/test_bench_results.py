@@ -4,12 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_bench_tables import ROOT, row, write
+from bench_rows import row, write
 
 from benchmarks.__main__ import main
 from benchmarks.report import tables as report
 from benchmarks.report.results import COLUMNS, ResultsError, append_rows, file_stem, gpus, read_results
 
+ROOT = Path(__file__).resolve().parents[2]
 SURROUNDINGS = {"date": "2026-01-01T00:00:00Z", "commit": "aaaaaaa", "dirty": 0, "gpu": "Made GPU"}
 MEASURED = {
     "op": "op",

@@ -75,9 +75,12 @@ def test_shards_and_manifest_hold_the_documents(documents: list[Document], tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"d"}
 
 
-def test_the_same_documents_give_the_same_bytes(documents: list[Document], tmp_path: Path) -> None:
-    small(documents, tmp_path / "a", threads=1)
-    small(documents, tmp_path / "b", threads=2)
+def test_the_same_documents_give_the_same_bytes(
+    documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, threads in (("a", 1), ("b", 2)):
+        monkeypatch.setattr(train.data.build.os, "cpu_count", lambda threads=threads: threads)
+        small(documents, tmp_path / name)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
@@ -111,7 +114,7 @@ def test_what_exists_is_kept_unless_told_otherwise(documents: list[Document], tm
     assert {name[0] for name in contents(tmp_path / "d")} == {"y", "m"}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("words")
-    with pytest.raises(UserError, match="is no dataset"):
+    with pytest.raises(UserError, match="not a dataset"):
         small(documents, tmp_path / "mine", overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"d", "mine"} and len(contents(tmp_path / "mine")) == 1
 
@@ -249,10 +252,10 @@ def test_bulk_goes_on_after_a_kill_with_the_same_bytes(documents: list[Document]
     # what the kill may have cut off in the middle of a write
     (work / ".docs_train_000099.bin.x.part").write_bytes(b"half")
     again = subprocess.run(bulk_command(docs, tmp_path / "d", 1), capture_output=True, text=True, check=True)
-    assert f"going on with {sum(shards.values())} finished shards" in again.stdout and "MB/s" in again.stdout
+    assert f"resuming with {sum(shards.values())} finished shards" in again.stdout and "MB/s" in again.stdout
     assert {name: (tmp_path / "d" / name).stat().st_ino for name in kept} == kept
     straight = subprocess.run(bulk_command(docs, tmp_path / "e", 2), capture_output=True, text=True, check=True)
-    assert "going on" not in straight.stdout
+    assert "resuming" not in straight.stdout
     assert contents(tmp_path / "d") == contents(tmp_path / "e")
     assert len(stream(tmp_path / "d", "train")) == 1_500_000
     assert not work.exists()
@@ -275,7 +278,7 @@ def test_bulk_work_of_other_settings_is_not_mixed_in(documents: list[Document], 
     with pytest.raises(UserError, match=r"docs\.jsonl, line 41: no 'text' field"):
         build_bulk([docs], tmp_path / "d", VOCAB, **options)
     assert not (tmp_path / "d").exists()
-    with pytest.raises(UserError, match=r"d\.partial: holds unfinished work with val_docs 3, this command has 4"):
+    with pytest.raises(UserError, match=r"d\.partial: started with val_docs 3, this command has 4"):
         build_bulk([docs], tmp_path / "d", VOCAB, **options | {"val_docs": 4})
 
 
@@ -284,7 +287,7 @@ def test_bulk_work_of_other_settings_is_not_mixed_in(documents: list[Document], 
     [
         (50, False, "no document after the first 50"),
         (40, False, "no document after the first 40"),
-        (50, True, "hold 40 documents, validation alone"),
+        (50, True, "hold 40 documents, the validation split needs"),
         (40, True, "no document is left for training"),
     ],
 )

@@ -129,7 +129,7 @@ def test_a_broken_remote_shard_does_not_arrive(tmp_path: Path, model: bytes) -> 
 @pytest.mark.parametrize("manifest", [True, False])
 def test_refuses_more_shards_than_there_are(tmp_path: Path, model: bytes, manifest: bool) -> None:
     source = FolderSource(str(make_remote(tmp_path / "remote", model, manifest=manifest)), "datasets")
-    with pytest.raises(UserError, match="has 4 training shards, 5 were asked for"):
+    with pytest.raises(UserError, match="has 4 training shards, not 5"):
         download(f"sp{VOCAB}", 5, tmp_path / "data", source, skip_manifest=not manifest)
     assert not (tmp_path / "data" / "datasets").exists()
 
@@ -144,7 +144,7 @@ def test_another_repository_does_not_get_this_ones_manifest_or_shards(tmp_path: 
     download(f"sp{VOCAB}", 1, tmp_path / "data", one)
     with pytest.raises(UserError, match="has 2 training shards"):
         download(f"sp{VOCAB}", 3, tmp_path / "data", other)
-    with pytest.raises(UserError, match=r"holds files of .*one:datasets, not of .*other:datasets"):
+    with pytest.raises(UserError, match=r"its files are from .*one:datasets, not from .*other:datasets"):
         download(f"sp{VOCAB}", 2, tmp_path / "data", other)
     folder = download(f"sp{VOCAB}", 4, tmp_path / "data", one)[0]
     assert [int(read_shard(path)[0]) for path in find_shards(folder, "train")] == [100, 101, 102, 103]
@@ -155,8 +155,8 @@ def test_another_repository_does_not_get_this_ones_manifest_or_shards(tmp_path: 
     [
         ("byte260", {}, "expected sp<V>"),
         ("sp1024", {}, "has no fineweb10B_sp1024, only fineweb10B_sp400"),
-        ("sp400", {"manifest": None}, "--skip-manifest to go by"),
-        ("sp400", {"manifest": "{}"}, "not an export's manifest"),
+        ("sp400", {"manifest": None}, "--skip-manifest to list"),
+        ("sp400", {"manifest": "{}"}, "not a manifest of shards"),
         ("sp400", {"manifest": '{"datasets": [{"name": "fineweb10B_sp400", "tokenizer_name": "bpe", "stats": {"files_train": 4, "files_val": 2}}], "tokenizers": []}'}, "usable model_path"),
         ("sp400", {"manifest": '{"datasets": [{"name": "fineweb10B_sp400", "tokenizer_name": "bpe", "stats": {"files_train": 4, "files_val": 2}}], "tokenizers": [{"name": "bpe", "model_path": "../x"}]}'}, "usable model_path"),
         ("sp400", {"missing": "datasets/tokenizers/fineweb_400_bpe.model"}, r"has no datasets/tokenizers/fineweb_400_bpe\.model"),
@@ -287,11 +287,11 @@ def test_offline_the_same_source_still_serves_what_is_there(
     download(f"sp{VOCAB}", 2, root, HubSource("someone/export", "datasets"))
     fake.online = False
     download(f"sp{VOCAB}", 2, root, HubSource("someone/export", "datasets"))
-    assert "of an earlier download" in capsys.readouterr().out
-    with pytest.raises(Unreachable, match=r"someone/export: can't be reached .*--source DIR.*train\.data stdlib"):
+    assert "from an earlier download" in capsys.readouterr().out
+    with pytest.raises(Unreachable, match=r"someone/export: cannot be reached .*--source DIR.*train\.data stdlib"):
         download(f"sp{VOCAB}", 3, root, HubSource("someone/export", "datasets"))
     # the kept manifest belongs to one repository
-    with pytest.raises(Unreachable, match="another/export: can't be reached"):
+    with pytest.raises(Unreachable, match="another/export: cannot be reached"):
         download(f"sp{VOCAB}", 2, root, HubSource("another/export", "datasets"))
 
 
@@ -332,5 +332,5 @@ def test_the_command_takes_the_published_environment_and_ends_with_2_offline(tmp
         ]
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert result.returncode == 2 and "Traceback" not in result.stderr
-        assert result.stderr.startswith("error: someone/else: can't be reached") and "--source DIR" in result.stderr
+        assert result.stderr.startswith("error: someone/else: cannot be reached") and "--source DIR" in result.stderr
     assert {path.name for path in (tmp_path / "data").iterdir()} == {".download.lock"}

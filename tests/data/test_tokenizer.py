@@ -187,7 +187,7 @@ def test_refuses_another_vocabulary_a_foreign_file_and_none(model: Path, tmp_pat
     [
         ([], 300, "text is empty"),
         (["  \n "], 300, "text is empty"),
-        (["ab ab"], 300, "pieces to offer"),
+        (["ab ab"], 300, "yields only"),
         (
             ["abcdefgh"],
             262,

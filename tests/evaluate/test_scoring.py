@@ -8,58 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from plain_evaluation import plain_score, plain_windows
-from torch import Tensor, nn
+from scoring_example import CONFIG, VOCAB, StandIn, make_text
+from torch import Tensor
 
 from train.common.errors import UserError
-from train.config import Config
-from train.data.tokenizer import ByteTables
 from train.evaluate import scoring
 from train.evaluate.scoring import flat_evaluation
 
-VOCAB = 37
-CONFIG = Config(vocab_size=259)
 # several batches for a short text
 evaluate_model = partial(scoring.evaluate_model, batch_seqs=4)
-
-
-class StandIn(nn.Module):
-    """Predicts from the mean of the tokens since the window's start and from the position in the window."""
-
-    def __init__(self, longest: int = 64, dim: int = 12) -> None:
-        super().__init__()
-        torch.manual_seed(7)
-        self.head_weight = nn.Parameter(torch.randn(VOCAB, dim))
-        self.place = nn.Parameter(torch.randn(longest, dim))
-        self.mix = nn.Parameter(torch.randn(dim, dim) / 3)
-        self.seen: list[Tensor] = []
-        self.rows_from: list[int] = []
-        self.modes: set[tuple[bool, bool]] = set()
-
-    overlap_problem = "windows share nothing here"
-
-    def overlapping_hidden(self, text: Tensor, **options: object) -> Tensor:
-        raise AssertionError("asked for in spite of overlap_problem")
-
-    @property
-    def shapes(self) -> set[tuple[int, ...]]:
-        return {tuple(ids.shape) for ids in self.seen}
-
-    def hidden(self, ids: Tensor, *, recurrence: bool, rows_from: int = 0) -> Tensor:
-        self.seen.append(ids)
-        self.rows_from.append(rows_from)
-        self.modes.add((recurrence, self.training))
-        count = torch.arange(1, ids.shape[1] + 1)[:, None]
-        mean = self.head_weight[ids].cumsum(1) / count
-        return torch.tanh((mean + self.place[: ids.shape[1]])[:, rows_from:] @ self.mix) * 2
-
-
-def make_text(count: int, seed: int = 0) -> tuple[np.ndarray, ByteTables]:
-    random = np.random.default_rng(seed)
-    tokens = random.integers(0, VOCAB, count).astype(np.uint16)
-    boundary = np.arange(VOCAB) < 3
-    base = np.where(boundary, 0, random.integers(1, 9, VOCAB)).astype(np.int16)
-    space = (random.random(VOCAB) < 0.4) & ~boundary
-    return tokens, ByteTables(base, space, boundary)
 
 
 @pytest.mark.parametrize("rule", ["once", "overlap_tail", "full_windows"])

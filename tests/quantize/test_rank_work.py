@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_quantize_model import random_batches, random_model, tiny
+from quantize_example import random_batches, random_model, tiny
 from two_ranks import on_two_ranks
 
 from train.common.distributed import Ranks

@@ -6,126 +6,30 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from model_systems import block_matrices
+from recipe_training import SEQ_LEN, STEPS, Training, narrow_recipe, write_tokens
 from torch import Tensor
 
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.common.distributed import Ranks
-from train.config import Config
-from train.data.dataset import Dataset
-from train.data.loaders import Loader
-from train.data.shards import write_shard
-from train.loop import recurrence_on, training_step
 from train.model.compile import compiled_loss
 from train.model.gpt import GPT
 from train.model.parameters import classify
-from train.optimize.averaging import EMA, SWA
-from train.optimize.groups import Optimizers, build_optimizers
-from train.optimize.schedules import lr_scale, muon_momentum
-from train.recipes import load_recipe, recipe_names
+from train.optimize.groups import build_optimizers
+from train.recipes import recipe_names
 
-STEPS = 20
 # a whole schedule in fewer steps, where graphs are counted: constant, recurrent, falling, averaged
 SHORT = {"iterations": 8, "recur_start_step": 4, "warmdown_iters": 4}
-SEQ_LEN = 32
 
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards of a Markov chain over 64 of the 1,024 ids: something that 20 steps can learn a little of."""
-    folder = tmp_path_factory.mktemp("tokens")
-    generator = np.random.default_rng(0)
-    following = generator.integers(4, 68, size=(68, 2))
-    for shard in range(2):
-        ids = [1]
-        for coin in generator.integers(0, 2, size=20_000):
-            ids.append(int(following[ids[-1], coin]))
-        write_shard(folder / f"made_train_{shard:06d}.bin", np.array(ids, dtype=np.uint16))
-    return folder
-
-
-def narrow(name: str, tokens: Path, **changes: object) -> Config:
-    """The recipe at width 64; lengths keep their ratio to the training length, so that the NTK rule acts as in the recipe."""
-    full = load_recipe(name).config()
-    values: dict[str, object] = {
-        "data_path": str(tokens),
-        "vocab_size": 1024,
-        "model_dim": 64,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "rope_dims": 8 if full.rope_dims else 0,
-        "rope_train_seq_len": SEQ_LEN * full.rope_train_seq_len // full.train_seq_len,
-        "train_seq_len": SEQ_LEN,
-        "train_batch_tokens": 16 * SEQ_LEN,
-        "bigram_vocab_size": min(full.bigram_vocab_size, 128),
-        "bigram_dim": 16,
-        "ve_dim": 16 if full.ve_dim else 0,
-        "recur_start_step": STEPS // 2,
-        "iterations": STEPS,
-        "max_wallclock_seconds": 0.0,
-        "gptq_reserve_seconds": 0.0,
-        "warmdown_iters": STEPS // 2,
-        "swa_every": 2,
-        "device": "cpu",
-    }
-    return load_recipe(name).config(**{**values, **changes})
-
-
-@dataclass
-class Training:
-    """One run in the making, without its clock, files and validation."""
-
-    config: Config
-    ranks: Ranks
-    model: GPT
-    optimizers: Optimizers
-    loader: Loader
-    average: EMA | SWA | None
-    loss_of: Callable[..., Tensor]
-    step: int = 0
-
-    @classmethod
-    def begin(cls, config: Config, ranks: Ranks | None = None, *, double: bool = False) -> "Training":
-        ranks = ranks or Ranks()
-        torch.manual_seed(config.seed)
-        model = GPT(config)
-        if double:
-            model.double().compute_dtype = torch.float64
-        average = EMA(model, config.ema_decay) if config.ema_decay else None
-        swa = SWA(model, config.swa_every, config.swa_start_frac) if config.swa_enabled else None
-        loader = Dataset(config).loader(ranks)
-        return cls(config, ranks, model, build_optimizers(model, config, ranks.group), loader, average or swa, model)
-
-    @property
-    def parts(self) -> dict[str, object]:
-        return {"model": self.model, "optimizers": self.optimizers, "loader": self.loader, "average": self.average}
-
-    def run(self, until: int) -> list[float]:
-        losses = []
-        while self.step < until:
-            scale = lr_scale(self.step, 0.0, self.config)
-            momentum = muon_momentum(self.step, self.config)
-            on = recurrence_on(self.config, self.step)
-            losses.append(
-                float(training_step(self.optimizers, self.loss_of, self.loader, self.ranks, on, scale, momentum))
-            )
-            self.step += 1
-            if isinstance(self.average, EMA):
-                self.average.update()
-            elif self.average:
-                self.average.update(self.step, scale)
-        return losses
-
-    def weights(self) -> dict[str, Tensor]:
-        averaged = self.average.average() if self.average else {}
-        state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        return state | {f"average {name}": tensor.clone() for name, tensor in averaged.items()}
+    return write_tokens(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +40,14 @@ def runs(tokens: Path) -> dict[str, Training]:
 def finished(runs: dict[str, Training], name: str, tokens: Path) -> Training:
     """One uninterrupted run per recipe, shared by the tests."""
     if name not in runs:
-        runs[name] = Training.begin(narrow(name, tokens))
+        runs[name] = Training.begin(narrow_recipe(name, tokens))
         runs[name].losses = runs[name].run(STEPS)  # type: ignore[attr-defined]
     return runs[name]
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_the_loss_begins_at_ln_vocab(name: str, tokens: Path) -> None:
-    config = narrow(name, tokens)
+    config = narrow_recipe(name, tokens)
     torch.manual_seed(0)
     ids = torch.randint(config.vocab_size, (64, SEQ_LEN + 1))
     loss = GPT(config).loss(ids[:, :-1], ids[:, 1:], recurrence=False)
@@ -161,10 +65,10 @@ def test_a_resumed_run_is_bit_equal(name: str, runs: dict[str, Training], tokens
     expected = finished(runs, name, tokens).weights()
     stop = random.randrange(1, STEPS)
     print(f"killed after step {stop}")
-    first = Training.begin(narrow(name, tokens))
+    first = Training.begin(narrow_recipe(name, tokens))
     first.run(stop)
     save_checkpoint(tmp_path / "checkpoint.pt", first.parts, Ranks(), {"step": stop})
-    second = Training.begin(narrow(name, tokens, seed=first.config.seed))
+    second = Training.begin(narrow_recipe(name, tokens, seed=first.config.seed))
     with torch.no_grad():
         for parameter in second.model.parameters():
             parameter.fill_(math.nan)
@@ -187,7 +91,7 @@ def test_untrained_vectors_stay_and_trained_ones_move(name: str, runs: dict[str,
 
 
 def test_dead_skips_of_sdclip_get_no_gradient(tokens: Path) -> None:
-    run = Training.begin(narrow("sp8192_sdclip", tokens))
+    run = Training.begin(narrow_recipe("sp8192_sdclip", tokens))
     inputs, targets = run.loader.next_batch()[0]
     for recurrence, dead in ((False, [3, 4]), (True, [4])):
         # zero-initialized projections hide the skips, so give every weight some size
@@ -204,14 +108,14 @@ def test_dead_skips_of_sdclip_get_no_gradient(tokens: Path) -> None:
 RANK_SCRIPT = """
 import sys, torch
 from pathlib import Path
-sys.path[:0] = ["tests/recipes", "tests/helpers"]
-from test_recipes import STEPS, Training, narrow
+sys.path[:0] = ["tests/helpers"]
+from recipe_training import STEPS, Training, narrow_recipe
 from train.common.distributed import start_ranks
 from train.recipes import recipe_names
 torch.set_num_threads(1)
 with start_ranks("cpu") as ranks:
     for name in recipe_names():
-        run = Training.begin(narrow(name, Path(sys.argv[1])), ranks, double=True)
+        run = Training.begin(narrow_recipe(name, Path(sys.argv[1])), ranks, double=True)
         run.run(STEPS)
         torch.save(run.weights(), f"{sys.argv[2]}/{name}.{ranks.rank}.pt")
 """
@@ -226,7 +130,7 @@ def test_two_ranks_give_the_weights_of_one(tokens: Path, tmp_path: Path) -> None
     )
     assert result.returncode == 0, result.stderr
     for name in recipe_names():
-        one = Training.begin(narrow(name, tokens), double=True)
+        one = Training.begin(narrow_recipe(name, tokens), double=True)
         one.run(STEPS)
         ranks = [torch.load(tmp_path / f"{name}.{rank}.pt", weights_only=True) for rank in range(2)]
         for key, tensor in one.weights().items():
@@ -263,7 +167,7 @@ def test_nothing_is_compiled_after_the_warm_up(name: str, tokens: Path, graphs: 
     class Silent:
         def warmup_step(self, step: int, total: int, note: str = "") -> None: ...
 
-    run = Training.begin(narrow(name, tokens, compile="on", warmup_steps=1, **SHORT))
+    run = Training.begin(narrow_recipe(name, tokens, compile="on", warmup_steps=1, **SHORT))
     run.loss_of = compiled_loss(run.model, run.config, torch.device("cpu"))
     before = run.weights()
     warm_up(run.model, run.optimizers, run.loss_of, run.loader, run.config, run.ranks, Silent())  # type: ignore[arg-type]
@@ -280,7 +184,7 @@ def test_nothing_is_compiled_after_the_warm_up(name: str, tokens: Path, graphs: 
 def test_fake_quantization_takes_part_in_the_compiled_step(
     qat: bool, tokens: Path, graphs: list[torch.fx.GraphModule]
 ) -> None:
-    run = Training.begin(narrow("sp2048_normuon", tokens, compile="on", qat=qat))
+    run = Training.begin(narrow_recipe("sp2048_normuon", tokens, compile="on", qat=qat))
     loss_of = compiled_loss(run.model, run.config, torch.device("cpu"))
     inputs, targets = run.loader.next_batch()[0]
     weight = run.model.blocks[0].mlp.up
@@ -308,7 +212,7 @@ def test_fake_quantization_takes_part_in_the_compiled_step(
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_trained_parameter_has_an_optimizer(name: str, tokens: Path) -> None:
-    config = narrow(name, tokens)
+    config = narrow_recipe(name, tokens)
     model = GPT(config)
     optimizers = build_optimizers(model, config)
     held = [

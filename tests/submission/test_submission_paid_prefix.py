@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scoring_example import CONFIG, StandIn, make_text
 from submission_example import make_run, make_summary
-from test_scoring import CONFIG, StandIn, make_text
 
 from train.common.errors import UserError
 from train.config import Config

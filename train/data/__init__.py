@@ -1,1 +1,1 @@
-"""Text to tokens: corpus, tokenizer, shards on disk, loaders, and the published FineWeb exports."""
+"""Text to tokens: documents, tokenizer, shards, loaders, and downloads of the published FineWeb shards."""

@@ -1,46 +1,39 @@
-"""`python -m train.data`: make or download datasets."""
+"""`python -m train.data`: make a dataset from text, or download the FineWeb shards."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train.common.errors import UserError, main_guard
+from train.common.errors import main_guard
 from train.common.wording import counted
 from train.data.build import build_dataset, check_output
 from train.data.bulk import VAL_DOCS, build_bulk
-from train.data.corpus import split_documents, stdlib_documents, text_documents
+from train.data.corpus import Document, split_documents, stdlib_documents, text_documents
 from train.data.hub import DEFAULT_PREFIX, DEFAULT_REPO, DEFAULT_TRAIN_SHARDS, FolderSource, HubSource, download
 from train.data.manifest import DatasetInfo
 from train.data.shards import SHARD_TOKENS
 
+_VAL_BYTES = "bytes of validation text [5 %%, at least 32 kB, at most 200 kB]"
+
 
 def stdlib(arguments: argparse.Namespace) -> None:
-    out = arguments.out or f"data/stdlib_{arguments.vocab}"
-    check_output(out, arguments.overwrite)
-    print("text: this Python's standard library, its sources and documentation; nothing is downloaded", flush=True)
-    train, val = split_documents(stdlib_documents(), arguments.val_bytes)
-    _report(
-        out,
-        build_dataset(
-            train, val, out, arguments.vocab, name="stdlib", source="Python standard library", **_options(arguments)
-        ),
-    )
+    check_output(arguments.out, arguments.overwrite)
+    print("text: the Python standard library's sources and documentation; nothing is downloaded", flush=True)
+    split = split_documents(stdlib_documents(), arguments.val_bytes)
+    _build_small(arguments, split, "stdlib", "Python standard library")
 
 
 def text(arguments: argparse.Namespace) -> None:
-    out = arguments.out or f"data/text_{arguments.vocab}"
-    check_output(out, arguments.overwrite)
+    check_output(arguments.out, arguments.overwrite)
     if arguments.val:
-        train, val = list(text_documents(arguments.paths)), list(text_documents(arguments.val))
+        split = list(text_documents(arguments.paths)), list(text_documents(arguments.val))
     else:
-        train, val = split_documents(text_documents(arguments.paths), arguments.val_bytes)
-    source = ", ".join(Path(path).name for path in arguments.paths)
-    _report(
-        out, build_dataset(train, val, out, arguments.vocab, name=arguments.name, source=source, **_options(arguments))
-    )
+        split = split_documents(text_documents(arguments.paths), arguments.val_bytes)
+    _build_small(arguments, split, arguments.name, ", ".join(Path(path).name for path in arguments.paths))
 
 
 def fineweb(arguments: argparse.Namespace) -> None:
@@ -51,26 +44,15 @@ def fineweb(arguments: argparse.Namespace) -> None:
     folder, tokenizer = download(
         arguments.variant, arguments.train_shards, arguments.out, source, skip_manifest=arguments.skip_manifest
     )
-    vocab_size = int(arguments.variant.removeprefix("sp"))
-    print(
-        f"done: {folder} and {tokenizer}\nnext: python -m train --data_path {folder} --tokenizer_path {tokenizer} --vocab_size {vocab_size}"
-    )
+    vocab_size = arguments.variant.removeprefix("sp")
+    print(f"done: {folder} and {tokenizer}")
+    print(f"next: python -m train --data_path {folder} --tokenizer_path {tokenizer} --vocab_size {vocab_size}")
 
 
 def build(arguments: argparse.Namespace) -> None:
-    out = arguments.out or f"data/docs_{arguments.vocab}"
-    if (
-        arguments.workers < 0
-        or arguments.max_train_tokens < 0
-        or arguments.val_docs < 1
-        or arguments.tokenizer_train_docs < 1
-    ):
-        raise UserError(
-            "--workers and --max-train-tokens take 0 or more, --val-docs and --tokenizer-train-docs 1 or more"
-        )
     info = build_bulk(
         arguments.docs,
-        out,
+        arguments.out,
         arguments.vocab,
         name=arguments.name,
         tokenizer_docs=arguments.tokenizer_train_docs,
@@ -82,219 +64,157 @@ def build(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         with_yardsticks=not arguments.no_yardsticks,
     )
-    _report(out, info)
+    _report(arguments.out, info)
+
+
+def _build_small(
+    arguments: argparse.Namespace, split: tuple[list[Document], list[Document]], name: str, source: str
+) -> None:
+    info = build_dataset(
+        *split,
+        arguments.out,
+        arguments.vocab,
+        name=name,
+        source=source,
+        tokenizer_path=arguments.tokenizer,
+        shard_tokens=arguments.shard_tokens,
+        overwrite=arguments.overwrite,
+        with_yardsticks=not arguments.no_yardsticks,
+    )
+    _report(arguments.out, info)
+
+
+def _report(out: str, info: DatasetInfo) -> None:
+    for name, split in (("train", info.train), ("val", info.val)):
+        documents, shards = counted(split.documents, "document"), counted(split.shards, "shard")
+        print(f"{name}: {documents}, {split.text_bytes:,} bytes, {split.tokens:,} tokens, {shards}")
+    if info.yardsticks:
+        scores = ", ".join(f"{name} {bits:.2f}" for name, bits in info.yardsticks.items())
+        print(f"for comparison, bits per byte of compressors primed with the training text: {scores}")
+    print(f"done: {out}\nnext: python -m train --data_path {out} --vocab_size {info.vocab_size}")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of `python -m train.data`."""
     root = argparse.ArgumentParser(
         prog="python -m train.data",
-        description="Make or download the token shards and the tokenizer that a run trains on.",
+        description="Make or download a dataset: token shards and their tokenizer.",
         epilog="example:\n  python -m train.data text notes.md books/ --vocab 2048 --out data/books\n\n"
         "`python -m train.data COMMAND --help` explains a command, with an example.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    one = _command(
-        commands,
-        "stdlib",
-        stdlib,
-        "the Python standard library's own text; no download",
-        "python -m train.data stdlib --vocab 1024 --out data/stdlib_1024",
-    )
-    _add_dataset_options(one, 1024)
-    _add_small_options(one)
+    def command(name: str, run: Callable[[argparse.Namespace], None], summary: str, example: str) -> Any:
+        one = commands.add_parser(
+            name,
+            help=summary,
+            description=f"Make a dataset of {summary}.",
+            epilog=f"example:\n  python -m train.data {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        one.set_defaults(run=run)
+        return one
 
-    one = _command(
-        commands,
+    one = command(
+        "stdlib", stdlib, "the Python standard library's text; no download", "--vocab 1024 --out data/stdlib_1024"
+    )
+    _add_dataset_options(one, "stdlib", 1024)
+    _option(one, "--val-bytes", 0, _VAL_BYTES, "N", _from(0))
+
+    one = command(
         "text",
         text,
         "your own text: .txt, .md, source code, .jsonl (.gz, .xz), folders",
-        "python -m train.data text notes.md books/ --vocab 2048 --out data/books",
+        "notes.md books/ --vocab 2048 --out data/books",
     )
-    one.add_argument(
-        "paths", nargs="+", metavar="PATH", help='files and folders; .jsonl files hold one {"text": …} per line'
-    )
-    one.add_argument(
-        "--val", nargs="+", default=[], metavar="PATH", help="validation text; default: a fixed part of PATH"
-    )
-    one.add_argument(
-        "--name", type=_name, default="text", help="first part of the shards' names (default: %(default)s)"
-    )
-    _add_dataset_options(one, 1024)
-    _add_small_options(one)
+    one.add_argument("paths", nargs="+", metavar="PATH", help='files and folders; .jsonl: one {"text": …} per line')
+    one.add_argument("--val", nargs="+", default=[], metavar="PATH", help="validation text [part of PATH]")
+    _option(one, "--name", "text", "prefix of the shards' names", "NAME", _name)
+    _add_dataset_options(one, "text", 1024)
+    _option(one, "--val-bytes", 0, _VAL_BYTES, "N", _from(0))
 
-    one = _command(
-        commands,
+    one = command(
         "fineweb",
         fineweb,
-        "published FineWeb shards from the Hugging Face Hub, or a local copy of them",
-        "python -m train.data fineweb --variant sp8192 --train-shards 80 --repo kevclark/parameter-golf --skip-manifest",
+        "published FineWeb shards from the Hugging Face Hub, or from a local copy",
+        "--variant sp8192 --train-shards 80 --repo kevclark/parameter-golf --skip-manifest",
+    )
+    environ = os.environ.get
+    repo = environ("MATCHED_FINEWEB_REPO_ID", DEFAULT_REPO)
+    prefix = environ("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", DEFAULT_PREFIX)
+    _option(one, "--variant", "sp1024", "tokenizer: sp1024, sp2048, sp4096, sp8192, …", "V")
+    _option(one, "--train-shards", DEFAULT_TRAIN_SHARDS, "training shards of 10^8 tokens, 200 MB each", "N", int)
+    _option(one, "--repo", repo, "dataset repository; environment: MATCHED_FINEWEB_REPO_ID", "REPO")
+    _option(one, "--prefix", prefix, "folder in it; environment: MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "DIR")
+    _option(
+        one, "--source", "", "local copy of the repository (folder or file:// URL) to use instead of the Hub", "DIR"
     )
     one.add_argument(
-        "--variant", default="sp1024", help="vocabulary: sp1024, sp2048, sp4096, sp8192, … (default: %(default)s)"
+        "--skip-manifest", action="store_true", help="for a repository without manifest.json: list its files"
     )
-    one.add_argument(
-        "--train-shards",
-        type=int,
-        default=DEFAULT_TRAIN_SHARDS,
-        metavar="N",
-        help="training shards of 10^8 tokens, 200 MB each (default: %(default)s)",
-    )
-    one.add_argument(
-        "--repo",
-        default=os.environ.get("MATCHED_FINEWEB_REPO_ID", DEFAULT_REPO),
-        help="dataset repository; environment: MATCHED_FINEWEB_REPO_ID (default: %(default)s)",
-    )
-    one.add_argument(
-        "--prefix",
-        default=os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", DEFAULT_PREFIX),
-        help="folder in the repository; environment: MATCHED_FINEWEB_REMOTE_ROOT_PREFIX (default: %(default)s)",
-    )
-    one.add_argument(
-        "--source",
-        default="",
-        metavar="DIR",
-        help="take the files from this copy of the repository, a folder or file:// address, instead of the Hub",
-    )
-    one.add_argument(
-        "--skip-manifest", action="store_true", help="for repositories without manifest.json: go by the files' names"
-    )
-    one.add_argument("--out", default="data", help="local root; gets datasets/ and tokenizers/ (default: %(default)s)")
+    _option(one, "--out", "data", "folder that gets datasets/ and tokenizers/", "DIR")
 
-    one = _command(
-        commands,
+    one = command(
         "build",
         build,
-        "shards from many raw documents, in parallel processes; goes on after a kill",
-        "python -m train.data build --docs docs_selected.jsonl --vocab 2048 --tokenizer-train-docs 100000 --workers 16 --out data/docs_2048",
+        "many raw documents, tokenized in parallel; resumes after an interruption",
+        "--docs docs_selected.jsonl --vocab 2048 --tokenizer-train-docs 100000 --workers 16 --out data/docs_2048",
     )
     one.add_argument(
-        "--docs",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help='.jsonl files (.gz, .xz) with one {"text": …} per line, in order',
+        "--docs", nargs="+", required=True, metavar="FILE", help='.jsonl files (.gz, .xz), one {"text": …} per line'
     )
-    one.add_argument(
-        "--val-docs",
-        type=int,
-        default=VAL_DOCS,
-        metavar="N",
-        help="the first N documents are the validation split (default: %(default)s)",
-    )
-    one.add_argument(
-        "--tokenizer-train-docs",
-        type=int,
-        default=100_000,
-        metavar="N",
-        help="documents after those to train the tokenizer on (default: %(default)s)",
-    )
-    one.add_argument(
-        "--max-train-tokens", type=int, default=0, metavar="N", help="stop after N training tokens (default: all)"
-    )
-    one.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="processes that encode; the bytes do not depend on it (default: one per core)",
-    )
-    one.add_argument(
-        "--name", type=_name, default="docs", help="first part of the shards' names (default: %(default)s)"
-    )
-    _add_dataset_options(one, 2048)
+    _option(one, "--val-docs", VAL_DOCS, "the first N documents are the validation split", "N", _from(1))
+    _option(one, "--tokenizer-train-docs", 100_000, "the next N train the tokenizer", "N", _from(1))
+    _option(one, "--max-train-tokens", 0, "stop after N training tokens [all]", "N", _from(0))
+    _option(one, "--workers", 0, "processes that tokenize, without effect on the result [one per core]", "N", _from(0))
+    _option(one, "--name", "docs", "prefix of the shards' names", "NAME", _name)
+    _add_dataset_options(one, "docs", 2048)
     return root
 
 
-def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: object, summary: str, example: str
-) -> argparse.ArgumentParser:
-    one = commands.add_parser(
-        name,
-        help=summary,
-        description=f"Make a dataset of {summary}.",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _option(one: Any, flag: str, default: Any, help: str, metavar: str, kind: Callable[[str], Any] = str) -> None:
+    shown = " [%(default)s]" if default else ""
+    one.add_argument(flag, type=kind, default=default, metavar=metavar, help=help + shown)
+
+
+def _add_dataset_options(one: Any, folder: str, vocab: int) -> None:
+    one.set_defaults(folder=folder)
+    _option(one, "--vocab", vocab, "vocabulary size of the tokenizer", "V", _vocabulary)
+    _option(one, "--tokenizer", "", "use this SentencePiece model instead of training one", "FILE")
+    _option(one, "--out", "", f"folder to make [data/{folder}_V]", "DIR")
+    one.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    _option(one, "--shard-tokens", SHARD_TOKENS, "tokens per shard", "N", int)
+    one.add_argument(
+        "--no-yardsticks", action="store_true", help="do not measure gzip and xz for comparison (5 to 10 s)"
     )
-    one.set_defaults(run=run)
-    return one
 
 
-def _pieces(text: str) -> int:
-    # 4 special pieces and 256 bytes are in every tokenizer; a token is 16 bits in a shard
+def _vocabulary(text: str) -> int:
+    # every tokenizer has 4 special and 256 byte pieces; shards store tokens in 16 bits
     if not text.isdecimal() or not 260 < int(text) <= 65536:
-        raise argparse.ArgumentTypeError(f"expected 261 to 65536 pieces, got {text}: choose a number between")
+        raise argparse.ArgumentTypeError(f"expected a vocabulary size from 261 to 65536, got {text}")
     return int(text)
 
 
 def _name(text: str) -> str:
     if not text or "/" in text or not text.isprintable():
-        raise argparse.ArgumentTypeError(
-            f"expected the first part of a file's name, got {text!r}: choose one without / and without line breaks"
-        )
+        raise argparse.ArgumentTypeError(f"expected the beginning of a file name, got {text!r}")
     return text
 
 
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}: choose one")
-    return int(text)
+def _from(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least}, got {text!r}")
+        return int(text)
 
-
-def _add_dataset_options(one: argparse.ArgumentParser, vocab: int) -> None:
-    one.add_argument(
-        "--vocab", type=_pieces, default=vocab, metavar="V", help="pieces of the tokenizer (default: %(default)s)"
-    )
-    one.add_argument(
-        "--tokenizer", default="", metavar="FILE", help="use this SentencePiece model instead of training one"
-    )
-    one.add_argument("--out", default="", help="folder to make (default: data/<kind>_<V>)")
-    one.add_argument("--overwrite", action="store_true", help="replace the dataset that is there")
-    one.add_argument(
-        "--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help="tokens per shard (default: %(default)s)"
-    )
-    one.add_argument(
-        "--no-yardsticks", action="store_true", help="do not measure what gzip and xz need per byte (5 to 10 s)"
-    )
-
-
-def _add_small_options(one: argparse.ArgumentParser) -> None:
-    one.add_argument(
-        "--val-bytes",
-        type=_natural,
-        default=0,
-        metavar="N",
-        help="bytes of validation text (default: 5 %%, 32 kB to 200 kB)",
-    )
-    one.add_argument(
-        "--threads", type=_natural, default=0, metavar="N", help="threads that encode (default: one per core)"
-    )
-
-
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "tokenizer_path": arguments.tokenizer,
-        "shard_tokens": arguments.shard_tokens,
-        "threads": arguments.threads,
-        "overwrite": arguments.overwrite,
-        "with_yardsticks": not arguments.no_yardsticks,
-    }
-
-
-def _report(out: str, info: DatasetInfo) -> None:
-    for split, part in (("train", info.train), ("val", info.val)):
-        documents, shards = counted(part.documents, "document"), counted(part.shards, "shard")
-        print(f"{split}: {documents}, {part.text_bytes:,} bytes, {part.tokens:,} tokens, {shards}")
-    if info.yardsticks:
-        figures = ", ".join(f"{name} {bits:.2f}" for name, bits in info.yardsticks.items())
-        print(f"yardsticks, bits per byte of the validation text after the training text: {figures}")
-    print(f"done: {out}\nnext: python -m train --data_path {out} --vocab_size {info.vocab_size}")
+    return number
 
 
 def main() -> None:
     arguments = parser().parse_args()
+    arguments.out = arguments.out or f"data/{arguments.folder}_{arguments.vocab}"
     arguments.run(arguments)
 
 

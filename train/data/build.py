@@ -1,4 +1,4 @@
-"""Documents to a dataset's folder: tokenizer, shards and a manifest, complete or not there at all."""
+"""Builds a dataset folder from documents: tokenizer, shards and manifest; nothing is left on failure."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from train.data.manifest import MANIFEST, DatasetInfo, SplitInfo
 from train.data.shards import BOS, SHARD_TOKENS, ShardWriter, check_shard, find_shards, read_shard
 from train.data.tokenizer import SETTINGS, ByteTables, byte_tables, load_tokenizer, train_tokenizer
 
-# xz -9 takes a second for 2 to 3 MB
+# xz -9 compresses 2 to 3 MB per second
 YARDSTICK_TRAIN_BYTES = 8_000_000
 YARDSTICK_VAL_BYTES = 2_000_000
 _BATCH_BYTES = 4_000_000
 _CHUNK_TOKENS = 1 << 22
 _NOTES = {
     "tokenizer_settings": SETTINGS,
-    "normalized_bytes": "bytes after the tokenizer's normalization, which is what bits per byte are per",
-    "yardsticks": "bits per byte of gzip -9 and xz -9: (|train+val| - |train|) * 8 / val, normalized text, "
-    f"of the last {YARDSTICK_TRAIN_BYTES} bytes of train and the first {YARDSTICK_VAL_BYTES} of val",
+    "normalized_bytes": "bytes after the tokenizer's normalization; bits per byte use these",
+    "yardsticks": "bits per byte of gzip -9 and xz -9, primed with the training text: (|train+val| - |train|) * 8 / val, of "
+    f"the last {YARDSTICK_TRAIN_BYTES} normalized bytes of train and the first {YARDSTICK_VAL_BYTES} of val",
 }
 
 
@@ -49,28 +49,26 @@ def build_dataset(
     source: str = "",
     tokenizer_path: str | Path = "",
     shard_tokens: int = SHARD_TOKENS,
-    threads: int = 0,
     overwrite: bool = False,
     with_yardsticks: bool = True,
 ) -> DatasetInfo:
     """Make a dataset in `out`: `<name>_<V>_bpe.model`, `<name>_train_*.bin`, `<name>_val_*.bin` and `manifest.json`.
 
-    The same documents and settings give the same bytes. The tokenizer never sees validation text.
+    The result is deterministic. The tokenizer is trained on training text only.
 
     Args:
-        train_docs, val_docs: the documents, in the order in which they are written.
-        out: folder to make; everything is written beside it first and renamed at the end.
-        vocab_size: pieces of the tokenizer.
-        name: first part of the files' names.
-        source: where the text is from, for the manifest.
+        train_docs, val_docs: the documents, written in this order.
+        out: folder to make; it is written under another name and renamed at the end.
+        vocab_size: vocabulary size of the tokenizer.
+        name: beginning of the file names.
+        source: origin of the text, for the manifest.
         tokenizer_path: use this SentencePiece model instead of training one.
         shard_tokens: tokens per shard.
-        threads: threads that encode; 0 takes one per core.
-        overwrite: replace a dataset that is there.
+        overwrite: replace an existing dataset.
         with_yardsticks: measure `yardsticks`.
 
     Raises:
-        UserError: no text, `out` exists, or the tokenizer can't be had.
+        UserError: no text, `out` exists, or the tokenizer cannot be trained or loaded.
     """
     for split, documents in (("training", train_docs), ("validation", val_docs)):
         if not any(document.text.strip() for document in documents):
@@ -88,7 +86,7 @@ def build_dataset(
             ):
                 for batch in _batches(documents):
                     texts = [document.text for document in batch]
-                    for ids in tokenizer.Encode(texts, num_threads=threads or os.cpu_count() or 1):
+                    for ids in tokenizer.Encode(texts, num_threads=os.cpu_count() or 1):
                         writer.add(ids)
                     bar.advance(total_bytes(batch))
             seconds = max(time.monotonic() - started, 1e-9)
@@ -113,9 +111,9 @@ def describe_dataset(
     """Write the manifest of the finished shards in `folder`.
 
     Args:
-        counts: documents and bytes of text per split.
-        with_yardsticks: measure `yardsticks` on the text that the tokens decode to: exactly what is scored.
-        count_train_bytes: count normalized bytes of the training split too, which reads all of it.
+        counts: split → documents, bytes of text.
+        with_yardsticks: measure `yardsticks`, on the decoded tokens: exactly the scored text.
+        count_train_bytes: also count the normalized bytes of the training split, which reads all of it.
     """
     tables = byte_tables(tokenizer, tokenizer.vocab_size())
     paths = {split: find_shards(folder, split) for split in counts}
@@ -123,7 +121,7 @@ def describe_dataset(
         split: count_bytes(paths[split], tables) if split == "val" or count_train_bytes else None for split in counts
     }
     print(
-        f"text to score: {counts['val'][1]:,} bytes, {counted['val']:,} as normalized, which bits per byte are per",
+        f"validation text: {counts['val'][1]:,} bytes, {counted['val']:,} after normalization (bpb uses the latter)",
         flush=True,
     )
     splits = {
@@ -132,7 +130,7 @@ def describe_dataset(
     }
     measured = {}
     if with_yardsticks:
-        # a token stands for a byte at least (BOS aside), so as many tokens as bytes are enough
+        # each token but BOS is at least one byte, so this many tokens are enough
         before = np.concatenate(_last([read_shard(path) for path in paths["train"]], YARDSTICK_TRAIN_BYTES))
         text = read_shard(paths["val"][0])[:YARDSTICK_VAL_BYTES]
         measured = yardsticks(tokenizer.Decode(before.tolist()), tokenizer.Decode(text.tolist()))
@@ -163,7 +161,7 @@ def prepare_tokenizer(
 
 
 def count_bytes(paths: Sequence[Path], tables: ByteTables) -> int:
-    """Bytes of normalized text that the tokens of all these shards stand for."""
+    """Bytes of the normalized text of these shards."""
     total, previous = 0, np.array([BOS], dtype=np.uint16)
     for path in paths:
         shard = read_shard(path)
@@ -175,14 +173,13 @@ def count_bytes(paths: Sequence[Path], tables: ByteTables) -> int:
 
 
 def yardsticks(train_text: str, val_text: str) -> dict[str, float]:
-    """What general compressors need for the validation text with the training text before it, in bits per byte.
+    """Bits per byte of gzip and xz on the validation text, primed with the training text.
 
-    (|compress(train + val)| - |compress(train)|) · 8 / |val|, with `gzip -9` and `xz -9`, of UTF-8 bytes. Of the
-    training text the last 8 MB count, of the validation text the first 2 MB: gzip looks back 32 KiB only, and xz would
-    take minutes on more.
+    (|compress(train + val)| - |compress(train)|) · 8 / |val|, in UTF-8 bytes, of the last 8 MB of training text and the
+    first 2 MB of validation text: gzip looks back only 32 KiB, and xz would take minutes on more.
 
     Returns:
-        `gzip -9` and `xz -9`.
+        Compressor (`gzip -9`, `xz -9`) → bits per byte.
 
     Raises:
         UserError: the validation text is empty.
@@ -191,11 +188,11 @@ def yardsticks(train_text: str, val_text: str) -> dict[str, float]:
     if not text:
         raise UserError("the validation text is empty: give at least one document with text in it")
     compressors = {
-        # level 9 with a header of 18 bytes, which cancels
+        # the header of 18 bytes cancels
         "gzip -9": lambda data: len(gzip.compress(data, 9)),
         "xz -9": lambda data: len(lzma.compress(data, preset=9)),
     }
-    # both compressors let other threads run
+    # both compressors release the GIL
     with ThreadPoolExecutor() as pool:
         sizes = {
             name: [pool.submit(size, data) for data in (before + text, before)] for name, size in compressors.items()
@@ -204,24 +201,24 @@ def yardsticks(train_text: str, val_text: str) -> dict[str, float]:
 
 
 def check_output(out: str | Path, overwrite: bool) -> None:
-    """Refuse to write over anything, unless it is a dataset and `overwrite` says so.
+    """Check that `out` does not exist, or is a dataset that may be overwritten.
 
     Raises:
-        UserError: `out` is a file, or a folder that may not be replaced.
+        UserError: it may not be replaced.
     """
     folder = Path(out)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite:
-        raise UserError(f"{folder}: exists already: choose another --out, or replace it with --overwrite")
+        raise UserError(f"{folder}: exists already: choose another --out, or give --overwrite")
     if not (folder / MANIFEST).is_file():
         raise UserError(
-            f"{folder}: is no dataset (it has no {MANIFEST}), so --overwrite leaves it alone: choose another --out"
+            f"{folder}: not a dataset (no {MANIFEST}), so --overwrite does not delete it: choose another --out"
         )
 
 
 def install_folder(folder: Path, out: str | Path) -> None:
-    """Rename a finished folder to `out`; what stood there goes away only then."""
+    """Rename a finished folder to `out`, then delete what was there."""
     target = Path(out)
     old = None
     if target.exists():

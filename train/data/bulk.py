@@ -1,9 +1,8 @@
-"""Datasets too large for memory: documents in `.jsonl` files to shards, in parallel processes, going on after a kill.
+"""Builds datasets larger than memory from `.jsonl` files, in parallel, and resumes after an interruption.
 
-Work happens in `<out>.partial`, which becomes `<out>` at the end. After each finished shard `state.json` there says
-which document, and which token of it, comes next; a restart with the same settings goes on from that place. Processes
-encode batches of lines; their results are joined in the order of the documents, so the bytes are the same at any number
-of processes.
+Shards are written to `<out>.partial`, which is renamed to `<out>` at the end. After each shard, `state.json` there records
+the next document and the next token in it, where a restart with the same settings resumes. Worker processes encode batches
+of lines; the results are joined in document order, so the number of workers does not change the shards.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a document begins: file, byte of the uncompressed file, and line in it, all counted from 0."""
+    """Start of a document: file, byte in the uncompressed file, line; all counted from 0."""
 
     file: int = 0
     byte: int = 0
@@ -61,10 +60,10 @@ class State:
     """What is finished: all documents before `place`, and `skip` tokens of the one there.
 
     Attributes:
-        settings: what the bytes depend on; a restart must agree.
-        split: the split that is being written.
-        place, skip: what comes next.
-        documents, text_bytes, shards: per split, finished so far.
+        settings: settings that determine the shards; a restart must have the same.
+        split: the split being written.
+        place, skip: the next document, and the next token in it.
+        documents, text_bytes, shards: finished, per split.
     """
 
     settings: dict[str, Any]
@@ -81,7 +80,7 @@ class State:
 
 @dataclass(frozen=True)
 class Lines:
-    """A batch of lines of one file; `read` is what reading them took from the file on disk, in bytes."""
+    """A batch of lines of one file; `read` is the number of bytes read from disk for them."""
 
     path: Path
     place: Place
@@ -94,7 +93,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch's tokens in a row, BOS before each document; `lengths` in tokens and `sizes` in bytes of text, per document."""
+    """A batch's tokens, BOS before each document; per document its `lengths` in tokens and `sizes` in bytes of text."""
 
     tokens: Tokens
     lengths: Integers
@@ -116,27 +115,27 @@ def build_bulk(
     overwrite: bool = False,
     with_yardsticks: bool = True,
 ) -> DatasetInfo:
-    """Make a dataset of `.jsonl` files (also `.gz`, `.xz`), whose first `val_docs` documents are the validation split.
+    """Make a dataset from `.jsonl` files (also `.gz`, `.xz`). The first `val_docs` documents are the validation split.
 
-    A document with empty text is kept as a lone BOS, as published. The tokenizer is trained on the documents that
-    follow the validation ones.
+    A document with empty text becomes a BOS, as in the published shards. The tokenizer is trained on the first documents
+    after the validation split.
 
     Args:
-        paths: files of documents, read in this order.
+        paths: the files, read in this order.
         out: folder to make.
-        vocab_size: pieces of the tokenizer.
-        name: first part of the files' names.
+        vocab_size: vocabulary size of the tokenizer.
+        name: beginning of the file names.
         tokenizer_docs: documents to train the tokenizer on.
         tokenizer_path: use this SentencePiece model instead.
         val_docs: documents of the validation split.
-        max_train_tokens: stop after so many training tokens; 0: all.
-        workers: processes that encode; 0: one per core.
+        max_train_tokens: stop after this many training tokens; 0: all.
+        workers: worker processes; 0: one per core.
         shard_tokens: tokens per shard.
-        overwrite: replace a dataset that is there.
+        overwrite: replace an existing dataset.
         with_yardsticks: measure `train.data.build.yardsticks`.
 
     Raises:
-        UserError: bad files or settings, or the unfinished work in `<out>.partial` is of other settings.
+        UserError: bad files or settings, or `<out>.partial` was started with other settings.
     """
     check_output(out, overwrite)
     files = [Path(path) for path in paths]
@@ -174,8 +173,8 @@ def build_bulk(
                     raise UserError(f"{files[-1]}: no document is left for training: choose a smaller --val-docs")
             except BrokenProcessPool:
                 raise UserError(
-                    f"{work}: a process that encoded text died, perhaps for want of memory: run the same command again, "
-                    "with fewer --workers; finished shards are kept"
+                    f"{work}: a worker process died, possibly out of memory: run the same command again with fewer "
+                    "--workers; finished shards are kept"
                 ) from None
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -193,7 +192,7 @@ def build_bulk(
 
 @dataclass(frozen=True)
 class _Job:
-    """Encodes documents in processes and writes shards, saving the state after each."""
+    """Encodes documents in worker processes and writes shards, saving the state after each."""
 
     files: list[Path]
     work: Path
@@ -203,7 +202,7 @@ class _Job:
     ahead: int
 
     def write(self, state: State, split: str, *, documents: int = 0, tokens: int = 0) -> None:
-        """Write the rest of a split: up to `documents` documents or, where that is 0, all there are or up to `tokens` tokens."""
+        """Write the rest of a split: `documents` documents, or if 0 up to `tokens` tokens, or if 0 everything."""
         writer = ShardWriter(self.work, self.name, split, self.shard_tokens, first_shard=state.shards[split])
         stored, bytes_before = state.shards[split] * self.shard_tokens, state.text_bytes[split]
         started = time.monotonic()
@@ -241,12 +240,12 @@ class _Job:
         print(f"encoded {split}: {size:,} bytes of text at {size / seconds / 1e6:.1f} MB/s", flush=True)
         if documents and state.documents[split] < documents:
             raise UserError(
-                f"{self.files[-1]}: the files hold {counted(state.documents[split], 'document')}, validation alone takes the first {documents}: "
+                f"{self.files[-1]}: the files hold {counted(state.documents[split], 'document')}, the validation split needs {documents}: "
                 "give more documents, or choose a smaller --val-docs"
             )
 
     def _encoded(self, batches: Iterator[Lines]) -> Iterator[tuple[Lines, Encoded]]:
-        """Results in the order of the batches, with a bounded number of batches under way."""
+        """The encoded batches in order; at most `ahead` are in progress."""
         waiting: deque[tuple[Lines, Future[Encoded]]] = deque()
         for batch in batches:
             waiting.append((batch, self.pool.submit(_encode, batch)))
@@ -264,7 +263,7 @@ def _texts(files: Sequence[Path], first: int, count: int) -> Iterator[str]:
         yield parse_document(line, f"{file}, line {number}")
     if file is None:
         raise UserError(
-            f"{files[-1]}: the files hold no document after the first {first}, which are for validation: choose a smaller --val-docs"
+            f"{files[-1]}: no document after the first {first}, which are the validation split: choose a smaller --val-docs"
         )
 
 
@@ -293,7 +292,7 @@ _tokenizer: SentencePieceProcessor | None = None
 
 def _start_worker(model: Path, vocab_size: int) -> None:
     global _tokenizer
-    # an interrupt is the parent's business; without a parent there is nobody to work for
+    # the parent handles interrupts; a worker whose parent died must end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer = load_tokenizer(model, vocab_size)
@@ -312,7 +311,7 @@ def _encode(batch: Lines) -> Encoded:
         parse_document(line, f"{batch.path}, line {batch.place.line + index}")
         for index, line in enumerate(batch.lines, 1)
     ]
-    # arrays from the start: a list has an object per token, which costs a tenth of the time
+    # arrays instead of lists, whose object per token costs a tenth of the time
     ids = [_tokenizer.EncodeAsNumpy(text, add_bos=True) for text in texts]
     sizes = [len(text.encode()) for text in texts]
     return Encoded(np.concatenate(ids).astype(np.uint16), np.array([len(one) for one in ids]), np.array(sizes))
@@ -322,25 +321,25 @@ def _load_state(work: Path, settings: dict[str, Any]) -> State:
     path = work / STATE
     if not path.is_file():
         if {file.name for file in work.iterdir()} != {LOCK}:
-            raise UserError(f"{work}: holds files, but no {STATE} of an unfinished build: delete that folder")
+            raise UserError(f"{work}: holds files, but no {STATE}: delete that folder")
         state = State(settings)
         state.save(work)
         return state
-    fields = read_json(path, f"delete the folder {work}, and with it the unfinished work")
+    fields = read_json(path, f"delete the folder {work} and start again")
     there = fields.get("settings")
     if not isinstance(there, dict):
-        raise UserError(f"{path}: holds no settings: delete the folder {work}, and with it the unfinished work")
+        raise UserError(f"{path}: no settings in it: delete the folder {work} and start again")
     for name, value in settings.items():
         if there.get(name) != value:
             raise UserError(
-                f"{work}: holds unfinished work with {name} {there.get(name)}, this command has {value}: "
-                "run it with the same settings again, or delete that folder"
+                f"{work}: started with {name} {there.get(name)}, this command has {value}: "
+                "use the same settings, or delete that folder"
             )
     state = State(**fields | {"place": Place(**fields["place"])})
-    # what a killed process was writing; the lock says that nobody writes now
+    # left by a killed process; under the lock nobody is writing them
     for part in work.glob(".*.part"):
         part.unlink()
-    print(f"going on with {counted(sum(state.shards.values()), 'finished shard')} in {work}", flush=True)
+    print(f"resuming with {counted(sum(state.shards.values()), 'finished shard')} in {work}", flush=True)
     return state
 
 
@@ -350,5 +349,7 @@ def _locked(work: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{work}: another process is building here: wait for it, or choose another --out") from None
+            raise UserError(
+                f"{work}: another process is building this dataset: wait for it, or choose another --out"
+            ) from None
         yield

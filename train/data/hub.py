@@ -1,8 +1,8 @@
-"""The published FineWeb exports: all validation shards, the first N training shards and the tokenizer, from the Hub or a folder.
+"""Downloads the published FineWeb shards: the validation split, the first N training shards and the tokenizer.
 
-Remote layout, below a prefix: `manifest.json`, `datasets/fineweb10B_sp<V>/fineweb_{train,val}_NNNNNN.bin`,
-`tokenizers/fineweb_<V>_bpe.model`. The local layout is the same without the prefix, as the published run commands
-expect it.
+A repository has `manifest.json`, `datasets/fineweb10B_sp<V>/fineweb_{train,val}_NNNNNN.bin` and
+`tokenizers/fineweb_<V>_bpe.model` below a prefix. The local layout is the same without the prefix, as the published run
+commands expect.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 class Unreachable(UserError):
-    """The remote can't be asked at all."""
+    """The repository cannot be reached."""
 
 
 class Source(ABC):
-    """Where an export lives.
+    """A repository with shards.
 
     Args:
-        prefix: folder of the export inside the repository; may be empty.
+        prefix: folder of the shards in the repository; may be empty.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -54,23 +54,23 @@ class Source(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What identifies the export, in messages and in the local record of where files are from."""
+        """Names the repository and prefix, in messages and in the local `source.json`."""
 
     @abstractmethod
     def fetch(self, path: str) -> Path | None:
-        """A local copy of a remote file, None if the remote has no such file."""
+        """A local copy of a file; None if the repository has no such file."""
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:
-        """Names of the files in a remote folder; none if it does not exist."""
+        """Names of the files in a folder; empty if it does not exist."""
 
     def remote(self, path: str) -> str:
-        """The path inside the repository."""
+        """The path in the repository, with the prefix."""
         return f"{self.prefix}/{path}" if self.prefix else path
 
 
 class HubSource(Source):
-    """A dataset repository on the Hugging Face Hub; its client resumes broken downloads and keeps a cache."""
+    """A dataset repository on the Hugging Face Hub, whose client resumes and caches downloads."""
 
     def __init__(self, repo: str, prefix: str) -> None:
         super().__init__(prefix)
@@ -110,7 +110,7 @@ class HubSource(Source):
             from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
         except ImportError as error:
             raise UserError(f"huggingface_hub is needed to download ({error}): pip install huggingface_hub") from None
-        # the base classes are the transport's own errors, whose library differs between releases
+        # its base classes are errors of the HTTP library, which differs between releases
         bases = (base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
         transport: tuple[type[Exception], ...] = (OSError, *bases)
         try:
@@ -126,14 +126,13 @@ class HubSource(Source):
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise Unreachable(
-                f"{self.repo}: can't be reached ({reason}): check the network and that HF_HUB_OFFLINE is not set; "
-                "with a copy of the repository on disk give --source DIR; "
-                "without FineWeb, `python -m train.data stdlib` makes a dataset from what every machine has"
+                f"{self.repo}: cannot be reached ({reason}): check the network and that HF_HUB_OFFLINE is not set, or give --source DIR with a "
+                "local copy; without FineWeb, `python -m train.data stdlib` makes a dataset offline"
             ) from None
 
 
 class FolderSource(Source):
-    """A copy of a repository in a local folder, or the folder behind a `file://` address."""
+    """A copy of a repository in a local folder, given by path or `file://` URL."""
 
     def __init__(self, folder: str, prefix: str) -> None:
         super().__init__(prefix)
@@ -159,7 +158,7 @@ class FolderSource(Source):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to get: paths below the prefix, in the order in which they are got."""
+    """The files to download: paths below the prefix, in order."""
 
     dataset: str
     tokenizer: str
@@ -169,27 +168,27 @@ class Plan:
 def download(
     variant: str, train_shards: int, out: str | Path, source: Source, *, skip_manifest: bool = False
 ) -> tuple[Path, Path]:
-    """Get a variant's validation shards, first training shards and tokenizer; what is there already and whole is kept.
+    """Download a variant's validation shards, first training shards and tokenizer, except for valid files already there.
 
-    Several processes may call this at once: one works, the others wait and find the files.
+    Of several processes that call this at once, one downloads and the others wait.
 
     Args:
         variant: `sp<V>`.
-        train_shards: N, of 10^8 tokens each.
-        out: local root, which gets `datasets/fineweb10B_sp<V>`, `tokenizers` and the manifest.
-        source: where from.
-        skip_manifest: go by the names of the files, for repositories without a manifest.
+        train_shards: number of training shards, of 10^8 tokens each.
+        out: local folder, which gets `datasets/fineweb10B_sp<V>`, `tokenizers` and the manifest.
+        source: the repository.
+        skip_manifest: list the files, for repositories without a manifest.
 
     Returns:
-        the dataset's folder and the tokenizer.
+        The dataset's folder and the tokenizer.
 
     Raises:
-        UserError: the variant or so many shards are not there, a file is broken, the remote can't be reached, or `out`
-            holds the same variant from another source.
+        UserError: the repository lacks the variant or has fewer shards, cannot be reached, or has an invalid file; or
+            `out` has the same variant from another repository.
     """
     match = _VARIANT.fullmatch(variant)
     if not match:
-        raise UserError(f"--variant {variant}: expected sp<V>, a SentencePiece vocabulary such as sp1024 or sp8192")
+        raise UserError(f"--variant {variant}: expected sp<V>, such as sp1024 or sp8192")
     if train_shards < 0:
         raise UserError(f"--train-shards {train_shards}: expected 0 or more")
     vocab_size, root = int(match[1]), Path(out)
@@ -251,23 +250,23 @@ def _plan_by_names(source: Source, root: Path, vocab_size: int, train_shards: in
 def _check_count(source: Source, dataset: str, wanted: int, there: int) -> None:
     if wanted > there:
         raise UserError(
-            f"{source.name}: {dataset} has {there} training shards, {wanted} were asked for: give --train-shards {there} or fewer"
+            f"{source.name}: {dataset} has {there} training shards, not {wanted}: give --train-shards {there} or fewer"
         )
 
 
 def _manifest(source: Source, root: Path) -> dict[str, Any]:
-    # named after the source: the manifest of one repository must not speak for another
+    # a copy per repository
     kept = root / f"manifest.{re.sub(r'[^A-Za-z0-9]+', '-', source.name).strip('-')}.json"
     try:
         fetched = source.fetch("manifest.json")
     except Unreachable:
         if not kept.is_file():
             raise
-        print(f"{source.name}: can't be reached, using {kept} of an earlier download", flush=True)
+        print(f"{source.name}: cannot be reached, using {kept} from an earlier download", flush=True)
         fetched = kept
     if fetched is None:
         raise UserError(
-            f"{source.name}: has no {source.remote('manifest.json')}: give --skip-manifest to go by the files' names, or another --prefix"
+            f"{source.name}: has no {source.remote('manifest.json')}: give --skip-manifest to list the files instead, or another --prefix"
         )
     data = fetched.read_bytes()
     try:
@@ -277,18 +276,18 @@ def _manifest(source: Source, root: Path) -> dict[str, Any]:
         _ = [item["name"] for item in manifest["tokenizers"]]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{source.name}, manifest.json: not an export's manifest ({error!r}): try --skip-manifest"
+            f"{source.name}, manifest.json: not a manifest of shards ({error!r}): try --skip-manifest"
         ) from None
     atomic_write(kept, data)
     return manifest
 
 
 def _claim(folder: Path, source: Source) -> None:
-    """Record where the folder's files are from, so that shards of two sources never mix."""
+    """Write the repository's name into the folder, so that shards of two repositories never mix."""
     tokenizers = folder.parent.parent / "tokenizers"
     for place in (folder, tokenizers):
         place.mkdir(parents=True, exist_ok=True)
-        # what a killed process was writing; the lock says that nobody writes now
+        # left by a killed process; under the lock nobody is writing them
         for part in place.glob(".*.part"):
             shutil.rmtree(part) if part.is_dir() else part.unlink()
     record = folder / ORIGIN
@@ -296,11 +295,11 @@ def _claim(folder: Path, source: Source) -> None:
         origin = json.loads(record.read_text())["source"]
         if origin != source.name:
             raise UserError(
-                f"{folder}: holds files of {origin}, not of {source.name}: choose another --out, or delete that folder"
+                f"{folder}: its files are from {origin}, not from {source.name}: choose another --out, or delete that folder"
             )
         return
     if any(folder.glob("*.bin")):
-        print(f"{folder}: shards of unknown origin are taken to be of {source.name}", flush=True)
+        print(f"{folder}: assuming that the shards there are from {source.name}", flush=True)
     atomic_write(record, json.dumps({"source": source.name}) + "\n")
 
 
@@ -313,11 +312,11 @@ def _get(source: Source, path: str, target: Path) -> None:
             check_shard(target)
             return
         except UserError as error:
-            print(f"getting it again: {error}", flush=True)
+            print(f"downloading it again: {error}", flush=True)
     fetched = source.fetch(path)
     if fetched is None:
         raise UserError(f"{source.name}: has no {source.remote(path)}: choose another --variant, --repo or --prefix")
-    # the cache hands out links to its own files
+    # the cache returns symbolic links
     whole = fetched.resolve()
     if is_shard:
         check_shard(whole)
@@ -325,7 +324,7 @@ def _get(source: Source, path: str, target: Path) -> None:
 
 
 def _place(whole: Path, target: Path) -> None:
-    """Link the file in place, or copy it where the file system can't."""
+    """Hard-link the file, or copy it if the file system cannot."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".", suffix=".part") as work:
         link = Path(work, target.name)
         try:
@@ -346,6 +345,6 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that downloads to {path.parent}", flush=True)
+            print(f"waiting for another process that is downloading to {path.parent}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""A dataset's manifest: what was built, from what, by which tokenizer."""
+"""manifest.json: what a dataset was built from, and with which tokenizer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """What one split holds.
+    """The size of a split.
 
     Attributes:
         documents: number of documents.
-        text_bytes: UTF-8 bytes of their text as it came.
-        normalized_bytes: bytes the tokens stand for, the denominator of bits per byte; None where it was not counted.
-        tokens: tokens, BOS included.
+        text_bytes: UTF-8 bytes of their text, before normalization.
+        normalized_bytes: bytes after normalization, the denominator of bits per byte; None: not counted.
+        tokens: tokens, including BOS.
         shards: number of files.
     """
 
@@ -32,10 +32,10 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """A dataset's manifest, as `build_dataset` writes and `read_manifest` reads it.
+    """The contents of manifest.json.
 
     Attributes:
-        yardsticks: bits per byte that `gzip -9` and `xz -9` need, see `yardsticks`; empty where not measured.
+        yardsticks: compressor → bits per byte, see `train.data.build.yardsticks`; empty: not measured.
     """
 
     name: str
@@ -50,10 +50,10 @@ class DatasetInfo:
 
 
 def read_manifest(data_path: str | Path) -> DatasetInfo | None:
-    """The manifest of a dataset that `build_dataset` made; None where there is none, as in the published exports.
+    """Read a dataset's manifest; None if it has none, like the published FineWeb shards.
 
     Raises:
-        UserError: the file is there but not what it should be.
+        UserError: the file is not a manifest.
     """
     path = Path(data_path) / MANIFEST
     if not path.is_file():

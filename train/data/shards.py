@@ -1,7 +1,7 @@
 """Token shards: 256 little-endian int32 of header (magic 20240520, version 1, token count), then uint16 tokens.
 
-The format is Parameter Golf's. Validation and training never share a shard, a document begins with BOS and may straddle
-shards of its own split, and EOS is not written.
+The format is Parameter Golf's. A shard belongs to one split. A document begins with BOS, may continue in the next shard,
+and has no EOS.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _REMEDY = "download it again, or rebuild it with `python -m train.data`"
 
 
 def write_shard(path: str | os.PathLike[str], tokens: npt.ArrayLike) -> None:
-    """Write one shard: 1,024 bytes of header and two bytes per token; no reader ever sees a part of it.
+    """Write one shard atomically: a header of 1,024 bytes, then two bytes per token.
 
     Args:
         path: the file; its folder must exist.
         tokens: `(n,)` integers, 0 <= token < 65,536, 0 < n < 2^31.
 
     Raises:
-        UserError: there is no token, too many, or one does not fit 16 bits.
+        UserError: no tokens, too many, or one that does not fit 16 bits.
     """
     values = np.asarray(tokens)
     if values.ndim != 1 or not 0 < len(values) < 2**31:
@@ -58,10 +58,10 @@ def write_shard(path: str | os.PathLike[str], tokens: npt.ArrayLike) -> None:
 
 
 def check_shard(path: str | os.PathLike[str]) -> int:
-    """Validate a shard's header against the published format and its size; return its token count.
+    """Check a shard's header and size; return its token count.
 
     Raises:
-        UserError: the file is missing, foreign, of another version, empty, truncated or too long.
+        UserError: the file is missing, not a shard, of another version, empty, truncated or too long.
     """
     file = Path(path)
     if not file.is_file():
@@ -70,7 +70,7 @@ def check_shard(path: str | os.PathLike[str]) -> int:
     with file.open("rb") as stream:
         raw = stream.read(HEADER_BYTES)
     if len(raw) < HEADER_BYTES:
-        raise UserError(f"{file}: a shard's header takes {HEADER_BYTES} bytes, the file has {size}: {_REMEDY}")
+        raise UserError(f"{file}: a shard's header has {HEADER_BYTES} bytes, the file only {size}: {_REMEDY}")
     magic, version, count = (int(value) for value in np.frombuffer(raw, dtype="<i4", count=3))
     if magic != MAGIC:
         raise UserError(
@@ -79,7 +79,7 @@ def check_shard(path: str | os.PathLike[str]) -> int:
     if version != VERSION:
         raise UserError(f"{file}: expected shard version {VERSION}, found {version}: {_REMEDY}")
     if count <= 0:
-        raise UserError(f"{file}: expected at least one token, the header promises {count}: {_REMEDY}")
+        raise UserError(f"{file}: expected at least one token, the header says {count}: {_REMEDY}")
     expected = HEADER_BYTES + 2 * count
     if size != expected:
         kind = "truncated" if size < expected else "too long"
@@ -88,10 +88,10 @@ def check_shard(path: str | os.PathLike[str]) -> int:
 
 
 def read_shard(path: str | os.PathLike[str]) -> np.memmap:
-    """Map a shard's tokens into memory, after validating it.
+    """Memory-map a shard's tokens, after checking it.
 
     Returns:
-        `(n,)` uint16, read-only; nothing is read from disk until it is used.
+        `(n,)` uint16, read-only.
 
     Raises:
         UserError: see `check_shard`.
@@ -101,7 +101,7 @@ def read_shard(path: str | os.PathLike[str]) -> np.memmap:
 
 
 def check_tokens(tokens: Tokens, vocab_size: int, name: str | os.PathLike[str]) -> None:
-    """Refuse tokens that the vocabulary does not have, before they index out of the embedding.
+    """Check that all tokens are in the vocabulary.
 
     Raises:
         UserError: the largest token is not below `vocab_size`.
@@ -109,15 +109,15 @@ def check_tokens(tokens: Tokens, vocab_size: int, name: str | os.PathLike[str]) 
     if len(tokens) and int(tokens.max()) >= vocab_size:
         raise UserError(
             f"{name}: holds token {int(tokens.max())}, but vocab_size is {vocab_size}: "
-            "set VOCAB_SIZE to that of the tokenizer that made these shards, or choose another DATA_PATH"
+            "set VOCAB_SIZE to the vocabulary size of these shards, or choose another DATA_PATH"
         )
 
 
 def find_shards(data_path: str | os.PathLike[str], split: str) -> list[Path]:
-    """The shards `<name>_<split>_NNNNNN.bin` of a folder, in order.
+    """The shards `<name>_<split>_NNNNNN.bin` of a folder, sorted.
 
     Args:
-        data_path: folder of shards of one dataset.
+        data_path: folder with the shards of one dataset.
         split: `train` or `val`.
 
     Raises:
@@ -140,27 +140,25 @@ def find_shards(data_path: str | os.PathLike[str], split: str) -> list[Path]:
             f"{folder}: no *_{split}_NNNNNN.bin shard in it: make it with `python -m train.data stdlib|text|fineweb`, or set DATA_PATH"
         )
     names = sorted({name for name, _ in named})
-    # shards of two tokenizers in one folder would train on nonsense without any error
+    # shards of two tokenizers would train on nonsense without an error
     if len(names) > 1:
-        raise UserError(
-            f"{folder}: holds shards of several datasets ({', '.join(names)}): expected one: move the others elsewhere"
-        )
+        raise UserError(f"{folder}: holds shards of several datasets ({', '.join(names)}): move all but one elsewhere")
     return [path for _, path in named]
 
 
 def load_validation_tokens(data_path: str | os.PathLike[str], seq_len: int, vocab_size: int | None = None) -> Tokens:
-    """All validation shards in a row, trimmed to whole sequences: ⌊(N-1)/S⌋·S + 1 of N tokens.
+    """All validation tokens, trimmed to whole sequences: ⌊(N-1)/S⌋·S + 1 of N tokens.
 
     Args:
         data_path: folder of shards.
-        seq_len: S, the larger of training and evaluation sequence length, in tokens.
-        vocab_size: where given, tokens are checked against it.
+        seq_len: S, the larger of the training and evaluation sequence lengths.
+        vocab_size: if given, tokens are checked against it.
 
     Returns:
         `(k·S + 1,)` uint16.
 
     Raises:
-        UserError: a shard is bad (see `check_shard`), a token is not in the vocabulary, or not one sequence is there.
+        UserError: an invalid shard (see `check_shard`), a token outside the vocabulary, or less than one sequence.
     """
     paths = find_shards(data_path, "val")
     shards = [read_shard(path) for path in paths]
@@ -178,20 +176,18 @@ def load_validation_tokens(data_path: str | os.PathLike[str], seq_len: int, voca
 
 
 class ShardWriter:
-    """Writes documents of one split as shards `<prefix>_<split>_NNNNNN.bin`, as a context manager.
+    """Writes the documents of one split as shards `<prefix>_<split>_NNNNNN.bin`; a context manager.
 
     Args:
-        folder: where the shards go; must exist.
-        prefix: name of the dataset, the first part of each file's name.
-        split: `train` or `val`; one writer never mixes them.
+        folder: an existing folder.
+        prefix: name of the dataset.
+        split: `train` or `val`.
         shard_tokens: tokens per full shard.
-        first_shard: number of the first shard, where earlier ones exist already.
+        first_shard: number of the first shard to write.
 
     Attributes:
-        paths: finished shards, each whole on disk.
-        documents: documents added.
-        tokens: tokens added, BOS included.
-        pending: tokens added but not yet in a finished shard.
+        paths: the shards written.
+        pending: tokens that are not yet in a shard.
     """
 
     def __init__(
@@ -208,11 +204,11 @@ class ShardWriter:
             raise UserError(f"shard_tokens: expected 1 to 2^31 - 1, got {shard_tokens}")
         self.folder, self.prefix, self.split, self.first_shard = Path(folder), prefix, split, first_shard
         self.buffer: Tokens = np.empty(shard_tokens, dtype=np.uint16)
-        self.pending = self.tokens = self.documents = 0
+        self.pending = 0
         self.paths: list[Path] = []
 
     def add(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> None:
-        """Add one document's tokens; BOS is put in front.
+        """Add one document: BOS, then `ids`.
 
         Raises:
             UserError: a token does not fit 16 bits.
@@ -222,12 +218,10 @@ class ShardWriter:
             raise UserError(
                 f"{self.prefix}: tokens run from 0 to 65535, got {int(values.min())} to {int(values.max())}: choose a smaller vocabulary"
             )
-        self.documents += 1
         self.extend(np.concatenate((np.array([BOS], dtype=np.uint16), values.astype(np.uint16))))
 
     def extend(self, tokens: Tokens) -> None:
-        """Add tokens as they are, for a document whose first part is in a finished shard already."""
-        self.tokens += len(tokens)
+        """Add tokens without a BOS."""
         while len(tokens):
             taken = tokens[: len(self.buffer) - self.pending]
             self.buffer[self.pending : self.pending + len(taken)] = taken
@@ -237,18 +231,18 @@ class ShardWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Write the tokens held back as a shard of their own, if there are any.
+        """Write the pending tokens, if any, as a shard.
 
         Raises:
-            UserError: a file's name has no number left.
+            UserError: there are a million shards already.
         """
         if self.pending:
             number = self.first_shard + len(self.paths)
-            # with a seventh digit the name is no shard's, and nobody would read it
+            # shard numbers have six digits
             if number > 999_999:
                 raise UserError(
-                    f"{self.folder}: a split has at most 1,000,000 shards, and {len(self.buffer)} tokens in each are too few: "
-                    "choose larger --shard-tokens"
+                    f"{self.folder}: a split has at most 1,000,000 shards, too few at {len(self.buffer)} tokens each: "
+                    "choose a larger --shard-tokens"
                 )
             path = self.folder / f"{self.prefix}_{self.split}_{number:06d}.bin"
             write_shard(path, self.buffer[: self.pending])
@@ -261,6 +255,6 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # after an error the rest is not a shard: it would pass for a complete one
+        # after an error the pending tokens are incomplete
         if kind is None:
             self.flush()

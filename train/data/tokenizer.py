@@ -1,7 +1,7 @@
-"""SentencePiece BPE as Parameter Golf trains it, and the byte tables that turn tokens into bytes of text.
+"""SentencePiece BPE with Parameter Golf's settings, and tables with the bytes of text per token.
 
-The normalization (nmt_nfkc) is lossy: runs of blanks, tabs and newlines become one space and blanks at either end of a
-document vanish. Bits per byte are therefore per byte of the *normalized* text.
+The normalization (nmt_nfkc) is lossy: it collapses each run of whitespace to one space and strips the document. Bits per
+byte use the bytes of the normalized text.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     "unk_id": 3,
     "hard_vocab_limit": False,
 }
-# the trainer drops longer sentences without a word
+# the trainer silently drops longer sentences
 MAX_SENTENCE_BYTES = 4192
 SPACE = "▁"
 _PROBES = (
@@ -52,17 +52,17 @@ _PROBES = (
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path) -> SentencePieceProcessor:
-    """Train a BPE tokenizer with the published settings; the same documents give the same bytes.
+    """Train a BPE tokenizer with the published settings, deterministically.
 
-    Documents longer than 4,192 bytes are cut at blanks, as the trainer would leave them out altogether.
+    Documents longer than 4,192 bytes are split at whitespace, because the trainer would drop them.
 
     Args:
         documents: texts; read once.
-        vocab_size: number of pieces, of which 4 are special and 256 are bytes.
+        vocab_size: number of pieces, including 4 special pieces and 256 bytes.
         path: the model file to write.
 
     Raises:
-        UserError: no text, or not enough different text for so many pieces.
+        UserError: no text, or too little for so many pieces.
     """
     model = io.BytesIO()
     feed = _Feed(documents)
@@ -85,7 +85,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path)
     found = SentencePieceProcessor(model_proto=data).vocab_size()
     if found != vocab_size:
         raise UserError(
-            f"tokenizer: the text has {found} pieces to offer, {vocab_size} were asked for: give more text, or --vocab {found}"
+            f"tokenizer: the text yields only {found} pieces, not {vocab_size}: give more text, or --vocab {found}"
         )
     _check(SentencePieceProcessor(model_proto=data), path)
     atomic_write(path, data)
@@ -93,10 +93,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path)
 
 
 def load_tokenizer(path: str | Path, vocab_size: int) -> SentencePieceProcessor:
-    """Load a SentencePiece model, refusing one whose tokens would be charged the wrong number of bytes.
+    """Load a SentencePiece model, and check that the byte tables count its tokens correctly.
 
     Raises:
-        UserError: no such file, not a SentencePiece model, another vocabulary size, or a model that miscounts.
+        UserError: no such file, not a SentencePiece model, another vocabulary size, or bytes would be miscounted.
     """
     file = Path(path)
     if not file.is_file():
@@ -117,10 +117,10 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> SentencePieceProcessor:
 
 
 def find_tokenizer(data_path: str | Path, vocab_size: int, tokenizer_path: str | Path = "") -> Path:
-    """Where a dataset's tokenizer is: as given, in the dataset's folder, or in the published layout beside `datasets`.
+    """The tokenizer of a dataset: `tokenizer_path`, or in the dataset's folder, or in `tokenizers` beside `datasets`.
 
     Raises:
-        UserError: there is none, or more than one could be meant.
+        UserError: there is none, or more than one.
     """
     if tokenizer_path:
         return Path(tokenizer_path)
@@ -138,14 +138,14 @@ def find_tokenizer(data_path: str | Path, vocab_size: int, tokenizer_path: str |
 
 @dataclass(frozen=True, eq=False)
 class ByteTables:
-    """How many bytes of normalized text each token stands for.
+    """Bytes of normalized text per token.
 
     bytes(target | previous) = base_bytes[target] + (has_leading_space[target] and not is_boundary[previous])
 
     Attributes:
-        base_bytes: `(V,)` int16, UTF-8 bytes of the piece without its leading space.
+        base_bytes: `(V,)` int16, UTF-8 bytes of the piece without a leading space.
         has_leading_space: `(V,)` bool, the piece begins with a space.
-        is_boundary: `(V,)` bool, special tokens; a space right after one is free, as it is not in the text.
+        is_boundary: `(V,)` bool, special tokens; a leading space after one is not in the text.
     """
 
     base_bytes: npt.NDArray[np.int16]
@@ -153,10 +153,10 @@ class ByteTables:
     is_boundary: npt.NDArray[np.bool_]
 
     def count(self, previous: Any, targets: Any) -> Any:
-        """Bytes charged to each target, given the token before it.
+        """Bytes of each target, given the token before it.
 
         Args:
-            previous: integer ids of any shape, a tensor on any device or a numpy array.
+            previous: integer ids of any shape, a tensor or NumPy array.
             targets: ids of the same shape and kind.
 
         Returns:
@@ -172,7 +172,7 @@ class ByteTables:
 
 @functools.lru_cache(maxsize=16)
 def _tensors(tables: ByteTables, device: torch.device) -> list[torch.Tensor]:
-    # imported here, as processes that only encode text start faster without it
+    # imported here: workers that only encode text start faster without it
     import torch
 
     arrays = (tables.base_bytes, tables.has_leading_space, tables.is_boundary)
@@ -180,10 +180,10 @@ def _tensors(tables: ByteTables, device: torch.device) -> list[torch.Tensor]:
 
 
 def byte_tables(tokenizer: SentencePieceProcessor, vocab_size: int) -> ByteTables:
-    """The published tables (Parameter Golf's `build_sentencepiece_luts`), of max(pieces, vocab_size) entries.
+    """The published tables (Parameter Golf's `build_sentencepiece_luts`), with max(pieces, vocab_size) entries.
 
-    Control, unknown and unused ids are boundaries of 0 bytes; a byte piece is 1 byte; any other piece loses one leading
-    space and counts the UTF-8 bytes of the rest.
+    Control, unknown and unused ids are boundaries with 0 bytes; a byte piece has 1 byte; any other piece has the UTF-8
+    bytes after its leading space.
     """
     pieces = tokenizer.vocab_size()
     size = max(pieces, vocab_size)
@@ -209,11 +209,11 @@ def _check(tokenizer: SentencePieceProcessor, path: str | Path) -> None:
 
     if tokenizer.bos_id() != BOS:
         raise refuse(f"expected BOS as token {BOS}, found {tokenizer.bos_id()}")
-    # without it a lone space becomes three byte tokens: one byte of text counts three (openai/parameter-golf issue 897)
+    # without it a lone space becomes three byte tokens and counts 3 bytes (openai/parameter-golf issue 897)
     if tokenizer.PieceToId(SPACE) == tokenizer.unk_id():
         raise refuse(f"it has no piece {SPACE!r} for a lone space")
     if sum(tokenizer.IsByte(index) for index in range(tokenizer.vocab_size())) != 256:
-        raise refuse("expected 256 byte pieces, so that no text is unknown (0 bytes)")
+        raise refuse("expected 256 byte pieces, as unknown text would count 0 bytes")
     for index in range(tokenizer.vocab_size()):
         if SPACE in tokenizer.IdToPiece(index)[1:]:
             raise refuse(
@@ -228,7 +228,7 @@ def _check(tokenizer: SentencePieceProcessor, path: str | Path) -> None:
 
 
 class _Feed(Iterator[str]):
-    """Sentences for the trainer, which turns whatever an iterator raises into a RuntimeError: the original is kept."""
+    """Sentences for the trainer. It keeps the original exception, which the trainer turns into a RuntimeError."""
 
     def __init__(self, documents: Iterable[str]) -> None:
         self.source = (sentence for document in documents for sentence in _sentences(document))
@@ -255,7 +255,7 @@ def _sentences(text: str) -> Iterator[str]:
         if end < len(data):
             blank = max(data.rfind(b" ", start + 1, end), data.rfind(b"\n", start + 1, end))
             end = blank if blank > 0 else end
-            # a cut inside a character would make two bad ones
+            # do not cut inside a character
             while data[end] & 0xC0 == 0x80:
                 end -= 1
         yield data[start:end].decode()

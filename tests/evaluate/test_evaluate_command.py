@@ -9,89 +9,38 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from plain_evaluation import plain_score
+from untrained_run import make_untrained_run, run_truth
 
-from train.artifact import load_model, write_artifact
 from train.common.errors import UserError
-from train.config import Config
-from train.data.shards import load_validation_tokens, write_shard
-from train.data.tokenizer import byte_tables, load_tokenizer, train_tokenizer
 from train.evaluate.__main__ import _load, main
 from train.evaluate.scores import read_evaluation
 from train.evaluate.windows import plan_windows
 from train.model.gpt import GPT
-from train.quantize.quantize_model import quantize_model
 from train.run.folder import RunFolder
 from train.run.log_grammar import GRAMMAR
 from train.run.logger import read_metrics
 
-TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. ".split()
-MODEL = Config(
-    vocab_size=300,
-    num_layers=2,
-    model_dim=16,
-    num_heads=2,
-    num_kv_heads=1,
-    train_seq_len=32,
-    train_batch_tokens=256,
-    rope_train_seq_len=64,
-    recur_layers=(1,),
-    quantizer="rtn",
-    passthrough_max_elements=64,
-    embed_dtype="float32",
-    eval_stride=8,
-)
-
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with data, weights and artifact of a model that was not trained."""
-    root = tmp_path_factory.mktemp("finished")
-    data, run = root / "data", root / "run"
-    data.mkdir()
-    run.mkdir()
-    random = np.random.default_rng(3)
-    documents = [" ".join(random.choice(TEXT, 40)) for _ in range(60)]
-    tokenizer = train_tokenizer(documents, MODEL.vocab_size, data / "tiny_300_bpe.model")
-    ids = np.concatenate([[1, *tokenizer.Encode(document)] for document in documents[:12]])
-    write_shard(data / "tiny_val_000000.bin", ids)
-    config = MODEL.replace(data_path=str(data))
-    (run / "config.json").write_text(json.dumps(config.to_dict()))
-    torch.manual_seed(5)
-    model = GPT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
-    torch.save(model.state_dict(), run / "weights.pt")
-    (run / "training.json").write_text(json.dumps({"recurrence": True}))
-    write_artifact(run / "model.golf", quantize_model(model, config, {}), config, code_bytes=0)
-    return run
+def untrained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_untrained_run(tmp_path_factory.mktemp("untrained"))
 
 
-def run_truth(run: Path, seq_len: int, stride: int, limit: int | None = None) -> tuple[float, int, int]:
-    """Nats, tokens and bytes of the artifact's model by the plain loop."""
-    config = RunFolder(run).read_config()
-    tokens = load_validation_tokens(config.data_path, 32)[:limit]
-    tables = byte_tables(load_tokenizer(Path(config.data_path) / "tiny_300_bpe.model", 300), 300)
-    return plain_score(load_model(run / "model.golf"), tokens, tables, seq_len, stride, "once", config.logit_softcap)
-
-
-def test_weights_compute_as_the_device_asks_that_scores_them(finished_run: Path) -> None:
-    config = RunFolder(finished_run).trained_config()
+def test_weights_compute_as_the_device_asks_that_scores_them(untrained_run: Path) -> None:
+    config = RunFolder(untrained_run).trained_config()
     for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
         settings = config.replace(device=device)
         for weights in ("master", "artifact"):
-            assert _load(RunFolder(finished_run), settings, weights).compute_dtype == dtype
+            assert _load(RunFolder(untrained_run), settings, weights).compute_dtype == dtype
 
 
 def test_command_scores_the_artifact_from_its_bytes(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    untrained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
+    shutil.copytree(untrained_run, run)
     assert main([str(run)]) == 0
     nats, tokens, size = run_truth(run, 32, 8)
     (entry,) = read_evaluation(RunFolder(run)).values()
@@ -106,10 +55,10 @@ def test_command_scores_the_artifact_from_its_bytes(
 
 
 def test_command_options_change_what_is_scored_and_scores_stand_side_by_side(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    untrained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
+    shutil.copytree(untrained_run, run)
     # with --json not even the progress may reach stdout
     monkeypatch.setattr("train.common.progress.LINE_INTERVAL_SECONDS", 0.0)
     batches: list[tuple[int, ...]] = []
@@ -137,10 +86,10 @@ def test_command_options_change_what_is_scored_and_scores_stand_side_by_side(
 
 
 def test_the_score_says_whether_windows_share_layer_0(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    untrained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
+    shutil.copytree(untrained_run, run)
     for arguments, said in (
         ([], "on"),
         (["--stride", "0"], "off (windows do not overlap)"),
@@ -152,10 +101,10 @@ def test_the_score_says_whether_windows_share_layer_0(
 
 
 def test_flags_are_understood_as_the_trainer_writes_them(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    untrained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
+    shutil.copytree(untrained_run, run)
     forms = (
         ["--stride", "4", "--seq-len", "16", "--max-tokens=60", "--logits-rounding", "bf16"],
         ["--eval_stride", "4", "--eval_seq_len", "16", "--max_tokens=60", "--logits_rounding", "bf16"],
@@ -177,9 +126,9 @@ def test_flags_are_understood_as_the_trainer_writes_them(
     assert exact["tokens_per_second"] == pytest.approx(60 / exact["seconds"], abs=0.1)
 
 
-def test_command_gives_the_same_score_on_two_ranks(finished_run: Path, tmp_path: Path) -> None:
+def test_command_gives_the_same_score_on_two_ranks(untrained_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
+    shutil.copytree(untrained_run, run)
     main([str(run), "--json"])
     (alone,) = read_evaluation(RunFolder(run)).values()
     command = [
@@ -244,10 +193,10 @@ def damage(run: Path, name: str) -> None:
     ],
 )
 def test_bad_runs_are_refused_and_leave_no_score(
-    finished_run: Path, tmp_path: Path, spoil: Callable[[Path], object], arguments: list[str], fragment: str
+    untrained_run: Path, tmp_path: Path, spoil: Callable[[Path], object], arguments: list[str], fragment: str
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
+    shutil.copytree(untrained_run, run)
     spoil(run)
     before = contents(run)
     with pytest.raises(UserError, match=fragment):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_recipes import Training
+from recipe_training import Training
 from torch import Tensor
 
 from train.config import Config

@@ -1,0 +1,72 @@
+"""train/common/errors.py: commands end with an error in one sentence, defects with their traceback."""
+
+import errno
+import sys
+
+import pytest
+import torch
+
+from train.common.errors import UserError, main_guard
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("x.bin: truncated"), 2, "error: x.bin: truncated"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a/model.golf"),
+            2,
+            "error: runs/a/model.golf: No space left",
+        ),
+        (FileExistsError(errno.EEXIST, "File exists", "runs"), 2, "error: runs: File exists: choose another path"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "xxx"), 2, "error: xxx: File name too long: choose another"),
+        (OSError(errno.ELOOP, "Too many levels", "a"), 2, "error: a: Too many levels"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a"),
+            2,
+            "error: a: Permission denied: give this user the right",
+        ),
+        (MemoryError(), 2, "error: out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 2, "lower TRAIN_BATCH_TOKENS"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "lower TRAIN_BATCH_TOKENS"),
+        (ModuleNotFoundError("none", name="tqdm.auto"), 2, "error: tqdm is not installed: pip install tqdm, or"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_bad_input_ends_a_command_with_a_sentence(
+    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    def main() -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        main_guard(main)
+    assert caught.value.code == code
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "broken"),
+        OSError(errno.ENOENT, "broken"),
+        RuntimeError("broken"),
+        ModuleNotFoundError("broken", name="train.nothing"),
+    ],
+)
+def test_a_defect_keeps_its_traceback(error: Exception) -> None:
+    def main() -> int:
+        raise error
+
+    with pytest.raises(type(error), match="broken"):
+        main_guard(main)
+
+
+def test_an_argument_that_is_not_utf8_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "--run_id", "x\udcff"])
+    with pytest.raises(SystemExit) as caught:
+        main_guard(lambda: pytest.fail("went on"))
+    assert caught.value.code == 2
+    assert r"'x\udcff' is not UTF-8" in capsys.readouterr().err
