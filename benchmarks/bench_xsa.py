@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
-from benchmarks.measure.chains import Chain, Inputs
-from golf_kernels.xsa import xsa
+from benchmarks.measure.chains import Chain
 from train.common.errors import main_guard
 from train.model.attention import remove_value_direction
 
@@ -35,23 +32,9 @@ def traffic(shape: Shape) -> dict[str, dict[str, float]]:
     return {"triton": {"forward": 2 * output + value, "backward": 3 * output + 2 * value}}
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    """Random output and values, and an upstream gradient."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return {
-        name: torch.randn(shape.batch, shape.length, count, shape.dim, generator=generator, device=device).to(dtype)
-        for name, count in {"output": shape.heads, "value": shape.kv_heads, "dy": shape.heads}.items()
-    }
-
-
 CHAIN = Chain(
     "xsa",
     plain=remove_value_direction,
-    operator=xsa,
-    arguments=("output", "value"),
-    leaves=("output", "value"),
-    upstream=("dy",),
-    make=make_inputs,
     traffic=traffic,
     shapes=(Shape(48, 2048, 8, 4, 64), Shape(48, 2048, 8, 8, 64)),
     tiny=Shape(2, 9, 4, 2, 16),

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 import golf_kernels
 from benchmarks.bench_newton_schulz import STEPS, symmetric_flops
 from benchmarks.measure.devices import Kernel
-from golf_kernels import dispatch, int6_native
+from golf_kernels import dispatch, int6_native, operators
 from golf_kernels.muon import Muon, Work, coefficients_of
 
 # what makes room, or another view of what is there, and launches nothing
@@ -34,15 +34,9 @@ _NOTHING = {
 # their first argument is written without being read
 _OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 _RATES = {"attention": "attention", "attention_backward": "attention backward"}
-# products among the package's kernels: whose rows meet which matrix
-_PRODUCTS = {
-    "up_kernel": ("x_desc", "w_up_desc"),
-    "down_kernel": ("post_desc", "w_down_desc"),
-    "dpre_kernel": ("dy_desc", "w_down_desc"),
-    "dx_kernel": ("dpre_desc", "w_up_desc"),
-}
-# what turns a tensor into another in place
-_IN_PLACE = {"loss_and_gradient_kernel": "logits_ptr"}
+_OPERATORS = operators.declared().values()
+_PRODUCTS = {kernel: names for operator in _OPERATORS for kernel, names in operator.products.items()}
+_IN_PLACE = {kernel: name for operator in _OPERATORS for kernel, name in operator.in_place.items()}
 
 
 def size_of(tensor: Tensor) -> float:
