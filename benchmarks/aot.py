@@ -130,7 +130,8 @@ def compile_triton(paths: Sequence[Path]) -> list[Compiled]:
         names = set(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
         if idle := names - {compiled.src.fn.__name__ for compiled in own}:
             raise SystemExit(
-                f"error: {path.name}: benchmarks/computed/launches.py launches no {', '.join(sorted(idle))}"
+                f"error: {path.name}: no recipe and no case of a declared operator launches {', '.join(sorted(idle))}: "
+                "add cases to its operators.declare"
             )
         rows += [_judge_triton(path.name, compiled) for compiled in own]
     return rows

@@ -12,12 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure.chains import Chain, Inputs
-from golf_kernels.mix_rms_norm import mix_rms_norm
+from benchmarks.measure.chains import Chain
 from train.common.errors import main_guard
-
-EPS = 1e-6
-GAIN = 0.5
 
 
 class Shape(NamedTuple):
@@ -45,37 +41,16 @@ def traffic(shape: Shape) -> dict[str, dict[str, float]]:
     }
 
 
-def plain(x: Tensor, x0: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
+def plain(x: Tensor, x0: Tensor, mix: Tensor, *, eps: float, gain: float) -> tuple[Tensor, Tensor]:
     """The chain as people write it."""
     first, second = mix.to(x.dtype).unbind()
     h = torch.addcmul(first * x, second, x0)
-    return h, F.rms_norm(h, h.shape[-1:], eps=EPS) * GAIN
-
-
-def ours(x: Tensor, x0: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
-    """The chain as one operator."""
-    return mix_rms_norm(x, x0, mix, eps=EPS, gain=GAIN)
-
-
-def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    """Random streams and upstream gradients, and a mix around (1, 0)."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=device)
-
-    made = {name: random(*shape).to(dtype) for name in ("x", "x0", "dh", "dn")}
-    return made | {"mix": torch.tensor([[1.0], [0.0]], device=device) + 0.3 * random(2, shape.width)}
+    return h, F.rms_norm(h, h.shape[-1:], eps=eps) * gain
 
 
 CHAIN = Chain(
     "mix_rms_norm",
     plain=plain,
-    operator=ours,
-    arguments=("x", "x0", "mix"),
-    leaves=("x", "x0", "mix"),
-    upstream=("dh", "dn"),
-    make=make_inputs,
     traffic=traffic,
     shapes=(Shape(48, 2048, 512),),
     tiny=Shape(2, 67, 48),

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
-from benchmarks.measure.chains import Chain, Inputs
-from golf_kernels.xsa import written_out, xsa
+from benchmarks.measure.chains import Chain
+from golf_kernels.xsa import written_out
 from train.common.errors import main_guard
 
 
@@ -34,23 +32,9 @@ def traffic(shape: Shape) -> dict[str, dict[str, float]]:
     return {"triton": {"forward": 2 * output + value, "backward": 3 * output + 2 * value}}
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    """Random output and values, and an upstream gradient."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return {
-        name: torch.randn(shape.batch, shape.length, count, shape.dim, generator=generator, device=device).to(dtype)
-        for name, count in {"output": shape.heads, "value": shape.kv_heads, "dy": shape.heads}.items()
-    }
-
-
 CHAIN = Chain(
     "xsa",
     plain=written_out,
-    operator=xsa,
-    arguments=("output", "value"),
-    leaves=("output", "value"),
-    upstream=("dy",),
-    make=make_inputs,
     traffic=traffic,
     shapes=(Shape(48, 2048, 8, 4, 64), Shape(48, 2048, 8, 8, 64)),
     tiny=Shape(2, 9, 4, 2, 16),

@@ -1,11 +1,21 @@
-"""Registration of the `golf::` operators and the choice of a back end for each call, with its reason.
+"""Registration of the `golf::` operators, and the choice of a backend for each call.
 
-Every operator has a PyTorch reference (back end `torch`) that runs on any device. An operator may also have `cpp` (CPU
-tensors), `triton` and `cuda` (CUDA tensors). Order of preference: cuda, triton, cpp, torch. `GOLF_BACKEND` forces:
-`torch` (every operator), `newton_schulz=triton,int6=cuda` (by name, a backward pass with its operator; `int6`, which none is
-called, means all operators `int6_*`), or both at once, `torch,int6=cpp`. A forced back end that cannot run raises; tensors
-on a device that it is not made for go their usual way, as a run has tensors on both. An automatic fall-back is logged once
-with its reason.
+Adding a kernel takes six files, tests and documentation included:
+
+1. `golf_kernels/<op>.py`: the public function with its formula, shapes, dtypes and errors; the PyTorch reference and the
+   fake implementation (`define`; `define_backward` for gradients); every other backend (`register`); one
+   `operators.declare`, which the doctor, `benchmarks.aot`, the benchmarks and the tests of all operators read.
+2. `golf_kernels/<op>_triton.py`, which imports torch and triton alone, or `csrc/<op>.cu`: the kernel.
+3. `golf_kernels/__init__.py`: the import of the function.
+4. `tests/kernels/test_<op>.py`: every backend against float64, gradients, odd shapes, errors.
+5. `benchmarks/bench_<op>.py`: a `Chain` of `benchmarks/measure/chains.py` where the kernel replaces elementwise passes.
+6. `README.md`: a row of the table of operators.
+
+The backends are `torch` (the reference, on any device), `cpp` (CPU tensors), `triton` and `cuda` (CUDA tensors). A call
+takes the first that can run, in the order cuda, triton, cpp, torch; a fallback is logged once, with its reason.
+`GOLF_BACKEND` forces a backend: `torch` for every operator, `newton_schulz=triton,int6=cuda` by name, or both,
+`torch,int6=cpp`. A forced backend that cannot run is an error. Tensors on a device that it is not made for take the
+first of the others that can run.
 """
 
 from __future__ import annotations
@@ -28,24 +38,25 @@ Backend = Literal["cuda", "triton", "cpp", "torch"]
 PREFERENCE: tuple[Backend, ...] = get_args(Backend)
 ENVIRONMENT_VARIABLE = "GOLF_BACKEND"
 AVAILABLE = "available"
-# the reason of a GPU back end until the training step was measured with and without it
+# `opt_in` of a backend until the training step was measured with and without it
 UNMEASURED = "not yet measured in a training step"
 
 # torch.library.Library carries no type hints
 _Library: Any = torch.library.Library
 LIBRARY = _Library("golf", "FRAGMENT")
 
+# devices whose tensors a backend takes; none: all
 _DEVICES: dict[Backend, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), "cpp": ("cpu",), "torch": ()}
 _logger = logging.getLogger("golf_kernels")
 _logged: set[tuple[str, str, str]] = set()
 
 
 class BackendError(RuntimeError):
-    """A forced back end cannot run, or `GOLF_BACKEND` names something that does not exist."""
+    """A forced backend cannot run, or `GOLF_BACKEND` names something that does not exist."""
 
 
 class Choice(NamedTuple):
-    """The back end that runs a call, and why it and no other."""
+    """The backend of a call, and the reason for it."""
 
     backend: Backend
     reason: str
@@ -59,6 +70,8 @@ class _Implementation:
 
 
 _registry: dict[str, dict[Backend, _Implementation]] = {}
+# name in GOLF_BACKEND → the operators that it stands for, where that is not the operator of that name alone
+_members: dict[str, tuple[str, ...]] = {}
 
 
 def _supports_everything(*args: Any, **kwargs: Any) -> str | None:
@@ -78,15 +91,22 @@ def register(
     Args:
         op: name of the operator without its namespace, for example `newton_schulz`.
         backend: `cuda`, `triton`, `cpp` or `torch`.
-        fn: takes exactly the arguments of the operator's schema, in order, and returns what the schema says.
-        supports: returns None where `fn` can run, otherwise the reason why not, as a phrase ("not built: no nvcc").
-            Called without arguments it answers for this machine (built? importable? a GPU?); called with the
-            operator's arguments it also answers for their dtypes and shapes. The device has been checked before.
-        opt_in: a reason not to take this back end unless it is forced ("slower than torch in the step on H200").
+        fn: takes the arguments of the operator's schema, in order, and returns what the schema says.
+        supports: returns None where `fn` can run, otherwise the reason, as a phrase ("not built: no nvcc"). Without
+            arguments it answers for this machine (built? importable? a GPU?), with the operator's arguments for their
+            dtypes and shapes too. The device has been checked before.
+        opt_in: why the backend is not taken unless it is forced ("slower than torch in the step on H200").
     """
     if backend not in PREFERENCE:
-        raise ValueError(f"back end of {op}: expected one of {', '.join(PREFERENCE)}, found {backend!r}")
+        raise ValueError(f"backend of {op}: expected one of {', '.join(PREFERENCE)}, found {backend!r}")
     _registry.setdefault(op, {})[backend] = _Implementation(fn, supports, opt_in)
+    _read.cache_clear()
+
+
+def set_members(name: str, members: Sequence[str]) -> None:
+    """Lets `name` stand for these operators in `GOLF_BACKEND` and in `available_backends`."""
+    _members[name] = tuple(members)
+    _read.cache_clear()
 
 
 def define(op: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -95,7 +115,7 @@ def define(op: str, schema: str, *, reference: Callable[..., Any], fake: Callabl
     Args:
         op: name of the operator.
         schema: arguments and results, for example `(Tensor x, float eps) -> Tensor`.
-        reference: the PyTorch implementation, registered as back end `torch`.
+        reference: the PyTorch implementation, registered as backend `torch`.
         fake: returns empty results of the right shape, dtype, device and strides.
     """
     LIBRARY.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -136,15 +156,15 @@ def refuse_gradient(op: str, message: str) -> None:
 
 
 def call(op: str, *args: Any) -> Any:
-    """Runs `op` on the back end that `choose` takes; the dtypes of its arguments hold, also inside `torch.autocast`.
+    """Runs `op` on the backend that `choose` returns. `torch.autocast` does not change the dtypes of its arguments.
 
     Raises:
-        RuntimeError: inside forward-mode differentiation, which no operator here has.
+        RuntimeError: inside forward-mode differentiation, which no operator here supports.
     """
-    # PyTorch would drop the tangents without a word, and the derivative would be 0
+    # PyTorch would drop the tangents silently, and the derivative would be 0
     if getattr(forward_ad, "_current_level", -1) >= 0:
         raise RuntimeError(
-            f"golf::{op} has no forward-mode derivative: expected a call outside torch.func.jvp, jacfwd and "
+            f"{op} has no forward-mode derivative: expected a call outside torch.func.jvp, jacfwd and "
             "forward_ad.dual_level; use backward()"
         )
     function = _registry[op][choose(op, *args).backend].function
@@ -156,26 +176,26 @@ def call(op: str, *args: Any) -> Any:
 
 
 def run_on(backend: Backend, op: str, *args: Any) -> Any:
-    """Runs `op` on the back end named, whatever `choose` would take: for tests, benchmarks and the doctor."""
+    """Runs `op` on the given backend, whatever `choose` would return."""
     implementations = _implementations(op)
     if backend not in implementations:
-        raise BackendError(f"{op} has no {backend} back end, only {', '.join(implementations)}")
+        raise BackendError(f"{op} has no {backend} backend, only {', '.join(implementations)}")
     return implementations[backend].function(*args)
 
 
 def choose(op: str, *args: Any, device: str | None = None) -> Choice:
-    """Chooses the back end of a call: the forced one, or the first that can run in the order of preference.
+    """Chooses the backend of a call: the forced one, or the first in the order of preference that can run.
 
     Args:
         op: name of the operator.
-        args: its arguments; without any, the answer is for this machine.
-        device: type of the tensors' device; None takes it from `args`, and without any CUDA where there is a GPU.
+        args: its arguments; without them, the answer is for this machine.
+        device: type of the tensors' device. None: the device of `args`; without them, CUDA where there is a GPU.
 
     Returns:
-        The back end and the reason.
+        The backend and the reason.
 
     Raises:
-        BackendError: a forced back end cannot run, or `GOLF_BACKEND` cannot be read.
+        BackendError: the forced backend cannot run, or `GOLF_BACKEND` cannot be read.
     """
     implementations = _implementations(op)
     device = _device(args) if device is None else device
@@ -195,27 +215,38 @@ def choose(op: str, *args: Any, device: str | None = None) -> Choice:
         refused.append(f"{forced}: {problem}")
         _log_once(op, forced, problem)
     for backend in PREFERENCE:
-        # a back end for another device is no candidate, so passing it over is no fall-back
+        # a backend for another device is no candidate, so skipping it is no fallback
         if backend not in implementations or (_DEVICES[backend] and device not in _DEVICES[backend]):
             continue
         opt_in = implementations[backend].opt_in
         problem = f"only when forced: {opt_in}" if opt_in else implementations[backend].supports(*args)
         if problem is None:
-            usual = "the only back end" if len(implementations) == 1 else f"first choice on {device}"
+            usual = "the only backend" if len(implementations) == 1 else f"first choice on {device}"
             return Choice(backend, "; ".join(refused) or usual)
         refused.append(f"{backend}: {problem}")
         if not opt_in:
             _log_once(op, backend, problem)
-    raise BackendError(f"{op}: no back end runs on {device} ({'; '.join(refused) or 'none is registered'})")
+    raise BackendError(f"{op}: no backend runs on {device} ({'; '.join(refused) or 'none is registered'})")
 
 
-def available_backends(op: str) -> list[Backend]:
-    """The back ends of `op` that this machine can run, the preferred first."""
-    return [backend for backend, answer in describe()[_known(op)].items() if answer == AVAILABLE]
+def available_backends(name: str, device: str | None = None) -> list[Backend]:
+    """The backends on which this machine can run an operator and its backward pass, in the order of preference.
+
+    Args:
+        name: of an operator, or of one that stands for several (`set_members`).
+        device: only backends for tensors on a device of this type; None: all.
+    """
+    members = [_implementations(op) for op in _members.get(name, (name,))]
+    return [
+        backend
+        for backend in PREFERENCE
+        if all(backend in member and member[backend].supports() is None for member in members)
+        and (device is None or _made_for(backend, device))
+    ]
 
 
 def describe() -> dict[str, dict[Backend, str]]:
-    """For each operator each registered back end: `available`, or the reason why this machine cannot run it."""
+    """For each operator and each of its backends: `available`, or the reason why this machine cannot run it."""
     answers: dict[str, dict[Backend, str]] = {}
     for op, implementations in sorted(_registry.items()):
         order = [backend for backend in PREFERENCE if backend in implementations]
@@ -224,12 +255,12 @@ def describe() -> dict[str, dict[Backend, str]]:
 
 
 def may_run(op: str, backend: Backend, text: str) -> bool:
-    """Whether a call of `op` may go to this back end where `GOLF_BACKEND` is `text`: it waits for no force, or has it."""
+    """Whether a call of `op` can reach this backend where `GOLF_BACKEND` is `text`: not if it is `opt_in` and not forced."""
     return not _implementations(op)[backend].opt_in or _forced(op, text) == backend
 
 
 def registered() -> Iterator[tuple[str, Backend, Callable[..., Any]]]:
-    """Operator, back end and function of every implementation, and of what says whether it can run."""
+    """Operator, backend and function of every implementation, once with the implementation and once with `supports`."""
     for op, implementations in sorted(_registry.items()):
         for backend, implementation in implementations.items():
             yield op, backend, implementation.function
@@ -251,7 +282,7 @@ def forced(text: str) -> Iterator[None]:
 
 
 def triton_problem() -> str | None:
-    """Why no Triton kernel can run on this machine, as a phrase; None where they can. For `supports` of such back ends."""
+    """Why no Triton kernel can run on this machine, as a phrase for `supports`; None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'triton>=3.6'"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -263,8 +294,8 @@ def triton_problem() -> str | None:
 
 
 def elementwise_problem(name: str, tensor: Tensor) -> str | None:
-    """Why Triton kernels without products cannot take a tensor of this dtype, as a phrase that names it, or None."""
-    # the interpreter cuts the mantissas of bfloat16 off
+    """Why Triton kernels without matrix products cannot take a tensor of this dtype, as a phrase with its name; or None."""
+    # Triton's interpreter truncates bfloat16 instead of rounding
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if tensor.is_cuda else (torch.float16, torch.float32)
     if tensor.dtype in dtypes:
         return None
@@ -272,25 +303,20 @@ def elementwise_problem(name: str, tensor: Tensor) -> str | None:
 
 
 def validate() -> None:
-    """Checks `GOLF_BACKEND` for every operator at once, so that a long run fails at its start and not at its end.
+    """Checks `GOLF_BACKEND` for every operator, so that a long run fails at its start and not at its end.
 
     Raises:
         BackendError: as `choose`.
     """
     for op in _registry:
-        forced = _forced(op)
-        if forced is not None:
+        if _forced(op) is not None:
             choose(op)
 
 
 def _implementations(op: str) -> dict[Backend, _Implementation]:
-    return _registry[_known(op)]
-
-
-def _known(op: str) -> str:
     if op not in _registry:
         raise BackendError(f"unknown operator {op!r}; {_nearest(op, sorted(_registry))}")
-    return op
+    return _registry[op]
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -307,7 +333,7 @@ def _made_for(backend: Backend, device: str) -> bool:
 def _problem(op: str, backend: Backend, args: tuple[Any, ...]) -> str | None:
     implementations = _implementations(op)
     if backend not in implementations:
-        return f"{op} has no {backend} back end, only {', '.join(b for b in PREFERENCE if b in implementations)}"
+        return f"{op} has no {backend} backend, only {', '.join(b for b in PREFERENCE if b in implementations)}"
     unavailable = implementations[backend].supports()
     if unavailable is not None or not args:
         return unavailable
@@ -315,41 +341,34 @@ def _problem(op: str, backend: Backend, args: tuple[Any, ...]) -> str | None:
 
 
 def _forced(op: str, text: str | None = None) -> Backend | None:
-    text = os.environ.get(ENVIRONMENT_VARIABLE, "") if text is None else text
-    if not text:
-        return None
-    default, by_name = _parse(text)
-    for name in by_name:
-        if not any(_covers(name, known) for known in _registry):
-            raise BackendError(
-                f"{ENVIRONMENT_VARIABLE}: unknown operator {name!r}; {_nearest(name, sorted(_registry))}"
-            )
-    # the longest name that covers the operator is the most particular one
-    names = sorted((name for name in by_name if _covers(name, op)), key=len)
-    return by_name[names[-1]] if names else default
+    return _read(op, os.environ.get(ENVIRONMENT_VARIABLE, "") if text is None else text)
 
 
-def _covers(name: str, op: str) -> bool:
-    return op in (name, f"{name}_backward") or (name not in _registry and op.startswith(f"{name}_"))
-
-
-@functools.lru_cache(maxsize=64)
-def _parse(text: str) -> tuple[Backend | None, dict[str, Backend]]:
+# a training step asks about a hundred times
+@functools.lru_cache(maxsize=1024)
+def _read(op: str, text: str) -> Backend | None:
+    """The backend that `GOLF_BACKEND=text` forces for an operator."""
     default: Backend | None = None
     by_name: dict[str, Backend] = {}
-    for part in text.split(","):
-        name, equals, value = (piece.strip() for piece in part.rpartition("="))
+    for entry in text.split(",") if text else ():
+        name, equals, value = (word.strip() for word in entry.rpartition("="))
         matches = [backend for backend in PREFERENCE if backend == value]
         if not matches or (equals and not name):
             raise BackendError(
-                f"{ENVIRONMENT_VARIABLE}={text}: cannot read {part!r}; expected a back end ({', '.join(PREFERENCE)}) "
+                f"{ENVIRONMENT_VARIABLE}={text}: cannot read {entry!r}; expected a backend ({', '.join(PREFERENCE)}) "
                 "or operator=backend, separated by commas"
             )
         if equals:
             by_name[name] = matches[0]
         else:
             default = matches[0]
-    return default, by_name
+    known = sorted({*_registry, *_members})
+    for name in by_name:
+        if name not in known:
+            raise BackendError(f"{ENVIRONMENT_VARIABLE}: unknown operator {name!r}; {_nearest(name, known)}")
+    # an operator's own name counts before a name that stands for several
+    names = [op, *(name for name, members in _members.items() if op in members)]
+    return next((by_name[name] for name in names if name in by_name), default)
 
 
 def _device(args: tuple[Any, ...]) -> str:

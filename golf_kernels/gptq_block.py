@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from golf_kernels import dispatch, native
+from golf_kernels import dispatch, native, operators
 
 MAX_COLUMNS = 128
 """Columns of a block that the native back ends take, as GOLF_GPTQ_MAX_COLUMNS in csrc/launchers.h."""
@@ -105,6 +105,12 @@ def _supports(part: Literal["cpp", "cuda"], *args: Any) -> str | None:
     return f"blocks of {columns} columns, and it takes {MAX_COLUMNS} at most" if columns > MAX_COLUMNS else None
 
 
+def _inputs(make: operators.Make, batch: int = 2, columns: int = 7, rows: int = 37) -> operators.Inputs:
+    work = 0.1 * make(batch, columns, rows, dtype=torch.float32)
+    factor = make(batch, columns, columns, dtype=torch.float32) / columns + torch.eye(columns, device=work.device)
+    return {"work": work, "factor": factor, "scales": work.new_full((batch, rows), 0.0625), "limit": 31}
+
+
 dispatch.define(
     "gptq_block",
     "(Tensor work, Tensor factor, Tensor scales, int limit) -> (Tensor, Tensor)",
@@ -113,3 +119,4 @@ dispatch.define(
 )
 for _part in ("cpp", "cuda"):
     dispatch.register("gptq_block", _part, _native, supports=functools.partial(_supports, _part))
+operators.declare(operators.Operator("gptq_block", gptq_block, _inputs, called_by="quantize", gpu_dtype=torch.float32))

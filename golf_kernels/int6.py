@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from golf_kernels import dispatch, int6_native
+from golf_kernels import dispatch, int6_native, operators
 
 CODE_MIN, CODE_MAX = -32, 31
 FAKE_LIMIT = 31
@@ -337,3 +337,28 @@ torch.library.register_autograd(
     "golf::int6_dequantize", _backward_to_scales, setup_context=_save_for_scales, lib=dispatch.LIBRARY
 )
 torch.library.register_autograd("golf::int6_fake_quantize", _backward_straight_through, lib=dispatch.LIBRARY)
+
+
+def _round_trip(codes: Tensor, scales: Tensor) -> list[Tensor]:
+    """Every operator once."""
+    packed = int6_pack(codes)
+    values = int6_dequantize(packed, scales, codes.shape[1], dtype=scales.dtype)
+    return [int6_unpack(packed, codes.numel()), values, int6_fake_quantize(values, scales)]
+
+
+def _inputs(make: operators.Make, rows: int = 5, columns: int = 67) -> operators.Inputs:
+    scales = make(rows, dtype=torch.float32).abs() + 0.5
+    codes = torch.arange(rows * columns, device=scales.device) % (2 * FAKE_LIMIT + 1) - FAKE_LIMIT
+    return {"codes": codes.to(torch.int8).reshape(rows, columns), "scales": scales}
+
+
+operators.declare(
+    operators.Operator(
+        "int6",
+        _round_trip,
+        _inputs,
+        members=("int6_pack", "int6_unpack", "int6_dequantize", "int6_fake_quantize"),
+        called_by="artifact",
+        gpu_dtype=torch.float32,
+    )
+)

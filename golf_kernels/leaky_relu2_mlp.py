@@ -17,13 +17,14 @@ so ⟨n, dn⟩ = 2⟨post, dpost⟩ per row, and with r = gain · rstd
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from golf_kernels import dispatch
+from golf_kernels import dispatch, operators
 
 # eight bytes that are 0 or 1, read as one integer: the product gathers them, the first as the lowest bit, in its top byte
 _GATHER_BITS = 0x0102040810204080
@@ -305,6 +306,27 @@ def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return leaky_relu2_mlp_triton.backward(*args)
 
 
+def _inputs(
+    make: operators.Make,
+    rows: int = 37,
+    width: int = 32,
+    hidden: int = 128,
+    slope: float = 0.5,
+    norm_eps: float | None = 1e-6,
+    residual: str = "other",
+) -> operators.Inputs:
+    x, w_up, w_down = make(rows, width), make(hidden, width) * width**-0.5, make(width, hidden) * hidden**-0.5
+    scale, other = make(width), make(rows, width)
+    for tensor in (x, w_up, w_down, scale):
+        tensor.requires_grad_()
+    tensors = {"x": x, "w_up": w_up, "w_down": w_down, "scale": scale}
+    return tensors | {
+        "residual": {"x": x, "other": other, "none": None}[residual],
+        "slope": slope,
+        "norm_eps": norm_eps,
+    }
+
+
 dispatch.define(
     "leaky_relu2_mlp",
     "(Tensor x, Tensor w_up, Tensor w_down, Tensor? residual, Tensor? scale, float slope, float? norm_eps, "
@@ -328,4 +350,26 @@ dispatch.register(
     _triton_backward,
     supports=_triton_backward_supports,
     opt_in=dispatch.UNMEASURED,
+)
+operators.declare(
+    operators.Operator(
+        "leaky_relu2_mlp",
+        leaky_relu2_mlp,
+        _inputs,
+        # wide tiles divide the first width and hidden size, and not the second; both have the longest sums of a row
+        cases=[
+            {"rows": 98304, "width": width, "hidden": hidden, "slope": slope, "norm_eps": eps, "residual": residual}
+            for (width, hidden), eps, slope, residual in itertools.product(
+                ((512, 4096), (640, 1984)), (None, 1e-6), (0.0, 0.5), ("none", "x")
+            )
+        ],
+        members=("leaky_relu2_mlp", "leaky_relu2_mlp_backward"),
+        called_by="model",
+        products={
+            "up_kernel": ("x_desc", "w_up_desc"),
+            "down_kernel": ("post_desc", "w_down_desc"),
+            "dpre_kernel": ("dy_desc", "w_down_desc"),
+            "dx_kernel": ("dpre_desc", "w_up_desc"),
+        },
+    )
 )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from golf_kernels import dispatch
+from golf_kernels import dispatch, operators
 
 
 def mix_rms_norm(x: Tensor, x0: Tensor, mix: Tensor, *, eps: float, gain: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -136,6 +136,19 @@ def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return mix_rms_norm_triton.backward(*args)
 
 
+def _inputs(make: operators.Make, batch: int = 2, length: int = 19, width: int = 48) -> operators.Inputs:
+    mix = 0.3 * make(2, width, dtype=torch.float32)
+    mix[0] += 1
+    x, x0 = make(batch, length, width), make(batch, length, width)
+    return {
+        "x": x.requires_grad_(),
+        "x0": x0.requires_grad_(),
+        "mix": mix.requires_grad_(),
+        "eps": 1e-6,
+        "gain": 0.5,
+    }
+
+
 dispatch.define(
     "mix_rms_norm",
     "(Tensor x, Tensor x0, Tensor mix, float eps, float gain) -> (Tensor h, Tensor n)",
@@ -154,4 +167,14 @@ dispatch.define_backward(
 dispatch.register("mix_rms_norm", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
 dispatch.register(
     "mix_rms_norm_backward", "triton", _triton_backward, supports=_triton_backward_supports, opt_in=dispatch.UNMEASURED
+)
+operators.declare(
+    operators.Operator(
+        "mix_rms_norm",
+        mix_rms_norm,
+        _inputs,
+        cases=[{"batch": 48, "length": 2048, "width": width} for width in (333, 768, 4096)],
+        members=("mix_rms_norm", "mix_rms_norm_backward"),
+        called_by="model",
+    )
 )

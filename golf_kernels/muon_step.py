@@ -6,13 +6,15 @@ and are read from there when the weights are updated. Nothing waits for the GPU.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from golf_kernels import dispatch
+from golf_kernels import dispatch, operators
 from golf_kernels.muon import Muon, Work, coefficients_of, learning_rate_ratio
 from golf_kernels.newton_schulz import default_compute_dtype, triton_problem
 
@@ -91,4 +93,33 @@ def _triton_supports(*args: Any) -> str | None:
     return triton_problem([])
 
 
+def _one_step(weights: Sequence[Tensor], gradients: Sequence[Tensor], **options: Any) -> list[Tensor]:
+    """The weights after the first step of `Muon`."""
+    stepped: list[Tensor] = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    for weight, gradient in zip(stepped, gradients, strict=True):
+        weight.grad = gradient
+    Muon(stepped, lr=0.5, **options).step()
+    return [weight.detach() for weight in stepped]
+
+
+def _inputs(
+    make: operators.Make, shapes: Sequence[Sequence[int]] = ((24, 40), (40, 24), (2, 24, 40)), **options: Any
+) -> operators.Inputs:
+    weights, gradients = ([make(*shape, dtype=torch.float32) for shape in shapes] for _ in range(2))
+    return {"weights": weights, "gradients": gradients, **options}
+
+
 dispatch.register("muon_step", "triton", _step_triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
+operators.declare(
+    operators.Operator(
+        "muon_step",
+        _one_step,
+        _inputs,
+        # rows that can be read 16 bytes at a time, and rows that cannot
+        cases=[
+            {"shapes": [(2048, columns)], "row_normalize": extras, "normuon": extras, "compute_dtype": dtype}
+            for columns, dtype, extras in itertools.product((512, 333), (torch.bfloat16, torch.float32), (False, True))
+        ],
+        called_by="optimize",
+    )
+)

@@ -12,6 +12,7 @@ operator boundary is paid once, and matrices of one shape share batched products
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from golf_kernels import dispatch
+from golf_kernels import dispatch, operators
 
 Triple = tuple[float, float, float]
 
@@ -283,6 +284,16 @@ def _triton_supports(*args: Any) -> str | None:
     return triton_problem([matrix.dtype for matrix in args[0]], args[4]) if args else triton_problem([])
 
 
+def _inputs(
+    make: operators.Make,
+    shapes: Sequence[Sequence[int]] = ((24, 40), (40, 24), (2, 24, 40), (1, 7)),
+    coefficients: str = "quintic",
+    compute_dtype: torch.dtype | None = None,
+) -> operators.Inputs:
+    matrices = [make(*shape, dtype=torch.float32) for shape in shapes]
+    return {"matrices": matrices, "coefficients": coefficients, "compute_dtype": compute_dtype}
+
+
 dispatch.define(
     "newton_schulz",
     "(Tensor[] matrices, float[] coefficients, float eps, str prescale, ScalarType compute_dtype) -> Tensor[]",
@@ -294,3 +305,18 @@ dispatch.refuse_gradient(
     "golf::newton_schulz has no gradient, but an input requires one; call it under torch.no_grad(), or detach it",
 )
 dispatch.register("newton_schulz", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
+operators.declare(
+    operators.Operator(
+        "newton_schulz",
+        newton_schulz,
+        _inputs,
+        # rows that can be read 16 bytes at a time, and rows that cannot
+        cases=[
+            {"shapes": [(2048, columns)], "coefficients": name, "compute_dtype": dtype}
+            for columns, dtype, name in itertools.product(
+                (512, 333), (torch.bfloat16, torch.float16, torch.float32), COEFFICIENTS
+            )
+        ],
+        called_by="optimize",
+    )
+)

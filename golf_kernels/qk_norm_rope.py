@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from golf_kernels import dispatch
+from golf_kernels import dispatch, operators
 
 GAIN_FLOOR = {torch.float16: 2.0**-12}
 """Smallest gain by dtype, else 2⁻⁶⁰. float16 has no exponents for that: at 2⁻¹² it has 12 bits behind the point."""
@@ -248,6 +248,40 @@ def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return qk_norm_rope_triton.backward(*args, floor=GAIN_FLOOR.get(args[2].dtype, _WIDE_FLOOR))
 
 
+def _inputs(
+    make: operators.Make,
+    batch: int = 2,
+    length: int = 19,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 16,
+    rotary: int = 8,
+) -> operators.Inputs:
+    q, k = make(batch, length, heads, dim), make(batch, length, kv_heads, dim)
+    angles = 100 * make(length, 1, rotary // 2, dtype=torch.float32)
+    # of about the size of those that training reaches
+    gain = 5 + make(heads, dtype=torch.float32)
+    return {
+        "q": q.requires_grad_(),
+        "k": k.requires_grad_(),
+        "cosine": angles.cos().to(q.dtype),
+        "sine": angles.sin().to(q.dtype),
+        "gain": gain.requires_grad_(),
+        "eps": 1e-6,
+    }
+
+
+# up to the most heads and dimensions that the kernels take
+_CASES = (
+    (8, 8, 64, 0),
+    (8, 4, 64, 16),
+    (6, 3, 80, 40),
+    (8, 2, 128, 128),
+    (16, 1, 256, 64),
+    (32, 8, 256, 256),
+    (64, 8, 128, 128),
+)
+
 dispatch.define(
     "qk_norm_rope",
     "(Tensor q, Tensor k, Tensor cosine, Tensor sine, Tensor gain, float eps) "
@@ -267,4 +301,17 @@ dispatch.define_backward(
 dispatch.register("qk_norm_rope", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
 dispatch.register(
     "qk_norm_rope_backward", "triton", _triton_backward, supports=_triton_backward_supports, opt_in=dispatch.UNMEASURED
+)
+operators.declare(
+    operators.Operator(
+        "qk_norm_rope",
+        qk_norm_rope,
+        _inputs,
+        cases=[
+            {"batch": 48, "length": 2048, "heads": heads, "kv_heads": kv_heads, "dim": dim, "rotary": rotary}
+            for heads, kv_heads, dim, rotary in _CASES
+        ],
+        members=("qk_norm_rope", "qk_norm_rope_backward"),
+        called_by="model",
+    )
 )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from golf_kernels import dispatch
+from golf_kernels import dispatch, operators
 
 # float32 logits of one chunk: 16 MiB stay near a CPU's caches, 256 MiB keep a GPU busy
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
@@ -279,6 +279,13 @@ def _backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Any, ...]:
     )
 
 
+def head_inputs(make: operators.Make, rows: int = 53, width: int = 32, vocabulary: int = 129) -> operators.Inputs:
+    """`operators.Operator.inputs` of a head."""
+    hidden, weight = make(rows, width), make(vocabulary, width)
+    targets = torch.arange(rows, device=hidden.device) % vocabulary
+    return {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_(), "targets": targets}
+
+
 dispatch.define(
     "softcapped_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor targets, float softcap, bool mean, int ignore_index, float z_loss, "
@@ -295,4 +302,13 @@ dispatch.register(
     _triton,
     supports=_triton_supports,
     opt_in=dispatch.UNMEASURED,
+)
+operators.declare(
+    operators.Operator(
+        "softcapped_cross_entropy",
+        softcapped_cross_entropy,
+        head_inputs,
+        called_by="model",
+        in_place={"loss_and_gradient_kernel": "logits_ptr"},
+    )
 )

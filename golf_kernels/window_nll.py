@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from golf_kernels import dispatch
+from golf_kernels import dispatch, operators
 from golf_kernels.softcapped_cross_entropy import (
     accumulation_dtype,
     check_head,
     check_targets,
     chunk_rows,
+    head_inputs,
     triton_problem,
     wide_product,
 )
@@ -91,6 +92,11 @@ def _triton_supports(*args: Any) -> str | None:
     return dispatch.triton_problem() or (triton_problem(args[0]) if args else None)
 
 
+def _inputs(make: operators.Make, logits_rounding: str = "none", **sizes: int) -> operators.Inputs:
+    inputs = head_inputs(make, **sizes)
+    return {name: tensor.detach() for name, tensor in inputs.items()} | {"logits_rounding": logits_rounding}
+
+
 dispatch.define(
     "window_nll",
     "(Tensor hidden, Tensor weight, Tensor targets, float softcap, bool round_to_bf16) -> Tensor",
@@ -104,4 +110,16 @@ dispatch.refuse_gradient(
 )
 dispatch.register(
     "window_nll", "triton", _triton, supports=_triton_supports, opt_in="not yet measured in an evaluation"
+)
+operators.declare(
+    operators.Operator(
+        "window_nll",
+        window_nll,
+        _inputs,
+        cases=[
+            {"rows": 98304, "width": 640, "vocabulary": 1984, "logits_rounding": rounding}
+            for rounding in ("none", "bf16")
+        ],
+        called_by="evaluate",
+    )
 )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from golf_kernels import dispatch
+from golf_kernels import dispatch, operators
 
 EPS = 1e-12
 """Shortest value that counts with its length, as in `torch.nn.functional.normalize`."""
@@ -180,6 +180,13 @@ def _triton_backward(dy: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor,
     return xsa_triton.backward(dy, output, value, EPS)
 
 
+def _inputs(
+    make: operators.Make, batch: int = 2, length: int = 19, heads: int = 4, kv_heads: int = 2, dim: int = 16
+) -> operators.Inputs:
+    output, value = make(batch, length, heads, dim), make(batch, length, kv_heads, dim)
+    return {"output": output.requires_grad_(), "value": value.requires_grad_()}
+
+
 dispatch.define("xsa", "(Tensor output, Tensor value) -> Tensor", reference=reference, fake=_fake)
 dispatch.define_backward(
     "xsa",
@@ -191,3 +198,16 @@ dispatch.define_backward(
 )
 dispatch.register("xsa", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
 dispatch.register("xsa_backward", "triton", _triton_backward, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
+operators.declare(
+    operators.Operator(
+        "xsa",
+        xsa,
+        _inputs,
+        cases=[
+            {"batch": 48, "length": 2048, "heads": heads, "kv_heads": kv_heads, "dim": dim}
+            for heads, kv_heads, dim in ((8, 8, 64), (6, 3, 80), (8, 2, 128), (16, 1, 256), (32, 8, 256), (64, 8, 128))
+        ],
+        members=("xsa", "xsa_backward"),
+        called_by="model",
+    )
+)

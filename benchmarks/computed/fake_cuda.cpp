@@ -1,9 +1,11 @@
-// A CUDA device for a torch that was built without CUDA, so that autograd's engine lets tensors without data pass
-// through as if they were on a GPU. It has one stream, and nothing on it ever runs. To be loaded before torch.
+// Two CUDA devices for a torch that was built without CUDA, so that autograd's engine lets tensors without data pass
+// through as if they were on a GPU. Each has one stream, and nothing on it ever runs. To be loaded before torch.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 namespace at {
+
+constexpr DeviceIndex DEVICES = 2;
 
 // the registry knows the hooks by this very name
 struct CUDAHooks : CUDAHooksInterface {
@@ -13,7 +15,7 @@ struct CUDAHooks : CUDAHooksInterface {
     bool isAvailable() const override { return true; }
     bool hasCUDA() const override { return true; }
     bool hasPrimaryContext(DeviceIndex) const override { return true; }
-    DeviceIndex deviceCount() const override { return 1; }
+    DeviceIndex deviceCount() const override { return DEVICES; }
     DeviceIndex getCurrentDevice() const override { return 0; }
 };
 REGISTER_CUDA_HOOKS(CUDAHooks)
@@ -26,10 +28,12 @@ struct Guard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
     static c10::Device device() { return c10::Device(c10::DeviceType::CUDA, 0); }
     c10::Device getDevice() const override { return device(); }
     c10::Device exchangeDevice(c10::Device) const override { return device(); }
-    c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, device()); }
-    c10::Stream getDefaultStream(c10::Device) const override { return getStream(device()); }
+    c10::Stream getStream(c10::Device device) const noexcept override {
+        return c10::Stream(c10::Stream::DEFAULT, device);
+    }
+    c10::Stream getDefaultStream(c10::Device device) const override { return getStream(device); }
     c10::Stream exchangeStream(c10::Stream) const noexcept override { return getStream(device()); }
-    c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+    c10::DeviceIndex deviceCount() const noexcept override { return at::DEVICES; }
     void record(void**, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {}
     void block(void*, const c10::Stream&) const override {}
     bool queryEvent(void*) const override { return true; }

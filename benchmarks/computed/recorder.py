@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 import golf_kernels
 from benchmarks.measure.devices import Kernel, newton_schulz_flops
-from golf_kernels import dispatch, int6_native
+from golf_kernels import dispatch, int6_native, operators
 from golf_kernels.muon import Muon, Work, coefficients_of
 
 # allocations and views, which launch nothing
@@ -33,15 +33,9 @@ _NOTHING = {
 # operations that write their first argument without reading it
 _OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 _RATES = {"attention": "attention", "attention_backward": "attention backward"}
-# golf_kernels' kernels with a matrix product: the arguments with its rows and its matrix
-_PRODUCTS = {
-    "up_kernel": ("x_desc", "w_up_desc"),
-    "down_kernel": ("post_desc", "w_down_desc"),
-    "dpre_kernel": ("dy_desc", "w_down_desc"),
-    "dx_kernel": ("dpre_desc", "w_up_desc"),
-}
-# kernels that overwrite an argument in place, and the argument
-_IN_PLACE = {"loss_and_gradient_kernel": "logits_ptr"}
+_OPERATORS = operators.declared().values()
+_PRODUCTS = {kernel: names for operator in _OPERATORS for kernel, names in operator.products.items()}
+_IN_PLACE = {kernel: name for operator in _OPERATORS for kernel, name in operator.in_place.items()}
 
 
 def size_of(tensor: Tensor) -> float:

@@ -1,23 +1,15 @@
-"""The benchmarks of XSA, of mix and norm and of QK-norm run, check results first, and predict what was computed by hand."""
+"""The benchmarks of chains run, check results before they time anything, and predict what was computed by hand."""
 
 import re
 
 import pytest
 import torch
+from bench_chains import BENCHES
 
-from benchmarks import bench_mix_rms_norm, bench_qk_norm_rope, bench_xsa
 from benchmarks.measure import common
 from golf_kernels import dispatch
 
 CPU = torch.device("cpu")
-BENCHES = {bench.CHAIN.op: bench for bench in (bench_xsa, bench_mix_rms_norm, bench_qk_norm_rope)}
-# of the tiny shape, and how many results and gradients there are
-SHOWN = {
-    "xsa": ("2x9x4/2x16", 3),
-    "mix_rms_norm": ("2x67x48", 5),
-    "qk_norm_rope": ("2x9x4+2x16, rotary 8", 5),
-}
-TENSORS = [(op, index) for op, (_, count) in SHOWN.items() for index in range(count)]
 KERNELS = dispatch.triton_problem() is None
 
 
@@ -25,7 +17,7 @@ KERNELS = dispatch.triton_problem() is None
 def test_every_variant_is_checked_and_compared(op, capsys):
     assert BENCHES[op].main(["--device", "cpu", "--rounds", "2", "--warmup-ms", "1", "--tiny"]) == 0
     printed = capsys.readouterr().out
-    assert f"{op}, {SHOWN[op][0]}, float16, on cpu" in printed and "not stored" in printed
+    assert f"{op}, {BENCHES[op].CHAIN.tiny}, float16, on cpu" in printed and "not stored" in printed
     for name in ("torch", "compile", *(["triton"] if KERNELS else [])):
         assert len(re.findall(rf"^{name} +eager ", printed, re.MULTILINE)) == 1, name
     if KERNELS:
@@ -56,18 +48,21 @@ def test_predictions(op, name, expected):
     assert not re.search(r" 0(\.0+)?(,|$)", chain.predict(chain.tiny), re.MULTILINE)
 
 
-@pytest.mark.parametrize(("op", "index"), TENSORS)
-def test_a_wrong_result_has_no_time(op, index):
+@pytest.mark.parametrize("op", BENCHES)
+def test_a_wrong_result_or_gradient_has_no_time(op):
     chain = BENCHES[op].CHAIN
-
-    def wrong(inputs):
-        results = chain.both_passes(chain.plain, inputs)
-        results[index] = 1.02 * results[index]
-        return results
-
     clock, limits = common.Clock(CPU, 1.0, 1), common.Ceilings(1.0, 1.0)
-    with pytest.raises(common.CheckFailed, match=f"{op}, wrong"):
-        common.measure(chain.case(chain.tiny, CPU), [common.Variant("wrong", wrong)], clock, limits)
+    count = len(chain.run(chain.plain, chain.inputs(chain.tiny, CPU, 0)))
+    assert count > 2
+    for index in range(count):
+
+        def wrong(inputs, index=index):
+            results = chain.run(chain.plain, inputs)
+            results[index] = 1.02 * results[index]
+            return results
+
+        with pytest.raises(common.CheckFailed, match=f"{op}, wrong"):
+            common.measure(chain.case(chain.tiny, CPU), [common.Variant("wrong", wrong)], clock, limits)
 
 
 @pytest.mark.skipif(not KERNELS, reason=f"{dispatch.triton_problem()}")
@@ -83,7 +78,7 @@ def test_a_wrong_result_has_no_time(op, index):
 def test_what_the_operator_keeps(op, kept):
     chain = BENCHES[op].CHAIN
     inputs = chain.inputs(chain.tiny, CPU, 0)
-    assert chain.kept_bytes(chain.operator, inputs) == kept < chain.kept_bytes(chain.plain, inputs)
+    assert chain.kept_bytes(chain.operator.function, inputs) == kept < chain.kept_bytes(chain.plain, inputs)
 
 
 @pytest.mark.parametrize("op", BENCHES)

@@ -16,9 +16,8 @@ from torch import Tensor
 
 import golf_kernels
 from benchmarks.computed.fake_cuda import tensors_without_data
-from golf_kernels import dispatch
-from golf_kernels.muon import Muon
-from golf_kernels.newton_schulz import COEFFICIENTS
+from benchmarks.computed.launches import launch_case, on_backend
+from golf_kernels import dispatch, operators
 from train.common.distributed import MICRO_BATCHES, Ranks
 from train.loop import training_step
 from train.optimize.groups import build_optimizers
@@ -107,48 +106,19 @@ def address_of(tensor: Tensor) -> int:
     return 512 * (tensor.untyped_storage()._cdata % 2**40) + tensor.storage_offset() * tensor.element_size()
 
 
-@torch.no_grad()
 def test_every_launch_has_a_grid_all_arguments_and_the_device_of_its_tensors(launches: dict[str, bool]) -> None:
     # not the current device, unless this machine's own is the only one
     second = torch.device("cuda", int(torch.cuda.device_count() != 1))
 
-    def run(op: str, *arguments: Any) -> list[Tensor]:
-        found = dispatch.run_on("triton", op, *arguments)
-        results = list(found) if isinstance(found, (list, tuple)) else [found]
-        assert {result.device for result in results} == {second} and not GUARDS
-        return results
+    def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=second)
 
-    with second:
-        bfloat16, float32 = torch.bfloat16, torch.float32
-        matrices = [torch.empty(70, 150), torch.empty(2, 300, 40, dtype=bfloat16), torch.empty(0, 3)]
-        for name, dtype in (("quintic", bfloat16), ("aol", torch.float16)):
-            chosen = COEFFICIENTS[name]
-            flat = [value for triple in chosen.schedule() for value in triple]
-            found = run("newton_schulz", matrices, flat, 1e-7, chosen.prescale, dtype)
-            assert [result.shape for result in found] == [matrix.shape for matrix in matrices]
-        x, up, down, scale = (torch.empty(shape, dtype=bfloat16) for shape in ((130, 64), (192, 64), (64, 192), (64,)))
-        for residual, add_x, slope, eps in ((x, False, 0.5, 1e-6), (None, True, 0.0, 1e-6), (None, False, 0.5, None)):
-            y, *saved = run("leaky_relu2_mlp", x, up, down, residual, scale, slope, eps, 1.0, add_x, True)
-            run("leaky_relu2_mlp_backward", y, x, up, down, scale, *saved, slope, eps is not None, 1.0, add_x)
-        head = (torch.empty(300, 64, dtype=bfloat16), torch.empty(512, 64, dtype=bfloat16))
-        targets = torch.empty(300, dtype=torch.int64)
-        for needed in (True, False):
-            run("softcapped_cross_entropy", *head, targets, 30.0, True, -100, 0.0, needed, needed)
-        run("window_nll", *head, targets, 30.0, True)
-        q, k, table = (torch.empty(s, dtype=bfloat16) for s in ((2, 9, 4, 16), (2, 9, 2, 16), (9, 1, 4)))
-        gain = torch.empty(4, dtype=float32)
-        rotated = run("qk_norm_rope", q, k, table, table, gain, 1e-6)
-        run("qk_norm_rope_backward", q, k, *rotated[:2], table, table, gain, rotated[2])
-        run("xsa_backward", q, *run("xsa", q, k), k)
-        stream, mix = torch.empty(2, 9, 64, dtype=bfloat16), torch.empty(2, 64)
-        mixed = run("mix_rms_norm", stream, stream, mix, 1e-6, 0.5)
-        run("mix_rms_norm_backward", *mixed, stream, stream, mix, 1e-6, 0.5)
-        weights = [torch.nn.Parameter(torch.empty(shape)) for shape in ((70, 150), (2, 30, 40))]
-        for weight in weights:
-            weight.grad = torch.empty_like(weight)
-        optimizer = Muon(weights, row_normalize=True, normuon=True)
-        group = optimizer.param_groups[0]
-        dispatch.run_on("triton", "muon_step", weights, optimizer, [(group, weights)])
+    with on_backend("triton"):
+        for operator in operators.declared().values():
+            if "triton" in dispatch.available_backends(operator.name):
+                for case in ({}, *operator.cases):
+                    results = launch_case(operator, case, make)
+                    assert {result.device for result in results} == {second} and not GUARDS
     kernels = {
         attribute
         for name in MODULES

@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.computed.fake_cuda import tensors_without_data
+from benchmarks.computed.launches import launch_case, on_backend
 from benchmarks.measure.common import relative_error
-from golf_kernels import dispatch
+from golf_kernels import dispatch, operators
 from golf_kernels.muon import Muon
-from golf_kernels.newton_schulz import COEFFICIENTS
 from train.common.distributed import MICRO_BATCHES, Ranks
 from train.data.dataset import Dataset
 from train.data.shards import write_shard
@@ -62,8 +62,8 @@ def test_a_training_step_stays_on_the_gpu(system: str, changes: dict[str, Any]) 
     optimizers = build_optimizers(model, config)
     ema, swa = EMA(model, 0.99), SWA(model, 1, 2.0)
     for recurrence in sorted({False, bool(config.recur_layers)}):
-        for operators in (frozenset(), frozenset(dispatch.describe())):
-            write_out(model, operators)
+        for named in (frozenset(), frozenset(dispatch.describe())):
+            write_out(model, named)
             ranks = Ranks(world_size=MICRO_BATCHES, device=CUDA)
             with NoHostCopies():
                 loss = training_step(optimizers, model, Batches(), ranks, recurrence, 1.0, 0.95)
@@ -115,52 +115,40 @@ def test_a_mask_on_a_gpu_meets_a_key_head_for_every_query_head(monkeypatch: pyte
     assert seen == [(2, 4, 9, 16)] * 4 + [(2, 2, 9, 16)] * 2
 
 
-def run_reference(op: str, *arguments: Any) -> list[Tensor]:
-    """An operator's PyTorch implementation, which its fake one hides; its results are on the GPU."""
-    found = dispatch.run_on("torch", op, *arguments)
-    results = list(found) if isinstance(found, (list, tuple)) else [found]
-    assert {result.device for result in results} == {CUDA}
-    return results
-
-
 @pytest.fixture
 def no_host_copies(fake: FakeTensorMode) -> Iterator[None]:
     with NoHostCopies():
         yield
 
 
+@pytest.mark.usefixtures("no_host_copies")
+@pytest.mark.parametrize("name", [name for name in operators.declared() if name != "int6"])
+def test_references_compute_on_a_gpu_what_their_fake_implementations_say(name: str) -> None:
+    operator = operators.declared()[name]
+    said = launch_case(operator, {}, empty)
+    with on_backend("torch"):
+        found = launch_case(operator, {}, empty)
+    assert {result.device for result in (*said, *found)} == {CUDA}
+    assert [(result.shape, result.dtype) for result in found] == [(result.shape, result.dtype) for result in said]
+
+
 @torch.no_grad()
 @pytest.mark.usefixtures("no_host_copies")
-def test_references_compute_on_a_gpu_what_they_say() -> None:
-    float32 = torch.float32
-    matrices = [empty(5, 8, dtype=float32), empty(2, 8, 5), empty(0, 3)]
-    for coefficients, prescale in (("quintic", "frobenius"), ("aol", "aol")):
-        flat = [value for triple in COEFFICIENTS[coefficients].schedule() for value in triple]
-        found = run_reference("newton_schulz", matrices, flat, 1e-7, prescale, torch.bfloat16)
-        assert [(r.shape, r.dtype) for r in found] == [(m.shape, m.dtype) for m in matrices]
-    x, up, down, scale = empty(7, 16), empty(64, 16), empty(16, 64), empty(16)
-    for slope, norm_eps in ((0.5, 1e-6), (0.0, None)):
-        y, *saved = run_reference("leaky_relu2_mlp", x, up, down, x, scale, slope, norm_eps, 1.0, False, True)
-        assert y.shape == x.shape and y.dtype == x.dtype
-        run_reference("leaky_relu2_mlp_backward", y, x, up, down, scale, *saved, slope, norm_eps is not None, 1.0, True)
-    head, targets = (empty(7, 16), empty(512, 16)), empty(7, dtype=torch.int64)
-    loss, *gradients = run_reference("softcapped_cross_entropy", *head, targets, 30.0, True, -100, 1e-4, True, True)
-    assert loss.dtype == float32 and [g.dtype for g in gradients] == [torch.bfloat16] * 2
-    for rounded in (False, True):
-        assert run_reference("window_nll", *head, targets, 30.0, rounded)[0].dtype == float32
-    q, k, table, gain = empty(2, 3, 4, 8), empty(2, 3, 2, 8), empty(3, 1, 2), empty(4, dtype=float32)
-    rotated = run_reference("qk_norm_rope", q, k, table, table, gain, 1e-6)
-    run_reference("qk_norm_rope_backward", q, k, *rotated[:2], table, table, gain, rotated[2])
-    run_reference("xsa_backward", q, *run_reference("xsa", q, k), k)
-    stream, mix = empty(2, 3, 16), empty(2, 16, dtype=float32)
-    mixed = run_reference("mix_rms_norm", stream, stream, mix, 1e-6, 0.5)
-    run_reference("mix_rms_norm_backward", *mixed, stream, stream, mix, 1e-6, 0.5)
+def test_int6_computes_on_a_gpu_what_it_says() -> None:
+    # packing reads its codes on the host
     packed, scales = empty(27, dtype=torch.uint8), empty(5, dtype=torch.float16)
-    run_reference("int6_unpack", packed, 35)
-    run_reference("int6_dequantize", [packed], [scales], [7], torch.bfloat16)
-    run_reference("int6_fake_quantize", empty(5, 7, dtype=float32), scales)
-    work, factor = empty(2, 6, 9, dtype=float32), empty(2, 6, 6, dtype=float32)
-    run_reference("gptq_block", work, factor, empty(2, 9, dtype=float32), 31)
+    codes = dispatch.run_on("torch", "int6_unpack", packed, 35)
+    (values,) = dispatch.run_on("torch", "int6_dequantize", [packed], [scales], [7], torch.bfloat16)
+    fake = dispatch.run_on("torch", "int6_fake_quantize", empty(5, 7, dtype=torch.float32), scales)
+    assert [(r.device, r.dtype, tuple(r.shape)) for r in (codes, values, fake)] == [
+        (CUDA, torch.int8, (35,)),
+        (CUDA, torch.bfloat16, (5, 7)),
+        (CUDA, torch.float32, (5, 7)),
+    ]
+
+
+@pytest.mark.usefixtures("no_host_copies")
+def test_the_places_of_documents_are_on_the_gpu() -> None:
     # offsets are what a library for documents of different lengths gets
     assert Documents(empty(2, 70, dtype=torch.bool)).offsets().device == CUDA
 

@@ -8,18 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from bench_chains import BENCHES
 from fake_cuda import CUDA, empty, gpu_config
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import bench_leaky_relu2_mlp, bench_mix_rms_norm, bench_qk_norm_rope, bench_xsa
+from benchmarks import bench_leaky_relu2_mlp
 from benchmarks.computed import step_schedule as schedule
 from benchmarks.computed.fake_cuda import tensors_without_data
 from benchmarks.computed.inductor_plan import PROPERTIES, Scheduled, planning_for_an_absent_gpu
 from benchmarks.computed.recorder import Recorder
+from benchmarks.measure.chains import Chain
 from benchmarks.measure.devices import Kernel
 from benchmarks.measure.step_variants import all_kernels
-from golf_kernels import dispatch, native
+from golf_kernels import dispatch, native, operators
 from golf_kernels.qk_norm_rope import written_out
 from golf_kernels.sharding import assign
 from train.common.distributed import MICRO_BATCHES
@@ -191,23 +193,19 @@ def total(kernels: list[Kernel]) -> float:
     return sum(kernel.bytes for kernel in kernels)
 
 
-@pytest.mark.parametrize("bench", [bench_xsa, bench_mix_rms_norm, bench_qk_norm_rope])
-def test_an_operator_moves_what_its_benchmark_counts(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    chain, options = bench.CHAIN, {bench_mix_rms_norm: (1e-6, 0.5), bench_qk_norm_rope: (1e-6,)}.get(bench, ())
-    forward, backward = (getattr(torch.ops.golf, chain.op + part) for part in ("", "_backward"))
-    with tensors_without_data():
-        shapes = chain.make(chain.shapes[0], torch.bfloat16, torch.device("cpu"), 0)
-    with on_kernels(monkeypatch) as recorder:
-        made = {name: empty(*tensor.shape, dtype=tensor.dtype) for name, tensor in shapes.items()}
-        inputs, upstream = ([made[name] for name in names] for names in (chain.arguments, chain.upstream))
-        results = forward(*inputs, *options)
+@pytest.mark.parametrize("op", BENCHES)
+def test_an_operator_moves_what_its_benchmark_counts(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain: Chain = BENCHES[op].CHAIN
+    with on_kernels(monkeypatch) as recorder, torch.enable_grad():
+        inputs = chain.operator.inputs(empty, **chain.shapes[0]._asdict())
+        upstream = operators.upstream_gradients(chain.operator.function, inputs, empty)
+        recorder.kernels.clear()
+        results = chain.operator.function(**inputs)
         first = len(recorder.kernels)
-        if bench is bench_qk_norm_rope:
-            backward(*upstream, *results[:2], *inputs[2:], results[2])
-        else:
-            backward(*upstream, *inputs, *options)
+        leaves = [value for value in inputs.values() if isinstance(value, Tensor) and value.requires_grad]
+        torch.autograd.grad(results, leaves, upstream)
     found = [total(recorder.kernels[:first]), total(recorder.kernels[first:])]
-    # beside the large tensors there are tables and parts of sums
+    # beside the large tensors there are tables and sums of blocks
     assert found == pytest.approx(list(chain.traffic(chain.shapes[0])["triton"].values()), rel=0.03)
     assert not any(kernel.flops for kernel in recorder.kernels)
 

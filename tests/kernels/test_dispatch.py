@@ -1,4 +1,4 @@
-"""Choice of a back end: preference, GOLF_BACKEND, fall-backs with their reasons."""
+"""Choice of a backend: preference, GOLF_BACKEND, fallbacks with their reasons."""
 
 import logging
 import os
@@ -14,7 +14,12 @@ from golf_kernels import dispatch, newton_schulz, xsa
 def clean_registry(monkeypatch):
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(dispatch, "_registry", {})
+    monkeypatch.setattr(dispatch, "_members", {})
     monkeypatch.setattr(dispatch, "_logged", set())
+    # what it read depends on the operators that are known
+    dispatch._read.cache_clear()
+    yield
+    dispatch._read.cache_clear()
 
 
 def register(op, backend, *, problem=None, opt_in="", only_dtype=None):
@@ -28,7 +33,7 @@ def register(op, backend, *, problem=None, opt_in="", only_dtype=None):
     dispatch.register(op, backend, lambda *args: (backend, *args), supports=supports, opt_in=opt_in)
 
 
-def test_prefers_cpp_on_the_cpu_and_the_gpu_back_ends_on_cuda():
+def test_prefers_cpp_on_the_cpu_and_the_gpu_backends_on_cuda():
     for backend in ("torch", "triton", "cpp", "cuda"):
         register("op", backend)
     assert dispatch.choose("op", torch.zeros(1)).backend == "cpp"
@@ -37,13 +42,13 @@ def test_prefers_cpp_on_the_cpu_and_the_gpu_back_ends_on_cuda():
     assert dispatch.available_backends("op") == ["cuda", "triton", "cpp", "torch"]
 
 
-def test_call_runs_the_choice_and_run_on_the_back_end_named():
+def test_call_runs_the_choice_and_run_on_the_backend_named():
     register("op", "torch")
     register("op", "cpp")
     tensor = torch.zeros(1)
     assert dispatch.call("op", tensor, 3) == ("cpp", tensor, 3)
     assert dispatch.run_on("torch", "op", tensor) == ("torch", tensor)
-    with pytest.raises(dispatch.BackendError, match="op has no triton back end, only torch, cpp"):
+    with pytest.raises(dispatch.BackendError, match="op has no triton backend, only torch, cpp"):
         dispatch.run_on("triton", "op", tensor)
 
 
@@ -57,14 +62,14 @@ def test_falls_back_with_its_reason_and_logs_it_once(caplog):
     assert [record.getMessage() for record in caplog.records] == ["op: falling back from cpp: only torch.float32"]
 
 
-def test_a_back_end_for_another_device_is_no_fall_back(caplog):
+def test_a_backend_for_another_device_is_no_fallback(caplog):
     register("op", "torch")
     register("op", "cuda", problem="no GPU")
     assert dispatch.choose("op", torch.zeros(1)) == ("torch", "first choice on cpu")
     assert not caplog.records
 
 
-def test_an_opt_in_back_end_runs_only_when_forced(monkeypatch, caplog):
+def test_an_opt_in_backend_runs_only_when_forced(monkeypatch, caplog):
     register("op", "torch")
     register("op", "cpp", opt_in="slower in the step")
     assert dispatch.choose("op", torch.zeros(1)) == ("torch", "cpp: only when forced: slower in the step")
@@ -87,6 +92,8 @@ def test_the_environment_forces(monkeypatch, value, expected):
     for op in ("int6_pack", "mlp"):
         register(op, "torch")
         register(op, "cpp")
+    register("int6_unpack", "torch")
+    dispatch.set_members("int6", ["int6_pack", "int6_unpack"])
     monkeypatch.setenv("GOLF_BACKEND", value)
     assert {op: dispatch.choose(op, torch.zeros(1)).backend for op in expected} == expected
 
@@ -95,7 +102,7 @@ def test_the_environment_forces(monkeypatch, value, expected):
 def test_an_unreadable_environment_is_refused(monkeypatch, value):
     register("op", "torch")
     monkeypatch.setenv("GOLF_BACKEND", value)
-    with pytest.raises(dispatch.BackendError, match="expected a back end"):
+    with pytest.raises(dispatch.BackendError, match="expected a backend"):
         dispatch.choose("op", torch.zeros(1))
 
 
@@ -136,6 +143,11 @@ def test_tensors_elsewhere_go_their_usual_way(monkeypatch, caplog):
         assert backend == "cpp" and reason == f"{forced}: forced, but for tensors on cuda, found cpu"
         assert f"op: falling back from {forced}: forced, but" in caplog.text
         assert dispatch.choose("op", device="cuda").backend == forced
+
+
+def test_cuda_tensors_do_not_take_a_forced_cpu_backend(monkeypatch):
+    for backend in ("torch", "cpp", "cuda"):
+        register("op", backend)
     monkeypatch.setenv("GOLF_BACKEND", "op=cpp")
     with FakeTensorMode():
         assert dispatch.choose("op", torch.empty(1, device="cuda")).backend == "cuda"
@@ -147,7 +159,7 @@ def test_validate_finds_what_a_late_call_would(monkeypatch):
     register("late", "torch")
     monkeypatch.setenv("GOLF_BACKEND", "cpp")
     assert dispatch.choose("early", torch.zeros(1)).backend == "cpp"
-    with pytest.raises(dispatch.BackendError, match="late has no cpp back end, only torch"):
+    with pytest.raises(dispatch.BackendError, match="late has no cpp backend, only torch"):
         dispatch.validate()
     monkeypatch.setenv("GOLF_BACKEND", "cpp,late=torch")
     dispatch.validate()
@@ -160,9 +172,9 @@ def test_describe_says_why_not():
     assert dispatch.available_backends("op") == ["torch"]
 
 
-def test_no_back_end_for_the_device_raises():
+def test_no_backend_for_the_device_raises():
     register("op", "cuda")
-    with pytest.raises(dispatch.BackendError, match="no back end runs on cpu"):
+    with pytest.raises(dispatch.BackendError, match="no backend runs on cpu"):
         dispatch.choose("op", torch.zeros(1))
     with pytest.raises(ValueError, match="expected one of cuda"):
         dispatch.register("op", "opencl", lambda: None)
@@ -181,7 +193,7 @@ def test_forward_mode_is_refused_and_gives_no_derivative_of_zero(monkeypatch):
     monkeypatch.undo()
     output, value = torch.randn(1, 2, 2, 4), torch.randn(1, 2, 1, 4)
     for derivative in (torch.func.jvp, lambda function, x, t: torch.func.jacfwd(function)(*x)):
-        with pytest.raises(RuntimeError, match="golf::xsa has no forward-mode derivative"):
+        with pytest.raises(RuntimeError, match="xsa has no forward-mode derivative"):
             derivative(lambda x: xsa(x, value), (output,), (output,))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
         xsa(torch.autograd.forward_ad.make_dual(output, output), value)
@@ -227,7 +239,7 @@ def test_forcing_for_a_while(monkeypatch, before):
         monkeypatch.setenv("GOLF_BACKEND", before)
     with dispatch.forced("op=torch"):
         assert dispatch.choose("op", torch.zeros(1)) == ("torch", "forced by GOLF_BACKEND")
-    with pytest.raises(dispatch.BackendError, match="op has no cuda back end"), dispatch.forced("op=cuda"):
+    with pytest.raises(dispatch.BackendError, match="op has no cuda backend"), dispatch.forced("op=cuda"):
         dispatch.choose("op", torch.zeros(1))
     assert os.environ.get("GOLF_BACKEND") == before
     with dispatch.forced(""):

@@ -1,8 +1,11 @@
 """The doctor: its data, its text, and the exit code when something is broken."""
 
+import dataclasses
+import functools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 from golf_kernels import __main__ as doctor
-from golf_kernels import dispatch, native
+from golf_kernels import dispatch, native, operators
 from golf_kernels.version import __version__
 
 
@@ -36,66 +39,77 @@ def test_everything_is_reported_and_passes(capsys):
         assert data["native"][part]["runs"] == (native.problem(part) is None)
 
 
-def test_one_operator_of_each_kind_is_checked_on_each_device(capsys):
+def test_every_operator_is_checked_on_every_backend_that_can_run(capsys):
     checks = report(capsys)[1]["checks"]
-    kinds = {
-        "newton_schulz",
-        "muon_step",
-        "leaky_relu2_mlp",
-        "mix_rms_norm",
-        "qk_norm_rope",
-        "xsa",
-        "softcapped_cross_entropy",
-        "window_nll",
-        "int6_dequantize",
-        "gptq_block",
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    expected = {
+        (name, backend, device)
+        for name in operators.declared()
+        for device in devices
+        for backend in dispatch.available_backends(name, device)
     }
-    assert {check["op"] for check in checks if check["device"] == "cpu"} == kinds
-    # a new operator needs a check of its own
-    assert {op for op in dispatch.describe() if not any(op.startswith(kind.split("_de")[0]) for kind in kinds)} == set()
+    assert {(check["op"], check["backend"], check["device"]) for check in checks} == expected
+    assert {backend for _, backend, _ in expected} >= {"torch", "triton"}
     for check in checks:
         assert check["passed"] and 0 < check["error"] <= check["limit"] and check["problem"] is None
 
 
-@pytest.mark.parametrize("op", doctor.CHECKS)
-def test_a_wrong_result_fails(op, monkeypatch, capsys):
-    honest = doctor.CHECKS[op]
+def broken(monkeypatch, op, backend, function):
+    """Puts `function(implementation, *args)` in the place of an implementation."""
+    implementation = dispatch._registry[op][backend]
+    changed = functools.partial(function, implementation.function)
+    replaced = {**dispatch._registry[op], backend: dataclasses.replace(implementation, function=changed)}
+    monkeypatch.setitem(dispatch._registry, op, replaced)
 
-    def wrong(device, dtype):
-        got, want = honest(device, dtype)
-        return [got[0] + 1, *got[1:]], want
 
-    monkeypatch.setitem(doctor.CHECKS, op, wrong)
+def failures(data):
+    return [(check["op"], check["backend"]) for check in data["checks"] if not check["passed"]]
+
+
+# the results of the first and of the last operator behind a name
+@pytest.mark.parametrize(
+    ("op", "name"), sorted((op, o.name) for o in operators.declared().values() for op in (o.members or (o.name,)))
+)
+def test_a_wrong_result_fails(op, name, monkeypatch, capsys):
+    def wrong(function, *args):
+        found = function(*args)
+        if op == "muon_step":
+            args[0][0].add_(1)
+            return found
+        if isinstance(found, torch.Tensor):
+            return found + 1
+        return type(found)(tensor + 1 for tensor in found)
+
+    backend = next(b for b in dispatch.available_backends(name, "cpu") if b != "torch")
+    broken(monkeypatch, op, backend, wrong)
     code, data = report(capsys)
-    assert code == 1 and data["passed"] is False
-    assert {check["op"] for check in data["checks"] if not check["passed"]} == {op}
+    assert code == 1 and data["passed"] is False and failures(data) == [(name, backend)]
     assert doctor.main([]) == 1
     text = capsys.readouterr().out
-    assert f"FAILED  {op}" in text and text.endswith(
-        f"{(len(data['gpus']) and 2) or 1} of {len(data['checks'])} checks failed.\n"
-    )
+    assert f"FAILED  {name}" in text and text.endswith(f"1 of {len(data['checks'])} checks failed.\n")
 
 
-def test_a_nan_fails_and_the_data_stay_json(monkeypatch, capsys):
-    honest = doctor.CHECKS["window_nll"]
-    monkeypatch.setitem(
-        doctor.CHECKS, "window_nll", lambda *args: ([honest(*args)[0][0] * float("nan")], honest(*args)[1])
-    )
+def test_a_nan_and_an_exception_fail_and_the_data_stay_json(monkeypatch, capsys):
+    broken(monkeypatch, "window_nll", "triton", lambda function, *args: function(*args) * float("nan"))
+    broken(monkeypatch, "xsa_backward", "triton", lambda function, *args: 1 / 0)
     code, data = report(capsys)
-    (failed,) = [check for check in data["checks"] if not check["passed"]]
-    assert code == 1 and failed["error"] is None and failed["problem"] == "the result is not finite"
+    assert code == 1 and failures(data) == [("window_nll", "triton"), ("xsa", "triton")]
+    problems = {check["op"]: (check["error"], check["problem"]) for check in data["checks"] if not check["passed"]}
+    assert problems["window_nll"] == (None, "the result is not finite")
+    assert problems["xsa"] == (None, "ZeroDivisionError: division by zero")
 
 
-def test_a_forced_back_end_that_cannot_run_is_a_failed_check(monkeypatch, capsys):
+def test_a_forced_backend_that_cannot_run_is_reported(monkeypatch, capsys):
     monkeypatch.setenv("GOLF_BACKEND", "newton_schulz=cuda")
     code, data = report(capsys)
-    assert code == 1
+    assert code == 1 and failures(data) == [] and data["without_backend"] == ["newton_schulz"]
     chosen = data["operators"]["newton_schulz"]["chosen"]["cpu"]
-    assert chosen["backend"] is None and "newton_schulz has no cuda back end, only triton, torch" in chosen["reason"]
-    # the step of Muon goes through it
-    assert [check["op"] for check in data["checks"] if not check["passed"]] == ["newton_schulz", "muon_step"]
+    assert chosen["backend"] is None and "newton_schulz has no cuda backend, only triton, torch" in chosen["reason"]
+    assert os.environ["GOLF_BACKEND"] == "newton_schulz=cuda"
     doctor.main([])
-    assert "Operators (GOLF_BACKEND=newton_schulz=cuda)" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "Operators (GOLF_BACKEND=newton_schulz=cuda)" in text
+    assert text.endswith("checks passed.\nGOLF_BACKEND leaves no backend for newton_schulz.\n")
 
 
 def test_the_text_says_what_was_not_built_and_what_to_type(monkeypatch, capsys):
@@ -107,7 +121,7 @@ def test_the_text_says_what_was_not_built_and_what_to_type(monkeypatch, capsys):
     assert "C++   built by /usr/bin/g++ (g++ 12.2.0)\n        -O3 -Wall" in text
     assert "CUDA  not built: no nvcc: not on PATH\n        to change that: install a CUDA toolkit" in text
     assert "newton_schulz               cpu   torch   first choice on cpu" in text
-    assert text.endswith(f"All {len(doctor.CHECKS) * (2 if torch.cuda.is_available() else 1)} checks passed.\n")
+    assert re.search(r"\nAll \d+ checks passed\.\n$", text)
 
 
 def test_the_command_and_its_help():

@@ -1,0 +1,11 @@
+"""The benchmarks that are described by a `Chain`, by operator, in every file `benchmarks/bench_*.py`."""
+
+import importlib
+from pathlib import Path
+
+import benchmarks
+
+_MODULES = [
+    importlib.import_module(f"benchmarks.{path.stem}") for path in Path(benchmarks.__file__).parent.glob("bench_*.py")
+]
+BENCHES = {module.CHAIN.op: module for module in _MODULES if hasattr(module, "CHAIN")}
