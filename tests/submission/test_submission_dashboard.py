@@ -65,8 +65,8 @@ def test_the_data_in_the_page_is_that_of_the_runs(html: Path) -> None:
     unfinished = by_name["still_going"]
     assert (unfinished["status"], unfinished["val_bpb"], unfinished["parts"]) == ("not finished", None, {})
     groups = {name: run["group_name"] for name, run in by_name.items()}
-    assert groups["wide_42"] == groups["wide_314"] == "sp8192_sdclip, mlp_mult 3.0, muon_wd 0.0"
-    assert groups["large"] == "sp8192_sdclip, mlp_mult 4.0, muon_wd 0.0" and len(set(groups.values())) == 4
+    assert groups["wide_42"] == groups["wide_314"] == "sp8192_sdclip, mlp_mult=3.0, muon_wd=0.0"
+    assert groups["large"] == "sp8192_sdclip, mlp_mult=4.0, muon_wd=0.0" and len(set(groups.values())) == 4
 
 
 def test_the_page_asks_for_nothing_and_holds_its_library(html: Path) -> None:
@@ -176,7 +176,7 @@ def test_the_table_shows_the_numbers_sorted_by_score(browser_page: Page) -> None
     scores = [loss_at(STEPS, -0.06 + 0.005 * index) / 2.58 for index in range(3)]
     mean = sum(scores) / 3
     deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / 2)
-    line = next(text for text in groups if "mlp_mult 3.0" in text)
+    line = next(text for text in groups if "mlp_mult=3.0" in text)
     assert f"{mean:.6f}" in line and f"{deviation:.6f}" in line and f"314: {scores[1]:.6f}" in line
 
 

@@ -56,13 +56,10 @@ def build(arguments: argparse.Namespace) -> None:
         arguments.vocab,
         name=arguments.name,
         tokenizer_docs=arguments.tokenizer_train_docs,
-        tokenizer_path=arguments.tokenizer,
         val_docs=arguments.val_docs,
         max_train_tokens=arguments.max_train_tokens,
         workers=arguments.workers,
-        shard_tokens=arguments.shard_tokens,
-        overwrite=arguments.overwrite,
-        with_yardsticks=not arguments.no_yardsticks,
+        **_options(arguments),
     )
     _report(arguments.out, info)
 
@@ -70,18 +67,17 @@ def build(arguments: argparse.Namespace) -> None:
 def _build_small(
     arguments: argparse.Namespace, split: tuple[list[Document], list[Document]], name: str, source: str
 ) -> None:
-    info = build_dataset(
-        *split,
-        arguments.out,
-        arguments.vocab,
-        name=name,
-        source=source,
-        tokenizer_path=arguments.tokenizer,
-        shard_tokens=arguments.shard_tokens,
-        overwrite=arguments.overwrite,
-        with_yardsticks=not arguments.no_yardsticks,
-    )
+    info = build_dataset(*split, arguments.out, arguments.vocab, name=name, source=source, **_options(arguments))
     _report(arguments.out, info)
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "tokenizer_path": arguments.tokenizer,
+        "shard_tokens": arguments.shard_tokens,
+        "overwrite": arguments.overwrite,
+        "with_yardsticks": not arguments.no_yardsticks,
+    }
 
 
 def _report(out: str, info: DatasetInfo) -> None:

@@ -140,7 +140,7 @@ def group_names(groups: dict[int, Config]) -> dict[int, str]:
         others = [other for other in groups.values() if other.recipe == config.recipe]
         varied = {name for other in others for name, _, _ in changed_settings(config, other, free=("seed",))}
         values = config.to_dict()
-        parts = [f"{name} {values[name]}" for name in values if name in varied]
+        parts = [f"{name}={values[name]}" for name in values if name in varied]
         more = f" and {len(parts) - _NAMED_SETTINGS} more" if len(parts) > _NAMED_SETTINGS else ""
         names[number] = ", ".join([config.recipe, *parts[:_NAMED_SETTINGS]]) + more
     return names

@@ -82,7 +82,7 @@ def plot_bpb(path: str | os.PathLike[str], records: list[dict[str, Any]], summar
         for label, value, color, style in levels:
             axis.axhline(value, color=color, linestyle=style, linewidth=1.2, label=label)
         _limit(axis, [*(point[2] for point in val), *(level[1] for level in levels)])
-    _legend_below(figure, panels[1])
+    _legend_below(figure, panels[1], columns=2)
     _save(figure, path)
 
 
@@ -115,7 +115,7 @@ def plot_size_budget(path: str | os.PathLike[str], summary: Summary) -> None:
         axis.xaxis.set_major_formatter(EngFormatter(unit="B"))
         _tidy(axis)
     enlarged.set_xlabel("bytes (1 kB = 1,000 B)")
-    _legend_below(figure, enlarged)
+    _legend_below(figure, enlarged, columns=3)
     _save(figure, path)
 
 
@@ -133,7 +133,7 @@ def _stack(axis: Axes, parts: list[tuple[str, int, str]]) -> None:
 
 
 def _two_panels(title: str, quantity: str) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.3), layout="constrained")
     figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
     panels = list(figure.subplots(1, 2, sharey=True))
     panels[0].set_ylabel(quantity)
@@ -156,8 +156,8 @@ def _limit(axis: Axes, values: list[float]) -> None:
     axis.set_xlim(left=0)
 
 
-def _legend_below(figure: Figure, axis: Axes) -> None:
-    figure.legend(*axis.get_legend_handles_labels(), frameon=False, loc="outside lower left", ncols=3, fontsize=9)
+def _legend_below(figure: Figure, axis: Axes, columns: int) -> None:
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, loc="outside lower left", ncols=columns, fontsize=9)
 
 
 def _tidy(axis: Axes) -> None:
