@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: a session on a GPU, a step computed without one, and tables, plots and comparisons of results."""
+"""`python -m benchmarks`: a session on a GPU, a step computed without one, and tables and plots of results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 from benchmarks.computed import fake_cuda
 from benchmarks.report import tables as report
-from benchmarks.report.comparison import Change, compare
 from benchmarks.report.results import RESULTS, ResultsError, read_results, relative
 from benchmarks.session import run_session
 from train.common.errors import main_guard
@@ -17,7 +16,6 @@ EPILOG = """examples:
   python -m benchmarks session --minutes 9    measure on this GPU, the most important first
   python -m benchmarks schedule --recipe sp8192_sdclip   ms/step by kernel, computed without a GPU
   python -m benchmarks report                 write the newest figures to docs/benchmarks.md and draw benchmarks/plots/
-  python -m benchmarks compare 9f22c17        changes since that commit (exit code 1 if something is slower)
 
 Single benchmarks: python -m benchmarks.bench_step, bench_newton_schulz, bench_leaky_relu2_mlp, … (each has --help);
 python -m benchmarks.aot compiles every kernel for sm_90 without a GPU.
@@ -36,12 +34,6 @@ def main() -> int:
     )
     reporting.add_argument("--page", type=Path, default=report.PAGE)
     reporting.add_argument("--plots", type=Path, default=RESULTS.parent / "plots")
-    comparing = verbs.add_parser("compare", help="compare the newest results with those of a commit")
-    comparing.add_argument(
-        "revision",
-        metavar="REV",
-        help="commit, branch or tag; or a commit in the results, even if git does not know it",
-    )
     measuring = verbs.add_parser("session", help="measure on this GPU, the most important first")
     measuring.add_argument("--minutes", type=float, default=9.0, help="time limit; default 9")
     measuring.add_argument(
@@ -70,30 +62,12 @@ def main() -> int:
                 listing=arguments.list,
             )
         measurements = read_results(arguments.results)
-        if arguments.verb == "compare":
-            return print_changes(compare(measurements, arguments.revision))
         changed = report.write(measurements, arguments.page, arguments.plots)
         print(f"written: {', '.join(map(relative, changed)) or 'nothing, all is up to date'}")
     except (ResultsError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def print_changes(changes: list[Change]) -> int:
-    """Print a line per measured subject; returns 1 if one is slower beyond the spread."""
-    slower = False
-    for gpu in sorted({change.before.subject.gpu for change in changes}):
-        print(gpu)
-        for change in sorted((c for c in changes if c.before.subject.gpu == gpu), key=lambda c: -c.ratio):
-            verdict = "within the spread"
-            if change.beyond_spread:
-                verdict = "SLOWER" if change.ratio > 1 else "faster"
-                slower |= change.ratio > 1
-            print(
-                f"  {change.before.p50:9.3f} → {change.after.p50:9.3f} ms  {change.ratio - 1:+7.1%}  {verdict:<17}  {change.before.subject}: {change.before.code} → {change.after.code}"
-            )
-    return int(slower)
 
 
 if __name__ == "__main__":

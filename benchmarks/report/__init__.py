@@ -1,1 +1,1 @@
-"""What was measured: rows, tables, plots, comparisons, and the code they belong to."""
+"""What was measured: rows, tables, plots, and the code they belong to."""

@@ -1,11 +1,10 @@
-"""The version of the measured code: its commit, uncommitted changes, and the ancestry of commits."""
+"""The version of the measured code: its commit and whether it was changed."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,11 +35,11 @@ class Version(NamedTuple):
     problem: str = ""
 
 
-def _git(*arguments: str, given: str = "") -> str:
+def _git(*arguments: str) -> str:
     try:
         # no locks, which could collide with another git process
         command = ["git", "--no-optional-locks", *arguments]
-        run = subprocess.run(command, cwd=ROOT, input=given, capture_output=True, text=True, check=True)
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except OSError as error:
         raise GitError(f"git does not run here: {error.strerror}") from error
     except subprocess.CalledProcessError as error:
@@ -82,42 +81,3 @@ def _checksum() -> str:
             content = path.read_bytes()
             digest.update(f"{path.relative_to(ROOT)} {len(content)}\n".encode() + content)
     return digest.hexdigest()
-
-
-def full_names(commits: Iterable[str]) -> dict[str, str]:
-    """The full hashes of those abbreviated commits that git knows."""
-    asked = sorted({commit for commit in commits if not commit.startswith(CHECKSUM)})
-    try:
-        lines = "".join(f"{commit}^{{commit}}\n" for commit in asked)
-        answers = _git("cat-file", "--batch-check", given=lines).splitlines()
-    except GitError:
-        return {}
-    return {
-        commit: answer.split()[0]
-        for commit, answer in zip(asked, answers, strict=True)
-        if answer.split()[1:2] == ["commit"]
-    }
-
-
-def named(revision: str) -> str:
-    """The full hash of a branch, a tag, HEAD~3 or an abbreviation; empty if git knows no such commit."""
-    try:
-        return _git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
-    except GitError:
-        return ""
-
-
-def ancestors(commits: Iterable[str]) -> dict[str, frozenset[str]]:
-    """For each abbreviated commit that git knows, the others that it descends from."""
-    full = full_names(commits)
-    asked = {name: frozenset(short for short in full if full[short] == name) for name in full.values()}
-    try:
-        history = _git("rev-list", "--topo-order", "--reverse", "--parents", *asked) if asked else ""
-    except GitError:
-        return {}
-    none: frozenset[str] = frozenset()
-    behind: dict[str, frozenset[str]] = {}
-    for line in history.splitlines():
-        name, *parents = line.split()
-        behind[name] = none.union(*(behind.get(parent, none) | asked.get(parent, none) for parent in parents))
-    return {short: behind[name] for short, name in full.items()}

@@ -9,12 +9,11 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.report.provenance import ROOT as ROOT
-from benchmarks.report.provenance import ancestors
 from train.common.errors import UserError
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -68,7 +67,6 @@ class Measurement:
         tflops: arithmetic rate, 10¹² per second; 0 where not given.
         gbps: traffic rate, 10⁹ bytes per second; 0 where not given.
         floor: computed least milliseconds on that GPU; 0 where not given.
-        ancestors: the commits of other rows that this commit descends from, as far as git knows.
     """
 
     subject: Subject
@@ -81,18 +79,11 @@ class Measurement:
     tflops: float
     gbps: float
     floor: float
-    ancestors: frozenset[str] = frozenset()
 
     @property
     def code(self) -> str:
         """The commit, with a note on uncommitted changes."""
         return f"{self.commit}{' + changes' * self.dirty}"
-
-    def is_later(self, other: Measurement) -> bool:
-        """Whether this commit descends from the other's; without a relation known to git, whether the date is later."""
-        if other.commit in self.ancestors or self.commit in other.ancestors:
-            return other.commit in self.ancestors
-        return self.date > other.date
 
 
 def measurement(cells: Mapping[str, str]) -> Measurement:
@@ -141,14 +132,12 @@ def _number(name: str, text: str) -> float:
 
 
 def read_results(folder: Path = RESULTS) -> list[Measurement]:
-    """All rows of all GPUs by date, with the ancestry of their commits.
+    """All rows of all GPUs by date.
 
     Raises:
         ResultsError: a row is not valid; the message names file, line and field.
     """
     found = [row for path in sorted(folder.glob("*.csv")) for row in _read_file(path)]
-    behind = ancestors({row.commit for row in found})
-    found = [replace(row, ancestors=behind.get(row.commit, frozenset())) for row in found]
     return sorted(found, key=lambda row: row.date)
 
 
@@ -249,29 +238,17 @@ def gpus(measurements: Iterable[Measurement]) -> list[str]:
 
 
 def newest(measurements: Iterable[Measurement]) -> dict[Subject, Measurement]:
-    """The last measurement of each subject, whether it was timed as a graph or not."""
-    rows: dict[Subject, list[Measurement]] = {}
+    """The last row of each subject, whether it was timed as a graph or not; rows come sorted by date."""
+    rows: dict[Subject, Measurement] = {}
     for row in measurements:
         timing = row.subject.mode in TIMINGS
-        rows.setdefault(row.subject._replace(mode="") if timing else row.subject, []).append(row)
-    return {last.subject: last for last in map(latest, rows.values())}
-
-
-def latest(rows: Sequence[Measurement]) -> Measurement:
-    """Of rows sorted by date, the last one from whose commit no other's descends."""
-    behind = frozenset[str]().union(*(row.ancestors for row in rows))
-    return [row for row in rows if row.commit not in behind][-1]
+        rows[row.subject._replace(mode="") if timing else row.subject] = row
+    return {last.subject: last for last in rows.values()}
 
 
 def codes_by_age(rows: Iterable[Measurement]) -> list[str]:
-    """The rows' `Measurement.code`, a commit before its descendants, otherwise by date."""
-    left = {row.code: row for row in rows}
-    ordered = []
-    while left:
-        commits = {row.commit for row in left.values()}
-        ordered.append(next(code for code, row in left.items() if not row.ancestors & commits))
-        del left[ordered[-1]]
-    return ordered
+    """The `Measurement.code` of rows sorted by date, each once."""
+    return list(dict.fromkeys(row.code for row in rows))
 
 
 def relative(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Results to tables, plots and comparisons: nothing mixed, nothing typed, nothing lost."""
+"""Results to tables and plots: nothing mixed, nothing typed, nothing lost."""
 
 import subprocess
 import sys
@@ -8,7 +8,6 @@ import pytest
 from bench_rows import MADE, row, write, write_results
 
 from benchmarks.report import tables as report
-from benchmarks.report.comparison import compare
 from benchmarks.report.results import RESULTS, ResultsError, newest, read_results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,38 +48,16 @@ def test_the_projects_page_holds_what_the_results_say() -> None:
     assert f"{report.BEGIN}\n{report.tables(read_results(RESULTS))}\n{report.END}" in report.PAGE.read_text()
 
 
-def test_a_change_counts_beyond_the_spread(results: Path) -> None:
-    changes = {change.before.subject.op: change for change in compare(read_results(results), "aaaaaaa")}
-    assert set(changes) == {"op", "slow", "same"}
-    assert {op: change.beyond_spread for op, change in changes.items()} == {"op": True, "slow": True, "same": False}
-    assert changes["slow"].ratio == 1.5 and changes["op"].ratio == 0.5
-
-
-def test_other_gpus_and_unknown_commits_are_not_compared(results: Path) -> None:
-    measurements = read_results(results)
-    assert all(change.before.subject.gpu == MADE for change in compare(measurements, "aaaaaaa"))
-    with pytest.raises(
-        ResultsError, match=r"'ccccccc': expected a commit at which something was measured.*aaaaaaa, bbbbbbb"
-    ):
-        compare(measurements, "ccccccc")
-    with pytest.raises(ResultsError, match="nothing measured there was measured again"):
-        compare(measurements, "bbbbbbb")
-
-
 def test_newest_is_by_date_and_not_by_place(tmp_path: Path) -> None:
     write(tmp_path / "a.csv", [row(date="2026-03-01T00:00:00Z"), row(p50=2.05)])
     assert [m.p50 for m in newest(read_results(tmp_path)).values()] == [2.0]
 
 
-def test_the_command_reports_and_compares(results: Path, tmp_path: Path) -> None:
+def test_the_command_reports(results: Path, tmp_path: Path) -> None:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "benchmarks", "--results", results, *arguments]
         return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=60)
 
-    compared = run("compare", "aaaaaaa")
-    assert compared.returncode == 1
-    assert "SLOWER" in compared.stdout and "faster" in compared.stdout and "within the spread" in compared.stdout
-    assert run("compare", "ccccccc").returncode == 2
     page = tmp_path / "page.md"
     page.write_text(f"{report.BEGIN}\n{report.END}\n")
     reported = run("report", "--page", page, "--plots", tmp_path / "plots")
