@@ -163,7 +163,7 @@ def test_a_setting_that_is_younger_than_a_run_has_its_default(finished: Finished
     assert folder.read_config() == finished.folder.read_config()
     assert summarize(folder).val_bpb == summarize(finished.folder).val_bpb
     write_json(folder.config, {name: value for name, value in values.items() if name != "recipe"})
-    with pytest.raises(UserError, match="no value for recipe"):
+    with pytest.raises(UserError, match="recipe is missing"):
         folder.read_config()
 
 

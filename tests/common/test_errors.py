@@ -24,7 +24,7 @@ from train.common.errors import UserError, main_guard
         (
             PermissionError(errno.EACCES, "Permission denied", "a"),
             2,
-            "error: a: Permission denied: give this user the right",
+            "error: a: Permission denied: give this user the permission",
         ),
         (MemoryError(), 2, "error: out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 2, "lower TRAIN_BATCH_TOKENS"),

@@ -1,1 +1,1 @@
-"""What every part of the trainer uses: errors, files, ranks, values, words."""
+"""Used everywhere in the trainer: errors, files, ranks, values, wording."""

@@ -1,4 +1,4 @@
-"""The ranks of a run: who this process is, which device it has, and the process group they share."""
+"""The ranks (processes) of a run: their numbers, devices and process group."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-# imported before there is a process group: its functions' default arguments would keep one that exists alive, and gloo's
-# threads, outliving the interpreter, then abort the process at its end
+# imported before a process group exists: default arguments of its functions would keep the group alive past the
+# interpreter's exit, where gloo's threads abort
 import torch.distributed.nn
 
 from train.common import hardware
 from train.common.errors import UserError
 from train.common.wording import counted
 
-# a step is the mean over this many micro-batches, shared by 1, 2, 4 or 8 ranks
+# a step averages over this many micro-batches, split among 1, 2, 4 or 8 ranks
 MICRO_BATCHES = 8
 
-# the first step of each rank may compile for minutes
+# compilation in the first step may take minutes
 TIMEOUT = timedelta(minutes=30)
 
 T = TypeVar("T")
@@ -31,15 +31,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the processes of a run.
+    """This process and its place in the run.
 
     Attributes:
         rank: number of this process, from 0.
-        local_rank: its number on this machine, which is its GPU.
-        world_size: number of processes; divides 8.
-        device: where this process computes.
-        group: process group over all ranks, which reduces tensors in host memory by gloo and CUDA tensors by NCCL;
-            None for one process.
+        local_rank: its number on this machine, which is also the number of its GPU.
+        world_size: number of processes, a divisor of 8.
+        device: device of this process.
+        group: process group of all ranks, with gloo for CPU tensors and NCCL for CUDA tensors; None for one process.
     """
 
     rank: int = 0
@@ -50,16 +49,16 @@ class Ranks:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches per rank and step: 8 / world size."""
+        """Micro-batches of each rank per step: 8 / world size."""
         return MICRO_BATCHES // self.world_size
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the run's files."""
+        """Whether this is rank 0, which writes the run's files."""
         return self.rank == 0
 
     def broadcast(self, value: T, source: int = 0) -> T:
-        """Give every rank the small picklable `value` of rank `source`."""
+        """The small picklable `value` of rank `source`, on every rank."""
         if self.group is None:
             return value
         box = [value]
@@ -67,7 +66,7 @@ class Ranks:
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """The small picklable `value` of every rank, in their order, on all of them."""
+        """The small picklable values of all ranks, in rank order, on every rank."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -75,10 +74,10 @@ class Ranks:
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Let rank 0 do `work` while the others wait, and give every rank its small picklable result.
+        """Run `work` on rank 0 while the others wait; return its small picklable result on every rank.
 
         Raises:
-            UserError: on every rank, if rank 0 raised it; nobody is left waiting.
+            UserError: on every rank, if rank 0 raises it, so that no rank keeps waiting.
         """
         done: list[T] = []
         problem = None
@@ -93,42 +92,42 @@ class Ranks:
         return done[0]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Replace `tensor` (any shape, dtype and device) by its sum over the ranks, in place, and return it."""
+        """Sum `tensor` (any shape, dtype and device) over the ranks in place, and return it."""
         if self.group is not None:
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group)
         return tensor
 
     @torch.no_grad()
     def copy_from(self, source: int, tensors: Iterable[torch.Tensor]) -> None:
-        """Give every rank the values of rank `source`, in place; shapes, dtypes and kinds of device must agree."""
+        """Overwrite `tensors` by those of rank `source`; shapes, dtypes and device types must agree."""
         if self.group is not None:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=source, group=self.group)
 
     def barrier(self) -> None:
-        """Wait until every rank is here and its device has finished."""
+        """Wait until every rank gets here and its device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        # a sum in host memory always goes through gloo, which dist.barrier of a mixed group does not promise
+        # the sum of a CPU tensor always uses gloo; dist.barrier of a mixed group may not
         self.sum(torch.zeros(1))
 
 
 @contextmanager
 def start_ranks(device: str = "auto") -> Iterator[Ranks]:
-    """Set up this process as `torchrun` started it, or alone, and tear the process group down at the end.
+    """Set up this process, started by torchrun or alone, and destroy the process group at the end.
 
-    Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. One process gets no process group.
+    Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. A single process gets no process group.
 
     Args:
-        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        device: "auto" (cuda if there is a GPU), "cpu" or "cuda".
 
     Raises:
-        UserError: a variable is missing or no number, the world size does not divide 8, or there is no such GPU.
+        UserError: a variable is missing or not a number, the world size does not divide 8, or the GPU does not exist.
     """
     world_size = _number("WORLD_SIZE", 1)
     if world_size < 1 or MICRO_BATCHES % world_size:
         raise UserError(
-            f"WORLD_SIZE: {world_size} processes cannot share the {MICRO_BATCHES} micro-batches of a step evenly: "
+            f"WORLD_SIZE: {world_size} processes cannot split the {MICRO_BATCHES} micro-batches of a step evenly: "
             "start 1, 2, 4 or 8 (torchrun --nproc_per_node)"
         )
     rank = _number("RANK", 0 if world_size == 1 else None)
@@ -149,7 +148,7 @@ def start_ranks(device: str = "auto") -> Iterator[Ranks]:
             )
     if not 0 <= _number("MASTER_PORT", None) < 65536:
         raise UserError(f"MASTER_PORT: expected 0 to 65535, found {os.environ['MASTER_PORT']}: let torchrun set it")
-    # with both back ends, numbers in host memory are agreed on without touching the GPU's queue
+    # with both backends, ranks can exchange CPU tensors without waiting for the GPU
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
@@ -171,25 +170,24 @@ def start_ranks(device: str = "auto") -> Iterator[Ranks]:
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
-    """The device of this process, made the current one.
+    """Choose the device of this process and make it the current one.
 
     Args:
-        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        device: "auto" (cuda if there is a GPU), "cpu" or "cuda".
         local_rank: number of the GPU.
 
     Raises:
-        UserError: CUDA is asked for and missing, or there are fewer GPUs than processes on this machine.
+        UserError: there is no GPU, or there are fewer GPUs than processes on this machine.
     """
     if (hardware.auto_device() if device == "auto" else device) == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(
-            "DEVICE: cuda was asked for, but torch finds no CUDA GPU here: set DEVICE=cpu, or look at "
-            "`python -m golf_kernels`"
+            "DEVICE=cuda, but torch finds no CUDA GPU on this machine: set DEVICE=cpu, or see python -m golf_kernels"
         )
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"LOCAL_RANK {local_rank}: this machine has {counted(torch.cuda.device_count(), 'GPU')}: start at most so many processes "
+            f"LOCAL_RANK {local_rank}: this machine has {counted(torch.cuda.device_count(), 'GPU')}: start at most that many processes "
             "(torchrun --nproc_per_node)"
         )
     torch.cuda.set_device(local_rank)

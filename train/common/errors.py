@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and how a command ends on one: a sentence and exit code 2, never a traceback."""
+"""Errors that the user can fix: a command prints them in one sentence and exits with code 2, without a traceback."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Something the user gave is wrong; the message names it, what was expected and what to do."""
+    """The user's input is wrong; the message says what, what was expected and what to do."""
 
 
 class CodecError(UserError):
-    """Bytes that a codec cannot decode, or cannot encode."""
+    """A codec cannot encode or decode these bytes."""
 
 
 class MissingCodec(UserError):
-    """A codec's library is not installed."""
+    """The library of a codec is not installed."""
 
 
-# what the file system refuses, and what helps; any other OSError is a defect of ours and keeps its traceback
+# errors of the file system that the user can fix; any other OSError is a bug and keeps its traceback
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_PLACE = (
@@ -29,12 +29,12 @@ _NO_PLACE = (
 )  # fmt: skip
 
 
-# a module of these that is not found is a defect of ours
+# a missing module of these packages is a bug
 _HOUSE = ("benchmarks", "golf_kernels", "train")
 
 
 def main_guard(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's `main` and exit: 0 or its own code, 2 with `error: …` on bad input, 130 on an interrupt."""
+    """Run a command's `main` and exit with its code or 0, with 2 and `error: …` on bad input, with 130 on Ctrl-C."""
     try:
         for argument in sys.argv[1:]:
             check_text(argument, "command line")
@@ -45,9 +45,9 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
         package = (error.name or "").partition(".")[0]
         if not package or package in _HOUSE:
             raise
-        code = _refuse(f"{package} is not installed: pip install {package}, or all of it: pip install -e '.[train]'")
+        code = _refuse(f"{package} is not installed: pip install {package}, or everything: pip install -e '.[train]'")
     except BrokenPipeError:
-        # the reader (`… | head`) has seen enough; python would complain once more while closing stdout
+        # the reader, such as head, has closed the pipe; python would complain again while closing stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except OSError as error:
@@ -59,7 +59,7 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
         if not _is_out_of_memory(error):
             raise
         code = _refuse(
-            f"out of memory ({str(error).splitlines()[0] if str(error) else 'no more of it'}): lower TRAIN_BATCH_TOKENS or "
+            f"out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}): lower TRAIN_BATCH_TOKENS or "
             "the model's widths, or use more GPUs"
         )
     except KeyboardInterrupt:
@@ -69,10 +69,10 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
 
 
 def check_text(text: str, source: str) -> None:
-    """Refuse what the operating system gave as bytes that are not UTF-8: no log and no JSON could hold it.
+    """Refuse a text from the operating system that is not UTF-8, because no log or JSON file could hold it.
 
     Raises:
-        UserError: by `source` and the text.
+        UserError: the message names `source` and the text.
     """
     try:
         text.encode()
@@ -91,15 +91,15 @@ def _remedy(error: OSError) -> str | None:
     if error.errno in _NO_ROOM:
         return "free some space or choose another folder and run again"
     if error.errno in _NO_RIGHT:
-        return "give this user the right to it, or choose another folder and run again"
-    # without a name it is no path that was given to us
+        return "give this user the permission, or choose another folder and run again"
+    # without a file name, the error is not about a path that the user gave
     if error.errno in _NO_PLACE and error.filename:
-        return "choose another path, or move away what stands there"
+        return "choose another path, or move what is there"
     return None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch's own type for GPUs is known only where torch is imported; on a CPU it raises a plain RuntimeError
+    # by name, because torch may not be imported; on a CPU torch raises a RuntimeError
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their place, synced, then renamed."""
+"""Files that are either whole or absent: written to a temporary file, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ _CHECKSUM = "crc32"
 
 @contextmanager
 def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Yield a binary file that becomes `path` when the block ends well and vanishes when it does not.
+    """Yield a binary file that becomes `path` if the block succeeds and vanishes if it fails.
 
     Args:
-        path: where the file shall stand; its folder must exist.
+        path: the destination; its folder must exist.
 
     Raises:
-        UserError: a device, a pipe or a socket stands there: the rename would put a file in its place.
-        OSError: as the file system reports it, with `filename` set to `path`; nothing is left behind.
+        UserError: `path` is a device, a pipe or a socket, which the rename would replace.
+        OSError: from the file system, with `filename` set to `path`; no temporary file is left.
     """
     target = Path(path)
     name = ""
     try:
         if target.exists() and not (target.is_file() or target.is_dir()):
-            raise UserError(f"{target}: a device or a pipe, expected the name of a file to write: choose another")
+            raise UserError(f"{target}: is a device or a pipe, expected a file name: choose another")
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; a result should follow the user's umask
+        # mkstemp makes files private; results should follow the user's umask
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
     except BaseException as error:
@@ -50,30 +50,30 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | memoryview | str) -> None:
-    """Write `data` (text as UTF-8) to `path` so that no reader ever sees a part of it."""
+    """Write `data` (text as UTF-8) to `path`; readers see the old file or the whole new one."""
     with atomic_writer(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
-    """Write one JSON object with its checksum as a last field, `crc32`, whole or not at all."""
+    """Write one JSON object and its checksum, in the field `crc32`, like `atomic_write`."""
     atomic_write(path, json.dumps({**values, _CHECKSUM: _checksum(values)}, indent=1) + "\n")
 
 
 def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
-    """Read a file that holds one JSON object; if it has the checksum of `write_json`, check it and leave it out.
+    """Read a file with one JSON object; check and remove the checksum of `write_json`, if it has one.
 
     Args:
         path: the file.
-        remedy: what to do if it is not one, for the message.
+        remedy: what the user should do about a bad file, for the error.
 
     Raises:
-        UserError: it is missing, not a file, holds something else, or is not as it was written.
+        UserError: the file is missing, unreadable, not one JSON object, or changed since it was written.
     """
     try:
         value = json.loads(Path(path).read_text())
         expected = value.pop(_CHECKSUM, None) if isinstance(value, dict) else None
-        # an object may be nested just too far to be written again
+        # an object that can be read may be nested too deeply to be written
         found = _checksum(value)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from error

@@ -1,4 +1,4 @@
-"""Progress a person can follow: a bar on a terminal, a plain line every few seconds otherwise."""
+"""Progress of long work: a bar on a terminal, otherwise a line every few seconds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ LINE_INTERVAL_SECONDS = 10.0
 
 
 class Progress:
-    """Progress of one piece of work, used as a context manager.
+    """Progress of one task, as a context manager.
 
     Args:
-        total: units of the whole work.
-        description: what is being done, as shown in front.
-        unit: name of the unit, e.g. `tokens`.
-        enabled: False keeps silent (ranks other than the first).
+        total: units of the whole task.
+        description: what is being done; shown first.
+        unit: name of the unit, such as `tokens`.
+        enabled: False shows nothing, for ranks other than 0.
     """
 
     def __init__(self, total: int, description: str, unit: str = "", *, enabled: bool = True) -> None:
@@ -32,7 +32,7 @@ class Progress:
             )
 
     def advance(self, amount: int = 1, note: str = "") -> None:
-        """Count `amount` more units as done; `note` is shown behind the figures."""
+        """Add `amount` finished units; `note` is shown last."""
         self.done += amount
         if self.bar is not None:
             if note:
@@ -50,7 +50,7 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Take the bar off the terminal."""
+        """Remove the bar from the terminal."""
         if self.bar is not None:
             self.bar.close()
 

@@ -1,4 +1,4 @@
-"""Values of settings: what a field may hold, and how it is read from text and written."""
+"""Values of settings: checks, parsing and formatting."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from typing import Any
 
 from train.common.errors import UserError, check_text
 
-# beyond it a number is infinite in float32, which the model computes in
+# larger numbers are infinite in float32
 _LARGEST = 1e38
 
 
 class ConfigError(UserError):
-    """A setting is unknown, of the wrong type, out of range, or contradicts another."""
+    """A setting is unknown, has the wrong type, is out of range, or contradicts another."""
 
 
 def setting(
     default: Any, help: str, *, choices: Sequence[Any] = (), low: float | None = None, high: float | None = None
 ) -> Any:
-    """A dataclass field with a default, a one-line description, and what it may hold."""
+    """A dataclass field with a default, a one-line description, and its allowed values."""
     return dataclasses.field(
         default=default, metadata={"help": help, "choices": tuple(choices), "low": low, "high": high}
     )
 
 
 def parse_text(kind: Any, text: str, source: str) -> Any:
-    """Turn the text of an environment variable or flag into a field's type.
+    """Convert the text of an environment variable or flag to the type of a setting.
 
     Args:
-        kind: the field's type.
-        text: what was given; lists are comma-separated, booleans 0/1/true/false.
-        source: where it came from, for the message.
+        kind: the type.
+        text: the text; lists are comma-separated, booleans are 0, 1, true, false, yes, no, on or off.
+        source: where the text was given, for the error.
 
     Raises:
-        ConfigError: `text` is no value of that type.
+        ConfigError: `text` has another type.
     """
     try:
         if kind is bool:
@@ -59,7 +59,7 @@ def parse_text(kind: Any, text: str, source: str) -> Any:
 
 
 def format_value(value: Any) -> str:
-    """A value as it is written on a command line."""
+    """A value as text, as on a command line."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -67,17 +67,17 @@ def check_type(name: str, kind: Any, value: Any) -> None:
     """Refuse a value of another type.
 
     Raises:
-        ConfigError: by the field's name.
+        ConfigError: the message names the setting.
     """
     if not _is_instance(value, kind):
         raise ConfigError(f"{name}: expected {_type_name(kind)}, got {value!r}")
 
 
 def check_value(field: dataclasses.Field[Any], kind: Any, value: Any) -> None:
-    """Refuse what a field may not hold.
+    """Refuse a value that the field does not allow.
 
     Raises:
-        ConfigError: the type, the choice or the range is wrong; by the field's name.
+        ConfigError: the type, the choice or the range is wrong; the message names the setting.
     """
     check_type(field.name, kind, value)
     choices, low, high = field.metadata["choices"], field.metadata["low"], field.metadata["high"]
@@ -108,10 +108,10 @@ def _is_instance(value: Any, kind: Any) -> bool:
 
 
 def parse_steps(text: str) -> range:
-    """The steps of `first:end`, `end` itself not among them; "" is none.
+    """The steps from FIRST to END - 1 of a text `FIRST:END`; no steps for an empty text.
 
     Raises:
-        ConfigError: it is not of that form.
+        ConfigError: the text looks different.
     """
     if not text:
         return range(0)

@@ -1,4 +1,4 @@
-"""Wording that is the same everywhere: numbers within sentences, and the line between the parts of a log's head."""
+"""Shared wording: counts in sentences, and the separator line of a log's header."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ SEPARATOR = "=" * 100
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """A number of things: `1 shard`, `2 shards`, `1,024 matrices`.
+    """A count with its noun: `1 shard`, `2 shards`, `1,024 matrices`.
 
     Args:
-        number: how many.
-        noun: one of them.
-        plural: several, where that is not the noun with an s.
+        number: the count.
+        noun: singular.
+        plural: plural, if it is not the noun plus s.
     """
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

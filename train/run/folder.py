@@ -1,4 +1,4 @@
-"""The run folder: what a run from text to record leaves behind, and all that a later stage needs to start again."""
+"""The run folder: the files of a run, from which a single stage can be repeated."""
 
 from __future__ import annotations
 
@@ -66,36 +66,36 @@ class RunFolder:
 
     @property
     def is_trained(self) -> bool:
-        """Whether training has left all it leaves."""
+        """Whether training has finished."""
         return self.weights.exists() and self.training.exists()
 
     @property
     def is_untrained(self) -> bool:
-        """Whether this is a run's folder in which no step was trained, or at least none logged."""
+        """Whether this run has logged no training step yet."""
         if not self.config.exists() or self.checkpoint.exists() or self.weights.exists():
             return False
         return not self.metrics.exists() or b'"kind": "train"' not in self.metrics.read_bytes()
 
     def read_config(self) -> Config:
-        """The configuration that the run was started with; a setting that is younger than the file has its default.
+        """The settings of the run; a setting that is newer than the file has its default.
 
         Raises:
-            UserError: there is no such run, or its config.json is not readable.
+            UserError: the run does not exist, or its config.json cannot be read.
         """
         self.need_run()
         values = read_json(self.config, "restore it or train again")
         if "recipe" not in values:
-            raise UserError(f"{self.config}: no value for recipe, which every run has: restore it or train again")
+            raise UserError(f"{self.config}: recipe is missing: restore the file or train again")
         try:
             return Config.from_dict(values)
         except ConfigError as error:
-            raise UserError(f"{self.config}: {error}: restore it or train again") from error
+            raise UserError(f"{self.config}: {error} (or restore the file, or train again)") from error
 
     def need_run(self) -> None:
-        """Refuse a folder that is no run's.
+        """Refuse a folder that is not a run folder.
 
         Raises:
-            UserError: there is no such folder, or it has no config.json.
+            UserError: the folder does not exist, or has no config.json.
         """
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such run folder (python -m train makes one under runs/)")
@@ -107,29 +107,29 @@ class RunFolder:
         write_json(self.config, config.to_dict())
 
     def drop_scores(self) -> None:
-        """Remove what tells of the artifact: before another takes its place, so that no kill leaves old scores beside it."""
+        """Remove the scores of an artifact before it is replaced, so that no interruption leaves them beside the new one."""
         for path in (self.evaluation, self.summary):
             path.unlink(missing_ok=True)
 
     @contextmanager
     def held(self, *, shared: bool = False) -> Iterator[None]:
-        """Keep other processes off the run until the block ends or this process dies; shared, only those that are not.
+        """Lock the run until the block ends or this process dies; a shared lock excludes only unshared ones.
 
         Raises:
-            UserError: there is no such run, another process is at work in its folder, or its file system has no locks.
+            UserError: the run does not exist, another process has locked it, or its file system has no locks.
         """
         self.need_run()
-        # a file of its own: a lock does not outlast the replacement of its file
+        # a separate file, because replacing a locked file ends its lock
         with open(self.path / ".lock", "ab") as file:
             try:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(
-                    f"{self.path}: another process is at work on this run: wait for its end, or stop it first"
+                    f"{self.path}: another process is at work on this run: wait until it ends, or stop it"
                 ) from error
             except OSError as error:
                 raise UserError(
-                    f"{file.name}: cannot be locked ({error.strerror}): expected a file system with locks: move the run to one, "
+                    f"{file.name}: cannot be locked ({error.strerror}): move the run to a file system with locks, "
                     "or set RUNS_DIR to one"
                 ) from error
             if not shared:
@@ -138,22 +138,25 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Within a shared `held`: wait until no other process is here, so that what is read and written again loses nothing."""
+        """Inside a shared `held`: let one process at a time read, change and write files."""
         with open(self.path / ".writing.lock", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             self._clear()
             yield
 
     def _clear(self) -> None:
-        """Remove what a killed process was writing, where a lock says that nobody writes now."""
+        """Remove unfinished files of an interrupted process; the caller holds a lock."""
         for part in self.path.glob(".*.part"):
             part.unlink()
 
     def read_training(self, **kinds: type) -> dict[str, Any]:
-        """What the training stage measured, the named fields at least, each of its kind.
+        """The contents of training.json.
+
+        Args:
+            **kinds: fields that must be there → their types.
 
         Raises:
-            UserError: training has not finished, or its file is not readable.
+            UserError: training has not finished, or the file cannot be read.
         """
         path = self.need(self.training, f"python -m train --run_id {self.path.name} --resume auto")
         values = read_json(path, "restore it or train again")
@@ -165,12 +168,16 @@ class RunFolder:
         return values
 
     def trained_config(self) -> Config:
-        """The configuration of the function that was trained: without recurrence where the run ended before its start."""
+        """The settings of the trained model: without recurrence if the run ended before recurrence began."""
         config = self.read_config()
         return config if self.read_training(recurrence=bool)["recurrence"] else config.replace(recur_layers=())
 
     def need(self, path: Path, stage: str) -> Path:
-        """`path`, or an error that says which stage makes it."""
+        """Return `path` if it is a file.
+
+        Raises:
+            UserError: it is not; the message says which stage writes it.
+        """
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: expected a file, found a folder: move it away and run {stage}")
         if not path.exists():
@@ -179,17 +186,15 @@ class RunFolder:
 
 
 def new_run_id(config: Config) -> str:
-    """`run_id` as set, or a name from recipe and time."""
+    """`run_id`, or a name made of recipe and time."""
     return config.run_id or f"{config.recipe}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def create_run_folder(config: Config) -> RunFolder:
-    """Make the run's folder and write its configuration into it.
-
-    With `resume=auto` an existing folder is taken up again if it was started with the same settings.
+    """Create the run folder with its config.json; with `resume=auto` an existing folder may be used again.
 
     Raises:
-        UserError: the folder exists, or it belongs to a run with other settings, or to one that another process begins.
+        UserError: the folder exists and `resume` is never, its settings are different, or another process is using it.
     """
     if not config.run_id.isprintable() or "/" in config.run_id or config.run_id in ("", ".", ".."):
         raise UserError(f"run_id: expected the name of a folder, got {config.run_id!r}: choose another RUN_ID")
@@ -197,17 +202,15 @@ def create_run_folder(config: Config) -> RunFolder:
     if folder.path.exists():
         if config.resume == "never":
             raise UserError(
-                f"{folder.path}: this run folder exists: choose another RUN_ID, or go on with RESUME=auto{_way_out(folder)}"
+                f"{folder.path}: this run folder exists: choose another RUN_ID, or resume it with RESUME=auto{_way_out(folder)}"
             )
         changed = changed_settings(folder.read_config(), config)
         if changed:
             listed = ", ".join(f"{name} was {before}, is {now}" for name, before, now in changed)
-            raise UserError(
-                f"{folder.path}: cannot resume with other settings than it was started with: {listed}{_way_out(folder)}"
-            )
+            raise UserError(f"{folder.path}: cannot resume with different settings: {listed}{_way_out(folder)}")
         return folder
     folder.path.parent.mkdir(parents=True, exist_ok=True)
-    # a folder without its settings, as a kill would leave it, could neither be resumed nor begun again
+    # renamed when complete: a folder without config.json could be neither resumed nor started again
     with tempfile.TemporaryDirectory(dir=folder.path.parent, prefix=f".{config.run_id}.", suffix=".part") as work:
         made = RunFolder(Path(work, config.run_id))
         made.path.mkdir()
@@ -219,17 +222,17 @@ def create_run_folder(config: Config) -> RunFolder:
 def _way_out(folder: RunFolder) -> str:
     if not folder.is_untrained:
         return ""
-    # another process may be about to train in it
+    # refuses if another process is about to train in it
     with folder.held():
-        return "; no step was trained in it, so it can be deleted, and its RUN_ID used again"
+        return "; it has no trained step, so you can delete it and use its RUN_ID again"
 
 
 @contextmanager
 def open_run_folder(config: Config) -> Iterator[RunFolder]:
-    """`create_run_folder`, held for this process alone until the block ends or the process dies.
+    """`create_run_folder`, locked for this process until the block ends or the process dies.
 
     Raises:
-        UserError: as `create_run_folder`, or another process is at work in the folder.
+        UserError: as `create_run_folder`, or another process has locked the folder.
     """
     folder = create_run_folder(config)
     with folder.held():
@@ -237,6 +240,6 @@ def open_run_folder(config: Config) -> Iterator[RunFolder]:
 
 
 def changed_settings(old: Config, new: Config, *, free: Iterable[str] = ()) -> list[tuple[str, Any, Any]]:
-    """(name, old, new) of each setting that differs and touches what is computed, but for those that are `free` to."""
+    """(name, old, new) of each setting that differs, except bookkeeping and those in `free`."""
     before, after, skipped = old.to_dict(), new.to_dict(), BOOKKEEPING.union(free)
     return [(name, before[name], after[name]) for name in before if name not in skipped and before[name] != after[name]]

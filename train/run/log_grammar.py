@@ -1,6 +1,6 @@
-"""Parameter Golf's log grammar: one table of regular expressions, and the reader of whole logs.
+"""The grammar of Parameter Golf's logs: a table of regular expressions, and a parser of whole logs.
 
-Whoever reads a log reads it through `GRAMMAR`: the tests, the record and the rule check.
+Tests, records and rule checks read logs through `GRAMMAR` only.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from train.common.wording import SEPARATOR
 
 _NUMBER = r"(?:\d+(?:\.\d+)?|nan|inf)"
 _RESULT = rf"val_loss:(?P<val_loss>{_NUMBER}) val_bpb:(?P<val_bpb>{_NUMBER})"
-# how the packed weights are named: int6+brotli, w6e16+zstd22
+# names of packed weights: int6+brotli, w6e16+zstd22
 _FORM = r"(?P<form>[a-z]\w*\+\S+)"
 _CLOCK = rf"train_time:(?P<train_time_ms>{_NUMBER})ms"
 
-# one line of a log each, matched from its first character; groups carry the names under which `parse_log` returns them
+# each pattern matches from the start of a line; `parse_log` returns the groups by name
 GRAMMAR: dict[str, re.Pattern[str]] = {
     "train_step": re.compile(
         rf"step:(?P<step>\d+)/(?P<total>\d+) train_loss:(?P<train_loss>{_NUMBER}) {_CLOCK}"
@@ -40,11 +40,11 @@ GRAMMAR: dict[str, re.Pattern[str]] = {
     "final": re.compile(
         rf"final_(?P<name>\w+?) (?:stride:\d+ )?{_RESULT}(?: stride:(?P<stride>\d+))?(?: eval_time:(?P<eval_time_ms>{_NUMBER})ms)?"
     ),
-    # what reads training data behind the last step: the Hessians of GPTQ
+    # reads training data after the last step, for the Hessians of GPTQ
     "calibration": re.compile(
         rf"(?i:gptq):\S*(?:loop-aware )?(?:calibrated|collected)\b.* in (?P<calibration_s>{_NUMBER})s\b"
     ),
-    # and the losses by which row clips are weighed, which come after them
+    # reads training data after that, for the losses that decide the row clips
     "fitting": re.compile(rf"fit:measured on \d+ training tokens in (?P<fitting_s>{_NUMBER})s\b"),
     "train_loader": re.compile(r"train_loader:dataset:(?P<dataset>\S+) train_shards:(?P<train_shards>\d+)\b"),
     "model_params": re.compile(r"model_params:(?P<model_params>\d+)\b"),
@@ -59,21 +59,21 @@ _TEXT = frozenset({"name", "form", "dataset"})
 
 
 Numbers = dict[str, float]
-"""The numbers of a line, by the names of its groups."""
+"""The numbers of a line, by group name."""
 
 
 class Log(TypedDict):
-    """What a log says.
+    """The contents of a log.
 
     Attributes:
-        steps, vals: step → numbers of its line.
-        finals: name (`int6_roundtrip_exact`, …) → numbers.
+        steps, vals: step → numbers of its training or validation line.
+        finals: name, such as `int6_roundtrip_exact` → numbers.
         sizes: `raw`, `code`, `model`, `total` → bytes.
-        form: e.g. `int6+brotli`; None where the log does not say.
+        form: such as `int6+brotli`; None if the log has no such line.
         facts: the key:value lines.
-        lines: the text behind the header.
-        warmup_steps: how many.
-        stopping_early, peak_memory: numbers, or None where the log has no such line.
+        lines: the lines after the header.
+        warmup_steps: number of warm-up steps.
+        stopping_early, peak_memory: numbers, or None if the log has no such line.
     """
 
     steps: dict[int, Numbers]
@@ -89,10 +89,10 @@ class Log(TypedDict):
 
 
 def parse_log(path: str | os.PathLike[str]) -> Log:
-    """Read a log in the published grammar, of this program or another.
+    """Parse a log in the published grammar, from this or another program.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file does not exist.
     """
     try:
         lines = Path(path).read_bytes().decode(errors="replace").split("\n")
@@ -136,8 +136,8 @@ def _store(found: Log, kind: str, values: dict[str, Any]) -> None:
 
 
 def _header_length(lines: list[str]) -> int:
-    # the source may hold lines that look like results, so reading begins behind the versions' closing separator; a file
-    # to which several runs were written counts from its last one
+    # the source code in the header may look like results, so parsing starts after the separator that follows the versions;
+    # if several runs were written to the file, the last one counts
     heads = [number for number, line in enumerate(lines) if line.startswith("Running Python ")]
     versions = heads[-1] if heads else None
     if versions is None or SEPARATOR not in lines[versions:]:

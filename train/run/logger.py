@@ -1,7 +1,7 @@
-"""What a run says: `train_seed<SEED>.log` in Parameter Golf's line grammar, and the same numbers in `metrics.jsonl`.
+"""A run's log, `train_seed<SEED>.log`, and its numbers, `metrics.jsonl`.
 
-Lines keep the published order and units (`train.run.log_grammar`), so scripts that parse published logs parse these; new
-fields go at a line's end.
+Log lines keep the order and units of published logs (see `train.run.log_grammar`), so existing scripts can parse them.
+New fields go to the end of a line.
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ if TYPE_CHECKING:
 
 
 class RunLogger:
-    """Writes a run's log and metrics, line by line, so that a kill loses at most the line being written.
+    """Writes a run's log and metrics line by line; an interruption loses at most the current line.
 
-    A logger that finds files from before a kill goes on behind their last whole line. Ranks other than 0 stay silent:
-    every method is then without effect.
+    If the files exist, the logger appends after their last whole line. On ranks other than 0 all methods do nothing.
 
     Args:
-        run_dir: the run's folder, which must exist.
+        run_dir: the run folder, which must exist.
         seed: the run's seed, part of the log's name.
         rank: rank of this process.
-        echo: also print each line; False writes files only.
-        sinks: take the numbers of each metric too, see `train.run.sinks`; closed with the logger.
+        echo: also print each line.
+        sinks: receive the numbers of each metric too (see `train.run.sinks`); closed with the logger.
     """
 
     def __init__(
@@ -78,19 +77,19 @@ class RunLogger:
         self.close()
 
     def line(self, text: str, *, console: bool = True) -> None:
-        """Add `text` to the log, and to the console unless `console` is False."""
+        """Write `text` to the log and, unless `console` is False, to the console."""
         if self._log is None:
             return
         _write_line(self._log, text)
         if self.echo and console:
-            # tqdm.write keeps a progress bar in one piece
+            # tqdm.write does not break a progress bar
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def metric(self, kind: str, **values: Any) -> None:
-        """Add one JSON object, `{"kind": kind, **values}`, to metrics.jsonl; numbers that are not finite become null."""
+        """Append the JSON object `{"kind": kind, **values}` to metrics.jsonl; NaN and infinities become null."""
         append_metric(self._metrics, kind, values)
-        # what comes behind the last step, such as the final score, is placed at it
+        # metrics without a step, such as the final score, belong to the last one
         self._step = values.get("step", self._step)
         prefix = f"{kind}/{values['name']}" if "name" in values else kind
         numbers = {f"{prefix}/{name}": value for name, value in values.items() if name != "step" and _is_number(value)}
@@ -98,11 +97,11 @@ class RunLogger:
             sink.scalars(self._step, numbers)
 
     def header(self, source_text: str, *, gpu_report: str | None = None) -> None:
-        """Write the file's head: the script's source, the versions, what `nvidia-smi` says (not written again on resume).
+        """Write the header: source code, versions and the output of `nvidia-smi`; nothing if the run is resumed.
 
         Args:
             source_text: source of the code that trains.
-            gpu_report: text in the place of nvidia-smi's output; None runs `nvidia-smi` where there is one.
+            gpu_report: replaces the output of `nvidia-smi`; None runs it, if it is installed.
         """
         if self._log is None or self.resumed:
             return
@@ -119,18 +118,18 @@ class RunLogger:
     def facts(
         self, *, dataset: str, train_shards: int, model_params: int, world_size: int, grad_accum_steps: int, seed: int
     ) -> None:
-        """Write the key:value lines that precede the steps."""
+        """Write the key:value lines before the first step."""
         self.line(f"train_loader:dataset:{dataset.replace(' ', '_')} train_shards:{train_shards}")
         self.line(f"model_params:{model_params}")
         self.line(f"world_size:{world_size} grad_accum_steps:{grad_accum_steps}")
         self.line(f"seed:{seed}")
 
     def warmup_step(self, step: int, total: int, note: str = "") -> None:
-        """`step` counts from 1; a `note` goes to the line's end."""
+        """Log a warm-up step, counted from 1; `note` goes to the end of the line."""
         self.line(f"warmup_step:{step}/{total}{note}")
 
     def train_step(self, step: int, total: int, train_loss: float, train_time_ms: float, **extra: Any) -> None:
-        """Log the training loss of `step`; `train_time_ms` is the training clock, `extra` goes to the line's end."""
+        """Log the training loss of `step` at `train_time_ms` of the training clock; `extra` goes to the end of the line."""
         average = train_time_ms / max(step, 1)
         tail = "".join(f" {name}:{_format(value)}" for name, value in extra.items())
         self.line(
@@ -139,7 +138,7 @@ class RunLogger:
         self.metric("train", step=step, train_loss=train_loss, seconds=train_time_ms / 1000, **extra)
 
     def val_step(self, step: int, total: int, val_loss: float, val_bpb: float, train_time_ms: float) -> None:
-        """Log a validation after `step` steps; `train_time_ms` is the training clock, without validations."""
+        """Log a validation after `step` steps; `train_time_ms` is the training clock, which excludes validations."""
         average = train_time_ms / max(step, 1)
         self.line(
             f"step:{step}/{total} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
@@ -148,7 +147,7 @@ class RunLogger:
         self.metric("val", step=step, val_loss=val_loss, val_bpb=val_bpb, seconds=train_time_ms / 1000)
 
     def resume(self, step: int, train_time_ms: float) -> None:
-        """Note that training goes on from the checkpoint of `step`; later points of the killed process are void."""
+        """Log that training resumes at `step`; points that the interrupted process logged after it are void."""
         self.line(f"resumed: step:{step} train_time:{train_time_ms:.0f}ms")
         self.metric("resume", step=step, seconds=train_time_ms / 1000)
 
@@ -170,7 +169,7 @@ class RunLogger:
         bits: int = 6,
         codec: str = "brotli",
     ) -> None:
-        """Log the artifact's sizes: the weights as trained, the code, the packed model, and all that counts together."""
+        """Log the sizes of the trained weights, the code, the packed model, and the submission as a whole."""
         form = f"int{bits}+{codec}"
         self.line(f"Serialized model: {raw_bytes} bytes")
         self.line(f"Code size: {code_bytes} bytes")
@@ -191,15 +190,15 @@ class RunLogger:
         stride: int = 0,
         facts: dict[str, Any] | None = None,
     ) -> None:
-        """Log a final score as two lines, the second with 8 decimals.
+        """Log a final score on two lines, with 4 and with 8 decimals.
 
         Args:
-            name: e.g. `int6_roundtrip`; the line begins with `final_` and this.
+            name: such as `int6_roundtrip`; the lines begin with `final_` and this name.
             val_loss: nats per token.
             val_bpb: bits per byte.
             seconds: duration of the evaluation.
-            stride: new tokens per window; 0 is a flat evaluation, whose line names no stride.
-            facts: what else metrics.jsonl keeps of it.
+            stride: new tokens per window; 0: a flat evaluation, whose lines name no stride.
+            facts: more values for metrics.jsonl.
         """
         for text in final_lines(name, val_loss, val_bpb, seconds, stride=stride):
             self.line(text)
@@ -217,7 +216,7 @@ def final_lines(name: str, val_loss: float, val_bpb: float, seconds: float, *, s
 
 
 def append_metric(target: TextIO | str | os.PathLike[str] | None, kind: str, values: dict[str, Any]) -> None:
-    """Append one object to a metrics file, open or by path; None does nothing."""
+    """Append one object to a metrics file, given open or by path; None does nothing."""
     if target is None:
         return
     if isinstance(target, (str, os.PathLike)):
@@ -229,10 +228,10 @@ def append_metric(target: TextIO | str | os.PathLike[str] | None, kind: str, val
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a last line that a kill cut short is left out.
+    """Read metrics.jsonl, without a last line that was not written completely.
 
     Raises:
-        UserError: the file is missing, or a line other than such a last one is not a JSON object with a `kind`.
+        UserError: the file is missing, or another line is not a JSON object with a `kind`.
     """
     try:
         text = Path(path).read_bytes().decode(errors="replace")
@@ -252,10 +251,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def series(records: list[dict[str, Any]], kind: str, field: str) -> list[tuple[int, float, float]]:
-    """The points (step, seconds, value) of one curve, by rising step.
+    """The points (step, seconds, value) of one curve, sorted by step.
 
-    Points that a killed process wrote beyond the checkpoint from which training went on are left out, as are points
-    without a finite value.
+    Points after a checkpoint from which training was later resumed are left out, and so are points without a value.
     """
     points: dict[int, tuple[int, float, float]] = {}
     for record in records:
@@ -267,9 +265,9 @@ def series(records: list[dict[str, Any]], kind: str, field: str) -> list[tuple[i
 
 
 def resumed_steps(records: list[dict[str, Any]]) -> list[int]:
-    """The steps at which a run's training changed from one process to the next, by rising step.
+    """The steps at which training was resumed, sorted.
 
-    A part that was done again from an earlier checkpoint, or from the beginning, is no part of the run.
+    A resumption is left out if training was later resumed from an earlier step, because its steps were then repeated.
     """
     steps: list[int] = []
     for record in records:
@@ -283,7 +281,7 @@ def _is_number(value: Any) -> bool:
 
 
 def finite(value: Any) -> Any:
-    """The value; None in place of NaN and infinities, which JSON does not have."""
+    """The value, or None for NaN and infinities, which JSON lacks."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -295,13 +293,13 @@ def _write_line(file: TextIO, text: str) -> None:
     try:
         file.write(text + "\n")
     except OSError as error:
-        # a full disk is told of without a name
+        # the error of a full disk has no file name
         error.filename = file.name
         raise
 
 
 def _open_for_lines(path: Path) -> TextIO:
-    # a line that a kill cut short would run into the next one
+    # remove an incomplete last line, which would run into the next one
     if path.exists():
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):

@@ -1,4 +1,4 @@
-"""Where a run's metrics go besides its folder: TensorBoard and Weights & Biases, imported only when they are asked for."""
+"""Loggers besides the run's own files: TensorBoard and Weights & Biases, imported only if requested."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train.common.errors import UserError
 
 
 class Sink(Protocol):
-    """Takes scalars while a run goes on."""
+    """Receives scalars during a run."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -37,13 +37,13 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the project in WANDB_PROJECT, or golf_kernels; WANDB_MODE=offline keeps it in the run's folder."""
+    """A run in the project WANDB_PROJECT (default golf_kernels); WANDB_MODE=offline keeps it in the run folder."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         wandb = _library("wandb")
         project = os.environ.get("WANDB_PROJECT", "golf_kernels")
         try:
-            # one id per folder: a resumed run goes on in the same curves
+            # one id per folder, so that a resumed run continues its curves
             self._run = wandb.init(
                 project=project,
                 id=folder.name,
@@ -54,7 +54,7 @@ class WeightsAndBiases:
             )
         except wandb.errors.Error as error:
             raise UserError(
-                f"loggers: wandb does not start ({error}): run wandb login, or set WANDB_MODE=offline, or leave it out"
+                f"loggers: wandb does not start ({error}): run wandb login, set WANDB_MODE=offline, or drop wandb from LOGGERS"
             ) from error
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -69,10 +69,10 @@ _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 def sink_names(text: str) -> list[str]:
-    """The names in a setting such as `tensorboard,wandb`.
+    """The names in the setting `loggers`, such as `tensorboard,wandb`.
 
     Raises:
-        UserError: an unknown name.
+        UserError: a name is unknown.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
@@ -82,25 +82,25 @@ def sink_names(text: str) -> list[str]:
 
 
 def check_sinks(text: str) -> None:
-    """Import what a run will log to, before it starts.
+    """Import the loggers' packages, before the run starts.
 
     Raises:
-        UserError: an unknown name, or a package that is not installed.
+        UserError: a name is unknown, or a package is not installed.
     """
     for name in sink_names(text):
         _library(name)
 
 
 def open_sinks(text: str, folder: Path, settings: Mapping[str, Any]) -> list[Sink]:
-    """Start everything that the setting names.
+    """Start the loggers that the setting names.
 
     Args:
-        text: the setting, e.g. `tensorboard,wandb`; empty: nothing.
-        folder: the run's folder.
-        settings: the run's configuration, to be kept beside the curves.
+        text: the setting `loggers`; empty: none.
+        folder: the run folder.
+        settings: the run's settings, stored beside the curves.
 
     Raises:
-        UserError: see `check_sinks`, or a service that does not start.
+        UserError: see `check_sinks`; or a service does not start.
     """
     return [SINKS[name](folder, settings) for name in sink_names(text)]
 
@@ -109,4 +109,6 @@ def _library(name: str) -> ModuleType:
     try:
         return importlib.import_module(_MODULES[name])
     except ImportError as error:
-        raise UserError(f"loggers: {name} does not import ({error}): pip install {name}, or leave it out") from error
+        raise UserError(
+            f"loggers: {name} cannot be imported ({error}): pip install {name}, or drop it from LOGGERS"
+        ) from error
