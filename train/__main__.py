@@ -51,8 +51,9 @@ def main() -> int:
 def print_description(config: Config, *, as_json: bool) -> int:
     from train.describe import describe, describe_text
 
-    facts = describe(config, load_recipe(config.recipe).published)
-    print(json.dumps(facts, indent=1) if as_json else describe_text(facts))
+    recipe = load_recipe(config.recipe)
+    facts = describe(config, recipe.published)
+    print(json.dumps(facts, indent=1) if as_json else f"{recipe.about}\n\n{describe_text(facts)}".lstrip())
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`python -m train --recipe NAME --describe`: what a configuration is, without a GPU, data or a single weight drawn."""
+"""`python -m train --recipe NAME --describe`: the figures of a configuration, computed without a GPU or data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.quantize.tensors import stored_bits
 
 SCHEDULE_POINTS = 13
 
-# key, title, width and format of each
+# key, title, width, format
 SCHEDULE_COLUMNS = (
     ("seconds", "seconds", 8, ".1f"),
     ("step", "step", 7, ","),
@@ -27,17 +27,17 @@ SCHEDULE_COLUMNS = (
 
 
 def describe(config: Config, published: Mapping[str, float]) -> dict[str, Any]:
-    """All figures of a configuration that need no data.
+    """Parameters, bytes, layers and schedule of a configuration.
 
-    Bytes: `state` is the trained masters in their own dtypes; `container` the quantized tensors with one code per byte
-    and float16 row scales, which is what an entropy coder gets; `packed` the same with codes of b bits in b/8 bytes.
+    `state_bytes` count the trained weights in their own dtypes; `container_bytes` the quantized tensors with one byte per
+    code and float16 row scales, as an entropy coder receives them; `packed_bytes` the same with b/8 bytes per b-bit code.
 
     Args:
         config: the configuration.
-        published: the recipe's published figures; `step_ms` places its schedule.
+        published: the recipe's published figures; `step_ms` is used for the schedule.
 
     Returns:
-        A dictionary fit for JSON.
+        A dictionary of JSON types.
     """
     with torch.device("meta"):
         model = GPT(config)
@@ -78,10 +78,10 @@ def describe(config: Config, published: Mapping[str, float]) -> dict[str, Any]:
 
 
 def schedule(config: Config, step_ms: float | None) -> list[dict[str, float | None]]:
-    """Learning-rate scale and momentum along a run.
+    """Learning-rate scale and momentum at equidistant points of a run.
 
-    Without a wall-clock cap the points divide the steps. Under one they divide the time, and the step is what `step_ms`
-    per step reaches by then; without a step time, step and whatever depends on it is None.
+    With a wall-clock limit the points divide the time, and `step_ms` gives the step at each point; without `step_ms` the
+    step, and all that depends on it, is None. Without a limit the points divide the steps.
     """
     cap = config.training_seconds
     timed = bool(step_ms) or not cap
@@ -107,12 +107,12 @@ def schedule(config: Config, step_ms: float | None) -> list[dict[str, float | No
 
 
 def describe_text(facts: Mapping[str, Any]) -> str:
-    """The figures as a page to read."""
+    """The figures as text."""
     order, flops = facts["virtual_order"], facts["mflop_per_token"]
     lines = [
         f"recipe {facts['recipe']}: {facts['parameters']:,} parameters",
-        f"  state {facts['state_bytes']:,} bytes; quantized {facts['container_bytes']:,} bytes with one code per byte, "
-        f"{facts['packed_bytes']:,} packed",
+        f"  bytes: {facts['state_bytes']:,} in training; {facts['container_bytes']:,} quantized, one byte per code; "
+        f"{facts['packed_bytes']:,} quantized, packed codes",
     ]
     if facts["published"]:
         lines.append("  published: " + ", ".join(f"{name} {value:,}" for name, value in facts["published"].items()))
@@ -126,7 +126,7 @@ def describe_text(facts: Mapping[str, Any]) -> str:
         )
     lines.append("")
     if facts["schedule"][0]["step"] is None:
-        lines.append("no published step time: what depends on the step (-) is known when it has been measured")
+        lines.append("no published step time: values that depend on the step are shown as -")
     lines.append(" ".join(f"{title:>{width}}" for _, title, width, _ in SCHEDULE_COLUMNS))
     lines += [
         " ".join(
@@ -135,7 +135,7 @@ def describe_text(facts: Mapping[str, Any]) -> str:
         )
         for point in facts["schedule"]
     ]
-    header = f"{'tensor':<34} {'shape':>13} {'parameters':>11} {'optimizer':>10} {'stored':>8} {'state':>12} {'per byte':>11} {'packed':>11}"
+    header = f"{'tensor':<34} {'shape':>13} {'parameters':>11} {'optimizer':>10} {'stored':>8} {'training B':>12} {'quantized B':>11} {'packed B':>11}"
     lines += ["", header]
     lines += [
         f"{t['name']:<34} {'x'.join(map(str, t['shape'])) or 'scalar':>13} {t['parameters']:11,} {t['optimizer']:>10} {t['stored']:>8} "

@@ -1,8 +1,8 @@
-"""Recipes: one file per system, holding what differs from the defaults of `train.config.Config`.
+"""Recipes: named settings, one file each.
 
-A recipe module has a docstring that says what it reproduces, `SETTINGS`, a dict from field names to values, and, where
-there is a published result, `PUBLISHED`, its figures. Adding a file here is all it takes: `--recipe NAME`, `--help`,
-`--describe` and the tests find it by its name.
+A recipe's module has a docstring that says what it reproduces, `SETTINGS`, which maps settings to values other than the
+defaults, and, for a published result, `PUBLISHED` with its figures. To add a recipe, add a file here: `--recipe`,
+`--help`, `--describe` and the tests find it by its name.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Recipe:
     Attributes:
         name: the module's name.
         about: the module's docstring.
-        settings: field name → value, where it differs from the default.
-        published: figures of the published run, such as `step_ms`; empty where there is none.
+        settings: name → value of each setting that differs from the default.
+        published: figures of the published run, such as `step_ms`; empty if there is none.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """The names that `--recipe` takes."""
+    """The names of all recipes."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
@@ -47,7 +47,7 @@ def load_recipe(name: str) -> Recipe:
     """Find a recipe by name.
 
     Raises:
-        ConfigError: there is no such recipe; the message names the nearest one and all others.
+        ConfigError: there is no such recipe; the message names the most similar one and all others.
     """
     names = recipe_names()
     if name not in names:

@@ -1,7 +1,10 @@
-"""The published baseline: 9 layers, d 512, ReLU² MLP, tied embeddings, U-Net skips; 17,059,912 parameters.
+"""The published baseline: 9 layers, width 512, ReLU² MLP, tied embedding, U-Net skips; 17,059,912 parameters.
 
-Published: val_bpb 1.2243657, 13,780 steps of 43.54 ms on 8 × H100, 15,863,489 bytes. Deviations: the artifact is int6
-GPTQ and brotli, where the published one was int8 and zlib, and 10 of the 600 s are kept for its calibration.
+Published (8 × H100): val_bpb 1.2243657, 13,780 steps of 43.54 ms, 15,863,489 bytes.
+
+Deviations:
+- The artifact is int6 by GPTQ, compressed by brotli. The published one is int8 and zlib.
+- 10 of the 600 seconds are reserved for GPTQ's calibration.
 """
 
 PUBLISHED = {"val_bpb": 1.2243657, "steps": 13780, "step_ms": 43.54, "artifact_bytes": 15_863_489}

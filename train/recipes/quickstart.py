@@ -1,8 +1,8 @@
-"""A small cut of the newest recipe's shape that two CPU cores train in 130 seconds.
+"""A small model with every part of sp8192_sdclip, trained in 130 seconds on two CPU cores.
 
-It has every part of `sp8192_sdclip` (#1471): partial RoPE, QK gain, XSA, layer-scaled norms, gated U-Net skips, shared
-value embeddings, two parallel lanes, recurrence, MuonEq-R, EMA, SDClip and GPTQ. It reproduces no published score: its
-text is the Python standard library's own sources and documentation.
+The parts are those of #1471: partial RoPE, QK gain, XSA, layer-scaled norms, gated U-Net skips, shared value embeddings,
+two parallel lanes, recurrence, MuonEq-R, EMA, SDClip and GPTQ. The training text is Python's standard library, its
+sources and documentation, so no published score is comparable.
 """
 
 SETTINGS = {
@@ -10,7 +10,7 @@ SETTINGS = {
     "corpus": "stdlib",
     "vocab_size": 1024,
     "train_seq_len": 128,
-    # neighbouring text in one batch is a few files: windows from everywhere in the stream learn faster
+    # sequential batches hold text from few files; batches from the whole text learn faster
     "loader": "coprime",
     "train_batch_tokens": 2048,
     "num_layers": 4,
@@ -52,9 +52,9 @@ SETTINGS = {
     "grad_clip_norm": 0.3,
     "ema_decay": 0.9,
     "gptq_calib_batches": 8,
-    # the published threshold of 65,536 elements would leave every matrix of this width in float16
+    # the published threshold of 65,536 elements would leave every matrix in float16
     "passthrough_max_elements": 4096,
-    # the published floor of 1/31 is above the deviation of this width's rows and would round them to zero
+    # the published floor of 1/31 would round all rows to zero, whose deviations are smaller
     "scale_floor": "none",
     "val_loss_every": 100,
     "train_log_every": 25,

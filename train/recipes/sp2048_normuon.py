@@ -1,10 +1,16 @@
 """Submission #122: vocabulary 2048, 8 layers, NorMuon, int6 straight-through training from step 0, SWA, zstd.
 
-Published (8 × H100): val_bpb 1.15849349 (three verification runs: 1.16027254 on average), 11,132 steps of 53.91 ms, 15,353,270
-bytes, 19,941,440 parameters. Windows are 4,096 tokens long, as its script has it and not as its README says.
+Published (8 × H100): val_bpb 1.15849349 (mean of three verification runs: 1.16027254), 11,132 steps of 53.91 ms,
+15,353,270 bytes, 19,941,440 parameters.
 
-Deviations: control tensors are float16 in the artifact, where they were float32, and zstd gets one code per byte, where it got
-packed ones; the container is this project's own. The rule `full_windows` never scores the text's first 4,032 tokens, as published.
+As in the published script:
+- Windows are 4,096 tokens long. The README gives another length.
+- The evaluation rule full_windows never scores the first 4,032 tokens.
+
+Deviations:
+- Control tensors are float16 in the artifact. The published ones are float32.
+- zstd compresses one code per byte. The published script packs the codes first.
+- The artifact has this project's own container.
 """
 
 PUBLISHED = {"val_bpb": 1.15849349, "steps": 11132, "step_ms": 53.91, "artifact_bytes": 15_353_270}
@@ -29,7 +35,7 @@ SETTINGS = {
     "swa_enabled": True,
     "swa_every": 200,
     "swa_start_frac": 0.5,
-    # training's row scale has no floor and the export's has one: the published mismatch
+    # as published, row scales have a floor in the artifact but none in training
     "qat": True,
     "quantizer": "rtn",
     "matrix_clip": "quantile",
