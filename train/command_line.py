@@ -117,7 +117,7 @@ def note_unread(
         note(f"warning: ignoring {name}={text}; this run was made with {format_value(value) or 'an empty value'}{hint}")
 
 
-def check_back_ends() -> None:
+def check_backends() -> None:
     """Check that the backends that GOLF_BACKEND forces can run.
 
     Raises:

@@ -19,7 +19,7 @@ from golf_kernels.newton_schulz import coefficient_set
 from train.artifact.codecs import CODECS
 from train.artifact.make import make_artifact, quantize
 from train.checkpoint import load_weights, write_tensors
-from train.command_line import Override, check_back_ends, override_line
+from train.command_line import Override, check_backends, override_line
 from train.common.distributed import Ranks, start_ranks
 from train.common.errors import UserError
 from train.common.files import write_json
@@ -132,7 +132,7 @@ def preflight(config: Config) -> None:
         )
     try:
         with dispatch.forced(config.golf_backend):
-            check_back_ends()
+            check_backends()
         coefficient_set(config.muon_coefficients).schedule(config.muon_backend_steps)
     except ValueError as error:
         raise UserError(f"muon_coefficients, muon_backend_steps: {error}") from error

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     # imported after the arguments are read: torch takes seconds, --help should not
     from train.artifact.make import make_artifact, quantize
     from train.checkpoint import load_weights
-    from train.command_line import check_back_ends, note_unread
+    from train.command_line import check_backends, note_unread
     from train.common.distributed import start_ranks
     from train.data.dataset import Dataset
     from train.model.gpt import GPT
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     from train.single_file.code_size import counted_code_bytes
 
     folder = RunFolder(arguments.run)
-    check_back_ends()
+    check_backends()
     config, changes = _settings(arguments, folder)
 
     def make_room() -> None:

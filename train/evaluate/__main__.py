@@ -10,7 +10,7 @@ from pathlib import Path
 
 from train.artifact import load_model
 from train.checkpoint import load_weights
-from train.command_line import check_back_ends, note_unread
+from train.command_line import check_backends, note_unread
 from train.common.distributed import start_ranks
 from train.common.errors import main_guard
 from train.config import Config, field_names
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     """Score a run folder from the command line; under torchrun its ranks share the windows."""
     arguments = _parser().parse_args(map(_as_named, sys.argv[1:] if argv is None else argv))
     folder = RunFolder(arguments.run)
-    check_back_ends()
+    check_backends()
     # no other artifact may take the place of the one that is scored
     with folder.held(shared=True):
         return _score(folder, arguments)
