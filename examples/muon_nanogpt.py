@@ -34,7 +34,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(F.rms_norm(x, (WIDTH,))).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (batch, heads, length, head width)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, WIDTH))
-        return x + self.down(F.relu(self.up(F.rms_norm(x, (WIDTH,)))).square())
+        x = x + self.down(F.relu(self.up(F.rms_norm(x, (WIDTH,)))).square())
+        return x
 
 
 class GPT(nn.Module):

@@ -30,20 +30,23 @@ def quantized(config: Config, seed: int = 0) -> StoredTensors:
     return quantize_model(model, config, {})
 
 
+def bits(tensor: torch.Tensor) -> bytes:
+    # numpy has no bfloat16
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy(force=True).tobytes()
+
+
 def assert_same(found: StoredTensors, expected: StoredTensors) -> None:
     assert list(found) == list(expected)
     for name, tensor in expected.items():
-        assert type(found[name]) is type(tensor), name
+        other = found[name]
         if isinstance(tensor, QuantizedTensor):
-            assert found[name].bits == tensor.bits
-            assert torch.equal(found[name].codes, tensor.codes), name
-            assert torch.equal(found[name].scales.view(torch.int16), tensor.scales.view(torch.int16)), name
+            assert isinstance(other, QuantizedTensor), name
+            assert other.bits == tensor.bits
+            assert torch.equal(other.codes, tensor.codes), name
+            assert torch.equal(other.scales.view(torch.int16), tensor.scales.view(torch.int16)), name
         else:
-            assert found[name].dtype == tensor.dtype
-            assert found[name].shape == tensor.shape
+            assert isinstance(other, torch.Tensor), name
+            assert other.dtype == tensor.dtype
+            assert other.shape == tensor.shape
             # by their bits, since −0 equals 0
-            assert (
-                found[name].numpy(force=True).tobytes() == tensor.numpy(force=True).tobytes()
-                if (tensor.dtype != torch.bfloat16)
-                else torch.equal(found[name].view(torch.int16), tensor.view(torch.int16))
-            )
+            assert bits(other) == bits(tensor), name

@@ -22,7 +22,12 @@ CUDA = torch.device("cuda", 0)
 
 def gpu_config(system: str, **changes: Any) -> Config:
     # the flash kernels take head dimensions in multiples of 8
-    narrow = {"model_dim": 64, "device": "cuda", "grad_clip_norm": 1.0, "train_batch_tokens": MICRO_BATCHES * 2 * 16}
+    narrow: dict[str, Any] = {
+        "model_dim": 64,
+        "device": "cuda",
+        "grad_clip_norm": 1.0,
+        "train_batch_tokens": MICRO_BATCHES * 2 * 16,
+    }
     return narrow_config(system, **(SHALLOW[system] | narrow | changes))
 
 

@@ -103,7 +103,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bool]]:
 
 def address_of(tensor: Tensor) -> int:
     # an allocator's addresses are multiples of 512
-    return 512 * (tensor.untyped_storage()._cdata % 2**40) + tensor.storage_offset() * tensor.element_size()
+    storage: int = tensor.untyped_storage()._cdata
+    return 512 * (storage % 2**40) + int(tensor.storage_offset()) * tensor.element_size()
 
 
 def test_every_launch_has_a_grid_all_arguments_and_the_device_of_its_tensors(launches: dict[str, bool]) -> None:

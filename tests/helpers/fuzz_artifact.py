@@ -40,7 +40,7 @@ with watched:
     from train.common.errors import CodecError, UserError
     from train.config import Config
     from train.model.gpt import GPT
-    from train.quantize.tensors import QuantizedTensor
+    from train.quantize.tensors import QuantizedTensor, StoredTensors
 
 _FILE = Path(tempfile.gettempdir()) / "fuzz_artifact.golf"
 _LARGEST = 1 << 22
@@ -94,19 +94,19 @@ def seeds() -> list[bytes]:
     """Good inputs of every kind, from which a fuzzer starts: small, and one that holds a whole model."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-3, 4, (6, 20), generator=generator).to(torch.int8)
-    small = {
+    small: StoredTensors = {
         "blocks.0.w": QuantizedTensor(codes, torch.ones(6).half(), 6),
         "s": torch.ones(3).half(),
         "f": torch.ones(()),
     }
     shape: dict[str, Any] = {"vocab_size": 259, "num_layers": 2, "model_dim": 8, "num_heads": 2, "num_kv_heads": 1}
     tiny = Config(**shape, passthrough_max_elements=70, train_seq_len=8, train_batch_tokens=64)
-    whole = {name: torch.zeros(weight.shape).half() for name, weight in GPT(tiny).named_parameters()}
+    whole: StoredTensors = {name: torch.zeros(weight.shape).half() for name, weight in GPT(tiny).named_parameters()}
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for name in sorted(CODECS):
             file = Path(folder) / "seed"
-            tensors = {**whole} if name == "zlib" else {**small}
+            tensors = whole if name == "zlib" else small
             write_artifact(file, tensors, tiny.replace(codec=name), code_bytes=0, max_bytes=10**9)
             data = file.read_bytes()
             (length,) = struct.unpack_from("<I", data, 10)

@@ -1,11 +1,26 @@
 """The MLP block as people write it, for every back end."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
+from operator_truth import Tensors
+from torch import Tensor
 
 NAMES = ("x", "w_up", "w_down", "residual", "scale")
 
 
-def formula(x, w_up, w_down, *, slope=0.5, norm_eps=None, gain=1.0, residual=None, scale=None):
+def formula(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    slope: float = 0.5,
+    norm_eps: float | None = None,
+    gain: float = 1.0,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
     """The block as people write it, in the dtype of its inputs; the norm in float32 at least, as torch does it."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     n = x if norm_eps is None else (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + norm_eps)).to(x.dtype)
@@ -15,14 +30,24 @@ def formula(x, w_up, w_down, *, slope=0.5, norm_eps=None, gain=1.0, residual=Non
     return out if residual is None else residual + out
 
 
-def run(function, tensors, dy, **options):
+def run(function: Callable[..., Tensor], tensors: Mapping[str, Tensor | None], dy: Tensor, **options: Any) -> Tensors:
     """Result and gradients by name."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     y = function(**given, **options)
     return {"y": y.detach(), **dict(zip(given, torch.autograd.grad(y, list(given.values()), dy), strict=True))}
 
 
-def as_the_kernels_round(x, w_up, w_down, dy, *, slope, norm_eps, gain=1.0, scale=None):
+def as_the_kernels_round(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    dy: Tensor,
+    *,
+    slope: float,
+    norm_eps: float,
+    gain: float = 1.0,
+    scale: Tensor | None = None,
+) -> Tensors:
     """Result and gradients of the block whose residual is x, rounded to the dtype of x where the Triton kernels round.
 
     float32 within a kernel and the dtype of x for what it stores: it shows the kernels' error in bfloat16, of which their

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from train.config import Config
@@ -20,10 +22,17 @@ SYSTEMS = {system: load_recipe(recipe).settings for system, recipe in _RECIPES.i
 """The settings of the recipes themselves: what is tested with them is what runs."""
 
 # the length beyond which the rotary base grows is kept below the tests' texts, so that the NTK rule takes part
-_NARROW = {"model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 259, "mlp_mult": 2.0, "train_seq_len": 16}
+_NARROW: dict[str, object] = {
+    "model_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "vocab_size": 259,
+    "mlp_mult": 2.0,
+    "train_seq_len": 16,
+}
 # bfloat16 logits would hide all but the third digit
 _NARROW |= {"logits_rounding": "none"}
-_NARROW_BY_SYSTEM = {
+_NARROW_BY_SYSTEM: dict[str, dict[str, object]] = {
     "baseline": {"rope_train_seq_len": 8},
     "sp1024": {"rope_train_seq_len": 8, "bigram_vocab_size": 41, "bigram_dim": 12},
     "sp2048": {"rope_train_seq_len": 16},
@@ -32,7 +41,7 @@ _NARROW_BY_SYSTEM = {
 }
 
 _FOUR = {"num_layers": 4, "recur_layers": (1,), "parallel_start_layer": 3, "ve_layers": (2, 3), "xsa_last_n": 4}
-SHALLOW = {
+SHALLOW: dict[str, dict[str, Any]] = {
     "baseline": {"num_layers": 3},
     "sp1024": {"num_layers": 2},
     "sp2048": {"num_layers": 2},

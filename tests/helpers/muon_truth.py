@@ -1,8 +1,11 @@
 """Muon's formulas in float64, one matrix at a time, and steps with made gradients."""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from golf_kernels import COEFFICIENTS
@@ -12,18 +15,25 @@ SHAPES = ((6, 10), (10, 6), (8, 8), (6, 10))
 QUINTIC = COEFFICIENTS["quintic"].triples[0]
 
 
-def parameters(shapes=SHAPES, dtype=torch.float64):
+def parameters(
+    shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float64
+) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     return [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
 
 
-def set_gradients(params, step):
+def set_gradients(params: Iterable[Tensor], step: int) -> None:
     generator = torch.Generator().manual_seed(100 + step)
     for param in params:
         param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
 
 
-def train(optimizer, steps=4, start=0, change=lambda group, step: None):
+def train(
+    optimizer: torch.optim.Optimizer,
+    steps: int = 4,
+    start: int = 0,
+    change: Callable[[dict[str, Any], int], object] = lambda group, step: None,
+) -> list[Tensor]:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for step in range(start, start + steps):
         set_gradients(params, step)
@@ -33,16 +43,28 @@ def train(optimizer, steps=4, start=0, change=lambda group, step: None):
     return [param.detach().clone() for param in params]
 
 
-def orthogonalized(matrix, triples=(QUINTIC,) * 5, eps=1e-7):
+def orthogonalized(
+    matrix: Tensor, triples: Iterable[tuple[float, float, float]] = (QUINTIC,) * 5, eps: float = 1e-7
+) -> Tensor:
     """Newton-Schulz through the singular value decomposition."""
     u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
     sigma = sigma / matrix.norm().clamp_min(eps)
     for a, b, c in triples:
         sigma = a * sigma + b * sigma**3 + c * sigma**5
-    return u * sigma @ vh
+    result: Tensor = u * sigma @ vh
+    return result
 
 
-def reference(*, lr, weight_decay=0.1, dampened=True, nesterov=True, row_eps=None, beta2=None, momenta=(0.95,) * 4):
+def reference(
+    *,
+    lr: float | tuple[float, ...],
+    weight_decay: float = 0.1,
+    dampened: bool = True,
+    nesterov: bool = True,
+    row_eps: float | None = None,
+    beta2: float | None = None,
+    momenta: tuple[float, ...] = (0.95,) * 4,
+) -> list[Tensor]:
     """Four steps written down straight, one matrix at a time."""
     params = parameters()
     weights = [param.detach().clone() for param in params]
@@ -50,7 +72,9 @@ def reference(*, lr, weight_decay=0.1, dampened=True, nesterov=True, row_eps=Non
     second = [torch.zeros(w.shape[0], 1).double() for w in weights]
     for step, beta in enumerate(momenta):
         set_gradients(params, step)
-        for i, (w, g) in enumerate(zip(weights, (param.grad for param in params), strict=True)):
+        for i, (w, param) in enumerate(zip(weights, params, strict=True)):
+            g = param.grad
+            assert g is not None
             momentum[i] = beta * momentum[i] + ((1 - beta) if dampened else 1) * g
             u = momentum[i]
             if nesterov:
@@ -68,7 +92,7 @@ def reference(*, lr, weight_decay=0.1, dampened=True, nesterov=True, row_eps=Non
     return weights
 
 
-def assert_close(got, want, tolerance=1e-10):
+def assert_close(got: Iterable[Tensor], want: Iterable[Tensor], tolerance: float = 1e-10) -> None:
     for a, b in zip(got, want, strict=True):
         assert float((a - b).norm() / b.norm()) < tolerance
 
@@ -76,11 +100,11 @@ def assert_close(got, want, tolerance=1e-10):
 class Launches(TorchDispatchMode):
     """Number of matrices in every call of golf::newton_schulz."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.sizes = []
+        self.sizes: list[int] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.golf.newton_schulz.default:
             self.sizes.append(len(args[0]))
         return func(*args, **(kwargs or {}))

@@ -1,6 +1,12 @@
 """What the tests of all operators share: random tensors, errors against float64, and what a CUDA graph and a compiler must keep."""
 
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
 import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -10,32 +16,38 @@ ELEMENTWISE_DTYPES = (torch.bfloat16, torch.float16, torch.float32) if ON_GPU el
 PRODUCT_DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16, torch.float32)
 
 
-def random(*shape, seed=0, dtype=torch.float64, device="cpu", size=1.0):
+def random(
+    *shape: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: str | torch.device = "cpu",
+    size: float = 1.0,
+) -> Tensor:
     """Normal numbers of that size, the same ones for every dtype and device."""
     made = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (size * made).to(device, dtype)
 
 
-def exactly(tensors):
+def exactly(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
     """Tensors by name as leaves in float64; None stays None."""
     return {
         name: None if t is None else t.detach().double().requires_grad_(t.requires_grad) for name, t in tensors.items()
     }
 
 
-def errors(got, want):
+def errors(got: Tensors, want: Tensors) -> dict[str, float]:
     """‖got − want‖ / ‖want‖ by name."""
     return {name: float((got[name].double() - want[name]).norm() / want[name].norm()) for name in want}
 
 
-def within(found, plain, dtype, exact=1e-6):
+def within(found: dict[str, float], plain: dict[str, float], dtype: torch.dtype, exact: float = 1e-6) -> bool:
     """Whether kernels err no more than the plain chain, and in float32 no more than `exact`."""
     # float32 rounds nothing that is seen, so both err by the order of their sums alone
     limits = plain if dtype != torch.float32 else dict.fromkeys(plain, exact)
     return all(found[name] <= limits[name] for name in plain)
 
 
-def assert_graph_replays(run, inputs):
+def assert_graph_replays(run: Callable[[], Tensors], inputs: Iterable[Tensor]) -> None:
     """A CUDA graph of `run`, which returns tensors by name, computes from what its inputs hold when it is replayed."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -53,7 +65,7 @@ def assert_graph_replays(run, inputs):
     assert all(torch.equal(captured[name], want[name]) for name in want)
 
 
-def assert_compiles(run, function, **options):
+def assert_compiles(run: Callable[[Any], Tensors], function: Callable[..., Any], **options: Any) -> None:
     """`run` of the function compiled as one graph gives the bits of `run` of the function, also when it is called again."""
     compiled = torch.compile(function, fullgraph=True, **options)
     want = run(function)

@@ -1,7 +1,10 @@
 """QK-norm, rotation and gain as people write them, for every back end."""
 
+from collections.abc import Callable
+
 import torch
-from operator_truth import errors, exactly, random
+from operator_truth import Tensors, errors, exactly, random
+from torch import Tensor
 
 from golf_kernels.qk_norm_rope import qk_norm_rope
 
@@ -9,14 +12,14 @@ LEAVES = ("q", "k", "gain")
 EPS = 1e-6
 
 
-def formula(q, k, cosine, sine, gain, *, eps):
+def formula(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
     """The chain as people write it, in the dtype of its inputs; the norm in float32 at least, as torch does it."""
 
-    def normed(x):
+    def normed(x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
-    def turned(x):
+    def turned(x: Tensor) -> Tensor:
         half = cosine.shape[-1]
         a, b = x[..., :half], x[..., half : 2 * half]
         return torch.cat([a * cosine + b * sine, -a * sine + b * cosine, x[..., 2 * half :]], dim=-1)
@@ -24,14 +27,25 @@ def formula(q, k, cosine, sine, gain, *, eps):
     return turned(normed(q)) * gain.to(q.dtype)[:, None], turned(normed(k))
 
 
-def run(function, tensors, gradients, eps=EPS):
+def run(
+    function: Callable[..., tuple[Tensor, Tensor]], tensors: Tensors, gradients: list[Tensor], eps: float = EPS
+) -> Tensors:
     """Results and gradients by name."""
     results = function(**tensors, eps=eps)
     found = torch.autograd.grad(results, [tensors[name] for name in LEAVES], gradients)
     return dict(zip(("q_hat", "k_hat", *LEAVES), [*(r.detach() for r in results), *found], strict=True))
 
 
-def heads(batch=2, length=5, queries=4, keys=2, dim=6, rotary=4, dtype=torch.float64, device="cpu"):
+def heads(
+    batch: int = 2,
+    length: int = 5,
+    queries: int = 4,
+    keys: int = 2,
+    dim: int = 6,
+    rotary: int = 4,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+) -> Tensors:
     """Random tensors of one call by name; q, k and gain require gradients."""
     angles = 3 * random(length, 1, rotary // 2, seed=2, device=device)
     return {
@@ -43,18 +57,18 @@ def heads(batch=2, length=5, queries=4, keys=2, dim=6, rotary=4, dtype=torch.flo
     }
 
 
-def upstream(tensors):
+def upstream(tensors: Tensors) -> list[Tensor]:
     """Random gradients of both results."""
     q, k = tensors["q"], tensors["k"]
     return [random(*x.shape, seed=seed, dtype=x.dtype, device=x.device) for seed, x in ((9, q), (10, k))]
 
 
-def truth(tensors):
+def truth(tensors: Tensors) -> Tensors:
     """Results and gradients of the chain in float64."""
     return run(formula, exactly(tensors), [g.double() for g in upstream(tensors)])
 
 
-def errors_of_both(tensors):
+def errors_of_both(tensors: Tensors) -> list[dict[str, float]]:
     """Relative errors of the operator and of the plain chain in the same dtype."""
     want = truth(tensors)
     return [errors(run(f, tensors, upstream(tensors)), want) for f in (qk_norm_rope, formula)]

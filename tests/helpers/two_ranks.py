@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from train.common.distributed import Ranks, start_ranks
 
@@ -19,7 +19,7 @@ VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -29,7 +29,7 @@ def torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 def on_two_ranks(work: Callable[[Ranks], Any], folder: Path) -> list[Any]:
     """What a module's function returns on rank 0 and on rank 1, by files in a folder."""
-    mp.spawn(_work, args=(work, free_port(), folder), nprocs=2)
+    spawn(_work, args=(work, free_port(), folder), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

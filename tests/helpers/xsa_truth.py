@@ -1,28 +1,39 @@
 """XSA as people write it, for every back end."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from operator_truth import errors, exactly, random
+from operator_truth import Tensors, errors, exactly, random
+from torch import Tensor
 
 from golf_kernels.xsa import xsa
 
 LEAVES = ("output", "value")
 
 
-def formula(output, value):
+def formula(output: Tensor, value: Tensor) -> Tensor:
     """The chain as people write it, each value repeated for its heads, in the dtype of its inputs."""
     direction = F.normalize(value.repeat_interleave(output.shape[2] // value.shape[2], dim=2), dim=-1)
     return output - (output * direction).sum(dim=-1, keepdim=True) * direction
 
 
-def run(function, tensors, dy):
+def run(function: Callable[..., Tensor], tensors: Tensors, dy: Tensor) -> Tensors:
     """Result and gradients by name."""
     y = function(**tensors)
     found = torch.autograd.grad(y, [tensors[name] for name in LEAVES], dy)
     return dict(zip(("y", *LEAVES), [y.detach(), *found], strict=True))
 
 
-def heads(batch=2, length=5, queries=4, values=2, dim=6, dtype=torch.float64, device="cpu"):
+def heads(
+    batch: int = 2,
+    length: int = 5,
+    queries: int = 4,
+    values: int = 2,
+    dim: int = 6,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+) -> tuple[Tensors, Tensor]:
     """Random tensors of one call by name, and an upstream gradient."""
     output, value, dy = (
         random(batch, length, count, dim, seed=seed, dtype=dtype, device=device)
@@ -31,7 +42,7 @@ def heads(batch=2, length=5, queries=4, values=2, dim=6, dtype=torch.float64, de
     return {"output": output.requires_grad_(), "value": value.requires_grad_()}, dy
 
 
-def errors_of_both(tensors, dy):
+def errors_of_both(tensors: Tensors, dy: Tensor) -> list[dict[str, float]]:
     """Relative errors of the operator and of the plain chain in the same dtype."""
     want = run(formula, exactly(tensors), dy.double())
     return [errors(run(function, tensors, dy), want) for function in (xsa, formula)]
