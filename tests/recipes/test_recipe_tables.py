@@ -15,7 +15,8 @@ from train.model.rope import ntk_base
 from train.quantize.row_scales import ROW_SCALES
 from train.recipes import load_recipe, recipe_names
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -56,9 +57,13 @@ def test_what_no_count_shows_is_as_published(name: str, base: float, parts: dict
     "name", [name for name in recipe_names() if load_recipe(name).published or f"| `{name}`" in README]
 )
 def test_the_readme_has_every_published_recipe_with_its_parameters(name: str) -> None:
-    row = re.search(rf"^\| `{name}` \|.*$", README, re.MULTILINE)
-    assert row, f"README.md has no row for {name}"
-    assert f"| {describe(load_recipe(name).config(), {})['parameters']:,} |" in row[0]
+    recipe = load_recipe(name)
+    for text in (README, (ROOT / "docs/recipes.md").read_text()):
+        row = re.search(rf"^\| `{name}` \|.*$", text, re.MULTILINE)
+        assert row, f"no row for {name}"
+        assert f"| {describe(recipe.config(), {})['parameters']:,} |" in row[0]
+        if "val_bpb" in recipe.published:
+            assert f"| {recipe.published['val_bpb']:.4f} |" in row[0]
 
 
 def test_the_readme_names_every_operator() -> None:
