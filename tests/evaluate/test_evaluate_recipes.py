@@ -66,7 +66,7 @@ def test_pruned_evaluation_equals_the_plain_one(system: str, count: int, seq_len
     if stride in (0, seq_len):
         assert found.layer0 == "off (windows do not overlap)"
     elif system in ("sp1024", "sp4096"):
-        assert found.layer0.startswith("off (smear gate and bigrams read the token before")
+        assert found.layer0.startswith("off (smear gate and bigrams read the previous token")
     else:
         assert found.layer0 == "on"
     assert found.val_loss == pytest.approx(nats / scored, rel=1e-6)

@@ -25,15 +25,9 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 
 class KeyValues:
-    """The cache of keys and values for generation; a layer that runs twice has two entries.
+    """The KV cache for generation, keys and values `(runs, B, T, H_kv, D)`; a layer that runs twice has two entries.
 
     A forward pass over new positions calls `extend` once for each layer run, in order.
-
-    Args:
-        runs: number of layer runs.
-        shape: `(B, T, H_kv, D)` for the whole text.
-        dtype: compute dtype.
-        device: device of the model.
     """
 
     def __init__(
@@ -44,14 +38,7 @@ class KeyValues:
         self._run = 0
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of new positions to the next layer run, and return those of all positions.
-
-        Args:
-            key: `(B, n, H_kv, D)`.
-            value: `(B, n, H_kv, D)`.
-
-        Returns:
-            Keys and values `(B, length + n, H_kv, D)`: views, which later calls do not change.
+        """Append keys and values `(B, n, H_kv, D)` to the next layer run; return all: `(B, length + n, H_kv, D)` views.
 
         Raises:
             ValueError: the text would be longer than T.
@@ -72,11 +59,6 @@ class Attention(OperatorModule):
     """The attention of one layer, from the normed input to the output projection.
 
     q, k ← rms(q), rms(k) per head; RoPE; q ← q · q_gain[head]; causal attention; XSA in the last `xsa_last_n` layers.
-
-    Args:
-        config: `model_dim`, `num_heads`, `num_kv_heads`, `qk_gain_init`, `xsa_last_n`, `orthogonal_init`,
-            `qat`.
-        layer: 0-based index of the physical layer.
     """
 
     def __init__(self, config: Config, layer: int) -> None:
@@ -93,7 +75,7 @@ class Attention(OperatorModule):
         self.backend = "sdpa"
 
     def project(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
-        """Queries, keys and values before norm and rotation; arguments as of `heads`."""
+        """Queries, keys and values before norm and rotation; arguments as for `heads`."""
         fake_quantize = self.qat and self.training
         weights = (self.query, self.key, self.value)
         if not rows_from:
@@ -111,10 +93,8 @@ class Attention(OperatorModule):
     def heads(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
         """Normed queries and keys, and values, before rotation.
 
-        Args:
-            x: `(B, T, d)`, normed input.
-            extra_value: `(B, T, kv_dim)`, added to the values.
-            rows_from: first position with a query.
+        `x` `(B, T, d)` is the normed input; `extra_value` `(B, T, kv_dim)` is added to the values; queries start at
+        position `rows_from`.
         """
         query, key, value = self.project(x, extra_value, rows_from)
         return rms_norm(query), rms_norm(key), value
@@ -129,12 +109,7 @@ class Attention(OperatorModule):
     ) -> Tensor:
         """Rotation, attention, XSA and the output projection: from the result of `heads` to `(B, R, d)`.
 
-        Args:
-            heads: result of `heads`; its R queries belong to the last R positions.
-            rotary: table of `train.model.rope.rotary_table` for T positions, in the dtype of the heads.
-            documents: where documents begin, to keep attention inside them.
-            past: cache of earlier positions, which these are appended to.
-            scale: `(d,)`, factor of each output channel, or None for 1.
+        The R queries are those of the last R positions. Other arguments as for `forward`.
         """
         query, key, value = heads
         (cosine, sine), first = rotary, key.shape[1] - query.shape[1]
@@ -169,21 +144,18 @@ class Attention(OperatorModule):
         past: KeyValues | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend.
+        """The layer's attention output `(B, T - rows_from, d)`, without the residual.
 
         Args:
             x: `(B, T, d)`, normed input.
-            rotary: table of `train.model.rope.rotary_table` for T positions, in the dtype of `x`.
+            rotary: `rotary_table` for T positions, in the dtype of `x`.
             extra_value: `(B, T, kv_dim)`, added to the values.
-            documents: where documents begin, to keep attention inside them.
-            rows_from: first position to compute; earlier positions only give keys and values.
-            past: cache of earlier positions, for generation token by token.
-            scale: `(d,)`, factor of each output channel, or None for 1.
-
-        Returns:
-            `(B, T - rows_from, d)`, without the residual.
+            documents: if given, attention stays inside each document.
+            rows_from: first position to compute; earlier positions only provide keys and values.
+            past: KV cache to append to, for generation.
+            scale: `(d,)`, factor on each output channel; None: 1.
         """
-        # the operator rotates queries and keys by the same table, so both must have the same positions
+        # the operator rotates queries and keys by one table: both must cover the same positions
         if rows_from:
             return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past, scale)
         query, key, value = self.project(x, extra_value)

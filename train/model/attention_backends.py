@@ -22,14 +22,10 @@ Core = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
 
 
 class AttentionBackend(NamedTuple):
-    """A backend of causal attention.
-
-    Attributes:
-        run: `causal_attention` on query, key, value and documents.
-        problem: why it cannot run for a device, compute dtype and head dimension, or None if it can.
-    """
+    """A backend of causal attention."""
 
     run: Core
+    # why it cannot run on a device, with a compute dtype and a head dimension; None: it can
     problem: Callable[[torch.device, torch.dtype, int], str | None]
 
 
@@ -40,15 +36,8 @@ def causal_attention(
 
     y[t, h] = Σ_{s ≤ t} softmax_s(q[t, h] · k[s, g] / √D) v[s, g], g = ⌊h · H_kv / H⌋
 
-    Args:
-        query: `(B, R, H, D)`, of the last R of the T positions; usually R = T.
-        key: `(B, T, H_kv, D)`.
-        value: `(B, T, H_kv, D)`.
-        documents: where documents begin, to attend inside the query's document only.
-        backend: a name in `BACKENDS`.
-
-    Returns:
-        `(B, R, H, D)`.
+    `query` `(B, R, H, D)` holds the last R of the T positions, usually all; `key` and `value` are `(B, T, H_kv, D)`; the
+    result is `(B, R, H, D)`. With `documents`, s is in the query's document. `backend` is a name in `BACKENDS`.
 
     Raises:
         ValueError: no such backend.
@@ -64,14 +53,14 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     # a single query is the last position, which sees every key
     if mask is None and 1 < rows < length:
-        # is_causal aligns queries and keys at their first positions. The flash kernel aligns them at the last, as needed
-        # here, but causal_lower_right, its public name, cannot be compiled
+        # is_causal aligns the first query with the first key, but here the last query belongs to the last key. The flash
+        # kernel aligns them so; its public name, causal_lower_right, cannot be compiled
         if query.is_cuda and _on_cuda(query.device, query.dtype, query.shape[-1]) is None and query.shape[-1] <= 256:
             flash: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, is_causal=True)[0]
             return flash.transpose(1, 2)
         mask = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
     if mask is not None and query.is_cuda:
-        # PyTorch's memory-efficient kernel takes a mask, but needs a key head for every query head
+        # PyTorch's memory-efficient kernel takes a mask but no grouped heads
         key, value = repeat_heads(key, heads), repeat_heads(value, heads)
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None and rows > 1, enable_gqa=True
@@ -86,7 +75,7 @@ def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
 
 def _sdpa_by(kernel: SDPBackend) -> Core:
     def run(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-        # not every kernel takes a mask: with one, PyTorch chooses
+        # not every kernel takes a mask: let PyTorch choose one that does
         if documents is not None or query.shape[1] < key.shape[1]:
             return _sdpa(query, key, value, documents)
         with sdpa_kernel(kernel):
@@ -100,7 +89,7 @@ def _flash_attention_3() -> Any:
     if isinstance(library, ImportError) and not isinstance(hub := _imported("kernels"), ImportError):
         try:
             return hub.get_kernel("kernels-community/flash-attn3")
-        # it may raise errors of any library, without a network or with this torch
+        # without a network, or with another torch, any error is possible
         except Exception as error:
             return ImportError(f"kernels-community/flash-attn3 cannot be loaded: {_first_line(error)}")
     return library
@@ -109,8 +98,7 @@ def _flash_attention_3() -> Any:
 def _flash_attention_2() -> Any:
     """PyTorch's FlashAttention 2 for sequences of different lengths."""
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    # before torch 2.13 there was no such argument, and grouped heads went to the kernel; the check is made here because
-    # torch.compile cannot trace it
+    # before torch 2.13 grouped heads needed no argument. Checked here: torch.compile cannot trace the check
     grouped = "enable_gqa" in inspect.signature(attend).parameters
     return functools.partial(attend, enable_gqa=True) if grouped else attend
 
@@ -154,10 +142,10 @@ def _flash_library(name: str) -> Core:
     def run(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         library = _library(name)
         if documents is not None and query.shape[1] < key.shape[1]:
-            # offsets describe whole rows, not their last positions
+            # offsets describe whole rows; here only the last positions have queries
             return _sdpa(query, key, value, documents)
         if documents is None:
-            # this library, too, takes fewer queries than keys as the last positions
+            # fewer queries than keys are taken as the last positions
             output = library.flash_attn_func(query, key, value, causal=True)
         else:
             offsets, longest = documents.offsets(), query.shape[1]

@@ -39,16 +39,9 @@ def check_attention(config: Config, device: torch.device) -> dict[str, str | Non
 
 
 def choose_attention(config: Config, device: torch.device, sequences: int) -> AttentionChoice:
-    """Choose the attention backend.
+    """The backend that `config.attention` names; for auto "sdpa" on a CPU, on a GPU the fastest for the run's shapes.
 
-    Args:
-        config: `attention`, the head shapes, `train_seq_len` and `document_masking`.
-        device: where the run computes.
-        sequences: sequences in a micro-batch.
-
-    Returns:
-        The backend that `attention` names; for auto "sdpa" on a CPU, and on a GPU the fastest in forward + backward at
-        the run's shapes.
+    Forward and backward are timed on micro-batches of `sequences` sequences.
 
     Raises:
         UserError: the named backend cannot run here, or none can.
@@ -63,7 +56,7 @@ def choose_attention(config: Config, device: torch.device, sequences: int) -> At
     if not times:
         reasons = "; ".join(f"{name}: {problems[name]}" for name in names)
         raise UserError(
-            f"attention: no backend computes this model's heads: {reasons}: set ATTENTION=math, which always can"
+            f"attention: no backend can compute this model's heads: {reasons}: set ATTENTION=math, which always works"
         )
     fastest = min(times, key=times.__getitem__)
     measured = ", ".join(f"{name} {time:.3f}" for name, time in sorted(times.items(), key=lambda item: item[1]))
@@ -72,7 +65,7 @@ def choose_attention(config: Config, device: torch.device, sequences: int) -> At
 
 
 def _documents(config: Config, name: str) -> str:
-    """How this backend keeps attention inside documents, if it must."""
+    """For the log: how this backend keeps attention inside documents."""
     if not config.document_masking:
         return ""
     return f"; documents as {'sequences of different lengths' if name in BY_LENGTH else 'a mask'}"
@@ -94,9 +87,9 @@ def _measure(
     sequences: int,
     problems: dict[str, str | None],
 ) -> dict[str, float]:
-    """Milliseconds of one layer's attention, forward and backward: medians of rounds in which the backends take turns.
+    """Median milliseconds of one layer's attention, forward and backward; the backends take turns.
 
-    A backend that fails at these shapes gets no time, and its reason goes into `problems`.
+    A backend that fails is left out, and `problems` gets the reason.
     """
     generator = torch.Generator(device).manual_seed(0)
     shape = (sequences, config.train_seq_len)
@@ -123,5 +116,5 @@ def _measure(
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end))
-    # the first round loads kernels and allocates
+    # the first round loads kernels and allocates memory
     return {name: sorted(times[1:])[_ROUNDS // 2] for name, times in rounds.items() if problems[name] is None}

@@ -18,37 +18,24 @@ from train.model.norm import NORM_EPS, layer_scale, rms_norm
 
 
 class BlockInputs(NamedTuple):
-    """What a layer reads besides the residual stream.
+    """A layer's inputs besides the residual stream."""
 
-    Attributes:
-        x0: `(B, T, d)`, the embedding that every layer may mix in.
-        rotary: rotary table for T positions.
-        extra_value: `(B, T, kv_dim)`, added to the values, or None.
-        documents: where documents begin, to keep attention inside them, or None.
-        heads: the layer's queries, keys and values if already computed, or None.
-        past: keys and values of earlier positions, for generation token by token, or None.
-    """
-
-    x0: Tensor
+    x0: Tensor  # (B, T, d), the embedding that every layer may mix in
     rotary: Rotary
-    extra_value: Tensor | None = None
-    documents: Documents | None = None
-    heads: Heads | None = None
-    past: KeyValues | None = None
+    extra_value: Tensor | None = None  # (B, T, kv_dim), added to the values
+    documents: Documents | None = None  # if given, attention stays inside each document
+    heads: Heads | None = None  # queries, keys and values, if already computed
+    past: KeyValues | None = None  # KV cache, for generation
 
 
 class Block(OperatorModule):
-    """One layer, in the three published forms; with m = resid_mix, a = attn_scale, b = mlp_scale and n(x) = g · rms(x):
+    """One layer in one of three published variants. With m = resid_mix, a = attn_scale, b = mlp_scale, n(x) = g · rms(x):
 
     serial: h = m₀⊙x + m₁⊙x0; u = h + a⊙Attn(n(h)); x ← u + b⊙MLP(n(u))
     gptj (#1392): h = m₀⊙x + m₁⊙x0; x ← h + a⊙Attn(n(h)) + b⊙MLP(n(h))
     lanes (#1471): h = m₀⊙lane0 + m₁⊙x0; lane0 ← h + a⊙Attn(n(h)); lane1 ← lane1 + b⊙MLP(n(lane1))
 
-    resid_mix `(2, d)` starts at (1, 0), the scales `(d,)` at 1, and g is 1/√(layer + 1) with `ln_scale`, else 1.
-
-    Args:
-        config: the model's fields.
-        layer: 0-based index of the physical layer.
+    resid_mix `(2, d)` starts at (1, 0) and the scales `(d,)` at 1. g is 1/√(layer + 1) with `ln_scale`, else 1.
     """
 
     def __init__(self, config: Config, layer: int) -> None:
@@ -61,16 +48,9 @@ class Block(OperatorModule):
         self.mlp_scale = parameter(torch.ones(config.model_dim))
 
     def forward(self, x: Tensor, inputs: BlockInputs, *, form: str, rows_from: int = 0) -> Tensor:
-        """Run the layer on the residual stream, "serial" or "gptj".
+        """Run the layer as "serial" or "gptj": `x` `(B, T, d)` to `(B, T - rows_from, d)`.
 
-        Args:
-            x: `(B, T, d)`.
-            inputs: see `BlockInputs`.
-            form: "serial" or "gptj".
-            rows_from: first position to compute; earlier positions only give keys and values.
-
-        Returns:
-            `(B, T - rows_from, d)`.
+        Positions before `rows_from` only provide keys and values.
         """
         mixed, attended = self.attend(x, inputs, rows_from)
         return self.feed(mixed[:, rows_from:] if form == "gptj" else attended, residual=attended)
@@ -95,7 +75,7 @@ class Block(OperatorModule):
         return mix_rms_norm(x, x0, self.resid_mix, eps=NORM_EPS, gain=self.gain)
 
     def attend(self, x: Tensor, inputs: BlockInputs, rows_from: int = 0) -> tuple[Tensor, Tensor]:
-        """h = m₀ ⊙ x + m₁ ⊙ x0, and from position `rows_from` on h + a ⊙ Attn(g · rms(h))."""
+        """h = m₀ ⊙ x + m₁ ⊙ x0 at all positions, and h + a ⊙ Attn(g · rms(h)) from position `rows_from` on."""
         x0, rotary, extra_value, documents, heads, past = inputs
         if heads is not None:
             # these heads are normed already

@@ -12,21 +12,15 @@ from train.model.documents import Documents
 from train.model.gpt import GPT, Shared
 from train.model.head import head_logits
 
-# the smear gate reads the token before, and that token's trigram two more
+# the smear gate reads the previous token, whose trigram reads two more
 _PREDECESSORS = 3
 
 
 class Decoder:
-    """Feeds texts to a model token by token; every step returns the logits of `GPT.logits` on the text of `length` tokens.
+    """Feeds `rows` texts of `length` tokens to a model in evaluation mode, token by token.
 
-    The rotary base is that of the whole length from the first token on, as in an evaluation of the finished text. (#1392
-    kept no cache: it recomputed the text for every length, with that length's base, in 430 s.)
-
-    Args:
-        model: in evaluation mode.
-        rows: number of texts, B.
-        length: tokens of a finished text.
-        recurrence: whether the repeated layers run twice.
+    Each step returns what `GPT.logits` returns for the finished text: the rotary base is that of `length` from the first
+    token on. (#1392 kept no cache. It recomputed the text for every length, with that length's base, in 430 s.)
     """
 
     def __init__(self, model: GPT, rows: int, length: int, *, recurrence: bool) -> None:
@@ -39,13 +33,9 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
-        """Append a token to each text.
+        """Append `tokens` `(B,)` int64, one to each text; softcapped logits of the next token, `(B, V)` float32.
 
-        Args:
-            tokens: `(B,)` int64.
-
-        Returns:
-            Softcapped logits of the token after it, `(B, V)` float32 (float64 where the compute dtype is).
+        The logits are float64 if the compute dtype is.
 
         Raises:
             ValueError: the texts have `length` tokens already.
@@ -58,7 +48,7 @@ class Decoder:
         return head_logits(hidden[:, 0], model.head_weight, model.config.logit_softcap)
 
     def _shared(self, position: int) -> Shared:
-        """The result of `GPT.embed` at one position, which depends on the last few tokens alone."""
+        """`GPT.embed` at one position, computed from the last few tokens."""
         begin, end = max(position - _PREDECESSORS, 0), position + 1
         window = self.model.embed(self.ids[:, begin:end], self.ids.shape[1])
         cosine, sine = window.inputs.rotary

@@ -15,27 +15,14 @@ MEAN_DOCUMENT_TOKENS = 32
 
 
 def document_starts(ids: Tensor) -> Tensor:
-    """True where a document begins: ids = BOS.
-
-    Args:
-        ids: `(B, T)` token ids.
-
-    Returns:
-        `(B, T)` bool.
-    """
+    """`(B, T)` bool: where a document begins, ids = BOS."""
     return ids == BOS
 
 
 class Documents(NamedTuple):
-    """The documents of a batch, as a mask or as offsets, whichever an attention backend takes.
+    """The documents of a batch, as a mask or as offsets: an attention backend takes one or the other."""
 
-    A compiled graph computes only the one that it uses.
-
-    Attributes:
-        starts: `(B, T)` bool, True where a document begins.
-    """
-
-    starts: Tensor
+    starts: Tensor  # (B, T) bool, True where a document begins
 
     @classmethod
     def of(cls, ids: Tensor) -> Documents:
@@ -43,11 +30,7 @@ class Documents(NamedTuple):
         return cls(document_starts(ids))
 
     def mask(self) -> Tensor:
-        """Causal mask that stays inside documents: key ≤ query, and no document begins between them.
-
-        Returns:
-            `(B, 1, T, T)` bool, True where a query (row) may see a key (column); the second dimension is the heads'.
-        """
+        """`(B, 1, T, T)` bool, True where a query (row) sees a key (column): key ≤ query, both in one document."""
         document = self.starts.cumsum(dim=1)
         same = document[:, :, None] == document[:, None, :]
         length = self.starts.shape[1]
@@ -55,15 +38,13 @@ class Documents(NamedTuple):
         return (same & causal)[:, None]
 
     def offsets(self) -> Tensor:
-        """Offsets of the sequences to attend in, in the flattened batch: every document, cut at the ends of rows.
+        """Offsets of the documents in the flattened batch, `(B + ⌈B T / 32⌉ + 1,)` int32 from 0 to B · T.
 
-        A static graph needs a fixed number of offsets; unused ones repeat the end, as empty sequences.
-
-        Returns:
-            `(B + ⌈B T / 32⌉ + 1,)` int32, from 0 to B · T.
+        A document is cut at the end of its row. A static graph needs a fixed number of offsets: unused ones repeat the
+        end, as empty sequences.
 
         Raises:
-            RuntimeError: more documents than that; on a GPU asynchronously.
+            RuntimeError: too many documents; on a GPU raised asynchronously.
         """
         batch, length = self.starts.shape
         begins = self.starts.clone()
@@ -76,5 +57,5 @@ class Documents(NamedTuple):
             "tokens on average: use an attention backend with a mask, ATTENTION=sdpa",
         )
         places = torch.nonzero_static(flat, size=most, fill_value=flat.numel()).flatten()
-        # padded on the device: a host constant would synchronize in every layer
+        # F.pad works on the device; a constant from the host would synchronize in every layer
         return F.pad(places, (0, 1), value=flat.numel()).int()

@@ -17,29 +17,14 @@ _VALUE_DEVIATION = 0.01
 
 
 def lookup(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of an embedding table in the compute dtype.
-
-    Args:
-        table: `(rows, width)`, the master.
-        ids: integers, any shape.
-        dtype: compute dtype.
-
-    Returns:
-        `(..., width)` in `dtype`.
-    """
-    # a row's gradient sums over all its tokens, so it is accumulated in the wider dtype
+    """Rows of a table `(rows, width)` as `(*ids.shape, width)` in `dtype`, the compute dtype."""
+    # a row's gradient sums over all its tokens: accumulate it in the wider dtype
     wide = table.to(torch.promote_types(table.dtype, dtype))
     return F.embedding(ids, wide).to(dtype)
 
 
 class TokenEmbedding(nn.Module):
-    """The tied embedding E `(V, d)`, N(0, 0.005²) at the start: rows at the input, `hidden Eᵀ` at the head.
-
-    Args:
-        vocab_size: V.
-        dim: d.
-        dtype: dtype of the table.
-    """
+    """The tied embedding E `(V, d)`, initially N(0, 0.005²): rows at the input, `hidden Eᵀ` at the head."""
 
     def __init__(self, vocab_size: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -51,56 +36,31 @@ class TokenEmbedding(nn.Module):
 
 
 def bigram_hash(ids: Tensor, rows: int) -> Tensor:
-    """Row of the bigram table for each position, from the token and the one before.
+    """Row of the bigram table at each position, for `ids` `(B, T)` int64: `(B, T)` int64 in [0, rows), rows ≥ 2.
 
-    index[0] = rows − 1; index[t] = (36313 · ids[t] XOR 27191 · ids[t−1]) mod (rows − 1)
-
-    Args:
-        ids: `(B, T)` int64 token ids; bigrams cross document boundaries.
-        rows: rows of the table, at least 2.
-
-    Returns:
-        `(B, T)` int64 in [0, rows).
+    index[0] = rows − 1; index[t] = (36313 · ids[t] XOR 27191 · ids[t−1]) mod (rows − 1). Bigrams cross document boundaries.
     """
     hashed = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % (rows - 1)
     return F.pad(hashed, (1, 0), value=rows - 1)
 
 
 def trigram_hash(ids: Tensor, rows: int) -> Tensor:
-    """Row of the bigram table for each position, from the token and the two before.
+    """Row of the bigram table for the trigram at each position; shapes as for `bigram_hash`.
 
     index[0] = index[1] = rows − 1; index[t] = (36313 · ids[t] XOR 27191 · ids[t−1] XOR 51497 · ids[t−2]) mod (rows − 1)
 
-    Args:
-        ids: `(B, T)` int64 token ids; trigrams cross document boundaries.
-        rows: rows of the table, at least 2.
-
-    Returns:
-        `(B, T)` int64 in [0, rows).
-
-    Source: #1019, with its setting TRIGRAM; #1392 has it off.
+    Source: #1019 with TRIGRAM on; #1392 has it off.
     """
     hashed = (36313 * ids[:, 2:] ^ 27191 * ids[:, 1:-1] ^ 51497 * ids[:, :-2]) % (rows - 1)
     return F.pad(hashed, (min(ids.shape[1], 2), 0), value=rows - 1)
 
 
 class BigramHash(nn.Module):
-    """An embedding of each bigram, added to the token's: scale · W · table[hash(token, token before)].
+    """The bigram embedding, added to the token embedding: scale · W · table[bigram_hash].
 
-    `trigram` adds the trigram's row of the same table, without more parameters.
-
-    The table starts at zero, the scale at 0.05. W starts with gain 1/√(2·layers): if it were zero as well, neither would
-    ever get a gradient.
-
-    Args:
-        rows: rows of the table.
-        width: width of the table.
-        dim: width of the residual stream.
-        num_layers: layers of the model.
-        orthogonal: how W is drawn.
-        dtype: dtype of the table.
-        qat: fake-quantize W while training.
-        trigram: look up trigrams too.
+    `trigram` also adds table[trigram_hash] before W: the same table, no more parameters. The table `(rows, width)` starts
+    at zero, the scale at 0.05. W `(dim, width)` starts with gain 1/√(2·layers): were it zero too, neither would ever get a
+    gradient. `qat` fake-quantizes W in training.
     """
 
     def __init__(
@@ -131,18 +91,10 @@ class BigramHash(nn.Module):
 
 
 class ValueEmbedding(nn.Module):
-    """An embedding that some layers add to their values: layer_scales[i] · h, h = scale · W · table[ids].
+    """An embedding that the physical `layers` add to their values: layer_scales[i] · h, h = scale · W · table[ids].
 
-    The table starts as N(0, 0.01²), scale at 0.1, layer scales at 1; W is orthogonal if the matrices are, else zero.
-
-    Args:
-        vocab_size: rows of the table.
-        width: width of the table.
-        kv_dim: width of the values.
-        layers: the physical layers that add it.
-        orthogonal: how W is drawn.
-        dtype: dtype of the table.
-        qat: fake-quantize W while training.
+    The table `(V, width)` starts as N(0, 0.01²), scale at 0.1, layer scales at 1. W `(kv_dim, width)` starts orthogonal or,
+    without `orthogonal`, at zero. `qat` fake-quantizes W in training.
     """
 
     def __init__(
@@ -170,7 +122,7 @@ class ValueEmbedding(nn.Module):
         return self.scale.to(dtype) * linear(rows, self.proj, fake_quantize=self.qat and self.training)
 
     def of_layer(self, layer: int, shared: Tensor) -> Tensor | None:
-        """What a physical layer adds to its values, or None if it is not one of `layers`."""
+        """What a physical layer adds to its values; None if it is not in `layers`."""
         if layer not in self.layers:
             return None
         return self.layer_scales[self.layers.index(layer)].to(shared.dtype) * shared

@@ -27,14 +27,14 @@ _BLEND = 0.5
 
 
 class Lanes(NamedTuple):
-    """The residual stream `(B, T, d)` between two layers, and from the first layer in lanes on the MLP's lane beside it."""
+    """The residual stream `(B, T, d)` between two layers; once layers run in lanes, x is attention's lane."""
 
     x: Tensor
     mlp_lane: Tensor | None = None
 
 
 class Shared(NamedTuple):
-    """What all layers of a forward pass read: their inputs but for the values, and the shared value embedding."""
+    """What all layers of a forward pass share: their inputs without extra values, and the value embedding."""
 
     inputs: BlockInputs
     values: Tensor | None
@@ -49,11 +49,8 @@ def resolve_compute_dtype(config: Config) -> torch.dtype:
 class GPT(nn.Module):
     """A Parameter Golf transformer with tied embeddings.
 
-    Weights are float32, embedding tables `config.embed_dtype`; both are cast to `compute_dtype` at use. `recurrence` is a
-    Python bool, so a compiled model has two static graphs.
-
-    Args:
-        config: the settings of the model.
+    Weights are float32, embedding tables `config.embed_dtype`; both are cast to `compute_dtype` at use. With `recurrence`
+    the repeated layers run twice; it is a Python bool, so a compiled model has two static graphs.
     """
 
     def __init__(self, config: Config) -> None:
@@ -79,12 +76,12 @@ class GPT(nn.Module):
             )  # fmt: skip
         if skip_count(config):
             self.skips = UNetSkips(skip_count(config), dim, gated=config.skip_gates)
-        # PyTorch's list does not say what its modules are
+        # nn.ModuleList has no element type
         self.blocks = cast(Sequence[Block], nn.ModuleList(Block(config, layer) for layer in range(config.num_layers)))
         self.head = Head(config.logit_softcap)
         lanes = any(step.form == "lanes" for step in self.plan)
         self.lane_mix = constant(0.5) if lanes else None
-        # #1392 saves these vectors, but gave them to no optimizer
+        # #1392 stores these vectors but never trained them
         scales = torch.full((config.recur_scale_params, dim), _BLEND)
         self.recur_scales = parameter(scales, trained=False) if len(scales) else None
 
@@ -98,51 +95,32 @@ class GPT(nn.Module):
         return self.loss(ids, targets, recurrence=recurrence)
 
     def loss(self, ids: Tensor, targets: Tensor, *, recurrence: bool) -> Tensor:
-        """Mean cross-entropy of the softcapped logits.
+        """Mean cross-entropy of the softcapped logits, in nats per token: a float32 scalar (float64 if the compute dtype is).
 
-        Args:
-            ids: `(B, T)` int64 input tokens.
-            targets: `(B, T)` integer tokens to predict.
-            recurrence: whether the repeated layers run twice.
-
-        Returns:
-            Scalar, natural log per token, float32 (float64 where the compute dtype is).
+        `ids` `(B, T)` int64 are the inputs, `targets` `(B, T)` the tokens to predict.
         """
         hidden = self.hidden(ids, recurrence=recurrence).flatten(0, 1)
         loss: Tensor = self.head(hidden, self.head_weight, targets.flatten())
         return loss
 
     def logits(self, ids: Tensor, *, recurrence: bool) -> Tensor:
-        """Softcapped logits `(B, T, V)` of `ids` `(B, T)`, float32 (float64 where the compute dtype is)."""
+        """Softcapped logits `(B, T, V)` of `ids` `(B, T)`, float32 (float64 if the compute dtype is)."""
         return head_logits(self.hidden(ids, recurrence=recurrence), self.head_weight, self.config.logit_softcap)
 
     def hidden(self, ids: Tensor, *, recurrence: bool, rows_from: int = 0) -> Tensor:
-        """The head's input.
+        """The head's input for `ids` `(B, T)`: `(B, T - rows_from, d)` after the final norm, compute dtype.
 
-        Args:
-            ids: `(B, T)` int64 token ids.
-            recurrence: whether the repeated layers run twice.
-            rows_from: first position to compute in the last layer; earlier positions only give keys and values there.
-
-        Returns:
-            `(B, T - rows_from, d)` after the final norm, compute dtype.
+        In the last layer, positions before `rows_from` only provide keys and values.
         """
         return self.hidden_of(self.embed(ids), recurrence=recurrence, rows_from=rows_from)
 
     def overlapping_hidden(
         self, text: Tensor, *, windows: int, stride: int, recurrence: bool, rows_from: int
     ) -> Tensor:
-        """`hidden` of overlapping windows of a text; embeddings and layer 0's heads are computed once per token.
+        """`hidden` of B = `windows` overlapping windows of a text: `(B, T - rows_from, d)`.
 
-        Args:
-            text: `(T + (windows - 1) * stride,)` int64 token ids.
-            windows: B; window b begins at b * stride.
-            stride: tokens between the starts of two windows.
-            recurrence: whether the repeated layers run twice.
-            rows_from: as of `hidden`.
-
-        Returns:
-            `(B, T - rows_from, d)`.
+        Window b begins at token b * stride of `text`, `(T + (windows - 1) * stride,)` int64. Embeddings and layer 0's heads
+        are computed once per token, not once per window.
 
         Raises:
             RuntimeError: the model cannot share layer 0; see `overlap_problem`.
@@ -156,7 +134,7 @@ class GPT(nn.Module):
         query, key, value = block.attention.heads(block.mix_and_norm(inputs.x0, inputs.x0)[1], inputs.extra_value)
 
         def in_windows(x: Tensor) -> Tensor:
-            # a view: windows share the memory of the text
+            # a view: overlapping windows share memory
             return x[0].unfold(0, length, stride).movedim(-1, 1)
 
         documents = None if inputs.documents is None else Documents(in_windows(inputs.documents.starts))
@@ -166,7 +144,7 @@ class GPT(nn.Module):
         return self.hidden_of(shared, recurrence=recurrence, rows_from=rows_from, heads=heads)
 
     def hidden_of(self, shared: Shared, *, recurrence: bool, rows_from: int = 0, heads: Heads | None = None) -> Tensor:
-        """`hidden` from the result of `embed`; `heads` are layer 0's, if they are known already."""
+        """`hidden` from the result of `embed`; `heads` are layer 0's, if already computed."""
         plan = self.recurrent_plan if recurrence else self.plan
         lanes = Lanes(shared.inputs.x0)
         saved: dict[int, Tensor] = {}
@@ -183,7 +161,7 @@ class GPT(nn.Module):
     def overlap_problem(self) -> str | None:
         """Why `overlapping_hidden` would differ from `hidden`, or None if it does not."""
         if self.smear is not None or self.bigram is not None:
-            return "smear gate and bigrams read the token before, which a window's first token does not have"
+            return "smear gate and bigrams read the previous token, which a window's first token lacks"
         if self.plan[0].form == "lanes" or len(self.plan) == 1:
             return "layer 0 is the first in lanes, or the last"
         return None
@@ -211,7 +189,7 @@ class GPT(nn.Module):
         return Shared(BlockInputs(x, rotary, None, documents), values)
 
     def _enter(self, step: Step, lanes: Lanes, saved: dict[int, Tensor]) -> Lanes:
-        """Add the step's skip, and begin the MLP's lane with the first layer in lanes."""
+        """Add the step's skip; in the first layer that runs in lanes, start the MLP's lane."""
         x, mlp_lane = lanes
         if step.skip is not None and self.skips is not None:
             row, source = step.skip
@@ -236,7 +214,7 @@ class GPT(nn.Module):
         if lanes.mlp_lane is not None:
             return Lanes(*block.run_lanes(lanes.x, lanes.mlp_lane, inputs, rows_from=rows_from))
         output = block(lanes.x, inputs, form=step.form, rows_from=rows_from)
-        # only in the encoder, where rows_from is 0
+        # blended steps are in the encoder, where rows_from is 0
         if step.blend is not None:
             output = torch.lerp(lanes.x, output, self._blend_weight(step.blend, output.dtype))
         return Lanes(output)

@@ -11,46 +11,30 @@ from train.model.compile import OperatorModule
 
 
 def softcap(values: Tensor, cap: float) -> Tensor:
-    """cap · tanh(values / cap), which stays inside (−cap, cap)."""
+    """cap · tanh(values / cap), in (−cap, cap)."""
     return cap * torch.tanh(values / cap)
 
 
 def head_logits(hidden: Tensor, weight: Tensor, cap: float) -> Tensor:
-    """Softcapped logits: cap · tanh(hidden Wᵀ / cap), the product in the compute dtype, the cap in float32.
+    """Softcapped logits cap · tanh(hidden Wᵀ / cap): `hidden` `(..., d)` and `weight` `(V, d)` to `(..., V)`.
 
-    Args:
-        hidden: `(..., d)`, after the final norm.
-        weight: `(V, d)` in the dtype of `hidden`.
-        cap: softcap.
-
-    Returns:
-        `(..., V)` float32; float64 for float64 input.
+    The product is in the compute dtype, the softcap and the result in float32 (float64 for float64 input).
     """
     logits = hidden @ weight.T
     return softcap(logits.to(torch.promote_types(logits.dtype, torch.float32)), cap)
 
 
 class Head(OperatorModule):
-    """The loss of softcapped logits; it has no parameters, because its weight is the embedding's.
-
-    Args:
-        cap: softcap.
-    """
+    """The loss of softcapped logits. It has no parameters: its weight is the tied embedding."""
 
     def __init__(self, cap: float) -> None:
         super().__init__()
         self.cap = cap
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy.
+        """Mean cross-entropy in nats per token: `hidden` `(M, d)`, `weight` `(V, d)`, `targets` `(M,)` to a float32 scalar.
 
-        Args:
-            hidden: `(M, d)`, after the final norm.
-            weight: `(V, d)` in the dtype of `hidden`.
-            targets: `(M,)` integer tokens.
-
-        Returns:
-            Scalar, natural log per token, float32 (float64 for float64 input).
+        float64 for float64 input.
         """
         if "softcapped_cross_entropy" in self.written_out:
             return F.cross_entropy(head_logits(hidden, weight, self.cap), targets.long())

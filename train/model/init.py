@@ -9,21 +9,12 @@ from torch import Tensor, nn
 
 
 def parameter(values: Tensor, dtype: torch.dtype = torch.float32, *, trained: bool = True) -> nn.Parameter:
-    """Make a parameter of `values`, rounded to bfloat16.
-
-    Args:
-        values: initial values, any shape.
-        dtype: dtype of the parameter.
-        trained: whether it takes gradients.
-
-    Returns:
-        The parameter.
-    """
+    """Make a parameter of `values`, rounded to bfloat16 and then cast to `dtype`."""
     return nn.Parameter(values.to(torch.bfloat16).to(dtype), requires_grad=trained)
 
 
 def constant(value: float, *shape: int) -> nn.Parameter:
-    """Make a float32 parameter filled with a value; without a shape a scalar."""
+    """Make a float32 parameter filled with a value; a scalar without a shape."""
     return parameter(torch.full(shape, value))
 
 
@@ -33,22 +24,12 @@ def normal_table(rows: int, columns: int, deviation: float, dtype: torch.dtype) 
 
 
 def matrix(rows: int, columns: int, *, orthogonal: bool, gain: float = 1.0) -> nn.Parameter:
-    """Make a float32 weight `(rows, columns)` = (out_features, in_features).
+    """Make a float32 weight `(rows, columns)` = (out_features, in_features), times `gain`.
 
-    Orthogonal (rows or columns orthonormal, times `gain`), or Kaiming-uniform as `torch.nn.Linear` draws it:
-    U(−1/√columns, 1/√columns), times `gain`.
-
-    Args:
-        rows: output features.
-        columns: input features.
-        orthogonal: orthogonal or Kaiming-uniform.
-        gain: factor on all entries.
-
-    Returns:
-        The parameter.
+    Orthogonal (rows or columns orthonormal), or as `torch.nn.Linear` draws it: U(−1/√columns, 1/√columns).
     """
     values = torch.empty(rows, columns)
-    # skipped on the meta device, where orthogonal_ would still run a QR decomposition
+    # orthogonal_ would run its QR decomposition even on the meta device
     if values.is_meta:
         return parameter(values)
     if orthogonal:
@@ -60,5 +41,5 @@ def matrix(rows: int, columns: int, *, orthogonal: bool, gain: float = 1.0) -> n
 
 
 def zero_matrix(rows: int, columns: int) -> nn.Parameter:
-    """Make a float32 weight `(rows, columns)` of zeros, for output projections: a block starts as the identity."""
+    """Make a float32 weight `(rows, columns)` of zeros; with it as output projection a block starts as the identity."""
     return parameter(torch.zeros(rows, columns))

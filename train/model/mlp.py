@@ -14,12 +14,7 @@ from train.model.norm import NORM_EPS, rms_norm
 
 
 class MLP(OperatorModule):
-    """y = residual + scale ⊙ (leaky_relu(g · rms(x) W_upᵀ)² W_downᵀ); slope 0 is ReLU².
-
-    Args:
-        config: `model_dim`, `mlp_hidden`, `mlp_slope`, `orthogonal_init`, `qat`.
-        gain: g, the layer's LN scale.
-    """
+    """y = residual + scale ⊙ (leaky_relu(g · rms(x) W_upᵀ)² W_downᵀ); slope 0 is ReLU², `gain` is g."""
 
     def __init__(self, config: Config, gain: float) -> None:
         super().__init__()
@@ -30,18 +25,9 @@ class MLP(OperatorModule):
         self.qat = config.qat
 
     def forward(self, x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-        """Apply the MLP and add the residual.
-
-        Args:
-            x: `(B, T, d)`, the input before its norm.
-            residual: `(B, T, d)`, added to the result.
-            scale: `(d,)`, factor of each output channel, in the dtype of `x`.
-
-        Returns:
-            `(B, T, d)`.
-        """
+        """y `(B, T, d)` from `x` and `residual` `(B, T, d)` and `scale` `(d,)`, all in one dtype."""
         fake_quantize = self.qat and self.training
-        # calibration reads the input of the second matrix, which the operator keeps to itself
+        # calibration needs the second matrix's input, which the operator hides
         if observing() or "leaky_relu2_mlp" in self.written_out:
             normed = rms_norm(x) * self.gain
             hidden = F.leaky_relu(linear(normed, self.up, fake_quantize=fake_quantize), self.slope).square()

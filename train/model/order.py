@@ -8,21 +8,13 @@ from train.config import Config
 
 
 class Step(NamedTuple):
-    """One layer run.
+    """One layer run."""
 
-    Attributes:
-        layer: physical layer.
-        form: "serial", "gptj" or "lanes", see `train.model.block`.
-        skip: (row of the skip weights, step whose output is added) before the layer runs, or None.
-        saves: whether a later step adds this one's output.
-        blend: index of the repeated layer if its output is averaged with its input instead of replacing it (#1392).
-    """
-
-    layer: int
-    form: str
-    skip: tuple[int, int] | None = None
-    saves: bool = False
-    blend: int | None = None
+    layer: int  # physical layer
+    form: str  # "serial", "gptj" or "lanes", see `train.model.block`
+    skip: tuple[int, int] | None = None  # (row of the skip weights, step whose output is added before the layer runs)
+    saves: bool = False  # a later step adds this one's output
+    blend: int | None = None  # which repeat, if its output is averaged with its input instead of replacing it (#1392)
 
 
 def skip_count(config: Config) -> int:
@@ -35,13 +27,6 @@ def halves(config: Config, *, recurrence: bool) -> tuple[list[int], list[int]]:
 
     `recur_form` "unroll" (#1471) repeats `recur_layers` once after their first run and splits the longer order in the
     middle; "blend" (#1392) does not change the halves.
-
-    Args:
-        config: `num_layers`, `recur_layers`, `recur_form`.
-        recurrence: whether the repeated layers run twice.
-
-    Returns:
-        Encoder and decoder.
     """
     order = list(range(config.num_layers))
     if recurrence and config.recur_layers and config.recur_form == "unroll":
@@ -52,18 +37,11 @@ def halves(config: Config, *, recurrence: bool) -> tuple[list[int], list[int]]:
 
 
 def make_plan(config: Config, *, recurrence: bool) -> tuple[Step, ...]:
-    """All layer runs of a forward pass.
+    """All layer runs of a forward pass, in order.
 
-    The n-th layer of the decoder adds the n-th output from the encoder's end, as long as there are weights; from the first
-    layer in lanes on there are no skips (#1471). Only the encoder has blended repeats, and a skip takes a layer's output
-    before its repeat (#1392).
-
-    Args:
-        config: the settings of the model.
-        recurrence: whether the repeated layers run twice.
-
-    Returns:
-        The steps in order.
+    The decoder's n-th layer adds the output of the encoder's n-th layer from the end, while there are skip weights. No skips
+    from the first layer in lanes on (#1471). Only the encoder has blended repeats; a skip takes a layer's output before its
+    repeat (#1392).
     """
     encoder, decoder = halves(config, recurrence=recurrence)
     blends = recurrence and config.recur_form == "blend"

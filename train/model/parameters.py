@@ -1,4 +1,4 @@
-"""A model's parameters with their optimizer classes, and its arithmetic per token."""
+"""A model's parameters with their optimizer classes, and its FLOP per token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BLOCK_MATRICES = ("query", "key", "value", "output", "up", "down")
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """One tensor of a model: its name, shape, number of elements, dtype and optimizer class."""
+    """One parameter; `count` is its number of elements, `kind` its optimizer class."""
 
     name: str
     shape: tuple[int, ...]
@@ -25,16 +25,7 @@ class ParameterRow:
 
 
 def classify(name: str, config: Config) -> str:
-    """The optimizer class of a parameter.
-
-    Args:
-        name: its name in `named_parameters`.
-        config: `ve_proj_optimizer` decides for the projection of the value embedding.
-
-    Returns:
-        "matrix" (Muon), "embedding" (AdamW at the embeddings' rate) or "scalar" (AdamW; vectors and scalars). The
-        untrained `recur_scales` is a "scalar", too.
-    """
+    """A parameter's optimizer class: "matrix" (Muon), "embedding" (AdamW, own rate) or "scalar" (AdamW; vectors too)."""
     parts = name.split(".")
     if name in ("embedding.weight", "bigram.embedding", "ve.embedding"):
         return "embedding"
@@ -46,14 +37,7 @@ def classify(name: str, config: Config) -> str:
 
 
 def parameter_table(model: GPT) -> list[ParameterRow]:
-    """All parameters of a model, in order.
-
-    Args:
-        model: may be on the meta device.
-
-    Returns:
-        One row per tensor.
-    """
+    """One row per parameter of a model, which may be on the meta device."""
     return [
         ParameterRow(name, tuple(weight.shape), weight.numel(), weight.dtype, classify(name, model.config))
         for name, weight in model.named_parameters()
@@ -61,17 +45,10 @@ def parameter_table(model: GPT) -> list[ParameterRow]:
 
 
 def mflop_per_token(config: Config, *, recurrence: bool, seq_len: int | None = None) -> float:
-    """Arithmetic of one training token, forward and backward, in MFLOP.
+    """MFLOP of one training token, forward and backward.
 
-    6 · (weights of all products, with the head, without lookups) + 6 · layer runs · T · d for causal attention.
-
-    Args:
-        config: the model's fields.
-        recurrence: whether the repeated layers run twice.
-        seq_len: T; None takes `train_seq_len`.
-
-    Returns:
-        10⁶ floating-point operations per token.
+    6 · (weights of all products, with the head, without lookups) + 6 · layer runs · T · d for causal attention; T is
+    `seq_len`, or `train_seq_len` if that is None.
     """
     dim, runs = config.model_dim, len(virtual_order(config, recurrence=recurrence))
     block = 2 * dim * dim + 2 * config.kv_dim * dim + 2 * config.mlp_hidden * dim

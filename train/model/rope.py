@@ -1,4 +1,4 @@
-"""Rotary position embeddings on all or part of a head, with the NTK rule for texts longer than in training."""
+"""Rotary position embeddings on the first r dimensions of a head, with the NTK rule for texts longer than in training."""
 
 from __future__ import annotations
 
@@ -7,18 +7,9 @@ from torch import Tensor
 
 
 def ntk_base(base: float, rotary_dims: int, length: int, train_length: int) -> float:
-    """Base of the rotary frequencies for a text of `length` tokens.
+    """Base of the rotary frequencies: base · (length / train_length)^(r / (r − 2)) beyond `train_length`, else `base`.
 
-    base · (length / train_length)^(r / (r − 2)) beyond `train_length`, else `base`.
-
-    Args:
-        base: base up to `train_length`.
-        rotary_dims: r, the rotary dimensions of a head.
-        length: tokens of the text.
-        train_length: longest text with the plain base.
-
-    Returns:
-        The base; with r = 2 the only frequency is base⁰, so the plain one.
+    With r = 2 the only frequency is base⁰, so the base does not matter.
     """
     if length <= train_length or rotary_dims <= 2:
         return base
@@ -29,17 +20,9 @@ def ntk_base(base: float, rotary_dims: int, length: int, train_length: int) -> f
 def rotary_table(
     length: int, rotary_dims: int, base: float, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position: angle[t, i] = t · base^(−2i/r).
+    """Cosines and sines `(length, 1, r/2)` of angle[t, i] = t · base^(−2i/r); r = `rotary_dims` is even.
 
-    Args:
-        length: positions 0 … length − 1.
-        rotary_dims: r, even.
-        base: base of the frequencies, see `ntk_base`.
-        dtype: dtype of the tables.
-        device: device of the tables.
-
-    Returns:
-        `(length, 1, r/2)` cosines and sines; the middle dimension broadcasts over heads.
+    The middle dimension broadcasts over heads.
     """
     # float64: angles of large positions need its precision
     exponents = torch.arange(0, rotary_dims, 2, dtype=torch.float64, device=device) / rotary_dims
@@ -49,16 +32,10 @@ def rotary_table(
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first r dimensions of each head and keep the others.
+    """Rotate the first r dimensions of each head of `x` `(B, T, H, D)` and keep the others.
 
-    (a, b) → (a cos + b sin, −a sin + b cos), with a and b the two halves of the r rotary dimensions.
-
-    Args:
-        x: `(B, T, H, D)`.
-        table: cosines and sines `(T, 1, r/2)` of `rotary_table`, in the dtype of `x`.
-
-    Returns:
-        `(B, T, H, D)`.
+    (a, b) → (a cos + b sin, −a sin + b cos), with a and b the two halves of the r rotary dimensions. The table is that of
+    `rotary_table`, in the dtype of `x`.
     """
     cosine, sine = table
     half = cosine.shape[-1]

@@ -11,12 +11,7 @@ from train.model.init import constant
 class UNetSkips(nn.Module):
     """Adds an encoder output s to the residual stream: x + w ⊙ s, or with gates w ⊙ s + σ(g) ⊙ (x − w ⊙ s).
 
-    Weights `(count, d)` start at 1, gates `(count, d)` at 0, which is the mean of both.
-
-    Args:
-        count: number of skips.
-        dim: d.
-        gated: whether there are gates.
+    Weights `(count, d)` start at 1, gates `(count, d)` at 0: the mean of x and w ⊙ s.
     """
 
     def __init__(self, count: int, dim: int, *, gated: bool) -> None:
@@ -25,16 +20,7 @@ class UNetSkips(nn.Module):
         self.gates = constant(0.0, count, dim) if gated else None
 
     def forward(self, x: Tensor, stored: Tensor, row: int) -> Tensor:
-        """Add a skip.
-
-        Args:
-            x: `(B, T, d)`, the residual stream.
-            stored: `(B, T, d)`, the encoder layer's output.
-            row: index of the skip's weights and gates.
-
-        Returns:
-            `(B, T, d)`.
-        """
+        """Add the encoder output `stored` to `x`, both `(B, T, d)`, with the weights and gates of skip `row`."""
         weight = self.weights[row].to(x.dtype)
         if self.gates is None:
             return torch.addcmul(x, weight, stored)

@@ -1,4 +1,4 @@
-"""SmearGate: mixes each token's embedding with the one before, in the two published forms."""
+"""SmearGate: mixes each token's embedding with the previous token's, in two published variants."""
 
 from __future__ import annotations
 
@@ -12,42 +12,27 @@ _GATE_CHANNELS = 12
 
 
 def predecessor(x: Tensor, starts: Tensor | None = None) -> Tensor:
-    """x[t−1] at each t, and zero at t = 0 and where a document begins.
-
-    Args:
-        x: `(B, T, d)`.
-        starts: `(B, T)` bool, where documents begin; None ignores document boundaries.
-
-    Returns:
-        `(B, T, d)`.
-    """
+    """x[t−1] at each t, zero at t = 0 and where a document begins: `starts` `(B, T)` bool; None ignores boundaries."""
     shifted = F.pad(x[:, :-1], (0, 0, 1, 0))
     return shifted if starts is None else shifted.masked_fill(starts[..., None], 0.0)
 
 
 class SmearGate(nn.Module):
-    """The form of #262 and #1392: y[t] = (1 − σ(γ)) ⊙ x[t] + σ(γ) ⊙ x[t−1], γ `(d,)` starting at 0.
-
-    Args:
-        dim: d.
-    """
+    """The variant of #262 and #1392: y[t] = (1 − σ(γ)) ⊙ x[t] + σ(γ) ⊙ x[t−1], γ `(d,)` starting at 0."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.gate = constant(0.0, dim)
 
     def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Smear `x` `(B, T, d)`; `starts` as of `predecessor`, None as published."""
+        """Smear `x` `(B, T, d)`; `starts` as for `predecessor`. The published scripts smear across documents (None)."""
         return torch.lerp(x, predecessor(x, starts), torch.sigmoid(self.gate).to(x.dtype))
 
 
 class DocumentSmearGate(nn.Module):
-    """The form of #1851, inside documents: y[t] = x[t] + λ σ(w · x[t, :12]) x[t−1].
+    """The variant of #1851, inside documents: y[t] = x[t] + λ σ(w · x[t, :12]) x[t−1].
 
-    λ and w `(1, 12)` start at 0, so the model starts without smear.
-
-    Args:
-        dim: d; models with fewer than 12 channels gate on all of them.
+    λ and w `(1, 12)` start at 0, so the model starts without smear. If d < 12 the gate reads all d channels.
     """
 
     def __init__(self, dim: int) -> None:

@@ -8,25 +8,20 @@ from torch import Tensor
 from golf_kernels.int6 import int6_fake_quantize
 
 QUANTILE = 0.9999984
-"""Row quantile of |w| at which #122 clips; below 625,000 columns it lies between the two largest."""
+"""Row quantile of |w| at which #122 clips. Up to 625,000 columns it lies between the two largest values."""
 
 _LARGEST_CODE = 31
 _SMALLEST_CLIP = 1e-8
 
 
 def fake_quantize_scales(weight: Tensor) -> Tensor:
-    """Row scales in training: s = max(quantile(|w|, 0.9999984), 1e-8) / 31, without the export's floor.
+    """Row scales in training: s = max(quantile(|w|, 0.9999984), 1e-8) / 31, without the artifact's scale floor.
 
-    The quantile is linear between the row's two largest magnitudes, so no row is sorted.
-
-    Args:
-        weight: `(rows, columns)`, float32 or float64.
-
-    Returns:
-        `(rows,)` in the dtype of `weight`, without gradient.
+    `weight` is `(rows, columns)` float32 or float64; the result `(rows,)` has its dtype and no gradient. The quantile is
+    interpolated between the row's two largest magnitudes, so no row is sorted.
 
     Raises:
-        ValueError: with that many columns the quantile lies below the two largest.
+        ValueError: with so many columns the quantile lies below the two largest.
     """
     columns = weight.shape[-1]
     position = (columns - 1) * QUANTILE
@@ -38,12 +33,5 @@ def fake_quantize_scales(weight: Tensor) -> Tensor:
 
 
 def fake_quantize_rows(weight: Tensor) -> Tensor:
-    """Round each row to 63 int6 levels: w ← round(clamp(w/s, −31, 31)) · s; the gradient is the identity.
-
-    Args:
-        weight: `(rows, columns)`, float32 or float64.
-
-    Returns:
-        `(rows, columns)` in the dtype of `weight`.
-    """
+    """Round each row to 63 int6 levels: w ← round(clamp(w/s, −31, 31)) · s; the gradient is the identity."""
     return int6_fake_quantize(weight, fake_quantize_scales(weight))
