@@ -65,7 +65,7 @@ def test_a_graph_needs_cuda_and_is_the_default_with_the_fused_step_of_muon_alone
     with pytest.raises(UserError, match="optimizer_graph: on needs a CUDA GPU, and this run is on cpu: set OPTIMIZER_"):
         build_optimizers(GPT(on), on)
     assert choose_graph(on, CUDA) == (True, "as set") and choose_graph(off, CUDA) == (False, "as set")
-    assert str(choose_graph(CONFIG, CUDA)) == "off (muon_step runs on PyTorch, for which no graph has been measured)"
+    assert str(choose_graph(CONFIG, CUDA)) == "off (muon_step runs on PyTorch, where no graph has been measured)"
     with dispatch.forced("torch,muon_step=triton"):
         assert choose_graph(CONFIG, CUDA) == (True, "muon_step runs on Triton")
         assert not choose_graph(off, CUDA).on

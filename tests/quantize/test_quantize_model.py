@@ -305,7 +305,7 @@ def test_what_float16_cannot_hold_is_refused_by_name(config: Config, hessians: d
     model = random_model(config)
     with torch.no_grad():
         model.blocks[0].mlp_scale[3] = 70_000.0
-    with pytest.raises(UserError, match=r"blocks\.0\.mlp_scale: holds 70000, and float16 ends at 65504"):
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp_scale: holds 70000, above float16's maximum 65504"):
         quantize_model(model, config, hessians)
     model = random_model(config)
     with torch.no_grad():

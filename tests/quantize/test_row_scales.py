@@ -128,7 +128,7 @@ def test_rounding_to_nearest_clamps_symmetrically_and_rounds_halves_to_even(bits
 
 
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(UserError, match="bits: codes have 2 to 8 bits, got 9"):
+    with pytest.raises(UserError, match="bits: expected 2 to 8, got 9"):
         sdclip(torch.randn(2, 4), 9)
     with pytest.raises(UserError, match="scale_floor: expected one of published, none, got 'low'"):
         sdclip(torch.randn(2, 4), 6, floor="low")

@@ -12,7 +12,7 @@ from train.common.errors import UserError
 
 
 class _Average:
-    """The model's parameters, and one tensor for each: the base of both averages."""
+    """Base of both averages: the model's parameters, and a tensor for each."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = [name for name, _ in model.named_parameters()]
@@ -45,12 +45,8 @@ class _Average:
 class EMA(_Average):
     """Exponential moving average of every parameter, starting from the current weights.
 
-    average <- decay * average + (1 - decay) * weights after each step, without bias correction. The average is in float32
-    at least, also of bfloat16 embeddings.
-
-    Args:
-        model: all its parameters are averaged, trained or not.
-        decay: in [0, 1).
+    average <- decay * average + (1 - decay) * weights after each step, without bias correction; untrained parameters
+    too. The average is float32 or wider, even for bfloat16 embeddings. `decay` is in [0, 1).
 
     Source: submissions #1392 (0.997) and #1471 (0.9965).
     """
@@ -64,7 +60,7 @@ class EMA(_Average):
             parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
             for parameter in self._parameters
         ]
-        # lerp needs equal dtypes: bfloat16 parameters are copied to float32 buffers first
+        # lerp needs equal dtypes: copy bfloat16 parameters to float32 buffers first
         narrow = [i for i, shadow in enumerate(self._shadow) if shadow.dtype != self._parameters[i].dtype]
         self._narrow = [self._parameters[i] for i in narrow]
         self._widened = [torch.empty_like(self._shadow[i]) for i in narrow]
@@ -100,13 +96,8 @@ class EMA(_Average):
 class SWA(_Average):
     """Mean of the weights of every n-th step, once the learning rate has fallen below a threshold.
 
-    average = mean of the weights after each step s with s mod every = 0 and scale < threshold. The sum is in each
-    parameter's dtype, as published, so bfloat16 embeddings lose bits.
-
-    Args:
-        model: all its parameters are averaged, trained or not.
-        every: n.
-        threshold: of the learning-rate scale.
+    average = mean of the weights after each step s with s mod every = 0 and scale < threshold; untrained parameters too.
+    The sum has each parameter's dtype, as published, so bfloat16 embeddings lose bits.
 
     Source: submission #198 (every 200, below 0.5), the parent of #262; #122 has the same rule.
     """
@@ -122,14 +113,11 @@ class SWA(_Average):
 
     @torch.no_grad()
     def update(self, step: int, scale: float) -> bool:
-        """Add the current weights to the average if the step and the learning rate say so.
+        """Add the current weights to the average if step and learning rate call for it, and say whether they were added.
 
         Args:
-            step: finished steps, including the one just done.
+            step: finished steps, including the current one.
             scale: learning-rate scale of this step.
-
-        Returns:
-            Whether they were added.
         """
         if scale >= self.threshold or step % self.every:
             return False

@@ -1,4 +1,4 @@
-"""Replays repeated work as a CUDA graph as long as it uses the same memory."""
+"""Replays repeated work as a CUDA graph while it uses the same memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class GraphChoice(NamedTuple):
 
 
 def choose_graph(config: Config, device: torch.device) -> GraphChoice:
-    """Resolve the setting `optimizer_graph` on a device, the same on every rank.
+    """Resolve the setting `optimizer_graph`; the result is the same on every rank.
 
     Raises:
         UserError: it is `on` and the device is not CUDA.
@@ -41,21 +41,18 @@ def choose_graph(config: Config, device: torch.device) -> GraphChoice:
         return GraphChoice(True, "as set")
     if dispatch.choose("muon_step", device=device.type).backend == "triton":
         return GraphChoice(True, "muon_step runs on Triton")
-    return GraphChoice(False, "muon_step runs on PyTorch, for which no graph has been measured")
+    return GraphChoice(False, "muon_step runs on PyTorch, where no graph has been measured")
 
 
 class Captured:
-    """Calls a function, from its second call with the same tensors on as a CUDA graph.
+    """Calls a function; from the second call with the same tensors on, it replays a CUDA graph instead.
 
     The first call with new tensors runs eagerly, which compiles kernels and uploads tables. Numbers that change between
     calls must be tensors on the device.
 
     Args:
         run: launches the work on the current stream.
-        tensors: returns all tensors that the work uses and that outlive a call, in a fixed order.
-
-    Attributes:
-        run: as given.
+        tensors: returns, in a fixed order, all tensors that the work uses and that outlive a call.
     """
 
     def __init__(self, run: Callable[[], object], tensors: Callable[[], Iterable[Tensor]]) -> None:
@@ -65,7 +62,6 @@ class Captured:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
-        """Run the work once."""
         addresses = tuple(tensor.data_ptr() for tensor in self._tensors())
         if addresses != self._addresses:
             self._graph = None
@@ -75,7 +71,7 @@ class Captured:
             return
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            # other threads may call CUDA during the capture, such as a data loader's
+            # another thread, such as the data loader's, may call CUDA during the capture
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.run()
             self._graph = graph

@@ -20,7 +20,7 @@ from train.optimize.reduction import Reduction
 
 KINDS = ("matrix", "embedding", "scalar")
 
-# of AdamW, in every published script
+# every published script has these
 _ADAM_BETA1, _ADAM_EPS = 0.9, 1e-8
 
 Moments = Mapping[str, Mapping[str, Tensor]]
@@ -30,18 +30,18 @@ _Work = Callable[[], object]
 class Optimizers:
     """All optimizers of a model, stepped together; made by `build_optimizers`.
 
-    After the gradients' reduction a step has three parts with collectives between them: the local norm; clipping and
-    Muon; AdamW. Each may be a CUDA graph; one process has a single graph.
+    A step reduces the gradients, then computes the local norm, then clips and runs Muon, then runs AdamW, with collectives
+    in between. Each of the three computations may be a CUDA graph; a single process has one graph for all.
 
     Args:
         model: `zero_grad` clears its gradients.
-        kinds: `split_parameters(model, …)`.
-        muon: Muon over the matrices that this rank owns; None if it owns none.
-        adamw: AdamW over embeddings and scalars, the same on every rank; None if there are none.
-        reduction: the collectives; with graphs it keeps gradients at fixed addresses.
-        max_norm: largest norm of the whole gradient; 0: no clipping.
-        process_group: process group of all ranks; None for one process.
-        graph: whether the step is replayed as CUDA graphs.
+        kinds: result of `split_parameters`.
+        muon: Muon on the matrices of this rank; None if it owns none.
+        adamw: AdamW on embeddings and scalars, the same on every rank; None if there are none.
+        reduction: with graphs it must keep gradients at fixed addresses.
+        max_norm: clip the norm of the whole gradient to this; 0: no clipping.
+        process_group: all ranks; None for one process.
+        graph: whether to replay CUDA graphs.
     """
 
     def __init__(
@@ -82,14 +82,10 @@ class Optimizers:
                 group["capturable"] = True
 
     def _piece(self, work: Sequence[_Work], *stepped: torch.optim.Optimizer | None) -> Callable[[], None]:
-        """A part of the step: `work` in order, as a CUDA graph if asked for.
+        """A function that calls `work` in order, replayed as a CUDA graph if `graph` says so.
 
-        The closure must not capture `self`: the cycle would keep the process group alive past interpreter exit, where gloo
-        aborts.
-
-        Args:
-            work: called in order.
-            stepped: the optimizers whose parameters and moments it uses.
+        `stepped` are the optimizers whose parameters and moments the work uses. The closure must not capture `self`: the
+        cycle would keep the process group alive past interpreter exit, where gloo aborts.
         """
         each_optimizer = self._each
 
@@ -110,11 +106,8 @@ class Optimizers:
     def step(self, lr_scale: float, momentum: float) -> Tensor | None:
         """Reduce the gradients over ranks, clip them, and update every parameter.
 
-        Every rank must have accumulated its gradients with the factor 1 / accumulation.
-
-        Args:
-            lr_scale: factor on the learning rate of every group.
-            momentum: Muon's momentum in this step.
+        `lr_scale` multiplies every learning rate; `momentum` is Muon's. Each micro-batch's gradient must have been multiplied
+        by 1 / accumulation.
 
         Returns:
             The gradient's norm before clipping (0-dimensional, on the device, overwritten by the next step), or None
@@ -140,25 +133,23 @@ class Optimizers:
         return norm
 
     def zero_grad(self) -> None:
-        """Clear all gradients of the model, including those of untrained parameters."""
+        """Clear all gradients of the model, even of untrained parameters."""
         for parameter in self._model.parameters():
             parameter.grad = None
 
     def reset(self) -> None:
         """Zero all moments and step counts, as before the first step."""
-        # in place: a CUDA graph holds these tensors
+        # in place: a CUDA graph uses these tensors
         for optimizer in self._each:
             for moments in optimizer.state.values():
                 torch._foreach_zero_(list(moments.values()))
 
     def state_dict(self) -> dict[str, dict[str, dict[str, Tensor]]]:
-        """The moments of all parameters on all ranks, so that a run may resume with another number of ranks.
-
-        A collective: every rank must call it.
+        """The moments of all ranks, so that a run may resume on another number of ranks. Every rank must call this.
 
         Returns:
             Optimizer ("muon", "adamw") -> parameter name -> name of the moment -> tensor. Rates, decays and momentum
-            are left out, because they follow from the settings and the step.
+            follow from the settings and the step.
         """
         muon = self._moments("muon", self.muon)
         if self._process_group is not None:
@@ -212,7 +203,7 @@ def _load(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: Mapping[st
     if saved and own.keys() != saved.keys():
         optimizer.state[parameter] = {name: v.to(parameter.device, copy=True) for name, v in saved.items()}
         return
-    # in place, because a CUDA graph holds these tensors; before the first step the moments are zero
+    # in place: a CUDA graph uses these tensors; before the first step the moments are zero
     for name, value in own.items():
         value.copy_(saved[name] if saved else torch.zeros_like(value))
 
@@ -236,15 +227,14 @@ def build_optimizers(
     """Muon and AdamW with the rates and decays of the settings.
 
     Matrices: Muon, p <- p (1 - lr wd) - lr sqrt(max(1, rows / columns)) update, with Nesterov momentum. Embeddings and
-    scalars: AdamW, each with its own rate and decoupled decay. Moments have the parameter's dtype, so those of bfloat16
-    embeddings are bfloat16, as published. Each matrix has one owner; orthogonalization costs every rank about the same.
+    scalars: AdamW, each with its own rate and decoupled decay. Moments have the parameter's dtype: bfloat16 for bfloat16
+    embeddings, as published. Matrices are assigned to ranks so that all spend about the same time on orthogonalization.
 
     Args:
         model: on its final device, with the same weights on every rank.
-        config: `matrix_lr`, `tied_embed_lr`, `scalar_lr`, `muon_*`, `normuon*`, `beta2`, `*_wd`,
-            `grad_clip_norm`, `optimizer_graph`.
-        process_group: process group of all ranks; None for one process.
-        owned: without a group, numbers of the matrices to update, to measure one rank's work alone; None: all.
+        config: the settings.
+        process_group: all ranks; None for one process.
+        owned: without a group, indices of the matrices to update, to measure one rank's work alone; None: all.
 
     Raises:
         UserError: `optimizer_graph` is `on` and the device is not CUDA.
@@ -294,13 +284,13 @@ def _build_muon(matrices: Sequence[Tensor], config: Config) -> Muon:
         row_normalize=config.muon_eq_r,
         row_eps=config.muon_row_eps,
         normuon=config.normuon,
-        # of the published systems only #122, with NorMuon, weights the gradient by 1 - momentum
+        # only #122, which has NorMuon, multiplies the gradient by 1 - momentum
         dampened=config.normuon,
         coefficients=config.muon_coefficients,
     )
 
 
 def _build_adamw(groups: list[dict[str, Any]], config: Config) -> torch.optim.AdamW:
-    # the fused kernels compute bfloat16 moments in float32 and round them once
+    # fused kernels compute bfloat16 moments in float32 and round once
     fused = {parameter.device.type for group in groups for parameter in group["params"]} <= {"cpu", "cuda"}
     return torch.optim.AdamW(groups, betas=(_ADAM_BETA1, config.beta2), eps=_ADAM_EPS, fused=fused, foreach=not fused)

@@ -1,4 +1,4 @@
-"""The gradients' mean over ranks, their norm for clipping, and updated matrices back to all ranks."""
+"""Collectives of a step: mean gradients, their norm for clipping, and the updated matrices for all ranks."""
 
 from __future__ import annotations
 
@@ -13,27 +13,25 @@ _Collective = Callable[..., dist.Work]
 
 
 class Reduction:
-    """What the ranks exchange in a step: mean gradients before the optimizers run, updated matrices after.
+    """Exchanges mean gradients before the optimizers run, and updated matrices after.
 
     Replicated parameters (embeddings, vectors, scalars): one all-reduce of their gradients; every rank updates them.
-    Matrices: each has one rank that updates it, its owner. One reduce-scatter gives every owner the mean gradients of
-    its matrices, one all-gather sends the updated matrices back. The host never waits for a number.
+    Matrices: one rank, the owner, updates each. One reduce-scatter gives the owners their mean gradients, one all-gather
+    sends the updated matrices to all ranks. The host never waits for a number.
 
-    A rank must accumulate its micro-batches with the factor 1 / accumulation. A missing gradient counts as zero, so
-    that weight decay does not depend on the number of ranks.
+    Each micro-batch's gradient must have been multiplied by 1 / accumulation. A missing gradient counts as zero, so that
+    weight decay does not depend on the number of ranks.
 
     Args:
         replicated: parameters that every rank updates.
-        matrices: parameters that one rank updates for all.
-        owners: for each of `matrices`, the rank that updates it; ignored without a group.
-        group: process group of all ranks; None for one process, which then owns everything.
-        others: without a group, matrices of other ranks, when one rank's work is measured alone: only their norm
-            counts.
-        fixed: keep the reduced gradients at the same addresses in every step, as a CUDA graph needs; with a group they
-            always are.
+        matrices: parameters that their owners update.
+        owners: the rank that updates each of `matrices`; ignored without a group.
+        group: all ranks; None for one process, which owns everything.
+        others: without a group, matrices of other ranks, to measure one rank's work alone; only their norm counts.
+        fixed: keep the reduced gradients at the same addresses, as a CUDA graph needs; with a group they always are.
 
     Attributes:
-        owned: the matrices that this rank updates, in their order.
+        owned: the matrices that this rank updates.
         norm: the last result of `scale_gradients`.
     """
 
@@ -67,7 +65,6 @@ class Reduction:
             self._allocate(owners)
 
     def _allocate(self, owners: Sequence[int]) -> None:
-        """Allocate the buffers of the collectives."""
         self._flat = _buffer(self._replicated, sum(p.numel() for p in self._replicated))
         self._flat_views = _views(self._flat, self._replicated)
         self._flat_places = _places_for(self._flat_views, self._replicated)
@@ -75,13 +72,13 @@ class Reduction:
         by_owner = [[matrix for matrix, owner in pairs if owner == rank] for rank in range(self._world_size)]
         self.owned = by_owner[self._rank]
         self._by_owner = [matrix for matrices in by_owner for matrix in matrices]
-        # a collective has the same length for every rank: that of the rank with most elements
+        # every rank's slice has the same length: that of the rank with most elements
         length = max(sum(matrix.numel() for matrix in matrices) for matrices in by_owner)
-        # gradients are sent before weights arrive, so both use this buffer
+        # gradients leave before weights arrive, so both use this buffer
         self._all = _buffer(self._matrices, self._world_size * length)
         rows = zip(self._all.view(self._world_size, length), by_owner, strict=True)
         self._all_views = [view for row, matrices in rows for view in _views(row, matrices)]
-        # gradients stay readable after a step, so weights are sent from another buffer
+        # gradients stay readable after a step, so weights leave from another buffer
         self._own_gradients, self._own_weights = (_buffer(self._matrices, length) for _ in range(2))
         self._own_gradient_views = _views(self._own_gradients, self.owned)
         self._own_weight_views = _views(self._own_weights, self.owned)
@@ -89,7 +86,7 @@ class Reduction:
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
-        """Replace `.grad` by the mean over ranks: of a replicated parameter on every rank, of a matrix on its owner.
+        """Replace `.grad` by the mean over ranks: on every rank for replicated parameters, on the owner for matrices.
 
         On the other ranks a matrix's `.grad` becomes None. The next call may overwrite these gradients.
         """
@@ -102,14 +99,14 @@ class Reduction:
                 _set_gradients(parameters, _gradients(parameters), self._places)
             return
         scattering = None
-        # the larger transfer starts first: packing the smaller one overlaps it
+        # start the larger transfer first: packing the smaller one overlaps it
         if self._matrices:
             torch._foreach_copy_(self._all_views, _gradients(self._by_owner))
             scattering = _reduce_scatter(self._own_gradients, self._all, self._group)
         if self._replicated:
             torch._foreach_copy_(self._flat_views, _gradients(self._replicated))
             dist.all_reduce(self._flat, op=dist.ReduceOp.SUM, group=self._group)
-            # not every backend and version can average; a sum times a power of two is the exact mean
+            # not every backend can average; with a power of two of ranks this product is exact
             self._flat.mul_(1 / self._world_size)
             _set_gradients(self._replicated, self._flat_views, self._flat_places)
         if scattering is not None:
@@ -121,20 +118,20 @@ class Reduction:
 
     @property
     def exchanges(self) -> bool:
-        """Whether the norm needs gradients that this process does not update."""
+        """Whether the norm needs gradients of parameters that this process does not update."""
         return self._group is not None or bool(self._others)
 
     @torch.no_grad()
     def measure_gradients(self) -> None:
-        """Clipping, 1 of 3: sum the squares of this rank's reduced gradients."""
-        # a matrix counts on its owner, a replicated parameter on rank 0
+        """Clipping, step 1 of 3: sum the squares of this rank's reduced gradients."""
+        # count a matrix on its owner, a replicated parameter on rank 0
         counted = [*self._replicated, *self.owned] if self._rank == 0 else self.owned
         self._square.zero_()
         self._add_squares(_gradients(counted))
 
     @torch.no_grad()
     def sum_squares(self) -> None:
-        """Clipping, 2 of 3: add the sums of all ranks."""
+        """Clipping, step 2 of 3: add up the sums of all ranks."""
         if self._group is not None:
             dist.all_reduce(self._square, op=dist.ReduceOp.SUM, group=self._group)
         self._add_squares([matrix.grad for matrix in self._others if matrix.grad is not None])
@@ -146,13 +143,13 @@ class Reduction:
 
     @torch.no_grad()
     def scale_gradients(self, max_norm: float) -> Tensor:
-        """Clipping, 3 of 3: scale this rank's gradients by min(1, max_norm / (norm + 1e-6)), norm over all ranks.
+        """Clipping, step 3 of 3: multiply this rank's gradients by min(1, max_norm / (norm + 1e-6)), norm over all ranks.
 
         Returns:
-            The L2 norm before clipping, 0-dimensional, float32 (float64 for float64 gradients), on the device, the same
-            on all ranks; the next call overwrites it.
+            The L2 norm before clipping: 0-dimensional, on the device, float32 (float64 for float64 gradients), the same
+            on all ranks. The next call overwrites it.
 
-        Source: `torch.nn.utils.clip_grad_norm_`, whose formula this is.
+        Source: the formula of `torch.nn.utils.clip_grad_norm_`.
         """
         torch.sqrt(self._square, out=self.norm)
         gradients = _gradients([*self._replicated, *self.owned])
@@ -171,7 +168,7 @@ class Reduction:
 
     @torch.no_grad()
     def finish_gathering(self) -> None:
-        """Wait for the all-gather and copy the matrices into the model; every rank then holds the same bits."""
+        """Wait for the all-gather and copy the matrices into the model; all ranks then hold the same bits."""
         if self._gathering is not None:
             self._gathering.wait()
             torch._foreach_copy_(self._by_owner, self._all_views)
@@ -185,7 +182,7 @@ def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _buffer(parameters: Sequence[Tensor], size: int) -> Tensor:
-    # float32 at least, so that a sum of bfloat16 gradients is rounded once and not per rank
+    # float32 or wider: a sum of bfloat16 gradients is rounded once, not once per rank
     dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)
     device = parameters[0].device if parameters else None
     return torch.zeros(size, dtype=dtype, device=device)
@@ -198,7 +195,7 @@ def _views(buffer: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _places_for(views: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    # a gradient has its parameter's dtype, which may be narrower than that of the sums
+    # a gradient has its parameter's dtype, which may be narrower than the sum's
     pairs = zip(views, parameters, strict=True)
     return [v if v.dtype == p.dtype else torch.empty_like(p, requires_grad=False) for v, p in pairs]
 
@@ -212,7 +209,7 @@ def _set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor], pl
 
 
 def _reduce_scatter(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> dist.Work:
-    # torch 2.13 renames this collective and the next, and warns about their old names
+    # torch 2.13 renames these two collectives and warns about the old names
     scatter: _Collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return scatter(output, source, op=dist.ReduceOp.SUM, group=group, async_op=True)
 

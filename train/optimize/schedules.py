@@ -1,4 +1,4 @@
-"""How the learning rate and Muon's momentum move during a run."""
+"""Schedules of the learning rate and of Muon's momentum."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from train.config import Config
 def lr_scale(step: int, elapsed_seconds: float, config: Config) -> float:
     """Factor on every learning rate before step `step`.
 
-    Two published schedules. By steps (`warmdown_iters` = n): 1, and over the last n steps (iterations - step) / n. Under a
-    wall-clock cap those n steps are measured in time, at the mean step time so far: 1 until
-    remaining <= n * elapsed / step, then remaining / (n * elapsed / step). By fraction (`warmdown_frac` = f > 0, which
-    replaces the other): with the finished fraction p of the time (of the steps without a cap), 1 while p < 1 - f, then
-    (1 - p) / f. Under a cap `iterations` has no part in either.
+    Two published schedules, each 1 before the warmdown and linear to 0 in it:
+
+    - by steps, `warmdown_iters` = n: (iterations - step) / n in the last n steps. Under a wall-clock cap the n steps become
+      time at the mean step time so far: remaining / (n * elapsed / step) once that is below 1;
+    - by fraction, `warmdown_frac` = f > 0, which takes precedence: (1 - p) / f once p >= 1 - f, where p is the finished
+      fraction of the time, or of the steps without a cap.
+
+    Under a cap `iterations` does not matter.
 
     Args:
         step: steps finished so far.
         elapsed_seconds: training time so far, without validation, in seconds.
-        config: `warmdown_iters`, `warmdown_frac`, `iterations`, and the cap `training_seconds` (0: none).
+        config: the settings; the cap is `training_seconds` (0: none).
 
     Returns:
         A number in [0, 1].
@@ -38,11 +41,7 @@ def lr_scale(step: int, elapsed_seconds: float, config: Config) -> float:
 
 
 def muon_momentum(step: int, config: Config) -> float:
-    """Momentum of Muon in step `step`: start + (end - start) * min(step / warm-up steps, 1).
-
-    Args:
-        step: steps finished so far.
-        config: `muon_momentum_warmup_start`, `muon_momentum`, and `muon_momentum_warmup_steps` (0: the end at once).
+    """Muon's momentum after `step` steps: start + (end - start) * min(step / warm-up steps, 1); end without warm-up steps.
 
     Source: Parameter Golf's baseline; submissions #1392, #122 and #1471 rise from 0.92 to 0.99 over 1,500 steps.
     """

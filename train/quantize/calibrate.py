@@ -1,4 +1,4 @@
-"""Calibration: the second moments of every matrix's inputs, on training batches or on the model's own text."""
+"""GPTQ's Hessians: second moments of each matrix's inputs, on training batches or on text that the model generates."""
 
 from __future__ import annotations
 
@@ -20,22 +20,11 @@ from train.model.linear import observe_inputs
 def calibrate(
     config: Config, model: GPT, names: Sequence[str], data: Dataset, ranks: Ranks, note: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """The Hessians that the settings ask for, summed over the ranks.
+    """The Hessians of `names` as `collect_hessians` returns them, averaged over the batches of all ranks.
 
-    `gptq_calib_source` "train" reads training batches; "generated" lets the model write `gptq_calib_batches` texts,
-    which the ranks share, and reads no data. `gptq_calib_graph` "evaluated" collects on the function that is evaluated,
-    "plain" on the same weights without repeated and parallel layers, as #1392 did.
-
-    Args:
-        config: the calibration settings.
-        model: not compiled; the same on every rank.
-        names: matrices, as for `collect_hessians`.
-        data: gives the training batches.
-        ranks: this process among the others, all of which must call.
-        note: is told, in a line each, what was done and how long it took.
-
-    Returns:
-        As `collect_hessians`, the same on every rank.
+    `gptq_calib_source` "train" reads training batches; with "generated" the model writes `gptq_calib_batches` texts,
+    divided among the ranks, and no data is read. `gptq_calib_graph` "evaluated" runs the model as evaluation does; "plain"
+    runs its weights without repeated and parallel layers, as #1392 did. Every rank must call this; `note` gets a log line.
 
     Raises:
         UserError: as `collect_hessians`, or there are fewer texts than ranks.
@@ -64,11 +53,11 @@ def calibrate(
 
 
 def plain_graph(model: GPT) -> GPT:
-    """The model's weights, not copied, in a function without repeated and without parallel layers."""
+    """The model without repeated and parallel layers; its weights are shared, not copied."""
     with torch.device("meta"):
         plain = GPT(model.config.replace(recur_layers=(), parallel_start_layer=-1))
     plain.compute_dtype = model.compute_dtype
-    # the mix of the lanes has no place in it
+    # the plain model has no lane_mix
     own = {name for name, _ in plain.named_parameters()}
     state = {name: tensor for name, tensor in model.state_dict().items() if name in own}
     plain.load_state_dict(state, assign=True)
@@ -95,19 +84,18 @@ def collect_hessians(
 ) -> dict[str, Tensor]:
     """The Hessian of each matrix for GPTQ: H = Σ Xᵀ X / (number of batches), X `(tokens, in_features)`.
 
-    A layer that runs twice adds both of its inputs. The sum is over all tokens of a batch, so H grows with the batch;
-    GPTQ does not mind a constant factor.
+    A layer that runs twice adds both of its inputs. H grows with the tokens per batch, but GPTQ ignores a constant factor.
 
     Args:
-        model: not compiled; it runs in evaluation mode and is left in the mode it was in.
+        model: not compiled; it runs in evaluation mode, and its mode is restored.
         batches: token ids `(B, T)` int64, on the model's device.
-        names: parameter names to collect for; `embedding.weight` gets the final norm's output.
-        recurrence: whether the repeated layers run twice: as in the evaluation, unless a recipe says otherwise.
-        all_reduce: replaces a tensor by its sum over the ranks, in place; every rank must call this function with the
-            same names, each with batches of its own. None for one process.
+        names: parameter names; the input of `embedding.weight` is the final norm's output.
+        recurrence: whether the repeated layers run twice.
+        all_reduce: replaces a tensor by its sum over the ranks, in place; every rank must then call this function with
+            the same names and its own batches. None for one process.
 
     Returns:
-        name → `(in_features, in_features)` float32 (float64 where the model computes in it), on the model's device.
+        name → `(in_features, in_features)` float32 (float64 if the model computes in it), on the model's device.
 
     Raises:
         UserError: there is no batch, or the model has no such matrix or never multiplies by it.
@@ -124,7 +112,7 @@ def collect_hessians(
     def accumulate(name: str, inputs: Tensor) -> None:
         if name not in wanted:
             return
-        # query, key and value report the same tensor in turn: held on to, its memory cannot become another's meanwhile
+        # query, key and value report one tensor in turn. `last` keeps it alive, so no other tensor gets its memory
         if not (last and _same_memory(last[0], inputs)):
             last[:], product[:] = [inputs], [second_moment(inputs.flatten(0, -2))]
         if name in sums:
@@ -157,16 +145,9 @@ def collect_hessians(
 
 
 def second_moment(rows: Tensor) -> Tensor:
-    """Xᵀ X, summed in float32 (float64 for float64).
-
-    Args:
-        rows: X `(tokens, in_features)`.
-
-    Returns:
-        `(in_features, in_features)` float32 or float64.
-    """
+    """Xᵀ X `(in_features, in_features)` of X `(tokens, in_features)`, in float32 (float64 for float64)."""
     if rows.is_cuda and rows.dtype == torch.bfloat16:
-        # products of bfloat16 are exact in float32, and tensor cores sum them there ten times as fast
+        # products of bfloat16 are exact in float32, and tensor cores sum in float32 ten times as fast
         return torch.mm(rows.mT, rows, out_dtype=torch.float32)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return rows.mT @ rows

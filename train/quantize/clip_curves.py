@@ -1,8 +1,8 @@
-"""What a row clip costs: predicted bytes and loss of each group of tensors over SDClip's k, and the choice among them.
+"""Chooses SDClip's k of each tensor group from predicted bytes and loss.
 
-A larger k makes coarser codes, fewer bytes and more loss. For each group (the matrices that play the same part in all
-layers, and each table) two curves over k are predicted, and a multiplier λ picks from all of them the k that minimize
-(expected loss) + λ · (bytes). `train.artifact.fit_to_target` corrects the prediction by what the groups really take.
+A larger k makes coarser codes: fewer bytes, more loss. A group is one kind of matrix over all layers, or one table. For each
+group two curves over k are predicted, and k minimizes (expected loss) + λ · (bytes) with one λ for all groups.
+`train.artifact.fit_to_target` corrects the predicted bytes by measured ones.
 
 bytes   a row of N(0, σ²) rounded to codes of scale s has the entropy of the discretized normal distribution at σ / s,
         which at high rate is ½ log2(2πe (σ²/s² + 1/12)) bits per weight, with s = kσ / (2^(bits-1) - 1).
@@ -28,7 +28,7 @@ SEARCHED_CLIPS = ("sdclip", "hessian_sdclip")
 
 _GRID = 800
 _SMALLEST_SIGMAS = 2.0
-# a group's loss is measured with errors so much coarser than the settings', to rise above the noise
+# a group's loss is measured at this multiple of the settings' k, so that it rises above the noise
 _PROBE = 2.0
 # float16 scales at k = 1 would lose bits below 2^-14
 _UNIT_SIGMAS = 1024.0
@@ -36,38 +36,22 @@ _UNIT_SIGMAS = 1024.0
 
 @dataclass(frozen=True)
 class Curves:
-    """One group of tensors over the grid of k.
-
-    Attributes:
-        name: of the group.
-        tensors: its parameters.
-        bits: of a code.
-        start: the settings' k.
-        sigmas: `(grid,)` float64, rising.
-        size: `(grid,)` float64, predicted bytes.
-        error: `(grid,)` float64, predicted squared error.
-        elements: weights in it.
-    """
+    """One tensor group's predictions over a grid of k."""
 
     name: str
     tensors: tuple[str, ...]
     bits: int
-    start: float
-    sigmas: Tensor
-    size: Tensor
-    error: Tensor
+    start: float  # the settings' k
+    sigmas: Tensor  # (grid,) float64, increasing k
+    size: Tensor  # (grid,) float64, predicted bytes
+    error: Tensor  # (grid,) float64, predicted squared error
     elements: int
 
 
 def gaussian_codes(ratio: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Entropy and squared error of N(0, σ²) rounded to codes of scale s within ±(2^(bits−1) − 1).
+    """Of N(0, σ²) rounded to codes of scale s: entropy in bits per code, and mean squared error / s².
 
-    Args:
-        ratio: σ / s, positive, any shape, float64.
-        bits: 2 to 8.
-
-    Returns:
-        Bits per code, and the mean squared error over s²; both of the shape of `ratio`.
+    `ratio` is σ / s, positive float64 of any shape; both results have its shape.
     """
     limit = largest_code(bits)
     codes = torch.arange(-limit, limit + 1, dtype=torch.float64)
@@ -87,7 +71,7 @@ def gaussian_codes(ratio: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def group_curves(model: nn.Module, config: Config, hessians: Mapping[str, Tensor]) -> list[Curves]:
-    """The curves of all groups that have a k: coded tensors whose clip is one of `SEARCHED_CLIPS`."""
+    """The curves of all groups that have a k to search: coded tensors whose row clip is in `SEARCHED_CLIPS`."""
     members: dict[tuple[str, int], list[str]] = defaultdict(list)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -99,7 +83,7 @@ def group_curves(model: nn.Module, config: Config, hessians: Mapping[str, Tensor
         limit = largest_code(bits)
         sigmas = torch.logspace(math.log10(_SMALLEST_SIGMAS), math.log10(2 * limit), _GRID, dtype=torch.float64)
         size, error = torch.zeros(_GRID, dtype=torch.float64), torch.zeros(_GRID, dtype=torch.float64)
-        # between the points of a table over log(σ / s): exact sums over codes are for the table alone
+        # interpolate in a table over log(σ / s), because exact sums over codes are slow
         table = torch.linspace(-7.0, 9.0, 1601, dtype=torch.float64)
         entropies, errors = gaussian_codes(table.exp(), bits)
         for name in names:
@@ -126,14 +110,10 @@ def loss_factors(
     hessians: Mapping[str, Tensor],
     loss: Callable[[], float],
 ) -> list[float]:
-    """How much the loss rises per squared error of each group, measured by rounding it alone, more coarsely than set.
+    """How much the loss rises per squared error of each group, measured by rounding only this group, at `_PROBE` times k.
 
-    Args:
-        model: its parameters are changed while a group is measured and put back.
-        config: the quantization settings.
-        curves: the groups.
-        hessians: for `hessian_sdclip`.
-        loss: the model's mean loss on some text, the same on every rank.
+    `loss` returns the model's mean loss, the same on every rank. The model's parameters change while a group is measured and
+    are restored.
     """
     parameters = dict(model.named_parameters())
     before = loss()
@@ -153,7 +133,7 @@ def loss_factors(
         factors.append((loss() - before) / error if error else 0.0)
         for name, weight in kept.items():
             parameters[name].copy_(weight)
-    # a measurement may drown in noise, but no error is free
+    # noise may hide a group's effect, but no error is free
     least = 0.01 * max([*factors, 1e-12])
     return [max(factor, least) for factor in factors]
 
@@ -161,13 +141,10 @@ def loss_factors(
 def choose_sigmas(
     curves: Sequence[Curves], factors: Sequence[float], correction: Mapping[str, float], budget: float
 ) -> list[int]:
-    """The place in each group's grid that loses least while all of them are predicted to take at most `budget` bytes.
+    """Each group's index in its grid of k: least expected loss with at most `budget` predicted bytes for all codes.
 
-    Args:
-        curves: the groups.
-        factors: loss per squared error of each.
-        correction: bytes per weight to add to a group's prediction.
-        budget: bytes for the codes; what cannot be reached gives the smallest prediction.
+    `factors` are those of `loss_factors`; `correction` is bytes per weight to add to a group's prediction. If the budget
+    cannot be met, the smallest prediction wins.
     """
     sizes = [group.size + correction.get(group.name, 0.0) * group.elements for group in curves]
     losses = [factor * group.error for factor, group in zip(factors, curves, strict=True)]
@@ -178,7 +155,7 @@ def choose_sigmas(
     def taken(places: list[int]) -> float:
         return sum(float(size[place]) for size, place in zip(sizes, places, strict=True))
 
-    # in powers of two, from no price at all to one that only size counts for
+    # λ as a power of two: at the lower end only loss counts, at the upper only size
     low, high = -100.0, 40.0
     if taken(picked(2.0**low)) <= budget:
         return picked(2.0**low)
@@ -194,7 +171,7 @@ def choose_sigmas(
 def _row_units(
     name: str, weight: Tensor, bits: int, config: Config, hessian: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row the scale at k = 1 without a floor, the floor, and the deviation; float64, on the CPU."""
+    """Each row's scale at k = 1 without floor, its floor, and its standard deviation; float64, on the CPU."""
     clip = clip_settings(name, config)
     scales = ROW_SCALES[clip.name]
     unit = scales(weight, bits, sigmas=_UNIT_SIGMAS, floor="none", hessian=hessian).cpu().double() / _UNIT_SIGMAS

@@ -1,4 +1,4 @@
-"""Text that a model writes itself, to calibrate on without training data."""
+"""Text that the model generates, for calibration without training data."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from train.config import Config
 from train.model.decoder import Decoder
 from train.model.gpt import GPT
 
-# keys and values of the texts that are written side by side stay below 2 GiB
+# bound on the KV cache of the texts that are generated together: 2 GiB
 _CACHE_BYTES = 1 << 31
-# of the text that a model writes to be calibrated on, as published by #1392
+# sampling temperature and calibration batch of #1392
 TEMPERATURE = 0.8
-# sequences per forward pass over generated text, as published
 _GENERATED_BATCH = 8
 
 
 def generated_batches(config: Config, model: GPT, ranks: Ranks, *, recurrence: bool) -> Sequence[Tensor]:
-    """This rank's texts to calibrate on, as batches `(B, train_seq_len)`.
+    """This rank's generated texts, as batches `(B, train_seq_len)`.
 
     Raises:
         UserError: there are fewer texts than ranks.
     """
     if config.gptq_calib_batches < ranks.world_size:
         raise UserError(
-            f"gptq_calib_batches: {config.gptq_calib_batches} sequences leave some of {ranks.world_size} ranks without any: "
+            f"gptq_calib_batches: {config.gptq_calib_batches} sequences are fewer than {ranks.world_size} ranks: "
             f"set GPTQ_CALIB_BATCHES to {ranks.world_size} at least"
         )
     texts = generate_tokens(
@@ -58,22 +57,11 @@ def generate_tokens(
     recurrence: bool,
     progress: bool = False,
 ) -> Tensor:
-    """Let a model write texts: the first token uniform over the vocabulary, each next one from softmax(logits / temperature).
+    """Generate texts: `(len(numbers), length)` int64 on the model's device.
 
-    Text i takes its random numbers from (seed, i) alone, so that it does not matter which rank writes it, nor how many
-    are written side by side, beyond the rounding of the logits.
-
-    Args:
-        model: not compiled; it runs in evaluation mode and is left in the mode it was in.
-        numbers: which texts.
-        length: tokens of each.
-        temperature: above 0.
-        seed: at least 0.
-        recurrence: whether the repeated layers run twice.
-        progress: show it.
-
-    Returns:
-        `(len(numbers), length)` int64, on the model's device.
+    The first token is uniform over the vocabulary, each next one is drawn from softmax(logits / temperature). Text i draws
+    from the generator seeded (seed, i): which rank writes it, and with how many others, only changes the rounding of the
+    logits. The model must not be compiled; it runs in evaluation mode, and its mode is restored.
     """
     device = model.embedding.weight.device
     draws = np.array([np.random.default_rng([seed, number]).random(length) for number in numbers])
@@ -101,16 +89,10 @@ def generate_tokens(
 def sample(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
     """Draw tokens by inversion: the first one at which the cumulative softmax(logits / temperature) exceeds the draw.
 
-    Args:
-        logits: `(B, V)`.
-        draws: `(B,)` float64, uniform in [0, 1).
-        temperature: above 0.
-
-    Returns:
-        `(B,)` int64.
+    `logits` is `(B, V)`, `draws` `(B,)` float64 in [0, 1), the result `(B,)` int64.
     """
     cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
-    # the last sum is one up to rounding, and no draw may fall on it or behind it
+    # the last sum is 1 only up to rounding; keep every draw below it
     total = cumulative[:, -1]
     places = torch.minimum(draws * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, places[:, None], right=True).squeeze(1)

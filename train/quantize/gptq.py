@@ -15,17 +15,14 @@ __all__ = ["DAMPING_STEPS", "GPTQResult", "gptq", "rtn"]
 DAMPING_STEPS = (1.0, 10.0, 100.0)
 """Factors on the damping that are tried in turn until the Cholesky factorization succeeds."""
 
-# what 10 and 100 multiply when the damping asked for is smaller, or none
+# 10 and 100 multiply at least this damping
 _LEAST_RAISED_DAMPING = 0.001
 
 
 class GPTQResult(NamedTuple):
-    """Codes, and what it took to get them.
+    """Codes `(..., rows, columns)` int8, and the damping used for each matrix, as a fraction of its mean diagonal.
 
-    Attributes:
-        codes: `(..., rows, columns)` int8.
-        damping: for each matrix of the batch in order the damping that was used, as a fraction of the mean diagonal;
-            None where no damping made the Hessian factorizable and the matrix was rounded to nearest.
+    Damping None: the factorization failed at every damping, and the matrix was rounded to nearest.
     """
 
     codes: Tensor
@@ -42,33 +39,28 @@ def gptq(
     block_size: int = 128,
     act_order: bool = True,
 ) -> GPTQResult:
-    """Round a matrix so that its product with typical inputs changes least.
+    """Round a matrix, or a batch of them, so that its product with typical inputs changes least.
 
     With U the upper Cholesky factor of (H + damp · mean(diag H) · I)⁻¹, for columns j in order of falling H_jj:
     q_j = round(clamp(w_j / s)), e = (w_j − q_j s) / U_jj, w_k ← w_k − e U_jk for all k > j. Columns whose input was
-    always zero (H_jj = 0) get code 0. Errors go to the columns of the same block one by one, in
-    `golf_kernels.gptq_block`, and to all later ones in one product per block, which is the same sum. Matrices of one
-    shape may be given as a batch.
+    always zero (H_jj = 0) get code 0. Inside a block `golf_kernels.gptq_block` updates column by column; all later columns
+    are updated in one product per block, which is the same sum.
 
-    On one machine the codes have the same bits whichever back end runs the blocks. Between a CPU and a GPU
-    factorization and products round differently, and a weight that falls on the other side of a half changes what comes
-    after it in its row.
+    On one machine every backend gives the same codes. A CPU and a GPU round factorization and products differently; if that
+    rounds one weight to another code, the rest of its row changes too.
 
     Args:
         weight: `(..., rows, columns)`, float32 or float64; the dtype of the arithmetic.
         hessian: `(..., columns, columns)`, Σ x xᵀ of the inputs, times any constant.
         scales: `(..., rows)`, positive.
         bits: bits of the codes, 2 to 8.
-        damp: damping, as a fraction of the mean diagonal. Where the factorization fails, 10 and 100 times as much is
-            tried (of 0.001 at least), then the matrix is rounded to nearest; the result says which it was.
-        block_size: columns per block; up to 128 are rounded natively.
-        act_order: order the columns by falling diagonal (stable), not as they lie.
-
-    Returns:
-        Codes and the damping of each matrix.
+        damp: damping, as a fraction of the mean diagonal. If the factorization fails, 10 and 100 times max(damp, 0.001)
+            are tried, then the matrix is rounded to nearest.
+        block_size: columns per block; a native kernel takes up to 128.
+        act_order: round columns by falling diagonal (stable) instead of left to right.
 
     Raises:
-        ValueError: shapes do not belong together, or a scale is not positive.
+        ValueError: shapes do not match, or a scale is not positive.
 
     Source: Frantar et al., arXiv:2210.17323; act-order and SDClip scales as in #1394 and #1471.
     """
@@ -95,7 +87,7 @@ def gptq(
         curvature = curvature.gather(2, order[:, None, :].expand_as(curvature))
     factor, damping = _inverse_factor(curvature, damp)
 
-    # columns become rows, so that each step works on contiguous memory
+    # transposed, so that each column is contiguous
     work = flat.masked_fill(dead[:, None, :], 0).mT.gather(1, order[:, :, None].expand(-1, -1, rows))
     ordered = _round_columns(work, factor, steps, largest_code(bits), block_size)
     codes = torch.empty_like(ordered).scatter_(1, order[:, :, None].expand_as(ordered), ordered).mT.contiguous()
@@ -107,7 +99,7 @@ def gptq(
 
 def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, list[float | None]]:
     """Upper Cholesky factors U of the inverses of damped Hessians `(batch, n, n)`, UᵀU = H⁻¹; identity on failure."""
-    # reversed in both dimensions, H = L Lᵀ has U = L⁻¹: one factorization and no explicit inverse
+    # flip H in both dimensions, factorize into L Lᵀ, flip L⁻¹: that is U, without an explicit inverse
     reversed_hessian = hessian.flip(1, 2)
     mean = hessian.diagonal(dim1=1, dim2=2).mean(dim=1)
     identity = torch.eye(hessian.shape[1], dtype=hessian.dtype, device=hessian.device)
@@ -131,7 +123,7 @@ def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, list[float | 
 
 
 def _round_columns(work: Tensor, factor: Tensor, scales: Tensor, limit: int, block_size: int) -> Tensor:
-    """The column loop on transposed matrices `(batch, columns, rows)`, which it overwrites; returns int8 codes of that shape."""
+    """The column loop: int8 codes `(batch, columns, rows)` of transposed matrices, which it overwrites."""
     columns = work.shape[1]
     codes = torch.empty(work.shape, dtype=torch.int8, device=work.device)
     for start in range(0, columns, block_size):

@@ -1,4 +1,4 @@
-"""Rounding a trained model: GPTQ or to nearest, tensor by tensor, divided among the ranks."""
+"""Quantizes a trained model tensor by tensor, by GPTQ or to nearest; the ranks divide the matrices."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from train.quantize.tensors import (
     stored_bits,
 )
 
-# on a GPU matrices of one shape go together; their Hessians stay below 128 MiB
+# on a GPU matrices of one shape form a batch; bound on its Hessians: 128 MiB
 _BATCH_ELEMENTS = 1 << 25
 
 
@@ -45,22 +45,22 @@ def quantize_model(
     note: Callable[[str], None] = warnings.warn,
     sigmas: Mapping[str, float] | None = None,
 ) -> StoredTensors:
-    """Turn a model's parameters into what its artifact stores; see `stored_bits` for which tensor becomes what.
+    """The tensors that a model's artifact stores, in as many bits as `stored_bits` says.
 
-    Matrices are rounded by GPTQ or to nearest (`quantizer`), under `matrix_clip`. Embeddings are rounded to nearest,
-    unless there is a Hessian for them: then by GPTQ too. `percentile_search` runs GPTQ once per candidate and keeps
-    the one with the least squared error of the matrix, as #1392 does.
+    Matrices are rounded by GPTQ or to nearest (`quantizer`) under `matrix_clip`. Embeddings are rounded to nearest, or by
+    GPTQ if `hessians` has them. `percentile_search` runs GPTQ once per candidate and keeps the one with the least squared
+    error of the matrix, as #1392 does.
 
-    Each rank takes some matrices for GPTQ and gets the others' results. On a CPU each matrix is a product of its own, so that the
-    result has the same bits with any number of ranks; on a GPU matrices of one shape go together.
+    The ranks divide the GPTQ matrices and exchange the results. On a CPU matrices are not batched, so that the codes do not
+    depend on the number of ranks.
 
     Args:
-        model: its parameters are read; the same on every rank.
+        model: the same on every rank.
         config: the quantization settings.
-        hessians: by parameter name, the same on every rank; every name of `matrices_to_calibrate` is needed.
-        ranks: this process among the others, all of which must call; None for one process.
-        note: is told, in a sentence, of each matrix that needed more damping or had to be rounded to nearest.
-        sigmas: SDClip's k of single tensors, by parameter name, in place of the settings'.
+        hessians: by parameter name, the same on every rank; must have every name of `matrices_to_calibrate`.
+        ranks: all of them must call; None for one process.
+        note: gets a sentence on each matrix that needed more damping or was rounded to nearest.
+        sigmas: by parameter name, SDClip's k that replaces the settings'.
 
     Returns:
         name → `QuantizedTensor` or float16 tensor, on the CPU, in the model's order.
@@ -116,7 +116,7 @@ def quantize_model(
 
 
 def _batches(jobs: Mapping[str, _Job], device: torch.device) -> Iterator[tuple[_Job, list[str]]]:
-    """Matrices that are rounded together: alike, and one by one on a CPU, where a batch gains nothing."""
+    """Matrices that are rounded as one batch: of one shape and clip. On a CPU one by one: a batch gains nothing there."""
     alike: dict[_Job, list[str]] = defaultdict(list)
     for name, job in jobs.items():
         alike[job].append(name)
@@ -138,7 +138,7 @@ def _fitting(name: str, scales: Tensor) -> Tensor:
     bad = (~scales.isfinite()).nonzero()
     if len(bad):
         raise UserError(
-            f"{name}: the weights of row {int(bad[0])} are so large that its scale exceeds float16: lower the clip's sigmas"
+            f"{name}: row {int(bad[0])} has weights so large that its scale exceeds float16: lower the clip's sigmas"
         )
     return scales
 
@@ -163,7 +163,7 @@ def _gptq_batch(
         found = {name: [_scales(name, weights[name], hessians[name], bits, clip)] for name in weights}
     candidates = {name: torch.cat([_fitting(name, one) for one in scales]) for name, scales in found.items()}
     repeats = len(next(iter(found.values())))
-    # rows are rounded independently, so candidates of one matrix are more rows for the same factorization
+    # rows are rounded independently: stack a matrix's candidates as more rows for one factorization
     codes, damping = gptq(
         torch.stack([weight.repeat(repeats, 1) for weight in weights.values()]),
         torch.stack([*hessians.values()]),
@@ -206,7 +206,7 @@ def _to_float16(name: str, tensor: Tensor) -> Tensor:
     half = tensor.to(torch.float16)
     if not bool(half.isfinite().all()):
         raise UserError(
-            f"{name}: holds {tensor.abs().max().item():g}, and float16 ends at {torch.finfo(torch.float16).max:g}: "
+            f"{name}: holds {tensor.abs().max().item():g}, above float16's maximum {torch.finfo(torch.float16).max:g}: "
             "train with more weight decay"
         )
     return half.cpu().clone()

@@ -1,4 +1,4 @@
-"""Work divided among the ranks matrix by matrix: who rounds which, and how everybody gets every result."""
+"""Divides matrices among the ranks and exchanges the results."""
 
 from __future__ import annotations
 
@@ -14,29 +14,21 @@ T = TypeVar("T")
 
 
 def assign(costs: Mapping[Name, float], ranks: int) -> list[list[Name]]:
-    """Divide work so that the slowest rank ends early, as `golf_kernels.sharding.share_out` does.
-
-    Args:
-        costs: cost of each matrix, in any unit.
-        ranks: number of ranks.
-
-    Returns:
-        The matrices of each rank, in the order of `costs`; the same on every rank.
-    """
+    """The names of each rank, in the order of `costs`, so that all ranks finish at about the same time."""
     owners = share_out(list(costs.values()), ranks)
     return [[name for name, owner in zip(costs, owners, strict=True) if owner == rank] for rank in range(ranks)]
 
 
 def gptq_cost(rows: int, columns: int) -> float:
-    """Operations of GPTQ on a matrix: factorization and inverse of its Hessian, 4/3 n³, and the errors' products, m n²."""
+    """GPTQ's operations on an m × n matrix: 4/3 n³ to factorize and invert its Hessian, m n² to spread the errors."""
     return 4 / 3 * columns**3 + rows * columns**2
 
 
 def gather(ranks: Ranks, work: Callable[[], T]) -> list[T]:
-    """Do this rank's work, and learn the small picklable result of every rank's, in their order.
+    """Call `work` on every rank and return the results of all ranks, in their order; they must be small and picklable.
 
     Raises:
-        UserError: of the first rank that raised one, on every rank, so that nobody waits for a rank that is gone.
+        UserError: that of the first rank that raised one, on every rank, so that no rank waits for one that has exited.
     """
     done: list[T] = []
     problem = None

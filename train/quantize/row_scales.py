@@ -1,7 +1,7 @@
-"""Row scales: how far from zero each row of a matrix is clipped before it is rounded to codes.
+"""Row scales: each row of a matrix is clipped at some |w|, which sets the scale of its codes.
 
-Every function takes the same arguments and returns one float16 scale per row, s = max(clip / (2^(bits−1) − 1), floor);
-a weight w becomes the code round(clamp(w / s)) within ±(2^(bits−1) − 1). `ROW_SCALES` names them for the settings.
+Every function in `ROW_SCALES` has the same arguments and returns one float16 scale per row,
+s = max(clip / (2^(bits−1) − 1), floor). A weight w becomes the code round(clamp(w / s)) within ±(2^(bits−1) − 1).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _QUANTILE_ELEMENTS = 1 << 22
 
 
 class RowScales(Protocol):
-    """Scales of the rows of a matrix; see `sdclip` for the arguments, of which each function reads what it needs."""
+    """Scales of a matrix's rows; arguments as for `sdclip`, but each function reads only those it needs."""
 
     def __call__(
         self, rows: Tensor, bits: int, *, sigmas: float = ..., floor: str = ..., hessian: Tensor | None = None
@@ -39,26 +39,20 @@ class RowScales(Protocol):
 
 
 def largest_code(bits: int) -> int:
-    """The largest code of `bits` bits, 2^(bits−1) − 1: 31 for int6, 127 for int8. The smallest is its negative.
+    """The largest code, 2^(bits−1) − 1: 31 for int6, 127 for int8. The smallest is its negative.
 
     Raises:
         UserError: `bits` is outside 2..8.
     """
     if not 2 <= bits <= 8:
-        raise UserError(f"bits: codes have 2 to 8 bits, got {bits}: choose one of these")
+        raise UserError(f"bits: expected 2 to 8, got {bits}")
     return (1 << bits - 1) - 1
 
 
 def rtn(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     """Round to nearest: q = round(clamp(w / s, −m, m)), m = 2^(bits−1) − 1, ties to even.
 
-    Args:
-        weight: `(..., rows, columns)`, float32 or float64.
-        scales: `(..., rows)`, positive.
-        bits: 2 to 8.
-
-    Returns:
-        `(..., rows, columns)` int8.
+    `weight` is `(..., rows, columns)`, `scales` `(..., rows)` and positive, q int8 of the weight's shape.
     """
     limit = largest_code(bits)
     return (weight / scales.to(weight.dtype).unsqueeze(-1)).clamp(-limit, limit).round().to(torch.int8)
@@ -79,16 +73,16 @@ def quantile(
 
 
 def percentile_candidates(rows: Tensor, bits: int, *, floor: str = "published") -> list[Tensor]:
-    """The scales of all five candidates of `percentile_search`, for a search under another rounding than to nearest."""
+    """The scales of `percentile_search`'s five candidates, so that GPTQ can choose among them itself."""
     return [_to_scales(clip, bits, floor) for clip in _row_quantiles(rows, SEARCH_QUANTILES)]
 
 
 def percentile_search(
     rows: Tensor, bits: int, *, sigmas: float = 0.0, floor: str = "published", hessian: Tensor | None = None
 ) -> Tensor:
-    """Of five row quantiles take, for the whole matrix, that with the least Σ (w − ŵ)² (#1392). Arguments as for `sdclip`.
+    """Clip at the one of five row quantiles that has the least Σ (w − ŵ)² over the matrix (#1392). Arguments as for `sdclip`.
 
-    ŵ is rounded to nearest; a tie goes to the smaller quantile.
+    ŵ is rounded to nearest; on a tie the smaller quantile wins.
     """
     candidates = percentile_candidates(rows, bits, floor=floor)
     errors = [squared_error(rows, rtn(rows, scales, bits), scales) for scales in candidates]
@@ -108,15 +102,15 @@ def sdclip(
     Args:
         rows: `(rows, columns)`, float32 or float64.
         bits: bits of the codes, 2 to 8.
-        sigmas: k, in (unbiased) standard deviations of each row.
-        floor: "published", 1/(2^(bits−1) − 1), as #1471 has it, or "none", 1e-10, as #1394 has it.
+        sigmas: k; σ is unbiased.
+        floor: "published": 1/(2^(bits−1) − 1), as in #1471; "none": 1e-10, as in #1394.
         hessian: `(columns, columns)` of the matrix; only `hessian_sdclip` reads it.
 
     Returns:
-        `(rows,)` float16, positive: where float16 would round a scale to zero, it is 2⁻²⁴.
+        `(rows,)` float16, at least 2⁻²⁴, the smallest positive float16.
 
     Raises:
-        UserError: `bits` or `floor` is none of these, or a row has one element and hence no deviation.
+        UserError: `bits` or `floor` is out of range, or a row has one element and hence no deviation.
 
     Source: #1394, #1471.
     """
@@ -126,7 +120,7 @@ def sdclip(
 def hessian_sdclip(
     rows: Tensor, bits: int, *, sigmas: float = 12.85, floor: str = "published", hessian: Tensor | None = None
 ) -> Tensor:
-    """SDClip that spares rows whose large weights meet strong inputs: c = k σ (1 + λ (r − 1)), λ = 0.175.
+    """SDClip with a larger clip for rows whose large weights meet strong inputs: c = k σ (1 + λ (r − 1)), λ = 0.175.
 
     h_j = H_jj / mean(diag H), r_i = mean_j |w_ij| h_j, divided by its mean over the rows. Arguments as for `sdclip`.
 
@@ -136,10 +130,10 @@ def hessian_sdclip(
     Source: #1412.
     """
     if hessian is None:
-        raise UserError("hessian_sdclip: this row clip needs the matrix's Hessian: choose sdclip where there is none")
+        raise UserError("hessian_sdclip: needs the matrix's Hessian: choose sdclip for a matrix that has none")
     diagonal = hessian.diagonal().to(rows.dtype).clamp_min(1e-8)
     importance = (rows.abs() * (diagonal / diagonal.mean())).mean(dim=1)
-    # a matrix of zeros has no important rows
+    # a matrix of zeros would divide by zero
     relative = importance / importance.mean().clamp_min(torch.finfo(rows.dtype).tiny)
     adjusted = 1 + HESSIAN_STRENGTH * (relative - 1)
     return _to_scales(sigmas * _row_deviations(rows) * adjusted, bits, floor)

@@ -1,4 +1,4 @@
-"""A model's tensors as they are stored: codes with row scales, or float16; and back to weights."""
+"""Stored tensors: codes with row scales, or float16; and their conversion back to weights."""
 
 from __future__ import annotations
 
@@ -25,17 +25,11 @@ class Clip(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A matrix as integers and one scale per row: w ≈ q · s.
+    """A matrix as integers and one scale per row: w ≈ q · s."""
 
-    Attributes:
-        codes: `(rows, columns)` int8, each within 2^(bits−1) of zero.
-        scales: `(rows,)` float16.
-        bits: bits of a code, 2 to 8.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    bits: int
+    codes: Tensor  # (rows, columns) int8, |code| ≤ 2^(bits−1)
+    scales: Tensor  # (rows,) float16
+    bits: int  # 2 to 8
 
     def __post_init__(self) -> None:
         largest_code(self.bits)
@@ -48,7 +42,7 @@ class QuantizedTensor:
 
     @classmethod
     def empty(cls, shape: torch.Size, bits: int) -> QuantizedTensor:
-        """Room for codes `(rows, columns)` and their scales."""
+        """Uninitialized codes `(rows, columns)` and scales."""
         return cls(torch.empty(shape, dtype=torch.int8), torch.empty(shape[0], dtype=torch.float16), bits)
 
     @property
@@ -56,20 +50,19 @@ class QuantizedTensor:
         return self.codes.shape
 
     def dequantize(self) -> Tensor:
-        """The weights that the codes stand for: `(rows, columns)` float32."""
+        """The weights q · s: `(rows, columns)` float32."""
         return self.codes.float() * self.scales.float()[:, None]
 
 
 StoredTensors = dict[str, QuantizedTensor | Tensor]
-"""A model's state as it is stored, by parameter name."""
+"""A model's stored tensors, by parameter name."""
 
 
 def stored_bits(name: str, parameter: Tensor, config: Config) -> int:
     """Bits in which a parameter is stored: 2 to 8 as codes with row scales, 16 as float16.
 
-    Matrices of more than `passthrough_max_elements` elements get `matrix_bits`, embeddings of more `embed_bits` (the
-    tied one `tied_embed_bits` if that is set); everything else is float16: vectors, scalars and control tensors of any
-    size, and whatever is small.
+    Above `passthrough_max_elements` elements, matrices get `matrix_bits` and embeddings `embed_bits` (the tied embedding
+    `tied_embed_bits` if that is set). All other tensors are float16.
     """
     if parameter.ndim != 2 or parameter.numel() <= config.passthrough_max_elements:
         return 16
@@ -80,9 +73,9 @@ def stored_bits(name: str, parameter: Tensor, config: Config) -> int:
 
 
 def matrices_to_calibrate(model: nn.Module, config: Config) -> list[str]:
-    """Names of the matrices for which `quantize_model` wants a Hessian; none if they are rounded to nearest.
+    """Names of the matrices for which `quantize_model` needs a Hessian; none if all are rounded to nearest.
 
-    With `gptq_tied_embed` the tied embedding is one of them: its inputs are the final norm's outputs (#1394).
+    With `gptq_tied_embed` the tied embedding is one of them; its inputs are the final norm's outputs (#1394).
     """
     if config.quantizer != "gptq":
         return []
@@ -103,12 +96,12 @@ def dequantize_state(tensors: Mapping[str, QuantizedTensor | Tensor]) -> dict[st
 
 
 def tensor_group(name: str) -> str:
-    """What a tensor has in common with those that play its part in other layers: `blocks.3.mlp.up` is in `blocks.*.mlp.up`."""
+    """The name without the layer's number, which the same tensor of all layers shares: `blocks.3.mlp.up` → `blocks.*.mlp.up`."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def clip_settings(name: str, config: Config) -> Clip:
-    """How the settings clip a coded tensor's rows."""
+    """The settings' row clip of a coded tensor."""
     if classify(name, config) == "embedding":
         return Clip(config.embed_clip, config.embed_clip_sigmas, config.scale_floor)
     return Clip(config.matrix_clip, config.matrix_clip_sigmas, config.scale_floor)
