@@ -325,6 +325,6 @@ def test_what_no_clip_fits_is_refused_by_its_costliest_group(
         )
     said = str(refused.value)
     assert re.search(r"expected at most [\d,]+ .*: [\d,]+ bytes over\. Nothing was written", said)
-    assert "costs most" in said and "codes ±1, because no row clip fits" in capsys.readouterr().out
+    assert "is the largest" in said and "codes ±1, because no row clip fits" in capsys.readouterr().out
     assert finished.folder.artifact.read_bytes() == artifact
     assert finished.folder.read_config().target_bytes == 0

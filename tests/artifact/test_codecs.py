@@ -100,7 +100,7 @@ def test_what_is_wrong_with_a_stream_is_said(name: str, kind: str) -> None:
     for damaged, said in (
         (b"\xff" * 50, rf"not {kind} stream, or a damaged one \("),
         (stream[:-1], "the stream ends early$"),
-        (stream + b"\0\0", "2 bytes behind the stream's end$"),
+        (stream + b"\0\0", "2 bytes after the stream's end$"),
     ):
         with pytest.raises(CodecError, match=f"^codec {name}: {said}"):
             CODECS[name].decode(damaged, len(SAMPLE))

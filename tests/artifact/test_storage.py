@@ -216,7 +216,7 @@ def test_what_exceeds_the_cap_is_not_written(
     for row in rows:
         assert f"{row.group} " in text
         assert f"{row.packed_bytes:,}" in text
-    assert f"{max(rows, key=lambda row: row.packed_bytes).group} costs most" in text
+    assert f"{max(rows, key=lambda row: row.packed_bytes).group} is the largest" in text
     with pytest.raises(BudgetError, match="expected at most 1,000 "):
         write_artifact(path, tensors, config.replace(max_artifact_bytes=1000), code_bytes=0)
 

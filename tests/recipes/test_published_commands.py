@@ -233,7 +233,7 @@ def test_target_mb_prunes_and_warns_when_it_is_above_the_cap() -> None:
 
     log = Lines()
     assert pruned(15.9, log) == 0
-    assert "15.9 is 16,672,358 bytes, beyond the cap of 16,000,000" in log[0] and log[1].startswith("prune:0 of ")
+    assert "15.9 is 16,672,358 bytes, above the cap of 16,000,000" in log[0] and log[1].startswith("prune:0 of ")
     log = Lines()
     assert pruned(0.05, log) > 0
     # as published, the int8 tables are pruned beside the int6 matrices

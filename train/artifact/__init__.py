@@ -1,7 +1,7 @@
-"""The artifact: one file from which a model is loaded, and nothing else is needed but the code that is counted with it.
+"""The artifact: one file that holds a model; besides it only the counted code is needed to load the model.
 
-`train.artifact.container` describes the format byte by byte. `python -m train.artifact inspect|verify|diff|convert FILE` shows
-what is in one, checks it, compares it, or converts it.
+`train.artifact.container` describes the format byte by byte. `python -m train.artifact inspect|verify|diff|convert FILE`
+shows, checks, compares or converts an artifact.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Look into artifacts and turn them into others: `python -m train.artifact inspect|verify|diff|convert FILE …`."""
+"""Inspect, verify, compare and convert artifacts: `python -m train.artifact inspect|verify|diff|convert FILE …`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from train.common.wording import counted
 
 
 def main(arguments: list[str] | None = None) -> int | None:
-    """Run the command line."""
     options = _parser().parse_args(arguments)
     status: int | None = options.run(options)
     return status
 
 
 def inspect(options: argparse.Namespace) -> None:
-    """Print what an artifact holds and what each group of tensors costs."""
+    """Print an artifact's contents and the bytes of each tensor group."""
     artifact = read_artifact(options.file)
     values = artifact.config.to_dict()
     shape = {name: values[name] for name in MODEL_FIELDS}
@@ -42,7 +41,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def verify(options: argparse.Namespace) -> None:
-    """Check every byte of an artifact and build its model."""
+    """Check every byte and build the model."""
     artifact = read_artifact(options.file)
     model, info = build_model(options.file, artifact), artifact.info
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -58,16 +57,17 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def diff(options: argparse.Namespace) -> int:
-    """Compare two artifacts; 0: the same model, 1: another."""
+    """Compare two artifacts; exit code 0: the same model, 1: different models."""
     found = difference(read_artifact(options.file), read_artifact(options.other))
     print(json.dumps(found.to_dict(), indent=1) if options.json else found.text(str(options.file), str(options.other)))
     return 0 if found.same else 1
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Write the same weights in another format or with another codec."""
     if options.codec and options.format != "golf":
-        raise UserError(f"--codec: format {options.format} has its own: leave it out, or choose --format golf")
+        raise UserError(
+            f"--codec: format {options.format} has its own codec: leave --codec out, or choose --format golf"
+        )
     if not options.out.parent.is_dir():
         raise UserError(f"--out: the folder {options.out.parent} does not exist: create it first")
     artifact, before = read_artifact(options.file), options.file.stat().st_size
@@ -96,34 +96,34 @@ def _parser() -> argparse.ArgumentParser:
     run = "runs/quickstart_20260101-120000/model.golf"
     parser = argparse.ArgumentParser(
         prog="python -m train.artifact",
-        description="Look into the artifact of a run, check it, compare it with another or convert it. Nothing in the file "
-        "is executed.",
+        description="Inspect a run's artifact, verify it, compare it with another or convert it. Nothing in the file is "
+        "executed.",
         epilog="examples:\n"
         f"  python -m train.artifact inspect {run}\n"
         f"  python -m train.artifact verify --json {run}\n"
         f"  python -m train.artifact diff {run} runs/other/model.golf\n"
         f"  python -m train.artifact convert {run} --codec ans --out smaller.golf\n"
         f"  python -m train.artifact convert {run} --format pr1471 --out final_model.int6.ptz\n\n"
-        "The format is described byte by byte in train/artifact/container.py. Exit code 2: the file is no good artifact.",
+        "train/artifact/container.py describes the format byte by byte. Exit code 2: the file is not a valid artifact.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     texts = {
         inspect: (
-            "print a table by tensor group: elements, bytes before and after packing, bits each, share of the file",
+            "print elements, bytes before and after packing, bits per element and percent of the file for each tensor group",
             "runs/mine/model.golf",
         ),
         verify: (
-            "check every byte against its checksum, decode every section and build the model",
+            "check all checksums, decode every section and build the model",
             "runs/mine/model.golf",
         ),
         diff: (
-            "compare the models in two artifacts, whatever their codecs: fields, tensors, codes, weights, bytes; exit code 1 "
-            "if they differ",
+            "compare the models in two artifacts of any codecs: fields, tensors, codes, weights, bytes; exit code 1 if they "
+            "differ",
             "runs/mine/model.golf runs/other/model.golf",
         ),
         convert: (
-            "write the same weights with another codec, or in a published format that a single script reads",
+            "write the same weights with another codec, or in the format of a published submission",
             "runs/mine/model.golf --codec ans --out smaller.golf",
         ),
     }

@@ -1,9 +1,9 @@
-"""Entropy coding of a matrix of bytes by asymmetric numeral systems, each row and column with a model of its own spread.
+"""Entropy coding of byte matrices with asymmetric numeral systems (ANS). Rows and columns are classified by magnitude.
 
 A stream is a header and the words of one ANS coder, all little-endian:
 
     offset   bytes  content
-    0        1      uint8  A: row labels are 0 … A−1, A ≥ 2; 0: there are none, and every row's label is 0
+    0        1      uint8  A ≥ 2: row labels are 0 … A−1; A = 0: there are none, and every row's label is 0
     1        1      uint8  B: the same for columns
     2        1      uint8  1 if rows may be differences, otherwise 0
     3        1      int8   lowest symbol
@@ -13,29 +13,28 @@ A stream is a header and the words of one ANS coder, all little-endian:
     5 / 13   4      uint32 CRC-32 of the bytes before it followed by the data
     9 / 17   4 · w  uint32 words of the coder
 
-Decoding takes from the coder, in this order:
+The decoder reads from the coder, in this order:
 
     1. if A: a table of A symbols, then L·R row labels under it
     2. if B: a table of B symbols, then L·C column labels under it, matrix by matrix
     3. if rows may be differences: a table of 2 symbols, then L·R flags under it
     4. K = max(A, 1) + max(B, 1) − 1 ≤ 256 tables of n symbols, one for each class
-    5. the bytes, under the tables of their classes: of the first 2²⁰ all of class 0 in the order of their positions, then
-       all of class 1, …, then the same for the next 2²⁰. A byte's class is its row's label plus its column's. A
-       symbol s stands for the byte (lowest + s) mod 256.
+    5. the bytes, each under its class's table. A byte's class is its row's label plus its column's. In each block of 2²⁰
+       bytes all of class 0 come first, in the order of their positions, then all of class 1, and so on. Symbol s is the
+       byte (lowest + s) mod 256.
 
-Last, where flags are, each flagged row has the row above it (across matrices; zeros above the first) added, mod 256, from
-top to bottom. Labels are the encoder's choice: it sorts rows and columns by their mean magnitude.
+If there are flags, the row above (of the previous matrix for a first row; zeros above the very first) is then added to each
+flagged row, mod 256, from top to bottom. The encoder is free to choose labels; this one uses mean magnitudes.
 
-A table gives each of its n symbols a small float t (0 … 255), which stands for the weight 0 if t = 0 and (8 + t mod 8) · 2^⌊t/8⌋
-otherwise. Taken from the coder are n numbers z under the fixed weights ⌊2²⁰ / (z + 6)²⌋, z = 0 … 255; they are the steps d of t
-from symbol to symbol (beginning at 0, mod 256): d = z/2 for even z and −(z + 1)/2 for odd. All tables of item 4 have
-their steps together, before the first symbol; the first t of each begins at 0 again.
+A table gives each of its n symbols a small float t (0 … 255). t = 0 means weight 0, other t mean (8 + t mod 8) · 2^⌊t/8⌋. The
+coder holds n numbers z = 0 … 255 under the fixed weights ⌊2²⁰ / (z + 6)²⌋. Each z is a step d to the next symbol's t, mod 256,
+from 0: d = z/2 for even z, −(z + 1)/2 for odd z. In item 4 the steps of all tables come first, and each table restarts at 0.
 
-Weights w (all 1 if all are 0) become frequencies that add up to 2²⁴: f = 1 + ⌊w · (2²⁴ − n) / Σw⌋, and the first of the largest
-weights gets what is missing. With c the sum of the frequencies before a symbol's own, the coder has a state, a number below
-2⁶⁴, and takes a symbol so: q = state mod 2²⁴; the symbol is the one with c ≤ q < c + f; state ← ⌊state / 2²⁴⌋ · f + q − c; if
-state < 2³² and words are left, state ← state · 2³² + the last word, which is removed. It begins with the last two words (or
-the only one) taken so into state 0, and must end with state 0 and no words. This is the ANS coder of `constriction`.
+Weights w (all 1 if all are 0) become frequencies with sum 2²⁴: f = 1 + ⌊w · (2²⁴ − n) / Σw⌋, plus the rest for the first of the
+largest weights. Let c be the sum of the frequencies before a symbol's own. The coder has a state below 2⁶⁴. To decode a symbol:
+q = state mod 2²⁴; find the symbol with c ≤ q < c + f; state ← ⌊state / 2²⁴⌋ · f + q − c; if state < 2³² and words are left,
+remove the last word, state ← state · 2³² + word. At the start the last two words (or the only one) enter state 0 in this way;
+at the end the state must be 0 and no words left. This is the ANS coder of `constriction`.
 """
 
 from __future__ import annotations
@@ -63,13 +62,13 @@ _PRECISION = 24
 _STEP_WEIGHTS = (1 << 20) // (np.arange(256) + 6) ** 2
 _STEP_BITS = -np.log2(_STEP_WEIGHTS / _STEP_WEIGHTS.sum())
 
-# finer classes cost more labels than they save, coarser ones mix spreads
+# more classes cost more label bits than they save; fewer mix rows of different magnitude
 _CLASSES_PER_OCTAVE = (2, 4, 8)
 _MOST_LABELS = 32
 _BLOCK_BYTES = 1 << 20
-# a choice is made on so many bytes; all are looked at only to code them
+# plans are compared on a sample of this size
 _SAMPLE_BYTES = 1 << 20
-# below this a row's own label or flag costs more than it can save
+# in rows shorter than this a label or flag costs more than it can save
 _LEAST_LABELLED = 16
 
 _Bytes = NDArray[np.uint8]
@@ -78,7 +77,7 @@ _Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the encoder chose: labels of rows and columns, and which rows are differences; None for none of them."""
+    """The encoder's choice: labels of rows and columns, and flags of rows that are differences; None: there are none."""
 
     rows: _Integers | None = None
     columns: _Integers | None = None
@@ -90,11 +89,9 @@ class _Plan:
 
 
 def ans_encode(data: bytes, shape: tuple[int, int] | None = None) -> bytes:
-    """Encode bytes; see the module for the stream.
+    """Encode bytes to the module's stream; codes are two's-complement numbers.
 
-    Args:
-        data: any bytes; codes as two's-complement numbers.
-        shape: rows and columns of the matrices that `data` consists of; None: it has no such shape.
+    `shape`: rows and columns of the matrices that `data` consists of; None: it is no matrix.
 
     Raises:
         MissingCodec: constriction is not installed.
@@ -138,11 +135,11 @@ def ans_encode(data: bytes, shape: tuple[int, int] | None = None) -> bytes:
 
 
 def ans_decode(data: bytes, size: int) -> bytes:
-    """Decode to `size` bytes; needs memory in proportion to them, whatever the stream says.
+    """Decode to `size` bytes; memory is proportional to `size`, even for a malicious stream.
 
     Raises:
         MissingCodec: constriction is not installed.
-        CodecError: not such a stream, or a damaged one.
+        CodecError: the stream is damaged, or is none.
     """
     stream = _library()
     data = bytes(data)
@@ -183,7 +180,7 @@ def ans_decode(data: bytes, size: int) -> bytes:
         decoded[block][order] = np.concatenate(symbols)
     decoded += np.uint8(low % 256)
     result = (decoded if flags is None else _sums(decoded.reshape(height, columns), flags)).tobytes()
-    # past its end the coder goes on without complaint, so its emptiness alone proves nothing
+    # the coder reads past its end without an error, so being empty proves nothing
     found = zlib.crc32(result, zlib.crc32(data[:begin]))
     if not coder.is_empty() or (found,) != _CRC.unpack_from(data, begin):
         raise CodecError(f"codec ans: the stream does not hold {size:,} bytes with its checksum: it is damaged")
@@ -199,7 +196,7 @@ def _library() -> ModuleType:
 
 
 def _choose(matrices: NDArray[np.int8]) -> _Plan:
-    """The cheapest of: no labels; labels for rows, columns or both, coarser or finer; each also with differences."""
+    """The cheapest plan: labels for no, some or all of rows and columns, few or many, with or without differences."""
     if not matrices.size:
         return _Plan()
     height, columns = matrices.shape[0] * matrices.shape[1], matrices.shape[2]
@@ -214,7 +211,7 @@ def _choose(matrices: NDArray[np.int8]) -> _Plan:
             plans += [replace(plan, flags=flags.reshape(-1)) for plan in _candidates(mixed)]
     if len(plans) == 1:
         return plans[0]
-    # rows evenly spread over all matrices
+    # rows at equal distances
     sample = np.unique(np.linspace(0, height - 1, min(max(_SAMPLE_BYTES // columns, 1), height)).astype(np.int64))
     flat = matrices.reshape(height, columns)
     shown = flat[sample]
@@ -263,7 +260,7 @@ def _compact(labels: _Integers) -> _Integers:
 
 
 def _bits(counts: NDArray[Any]) -> float:
-    """Bits of symbols with these counts `(tables, symbols)` and of their tables."""
+    """Bits of symbols with the counts `(tables, symbols)`, including their tables."""
     used = np.flatnonzero(counts.any(0))
     if not len(used):
         return 0.0
@@ -275,7 +272,7 @@ def _bits(counts: NDArray[Any]) -> float:
 
 
 def _blocks(classes: _Bytes, count: int) -> Iterator[tuple[slice, _Integers, _Integers]]:
-    """The blocks of bytes, the order in which each is coded, and where in it classes 1, 2, … begin."""
+    """Each block of bytes, its coding order, and where classes 1, 2, … begin in that order."""
     flat = classes.reshape(-1)
     for begin in range(0, len(flat), _BLOCK_BYTES):
         block = flat[begin : begin + _BLOCK_BYTES]
@@ -285,7 +282,7 @@ def _blocks(classes: _Bytes, count: int) -> Iterator[tuple[slice, _Integers, _In
 
 
 def _class_map(plan: _Plan, shape: tuple[int, int], rows: int, chosen: _Integers | None = None) -> _Bytes:
-    """The class of each byte: `(height, columns)`, or of the chosen rows."""
+    """The class of each byte `(height, columns)`, or only of the chosen rows."""
     lines = np.arange(shape[0]) if chosen is None else chosen
     classes = np.zeros((len(lines), shape[1]), np.uint8)
     if plan.columns is not None:
@@ -300,7 +297,7 @@ def _labels(labels: _Integers | None) -> int:
 
 
 def _magnitude(matrices: NDArray[np.int8]) -> _Bytes:
-    # the magnitude of −128 is itself, which as uint8 is 128
+    # np.abs(−128) is −128 in int8, which is 128 in uint8
     return np.abs(matrices).view(np.uint8)
 
 
@@ -310,7 +307,7 @@ def _differences(matrices: NDArray[np.int8]) -> NDArray[np.int8]:
 
 
 def _sums(differences: _Bytes, flags: _Integers) -> _Bytes:
-    """The inverse of `_differences` on the flagged rows: sums over each run of them, from the row before the run."""
+    """Undo `_differences` on flagged rows: cumulative sums over each run of them, starting at the row before the run."""
     total = np.cumsum(differences, axis=0, dtype=np.uint8)
     start = np.maximum.accumulate(np.where(flags > 0, 0, np.arange(len(flags))))
     before = np.where(start[:, None] > 0, total[start - 1], np.uint8(0))
@@ -319,11 +316,11 @@ def _sums(differences: _Bytes, flags: _Integers) -> _Bytes:
 
 
 def _small_floats(counts: _Integers) -> _Integers:
-    """The nearest 8-bit floats to 16 times some counts: 3 bits after the point, 5 of exponent."""
+    """8-bit floats nearest to 16 · counts: 3 bits of mantissa, 5 of exponent."""
     values = 16 * counts
     exponents = np.maximum(np.frexp(values.astype(np.float64))[1] - 4, 0)
     mantissas = np.rint(values / 2.0**exponents).astype(np.int64)
-    # rounded up to 16, the next exponent's 8 follows by itself
+    # a mantissa that rounds up to 16 is the next exponent's 8: the sum below is right as it is
     return np.where(counts > 0, np.minimum(8 * exponents + mantissas - 8, 255), 0)
 
 
@@ -338,7 +335,7 @@ def _steps(floats: _Integers) -> _Integers:
 
 
 def _model(stream: ModuleType, weights: _Integers) -> Any:
-    """The coder's model of these weights; it adds the 1 to each frequency by itself."""
+    """constriction's model of the weights; it adds the 1 to each frequency itself."""
     weights = weights if weights.any() else np.ones_like(weights)
     free = (1 << _PRECISION) - len(weights)
     frequencies = weights * free // weights.sum()

@@ -1,4 +1,4 @@
-"""The size budget of a submission: what each group of tensors costs, and the refusal of what does not fit."""
+"""The size budget of a submission: bytes of each tensor group, and the check against the cap."""
 
 from __future__ import annotations
 
@@ -17,23 +17,14 @@ class BudgetError(UserError):
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """What one part of an artifact costs.
+    """Bytes of one section, or of the header."""
 
-    Attributes:
-        group: section's group, or "header".
-        type: type of its values, e.g. "int6".
-        codec: how it is packed.
-        elements: number of values.
-        unpacked_bytes: bytes without codec.
-        packed_bytes: bytes in the file.
-    """
-
-    group: str
-    type: str
+    group: str  # the section's group, or "header"
+    type: str  # e.g. "int6"
     codec: str
     elements: int
     unpacked_bytes: int
-    packed_bytes: int
+    packed_bytes: int  # in the file
 
     @property
     def bits_per_element(self) -> float:
@@ -43,26 +34,17 @@ class BudgetRow:
 
 @dataclass(frozen=True)
 class ArtifactInfo:
-    """Sizes of an artifact.
+    """Sizes of an artifact."""
 
-    Attributes:
-        version: of the container.
-        model_bytes: bytes of the file.
-        header_bytes: bytes of preamble and header.
-        json_bytes: bytes of the header's JSON.
-        sections: the header's table of sections.
-        tensors: number of tensors.
-    """
-
-    version: int
-    model_bytes: int
-    header_bytes: int
-    json_bytes: int
+    version: int  # of the container
+    model_bytes: int  # of the file
+    header_bytes: int  # of preamble and header
+    json_bytes: int  # of the header's JSON, uncompressed
     sections: tuple[Section, ...]
     tensors: int
 
     def rows(self) -> list[BudgetRow]:
-        """The budget, the largest part first; the packed bytes add up to `model_bytes`."""
+        """The budget, largest row first; packed bytes add up to `model_bytes`."""
         rows = [
             BudgetRow(part.group, part.type, part.codec, part.elements, part.unpacked_bytes, part.packed_bytes)
             for part in self.sections
@@ -71,7 +53,6 @@ class ArtifactInfo:
         return sorted(rows, key=lambda row: -row.packed_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the numbers above and the rows of the budget."""
         return {
             "version": self.version,
             "model_bytes": self.model_bytes,
@@ -85,7 +66,7 @@ class ArtifactInfo:
 
 
 def budget_table(rows: Sequence[BudgetRow]) -> str:
-    """The budget as aligned text: elements, type, bytes before and after packing, bits per element and share."""
+    """The budget as aligned text."""
     total = sum(row.packed_bytes for row in rows)
     lines = [("group", "type", "codec", "elements", "unpacked", "packed", "bits/el", "share")]
     for row in rows:
@@ -107,11 +88,10 @@ def budget_table(rows: Sequence[BudgetRow]) -> str:
 
 
 def check_budget(where: str, info: ArtifactInfo, code_bytes: int, max_bytes: int, prefix_bytes: int = 0) -> None:
-    """Refuse what is over the cap.
+    """Check code, paid prefix and model against the cap.
 
     Raises:
-        BudgetError: code, paid prefix and model exceed `max_bytes`; the message has the budget, the excess and the
-            costliest group.
+        BudgetError: together they exceed `max_bytes`; the message has the budget, the excess and the largest group.
     """
     total = code_bytes + prefix_bytes + info.model_bytes
     if total <= max_bytes:
@@ -121,6 +101,6 @@ def check_budget(where: str, info: ArtifactInfo, code_bytes: int, max_bytes: int
     raise BudgetError(
         f"{where}: code {code_bytes:,}{f' + paid prefix {prefix_bytes:,}' if prefix_bytes else ''} + model {info.model_bytes:,} = {total:,} bytes, expected at most {max_bytes:,} "
         f"(max_artifact_bytes, or target_bytes below it): {counted(total - max_bytes, 'byte')} over. Nothing was written.\n{budget_table(rows)}\n"
-        f"{costliest.group} costs most, {costliest.packed_bytes:,} bytes: let TARGET_BYTES search the row clips, "
+        f"{costliest.group} is the largest, {costliest.packed_bytes:,} bytes: let TARGET_BYTES search the row clips, "
         "lower MATRIX_BITS or EMBED_BITS, or train a smaller model"
     )

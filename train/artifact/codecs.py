@@ -1,8 +1,8 @@
-"""Lossless byte codecs by name, and the byte shuffle that some of them are helped by.
+"""Lossless byte codecs by name, and a byte shuffle that helps some of them.
 
-Decoding never makes more than it was told to expect: a stream that ends early, goes on, or unpacks to another size is a
-`CodecError`. zlib, lzma and raw need nothing; brotli, zstd and ans name the package to install where it is missing.
-`ans` models the distribution of the data's rows and columns (`train.artifact.ans`); the others take them as they come.
+A decoder never returns more bytes than expected: a stream that ends early, continues past its end, or unpacks to another
+size is a `CodecError`. brotli, zstd and ans need a package each and name it if it is missing. Only `ans` uses the rows and
+columns of the data (`train.artifact.ans`).
 """
 
 from __future__ import annotations
@@ -36,40 +36,29 @@ _LZMA_MEMORY_BYTES = 2 * _LZMA_LARGEST_DICTIONARY
 
 @dataclass(frozen=True)
 class Codec:
-    """A lossless coder of bytes.
-
-    Attributes:
-        name: its name in `CODECS`.
-        max_bits: it takes only bytes that are two's-complement numbers of at most so many bits.
-        shaped: it packs a matrix better when it knows its shape.
-    """
+    """A lossless codec of bytes."""
 
     name: str
-    max_bits: int
+    max_bits: int  # every byte must be a two's-complement number of at most this many bits
     _encode: Callable[..., bytes]
     _decode: Callable[[Any, int], bytes | memoryview]
-    shaped: bool = False
+    shaped: bool = False  # it uses the shape of the data's matrices
 
     def encode(self, data: bytes, shape: tuple[int, int] | None = None) -> bytes:
-        """Encode `data`; the same bytes give the same result.
-
-        Args:
-            data: any bytes.
-            shape: rows and columns of the matrices of bytes that it consists of, if it does: a hint for `shaped`
-                codecs.
+        """Encode `data`, deterministically. `shape`: rows and columns of the matrices that `data` consists of, if any.
 
         Raises:
             MissingCodec: the library is not installed; the message says which to install.
-            CodecError: a byte lies outside `max_bits`.
+            CodecError: a byte exceeds `max_bits`.
         """
         return self._encode(data, shape) if self.shaped else self._encode(data)
 
     def decode(self, data: bytes | memoryview, size: int) -> bytes | memoryview:
-        """Decode to exactly `size` bytes; `raw` hands back what it is given.
+        """Decode to exactly `size` bytes; `raw` returns `data` itself.
 
         Raises:
             MissingCodec: the library is not installed; the message says which to install.
-            CodecError: not a stream of this codec, or it is cut short, followed by more, or of another size.
+            CodecError: not a stream of this codec, truncated, followed by more bytes, or of another size.
         """
         decoded = self._decode(data, size)
         if len(decoded) != size:
@@ -79,13 +68,10 @@ class Codec:
 
 
 def byte_shuffle(data: bytes, stride: int = 2) -> bytes:
-    """Put byte 0 of every `stride` bytes first, then byte 1, and so on, so that like bytes lie together.
+    """Group the bytes of numbers of `stride` bytes (1 to 255): first all bytes 0, then all bytes 1, and so on.
 
-    Layout: `BSHF`, one byte stride, data[0::stride], data[1::stride], …; the result is 5 bytes longer.
-
-    Args:
-        data: any bytes; a last incomplete group is fine.
-        stride: 1 to 255, the size of one number in bytes.
+    Layout: `BSHF`, one byte stride, data[0::stride], data[1::stride], …; 5 bytes longer than `data`, whose last number may
+    be incomplete.
 
     Raises:
         ValueError: stride out of range.
@@ -101,7 +87,7 @@ def byte_unshuffle(data: bytes | memoryview) -> bytes:
     """The inverse of `byte_shuffle`.
 
     Raises:
-        CodecError: the bytes do not begin with its header.
+        CodecError: `data` does not begin with a shuffle header.
     """
     stride = data[4] if len(data) >= SHUFFLE_HEADER_BYTES else 0
     if data[:4] != SHUFFLE_MAGIC or not stride:
@@ -125,7 +111,7 @@ def _library(codec: str, module: str, package: str) -> ModuleType:
 
 def _brotli() -> ModuleType:
     brotli = _library("brotli", "brotli", "brotli>=1.2")
-    # older ones cannot bound what a stream unpacks to
+    # older versions cannot bound the unpacked size
     if not hasattr(brotli.Decompressor, "can_accept_more_data"):
         raise MissingCodec(
             f"codec brotli: brotli {brotli.__version__} is too old: pip install --upgrade 'brotli>=1.2', or set CODEC=lzma"
@@ -166,7 +152,7 @@ def _zstd_decode(data: bytes, size: int) -> bytes:
     zstandard = _library("zstd", "zstandard", "zstandard")
     decoder = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
     try:
-        # the library allocates what the frame promises, and stops at it
+        # the library allocates the size that the frame states, and decodes no more than it
         promised = zstandard.frame_content_size(data)
         if promised != size:
             raise CodecError(f"codec zstd: expected a frame of {size:,} decoded bytes, found {promised:,}")
@@ -177,7 +163,7 @@ def _zstd_decode(data: bytes, size: int) -> bytes:
 
 
 def _lzma_encode(data: bytes) -> bytes:
-    # a dictionary beyond the data would only cost memory, ten times its size
+    # a dictionary larger than the data only costs memory, ten times its size
     dictionary = min(max(len(data), _LZMA_LEAST_DICTIONARY), _LZMA_LARGEST_DICTIONARY)
     chain = [{"id": lzma.FILTER_LZMA2, "preset": _LZMA_PRESET, "dict_size": dictionary}]
     return lzma.compress(data, lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=chain)
@@ -193,12 +179,12 @@ def _decompress(codec: str, kind: str, decoder: Any, failure: type[Exception], d
         decoded: bytes = decoder.decompress(data, size + 1)
     except failure as error:
         raise CodecError(f"codec {codec}: not {kind}, or a damaged one ({error})") from error
-    # what is longer than it may be is refused by its length
+    # the caller refuses a longer result
     if len(decoded) <= size:
         if not decoder.eof:
             raise CodecError(f"codec {codec}: the stream ends early")
         if decoder.unused_data:
-            raise CodecError(f"codec {codec}: {counted(len(decoder.unused_data), 'byte')} behind the stream's end")
+            raise CodecError(f"codec {codec}: {counted(len(decoder.unused_data), 'byte')} after the stream's end")
     return decoded
 
 
@@ -210,7 +196,7 @@ def _zlib_decode(data: bytes, size: int) -> bytes:
     return _decompress("zlib", "a zlib stream", zlib.decompressobj(), zlib.error, data, size)
 
 
-# a packed script carries what these functions import on this condition alone
+# a packed script carries the imports of these functions only on these conditions
 IMPORTED_IF = {"_ans_encode": "config.codec == 'ans'", "_ans_decode": "config.codec == 'ans'"}
 
 
@@ -259,4 +245,4 @@ CODECS: dict[str, Codec] = {
         Codec("raw6", 6, _raw6_encode, _raw6_decode),
     )
 }
-"""All codecs by the name that the setting `codec` takes."""
+"""Values of the setting `codec`."""

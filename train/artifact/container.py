@@ -1,10 +1,10 @@
 """The artifact's bytes: a preamble, a compressed JSON header, and sections, every byte under a checksum.
 
-All numbers are little-endian; nothing is aligned; nothing lies between the parts or after the last one.
+All numbers are little-endian. There is no alignment and no padding.
 
     offset   bytes  content
-    0        8      magic 89 47 4F 4C 46 0D 0A 1A ("\\x89GOLF\\r\\n\\x1a"; damaged by any transfer as text)
-    8        2      uint16  version of what follows offset 22, now 1; the preamble is the same in every version
+    0        8      magic 89 47 4F 4C 46 0D 0A 1A ("\\x89GOLF\\r\\n\\x1a"; any transfer as text damages it)
+    8        2      uint16  format version from offset 22 on, now 1; the preamble is the same in every version
     10       4      uint32  H, bytes of the header in the file
     14       4      uint32  J, bytes of the header's JSON, at most 2^24
     18       4      uint32  CRC-32 (that of zlib and PNG) of bytes 0..17 followed by the H bytes of the header
@@ -17,24 +17,24 @@ The JSON is one object:
      "sections": [[group, type, codec, stride, unpacked, packed, crc], …],
      "tensors": [[name, [dimension, …], section, scales], …]}
 
-config     the fields of `train.config.Config` that shape the model (`MODEL_FIELDS`); lists stand for tuples. A field
-           that is missing is younger than the file and has its default.
-sections   group: what the tensors in it have in common, for people to read. type: "int2" … "int8" (one signed byte per
-           code, whatever the bits), "float16", "bfloat16" or "float32". codec: a name in
+config     the fields of `train.config.Config` that shape the model (`MODEL_FIELDS`); tuples are lists. A missing field
+           was added to the format later and has its default.
+sections   group: the tensor group, for display. type: "int2" … "int8" (one signed byte per code, for any number of
+           bits), "float16", "bfloat16" or "float32". codec: a name in
            `train.artifact.codecs.CODECS`: "brotli" (RFC 7932), "zstd" (RFC 8878, one frame that states its content
            size), "lzma" (.xz, one stream), "zlib" (RFC 1950), "ans" (`train.artifact.ans` describes it), "raw" (as is)
-           or "raw6" (codes as a stream of 6 bits each, lowest bit first); sections of one file may differ in it.
+           or "raw6" (a stream of 6-bit codes, lowest bit first). Sections of one file may have different codecs.
            stride: 0, or the n of the byte shuffle that was applied before the codec: 5 bytes (`BSHF`, n), then bytes 0,
            n, 2n, …, then 1, n+1, …, and so on. unpacked: bytes of the section without codec and shuffle. packed: bytes
            in the file. crc: CRC-32 of the packed bytes.
-tensors    name and shape of a parameter, up to 4 dimensions. Its values are the next ones, row by row, of the section
-           with that index: each section is filled by its tensors in the order of this list, without gaps. scales: for
-           codes the index of the float16 section that holds one scale per row, consumed in the same order; null for a
-           tensor of floats. A weight is code · scale of its row, in float32.
+tensors    name and shape of a parameter, up to 4 dimensions. section: index of the section with its values. The tensors
+           fill a section in the order of this list, row by row, without gaps. scales: for codes the index of the
+           float16 section with one scale per row, filled in the same order; null for floats. A weight is its code
+           times its row's scale, in float32.
 
-To read: check the magic, the CRC, the version; inflate the header; check that the packed sizes add up to the file and
-the unpacked ones to the tensors; check each section's CRC before decoding it. Nothing in the file is executed or
-unpickled. The file is mapped into memory, so that only the sections' contents take any.
+To read: check magic, CRC and version; inflate the header; check that the packed sizes add up to the file and the
+unpacked sizes to the tensors; check each section's CRC before decoding it. Nothing in the file is executed or
+unpickled. The file is mapped into memory; only decoded sections are allocated.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ _FIELDS = struct.Struct("<8sHII")
 _CRC = struct.Struct("<I")
 
 ITEM_BYTES = {**{f"int{bits}": 1 for bits in range(2, 9)}, "float16": 2, "bfloat16": 2, "float32": 4}
-"""Section types and the bytes that one value takes before the codec."""
+"""Bytes of one value, before the codec, by section type."""
 
 
 class ArtifactError(UserError):
-    """A file is no artifact, a damaged one, or one of a newer version."""
+    """A file is not an artifact, is damaged, or has a newer version."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """One line of the header's table of sections; see the module's description of the format."""
+    """A section in the header; see the module's docstring."""
 
     group: str
     type: str
@@ -89,7 +89,7 @@ class Section:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One line of the header's table of tensors."""
+    """A tensor in the header; see the module's docstring."""
 
     name: str
     shape: tuple[int, ...]
@@ -106,7 +106,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of an artifact: the model's configuration fields, its sections and its tensors."""
+    """An artifact's header; `config` holds the model's fields."""
 
     config: dict[str, Any]
     sections: list[Section]
@@ -114,7 +114,7 @@ class Header:
 
 
 class Packed(NamedTuple):
-    """An artifact's bytes, and how many of them are preamble and header, and what the header's JSON takes."""
+    """An artifact's bytes; bytes of preamble and header; bytes of the header's JSON, uncompressed."""
 
     data: bytes
     header_bytes: int
@@ -122,7 +122,7 @@ class Packed(NamedTuple):
 
 
 class Unpacked(NamedTuple):
-    """An artifact's header, its sections decoded, and the same sizes as in `Packed`."""
+    """An artifact's header, its decoded sections, and the sizes of `Packed`."""
 
     header: Header
     contents: list[bytes | memoryview]
@@ -170,18 +170,18 @@ def unpack(path: Path) -> Unpacked:
 
 def _map(path: Path) -> memoryview:
     try:
-        # opening a pipe would wait for whoever writes into it
+        # opening a pipe would wait for its writer
         if path.is_fifo():
             raise ArtifactError(f"{path}: a pipe, not an artifact: give the file, model.golf")
         with open(path, "rb") as file:
-            # a large foreign file is recognized before it is read
+            # check the magic before reading a large file
             start = file.read(PREAMBLE_BYTES)
             if start[: len(MAGIC)] != MAGIC:
                 raise ArtifactError(
                     f"{path}: not an artifact: expected it to begin with {MAGIC.hex(' ')}, found "
                     f"{start[: len(MAGIC)].hex(' ') or 'nothing'}: give a model.golf that python -m train wrote"
                 )
-            # unmapped when its last view is gone
+            # unmapped with its last view
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: no such file: give a model.golf that python -m train wrote") from error

@@ -1,4 +1,4 @@
-"""What two artifacts have in common and what not: fields, tensors, codes, weights, and what each group costs."""
+"""Compares two artifacts: model fields, tensors, codes, weights, and bytes of each tensor group."""
 
 from __future__ import annotations
 
@@ -16,42 +16,25 @@ from train.quantize.tensors import QuantizedTensor
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """A tensor that is not the same in both.
-
-    Attributes:
-        name: its name.
-        first: its shape and type in the first artifact; "none": it is not there.
-        second: the same of the second.
-        codes_changed: fraction of its codes that differ; None unless both hold codes of one shape.
-        weight_error: largest difference of a weight; None for other shapes.
-        relative_error: root of the sum of squared differences over that of the first's weights; None for other shapes.
-    """
+    """A tensor that differs; the errors are None if the shapes differ."""
 
     name: str
-    first: str
+    first: str  # type and shape in the first artifact; "none": the artifact lacks this tensor
     second: str
-    codes_changed: float | None
-    weight_error: float | None
-    relative_error: float | None
+    codes_changed: float | None  # fraction of codes that differ; None unless both hold codes
+    weight_error: float | None  # max |w₁ − w₂|
+    relative_error: float | None  # ‖w₁ − w₂‖ / ‖w₁‖
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How two artifacts differ.
+    """How two artifacts differ."""
 
-    Attributes:
-        fields: model field → its two values, where they differ.
-        tensors: those that differ.
-        equal_tensors: number of those that do not.
-        model_bytes: sizes of the two files.
-        groups: tensor group → its bytes in the two files, 0 where it is not.
-    """
-
-    fields: dict[str, tuple[Any, Any]]
+    fields: dict[str, tuple[Any, Any]]  # model field → its two values, if they differ
     tensors: list[TensorDifference]
-    equal_tensors: int
+    equal_tensors: int  # number of equal tensors
     model_bytes: tuple[int, int]
-    groups: dict[str, tuple[int, int]]
+    groups: dict[str, tuple[int, int]]  # tensor group → its bytes in the two files, 0 if absent
 
     @property
     def same(self) -> bool:
@@ -59,11 +42,10 @@ class Difference:
         return not self.fields and not self.tensors
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return {"same": self.same, **asdict(self)}
 
     def text(self, first: str, second: str) -> str:
-        """For people; the files' names are given."""
+        """The report; `first` and `second` are the files' names."""
         lines = [
             f"first   {first}: {self.model_bytes[0]:,} bytes",
             f"second  {second}: {self.model_bytes[1]:,} bytes",
@@ -87,7 +69,7 @@ class Difference:
 
 
 def difference(first: Artifact, second: Artifact) -> Difference:
-    """Compare two artifacts, whatever their codecs."""
+    """Compare two artifacts; their codecs may differ."""
     fields = {
         name: (getattr(first.config, name), getattr(second.config, name))
         for name in MODEL_FIELDS
@@ -130,7 +112,7 @@ def _compare(
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
-    # by their bits, since −0 equals 0
+    # compare bits: −0 == 0
     return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
 
 

@@ -1,11 +1,11 @@
-"""An artifact in the formats of published submissions, so that one can stay a single script: a pickled dictionary, packed.
+"""Export of an artifact to the formats of published submissions, whose scripts then load it: a packed, pickled dictionary.
 
     mixed      {"w": {NAME.q: int8, NAME.scale: float16, NAME: float16}, "m": {NAME: {"type": "int6"} or "passthrough"}}
     per_row    {"__quant_format__": …, "quantized": {NAME: int8}, "scales": {NAME: float16}, "dtypes": {NAME: "float32"},
                "passthrough": {NAME: …}, "qmeta": {NAME: {"scheme": "per_row", "axis": 0}}, "passthrough_orig_dtypes": {…}}
 
-`torch.save` makes bytes of it, which are shuffled where the submission does so, and encoded. These files are only written
-here: whoever loads one unpickles it, and must trust it. Weights are exactly the artifact's.
+`torch.save` serializes the dictionary; the bytes are shuffled if the submission does so, and encoded. This module never
+loads such a file: unpickling one requires trust. The weights are exactly the artifact's.
 """
 
 from __future__ import annotations
@@ -47,46 +47,29 @@ _PUBLISHED_NAMES = {
 
 @dataclass(frozen=True)
 class PublishedFormat:
-    """How a submission stores its model.
+    """How a submission stores its model."""
 
-    Attributes:
-        about: what it is, in words.
-        layout: makes the dictionary.
-        stride: of the byte shuffle; 0: none.
-        codec: a name in `CODECS`.
-    """
-
-    about: str
-    layout: Callable[[_Tensors], dict[str, Any]]
-    stride: int
+    about: str  # for --help
+    layout: Callable[[_Tensors], dict[str, Any]]  # makes the dictionary
+    stride: int  # of the byte shuffle; 0: none
     codec: str
 
 
 @dataclass(frozen=True)
 class Export:
-    """A model in a published format.
+    """A model in a published format."""
 
-    Attributes:
-        data: the file's bytes.
-        payload_bytes: bytes of all its tensors, as the published logs count them.
-        pickled_bytes: bytes that `torch.save` made of them.
-    """
-
-    data: bytes
-    payload_bytes: int
-    pickled_bytes: int
+    data: bytes  # the file
+    payload_bytes: int  # of all tensors, as the published logs count them
+    pickled_bytes: int  # of `torch.save`
 
 
 def export(tensors: _Tensors, name: str) -> Export:
-    """Turn stored tensors into a file of a published format.
-
-    Args:
-        tensors: as `read_artifact` returns them.
-        name: a name in `PUBLISHED_FORMATS`.
+    """Convert stored tensors to the file of a format in `PUBLISHED_FORMATS`.
 
     Raises:
         UserError: the format cannot hold a tensor's codes.
-        MissingCodec: the library of its codec is not installed.
+        MissingCodec: the codec's library is not installed.
     """
     published = PUBLISHED_FORMATS[name]
     content = published.layout(_renamed(tensors))
@@ -98,7 +81,7 @@ def export(tensors: _Tensors, name: str) -> Export:
 
 
 def published_name(name: str) -> str:
-    """The name that the published scripts have for a parameter; its own where they have none."""
+    """A parameter's name in the published scripts, or its own name if they have no such parameter."""
     block = re.fullmatch(r"(blocks\.\d+\.)(.+)", name)
     prefix, rest = block.groups() if block else ("", name)
     return prefix + _PUBLISHED_NAMES.get(rest, rest)
@@ -108,7 +91,7 @@ def _renamed(tensors: _Tensors) -> dict[str, QuantizedTensor | Tensor]:
     renamed: dict[str, QuantizedTensor | Tensor] = {}
     for name, tensor in tensors.items():
         if name == "ve.layer_scales" and isinstance(tensor, Tensor):
-            # a list of parameters there, one for each layer
+            # published as a list of parameters, one per layer
             renamed |= {f"ve_layer_scales.{i}": scale.clone() for i, scale in enumerate(tensor.reshape(-1, 1))}
         else:
             renamed[published_name(name)] = tensor
@@ -135,7 +118,7 @@ def _per_row(tensors: _Tensors) -> dict[str, Any]:
         "quantized": {name: tensor.codes for name, tensor in coded.items()},
         "scales": {name: tensor.scales for name, tensor in coded.items()},
         "dtypes": dict.fromkeys(coded, "float32"),
-        # control tensors are float32 there, large tables float16
+        # published with control tensors in float32 and large tables in float16
         "passthrough": {name: tensor if _is_table(name) else tensor.float() for name, tensor in kept.items()},
         "qmeta": {name: {"scheme": "per_row", "axis": 0} for name in coded},
         "passthrough_orig_dtypes": {name: "float32" for name in kept if _is_table(name)},
@@ -173,4 +156,3 @@ PUBLISHED_FORMATS = {
     "pr1392": PublishedFormat("one code per byte, torch.save, brotli (#1392)", _mixed, 0, "brotli"),
     "pr1471": PublishedFormat("one code per byte, torch.save, byte shuffle, brotli (#1471)", _mixed, 2, "brotli"),
 }
-"""Published formats by name."""

@@ -1,8 +1,7 @@
-"""A run's artifact brought below its target by the row clips: `target_bytes`.
+"""`target_bytes`: searches row clips so that artifact and code just fit the target.
 
-SDClip's k of every group of tensors is the lever. The model is quantized under the k that `train.quantize.clip_curves`
-predicts to fit with the least loss, and really encoded; what each group took corrects the prediction, until the encoded
-model is just below the target.
+Each tensor group has its own k of SDClip. `train.quantize.clip_curves` predicts the k that fit with the least loss; the
+model is quantized and encoded with them; the measured bytes of each group correct the prediction for the next round.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from train.quantize.clip_curves import Curves, choose_sigmas, group_curves, loss
 from train.quantize.tensors import StoredTensors
 from train.run.logger import RunLogger
 
-# on so many tokens per rank the loss is measured by which row clips are weighed
+# training tokens per rank on which the loss is measured
 FIT_TOKENS = 1 << 15
-# encodings at most; the prediction is corrected after each
+# at most this many encodings
 ROUNDS = 8
-# of the target, left free at most
+# stop if at most this fraction of the target stays free
 TOLERANCE = 0.002
 
 
@@ -43,20 +42,20 @@ def fit_to_target(
     *,
     counted_bytes: int,
 ) -> tuple[StoredTensors, EncodedArtifact]:
-    """Quantize so that artifact and code take at most `target_bytes`: by the row clips, and if none fits by pruning.
+    """Quantize so that artifact and code take at most `target_bytes`: search row clips, and prune if none fits.
 
     Args:
-        config: the settings; their k are where the search begins.
-        model: as it was trained; its parameters change while the loss is measured, and are put back.
+        config: the settings; the search starts from their k.
+        model: its parameters change while the loss is measured and are restored.
         hessians: by parameter name, for `hessian_sdclip`.
-        quantize: makes tensors of the model under the k of each tensor that is searched, by parameter name.
-        data: gives the training batches on which the loss is measured.
-        ranks: this process among the others, all of which must call.
-        log: is told what was found.
-        counted_bytes: what counts beside the model: code, for one.
+        quantize: quantizes the model, given the k of each searched tensor by parameter name.
+        data: the loss is measured on its training batches.
+        ranks: all of them must call.
+        log: gets what was found.
+        counted_bytes: bytes of code and of a paid prefix.
 
     Returns:
-        The tensors, and their artifact, the same on every rank; over the target if even pruning does not reach it.
+        The tensors and their artifact, the same on every rank; over the target if pruning does not reach it either.
     """
 
     def encode(tensors: StoredTensors) -> EncodedArtifact:
@@ -91,7 +90,7 @@ def measure_factors(
     ranks: Ranks,
     log: RunLogger,
 ) -> list[float]:
-    """`loss_factors` on training batches, in the evaluated function, as the mean over the ranks."""
+    """`loss_factors` on training batches, with the recurrence of evaluation; the loss is the mean over the ranks."""
     started = time.perf_counter()
     loader = data.loader(ranks)
     batches: list[tuple[Tensor, Tensor]] = []
@@ -108,14 +107,14 @@ def measure_factors(
     factors = loss_factors(model, config, curves, hessians, loss)
     model.train(training)
     tokens = ranks.world_size * sum(inputs.numel() for inputs, _ in batches)
-    # what reads training data belongs to the clock of training
+    # reading training data counts as training time, so log how long it took
     log.line(f"fit:measured on {tokens} training tokens in {time.perf_counter() - started:.1f}s")
     return factors
 
 
 @dataclass(frozen=True)
 class Round:
-    """A round of the search: the place of each group in its grid of k, and what became of the model."""
+    """A round of the search: each group's index in its grid of k, and the encoded model."""
 
     places: list[int]
     tensors: StoredTensors
@@ -124,7 +123,7 @@ class Round:
     expected_loss: float
 
     def rank(self, target_bytes: int) -> tuple[bool, float]:
-        """The lowest is the best: of those that fit the one with the least loss, of the others the smallest."""
+        """Lowest is best: rounds that fit come first, by expected loss; then the others, by size."""
         over = self.total_bytes > target_bytes
         return over, self.total_bytes if over else self.expected_loss
 
@@ -140,23 +139,15 @@ def search_clips(
     encode: Callable[[StoredTensors], EncodedArtifact],
     note: Callable[[str], None],
 ) -> tuple[StoredTensors, EncodedArtifact]:
-    """Quantize a model so that, really encoded, it takes at most `target_bytes`, with the least expected loss.
+    """Search k so that encoded model and `counted_bytes` take at most `target_bytes`, with the least expected loss.
 
-    Args:
-        model: its parameters are read.
-        curves: of `group_curves`.
-        factors: of `loss_factors`.
-        target_bytes: cap on the encoded model and `counted_bytes` together.
-        counted_bytes: what counts beside the model: code, for one.
-        quantize: the model under the k of each tensor that is searched, by parameter name.
-        encode: makes the artifact's bytes.
-        note: is told what was found, a line per group and round.
+    `curves` and `factors` are those of `group_curves` and `loss_factors`; other arguments as for `fit_to_target`.
 
     Returns:
-        The tensors and the bytes of the best round that fits. If none fits, those of the smallest one.
+        The tensors and the artifact of the best round that fits, or of the smallest round if none fits.
     """
     correction: dict[str, float] = {}
-    # before anything is encoded: what is not searched as it lies in memory
+    # bytes besides the searched codes; before the first encoding, their size in memory
     other = float(_uncoded_bytes(model, curves) + counted_bytes)
     best: Round | None = None
     places: list[int] = []

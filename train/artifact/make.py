@@ -1,4 +1,4 @@
-"""From a trained model to its artifact: calibrate, round, write, and read back."""
+"""Makes the artifact of a trained model: calibrate, quantize, write, and read back."""
 
 from __future__ import annotations
 
@@ -24,18 +24,12 @@ from train.run.logger import RunLogger
 def quantize(
     config: Config, model: GPT, data: Dataset, ranks: Ranks, log: RunLogger, *, code_bytes: int
 ) -> tuple[StoredTensors, EncodedArtifact | None]:
-    """Calibrate and round a trained model, under a `target_bytes` with row clips that fit.
+    """Calibrate and quantize a trained model; with `target_bytes`, search row clips that fit. Every rank must call this.
 
-    Args:
-        config: the settings.
-        model: as it was trained.
-        data: the run's; read where the settings calibrate on training batches or search row clips.
-        ranks: this process among the others, all of which must call.
-        log: is told what was done.
-        code_bytes: size of the code that counts with the model.
+    `data` is read only if the settings calibrate on training batches or search row clips. `code_bytes` counts with the model.
 
     Returns:
-        What the artifact stores, the same on every rank; and its bytes where the search for row clips made them.
+        The stored tensors, the same on every rank; and the artifact, if the search made it.
     """
     names = matrices_to_calibrate(model, config)
     hessians: dict[str, Tensor] = {}
@@ -77,20 +71,13 @@ def make_artifact(
     code_bytes: int,
     before_replacing: Callable[[], object] = lambda: None,
 ) -> GPT:
-    """Prune if the settings say so, write the artifact, read it back from its bytes, and make sure that nothing was lost.
+    """Prune if the settings say so, write the artifact, read it back, compare, and return the model read. Every rank must call.
 
-    Args:
-        path: of the artifact.
-        config: the settings.
-        model: as it was trained.
-        tensors, encoded: of `quantize`.
-        ranks: this process among the others, all of which must call.
-        log: is told the sizes.
-        code_bytes: size of the code that counts with the model.
-        before_replacing: called on the first rank when the artifact fits, before it takes the place of a former one.
+    `tensors` and `encoded` are those of `quantize`; `code_bytes` counts with the model. `before_replacing` is called on the
+    first rank once the artifact fits, before it replaces an earlier one.
 
-    Returns:
-        The model that the artifact's bytes hold.
+    Raises:
+        BudgetError: code and model exceed the cap; nothing is written.
     """
     paid = prefix_bytes(config)
     if config.target_mb or config.prune_excess:

@@ -1,4 +1,4 @@
-"""A run's artifact brought below its target by pruning: `target_mb` and `prune_excess`."""
+"""`target_mb` and `prune_excess`: prune codes so that the artifact fits its target."""
 
 from __future__ import annotations
 
@@ -23,16 +23,11 @@ def prune(
 ) -> tuple[StoredTensors, EncodedArtifact | None]:
     """Prune codes ±1 as `target_mb` and `prune_excess` say.
 
-    `target_mb` (#1392) searches the number of codes, and takes all of them where the target is out of reach; that it was
-    is logged, and no error. `prune_excess` (#1471) prunes so many codes per byte over the cap, once, and of matrices alone.
+    `target_mb` (#1392) searches the number of codes; if the target is out of reach it prunes all and logs a warning.
+    `prune_excess` (#1471) prunes this many codes per byte over the cap, once, from matrices only.
 
-    Args:
-        config: the settings.
-        tensors: as quantized.
-        encoded: their artifact; None: not made yet.
-        ranks: this process among the others, all of which must call.
-        log: is told how many codes went.
-        counted_bytes: what counts beside the model: code, for one.
+    `encoded` is the artifact of `tensors`, if already made; `counted_bytes` are those of code and of a paid prefix. Every rank
+    must call this.
 
     Returns:
         The tensors, and their artifact if it was made.
@@ -45,8 +40,8 @@ def prune(
         target = config.pruning_target_bytes
         if target > config.max_artifact_bytes:
             log.line(
-                f"warning: target_mb {config.target_mb:g} is {target:,} bytes, beyond the cap of {config.max_artifact_bytes:,}: "
-                "pruning does not keep to the cap"
+                f"warning: target_mb {config.target_mb:g} is {target:,} bytes, above the cap of {config.max_artifact_bytes:,}: "
+                "the pruned model may exceed the cap"
             )
         before, known = tensors, encoded
         count, encoded = ranks.on_main(lambda: prunes_needed(before, target - counted_bytes, encode, known))

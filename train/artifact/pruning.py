@@ -1,4 +1,4 @@
-"""Pruning, the published last resort of an artifact that is too large: codes ±1 of the smallest rows become 0."""
+"""Pruning, the published last resort if an artifact is too large: codes ±1 in the rows of smallest scale become 0."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from train.artifact.storage import EncodedArtifact
 from train.quantize.tensors import QuantizedTensor, StoredTensors
 
-# the search stops when it knows the number of codes to so many parts of them all
+# the search finds the number of codes to one part in this many
 _RESOLUTION = 4096
 
 
@@ -19,17 +19,12 @@ def count_ones(tensors: Mapping[str, object]) -> int:
 
 
 def prune_ones(tensors: StoredTensors, count: int) -> StoredTensors:
-    """Set to zero the `count` codes ±1 that cost the least squared error, which is scale² each.
+    """A copy of `tensors` in which the `count` codes ±1 with the least squared error, scale² each, are 0.
 
-    Args:
-        tensors: as `quantize_model` returns them; they stay as they are. Those kept in float16 are passed over.
-        count: codes to prune; rows of equal scale go in the tensors' order, codes of a row from the left.
+    Rows of equal scale go in the tensors' order, codes of a row from the left; float16 tensors are not pruned.
 
-    Returns:
-        All tensors, the pruned ones new.
-
-    Source: #1392, which prunes its int8 tables beside its int6 matrices; they go first, as their scales are smaller.
-    #1471 has the same order, and prunes no tables.
+    Source: #1392, which also prunes its int8 tables, and first, as their scales are smaller. #1471 has the same order and
+    prunes no tables.
     """
     coded = _coded(tensors)
     if not coded:
@@ -40,7 +35,7 @@ def prune_ones(tensors: StoredTensors, count: int) -> StoredTensors:
     order = scales.argsort(stable=True)
     before = torch.empty_like(per_row)
     before[order] = per_row[order].cumsum(0) - per_row[order]
-    # of each row as many as are left of the count when its turn comes
+    # each row takes what the rows before it left of the count
     quota = (count - before).clamp(min=0)
     pruned = dict(tensors)
     first = 0
@@ -58,19 +53,10 @@ def prunes_needed(
     encode: Callable[[StoredTensors], EncodedArtifact],
     encoded: EncodedArtifact | None = None,
 ) -> tuple[int, EncodedArtifact]:
-    """How many codes ±1 must go until the encoded model has at most `max_bytes`.
+    """How many codes ±1 to prune until the encoded model has at most `max_bytes`, and the artifact after pruning.
 
-    Found by bisection, to one part in 4,096 of all such codes on the side that fits. If even all of them are not
-    enough, all of them.
-
-    Args:
-        tensors: as for `prune_ones`.
-        max_bytes: what the encoded model may take.
-        encode: makes the artifact's bytes.
-        encoded: what `encode` has made of `tensors`; None: not made yet.
-
-    Returns:
-        The `count` for `prune_ones`, 0 if the model fits as it is; and the bytes of the model that it leaves.
+    Bisection finds a count that fits, to one part in 4,096 of all such codes; 0 if the model fits already, all of them if
+    that is not enough. `encoded` is the artifact of `tensors`, if already made.
     """
     encoded = encoded or encode(tensors)
     if len(encoded.data) <= max_bytes:

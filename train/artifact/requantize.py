@@ -1,4 +1,4 @@
-"""`python -m train.quantize RUN`: make the artifact of a trained run again, or try other quantization settings on it."""
+"""`python -m train.quantize RUN`: remake a run's artifact, or try other quantization settings on its weights."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SETTINGS = (
     "target_mb", "prune_excess", "max_artifact_bytes", "data_path", "device",
 )  # fmt: skip
 
-# with these the artifact is still the run's own
+# changing these does not need --out: the artifact is still the run's own
 BUDGET = frozenset({"target_bytes", "target_mb", "prune_excess"})
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Calibrate, quantize and pack the weights of a run folder; under torchrun its ranks share the calibration."""
+    """Calibrate, quantize and pack the weights of a run folder; under torchrun the ranks divide the calibration."""
     arguments = _parser().parse_args(argv)
-    # imported after the arguments are read: torch takes seconds, --help should not
+    # imported after parsing: torch takes seconds, --help should not
     from train.artifact.make import make_artifact, quantize
     from train.checkpoint import load_weights
     from train.command_line import check_backends, note_unread
@@ -51,21 +51,21 @@ def main(argv: list[str] | None = None) -> int:
             return
         folder.drop_scores()
         if changes:
-            # a kill between the two leaves no artifact, rather than one of other settings than the run's
+            # if killed between these two lines, the run has no artifact rather than one of other settings
             folder.artifact.unlink(missing_ok=True)
             folder.write_config(folder.read_config().replace(**changes))
 
     with start_ranks(config.device) as ranks, tempfile.TemporaryDirectory() as elsewhere, ExitStack() as held:
         if arguments.out is None:
             ranks.on_main(lambda: held.enter_context(folder.held()))
-            # whoever held it before may have changed its settings
+            # another process may have changed the settings before the lock
             config, changes = _settings(arguments, folder)
-        # the run's log tells of the run's own artifact alone
+        # the run's log is only about the run's own artifact
         log = RunLogger(elsewhere if arguments.out else folder.path, config.seed, ranks.rank)
         note_unread(config, os.environ, log.line, SETTINGS)
         model: GPT = load_weights(folder).to(ranks.device)
         path = arguments.out or folder.artifact
-        # a script that trains again needs the recurrence that the run may have ended before
+        # count the code of a whole run: its script has recurrence, even if this run ended before recurrence began
         code_bytes = ranks.on_main(lambda: counted_code_bytes(folder.read_config().replace(**changes)))
         tensors, encoded = quantize(config, model, Dataset(config), ranks, log, code_bytes=code_bytes)
         make_artifact(
@@ -76,14 +76,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _settings(arguments: argparse.Namespace, folder: RunFolder) -> tuple[Config, dict[str, object]]:
-    """The run's settings as they are on the disk now with those of the command line, and which of these differ."""
+    """The run's saved settings plus the command line's, and those of the command line that differ."""
     config = folder.trained_config()
     given = {name: text for name in SETTINGS if (text := getattr(arguments, name)) is not None}
     values = {name: parse_value(name, text, f"--{name}") for name, text in given.items()}
     changes = {name: value for name, value in values.items() if getattr(config, name) != value}
     if set(changes) - BUDGET and arguments.out is None:
         raise ConfigError(
-            f"--out: needed with other settings than the run's ({', '.join(changes)}): its own artifact stays"
+            f"--out: needed because these settings differ from the run's: {', '.join(changes)}; the run keeps its own artifact"
         )
     return config.replace(**changes), changes
 

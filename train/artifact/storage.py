@@ -1,4 +1,4 @@
-"""Writing a quantized model to its artifact, and reading it back into tensors or a model."""
+"""Writes a quantized model to an artifact, and reads it back as tensors or as a model."""
 
 from __future__ import annotations
 
@@ -41,39 +41,33 @@ _HEADER_FIELDS = (
     "smear_gate", "bigram_vocab_size", "bigram_dim", "trigram", "ve_dim", "ve_layers", "unet_skips", "skip_gates",
     "parallel_start_layer", "parallel_form", "recur_layers", "recur_form", "recur_scale_params",
 )  # fmt: skip
-# these were settings once: the format keeps them, every model has these values
+# former settings: the format keeps them, with the only value left
 _FIXED_FIELDS = {"norm_eps": NORM_EPS, "unet_skips": True}
 
 MODEL_FIELDS = tuple(name for name in _HEADER_FIELDS if name not in _FIXED_FIELDS)
-"""The settings that an artifact holds: all that decide what the model computes from its weights."""
+"""The settings that an artifact stores: those that determine what the model computes from its weights."""
 
-# below this a tensor has no section of its own
+# smaller float tensors share a section
 _OWN_SECTION_ELEMENTS = 4096
 
 _FLOAT_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _FLOAT_TYPES = {name: dtype for dtype, name in _FLOAT_NAMES.items()}
 
-# brotli needs some hundred MB for each stream that it encodes
+# brotli needs several hundred MB per stream
 _THREADS = 8
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a file holds.
+    """The contents of an artifact."""
 
-    Attributes:
-        config: defaults, with the model's fields as the file has them.
-        tensors: by parameter name.
-        info: sizes.
-    """
-
-    config: Config
+    config: Config  # the model's fields from the file, defaults for the other settings
     tensors: StoredTensors
     info: ArtifactInfo
 
 
 class EncodedArtifact(NamedTuple):
-    """An artifact's bytes before they are written, and their sizes."""
+    """An artifact's bytes and sizes, not yet written."""
 
     data: bytes
     info: ArtifactInfo
@@ -90,20 +84,16 @@ def write_artifact(
     encoded: EncodedArtifact | None = None,
     before_replacing: Callable[[], object] = lambda: None,
 ) -> ArtifactInfo:
-    """Pack a quantized model with `config.codec` into one file, whole or not at all.
+    """Write a quantized model to one file, atomically.
 
     Args:
-        path: of the file.
+        path: the file.
         tensors: as `quantize_model` returns them.
         config: its model fields are stored, its codec is used.
-        code_bytes: size of the code that counts with the model.
-        prefix_bytes: size of a paid prefix, which counts too.
+        code_bytes, prefix_bytes: size of the code and of a paid prefix; both count against the cap.
         max_bytes: cap on all together; None takes `config.max_artifact_bytes`.
-        encoded: what `encode_artifact` has made of these tensors; None: not made yet.
-        before_replacing: called when the bytes are there and fit, before they take the place of a former artifact.
-
-    Returns:
-        The sizes.
+        encoded: result of `encode_artifact` for these tensors, if already made.
+        before_replacing: called once the bytes fit, before they replace an earlier artifact.
 
     Raises:
         BudgetError: code and model exceed the cap; nothing is written.
@@ -121,10 +111,10 @@ def write_artifact(
 
 
 def encode_artifact(tensors: Mapping[str, QuantizedTensor | Tensor], config: Config) -> EncodedArtifact:
-    """The bytes of a quantized model's artifact; the same tensors give the same bytes.
+    """Encode a quantized model as an artifact; the same tensors give the same bytes.
 
-    Codes of the matrices that play the same part in all layers form a section, so that like data lie together; the
-    sections are encoded on several threads. brotli takes seconds for each million codes.
+    One kind of matrix over all layers is one section, so that similar data are packed together. Threads encode the
+    sections. brotli takes seconds per million codes.
 
     Raises:
         UserError: a tensor holds NaN or infinity, codes outside its bits or a dtype that the format does not have, or
@@ -136,7 +126,7 @@ def encode_artifact(tensors: Mapping[str, QuantizedTensor | Tensor], config: Con
     contents = [b"".join(plan.parts) for plan in plans]
     codec = CODECS[config.codec]
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        # the longest first, so that no thread is left alone with it at the end
+        # longest first, so that the threads finish at about the same time
         order = sorted(range(len(plans)), key=lambda index: -len(contents[index]))
         jobs = {index: pool.submit(encode_section, plans[index], contents[index], codec) for index in order}
         encoded = [jobs[index].result() for index in range(len(plans))]
@@ -148,7 +138,7 @@ def encode_artifact(tensors: Mapping[str, QuantizedTensor | Tensor], config: Con
 
 
 def read_artifact(path: str | os.PathLike[str]) -> Artifact:
-    """Read an artifact from its bytes alone, checking every one of them.
+    """Read an artifact, checking every byte.
 
     Raises:
         ArtifactError: the file is missing, foreign, truncated, damaged or of a newer version; the message names the
@@ -175,25 +165,21 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
 
 
 def load_model(path: str | os.PathLike[str], config: Config | None = None) -> GPT:
-    """Build the model that an artifact holds, in evaluation mode, on the CPU.
+    """Load the model from an artifact, in evaluation mode, on the CPU; its weights are bit for bit the quantized tensors.
 
-    Its weights are bit for bit those of a model that loaded the quantized tensors before they were written.
-
-    Args:
-        path: of the artifact.
-        config: settings other than the model's own, such as `device`; None takes the defaults.
+    `config` provides the settings that the artifact does not store, such as `device`; None takes the defaults.
 
     Raises:
-        ArtifactError: as `read_artifact`, or its tensors are not those of the model that its fields describe.
+        ArtifactError: as `read_artifact`, or the tensors do not match the model's fields.
     """
     return build_model(path, read_artifact(path), config)
 
 
 def build_model(path: str | os.PathLike[str], artifact: Artifact, config: Config | None = None) -> GPT:
-    """The second half of `load_model`, from what was read; `path` is only named in errors."""
+    """`load_model` from an artifact already read; `path` is for error messages."""
     shape = {name: getattr(artifact.config, name) for name in MODEL_FIELDS}
     _check_size(path, artifact)
-    # on the meta device nothing is drawn, so that loading is quick and leaves the generators alone
+    # on the meta device no weights are drawn: this is quick and does not advance the random generators
     with torch.device("meta"):
         model = GPT((config or artifact.config).replace(**shape))
     state = dequantize_state(artifact.tensors)
@@ -202,8 +188,8 @@ def build_model(path: str | os.PathLike[str], artifact: Artifact, config: Config
     if expected != found:
         odd = min(name for name in expected | found if expected.get(name) != found.get(name))
         raise ArtifactError(
-            f"{path}: tensor {odd}: expected {expected.get(odd, 'none')}, found {found.get(odd, 'none')}: its tensors are "
-            "not those of the model that its fields describe; write it anew with python -m train"
+            f"{path}: tensor {odd}: expected {expected.get(odd, 'none')}, found {found.get(odd, 'none')}: its tensors do "
+            "not match its model fields; write it anew with python -m train"
         )
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.load_state_dict({name: tensor.to(dtypes[name]) for name, tensor in state.items()}, assign=True)
@@ -211,7 +197,7 @@ def build_model(path: str | os.PathLike[str], artifact: Artifact, config: Config
 
 
 def _check_size(path: str | os.PathLike[str], artifact: Artifact) -> None:
-    """Refuse fields of a model far larger than the tensors before it is built."""
+    """Refuse fields of a model far larger than the tensors, before the model is built."""
     config, count = artifact.config, len(artifact.tensors)
     elements = sum(tensor.shape.numel() for tensor in artifact.tensors.values())
     widths = [config.model_dim, config.mlp_hidden, config.vocab_size, config.ve_dim, config.recur_scale_params]
@@ -226,18 +212,11 @@ def _check_size(path: str | os.PathLike[str], artifact: Artifact) -> None:
 
 @dataclass(frozen=True)
 class SectionPlan:
-    """A section to be written.
-
-    Attributes:
-        group: what its tensors have in common.
-        type: of its values, as the container names it.
-        parts: its tensors' bytes in order.
-        shapes: its tensors' shapes.
-    """
+    """A section to be written; `group` and `type` as in the container."""
 
     group: str
     type: str
-    parts: list[bytes] = field(default_factory=list)
+    parts: list[bytes] = field(default_factory=list)  # bytes of each tensor, in order
     shapes: set[tuple[int, ...]] = field(default_factory=set)
 
     @property
@@ -246,7 +225,7 @@ class SectionPlan:
 
     @property
     def byte_shape(self) -> tuple[int, int] | None:
-        """Rows and columns of the matrices of bytes that the section consists of; a float is a row. None: of several."""
+        """Rows and columns of the section's matrices of bytes; a float is a row. None: the shapes differ."""
         if self.floats:
             return sum(map(len, self.parts)) // ITEM_BYTES[self.type], ITEM_BYTES[self.type]
         rows, columns = min(self.shapes)
@@ -254,7 +233,7 @@ class SectionPlan:
 
 
 def plan_sections(tensors: Mapping[str, QuantizedTensor | Tensor]) -> tuple[list[SectionPlan], list[TensorEntry]]:
-    """Distribute tensors over sections: codes by part of the model, row scales together, small floats together.
+    """Divide tensors into sections: codes by tensor group, all row scales in one, all small float tensors in one.
 
     Raises:
         UserError: a tensor holds NaN or infinity, codes outside its bits or a dtype that the format does not have.
@@ -307,12 +286,12 @@ def _need_finite(name: str, tensor: Tensor) -> None:
 
 
 def encode_section(plan: SectionPlan, content: bytes, codec: Codec) -> tuple[Section, bytes]:
-    """Pack a section's content: the smallest of the codec, for floats also after a shuffle, and none; the first of equals."""
+    """Pack a section in the smallest way: raw, the codec, or (floats only) byte shuffle and codec; the first if equal."""
     choices = [("raw", 0, content)]
     if codec.max_bits == 8 or (not plan.floats and int(plan.type.removeprefix("int")) <= codec.max_bits):
         choices.append((codec.name, 0, codec.encode(content, plan.byte_shape)))
     if plan.floats and codec.max_bits == 8:
-        # a codec that takes the shape has the planes apart already, but does not look for repetitions
+        # a shaped codec separates the bytes itself but finds no repetitions: try lzma with the shuffle
         shuffler = CODECS["lzma"] if codec.shaped else codec
         stride = ITEM_BYTES[plan.type]
         choices.append((shuffler.name, stride, shuffler.encode(byte_shuffle(content, stride))))
@@ -346,7 +325,7 @@ def _tensors(source: Path, header: Header, contents: list[bytes | memoryview]) -
     return tensors
 
 
-# the format is little-endian on every machine; bfloat16 travels as its bits, for which numpy has a type
+# little-endian on every machine; numpy has no bfloat16, so its bits are int16
 _NUMPY = {"float16": "<f2", "float32": "<f4", "bfloat16": "<i2"}
 
 
