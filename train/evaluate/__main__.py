@@ -1,4 +1,4 @@
-"""`python -m train.evaluate RUN`: score a finished run, from the bytes of its artifact."""
+"""`python -m train.evaluate RUN`: score the artifact of a finished run."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from train.run.logger import append_metric, final_lines
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train.evaluate",
-        description="Score a finished run: bits per byte of the validation text, from the bytes of its artifact.",
+        description="Score the artifact of a finished run: bits per byte of the validation text.",
         epilog="examples:\n"
         "  python -m train.evaluate runs/quickstart_20260101-120000\n"
         "  python -m train.evaluate runs/quickstart_20260101-120000 --stride 0 --max-tokens 20000\n"
         "  torchrun --standalone --nproc_per_node=2 -m train.evaluate runs/quickstart_20260101-120000\n\n"
-        "Flags are understood with underscores too, and under the settings' names (--eval_stride 0).\n"
-        "The score is printed in the log's grammar, kept in RUN/evaluation.json and added to RUN/metrics.jsonl.",
+        "Flags may have underscores, or the settings' names (--eval_stride 0).\n"
+        "The score is printed as log lines, saved in RUN/evaluation.json and appended to RUN/metrics.jsonl.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder: config.json and model.golf (or weights.pt)")
     parser.add_argument(
-        "--stride", type=int, help="new tokens per window; 0: rows side by side [the run's eval_stride]"
+        "--stride", type=int, help="new tokens per window; 0: windows do not overlap [the run's eval_stride]"
     )
-    parser.add_argument("--rule", choices=RULES, help="which positions a window scores [the run's eval_rule]")
+    parser.add_argument("--rule", choices=RULES, help="which positions of a window are scored [the run's eval_rule]")
     parser.add_argument("--seq-len", type=int, help="window length in tokens [the run's eval_seq_len]")
     parser.add_argument("--max-tokens", type=int, default=0, help="score only the first N tokens; 0: all [0]")
     parser.add_argument(
@@ -59,18 +59,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--paid-prefix",
         metavar="FILE",
-        help=f"blob of targets that cost no nats ({NOT_COMPLIANT}); '': none [the run's paid_prefix_file]",
+        help=f"file of targets that count as known ({NOT_COMPLIANT}); '': none [the run's paid_prefix_file]",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute [the run's device]")
-    parser.add_argument("--attention", choices=sorted(BACKENDS), help="attention back end [the run's attention]")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="device to score on [the run's device]")
+    parser.add_argument("--attention", choices=sorted(BACKENDS), help="attention backend [the run's attention]")
     parser.add_argument(
-        "--compile", choices=("auto", "on", "off"), help="compile, and on a GPU replay a CUDA graph [the run's compile]"
+        "--compile", choices=("auto", "on", "off"), help="torch.compile, and on a GPU a CUDA graph [the run's compile]"
     )
-    parser.add_argument("--json", action="store_true", help="print the score as one JSON object and nothing else")
+    parser.add_argument("--json", action="store_true", help="print only the score, as one JSON object")
     return parser
 
 
-# flags that are not named as their settings are
+# flags whose names differ from their settings'
 _SETTINGS = {
     "stride": "eval_stride",
     "rule": "eval_rule",
@@ -80,7 +80,7 @@ _SETTINGS = {
 
 
 def _as_named(argument: str) -> str:
-    """A flag as the parser knows it, for one with underscores or under its setting's name."""
+    """The parser's name for a flag that is written with underscores or as its setting."""
     flag, equals, value = argument.partition("=")
     if not flag.startswith("--"):
         return argument
@@ -103,11 +103,11 @@ def _load(folder: RunFolder, config: Config, weights: str) -> GPT:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Score a run folder from the command line; under torchrun its ranks share the windows."""
+    """Score a run folder; under torchrun the ranks divide the windows."""
     arguments = _parser().parse_args(map(_as_named, sys.argv[1:] if argv is None else argv))
     folder = RunFolder(arguments.run)
     check_backends()
-    # no other artifact may take the place of the one that is scored
+    # no other process may replace the artifact meanwhile
     with folder.held(shared=True):
         return _score(folder, arguments)
 
@@ -115,10 +115,10 @@ def main(argv: list[str] | None = None) -> int:
 def _score(folder: RunFolder, arguments: argparse.Namespace) -> int:
     config = _run_config(folder, arguments)
     if folder.evaluation.exists():
-        # an unreadable file of scores is better found before the work than after it
+        # fail before scoring if the file of scores is unreadable
         read_evaluation(folder)
     data = Dataset(config)
-    # whatever is wrong with the data or the run is found before the ranks wait for one another
+    # find errors in the data and the run before the ranks wait for one another
     _ = data.known_targets
     model = _load(folder, config, arguments.weights).eval()
     with start_ranks(config.device) as ranks:
@@ -127,7 +127,7 @@ def _score(folder: RunFolder, arguments: argparse.Namespace) -> int:
             note_unread(config, os.environ, lambda line: print(line, file=sys.stderr, flush=True), flags)
         model = model.to(ranks.device)
         use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, arguments.batch_seqs)).name)
-        # a bar goes to stderr, but plain progress lines would reach the script that reads the JSON
+        # with --json show a bar on a terminal, but no plain progress lines
         progress = not arguments.json or sys.stderr.isatty()
         result, entry = score(
             model,

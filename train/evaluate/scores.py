@@ -1,4 +1,4 @@
-"""Scores and the file that keeps them: a run's evaluation.json."""
+"""Scores, and the file that stores them: a run's evaluation.json."""
 
 from __future__ import annotations
 
@@ -14,25 +14,15 @@ from train.run.folder import RunFolder
 
 @dataclass(frozen=True)
 class EvalResult:
-    """A score.
+    """A score."""
 
-    Attributes:
-        val_loss: nats per token.
-        val_bpb: bits per byte.
-        tokens: scored positions.
-        bytes: bytes of text they stand for.
-        windows: windows over all ranks.
-        seconds: duration on this rank.
-        layer0: whether overlapping windows share layer 0's queries, keys and values: `on`, or `off` and why.
-    """
-
-    val_loss: float
-    val_bpb: float
-    tokens: int
-    bytes: int
-    windows: int
-    seconds: float
-    layer0: str = ""
+    val_loss: float  # nats per token
+    val_bpb: float  # bits per byte
+    tokens: int  # scored positions
+    bytes: int  # of the scored text
+    windows: int  # over all ranks
+    seconds: float  # on this rank
+    layer0: str = ""  # do windows share layer 0's queries, keys and values: "on", or "off" and why
 
     @property
     def layer0_line(self) -> str:
@@ -47,7 +37,7 @@ class EvalResult:
 def evaluation_entry(
     result: EvalResult, config: Config, *, weights: str, max_tokens: int = 0, **facts: Any
 ) -> dict[str, Any]:
-    """One score with the settings it was made under, as evaluation.json and metrics.jsonl hold it."""
+    """A score with its settings, as evaluation.json and metrics.jsonl store it."""
     stride = config.eval_stride
     prefix = f"int{config.matrix_bits}" if weights == "artifact" else "prequant"
     label = {"label": NOT_COMPLIANT} if config.paid_prefix_file else {}
@@ -62,16 +52,16 @@ def evaluation_entry(
 
 
 def write_evaluation(folder: RunFolder, entry: dict[str, Any]) -> None:
-    """Add a score to the run's evaluation.json, in the place of one made under the same settings.
+    """Add a score to the run's evaluation.json; it replaces one with the same settings.
 
-    The caller holds the run alone, or is `writing` in it.
+    The caller must hold the run exclusively, or inside `RunFolder.writing`.
     """
     scores = read_evaluation(folder) if folder.evaluation.exists() else {}
     write_json(folder.evaluation, {**scores, _key(entry): entry})
 
 
 def find_evaluation(folder: RunFolder, config: Config, *, weights: str = "artifact") -> dict[str, Any]:
-    """The score that was made under exactly these settings.
+    """The score with exactly these settings.
 
     Raises:
         UserError: there is none.
@@ -110,6 +100,6 @@ _KEY = ("weights", "rule", "seq_len", "stride", "max_tokens", "logits_rounding",
 
 
 def read_evaluation(folder: RunFolder) -> dict[str, dict[str, Any]]:
-    """The scores in evaluation.json, by their settings."""
+    """The scores in evaluation.json, by settings."""
     path = folder.need(folder.evaluation, f"python -m train.evaluate {folder.path}")
     return read_json(path, "delete it and evaluate again")

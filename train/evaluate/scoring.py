@@ -1,11 +1,11 @@
-"""Bits per byte of a text: flat, or with a sliding window under one of the three published rules.
+"""Bits per byte of a text: flat, or with a sliding window and one of three published rules.
 
 val_loss = Σ nll / tokens in nats per token; val_bpb = (Σ nll / ln 2) / Σ bytes. Sums are float64, counts are integers.
 
-Windows are index arrays and the text lies on the device, so no Python runs per window. The last layer's queries,
-attention rows, output projection and MLP, the head and the loss are computed only for positions that are scored, and
-layer 0's projections once per token of a batch where the model allows it. Batches have one static shape; on a GPU the
-compiled model is captured once and replayed for every batch (`COMPILE=off` does neither).
+Windows are index arrays and the text is on the device, so no Python runs per window. The last layer (but its keys and
+values), the head and the loss are computed only for scored positions; layer 0's projections once per token of a batch, if
+the model allows it. Batches have one static shape. On a GPU the compiled model is captured as a CUDA graph and replayed for
+every batch (`COMPILE=off` does neither).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BATCH_SEQS = 32
 
 
 class Scorable(Protocol):
-    """What a model needs to be scored."""
+    """A model that can be scored, such as `GPT`."""
 
     @property
     def head_weight(self) -> Tensor: ...
@@ -54,7 +54,7 @@ class Scorable(Protocol):
 
 
 class ByteCounter(Protocol):
-    """Bytes that targets stand for, given the tokens before them."""
+    """Counts the bytes of each target, int64, given the token before it."""
 
     def count(self, previous: Tensor, target: Tensor) -> Tensor: ...
 
@@ -82,29 +82,26 @@ def evaluate_model(
     """Score a text with a model.
 
     Args:
-        model: has `hidden(ids (B, T) int64, recurrence=…, rows_from=…) -> (B, T - rows_from, d)`, the rows of the
-            positions from `rows_from` on, and `head_weight (V, d)`; `overlapping_hidden` of windows in one text, unless
-            `overlap_problem` says why not.
+        model: as `GPT`; `overlapping_hidden` is used only if `overlap_problem` is None.
         tokens: `(T + 1,)` uint16, the first input and the T targets.
-        tables: `count(previous, target)` int64 bytes.
-        config: settings; stride, seq_len and rule replace what it says.
+        tables: counts bytes.
+        config: the settings; `stride`, `seq_len` and `rule`, if given, replace its values.
         stride: new tokens per window; 0: flat.
-        seq_len: window length; shorter windows are padded to it with zeros behind their end.
+        seq_len: window length; shorter windows are zero-padded at the end.
         rule: see `plan_windows`.
         batch_seqs: windows per forward pass.
-        max_tokens: score only the text's first so many targets; 0: all.
-        share_layer0: let the windows of a batch share embeddings and layer 0's projections, where the model allows it.
-        known: `(T,)` bool, targets that cost no nats though their bytes count (a paid prefix, which no rule allows).
-        recurrence: passed on to the model.
-        rank, world_size: this process among all, which share the windows; sums are reduced over `torch.distributed`.
-        progress: show progress with the running bpb (of this rank's windows).
-        description: what the progress calls this evaluation.
+        max_tokens: score only the first this many targets; 0: all.
+        share_layer0: compute embeddings and layer 0's projections once per token of a batch, if the model allows it.
+        known: `(T,)` bool, targets that add bytes but no nats (a paid prefix, which no rule allows).
+        rank, world_size: the ranks divide the windows; sums are reduced with `torch.distributed`.
+        progress: show progress, with the running bpb of this rank.
+        description: label of the progress.
 
     Returns:
-        The score, the same on every rank but for `seconds`.
+        The score, the same on every rank except `seconds`.
 
     Raises:
-        UserError: nothing to score, a token beyond the model's vocabulary, or targets that stand for no bytes.
+        UserError: nothing to score, a token outside the vocabulary, or targets without any bytes.
     """
     started = time.perf_counter()
     stride = config.eval_stride if stride is None else stride
@@ -127,7 +124,7 @@ def evaluate_model(
     nll_total, token_total, byte_total = _reduce(scorer.nll_sum, own.scored, scorer.byte_sum, world_size)
     if byte_total == 0:
         raise UserError(
-            f"the {token_total} scored tokens stand for no bytes: bits per byte needs text; give a longer one"
+            f"the {token_total} scored tokens have no bytes, so bits per byte is undefined: give a longer text"
         )
     return EvalResult(
         val_loss=nll_total / token_total,
@@ -141,14 +138,14 @@ def evaluate_model(
 
 
 def _sharing_problem(model: Scorable, share_layer0: bool, stride: int, seq_len: int) -> str | None:
-    """Why windows do not share layer 0's queries, keys and values, or None if they do."""
+    """Why windows do not share layer 0's queries, keys and values; None if they do."""
     if stride in (0, seq_len):
         return "windows do not overlap"
     return model.overlap_problem if share_layer0 else "share_layer0 is off"
 
 
 class _Scorer:
-    """Adds up nats and bytes of windows of one text, batch by batch, on the model's device."""
+    """Sums nats and bytes over windows of one text, batch by batch, on the model's device."""
 
     def __init__(
         self,
@@ -180,8 +177,8 @@ class _Scorer:
         self.graphs = compiled and device.type == "cuda"
 
     def score(self, windows: WindowPlan, rows_from: int, batch_seqs: int) -> Iterator[int]:
-        """Score windows; yields after each batch how many positions it scored."""
-        # equal batches: one static shape, and the last one wastes little
+        """Score windows; yields the number of scored positions after each batch."""
+        # equal batches: one static shape, little padding in the last
         batches = -(-len(windows.start) // batch_seqs)
         batch = -(-len(windows.start) // batches)
         # a window of length 0 scores nothing
@@ -190,14 +187,14 @@ class _Scorer:
         parts = torch.from_numpy(padded).to(self.text.device).split(batch, dim=1)
         add: Callable[[Tensor, int], None] = self._add_batch
         for index, (part, count) in enumerate(zip(parts, counts, strict=True)):
-            # the first batch compiles and warms up, and is worth capturing for if more than one follows
+            # the first batch compiles and warms up; capturing pays only if more than one follows
             if index == 1 and batches > 2 and self.graphs:
                 add = self._capture(part, rows_from)
             add(part, rows_from)
             yield count
 
     def _add_batch(self, windows: Tensor, rows_from: int) -> None:
-        """Add the nats and bytes of `(3, B)` windows: starts, lengths and first scored positions."""
+        """Add the nats and bytes of `windows` `(3, B)`: starts, lengths and first scored positions."""
         start, length, score_from = windows[..., None]
         last = len(self.text) - 2
         hidden = self._rows(start, length, rows_from).flatten(0, 1)
@@ -217,10 +214,10 @@ class _Scorer:
         self.byte_sum += torch.where(scored, self.tables.count(previous, target), 0).sum()
 
     def _rows(self, start: Tensor, length: Tensor, rows_from: int) -> Tensor:
-        """The head's input for the positions from `rows_from` on, `(B, T - rows_from, d)`."""
+        """The head's input `(B, T - rows_from, d)`, from position `rows_from` on."""
         last = len(self.text) - 2
         if self.share_layer0 and rows_from:
-            # windows of which only the last rows are scored lie one stride apart
+            # if only the last rows are scored, windows are one stride apart
             windows, stride = len(start), len(self.columns) - rows_from
             places = start[0] + torch.arange((windows - 1) * stride + len(self.columns), device=start.device)
             covered = self.text[places.clamp(max=last)].long()
@@ -234,7 +231,7 @@ class _Scorer:
     def _capture(self, windows: Tensor, rows_from: int) -> Callable[[Tensor, int], None]:
         """`_add_batch` as one CUDA graph, for batches of the shape of `windows`."""
         held, graph = windows.clone(), torch.cuda.CUDAGraph()
-        # another thread may be copying training batches meanwhile
+        # another thread may copy training batches meanwhile
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._add_batch(held, rows_from)
 
@@ -247,7 +244,7 @@ class _Scorer:
 
 @contextmanager
 def _evaluating(model: Scorable) -> Iterator[None]:
-    """Take a model out of training mode for a while, if it is in it."""
+    """Evaluation mode inside the context; training mode is restored."""
     trained = model if isinstance(model, nn.Module) and model.training else None
     if trained is not None:
         trained.eval()
@@ -264,7 +261,7 @@ def _resident(tokens: np.ndarray, vocab_size: int, device: torch.device) -> Tens
 
 
 def _reduce(nll_sum: Tensor, tokens: int, byte_sum: Tensor, world_size: int) -> tuple[float, int, int]:
-    """Sums over all ranks, as (nats, tokens, bytes)."""
+    """Nats, tokens and bytes, summed over all ranks."""
     counts = torch.stack([byte_sum.new_tensor(tokens), byte_sum])
     if world_size > 1:
         if not dist.is_initialized():
@@ -286,20 +283,10 @@ def score(
     progress: bool = True,
     description: str = "evaluate",
 ) -> tuple[EvalResult, dict[str, Any]]:
-    """Score the validation text, and say under which settings.
+    """Score the validation text of `data`; returns the score and its entry for evaluation.json. Every rank must call this.
 
-    Args:
-        model: as for `evaluate_model`.
-        data: its validation text is scored.
-        config: settings, of which `data` has those of the data.
-        ranks: this process among the others, all of which must call.
-        weights: whose the model is: of the "artifact", or the "master" weights before rounding.
-        batch_seqs, max_tokens: as for `evaluate_model`.
-        progress: show progress.
-        description: what the progress calls this evaluation.
-
-    Returns:
-        The score, and the entry of evaluation.json that tells of it.
+    `weights` says what `model` was loaded from: "artifact", or "master" for the weights before rounding. Other arguments as
+    for `evaluate_model`.
     """
     result = evaluate_model(
         model,
@@ -330,7 +317,7 @@ def flat_evaluation(
     rank: int = 0,
     world_size: int = 1,
 ) -> EvalResult:
-    """The validation inside training: rows of train_seq_len side by side."""
+    """Validation in training: windows of train_seq_len that do not overlap."""
     return evaluate_model(
         model,
         tokens,

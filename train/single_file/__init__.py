@@ -1,1 +1,1 @@
-"""The one script that a record ships: what it does, what it is packed from, and what it counts."""
+"""The single script that a record ships: the modules it needs, packing them, and its size."""

@@ -1,4 +1,4 @@
-"""The size of a submission's code, which counts against the cap with the model."""
+"""The size of a submission's code; code and model together must stay below the cap."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from train.single_file.sources import SCRIPT, read_source
 
 
 def counted_code_bytes(config: Config) -> int:
-    """Bytes of code that count against the cap with a run's model.
-
-    A packed script counts itself. A run from sources counts the train_gpt.py that it would be packed into, in the form
-    `config.code_form`.
+    """Bytes of code that count against the cap: the packed script itself, or the one that these sources would become.
 
     Raises:
         UserError: see `check_code_form`.
@@ -21,14 +18,14 @@ def counted_code_bytes(config: Config) -> int:
     check_code_form(config)
     if SCRIPT is not None:
         return len(read_source(SCRIPT))
-    # not part of a packed script
+    # a packed script does not carry this module
     from train.single_file.pack import pack, script_settings
 
     return len(pack(config.recipe, script_settings(config), config.code_form))
 
 
 def check_code_form(config: Config) -> None:
-    """Find out now whether the code can be counted at the end.
+    """Check in advance that the code can be counted.
 
     Raises:
         UserError: the form needs python-minifier, which is not installed.

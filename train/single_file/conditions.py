@@ -8,7 +8,7 @@ from train.config import Config
 
 
 def holds(condition: str, config: Config) -> bool:
-    """Whether the settings meet a condition: Python, in which `config` is known and `golf_kernels.dispatch.may_run`.
+    """Whether the settings meet a condition: a Python expression in `config` and `golf_kernels.dispatch.may_run`.
 
     Raises:
         UserError: `golf_backend` cannot be read.

@@ -1,6 +1,6 @@
-"""Which modules a script carries: those that a run may import under its settings, read from the imports themselves.
+"""The modules that a script carries: those that a run with its settings may import.
 
-All imports are followed from the entry on, those inside functions too, but for what the settings rule out:
+Imports are followed from `ENTRY`, those inside functions too, except where the settings rule them out:
 
     if config.loggers:                                        an `if` whose test reads settings alone, and its `else`
         from train.run.sinks import open_sinks
@@ -11,7 +11,7 @@ All imports are followed from the entry on, those inside functions too, but for 
 
     register("xsa", "triton", …)                              functions of an operator's backend that only
                                                               `golf_backend` can turn on
-A script is told what it lacks and on which condition, so that it can refuse settings that need more than it has.
+The script gets the list of modules it lacks, with the conditions, so that it can refuse settings that need one.
 """
 
 from __future__ import annotations
@@ -28,20 +28,15 @@ from train.single_file.conditions import holds
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = ("golf_kernels", "train")
 ENTRY = ("train.train_gpt", "train.pipeline", "train.evaluate.__main__")
-# what only writes about a run or packs it, which a script does without
+# these pack a script or prepare a record; a script does not need them
 EXCLUDED = ("train.single_file.pack", "train.submission")
 
 
 class Modules(NamedTuple):
-    """What a script is made of.
+    """The contents of a script."""
 
-    Attributes:
-        sources: path → source of each module it carries.
-        left_out: module → the condition, see `train.single_file.conditions.holds`, on which it would be imported.
-    """
-
-    sources: dict[str, str]
-    left_out: dict[str, str]
+    sources: dict[str, str]  # path → source of each module it carries
+    left_out: dict[str, str]  # module it lacks → the condition on which it would be imported, see `conditions.holds`
 
 
 def find_modules(config: Config) -> Modules:
@@ -60,7 +55,7 @@ def find_modules(config: Config) -> Modules:
         if path is None:
             continue
         found[module] = path
-        # the packages around a module are imported with it
+        # importing a module imports its packages
         waiting += [module.rpartition(".")[0]] if "." in module else []
         for name, conditions in imports(path.read_text(), backends.get(module, {})):
             if all(holds(condition, config) for condition in conditions):
@@ -72,7 +67,7 @@ def find_modules(config: Config) -> Modules:
 
 
 def module_path(module: str) -> Path | None:
-    """Where a module of this project is; None for others, for excluded ones and for names that are no modules."""
+    """The file of one of this project's modules; None for excluded modules and all other names."""
     if module.partition(".")[0] not in PROJECT or any(
         module == name or module.startswith(f"{name}.") for name in EXCLUDED
     ):
@@ -85,11 +80,9 @@ def module_path(module: str) -> Path | None:
 
 
 def imports(source: str, chosen: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Names that may be modules, of all imports and of import_module's text, and the conditions of each import.
+    """Names that a module may import, import_module's arguments included, each with the conditions of its import.
 
-    Args:
-        source: of a module.
-        chosen: name of a function → the condition on which it is called, beside those of `IMPORTED_IF`.
+    `chosen`: name of a function → the condition on which it is called, in addition to `IMPORTED_IF`.
     """
     body = ast.parse(source).body
     yield from _imports(body, {**chosen, **_imported_if(body)}, ())
@@ -132,7 +125,7 @@ def _names(node: ast.AST) -> Iterator[str]:
 
 
 def _condition(test: ast.expr) -> str:
-    """The test as `holds` takes it, if it reads nothing but settings; else nothing."""
+    """The test as text for `holds` if it reads only settings, else ""."""
     return ast.unparse(test) if all(map(_reads_settings, ast.walk(test))) else ""
 
 
@@ -147,10 +140,10 @@ def _reads_settings(node: ast.AST) -> bool:
 
 
 def _backends() -> dict[str, dict[str, str]]:
-    """Module → name of a function that an operator's backend is made of → the condition on which it may run."""
+    """Module → function that implements an operator's backend → the condition on which it may run."""
     found: dict[str, dict[str, list[str]]] = {}
     for op, backend, function in dispatch.registered():
-        # what is no function, or one made of another, imports nothing
+        # other callables import nothing
         if hasattr(function, "__qualname__"):
             condition = f"may_run({op!r}, {backend!r}, config.golf_backend)"
             found.setdefault(function.__module__, {}).setdefault(function.__qualname__, []).append(condition)

@@ -1,11 +1,11 @@
-"""All the code of a run in one train_gpt.py: as it is, or minified and compressed.
+"""Packs a run's code into one train_gpt.py, as it is or minified and compressed.
 
     plain     every module as it is
-    wrapped   without comments, help and annotations, compressed, as text of base85
-    raw       the same as bytes: a fifth smaller, but no UTF-8
+    wrapped   without comments, help and annotations; compressed; base85 text
+    raw       the same as bytes: a fifth smaller, but not UTF-8
 
-The file carries each module's source under its path and unpacks them into a temporary folder before it imports them, so
-that modules keep their names, and Triton and torch.compile find the sources they read.
+The script writes its modules into a temporary folder and imports them from there, so that modules keep their names and
+Triton and torch.compile find their sources.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from train.single_file.modules import Modules, find_modules
 from train.single_file.sources import LATIN1
 
 FORMS = ("plain", "wrapped", "raw")
-# no word of it is a person's, whose quotes would end the text; and what a run counts is what a record ships
+# no user's text goes into this docstring: quotes could end it, and a run must count the bytes that its record ships
 _HEAD = '''"""Trains, quantizes, packs and scores.
 
 One file, made of {count} modules: unpacked into a temporary folder, then imported. SETTINGS is the configuration of the run.
@@ -36,7 +36,7 @@ One file, made of {count} modules: unpacked into a temporary folder, then import
 PACKED_SCRIPT = __import__("pathlib").Path(__file__).resolve()
 FILES = {{}}
 SETTINGS = {settings}
-# modules that these settings do not need, and which would
+# module that this script lacks: condition on which it is needed
 LEFT_OUT = {left_out}
 '''
 _TAIL = '''
@@ -66,7 +66,7 @@ if __name__ == "__main__":
 
     main_guard(lambda: main(SETTINGS, LEFT_OUT))
 '''
-# every byte of it counts; bz2 compares checksums, and a file that was cut off lacks the last line and is no Python
+# every byte counts. bz2 verifies checksums; a truncated file lacks the last line and is a syntax error
 _LOADER = b"""try:
  import %b
  P=%b
@@ -78,12 +78,9 @@ finally:0
 
 
 def pack(recipe: str, settings: Mapping[str, str], form: str) -> bytes:
-    """A train_gpt.py.
+    """The bytes of a train_gpt.py in one of `FORMS`.
 
-    Args:
-        recipe: recipe whose module it carries.
-        settings: what differs from the defaults: name in upper case → value as text; `RECIPE` is added.
-        form: a name in `FORMS`.
+    `settings` are those that differ from the defaults, name in upper case → value as text; `RECIPE` is added.
 
     Raises:
         UserError: no such form or recipe, or python-minifier is not installed and the form needs it.
@@ -99,14 +96,14 @@ def pack(recipe: str, settings: Mapping[str, str], form: str) -> bytes:
     files = [f"FILES[{name!r}]={_literal(minify(name, source))}\n" for name, source in carried.sources.items()]
     text = "".join([minify("head", head), "\n", *files, minify("tail", _TAIL), "\n"])
     packed = bz2.compress(text.encode())
-    # on a line of its own, which no traceback shows
+    # the payload has its own line, which no traceback shows
     if form == "wrapped":
         return _LOADER % (b"base64,bz2", b'"%b"' % base64.b85encode(packed), b"base64.b85decode(P)")
     return LATIN1 + _LOADER % (b"bz2", _latin1_literal(packed), b'P.encode("latin1")')
 
 
 def script_modules(recipe: str, settings: Mapping[str, str]) -> Modules:
-    """What a script with these settings is made of; arguments as for `pack`.
+    """The modules of a script with these settings; arguments as for `pack`.
 
     Raises:
         UserError: there is no such recipe or setting.
@@ -115,16 +112,15 @@ def script_modules(recipe: str, settings: Mapping[str, str]) -> Modules:
 
 
 def as_literal(values: Mapping[str, str]) -> str:
-    """A dictionary as it is read best, a line for each name."""
+    """A dictionary as Python source, one line per name."""
     return "".join(["{\n", *(f"    {name!r}: {value!r},\n" for name, value in values.items()), "}"])
 
 
 @functools.cache
 def minify(name: str, source: str) -> str:
-    """A module without comments, docstrings, annotations and the help of settings and flags, its local names shortened.
+    """Remove comments, docstrings, annotations and help texts of settings and flags; shorten local names.
 
-    Annotations of classes stay, since dataclasses are made of them; of Triton kernels all names and annotations stay,
-    since `tl.constexpr` is one.
+    Annotations in classes stay: dataclasses need them. Triton kernels keep all names and annotations: `tl.constexpr` is one.
 
     Raises:
         UserError: python-minifier is not installed.
@@ -133,7 +129,7 @@ def minify(name: str, source: str) -> str:
         import python_minifier
     except ImportError as error:
         raise UserError(
-            "python-minifier: not installed: pip install 'python-minifier>=3', or take --single-file plain"
+            "python-minifier: not installed: pip install 'python-minifier>=3', or choose --single-file plain"
         ) from error
     kernels = "triton" in name
     annotations = python_minifier.RemoveAnnotationsOptions(
@@ -154,13 +150,13 @@ def minify(name: str, source: str) -> str:
         remove_literal_statements=True,
         rename_locals=not kernels,
         rename_globals=False,
-        # a kernel must not read globals, and repeated text costs a compressor nothing
+        # hoisted literals are globals, which a kernel must not read; and repeated text compresses to almost nothing
         hoist_literals=False,
     )
 
 
 def recipe_settings(config: Config) -> dict[str, Any]:
-    """The settings that the default or the recipe does not have anyway, without what belongs to a machine or a seed."""
+    """The settings that differ from the defaults or from the recipe, without those of a machine or a seed."""
     defaults, recipe = vars(Config()), vars(load_recipe(config.recipe).config())
     return {
         name: value
@@ -175,7 +171,7 @@ def script_settings(config: Config) -> dict[str, str]:
 
 
 def form_bytes(recipe: str) -> dict[str, int]:
-    """Bytes of a recipe's script in each form, which a run of it counts.
+    """Bytes of a recipe's script in each form, as a run counts them.
 
     Raises:
         UserError: see `pack`.
@@ -185,7 +181,7 @@ def form_bytes(recipe: str) -> dict[str, int]:
 
 
 def _literal(source: str) -> str:
-    """The source as it is read best: a raw string where it can be one."""
+    """The source as a string literal: raw if possible, so that people can read it."""
     for quotes in ("'" * 3, '"' * 3):
         text = f"r{quotes}{source}{quotes}"
         try:
@@ -198,7 +194,7 @@ def _literal(source: str) -> str:
 
 
 def _latin1_literal(data: bytes) -> bytes:
-    """A string of characters 0 to 255 in a latin-1 source, escaped where python or its reading of lines demands it."""
+    """A string literal of characters 0 to 255 in a latin-1 source, with only the necessary escapes."""
     text = data.replace(b"\\", rb"\\").replace(b"\r", rb"\r")
     text = re.sub(rb"\0(?![0-7])", rb"\\0", text).replace(b"\0", rb"\x00")
     # no two quotes in a row, and none at the end

@@ -1,4 +1,4 @@
-"""The code of this program as it lies on the disk: the sources of a checkout, or the one packed script."""
+"""The source files of this program: those of a checkout, or the packed script."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from train.common.errors import UserError
 
-# the single file that this program was packed into; None: it runs from sources
+# the packed script that is running; None: it runs from sources
 SCRIPT: Path | None = getattr(sys.modules.get("__main__"), "PACKED_SCRIPT", None)
-# begins a script whose bytes are no UTF-8, as python itself reads it
+# the first line of a script that is not UTF-8; Python reads it too
 LATIN1 = b"# coding: latin-1\n"
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("csrc", "golf_kernels", "train")
@@ -17,7 +17,7 @@ SUFFIXES = frozenset({".py", ".cpp", ".cu", ".cuh", ".h"})
 
 
 def package_source() -> str:
-    """All code of this program, one file after the other under its name, as a run's log begins with it."""
+    """All code of this program, each file after its name; a run's log begins with it."""
     if SCRIPT is not None:
         paths = {SCRIPT.name: SCRIPT}
     else:
@@ -27,7 +27,7 @@ def package_source() -> str:
 
 
 def decoded(source: bytes) -> str:
-    """The text of a source file: UTF-8, or what a packed script of the form raw is.
+    """The text of a source file: UTF-8, or latin-1 if it is a packed script of form raw.
 
     Raises:
         UnicodeDecodeError: it is neither.
@@ -45,7 +45,7 @@ def read_source(path: Path) -> bytes:
         source = path.read_bytes()
         decoded(source)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file: code that counts must be there") from error
+        raise UserError(f"{path}: no such file, but its bytes count as code: restore it") from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: expected UTF-8 source, found byte {source[error.start]:#04x} at {error.start}"
