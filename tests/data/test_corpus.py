@@ -87,8 +87,8 @@ def test_text_files_folders_and_jsonl_in_order(tmp_path: Path) -> None:
         ("a.txt", b"fine\nna\xefve\n", r"a\.txt, line 2: not UTF-8 \(byte 0xef\)"),
         ("a.jsonl", b"", r"a\.jsonl: the text is empty"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "  "}\n', r"a\.jsonl, line 2: 'text' is empty"),
-        ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', r"a\.jsonl, line 2: no 'text' field .*\['txt'\]"),
-        ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, line 1: no 'text' field that is a string"),
+        ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', r"a\.jsonl, line 2: no string field 'text', .*\['txt'\]"),
+        ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, line 1: no string field 'text'"),
         ("a.jsonl", b'["text"]\n', r"a\.jsonl, line 1: .*found a list"),
         ("a.jsonl", b'{"text": "x"}\n\n', r"a\.jsonl, line 2: not JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl, line 2: not UTF-8 \(byte 0xff\)"),
@@ -154,7 +154,7 @@ def test_a_text_without_blanks_is_cut_between_characters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "val_bytes", "message"), [([], 0, "empty"), (["abc"], 3, "leaves nothing"), ([""], 0, "empty")]
+    ("texts", "val_bytes", "message"), [([], 0, "empty"), (["abc"], 3, "leaves no training text"), ([""], 0, "empty")]
 )
 def test_no_split_without_text(texts: list[str], val_bytes: int, message: str) -> None:
     with pytest.raises(UserError, match=message):

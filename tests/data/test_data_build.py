@@ -275,7 +275,7 @@ def test_bulk_work_of_other_settings_is_not_mixed_in(documents: list[Document], 
     broken = docs.read_bytes().replace(b'{"text": "{"}', b'{"txt": 1}')
     docs.write_bytes(broken)
     options = {"val_docs": 3, "tokenizer_docs": 20, "workers": 1, "shard_tokens": 3000, "with_yardsticks": False}
-    with pytest.raises(UserError, match=r"docs\.jsonl, line 41: no 'text' field"):
+    with pytest.raises(UserError, match=r"docs\.jsonl, line 41: no string field 'text'"):
         build_bulk([docs], tmp_path / "d", VOCAB, **options)
     assert not (tmp_path / "d").exists()
     with pytest.raises(UserError, match=r"d\.partial: started with val_docs 3, this command has 4"):

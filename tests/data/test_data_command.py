@@ -166,8 +166,8 @@ def test_bad_input_ends_with_2_and_a_sentence(ended: Ended, tmp_path: Path) -> N
         code, message = ended("text", empty, "--vocab", pieces)
         assert code == 2 and f"--vocab: expected a vocabulary size from 261 to 65536, got {pieces}" in message
     for option, value, said in (
-        ("--name", "a/b", "expected the beginning of a file name, got 'a/b'"),
-        ("--name", "", "expected the beginning of a file name, got ''"),
+        ("--name", "a/b", "expected a prefix for file names, got 'a/b'"),
+        ("--name", "", "expected a prefix for file names, got ''"),
         ("--val-bytes", "-5", "expected a whole number from 0, got '-5'"),
     ):
         code, message = ended("text", empty, option, value, "--out", tmp_path / "d")

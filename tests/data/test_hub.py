@@ -155,7 +155,7 @@ def test_another_repository_does_not_get_this_ones_manifest_or_shards(tmp_path: 
     [
         ("byte260", {}, "expected sp<V>"),
         ("sp1024", {}, "has no fineweb10B_sp1024, only fineweb10B_sp400"),
-        ("sp400", {"manifest": None}, "--skip-manifest to list"),
+        ("sp400", {"manifest": None}, "--skip-manifest, which lists"),
         ("sp400", {"manifest": "{}"}, "not a manifest of shards"),
         ("sp400", {"manifest": '{"datasets": [{"name": "fineweb10B_sp400", "tokenizer_name": "bpe", "stats": {"files_train": 4, "files_val": 2}}], "tokenizers": []}'}, "usable model_path"),
         ("sp400", {"manifest": '{"datasets": [{"name": "fineweb10B_sp400", "tokenizer_name": "bpe", "stats": {"files_train": 4, "files_val": 2}}], "tokenizers": [{"name": "bpe", "model_path": "../x"}]}'}, "usable model_path"),
@@ -305,7 +305,7 @@ def test_a_full_disk_is_not_taken_for_a_lost_network(tmp_path: Path, monkeypatch
 
 
 def test_a_malformed_repository_name_is_refused() -> None:
-    with pytest.raises(UserError, match="--repo a/b/c: not a repository's name"):
+    with pytest.raises(UserError, match="--repo a/b/c: not a repository name"):
         HubSource("a/b/c", "datasets").fetch("manifest.json")
 
 

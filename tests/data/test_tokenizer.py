@@ -152,7 +152,7 @@ def test_refuses_a_tokenizer_without_a_lone_space(model: Path, tmp_path: Path) -
     bad.write_bytes(whole.replace(b"\n\x03\xe2\x96\x81", b"\n\x03\xe2\x98\x83"))
     # what it would do: a space before a digit is charged as three bytes
     assert counted(sentencepiece.SentencePieceProcessor(model_file=str(bad)), "x = 1") == len("x = 1") + 2
-    with pytest.raises(UserError, match=r"bad\.model: bytes would be miscounted.*lone space"):
+    with pytest.raises(UserError, match=r"bad\.model: this tokenizer would miscount bytes.*lone space"):
         load_tokenizer(bad, VOCAB)
 
 
@@ -161,8 +161,8 @@ def test_refuses_a_tokenizer_without_a_lone_space(model: Path, tmp_path: Path) -
     [
         ({"byte_fallback": False}, "256 byte pieces"),
         ({"bos_id": 2, "eos_id": 1}, "BOS as token 1, found 2"),
-        ({"treat_whitespace_as_suffix": True}, "not its first character"),
-        ({"split_by_whitespace": False}, "not its first character"),
+        ({"treat_whitespace_as_suffix": True}, "space after its first character"),
+        ({"split_by_whitespace": False}, "space after its first character"),
     ],
 )
 def test_refuses_a_tokenizer_that_miscounts(texts: list[str], tmp_path: Path, changes: dict, reason: str) -> None:

@@ -91,7 +91,6 @@ def _report(out: str, info: DatasetInfo) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of `python -m train.data`."""
     root = argparse.ArgumentParser(
         prog="python -m train.data",
         description="Make or download a dataset: token shards and their tokenizer.",
@@ -163,7 +162,9 @@ def parser() -> argparse.ArgumentParser:
     _option(one, "--val-docs", VAL_DOCS, "the first N documents are the validation split", "N", _from(1))
     _option(one, "--tokenizer-train-docs", 100_000, "the next N train the tokenizer", "N", _from(1))
     _option(one, "--max-train-tokens", 0, "stop after N training tokens [all]", "N", _from(0))
-    _option(one, "--workers", 0, "processes that tokenize, without effect on the result [one per core]", "N", _from(0))
+    _option(
+        one, "--workers", 0, "processes that tokenize; the result does not depend on it [one per core]", "N", _from(0)
+    )
     _option(one, "--name", "docs", "prefix of the shards' names", "NAME", _name)
     _add_dataset_options(one, "docs", 2048)
     return root
@@ -187,7 +188,7 @@ def _add_dataset_options(one: Any, folder: str, vocab: int) -> None:
 
 
 def _vocabulary(text: str) -> int:
-    # every tokenizer has 4 special and 256 byte pieces; shards store tokens in 16 bits
+    # 4 special and 256 byte pieces at least; shards store tokens in 16 bits
     if not text.isdecimal() or not 260 < int(text) <= 65536:
         raise argparse.ArgumentTypeError(f"expected a vocabulary size from 261 to 65536, got {text}")
     return int(text)
@@ -195,7 +196,7 @@ def _vocabulary(text: str) -> int:
 
 def _name(text: str) -> str:
     if not text or "/" in text or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"expected the beginning of a file name, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a prefix for file names, got {text!r}")
     return text
 
 

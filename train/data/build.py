@@ -1,4 +1,4 @@
-"""Builds a dataset folder from documents: tokenizer, shards and manifest; nothing is left on failure."""
+"""Builds a dataset folder (tokenizer, shards, manifest) from documents; a failure leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from train.data.manifest import MANIFEST, DatasetInfo, SplitInfo
 from train.data.shards import BOS, SHARD_TOKENS, ShardWriter, check_shard, find_shards, read_shard
 from train.data.tokenizer import SETTINGS, ByteTables, byte_tables, load_tokenizer, train_tokenizer
 
-# xz -9 compresses 2 to 3 MB per second
+# limited because xz -9 compresses 2 to 3 MB per second
 YARDSTICK_TRAIN_BYTES = 8_000_000
 YARDSTICK_VAL_BYTES = 2_000_000
 _BATCH_BYTES = 4_000_000
@@ -54,18 +54,8 @@ def build_dataset(
 ) -> DatasetInfo:
     """Make a dataset in `out`: `<name>_<V>_bpe.model`, `<name>_train_*.bin`, `<name>_val_*.bin` and `manifest.json`.
 
-    The result is deterministic. The tokenizer is trained on training text only.
-
-    Args:
-        train_docs, val_docs: the documents, written in this order.
-        out: folder to make; it is written under another name and renamed at the end.
-        vocab_size: vocabulary size of the tokenizer.
-        name: beginning of the file names.
-        source: origin of the text, for the manifest.
-        tokenizer_path: use this SentencePiece model instead of training one.
-        shard_tokens: tokens per shard.
-        overwrite: replace an existing dataset.
-        with_yardsticks: measure `yardsticks`.
+    The result is deterministic. The tokenizer is trained on the training text only, or copied from `tokenizer_path`. The
+    folder has a temporary name until it is complete. `source` describes the text in the manifest.
 
     Raises:
         UserError: no text, `out` exists, or the tokenizer cannot be trained or loaded.
@@ -112,8 +102,8 @@ def describe_dataset(
 
     Args:
         counts: split → documents, bytes of text.
-        with_yardsticks: measure `yardsticks`, on the decoded tokens: exactly the scored text.
-        count_train_bytes: also count the normalized bytes of the training split, which reads all of it.
+        with_yardsticks: measure `yardsticks` on the decoded tokens, which are exactly the scored text.
+        count_train_bytes: also count the normalized bytes of the training split; reads all of it.
     """
     tables = byte_tables(tokenizer, tokenizer.vocab_size())
     paths = {split: find_shards(folder, split) for split in counts}
@@ -145,11 +135,7 @@ def describe_dataset(
 def prepare_tokenizer(
     documents: Iterable[str], vocab_size: int, path: Path, existing: str | Path = ""
 ) -> SentencePieceProcessor:
-    """Put a tokenizer at `path`: a copy of `existing`, or one trained on the documents.
-
-    Raises:
-        UserError: see `load_tokenizer` and `train_tokenizer`.
-    """
+    """Copy the tokenizer `existing` to `path`, or train one there; see `load_tokenizer` and `train_tokenizer`."""
     if existing:
         tokenizer = load_tokenizer(existing, vocab_size)
         atomic_write(path, Path(existing).read_bytes())
@@ -173,13 +159,10 @@ def count_bytes(paths: Sequence[Path], tables: ByteTables) -> int:
 
 
 def yardsticks(train_text: str, val_text: str) -> dict[str, float]:
-    """Bits per byte of gzip and xz on the validation text, primed with the training text.
+    """Bits per byte of `gzip -9` and `xz -9` on the validation text, primed with the training text.
 
     (|compress(train + val)| - |compress(train)|) · 8 / |val|, in UTF-8 bytes, of the last 8 MB of training text and the
-    first 2 MB of validation text: gzip looks back only 32 KiB, and xz would take minutes on more.
-
-    Returns:
-        Compressor (`gzip -9`, `xz -9`) → bits per byte.
+    first 2 MB of validation text. More would take xz minutes, and gzip looks back only 32 KiB.
 
     Raises:
         UserError: the validation text is empty.
@@ -188,7 +171,7 @@ def yardsticks(train_text: str, val_text: str) -> dict[str, float]:
     if not text:
         raise UserError("the validation text is empty: give at least one document with text in it")
     compressors = {
-        # the header of 18 bytes cancels
+        # the difference removes the header of 18 bytes
         "gzip -9": lambda data: len(gzip.compress(data, 9)),
         "xz -9": lambda data: len(lzma.compress(data, preset=9)),
     }
@@ -201,11 +184,7 @@ def yardsticks(train_text: str, val_text: str) -> dict[str, float]:
 
 
 def check_output(out: str | Path, overwrite: bool) -> None:
-    """Check that `out` does not exist, or is a dataset that may be overwritten.
-
-    Raises:
-        UserError: it may not be replaced.
-    """
+    """Raise a UserError if `out` exists, unless it is empty or a dataset that may be overwritten."""
     folder = Path(out)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return

@@ -1,8 +1,8 @@
 """Builds datasets larger than memory from `.jsonl` files, in parallel, and resumes after an interruption.
 
-Shards are written to `<out>.partial`, which is renamed to `<out>` at the end. After each shard, `state.json` there records
-the next document and the next token in it, where a restart with the same settings resumes. Worker processes encode batches
-of lines; the results are joined in document order, so the number of workers does not change the shards.
+Shards are written to `<out>.partial`, which is renamed to `<out>` at the end. After each shard, its `state.json` records
+the next document and the next token in it; the same command then resumes there. Worker processes encode batches of lines.
+Results are joined in document order, so the shards do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Place:
-    """Start of a document: file, byte in the uncompressed file, line; all counted from 0."""
+    """Start of a document: file, byte in the uncompressed file, line; each counted from 0."""
 
     file: int = 0
     byte: int = 0
@@ -57,17 +57,10 @@ class Place:
 
 @dataclass
 class State:
-    """What is finished: all documents before `place`, and `skip` tokens of the one there.
+    """What is finished, per split: all documents before `place`, and the first `skip` tokens of the document there."""
 
-    Attributes:
-        settings: settings that determine the shards; a restart must have the same.
-        split: the split being written.
-        place, skip: the next document, and the next token in it.
-        documents, text_bytes, shards: finished, per split.
-    """
-
-    settings: dict[str, Any]
-    split: str = "val"
+    settings: dict[str, Any]  # those that determine the shards; a restart must have the same
+    split: str = "val"  # being written
     place: Place = field(default_factory=Place)
     skip: int = 0
     documents: dict[str, int] = field(default_factory=lambda: {"val": 0, "train": 0})
@@ -93,7 +86,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch's tokens, BOS before each document; per document its `lengths` in tokens and `sizes` in bytes of text."""
+    """A batch's tokens, with BOS before each document; `lengths` of documents in tokens and `sizes` in bytes of text."""
 
     tokens: Tokens
     lengths: Integers
@@ -123,16 +116,11 @@ def build_bulk(
     Args:
         paths: the files, read in this order.
         out: folder to make.
-        vocab_size: vocabulary size of the tokenizer.
-        name: beginning of the file names.
-        tokenizer_docs: documents to train the tokenizer on.
+        name: prefix of the file names.
+        tokenizer_docs: number of documents to train the tokenizer on.
         tokenizer_path: use this SentencePiece model instead.
-        val_docs: documents of the validation split.
         max_train_tokens: stop after this many training tokens; 0: all.
         workers: worker processes; 0: one per core.
-        shard_tokens: tokens per shard.
-        overwrite: replace an existing dataset.
-        with_yardsticks: measure `train.data.build.yardsticks`.
 
     Raises:
         UserError: bad files or settings, or `<out>.partial` was started with other settings.
@@ -192,7 +180,7 @@ def build_bulk(
 
 @dataclass(frozen=True)
 class _Job:
-    """Encodes documents in worker processes and writes shards, saving the state after each."""
+    """Encodes documents in worker processes and writes shards; saves the state after each shard."""
 
     files: list[Path]
     work: Path
@@ -202,7 +190,7 @@ class _Job:
     ahead: int
 
     def write(self, state: State, split: str, *, documents: int = 0, tokens: int = 0) -> None:
-        """Write the rest of a split: `documents` documents, or if 0 up to `tokens` tokens, or if 0 everything."""
+        """Write the rest of a split, up to `documents` documents or `tokens` tokens in all; both 0: everything."""
         writer = ShardWriter(self.work, self.name, split, self.shard_tokens, first_shard=state.shards[split])
         stored, bytes_before = state.shards[split] * self.shard_tokens, state.text_bytes[split]
         started = time.monotonic()
@@ -240,12 +228,12 @@ class _Job:
         print(f"encoded {split}: {size:,} bytes of text at {size / seconds / 1e6:.1f} MB/s", flush=True)
         if documents and state.documents[split] < documents:
             raise UserError(
-                f"{self.files[-1]}: the files hold {counted(state.documents[split], 'document')}, the validation split needs {documents}: "
+                f"{self.files[-1]}: the files have {counted(state.documents[split], 'document')}, the validation split needs {documents}: "
                 "give more documents, or choose a smaller --val-docs"
             )
 
     def _encoded(self, batches: Iterator[Lines]) -> Iterator[tuple[Lines, Encoded]]:
-        """The encoded batches in order; at most `ahead` are in progress."""
+        """The encoded batches in order; at most `ahead` are submitted before the first is needed."""
         waiting: deque[tuple[Lines, Future[Encoded]]] = deque()
         for batch in batches:
             waiting.append((batch, self.pool.submit(_encode, batch)))
@@ -263,7 +251,7 @@ def _texts(files: Sequence[Path], first: int, count: int) -> Iterator[str]:
         yield parse_document(line, f"{file}, line {number}")
     if file is None:
         raise UserError(
-            f"{files[-1]}: no document after the first {first}, which are the validation split: choose a smaller --val-docs"
+            f"{files[-1]}: no document after the first {first}, which form the validation split: choose a smaller --val-docs"
         )
 
 
@@ -292,7 +280,7 @@ _tokenizer: SentencePieceProcessor | None = None
 
 def _start_worker(model: Path, vocab_size: int) -> None:
     global _tokenizer
-    # the parent handles interrupts; a worker whose parent died must end
+    # the parent handles Ctrl-C; a worker ends with its parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer = load_tokenizer(model, vocab_size)
@@ -311,7 +299,7 @@ def _encode(batch: Lines) -> Encoded:
         parse_document(line, f"{batch.path}, line {batch.place.line + index}")
         for index, line in enumerate(batch.lines, 1)
     ]
-    # arrays instead of lists, whose object per token costs a tenth of the time
+    # lists would take 10 % longer, with one object per token
     ids = [_tokenizer.EncodeAsNumpy(text, add_bos=True) for text in texts]
     sizes = [len(text.encode()) for text in texts]
     return Encoded(np.concatenate(ids).astype(np.uint16), np.array([len(one) for one in ids]), np.array(sizes))
@@ -321,7 +309,7 @@ def _load_state(work: Path, settings: dict[str, Any]) -> State:
     path = work / STATE
     if not path.is_file():
         if {file.name for file in work.iterdir()} != {LOCK}:
-            raise UserError(f"{work}: holds files, but no {STATE}: delete that folder")
+            raise UserError(f"{work}: has files, but no {STATE}: delete that folder")
         state = State(settings)
         state.save(work)
         return state
@@ -336,7 +324,7 @@ def _load_state(work: Path, settings: dict[str, Any]) -> State:
                 "use the same settings, or delete that folder"
             )
     state = State(**fields | {"place": Place(**fields["place"])})
-    # left by a killed process; under the lock nobody is writing them
+    # left by a killed process; nobody else writes here while we hold the lock
     for part in work.glob(".*.part"):
         part.unlink()
     print(f"resuming with {counted(sum(state.shards.values()), 'finished shard')} in {work}", flush=True)

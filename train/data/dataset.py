@@ -1,4 +1,4 @@
-"""The data of a run, opened once: training shards, validation text, and the text that a recipe brings along."""
+"""The data of a run: training shards and validation text, each opened once."""
 
 from __future__ import annotations
 
@@ -17,53 +17,38 @@ from train.data.validation import ValidationText, load_validation
 
 
 class Dataset:
-    """What lies in `config.data_path`; each part is read when it is first asked for, and kept.
-
-    Args:
-        config: where the data is, the sequence lengths, and the order of the training tokens.
-    """
+    """The dataset in `config.data_path`; training shards and validation text are opened at first use."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     @cached_property
     def training(self) -> TrainingShards:
-        """The training shards, which all loaders share."""
         return TrainingShards(find_shards(self.config.data_path, "train"), self.config.vocab_size)
 
     @cached_property
     def validation(self) -> ValidationText:
-        """The text that is scored."""
         return load_validation(self.config)
 
     @cached_property
     def known_targets(self) -> np.ndarray | None:
-        """Which targets of the validation text cost no nats, `(T,)` bool; None without a paid prefix."""
         return known_targets(self.config, self.validation.tokens)
 
     def loader(self, ranks: Ranks) -> Loader:
-        """Training batches from the first one on.
-
-        Raises:
-            UserError: see `make_loader`.
-        """
+        """A new loader, at the first training batch; see `make_loader`."""
         return make_loader(self.training, self.config, ranks)
 
     def check(self) -> None:
-        """Read all that a run will read.
-
-        Raises:
-            UserError: shards, tokenizer or manifest are missing, damaged or of another vocabulary.
-        """
+        """Raise a UserError if shards, tokenizer or manifest are missing, damaged or of another vocabulary."""
         _ = self.known_targets
         self.loader(Ranks())
 
 
 def prepare_data(config: Config, ranks: Ranks) -> None:
-    """Build the shards of the recipe's own text if it has one and they are not there yet.
+    """Build the shards if they do not exist and the recipe names a text (`corpus`).
 
     Raises:
-        UserError: the data is missing and the recipe has no text to make it from.
+        UserError: the shards do not exist and the recipe names no text.
     """
     path = Path(config.data_path)
     if not config.data_path:
@@ -72,19 +57,16 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
     def build() -> None:
         if path.exists():
             return
-        if config.corpus:
-            from train.data.build import build_dataset
-            from train.data.corpus import split_documents, stdlib_documents
-
-            print(
-                "text: the Python standard library's own sources and documentation (nothing is downloaded)", flush=True
-            )
-            parts = split_documents(stdlib_documents())
-            build_dataset(*parts, path, config.vocab_size, name="stdlib", source="Python standard library")
-        else:
+        if not config.corpus:
             raise UserError(
-                f"data_path: {path} does not exist: make it with python -m train.data (fineweb --variant "
-                f"sp{config.vocab_size}, see its --help for repositories; or text PATH… for your own), or set DATA_PATH"
+                f"data_path: {path} does not exist: make it with python -m train.data fineweb --variant sp{config.vocab_size} (its "
+                "--help lists repositories) or python -m train.data text PATH… (your own text), or set DATA_PATH"
             )
+        from train.data.build import build_dataset
+        from train.data.corpus import split_documents, stdlib_documents
+
+        print("text: the Python standard library's sources and documentation; nothing is downloaded", flush=True)
+        parts = split_documents(stdlib_documents())
+        build_dataset(*parts, path, config.vocab_size, name="stdlib", source="Python standard library")
 
     ranks.on_main(build)

@@ -1,8 +1,8 @@
 """Downloads the published FineWeb shards: the validation split, the first N training shards and the tokenizer.
 
 A repository has `manifest.json`, `datasets/fineweb10B_sp<V>/fineweb_{train,val}_NNNNNN.bin` and
-`tokenizers/fineweb_<V>_bpe.model` below a prefix. The local layout is the same without the prefix, as the published run
-commands expect.
+`tokenizers/fineweb_<V>_bpe.model` below a prefix. The local folder has the same layout without the prefix, which the
+published run commands expect.
 """
 
 from __future__ import annotations
@@ -42,11 +42,7 @@ class Unreachable(UserError):
 
 
 class Source(ABC):
-    """A repository with shards.
-
-    Args:
-        prefix: folder of the shards in the repository; may be empty.
-    """
+    """A repository with shards in its folder `prefix`, which may be empty."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix.strip("/")
@@ -54,7 +50,7 @@ class Source(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """Names the repository and prefix, in messages and in the local `source.json`."""
+        """Repository and prefix, for messages and the local `source.json`."""
 
     @abstractmethod
     def fetch(self, path: str) -> Path | None:
@@ -65,7 +61,6 @@ class Source(ABC):
         """Names of the files in a folder; empty if it does not exist."""
 
     def remote(self, path: str) -> str:
-        """The path in the repository, with the prefix."""
         return f"{self.prefix}/{path}" if self.prefix else path
 
 
@@ -110,13 +105,13 @@ class HubSource(Source):
             from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
         except ImportError as error:
             raise UserError(f"huggingface_hub is needed to download ({error}): pip install huggingface_hub") from None
-        # its base classes are errors of the HTTP library, which differs between releases
+        # the base classes of HfHubHTTPError are errors of its HTTP library, which differs between releases
         bases = (base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
         transport: tuple[type[Exception], ...] = (OSError, *bases)
         try:
             yield
         except HFValidationError as error:
-            raise UserError(f"--repo {self.repo}: not a repository's name: {error}") from None
+            raise UserError(f"--repo {self.repo}: not a repository name: {error}") from None
         except RepositoryNotFoundError:
             raise UserError(
                 f"--repo {self.repo}: no such dataset repository, or it is private: check the name, or log in with `hf auth login`"
@@ -158,7 +153,7 @@ class FolderSource(Source):
 
 @dataclass(frozen=True)
 class Plan:
-    """The files to download: paths below the prefix, in order."""
+    """The files to download, as paths below the prefix."""
 
     dataset: str
     tokenizer: str
@@ -168,23 +163,23 @@ class Plan:
 def download(
     variant: str, train_shards: int, out: str | Path, source: Source, *, skip_manifest: bool = False
 ) -> tuple[Path, Path]:
-    """Download a variant's validation shards, first training shards and tokenizer, except for valid files already there.
+    """Download a variant's tokenizer, validation shards and first training shards; valid local files are kept.
 
-    Of several processes that call this at once, one downloads and the others wait.
+    If several processes call this at once, one downloads and the others wait.
 
     Args:
         variant: `sp<V>`.
         train_shards: number of training shards, of 10^8 tokens each.
-        out: local folder, which gets `datasets/fineweb10B_sp<V>`, `tokenizers` and the manifest.
+        out: local folder for `datasets/fineweb10B_sp<V>`, `tokenizers` and the manifest.
         source: the repository.
-        skip_manifest: list the files, for repositories without a manifest.
+        skip_manifest: list the repository's files instead of reading its manifest.
 
     Returns:
         The dataset's folder and the tokenizer.
 
     Raises:
-        UserError: the repository lacks the variant or has fewer shards, cannot be reached, or has an invalid file; or
-            `out` has the same variant from another repository.
+        UserError: the repository cannot be reached, lacks the variant or enough shards, or has an invalid file; or
+            `out` has this variant from another repository.
     """
     match = _VARIANT.fullmatch(variant)
     if not match:
@@ -255,7 +250,6 @@ def _check_count(source: Source, dataset: str, wanted: int, there: int) -> None:
 
 
 def _manifest(source: Source, root: Path) -> dict[str, Any]:
-    # a copy per repository
     kept = root / f"manifest.{re.sub(r'[^A-Za-z0-9]+', '-', source.name).strip('-')}.json"
     try:
         fetched = source.fetch("manifest.json")
@@ -266,7 +260,7 @@ def _manifest(source: Source, root: Path) -> dict[str, Any]:
         fetched = kept
     if fetched is None:
         raise UserError(
-            f"{source.name}: has no {source.remote('manifest.json')}: give --skip-manifest to list the files instead, or another --prefix"
+            f"{source.name}: has no {source.remote('manifest.json')}: give --skip-manifest, which lists the files instead, or another --prefix"
         )
     data = fetched.read_bytes()
     try:
@@ -283,11 +277,11 @@ def _manifest(source: Source, root: Path) -> dict[str, Any]:
 
 
 def _claim(folder: Path, source: Source) -> None:
-    """Write the repository's name into the folder, so that shards of two repositories never mix."""
+    """Record the repository's name in the folder, so that shards of two repositories never mix."""
     tokenizers = folder.parent.parent / "tokenizers"
     for place in (folder, tokenizers):
         place.mkdir(parents=True, exist_ok=True)
-        # left by a killed process; under the lock nobody is writing them
+        # left by a killed process; nobody else writes here while we hold the lock
         for part in place.glob(".*.part"):
             shutil.rmtree(part) if part.is_dir() else part.unlink()
     record = folder / ORIGIN

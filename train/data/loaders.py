@@ -1,7 +1,7 @@
-"""The order in which training tokens are seen, the same at any number of ranks.
+"""The order of the training tokens, which does not depend on the number of ranks.
 
-A step is 8 equal micro-batches, as the published runs have 8 ranks; rank r of W takes the micro-batches r, r + W, … So one
-process and eight see the same tokens in every step, and W = 8 is exactly the published order.
+A step is 8 equal micro-batches, because the published runs have 8 ranks. Rank r of W takes the micro-batches r, r + W, …
+Every step therefore sees the same tokens at any W, and W = 8 gives exactly the published order.
 """
 
 from __future__ import annotations
@@ -28,12 +28,7 @@ Integers = npt.NDArray[np.int64]
 
 
 class TrainingShards:
-    """A dataset's training shards, mapped into memory and addressed as one row of tokens.
-
-    Args:
-        paths: shards in order.
-        vocab_size: tokens read are checked against it.
-    """
+    """A dataset's training shards, memory-mapped and addressed as one sequence; tokens are checked as they are read."""
 
     def __init__(self, paths: list[Path], vocab_size: int) -> None:
         self.paths, self.vocab_size = paths, vocab_size
@@ -46,7 +41,7 @@ class TrainingShards:
         return int(self.ends[-1])
 
     def span(self, start: int, length: int) -> Tokens:
-        """`(length,)` tokens from position `start` on; the row begins anew at its end, as often as needed."""
+        """`(length,)` tokens from position `start` on; after the last token comes the first again."""
         parts, position = [], start % self.total
         while length:
             shard = int(np.searchsorted(self.ends, position, side="right"))
@@ -64,14 +59,7 @@ class TrainingShards:
 
 
 class Order(ABC):
-    """Which tokens each micro-batch of each step holds. Rows are one longer than a sequence: inputs and targets overlap.
-
-    Args:
-        shards: the training tokens.
-        seq_len: tokens per sequence.
-        sequences: sequences per micro-batch.
-        seed: the run's seed.
-    """
+    """Chooses the tokens of each micro-batch: `sequences` rows of `seq_len` + 1 tokens, for inputs and shifted targets."""
 
     def __init__(self, shards: TrainingShards, seq_len: int, sequences: int, seed: int) -> None:
         self.shards, self.seq_len, self.sequences, self.seed = shards, seq_len, sequences, seed
@@ -97,10 +85,9 @@ class Order(ABC):
 
 
 class Sequential(Order):
-    """The tokens in their order: with L tokens per micro-batch, number v of step s is span [(8s + v)(L + 1), +L + 1).
+    """The tokens in their order: with L tokens per micro-batch, micro-batch v of step s starts at token (8s + v)(L + 1).
 
-    Consecutive spans have no token in common, so the first token of a span is an input but never a target. After the last
-    token comes the first again.
+    It reads L + 1 tokens. Micro-batches do not overlap, so the first token of each is never a target.
     """
 
     def next_rows(self, micro_batches: range) -> list[Tokens]:
@@ -114,10 +101,10 @@ class Sequential(Order):
 
 
 class Shuffled(Order):
-    """All windows of all shards in a random order, a fresh one and freshly cut ones in each epoch.
+    """Every window of every shard once per epoch, in a random order.
 
-    Epoch e draws from PCG64 of (seed, e) where each shard's windows begin and the permutation of all windows. Windows
-    that are needed for a step are dealt to the micro-batches in turn.
+    Epoch e seeds PCG64 with (seed, e), then draws the offset of each shard's first window and a permutation of all windows.
+    A step's windows go to the micro-batches in turn.
     """
 
     def __init__(self, shards: TrainingShards, seq_len: int, sequences: int, seed: int) -> None:
@@ -128,7 +115,7 @@ class Shuffled(Order):
 
     def next_rows(self, micro_batches: range) -> list[Tokens]:
         first = self.step * MICRO_BATCHES * self.sequences
-        # a step at the end of an epoch reaches into the next one
+        # the last step of an epoch also takes windows of the next one
         self.epochs = {epoch: drawn for epoch, drawn in self.epochs.items() if epoch >= first // int(self.ends[-1])}
         windows = range(first, first + MICRO_BATCHES * self.sequences)
         self.step += 1
@@ -154,15 +141,15 @@ class Shuffled(Order):
 
 
 class Coprime(Order):
-    """The coprime-stride order of #1471: each step mixes many shards, and walks each in a stride coprime to its blocks.
+    """The coprime-stride order of #1471: each step mixes many shards and visits a shard's blocks in a coprime stride.
 
-    A PCG64 generator is seeded with FNV-1a of the shards' names; as published, the run's seed plays no part. A shard is
-    walked as phase + ((start + i·stride) mod blocks)·seq_len with random phase, start and stride, drawn anew when it is
-    used up. A step draws its shards with probability ∝ remaining^α, without replacement; with progress p = min(step /
-    1800, 1), α is 0.9 - 0.4 p and the number of shards 8 + 56 p, as far as there are any. Each gives one window, the
-    rest are dealt by a multinomial; windows are interleaved over the shards, and every 8th is of the same micro-batch.
+    Window i of a shard starts at phase + ((start + i·stride) mod blocks)·seq_len. Phase, start and stride are random and
+    drawn again after the shard's last block. Let p = min(step / 1800, 1). A step draws at most 8 + 56 p shards without
+    replacement, with probability ∝ remaining^(0.9 - 0.4 p). Each drawn shard gives one window, and a multinomial
+    distributes the rest. Windows of different shards are interleaved; micro-batch v takes windows v, v + 8, …
 
-    Names instead of the published absolute paths make the order independent of where the data lies.
+    PCG64 is seeded with FNV-1a of the shards' names, not with the run's seed, as published. The published code hashes
+    absolute paths; with names, the order does not depend on the folder.
     """
 
     RAMP_STEPS = 1800
@@ -173,7 +160,7 @@ class Coprime(Order):
             np.random.PCG64(_fnv1a("\n".join(path.name for path in shards.paths).encode()))
         )
         self.eligible = np.flatnonzero((shards.lengths - 1) // seq_len > 0)
-        # columns: phase, start, stride, blocks, blocks taken; zero blocks mean that it is not drawn yet
+        # columns: phase, start, stride, blocks, blocks taken; zero blocks: not drawn yet
         self.walks = np.zeros((len(shards.tokens), 5), dtype=np.int64)
 
     def next_rows(self, micro_batches: range) -> list[Tokens]:
@@ -183,7 +170,7 @@ class Coprime(Order):
 
     def state_dict(self) -> State:
         inner = self.random.bit_generator.state
-        # 128-bit integers do not survive every serializer as numbers
+        # not every serializer can store 128-bit integers
         words = {name: str(value) for name, value in inner["state"].items()}
         rest = {name: int(inner[name]) for name in ("has_uint32", "uinteger")}
         return super().state_dict() | {"walks": self.walks.tolist(), "random": words | rest}
@@ -249,12 +236,9 @@ class BatchSource(Protocol):
 
 
 class Loader:
-    """Serves one rank its micro-batches, building the next step's in a thread while this one's are used.
+    """Gives one rank its micro-batches; a thread prepares the next step's meanwhile.
 
-    Args:
-        order: which tokens come when.
-        ranks: this process among all, and the device where the batches go. To CUDA they travel as 16-bit integers from
-            pinned memory, asynchronously.
+    Batches go to a CUDA device asynchronously, as 16-bit integers from pinned memory.
     """
 
     def __init__(self, order: Order, ranks: Ranks) -> None:
@@ -265,21 +249,17 @@ class Loader:
         self.pending: Future[tuple[list[torch.Tensor], State]] | None = None
 
     def next_batch(self) -> list[Batch]:
-        """The next step's 8 / world_size micro-batches of this rank.
-
-        Returns:
-            (inputs, targets), each `(sequences, seq_len)` int64 on the device; targets are the inputs one token later.
-        """
+        """This rank's 8 / world_size micro-batches: inputs and next tokens, each `(sequences, seq_len)` int64."""
         rows, self.state = (self.pending or self.thread.submit(self._prepare)).result()
         self.pending = self.thread.submit(self._prepare)
         return [unpack(row, self.device) for row in rows]
 
     def state_dict(self) -> State:
-        """The order's state after the batches that were served; numbers, strings and lists only."""
+        """The order's state after the last batch returned, as numbers, strings and lists."""
         return self.state
 
     def load_state_dict(self, state: State) -> None:
-        """Go on exactly where `state_dict` was taken, in the middle of a shard as well."""
+        """Continue exactly where `state_dict` was taken, even inside a shard."""
         if self.pending is not None:
             self.pending.result()
             self.pending = None
@@ -294,8 +274,8 @@ class Loader:
 
 
 def unpack(row: torch.Tensor, device: torch.device) -> Batch:
-    """Inputs and targets `(sequences, seq_len)` int64 on the device from rows of 16-bit integers, one token longer."""
-    # torch has little arithmetic for uint16: the mask undoes the sign
+    """Inputs and targets, `(sequences, seq_len)` int64 on the device, from `(sequences, seq_len + 1)` int16."""
+    # torch has little arithmetic for uint16, so the tokens travel as int16; the mask removes the sign
     ids = row.to(device, non_blocking=True).to(torch.int64) & 0xFFFF
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -308,16 +288,11 @@ LOADERS: dict[str, Callable[[TrainingShards, int, int, int], Order]] = {
 
 
 def micro_batch_sequences(config: Config) -> int:
-    """Sequences of a micro-batch."""
     return config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
 
 
 def check_batch(config: Config) -> None:
-    """Refuse a step that is not 8 micro-batches of whole sequences.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Raise a UserError if a step is not 8 micro-batches of whole sequences."""
     tokens = MICRO_BATCHES * config.train_seq_len
     if config.train_batch_tokens % tokens:
         raise UserError(
@@ -327,16 +302,16 @@ def check_batch(config: Config) -> None:
 
 
 def make_loader(shards: TrainingShards, config: Config, ranks: Ranks) -> Loader:
-    """The loader that `config.loader` names, at its first batch.
+    """A loader in the order that `config.loader` names, at its first batch.
 
     Raises:
-        UserError: the world size does not divide 8, or the shards are shorter than one sequence; and see `check_batch`.
+        UserError: the world size does not divide 8, the shards hold less than one sequence, or see `check_batch`.
     """
     rank, world_size = ranks.rank, ranks.world_size
     if world_size < 1 or MICRO_BATCHES % world_size or not 0 <= rank < world_size:
         raise UserError(
-            f"world size {world_size} (rank {rank}): expected 1, 2, 4 or 8 processes, which share the {MICRO_BATCHES} micro-batches of "
-            "a step evenly: set --nproc_per_node"
+            f"world size {world_size} (rank {rank}): expected 1, 2, 4 or 8 processes, because a step has {MICRO_BATCHES} micro-batches: "
+            "set --nproc_per_node"
         )
     check_batch(config)
     longest = shards.total if config.loader == "sequential" else int(shards.lengths.max())

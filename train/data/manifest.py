@@ -13,30 +13,18 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """The size of a split.
-
-    Attributes:
-        documents: number of documents.
-        text_bytes: UTF-8 bytes of their text, before normalization.
-        normalized_bytes: bytes after normalization, the denominator of bits per byte; None: not counted.
-        tokens: tokens, including BOS.
-        shards: number of files.
-    """
+    """The size of a split."""
 
     documents: int
-    text_bytes: int
-    normalized_bytes: int | None
-    tokens: int
+    text_bytes: int  # before normalization
+    normalized_bytes: int | None  # the denominator of bits per byte; None: not counted
+    tokens: int  # with BOS
     shards: int
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The contents of manifest.json.
-
-    Attributes:
-        yardsticks: compressor → bits per byte, see `train.data.build.yardsticks`; empty: not measured.
-    """
+    """The contents of manifest.json."""
 
     name: str
     source: str
@@ -46,11 +34,12 @@ class DatasetInfo:
     train: SplitInfo
     val: SplitInfo
     shard_tokens: int
+    # compressor → bits per byte, see `train.data.build.yardsticks`; empty: not measured
     yardsticks: dict[str, float] = field(default_factory=dict)
 
 
 def read_manifest(data_path: str | Path) -> DatasetInfo | None:
-    """Read a dataset's manifest; None if it has none, like the published FineWeb shards.
+    """Read a dataset's manifest; None if there is none, as for the published FineWeb shards.
 
     Raises:
         UserError: the file is not a manifest.

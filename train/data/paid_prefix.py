@@ -1,11 +1,9 @@
-"""The paid prefix of #262: targets of the validation text inside the artifact, which the organisers ruled out.
+"""The paid prefix of #262: validation targets stored in the artifact, which the organisers ruled out.
 
-A blob holds the first N targets, the tokens 1 … N of the validation text, as little-endian uint16 in one .xz stream of
-preset 6. An evaluation with the setting PAID_PREFIX_FILE charges no nats for a target that the blob names rightly, and
-counts its bytes all the same; the blob's own bytes count against the cap. It is here so that the published arithmetic
-can be checked: no recipe turns it on, and every score obtained with it is labelled `NOT_COMPLIANT`.
-
-`python -m train.submission.paid_prefix` builds the blob.
+A blob holds the first N targets (tokens 1 … N) as little-endian uint16 in one .xz stream of preset 6. With
+PAID_PREFIX_FILE, a target that the blob predicts correctly costs no nats, but its bytes of text still count. The blob's
+size counts against the cap. This code only checks the published arithmetic: no recipe uses it, and every score made with
+it is labelled `NOT_COMPLIANT`. `python -m train.submission.paid_prefix` builds the blob.
 """
 
 from __future__ import annotations
@@ -30,21 +28,15 @@ PRESET = 6
 
 @dataclass(frozen=True)
 class PaidPrefix:
-    """A blob, as one validation text sees it.
-
-    Attributes:
-        blob_bytes: bytes of the file, which count against the cap.
-        targets: number of targets in it.
-        known: `(T,)` bool, whether the blob names target t of the text rightly.
-    """
+    """A blob compared with one validation text."""
 
     blob_bytes: int
-    targets: int
-    known: np.ndarray
+    targets: int  # in the blob
+    known: np.ndarray  # (T,) bool: whether the blob predicts target t correctly
 
     @property
     def coverage(self) -> float:
-        """Share of the text's targets that cost no nats."""
+        """Fraction of the text's targets that cost no nats."""
         return float(self.known.mean())
 
 
@@ -54,11 +46,7 @@ def encode_prefix(targets: np.ndarray) -> bytes:
 
 
 def decode_prefix(blob: bytes, limit: int) -> np.ndarray:
-    """The targets in a blob, `(N,)` uint16.
-
-    Args:
-        blob: the file's bytes.
-        limit: most targets that there may be; a stream that goes on is not unpacked further.
+    """The targets in a blob, `(N,)` uint16; at most `limit` are decompressed.
 
     Raises:
         UserError: not an .xz stream, a damaged one, or more than `limit` targets.
@@ -78,11 +66,7 @@ def decode_prefix(blob: bytes, limit: int) -> np.ndarray:
 
 
 def read_prefix(path: str | os.PathLike[str], tokens: np.ndarray) -> PaidPrefix:
-    """Compare a blob with the text that is scored.
-
-    Args:
-        path: the blob.
-        tokens: `(T + 1,)` uint16, the first input and the T targets.
+    """Compare the blob at `path` with the validation tokens, `(T + 1,)` uint16.
 
     Raises:
         UserError: the file is missing, or see `decode_prefix`.

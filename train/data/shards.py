@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -32,14 +31,10 @@ _REMEDY = "download it again, or rebuild it with `python -m train.data`"
 
 
 def write_shard(path: str | os.PathLike[str], tokens: npt.ArrayLike) -> None:
-    """Write one shard atomically: a header of 1,024 bytes, then two bytes per token.
-
-    Args:
-        path: the file; its folder must exist.
-        tokens: `(n,)` integers, 0 <= token < 65,536, 0 < n < 2^31.
+    """Write one shard atomically; `tokens` are `(n,)` integers, 0 <= token < 65,536, 0 < n < 2^31.
 
     Raises:
-        UserError: no tokens, too many, or one that does not fit 16 bits.
+        UserError: no tokens, too many, or a token that does not fit 16 bits.
     """
     values = np.asarray(tokens)
     if values.ndim != 1 or not 0 < len(values) < 2**31:
@@ -88,24 +83,13 @@ def check_shard(path: str | os.PathLike[str]) -> int:
 
 
 def read_shard(path: str | os.PathLike[str]) -> np.memmap:
-    """Memory-map a shard's tokens, after checking it.
-
-    Returns:
-        `(n,)` uint16, read-only.
-
-    Raises:
-        UserError: see `check_shard`.
-    """
+    """Memory-map a shard's tokens, `(n,)` uint16, read-only, after `check_shard`."""
     count = check_shard(path)
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
 
 
 def check_tokens(tokens: Tokens, vocab_size: int, name: str | os.PathLike[str]) -> None:
-    """Check that all tokens are in the vocabulary.
-
-    Raises:
-        UserError: the largest token is not below `vocab_size`.
-    """
+    """Raise a UserError if a token is not below `vocab_size`; `name` is the shard, for the message."""
     if len(tokens) and int(tokens.max()) >= vocab_size:
         raise UserError(
             f"{name}: holds token {int(tokens.max())}, but vocab_size is {vocab_size}: "
@@ -114,11 +98,7 @@ def check_tokens(tokens: Tokens, vocab_size: int, name: str | os.PathLike[str]) 
 
 
 def find_shards(data_path: str | os.PathLike[str], split: str) -> list[Path]:
-    """The shards `<name>_<split>_NNNNNN.bin` of a folder, sorted.
-
-    Args:
-        data_path: folder with the shards of one dataset.
-        split: `train` or `val`.
+    """The shards `<name>_<split>_NNNNNN.bin` of a folder, sorted; `split` is `train` or `val`.
 
     Raises:
         UserError: no such folder, no shard of this split, or shards of several datasets.
@@ -140,22 +120,19 @@ def find_shards(data_path: str | os.PathLike[str], split: str) -> list[Path]:
             f"{folder}: no *_{split}_NNNNNN.bin shard in it: make it with `python -m train.data stdlib|text|fineweb`, or set DATA_PATH"
         )
     names = sorted({name for name, _ in named})
-    # shards of two tokenizers would train on nonsense without an error
+    # mixed shards of two tokenizers would train without an error, on nonsense
     if len(names) > 1:
         raise UserError(f"{folder}: holds shards of several datasets ({', '.join(names)}): move all but one elsewhere")
     return [path for _, path in named]
 
 
 def load_validation_tokens(data_path: str | os.PathLike[str], seq_len: int, vocab_size: int | None = None) -> Tokens:
-    """All validation tokens, trimmed to whole sequences: ⌊(N-1)/S⌋·S + 1 of N tokens.
+    """The validation tokens, cut to whole sequences: the first ⌊(N-1)/S⌋·S + 1 of N tokens, uint16.
 
     Args:
         data_path: folder of shards.
         seq_len: S, the larger of the training and evaluation sequence lengths.
         vocab_size: if given, tokens are checked against it.
-
-    Returns:
-        `(k·S + 1,)` uint16.
 
     Raises:
         UserError: an invalid shard (see `check_shard`), a token outside the vocabulary, or less than one sequence.
@@ -178,16 +155,9 @@ def load_validation_tokens(data_path: str | os.PathLike[str], seq_len: int, voca
 class ShardWriter:
     """Writes the documents of one split as shards `<prefix>_<split>_NNNNNN.bin`; a context manager.
 
-    Args:
-        folder: an existing folder.
-        prefix: name of the dataset.
-        split: `train` or `val`.
-        shard_tokens: tokens per full shard.
-        first_shard: number of the first shard to write.
-
     Attributes:
         paths: the shards written.
-        pending: tokens that are not yet in a shard.
+        pending: number of tokens that are not yet in a shard.
     """
 
     def __init__(
@@ -252,9 +222,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # after an error the pending tokens are incomplete
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # after an error the last document may be incomplete
         if kind is None:
             self.flush()

@@ -1,7 +1,7 @@
-"""SentencePiece BPE with Parameter Golf's settings, and tables with the bytes of text per token.
+"""SentencePiece BPE with Parameter Golf's settings, and tables of the bytes that each token stands for.
 
-The normalization (nmt_nfkc) is lossy: it collapses each run of whitespace to one space and strips the document. Bits per
-byte use the bytes of the normalized text.
+The normalization (nmt_nfkc) is lossy: it replaces each run of whitespace by one space and strips the document. Bits per
+byte are measured on the normalized text.
 """
 
 from __future__ import annotations
@@ -54,12 +54,8 @@ _PROBES = (
 def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path) -> SentencePieceProcessor:
     """Train a BPE tokenizer with the published settings, deterministically.
 
-    Documents longer than 4,192 bytes are split at whitespace, because the trainer would drop them.
-
-    Args:
-        documents: texts; read once.
-        vocab_size: number of pieces, including 4 special pieces and 256 bytes.
-        path: the model file to write.
+    Documents longer than 4,192 bytes are split at whitespace, because the trainer would drop them. `vocab_size` includes
+    4 special pieces and 256 bytes.
 
     Raises:
         UserError: no text, or too little for so many pieces.
@@ -93,10 +89,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path)
 
 
 def load_tokenizer(path: str | Path, vocab_size: int) -> SentencePieceProcessor:
-    """Load a SentencePiece model, and check that the byte tables count its tokens correctly.
+    """Load a SentencePiece model and check that the byte tables are correct for it.
 
     Raises:
-        UserError: no such file, not a SentencePiece model, another vocabulary size, or bytes would be miscounted.
+        UserError: no such file, not a SentencePiece model, another vocabulary size, or wrong byte tables.
     """
     file = Path(path)
     if not file.is_file():
@@ -117,7 +113,7 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> SentencePieceProcessor:
 
 
 def find_tokenizer(data_path: str | Path, vocab_size: int, tokenizer_path: str | Path = "") -> Path:
-    """The tokenizer of a dataset: `tokenizer_path`, or in the dataset's folder, or in `tokenizers` beside `datasets`.
+    """The tokenizer of a dataset: `tokenizer_path`, else the one in its folder, else the one in `../../tokenizers`.
 
     Raises:
         UserError: there is none, or more than one.
@@ -144,8 +140,8 @@ class ByteTables:
 
     Attributes:
         base_bytes: `(V,)` int16, UTF-8 bytes of the piece without a leading space.
-        has_leading_space: `(V,)` bool, the piece begins with a space.
-        is_boundary: `(V,)` bool, special tokens; a leading space after one is not in the text.
+        has_leading_space: `(V,)` bool.
+        is_boundary: `(V,)` bool, special tokens; the leading space of the next token is not in the text.
     """
 
     base_bytes: npt.NDArray[np.int16]
@@ -153,15 +149,7 @@ class ByteTables:
     is_boundary: npt.NDArray[np.bool_]
 
     def count(self, previous: Any, targets: Any) -> Any:
-        """Bytes of each target, given the token before it.
-
-        Args:
-            previous: integer ids of any shape, a tensor or NumPy array.
-            targets: ids of the same shape and kind.
-
-        Returns:
-            int64 of the same shape, kind and device.
-        """
+        """Bytes of each target, int64, given the token before it; both are tensors or both NumPy arrays, of one shape."""
         if isinstance(targets, np.ndarray):
             charged = self.base_bytes[targets].astype(np.int64)
             return charged + (self.has_leading_space[targets] & ~self.is_boundary[previous])
@@ -172,7 +160,7 @@ class ByteTables:
 
 @functools.lru_cache(maxsize=16)
 def _tensors(tables: ByteTables, device: torch.device) -> list[torch.Tensor]:
-    # imported here: workers that only encode text start faster without it
+    # imported here because workers that only encode text do not need torch
     import torch
 
     arrays = (tables.base_bytes, tables.has_leading_space, tables.is_boundary)
@@ -182,8 +170,8 @@ def _tensors(tables: ByteTables, device: torch.device) -> list[torch.Tensor]:
 def byte_tables(tokenizer: SentencePieceProcessor, vocab_size: int) -> ByteTables:
     """The published tables (Parameter Golf's `build_sentencepiece_luts`), with max(pieces, vocab_size) entries.
 
-    Control, unknown and unused ids are boundaries with 0 bytes; a byte piece has 1 byte; any other piece has the UTF-8
-    bytes after its leading space.
+    Control, unknown and unused ids are boundaries with 0 bytes. A byte piece has 1 byte. Any other piece has the bytes
+    after its leading space.
     """
     pieces = tokenizer.vocab_size()
     size = max(pieces, vocab_size)
@@ -204,20 +192,20 @@ def byte_tables(tokenizer: SentencePieceProcessor, vocab_size: int) -> ByteTable
 def _check(tokenizer: SentencePieceProcessor, path: str | Path) -> None:
     def refuse(reason: str) -> UserError:
         return UserError(
-            f"{path}: bytes would be miscounted with this tokenizer: {reason}; train one with `python -m train.data`"
+            f"{path}: this tokenizer would miscount bytes: {reason}; train one with `python -m train.data`"
         )
 
     if tokenizer.bos_id() != BOS:
         raise refuse(f"expected BOS as token {BOS}, found {tokenizer.bos_id()}")
-    # without it a lone space becomes three byte tokens and counts 3 bytes (openai/parameter-golf issue 897)
+    # without this piece, a lone space becomes three byte tokens and counts 3 bytes (openai/parameter-golf issue 897)
     if tokenizer.PieceToId(SPACE) == tokenizer.unk_id():
         raise refuse(f"it has no piece {SPACE!r} for a lone space")
     if sum(tokenizer.IsByte(index) for index in range(tokenizer.vocab_size())) != 256:
-        raise refuse("expected 256 byte pieces, as unknown text would count 0 bytes")
+        raise refuse("expected 256 byte pieces, without which unknown text counts 0 bytes")
     for index in range(tokenizer.vocab_size()):
         if SPACE in tokenizer.IdToPiece(index)[1:]:
             raise refuse(
-                f"piece {index} {tokenizer.IdToPiece(index)!r} has a space that is not its first character, which counts 3 bytes"
+                f"piece {index} {tokenizer.IdToPiece(index)!r} has a space after its first character, which counts 3 bytes"
             )
     tables = byte_tables(tokenizer, tokenizer.vocab_size())
     for probe in _PROBES:
@@ -228,7 +216,7 @@ def _check(tokenizer: SentencePieceProcessor, path: str | Path) -> None:
 
 
 class _Feed(Iterator[str]):
-    """Sentences for the trainer. It keeps the original exception, which the trainer turns into a RuntimeError."""
+    """Sentences for the trainer; keeps the original exception, which the trainer replaces by a RuntimeError."""
 
     def __init__(self, documents: Iterable[str]) -> None:
         self.source = (sentence for document in documents for sentence in _sentences(document))
@@ -255,7 +243,7 @@ def _sentences(text: str) -> Iterator[str]:
         if end < len(data):
             blank = max(data.rfind(b" ", start + 1, end), data.rfind(b"\n", start + 1, end))
             end = blank if blank > 0 else end
-            # do not cut inside a character
+            # not inside a character
             while data[end] & 0xC0 == 0x80:
                 end -= 1
         yield data[start:end].decode()

@@ -1,4 +1,4 @@
-"""The text that is scored, and how its bytes are counted."""
+"""The validation text, and the tables that count its bytes."""
 
 from __future__ import annotations
 
@@ -14,29 +14,24 @@ from train.data.tokenizer import ByteTables, byte_tables, find_tokenizer, load_t
 
 @dataclass(frozen=True)
 class ValidationText:
-    """A dataset's validation text.
+    """A dataset's validation text."""
 
-    Attributes:
-        tokens: `(T + 1,)` uint16, the first input and the T targets.
-        tables: bytes that each target stands for.
-    """
-
-    tokens: Tokens
+    tokens: Tokens  # (T + 1,) uint16: the first input and the T targets
     tables: ByteTables
 
 
 def load_validation(config: Config) -> ValidationText:
-    """Read the validation shards and the tokenizer that `config` names, and check that they belong together.
+    """Read the validation shards and the tokenizer, and check that they match.
 
     Raises:
-        UserError: either is missing, damaged, of another vocabulary, or not the tokenizer of the dataset's manifest.
+        UserError: one is missing, damaged or of another vocabulary, or the manifest names another tokenizer.
     """
     path = find_tokenizer(config.data_path, config.vocab_size, config.tokenizer_path)
     manifest = read_manifest(config.data_path)
-    # another tokenizer of the same size would count the bytes of other pieces, without any error
+    # another tokenizer of the same size would miscount the bytes without an error
     if manifest is not None and path.is_file() and sha256_file(path) != manifest.tokenizer_sha256:
         raise UserError(
-            f"{path}: not the tokenizer that made the shards in {config.data_path}: that was {manifest.tokenizer}: unset "
+            f"{path}: not the tokenizer that made the shards in {config.data_path}, which is {manifest.tokenizer}: unset "
             "TOKENIZER_PATH, or restore the file"
         )
     tables = byte_tables(load_tokenizer(path, config.vocab_size), config.vocab_size)
