@@ -1,1 +1,1 @@
-"""Used everywhere in the trainer: errors, files, ranks, values, wording."""
+"""Used everywhere in the trainer: errors, files, ranks, hardware, values, progress, wording."""

@@ -1,4 +1,4 @@
-"""The ranks (processes) of a run: their numbers, devices and process group."""
+"""The ranks (processes) of a run: numbers, devices, process group."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-# imported before a process group exists: default arguments of its functions would keep the group alive past the
-# interpreter's exit, where gloo's threads abort
+# must be imported before a process group exists: default arguments of its functions would keep the group alive past
+# interpreter exit, where gloo aborts
 import torch.distributed.nn
 
 from train.common import hardware
 from train.common.errors import UserError
 from train.common.wording import counted
 
-# a step averages over this many micro-batches, split among 1, 2, 4 or 8 ranks
+# per step, over 1, 2, 4 or 8 ranks
 MICRO_BATCHES = 8
 
-# compilation in the first step may take minutes
+# compilation before the first step may take minutes
 TIMEOUT = timedelta(minutes=30)
 
 T = TypeVar("T")
@@ -31,25 +31,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process and its place in the run.
-
-    Attributes:
-        rank: number of this process, from 0.
-        local_rank: its number on this machine, which is also the number of its GPU.
-        world_size: number of processes, a divisor of 8.
-        device: device of this process.
-        group: process group of all ranks, with gloo for CPU tensors and NCCL for CUDA tensors; None for one process.
-    """
+    """This process among all processes of the run."""
 
     rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
+    local_rank: int = 0  # rank on this machine, and number of the GPU
+    world_size: int = 1  # a divisor of 8
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    # of all ranks, with gloo for CPU tensors and NCCL for CUDA tensors; None for one process
     group: dist.ProcessGroup | None = None
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of each rank per step: 8 / world size."""
+        """Micro-batches of each rank per step."""
         return MICRO_BATCHES // self.world_size
 
     @property
@@ -58,7 +51,7 @@ class Ranks:
         return self.rank == 0
 
     def broadcast(self, value: T, source: int = 0) -> T:
-        """The small picklable `value` of rank `source`, on every rank."""
+        """Return rank `source`'s small picklable `value` on every rank."""
         if self.group is None:
             return value
         box = [value]
@@ -66,7 +59,7 @@ class Ranks:
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """The small picklable values of all ranks, in rank order, on every rank."""
+        """Return the small picklable values of all ranks, in rank order, on every rank."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -77,7 +70,7 @@ class Ranks:
         """Run `work` on rank 0 while the others wait; return its small picklable result on every rank.
 
         Raises:
-            UserError: on every rank, if rank 0 raises it, so that no rank keeps waiting.
+            UserError: rank 0 raised it; every rank raises it, so that none keeps waiting.
         """
         done: list[T] = []
         problem = None
@@ -99,27 +92,24 @@ class Ranks:
 
     @torch.no_grad()
     def copy_from(self, source: int, tensors: Iterable[torch.Tensor]) -> None:
-        """Overwrite `tensors` by those of rank `source`; shapes, dtypes and device types must agree."""
+        """Overwrite `tensors` with those of rank `source`; shapes, dtypes and device types must match."""
         if self.group is not None:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=source, group=self.group)
 
     def barrier(self) -> None:
-        """Wait until every rank gets here and its device has finished."""
+        """Wait until every rank is here and its device is idle."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        # the sum of a CPU tensor always uses gloo; dist.barrier of a mixed group may not
+        # a CPU tensor's sum always uses gloo; dist.barrier of a mixed group may not
         self.sum(torch.zeros(1))
 
 
 @contextmanager
 def start_ranks(device: str = "auto") -> Iterator[Ranks]:
-    """Set up this process, started by torchrun or alone, and destroy the process group at the end.
+    """Join the process group that torchrun's environment variables describe, and destroy it at the end.
 
-    Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. A single process gets no process group.
-
-    Args:
-        device: "auto" (cuda if there is a GPU), "cpu" or "cuda".
+    A single process needs no variables and gets no group. `device` is "auto" (cuda if there is a GPU), "cpu" or "cuda".
 
     Raises:
         UserError: a variable is missing or not a number, the world size does not divide 8, or the GPU does not exist.
@@ -148,7 +138,7 @@ def start_ranks(device: str = "auto") -> Iterator[Ranks]:
             )
     if not 0 <= _number("MASTER_PORT", None) < 65536:
         raise UserError(f"MASTER_PORT: expected 0 to 65535, found {os.environ['MASTER_PORT']}: let torchrun set it")
-    # with both backends, ranks can exchange CPU tensors without waiting for the GPU
+    # gloo lets ranks exchange CPU tensors without waiting for the GPU
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
@@ -170,11 +160,7 @@ def start_ranks(device: str = "auto") -> Iterator[Ranks]:
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
-    """Choose the device of this process and make it the current one.
-
-    Args:
-        device: "auto" (cuda if there is a GPU), "cpu" or "cuda".
-        local_rank: number of the GPU.
+    """The device of this process, made current; `device` is "auto" (cuda if there is a GPU), "cpu" or "cuda".
 
     Raises:
         UserError: there is no GPU, or there are fewer GPUs than processes on this machine.

@@ -1,4 +1,4 @@
-"""Errors that the user can fix: a command prints them in one sentence and exits with code 2, without a traceback."""
+"""Errors that the user can fix. A command prints one sentence without a traceback and exits with code 2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """The user's input is wrong; the message says what, what was expected and what to do."""
+    """The user's input is wrong; the message says what is wrong, what was expected, and what to do."""
 
 
 class CodecError(UserError):
@@ -21,7 +21,7 @@ class MissingCodec(UserError):
     """The library of a codec is not installed."""
 
 
-# errors of the file system that the user can fix; any other OSError is a bug and keeps its traceback
+# file system errors that the user can fix; any other OSError is a bug and keeps its traceback
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_PLACE = (
@@ -34,7 +34,7 @@ _HOUSE = ("benchmarks", "golf_kernels", "train")
 
 
 def main_guard(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's `main` and exit with its code or 0, with 2 and `error: …` on bad input, with 130 on Ctrl-C."""
+    """Run `main` and exit with its code (None: 0), with 2 and `error: …` for bad input, or with 130 after Ctrl-C."""
     try:
         for argument in sys.argv[1:]:
             check_text(argument, "command line")
@@ -47,7 +47,7 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
             raise
         code = _refuse(f"{package} is not installed: pip install {package}, or everything: pip install -e '.[train]'")
     except BrokenPipeError:
-        # the reader, such as head, has closed the pipe; python would complain again while closing stdout
+        # the reader, such as head, has closed the pipe; without this, Python fails again when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except OSError as error:
@@ -69,11 +69,7 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
 
 
 def check_text(text: str, source: str) -> None:
-    """Refuse a text from the operating system that is not UTF-8, because no log or JSON file could hold it.
-
-    Raises:
-        UserError: the message names `source` and the text.
-    """
+    """Raise a UserError if a text from the operating system is not UTF-8: no log or JSON file could hold it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -92,14 +88,14 @@ def _remedy(error: OSError) -> str | None:
         return "free some space or choose another folder and run again"
     if error.errno in _NO_RIGHT:
         return "give this user the permission, or choose another folder and run again"
-    # without a file name, the error is not about a path that the user gave
+    # an error without a file name is not about a path that the user gave
     if error.errno in _NO_PLACE and error.filename:
         return "choose another path, or move what is there"
     return None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # by name, because torch may not be imported; on a CPU torch raises a RuntimeError
+    # by name, because torch may not be imported; without memory on the CPU, torch raises a RuntimeError
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

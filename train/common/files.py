@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written to a temporary file, synced, then renamed."""
+"""Atomic files: written to a temporary file, synced, then renamed. Also JSON with a checksum."""
 
 from __future__ import annotations
 
@@ -19,14 +19,11 @@ _CHECKSUM = "crc32"
 
 @contextmanager
 def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Yield a binary file that becomes `path` if the block succeeds and vanishes if it fails.
-
-    Args:
-        path: the destination; its folder must exist.
+    """Yield a binary file that becomes `path` if the block succeeds and is removed if it fails.
 
     Raises:
         UserError: `path` is a device, a pipe or a socket, which the rename would replace.
-        OSError: from the file system, with `filename` set to `path`; no temporary file is left.
+        OSError: from the file system, with `filename` set to `path`.
     """
     target = Path(path)
     name = ""
@@ -38,7 +35,7 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; results should follow the user's umask
+        # mkstemp makes the file private; results follow the user's umask
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
     except BaseException as error:
@@ -56,16 +53,12 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | memoryview | str) -
 
 
 def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
-    """Write one JSON object and its checksum, in the field `crc32`, like `atomic_write`."""
+    """Write one JSON object atomically, with its checksum in the field `crc32`."""
     atomic_write(path, json.dumps({**values, _CHECKSUM: _checksum(values)}, indent=1) + "\n")
 
 
 def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
-    """Read a file with one JSON object; check and remove the checksum of `write_json`, if it has one.
-
-    Args:
-        path: the file.
-        remedy: what the user should do about a bad file, for the error.
+    """Read one JSON object; check and remove its `crc32`, if it has one. Errors end with `remedy`, what the user should do.
 
     Raises:
         UserError: the file is missing, unreadable, not one JSON object, or changed since it was written.
@@ -73,7 +66,7 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
     try:
         value = json.loads(Path(path).read_text())
         expected = value.pop(_CHECKSUM, None) if isinstance(value, dict) else None
-        # an object that can be read may be nested too deeply to be written
+        # inside the try: an object may be nested too deeply to be encoded again
         found = _checksum(value)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from error
@@ -83,14 +76,13 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}: {remedy}")
     if expected not in (None, found):
         raise UserError(
-            f"{path}: changed since it was written (checksum {found}, expected {expected}): {remedy}; if the change is yours, "
+            f"{path}: changed since it was written (checksum {found}, expected {expected}): {remedy}; if you made the change, "
             f"delete the field {_CHECKSUM}"
         )
     return value
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """The hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""The device that a run uses, and the name of the hardware."""
+"""The default device, and the name of the hardware."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.common.wording import counted
 
 
 def auto_device() -> str:
-    """The device that `device=auto` means on this machine: "cuda" if it has a GPU, else "cpu"."""
+    """What `device=auto` means on this machine: "cuda" if it has a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

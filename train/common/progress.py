@@ -1,10 +1,9 @@
-"""Progress of long work: a bar on a terminal, otherwise a line every few seconds."""
+"""Progress of long work: a bar on a terminal, else a line every 10 seconds."""
 
 from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -12,14 +11,7 @@ LINE_INTERVAL_SECONDS = 10.0
 
 
 class Progress:
-    """Progress of one task, as a context manager.
-
-    Args:
-        total: units of the whole task.
-        description: what is being done; shown first.
-        unit: name of the unit, such as `tokens`.
-        enabled: False shows nothing, for ranks other than 0.
-    """
+    """Progress of one task of `total` units, as a context manager; `enabled` False (on other ranks) shows nothing."""
 
     def __init__(self, total: int, description: str, unit: str = "", *, enabled: bool = True) -> None:
         self.total, self.description, self.unit, self.enabled = total, description, unit, enabled
@@ -32,7 +24,7 @@ class Progress:
             )
 
     def advance(self, amount: int = 1, note: str = "") -> None:
-        """Add `amount` finished units; `note` is shown last."""
+        """Add `amount` finished units; `note` is shown at the end of the bar or line."""
         self.done += amount
         if self.bar is not None:
             if note:
@@ -50,14 +42,11 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Remove the bar from the terminal."""
         if self.bar is not None:
             self.bar.close()
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -12,7 +12,7 @@ from typing import Any
 
 from train.common.errors import UserError, check_text
 
-# larger numbers are infinite in float32
+# larger numbers may become infinite in float32
 _LARGEST = 1e38
 
 
@@ -23,19 +23,16 @@ class ConfigError(UserError):
 def setting(
     default: Any, help: str, *, choices: Sequence[Any] = (), low: float | None = None, high: float | None = None
 ) -> Any:
-    """A dataclass field with a default, a one-line description, and its allowed values."""
+    """A dataclass field for a setting: its default, its line in `--help`, and the allowed values."""
     return dataclasses.field(
         default=default, metadata={"help": help, "choices": tuple(choices), "low": low, "high": high}
     )
 
 
 def parse_text(kind: Any, text: str, source: str) -> Any:
-    """Convert the text of an environment variable or flag to the type of a setting.
+    """Convert the text of an environment variable or flag to type `kind`; errors begin with `source`, where it was given.
 
-    Args:
-        kind: the type.
-        text: the text; lists are comma-separated, booleans are 0, 1, true, false, yes, no, on or off.
-        source: where the text was given, for the error.
+    Lists are comma-separated; booleans are 0, 1, true, false, yes, no, on or off.
 
     Raises:
         ConfigError: `text` has another type.
@@ -64,21 +61,13 @@ def format_value(value: Any) -> str:
 
 
 def check_type(name: str, kind: Any, value: Any) -> None:
-    """Refuse a value of another type.
-
-    Raises:
-        ConfigError: the message names the setting.
-    """
+    """Raise a ConfigError if the value of the setting `name` is not of type `kind`."""
     if not _is_instance(value, kind):
         raise ConfigError(f"{name}: expected {_type_name(kind)}, got {value!r}")
 
 
 def check_value(field: dataclasses.Field[Any], kind: Any, value: Any) -> None:
-    """Refuse a value that the field does not allow.
-
-    Raises:
-        ConfigError: the type, the choice or the range is wrong; the message names the setting.
-    """
+    """Raise a ConfigError if the setting's type, choices or range do not allow the value."""
     check_type(field.name, kind, value)
     choices, low, high = field.metadata["choices"], field.metadata["low"], field.metadata["high"]
     if isinstance(value, (int, float)) and not -_LARGEST <= value <= _LARGEST:
@@ -108,11 +97,7 @@ def _is_instance(value: Any, kind: Any) -> bool:
 
 
 def parse_steps(text: str) -> range:
-    """The steps from FIRST to END - 1 of a text `FIRST:END`; no steps for an empty text.
-
-    Raises:
-        ConfigError: the text looks different.
-    """
+    """The steps FIRST, …, END - 1 of the text `FIRST:END`; none for an empty text. Other texts raise a ConfigError."""
     if not text:
         return range(0)
     match = re.fullmatch(r"(\d+):(\d+)", text)

@@ -6,11 +6,5 @@ SEPARATOR = "=" * 100
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """A count with its noun: `1 shard`, `2 shards`, `1,024 matrices`.
-
-    Args:
-        number: the count.
-        noun: singular.
-        plural: plural, if it is not the noun plus s.
-    """
+    """A count with its noun: `1 shard`, `2 shards`, `1,024 matrices`; `plural` if it is not the noun plus s."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

@@ -19,36 +19,24 @@ from train.config import Config
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named set of settings.
-
-    Attributes:
-        name: the module's name.
-        about: the module's docstring.
-        settings: name → value of each setting that differs from the default.
-        published: figures of the published run, such as `step_ms`; empty if there is none.
-    """
+    """A recipe's module."""
 
     name: str
-    about: str
+    about: str  # the docstring
     settings: dict[str, Any]
-    published: dict[str, float]
+    published: dict[str, float]  # such as `step_ms`; empty if there is no published run
 
     def config(self, **changes: Any) -> Config:
-        """The recipe as a `Config`, with `changes` on top."""
+        """The recipe's settings, overridden by `changes`."""
         return Config(**{**self.settings, "recipe": self.name, **changes})
 
 
 def recipe_names() -> list[str]:
-    """The names of all recipes."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def load_recipe(name: str) -> Recipe:
-    """Find a recipe by name.
-
-    Raises:
-        ConfigError: there is no such recipe; the message names the most similar one and all others.
-    """
+    """The recipe of this name; an unknown name raises a ConfigError that lists all recipes."""
     names = recipe_names()
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
