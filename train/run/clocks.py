@@ -1,4 +1,4 @@
-"""The clocks of a run: of training, which it ends; of the stages; and of the time before the first step."""
+"""The clocks of a run: training time, seconds per stage, and time before the first step."""
 
 from __future__ import annotations
 
@@ -19,29 +19,27 @@ _IMPORTED = time.perf_counter()
 
 
 class WallClock:
-    """Training time that every rank agrees on, read without waiting for the step in flight.
+    """Training time, equal on all ranks, measured without draining the GPU's queue.
 
-    The published scripts reduce a stop flag and read it back after every step, so the host never runs ahead of the
-    device. Here each rank's time is itself reduced (MAX), in the background, and used one step later:
+    The published scripts reduce a stop flag after every step and wait for it, so the host never runs ahead of the GPU.
+    Here the measured time is one or two steps old:
 
-    * on CUDA a step's end is an event; `tick` waits for the event of the step before, which bounds how far the host
-      runs ahead and never drains the queue;
-    * over ranks that time goes into an asynchronous all-reduce of one number in host memory, whose result the next
-      `tick` waits for, so that all ranks use the same number in the same step.
+    * On CUDA an event marks the end of each step. `tick` waits for the previous step's event, which limits how far
+      the host runs ahead.
+    * With several ranks, that time goes into an asynchronous all-reduce (MAX) on the CPU. The next `tick` waits for the
+      result, so all ranks use the same number in the same step.
 
-    What is known of a step one or two back is carried to the present one by the mean step time, so that a run ends
-    with the first step that reaches the cap, as the published ones do. One process on a CPU has no delay at all. The
-    learning rate takes `elapsed_seconds`, which is equal on all ranks, where the published scripts let each rank use
-    its own clock and so its own rate.
+    `elapsed_seconds` extrapolates it to the present step by the mean step time. A run therefore ends with the first step
+    that reaches the cap, as published. One process on a CPU has no delay. The learning rate also follows
+    `elapsed_seconds`; in the published scripts, each rank computes it from its own clock.
 
-    The clock is paused until `resume`; `pause` stops it for whatever does not count as training (validation).
+    The clock starts paused. Pause it for everything that is not training, such as validation.
 
     Args:
         cap_seconds: training ends here; 0 for no cap.
-        group: process group that can reduce tensors in host memory; None for one process.
+        group: process group that can reduce CPU tensors; None for one process.
         device: where the steps run.
-        elapsed_seconds: time already used, from a checkpoint.
-        steps: steps already done, from a checkpoint.
+        elapsed_seconds, steps: time and steps before this process, from a checkpoint.
         now: host clock in seconds.
     """
 
@@ -68,31 +66,27 @@ class WallClock:
 
     @property
     def elapsed_seconds(self) -> float:
-        """Training time at the last `tick` (carried forward from what is known) or `pause` (exact), in seconds."""
+        """Training time in seconds: extrapolated at the last `tick`, or exact at the last `pause`."""
         steps, seconds = self._known
         return seconds * self.steps / steps if steps else seconds
 
     def read(self) -> float:
-        """This rank's training time until now, in seconds; waits for the device."""
+        """This rank's own training time in seconds; waits for the device."""
         if self._start is None:
             return self._base
         return self._base + self._seconds_until(self._mark())
 
     def resume(self) -> None:
-        """Wait for the other ranks and let the time run; the device has nothing queued that should not be counted."""
+        """Wait for the other ranks and start the time; work already queued on the device counts."""
         if self._start is not None:
-            raise RuntimeError("the wall clock runs already: pause it before resume")
-        # a rank that wrote a file meanwhile must not make the others count their wait for it
+            raise RuntimeError("the wall clock is running: pause it before resume")
+        # otherwise the other ranks would count their wait for a rank that was writing a file
         if self._group is not None:
             dist.all_reduce(torch.zeros(1), group=self._group)
         self._start = self._mark()
 
     def tick(self) -> bool:
-        """Count one finished (on CUDA: queued) step.
-
-        Returns:
-            Whether training ends here; the same on every rank.
-        """
+        """Count one finished (on CUDA: queued) step; return whether training ends here, the same on every rank."""
         if self._start is None:
             raise RuntimeError("the wall clock is paused: resume it before tick")
         self.steps += 1
@@ -105,11 +99,7 @@ class WallClock:
         return self.cap_seconds > 0 and self.elapsed_seconds >= self.cap_seconds
 
     def pause(self) -> float:
-        """Wait for the device and the other ranks, and stop the time.
-
-        Returns:
-            The training time so far in seconds, the largest of all ranks.
-        """
+        """Wait for device and ranks, stop the time, and return the largest rank's training time in seconds."""
         if self._start is None:
             raise RuntimeError("the wall clock is paused: resume it before pause")
         if self._device.type == "cuda":
@@ -130,13 +120,10 @@ class WallClock:
         return event
 
     def _seconds_until(self, mark: Any) -> float:
-        seconds: float
         if self._device.type != "cuda":
-            seconds = mark - self._start
-        else:
-            mark.synchronize()
-            seconds = self._start.elapsed_time(mark) / 1e3
-        return seconds
+            return float(mark - self._start)
+        mark.synchronize()
+        return float(self._start.elapsed_time(mark)) / 1e3
 
     def _agree(self, steps: int, seconds: float) -> None:
         number = torch.tensor([seconds], dtype=torch.float64)
@@ -153,15 +140,15 @@ class WallClock:
 
 
 class StageClock:
-    """Seconds per stage, of the pass whose result counts; kept in the run folder, as a stage may have been finished before."""
+    """Seconds per stage, saved in the run folder, because an earlier process may have finished a stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.path: Path | None = None
 
     def keep_in(self, path: Path) -> None:
-        """From now on keep the seconds in a file; what it holds already of other stages stays."""
-        remedy = "delete it, which loses only the seconds of the stages, and resume again"
+        """Save the seconds in this file from now on; its seconds of other stages stay."""
+        remedy = "delete it (only the seconds per stage are lost) and resume again"
         earlier = read_json(path, remedy) if path.exists() else {}
         if not all(type(seconds) in (int, float) for seconds in earlier.values()):
             raise UserError(f"{path}: expected seconds per stage, found {earlier}: {remedy}")
@@ -171,7 +158,7 @@ class StageClock:
 
     @contextmanager
     def __call__(self, name: str, *, found: bool = False) -> Iterator[None]:
-        """Time a stage; if its result is `found`, it keeps the seconds of the pass that made it."""
+        """Time a stage; if its result is `found` already, the saved seconds stay."""
         started = time.perf_counter()
         yield
         if not found:
@@ -184,16 +171,9 @@ class StageClock:
 
 
 class StartUp:
-    """Seconds of each part of the work before the first step; `start` is all that came before this object.
+    """Seconds of each phase before the first step, from the import of this module on; Python's own start is not counted.
 
-    Counted from the import of this module, so without the start of Python and of torch.
-
-    Args:
-        device: its queued work is waited for where a part ends.
-        now: clock in seconds.
-
-    Attributes:
-        parts: seconds by name, in order.
+    The first phase, `start`, ends when this object is made.
     """
 
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
@@ -205,7 +185,7 @@ class StartUp:
         return sum(self.parts.values())
 
     def end(self, part: str) -> None:
-        """Call where a part ends; it began where the last one ended."""
+        """Call at the end of a phase, which began at the end of the previous one."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.parts[part] = self._now() - _IMPORTED - self.seconds

@@ -1,4 +1,4 @@
-"""The run folder: the files of a run, from which a single stage can be repeated."""
+"""The run folder: the files of a run, from which each stage can be repeated."""
 
 from __future__ import annotations
 
@@ -20,11 +20,7 @@ from train.config import BOOKKEEPING, Config
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names of the files in `runs/<run_id>/`.
-
-    Attributes:
-        path: the folder.
-    """
+    """The run folder `path`, `runs/<run_id>`, and its files."""
 
     path: Path
 
@@ -66,18 +62,17 @@ class RunFolder:
 
     @property
     def is_trained(self) -> bool:
-        """Whether training has finished."""
         return self.weights.exists() and self.training.exists()
 
     @property
     def is_untrained(self) -> bool:
-        """Whether this run has logged no training step yet."""
+        """Whether the run has no training step yet."""
         if not self.config.exists() or self.checkpoint.exists() or self.weights.exists():
             return False
         return not self.metrics.exists() or b'"kind": "train"' not in self.metrics.read_bytes()
 
     def read_config(self) -> Config:
-        """The settings of the run; a setting that is newer than the file has its default.
+        """The settings of the run; a setting that config.json lacks has its default.
 
         Raises:
             UserError: the run does not exist, or its config.json cannot be read.
@@ -92,34 +87,29 @@ class RunFolder:
             raise UserError(f"{self.config}: {error} (or restore the file, or train again)") from error
 
     def need_run(self) -> None:
-        """Refuse a folder that is not a run folder.
-
-        Raises:
-            UserError: the folder does not exist, or has no config.json.
-        """
+        """Raise a UserError if the folder does not exist or has no config.json."""
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such run folder (python -m train makes one under runs/)")
         if not self.config.exists():
             raise UserError(f"{self.config}: missing: {self.path} is not a run folder of python -m train")
 
     def write_config(self, config: Config) -> None:
-        """Replace the run's settings."""
         write_json(self.config, config.to_dict())
 
     def drop_scores(self) -> None:
-        """Remove the scores of an artifact before it is replaced, so that no interruption leaves them beside the new one."""
+        """Remove the old artifact's scores before it is replaced: they must not describe the new artifact."""
         for path in (self.evaluation, self.summary):
             path.unlink(missing_ok=True)
 
     @contextmanager
     def held(self, *, shared: bool = False) -> Iterator[None]:
-        """Lock the run until the block ends or this process dies; a shared lock excludes only unshared ones.
+        """Lock the run until the block ends or this process dies; shared locks exclude only unshared ones.
 
         Raises:
             UserError: the run does not exist, another process has locked it, or its file system has no locks.
         """
         self.need_run()
-        # a separate file, because replacing a locked file ends its lock
+        # a separate file, because replacing a locked file would end the lock
         with open(self.path / ".lock", "ab") as file:
             try:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -138,22 +128,19 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Inside a shared `held`: let one process at a time read, change and write files."""
+        """Inside a shared `held`: only one process at a time changes files."""
         with open(self.path / ".writing.lock", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             self._clear()
             yield
 
     def _clear(self) -> None:
-        """Remove unfinished files of an interrupted process; the caller holds a lock."""
+        """Remove the unfinished files of an interrupted process; the caller holds a lock."""
         for part in self.path.glob(".*.part"):
             part.unlink()
 
     def read_training(self, **kinds: type) -> dict[str, Any]:
-        """The contents of training.json.
-
-        Args:
-            **kinds: fields that must be there → their types.
+        """The contents of training.json; `kinds` are the types of the fields that must be there.
 
         Raises:
             UserError: training has not finished, or the file cannot be read.
@@ -168,16 +155,12 @@ class RunFolder:
         return values
 
     def trained_config(self) -> Config:
-        """The settings of the trained model: without recurrence if the run ended before recurrence began."""
+        """The settings of the trained model: without recurrence if training ended before it began."""
         config = self.read_config()
         return config if self.read_training(recurrence=bool)["recurrence"] else config.replace(recur_layers=())
 
     def need(self, path: Path, stage: str) -> Path:
-        """Return `path` if it is a file.
-
-        Raises:
-            UserError: it is not; the message says which stage writes it.
-        """
+        """Return `path`; raise a UserError that names the command `stage` if it is not a file."""
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: expected a file, found a folder: move it away and run {stage}")
         if not path.exists():
@@ -186,15 +169,15 @@ class RunFolder:
 
 
 def new_run_id(config: Config) -> str:
-    """`run_id`, or a name made of recipe and time."""
+    """`config.run_id`, or RECIPE_DATE-TIME if it is empty."""
     return config.run_id or f"{config.recipe}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def create_run_folder(config: Config) -> RunFolder:
-    """Create the run folder with its config.json; with `resume=auto` an existing folder may be used again.
+    """Create the run folder with its config.json; with `resume=auto`, an existing folder is used again.
 
     Raises:
-        UserError: the folder exists and `resume` is never, its settings are different, or another process is using it.
+        UserError: the folder exists and `resume` is never, its settings differ, or another process is using it.
     """
     if not config.run_id.isprintable() or "/" in config.run_id or config.run_id in ("", ".", ".."):
         raise UserError(f"run_id: expected the name of a folder, got {config.run_id!r}: choose another RUN_ID")
@@ -210,7 +193,7 @@ def create_run_folder(config: Config) -> RunFolder:
             raise UserError(f"{folder.path}: cannot resume with different settings: {listed}{_way_out(folder)}")
         return folder
     folder.path.parent.mkdir(parents=True, exist_ok=True)
-    # renamed when complete: a folder without config.json could be neither resumed nor started again
+    # created whole, by a rename: a folder without config.json could be neither resumed nor started again
     with tempfile.TemporaryDirectory(dir=folder.path.parent, prefix=f".{config.run_id}.", suffix=".part") as work:
         made = RunFolder(Path(work, config.run_id))
         made.path.mkdir()
@@ -222,24 +205,20 @@ def create_run_folder(config: Config) -> RunFolder:
 def _way_out(folder: RunFolder) -> str:
     if not folder.is_untrained:
         return ""
-    # refuses if another process is about to train in it
+    # raises if another process is about to train in it
     with folder.held():
         return "; it has no trained step, so you can delete it and use its RUN_ID again"
 
 
 @contextmanager
 def open_run_folder(config: Config) -> Iterator[RunFolder]:
-    """`create_run_folder`, locked for this process until the block ends or the process dies.
-
-    Raises:
-        UserError: as `create_run_folder`, or another process has locked the folder.
-    """
+    """`create_run_folder`, `held` until the block ends."""
     folder = create_run_folder(config)
     with folder.held():
         yield folder
 
 
 def changed_settings(old: Config, new: Config, *, free: Iterable[str] = ()) -> list[tuple[str, Any, Any]]:
-    """(name, old, new) of each setting that differs, except bookkeeping and those in `free`."""
+    """(name, old, new) of each setting that differs, except BOOKKEEPING and `free`."""
     before, after, skipped = old.to_dict(), new.to_dict(), BOOKKEEPING.union(free)
     return [(name, before[name], after[name]) for name in before if name not in skipped and before[name] != after[name]]

@@ -1,7 +1,4 @@
-"""The grammar of Parameter Golf's logs: a table of regular expressions, and a parser of whole logs.
-
-Tests, records and rule checks read logs through `GRAMMAR` only.
-"""
+"""The grammar of Parameter Golf's logs: a regular expression per line, and a parser of whole logs."""
 
 from __future__ import annotations
 
@@ -15,11 +12,11 @@ from train.common.wording import SEPARATOR
 
 _NUMBER = r"(?:\d+(?:\.\d+)?|nan|inf)"
 _RESULT = rf"val_loss:(?P<val_loss>{_NUMBER}) val_bpb:(?P<val_bpb>{_NUMBER})"
-# names of packed weights: int6+brotli, w6e16+zstd22
+# how weights are packed: int6+brotli, w6e16+zstd22
 _FORM = r"(?P<form>[a-z]\w*\+\S+)"
 _CLOCK = rf"train_time:(?P<train_time_ms>{_NUMBER})ms"
 
-# each pattern matches from the start of a line; `parse_log` returns the groups by name
+# patterns match from the start of a line
 GRAMMAR: dict[str, re.Pattern[str]] = {
     "train_step": re.compile(
         rf"step:(?P<step>\d+)/(?P<total>\d+) train_loss:(?P<train_loss>{_NUMBER}) {_CLOCK}"
@@ -40,11 +37,11 @@ GRAMMAR: dict[str, re.Pattern[str]] = {
     "final": re.compile(
         rf"final_(?P<name>\w+?) (?:stride:\d+ )?{_RESULT}(?: stride:(?P<stride>\d+))?(?: eval_time:(?P<eval_time_ms>{_NUMBER})ms)?"
     ),
-    # reads training data after the last step, for the Hessians of GPTQ
+    # GPTQ's Hessians, from training data, after the last step
     "calibration": re.compile(
         rf"(?i:gptq):\S*(?:loop-aware )?(?:calibrated|collected)\b.* in (?P<calibration_s>{_NUMBER})s\b"
     ),
-    # reads training data after that, for the losses that decide the row clips
+    # losses that choose the row clips, from training data, after calibration
     "fitting": re.compile(rf"fit:measured on \d+ training tokens in (?P<fitting_s>{_NUMBER})s\b"),
     "train_loader": re.compile(r"train_loader:dataset:(?P<dataset>\S+) train_shards:(?P<train_shards>\d+)\b"),
     "model_params": re.compile(r"model_params:(?P<model_params>\d+)\b"),
@@ -59,41 +56,26 @@ _TEXT = frozenset({"name", "form", "dataset"})
 
 
 Numbers = dict[str, float]
-"""The numbers of a line, by group name."""
+"""The numbers of a line, by group name of its pattern in `GRAMMAR`."""
 
 
 class Log(TypedDict):
-    """The contents of a log.
+    """The contents of a log; None where it has no such line."""
 
-    Attributes:
-        steps, vals: step → numbers of its training or validation line.
-        finals: name, such as `int6_roundtrip_exact` → numbers.
-        sizes: `raw`, `code`, `model`, `total` → bytes.
-        form: such as `int6+brotli`; None if the log has no such line.
-        facts: the key:value lines.
-        lines: the lines after the header.
-        warmup_steps: number of warm-up steps.
-        stopping_early, peak_memory: numbers, or None if the log has no such line.
-    """
-
-    steps: dict[int, Numbers]
-    vals: dict[int, Numbers]
-    finals: dict[str, Numbers]
-    sizes: dict[str, int]
-    form: str | None
-    facts: dict[str, Any]
-    lines: list[str]
+    steps: dict[int, Numbers]  # training lines by step
+    vals: dict[int, Numbers]  # validation lines by step
+    finals: dict[str, Numbers]  # by name, such as `int6_roundtrip_exact`
+    sizes: dict[str, int]  # bytes of `raw`, `code`, `model`, `total`
+    form: str | None  # such as `int6+brotli`
+    facts: dict[str, Any]  # the key:value lines
+    lines: list[str]  # after the header
     warmup_steps: int
     stopping_early: Numbers | None
     peak_memory: Numbers | None
 
 
 def parse_log(path: str | os.PathLike[str]) -> Log:
-    """Parse a log in the published grammar, from this or another program.
-
-    Raises:
-        UserError: the file does not exist.
-    """
+    """Parse a log in the published grammar, from this or another program; a missing file raises a UserError."""
     try:
         lines = Path(path).read_bytes().decode(errors="replace").split("\n")
     except FileNotFoundError as error:
@@ -136,8 +118,8 @@ def _store(found: Log, kind: str, values: dict[str, Any]) -> None:
 
 
 def _header_length(lines: list[str]) -> int:
-    # the source code in the header may look like results, so parsing starts after the separator that follows the versions;
-    # if several runs were written to the file, the last one counts
+    # the header's source code may contain lines that look like results, so parsing starts after the separator that follows the
+    # versions; of several runs in the file, the last one counts
     heads = [number for number, line in enumerate(lines) if line.startswith("Running Python ")]
     versions = heads[-1] if heads else None
     if versions is None or SEPARATOR not in lines[versions:]:

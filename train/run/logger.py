@@ -1,6 +1,6 @@
 """A run's log, `train_seed<SEED>.log`, and its numbers, `metrics.jsonl`.
 
-Log lines keep the order and units of published logs (see `train.run.log_grammar`), so existing scripts can parse them.
+Log lines keep the fields and units of published logs (see `train.run.log_grammar`), so existing scripts can parse them.
 New fields go to the end of a line.
 """
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 class RunLogger:
     """Writes a run's log and metrics line by line; an interruption loses at most the current line.
 
-    If the files exist, the logger appends after their last whole line. On ranks other than 0 all methods do nothing.
+    If the files exist, the logger appends after their last whole line. On ranks other than 0, no file is written.
 
     Args:
         run_dir: the run folder, which must exist.
         seed: the run's seed, part of the log's name.
         rank: rank of this process.
         echo: also print each line.
-        sinks: receive the numbers of each metric too (see `train.run.sinks`); closed with the logger.
+        sinks: optional loggers for the numbers of each metric (see `train.run.sinks`); closed with this logger.
     """
 
     def __init__(
@@ -82,14 +82,14 @@ class RunLogger:
             return
         _write_line(self._log, text)
         if self.echo and console:
-            # tqdm.write does not break a progress bar
+            # unlike print, tqdm.write does not break a progress bar
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def metric(self, kind: str, **values: Any) -> None:
         """Append the JSON object `{"kind": kind, **values}` to metrics.jsonl; NaN and infinities become null."""
         append_metric(self._metrics, kind, values)
-        # metrics without a step, such as the final score, belong to the last one
+        # a metric without a step, such as the final score, gets the last one
         self._step = values.get("step", self._step)
         prefix = f"{kind}/{values['name']}" if "name" in values else kind
         numbers = {f"{prefix}/{name}": value for name, value in values.items() if name != "step" and _is_number(value)}
@@ -99,9 +99,7 @@ class RunLogger:
     def header(self, source_text: str, *, gpu_report: str | None = None) -> None:
         """Write the header: source code, versions and the output of `nvidia-smi`; nothing if the run is resumed.
 
-        Args:
-            source_text: source of the code that trains.
-            gpu_report: replaces the output of `nvidia-smi`; None runs it, if it is installed.
+        `gpu_report` replaces the output of `nvidia-smi`.
         """
         if self._log is None or self.resumed:
             return
@@ -118,18 +116,16 @@ class RunLogger:
     def facts(
         self, *, dataset: str, train_shards: int, model_params: int, world_size: int, grad_accum_steps: int, seed: int
     ) -> None:
-        """Write the key:value lines before the first step."""
         self.line(f"train_loader:dataset:{dataset.replace(' ', '_')} train_shards:{train_shards}")
         self.line(f"model_params:{model_params}")
         self.line(f"world_size:{world_size} grad_accum_steps:{grad_accum_steps}")
         self.line(f"seed:{seed}")
 
     def warmup_step(self, step: int, total: int, note: str = "") -> None:
-        """Log a warm-up step, counted from 1; `note` goes to the end of the line."""
         self.line(f"warmup_step:{step}/{total}{note}")
 
     def train_step(self, step: int, total: int, train_loss: float, train_time_ms: float, **extra: Any) -> None:
-        """Log the training loss of `step` at `train_time_ms` of the training clock; `extra` goes to the end of the line."""
+        """Log a step's training loss; `train_time_ms` is the training clock, `extra` goes to the end of the line."""
         average = train_time_ms / max(step, 1)
         tail = "".join(f" {name}:{_format(value)}" for name, value in extra.items())
         self.line(
@@ -138,7 +134,7 @@ class RunLogger:
         self.metric("train", step=step, train_loss=train_loss, seconds=train_time_ms / 1000, **extra)
 
     def val_step(self, step: int, total: int, val_loss: float, val_bpb: float, train_time_ms: float) -> None:
-        """Log a validation after `step` steps; `train_time_ms` is the training clock, which excludes validations."""
+        """Log a validation after `step` steps; `train_time_ms` is the training clock, which excludes validation."""
         average = train_time_ms / max(step, 1)
         self.line(
             f"step:{step}/{total} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
@@ -147,7 +143,7 @@ class RunLogger:
         self.metric("val", step=step, val_loss=val_loss, val_bpb=val_bpb, seconds=train_time_ms / 1000)
 
     def resume(self, step: int, train_time_ms: float) -> None:
-        """Log that training resumes at `step`; points that the interrupted process logged after it are void."""
+        """Log that training resumes at `step`; points that an earlier process logged after it are void."""
         self.line(f"resumed: step:{step} train_time:{train_time_ms:.0f}ms")
         self.metric("resume", step=step, seconds=train_time_ms / 1000)
 
@@ -169,7 +165,7 @@ class RunLogger:
         bits: int = 6,
         codec: str = "brotli",
     ) -> None:
-        """Log the sizes of the trained weights, the code, the packed model, and the submission as a whole."""
+        """Log the sizes of the trained weights (`raw_bytes`), the code, the artifact, and the submission."""
         form = f"int{bits}+{codec}"
         self.line(f"Serialized model: {raw_bytes} bytes")
         self.line(f"Code size: {code_bytes} bytes")
@@ -197,7 +193,7 @@ class RunLogger:
             val_loss: nats per token.
             val_bpb: bits per byte.
             seconds: duration of the evaluation.
-            stride: new tokens per window; 0: a flat evaluation, whose lines name no stride.
+            stride: new tokens per window; 0: a flat evaluation, whose lines have no stride.
             facts: more values for metrics.jsonl.
         """
         for text in final_lines(name, val_loss, val_bpb, seconds, stride=stride):
@@ -207,7 +203,7 @@ class RunLogger:
 
 
 def final_lines(name: str, val_loss: float, val_bpb: float, seconds: float, *, stride: int = 0) -> tuple[str, str]:
-    """The two lines of a final score: with 4 and with 8 decimals (see `RunLogger.final`)."""
+    """The two log lines of `RunLogger.final`."""
     tail = f"{f' stride:{stride}' if stride else ''} eval_time:{seconds * 1000:.0f}ms"
     return (
         f"final_{name} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}{tail}",
@@ -216,7 +212,7 @@ def final_lines(name: str, val_loss: float, val_bpb: float, seconds: float, *, s
 
 
 def append_metric(target: TextIO | str | os.PathLike[str] | None, kind: str, values: dict[str, Any]) -> None:
-    """Append one object to a metrics file, given open or by path; None does nothing."""
+    """Append one object to a metrics file, which is open or a path; None does nothing."""
     if target is None:
         return
     if isinstance(target, (str, os.PathLike)):
@@ -228,7 +224,7 @@ def append_metric(target: TextIO | str | os.PathLike[str] | None, kind: str, val
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read metrics.jsonl, without a last line that was not written completely.
+    """Read metrics.jsonl, without an incomplete last line.
 
     Raises:
         UserError: the file is missing, or another line is not a JSON object with a `kind`.
@@ -251,9 +247,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def series(records: list[dict[str, Any]], kind: str, field: str) -> list[tuple[int, float, float]]:
-    """The points (step, seconds, value) of one curve, sorted by step.
+    """The points (step, seconds, value) of one curve, sorted by step; points without a value are left out.
 
-    Points after a checkpoint from which training was later resumed are left out, and so are points without a value.
+    Where training resumed from a checkpoint, earlier points after that checkpoint are left out too.
     """
     points: dict[int, tuple[int, float, float]] = {}
     for record in records:
@@ -265,10 +261,7 @@ def series(records: list[dict[str, Any]], kind: str, field: str) -> list[tuple[i
 
 
 def resumed_steps(records: list[dict[str, Any]]) -> list[int]:
-    """The steps at which training was resumed, sorted.
-
-    A resumption is left out if training was later resumed from an earlier step, because its steps were then repeated.
-    """
+    """The steps at which training resumed, sorted; resuming from an earlier step removes the later ones."""
     steps: list[int] = []
     for record in records:
         if record["kind"] == "resume":
@@ -293,13 +286,13 @@ def _write_line(file: TextIO, text: str) -> None:
     try:
         file.write(text + "\n")
     except OSError as error:
-        # the error of a full disk has no file name
+        # the error for a full disk has no file name
         error.filename = file.name
         raise
 
 
 def _open_for_lines(path: Path) -> TextIO:
-    # remove an incomplete last line, which would run into the next one
+    # remove an incomplete last line, to which the next one would be appended
     if path.exists():
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):

@@ -1,4 +1,4 @@
-"""Ranges in a trace around the kernels of each part of the model, eager or compiled."""
+"""Trace ranges around the kernels of each part of the model, eager or compiled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.profiler import record_function
 
 @contextlib.contextmanager
 def named_ranges(model: nn.Module) -> Iterator[None]:
-    """Open a range with the module's name around every module's forward pass; for a model that is not compiled."""
+    """Put a range with the module's name around every module's forward pass, in a model that is not compiled."""
     ranges: list[Any] = []
 
     def enter(name: str) -> Any:
@@ -42,7 +42,7 @@ def named_ranges(model: nn.Module) -> Iterator[None]:
 
 
 class KernelRanges:
-    """The ranges of one call of a compiled graph, opened by the compiled code; without a profiler only a check."""
+    """Opened by compiled code: the ranges of one call of the graph. Without a profiler, it does nothing."""
 
     def __init__(self) -> None:
         self._range: record_function | None = None
@@ -59,16 +59,10 @@ class KernelRanges:
 
 @functools.cache
 def name_compiled_kernels(device: str) -> str | None:
-    """Open ranges by part of the model in all graphs that this process compiles for `device` from now on.
+    """Make every graph that this process compiles for a `device` type from now on open a range per part of the model.
 
-    A range surrounds the launches of consecutive kernels of one part, forward and backward. The kernels do not change. Such
-    code is not stored in the compile cache.
-
-    Args:
-        device: a device's type.
-
-    Returns:
-        None, or why there are no ranges: this torch's code generator is not supported.
+    A range surrounds the launches of consecutive kernels of one part, forward and backward. The kernels do not change. The
+    code is not stored in the compile cache. Returns None, or why this version of torch is not supported.
     """
     # imported here: only a profile of a compiled model needs it
     try:
@@ -107,7 +101,7 @@ def name_compiled_kernels(device: str) -> str | None:
                 return subgraph
             return RangeWrapper()
 
-        # Inductor calls this before each kernel's call
+        # Inductor calls this before it writes a kernel's call
         def write_provenance_debug_handle(self, kernel_name: str, debug_handle: int | None = None) -> None:
             # looked up at each call, because Inductor replaces the table
             made_of = debug._inductor_triton_kernel_to_post_grad_node_info.get(f"{kernel_name}:{debug_handle}", [])
@@ -128,18 +122,18 @@ def name_compiled_kernels(device: str) -> str | None:
             super().generate_return(output_refs)
 
     common.device_codegens[device] = dataclasses.replace(known, wrapper_codegen=RangeWrapper)
-    # makes Inductor record the graph nodes of each kernel
+    # Inductor then records the graph nodes of each kernel
     config.trace.provenance_tracking_level = 2
-    # on torch 2.11 the cache may hold graphs compiled without ranges
+    # on torch 2.11 this cache may return graphs compiled without ranges
     autograd_config.enable_autograd_cache = False
     return None
 
 
 def part_of(nodes: Iterable[fx.Node]) -> str:
-    """The part of the model that a kernel belongs to, from its graph nodes.
+    """The part of the model that a kernel with these graph nodes belongs to.
 
-    Views count only if there is no other node. A part includes its own parts. A kernel of two parts has both names, a kernel
-    of more the first one and a number; a kernel of none belongs to "model".
+    Views count only if all nodes are views. "blocks.0" includes "blocks.0.mlp". A kernel of two parts gets both names, a
+    kernel of more parts the first name and a number, a kernel of none "model".
     """
     nodes = list(nodes)
     names = {module_of(node) for node in nodes if not getattr(node.target, "is_view", False)} - {""}
@@ -151,7 +145,7 @@ def part_of(nodes: Iterable[fx.Node]) -> str:
 
 
 def module_of(node: fx.Node) -> str:
-    """The name of the module whose forward pass a graph node belongs to or differentiates; empty for the model itself."""
+    """The module whose forward or backward pass a graph node belongs to; empty for the model itself."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     path = next((path for path, _ in reversed(stack.values())), "")
     return re.sub(r"^L\['\w+'\]\.?", "", path)

@@ -24,11 +24,11 @@ from train.run.clocks import WallClock
 from train.run.logger import RunLogger
 from train.run.profile_parts import named_ranges
 
-# a kernel (on a CPU: an operator) belongs to the first family whose pattern its name contains; golf_kernels' Triton kernels are
-# matched by full name
+# a kernel (on a CPU: an operator) belongs to the first family whose pattern matches its name; golf_kernels' Triton kernels match by
+# full name
 _ELEMENTWISE = "elementwise and norms"
 FAMILIES: tuple[tuple[str, str], ...] = (
-    # names of generated kernels contain all fused operations; triton_tem are matrix products
+    # Inductor's kernel names list all fused operations; triton_tem are matrix products
     (_ELEMENTWISE, r"^triton_(?!tem)"),
     ("communication", r"nccl|gloo|c10d"),
     (
@@ -44,36 +44,29 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     (_ELEMENTWISE, r"mix_rms_norm|^(mix|unmix)_kernel|fake_quantize|elementwise|vectorized|reduce_kernel|aten::[a-z]"),
 )
 OTHER = "other"
-# the ranges of the training loop, which are no parts of the model
+# ranges of the training loop, not of the model
 LOOP_RANGES = ("forward", "backward")
 
 NO_KERNELS = (
-    "the trace has no kernels; the driver may not allow profiling (CUPTI): run as root, in a container with "
+    "the trace has no kernels; the driver may forbid profiling (CUPTI): run as root, in a container with "
     "--cap-add=SYS_ADMIN, or load the driver with NVreg_RestrictProfilingToAdminUsers=0"
 )
 
 
 def kernel_family(name: str) -> str:
-    """The family of a kernel in `FAMILIES`, or "other"."""
     lowered = name.lower()
     return next((family for family, pattern in FAMILIES if re.search(pattern, lowered)), OTHER)
 
 
 def part_of_any_layer(part: str) -> str:
-    """A part's name without numbers: "blocks.mlp" for "blocks.3.mlp"."""
+    """A part's name without layer numbers: "blocks.mlp" for "blocks.3.mlp"."""
     return re.sub(r"\.\d+", "", part)
 
 
 def breakdown(
     events: Iterable[tuple[str, float]], steps: int, group: Callable[[str], str] = kernel_family
 ) -> dict[str, float]:
-    """Milliseconds per step and group, the largest first.
-
-    Args:
-        events: names and microseconds.
-        steps: steps over which they ran.
-        group: maps a name to its group.
-    """
+    """Milliseconds per step by group, largest first, of (name, microseconds) over `steps` steps."""
     total: dict[str, float] = {}
     for name, microseconds in events:
         total[group(name)] = total.get(group(name), 0.0) + microseconds / 1e3 / steps
@@ -81,23 +74,23 @@ def breakdown(
 
 
 def kernel_times(trace: profile) -> list[tuple[str, float]]:
-    """Name and microseconds of every kernel; in a profile of a CPU, of every operator without those it calls."""
-    # key_averages would take seconds
+    """Name and microseconds of every kernel; on a CPU, of every operator, without the operators it calls."""
+    # key_averages takes seconds
     if _of_gpu(trace):
         return [(e.name, e.self_device_time_total) for e in trace.events() if _is_kernel(e)]
     return [(e.name, e.self_cpu_time_total) for e in trace.events() if e.self_cpu_time_total > 0]
 
 
 def part_times(trace: profile) -> list[tuple[str, float]]:
-    """Name and microseconds of the innermost range in which each kernel (on a CPU: operator) was launched.
+    """For each launched kernel (on a CPU: operator), its innermost range and its microseconds.
 
-    A node of the backward pass counts for the range of the operator that it differentiates, with " backward" after the name.
-    Kernels launched outside all ranges, or by a CUDA graph, are "elsewhere".
+    A backward operator belongs to the range of its forward operator, with " backward" after the name. Kernels launched outside
+    all ranges, or by a CUDA graph, are "elsewhere".
     """
     events = [event for event in trace.events() if event.device_type.name == "CPU"]
     whole = sum(microseconds for _, microseconds in kernel_times(trace))
-    # autograd numbers its nodes per thread; an operator carries the number of the next node, so the last operator with a number
-    # created that node
+    # autograd numbers its nodes per thread; an operator has the number of the next node, so the last operator with a number created
+    # that node
     operators = [event for event in events if event.sequence_nr >= 0 and not event.fwd_thread]
     made_in = {(event.thread, event.sequence_nr): _part(event, {}) for event in operators}
     found = []
@@ -110,7 +103,7 @@ def part_times(trace: profile) -> list[tuple[str, float]]:
 
 
 def busy_ms(trace: profile, steps: int) -> float | None:
-    """Milliseconds per step in which the GPU was busy, overlaps counted once; None without a GPU."""
+    """Milliseconds per step in which the GPU ran at least one kernel; None without a GPU."""
     spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events() if _is_kernel(e))
     busy, until = 0.0, -math.inf
     for start, end in spans:
@@ -120,7 +113,7 @@ def busy_ms(trace: profile, steps: int) -> float | None:
 
 
 def _part(event: Any, made_in: Mapping[tuple[int, int], str]) -> str:
-    """The innermost range around an event, or around the operator that it differentiates; empty if there is none."""
+    """The innermost range around an event, or around its forward operator; empty if there is none."""
     while event is not None and not _is_range(event):
         part = made_in.get((event.fwd_thread, event.sequence_nr), "")
         if part and part not in LOOP_RANGES:
@@ -134,7 +127,7 @@ def _of_gpu(trace: profile) -> bool:
 
 
 def _is_kernel(event: Any) -> bool:
-    # ranges of record_function appear on the GPU, too
+    # ranges of record_function also appear as GPU events
     return event.device_type.name == "CUDA" and not event.is_user_annotation
 
 
@@ -144,18 +137,11 @@ def _is_range(event: Any) -> bool:
 
 
 class StepProfiler:
-    """Profiles some steps of a run into `<run>/profile/`.
+    """Profiles `steps` (counted from 0) of a run; every rank writes a trace to `<run>/profile/`, rank 0 the breakdowns.
 
-    Starting and writing the profile do not count as training time, and training continues if a file cannot be written. The
-    profile ends early before a validation, a checkpoint, or the first step with recurrence.
-
-    Args:
-        steps: the steps to profile, counted from 0; at least one.
-        folder: the run's folder.
-        ranks: every rank writes a trace, rank 0 the breakdowns.
-        log: gets a line about the result.
-        clock: training clock, running from `before` to `after`.
-        parts: a model that is not compiled, to name its modules in the trace; else None.
+    Starting and writing the profile do not count as training time. Training continues if a file cannot be written. The
+    profile ends early before a validation, a checkpoint, or the first step with recurrence. `parts` is the model if it is
+    not compiled, to name its modules in the trace.
     """
 
     def __init__(
@@ -163,7 +149,7 @@ class StepProfiler:
     ) -> None:
         self.steps = steps
         self.folder = folder / "profile"
-        # whether it began, or logged why it will not
+        # whether the profile began, or the log says why it will not
         self._settled = self._recurrence = False
         self._ranks = ranks
         self._log = log
@@ -173,7 +159,7 @@ class StepProfiler:
         self._ranges = contextlib.ExitStack()
 
     def before(self, step: int, *, recurrence: bool) -> None:
-        """Call before each step: starts the profile at its first step, or logs that this step was done earlier."""
+        """Call before each step: starts the profile at its first step, or logs that an earlier process did that step."""
         if not self._settled and step > self.steps.start:
             self._settled = True
             self._log.line(
@@ -205,12 +191,7 @@ class StepProfiler:
         self.end(done, "training ends")
 
     def end(self, done: int, why: str = "") -> None:
-        """End the profile, if one runs, and write it; the clock must be paused.
-
-        Args:
-            done: number of finished steps.
-            why: reason to end early.
-        """
+        """End the profile after `done` steps, if one runs, and write it; the clock must be paused."""
         if self._trace is None:
             return
         trace, self._trace = self._trace, None
@@ -231,7 +212,7 @@ class StepProfiler:
                 name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
                 title = f"steps {self.steps.start}-{done - 1} on {name}"
                 return write_breakdowns(self.folder, "", trace, steps, title) or ""
-        # the other ranks wait for this one's answer, also after an error
+        # no exception may leave here: the other ranks wait for this one's answer
         except (OSError, RuntimeError, UserError) as error:
             return f"not all written ({error})"
         return ""
@@ -258,7 +239,7 @@ def write_trace(path: Path, trace: profile) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".trace") as folder:
         plain = Path(folder) / "trace.json"
         trace.export_chrome_trace(str(plain))
-        # the profiler only warns if it cannot write
+        # the profiler does not raise if it cannot write
         if not plain.exists():
             raise OSError(errno.EIO, "the profiler could not write its trace; is the disk full?", str(path))
         with atomic_writer(path) as file:
@@ -268,10 +249,7 @@ def write_trace(path: Path, trace: profile) -> None:
 def write_breakdowns(folder: Path, prefix: str, trace: profile, steps: int, title: str) -> str | None:
     """Write a profile's milliseconds per step by kernel family and by part of the model, as JSON and PNG.
 
-    `parts.json` lists every layer, `parts.png` the sum over layers.
-
-    Returns:
-        None, or why nothing was written.
+    `parts.json` lists every layer, `parts.png` the sums over layers. Returns None, or why nothing was written.
     """
     families, parts = breakdown(kernel_times(trace), steps), breakdown(part_times(trace), steps, str)
     if not families:
@@ -285,7 +263,6 @@ def write_breakdowns(folder: Path, prefix: str, trace: profile, steps: int, titl
 
 
 def plot_breakdown(path: Path, times: Mapping[str, float], title: str) -> None:
-    """Draw milliseconds per step as bars, the largest at the top."""
     # imported here: only a profile needs matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Loggers besides the run's own files: TensorBoard and Weights & Biases, imported only if requested."""
+"""Optional loggers: TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train.common.errors import UserError
 
 
 class Sink(Protocol):
-    """Receives scalars during a run."""
+    """Receives the numbers of a run."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -42,16 +42,10 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         wandb = _library("wandb")
         project = os.environ.get("WANDB_PROJECT", "golf_kernels")
+        name, values = folder.name, dict(settings)
         try:
             # one id per folder, so that a resumed run continues its curves
-            self._run = wandb.init(
-                project=project,
-                id=folder.name,
-                name=folder.name,
-                dir=str(folder),
-                config=dict(settings),
-                resume="allow",
-            )
+            self._run = wandb.init(project=project, id=name, name=name, dir=str(folder), config=values, resume="allow")
         except wandb.errors.Error as error:
             raise UserError(
                 f"loggers: wandb does not start ({error}): run wandb login, set WANDB_MODE=offline, or drop wandb from LOGGERS"
@@ -69,11 +63,7 @@ _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 def sink_names(text: str) -> list[str]:
-    """The names in the setting `loggers`, such as `tensorboard,wandb`.
-
-    Raises:
-        UserError: a name is unknown.
-    """
+    """The names in the setting `loggers`, such as `tensorboard,wandb`; an unknown one raises a UserError."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in SINKS:
@@ -82,25 +72,16 @@ def sink_names(text: str) -> list[str]:
 
 
 def check_sinks(text: str) -> None:
-    """Import the loggers' packages, before the run starts.
-
-    Raises:
-        UserError: a name is unknown, or a package is not installed.
-    """
+    """Raise a UserError if a name in the setting `loggers` is unknown or its package is not installed."""
     for name in sink_names(text):
         _library(name)
 
 
 def open_sinks(text: str, folder: Path, settings: Mapping[str, Any]) -> list[Sink]:
-    """Start the loggers that the setting names.
-
-    Args:
-        text: the setting `loggers`; empty: none.
-        folder: the run folder.
-        settings: the run's settings, stored beside the curves.
+    """Start the loggers that the setting `loggers` names, for a run folder; they store the run's settings too.
 
     Raises:
-        UserError: see `check_sinks`; or a service does not start.
+        UserError: see `check_sinks`, or Weights & Biases does not start.
     """
     return [SINKS[name](folder, settings) for name in sink_names(text)]
 
