@@ -1,4 +1,4 @@
-"""`python -m train`: from text to record, in one process or under torchrun."""
+"""`python -m train`: train, quantize, pack, score and record, in one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ examples:
   python -m train --recipe quickstart --max_wallclock_seconds 30 --seed 42
   python -m train --recipe quickstart --data_path data/mine --run_id mine
   SEED=42 torchrun --standalone --nproc_per_node=2 -m train --recipe quickstart
-  python -m train --recipe sp8192_sdclip --describe    print parameters, bytes, layers and schedule, and do not train
+  python -m train --recipe sp8192_sdclip --describe    only print parameters, bytes, layers and schedule
   python -m train --run_id mine --resume auto          resume after an interruption; see checkpoint_every
 
 A flag overrides an environment variable, which overrides the recipe, which overrides the default.
-Single stages: python -m train.data, train.quantize, train.artifact, train.evaluate, train.submission; each has --help.
+To run one stage: python -m train.data, train.quantize, train.artifact, train.evaluate or train.submission; each has --help.
 """
 
 
@@ -41,7 +41,7 @@ def main() -> int:
         return print_description(config, as_json="--json" in wants)
     if wants:
         raise ConfigError("--json: expected only together with --describe")
-    # imported late: torch takes seconds, and an error in the settings should not
+    # imported late, so that an error in the settings does not wait seconds for torch
     from train.pipeline import run_pipeline
 
     run_pipeline(config, overrides)

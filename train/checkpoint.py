@@ -1,4 +1,4 @@
-"""Checkpoints, from which a run goes on as if it had never stopped, and the trained weights at its end."""
+"""Checkpoints, from which a run resumes exactly, and the trained weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.run.folder import RunFolder
 
 
 class Stateful(Protocol):
-    """A part of a run that a checkpoint keeps."""
+    """Something whose state a checkpoint stores."""
 
     def state_dict(self) -> Mapping[str, Any]: ...
 
@@ -29,17 +29,13 @@ class Stateful(Protocol):
 
 
 Parts = Mapping[str, Stateful | None]
-"""By name; None for a part that this run does not have."""
+"""What a checkpoint stores, by name; None: not in this run."""
 
 
 def save_checkpoint(path: Path, parts: Parts, ranks: Ranks, extra: Mapping[str, Any]) -> None:
-    """Write the state of every part, so that the file is whole or the former one.
+    """Write the states of all parts, and plain values such as the step, atomically.
 
-    Args:
-        path: the checkpoint's file.
-        parts: all ranks call this, since sharded state is gathered.
-        ranks: rank 0 writes.
-        extra: plain values, such as the step and the seconds.
+    All ranks must call this, because sharded states are gathered; rank 0 writes.
     """
     states = {name: part.state_dict() for name, part in parts.items() if part is not None}
     if ranks.is_main:
@@ -47,13 +43,10 @@ def save_checkpoint(path: Path, parts: Parts, ranks: Ranks, extra: Mapping[str, 
 
 
 def load_checkpoint(path: Path, parts: Parts, ranks: Ranks) -> dict[str, Any] | None:
-    """Put a checkpoint's states back into the parts.
-
-    Returns:
-        The extra values, or None if there is no checkpoint.
+    """Load a checkpoint's states into the parts; return its `extra` values, or None if there is no checkpoint.
 
     Raises:
-        UserError: the file is damaged, or made for other settings.
+        UserError: the file is damaged, or its parts are others than this run's.
     """
     if not path.exists():
         return None
@@ -69,25 +62,21 @@ def load_checkpoint(path: Path, parts: Parts, ranks: Ranks) -> dict[str, Any] | 
 
 
 def write_tensors(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a dictionary of tensors and plain values, whole or not at all.
-
-    Raises:
-        OSError: as the file system reports it, with `filename` set to `path`.
-    """
-    # torch.save would hide a full disk behind an error of its own: it writes to memory, which then goes to the file
+    """Write a dictionary of tensors and plain values atomically."""
+    # torch.save writes to memory first, because it would replace the error for a full disk by its own
     buffer = io.BytesIO()
     torch.save(dict(values), buffer)
     atomic_write(path, buffer.getbuffer())
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a file of `write_tensors`; no code in it is ever run.
+    """Read a file of `write_tensors`; code in the file is never executed.
 
     Raises:
-        UserError: the file is damaged or not of that kind.
+        UserError: the file is damaged, or not written by `write_tensors`.
     """
     try:
-        # torch.load does not look at the checksums that torch.save wrote
+        # torch.load does not check the checksums that torch.save wrote
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
@@ -113,14 +102,10 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
 
 
 def load_weights(folder: RunFolder, config: Config | None = None) -> GPT:
-    """The trained model of a run, from weights.pt.
-
-    Args:
-        folder: the run's.
-        config: its settings with another `device`; None: as the run had them.
+    """The trained model of a run, from weights.pt; `config` None: the run's own settings.
 
     Raises:
-        UserError: training has not finished, or the file is not the weights of this run.
+        UserError: training has not finished, or the file does not fit the settings.
     """
     model = GPT(config or folder.trained_config())
     path = folder.need(folder.weights, f"python -m train --run_id {folder.path.name} --resume auto")

@@ -1,7 +1,6 @@
-"""The settings of a run from the command line, the environment and the recipe.
+"""The settings of a run, from flags, environment variables (the name in upper case) and the recipe.
 
-The environment variable of a setting is its name in upper case, as in Parameter Golf's run commands. A flag or variable
-that looks like a setting but is none is an error that names the most similar setting.
+A flag or variable that looks like a misspelt setting is an error that names the most similar setting.
 """
 
 from __future__ import annotations
@@ -27,25 +26,19 @@ from train.config import (
 )
 from train.recipes import load_recipe, recipe_names
 
-# a variable that begins with one of these words is meant as a setting, even if misspelt, such as MUON_MOMENTM
+# an environment variable that begins with one of these words must be a setting; MUON_MOMENTM is an error
 _FAMILIES = frozenset(
     "ADAM BIGRAM COMPRESSOR EMA EMBED EVAL GPTQ LOGIT MATRIX MLP MUON NORMUON PAID PARALLEL QAT QK RECUR ROPE SCALAR SKIP SMEAR "
     "SWA TIED TIE TRAIN TRIGRAM TTT UNET VAL VE VOCAB WARMDOWN WARMUP WEIGHT XSA".split()
 )
 
-# names of other published scripts → ours
+# names in other published scripts → ours
 _ALIASES = {"weight_quantization_bits": "matrix_bits", "embed_quantization_bits": "embed_bits"}
 
 
 @dataclass(frozen=True)
 class Override:
-    """A setting that differs from the recipe.
-
-    Attributes:
-        name: of the setting.
-        value: its value.
-        source: where the value was given.
-    """
+    """A setting that differs from the recipe, and where it was given."""
 
     name: str
     value: Any
@@ -53,14 +46,9 @@ class Override:
 
 
 def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list[Override]]:
-    """Build the configuration from flags, environment variables and the recipe.
+    """The configuration, and the settings that differ from the recipe.
 
-    Args:
-        arguments: `--name value` or `--name=value`; names may be written with `-` for `_`.
-        environ: the environment variables.
-
-    Returns:
-        The configuration, and the settings that differ from the recipe.
+    A flag is `--name value` or `--name=value`; `-` in the name means `_`.
 
     Raises:
         ConfigError: an unknown name, a wrong type, a value out of range, or settings that contradict each other.
@@ -89,23 +77,15 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Confi
 def note_unread(
     config: Config, environ: Mapping[str, str], note: Callable[[str], object], flags: Collection[str] = ()
 ) -> None:
-    """Warn about environment variables that disagree with the settings of a single stage, which ignores them.
+    """Warn, by `note`, about environment variables that a single stage ignores although they disagree with its settings.
 
-    Args:
-        config: the settings of the stage.
-        environ: the environment variables.
-        note: called with each warning.
-        flags: the settings that the stage has flags for.
+    `flags` are the settings for which the stage has flags.
     """
+    # GOLF_BACKEND is not ignored: a run may be trained and scored with different kernels
+    ignored = set(field_names()) - BOOKKEEPING - {dispatch.ENVIRONMENT_VARIABLE.lower()}
     for name, text in sorted(environ.items()):
         field = _field_of(name)
-        # GOLF_BACKEND is read: a run may be trained with other kernels than it is scored with
-        if (
-            not name.isupper()
-            or field not in field_names()
-            or field in BOOKKEEPING
-            or name == dispatch.ENVIRONMENT_VARIABLE
-        ):
+        if not name.isupper() or field not in ignored:
             continue
         value = getattr(config, field)
         try:
@@ -118,11 +98,7 @@ def note_unread(
 
 
 def check_backends() -> None:
-    """Check that the backends that GOLF_BACKEND forces can run.
-
-    Raises:
-        UserError: one of them cannot run, or does not exist.
-    """
+    """Raise a UserError if a backend that GOLF_BACKEND forces cannot run or does not exist."""
     try:
         dispatch.validate()
     except dispatch.BackendError as error:
@@ -130,7 +106,6 @@ def check_backends() -> None:
 
 
 def help_text() -> str:
-    """Every setting, by section, and every recipe."""
     starts = {first: title for title, first in SECTIONS.items()}
     lines = ["Settings: flags (--NAME VALUE) or environment variables (NAME in upper case); default in brackets"]
     for name in field_names():
@@ -143,7 +118,6 @@ def help_text() -> str:
 
 
 def override_line(override: Override) -> str:
-    """The log line of a setting that differs from the recipe."""
     return f"setting:{override.name}={format_value(override.value)} from:{override.source}"
 
 
@@ -168,7 +142,6 @@ def _flags(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _field_of(name: str) -> str:
-    """The setting that a flag or variable of this name means, if there is one."""
     return _ALIASES.get(name.lower(), name.lower())
 
 

@@ -1,11 +1,10 @@
 """The settings of a run, in one dataclass.
 
-The environment variable of a setting is its name in upper case. Names follow Parameter Golf, so published run commands
-work unchanged. The command line (`--name value`) goes before the environment, then the recipe, then the default. An
-unknown name, a wrong type or a value out of range is a `ConfigError`, raised before anything is allocated.
+Names follow Parameter Golf, so published run commands work unchanged. A flag (`--name value`) overrides an environment
+variable (the name in upper case), which overrides the recipe, which overrides the default.
 
-A new setting's default must reproduce the old behaviour, so that existing runs and artifacts stay valid. A setting that
-is removed gets a row in `RETIRED`.
+A new setting's default must reproduce the old behaviour, so that existing runs and artifacts stay valid. A removed
+setting gets a row in `RETIRED`.
 """
 
 from __future__ import annotations
@@ -19,14 +18,13 @@ from typing import Any
 
 from train.common.values import ConfigError, check_type, check_value, format_value, parse_steps, parse_text, setting
 
-# settings that do not affect any computed number
+# settings that change no computed number
 BOOKKEEPING = frozenset(
     {"run_id", "runs_dir", "resume", "checkpoint_every", "train_log_every", "loggers", "profile_steps"}
 )
-# settings in which runs of the same recipe may differ
+# settings that may differ between runs of one recipe
 LOCAL = BOOKKEEPING | {"recipe", "seed", "data_path", "tokenizer_path", "device", "code_form"}
 
-# the version that removed the settings in RETIRED
 REMOVED_IN = "0.2.0"
 
 RETIRED: dict[str, tuple[Any, ...] | None] = {
@@ -47,9 +45,9 @@ RETIRED: dict[str, tuple[Any, ...] | None] = {
     "val_batch_size": None,
     "val_max_tokens": (0,),
 }
-"""Removed settings: name → the values that give today's results; None: any value does.
+"""Settings removed in `REMOVED_IN`: name → the values that match today's behaviour; None: all values do.
 
-A config.json or artifact with one of these values loads as if the setting were not there.
+A config.json or artifact with such a value loads without the setting.
 """
 
 SECTIONS = {
@@ -60,7 +58,7 @@ SECTIONS = {
     "quantization and artifact": "quantizer",
     "validation and evaluation": "val_loss_every",
 }
-"""The sections of `Config` → the first setting of each."""
+"""Section of `Config` → its first setting."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +66,11 @@ class Config:
     """Every setting of a run; `python -m train --help` lists them."""
 
     # run
-    recipe: str = setting("quickstart", "recipe to start from: a file in train/recipes")
+    recipe: str = setting("quickstart", "recipe: a file in train/recipes")
     run_id: str = setting("", "name of the run folder; empty: RECIPE_DATE-TIME")
     runs_dir: str = setting("runs", "folder of all run folders")
     seed: int = setting(1337, "seed of Python, NumPy and PyTorch", low=0, high=2**63 - 1)
-    resume: str = setting("never", "auto continues from the run's checkpoint, if it has one", choices=("never", "auto"))
+    resume: str = setting("never", "auto: continue from the run's checkpoint, if it has one", choices=("never", "auto"))
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: no checkpoints", low=0)
     train_log_every: int = setting(200, "steps between log lines of the training loss", low=1)
     loggers: str = setting("", "also log to tensorboard, wandb, or tensorboard,wandb; empty: to files only")
@@ -88,7 +86,7 @@ class Config:
     # data
     data_path: str = setting("", "folder of the shards (*_train_*.bin, *_val_*.bin) and the tokenizer")
     tokenizer_path: str = setting("", "SentencePiece model; empty: the one in data_path")
-    corpus: str = setting("", "text to make data_path from, if there is no such folder", choices=("", "stdlib"))
+    corpus: str = setting("", "text to build data_path from, if it does not exist", choices=("", "stdlib"))
     vocab_size: int = setting(1024, "tokens in the vocabulary", low=259, high=65536)
     train_seq_len: int = setting(1024, "tokens per training sequence", low=1)
     train_batch_tokens: int = setting(524288, "tokens per step, over all ranks", low=1, high=2**31)
@@ -112,12 +110,12 @@ class Config:
     ln_scale: bool = setting(False, "scale the norms of layer l by 1/sqrt(l + 1)")
     xsa_last_n: int = setting(0, "last n layers subtract the value direction from attention's output (XSA)", low=0)
     smear_gate: str = setting(
-        "off", "blend each token with its predecessor; document: only inside documents",
+        "off", "blend each token with the previous one; document: only inside documents",
         choices=("off", "published", "document"),
     )  # fmt: skip
     bigram_vocab_size: int = setting(0, "rows of the hashed bigram embedding; 0: none", low=0, high=2**24)
     bigram_dim: int = setting(128, "width of the hashed bigram embedding", low=1, high=65536)
-    trigram: bool = setting(False, "add the rows of trigrams, from the same table as the bigrams")
+    trigram: bool = setting(False, "add trigram rows, from the table of the bigrams")
     ve_dim: int = setting(0, "width of the shared value embedding; 0: none", low=0, high=65536)
     ve_layers: tuple[int, ...] = setting((), "layers that add the value embedding to their values")
     ve_proj_optimizer: str = setting("muon", "optimizer of the value embedding's projection", choices=("muon", "adamw"))
@@ -138,16 +136,18 @@ class Config:
     # optimization
     iterations: int = setting(20000, "steps, unless the wall clock ends training first", low=1)
     max_wallclock_seconds: float = setting(600.0, "wall-clock limit of training; 0: none", low=0.0)
-    gptq_reserve_seconds: float = setting(0.0, "part of the wall-clock limit reserved for GPTQ calibration", low=0.0)
+    gptq_reserve_seconds: float = setting(0.0, "seconds of the wall-clock limit reserved for GPTQ calibration", low=0.0)
     warmup_steps: int = setting(20, "steps before the clock starts; their updates are undone", low=0)
     warmdown_iters: int = setting(1200, "steps of the final learning-rate decay", low=0)
-    warmdown_frac: float = setting(0.0, "fraction of training with decay; 0: warmdown_iters counts", low=0.0, high=1.0)
+    warmdown_frac: float = setting(
+        0.0, "fraction of training with learning-rate decay; 0: use warmdown_iters", low=0.0, high=1.0
+    )
     matrix_lr: float = setting(0.04, "learning rate of the matrices (Muon)", low=0.0)
     tied_embed_lr: float = setting(0.05, "learning rate of the embeddings (AdamW)", low=0.0)
     scalar_lr: float = setting(0.04, "learning rate of vectors and scalars (AdamW)", low=0.0)
     muon_momentum: float = setting(0.95, "momentum of Muon", low=0.0, high=0.9999)
     muon_momentum_warmup_start: float = setting(0.85, "momentum of Muon at step 0", low=0.0, high=0.9999)
-    muon_momentum_warmup_steps: int = setting(500, "steps in which the momentum rises to muon_momentum", low=0)
+    muon_momentum_warmup_steps: int = setting(500, "steps until the momentum reaches muon_momentum", low=0)
     muon_backend_steps: int = setting(5, "Newton-Schulz iterations", low=1, high=20)
     muon_coefficients: str = setting("quintic", "Newton-Schulz coefficients: a name in newton_schulz.COEFFICIENTS")
     muon_wd: float = setting(0.0, "weight decay of the matrices", low=0.0)
@@ -158,7 +158,7 @@ class Config:
     adam_wd: float = setting(0.0, "weight decay of AdamW's parameters", low=0.0)
     embed_wd: float = setting(-1.0, "weight decay of the embeddings; -1: adam_wd", low=-1.0)
     optimizer_graph: str = setting(
-        "auto", "replay the optimizer's step as CUDA graphs; auto: if Muon's step is the fused one",
+        "auto", "replay the optimizer's step as CUDA graphs; auto: if Muon's step is fused",
         choices=("auto", "on", "off"),
     )  # fmt: skip
     grad_clip_norm: float = setting(0.0, "largest norm of the gradient; 0: no clipping", low=0.0)
@@ -167,7 +167,7 @@ class Config:
     )
     swa_enabled: bool = setting(False, "score weights averaged over the end of training (SWA)")
     swa_every: int = setting(200, "steps between the weights that SWA averages", low=1)
-    swa_start_frac: float = setting(0.5, "part of the peak learning rate at which SWA starts", low=0.0, high=1.0)
+    swa_start_frac: float = setting(0.5, "fraction of the peak learning rate at which SWA starts", low=0.0, high=1.0)
     qat: bool = setting(False, "train with fake-quantized int6 matrices and straight-through gradients")
 
     # quantization and artifact
@@ -206,17 +206,19 @@ class Config:
     target_mb: float = setting(0.0, "prune codes ±1 down to this size of code and model, in MiB; 0: off", low=0.0)
     prune_excess: int = setting(0, "codes ±1 to prune per byte over the cap (#1471: 8); 0: none", low=0)
     code_form: str = setting(
-        "wrapped", "script that counts as code; plain: as it is; wrapped: compressed text; raw: compressed bytes",
+        "wrapped", "script whose bytes count; plain: uncompressed; wrapped: compressed, as text; raw: compressed, as bytes",
         choices=("plain", "wrapped", "raw"),
     )  # fmt: skip
     max_artifact_bytes: int = setting(16_000_000, "cap on code plus model, in bytes", low=1)
 
     # validation and evaluation
-    val_loss_every: int = setting(1000, "steps between validations; 0: at the first and last step only", low=0)
+    val_loss_every: int = setting(
+        1000, "steps between validations; 0: only before the first and after the last step", low=0
+    )
     eval_seq_len: int = setting(0, "window length of the final evaluation; 0: train_seq_len", low=0)
     eval_stride: int = setting(64, "new tokens per window; 0: windows do not overlap", low=0)
     eval_rule: str = setting(
-        "once", "tokens that a window scores; once: every token once; others: rules of older records",
+        "once", "tokens that a window scores; once: each token once; others: rules of older records",
         choices=("once", "overlap_tail", "full_windows"),
     )  # fmt: skip
     paid_prefix_file: str = setting("", "file of targets that cost no nats (#262; NOT COMPLIANT); empty: none")
@@ -241,22 +243,20 @@ class Config:
 
     @property
     def window(self) -> int:
-        """Tokens per window of the final evaluation."""
+        """Window length of the final evaluation."""
         return self.eval_seq_len or self.train_seq_len
 
     @property
     def embedding_decay(self) -> float:
-        """Weight decay of the embeddings."""
         return self.adam_wd if self.embed_wd == -1 else self.embed_wd
 
     @property
     def training_seconds(self) -> float:
-        """Wall clock for training steps alone; 0 means no cap."""
+        """Wall-clock limit without the reserve for GPTQ; 0: none."""
         return max(self.max_wallclock_seconds - self.gptq_reserve_seconds, 0.0)
 
     @property
     def pruning_target_bytes(self) -> int:
-        """`target_mb` in bytes."""
         return int(self.target_mb * (1 << 20))
 
     def replace(self, **changes: Any) -> Config:
@@ -269,10 +269,10 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """The inverse of `to_dict`, which also reads the settings of earlier versions.
+        """The inverse of `to_dict`; also reads the settings of earlier versions.
 
         Raises:
-            ConfigError: an unknown name, a bad value, or a removed setting with a value that is no longer supported.
+            ConfigError: an unknown name, a bad value, or a removed setting with an unsupported value.
         """
         converted: dict[str, Any] = {}
         for name, value in values.items():
@@ -281,7 +281,7 @@ class Config:
                 _check_retired(name, typed)
                 continue
             if name == "code_form" and typed in ("minified", "sources"):
-                # forms removed in 0.2.0: quantized again, such a run counts the compressed script
+                # removed in 0.2.0: if such a run is quantized again, its compressed script counts
                 typed = "wrapped"
             if name not in _FIELDS:
                 raise ConfigError(f"{name}: no such setting{nearest(name)}")
@@ -295,12 +295,11 @@ _TYPES = typing.get_type_hints(Config)
 
 
 def field_names() -> tuple[str, ...]:
-    """The names of all settings."""
     return tuple(_FIELDS)
 
 
 def field_help(name: str) -> str:
-    """One line about a setting: meaning, choices and default."""
+    """A setting's meaning, choices and default, in one line."""
     field = _FIELDS[name]
     choices = ", ".join(format_value(choice) or "empty" for choice in field.metadata["choices"])
     default = int(field.default) if isinstance(field.default, bool) else field.default
@@ -308,23 +307,23 @@ def field_help(name: str) -> str:
 
 
 def field_type(name: str) -> str:
-    """What a value of the setting looks like, in one word."""
+    """A setting's type, for `--help`."""
     return {bool: "0|1", int: "int", float: "float", str: "text"}.get(_TYPES[name], "int,…")
 
 
 def refuse_retired(name: str, source: str) -> None:
-    """Raise a ConfigError if `name` is a removed setting; `source` says where it was given, such as `--name`."""
+    """Raise a ConfigError if the setting `name` was removed; the error begins with `source`, such as `--name`."""
     if name in RETIRED:
         raise ConfigError(f"{source}: {name} was removed in {REMOVED_IN}: leave it out")
 
 
 def parse_value(name: str, text: str, source: str) -> Any:
-    """The value that an environment variable or flag gives to a setting; see `parse_text`."""
+    """A setting's value from an environment variable or flag; see `parse_text`."""
     return parse_text(_TYPES[name], text, source)
 
 
 def nearest(name: str) -> str:
-    """A hint that names the most similar setting, or an empty text."""
+    """The most similar setting, as the end of an error; may be empty."""
     close = difflib.get_close_matches(name.lower(), field_names(), n=1, cutoff=0.6)
     return f"; did you mean {close[0].upper() if name.isupper() else close[0]}?" if close else ""
 
@@ -343,7 +342,7 @@ def _rise(layers: tuple[int, ...], last: int) -> bool:
 
 
 def _check_together(c: Config) -> None:
-    """Refuse values that are each allowed but contradict each other."""
+    """Raise a ConfigError if settings contradict each other."""
     last, recurring, profiled = c.num_layers - 1, c.recur_layers, parse_steps(c.profile_steps)
     contradictions = {
         f"model_dim {c.model_dim} is not a multiple of num_heads {c.num_heads}": c.model_dim % c.num_heads,

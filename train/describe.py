@@ -31,13 +31,7 @@ def describe(config: Config, published: Mapping[str, float]) -> dict[str, Any]:
 
     `state_bytes` count the trained weights in their own dtypes; `container_bytes` the quantized tensors with one byte per
     code and float16 row scales, as an entropy coder receives them; `packed_bytes` the same with b/8 bytes per b-bit code.
-
-    Args:
-        config: the configuration.
-        published: the recipe's published figures; `step_ms` is used for the schedule.
-
-    Returns:
-        A dictionary of JSON types.
+    The published `step_ms` converts the schedule's seconds to steps. All values are JSON types.
     """
     with torch.device("meta"):
         model = GPT(config)

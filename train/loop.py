@@ -1,4 +1,4 @@
-"""The training loop: warm-up, the clock, steps, validation, checkpoints, averaged weights at the end."""
+"""The training loop: warm-up, clock, steps, validation, checkpoints, weight averaging."""
 
 from __future__ import annotations
 
@@ -39,23 +39,14 @@ FIRST_LOGGED_STEPS = 10
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training leaves for the next stages.
+    """The result of training."""
 
-    Attributes:
-        model: the model, holding the averaged weights if the recipe averages.
-        steps: optimizer steps taken.
-        seconds: time inside the clock.
-        recurrence: whether the repeated layers run twice in the model that was trained last.
-        first: validation before the first step.
-        last: validation of the averaged weights, before quantization.
-    """
-
-    model: GPT
+    model: GPT  # with the averaged weights, if the recipe averages
     steps: int
-    seconds: float
-    recurrence: bool
-    first: EvalResult
-    last: EvalResult
+    seconds: float  # of the training clock
+    recurrence: bool  # whether it was on in the last step
+    first: EvalResult  # before the first step
+    last: EvalResult  # of the averaged weights, before quantization
 
 
 def recurrence_on(config: Config, step: int) -> bool:
@@ -70,18 +61,15 @@ def seed_everything(seed: int) -> None:
 
 
 def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: RunLogger) -> TrainResult:
-    """Train a model as `config` says, from its run folder's checkpoint if there is one and `resume` is auto.
-
-    Returns:
-        The trained model and what was measured; all ranks return the same weights.
+    """Train a model; with `resume` auto, continue from the run folder's checkpoint. All ranks return the same weights.
 
     Raises:
-        UserError: the data does not fit the settings, or the loss is no longer a number.
+        UserError: the data does not fit the settings, or the loss is infinite or not a number.
     """
     start = StartUp(ranks.device)
     seed_everything(config.seed)
     model = GPT(config).to(ranks.device)
-    # an initialization may depend on the number of threads
+    # the initialization may depend on the number of threads
     ranks.copy_from(0, model.parameters())
     optimizers = build_optimizers(model, config, ranks.group)
     log.line(f"optimizer graph: {optimizers.graph}")
@@ -116,7 +104,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
     resumed = load_checkpoint(folder.checkpoint, parts, ranks) if config.resume == "auto" else None
     step, seconds = (resumed["step"], resumed["seconds"]) if resumed else (0, 0.0)
     first = EvalResult(**resumed["first"]) if resumed else None
-    # without a checkpoint a killed run begins again, and the points it had written are void
+    # also without a checkpoint: the killed run starts again at step 0, and its logged points are void
     if log.resumed:
         log.resume(step, seconds * 1000)
     clock = WallClock(
@@ -143,7 +131,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
 
         profiled = parse_steps(config.profile_steps)
         profiler = StepProfiler(profiled, folder.path, ranks, log, clock, model if loss_of is model else None)
-    # without a terminal the log's own lines are the progress
+    # without a terminal, the log lines show the progress
     bar = Progress(1000, "training", "‰", enabled=ranks.is_main and sys.stderr.isatty())
     while True:
         last = stop or step == config.iterations
@@ -151,7 +139,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
             log.line(
                 f"recurrence:activated at step {step}, layers {','.join(str(s.layer) for s in model.recurrent_plan)}"
             )
-        # step 0 was validated before the clock ran
+        # step 0 was validated before the clock started
         if not last and step and config.val_loss_every and step % config.val_loss_every == 0:
             seconds = clock.pause()
             if profiler:
@@ -193,11 +181,11 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         log.stopping_early(step, config.iterations, seconds * 1000)
     if ranks.device.type == "cuda":
         log.peak_memory(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
-    # the averaged weights are the model from here on
+    # from here on, the model has the averaged weights
     average = ema or (swa if swa and swa.count else None)
     if average:
         average.apply()
-    # what the last step trained, not what the next one would
+    # of the last step, not of the next one
     recurrence = recurrence_on(config, max(step - 1, 0))
     return TrainResult(model, step, seconds, recurrence, first, validate(recurrence))
 
@@ -211,11 +199,7 @@ def training_step(
     scale: float,
     momentum: float,
 ) -> Tensor:
-    """One optimizer step over all micro-batches of this rank.
-
-    Returns:
-        This rank's mean training loss, 0-dimensional, still on the device.
-    """
+    """One optimizer step over this rank's micro-batches; returns their mean loss, 0-dimensional, on the device."""
     losses = []
     for inputs, targets in loader.next_batch():
         with record_function("forward"):
@@ -238,9 +222,9 @@ def warm_up(
     ranks: Ranks,
     log: RunLogger,
 ) -> None:
-    """Run real steps before the clock, with and without recurrence, then put weights and optimizers back.
+    """Run steps with and without recurrence, then restore weights and optimizers.
 
-    Both graphs are compiled here, so that no step inside the clock waits for a compiler.
+    This compiles both graphs, so that no step on the clock waits for the compiler.
     """
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     graphs = sorted({recurrence_on(config, 0), recurrence_on(config, config.recur_start_step)})
@@ -259,13 +243,9 @@ def warm_up(
 def log_step(
     log: RunLogger, config: Config, ranks: Ranks, step: int, loss: Tensor, clock: WallClock, scale: float
 ) -> None:
-    """Log the loss, as the mean over ranks.
-
-    Raises:
-        UserError: the loss is infinite or not a number.
-    """
+    """Log the mean loss over ranks; a loss that is infinite or not a number raises a UserError."""
     mean = float(ranks.sum(loss.float())) / ranks.world_size
-    # the sum has waited for the step, so the clock may be asked, too
+    # the sum already waited for the step, so reading the clock costs nothing more
     log.train_step(step, config.iterations, mean, clock.read() * 1000, lr_scale=scale)
     if not math.isfinite(mean):
         raise UserError(

@@ -1,4 +1,4 @@
-"""A run from text to record: the stages in order, their seconds, and the summary at the end."""
+"""The stages of a run in order: data, train, quantize, artifact, evaluate, record."""
 
 from __future__ import annotations
 
@@ -44,17 +44,10 @@ if TYPE_CHECKING:
 
 
 def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
-    """Go from text to record; under torchrun all ranks share the work and the first one writes.
-
-    Args:
-        config: the settings.
-        overrides: where settings differ from the recipe, for the log.
-
-    Returns:
-        The run's folder.
+    """Run all stages; under torchrun, ranks split the work and rank 0 writes. `overrides` go to the log.
 
     Raises:
-        UserError: anything in settings, data or on the disk that the user can mend.
+        UserError: the settings, the data or the disk have a fault that the user can fix.
     """
     preflight(config)
     with dispatch.forced(config.golf_backend), start_ranks(config.device) as ranks, ExitStack() as held:
@@ -88,47 +81,40 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
                     model = write_training(folder, train(config, data, folder, ranks, log), ranks)
             trained = folder.trained_config()
             with clock("quantize"):
-                # a script that trains again needs the recurrence that this run may have ended before
+                # not `trained`, whose recurrence may be off: the counted script must be able to train again
                 code_bytes = ranks.on_main(lambda: counted_code_bytes(config))
                 tensors, encoded = quantize(trained, model, data, ranks, log, code_bytes=code_bytes)
             with clock("artifact"):
                 model = make_artifact(
-                    folder.artifact,
-                    trained,
-                    model,
-                    tensors,
-                    encoded,
-                    ranks,
-                    log,
-                    code_bytes=code_bytes,
-                    before_replacing=folder.drop_scores,
-                )
+                    folder.artifact, trained, model, tensors, encoded, ranks, log,
+                    code_bytes=code_bytes, before_replacing=folder.drop_scores,
+                )  # fmt: skip
             with clock("evaluate"):
                 evaluate(folder, trained, model, data, ranks, log)
             if ranks.is_main and importlib.util.find_spec("train.submission"):
                 from train.submission.record import record_run
 
                 log.line(record_run(folder))
-        # torchrun takes a rank that is gone for done: nobody leaves before the record is written
+        # torchrun counts a rank that exits as finished, so all ranks wait until the record is written
         ranks.barrier()
     return folder
 
 
 def preflight(config: Config) -> None:
-    """Find out now what would otherwise fail at the end of training.
+    """Check before training what would otherwise fail after it.
 
     Raises:
-        UserError: a forced backend cannot run, the coefficients do not fit the steps, or the codec or a logger is not
-            installed.
-        ModuleNotFoundError: a library that the record is made with is not installed.
+        UserError: a forced backend cannot run, the Newton-Schulz coefficients do not fit the steps, or the codec or a
+            logger is not installed.
+        ModuleNotFoundError: a library for the record is not installed.
     """
     if config.resume == "auto" and not config.run_id:
-        raise UserError("resume: which run? name its folder with RUN_ID, or leave RESUME=never")
+        raise UserError("resume: which run? set RUN_ID to its folder's name, or RESUME=never")
     check_batch(config)
     if config.eval_stride > config.window:
         raise UserError(
-            f"eval_stride: {config.eval_stride} is longer than the window of {config.window} tokens, so that some would never be "
-            "scored: set EVAL_STRIDE to at most that, or EVAL_SEQ_LEN to more"
+            f"eval_stride: {config.eval_stride} is longer than the window of {config.window} tokens, so some tokens would never be "
+            "scored: lower EVAL_STRIDE, or raise EVAL_SEQ_LEN"
         )
     try:
         with dispatch.forced(config.golf_backend):
@@ -142,13 +128,13 @@ def preflight(config: Config) -> None:
         from train.run.sinks import check_sinks
 
         check_sinks(config.loggers)
-    # a submission's script carries no code that only writes about a run; elsewhere its libraries must be there
+    # a packed script has no train.submission
     if importlib.util.find_spec("train.submission"):
         importlib.import_module("train.submission.record")
 
 
 def write_training(folder: RunFolder, result: TrainResult, ranks: Ranks) -> GPT:
-    """Leave weights.pt and training.json, which make the run a trained one, and return the model."""
+    """Write weights.pt and training.json, remove the checkpoint, and return the model."""
     if ranks.is_main:
         write_tensors(folder.weights, result.model.state_dict())
         measured = {
@@ -169,7 +155,7 @@ def write_training(folder: RunFolder, result: TrainResult, ranks: Ranks) -> GPT:
 
 
 def evaluate(folder: RunFolder, config: Config, model: GPT, data: Dataset, ranks: Ranks, log: RunLogger) -> None:
-    """Score the artifact's model, flat and with the recipe's sliding window."""
+    """Score the artifact's model, flat and with the sliding window of `eval_stride`."""
     use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, BATCH_SEQS)).name)
     for stride in sorted({0, config.eval_stride}):
         scored = config.replace(eval_stride=stride)

@@ -1,4 +1,4 @@
-"""What a packed train_gpt.py does: train, quantize, pack and score under its settings, or score an artifact again."""
+"""The main program of a packed train_gpt.py: train, quantize, pack and score, or score an artifact again."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from train.single_file.conditions import holds
 USAGE = """usage: train_gpt.py [--SETTING VALUE ...]        train, quantize, pack, score; leaves runs/<run_id>/
        train_gpt.py evaluate RUN [...]     score RUN/model.golf again (evaluate --help)
 
-One process per GPU with torchrun --standalone --nproc_per_node=8 train_gpt.py. Precedence: flag > environment variable > the
-settings in this file > default.
+On 8 GPUs: torchrun --standalone --nproc_per_node=8 train_gpt.py. A flag overrides an environment variable, which overrides the
+settings in this file, which override the defaults.
 """
 
 
 class LeftOut(importlib.abc.MetaPathFinder):
-    """Refuses to import the modules that a script does without, in a sentence."""
+    """Raises a UserError when a module that was not packed is imported; `conditions` say when it is needed."""
 
     def __init__(self, conditions: Mapping[str, str]) -> None:
         self.conditions = conditions
@@ -41,11 +41,11 @@ def main(settings: Mapping[str, str], left_out: Mapping[str, str]) -> int:
     """Run the packed script.
 
     Args:
-        settings: name of a field in upper case → its value as text, as in the environment.
-        left_out: module that the script does without → the condition on which it would be imported.
+        settings: the packed settings, written like environment variables.
+        left_out: module that was not packed → the condition under which it is imported.
 
     Raises:
-        UserError: the settings need a module that was left out.
+        UserError: the settings need a module that was not packed.
     """
     sys.meta_path.insert(0, LeftOut(left_out))
     arguments = sys.argv[1:]
@@ -57,7 +57,7 @@ def main(settings: Mapping[str, str], left_out: Mapping[str, str]) -> int:
         print(f"{USAGE}\n{help_text()}")
         return 0
     config, overrides = resolve(arguments, {**settings, **os.environ})
-    # now, and not when the first of them is imported, which may be after training
+    # fail now, not when the first of them is imported, which may be after training
     for module, condition in left_out.items():
         if holds(condition, config):
             importlib.import_module(module)
