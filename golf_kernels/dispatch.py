@@ -109,6 +109,11 @@ def set_members(name: str, members: Sequence[str]) -> None:
     _read.cache_clear()
 
 
+def members(name: str) -> tuple[str, ...]:
+    """The operators that `name` stands for: those of `set_members`, or the operator of that name alone."""
+    return _members.get(name, (name,))
+
+
 def define(op: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Defines `golf::<op>` with its reference and fake implementation; calls go through `choose`.
 
@@ -233,14 +238,14 @@ def available_backends(name: str, device: str | None = None) -> list[Backend]:
     """The backends on which this machine can run an operator and its backward pass, in the order of preference.
 
     Args:
-        name: of an operator, or of one that stands for several (`set_members`).
+        name: of an operator, or one that stands for several (`set_members`).
         device: only backends for tensors on a device of this type; None: all.
     """
-    members = [_implementations(op) for op in _members.get(name, (name,))]
+    found = [_implementations(op) for op in members(name)]
     return [
         backend
         for backend in PREFERENCE
-        if all(backend in member and member[backend].supports() is None for member in members)
+        if all(backend in one and one[backend].supports() is None for one in found)
         and (device is None or _made_for(backend, device))
     ]
 

@@ -34,7 +34,9 @@ _NOTHING = {
 _OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 _RATES = {"attention": "attention", "attention_backward": "attention backward"}
 _OPERATORS = operators.declared().values()
+# kernels with a matrix product: the arguments with its rows and its matrix
 _PRODUCTS = {kernel: names for operator in _OPERATORS for kernel, names in operator.products.items()}
+# kernels that overwrite an argument in place, and the argument
 _IN_PLACE = {kernel: name for operator in _OPERATORS for kernel, name in operator.in_place.items()}
 
 

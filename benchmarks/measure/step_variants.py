@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.measure.published_model import published_model
 from benchmarks.measure.published_step import PublishedStep
 from benchmarks.measure.tokens import OneBatch, rank_sequences
-from golf_kernels import dispatch
+from golf_kernels import dispatch, operators
 from golf_kernels.sharding import assign
 from train.common.distributed import MICRO_BATCHES, Ranks
 from train.common.errors import UserError
@@ -83,8 +83,7 @@ def all_kernels(without: Iterable[str] = ()) -> str:
     Args:
         without: operators that stay on PyTorch, with their backward passes.
     """
-    left = {f"{op}{end}" for op in without for end in ("", "_backward")}
-    found = {op: dispatch.available_backends(op) for op in dispatch.describe() if op not in left}
+    found = {op: dispatch.available_backends(op) for op in operators.declared() if op not in set(without)}
     return ",".join(["torch", *(f"{op}={backends[0]}" for op, backends in found.items() if backends[0] != "torch")])
 
 
@@ -93,13 +92,11 @@ def kernel_problems() -> dict[str, str]:
 
     An operator's name includes its backward pass.
     """
-    problems: dict[str, str] = {}
-    for op, backends in dispatch.describe().items():
-        # window operators belong to evaluation
-        if "triton" in backends and "window" not in op:
-            problem = "" if backends["triton"] == dispatch.AVAILABLE else backends["triton"]
-            name = op.removesuffix("_backward")
-            problems[name] = problems.get(name) or problem
+    backends, problems = dispatch.describe(), {}
+    for op, operator in operators.declared().items():
+        states = [backends[member].get("triton") for member in dispatch.members(op)]
+        if operator.called_by in ("model", "optimize") and None not in states:
+            problems[op] = next((state for state in states if state and state != dispatch.AVAILABLE), "")
     return problems
 
 

@@ -62,8 +62,8 @@ def test_a_training_step_stays_on_the_gpu(system: str, changes: dict[str, Any]) 
     optimizers = build_optimizers(model, config)
     ema, swa = EMA(model, 0.99), SWA(model, 1, 2.0)
     for recurrence in sorted({False, bool(config.recur_layers)}):
-        for named in (frozenset(), frozenset(dispatch.describe())):
-            write_out(model, named)
+        for called in (frozenset(), frozenset(dispatch.describe())):
+            write_out(model, called)
             ranks = Ranks(world_size=MICRO_BATCHES, device=CUDA)
             with NoHostCopies():
                 loss = training_step(optimizers, model, Batches(), ranks, recurrence, 1.0, 0.95)
@@ -194,16 +194,12 @@ def test_batches_travel_as_16_bits_from_pinned_memory(tmp_path: Path, monkeypatc
     moved: list[tuple[torch.dtype, bool]] = []
     to = Tensor.to
 
-    def pin(tensor: Tensor) -> Tensor:
-        pinned.append(tensor)
-        return tensor
-
     def watched(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
         if any(tensor is one for one in pinned):
             moved.append((tensor.dtype, options["non_blocking"]))
         return to(tensor, *arguments, **options)
 
-    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     monkeypatch.setattr(Tensor, "to", watched)
     write_shard(tmp_path / "made_train_000000.bin", np.arange(1000, dtype=np.uint16) % 259)
     config = gpu_config("baseline", data_path=str(tmp_path))
@@ -246,7 +242,6 @@ def test_eight_ranks_exchange_tensors_of_the_gpu(system: str, eight_ranks: Ranks
     optimizers = build_optimizers(model, config, eight_ranks.group)
     for _ in range(2):
         training_step(optimizers, model, Batches(), eight_ranks, False, 1.0, 0.95)
-    assert optimizers.muon
     own = {parameter for group in optimizers.muon.param_groups for parameter in group["params"]}
     assert 0 < len(own) < len(block_matrices(model))
     assert {parameter.device for parameter in model.parameters()} == {CUDA}
