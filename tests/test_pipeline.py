@@ -40,6 +40,11 @@ def short_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.artifact.fit_to_target.FIT_TOKENS", 1 << 12)
 
 
+def fitting_code_bytes(folder: RunFolder) -> int:
+    """Code of the run with a target of six digits, whose script carries the search for row clips."""
+    return counted_code_bytes(folder.read_config().replace(target_bytes=999_999))
+
+
 def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
     left = {path.name for path in finished.folder.path.iterdir()}
     assert left >= {
@@ -138,7 +143,7 @@ def test_nothing_is_encoded_twice(
 ) -> None:
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
     if changes == ["--target-bytes"]:
-        changes = [*changes, str(counted_code_bytes(folder.read_config()) + int(0.8 * folder.artifact.stat().st_size))]
+        changes = [*changes, str(fitting_code_bytes(folder) + int(0.8 * folder.artifact.stat().st_size))]
     encoded: list[bytes] = []
 
     def encode(*arguments: object, **named: object) -> EncodedArtifact:
@@ -296,11 +301,10 @@ def test_a_run_is_fitted_to_its_cap_and_scored_again(
     shutil.copytree(finished.folder.path, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
     sizes = [record for record in read_metrics(folder.metrics) if record["kind"] == "sizes"][-1]
-    target = counted_code_bytes(folder.read_config()) + int(0.8 * sizes["model_bytes"])
+    code = fitting_code_bytes(folder)
+    target = code + int(0.8 * sizes["model_bytes"])
     assert quantize([str(folder.path), "--target-bytes", str(target)]) == 0
     printed = capsys.readouterr().out
-    # the script has the target among its settings
-    code = counted_code_bytes(folder.read_config())
     assert 0.99 * target <= code + folder.artifact.stat().st_size <= target
     assert "fit:blocks.*.mlp.up int6 k 12.85 -> " in printed
     calibrated = re.search(r"gptq:calibrated .* in ([\d.]+)s", printed)
@@ -320,9 +324,7 @@ def test_what_no_clip_fits_is_refused_by_its_costliest_group(
 ) -> None:
     artifact = finished.folder.artifact.read_bytes()
     with pytest.raises(UserError) as refused:
-        quantize(
-            [str(finished.folder.path), "--target-bytes", str(counted_code_bytes(finished.folder.read_config()) + 500)]
-        )
+        quantize([str(finished.folder.path), "--target-bytes", str(fitting_code_bytes(finished.folder) + 500)])
     said = str(refused.value)
     assert re.search(r"expected at most [\d,]+ .*: [\d,]+ bytes over\. Nothing was written", said)
     assert "is the largest" in said and "codes ±1, because no row clip fits" in capsys.readouterr().out
