@@ -1,30 +1,27 @@
-"""Every recipe as a narrow copy: same code, small widths, made tokens; training, resumption, ranks, compilation."""
+"""train/recipes: every recipe as a narrow copy on made tokens, trained, resumed and on two ranks."""
 
 import math
-import os
-import random
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from model_systems import block_matrices
 from recipe_training import SEQ_LEN, STEPS, Training, narrow_recipe, write_tokens
 from torch import Tensor
+from two_ranks import on_two_ranks
 
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.common.distributed import Ranks
-from train.model.compile import compiled_loss
 from train.model.gpt import GPT
 from train.model.parameters import classify
 from train.optimize.groups import build_optimizers
 from train.recipes import recipe_names
 
-# a whole schedule in fewer steps, where graphs are counted: constant, recurrent, falling, averaged
-SHORT = {"iterations": 8, "recur_start_step": 4, "warmdown_iters": 4}
+# a whole schedule in few steps, for what need not learn: constant, recurrent, falling, averaged
+SHORT = {"iterations": 6, "recur_start_step": 3, "warmdown_iters": 4, "swa_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +29,29 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tokens(tmp_path_factory.mktemp("tokens"))
 
 
+@dataclass
+class Finished:
+    """One uninterrupted run, with the checkpoint that it left on the way."""
+
+    training: Training
+    losses: list[float]
+    checkpoint: Path
+
+
 @pytest.fixture(scope="module")
-def runs(tokens: Path) -> dict[str, Training]:
-    return {}
+def finished(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Finished]:
+    """The run of a recipe, made once."""
+    folder = tmp_path_factory.mktemp("checkpoints")
 
+    @cache
+    def run(name: str) -> Finished:
+        training = Training.begin(narrow_recipe(name, tokens))
+        # recurrence and SWA begin before it for half of the recipes, after it for the others
+        losses = training.run((8, 16)[recipe_names().index(name) % 2])
+        save_checkpoint(folder / f"{name}.pt", training.parts, Ranks(), {"step": training.step})
+        return Finished(training, losses + training.run(STEPS), folder / f"{name}.pt")
 
-def finished(runs: dict[str, Training], name: str, tokens: Path) -> Training:
-    """One uninterrupted run per recipe, shared by the tests."""
-    if name not in runs:
-        runs[name] = Training.begin(narrow_recipe(name, tokens))
-        runs[name].losses = runs[name].run(STEPS)  # type: ignore[attr-defined]
-    return runs[name]
+    return run
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -55,34 +64,31 @@ def test_the_loss_begins_at_ln_vocab(name: str, tokens: Path) -> None:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_training_lowers_the_loss(name: str, runs: dict[str, Training], tokens: Path) -> None:
-    losses = finished(runs, name, tokens).losses  # type: ignore[attr-defined]
+def test_training_lowers_the_loss(name: str, finished: Callable[[str], Finished]) -> None:
+    losses = finished(name).losses
+    assert len(losses) == STEPS
     assert np.mean(losses[-3:]) < losses[0] - 0.3
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_resumed_run_is_bit_equal(name: str, runs: dict[str, Training], tokens: Path, tmp_path: Path) -> None:
-    expected = finished(runs, name, tokens).weights()
-    stop = random.randrange(1, STEPS)
-    print(f"killed after step {stop}")
-    first = Training.begin(narrow_recipe(name, tokens))
-    first.run(stop)
-    save_checkpoint(tmp_path / "checkpoint.pt", first.parts, Ranks(), {"step": stop})
-    second = Training.begin(narrow_recipe(name, tokens, seed=first.config.seed))
+def test_a_resumed_run_is_bit_equal(name: str, finished: Callable[[str], Finished]) -> None:
+    expected = finished(name).training.weights()
+    resumed = Training.begin(finished(name).training.config)
     with torch.no_grad():
-        for parameter in second.model.parameters():
+        for parameter in resumed.model.parameters():
             parameter.fill_(math.nan)
-    second.step = load_checkpoint(tmp_path / "checkpoint.pt", second.parts, Ranks())["step"]
-    second.run(STEPS)
-    found = second.weights()
+    resumed.step = load_checkpoint(finished(name).checkpoint, resumed.parts, Ranks())["step"]
+    assert 0 < resumed.step < STEPS
+    resumed.run(STEPS)
+    found = resumed.weights()
     assert expected.keys() == found.keys()
     different = [key for key in expected if not torch.equal(expected[key], found[key])]
     assert different == []
 
 
 @pytest.mark.parametrize("name", ["sp4096_recurrence"])
-def test_untrained_vectors_stay_and_trained_ones_move(name: str, runs: dict[str, Training], tokens: Path) -> None:
-    run = finished(runs, name, tokens)
+def test_untrained_vectors_stay_and_trained_ones_move(name: str, finished: Callable[[str], Finished]) -> None:
+    run = finished(name).training
     torch.manual_seed(run.config.seed)
     start = GPT(run.config).state_dict()
     moved = {key for key, tensor in run.model.state_dict().items() if not torch.equal(tensor, start[key])}
@@ -105,109 +111,25 @@ def test_dead_skips_of_sdclip_get_no_gradient(tokens: Path) -> None:
             assert [row for row, size in enumerate(sizes) if size == 0] == dead
 
 
-RANK_SCRIPT = """
-import sys, torch
-from pathlib import Path
-sys.path[:0] = ["tests/helpers"]
-from recipe_training import STEPS, Training, narrow_recipe
-from train.common.distributed import start_ranks
-from train.recipes import recipe_names
-torch.set_num_threads(1)
-with start_ranks("cpu") as ranks:
+def short_runs(tokens: Path, ranks: Ranks) -> dict[str, dict[str, Tensor]]:
+    """The weights at the end of each recipe's short run, in float64."""
+    weights = {}
     for name in recipe_names():
-        run = Training.begin(narrow_recipe(name, Path(sys.argv[1])), ranks, double=True)
-        run.run(STEPS)
-        torch.save(run.weights(), f"{sys.argv[2]}/{name}.{ranks.rank}.pt")
-"""
+        run = Training.begin(narrow_recipe(name, tokens, **SHORT), ranks, double=True)
+        run.run(run.config.iterations)
+        weights[name] = run.weights()
+    return weights
 
 
 def test_two_ranks_give_the_weights_of_one(tokens: Path, tmp_path: Path) -> None:
-    (tmp_path / "ranks.py").write_text(RANK_SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
-    result = subprocess.run(
-        [*command, tmp_path / "ranks.py", tokens, tmp_path], env=environ, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stderr
-    for name in recipe_names():
-        one = Training.begin(narrow_recipe(name, tokens), double=True)
-        one.run(STEPS)
-        ranks = [torch.load(tmp_path / f"{name}.{rank}.pt", weights_only=True) for rank in range(2)]
-        for key, tensor in one.weights().items():
-            assert torch.equal(ranks[0][key], ranks[1][key]), (name, key)
+    first, second = on_two_ranks(partial(short_runs, tokens), tmp_path)
+    for name, weights in short_runs(tokens, Ranks()).items():
+        for key, tensor in weights.items():
+            assert torch.equal(first[name][key], second[name][key]), (name, key)
             # in float64, as a fake-quantized weight that rounds the other way is no error of the reduction
             torch.testing.assert_close(
-                ranks[0][key], tensor, rtol=0, atol=1e-9, msg=lambda m, k=f"{name} {key}": f"{k}: {m}"
+                first[name][key], tensor, rtol=0, atol=1e-9, msg=lambda m, k=f"{name} {key}": f"{k}: {m}"
             )
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[list[torch.fx.GraphModule]]:
-    """The forward graphs that torch.compile makes, run as they are (Inductor would add minutes and change nothing here)."""
-    found: list[torch.fx.GraphModule] = []
-    backend = torch._dynamo.lookup_backend(getattr(request, "param", "aot_eager"))
-
-    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
-        found.append(graph)
-        return backend(graph, inputs)
-
-    torch._dynamo.reset()
-    original = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: original(model, backend=keep, **options))
-    yield found
-    torch._dynamo.reset()
-
-
-# what makes a graph anew are Dynamo's guards, whoever runs it
-@pytest.mark.parametrize("graphs", ["eager"], indirect=True)
-@pytest.mark.parametrize("name", ["sp4096_recurrence", "sp8192_sdclip"])
-def test_nothing_is_compiled_after_the_warm_up(name: str, tokens: Path, graphs: list[torch.fx.GraphModule]) -> None:
-    from train.loop import warm_up
-
-    class Silent:
-        def warmup_step(self, step: int, total: int, note: str = "") -> None: ...
-
-    run = Training.begin(narrow_recipe(name, tokens, compile="on", warmup_steps=1, **SHORT))
-    run.loss_of = compiled_loss(run.model, run.config, torch.device("cpu"))
-    before = run.weights()
-    warm_up(run.model, run.optimizers, run.loss_of, run.loader, run.config, run.ranks, Silent())  # type: ignore[arg-type]
-    assert len(graphs) == 2
-    assert all(
-        torch.equal(tensor, run.model.state_dict()[key]) for key, tensor in before.items() if "average" not in key
-    )
-    # recurrence begins in their middle
-    run.run(run.config.iterations)
-    assert len(graphs) == 2
-
-
-@pytest.mark.parametrize("qat", [True, False])
-def test_fake_quantization_takes_part_in_the_compiled_step(
-    qat: bool, tokens: Path, graphs: list[torch.fx.GraphModule]
-) -> None:
-    run = Training.begin(narrow_recipe("sp2048_normuon", tokens, compile="on", qat=qat))
-    loss_of = compiled_loss(run.model, run.config, torch.device("cpu"))
-    inputs, targets = run.loader.next_batch()[0]
-    weight = run.model.blocks[0].mlp.up
-    with torch.no_grad():
-        for parameter in block_matrices(run.model).values():
-            parameter.normal_(std=0.1)
-    step = weight.detach().abs().amax(dim=1) / 31
-    # a twentieth of a step moves weights that lie in the middle of their cells, but not their codes
-    offset = (weight.detach() / step[:, None]).frac().abs()
-    middle = (offset < 0.3) & (weight.detach().abs() < 10 * step[:, None])
-    assert middle.sum() > 1000
-    losses, gradients = [], []
-    for shift in (0.0, 0.05):
-        with torch.no_grad():
-            weight += shift * step[:, None] * middle
-        run.optimizers.zero_grad()
-        loss = loss_of(inputs, targets, recurrence=False)
-        loss.backward()
-        losses.append(float(loss.detach()))
-        gradients.append(weight.grad.clone())
-    assert (losses[0] == losses[1]) is qat
-    assert torch.equal(gradients[0], gradients[1]) is qat
-    assert gradients[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", recipe_names())
