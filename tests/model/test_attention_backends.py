@@ -333,7 +333,7 @@ def test_a_choice_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(attention_choice, "_measure", nothing)
-    with pytest.raises(UserError, match=r"sdpa: No available kernel; cudnn: .*ATTENTION=math, which always can"):
+    with pytest.raises(UserError, match=r"sdpa: No available kernel; cudnn: .*ATTENTION=math, which always works"):
         choose_attention(Config(device="cuda"), torch.device("cuda"), 1)
 
 

@@ -310,7 +310,7 @@ def test_what_float16_cannot_hold_is_refused_by_name(config: Config, hessians: d
     model = random_model(config)
     with torch.no_grad():
         model.blocks[0].mlp.up[7] *= 1e9
-    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.up: the weights of row 7 are so large"):
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.up: row 7 has weights so large"):
         quantize_model(model, config, hessians)
 
 
