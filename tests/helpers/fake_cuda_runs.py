@@ -199,7 +199,11 @@ def test_batches_travel_as_16_bits_from_pinned_memory(tmp_path: Path, monkeypatc
             moved.append((tensor.dtype, options["non_blocking"]))
         return to(tensor, *arguments, **options)
 
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    def pin(tensor: Tensor) -> Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
     monkeypatch.setattr(Tensor, "to", watched)
     write_shard(tmp_path / "made_train_000000.bin", np.arange(1000, dtype=np.uint16) % 259)
     config = gpu_config("baseline", data_path=str(tmp_path))
@@ -242,6 +246,7 @@ def test_eight_ranks_exchange_tensors_of_the_gpu(system: str, eight_ranks: Ranks
     optimizers = build_optimizers(model, config, eight_ranks.group)
     for _ in range(2):
         training_step(optimizers, model, Batches(), eight_ranks, False, 1.0, 0.95)
+    assert optimizers.muon
     own = {parameter for group in optimizers.muon.param_groups for parameter in group["params"]}
     assert 0 < len(own) < len(block_matrices(model))
     assert {parameter.device for parameter in model.parameters()} == {CUDA}
