@@ -1,8 +1,8 @@
-"""Every kernel that ships, compiled for sm_90 without a GPU: `python -m benchmarks.aot`.
+"""Compile every kernel for sm_90 without a GPU, and check the machine code: `python -m benchmarks.aot`.
 
-Triton: the launches of `benchmarks.computed.launches` are made with Triton's own launch code, which compiles what it would run;
-16-bit products promise wgmma, tensor descriptors TMA. CUDA: every kernel of every `csrc/*.cu`. All promise to spill no
-register, to fit in Hopper's shared memory, and that no wgmma waits for the one before.
+Triton kernels are compiled through Triton's launch code, with the arguments of `benchmarks.computed.launches`. CUDA kernels
+come from `csrc/*.cu`. No kernel may spill registers, exceed Hopper's shared memory or serialize wgmma. Triton kernels with
+16-bit products must use wgmma, and those with tensor descriptors TMA.
 """
 
 from __future__ import annotations
@@ -29,26 +29,19 @@ ARCHITECTURE = "90a"
 NVCC_FLAGS = ["-O3", "-std=c++17", "-gencode", f"arch=compute_{ARCHITECTURE},code=sm_{ARCHITECTURE}"]
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async.sync", "tma": "cp.async.bulk.tensor."}
 
-EPILOG = "exit codes: 0 all promises hold, 1 one does not, 2 a compiler is missing, so not everything was compiled"
+EPILOG = "exit codes: 0 all checks passed, 1 a check failed, 2 a compiler is missing, so some kernels were not compiled"
 
 
 class Missing(Exception):
-    """A compiler that this machine does not have; the text says which, and what to type."""
+    """A compiler is not installed; the message says how to install it."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel in one configuration became.
+    """The machine code of one kernel in one configuration.
 
-    Attributes:
-        file: the source.
-        name: of the configuration (Triton) or the kernel (CUDA).
-        registers: per thread.
-        spilled_bytes: stores and loads per thread, together.
-        shared_bytes: per block; for CUDA without what a launch adds.
-        wgmma: warp group matrix instructions in the PTX.
-        tma: tensor copies in the PTX.
-        broken: the promises that do not hold, as phrases.
+    Registers and spilled bytes (stores and loads) are per thread, shared bytes per block. For CUDA kernels the shared bytes
+    exclude dynamic memory. `wgmma` and `tma` count instructions in the PTX. `broken` lists the failed checks.
     """
 
     file: str
@@ -64,16 +57,7 @@ class Compiled:
 def judge(
     file: str, name: str, ptx: str, log: str, shared_bytes: int | None = None, promises: Iterable[str] = ()
 ) -> Compiled:
-    """Reads what `ptxas -v` said and the PTX holds.
-
-    Args:
-        file: the source.
-        name: of the configuration.
-        ptx: the text that was assembled.
-        log: what `ptxas -v` printed about this kernel.
-        shared_bytes: dynamic shared memory; None takes the static one from the log.
-        promises: `wgmma`, `tma`.
-    """
+    """Check a kernel's PTX and its output of `ptxas -v`; without `shared_bytes` the static size in the log counts."""
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
         raise ValueError(f"{file}, {name}: no register count in the output of ptxas -v: {log!r}")
@@ -82,7 +66,7 @@ def judge(
     shared = shared_bytes if shared_bytes is not None else int(static[1]) if static else 0
     counts = {kind: ptx.count(instruction) for kind, instruction in INSTRUCTIONS.items()}
     broken = [f"no {kind}" for kind in promises if not counts[kind]]
-    # the assembler's own words for products of which each waits for the one before
+    # ptxas's warning
     if "wgmma.mma_async instructions are serialized" in log:
         broken.append("wgmma serialized")
     if spilled:
@@ -93,11 +77,7 @@ def judge(
 
 
 def compile_triton(paths: Sequence[Path]) -> list[Compiled]:
-    """Compiles the kernels of these files in every configuration that a launch which ships asks for.
-
-    Raises:
-        Missing: Triton is not installed.
-    """
+    """Compile the kernels of these files in every configuration that is launched."""
     if importlib.util.find_spec("triton") is None:
         raise Missing("triton is not installed: pip install 'triton==3.6.0'")
     import triton
@@ -115,7 +95,6 @@ def compile_triton(paths: Sequence[Path]) -> list[Compiled]:
             compiled = run(kernel, *arguments, grid=grid, warmup=True, **named)
             found[compiled.hash] = compiled
 
-    # the GPU that a launch looks for
     hopper = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
         get_current_device=lambda: 0,
@@ -144,11 +123,11 @@ def _judge_triton(file: str, compiled: Any) -> Compiled:
     constants = {kernel.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
     parts = [kernel.__name__.removesuffix("_kernel"), *re.findall(r"bf16|fp16|fp32", kinds)[:1]]
     for name, value in constants.items():
-        # other constants are numbers that a launch found to be 1
+        # Triton also turns integer arguments that equal 1 into constants
         if name.isupper() and value is not False:
             parts.append(name.lower() if value is True else f"{name.lower()}={value}")
     promises = ["tma"] if "tensordesc" in kinds else []
-    # there are no tensor core products of float32 numbers
+    # float32 products do not use tensor cores
     if re.search(r"tt\.dot .*: tensor<\w+x(bf16|f16)> \*", compiled.asm["ttir"]):
         promises.append("wgmma")
     with tempfile.TemporaryDirectory() as folder:
@@ -159,11 +138,7 @@ def _judge_triton(file: str, compiled: Any) -> Compiled:
 
 
 def find_nvcc() -> str:
-    """nvcc: CUDA_HOME's where that is set, else the one on PATH or in the usual place.
-
-    Raises:
-        Missing: there is none.
-    """
+    """nvcc of CUDA_HOME if that is set, otherwise from PATH or /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME")
     places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
     nvcc = next(filter(None, map(shutil.which, places)), None)
@@ -173,11 +148,6 @@ def find_nvcc() -> str:
 
 
 def compile_cuda(paths: Sequence[Path]) -> list[Compiled]:
-    """Compiles every kernel of these files.
-
-    Raises:
-        Missing: there is no nvcc.
-    """
     nvcc = find_nvcc()
     found = []
     for path in paths:
@@ -210,7 +180,6 @@ def _run(*command: str) -> str:
 
 
 def render(rows: Sequence[Compiled]) -> str:
-    """The rows as a table."""
     width = max((len(row.name) for row in rows), default=0)
     lines = [f"{'kernel':<{width}}  registers  spilled B  shared B  wgmma  tma  file"]
     for row in rows:
@@ -221,18 +190,17 @@ def render(rows: Sequence[Compiled]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compiles everything and prints the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.aot",
-        description="Compiles every Triton kernel in every configuration that ships, and every CUDA kernel, for sm_90 "
-        "without a GPU; lists registers, spills, shared memory, wgmma and TMA instructions, and checks the promises.",
+        description="Compile every Triton kernel in every configuration that is launched, and every CUDA kernel, for sm_90, "
+        "without a GPU. List registers, spills, shared memory, wgmma and TMA instructions, and check them.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="*", type=Path, help="*_triton.py and *.cu; default: all that ship")
-    parser.add_argument("--json", action="store_true", help="print the same as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
     options = parser.parse_args(arguments)
-    # kernels decorated under the interpreter cannot be compiled
+    # kernels imported under the interpreter cannot be compiled
     os.environ.pop("TRITON_INTERPRET", None)
     files = options.files or sorted([*ROOT.glob("golf_kernels/*_triton.py"), *ROOT.glob("csrc/*.cu")])
     rows: list[Compiled] = []

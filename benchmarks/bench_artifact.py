@@ -1,14 +1,13 @@
-"""The size of a trained model under each codec, and the cost of SDClip's width in bytes and bits per byte.
+"""Measure artifact size under each codec, and size and bits per byte over the SDClip width.
 
     python -m benchmarks.bench_artifact runs/quickstart_20260101-120000
     python -m benchmarks.bench_artifact runs/mine --sigmas 8,10,12.85,16 --curve-codecs ans --max-tokens 1000000
     python -m benchmarks.bench_artifact --made --codecs ans,zstd
 
-Two tables of codecs: each packs the run's artifact on one thread, section by section, and the result is read back and
-compared. For comparison they list the order-0 entropy of the codes of each group of tensors. Then a curve: the matrices are
-quantized again at several SDClip widths k, and each model is packed, read back and scored flat. Only the picture of the curve
-is written to the run's folder. `--made` takes 36 million codes of Gaussian rows in the shapes of the 11-layer systems instead
-of a run, and draws no curve.
+Two tables compare the codecs with the order-0 entropy of each group of tensors. Each codec packs the run's artifact on one
+thread, and the result is read back and compared. Then the matrices are quantized again at several SDClip widths k, and each
+model is packed, read back and scored flat. Only the plot of this curve is written to the run folder. `--made` takes 36
+million random codes (Gaussian rows in the shapes of an 11-layer model) instead of a run, and draws no curve.
 """
 
 from __future__ import annotations
@@ -48,21 +47,13 @@ from train.submission.plots import BLUE, DPI, FAINT, INK, ORANGE
 
 SIGMAS = (5.0, 6.5, 8.0, 10.0, 12.85, 16.0, 20.0, 26.0)
 BELOW_ENTROPY = (
-    "a codec took less than the order-0 entropy, which ignores context: codes of a trained model are not independent"
+    "a codec needs less than the order-0 entropy, which ignores context: codes of a trained model are not independent"
 )
 _COLORS = (BLUE, ORANGE)
 
 
 class CodecRow(NamedTuple):
-    """One codec on one artifact.
-
-    Attributes:
-        codec: its name.
-        file_bytes: size of the artifact.
-        groups: bytes of each section with codes.
-        encode_s: seconds to encode all sections on one thread; 0 for the entropy.
-        read_s: seconds to read the file on one thread.
-    """
+    """One codec on one artifact; `groups` has the bytes of each section with codes. Seconds are on one thread."""
 
     codec: str
     file_bytes: int
@@ -72,19 +63,11 @@ class CodecRow(NamedTuple):
 
     @property
     def code_bytes(self) -> float:
-        """Bytes of all codes."""
         return sum(self.groups.values())
 
 
 class CurvePoint(NamedTuple):
-    """One SDClip width.
-
-    Attributes:
-        sigmas: k, the row clip of the matrices in standard deviations.
-        model_bytes: size of the artifact by codec.
-        matrix_bits: order-0 entropy of the matrices' codes, bits per code.
-        val_bpb: of the model read back from the artifact, flat.
-    """
+    """One SDClip width k (`sigmas`): artifact bytes by codec, bits per matrix code (order-0 entropy), and flat bpb."""
 
     sigmas: float
     model_bytes: dict[str, int]
@@ -93,19 +76,19 @@ class CurvePoint(NamedTuple):
 
 
 def entropy_bytes(codes: bytes) -> float:
-    """Order-0 entropy of a group's codes, in bytes: −Σ n log2(n/N) / 8 over its values."""
+    """Order-0 entropy in bytes: −Σ n log2(n/N) / 8 over the values of the codes."""
     counts = np.bincount(np.frombuffer(codes, np.uint8))
     counts = counts[counts > 0]
     return float(-(counts * np.log2(counts / counts.sum())).sum() / 8) if len(counts) else 0.0
 
 
 def predicted_bits(bits: int, sigmas: float) -> float:
-    """Entropy of a Gaussian row's codes under SDClip: ½ log2(πe/2) + b − log2 k. Source: #1394."""
+    """Entropy per code of a Gaussian row under SDClip: ½ log2(πe/2) + b − log2 k. Source: #1394."""
     return 0.5 * math.log2(math.pi * math.e / 2) + bits - math.log2(sigmas)
 
 
 def made_tensors(layers: int = 11, dim: int = 512, vocab_size: int = 8192) -> StoredTensors:
-    """The large matrices of a model with 4 × MLP, Gaussian rows quantized by SDClip: k 12.85 at 6 bits, 20 at 8."""
+    """Large matrices with Gaussian rows, quantized by SDClip: 6 bits at k 12.85, the embedding 8 bits at k 20."""
     generator = torch.Generator().manual_seed(0)
 
     def codes(rows: int, columns: int, bits: int, sigmas: float) -> QuantizedTensor:
@@ -128,11 +111,7 @@ def made_tensors(layers: int = 11, dim: int = 512, vocab_size: int = 8192) -> St
 
 
 def codec_rows(tensors: StoredTensors, config: Config, codecs: Sequence[str]) -> list[CodecRow]:
-    """The order-0 entropy of tensors' codes, and their size under each codec.
-
-    Raises:
-        CheckFailed: a codec does not restore the tensors.
-    """
+    """The order-0 entropy of the codes, and their size under each codec."""
     plans, _ = plan_sections(tensors)
     coded = {plan.group: b"".join(plan.parts) for plan in plans if not plan.floats}
     rows = [CodecRow("entropy", 0, {group: entropy_bytes(codes) for group, codes in coded.items()}, 0.0, 0.0)]
@@ -156,7 +135,7 @@ def codec_rows(tensors: StoredTensors, config: Config, codecs: Sequence[str]) ->
 
 
 def codec_table(rows: Sequence[CodecRow], codes: int) -> str:
-    """The rows as a table; the first one is the entropy, `codes` the number of codes."""
+    """The rows as a table. The first row is the entropy; `codes` counts the codes."""
     entropy = rows[0].code_bytes
     lines = [
         f"{'codec':<8}  {'file bytes':>12}  {'bits/code':>9}  {'over entropy':>12}  {'encode s':>8}  {'read s':>7}"
@@ -169,7 +148,7 @@ def codec_table(rows: Sequence[CodecRow], codes: int) -> str:
 
 
 def group_table(rows: Sequence[CodecRow], codes: dict[str, int]) -> str:
-    """Bits per code by group and codec, the entropy first; `codes` is the number of codes by group."""
+    """Bits per code by group and codec, the entropy first; `codes` counts the codes by group."""
     width = max(map(len, codes))
     lines = [f"{'group':<{width}}  {'codes':>10}  {'  '.join(f'{row.codec:>8}' for row in rows)}"]
     for group, count in codes.items():
@@ -186,11 +165,7 @@ def curve(
     ranks: Ranks,
     max_tokens: int = 0,
 ) -> list[CurvePoint]:
-    """Quantize a run's weights at each width, pack them with each codec, and score the last artifact.
-
-    Raises:
-        CheckFailed: the artifacts of two codecs differ.
-    """
+    """Quantize a run's weights at each width, pack them with each codec, and score the last artifact."""
     model, data = load_weights(folder).to(ranks.device), Dataset(config)
     text = data.validation
     points = []
@@ -212,20 +187,14 @@ def curve(
             loaded = load_model(path, clipped).to(ranks.device)
             recurrence = bool(config.recur_layers)
             result = evaluate_model(
-                loaded,
-                text.tokens,
-                text.tables,
-                clipped,
-                stride=0,
-                max_tokens=max_tokens,
-                recurrence=recurrence,
+                loaded, text.tokens, text.tables, clipped, stride=0, max_tokens=max_tokens, recurrence=recurrence
             )
             points.append(CurvePoint(k, sizes, bits, result.val_bpb))
     return points
 
 
 def curve_table(points: Sequence[CurvePoint], bits: int) -> str:
-    """The points as a table, with the entropy that a Gaussian predicts."""
+    """The points as a table, with the entropy predicted for Gaussian rows."""
     codecs = list(points[0].model_bytes)
     heads = "  ".join(f"{f'{name} bytes':>14}" for name in codecs)
     lines = [f"{'k':>6}  {'bits/code':>9}  {'predicted':>9}  {heads}  {'val_bpb':>10}"]
@@ -239,7 +208,7 @@ def curve_table(points: Sequence[CurvePoint], bits: int) -> str:
 
 
 def plot_curve(path: str | os.PathLike[str], points: Sequence[CurvePoint], title: str) -> None:
-    """Draw bits per byte over artifact size, one line per codec, with k at each point."""
+    """Draw bits per byte over artifact size, one line per codec."""
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
@@ -261,7 +230,6 @@ def plot_curve(path: str | os.PathLike[str], points: Sequence[CurvePoint], title
 
 
 def report_codecs(tensors: StoredTensors, config: Config, codecs: Sequence[str]) -> None:
-    """Print both tables of codecs."""
     rows = codec_rows(tensors, config, codecs)
     plans, _ = plan_sections(tensors)
     codes = {plan.group: sum(map(len, plan.parts)) for plan in plans if not plan.floats}
@@ -272,7 +240,6 @@ def report_codecs(tensors: StoredTensors, config: Config, codecs: Sequence[str])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure a run from the command line."""
     options = _parser().parse_args(argv)
     if options.made == (options.run is not None):
         raise UserError("RUN: give either a run folder or --made")
@@ -307,13 +274,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "run", metavar="RUN", type=Path, nargs="?", help="run folder with config.json, weights.pt and model.golf"
     )
-    parser.add_argument("--made", action="store_true", help="random codes (36 million, Gaussian rows) instead of a run")
-    parser.add_argument("--codecs", type=_codecs, default=list(CODECS), help="codecs of the first table [all]")
-    parser.add_argument("--sigmas", type=_numbers, default=SIGMAS, help="widths k of the curve; '': no curve [5 to 26]")
+    parser.add_argument("--made", action="store_true", help="use 36 million random codes instead of a run")
+    parser.add_argument("--codecs", type=_codecs, default=list(CODECS), help="codecs of the tables [all]")
+    parser.add_argument(
+        "--sigmas", type=_numbers, default=SIGMAS, help="SDClip widths k of the curve; '' for no curve [5 to 26]"
+    )
     parser.add_argument(
         "--curve-codecs", type=_codecs, default=["brotli", "ans"], help="codecs of the curve, at most 2"
     )
-    parser.add_argument("--max-tokens", type=int, default=0, help="tokens to score for the curve; 0: all [0]")
+    parser.add_argument("--max-tokens", type=int, default=0, help="tokens to score for the curve; 0 for all [0]")
     parser.add_argument("--out", type=Path, help="the curve's PNG [RUN/size_bpb.png]")
     return parser
 

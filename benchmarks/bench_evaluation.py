@@ -1,9 +1,9 @@
-"""Sliding-window evaluation of random text and weights: the published scripts' and this project's.
+"""Sliding-window evaluation with random text and weights: the published scripts compared with this project.
 
-`published`: full logits of every window (compiled on a GPU), in batches of 32 windows that a Python loop fills and sums.
-`plain loop` (CPU only): one window at a time. `golf`: `train.evaluate.scoring.evaluate_model`; `golf, layer 0 per window`
-without sharing layer 0; `golf, N processes` (CPU only): one process per core, as `make run` starts them. Goals: on a GPU twice
-the tokens per second of `published` and 45 % of the matrix rate of the same run, on a CPU three times those of `plain loop`.
+`published`: full logits of every window (compiled on a GPU), in batches of 32 windows. `plain loop` (CPU only): one window at
+a time. `golf`: `train.evaluate.scoring.evaluate_model`. `golf, layer 0 per window`: the same without layer-0 sharing.
+`golf, N processes` (CPU only): one process per core, as in `make run`. Goals: on a GPU twice the tokens per second of
+`published` and 45 % of the measured matrix rate; on a CPU three times the tokens per second of `plain loop`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# before there is a process group; see train.common.distributed
+# must precede the process group, see train.common.distributed
 import torch.distributed.nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,21 +39,21 @@ from train.model.gpt import GPT
 from train.recipes import load_recipe
 
 RECIPES = ("sp4096_recurrence", "sp8192_sdclip")
-# tokens to predict in the published validation text, and the batch of the published loop
+# tokens to predict in the published validation text, and windows per batch of the published scripts
 VALIDATION_TARGETS = {"sp4096_recurrence": 45_508_608, "sp8192_sdclip": 40_540_160}
 PUBLISHED_BATCH = 32
 PLAIN = "plain loop"
 
 
 class Text(NamedTuple):
-    """Random tokens and the bytes that they stand for."""
+    """Random tokens and the bytes that they encode."""
 
     tokens: np.ndarray
     tables: ByteTables
 
 
 def text_flops(model: GPT, config: Config, targets: int) -> float:
-    """Arithmetic of scoring a text: of its windows, with layer 0's projections once per token if windows may share them."""
+    """FLOPs of scoring a text, with layer 0's projections once per token if windows can share them."""
     plan = plan_windows(targets, config.window, config.eval_stride, config.eval_rule)
     flops = len(plan.start) * window_flops(config, config.eval_stride)
     if model.overlap_problem is not None:
@@ -64,7 +64,7 @@ def text_flops(model: GPT, config: Config, targets: int) -> float:
 
 
 def make_text(vocab_size: int, count: int, seed: int) -> Text:
-    """`count` targets, Zipf-distributed as in text."""
+    """Random tokens with `count` targets, Zipf-distributed as in text."""
     random = np.random.default_rng(seed)
     tokens = np.minimum(random.zipf(1.2, count + 1), vocab_size - 1).astype(np.uint16)
     boundary = np.arange(vocab_size) < 3
@@ -75,7 +75,7 @@ def make_text(vocab_size: int, count: int, seed: int) -> Text:
 def published_run(
     model: GPT, config: Config, compiled: bool, batch_windows: int = PUBLISHED_BATCH
 ) -> Callable[[Text], list[Tensor]]:
-    """The evaluation of the published scripts, in batches of windows; returns nats and bytes."""
+    """The evaluation of the published scripts. Returns nats and bytes."""
     forward = model.logits
     if compiled:
         write_out(model, without_kernel(model.head_weight.device))
@@ -113,7 +113,7 @@ def published_run(
 def golf_run(
     model: GPT, config: Config, share_layer0: bool, rank: int = 0, world_size: int = 1
 ) -> Callable[[Text], list[Tensor]]:
-    """This project's evaluation; returns nats and bytes."""
+    """This project's evaluation. Returns nats and bytes."""
 
     def run(text: Text) -> list[Tensor]:
         found = evaluate_model(
@@ -125,7 +125,7 @@ def golf_run(
 
 
 class Processes:
-    """`golf_run` in one process with one thread per core; the processes live as long as this object."""
+    """`golf_run` with one process per core and one thread per process."""
 
     def __init__(self, config: Config, count: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -136,7 +136,7 @@ class Processes:
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=_serve, args=(config, rank, count, store, theirs), daemon=True)
             process.start()
-            # with our copy closed, reading fails if the process has died
+            # close our copy, so that reading fails if the process dies
             theirs.close()
             self._ends.append(ours)
             self._processes.append(process)
@@ -148,7 +148,6 @@ class Processes:
         return found[0]
 
     def close(self) -> None:
-        """End the processes."""
         for end in self._ends:
             end.close()
         for process in self._processes:
@@ -171,14 +170,13 @@ def _serve(config: Config, rank: int, world_size: int, store: str, end: Connecti
 
 
 def make_case(model: GPT, config: Config, targets: int) -> common.Case:
-    """The evaluation of a text of so many targets."""
     exact = copy.deepcopy(model).double()
     exact.compute_dtype = torch.float64
-    # the backend for bfloat16 may not take float64
+    # the bfloat16 attention backend may not support float64
     use_attention(exact, "sdpa")
     windows = len(plan_windows(targets, config.window, config.eval_stride).start)
     fraction = config.eval_stride / config.window
-    # every weight is read once in a batch at least
+    # each batch reads every weight at least once
     weights = sum(weight.numel() for weight in model.parameters()) * 2
     return common.Case(
         "evaluation",
@@ -196,7 +194,7 @@ def make_case(model: GPT, config: Config, targets: int) -> common.Case:
 def describe_rows(
     rows: Sequence[common.Row], targets: int, limits: common.Ceilings, whole: int, *, on_gpu: bool
 ) -> list[str]:
-    """Tokens per second, ratio to the first row, fraction of the matrix rate, and the seconds of the whole text if given."""
+    """Tokens per second, speed-up over the first row, fraction of the matrix rate, and seconds for `whole` tokens."""
     lines = []
     for row in rows:
         rate = targets / row["p50"] * 1e3
@@ -215,14 +213,9 @@ def describe_rows(
 
 
 def run_recipe(name: str, options: Any, clock: common.Clock, limits: common.Ceilings) -> None:
-    """Measure and report one recipe."""
     on_gpu = options.device.type == "cuda"
     changes: dict[str, Any] = NARROW if options.tiny else {}
-    settings = {
-        "eval_seq_len": 2048,
-        "eval_stride": 64,
-        "eval_rule": "once",
-    }
+    settings = {"eval_seq_len": 2048, "eval_stride": 64, "eval_rule": "once"}
     settings |= {"recipe": name, "device": options.device.type, "logits_rounding": "none"}
     config = Config(**(load_recipe(name).settings | settings | changes))
     model = random_model(config, options.device)
@@ -256,9 +249,8 @@ def run_recipe(name: str, options: Any, clock: common.Clock, limits: common.Ceil
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark."""
     parser = common.parser(
-        "bench_evaluation", "Sliding-window evaluation, compared with the published scripts'.", rounds=5
+        "bench_evaluation", "Sliding-window evaluation compared with the published scripts.", rounds=5
     )
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="default: both, or the first with --tiny")
     parser.add_argument("--tokens", type=int, help="targets of the text; default 409,600, or 2,048 with --tiny")

@@ -20,7 +20,7 @@ BACKENDS = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")}
 
 
 def make_block(shape: tuple[int, int, int], device: torch.device, seed: int) -> list[Tensor]:
-    """Weights, a factor as a Hessian's inverse has it, and scales, in float32."""
+    """Weights, a factor like that of an inverse Hessian, and scales, in float32."""
     batch, columns, rows = shape
     generator = torch.Generator().manual_seed(seed)
     work = torch.randn(shape, generator=generator) * 0.1
@@ -30,7 +30,7 @@ def make_block(shape: tuple[int, int, int], device: torch.device, seed: int) -> 
 
 
 def make_case(shape: tuple[int, int, int], device: torch.device) -> common.Case:
-    """One block of every matrix of a shape; only the formula's own bits are right."""
+    """One block of every matrix of a shape. Results must equal the PyTorch backend's bit for bit."""
     batch, columns, rows = shape
     elements = batch * columns * rows
     return common.Case(
@@ -46,13 +46,11 @@ def make_case(shape: tuple[int, int, int], device: torch.device) -> common.Case:
 
 
 def run(backend: dispatch.Backend, block: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Codes and errors."""
     results: Sequence[Tensor] = dispatch.run_on(backend, "gptq_block", *block, LIMIT)
     return results
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, measure and report every back end of the device."""
     arguments = common.parser("bench_gptq", __doc__.splitlines()[0]).parse_args(argv)
     clock = common.Clock(arguments.device, arguments.warmup_ms, arguments.rounds)
     limits = common.ceilings(clock)

@@ -1,9 +1,8 @@
-"""The head of a training step, forward and backward: loss, dx and dW at M = 98,304 rows of width 512.
+"""The head of a training step, forward and backward: loss, dx and dW for 98,304 rows of width 512.
 
 `compile` is the plain chain under torch.compile (on a CPU only traced). `torch` and `triton` are the backends of
-`golf::softcapped_cross_entropy`; `triton, 32 MiB` has chunks that stay in the L2 cache, `triton, 512 MiB` few large ones. Goals
-on a GPU: 1.3 times as fast as `compile` at vocabulary 8,192, not slower at 1,024, and 1.5 GB less memory at 8,192. Memory is
-the peak of a call above what is allocated before it.
+`golf::softcapped_cross_entropy`. The chunks of `triton, 32 MiB` fit in the L2 cache; `triton, 512 MiB` has few large ones.
+Goals on a GPU: 1.3 times as fast as `compile` and 1.5 GB less peak memory at vocabulary 8,192, not slower at 1,024.
 """
 
 from __future__ import annotations
@@ -28,13 +27,11 @@ head = importlib.import_module("golf_kernels.softcapped_cross_entropy")
 ROWS, WIDTH, SOFTCAP = 98_304, 512, 30.0
 VOCABULARIES = (1024, 2048, 4096, 8192)
 OTHER_CHUNKS_MIB = (32, 512)
-# by vocabulary: times as fast as `compile`, and GB less
+# by vocabulary: speed-up over `compile`, and GB saved
 GOALS = {1024: (1.0, 0.0), 8192: (1.3, 1.5)}
 
 
 class Head(NamedTuple):
-    """The inputs of a head."""
-
     hidden: Tensor
     weight: Tensor
     targets: Tensor
@@ -50,7 +47,7 @@ def make_head(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device
 
 
 def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The head as the published scripts write it."""
+    """The head of the published scripts."""
     logits = F.linear(hidden, weight)
     capped = SOFTCAP * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / SOFTCAP)
     return F.cross_entropy(capped, targets)
@@ -64,7 +61,7 @@ def with_gradients(loss_of: Callable[..., Tensor], given: Head) -> list[Tensor]:
 
 
 def exact(given: Head, rows_at_once: int = 4096) -> list[Tensor]:
-    """The same in float64, some rows at a time."""
+    """Loss, dx and dW in float64, a few rows at a time."""
     weight = given.weight.double().requires_grad_()
     losses, gradients = [], []
     for hidden, targets in zip(given.hidden.split(rows_at_once), given.targets.split(rows_at_once), strict=True):
@@ -79,7 +76,7 @@ def exact(given: Head, rows_at_once: int = 4096) -> list[Tensor]:
 
 @contextlib.contextmanager
 def chunk_bytes(device: torch.device, size: int | None) -> Iterator[None]:
-    """Another chunk size for the float32 logits inside the block."""
+    """Change the operator's chunk size for float32 logits inside the block."""
     before = head.CHUNK_BYTES[device.type]
     head.CHUNK_BYTES[device.type] = size or before
     try:
@@ -89,8 +86,6 @@ def chunk_bytes(device: torch.device, size: int | None) -> Iterator[None]:
 
 
 def golf_variant(impl: str, backend: dispatch.Backend, device: torch.device, size: int | None = None) -> common.Variant:
-    """A backend of the operator."""
-
     def run(given: Head) -> list[Tensor]:
         with chunk_bytes(device, size):
             return list(
@@ -101,19 +96,19 @@ def golf_variant(impl: str, backend: dispatch.Backend, device: torch.device, siz
 
 
 def make_variants(device: torch.device) -> list[common.Variant]:
-    """The plain chain, compiled, and every backend that can run here."""
+    """The compiled chain and every backend that can run here."""
     plain = functools.partial(with_gradients, common.compiled(plain_loss, device))
     variants = [common.Variant("compile", plain), golf_variant("torch", "torch", device)]
     if device.type == "cuda" and dispatch.triton_problem() is None:
         variants.append(golf_variant("triton", "triton", device))
         for mib in OTHER_CHUNKS_MIB:
-            # chunk sizes are in float32, and these logits are bfloat16
+            # the chunk size counts float32 logits, but these are bfloat16
             variants.append(golf_variant(f"triton, {mib} MiB", "triton", device, 2 * mib << 20))
     return variants
 
 
 def make_case(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> common.Case:
-    """The head at one shape: three products; no logit has to leave the chip."""
+    """The head at one shape: three products. The logits need no memory traffic."""
     return common.Case(
         "softcapped_cross_entropy",
         f"{rows}x{width}x{vocabulary}",
@@ -128,8 +123,7 @@ def make_case(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device
 
 
 def verdict(times: Mapping[str, float], peaks_gb: Mapping[str, float], vocabulary: int) -> str:
-    """The goals in numbers: our fastest backend beside the compiled chain."""
-
+    """Our fastest backend compared with the compiled chain and the goals."""
     chain = times["compile"]
     ours = min((name for name in times if name != "compile"), key=lambda name: times[name])
     speed, memory = GOALS.get(vocabulary, (None, None))
@@ -140,7 +134,6 @@ def verdict(times: Mapping[str, float], peaks_gb: Mapping[str, float], vocabular
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark."""
     parser = common.parser("bench_head", "Head, loss and gradients of a training step.")
     parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES, help="default: all four")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""int6 packing, unpacking, dequantization and fake quantization beside a copy of as many bytes in the same run.
+"""int6 packing, unpacking, dequantization and fake quantization, compared with a copy of the same number of bytes.
 
-The goal is half of a copy's bandwidth on one CPU core, and 85 % of it on a GPU. Native operations and the copy write to
-memory that is there already, so that neither is charged for the pages of a new allocation.
+Goals: half of a copy's bandwidth on one CPU core, 85 % on a GPU. Native operations and the copy write to existing memory, so
+that no time goes into new pages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TINY = [(8, 40), (3, 7)]
 
 
 class Matrix(NamedTuple):
-    """A random matrix with its codes, and room for an operation's result."""
+    """A random matrix with its codes, and memory for an operation's result."""
 
     weight: Tensor
     scales: Tensor
@@ -37,14 +37,8 @@ class Matrix(NamedTuple):
 class Operation(NamedTuple):
     """One operation over all matrices of a model.
 
-    Attributes:
-        op: its name.
-        dtype: of the results.
-        code_bytes: traffic per code; the scales' is added.
-        room: an empty result for a matrix of a shape.
-        truth: what a matrix must become.
-        native: fills the results.
-        reference: the operation on one matrix, in PyTorch.
+    `code_bytes` is the memory traffic per code, without the scales. `room` makes an empty result for a shape, `native` fills
+    the results of a model, and `reference` computes one matrix in PyTorch.
     """
 
     op: str
@@ -57,8 +51,6 @@ class Operation(NamedTuple):
 
 
 def dequantize(dtype: torch.dtype) -> Operation:
-    """int6_dequantize to one dtype."""
-
     def native(model: Sequence[Matrix]) -> None:
         int6_native.dequantize(*zip(*((one.packed, one.scales, one.result) for one in model), strict=True))
 
@@ -78,12 +70,11 @@ def dequantize(dtype: torch.dtype) -> Operation:
 
 
 def one_by_one(fill: Callable[[Matrix], Any]) -> Callable[[Sequence[Matrix]], Any]:
-    """An operation that takes one matrix at a time, over a model."""
     return lambda model: [fill(one) for one in model]
 
 
 def nearest(one: Matrix) -> Tensor:
-    """Fake quantization in float64; the quotient in float32, or a half would be rounded otherwise."""
+    """Fake quantization in float64, with the quotient in float32, so that halves round the same."""
     steps = one.scales.float()[:, None]
     return (one.weight / steps).clamp(-31, 31).round().double() * steps
 
@@ -124,7 +115,6 @@ OPERATIONS = (
 def make_model(
     operation: Operation, shapes: Sequence[tuple[int, int]], device: torch.device, seed: int
 ) -> list[Matrix]:
-    """Random matrices of these shapes on the device."""
     generator = torch.Generator().manual_seed(seed)
     model = []
     for shape in shapes:
@@ -137,7 +127,6 @@ def make_model(
 
 
 def make_case(operation: Operation, shapes: Sequence[tuple[int, int]], device: torch.device) -> common.Case:
-    """The operation over a model of these shapes."""
     traffic = sum(rows * (operation.code_bytes * columns + 2) for rows, columns in shapes)
     return common.Case(
         operation.op,
@@ -147,20 +136,20 @@ def make_case(operation: Operation, shapes: Sequence[tuple[int, int]], device: t
         lambda model: [operation.truth(one) for one in model],
         flops=0.0,
         bytes=traffic,
-        # half a unit in the last place of bfloat16; the bits are the tests' business
+        # half a unit in the last place of bfloat16; the tests compare bit for bit
         max_rel_err=2.0**-8,
     )
 
 
 def variants(operation: Operation, device: torch.device) -> list[common.Variant]:
-    """The native back end of the device, where it is built, and PyTorch."""
+    """The native backend if it is built, and PyTorch."""
 
     def fill(model: Sequence[Matrix]) -> list[Tensor]:
         operation.native(model)
         return [one.result for one in model]
 
     native = "cuda" if device.type == "cuda" else "cpp"
-    # packing looks for a bad code, for which the host waits: no part of a graph
+    # packing checks the codes on the host, which a CUDA graph cannot capture
     graph = False if operation.op == "int6_pack" else None
     made = [common.Variant("torch", lambda model: [operation.reference(one) for one in model], graph)]
     if native in dispatch.available_backends(operation.op):
@@ -169,7 +158,7 @@ def variants(operation: Operation, device: torch.device) -> list[common.Variant]
 
 
 def copy_gbps(clock: common.Clock, traffic_bytes: float, pieces: int) -> float:
-    """GB/s, read and written, of a copy that moves so many bytes in so many pieces."""
+    """GB/s, read and written, of a copy of this many bytes in this many pieces."""
     sources = torch.randint(0, 255, (pieces, int(traffic_bytes / 2 / pieces)), dtype=torch.uint8, device=clock.device)
     targets = torch.zeros_like(sources)
 
@@ -182,11 +171,10 @@ def copy_gbps(clock: common.Clock, traffic_bytes: float, pieces: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, measure and report every operation on the device."""
     arguments = common.parser("bench_int6", __doc__.splitlines()[0]).parse_args(argv)
     clock = common.Clock(arguments.device, arguments.warmup_ms, arguments.rounds)
     shapes = TINY if arguments.tiny else MODEL
-    # on a GPU a model is copied in one launch, as it is dequantized in one
+    # on a GPU a model is dequantized, and so copied, in one launch
     pieces = len(shapes) if arguments.device.type == "cpu" else 1
     for operation in OPERATIONS:
         case = make_case(operation, shapes, arguments.device)

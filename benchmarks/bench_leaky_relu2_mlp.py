@@ -1,8 +1,8 @@
-"""The MLP block of a layer, forward and backward, beside torch.compile and the peers' kernels.
+"""The MLP block of a layer, forward and backward, compared with torch.compile and other libraries' kernels.
 
-y = x + scale ⊙ (leaky_relu(rms(x) · w_upᵀ, slope)² · w_downᵀ), and the gradients of x, both matrices and the scale. The
-goal is 1.35 times the speed of the compiled block, and at most 1.25 times the six products alone in the same run.
-Peers know no leaky activation, so they run beside slope 0. On a CPU the compiler is only traced.
+y = x + scale ⊙ (leaky_relu(rms(x) · w_upᵀ, slope)² · w_downᵀ), and the gradients of x, both matrices and the scale. Goals: 1.35
+times the speed of the compiled block, and at most 1.25 times the time of its six products alone. Other libraries have no leaky
+activation, so they run at slope 0. On a CPU torch.compile only traces.
 """
 
 from __future__ import annotations
@@ -31,15 +31,13 @@ Block = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 class Shape(NamedTuple):
-    """rows × d activations, and the hidden size."""
-
     rows: int
     d: int
     hidden: int
 
 
 def kernels(shape: Shape) -> dict[str, list[Kernel]]:
-    """The launches of this package's block, by pass; `extra` is a pass that an up product could do beside."""
+    """The launches of this package's block, by pass; an up product could compute the `extra` one on the side."""
     x, post = 2.0 * shape.rows * shape.d, 2.0 * shape.rows * shape.hidden
     sign, flops = post / 16, 2.0 * shape.rows * shape.d * shape.hidden
     return {
@@ -55,7 +53,7 @@ def kernels(shape: Shape) -> dict[str, list[Kernel]]:
 
 
 def predict(shape: Shape) -> str:
-    """Times computed from bytes and FLOPs, per pass and device."""
+    """Times computed from memory traffic and FLOPs, per pass and device."""
     lines = [f"computed, not measured: {shape.rows}x{shape.d}x{shape.hidden}, µs"]
     for device in DEVICES:
         passes = {name: sum(k.floor_ms(device) for k in group) for name, group in kernels(shape).items()}
@@ -68,18 +66,17 @@ def predict(shape: Shape) -> str:
 
 
 def plain(x: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor, slope: float) -> Tensor:
-    """The block as people write it."""
+    """The block in plain PyTorch."""
     hidden = F.leaky_relu(F.rms_norm(x, x.shape[-1:], eps=EPS) @ w_up.T, slope).square()
     return x + scale * (hidden @ w_down.T)
 
 
 def ours(x: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor, slope: float) -> Tensor:
-    """The block as one operator."""
     return leaky_relu2_mlp(x, w_up, w_down, slope=slope, norm_eps=EPS, residual=x, scale=scale)
 
 
 def quack() -> Block:
-    """quack-kernels' MLP between PyTorch's norm and residual."""
+    """The MLP of quack-kernels, with norm and residual in PyTorch."""
     mlp = importlib.import_module("quack.mlp")
 
     def block(x: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor, slope: float) -> Tensor:
@@ -91,7 +88,7 @@ def quack() -> Block:
 
 
 def liger() -> Block:
-    """Liger's activation between PyTorch's norm, products and residual."""
+    """Liger's activation, with norm, products and residual in PyTorch."""
     activation = importlib.import_module("liger_kernel.transformers.relu_squared").LigerReLUSquared()
 
     def block(x: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor, slope: float) -> Tensor:
@@ -105,12 +102,12 @@ PEERS = {"quack-kernels": quack, "liger-kernel": liger}
 
 
 def make_inputs(shape: Shape, device: torch.device, seed: int) -> Inputs:
-    """Random activations, weights of a model's size, and the gradient of the result."""
+    """Random inputs, weights scaled as in a model, and the gradient of the result."""
     generator = torch.Generator(device).manual_seed(seed)
     rows, d, hidden = shape
     sizes = {"x": (rows, d), "w_up": (hidden, d), "w_down": (d, hidden), "scale": (d,), "dy": (rows, d)}
     scales = {"w_up": d**-0.5, "w_down": hidden**-0.5}
-    # the interpreter, which stands in for a GPU, knows no bfloat16
+    # Triton's interpreter, used without a GPU, has no bfloat16
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     made = {
         name: (scales.get(name, 1.0) * torch.randn(size, generator=generator, device=device)).to(dtype)
@@ -120,20 +117,17 @@ def make_inputs(shape: Shape, device: torch.device, seed: int) -> Inputs:
 
 
 def both_passes(block: Block, slope: float, inputs: Inputs) -> list[Tensor]:
-    """The result and the gradients."""
     x, w_up, w_down, scale = leaves = [inputs[name] for name in GRADIENTS]
     y = block(x, w_up, w_down, scale, slope)
     return [y.detach(), *torch.autograd.grad(y, leaves, inputs["dy"])]
 
 
 def truth(slope: float, inputs: Inputs) -> list[Tensor]:
-    """The same in float64."""
     exact = {name: tensor.detach().double().requires_grad_(tensor.requires_grad) for name, tensor in inputs.items()}
     return both_passes(plain, slope, exact)
 
 
 def make_case(shape: Shape, slope: float, device: torch.device) -> common.Case:
-    """Forward and backward of one block."""
     needed = [kernel for name in ("forward", "backward") for kernel in kernels(shape)[name]]
     return common.Case(
         f"leaky_relu2_mlp, slope {slope}",
@@ -143,7 +137,7 @@ def make_case(shape: Shape, slope: float, device: torch.device) -> common.Case:
         functools.partial(truth, slope),
         flops=sum(kernel.flops for kernel in needed),
         bytes=sum(kernel.bytes for kernel in needed),
-        # twice what the plain chain errs in bfloat16
+        # twice the error of the plain block in bfloat16
         max_rel_err=1e-2,
     )
 
@@ -170,14 +164,14 @@ def products_case(shape: Shape, device: torch.device) -> common.Case:
 
 
 def products(inputs: Inputs) -> list[Tensor]:
-    """up, down, dpre, dx, dw_up and dw_down without anything between them."""
+    """up, down, dpre, dx, dw_up and dw_down."""
     x, w_up, w_down, _, dy, post, dpre = inputs.values()
     return [x @ w_up.T, post @ w_down.T, dy @ w_down, dpre @ w_up, dpre.T @ x, dy.T @ post]
 
 
 @contextlib.contextmanager
 def forced(**replaced: Any) -> Iterator[None]:
-    """The Triton back end, with functions of its module replaced."""
+    """The Triton backend with functions of its module replaced."""
     module = importlib.import_module("golf_kernels.leaky_relu2_mlp_triton")
     replacing = mock.patch.multiple(module, **replaced) if replaced else contextlib.nullcontext()
     with dispatch.forced("leaky_relu2_mlp=triton"), replacing:
@@ -185,7 +179,6 @@ def forced(**replaced: Any) -> Iterator[None]:
 
 
 def narrow_tile(product: str, columns: int) -> Any:
-    """The narrow tile of every product."""
     return importlib.import_module("golf_kernels.leaky_relu2_mlp_triton").TILES[product]["narrow"]
 
 
@@ -202,8 +195,6 @@ TRITON: dict[str, dict[str, Any]] = {
 
 
 def triton_variant(name: str, slope: float) -> common.Variant:
-    """One of the ways to run our kernels."""
-
     def run(inputs: Inputs) -> list[Tensor]:
         with forced(**TRITON[name]):
             return both_passes(ours, slope, inputs)
@@ -212,7 +203,7 @@ def triton_variant(name: str, slope: float) -> common.Variant:
 
 
 def variants(slope: float, device: torch.device) -> list[common.Variant]:
-    """Everything that can run here; what cannot is printed with its reason."""
+    """Every variant that can run here; prints why others cannot."""
     made = []
     if "triton" in dispatch.available_backends("leaky_relu2_mlp"):
         made += [triton_variant(name, slope) for name in TRITON]
@@ -226,7 +217,7 @@ def variants(slope: float, device: torch.device) -> list[common.Variant]:
     made.append(common.Variant("compile", both(common.compiled(plain, device)), graph=True))
     for name, peer in PEERS.items() if slope == 0.0 else ():
         try:
-            # a peer that the compiler cannot look into still has a figure of its own
+            # also eager, because torch.compile cannot compile every peer
             made.append(common.Variant(name, both(peer()), graph=False))
             made.append(common.Variant(f"{name}, compiled", both(common.compiled(peer(), device)), graph=False))
         except ImportError as error:
@@ -248,7 +239,7 @@ def profile(variant: common.Variant, inputs: Inputs) -> str:
 
 
 def compare(shape: Shape, slope: float, clock: common.Clock, limits: common.Ceilings) -> list[list[common.Row]]:
-    """Rows of the products alone, and of every variant."""
+    """Rows of the products alone, and of all variants."""
     device = clock.device
     alone = [common.Variant("products alone", products, graph=True)]
     case = make_case(shape, slope, device)
@@ -265,7 +256,7 @@ def compare(shape: Shape, slope: float, clock: common.Clock, limits: common.Ceil
 
 
 def memory_lines(peaks: dict[str, int], hidden_bytes: int) -> list[str]:
-    """Most memory of each variant, and how many hidden tensors the kernels take less than the compiled block."""
+    """Peak memory of each variant, and how many hidden tensors fewer the kernels need than the compiled block."""
     lines = [f"{name}: {peak / 1e6:.0f} MB at most beyond the inputs" for name, peak in peaks.items()]
     if {"triton", "compile"} <= set(peaks):
         fewer = (peaks["compile"] - peaks["triton"]) / hidden_bytes
@@ -274,7 +265,6 @@ def memory_lines(peaks: dict[str, int], hidden_bytes: int) -> list[str]:
 
 
 def verdict(rows: Sequence[common.Row], floor_ms: float) -> str:
-    """The two goals in numbers."""
     times = {row["impl"]: row["p50"] for row in rows}
     if "triton" not in times:
         return "no Triton kernel ran here"
@@ -286,7 +276,6 @@ def verdict(rows: Sequence[common.Row], floor_ms: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, measure and report the block."""
     parser = common.parser("bench_leaky_relu2_mlp", __doc__.splitlines()[0])
     parser.add_argument("--profile", action="store_true", help="print the time of each kernel of the first variant too")
     arguments = parser.parse_args(argv)
@@ -295,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     limits = common.ceilings(clock)
     for shape in shapes:
         print(predict(shape))
-        # the peers' activation at the first shape alone
+        # slope 0, for the peers, only at the first shape
         for slope in (0.5, 0.0) if shape == shapes[0] else (0.5,):
             alone, rows = compare(shape, slope, clock, limits)
             for group in (alone, rows):

@@ -1,10 +1,9 @@
-"""Loss curves of a recipe with and without kernels, compared with the spread of seeds.
+"""Compare the loss curves of a recipe with and without kernels with the spread of seeds.
 
-The first of the `--variants` (`benchmarks.measure.step_variants`) is trained from several seeds, the others from the first
-seed, all on the same tokens, an eighth of a batch per step. Losses are smoothed over some steps. A variant's distance is its
-mean |difference| from the first variant's curve of the same seed; the spread is the mean distance between the first variant's
-seeds. A variant whose distance is not below the spread is named, and the exit code is 1. Curves and a picture go to `--out`,
-distances of a GPU to `results/curves/`.
+The first of the `--variants` (`benchmarks.measure.step_variants`) trains from several seeds, the others from the first seed,
+all on the same tokens, with an eighth of a batch per step. Losses are smoothed. A variant's distance is its mean |difference|
+from the first variant's curve of the same seed. The spread is the mean distance between the first variant's seeds. If a
+distance is not below the spread, the exit code is 1. Curves and a plot go to `--out`, distances of a GPU to `results/curves/`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from train.config import Config
 from train.model.attention_choice import choose_attention
 from train.recipes import recipe_names
 
-# steps over which a curve is averaged before it is compared
+# steps over which curves are smoothed
 SMOOTH = 20
 COLUMNS = (
     *("date", "commit", "dirty", "gpu", "driver", "cuda", "torch", "triton", "recipe", "variant", "against", "data"),
@@ -38,9 +37,9 @@ Curves = dict[str, np.ndarray]
 
 
 def train(config: Config, name: str, tokens: Tokens, steps: int, device: torch.device) -> np.ndarray:
-    """The loss of each step, from the weights of the configuration's seed."""
+    """The loss of each step, from the initial weights of the config's seed."""
     (variant,) = make_variants(config, [name], device, whole=True)
-    # read only at the end, so that the host runs ahead as in training
+    # losses are read at the end, so that the host runs ahead as in training
     losses = [variant.run(tokens.next(), False).detach() for _ in range(steps)]
     return torch.stack(losses).double().cpu().numpy()
 
@@ -51,19 +50,18 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean |difference| of two smoothed curves, in nats; infinite where a loss is not finite."""
+    """Mean |difference| of two smoothed curves in nats; infinite if a loss is not finite."""
     found = float(np.abs(smoothed(one) - smoothed(other)).mean())
     return found if np.isfinite(found) else float("inf")
 
 
 def compare(seeds: Sequence[np.ndarray], others: Curves) -> tuple[dict[str, float], float]:
-    """Distance of each other variant's curve from the first seed's, and the mean distance between seeds."""
+    """Distance of each other curve from the first seed's, and the mean distance between seeds."""
     pairs = [distance(one, other) for one, other in itertools.combinations(seeds, 2)]
     return {name: distance(curve, seeds[0]) for name, curve in others.items()}, float(np.mean(pairs))
 
 
 def draw(curves: Curves, title: str, path: Path) -> None:
-    """Smoothed losses over steps."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for name, losses in curves.items():
@@ -79,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--variants",
         default="torch,golf",
-        help="comma-separated: the first one, then those to compare with it, such as torch,leaky_relu2_mlp=triton",
+        help="comma-separated: the reference, then variants to compare with it, such as torch,leaky_relu2_mlp=triton",
     )
-    parser.add_argument("--steps", type=parse_positive, help="of each curve; default 200, or 6 with --tiny")
+    parser.add_argument("--steps", type=parse_positive, help="steps of each curve; default 200, or 6 with --tiny")
     parser.add_argument(
         "--seeds", type=parse_positive, default=3, help="seeds of the first variant, at least 2; default 3"
     )
@@ -100,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.tiny:
         common.check_place(device, folder, COLUMNS)
     if arguments.out:
-        # an error here is better found before the training
+        # fails before training
         arguments.out.mkdir(parents=True, exist_ok=True)
     config = step_config(arguments.recipe, device, tiny=arguments.tiny, attention=arguments.attention)
     # the same attention backend for all curves
@@ -136,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         atomic_write(arguments.out / "curves.csv", "\n".join(lines) + "\n")
         draw(curves, title, arguments.out / "curves.png")
     path = None if arguments.tiny or not rows else common.append_rows(rows, surroundings, folder, columns=COLUMNS)
-    print(f"-> {path.relative_to(common.ROOT)}" if path else "not stored: only full-size rows of a GPU are")
+    print(f"-> {path.relative_to(common.ROOT)}" if path else "not stored: only full-size GPU results are stored")
     return 0 if fine else 1
 
 

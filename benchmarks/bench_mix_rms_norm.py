@@ -1,6 +1,6 @@
-"""Residual mix and norm before one layer's attention, for 98,304 tokens, forward and backward.
+"""Residual mix and norm before one layer's attention on 98,304 tokens, forward and backward.
 
-A compiler's backward pass goes over its gradient once more for the columns' sums, and keeps the mixed stream. See
+torch.compile also keeps the mixed residual stream, and its backward pass reads the gradient again for the column sums. See
 `benchmarks.measure.chains`.
 """
 
@@ -17,8 +17,6 @@ from train.common.errors import main_guard
 
 
 class Shape(NamedTuple):
-    """Sequences of `length` tokens of `width` numbers."""
-
     batch: int
     length: int
     width: int
@@ -28,11 +26,10 @@ class Shape(NamedTuple):
 
 
 def traffic(shape: Shape) -> dict[str, dict[str, float]]:
-    """Bytes of both implementations; sums over columns and rows' norms are under 1 % and not counted.
+    """Memory traffic; column sums and row norms are under 1 % and not counted.
 
-    The kernels read x and x0 and write h and n; then they read dh, dn, x and x0 and write dx and dx0. A compiler's forward
-    pass is the same one; its backward pass reads dh, dn and h, writes dx, dx0 and the gradient of h, and reads this one
-    again with x and x0 for the columns' sums (so says Inductor's own schedule of the chain, `mix_order_reduction` or not).
+    Forward, both read x, x0 and write h, n. Backward, the kernels read dh, dn, x, x0 and write dx, dx0. Inductor's schedule
+    reads dh, dn, h, writes dx, dx0 and the gradient of h, and reads that again with x, x0 for the column sums.
     """
     stream = 2.0 * shape.batch * shape.length * shape.width
     return {
@@ -42,7 +39,7 @@ def traffic(shape: Shape) -> dict[str, dict[str, float]]:
 
 
 def plain(x: Tensor, x0: Tensor, mix: Tensor, *, eps: float, gain: float) -> tuple[Tensor, Tensor]:
-    """The chain as people write it."""
+    """The chain in plain PyTorch."""
     first, second = mix.to(x.dtype).unbind()
     h = torch.addcmul(first * x, second, x0)
     return h, F.rms_norm(h, h.shape[-1:], eps=eps) * gain

@@ -1,9 +1,9 @@
-"""Newton-Schulz and the Muon step on the matrices of the eleven-layer model: `python -m benchmarks.bench_newton_schulz`.
+"""Newton-Schulz and the Muon step on the matrices of the 11-layer model: `python -m benchmarks.bench_newton_schulz`.
 
-All 66 matrices and one rank's share of eight, the products alone and the whole step, side by side: torch.optim.Muon, the
-PyTorch back end, compiled batched products of each bank, gram-newton-schulz where it is installed, and the Triton kernels,
-each launched one by one and as a CUDA graph. The goals on a GPU: 0.60 ms for all matrices and 0.12 ms for the share; a step
-6 times as fast as torch.optim.Muon and 1.5 times as fast as the best of the others.
+Measures all 66 matrices and those of one rank of eight, Newton-Schulz alone and the whole step. Variants: torch.optim.Muon,
+the PyTorch backend, compiled batched products of each bank, gram-newton-schulz if it is installed, and the Triton kernels,
+each eager and as a CUDA graph. Goals on a GPU: 0.60 ms for all matrices and 0.12 ms for one rank's; a step 6 times as fast as
+torch.optim.Muon and 1.5 times as fast as the best other variant.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ Shapes = tuple[tuple[int, int], ...]
 STEPS = COEFFICIENTS["quintic"].default_steps
 TRIPLE = COEFFICIENTS["quintic"].triples[0]
 SCHEDULE = [*TRIPLE] * STEPS
-# milliseconds of the Triton kernels for all matrices and for one rank's share
+# milliseconds of the Triton kernels for all matrices and for those of one rank
 GOALS_MS = (0.60, 0.12)
 Bank = Callable[[Tensor], Tensor]
 
 
 def model_shapes(layers: int = 11, width: int = 512, mlp_mult: int = 4) -> Shapes:
-    """q and o, k and v, up and down of every layer; k and v have half as many heads."""
+    """q and o, k and v, up and down of every layer. k and v have half as many heads."""
     layer = [(width, width)] * 2 + [(width // 2, width)] * 2 + [(mlp_mult * width, width), (width, mlp_mult * width)]
     return tuple(shape for shape in layer for _ in range(layers))
 
 
 def share_of_eight(shapes: Shapes) -> Shapes:
-    """The matrices of the rank that has most to do."""
+    """The matrices of the rank with the most work."""
     owners = assign(shapes, 8)
     shares = [tuple(s for s, owner in zip(shapes, owners, strict=True) if owner == rank) for rank in range(8)]
     return max(shares, key=lambda share: sum(newton_schulz_cost(*shape) for shape in share))
@@ -87,20 +87,20 @@ def by_banks(bank: Bank) -> Callable[[Any], Sequence[Tensor]]:
 
 
 def gram_bank() -> Bank | None:
-    """gram-newton-schulz with our coefficients, compiled; None and the reason on stderr where it is not installed."""
+    """gram-newton-schulz with our coefficients, compiled; None, and the reason on stderr, if it is not installed."""
     try:
         from gram_newton_schulz import GramNewtonSchulz
     except ImportError as error:
         print(f"gram-newton-schulz is left out: {error}", file=sys.stderr)
         return None
-    # its default captures CUDA graphs of its own, which cannot be captured again
+    # its default captures CUDA graphs, which cannot be nested in ours
     options = {"fullgraph": True, "dynamic": False}
     made: Bank = GramNewtonSchulz(ns_coefficients=[list(TRIPLE)] * STEPS, compile_kwargs=options)
     return made
 
 
 def newton_schulz_ways(device: torch.device) -> dict[str, Callable[[Any], Sequence[Tensor]]]:
-    """Implementations of the iteration that this machine has."""
+    """The implementations of Newton-Schulz that can run here."""
     found = {"torch.optim.Muon": torch_loop, "torch": orthogonalize("torch", torch.bfloat16)}
     if device.type != "cuda":
         return found | {"banks": by_banks(plain_bank)}
@@ -129,7 +129,7 @@ def muon_case(name: str, shapes: Shapes, device: torch.device) -> Case:
         return {"weights": draw[0], "gradients": draw[1]}
 
     def truth(given: dict[str, list[Tensor]]) -> list[Tensor]:
-        # momentum only scales the first step's gradient, and Newton-Schulz takes the scale away
+        # in the first step momentum only scales the gradient, and Newton-Schulz removes the scale
         steps = on_exact_copies(orthogonalize("torch", torch.float64))(given["gradients"])
         ratios = [max(1.0, rows / columns) ** 0.5 for rows, columns in shapes]
         return [-ratio * step for ratio, step in zip(ratios, steps, strict=True)]
@@ -140,8 +140,8 @@ def muon_case(name: str, shapes: Shapes, device: torch.device) -> Case:
 
 
 def muon_step(build: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Callable[[Any], Sequence[Tensor]]:
-    """A step of an optimizer of its own for each set of inputs; returns what the step added to the weights."""
-    # inputs stay, or others would come to their addresses
+    """A step with one optimizer per set of inputs. Its first call returns the change of the weights."""
+    # keep the inputs, so that no other tensor gets their address
     optimizers: dict[int, tuple[torch.optim.Optimizer, dict[str, list[Tensor]]]] = {}
 
     def run(given: dict[str, list[Tensor]]) -> list[Tensor]:
@@ -163,11 +163,9 @@ def muon_step(build: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Callabl
 
 
 class BankedMuon(torch.optim.Optimizer):
-    """What a trainer that keeps matrices of one shape in a bank would run: Muon's first step without weight decay.
+    """Muon on banks of matrices of one shape, without weight decay. The weights become views of the banks.
 
-    Args:
-        weights: become views of the banks.
-        step: from a bank's weights, gradients and momenta, and the factor on the learning rate of 1.
+    `step` takes a bank's weights, gradients and momenta, and a factor on the learning rate of 1.
     """
 
     def __init__(self, weights: list[Tensor], step: Callable[[Tensor, Tensor, Tensor, float], None]) -> None:
@@ -184,7 +182,7 @@ class BankedMuon(torch.optim.Optimizer):
                 weight.data = place
             self._banks.append((bank, gradient, torch.zeros_like(bank), max(1.0, shape[0] / shape[1]) ** 0.5))
 
-    # PyTorch's steps also take a closure, which no benchmark has
+    # PyTorch passes a closure, which no benchmark uses
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for bank in self._banks:
@@ -200,7 +198,7 @@ def banked(bank: Bank) -> Callable[[Tensor, Tensor, Tensor, float], None]:
 
 
 def forced(backend: dispatch.Backend) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
-    """Muon whose step goes to that back end whatever is chosen elsewhere."""
+    """Muon on this backend, regardless of GOLF_BACKEND."""
 
     class Forced(Muon):
         # without a closure, as above
@@ -213,14 +211,14 @@ def forced(backend: dispatch.Backend) -> Callable[[list[Tensor]], torch.optim.Op
 
 
 def muon_ways(device: torch.device) -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
-    """Optimizers with the same step that this machine has."""
+    """The optimizers that can run here."""
     found: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
         "torch.optim.Muon": lambda w: torch.optim.Muon(w, lr=1.0, weight_decay=0.0),
         "torch": forced("torch"),
     }
     if device.type != "cuda":
         return found | {"banks": lambda w: BankedMuon(w, banked(plain_bank))}
-    # momentum, iteration and update of a bank in one compiled function
+    # momentum, Newton-Schulz and update of a bank in one compiled function
     compiled = torch.compile(banked(plain_bank), dynamic=False)
     found["compiled banks"] = lambda w: BankedMuon(w, compiled)
     gram = gram_bank()
@@ -230,14 +228,14 @@ def muon_ways(device: torch.device) -> dict[str, Callable[[list[Tensor]], torch.
 
 
 def variants_of(ways: dict[str, Callable[[Any], Sequence[Tensor]]], case: Case, device: torch.device) -> list[Variant]:
-    """Each way launched one by one and, on a GPU, as a graph; a peer that does not run is named and left out."""
+    """Each implementation eager and, on a GPU, as a CUDA graph. A peer that does not run is named and left out."""
     modes = [("", False), (", graph", True)] if device.type == "cuda" else [("", False)]
     listed = [Variant(impl + suffix, run, graph) for impl, run in ways.items() for suffix, graph in modes]
     return [v for v in listed if v.impl.split(",")[0] in ("torch", "triton") or runs(v, case.make(0))]
 
 
 def verdicts(rows: Sequence[Row], goal_ms: float) -> list[str]:
-    """The goals in numbers; nothing where no Triton kernel ran."""
+    """The results compared with the goals; nothing if no Triton kernel ran."""
     times = {row["impl"]: row["p50"] for row in rows}
     ours, others = ({k: v for k, v in times.items() if k.startswith("triton") is wanted} for wanted in (True, False))
     if not ours:
@@ -252,10 +250,9 @@ def verdicts(rows: Sequence[Row], goal_ms: float) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures every case, prints it, and keeps a GPU's rows."""
     options = parser("bench_newton_schulz", __doc__.split("\n")[0]).parse_args(arguments)
     device = options.device
-    # every shape compiles the peers' functions again
+    # each shape compiles the peers again
     torch._dynamo.config.recompile_limit = 64
     clock = Clock(device, options.warmup_ms, options.rounds)
     limits = ceilings(clock)

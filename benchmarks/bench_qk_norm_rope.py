@@ -1,6 +1,7 @@
-"""QK-norm, rotary embedding and query gain of one layer's 98,304 tokens, forward and backward.
+"""QK-norm, rotary embedding and query gain of one layer on 98,304 tokens, forward and backward.
 
-The chain saves q and k beside what attention saves, and the operator one number per head and row. See `benchmarks.measure.chains`.
+Beyond the tensors that attention saves, the chain saves q and k, the operator one number per head and row. See
+`benchmarks.measure.chains`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from train.common.errors import main_guard
 
 
 class Shape(NamedTuple):
-    """Sequences of `length` tokens, heads of queries and keys, and their dimensions, of which `rotary` turn."""
+    """The first `rotary` of a head's `dim` dimensions are rotated."""
 
     batch: int
     length: int
@@ -30,14 +31,14 @@ class Shape(NamedTuple):
 
 
 def traffic(shape: Shape) -> dict[str, dict[str, float]]:
-    """The large tensors once, and the rstd; tables stay in the cache."""
+    """Each large tensor once, and the rstd. The tables stay in the cache."""
     vectors = shape.batch * shape.length * (shape.heads + shape.kv_heads)
     tensor, rstd = 2.0 * vectors * shape.dim, 4.0 * vectors
     return {"triton": {"forward": 2 * tensor + rstd, "backward": 3 * tensor + rstd}}
 
 
 def plain(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-    """The chain as people write it."""
+    """The chain in plain PyTorch."""
     half = cosine.shape[-1]
 
     def turned(x: Tensor) -> Tensor:

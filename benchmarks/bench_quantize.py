@@ -1,8 +1,8 @@
 """Quantization at a recipe's full shapes: calibration, GPTQ of all matrices, and generation of calibration texts.
 
-Weights and tokens are random. Goals on one H100: 64 training batches in 4 s, and 67 matrices in 2 s; on eight H100, 128 texts
-of 2,048 tokens in well under a minute, 16 on each. Floors count arithmetic and traffic; generation, token by token, is limited
-by the number of launches instead.
+Weights and tokens are random. Goals on one H100: calibration on 64 batches in 4 s, GPTQ of 67 matrices in 2 s. Goal on eight
+H100: 128 texts of 2,048 tokens, 16 each, in well under a minute. Floors count arithmetic and memory traffic, but generation
+is limited by launches.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from train.recipes import load_recipe
 
 RECIPE = "sp8192_sdclip"
 STAGES = ("calibrate", "gptq", "generate")
-# of #1392's 128 texts on eight GPUs, those of one rank
+# one of eight ranks' part of #1392's 128 texts
 TEXTS = 16
-# the float64 check would take too long on all batches
+# checking all batches in float64 would take too long
 CHECKED_BATCHES = 2
-# sequences at once in float64, whose attention stores all pairs
+# sequences at once in float64, where attention stores all scores
 EXACT_SEQUENCES = 4
-# least fraction of tokens that the logits of the whole text would have drawn, too
+# least fraction of tokens that must also be drawn from the logits of the finished text
 LEAST_AGREEMENT = 0.9
 TINY = NARROW | {"train_seq_len": 64, "train_batch_tokens": 1024, "eval_seq_len": 64, "passthrough_max_elements": 512}
 
 
 def make_batches(config: Config, count: int, device: torch.device) -> list[Tensor]:
-    """Random tokens in micro-batches of one rank."""
+    """Micro-batches of random tokens."""
     generator = torch.Generator().manual_seed(config.seed)
     shape = (max(config.train_batch_tokens // 8 // config.train_seq_len, 1), config.train_seq_len)
     return [torch.randint(config.vocab_size, shape, generator=generator).to(device) for _ in range(count)]
 
 
 def calibration_flops(config: Config) -> float:
-    """Arithmetic of calibration per token: all layers, and half of each input's symmetric second moment.
+    """FLOPs of calibration per token: all layers, and half of each input's symmetric second moment.
 
-    A layer has four inputs, because queries, keys and values share one; the tied embedding adds one.
+    A layer has four inputs (queries, keys and values share one); the tied embedding adds one.
     """
     dim, runs = config.model_dim, len(make_plan(config, recurrence=bool(config.recur_layers)))
     moments = runs * (3 * dim**2 + config.mlp_hidden**2) + dim**2
@@ -65,11 +65,7 @@ def calibration_flops(config: Config) -> float:
 def measure_calibration(
     model: GPT, config: Config, names: Sequence[str], count: int, clock: common.Clock, limits: common.Ceilings
 ) -> list[common.Row]:
-    """Check the Hessians of a few batches, and time those of `count`.
-
-    Raises:
-        CheckFailed: they differ from those of the float64 model.
-    """
+    """Check the Hessians of a few batches against float64, and time `count` batches."""
     recurrence = bool(config.recur_layers)
     batches = make_batches(config, count, model.head_weight.device)
     exact = copy.deepcopy(model).double()
@@ -79,10 +75,10 @@ def measure_calibration(
     parts = [part for ids in few for part in ids.split(EXACT_SEQUENCES)]
     truth = collect_hessians(exact, parts, names, recurrence=recurrence)
     found = collect_hessians(model, few, names, recurrence=recurrence)
-    # each is a mean over its inputs, parts or batches
+    # a Hessian is a mean over the tensors in its list
     whole = len(parts) / len(few)
     error = common.relative_error([found[name] for name in names], [truth[name] * whole for name in names])
-    # inputs of the last layers carry the bfloat16 errors of all layers before
+    # bfloat16 errors add up over the layers
     largest = 0.1 if model.compute_dtype == torch.bfloat16 else 1e-4
     if not error <= largest:
         raise common.CheckFailed(f"calibrate: relative error {error:.2e}, at most {largest:.0e}")
@@ -99,7 +95,7 @@ def measure_calibration(
 
 
 def make_hessians(model: GPT, names: Sequence[str], seed: int) -> dict[str, Tensor]:
-    """Second moments of inputs, some of whose directions are 20 times as large as others."""
+    """Second moments of random inputs whose columns differ in scale by up to 20 times."""
     generator = torch.Generator().manual_seed(seed)
     parameters, made = dict(model.named_parameters()), {}
     for name in names:
@@ -111,7 +107,7 @@ def make_hessians(model: GPT, names: Sequence[str], seed: int) -> dict[str, Tens
 
 
 def gptq_case(model: GPT, config: Config, names: Sequence[str]) -> common.Case:
-    """All matrices and tables, from weights to codes and scales in host memory."""
+    """GPTQ of all matrices and tables, from weights to codes and scales in host memory."""
     parameters = dict(model.named_parameters())
 
     def truth(hessians: dict[str, Tensor]) -> list[Tensor]:
@@ -120,13 +116,7 @@ def gptq_case(model: GPT, config: Config, names: Sequence[str]) -> common.Case:
             weight = parameters[name].detach().float()
             bits, clip = stored_bits(name, weight, config), clip_settings(name, config)
             scales = ROW_SCALES[clip.name](weight, bits, sigmas=clip.sigmas, floor=clip.floor)
-            codes, _ = gptq(
-                weight.double(),
-                hessians[name].double(),
-                scales.double(),
-                bits,
-                damp=config.gptq_damp,
-            )
+            codes, _ = gptq(weight.double(), hessians[name].double(), scales.double(), bits, damp=config.gptq_damp)
             weights.append((codes * scales.double()[:, None]).cpu())
         return weights
 
@@ -139,13 +129,13 @@ def gptq_case(model: GPT, config: Config, names: Sequence[str]) -> common.Case:
         truth,
         flops=sum(gptq_cost(*shape) for shape in shapes),
         bytes=sum(4.0 * columns**2 + 5.0 * rows * columns for rows, columns in shapes),
-        # a weight that float32 rounds the other way is a whole step off, and changes its row
+        # a weight that float32 rounds the other way is off by a whole step and changes its row
         max_rel_err=0.1,
     )
 
 
 def agreement(model: GPT, config: Config, texts: Tensor) -> float:
-    """Fraction of tokens that the logits of the finished texts would have drawn, too."""
+    """Fraction of tokens that are also drawn from the logits of the finished texts."""
     rows, length = texts.shape
     draws = np.array([np.random.default_rng([config.seed, number]).random(length) for number in range(rows)])
     given = torch.from_numpy(draws).to(texts.device)
@@ -161,27 +151,18 @@ def agreement(model: GPT, config: Config, texts: Tensor) -> float:
 def measure_generation(
     model: GPT, config: Config, rows: int, clock: common.Clock, limits: common.Ceilings
 ) -> list[common.Row]:
-    """Check and time the texts of one rank.
-
-    Raises:
-        CheckFailed: the texts differ from those written without a cache of keys and values.
-    """
+    """Check the texts of one rank against logits without a key-value cache, and time their generation."""
     length, recurrence = config.train_seq_len, bool(config.recur_layers)
 
     def write() -> Tensor:
         return generate_tokens(
-            model,
-            range(rows),
-            length,
-            temperature=TEMPERATURE,
-            seed=config.seed,
-            recurrence=recurrence,
+            model, range(rows), length, temperature=TEMPERATURE, seed=config.seed, recurrence=recurrence
         )
 
     agreed = agreement(model, config, write())
     if agreed < LEAST_AGREEMENT:
         raise common.CheckFailed(f"generate: {agreed:.1%} of the tokens agree, expected {LEAST_AGREEMENT:.0%} at least")
-    # every token reads all weights, and on average half of the final keys and values
+    # each token reads all weights, and on average half of the final keys and values
     runs = len(make_plan(config, recurrence=recurrence))
     weights = 2.0 * sum(weight.numel() for weight in model.parameters())
     traffic = length * (weights + rows * runs * 2 * config.kv_dim * length / 2 * model.compute_dtype.itemsize)
@@ -200,7 +181,7 @@ def measured(
     clock: common.Clock,
     limits: common.Ceilings,
 ) -> common.Row:
-    """A row of work that takes seconds: run once, then timed."""
+    """The row of a stage that takes seconds: run once, then timed."""
     work()
     p20, p50, p80 = common.quantiles([clock.once_ms(work) for _ in range(clock.rounds)])
     row: common.Row = {"op": op, "impl": "golf", "mode": "eager", "shape": shape}
@@ -210,12 +191,13 @@ def measured(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, measure and report the stages."""
     parser = common.parser("bench_quantize", __doc__.splitlines()[0], rounds=3, warmup_ms=0.0)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
-    parser.add_argument("--batches", type=parse_positive, help="of calibration; default 64, or 2 with --tiny")
+    parser.add_argument("--batches", type=parse_positive, help="calibration batches; default 64, or 2 with --tiny")
     parser.add_argument(
-        "--texts", type=parse_positive, help=f"to write; default {TEXTS}, a rank's of eight, or 2 with --tiny"
+        "--texts",
+        type=parse_positive,
+        help=f"texts to generate; default {TEXTS} (one of eight ranks), or 2 with --tiny",
     )
     options = parser.parse_args(arguments)
     changes: dict[str, Any] = TINY if options.tiny else {}

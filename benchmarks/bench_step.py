@@ -1,7 +1,7 @@
-"""Milliseconds per training step of a recipe on one GPU, several variants in turn in one process.
+"""Milliseconds per training step of a recipe on one GPU, for several variants in one process.
 
-The step is that of one of 8 GPUs; `benchmarks.measure.step_variants` names the variants. All start from the same weights and
-read the same tokens. A variant that fails, or whose loss or weights differ from the first one's, writes no row. Rows are
+The step is that of one of 8 ranks; `benchmarks.measure.step_variants` defines the variants. All start from the same weights
+and read the same tokens. A variant that fails, or whose loss or weights differ from the first one's, writes no row. Rows are
 written before the next measurement begins.
 """
 
@@ -27,13 +27,13 @@ from train.run.profile_parts import name_compiled_kernels
 from train.run.profiling import NO_KERNELS, breakdown, busy_ms, kernel_times, new_trace, write_breakdowns, write_trace
 
 PROFILED_STEPS = 3
-# p20 and p80 of fewer measurements do not show the spread
+# with fewer measurements p20 and p80 do not show the spread
 VERDICT_ROUNDS = 3
 COLUMNS = ("p20", "p50", "p80", "tokens/s", "speed-up", "util.", "of sheet", "GPU busy", "idle", "step MiB", "first s")
 
 
 def profile_variant(variant: StepVariant, bench: Bench, recurrence: bool) -> tuple[Any, dict[str, float], float | None]:
-    """A trace of some steps, ms per step by kernel family, and ms per step in which the GPU was busy."""
+    """A trace of some steps, ms per step by kernel family, and ms per step that the GPU was busy."""
     tokens = bench.tokens()
     batches = [tokens.next() for _ in range(PROFILED_STEPS)]
     trace = new_trace(bench.clock.device)
@@ -46,7 +46,7 @@ def profile_variant(variant: StepVariant, bench: Bench, recurrence: bool) -> tup
 
 
 def peak_mib(variant: StepVariant, bench: Bench, recurrence: bool) -> float | None:
-    """Peak memory of a step above what is allocated before it, in MiB; None on a CPU."""
+    """Peak memory of a step above what was allocated before, in MiB; None on a CPU."""
     device = bench.clock.device
     if device.type != "cuda":
         return None
@@ -58,14 +58,7 @@ def peak_mib(variant: StepVariant, bench: Bench, recurrence: bool) -> float | No
 
 
 def measure_phase(names: list[str], bench: Bench, recurrence: bool, traces: Path | None) -> bool:
-    """Measure the variants, print their table and store their rows; whether all of them ran.
-
-    Args:
-        names: of the variants; the first one is what the others are compared with.
-        bench: see `Bench`.
-        recurrence: whether the repeated layers run twice.
-        traces: folder for a trace of each variant; None: none is kept.
-    """
+    """Measure the variants, print their table, and store their rows and traces. Returns whether all variants ran."""
     config, limits, gpu = bench.config, bench.limits, bench.surroundings["gpu"]
     variants = make_variants(config, names, bench.clock.device)
     errors, problems = measure_steps(variants, bench, recurrence)
@@ -76,7 +69,7 @@ def measure_phase(names: list[str], bench: Bench, recurrence: bool, traces: Path
     )
     if rows:
         bench.store(list(rows.values()))
-    print("step MiB: peak of a step above what all variants keep allocated between steps")
+    print("step MiB: peak memory of a step above what stays allocated between steps")
     print(f"{'':<28}" + "".join(f"{column:>10}" for column in COLUMNS))
     base = next(iter(rows.values()), None)
     for variant in variants:
@@ -86,7 +79,7 @@ def measure_phase(names: list[str], bench: Bench, recurrence: bool, traces: Path
         try:
             trace, families, busy = profile_variant(variant, bench, recurrence)
             peak = peak_mib(variant, bench, recurrence)
-        # its times are valid all the same
+        # its times remain valid
         except Exception as error:
             problems.append(f"{error_line(variant, error)}, while it was profiled")
             trace, families, busy, peak = None, {}, None, None
@@ -110,10 +103,10 @@ def measure_phase(names: list[str], bench: Bench, recurrence: bool, traces: Path
 def cells(
     row: common.Row, base: common.Row, variant: StepVariant, bench: Bench, busy: float | None, peak: float | None
 ) -> list[str]:
-    """A line of the table, in the order of `COLUMNS`."""
+    """One line of the table."""
     sheet = datasheet_tflops(bench.surroundings["gpu"])
     found = [f"{row[name]:.2f}" for name in ("p20", "p50", "p80")]
-    # a tiny step is dominated by launches, which a real one hides
+    # launches dominate a tiny step
     speed_up = f"{base['p50'] / row['p50']:.2f} x" if bench.keep else "–"
     found += [f"{1e3 * bench.rank_tokens / row['p50']:,.0f}", speed_up]
     found += [f"{row['tflops'] / bench.limits.tflops:.1%}", f"{row['tflops'] / sheet:.1%}" if sheet else "–"]
@@ -122,13 +115,13 @@ def cells(
 
 
 def comparison(name: str, before: common.Row, after: common.Row) -> str:
-    """One line: ms per step of the first variant and of `name`, and whether the difference is beyond the spread."""
+    """ms per step of the first variant and of `name`, and whether they differ beyond the spread."""
     change = after["p50"] / before["p50"] - 1
     return f"{name:<40}{before['p50']:>9.2f} → {after['p50']:>9.2f}  {change:>+7.1%}  {verdict_of(before, after)}"
 
 
 def verdict_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Whether the ranges from p20 to p80 of two rows are apart."""
+    """Whether the p20-to-p80 ranges of two rows are disjoint."""
     if min(before["n"], after["n"]) < VERDICT_ROUNDS:
         return "too few rounds"
     if after["p80"] < before["p20"] or after["p20"] > before["p80"]:
@@ -142,22 +135,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variants",
         default="published,torch,golf",
-        help="comma-separated: published (the yardstick), torch (no kernels), golf (all kernels), golf-OPERATOR (all but that "
-        "one), OPERATOR=BACKEND (torch with one kernel, such as muon_step=triton), and +SETTING=VALUE after any of these, such "
-        "as torch+optimizer_graph=on; the others are compared with the first",
+        help="comma-separated; the others are compared with the first: published (the published script), torch (no kernels), golf (all "
+        "kernels), golf-OPERATOR (all but that one), OPERATOR=BACKEND (torch with one kernel, such as muon_step=triton); all but "
+        "published may end in +SETTING=VALUE, such as torch+optimizer_graph=on",
     )
     parser.add_argument(
-        "--phase", default="both", choices=("before", "after", "both"), help="recurrence off, on, or both"
+        "--phase", default="both", choices=("before", "after", "both"), help="before: recurrence off; after: on"
     )
     parser.add_argument(
-        "--warmup-steps", type=parse_positive, default=10, help="steps before timing, whose results are compared"
+        "--warmup-steps", type=parse_positive, default=10, help="steps before timing; their results are compared"
     )
     add_attention(parser)
     parser.add_argument("--data", type=Path, help="folder of shards; default: random tokens")
     parser.add_argument(
         "--profile",
         type=Path,
-        help="folder for a trace of each variant and its time by kernel family and by part of the model",
+        help="folder for each variant's trace and times by kernel family and model part",
     )
     return parser
 
@@ -171,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--phase after: {arguments.recipe} repeats no layers: expected before or both")
     names = row_names(arguments.variants.split(","), device)
     if arguments.profile:
-        # an error here is better found before anything is measured
+        # fails before anything is measured
         arguments.profile.mkdir(parents=True, exist_ok=True)
         if reason := name_compiled_kernels(device.type):
             print(f"profile: no times by part of the model: {reason}")
@@ -196,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             parser.error(str(error))
     if not bench.keep or device.type != "cuda":
-        print("not stored: only full-size rows of a GPU are")
+        print("not stored: only full-size GPU results are stored")
     return int(not fine)
 
 

@@ -1,6 +1,6 @@
-"""XSA behind one layer's attention of 98,304 tokens, forward and backward.
+"""XSA after one layer's attention on 98,304 tokens, forward and backward.
 
-Operator and chain read and write the same large tensors; the chain keeps two small ones more. See `benchmarks.measure.chains`.
+Operator and chain read and write the same large tensors. The chain also keeps two small ones. See `benchmarks.measure.chains`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from train.common.errors import main_guard
 
 
 class Shape(NamedTuple):
-    """Sequences of `length` tokens, heads of queries and values, and their dimensions."""
-
     batch: int
     length: int
     heads: int
@@ -26,7 +24,7 @@ class Shape(NamedTuple):
 
 
 def traffic(shape: Shape) -> dict[str, dict[str, float]]:
-    """Every tensor once: o and v to y; dy, o and v to do and dv."""
+    """Forward reads o, v and writes y; backward reads dy, o, v and writes do, dv."""
     numbers = 2.0 * shape.batch * shape.length * shape.dim
     output, value = numbers * shape.heads, numbers * shape.kv_heads
     return {"triton": {"forward": 2 * output + value, "backward": 3 * output + 2 * value}}

@@ -1,7 +1,7 @@
 """One command for a rented GPU: runs the benchmarks and GPU tests, the most important first, within a time limit.
 
-A job is a process with a time limit, or several processes, one for each kernel or test file. Output and rows are written at
-once, so an error, a timeout or an interrupt loses nothing that was measured before. Nothing is installed.
+A job is one process with a time limit, or one process per kernel or test file. Output and rows are written immediately, so
+an error, a timeout or an interrupt loses no earlier measurement. Nothing is installed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from benchmarks.report.results import ResultsError, read_results, rows_since
 from benchmarks.report.tables import tables
 from train.common.files import atomic_write
 
-# no job is started with less time left; the last seconds are for the summary
+# no job starts with less time left
 SHORTEST_S = 15.0
-# the verdict if all commands of a job ended with NOTHING_TO_RUN
+# the verdict if every command of a job ended with NOTHING_TO_RUN
 NOTHING = "not possible here"
-# longer sessions than this scale the limits of the plan
+# a session longer than this scales up the time limits of the jobs
 PLANNED_S = 1800.0
-# test files that run at once on a GPU, at most, and the memory that each needs
+# most test files that run at once on a GPU, and the memory that each needs
 TESTS_AT_ONCE, TEST_BYTES = 4, 16e9
 # bench_step's comparison of two variants
 BESIDE = re.compile(r"^\S+ +[\d.]+ → .*", re.MULTILINE)
@@ -43,17 +43,9 @@ BESIDE = re.compile(r"^\S+ +[\d.]+ → .*", re.MULTILINE)
 
 @dataclass
 class Job:
-    """One or more commands of the session.
+    """One or more commands: arguments for Python, by the name of the output file.
 
-    Attributes:
-        name: of the job.
-        limit_s: time limit.
-        commands: arguments for Python, by the name of the output file.
-        each_s: time limit of each command.
-        at_once: how many commands run at the same time.
-        instead_of: run only if this job failed.
-        verdict: how it ended; "not reached" until then.
-        seconds: how long it took.
+    `limit_s` limits the job, `each_s` each command. A job with `instead_of` runs only if that job failed.
     """
 
     name: str
@@ -67,16 +59,11 @@ class Job:
 
     @property
     def unfinished(self) -> bool:
-        """Whether it ran out of time."""
         return self.verdict in ("not reached", "interrupted") or "stopped" in self.verdict
 
 
 def plan(*, tiny: bool = False) -> list[Job]:
-    """All jobs, the most important first: the whole step, each kernel alone in it, the GPU tests, and so on.
-
-    Args:
-        tiny: small shapes on a CPU, to test the session itself.
-    """
+    """All jobs, the most important first: the whole step, each kernel alone in it, the GPU tests, and so on."""
     short = ["--tiny", "--device", "cpu"] if tiny else []
 
     def bench(name: str, limit_s: float, module: str, *arguments: str, instead_of: str = "") -> Job:
@@ -117,7 +104,7 @@ def plan(*, tiny: bool = False) -> list[Job]:
 
 
 def stretch(jobs: Sequence[Job], seconds: float) -> None:
-    """Scale the limits up if the session is longer than planned or has only these jobs."""
+    """Scale up the time limits if the session is longer than planned or runs only some of the jobs."""
     needed = sum(job.limit_s for job in jobs if not job.instead_of) or math.inf
     factor = max(1.0, seconds / PLANNED_S, seconds / needed)
     for job in jobs:
@@ -125,21 +112,21 @@ def stretch(jobs: Sequence[Job], seconds: float) -> None:
 
 
 def tests_at_once() -> int:
-    """How many test files fit into the GPU's memory; on a CPU the maximum."""
+    """How many test files fit into the GPU's memory."""
     if not torch.cuda.is_available():
         return TESTS_AT_ONCE
     return max(1, min(TESTS_AT_ONCE, int(torch.cuda.get_device_properties(0).total_memory / TEST_BYTES)))
 
 
 def op_benches() -> list[str]:
-    """Names of the operators' benchmarks, those of a training step first."""
+    """Names of the operator benchmarks; those of a training step come first."""
     apart = {"step", "loss_curves", "evaluation", "artifact"}
     found = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} - apart
     return sorted(found, key=lambda name: (name in ("gptq", "int6", "quantize"), name))
 
 
 def gpu_tests() -> list[Path]:
-    """Test files with GPU tests, and those of the Triton kernels; the longest first."""
+    """Files with GPU tests or tests of Triton kernels, the slowest first."""
     files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: (path.stem != "test_loop_gpu", path))
     return [path for path in files if path.stem.endswith("_triton") or "mark.gpu" in path.read_text()]
 
@@ -147,18 +134,12 @@ def gpu_tests() -> list[Path]:
 def _test(path: Path, tiny: bool) -> list[str]:
     # the kernels' tests would take minutes in the interpreter
     chosen = [] if path.stem.endswith("_triton") and not tiny else ["-m", "gpu"]
-    # one -v more than the project's -q cancels: a line for each test
+    # the project's -q cancels one -v; the other prints a line per test
     return ["-m", "pytest", "-vv", str(path.relative_to(ROOT)), *chosen]
 
 
 class Session:
-    """Runs jobs and collects their results.
-
-    Args:
-        out: folder for outputs, rows and the summary; new or empty.
-        seconds: time limit of the session.
-        results: folder that the benchmarks append rows to.
-    """
+    """Runs jobs and keeps their outputs, rows and summary in `out`; benchmarks append rows to `results`."""
 
     def __init__(self, out: Path, seconds: float, results: Path = RESULTS) -> None:
         self.out, self.results = out, results
@@ -171,16 +152,15 @@ class Session:
         return self.limit - (time.monotonic() - self.started)
 
     def run(self, jobs: Sequence[Job]) -> bool:
-        """Run the jobs in order until the time is over; whether none failed."""
+        """Run the jobs in order until the time is up. Returns whether none failed."""
         ended: dict[str, str] = {}
-        # for a kill during the first job
         self.keep(jobs)
         try:
             for job in jobs:
                 if job.instead_of and ended.get(job.instead_of) == "ok":
                     job.verdict = f"not needed, {job.instead_of} ran"
                 elif self.left >= SHORTEST_S:
-                    # for an interrupt or a kill during this job
+                    # what the summary says if the session is killed during this job
                     job.verdict = "interrupted"
                     self.keep(jobs)
                     self._run(job)
@@ -239,7 +219,7 @@ class Session:
             process = subprocess.Popen(
                 [sys.executable, *command], cwd=ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )  # fmt: skip
-            # kills the job when its input ends, that is with this process, however this one ends
+            # kills the job when this process ends, however it ends
             heir = subprocess.Popen(
                 ["sh", "-c", f"read _; kill -KILL -{process.pid}"], stdin=subprocess.PIPE, start_new_session=True
             )
@@ -248,13 +228,13 @@ class Session:
             finally:
                 heir.kill()
                 heir.communicate()
-                # its children, such as a compiler's workers, are in its process group
+                # also its children, such as a compiler's workers
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
     def _reached(self, label: str) -> str:
-        """How far a test file had come, from pytest's output."""
+        """The running test and the number of finished tests, from pytest's output."""
         text = "\n".join(self._tail(label, 0))
         collected = re.findall(r"collected (\d+) items?(?: / \d+ deselected / (\d+) selected)?", text)
         if not collected:
@@ -267,7 +247,7 @@ class Session:
         return (self.out / f"{label}.txt").read_text(errors="replace").splitlines()[-lines:]
 
     def _beside(self, jobs: Sequence[Job]) -> str:
-        """The lines of `bench_step` that compare variants."""
+        """The lines of `bench_step` that compare two variants."""
         outputs = [self.out / f"{label}.txt" for job in jobs for label in job.commands]
         lines = [line for path in outputs if path.exists() for line in BESIDE.findall(path.read_text(errors="replace"))]
         return (
@@ -277,7 +257,7 @@ class Session:
         )
 
     def keep(self, jobs: Sequence[Job]) -> None:
-        """Copy the rows measured since the session began, and rewrite the summary."""
+        """Copy the rows measured in this session, and rewrite the summary."""
         for path in self.results.glob("*.csv"):
             if rows := rows_since(path, self.since):
                 atomic_write(self.out / path.name, rows)
@@ -289,7 +269,6 @@ class Session:
 
 
 def summary(jobs: Sequence[Job]) -> str:
-    """The jobs as a Markdown table."""
     lines = ["| job | how it ended | s | output |", "|---|---|---|---|"]
     for job in jobs:
         files = ", ".join(f"`{label}.txt`" for label in job.commands) if job.seconds else "–"
@@ -298,7 +277,7 @@ def summary(jobs: Sequence[Job]) -> str:
 
 
 def rest(jobs: Sequence[Job]) -> str:
-    """The commands for the jobs without time, and for a step without the kernels that failed."""
+    """Commands that run the unfinished jobs, and a step without the kernels that failed."""
     failed = re.findall(r"\bkernel_(\w+) (?:failed|stopped at \d)", "; ".join(job.verdict for job in jobs))
     command = f"python -m benchmarks.bench_step --variants published,torch,golf-{'-'.join(failed)}"
     others = f"To measure the other kernels together: `{command}`\n\n" if failed else ""
@@ -325,12 +304,6 @@ def _names(flag: str, text: str, jobs: Sequence[Job]) -> set[str]:
 
 
 def run_session(out: Path, minutes: float, only: str, skip: str = "", *, tiny: bool, listing: bool) -> int:
-    """`python -m benchmarks session`.
-
-    Raises:
-        ValueError: there is no GPU, no such job, no time for one, or the folder is not empty.
-        UserError: GOLF_BACKEND is set, or a results file is damaged.
-    """
     if not SHORTEST_S / 60 <= minutes < math.inf:
         raise ValueError(
             f"--minutes: expected at least {SHORTEST_S / 60}, because no job starts with less, got {minutes}"
@@ -338,7 +311,7 @@ def run_session(out: Path, minutes: float, only: str, skip: str = "", *, tiny: b
     jobs = plan(tiny=tiny)
     wanted, skipped = _names("--only", only, jobs), _names("--skip", skip, jobs)
     if not wanted:
-        # a job's replacement is skipped with it
+        # skipping a job also skips its replacement
         wanted = {job.name for job in jobs if job.instead_of not in skipped or not job.instead_of}
     jobs = [job for job in jobs if job.name in wanted - skipped]
     if not jobs:
@@ -350,21 +323,21 @@ def run_session(out: Path, minutes: float, only: str, skip: str = "", *, tiny: b
         return 0
     refuse_forced()
     if not tiny and not torch.cuda.is_available():
-        raise ValueError("there is no GPU here: --tiny tests the session with small shapes, and measures nothing")
+        raise ValueError("there is no GPU here: --tiny tests the session on small shapes and measures nothing")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: the folder is not empty: choose a new --out")
-    # damage is better found before anything is measured
+    # a damaged file fails before anything is measured
     read_results(RESULTS)
 
     def end(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        # nohup ignores the second
+        # nohup sets SIGHUP to be ignored
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, end)
     if tiny:
-        # more threads would only wait for each other
+        # more threads would only compete for the cores
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     fine = Session(out, 60 * minutes).run(jobs)
     print((out / "summary.md").read_text())

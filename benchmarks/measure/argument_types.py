@@ -20,24 +20,22 @@ def parse_device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(
-            f"{text}: PyTorch finds {counted(torch.cuda.device_count(), 'GPU')} here: --device cpu with --tiny runs anywhere"
+            f"{text}: PyTorch finds {counted(torch.cuda.device_count(), 'GPU')} here: --device cpu --tiny runs anywhere"
         )
     return device
 
 
 def parse_milliseconds(text: str) -> float:
-    """Milliseconds from 0."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected milliseconds from 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected milliseconds, at least 0, got {text!r}")
     return value
 
 
 def parse_positive(text: str) -> int:
-    """A whole number from 1."""
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text!r}")
     return int(text)

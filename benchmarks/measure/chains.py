@@ -1,7 +1,7 @@
-"""Benchmarks of operators that replace a chain of elementwise passes over large tensors.
+"""Benchmarks of operators that replace a chain of elementwise operations on large tensors.
 
-Variants: `torch` is the chain in plain PyTorch, `compile` the chain under torch.compile (only traced on a CPU), `triton` the
-operator's kernels. A training step is measured with an operator only where `triton` is faster than `compile`.
+Variants: `torch` is the chain in plain PyTorch, `compile` the chain under torch.compile (on a CPU only traced), `triton` the
+operator's kernels.
 """
 
 from __future__ import annotations
@@ -24,12 +24,8 @@ Function = Callable[..., Any]
 class Chain:
     """An operator and the chain that it replaces.
 
-    Attributes:
-        op: the operator's name.
-        plain: the chain in PyTorch, with the keyword arguments of the operator's function.
-        traffic: bytes read and written in each pass for a shape, by variant; the operator's variant is the first.
-        shapes: named tuples whose fields are arguments of the operator's `inputs`; `str` names them in the results.
-        tiny: the shape that `--tiny` measures.
+    `plain` is the chain, with the keyword arguments of the operator. `traffic` gives the bytes read and written in each pass,
+    by variant, the operator's first. Each shape is a named tuple with the arguments of the operator's `inputs`.
     """
 
     op: str
@@ -40,24 +36,22 @@ class Chain:
 
     @property
     def operator(self) -> operators.Operator:
-        """What the operator's file declares."""
         return operators.declared()[self.op]
 
     def inputs(self, shape: Any, device: torch.device, seed: int) -> dict[str, Any]:
-        """Random inputs by name, and under `upstream` a gradient for each result."""
+        """Random inputs by name, and in `upstream` a gradient for each result."""
         make = operators.random_tensors(device, _dtype(device), seed)
         inputs = self.operator.inputs(make, **shape._asdict())
         return inputs | {"upstream": operators.upstream_gradients(self.operator.function, inputs, make)}
 
     def run(self, function: Function, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Results and gradients, the operator's from its Triton kernels."""
+        """Results and gradients; the operator runs on its Triton kernels."""
         with dispatch.forced(f"{self.op}=triton"):
             own = dict(inputs)
             upstream = own.pop("upstream")
             return operators.run(function, own, upstream)
 
     def case(self, shape: Any, device: torch.device) -> common.Case:
-        """Forward and backward pass of one layer."""
         needed = next(iter(self.traffic(shape).values()))
         return common.Case(
             self.op,
@@ -72,7 +66,7 @@ class Chain:
         )
 
     def variants(self, device: torch.device) -> list[common.Variant]:
-        """The variants that can run here. Where Triton cannot, the reason is printed."""
+        """The variants that can run here; prints the reason if Triton cannot."""
         traced = {"backend": "aot_eager"} if device.type == "cpu" else {"dynamic": False}
         functions = {"triton": self.operator.function}
         if "triton" not in dispatch.available_backends(self.op):
@@ -85,7 +79,7 @@ class Chain:
         ]
 
     def kept_bytes(self, function: Function, inputs: Mapping[str, Any]) -> int:
-        """Bytes that a forward pass keeps for the backward pass, including inputs that it keeps."""
+        """Bytes of the tensors that a forward pass saves for the backward pass, including inputs."""
         kept: dict[int, int] = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -101,7 +95,7 @@ class Chain:
         return sum(kept.values())
 
     def predict(self, shape: Any) -> str:
-        """Times computed from the bytes of each pass, by device and variant."""
+        """Times computed from each pass's memory traffic, by device and variant."""
         lines = [f"computed, not measured: {shape}, µs"]
         for device in DEVICES:
             for name, passes in self.traffic(shape).items():
@@ -111,7 +105,6 @@ class Chain:
         return "\n".join(lines)
 
     def main(self, prog: str, description: str, argv: list[str] | None) -> int:
-        """Check, measure and report every shape."""
         arguments = common.parser(prog, description).parse_args(argv)
         device = arguments.device
         clock = common.Clock(device, arguments.warmup_ms, arguments.rounds)
@@ -129,7 +122,6 @@ class Chain:
 
 
 def verdict(rows: Sequence[common.Row]) -> str:
-    """Whether a training step with the operator is worth measuring."""
     times = {row["impl"]: row["p50"] for row in rows}
     if "triton" not in times:
         return "no Triton kernel ran here"
@@ -140,5 +132,5 @@ def verdict(rows: Sequence[common.Row]) -> str:
 
 
 def _dtype(device: torch.device) -> torch.dtype:
-    # Triton's interpreter, which replaces the GPU, computes no bfloat16
+    # Triton's interpreter, used without a GPU, has no bfloat16
     return torch.bfloat16 if device.type == "cuda" else torch.float16

@@ -1,7 +1,7 @@
-"""How operators are measured: results checked first, inputs rotated, variants in turns, floors from measured ceilings.
+"""Check and time the variants of an operator.
 
-A benchmark describes a `Case` and its `Variant`s and calls `measure`. `append_rows` stores a GPU's rows in
-`benchmarks/results/<gpu>.csv`; rows of a CPU are never stored, but everything runs there for tests.
+A benchmark describes a `Case` and its `Variant`s and calls `measure`. `append_rows` stores the rows of a GPU in
+`benchmarks/results/<gpu>.csv`. Rows of a CPU are never stored; benchmarks run there only for tests.
 """
 
 from __future__ import annotations
@@ -33,28 +33,21 @@ from benchmarks.report.results import Row as Row
 from benchmarks.report.results import append_rows as append_rows
 from benchmarks.report.results import check_columns, file_stem
 
-# for shorter calls a pair of events would measure the host
+# shorter calls are replayed as CUDA graphs, because CUDA events would measure the host
 GRAPH_BELOW_MS = 0.1
 NUMBERS = itertools.count()
 
 
 class CheckFailed(Exception):
-    """A variant's result is wrong; no row is written."""
+    """A variant's result is wrong. No row is written."""
 
 
 @dataclass(frozen=True)
 class Case:
     """One operation on inputs of one shape.
 
-    Args:
-        op: name of the operation.
-        shape: of the inputs, as text.
-        dtype: of the products, as text.
-        make: inputs from a seed, on the device; random, because zeros run faster.
-        truth: the result in float64 from the same inputs, as a list of tensors.
-        flops: arithmetic of one call.
-        bytes: unavoidable traffic of one call with device memory.
-        max_rel_err: largest allowed ‖got − truth‖ / ‖truth‖ of any tensor.
+    `make` makes inputs from a seed: random ones, because zeros run faster. `truth` computes the result in float64. `flops` and
+    `bytes` count the arithmetic and the least memory traffic of one call. `max_rel_err` limits ‖got − truth‖ / ‖truth‖.
     """
 
     op: str
@@ -69,13 +62,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Variant:
-    """One implementation of a case.
-
-    Args:
-        impl: its name.
-        run: takes the result of `Case.make` and returns a list of tensors.
-        graph: replay it as a CUDA graph; None: if a call takes less than `GRAPH_BELOW_MS`.
-    """
+    """One implementation of a case; `graph` says whether to replay a CUDA graph, None to do so below `GRAPH_BELOW_MS`."""
 
     impl: str
     run: Callable[[Any], Sequence[Tensor]]
@@ -83,25 +70,19 @@ class Variant:
 
 
 class Ceilings(NamedTuple):
-    """The device's rates in this run: of a large bfloat16 product (float32 on a CPU) and a large copy."""
+    """Rates measured in this run: a large bfloat16 matrix product (float32 on a CPU) and a large copy."""
 
     tflops: float
     gbps: float
 
     def floor_ms(self, flops: float, traffic_bytes: float) -> float:
-        """The least possible time at these rates."""
+        """Least possible time at these rates."""
         return max(flops / (self.tflops * 1e9), traffic_bytes / (self.gbps * 1e6))
 
 
 @dataclass
 class Clock:
-    """Times calls on one device.
-
-    Args:
-        device: `cuda` or `cpu`.
-        warmup_ms: each variant runs this long before it is timed.
-        rounds: measurements of each variant.
-    """
+    """Times calls on one device: `rounds` measurements of each variant after `warmup_ms` of warm-up."""
 
     device: torch.device
     warmup_ms: float = 300.0
@@ -113,7 +94,7 @@ class Clock:
         self.cache_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size if on_gpu else 0
 
     def once_ms(self, run: Callable[[], Any]) -> float:
-        """One call, from an idle device to an idle device."""
+        """Milliseconds of one call. The device is idle before and after it."""
         if self.device.type != "cuda":
             start = time.perf_counter()
             run()
@@ -128,7 +109,7 @@ class Clock:
         return elapsed
 
     def warm_up(self, run: Callable[[], Any]) -> float:
-        """Runs for `warmup_ms`, at least twice, and returns the last call's milliseconds."""
+        """Run for `warmup_ms`, at least twice. Returns the milliseconds of the last call."""
         end = time.perf_counter() + self.warmup_ms / 1e3
         self.once_ms(run)
         duration = self.once_ms(run)
@@ -138,7 +119,6 @@ class Clock:
 
 
 def ceilings(clock: Clock) -> Ceilings:
-    """Measure the ceilings, in the process of the variants."""
     on_gpu = clock.device.type == "cuda"
     size, dtype = (8192, torch.bfloat16) if on_gpu else (256, torch.float32)
     a, b = (torch.randn(size, size, device=clock.device, dtype=dtype) for _ in range(2))
@@ -152,7 +132,7 @@ def ceilings(clock: Clock) -> Ceilings:
 
 
 def relative_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """Largest ‖got − want‖ / ‖want‖ of the tensors, in float64; infinite if a number is not finite."""
+    """Largest ‖got − want‖ / ‖want‖ over the tensors, in float64; infinite if a value is not finite."""
     errors = []
     for one, other in zip(got, want, strict=True):
         exact = other.double()
@@ -170,7 +150,7 @@ def input_bytes(inputs: Any) -> int:
 
 
 def runs(variant: Variant, inputs: Any) -> bool:
-    """Whether a third-party variant runs; if not, prints the reason."""
+    """Whether a third-party variant runs; prints the error if not."""
     try:
         variant.run(inputs)
         if variant.graph and torch.cuda.is_available():
@@ -183,25 +163,23 @@ def runs(variant: Variant, inputs: Any) -> bool:
 
 
 def measure(case: Case, variants: Sequence[Variant], clock: Clock, limits: Ceilings) -> list[Row]:
-    """Check every variant, then time them in turns; the first one twice, which shows the spread.
+    """Check every variant, then time them alternately, the first one twice to show the spread.
 
-    Inputs rotate over at least three times the GPU's L2 cache, so that no call finds its inputs in the cache.
-
-    Returns:
-        One row per variant, and `<first> again`; `append_rows` adds the columns of the environment.
+    Inputs rotate over at least three times the GPU's L2 cache, so that no call finds its inputs there. Returns one row per
+    variant, and `<first> again`.
 
     Raises:
         CheckFailed: a result differs from the truth by more than `case.max_rel_err`.
     """
     inputs = [case.make(0)]
-    # inputs on the host, such as a text, need no rotation
+    # inputs that are not tensors, such as a text, do not rotate
     size = input_bytes(inputs[0])
     copies = math.ceil(3 * clock.cache_bytes / size) if size else 0
     inputs += [case.make(seed) for seed in range(1, max(2, copies))]
     want = case.truth(inputs[0])
     errors = {}
     for variant in variants:
-        # fresh inputs, because an optimizer's step changes them
+        # new inputs for each variant, because an optimizer changes them
         errors[variant.impl] = error = relative_error(variant.run(case.make(0)), want)
         if not error <= case.max_rel_err:
             raise CheckFailed(f"{case.op}, {variant.impl}: relative error {error:.2e}, at most {case.max_rel_err:.0e}")
@@ -210,7 +188,7 @@ def measure(case: Case, variants: Sequence[Variant], clock: Clock, limits: Ceili
     calls = {variant.impl: _prepare(variant, inputs, clock) for variant in timed}
     times: dict[str, list[float]] = {variant.impl: [] for variant in timed}
     for number in range(clock.rounds):
-        # no variant is always the first, or always after the same one
+        # vary the order, so that no variant always runs first or after the same one
         order = timed[number % len(timed) :] + timed[: number % len(timed)]
         for variant in order if number % 2 else reversed(order):
             call, per_call, _ = calls[variant.impl]
@@ -228,7 +206,7 @@ def measure(case: Case, variants: Sequence[Variant], clock: Clock, limits: Ceili
 
 
 def _prepare(variant: Variant, inputs: Sequence[Any], clock: Clock) -> tuple[Callable[[], Any], int, str]:
-    """A function to time, how many calls of the variant it makes, and its mode."""
+    """A function to time, its number of calls of the variant, and its mode."""
     turn = 0
 
     def one() -> None:
@@ -240,7 +218,7 @@ def _prepare(variant: Variant, inputs: Sequence[Any], clock: Clock) -> tuple[Cal
     wanted = variant.graph if variant.graph is not None else duration < GRAPH_BELOW_MS
     if clock.device.type != "cuda" or not wanted:
         return one, 1, "eager"
-    # preparations of a first call with these inputs must not be captured
+    # the first call on each input may prepare something, which must not be captured
     for given in inputs:
         variant.run(given)
     graph = torch.cuda.CUDAGraph()
@@ -259,8 +237,8 @@ def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
 
 
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """A function under torch.compile; on a CPU only traced."""
-    # its own code object, because Dynamo shares compiled code and the limit on recompilations per code object
+    """The function under torch.compile. On a CPU it is only traced."""
+    # copy the code object: Dynamo caches compiled code and limits recompilations per code object
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(NUMBERS)}")
     own = types.FunctionType(code, function.__globals__, closure=function.__closure__)
     if device.type == "cpu":
@@ -269,7 +247,7 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
 
 
 def peak_bytes(variant: Variant, inputs: Any, device: torch.device) -> int:
-    """Peak memory of one call on a GPU above what is allocated before it, with its results."""
+    """Peak GPU memory of one call, including its results, above what was allocated before."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -286,7 +264,7 @@ def _output(*command: str) -> str:
 
 
 def environment(device: torch.device) -> Row:
-    """Commit, device, driver and versions, for the rows."""
+    """The columns that all rows of a run share: date, commit, device, driver and versions."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -306,17 +284,13 @@ def environment(device: torch.device) -> Row:
 
 
 def check_place(device: torch.device, folder: Path = RESULTS, columns: Sequence[str] = COLUMNS) -> None:
-    """Check before measuring that a GPU's rows can be stored.
-
-    Raises:
-        ResultsError: the GPU's file has other columns.
-    """
+    """Check before measuring that the rows of a GPU can be stored."""
     if device.type == "cuda":
         check_columns(folder / f"{file_stem(torch.cuda.get_device_name(device))}.csv", columns)
 
 
 def render(rows: Sequence[Row], gpu: str) -> str:
-    """The rows as a table with the device in its title."""
+    """The rows as a table."""
     width = max(len(row["impl"]) for row in rows)
     lines = [f"{rows[0]['op']}, {rows[0]['shape']}, {rows[0]['dtype']}, on {gpu}, ms per call"]
     lines.append(
@@ -331,7 +305,7 @@ def render(rows: Sequence[Row], gpu: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Defaults depend on `--tiny`; without it rows are stored, so their file is checked before anything is measured."""
+    """A parser whose defaults depend on `--tiny`. Without `--tiny` it checks that the rows can be stored."""
 
     def __init__(self, full: dict[str, float], **options: Any) -> None:
         super().__init__(**options)
@@ -350,7 +324,7 @@ class _Parser(argparse.ArgumentParser):
         return given, rest
 
 
-# pytest's exit code if no test was selected
+# pytest's exit code when no test was selected
 NOTHING_TO_RUN = 5
 _TINY = {"rounds": 2, "warmup_ms": 1.0}
 
@@ -358,21 +332,14 @@ _TINY = {"rounds": 2, "warmup_ms": 1.0}
 def parser(
     prog: str, description: str, *, rounds: int | None = 50, warmup_ms: float = 300.0
 ) -> argparse.ArgumentParser:
-    """A parser with the arguments of every benchmark: `--device`, `--tiny`, `--rounds` and `--warmup-ms`.
-
-    Args:
-        prog: the benchmark's module.
-        description: for `--help`.
-        rounds: default number of measurements of each variant; None: no `--rounds` and no `--warmup-ms`.
-        warmup_ms: default warm-up of each variant.
-    """
+    """A parser with the options of every benchmark. With `rounds=None` there is no `--rounds` and no `--warmup-ms`."""
     command = f"python -m benchmarks.{prog}"
     full = {} if rounds is None else {"rounds": rounds, "warmup_ms": warmup_ms}
     made = _Parser(
         full,
         prog=command,
         description=description,
-        epilog=f"examples:\n  {command}\n  {command} --tiny      (anywhere; proves nothing about speed)",
+        epilog=f"examples:\n  {command}\n  {command} --tiny      (runs anywhere; the times mean nothing)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -381,7 +348,7 @@ def parser(
         ends = {name: f"default {value:g}, or {_TINY[name]:g} with --tiny" for name, value in full.items()}
         made.add_argument("--rounds", type=parse_positive, help=f"measurements of each variant; {ends['rounds']}")
         made.add_argument("--warmup-ms", type=parse_milliseconds, help=f"warm-up of each variant; {ends['warmup_ms']}")
-    made.add_argument("--tiny", action="store_true", help="small shapes that run anywhere; proves nothing about speed")
+    made.add_argument("--tiny", action="store_true", help="small shapes that run anywhere; the times mean nothing")
     return made
 
 
@@ -389,4 +356,4 @@ def report(rows: Sequence[Row], surroundings: Row, *, keep: bool = True) -> None
     """Print the table, and store the rows of a GPU."""
     print(render(rows, surroundings["gpu"]))
     path = append_rows(rows, surroundings) if keep else None
-    print(f"-> {path.relative_to(ROOT)}\n" if path else "not stored: only full-size rows of a GPU are\n")
+    print(f"-> {path.relative_to(ROOT)}\n" if path else "not stored: only full-size GPU results are stored\n")

@@ -1,4 +1,4 @@
-"""A random model in the shapes of a recipe, narrow shapes for tests, and the arithmetic of its forward pass."""
+"""A random model in a recipe's shapes, narrow shapes for tests, and the FLOPs of a forward pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from train.config import Config
 from train.model.gpt import GPT
 from train.model.order import make_plan
 
-# few, narrow layers: most of the work is in logits that a sliding evaluation does not need
+# few narrow layers: most of the work is in logits that sliding evaluation skips
 NARROW = {
     "num_layers": 4,
     "recur_layers": (1,),
@@ -27,9 +27,9 @@ NARROW = {
 
 
 def window_flops(config: Config, rows: int) -> float:
-    """Arithmetic of one window's forward pass, with repeated layers, if the last layer and the head compute `rows` rows.
+    """FLOPs of one window's forward pass with recurrence, if the last layer and the head compute only `rows` rows.
 
-    2 · weights of all products · positions, and 4 · d for every visible pair of query and key.
+    A product takes 2 · weights per position, attention 4 · d per visible pair of query and key.
     """
     dim, length = config.model_dim, config.window
     runs = len(make_plan(config, recurrence=bool(config.recur_layers)))
@@ -42,7 +42,7 @@ def window_flops(config: Config, rows: int) -> float:
 
 
 def random_model(config: Config, device: torch.device) -> GPT:
-    """A model in which no matrix is zero, unlike before training."""
+    """A model without zero matrices, unlike a new one."""
     torch.manual_seed(config.seed)
     model = GPT(config).to(device).eval()
     with torch.no_grad():

@@ -1,8 +1,8 @@
-"""The model of the yardstick: the recipe's, with every formula as the published scripts write it.
+"""The model of the variant `published`: a recipe's model with the formulas of the published scripts.
 
-The trainer's model multiplies queries, keys and values in one product, folds a layer's output scales into its weights, and
-has its own backward pass for norm and rotation. Here these are three products, factors of the outputs, and autograd; and no
-operator of golf_kernels is called.
+The trainer's model computes queries, keys and values in one product, folds output scales into the weights, and has its own
+backward pass for norm and rotation. This model uses three products, scales the outputs, and relies on autograd. It calls no
+operator of golf_kernels.
 """
 
 from __future__ import annotations
@@ -25,11 +25,7 @@ from train.model.rope import rotate
 
 
 class PublishedAttention(nn.Module):
-    """`train.model.attention.Attention` with three products and plain autograd.
-
-    Args:
-        own: the trainer's layer, whose parameters it shares under the same names.
-    """
+    """`train.model.attention.Attention` with three products and plain autograd; shares the parameters of `own`."""
 
     def __init__(self, own: Attention) -> None:
         super().__init__()
@@ -52,7 +48,6 @@ class PublishedAttention(nn.Module):
         rows_from: int = 0,
         past: KeyValues | None = None,
     ) -> Tensor:
-        """As of the trainer's layer, for all rows of a training batch."""
         assert rows_from == 0 and past is None, "training only"
         query, key, value = (self.product(x, weight) for weight in (self.query, self.key, self.value))
         if extra_value is not None:
@@ -67,7 +62,7 @@ class PublishedAttention(nn.Module):
 
 
 def remove_value_direction(output: Tensor, value: Tensor) -> Tensor:
-    """XSA of `(B, T, H, D)` and its values `(B, T, H_kv, D)`: y ← y − (y·v̂) v̂, v̂ = v/‖v‖₂."""
+    """XSA of `(B, T, H, D)` outputs with `(B, T, H_kv, D)` values: y ← y − (y·v̂) v̂, v̂ = v/‖v‖₂."""
     direction = F.normalize(value, dim=-1).unsqueeze(3)
     grouped = output.unflatten(2, (value.shape[2], -1))
     along = (grouped * direction).sum(dim=-1, keepdim=True)
@@ -76,11 +71,7 @@ def remove_value_direction(output: Tensor, value: Tensor) -> Tensor:
 
 
 class PublishedMLP(nn.Module):
-    """`train.model.mlp.MLP` in plain PyTorch, with the scale applied to the output.
-
-    Args:
-        own: the trainer's layer, whose parameters it shares under the same names.
-    """
+    """`train.model.mlp.MLP` in plain PyTorch, with the scale applied to the output; shares the parameters of `own`."""
 
     def __init__(self, own: MLP) -> None:
         super().__init__()
@@ -88,7 +79,6 @@ class PublishedMLP(nn.Module):
         self.slope, self.gain, self.qat = own.slope, own.gain, own.qat
 
     def forward(self, x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-        """As of the trainer's layer."""
         up, down = (
             working_weight(weight, x.dtype, fake_quantize=self.qat and self.training) for weight in (self.up, self.down)
         )
@@ -97,7 +87,7 @@ class PublishedMLP(nn.Module):
 
 
 def published_model(model: GPT) -> GPT:
-    """A copy of the trainer's model as the published scripts write it, with the same parameters and names."""
+    """A copy of the model with the layers of the published scripts and the same parameter names."""
     published = copy.deepcopy(model)
     for block in published.blocks:
         block.add_module("attention", PublishedAttention(block.attention))

@@ -1,8 +1,8 @@
-"""The yardstick of `benchmarks.bench_step`: a training step as the published scripts write it.
+"""The variant `published` of `benchmarks.bench_step`: a training step like those of the published scripts.
 
-The model is `benchmarks.measure.published_model`, compiled with torch.compile's defaults. The step around it does what the
-scripts do: batches as int64 from pageable memory, one optimizer step per matrix (per bank of equal shapes for #1392, whose
-Muon was batched), one moving average per tensor over a fresh state_dict, and `.item()` on the wall clock's flag in every step.
+The model is `benchmarks.measure.published_model` under torch.compile's defaults. As in the scripts, batches are int64 in
+pageable memory, Muon updates matrix by matrix (#1392: bank by bank of equal shapes), the moving average goes over a new
+state_dict tensor by tensor, and every step reads the wall-clock flag with `.item()`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from train.config import Config
 from train.model.gpt import GPT
 from train.optimize.groups import split_parameters
 
-# #1392 stacked matrices of one shape in banks, and orthogonalized each bank in one batch
+# #1392 stacked matrices of one shape in banks and orthogonalized each bank at once
 BANKED = ("sp4096_recurrence",)
 
 
@@ -36,14 +36,7 @@ def quintic(gradient: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -
 
 
 class PlainMuon:
-    """Muon, MuonEq-R or NorMuon, matrix by matrix or by banks of equal shapes.
-
-    Args:
-        matrices: the matrices that it updates.
-        config: rates, momentum, and which of the three.
-        banked: stack matrices of one shape and orthogonalize them together.
-        dtype: of the orthogonalization.
-    """
+    """Muon, MuonEq-R or NorMuon, matrix by matrix or, if banked, all matrices of one shape at once."""
 
     def __init__(
         self, matrices: Sequence[nn.Parameter], config: Config, *, banked: bool, dtype: torch.dtype = torch.bfloat16
@@ -84,14 +77,7 @@ class PlainMuon:
 
 
 class PublishedStep:
-    """One rank's step of a recipe.
-
-    Args:
-        model: from `published_model`, on its device.
-        config: the recipe.
-        owned: numbers of the matrices that this rank updates.
-        compiled: the compiled loss.
-    """
+    """One rank's step of a recipe: `model` is a `published_model`, `owned` are the indices of the matrices to update."""
 
     def __init__(self, model: GPT, config: Config, owned: Sequence[int], compiled: Callable[..., Tensor]) -> None:
         kinds = split_parameters(model, config)
@@ -113,7 +99,7 @@ class PublishedStep:
         self.started = time.perf_counter()
 
     def __call__(self, tokens: np.ndarray, recurrence: bool) -> Tensor:
-        """One step on `(sequences, length + 1)` token ids; the loss."""
+        """One step on `(sequences, length + 1)` token ids. Returns the loss."""
         config, device = self.config, self.model.embedding.weight.device
         batch = torch.from_numpy(tokens.astype(np.int64))
         inputs, targets = (part.to(device, non_blocking=True) for part in (batch[:, :-1], batch[:, 1:]))
@@ -128,6 +114,6 @@ class PublishedStep:
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items() if self.average else ():
                 self.average[name].mul_(config.ema_decay).add_(tensor.detach().float(), alpha=1 - config.ema_decay)
-        # here the scripts agree on the end of training, for which the host waits for the device
+        # the scripts' check whether time is up, for which the host waits for the device
         torch.tensor(int(time.perf_counter() - self.started > config.max_wallclock_seconds), device=device).item()
         return loss.detach()

@@ -1,4 +1,4 @@
-"""Measures variants of a training step: compares losses and weight updates after a warm-up, then times them in turns."""
+"""Compare the losses and weight updates of variants of a training step, then time the variants alternately."""
 
 from __future__ import annotations
 
@@ -17,28 +17,18 @@ from benchmarks.measure.tokens import Tokens, rank_sequences, token_source
 from train.config import Config
 from train.describe import describe
 
-# largest relative difference of a variant's mean warm-up loss from the first one's: bfloat16 sums in another order
+# largest relative difference between the mean warm-up losses of a variant and the first one; bfloat16 sums differ by order
 MAX_LOSS_ERROR = 0.02
-# largest difference from 1 of a variant's weight update projected on the first one's, for each kind of weights: 0.98 to 1.00
-# in bfloat16 on a CPU, at most 0.5 without momentum or at half the rate; the losses of so few steps do not show this
+# largest difference from 1 of a variant's weight update projected on the first one's, for each kind of weights. Correct
+# updates gave 0.98 to 1.00 in bfloat16 on a CPU; without momentum or at half the rate at most 0.5, which losses do not show
 MAX_UPDATE_ERROR = 0.25
-# steps per measurement: the host may run ahead of the GPU, as in training
+# steps per measurement, so that the host can run ahead of the GPU as in training
 STEPS_PER_TURN = 4
 
 
 @dataclass
 class Bench:
-    """The conditions of all measurements of a call.
-
-    Attributes:
-        config: the recipe.
-        clock: device and number of measurements.
-        limits: the device's ceilings, measured in this run.
-        surroundings: device and versions, for the rows.
-        warmup_steps: steps before timing, whose losses and weight updates are compared.
-        data: folder of shards; None for random tokens.
-        keep: whether rows are stored.
-    """
+    """The settings of a run. Variants are compared over `warmup_steps`, on the shards of `data` or random tokens."""
 
     config: Config
     clock: common.Clock
@@ -53,7 +43,6 @@ class Bench:
         return rank_sequences(self.config) * self.config.train_seq_len
 
     def tokens(self) -> Tokens:
-        """The batches, from the first one on."""
         return token_source(self.config, self.data, self.clock.device)
 
     def step_flops(self, recurrence: bool) -> float:
@@ -72,7 +61,7 @@ class Bench:
         )
 
     def store(self, rows: Sequence[common.Row]) -> None:
-        """Write rows at once, so that a later crash does not lose them."""
+        """Write rows immediately, so that a later crash does not lose them."""
         path = common.append_rows(rows, self.surroundings) if self.keep else None
         if path:
             print(f"-> {path.relative_to(common.ROOT)}", flush=True)
@@ -83,18 +72,16 @@ def phase_name(recurrence: bool) -> str:
 
 
 def projected_update(update: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
-    """For each kind of weights ⟨u, w⟩ / ⟨w, w⟩: 1 for the same update, 0 for none, -1 for the opposite one."""
+    """⟨u, w⟩ / ⟨w, w⟩ for each kind of weights: 1 for the same update, 0 for none, -1 for the opposite one."""
     return {kind: float(update[kind] @ other / (other @ other)) for kind, other in wanted.items()}
 
 
 def measure_steps(
     variants: Sequence[StepVariant], bench: Bench, recurrence: bool
 ) -> tuple[dict[str, float], list[str]]:
-    """Warm all variants up on the same tokens, compare their losses and weight updates, then time those that agree in turns.
+    """Warm up all variants on the same tokens, compare their losses and weight updates, and time those that agree.
 
-    Returns:
-        For each timed variant the relative difference of its mean warm-up loss from the first one's; and the problems of
-        the others.
+    Returns the relative difference of each timed variant's mean loss from the first one's, and the problems of the others.
     """
     device, rounds = bench.clock.device, bench.clock.rounds
     tokens = bench.tokens()
@@ -109,10 +96,10 @@ def measure_steps(
             losses = [float(variant.run(batches[0], recurrence))]
             variant.first_step_s = time.perf_counter() - started
             losses += [float(variant.run(batch, recurrence)) for batch in batches[1:]]
-            # on the host, which an illegal access on the device does not affect
+            # on the host, where an illegal access on the GPU cannot corrupt it
             updates[variant.name] = {kind: (now - before[kind]).cpu() for kind, now in variant.flat_weights().items()}
             means[variant.name] = statistics.fmean(losses)
-        # any error of a kernel or the compiler: measure the other variants
+        # whatever fails in a kernel or the compiler, the other variants are still measured
         except Exception as error:
             traceback.print_exc()
             problems.append(error_line(variant, error))
@@ -143,7 +130,7 @@ def measure_steps(
                 variant.times_ms.append(bench.clock.once_ms(run) / steps)
             except Exception as error:
                 traceback.print_exc()
-                # an error after another variant's may be that one's fault: keep the times measured before
+                # an error that follows another variant's error may come from it: keep the earlier times
                 if not problems:
                     del errors[variant.name]
                 problems.append(error_line(variant, error))
@@ -152,5 +139,4 @@ def measure_steps(
 
 
 def error_line(variant: StepVariant, error: Exception) -> str:
-    """A variant's failure in one line."""
     return f"{variant.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"

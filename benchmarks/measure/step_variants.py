@@ -1,11 +1,11 @@
-"""The variants of a training step that are measured beside each other, each on one of 8 GPUs.
+"""The variants of a training step, each run as one of 8 ranks.
 
-`published`: the recipe as its script was written (`benchmarks.measure.published_step`). `torch`: this trainer on PyTorch's
-reference operators. `golf`: this trainer with all kernels; `golf-OPERATOR` all but one; `OPERATOR=BACKEND` is `torch` with one
-kernel. `+SETTING=VALUE` changes a setting of any of these but `published`: `torch+optimizer_graph=on`.
+`published`: the step of the published script (`benchmarks.measure.published_step`). `torch`: this trainer on PyTorch's
+reference operators. `golf`: this trainer with all kernels. `golf-OPERATOR`: all kernels but one. `OPERATOR=BACKEND`: `torch`
+with one kernel. All but `published` take a changed setting, `+SETTING=VALUE`, such as `torch+optimizer_graph=on`.
 
-A step takes an eighth of the batch and updates the matrices that one rank owns, or all of them to compare losses. The
-exchange between ranks is not part of it.
+A step takes an eighth of the batch and updates the matrices of one rank, or all matrices to compare losses. Communication
+between ranks is left out.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from train.optimize.averaging import EMA
 from train.optimize.groups import build_optimizers, split_parameters
 from train.recipes import load_recipe
 
-# settings that change how a step is computed and not what it computes
+# settings that do not change a step's result
 SETTINGS = ("optimizer_graph",)
-NAMES = "published, torch, golf, golf-OPERATOR or OPERATOR=BACKEND, and +SETTING=VALUE after any of these but the first"
+NAMES = "published, torch, golf, golf-OPERATOR or OPERATOR=BACKEND; all but published may end in +SETTING=VALUE"
 TINY = {"model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 512, "train_seq_len": 64, "bigram_dim": 16}
 
 
@@ -48,13 +48,9 @@ TINY = {"model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 512, "
 class StepVariant:
     """A variant of the training step.
 
-    Attributes:
-        name: see the module.
-        backends: value of GOLF_BACKEND while it runs.
-        step: takes token ids `(sequences, length + 1)` and whether layers repeat, and returns the loss.
-        weights: the tensors that a step changes in place: "matrix", "embedding", "scalar", and "average" if there is one.
-        times_ms: measured times.
-        first_step_s: seconds of the first step, including compilation.
+    `backends` is the value of GOLF_BACKEND while it runs. `step` takes `(sequences, length + 1)` token ids and whether
+    recurrence is on, and returns the loss. `weights` holds the tensors that a step changes, by kind. `first_step_s` includes
+    compilation.
     """
 
     name: str
@@ -69,7 +65,7 @@ class StepVariant:
             return self.step(tokens, recurrence)
 
     def flat_weights(self) -> dict[str, Tensor]:
-        """A copy of the weights of each kind, flat, in float32."""
+        """A flat float32 copy of each kind of weights."""
         return {
             kind: torch.cat([tensor.detach().float().flatten() for tensor in tensors])
             for kind, tensors in self.weights.items()
@@ -78,20 +74,13 @@ class StepVariant:
 
 
 def all_kernels(without: Iterable[str] = ()) -> str:
-    """GOLF_BACKEND with the preferred kernel of every operator that has one here, and PyTorch for the others.
-
-    Args:
-        without: operators that stay on PyTorch, with their backward passes.
-    """
+    """GOLF_BACKEND with the preferred available kernel of every operator except those in `without`."""
     found = {op: dispatch.available_backends(op) for op in operators.declared() if op not in set(without)}
     return ",".join(["torch", *(f"{op}={backends[0]}" for op, backends in found.items() if backends[0] != "torch")])
 
 
 def kernel_problems() -> dict[str, str]:
-    """For each operator of a training step that has kernels: why they cannot run here, or "" if they can.
-
-    An operator's name includes its backward pass.
-    """
+    """Why the kernels of each operator of a training step (or of its backward pass) cannot run here, or "" if they can."""
     backends, problems = dispatch.describe(), {}
     for op, operator in operators.declared().items():
         states = [backends[member].get("triton") for member in dispatch.members(op)]
@@ -101,12 +90,12 @@ def kernel_problems() -> dict[str, str]:
 
 
 def step_kernels() -> list[str]:
-    """The operators of a training step whose kernels can run here."""
+    """Operators of a training step whose kernels can run here."""
     return [op for op, problem in kernel_problems().items() if not problem]
 
 
 def reasons(problems: Mapping[str, str]) -> str:
-    """Each reason once, with its operators unless all have the same reason."""
+    """Each reason once, with its operators unless all share one reason."""
     operators: dict[str, list[str]] = {}
     for op, problem in problems.items():
         operators.setdefault(problem, []).append(op)
@@ -116,12 +105,9 @@ def reasons(problems: Mapping[str, str]) -> str:
 
 
 def row_names(names: Sequence[str], device: torch.device) -> list[str]:
-    """The names for the rows of these variants; prints the kernels of `golf` here.
+    """Names for the variants' rows; prints which kernels `golf` uses.
 
-    On a GPU `golf` becomes `golf-OPERATOR` where a kernel cannot run, so that rows of equal names are comparable.
-
-    Raises:
-        UserError: there is no such variant, a row would appear twice, or golf has no kernel on a GPU.
+    On a GPU `golf` becomes `golf-OPERATOR` if a kernel cannot run, so that rows of equal names are comparable.
     """
     check_names(names)
     problems = {op: problem for op, problem in kernel_problems().items() if problem}
@@ -148,20 +134,16 @@ def row_names(names: Sequence[str], device: torch.device) -> list[str]:
 
 
 def add_attention(parser: argparse.ArgumentParser) -> None:
-    """Add the flag for the attention backend; its default is the trainer's environment variable."""
+    """Add `--attention`, whose default is the trainer's environment variable."""
     parser.add_argument(
         "--attention",
         default=os.environ.get("ATTENTION", "auto"),
-        help="attention backend of all variants: auto (the fastest), sdpa, fa3, …; default: ATTENTION, or auto",
+        help="attention backend of all variants: auto (the fastest), sdpa, fa3, …; default: $ATTENTION, or auto",
     )
 
 
 def refuse_forced() -> None:
-    """Refuse GOLF_BACKEND, which the variants override.
-
-    Raises:
-        UserError: it is set.
-    """
+    """Refuse GOLF_BACKEND, which the variants override."""
     if text := os.environ.get(dispatch.ENVIRONMENT_VARIABLE):
         raise UserError(
             f"{dispatch.ENVIRONMENT_VARIABLE}={text} is set, but each variant has its own backends: unset it, and name a "
@@ -170,11 +152,7 @@ def refuse_forced() -> None:
 
 
 def step_config(recipe: str, device: torch.device, *, tiny: bool, attention: str = "auto") -> Config:
-    """The settings of a recipe to measure its step with: compiled on a GPU; with `tiny` a narrow model.
-
-    Raises:
-        UserError: there is no such attention backend, or GOLF_BACKEND is set.
-    """
+    """A recipe's settings for measuring its step: compiled on a GPU, a narrow model with `tiny`."""
     refuse_forced()
     changes: dict[str, Any] = {"compile": "on" if device.type == "cuda" else "off", "attention": attention}
     changes["device"] = device.type
@@ -188,15 +166,8 @@ def step_config(recipe: str, device: torch.device, *, tiny: bool, attention: str
 def trainer_step(
     model: GPT, config: Config, owned: list[int], device: torch.device
 ) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
-    """The trainer's step on one rank, and its moving average by weight name.
-
-    Args:
-        model: on `device`.
-        config: the recipe.
-        owned: numbers of the matrices that the rank updates.
-        device: where it runs.
-    """
-    # with as many ranks as micro-batches each has one
+    """The trainer's step on one rank, and its moving average by weight name; `owned` are the matrices to update."""
+    # as many ranks as micro-batches, so that each rank has one
     ranks = Ranks(world_size=MICRO_BATCHES, device=device)
     optimizers = build_optimizers(model, config, owned=owned)
     average = EMA(model, config.ema_decay) if config.ema_decay else None
@@ -214,11 +185,7 @@ def trainer_step(
 
 
 def changed_setting(text: str) -> dict[str, Any]:
-    """A setting and its value from SETTING=VALUE.
-
-    Raises:
-        ValueError: there is no such setting, or it has no such value.
-    """
+    """Parse SETTING=VALUE."""
     name, _, value = text.partition("=")
     if name not in SETTINGS:
         raise ValueError(f"+{text}: expected +SETTING=VALUE, with SETTING one of {', '.join(SETTINGS)}")
@@ -231,11 +198,7 @@ def changed_setting(text: str) -> dict[str, Any]:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuse variants that do not exist or cannot run here, before anything is measured.
-
-    Raises:
-        UserError: by name, with the reason.
-    """
+    """Refuse variants that do not exist or cannot run here."""
     for name in names:
         base, _, change = name.partition("+")
         if name == "published":
@@ -255,20 +218,13 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def backends_of(name: str) -> str:
-    """GOLF_BACKEND of a variant other than `published`, without its +SETTING=VALUE."""
+    """GOLF_BACKEND for a variant name without +SETTING=VALUE."""
     golf, *without = name.split("-")
     return all_kernels(without) if golf == "golf" else "torch" if name == "torch" else f"torch,{name}"
 
 
 def make_variants(config: Config, names: list[str], device: torch.device, *, whole: bool = False) -> list[StepVariant]:
-    """The variants, each with its own model, all starting from the same weights.
-
-    Args:
-        config: the recipe.
-        names: of the variants.
-        device: where they run.
-        whole: update all matrices, as in a training; otherwise those of one rank.
-    """
+    """The variants, each with its own model and the same initial weights; `whole` updates all matrices, not one rank's."""
     check_names(names)
     torch.manual_seed(config.seed)
     first = GPT(config).to(device)
@@ -277,7 +233,7 @@ def make_variants(config: Config, names: list[str], device: torch.device, *, who
     owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), MICRO_BATCHES)
     owned = [number for number, owner in enumerate(owners) if whole or owner == 0]
     if not whole:
-        # output projections start as zero; those that this rank does not update would keep all gradients before them zero
+        # output projections start at zero; those of other ranks would stay zero and block all gradients
         with torch.no_grad():
             torch._foreach_add_(matrices, [torch.randn_like(matrix) for matrix in matrices], alpha=0.02)
     variants = []
@@ -299,7 +255,6 @@ def make_variants(config: Config, names: list[str], device: torch.device, *, who
 
 
 def weights_of(model: GPT, config: Config, average: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-    """The trained weights by kind, and their average."""
     kinds = split_parameters(model, config)
     weights: dict[str, list[Tensor]] = {kind: list(parameters.values()) for kind, parameters in kinds.items()}
     return weights | {"average": [average[name] for names in kinds.values() for name in names if average]}

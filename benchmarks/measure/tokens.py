@@ -1,4 +1,4 @@
-"""The batches of the step benchmarks: random tokens with some structure, or the shards of a dataset."""
+"""Batches for the step benchmarks: random tokens or the shards of a dataset."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CPU = torch.device("cpu")
 
 
 def rank_sequences(config: Config) -> int:
-    """Sequences of one rank's part of the batch, with 8 ranks."""
+    """Sequences per batch of one of 8 ranks."""
     return config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
 
 
 def token_source(config: Config, data: Path | None, device: torch.device) -> Tokens:
-    """Batches of one rank, from the shards of a folder or random, in host memory that the device can copy from."""
+    """Batches of one rank, from the shards of a folder or random."""
     return MadeTokens(config, device=device) if data is None else ShardTokens(config, data, device)
 
 
@@ -33,10 +33,9 @@ class Tokens(Protocol):
 
 
 class MadeTokens:
-    """Random tokens, so that no disk is measured.
+    """Random tokens: half follow from the previous token by a fixed permutation of the vocabulary, half are Zipf-distributed.
 
-    Half of them follow from the token before by a fixed permutation of the vocabulary, which is something to learn beyond
-    the frequencies; the others are Zipf-distributed, as in text.
+    The permutation gives a model something to learn.
     """
 
     def __init__(self, config: Config, seed: int = 0, device: torch.device = CPU) -> None:
@@ -46,7 +45,6 @@ class MadeTokens:
         self.follower = self.generator.permutation(config.vocab_size)
 
     def next(self) -> np.ndarray:
-        """`(sequences, length + 1)` uint16."""
         tokens = np.minimum(self.generator.zipf(1.2, self.shape), self.vocab_size - 1)
         follows = self.generator.random(self.shape) < 0.5
         for place in range(1, self.shape[1]):
@@ -55,7 +53,7 @@ class MadeTokens:
 
 
 class ShardTokens:
-    """The tokens of a dataset's training shards, in their order."""
+    """The tokens of a dataset's training shards, in order."""
 
     def __init__(self, config: Config, folder: Path, device: torch.device = CPU) -> None:
         self.shards = TrainingShards(find_shards(folder, "train"), config.vocab_size)
@@ -63,21 +61,20 @@ class ShardTokens:
         self.place = 0
 
     def next(self) -> np.ndarray:
-        """`(sequences, length + 1)` uint16."""
         rows = self.shards.span(self.place, self.shape[0] * self.shape[1])
         self.place += len(rows)
         return loaded(rows.reshape(self.shape), self.device)
 
 
 def loaded(rows: np.ndarray, device: torch.device) -> np.ndarray:
-    """The rows, in pinned memory for a GPU, where the trainer's loader thread has put them before a step begins."""
+    """The rows, in pinned memory for a GPU, as the trainer's loader thread provides them."""
     if device.type != "cuda":
         return rows
     return torch.from_numpy(rows.view(np.int16)).pin_memory().numpy().view(np.uint16)
 
 
 class OneBatch:
-    """A loader of one batch, copied to the device as the trainer's loader does it."""
+    """A loader of one batch, which copies it to the device as the trainer's loader does."""
 
     def __init__(self, tokens: np.ndarray, device: torch.device) -> None:
         self.rows, self.device = torch.from_numpy(tokens.view(np.int16)), device

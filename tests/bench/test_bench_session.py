@@ -286,7 +286,7 @@ def test_a_session_without_time_for_a_job_is_refused(minutes: float, tmp_path: P
     ("given", "message"),
     [
         (["session", "--tiny", "--out", "file"], "error: file: Not a directory: choose another path"),
-        (["--results", "elsewhere", "session", "--list"], "error: --results: a session appends to"),
+        (["--results", "elsewhere", "session", "--list"], "error: --results: a session always appends to"),
     ],
 )
 def test_a_bad_argument_ends_with_a_sentence(

@@ -164,7 +164,7 @@ def test_the_command_prints_a_table_and_keeps_nothing_from_a_cpu(tmp_path: Path)
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    assert "step MiB: peak of a step above what all variants keep allocated between steps" in result.stdout
+    assert "step MiB: peak memory of a step above what stays allocated between steps" in result.stdout
     assert "before recurrence, on cpu" in result.stdout and "after recurrence, on cpu" in result.stdout
     for variant in ("published", "golf"):
         rows = [
@@ -185,7 +185,7 @@ def test_the_command_prints_a_table_and_keeps_nothing_from_a_cpu(tmp_path: Path)
             "optimizer_graph: on needs a CUDA GPU, and this run is on cpu",
         ),
         (["--tiny", "--attention", "fa3"], "attention: fa3 cannot run: needs a CUDA GPU; these can: sdpa, math"),
-        (["--warmup-steps", "0"], "--warmup-steps: expected a whole number from 1"),
+        (["--warmup-steps", "0"], "--warmup-steps: expected a whole number, at least 1"),
         (
             ["--recipe", "baseline", "--phase", "after"],
             "--phase after: baseline repeats no layers: expected before or both",

@@ -119,7 +119,7 @@ def test_a_schedule_without_all_products_is_refused() -> None:
             "--variants: 'torch+max_autotune=True': expected published, torch, golf",
         ),
         (["--phase", "after", "--recipe", "baseline"], "baseline repeats no layers"),
-        (["--largest", "0"], "expected a whole number from 1"),
+        (["--largest", "0"], "expected a whole number, at least 1"),
         (["--device", "a100"], "invalid choice: 'a100'"),
     ],
 )
