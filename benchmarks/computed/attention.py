@@ -1,4 +1,4 @@
-"""A stand-in for FlashAttention 3: an operator with its shapes, arithmetic and traffic that computes nothing."""
+"""A fake FlashAttention 3: an operator with its shapes, FLOPs and memory traffic that computes nothing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ torch.library.register_autograd(
 
 @register_flop_formula(torch.ops.fa3.attention)
 def forward_flops(q: Any, *_: Any, **__: Any) -> int:
-    """Two products of the lower triangle: 2 · B · H · T² · D."""
+    """Two products, lower triangle only: 2 · B · H · T² · D."""
     batch, length, heads, dim = map(int, q)
     return 2 * batch * heads * length**2 * dim
 
@@ -62,14 +62,14 @@ def backward_flops(dy: Any, *_: Any, **__: Any) -> int:
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-    # documents are ignored: they would only reduce the arithmetic
+    # documents would only reduce the FLOPs
     found: Tensor = torch.ops.fa3.attention(query, key, value)[0]
     return found
 
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[str]:
-    """Replace an attention backend by this operator; yields its name."""
+    """Replace an attention backend with this operator. Yields its name."""
     backend = attention_backends.AttentionBackend(_run, lambda device, dtype, head_dim: None)
     with mock.patch.dict(attention_backends.BACKENDS, fa3=backend):
         yield "fa3"

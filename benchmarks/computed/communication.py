@@ -1,4 +1,4 @@
-"""What 8 GPUs exchange in a step of each recipe: bytes from the recipe, time from the link's rate. Computed, not measured."""
+"""Compute the bytes that 8 GPUs exchange in a step of each recipe, and the time; nothing is measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.model.gpt import GPT
 from train.optimize.groups import split_parameters
 from train.recipes import load_recipe, recipe_names
 
-# NVLink of an H100 SXM in one direction; collectives of tens of megabytes reach about three quarters of it
+# NVLink of an H100 SXM in one direction; collectives of tens of megabytes reach about 75 %
 LINK_GBPS = 450.0
 REACHED = 0.75
 # gradients and weights are sent in float32
@@ -23,14 +23,13 @@ WIDTH = 4
 
 
 def link_ms(sent: float) -> float:
-    """Milliseconds to send this many bytes from one rank."""
     return sent / (LINK_GBPS * REACHED * 1e6)
 
 
 def exchanged_bytes(config: Config, ranks: int = MICRO_BATCHES) -> dict[str, float]:
     """Bytes that one rank sends in a step, by collective.
 
-    Of a buffer, reduce-scatter and all-gather send (W - 1) / W, and an all-reduce twice that.
+    Reduce-scatter and all-gather send (W - 1) / W of a buffer, all-reduce twice that.
     """
     with torch.device("meta"):
         kinds = split_parameters(GPT(config), config)
@@ -38,7 +37,7 @@ def exchanged_bytes(config: Config, ranks: int = MICRO_BATCHES) -> dict[str, flo
     sizes = [0] * ranks
     for (rows, columns), owner in zip(shapes, assign(shapes, ranks), strict=True):
         sizes[owner] += rows * columns
-    # every rank's part of the buffer is as long as the longest
+    # all ranks' parts of the buffer have the length of the longest
     matrices = (ranks - 1) * max(sizes) * WIDTH
     rest = sum(parameter.numel() for kind in ("embedding", "scalar") for parameter in kinds[kind].values())
     return {
@@ -49,22 +48,17 @@ def exchanged_bytes(config: Config, ranks: int = MICRO_BATCHES) -> dict[str, flo
 
 
 def table() -> str:
-    """Megabytes and milliseconds of every recipe as Markdown."""
     columns = ["recipe", "reduce-scatter MB", "all-gather MB", "all-reduce MB", "ms, computed"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name in recipe_names():
         sent = exchanged_bytes(load_recipe(name).config())
-        cells = [
-            f"`{name}`",
-            *(f"{value / 1e6:.1f}" for value in sent.values()),
-            f"{link_ms(sum(sent.values())):.2f}",
-        ]
+        megabytes = [f"{value / 1e6:.1f}" for value in sent.values()]
+        cells = [f"`{name}`", *megabytes, f"{link_ms(sum(sent.values())):.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table."""
     parser = argparse.ArgumentParser("python -m benchmarks.computed.communication", description=__doc__)
     parser.parse_args(argv)
     print(table())

@@ -1,5 +1,5 @@
-// Two CUDA devices for a torch that was built without CUDA, so that autograd's engine lets tensors without data pass
-// through as if they were on a GPU. Each has one stream, and nothing on it ever runs. To be loaded before torch.
+// Two fake CUDA devices for a torch built without CUDA, so that autograd accepts tensors without data as if they were on a
+// GPU. Each has one stream, which never runs anything. Load this library before torch.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -7,7 +7,7 @@ namespace at {
 
 constexpr DeviceIndex DEVICES = 2;
 
-// the registry knows the hooks by this very name
+// the registry finds the hooks by this name
 struct CUDAHooks : CUDAHooksInterface {
     explicit CUDAHooks(CUDAHooksArgs) {}
     void init() const override {}

@@ -1,4 +1,4 @@
-"""A stand-in for a CUDA device, whose tensors have no data: a library for LD_PRELOAD, compiled from fake_cuda.cpp."""
+"""A fake CUDA device whose tensors have no data: compiles fake_cuda.cpp and loads it with LD_PRELOAD."""
 
 from __future__ import annotations
 
@@ -21,24 +21,16 @@ _LIBRARY: Any = torch.library.Library("aten", "IMPL")
 
 
 class NoDevice(RuntimeError):
-    """This PyTorch cannot use the stand-in."""
+    """This PyTorch cannot use the fake device."""
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Environment variables that give a process a CUDA device: the machine's own or the stand-in.
-
-    Args:
-        folder: for the compiled library, which the process needs while it runs.
-
-    Raises:
-        NoDevice: this PyTorch is built for CUDA and finds no GPU.
-        subprocess.CalledProcessError: the C++ compiler failed.
-    """
+    """Environment variables that give a process a CUDA device: a real one, or the fake one compiled into `folder`."""
     if torch.cuda.is_available():
         return dict(os.environ)
     if torch.version.cuda is not None:
         raise NoDevice(
-            "this torch is built for CUDA and finds no GPU, and only a torch without CUDA can use the stand-in"
+            "this torch is built for CUDA but finds no GPU, and only a torch without CUDA can use the fake device"
         )
     root, library = Path(torch.__file__).parent, folder / "fake_cuda.so"
     flags = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{root / 'include'}", f"-L{root / 'lib'}"]
@@ -48,24 +40,20 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def run_module(module: str, argv: Sequence[str]) -> int:
-    """Run `python -m MODULE` with these arguments in a process with a CUDA device; its exit code.
-
-    Raises:
-        UserError: there is no GPU, and no stand-in for one can be made here.
-    """
+    """Run `python -m MODULE` in a process with a real or fake CUDA device. Returns its exit code."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             variables = environment(Path(folder))
         except NoDevice as reason:
             raise UserError(f"{reason}: install a torch without CUDA, or run this on a machine with a GPU") from None
         except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(f"no C++ compiler for the stand-in of a GPU: {error}: install g++, or set CXX") from error
+            raise UserError(f"no C++ compiler for the fake GPU: {error}: install g++, or set CXX") from error
         return subprocess.run([sys.executable, "-m", module, *argv], env=variables).returncode
 
 
 def tensors_without_data() -> FakeTensorMode:
-    """The mode in which tensors of the device have a shape and no data."""
-    # PyTorch has a meta kernel of fused AdamW only for a Python learning rate; it updates in place and returns nothing
+    """The mode in which the device's tensors have shapes but no data."""
+    # PyTorch lacks a meta kernel of fused AdamW with a tensor as learning rate; AdamW updates in place and returns nothing
     rated = "_fused_adamw_.tensor_lr"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{rated}", "Meta"):
         _LIBRARY.impl(rated, lambda *_, **__: None, "Meta")

@@ -1,8 +1,7 @@
-"""The kernels that torch.compile generates for an absent GPU, read from Inductor's schedule and not run.
+"""The kernels that torch.compile would generate for an H100, read from Inductor's schedule without a GPU.
 
-Inductor gets the properties of an H100 and computes constants on the host. It plans as on the device, from decompositions to
-fusion. Then its schedule is read, and the model gets a function that returns tensors without data instead of compiled code.
-Operators that Inductor calls are listed by `benchmarks.computed.recorder`.
+Inductor is given the properties of an H100 and plans as usual, from decompositions to fusion. Instead of compiled code the
+model gets a function that returns tensors without data. `benchmarks.computed.recorder` lists the kernels of operators.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.computed.recorder import operator_kernels
 from benchmarks.measure.devices import Kernel
 
-# the properties of an H100 SXM that Inductor reads; an H200 differs in its memory only
+# the properties of an H100 SXM that Inductor reads; an H200 differs only in memory
 PROPERTIES = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
     major=9,
@@ -44,13 +43,7 @@ _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
 
 class Scheduled(types.SimpleNamespace):
-    """One kernel of a schedule.
-
-    Attributes:
-        kernels: its launches; several for an operator.
-        reads: bytes read, by buffer.
-        writes: bytes written, by buffer.
-    """
+    """One node of a schedule: its kernels (several for an operator), and bytes read and written by buffer."""
 
     kernels: list[Kernel]
     reads: dict[str, float]
@@ -71,8 +64,7 @@ def planning_for_an_absent_gpu(
 ) -> Iterator[None]:
     """Let torch.compile plan for an H100 on any machine.
 
-    Args:
-        plan: called with each compiled graph's schedule; the function that it returns is called in place of the graph.
+    `plan` gets the schedule of each compiled graph and returns a function, which is called whenever the graph would run.
     """
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import config
@@ -104,7 +96,7 @@ def planning_for_an_absent_gpu(
             (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "device_count", lambda: 1),
             (CudaInterface, "is_available", staticmethod(lambda: True)),
-            # the class holds its own reference
+            # the class keeps its own reference
             (CudaInterface, "get_device_properties", staticmethod(lambda device=None: PROPERTIES)),
             (CudaInterface, "is_bf16_supported", staticmethod(lambda including_emulation=True: True)),
             (UniformValueConstantFolder, "run", fold_on_host),
@@ -123,10 +115,10 @@ def _without_data(node: Any) -> Any:
 
 
 def read_schedule(graph: Any) -> list[Scheduled]:
-    """The kernels of a graph that Inductor has scheduled, in order.
+    """The kernels of a scheduled graph, in order.
 
-    A generated kernel reads each element that it addresses once, and writes what later kernels read; intermediate values
-    inside a kernel do not count.
+    A generated kernel reads each addressed element once and writes what later kernels read. Values that stay inside a kernel
+    do not count.
     """
     from torch._inductor import ir
     from torch._inductor.scheduler import NopKernelSchedulerNode
@@ -136,7 +128,7 @@ def read_schedule(graph: Any) -> list[Scheduled]:
         found = []
         for node in graph.scheduler.nodes:
             if isinstance(node, NopKernelSchedulerNode):
-                # a concatenation whose parts were written in place, or an empty buffer
+                # an empty buffer, or a concatenation whose inputs were written in place
                 found.append(Scheduled(kernels=[], reads={}, writes=dict.fromkeys(node.get_buffer_names(), 0.0)))
             elif not node.is_extern():
                 found.append(_compiled(node, graph))
@@ -146,14 +138,12 @@ def read_schedule(graph: Any) -> list[Scheduled]:
 
 
 def _bytes(node: Any, elements: float | None = None) -> float:
-    size = 1
-    for length in node.get_size():
-        size *= int(length)
+    size = math.prod(int(length) for length in node.get_size())
     return float((size if elements is None else min(size, elements)) * node.get_dtype().itemsize)
 
 
 def _elements(dep: Any) -> int:
-    """Elements that a kernel addresses; for a computed index the number of lookups."""
+    """Elements that a kernel addresses; for an indirect index the number of lookups."""
     from torch._inductor.dependencies import MemoryDep
 
     if isinstance(dep, MemoryDep) and dep.is_indirect():
@@ -172,7 +162,7 @@ def _compiled(node: Any, graph: Any) -> Scheduled:
     addressed: dict[str, dict[Any, int]] = {}
     for dep in node.read_writes.reads:
         if dep.name not in own and not isinstance(dep, WeakDep):
-            # a buffer that is accumulated in place is read, too
+            # a buffer that is accumulated in place is also read
             index = dep.index if isinstance(dep, MemoryDep) else None
             addressed.setdefault(dep.name, {})[index] = _elements(dep)
     for name, indices in addressed.items():
@@ -223,10 +213,7 @@ def _extern(node: Any) -> Scheduled:
     if name in _PRODUCTS:
         left = called.inputs[-2]
         *_, depth = (int(n) for n in left.get_size())
-        elements = 1
-        for length in called.get_size():
-            elements *= int(length)
-        flops = 2.0 * elements * depth
+        flops = 2.0 * math.prod(int(length) for length in called.get_size()) * depth
     return Scheduled(
         kernels=[Kernel(f"aten::{name}", flops, sum(inputs.values()) + sum(outputs.values()))],
         reads=inputs,

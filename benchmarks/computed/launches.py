@@ -1,7 +1,4 @@
-"""Every launch of a Triton kernel that ships, on tensors without data: those of the recipes and of the operators' `cases`.
-
-The tensors are on PyTorch's device `meta`, which knows shapes, strides and alignment and computes nothing.
-"""
+"""Launch every Triton kernel as the recipes and the operators' `cases` do, on tensors without data (device `meta`)."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from train.recipes import load_recipe, recipe_names
 
 
 class _Dispatched(TorchDispatchMode):
-    """Calls an operator's backend for tensors without data too, for which PyTorch calls the fake implementation."""
+    """Calls an operator's backend for meta tensors, for which PyTorch would call the fake implementation."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "golf":
@@ -34,7 +31,7 @@ class _Dispatched(TorchDispatchMode):
 
 @contextlib.contextmanager
 def on_backend(backend: dispatch.Backend) -> Iterator[None]:
-    """Runs the operators that have this backend on it, and the others on PyTorch, whatever the device and the machine."""
+    """Run operators that have this backend on it, and all others on PyTorch, on any machine."""
     having = {op for op, backends in dispatch.describe().items() if backend in backends}
 
     def call(op: str, *args: Any) -> Any:
@@ -45,13 +42,12 @@ def on_backend(backend: dispatch.Backend) -> Iterator[None]:
 
 
 def launch_case(operator: operators.Operator, case: Mapping[str, Any], make: operators.Make) -> list[Tensor]:
-    """Results and gradients of a call of an operator on inputs of `make`, after a call without gradients."""
+    """Results and gradients of an operator on inputs from `make`, after a call without gradients."""
     inputs = operator.inputs(make, **case)
     return operators.run(operator.function, inputs, operators.upstream_gradients(operator.function, inputs, make))
 
 
 def launch_everything() -> None:
-    """Makes every launch that ships."""
     with torch.device("meta"):
         for name in recipe_names():
             launch_recipe(load_recipe(name).config(device="cuda"))
@@ -59,7 +55,7 @@ def launch_everything() -> None:
 
 
 def launch_recipe(config: Config) -> None:
-    """One GPU's training step and its batches of an evaluation, with and without recurrence."""
+    """One GPU's training step and evaluation batches, with and without recurrence."""
     model = GPT(config)
     ids = torch.empty(rank_sequences(config), config.train_seq_len, dtype=torch.int64)
     count, stride = BATCH_SEQS, config.eval_stride
@@ -89,7 +85,6 @@ def launch_recipe(config: Config) -> None:
 
 
 def launch_cases() -> None:
-    """The launches of every operator's `cases`."""
     with on_backend("triton"):
         for operator in operators.declared().values():
             for case in operator.cases:

@@ -1,7 +1,7 @@
-"""Records the kernels that PyTorch and golf_kernels' operators launch, on tensors without data.
+"""Record the kernels that PyTorch and golf_kernels launch on tensors without data.
 
-An operation of PyTorch counts as one kernel that reads each of its inputs once and writes each of its outputs once. An operator
-of golf_kernels counts as the launches of its backend: its Triton kernels, and PyTorch's operations between them.
+A PyTorch operation counts as one kernel that reads each input once and writes each output once. An operator of golf_kernels
+counts as its Triton kernels and the PyTorch operations between them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _IN_PLACE = {kernel: name for operator in _OPERATORS for kernel, name in operato
 
 
 def size_of(tensor: Tensor) -> float:
-    """Bytes of a tensor's elements; elements repeated by an expanded view count once."""
+    """Bytes of a tensor. Elements repeated by an expanded view count once."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride or not size else 1
@@ -49,7 +49,7 @@ def size_of(tensor: Tensor) -> float:
 
 
 def on_gpu(values: Any) -> list[Tensor]:
-    """The CUDA tensors in nested arguments; views of the same memory, such as a transpose, count once."""
+    """The CUDA tensors in nested arguments. Views of the same memory, such as a transpose, count once."""
     found: dict[Any, Tensor] = {}
     for leaf in pytree.tree_leaves(values):
         if isinstance(leaf, Tensor) and leaf.is_cuda:
@@ -59,12 +59,7 @@ def on_gpu(values: Any) -> list[Tensor]:
 
 
 class Recorder(TorchDispatchMode):
-    """Lists the kernels launched inside this mode.
-
-    Attributes:
-        kernels: in launch order.
-        waits: how often the host waited for a number from the device.
-    """
+    """Lists the kernels launched in this mode, and counts how often the host waits for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +72,6 @@ class Recorder(TorchDispatchMode):
         return True
 
     def item(self, tensor: Tensor) -> int:
-        """Replaces `Tensor.item`."""
         self.waits += tensor.is_cuda
         return 0
 
@@ -92,7 +86,7 @@ class Recorder(TorchDispatchMode):
             with self:
                 return run_operator(name, self.kernels, *args)
         with self:
-            # below autograd, composite operations arrive undecomposed
+            # below autograd, composite operations are not decomposed yet
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
@@ -103,7 +97,7 @@ class Recorder(TorchDispatchMode):
 
 
 def eager_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Kernel:
-    """The kernel of one of PyTorch's operations."""
+    """The kernel of a PyTorch operation."""
     name = func._overloadpacket.__name__
     given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
     changed = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
@@ -118,7 +112,7 @@ def eager_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resul
 
 
 class Launch:
-    """Replaces a Triton kernel and records its launches: each tensor argument is read or written once."""
+    """Replaces a Triton kernel and records its launches. Each tensor argument is read or written once."""
 
     def __init__(self, kernel: Any, kernels: list[Kernel]) -> None:
         self.name, self.arg_names, self.kernels = kernel.__name__, kernel.arg_names, kernels
@@ -146,7 +140,7 @@ def _kernel_modules() -> list[Any]:
 
 @contextlib.contextmanager
 def launches_listed(kernels: list[Kernel]) -> Iterator[None]:
-    """Replace every Triton kernel of golf_kernels by a `Launch`, and record int6's CUDA kernel."""
+    """Replace every Triton kernel of golf_kernels with a `Launch`, and record int6's CUDA kernel."""
 
     def fake_quantize(*tensors: Tensor) -> None:
         kernels.append(Kernel("fake_quantize_kernel", 0.0, sum(map(size_of, tensors))))
@@ -161,19 +155,18 @@ def launches_listed(kernels: list[Kernel]) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(module, "KERNELS", replaced))
         stack.enter_context(mock.patch.object(int6_native, "fake_quantize", fake_quantize))
         stack.enter_context(mock.patch.object(torch.cuda, "device_of", return_value=contextlib.nullcontext()))
-        # an address with the alignment that TMA needs
+        # an address aligned for TMA
         stack.enter_context(mock.patch.object(Tensor, "data_ptr", return_value=512))
         yield
 
 
 def run_operator(op: str, kernels: list[Kernel], *args: Any) -> Any:
-    """Run an operator on its backend and add its launches to `kernels`."""
     with launches_listed(kernels):
         return dispatch.run_on(dispatch.choose(op, *args).backend, op, *args)
 
 
 def operator_kernels(operator: Any, args: Iterable[Any]) -> list[Kernel]:
-    """The kernels of a call of an operator; the mode of tensors without data must be active."""
+    """The kernels of one call of an operator on tensors without data."""
     with Recorder() as recorder, torch.no_grad():
         operator(*args)
     found: list[Kernel] = recorder.kernels
@@ -181,20 +174,20 @@ def operator_kernels(operator: Any, args: Iterable[Any]) -> list[Kernel]:
 
 
 def muon_step_kernels(work: list[Work]) -> list[Kernel]:
-    """The launches of Muon's fused step: two passes over float32 state, and the products between them.
+    """The launches of Muon's fused step: two passes over float32 state, with products in between.
 
-    The products read and write bfloat16 matrices in the cache; only the first input and the last result go through memory.
+    Between products the bfloat16 matrices stay in the cache; only the first input and the last result count as traffic.
     """
     kernels = []
     for group, params in work:
         shapes = tuple((m.shape[-2], m.shape[-1]) for p in params for m in (p.unbind() if p.ndim == 3 else (p,)))
         numbers = float(sum(p.numel() for p in params))
         iterations = len(coefficients_of(group).schedule(group["ns_steps"]))
-        # reads gradient and momentum, writes momentum and direction; apply_kernel reads direction and weights, writes weights
+        # momentum_kernel reads gradient, momentum, writes momentum, direction; apply_kernel reads direction, weights, writes weights
         kernels.append(Kernel("momentum_kernel", 0.0, 14 * numbers, "triton"))
         kernels.append(Kernel("norm_kernel", 0.0, 0.0, "triton"))
         for name in ("symmetric_kernel", "symmetric_kernel", "product_kernel"):
-            # a third of an iteration's arithmetic, and of the call's traffic
+            # a third of an iteration's FLOPs and traffic
             product = Kernel(name, newton_schulz_flops(shapes, 1) / 3, 4 * numbers / 3 / iterations, "triton")
             kernels += [product] * iterations
         kernels += [Kernel("moments_kernel", 0.0, 2 * numbers, "triton")] * bool(group["normuon"])

@@ -1,9 +1,9 @@
-"""The kernels of a training step and the time that each must take: computed without a GPU, never measured.
+"""Compute the time of each kernel of a training step without a GPU; nothing is measured.
 
-Every variant's step of one rank runs on a stand-in for a CUDA device, with tensors that have shapes and no data. Inductor
-plans the compiled graphs (`benchmarks.computed.inductor_plan`); all other launches are recorded
-(`benchmarks.computed.recorder`). A kernel takes max(bytes / bandwidth, arithmetic / matrix rate), at rates that such kernels
-have reached elsewhere (`benchmarks.measure.devices`). Kernels run one after the other; the host and other ranks take no time.
+One rank's step of each variant runs on a fake CUDA device with tensors without data. Inductor plans the compiled graphs
+(`benchmarks.computed.inductor_plan`); all other launches are recorded (`benchmarks.computed.recorder`). A kernel takes
+max(bytes / bandwidth, FLOP / matrix rate), at published rates of such kernels (`benchmarks.measure.devices`). Kernels do not
+overlap; the host and communication take no time.
 """
 
 from __future__ import annotations
@@ -49,15 +49,9 @@ PUBLISHED_MS = {
 
 
 class Step(NamedTuple):
-    """The launches of a step.
+    """The launches of a step: those of the compiled passes, and `rest` (clipping, optimizers, average).
 
-    Attributes:
-        variant: its name.
-        forward: kernels of the compiled forward pass.
-        backward: kernels of the compiled backward pass.
-        rest: all other kernels: gradients' norm, optimizers, average.
-        waits: how often the host waits for the device.
-        graphs: the schedules of both passes.
+    `waits` counts how often the host waits for the device; `graphs` are the schedules of both passes.
     """
 
     variant: str
@@ -77,10 +71,9 @@ class Step(NamedTuple):
 
 @contextlib.contextmanager
 def planning(recorder: Recorder, plan: Callable[[list[Scheduled]], Callable[[], None]]) -> Iterator[str]:
-    """Tensors without data, a stand-in for attention, and `plan` for compiled graphs; in a process with the CUDA stand-in.
+    """Run on tensors without data, with fake attention and with `plan` for compiled graphs; needs a CUDA device or the fake.
 
-    Yields:
-        The name of the attention backend.
+    Yields the name of the attention backend.
     """
     torch._dynamo.reset()
     with contextlib.ExitStack() as stack:
@@ -91,7 +84,7 @@ def planning(recorder: Recorder, plan: Callable[[list[Scheduled]], Callable[[], 
             (Captured, "__call__", lambda captured: captured.run()),
             (Tensor, "pin_memory", lambda tensor: tensor),
             (Tensor, "item", lambda tensor: recorder.item(tensor)),
-            # tensors without data cannot be moved; they are created on the device
+            # tensors without data are created on the device, because they cannot be moved
             (torch.nn.Module, "to", lambda module, device: module),
         ):
             stack.enter_context(mock.patch.object(owner, attribute, value))
@@ -102,13 +95,7 @@ def planning(recorder: Recorder, plan: Callable[[list[Scheduled]], Callable[[], 
 
 
 def step_kernels(config: Config, name: str, recurrence: bool) -> Step:
-    """Run a variant's step twice and record the second; in a process with the CUDA stand-in.
-
-    Args:
-        config: the recipe; `compile` is on.
-        name: of the variant, see `benchmarks.measure.step_variants`.
-        recurrence: whether the repeated layers run twice.
-    """
+    """Run a variant's step twice and record the second; needs a CUDA device or the fake."""
     recorder = Recorder()
     graphs: list[list[Scheduled]] = []
     passes: list[list[Kernel]] = []
@@ -122,7 +109,7 @@ def step_kernels(config: Config, name: str, recurrence: bool) -> Step:
         with CUDA:
             variant = make_variants(config.replace(attention=attention), [name], CUDA)[0]
         tokens = np.zeros((rank_sequences(config), config.train_seq_len + 1), dtype=np.uint16)
-        # the first step compiles, and allocates the moments
+        # the first step compiles and allocates the optimizer's state
         variant.run(tokens, recurrence)
         passes.clear()
         recorder.kernels.clear()
@@ -134,18 +121,14 @@ def step_kernels(config: Config, name: str, recurrence: bool) -> Step:
 
 
 def described_flops(config: Config, recurrence: bool) -> float:
-    """Arithmetic of a rank's forward and backward pass as `--describe` counts it."""
+    """FLOPs of a rank's forward and backward pass as `--describe` counts them."""
     phase = "after_recurrence" if recurrence else "before_recurrence"
     tokens = rank_sequences(config) * config.train_seq_len
     return float(1e6 * tokens * describe(config, {})["mflop_per_token"][phase])
 
 
 def check_complete(step: Step, flops: float) -> None:
-    """Refuse a schedule in which products are missing.
-
-    Raises:
-        UserError: it has less than the described arithmetic, for example because Inductor nests a graph in another.
-    """
+    """Refuse a schedule that lacks products, for example because Inductor nested one graph in another."""
     found = sum(kernel.flops for kernel in (*step.forward, *step.backward))
     if found < (1 - 1e-9) * flops:
         raise UserError(
@@ -155,7 +138,7 @@ def check_complete(step: Step, flops: float) -> None:
 
 
 def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Device) -> str:
-    """ms per step by kernel family and variant, and totals."""
+    """ms per step by kernel family and variant, with totals."""
     reached = REACHED[device.name]
     tokens = rank_sequences(config) * config.train_seq_len
     phase = f" {'after' if recurrence else 'before'} recurrence," if config.recur_layers else ""
@@ -168,10 +151,7 @@ def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Devic
     ]
     rows += [
         ("ms per step", [f"{total:.2f}" for total in totals]),
-        (
-            "no kernel can take less",
-            [f"{sum(kernel.floor_ms(device) for kernel in step.kernels):.2f}" for step in steps],
-        ),
+        ("at peak rates", [f"{sum(kernel.floor_ms(device) for kernel in step.kernels):.2f}" for step in steps]),
         ("GB moved", [f"{sum(kernel.bytes for kernel in step.kernels) / 1e9:.1f}" for step in steps]),
         ("launches", [str(len(step.kernels)) for step in steps]),
         ("waits of the host", [str(step.waits) for step in steps]),
@@ -183,12 +163,8 @@ def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Devic
     ]
     published = PUBLISHED_MS.get(config.recipe, ())
     if len(published) > recurrence and device.name == "H100" and tokens > 10_000:
-        rows.append(
-            (
-                f"published run, {published[recurrence]} ms, over this",
-                [f"{published[recurrence] / total:.2f}" for total in totals],
-            )
-        )
+        run_ms = published[recurrence]
+        rows.append((f"published run ({run_ms} ms) / computed", [f"{run_ms / total:.2f}" for total in totals]))
     width = max(len(name) for name, _ in rows)
     widths = [max(12, len(step.variant) + 2) for step in steps]
     lines = [f"{config.recipe}, {tokens:,} tokens,{phase} {device.name}: computed, not measured"]
@@ -200,7 +176,7 @@ def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Devic
 
 
 def family_ms(kernels: Sequence[Kernel], device: Device) -> dict[str, float]:
-    """Milliseconds by family of `train.run.profiling`."""
+    """Milliseconds by `train.run.profiling.kernel_family`."""
     found: dict[str, float] = {}
     for kernel in kernels:
         family = kernel_family(kernel.name)
@@ -209,7 +185,7 @@ def family_ms(kernels: Sequence[Kernel], device: Device) -> dict[str, float]:
 
 
 def largest(step: Step, device: Device, count: int) -> str:
-    """The kernels that take longest; equal ones are added up."""
+    """The kernels that take longest. Equal kernels are added up."""
     times: Counter[tuple[str, str, float]] = Counter()
     launches: Counter[tuple[str, str, float]] = Counter()
     for part in ("forward", "backward", "rest"):
@@ -227,9 +203,9 @@ def largest(step: Step, device: Device, count: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks schedule", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="sp8192_sdclip", choices=recipe_names())
-    parser.add_argument("--variants", default="published,torch,golf", help="comma-separated, as of bench_step")
+    parser.add_argument("--variants", default="published,torch,golf", help="comma-separated; see bench_step --help")
     parser.add_argument(
-        "--phase", default="both", choices=("before", "after", "both"), help="recurrence off, on, or both"
+        "--phase", default="both", choices=("before", "after", "both"), help="before: recurrence off; after: on"
     )
     parser.add_argument("--device", default="h100", choices=[device.name.lower() for device in DEVICES])
     parser.add_argument("--largest", type=parse_positive, default=12, metavar="N", help="kernels to list; default 12")
@@ -242,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = arguments.variants.split(",")
     with mock.patch.object(dispatch, "triton_problem", return_value=None):
         check_names(names)
-    # PyTorch warns about tensors without an address
+    # PyTorch warns about tensors without data
     warnings.simplefilter("ignore")
     for recurrence in sorted({False, bool(config.recur_layers)}):
         if arguments.phase in ("both", "after" if recurrence else "before"):

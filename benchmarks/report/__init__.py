@@ -1,1 +1,1 @@
-"""What was measured: rows, tables, plots, and the code they belong to."""
+"""The results: rows, tables, plots, and the version of the measured code."""

@@ -22,29 +22,25 @@ EVALUATION = "evaluation"
 VARIANT_COLORS = {"published": "#999999", "torch": "#0072B2", "golf": "#D55E00"}
 COLORS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 REST = "#999999"
-# rounds in which overlapping labels are moved apart, at most
+# at most this many rounds of moving overlapping labels apart
 PASSES = 300
-# a kernel's speed-up is over the fastest of these, and of the compiled ones
+# a kernel's speed-up is over the fastest of these and of the compiled variants
 PLAIN = ("torch", "published", "plain")
 
 
 def plots(measurements: Sequence[Measurement]) -> dict[str, bytes]:
-    """PNGs by file name, for each GPU those that have data: ms/step, speed-ups, roofline and evaluation."""
+    """PNGs by file name: for each GPU the plots that have data."""
     drawn = {}
     for gpu in gpus(measurements):
         own = [m for m in measurements if m.subject.gpu == gpu and not m.subject.repeated]
-        for name, draw in (
-            ("steps", _steps),
-            ("speedup", _speedup),
-            ("roofline", _roofline),
-            ("evaluation", _evaluation),
-        ):
+        charts = {"steps": _steps, "speedup": _speedup, "roofline": _roofline, "evaluation": _evaluation}
+        for name, draw in charts.items():
             figure = Figure(figsize=(9, 5), layout="constrained", dpi=120)
             title = draw(figure, own)
             if not title:
                 continue
             figure.suptitle(f"{title}\n{gpu}", x=0.01, ha="left", fontsize=11)
-            # positions are known only after the layout
+            # the layout sets the positions
             figure.draw_without_rendering()
             for axis in figure.axes:
                 spread_labels(axis, figure.dpi)
@@ -61,13 +57,13 @@ def _bare(axis: Axes, grid: Literal["both", "x", "y"]) -> None:
 
 
 def spread_labels(axis: Axes, dpi: float) -> None:
-    """Move an axis's annotations up and down until none overlap."""
+    """Move the annotations of an axis up or down until none overlap."""
     labels = [text for text in axis.texts if isinstance(text, Annotation)]
     # without their connecting lines
     boxes = [Text.get_window_extent(label) for label in labels]
     middles = [(box.y0 + box.y1) / 2 for box in boxes]
     places = list(middles)
-    # from the lowest; the order is kept
+    # from the lowest up, in unchanged order
     pairs = list(itertools.combinations(sorted(range(len(labels)), key=places.__getitem__), 2))
     for _ in range(PASSES):
         moved = False
@@ -75,7 +71,7 @@ def spread_labels(axis: Axes, dpi: float) -> None:
             beside = boxes[one].x0 >= boxes[other].x1 or boxes[other].x0 >= boxes[one].x1
             over = places[one] - places[other] + (boxes[one].height + boxes[other].height) / 2
             if not beside and over > 0:
-                # slightly more than needed, so that it ends
+                # slightly more than needed, so that the loop ends
                 places[one], places[other] = places[one] - over / 2 - 0.1, places[other] + over / 2 + 0.1
                 moved = True
         if not moved:
@@ -111,13 +107,13 @@ def _targets(m: Measurement) -> int:
 
 
 def _over_commits(figure: Figure, panels: dict[str, list[Measurement]], value: Callable[[Measurement], float]) -> None:
-    """One panel for each of `panels`, with a line for each variant and its newest value at the right end."""
+    """One panel per title, with a line per variant that ends in its newest value."""
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns) if panels else 0
     figure.set_size_inches(5.5 * max(columns, 1) + (columns == 1) * 3, 3.2 * max(rows, 1) + 0.8)
     for number, (title, points) in enumerate(panels.items()):
         axis = figure.add_subplot(rows, columns, number + 1)
-        # the last measurement of a variant at a commit
+        # the last measurement of each variant at each commit
         lines: dict[str, dict[str, Measurement]] = {}
         codes = codes_by_age(points)
         for m in points:
@@ -126,7 +122,7 @@ def _over_commits(figure: Figure, panels: dict[str, list[Measurement]], value: C
         for impl, of_commit in lines.items():
             own = sorted(of_commit.values(), key=lambda m: codes.index(m.code))
             places, values = [codes.index(m.code) for m in own], [value(m) for m in own]
-            # the relative spread of the time, applied to the drawn value
+            # the value may be a rate, so scale it by the relative spread of the time
             low = [v * (1 - m.p20 / m.p50) for v, m in zip(values, own, strict=True)]
             high = [v * (m.p80 / m.p50 - 1) for v, m in zip(values, own, strict=True)]
             color = VARIANT_COLORS.get(impl) or next(others)
@@ -139,7 +135,7 @@ def _over_commits(figure: Figure, panels: dict[str, list[Measurement]], value: C
         if len(codes) > 3:
             for tick in axis.get_xticklabels():
                 tick.set(rotation=30, ha="right", rotation_mode="anchor")
-        # room at the end for the lines' names
+        # room for the labels at the right end
         axis.set_xlim(-0.3, len(codes) - 1 + 0.35 * len(codes))
         axis.set_ylim(0, None)
         _bare(axis, "y")
@@ -160,25 +156,19 @@ def _speedup(figure: Figure, measurements: list[Measurement]) -> str:
     axis.invert_yaxis()
     axis.margins(x=0.12)
     _bare(axis, "x")
-    return "Speed-up over the fastest PyTorch variant; of whole steps and evaluation over the published script"
+    return "Speed-up over the fastest PyTorch variant; for steps and evaluation over the published script"
 
 
 def speedups(latest: dict[Subject, Measurement]) -> dict[str, float]:
-    """Speed-up of each kernel over the fastest PyTorch variant, and of golf over published for steps and evaluation."""
+    """Speed-up of each kernel over the fastest PyTorch variant; for steps and evaluation of golf over published."""
     found = {}
     for subject, m in sorted(latest.items(), key=lambda item: not item[0].op.startswith(STEP)):
         whole = subject.op.startswith(STEP) or subject.op == EVALUATION
         if whole:
             # recurrence on and off are different work
-            same = [
-                o
-                for s, o in latest.items()
-                if s._replace(impl="") == subject._replace(impl="") and s.impl == "published"
-            ]
+            same = [o for s, o in latest.items() if s == subject._replace(impl="published")]
         else:
-            same = [
-                o for s, o in latest.items() if (s.op, s.shape, s.dtype) == (subject.op, subject.shape, subject.dtype)
-            ]
+            same = [o for s, o in latest.items() if s == subject._replace(impl=s.impl, mode=s.mode)]
             same = [o for o in same if o.subject.impl in PLAIN or o.subject.impl.startswith("compile")]
         is_kernel = subject.impl == "golf" if whole else re.match(r"triton|cuda|cpp|golf", subject.impl)
         if same and is_kernel:
@@ -206,20 +196,15 @@ def _roofline(figure: Figure, measurements: list[Measurement]) -> str:
         fastest = min(own, key=lambda m: m.p50 / m.floor)
         for m in own:
             x = 1e3 * m.tflops / m.gbps
-            axis.loglog(
-                x,
-                m.tflops,
-                "o",
-                color=VARIANT_COLORS["golf"] if m is fastest else REST,
-                markersize=6 if m is fastest else 4,
-            )
+            color, size = (VARIANT_COLORS["golf"], 6) if m is fastest else (REST, 4)
+            axis.loglog(x, m.tflops, "o", color=color, markersize=size)
         label = f"{op}: {fastest.subject.impl}, {fastest.floor / fastest.p50:.0%}"
         place = (1e3 * fastest.tflops / fastest.gbps, fastest.tflops)
         axis.annotate(
             label, place, (24, -4), textcoords="offset points", va="top", fontsize=7.5,
             arrowprops={"arrowstyle": "-", "color": REST, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 4},
         )  # fmt: skip
-    axis.set(xlabel="operations per byte of unavoidable traffic", ylabel="TFLOP/s")
+    axis.set(xlabel="FLOP per byte of least memory traffic", ylabel="TFLOP/s")
     _bare(axis, "both")
     ceilings = {f"{tflops:.0f} TFLOP/s": tflops, f"{gbps:,.0f} GB/s": gbps}
     reached = ", ".join(name for name, ceiling in ceilings.items() if math.isfinite(ceiling))
@@ -228,10 +213,10 @@ def _roofline(figure: Figure, measurements: list[Measurement]) -> str:
 
 
 def ceilings_of(points: Sequence[Measurement]) -> tuple[float, float]:
-    """The ceilings, TFLOP/s and GB/s, that the floors were computed from; infinite if no floor shows one.
+    """The ceilings (TFLOP/s, GB/s) that the floors were computed from; infinite if unknown.
 
-    A floor is the longer of two times, each at one ceiling, so the ceiling is the largest rate at the floor. It is known if
-    some rows lie at the other one. The tenth allows for ceilings of different runs.
+    A floor is the longer of the arithmetic's and the traffic's time, so a ceiling is the largest rate at a floor. It is known
+    only if the other ceiling limits some rows. The factor 0.9 allows for different ceilings in different runs.
     """
     tflops, gbps = [m.tflops * m.p50 / m.floor for m in points], [m.gbps * m.p50 / m.floor for m in points]
     return (

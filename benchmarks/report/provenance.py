@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-# the sources of the code that is measured, and the folders inside them that results are written to
+# the measured code, and the output folders in it
 SOURCES = ("csrc", "golf_kernels", "train", "benchmarks", "setup.py", "pyproject.toml")
 WRITTEN = ("benchmarks/results", "benchmarks/plots")
 SUFFIXES = (".py", ".cpp", ".cu", ".h", ".toml")
-# prefix of a checksum in place of a commit
+# prefix of a checksum that replaces a commit
 CHECKSUM = "src-"
 
 
@@ -22,13 +22,7 @@ class GitError(Exception):
 
 
 class Version(NamedTuple):
-    """The version of the code that runs.
-
-    Attributes:
-        commit: abbreviated to 12 digits; without git `src-` and 12 digits of the sources' SHA-256.
-        dirty: whether the sources differ from the commit.
-        problem: why there is no commit, or empty.
-    """
+    """The version of the code. Without git, `commit` is `src-` and a checksum of the sources, and `problem` says why."""
 
     commit: str
     dirty: bool
@@ -37,7 +31,7 @@ class Version(NamedTuple):
 
 def _git(*arguments: str) -> str:
     try:
-        # no locks, which could collide with another git process
+        # without locks, which could collide with another git process
         command = ["git", "--no-optional-locks", *arguments]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except OSError as error:
@@ -48,10 +42,10 @@ def _git(*arguments: str) -> str:
 
 
 def read_version() -> Version:
-    """The version of the sources on disk; changes to results, plots and documents do not count."""
+    """The version of the sources on disk. Changed results, plots and documents do not make it dirty."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
-        # this folder may be untracked inside another repository
+        # fails if this folder is untracked inside another repository
         _git("cat-file", "-e", "HEAD:./benchmarks")
         outside = [f":(exclude){path}" for path in WRITTEN]
         changed = _git("status", "--porcelain", "--", *SOURCES, *outside)
@@ -62,12 +56,12 @@ def read_version() -> Version:
 
 @functools.cache
 def code_version() -> Version:
-    """The version at the first call, which is what this process runs even if the files change later."""
+    """The version at the first call: what this process runs, even if the files change later."""
     return read_version()
 
 
 def warning(found: Version) -> str:
-    """The warning about a version without a commit, with a remedy."""
+    """The warning about a missing commit, with a remedy."""
     helps = "to have commits, measure in a clone of the repository"
     if "ownership" in found.problem:
         helps = f"to have commits, run: git config --global --add safe.directory {ROOT}"

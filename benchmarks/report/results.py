@@ -1,4 +1,4 @@
-"""`benchmarks/results/<gpu>.csv`: appends rows, and reads all of them or fails."""
+"""Append rows to `benchmarks/results/<gpu>.csv`, and read and check all rows."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ COLUMNS = (
     *("p50", "p20", "p80", "tflops", "gbps", "floor", "rel_err", "n"),
 )
 DATE = "%Y-%m-%dT%H:%M:%SZ"
-# modes of timing, chosen by a call's duration; all other modes are part of what was measured
+# these modes depend on a call's duration; all other modes say what was measured
 TIMINGS = ("eager", "graph")
 MERGE_MARKS = ("<<<<<<<", "|||||||", "=======", ">>>>>>>")
 Row = dict[str, Any]
 
 
 class ResultsError(UserError):
-    """A results file cannot be read, or lacks what was asked for."""
+    """A results file is damaged."""
 
 
 class Subject(NamedTuple):
-    """What was measured; only rows with equal subjects are comparable."""
+    """What was measured. Only rows with equal subjects are comparable."""
 
     gpu: str
     op: str
@@ -45,7 +45,7 @@ class Subject(NamedTuple):
 
     @property
     def repeated(self) -> bool:
-        """Whether it is the repetition of the first variant, which shows the spread of two equal measurements."""
+        """Whether this is the repetition of the first variant."""
         return self.impl.endswith(" again")
 
     def __str__(self) -> str:
@@ -54,20 +54,7 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row.
-
-    Attributes:
-        subject: what was measured.
-        date: ISO 8601, UTC.
-        commit: abbreviated commit of the code, or a checksum without git (`provenance.Version`).
-        dirty: whether the code differed from the commit.
-        p50: milliseconds, the median.
-        p20: milliseconds.
-        p80: milliseconds.
-        tflops: arithmetic rate, 10¹² per second; 0 where not given.
-        gbps: traffic rate, 10⁹ bytes per second; 0 where not given.
-        floor: computed least milliseconds on that GPU; 0 where not given.
-    """
+    """One row. Times are in milliseconds; `tflops`, `gbps` and `floor` are 0 if the cell is empty."""
 
     subject: Subject
     date: str
@@ -87,11 +74,7 @@ class Measurement:
 
 
 def measurement(cells: Mapping[str, str]) -> Measurement:
-    """One row from its cells.
-
-    Raises:
-        ResultsError: a cell is not valid; the message names its field.
-    """
+    """Check the cells of a row; the error names the field."""
     for name, cell in cells.items():
         if not cell.isprintable():
             raise ResultsError(f"{name}: expected text, found {cell!r}")
@@ -115,7 +98,7 @@ def measurement(cells: Mapping[str, str]) -> Measurement:
 
 def _is_date(text: str) -> bool:
     try:
-        # dates are compared as texts, so their format is strict
+        # the format is strict because dates are compared as texts
         return datetime.datetime.strptime(text, DATE).strftime(DATE) == text
     except ValueError:
         return False
@@ -132,17 +115,13 @@ def _number(name: str, text: str) -> float:
 
 
 def read_results(folder: Path = RESULTS) -> list[Measurement]:
-    """All rows of all GPUs by date.
-
-    Raises:
-        ResultsError: a row is not valid; the message names file, line and field.
-    """
+    """All rows of all GPUs, sorted by date; an error names file, line and field."""
     found = [row for path in sorted(folder.glob("*.csv")) for row in _read_file(path)]
     return sorted(found, key=lambda row: row.date)
 
 
 def _read_file(path: Path) -> list[Measurement]:
-    # invalid UTF-8 stays in its cell, so that the error can name the field
+    # keep invalid UTF-8 in its cell, so that the error can name the field
     text = path.read_bytes().decode(errors="surrogateescape")
     for number, line in enumerate(text.split("\n"), 1):
         if line.startswith(MERGE_MARKS):
@@ -159,7 +138,7 @@ def _read_file(path: Path) -> list[Measurement]:
                 raise ResultsError(f"{end}: expected {len(COLUMNS)} cells, found {len(cells)}: a row torn or glued")
             if cells and line_number > 1:
                 found.append(measurement(dict(zip(COLUMNS, cells, strict=True))))
-            # the line of the next row; an unclosed quotation mark would swallow the lines after it
+            # where the next row begins; with an unclosed quotation mark a row spans several lines
             line_number = reader.line_num + 1
         if not text.endswith("\n"):
             line_number = reader.line_num
@@ -172,18 +151,14 @@ def _read_file(path: Path) -> list[Measurement]:
 
 
 def rows_since(path: Path, date: str) -> bytes:
-    """The header and the lines since a date, unparsed; empty if there are none."""
+    """The header and the lines since a date as bytes; empty if there are none."""
     header, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
     rows = [line for line in lines if re.match(rb"\d{4}-\d", line) and line[:20] >= date.encode()]
     return header + b"".join(rows) if rows else b""
 
 
 def check_columns(path: Path, columns: Sequence[str]) -> None:
-    """Check that rows of these columns can be appended to a file, which need not exist.
-
-    Raises:
-        ResultsError: it has other columns.
-    """
+    """Check that a file, if it exists, has these columns."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -195,21 +170,13 @@ def check_columns(path: Path, columns: Sequence[str]) -> None:
 
 
 def file_stem(gpu: str) -> str:
-    """A GPU's name in file names."""
     return re.sub(r"[^A-Za-z0-9]+", "_", gpu).strip("_")
 
 
 def append_rows(
     rows: Sequence[Row], surroundings: Row, folder: Path = RESULTS, *, columns: Sequence[str] = COLUMNS
 ) -> Path | None:
-    """Append rows to the GPU's file; rows of a CPU are not stored.
-
-    Returns:
-        The file, or None for a CPU.
-
-    Raises:
-        ResultsError: the file has other columns, or a row could not be read again.
-    """
+    """Check rows and append them to the GPU's file. Returns the file, or None for a CPU, whose rows are not stored."""
     if surroundings["gpu"] == "cpu":
         return None
     path = folder / f"{file_stem(surroundings['gpu'])}.csv"
@@ -223,7 +190,7 @@ def append_rows(
             measurement(dict.fromkeys(COLUMNS, "") | cells)
         writer.writerow(cells)
     with path.open("a+b") as file:
-        # a torn last line is ended first
+        # end a torn last line
         size = file.seek(0, os.SEEK_END)
         torn = size and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n"
         head = "\r\n" if torn else "" if size else ",".join(columns) + "\r\n"
@@ -233,12 +200,11 @@ def append_rows(
 
 
 def gpus(measurements: Iterable[Measurement]) -> list[str]:
-    """The names of the GPUs, sorted."""
     return sorted({measurement.subject.gpu for measurement in measurements})
 
 
 def newest(measurements: Iterable[Measurement]) -> dict[Subject, Measurement]:
-    """The last row of each subject, whether it was timed as a graph or not; rows come sorted by date."""
+    """The last row of each subject, graph or eager. Expects rows sorted by date."""
     rows: dict[Subject, Measurement] = {}
     for row in measurements:
         timing = row.subject.mode in TIMINGS
@@ -247,10 +213,10 @@ def newest(measurements: Iterable[Measurement]) -> dict[Subject, Measurement]:
 
 
 def codes_by_age(rows: Iterable[Measurement]) -> list[str]:
-    """The `Measurement.code` of rows sorted by date, each once."""
+    """Each `Measurement.code` once, in the order of the rows."""
     return list(dict.fromkeys(row.code for row in rows))
 
 
 def relative(path: Path) -> str:
-    """A path relative to the project's root if it is inside."""
+    """The path, relative to the project's root if inside it."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

@@ -146,4 +146,4 @@ def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 2 and "no C++ compiler for the stand-in of a GPU" in result.stderr
+    assert result.returncode == 2 and "no C++ compiler for the fake GPU" in result.stderr
