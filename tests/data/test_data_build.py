@@ -287,7 +287,7 @@ def test_bulk_work_of_other_settings_is_not_mixed_in(documents: list[Document], 
     [
         (50, False, "no document after the first 50"),
         (40, False, "no document after the first 40"),
-        (50, True, "hold 40 documents, the validation split needs"),
+        (50, True, "the files have 40 documents, the validation split needs 50"),
         (40, True, "no document is left for training"),
     ],
 )
