@@ -1,10 +1,10 @@
 """Fused kernels for Parameter Golf: PyTorch operators under `golf::`, and the Muon optimizers on top of one of them.
 
-Every operator runs everywhere in PyTorch; C++, Triton and CUDA back ends take over where they are built and fit.
+Every operator runs everywhere in PyTorch; C++, Triton and CUDA backends take over where they are built and fit.
 `python -m golf_kernels` shows which do and why.
 """
 
-# imported for the back end that it registers
+# imported for the backend that it registers
 from golf_kernels import muon_step as _muon_step  # noqa: F401
 
 # some functions have the name of their module: importing them here, and not on first use, is what makes

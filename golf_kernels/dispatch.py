@@ -330,7 +330,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _made_for(backend: Backend, device: str) -> bool:
-    # the Triton interpreter is the one way to run a GPU back end on CPU tensors
+    # only the Triton interpreter runs a GPU backend on CPU tensors
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     return not _DEVICES[backend] or device in _DEVICES[backend] or interpreted
 

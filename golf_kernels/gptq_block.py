@@ -20,7 +20,7 @@ from torch import Tensor
 from golf_kernels import dispatch, native, operators
 
 MAX_COLUMNS = 128
-"""Columns of a block that the native back ends take, as GOLF_GPTQ_MAX_COLUMNS in csrc/launchers.h."""
+"""Columns of a block that the native backends take, as GOLF_GPTQ_MAX_COLUMNS in csrc/launchers.h."""
 
 # the numbers of GolfDtype in csrc/launchers.h
 _DTYPES = {torch.float32: 0, torch.float64: 3}

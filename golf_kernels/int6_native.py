@@ -1,4 +1,4 @@
-"""The C++ and CUDA back ends of `int6`: hands checked tensors and allocated results to `golf_kernels._C`."""
+"""The C++ and CUDA backends of `int6`: hands checked tensors and allocated results to `golf_kernels._C`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Part = Literal["cpp", "cuda"]
 
 
 def supports_codes(part: Part, *args: Any) -> str | None:
-    """Why packing and unpacking cannot run on a back end, or None."""
+    """Why packing and unpacking cannot run on a backend, or None."""
     return native.problem(part)
 
 
 def supports_dequantize(part: Part, *args: Any) -> str | None:
-    """Why `int6_dequantize` cannot run on a back end, or None."""
+    """Why `int6_dequantize` cannot run on a backend, or None."""
     unavailable = native.problem(part)
     if unavailable is not None or not args:
         return unavailable
@@ -37,7 +37,7 @@ def supports_dequantize(part: Part, *args: Any) -> str | None:
 
 
 def supports_fake_quantize(part: Part, *args: Any) -> str | None:
-    """Why `int6_fake_quantize` cannot run on a back end, or None."""
+    """Why `int6_fake_quantize` cannot run on a backend, or None."""
     unavailable = native.problem(part)
     if unavailable is not None or not args:
         return unavailable
@@ -48,7 +48,7 @@ def supports_fake_quantize(part: Part, *args: Any) -> str | None:
 
 
 def _unsupported(what: str, dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> str | None:
-    # what no back end takes is refused by the check that every back end makes
+    # the check that every backend makes refuses the rest
     if dtype in dtypes or not dtype.is_floating_point:
         return None
     return f"{what} of {dtype}, which only PyTorch computes"

@@ -9,7 +9,7 @@ One step, for each matrix with gradient g (elementwise parts through `torch._for
     s ← β₂·s + (1 − β₂)·mean_row(O²);  O ← O / (√s + 1e-10), rescaled to its former Frobenius norm     (normuon)
     w ← w·(1 − lr·weight_decay) − lr·ratio·O,  ratio = √max(1, rows / columns)
 
-The back end `triton` of `muon_step` (muon_step.py) does all matrices of a group in one launch for each of these lines.
+The backend `triton` of `muon_step` (muon_step.py) does all matrices of a group in one launch for each of these lines.
 """
 
 from __future__ import annotations

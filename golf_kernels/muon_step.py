@@ -1,4 +1,4 @@
-"""The whole step of Muon on a GPU, in one launch per phase: the back end `triton` of `muon_step`.
+"""The whole step of Muon on a GPU, in one launch per phase: the backend `triton` of `muon_step`.
 
 Each parameter group is a step of its own: its directions go to the workspace of Newton-Schulz, are orthogonalized there,
 and are read from there when the weights are updated. Nothing waits for the GPU.

@@ -52,7 +52,7 @@ def softcapped_cross_entropy(
 
     Returns:
         Scalar loss in nats, float32 (float64 for float64 inputs). Operands of the products have the dtype of `hidden`,
-        sums float32 at least; the Triton back end rounds the logits to that dtype too.
+        sums float32 at least; the Triton backend rounds the logits to that dtype too.
 
     Raises:
         ValueError: a wrong shape, dtype, device or option, or (on the CPU) a target outside [0, V).

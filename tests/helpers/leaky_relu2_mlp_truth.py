@@ -1,4 +1,4 @@
-"""The MLP block as people write it, for every back end."""
+"""The MLP block as people write it, for every backend."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""The residual mix and its norm as people write them, for every back end."""
+"""The residual mix and its norm as people write them, for every backend."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Newton-Schulz through the singular value decomposition in float64, for the tests of every back end."""
+"""Newton-Schulz through the singular value decomposition in float64, for the tests of every backend."""
 
 import math
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""QK-norm, rotation and gain as people write them, for every back end."""
+"""QK-norm, rotation and gain as people write them, for every backend."""
 
 from collections.abc import Callable
 

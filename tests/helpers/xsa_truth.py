@@ -1,4 +1,4 @@
-"""XSA as people write it, for every back end."""
+"""XSA as people write it, for every backend."""
 
 from collections.abc import Callable
 

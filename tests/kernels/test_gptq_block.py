@@ -1,4 +1,4 @@
-"""GPTQ's inner loop against the formula in numpy, bit for bit, on every back end that this machine has."""
+"""GPTQ's inner loop against the formula in numpy, bit for bit, on every backend that this machine has."""
 
 import logging
 

@@ -15,7 +15,7 @@ from golf_kernels.newton_schulz import COEFFICIENTS, CoefficientSet, default_com
 SHAPES = [(5, 9), (9, 5), (8, 8), (1, 7), (7, 1), (1, 1), (3, 6, 11), (2, 11, 6)]
 
 
-# the Triton back end has no float64; its tests are in test_newton_schulz_triton.py
+# the Triton backend has no float64; its tests are in test_newton_schulz_triton.py
 @pytest.fixture(autouse=True)
 def backend(monkeypatch, poisoned_memory):
     monkeypatch.setenv("GOLF_BACKEND", "newton_schulz=torch")
