@@ -1,7 +1,7 @@
 """Builds `golf_kernels._C` without torch: finds the compilers, writes build.ninja, runs ninja.
 
-C++ is compiled where there is a compiler with Python's headers, CUDA where there is nvcc too; without them the package is
-pure Python. `golf_kernels/_build_info.json` records what was built or why not; `python -m golf_kernels` shows it.
+C++ is compiled if there is a compiler with Python's headers, CUDA if there is nvcc too. Without them the package is pure
+Python. `golf_kernels/_build_info.json` records what was built, or why not; `python -m golf_kernels` prints it.
 
 Environment: CXX (the compiler), CUDA_HOME (the toolkit), GOLF_CUDA_ARCHS (default 90a; for example "80,90a"),
 GOLF_SKIP_CUDA=1 (no CUDA), GOLF_FORCE_CUDA=1 (a missing nvcc is an error).
@@ -29,12 +29,12 @@ AGAIN = "then install golf_kernels again (pip install --no-build-isolation --no-
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-trapping-math", "-ffp-contract=off"]
 CXX_FLAGS += ["-Wall", "-Wextra"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
-# static and unexported, so that a torch with another CUDA runtime can live in the same process
+# static and not exported, so that torch may have another CUDA runtime in the same process
 NVCC_LINK = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]
 
 
 class Missing(Exception):
-    """A part that cannot be built here; its arguments are the reason and what to type."""
+    """A backend that cannot be built here; its arguments are the reason and what to type."""
 
 
 def switched_on(name):
@@ -62,7 +62,7 @@ def find_cxx():
 
 
 def find_nvcc():
-    """The path of nvcc: CUDA_HOME's where that is set, else the one on PATH or in the usual place."""
+    """The path of nvcc: in CUDA_HOME if that is set, otherwise from PATH or /usr/local/cuda."""
     if switched_on("GOLF_SKIP_CUDA"):
         raise Missing("switched off by GOLF_SKIP_CUDA=1", f"unset GOLF_SKIP_CUDA, {AGAIN}")
     home = os.environ.get("CUDA_HOME")
@@ -74,34 +74,34 @@ def find_nvcc():
     return nvcc
 
 
-def cpp_part(cxx):
+def cpp_record(cxx):
     version = output_of(*cxx, "--version").splitlines()[0]
     return {"built": True, "compiler": shlex.join(cxx), "version": version, "flags": CXX_FLAGS}
 
 
-def cuda_part(nvcc, cxx):
+def cuda_record(nvcc, cxx):
     archs = re.split(r"[,; ]+", os.environ.get("GOLF_CUDA_ARCHS", "90a").strip())
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch):
             raise PlatformError(f"GOLF_CUDA_ARCHS: expected architectures such as 90a or 80,90a, found {arch!r}")
     version = re.search(r"V(\d+\.\d+\.\d+)", output_of(nvcc, "--version"))
-    # nvcc may be a wrapper in another folder; only its own dry run knows the toolkit
+    # nvcc may be a wrapper in another folder, so its dry run is asked for the toolkit
     top = re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "-x", "cu", os.devnull), re.MULTILINE)
     toolkit = os.environ.get("CUDA_HOME") or (os.path.realpath(top[1].strip()) if top else None)
-    # a command of several words (ccache g++) cannot be handed on; nvcc then takes its own default
+    # -ccbin takes one word: with a command of several (ccache g++) nvcc takes its default compiler
     flags = [*NVCC_FLAGS, *(["-ccbin", cxx[0]] if len(cxx) == 1 else [])]
     flags += [word for arch in archs for word in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
     known = {"version": version[1] if version else "unknown", "toolkit": toolkit, "archs": archs, "flags": flags}
     return {"built": True, "compiler": nvcc, **known}
 
 
-def find_parts():
-    """What can be built here: the records for C++ and CUDA that go to _build_info.json."""
+def find_records():
+    """The records of C++ and CUDA for _build_info.json: how they can be built here, or why not."""
     cpp = cuda = None
     try:
         cxx = find_cxx()
-        cpp = cpp_part(cxx)
-        cuda = cuda_part(find_nvcc(), cxx)
+        cpp = cpp_record(cxx)
+        cuda = cuda_record(find_nvcc(), cxx)
     except Missing as missing:
         cuda = dict(zip(("built", "reason", "remedy"), (False, *missing.args), strict=True))
     if switched_on("GOLF_FORCE_CUDA") and not cuda["built"]:
@@ -110,7 +110,7 @@ def find_parts():
 
 
 def ninja_file(cpp, cuda):
-    """Rules with the complete commands, so that changed flags compile again and nothing else does."""
+    """The text of build.ninja, with the complete commands, so that changed flags, and only they, compile again."""
     import pybind11
 
     cxx = [*shlex.split(cpp["compiler"]), *cpp["flags"]]
@@ -119,7 +119,7 @@ def ninja_file(cpp, cuda):
     rules = {}
     if cuda["built"]:
         nvcc = [cuda["compiler"], *cuda["flags"]]
-        # where nvcc 13.0's package for pip keeps the static runtime; nvcc itself looks for it in lib64
+        # the pip package of nvcc 13.0 has the static runtime in lib, and nvcc looks in lib64
         libraries = [f"-L{cuda['toolkit']}/lib"] if cuda["toolkit"] else []
         compile_cpp, suffixes = [*compile_cpp, "-DGOLF_WITH_CUDA"], [".cpp", ".cu"]
         link = [*nvcc, *NVCC_LINK, *libraries]
@@ -135,7 +135,7 @@ def ninja_file(cpp, cuda):
 
 
 def compile_extension(cpp, cuda):
-    """Runs ninja in a folder that outlives the installation and returns the path of the extension."""
+    """Runs ninja in build/native, which is kept for the next installation, and returns the extension's path."""
     folder = ROOT / "build" / "native" / (f"{sys.implementation.cache_tag}" + ("-cuda" if cuda["built"] else ""))
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -151,7 +151,7 @@ def compile_extension(cpp, cuda):
 
 
 class BuildNative(Command):
-    """The step of `build` that leaves the extension and the record in the package."""
+    """The step of `build` that puts the extension and the build record into the package."""
 
     user_options: ClassVar = []
     editable_mode = False
@@ -163,7 +163,7 @@ class BuildNative(Command):
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
 
     def run(self):
-        cpp, cuda = find_parts()
+        cpp, cuda = find_records()
         built = compile_extension(cpp, cuda) if cpp["built"] else None
         folder = ROOT / "golf_kernels" if self.editable_mode else Path(self.build_lib, "golf_kernels")
         record = {"extension": built and built.name, "cpp": cpp, "cuda": cuda}
@@ -182,7 +182,7 @@ class Build(build):
 
 
 class NativeDistribution(Distribution):
-    """Gives the wheel a platform tag where there is something to compile."""
+    """Gives the wheel a platform tag if there is something to compile."""
 
     def has_ext_modules(self):
         try:

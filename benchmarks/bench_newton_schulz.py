@@ -37,7 +37,7 @@ def model_shapes(layers: int = 11, width: int = 512, mlp_mult: int = 4) -> Shape
     return tuple(shape for shape in layer for _ in range(layers))
 
 
-def share_of_eight(shapes: Shapes) -> Shapes:
+def matrices_of_one_rank(shapes: Shapes) -> Shapes:
     """The matrices of the rank with the most work."""
     owners = assign(shapes, 8)
     shares = [tuple(s for s, owner in zip(shapes, owners, strict=True) if owner == rank) for rank in range(8)]
@@ -99,7 +99,7 @@ def gram_bank() -> Bank | None:
     return made
 
 
-def newton_schulz_ways(device: torch.device) -> dict[str, Callable[[Any], Sequence[Tensor]]]:
+def newton_schulz_variants(device: torch.device) -> dict[str, Callable[[Any], Sequence[Tensor]]]:
     """The implementations of Newton-Schulz that can run here."""
     found = {"torch.optim.Muon": torch_loop, "torch": orthogonalize("torch", torch.bfloat16)}
     if device.type != "cuda":
@@ -210,7 +210,7 @@ def forced(backend: dispatch.Backend) -> Callable[[list[Tensor]], torch.optim.Op
     return lambda weights: Forced(weights, lr=1.0, weight_decay=0.0, compute_dtype=torch.bfloat16)
 
 
-def muon_ways(device: torch.device) -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
+def muon_variants(device: torch.device) -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
     """The optimizers that can run here."""
     found: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
         "torch.optim.Muon": lambda w: torch.optim.Muon(w, lr=1.0, weight_decay=0.0),
@@ -227,10 +227,12 @@ def muon_ways(device: torch.device) -> dict[str, Callable[[list[Tensor]], torch.
     return found | {"triton": forced("triton")}
 
 
-def variants_of(ways: dict[str, Callable[[Any], Sequence[Tensor]]], case: Case, device: torch.device) -> list[Variant]:
+def variants_of(
+    implementations: dict[str, Callable[[Any], Sequence[Tensor]]], case: Case, device: torch.device
+) -> list[Variant]:
     """Each implementation eager and, on a GPU, as a CUDA graph. A peer that does not run is named and left out."""
     modes = [("", False), (", graph", True)] if device.type == "cuda" else [("", False)]
-    listed = [Variant(impl + suffix, run, graph) for impl, run in ways.items() for suffix, graph in modes]
+    listed = [Variant(impl + suffix, run, graph) for impl, run in implementations.items() for suffix, graph in modes]
     return [v for v in listed if v.impl.split(",")[0] in ("torch", "triton") or runs(v, case.make(0))]
 
 
@@ -258,14 +260,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limits = ceilings(clock)
     surroundings = environment(device)
     shapes = model_shapes(1, 16, 2) if options.tiny else model_shapes()
-    kinds = [(f"{len(shapes)} matrices", shapes), ("one rank of eight", share_of_eight(shapes))]
+    kinds = [(f"{len(shapes)} matrices", shapes), ("one rank of eight", matrices_of_one_rank(shapes))]
     for (name, chosen), goal_ms in zip(kinds, GOALS_MS, strict=True):
-        steps = {impl: muon_step(build) for impl, build in muon_ways(device).items()}
-        for case, ways in (
-            (newton_schulz_case(name, chosen, device), newton_schulz_ways(device)),
+        steps = {impl: muon_step(build) for impl, build in muon_variants(device).items()}
+        for case, implementations in (
+            (newton_schulz_case(name, chosen, device), newton_schulz_variants(device)),
             (muon_case(name, chosen, device), steps),
         ):
-            rows = measure(case, variants_of(ways, case, device), clock, limits)
+            rows = measure(case, variants_of(implementations, case, device), clock, limits)
             report(rows, surroundings, keep=not options.tiny)
             for line in verdicts(rows, goal_ms):
                 print(line)

@@ -1,4 +1,4 @@
-// GPTQ's inner loop on one CPU core: a tile of rows, whose errors stay in the first-level cache, at a time.
+// GPTQ's inner loop on one CPU core, tile by tile: the errors of a tile's rows stay in the L1 cache.
 #include <cstring>
 
 #include "launchers.h"
@@ -35,7 +35,7 @@ struct Block {
     int limit;
 };
 
-// rows [first, first + count) of one matrix; a tile that is not full computes on with zero weights and a scale of one
+// rows [first, first + count) of one matrix; an incomplete tile is filled with zero weights and scales of one
 template <typename Value>
 GOLF_ALWAYS_INLINE void round_tile(const Block& block, int64_t first, int64_t count) {
     using Vector = typename Tile<Value>::Vector;

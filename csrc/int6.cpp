@@ -20,10 +20,10 @@ namespace {
 
 using golf::int6_bytes;
 
-// codes unpacked at a time, few enough to stay in the first-level cache; a multiple of 32
+// codes unpacked at a time: a multiple of 32 that fits in the L1 cache
 constexpr int64_t kChunk = 2048;
 
-// from so many codes of one row on, a table of the row's values is cheaper than their products
+// codes of a row from which a table of the row's 64 possible values is cheaper than a product per code
 constexpr int64_t kTableRun = 128;
 
 bool pack_plain(const int8_t* __restrict codes, uint8_t* __restrict packed, int64_t count) {
@@ -74,7 +74,7 @@ GOLF_AVX2 bool pack_avx2(const int8_t* codes, uint8_t* packed, int64_t count) {
     for (; i + 32 <= count; i += 32) {
         const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
         out_of_range = _mm256_or_si256(out_of_range, _mm256_add_epi8(bytes, _mm256_set1_epi8(32)));
-        // a + 64 b in 16 bits, then that + 4096 of the next in 32 bits
+        // a + 64 b in 16 bits, then 4096 times the next pair added in 32 bits
         const __m256i fields = _mm256_and_si256(bytes, _mm256_set1_epi8(63));
         const __m256i pairs = _mm256_maddubs_epi16(fields, _mm256_set1_epi16(0x4001));
         const __m256i words = _mm256_madd_epi16(pairs, _mm256_set1_epi32(0x10000001));
@@ -116,7 +116,7 @@ float float_of_bits(uint32_t bits) {
 
 float half_to_float(uint16_t half) {
     const uint32_t exponent = (half >> 10) & 31, mantissa = half & 1023;
-    // the exponents differ by 112, and by as much again where all bits are set: infinity and NaN
+    // the exponent biases differ by 112; infinity and NaN, with all exponent bits set, need twice that
     const uint32_t shift = exponent == 31 ? 224 : 112;
     const float magnitude = exponent == 0 ? static_cast<float>(mantissa) * 0x1p-24f
                                           : float_of_bits(((half & 0x7fffu) << 13) + (shift << 23));
@@ -135,7 +135,7 @@ GOLF_INLINE void to_float32(const int8_t* __restrict codes, float scale, float* 
 
 GOLF_INLINE void to_bfloat16(const int8_t* __restrict codes, float scale, uint16_t* __restrict values,
                              int64_t count) {
-    // rounding as an integer would turn some NaNs into infinity; only a scale that is not finite can give a NaN
+    // integer rounding would turn some NaNs into infinity; only a scale that is not finite gives NaNs
     const bool finite = std::isfinite(scale);
     for (int64_t i = 0; finite && i < count; ++i) {
         const float value = scale * static_cast<float>(codes[i]);
@@ -175,7 +175,7 @@ struct Loops {
 GOLF_AVX2 void float32_avx2(const int8_t* c, float s, float* v, int64_t n) { to_float32(c, s, v, n); }
 GOLF_AVX2 void bfloat16_avx2(const int8_t* c, float s, uint16_t* v, int64_t n) { to_bfloat16(c, s, v, n); }
 
-// a row has 64 different values at most, and one instruction looks up 32 of them in a table of so many words
+// a row has at most 64 different values, and one instruction looks up 32 codes in a table of them
 GOLF_AVX512 void bfloat16_avx512(const int8_t* codes, float scale, uint16_t* values, int64_t count) {
     if (count < kTableRun) return bfloat16_avx2(codes, scale, values, count);
     alignas(64) int8_t every_code[64];

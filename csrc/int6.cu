@@ -14,10 +14,10 @@ using golf::int6_bytes;
 constexpr int kThreads = 256;
 constexpr int kChunk = 16 * kThreads;
 constexpr int kChunkBytes = kChunk / 4 * 3;
-// so many descriptors fit in the 4 KB of kernel arguments that every driver takes; a model has fewer matrices
+// as many descriptors as fit in the 4 KB of kernel arguments that every driver takes; more than the matrices of a model
 constexpr int kMatrices = 80;
 
-// so that a column plus an offset in the chunk fits in 32 bits
+// a column plus an offset within a chunk fits in 32 bits
 constexpr int64_t kMaxColumns = 2147483647;
 
 struct Table {
@@ -29,7 +29,7 @@ static_assert(sizeof(Table) + 16 <= 4096, "kernel arguments are limited to 4 KB"
 
 int64_t blocks_of(int64_t count) { return (count + kChunk - 1) / kChunk; }
 
-// one word more than a chunk has, so that the two-word read of the last group stays inside
+// one word more than a chunk has, because the last group is read as two words
 struct Staged {
     uint4 quads[kChunkBytes / 16 + 1];
     __device__ uint32_t* words() { return reinterpret_cast<uint32_t*>(quads); }
@@ -140,7 +140,7 @@ struct alignas(16) Pack {
     Value values[kSize];
 };
 
-// position of a chunk's first element; one 64-bit division per block, the threads then divide 32-bit offsets
+// row and column of a chunk's first element: one 64-bit division per block, so that threads divide 32-bit offsets
 struct Origin {
     int64_t row;
     uint32_t column;
@@ -150,7 +150,7 @@ __device__ Origin origin_of(int64_t element, int64_t columns) {
     return {element / columns, static_cast<uint32_t>(element % columns)};
 }
 
-// calls body(k, scale) for the elements of one Pack, which may cross the ends of rows
+// calls body(k, scale) for the elements of one Pack, which may span several rows
 template <int kSize, typename ReadScale, typename Body>
 __device__ void for_each_scaled(const Origin& origin, uint32_t local, uint32_t columns, int64_t rows,
                                 ReadScale read, Body body) {
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kThreads)
             origin, local, static_cast<uint32_t>(columns), rows, [&](int64_t row) { return scales[row]; },
             [&](int k, float scale) {
                 float ratio = to_float(pack.values[k]) / scale;
-                // comparisons and not fminf, which would turn a NaN into the limit
+                // comparisons, because fminf would turn a NaN into the limit
                 ratio = ratio < -golf::kInt6FakeLimit ? -golf::kInt6FakeLimit : ratio;
                 ratio = ratio > golf::kInt6FakeLimit ? golf::kInt6FakeLimit : ratio;
                 from_float(&pack.values[k], rintf(ratio) * scale);
@@ -327,7 +327,7 @@ extern "C" int golf_int6_fake_quantize_cuda(const void* weight, const void* scal
 extern "C" int golf_cuda_probe() {
     cudaFuncAttributes attributes;
     const int error = cudaFuncGetAttributes(&attributes, unpack_kernel);
-    // the error would otherwise be reported by the next launch
+    // clears the error, which the next launch would report otherwise
     cudaGetLastError();
     return error;
 }

@@ -1,4 +1,4 @@
-// The bit layout of int6, for the CPU and the GPU: a stream of two's-complement 6-bit codes, lowest bit first.
+// The bit layout of int6 on the CPU and the GPU: two's-complement 6-bit codes one after another, lowest bit first.
 //
 //   byte        0                 1                 2
 //   bit   7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0
@@ -35,7 +35,7 @@ GOLF_INLINE uint32_t int6_spread(uint32_t bits) {
     return codes | (signs << 1) | (signs << 2);
 }
 
-// nonzero in every byte whose code lies outside -32..31, where bits 5, 6 and 7 are not equal
+// nonzero in every byte whose code is outside -32..31, that is, whose bits 5, 6 and 7 differ
 GOLF_INLINE uint32_t int6_out_of_range(uint32_t codes) { return (codes ^ (codes >> 1)) & 0x60606060u; }
 
 }  // namespace golf

@@ -4,14 +4,14 @@
 
 #include <cstdint>
 
-// counts the changes of this file that make an older build unusable; golf_kernels/native.py expects the same number
+// the version of this interface; golf_kernels/native.py expects the same number
 #define GOLF_ABI 2
 
 extern "C" {
 
 enum GolfDtype : int { GOLF_FLOAT32 = 0, GOLF_FLOAT16 = 1, GOLF_BFLOAT16 = 2, GOLF_FLOAT64 = 3 };
 
-// CPU functions answer with one of these; CUDA functions answer with a cudaError_t
+// results of the CPU functions; CUDA functions return a cudaError_t
 enum GolfError : int { GOLF_OK = 0, GOLF_UNSUPPORTED_DTYPE = 1, GOLF_UNSUPPORTED_SIZE = 2 };
 
 // one matrix of a model: 6-bit codes of rows * columns elements, one scale per row
@@ -23,7 +23,7 @@ struct GolfInt6Matrix {
     int64_t columns;
 };
 
-// first_bad: int64; the first index whose code lies outside -32..31, left alone where there is none
+// first_bad: int64, the first index whose code is outside -32..31; unchanged if there is none
 int golf_int6_pack_cpu(const void* codes, void* packed, int64_t count, void* first_bad);
 int golf_int6_unpack_cpu(const void* packed, void* codes, int64_t count);
 int golf_int6_dequantize_cpu(const void* matrices, int64_t count, int scale_dtype, int value_dtype);
@@ -36,7 +36,7 @@ int golf_int6_dequantize_cuda(const void* matrices, int64_t count, int scale_dty
 int golf_int6_fake_quantize_cuda(const void* weight, const void* scales, void* result, int64_t rows, int64_t columns,
                                  int dtype, void* stream);
 
-// GPTQ rounds at most so many columns at once
+// columns of the largest block that GPTQ rounds
 #define GOLF_GPTQ_MAX_COLUMNS 128
 
 // work, codes and errors (batch, columns, rows), lower (batch, columns, columns), scales (batch, rows); float32 or float64

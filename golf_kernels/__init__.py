@@ -1,14 +1,14 @@
 """Fused kernels for Parameter Golf: PyTorch operators under `golf::`, and the Muon optimizers on top of one of them.
 
-Every operator runs everywhere in PyTorch; C++, Triton and CUDA backends take over where they are built and fit.
-`python -m golf_kernels` shows which do and why.
+Every operator has a PyTorch reference that runs on any device. C++, Triton and CUDA backends replace it where they can run.
+`python -m golf_kernels` shows which backend each operator takes, and why.
 """
 
-# imported for the backend that it registers
+# imported to register its backend
 from golf_kernels import muon_step as _muon_step  # noqa: F401
 
-# some functions have the name of their module: importing them here, and not on first use, is what makes
-# `golf_kernels.newton_schulz` the function for everyone, whichever module was imported first
+# some functions have the name of their module; importing them here makes `golf_kernels.newton_schulz` the function,
+# whichever module was imported first
 from golf_kernels.gptq_block import gptq_block
 from golf_kernels.int6 import (
     int6_dequantize,

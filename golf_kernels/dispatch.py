@@ -216,7 +216,7 @@ def choose(op: str, *args: Any, device: str | None = None) -> Choice:
             )
         if not elsewhere:
             return Choice(forced, f"forced by {ENVIRONMENT_VARIABLE}")
-        problem = f"forced, but for tensors on {' or '.join(_DEVICES[forced])}, found {device}"
+        problem = f"forced, but it takes tensors on {' or '.join(_DEVICES[forced])}, found {device}"
         refused.append(f"{forced}: {problem}")
         _log_once(op, forced, problem)
     for backend in PREFERENCE:
@@ -330,7 +330,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _made_for(backend: Backend, device: str) -> bool:
-    # only the Triton interpreter runs a GPU backend on CPU tensors
+    # only Triton's interpreter runs a GPU backend on CPU tensors
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     return not _DEVICES[backend] or device in _DEVICES[backend] or interpreted
 

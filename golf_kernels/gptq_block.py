@@ -1,12 +1,12 @@
-"""GPTQ's inner loop: a block of columns rounded one by one, each one's error pushed onto the next (`golf::gptq_block`).
+"""GPTQ's inner loop: rounds a block of columns one by one and pushes each column's error onto the next (`golf::gptq_block`).
 
 For columns j = 0, 1, … of a block and every row of the matrix by itself:
 
     q_j = round(clamp(w_j / s, −limit, limit)),  e_j = (w_j − q_j s) / U_jj,  w_k ← w_k − U_jk e_j for all k > j
 
-Halves are rounded to even. Each product, difference and quotient is rounded on its own and the differences are taken in
-the order of j, so PyTorch, C++ and CUDA give the same bits. What a block owes to the columns after it is one product of
-its errors, which is left to the caller and to a matrix library.
+Halves are rounded to even. Each product, difference and quotient is rounded separately and the differences are taken in
+the order of j, so PyTorch, C++ and CUDA give the same bits. The columns after the block change by one matrix product with
+its errors, which the caller computes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 from golf_kernels import dispatch, native, operators
 
 MAX_COLUMNS = 128
-"""Columns of a block that the native backends take, as GOLF_GPTQ_MAX_COLUMNS in csrc/launchers.h."""
+"""Columns of the largest block that the native backends take; GOLF_GPTQ_MAX_COLUMNS in csrc/launchers.h."""
 
-# the numbers of GolfDtype in csrc/launchers.h
+# GolfDtype in csrc/launchers.h
 _DTYPES = {torch.float32: 0, torch.float64: 3}
 
 
@@ -31,12 +31,12 @@ def gptq_block(work: Tensor, factor: Tensor, scales: Tensor, limit: int) -> tupl
 
     Args:
         work: `(batch, columns, rows)`, float32 or float64: the block, transposed.
-        factor: `(batch, columns, columns)`, the dtype of `work`: U; what lies below its diagonal is not read.
+        factor: `(batch, columns, columns)`, the dtype of `work`: U; entries below the diagonal are not read.
         scales: `(batch, rows)`, the dtype of `work`, positive. Not checked, because a check would wait for the GPU.
         limit: largest code, 1 to 127; the smallest is its negative.
 
     Returns:
-        Codes `(batch, columns, rows)` int8, and errors e of that shape in the dtype of `work`.
+        Codes `(batch, columns, rows)` int8, and the errors e in the same shape and the dtype of `work`.
 
     Raises:
         ValueError: a wrong shape, dtype, device or limit.
@@ -85,7 +85,7 @@ def _reference(work: Tensor, factor: Tensor, scales: Tensor, limit: int) -> tupl
 def _native(work: Tensor, factor: Tensor, scales: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     codes, errors = _allocate(work, factor, scales, limit)
     batch, columns, rows = work.shape
-    # transposed, a column of U lies in one piece
+    # transposed, a column of U is contiguous
     work, lower, scales = work.contiguous(), factor.mT.contiguous(), scales.contiguous()
     arguments = [tensor.data_ptr() for tensor in (work, lower, scales, codes, errors)]
     arguments += [batch, columns, rows, limit, _DTYPES[work.dtype]]
@@ -97,12 +97,12 @@ def _native(work: Tensor, factor: Tensor, scales: Tensor, limit: int) -> tuple[T
     return codes, errors
 
 
-def _supports(part: Literal["cpp", "cuda"], *args: Any) -> str | None:
-    unavailable = native.problem(part)
+def _supports(backend: Literal["cpp", "cuda"], *args: Any) -> str | None:
+    unavailable = native.problem(backend)
     if unavailable is not None or not args:
         return unavailable
     columns = args[0].shape[1] if args[0].ndim == 3 else 0
-    return f"blocks of {columns} columns, and it takes {MAX_COLUMNS} at most" if columns > MAX_COLUMNS else None
+    return f"it takes blocks of at most {MAX_COLUMNS} columns, found {columns}" if columns > MAX_COLUMNS else None
 
 
 def _inputs(make: operators.Make, batch: int = 2, columns: int = 7, rows: int = 37) -> operators.Inputs:
@@ -117,6 +117,6 @@ dispatch.define(
     reference=_reference,
     fake=_allocate,
 )
-for _part in ("cpp", "cuda"):
-    dispatch.register("gptq_block", _part, _native, supports=functools.partial(_supports, _part))
+for _backend in ("cpp", "cuda"):
+    dispatch.register("gptq_block", _backend, _native, supports=functools.partial(_supports, _backend))
 operators.declare(operators.Operator("gptq_block", gptq_block, _inputs, called_by="quantize", gpu_dtype=torch.float32))

@@ -1,15 +1,15 @@
 """6-bit codes: packing, unpacking, dequantization by rows and fake quantization for training (`golf::int6_*`).
 
-The layout is one stream of two's-complement 6-bit codes, lowest bit first; four codes are three bytes:
+Packed codes are two's-complement numbers of 6 bits one after another, lowest bit first; four codes are three bytes:
 
     byte        0                 1                 2
     bit   7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0
     code  1 1 0 0 0 0 0 0   2 2 2 2 1 1 1 1   3 3 3 3 3 3 2 2
 
-Element i lies at bits [6i, 6i + 6), n elements take ceil(6n / 8) bytes, unused bits of the last byte are zero. A matrix
-is one stream without padding between its rows, so a row may start within a byte. This is the packing of Parameter
-Golf's `w6_e16_clean_per_row_v1` (#122). PyTorch, C++ and CUDA agree bit for bit: products of a code and a scale are
-rounded once to float32 (float64 where a float64 takes part) and once more to the dtype asked for.
+Element i is in bits [6i, 6i + 6), n elements take ceil(6n / 8) bytes, unused bits of the last byte are zero. The rows of a
+matrix have no padding between them, so a row may start within a byte. This is the packing of Parameter Golf's
+`w6_e16_clean_per_row_v1` (#122). PyTorch, C++ and CUDA give the same bits: the product of a code and a scale is rounded to
+float32 (to float64 if an operand or the result is float64), then to the dtype of the result.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def int6_pack(codes: Tensor) -> Tensor:
-    """Packs codes into a stream of 6 bits each.
+    """Packs codes into 6 bits each.
 
     Args:
         codes: any shape, int8, every value in -32..31; read in row-major order. On CUDA the check waits for the GPU.
@@ -38,14 +38,14 @@ def int6_pack(codes: Tensor) -> Tensor:
         `(ceil(6 n / 8),)` uint8 for n codes.
 
     Raises:
-        ValueError: another dtype, or a code outside -32..31, which is named with its place.
+        ValueError: another dtype, or a code outside -32..31; the message has the first one and its index.
     """
     packed: Tensor = torch.ops.golf.int6_pack(codes)
     return packed
 
 
 def int6_unpack(packed: Tensor, count: int) -> Tensor:
-    """Unpacks `count` codes, the inverse of `int6_pack`.
+    """Unpacks `count` codes: the inverse of `int6_pack`.
 
     Args:
         packed: `(ceil(6 count / 8),)` uint8.
@@ -67,7 +67,7 @@ def int6_dequantize(packed: Tensor, scales: Tensor, columns: int, *, dtype: torc
     Differentiable in the scales: d scale[r] = sum over c of d value[r, c] · code[r, c].
 
     Args:
-        packed: `(ceil(6 rows columns / 8),)` uint8, the codes of the rows one after another.
+        packed: `(ceil(6 rows columns / 8),)` uint8, the codes of one row after another.
         scales: `(rows,)`, floating.
         columns: length of a row, >= 0.
         dtype: of the result, floating.
@@ -88,12 +88,12 @@ def int6_dequantize_many(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """`int6_dequantize` of all matrices of a model at once, on CUDA in one launch for every 80 of them.
+    """`int6_dequantize` of all matrices of a model, on CUDA with one launch for every 80 matrices.
 
     Args:
-        packed: streams, as in `int6_dequantize`.
-        scales: one `(rows,)` tensor for each, all of one floating dtype.
-        columns: one row length for each.
+        packed: packed codes of each matrix, as in `int6_dequantize`.
+        scales: `(rows,)` for each matrix, all of one floating dtype.
+        columns: length of a row of each matrix.
         dtype: of the results, floating.
 
     Returns:
@@ -109,14 +109,14 @@ def int6_dequantize_many(
 
 
 def int6_fake_quantize(weight: Tensor, scales: Tensor) -> Tensor:
-    """Rounds weights to what int6 can hold: round(clamp(w / s, -31, 31)) · s, halves to even.
+    """Rounds weights to values of int6: round(clamp(w / s, -31, 31)) · s, halves to even.
 
-    The gradient passes straight through to `weight` unchanged; `scales` gets none.
+    The gradient passes unchanged to `weight` (straight-through); `scales` gets none.
 
     Args:
         weight: `(..., rows, columns)`, floating.
-        scales: `(..., rows)`, floating, positive. Not checked, because a check would wait for the GPU: a scale of zero
-            gives NaN where the weight is zero too, and zero elsewhere.
+        scales: `(..., rows)`, floating, positive. Not checked, because a check would wait for the GPU. A scale of zero
+            gives NaN for weights of zero, and zero for the others.
 
     Returns:
         The shape and dtype of `weight`.
@@ -129,7 +129,7 @@ def int6_fake_quantize(weight: Tensor, scales: Tensor) -> Tensor:
 
 
 def packed_bytes(count: int) -> int:
-    """Bytes that `count` codes take: ceil(6 count / 8)."""
+    """Bytes of `count` packed codes: ceil(6 count / 8)."""
     return (6 * count + 7) // 8
 
 

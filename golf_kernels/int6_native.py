@@ -1,4 +1,4 @@
-"""The C++ and CUDA backends of `int6`: hands checked tensors and allocated results to `golf_kernels._C`."""
+"""The C++ and CUDA backends of int6: they pass checked tensors and allocated results to `golf_kernels._C`."""
 
 from __future__ import annotations
 
@@ -11,44 +11,46 @@ from torch import Tensor
 
 from golf_kernels import native
 
-# the numbers of GolfDtype in csrc/launchers.h
+# GolfDtype in csrc/launchers.h
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 VALUE_DTYPES = {"cpp": (torch.float32, torch.bfloat16), "cuda": tuple(DTYPES)}
 WEIGHT_DTYPES = {"cpp": (torch.float32,), "cuda": tuple(DTYPES)}
 _NO_BAD_CODE = 2**63 - 1
 
-Part = Literal["cpp", "cuda"]
+Native = Literal["cpp", "cuda"]
 
 
-def supports_codes(part: Part, *args: Any) -> str | None:
-    """Why packing and unpacking cannot run on a backend, or None."""
-    return native.problem(part)
+def supports_codes(backend: Native, *args: Any) -> str | None:
+    """Why packing and unpacking cannot run on a backend; None if they can."""
+    return native.problem(backend)
 
 
-def supports_dequantize(part: Part, *args: Any) -> str | None:
-    """Why `int6_dequantize` cannot run on a backend, or None."""
-    unavailable = native.problem(part)
+def supports_dequantize(backend: Native, *args: Any) -> str | None:
+    """Why `int6_dequantize` cannot run on a backend; None if it can."""
+    unavailable = native.problem(backend)
     if unavailable is not None or not args:
         return unavailable
     _, scales, _, dtype = args
     if not scales:
         return None
-    return _unsupported("scales", scales[0].dtype, tuple(DTYPES)) or _unsupported("results", dtype, VALUE_DTYPES[part])
+    return _unsupported("scales", scales[0].dtype, tuple(DTYPES)) or _unsupported(
+        "results", dtype, VALUE_DTYPES[backend]
+    )
 
 
-def supports_fake_quantize(part: Part, *args: Any) -> str | None:
-    """Why `int6_fake_quantize` cannot run on a backend, or None."""
-    unavailable = native.problem(part)
+def supports_fake_quantize(backend: Native, *args: Any) -> str | None:
+    """Why `int6_fake_quantize` cannot run on a backend; None if it can."""
+    unavailable = native.problem(backend)
     if unavailable is not None or not args:
         return unavailable
     weight, scales = args
-    return _unsupported("weights", weight.dtype, WEIGHT_DTYPES[part]) or _unsupported(
+    return _unsupported("weights", weight.dtype, WEIGHT_DTYPES[backend]) or _unsupported(
         "scales", scales.dtype, tuple(DTYPES)
     )
 
 
 def _unsupported(what: str, dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> str | None:
-    # the check that every backend makes refuses the rest
+    # other dtypes are refused by the check that every backend makes
     if dtype in dtypes or not dtype.is_floating_point:
         return None
     return f"{what} of {dtype}, which only PyTorch computes"
@@ -86,8 +88,8 @@ def dequantize(packed: Sequence[Tensor], scales: Sequence[Tensor], values: Seque
     scales = [_laid_out(one) for one in scales]
     table = [
         number
-        for stream_of_codes, steps, value in zip(packed, scales, values, strict=True)
-        for number in (stream_of_codes.data_ptr(), steps.data_ptr(), value.data_ptr(), *value.shape)
+        for codes, steps, value in zip(packed, scales, values, strict=True)
+        for number in (codes.data_ptr(), steps.data_ptr(), value.data_ptr(), *value.shape)
     ]
     scale_dtype, value_dtype = DTYPES[scales[0].dtype], DTYPES[values[0].dtype]
     if not values[0].is_cuda:
@@ -100,7 +102,7 @@ def dequantize(packed: Sequence[Tensor], scales: Sequence[Tensor], values: Seque
 def fake_quantize(weight: Tensor, scales: Tensor, result: Tensor) -> None:
     """Fills `result`."""
     weight = _laid_out(weight)
-    # rows are few, and a step of 16 bits is a float32 too
+    # few numbers, and float32 holds every 16-bit scale exactly
     steps = _laid_out(scales.to(torch.float32))
     columns = weight.shape[-1]
     sizes = (weight.data_ptr(), steps.data_ptr(), result.data_ptr(), steps.numel(), columns)
@@ -112,7 +114,7 @@ def fake_quantize(weight: Tensor, scales: Tensor, result: Tensor) -> None:
 
 
 def _laid_out(tensor: Tensor) -> Tensor:
-    """Contiguous, and on CUDA at an address that 16-byte accesses can use."""
+    """The tensor, contiguous, and on CUDA aligned to 16 bytes."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % 16 else tensor
 

@@ -3,16 +3,16 @@
     n = gain · x · rstd,  rstd = 1 / √(mean(x²) + norm_eps)     (without a norm: n = gain · x)
     pre = n · w_upᵀ,  post = leaky_relu(pre, slope)²,  y = residual + scale ⊙ (post · w_downᵀ)
 
-What training keeps beside the inputs is `post`, one sign bit per element of `pre` (nothing for slope 0) and `rstd`:
-the derivative of post is 2√post where pre > 0 and −2·slope·√post elsewhere. The block is homogeneous of degree 2 in n,
-so ⟨n, dn⟩ = 2⟨post, dpost⟩ per row, and with r = gain · rstd
+Kept for the backward pass, besides the inputs, are `post`, one sign bit per element of `pre` (none for slope 0) and
+`rstd`: the derivative of post is 2√post where pre > 0 and −2·slope·√post elsewhere. The block is homogeneous of degree 2
+in n, so ⟨n, dn⟩ = 2⟨post, dpost⟩ per row, and with r = gain · rstd
 
     dpost = (dy ⊙ scale) · w_down,  dpre = dpost ⊙ dpost/dpre
     dx = r · (dpre · w_up) − x · (2 · rstd² / d) · ⟨post, dpost⟩ (+ dy where x is the residual too)
     dw_up = (r · dpre)ᵀ · x,  dw_down = scale ⊙ (dyᵀ · post),  dscale = rowsum((dyᵀ · post) ⊙ w_down)
 
-`golf::leaky_relu2_mlp_backward` computes these; the pair of operators is what a kernel replaces. The reference takes
-⟨n, dn⟩ from dn itself, which is the more accurate way and costs a pass that kernels save.
+`golf::leaky_relu2_mlp_backward` computes these. The reference computes ⟨n, dn⟩ from dn, which is more accurate and takes
+a pass that the kernels save.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def leaky_relu2_mlp(
         slope: slope of the negative side, in [0, 1): 0 is ReLU².
         norm_eps: epsilon of the RMS norm x / √(mean(x²) + norm_eps) over the last dimension; None: no norm.
         gain: constant factor on the norm's output (or on x).
-        residual: `(..., d)` like x, added to the result; None: nothing is added. Where it is x itself, dx comes with
-            the residual's share, which saves adding the two.
+        residual: `(..., d)` like x, added to the result; None: nothing is added. If it is x itself, the kernel adds the
+            two gradients of x.
         scale: `(d,)`, the dtype of x, factor of each output channel; None: 1.
 
     Returns:
@@ -201,14 +201,14 @@ def _backward_reference(
     columns = w_down if scale is None else scale.unsqueeze(1) * w_down
     dpost = dy @ columns
     inverse = rstd if norm else None
-    # the root is rounded as `pre` was, and so gives it back but for a few elements
+    # the root in this dtype is |pre| for all but a few elements
     dpre = dpost.mul_(post.sqrt()).mul_(2.0)
     if slope > 0:
         dpre = torch.where(_unpack(sign, post.shape[1]), dpre, dpre * -slope)
     dx = dpre @ w_up
     dw_up = dpre.T @ _normalize(x, inverse, gain)
     if inverse is not None:
-        # the textbook's form, in the norm's dtype and rounded once: it takes away dn's rounding error along x too
+        # the gradient of the norm, in the norm's dtype and rounded once: it also removes dn's rounding error along x
         unit = x * inverse.unsqueeze(1)
         wide = dx.to(inverse.dtype)
         along = torch.linalg.vecdot(wide, unit).unsqueeze(1) / x.shape[1]
@@ -253,8 +253,8 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     x, w_up, w_down, residual, scale, slope, norm_eps, gain, add_x, save = inputs
     if not save:
         raise RuntimeError(
-            "golf::leaky_relu2_mlp was told to keep nothing for the backward pass, but an input requires a gradient; "
-            "call golf_kernels.leaky_relu2_mlp, which keeps what is needed"
+            "golf::leaky_relu2_mlp: an input requires a gradient, but save is False; call golf_kernels.leaky_relu2_mlp, "
+            "which sets it"
         )
     _, post, sign, rstd = output
     ctx.mark_non_differentiable(post, sign, rstd)
@@ -273,7 +273,7 @@ def _backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Any, ...]:
 
 
 def _triton_problem(x: Tensor, w_up: Tensor) -> str | None:
-    # the interpreter multiplies the bit patterns of bfloat16, without a word
+    # Triton's interpreter multiplies the bit patterns of bfloat16, without an error
     dtypes = (torch.bfloat16, torch.float16) if x.is_cuda else (torch.float16, torch.float32)
     if x.dtype not in dtypes:
         return f"x is {x.dtype}, its kernels take {' and '.join(map(str, dtypes))}"

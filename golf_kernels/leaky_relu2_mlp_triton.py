@@ -1,13 +1,13 @@
-"""Triton kernels of the LeakyReLU² MLP for Hopper: the rest of the block lives in the epilogues of four products.
+"""Triton kernels of the LeakyReLU² MLP for Hopper: four matrix products with the rest of the block in their epilogues.
 
     up    post = leaky_relu(r ⊙ (x · w_upᵀ))², one sign bit per element         (r = gain · rstd, one number per row)
     down  y = post · w_downᵀ + residual
     dpre  dpre = r ⊙ (dy · w_down) ⊙ dpost/dpre, and ⟨post, dpost⟩ of each row and tile
     dx    dx = dpre · w_up − x · (2 · rstd² / d) · ⟨post, dpost⟩ + dy            (+ dy where x is the residual too)
 
-Each kernel is persistent, moves its tiles with TMA and finishes a tile in two halves of its columns, so that the tile
-it stores takes half the shared memory. The two weight gradients have nothing to fuse and stay with cuBLAS, as does a
-down product without a residual; with one, torch's addmm would copy the residual first.
+Each kernel is persistent, moves its tiles with TMA and finishes a tile in two halves of its columns, so that the tile to
+store takes half the shared memory. cuBLAS computes the two weight gradients, which have nothing to fuse, and the down
+product without a residual. With a residual, torch's addmm would copy it first.
 """
 
 # triton gives the arguments of a kernel their types
@@ -41,20 +41,20 @@ def inverse_rms_kernel(x_ptr, rstd_ptr, rows, width, eps, BLOCK_M: tl.constexpr,
 
 @triton.jit
 def _origin(tile, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    # tiles of the same rows follow each other: those rows are then read from memory once
+    # tiles of the same rows are consecutive, so that those rows are read from memory once
     across = tl.cdiv(columns, BLOCK_N)
     return tile // across * BLOCK_M, tile % across * BLOCK_N
 
 
 @triton.jit
 def _late(depth, BLOCK_K: tl.constexpr):
-    # so many steps before the last that memory answers in time, and so few that L2 has not forgotten the answer
+    # 8 steps before the last: early enough for memory to answer, late enough for L2 to keep the answer
     return tl.maximum(tl.cdiv(depth, BLOCK_K) - 8, 0) * BLOCK_K
 
 
 @triton.jit
 def _prefetch(pointer, m, n, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    # an epilogue waits for its loads on the spot, so what it reads is brought to L2, a line of 128 bytes at a time
+    # an epilogue waits for its loads, so its inputs are prefetched into L2, a line of 128 bytes at a time
     if not INTERPRETED:
         row = tl.minimum(m + tl.arange(0, BLOCK_M), rows - 1)
         column = tl.minimum(n + 64 * tl.arange(0, (BLOCK_N + 63) // 64), columns - 1)
@@ -92,7 +92,7 @@ def up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """post and sign from x `(rows, width)` and w_up `(hidden, width)`; sign is words of 32 bits, the first lowest."""
+    """post and sign from x `(rows, width)` and w_up `(hidden, width)`; 32 signs are a word, the first its lowest bit."""
     HALF: tl.constexpr = BLOCK_N // 2
     tl.assume(width > 0)
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(hidden, BLOCK_N)
@@ -109,7 +109,7 @@ def up_kernel(
         for half in tl.static_range(2):
             column = n + half * HALF
             pre = halves[half] * factor[:, None]
-            # a slope of 0 apart, because 0 · ∞ is no number; the maximum of a NaN has to be one
+            # slope 0 has its own branch, because 0 · ∞ is NaN; the maximum must propagate NaN
             if LEAKY:
                 activated = tl.maximum(pre, slope * pre, propagate_nan=tl.PropagateNan.ALL)
             else:
@@ -275,7 +275,7 @@ def dx_kernel(
 
 
 class Tile(NamedTuple):
-    """One configuration of a product: block sizes, warps of a program, stages of its loads, programs that share an SM."""
+    """Block sizes of a product, warps of a program, stages of its loads, and programs on an SM."""
 
     m: int
     n: int
@@ -285,7 +285,7 @@ class Tile(NamedTuple):
     programs: int
 
 
-# wide tiles read least per product; of the narrow ones two share an SM, one's epilogue beside the other's products
+# wide tiles read least per product; two programs with narrow tiles fit on an SM, one in its epilogue, one multiplying
 TILES = {
     "up": {"wide": Tile(128, 256, 64, 8, 4, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
     "down": {"wide": Tile(128, 256, 64, 8, 3, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
@@ -293,7 +293,7 @@ TILES = {
     "dx": {"wide": Tile(128, 256, 64, 8, 3, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
 }
 INVERSE_RMS = {"BLOCK_M": 16, "BLOCK_K": 128}
-# sums of a row that a program of the dx kernel adds up without running out of registers
+# partial sums of a row that a program of the dx kernel adds without spilling registers
 MAX_PARTS = 16
 KERNELS = {"up": up_kernel, "down": down_kernel, "dpre": dpre_kernel, "dx": dx_kernel}
 
@@ -310,13 +310,15 @@ def forward(
     add_x: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`golf::leaky_relu2_mlp`: y, and where `save` says so post, sign and rstd, which `backward` needs.
+    """`golf::leaky_relu2_mlp`: y; with `save` also post, sign and rstd, which `backward` needs, otherwise empty ones.
 
     Args:
         x: `(rows, d)`, bfloat16 or float16; d a multiple of 8.
         w_up, w_down: `(hidden, d)` and `(d, hidden)`; hidden a multiple of 64.
-        residual, scale: `(rows, d)` and `(d,)`, or None; add_x takes x for the residual.
-        slope, norm_eps, gain: of the negative side, in [0, 1); of the norm, or None for no norm; behind the norm.
+        residual, scale: `(rows, d)` and `(d,)`, or None. With add_x the residual is x.
+        slope: of the negative side, in [0, 1).
+        norm_eps: of the norm; None: no norm.
+        gain: factor of the norm's output.
     """
     rows, hidden = x.shape[0], w_up.shape[0]
     x, w_up = _laid_out(x), _laid_out(w_up)
@@ -365,7 +367,7 @@ def backward(
     gain: float,
     add_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`golf::leaky_relu2_mlp_backward`: dx (with the residual's share where x is the residual), dw_up, dw_down, dscale."""
+    """`golf::leaky_relu2_mlp_backward`: dx (with add_x including the residual's gradient), dw_up, dw_down, dscale."""
     (rows, width), hidden = x.shape, w_up.shape[0]
     dy, x, w_up, post = _laid_out(dy), _laid_out(x), _laid_out(w_up), _laid_out(post)
     columns = _laid_out(w_down if scale is None else scale.unsqueeze(1) * w_down)
@@ -390,13 +392,13 @@ def backward(
 
 
 def choose_tile(product: str, columns: int) -> Tile:
-    """The wide tile of a product where it divides the columns of the result, else the narrow one."""
+    """The wide tile of a product if it divides the columns of the result, otherwise the narrow one."""
     tiles = TILES[product]
     return tiles["narrow" if columns % tiles["wide"].n else "wide"]
 
 
 def _blocks(product: str, tile: Tile) -> list[list[int]]:
-    """Block shapes of a kernel's descriptors: two operands, then what its epilogue reads and stores in halves."""
+    """Block shapes of a kernel's descriptors: two operands, then the half tiles that its epilogue reads and stores."""
     halves = sum(name.endswith("_desc") for name in KERNELS[product].arg_names) - 2
     right = [tile.n, tile.k] if product in ("up", "down") else [tile.k, tile.n]
     return [[tile.m, tile.k], right, *([[tile.m, tile.n // 2]] * halves)]
@@ -405,7 +407,7 @@ def _blocks(product: str, tile: Tile) -> list[list[int]]:
 def _launch(product: str, tensors: tuple[Tensor, ...], *arguments: Any, **flags: int) -> None:
     (rows, columns), device = tensors[-1].shape, tensors[-1].device
     tile = choose_tile(product, columns)
-    # the interpreter has no processors: one makes a program go on to further tiles
+    # one SM in the interpreter, so that a program takes several tiles there
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     programs = min(triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n), processors * tile.programs)
     descriptors = map(TensorDescriptor.from_tensor, tensors, _blocks(product, tile))
@@ -420,6 +422,6 @@ def _words(sign: Tensor) -> Tensor:
 
 
 def _laid_out(tensor: Tensor) -> Tensor:
-    """Contiguous, at an address that TMA takes."""
+    """The tensor, contiguous and aligned for TMA."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

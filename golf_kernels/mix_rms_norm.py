@@ -1,14 +1,14 @@
-"""The residual mix and the norm behind it as one pass each way: `golf::mix_rms_norm`.
+"""The mix of the residual stream with its start, and the norm of it, one pass each way: `golf::mix_rms_norm`.
 
     h = m₀ ⊙ x + m₁ ⊙ x0,  n = gain · h · r,  r = 1 / √(mean(h²) + eps) of each row of d numbers
 
-The norm reads h before it is rounded. What training keeps is x, x0 and the mix: h costs two multiplications, and x and x0
-have to be read for the gradient of the mix anyway, so neither h nor r is kept or read. With t = dL/dh in all,
+The norm is taken of h before h is rounded. Kept for the backward pass are x, x0 and the mix. h and r are computed again,
+because the gradient of the mix needs x and x0 anyway. With t, the whole gradient of h,
 
     t = dh + gain · r · (dn − h · r² · ⟨dn, h⟩ / d)
     dx = m₀ ⊙ t,  dx0 = m₁ ⊙ t,  dm₀ = Σ t ⊙ x,  dm₁ = Σ t ⊙ x0  (sums over rows)
 
-`golf::mix_rms_norm_backward` computes these; the pair of operators is what a kernel replaces.
+`golf::mix_rms_norm_backward` computes these.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from golf_kernels import dispatch, operators
 
 
 def mix_rms_norm(x: Tensor, x0: Tensor, mix: Tensor, *, eps: float, gain: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Mix of two streams and its norm: h = m₀ ⊙ x + m₁ ⊙ x0, n = gain · h / √(mean(h²) + eps).
+    """Mixes x with x0 and normalizes the rows: h = m₀ ⊙ x + m₁ ⊙ x0, n = gain · h / √(mean(h²) + eps).
 
     Differentiable once in x, x0 and mix.
 
     Args:
-        x: `(B, T, d)`, floating, of any strides; B and T may be 0.
-        x0: `(B, T, d)`, the dtype of x, of any strides; may be x itself.
-        mix: `(2, d)`, m₀ and m₁, float32 or the dtype of x, to which it is rounded at use; its gradient is not.
+        x: `(B, T, d)`, floating, of any strides: the residual stream. B and T may be 0.
+        x0: `(B, T, d)`, the dtype of x, of any strides: the residual stream before the first layer. May be x itself.
+        mix: `(2, d)`, m₀ and m₁, float32 or the dtype of x. It is rounded to the dtype of x at use; its gradient is not.
         eps: epsilon of the norm.
         gain: constant factor on n.
 
@@ -69,7 +69,7 @@ def _mixed(x: Tensor, x0: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
     """The mix as it counts, in float32 at least, and h before it is rounded."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     rounded = mix.to(x.dtype).to(dtype)
-    # in place, here and below, because new memory is what takes the time on a CPU
+    # in place, here and below, because allocating memory takes most of the time on a CPU
     return rounded, (rounded[0] * x.to(dtype)).addcmul_(rounded[1], x0.to(dtype))
 
 

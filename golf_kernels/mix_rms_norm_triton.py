@@ -1,10 +1,10 @@
-"""Triton kernels of the residual mix and its norm: one pass over both streams each way.
+"""Triton kernels of the residual mix and its norm: one pass over x and x0 each way.
 
     mix      h = m₀ ⊙ x + m₁ ⊙ x0 and n = gain · rms(h)
-    unmix    dx, dx0 and each program's share of dm₀ and dm₁, from dh, dn, x and x0
+    unmix    dx, dx0 and each program's partial sums of dm₀ and dm₁, from dh, dn, x and x0
 
-A program holds whole rows, because a norm needs them. The backward one takes `SHARE_ROWS` rows a few at a time and keeps
-its sums over them in registers; the shares are added in one order always.
+A program holds whole rows, because the norm needs them. The backward kernel takes `PARTIAL_ROWS` rows, a few at a time, and
+keeps its partial sums over them in registers. The partial sums are added in the same order every time.
 """
 
 # triton gives the arguments of a kernel their types
@@ -17,15 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SHARE_ROWS = 64
-"""Rows of one share of dm: of 98,304, 1,536 shares, which are 1 % of what the pass reads and writes."""
+PARTIAL_ROWS = 64
+"""Rows of one partial sum of dm. 98,304 rows have 1,536 partial sums, 1 % of what the pass reads and writes."""
 
 
 @triton.jit
 def _load(address, row, column, rows, length, stride_b, stride_t, stride_d, WIDTH: tl.constexpr):
     offset = (row // length).to(tl.int64) * stride_b + (row % length).to(tl.int64) * stride_t
     inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    # a stride may be one of 2³¹ numbers and a column the last
+    # 64 bits, because a column times its stride may exceed 2³¹
     places = offset[:, None] + (column.to(tl.int64) * stride_d)[None, :]
     return tl.load(address + places, mask=inside, other=0.0).to(tl.float32)
 
@@ -48,7 +48,7 @@ def _mix(mix_ptr, column, dtype: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _rstd(h, row, rows, eps, WIDTH: tl.constexpr):
     mean_square = tl.sum(h * h, axis=1) / WIDTH
-    # rows that are not there have nothing, whose norm would be none where eps is 0
+    # rows beyond the last are 0, and have no norm if eps is 0
     return tl.rsqrt(tl.where(row < rows, mean_square + eps, 1.0))
 
 
@@ -92,7 +92,7 @@ def unmix_kernel(
     mix_ptr,
     dx_ptr,
     dx0_ptr,
-    share_ptr,
+    partial_ptr,
     rows,
     length,
     eps,
@@ -111,16 +111,16 @@ def unmix_kernel(
     x0_stride_d,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    SHARE: tl.constexpr,
+    PARTIAL: tl.constexpr,
 ):
-    """dx and dx0 of SHARE rows, and the program's part of `share` `(programs, 2, WIDTH)`, whose sum is dm."""
+    """dx and dx0 of PARTIAL rows, and their row of `partial` `(programs, 2, WIDTH)`, whose sum over programs is dm."""
     column = tl.arange(0, triton.next_power_of_2(WIDTH))
     m0, m1 = _mix(mix_ptr, column, x_ptr.dtype.element_ty, WIDTH)
     dm0 = tl.zeros((BLOCK, column.shape[0]), tl.float32)
     dm1 = tl.zeros((BLOCK, column.shape[0]), tl.float32)
-    # the next rows are on their way while these are computed
-    for first in tl.range(0, SHARE, BLOCK, num_stages=3):
-        row = tl.program_id(0) * SHARE + first + tl.arange(0, BLOCK)
+    # stages: the next rows are loaded while these are computed
+    for first in tl.range(0, PARTIAL, BLOCK, num_stages=3):
+        row = tl.program_id(0) * PARTIAL + first + tl.arange(0, BLOCK)
         x = _load(x_ptr, row, column, rows, length, x_stride_b, x_stride_t, x_stride_d, WIDTH)
         x0 = _load(x0_ptr, row, column, rows, length, x0_stride_b, x0_stride_t, x0_stride_d, WIDTH)
         dn = _load(dn_ptr, row, column, rows, length, dn_stride_b, dn_stride_t, dn_stride_d, WIDTH)
@@ -133,7 +133,7 @@ def unmix_kernel(
         _store(dx0_ptr, m1 * total, row, column, rows, WIDTH)
         dm0 += total * x
         dm1 += total * x0
-    place = share_ptr + tl.program_id(0).to(tl.int64) * 2 * WIDTH + column
+    place = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * WIDTH + column
     tl.store(place, tl.sum(dm0, axis=0), mask=column < WIDTH)
     tl.store(place + WIDTH, tl.sum(dm1, axis=0), mask=column < WIDTH)
 
@@ -168,18 +168,18 @@ def backward(
     if not rows:
         return dx, dx0, torch.zeros_like(mix)
     block, warps = choose_block(width, 1024)
-    programs = triton.cdiv(rows, SHARE_ROWS)
-    share = x.new_empty((programs, 2, width), dtype=torch.float32)
+    programs = triton.cdiv(rows, PARTIAL_ROWS)
+    partial = x.new_empty((programs, 2, width), dtype=torch.float32)
     with torch.cuda.device_of(x):
         unmix_kernel[(programs,)](
-            dh, dn, x, x0, mix.contiguous(), dx, dx0, share, rows, x.shape[1], eps, gain,
+            dh, dn, x, x0, mix.contiguous(), dx, dx0, partial, rows, x.shape[1], eps, gain,
             *dh.stride(), *dn.stride(), *x.stride(), *x0.stride(),
-            WIDTH=width, BLOCK=block, SHARE=SHARE_ROWS, num_warps=warps,
+            WIDTH=width, BLOCK=block, PARTIAL=PARTIAL_ROWS, num_warps=warps,
         )  # fmt: skip
-    return dx, dx0, share.sum(dim=0).to(mix.dtype)
+    return dx, dx0, partial.sum(dim=0).to(mix.dtype)
 
 
 def choose_block(width: int, numbers: int) -> tuple[int, int]:
-    """Rows that a program holds at once and its warps, for so many numbers of each tensor in registers."""
+    """Rows that a program holds at a time, and its warps, for `numbers` numbers of each tensor in registers."""
     padded = triton.next_power_of_2(width)
-    return min(max(1, numbers // padded), SHARE_ROWS), max(4, padded // 512)
+    return min(max(1, numbers // padded), PARTIAL_ROWS), max(4, padded // 512)

@@ -9,7 +9,7 @@ One step, for each matrix with gradient g (elementwise parts through `torch._for
     s ← β₂·s + (1 − β₂)·mean_row(O²);  O ← O / (√s + 1e-10), rescaled to its former Frobenius norm     (normuon)
     w ← w·(1 − lr·weight_decay) − lr·ratio·O,  ratio = √max(1, rows / columns)
 
-The backend `triton` of `muon_step` (muon_step.py) does all matrices of a group in one launch for each of these lines.
+The Triton backend of `muon_step` (muon_step.py) takes one launch per line for all matrices of a group.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from golf_kernels.sharding import orthogonalize_sharded
 
 ADJUST_LR = ("original", "match_rms_adamw")
 _NORMUON_EPS = 1e-10
-# a group and those of its parameters on one device that have a gradient
+# a group, and those of its parameters on one device that have a gradient
 Work = tuple[dict[str, Any], list[Tensor]]
-# what a group of torch.optim.Muon has
+# the options of a group of torch.optim.Muon
 _OPTIONS = {"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"}
-# what it does not have
+# the options that it lacks, and their defaults
 _EXTRAS: dict[str, Any] = {
     "row_normalize": False,
     "row_eps": 1e-7,
@@ -51,18 +51,18 @@ _EXTRAS: dict[str, Any] = {
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with the arguments of `torch.optim.Muon`; its calls and its `state_dict` work here as they are.
+    """Muon with the arguments of `torch.optim.Muon`, whose calls and `state_dict` work here unchanged.
 
-    Every option can differ between parameter groups, and `lr` and `momentum` may change from step to step. Nothing
-    waits for the GPU. A step can be captured in a CUDA graph if one with the same tensors has run before; `lr` and
-    `momentum` are then tensors on the device, which are read at each replay.
+    Every option can differ between parameter groups, and `lr` and `momentum` may change from step to step. The host
+    never waits for the GPU. A step can be captured in a CUDA graph after a step with the same tensors; `lr` and
+    `momentum` must then be tensors on the device, which each replay reads.
 
     Args:
         params: matrices `(rows, columns)` and banks `(b, rows, columns)`, or groups of them.
         lr: learning rate; a float or a one-element tensor.
         weight_decay: decoupled: w ← w·(1 − lr·weight_decay).
-        momentum: β; a float or a one-element tensor. While β changes, dampened and not dampened momentum weigh old gradients differently; with a
-            constant β they differ by a factor that Newton-Schulz removes.
+        momentum: β; a float or a one-element tensor. If β changes, dampened and not dampened momentum weigh old
+            gradients differently; with a constant β they differ by a factor that Newton-Schulz removes.
         nesterov: look ahead by one momentum step.
         ns_coefficients: one (a, b, c) for every iteration, as in `torch.optim.Muon`; None takes `coefficients`.
         eps: updates with a norm below it count as zero.
@@ -70,17 +70,17 @@ class Muon(torch.optim.Optimizer):
         adjust_lr_fn: `original` (None is the same): ratio √max(1, rows / columns); `match_rms_adamw`:
             0.2·√max(rows, columns).
         row_normalize: MuonEq-R: rows of the update to unit length before Newton-Schulz.
-        row_eps: added to a row's squared length. The update is (1 − β) times smaller when dampened, so the
-            published 1e-7 belongs to `dampened=False`; #1471's maximum with 1e-7 is 1e-14 here. With 0 a row of zeros
-            becomes NaN.
+        row_eps: added to a row's squared length. The published 1e-7 is for `dampened=False`, because a dampened update
+            is (1 − β) times as large; #1471's maximum of the length and 1e-7 is 1e-14 here. With 0 a row of zeros becomes
+            NaN.
         normuon: NorMuon: rows scaled by their running second moment after Newton-Schulz.
         normuon_beta2: decay of that second moment, which starts at 0 without bias correction.
-        dampened: form of the momentum, see above.
+        dampened: the first of the two formulas of the momentum in `golf_kernels.muon`; False: the second.
         coefficients: a name in `golf_kernels.newton_schulz.COEFFICIENTS`.
         compute_dtype: of the Newton-Schulz products; None: bfloat16 on CUDA, float32 on a CPU, float64 for float64.
-        process_group: ranks that share the Newton-Schulz work. All must hold the same parameters and the same
-            (already reduced) gradients; each orthogonalizes the matrices assigned to it by cost and all receive all
-            results in one all-gather. The state is the same on every rank, so a `state_dict` fits any world size.
+        process_group: ranks that divide the Newton-Schulz work. All must hold the same parameters and the same
+            (already reduced) gradients. Each orthogonalizes the matrices assigned to it by cost, and one all-gather
+            sends all results to all ranks. The state is the same on every rank, so a `state_dict` fits any world size.
             A deep copy has the same group; an optimizer with a group cannot be pickled.
 
     Raises:
@@ -88,7 +88,7 @@ class Muon(torch.optim.Optimizer):
         RuntimeError: complex parameters or sparse gradients.
 
     Source:
-        https://kellerjordan.github.io/posts/muon/; NorMuon arXiv:2510.05491; the momentum and row forms of the
+        https://kellerjordan.github.io/posts/muon/; NorMuon arXiv:2510.05491; momentum and row norms of the
         Parameter Golf records.
     """
 
@@ -134,7 +134,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters with its own options; refuses what does not fit before anything is changed."""
+        """Adds a group of parameters with options of its own; if one does not fit, nothing changes."""
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
@@ -143,7 +143,7 @@ class Muon(torch.optim.Optimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's own state has no group
+        # torch's state lacks it
         group = None if self.process_group is None else _SameGroup(self.process_group)
         return {**super().__getstate__(), "process_group": group}
 
@@ -188,7 +188,7 @@ class Muon(torch.optim.Optimizer):
             dispatch.call("muon_step", [param for _, params in work for param in params], self, work)
         return loss
 
-    def _step_by_parts(self, work: list[Work]) -> None:
+    def _step(self, work: list[Work]) -> None:
         calls: dict[Any, list[Tensor]] = {}
         for group, params in work:
             calls.setdefault(_call_key(group, params), []).extend(self._updates(group, params))
@@ -203,7 +203,7 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.moment(param, "momentum_buffer", grad) for param, grad in zip(params, grads, strict=True)]
         momentum = group["momentum"]
         if isinstance(momentum, Tensor):
-            # a half precision β would be another one
+            # half precision would round β
             momentum = momentum.reshape(()).to(grads[0].device, _wide_dtype(grads[0]))
             torch._foreach_mul_(buffers, momentum)
             weighted = list(torch._foreach_mul(grads, 1 - momentum)) if group["dampened"] else grads
@@ -262,7 +262,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class _SameGroup:
-    """A process group within a state: the same in any copy, and in no file."""
+    """A process group in an optimizer's state: copies keep it, and pickling refuses it."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -282,7 +282,7 @@ def _multiply(tensors: list[Tensor], factor: float | Tensor) -> None:
         torch._foreach_mul_(tensors, factor)
         return
     for tensor in tensors:
-        # the foreach form rounds a number to the dtype of CPU tensors, and 1 − lr·decay to another decay
+        # _foreach_mul_ rounds the factor to the dtype of CPU tensors, which changes the decay
         tensor.mul_(factor)
 
 
@@ -294,7 +294,7 @@ def learning_rate_ratio(adjust_lr_fn: str | None, rows: int, columns: int) -> fl
 
 
 def _wide_dtype(tensor: Tensor) -> torch.dtype:
-    # squares leave the range of float16, and its smallest number is larger than 1e-10
+    # squares overflow float16, whose smallest number is larger than 1e-10
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -306,7 +306,7 @@ def _row_normalize(update: Tensor, row_eps: float) -> Tensor:
     if not update.numel():
         return update
     wide = _wide(update)
-    # long rows are divided by their largest entry first, whose square would leave float32
+    # rows are divided by their largest entry first, where squares could overflow float32
     unit = wide.abs().amax(-1, keepdim=True).clamp_min(1).reciprocal()
     wide = wide * unit
     return (wide * (wide.square().sum(-1, keepdim=True) + row_eps * unit.square()).rsqrt()).to(update.dtype)
@@ -364,7 +364,7 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 def _step_torch(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> None:
-    optimizer._step_by_parts(work)
+    optimizer._step(work)
 
 
 dispatch.register("muon_step", "torch", _step_torch)

@@ -1,7 +1,7 @@
-"""The whole step of Muon on a GPU, in one launch per phase: the backend `triton` of `muon_step`.
+"""The Triton backend of `muon_step`: a step of Muon with one launch per phase, for all matrices of a parameter group.
 
-Each parameter group is a step of its own: its directions go to the workspace of Newton-Schulz, are orthogonalized there,
-and are read from there when the weights are updated. Nothing waits for the GPU.
+The momentum kernel writes the update directions to the workspace of Newton-Schulz, which orthogonalizes them there, and
+the update of the weights reads them there. The host never waits for the GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from golf_kernels.newton_schulz import default_compute_dtype, triton_problem
 
 def _on_device(value: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        # one that is there already is read in place, so that a replayed graph finds its next value
+        # a tensor on the device is read in place, so that a replayed graph reads its next value
         return value.reshape(()).to(device, torch.float32)
     return torch.full((), value, dtype=torch.float32, device=device)
 
@@ -35,13 +35,13 @@ def _step_triton(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> No
         state = [optimizer.moment(p, "momentum_buffer", g) for p in members if (g := p.grad) is not None]
         second = [optimizer.moment(p, "second_moment", p[..., :1]) for p in members] if group["normuon"] else members
         lists = ([p.grad for p in members if p.grad is not None], state, members, second)
-        # empty matrices have nothing to update, and no address
-        pieces = [p for p in zip(*map(kernels.matrices_of, lists), strict=True) if p[2].numel()]
-        if not pieces:
+        # empty matrices have no address
+        matrices = [m for m in zip(*map(kernels.matrices_of, lists), strict=True) if m[2].numel()]
+        if not matrices:
             continue
         device = members[0].device
-        shapes = tuple((weight.shape[0], weight.shape[1]) for _, _, weight, _ in pieces)
-        addresses = tuple(tuple(tensor.data_ptr() for tensor in piece) for piece in pieces)
+        shapes = tuple((weight.shape[0], weight.shape[1]) for _, _, weight, _ in matrices)
+        addresses = tuple(tuple(tensor.data_ptr() for tensor in tensors) for tensors in matrices)
         ratios = tuple(learning_rate_ratio(group["adjust_lr_fn"], *shape) for shape in shapes)
         aligned = all(a % 16 == 0 for row in addresses for a in row) and all(n % 8 == 0 for _, n in shapes)
         dtype = group["compute_dtype"] or default_compute_dtype(members)
@@ -83,13 +83,13 @@ def _triton_supports(*args: Any) -> str | None:
         return triton_problem([])
     _, optimizer, work = args
     if optimizer.process_group is not None and dist.get_world_size(optimizer.process_group) > 1:
-        return "the work is shared out over a process group"
+        return "a process group divides the work"
     for group, members in work:
         tensors = [tensor for p in members for tensor in (p, p.grad, *optimizer.state.get(p, {}).values())]
         if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in tensors):
-            return "its weights, gradients and moments are float32 and contiguous"
+            return "it takes contiguous float32 weights, gradients and moments"
         if group["compute_dtype"] not in (None, torch.float32, torch.bfloat16):
-            return f"its products are bfloat16 or float32, found {group['compute_dtype']}"
+            return f"its kernels multiply in bfloat16 or float32, found {group['compute_dtype']}"
     return triton_problem([])
 
 

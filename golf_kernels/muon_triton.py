@@ -1,11 +1,11 @@
-"""What surrounds Newton-Schulz in a step of Muon, one launch each for all matrices, in Triton for Hopper.
+"""Triton kernels of a step of Muon around Newton-Schulz, for Hopper: one launch of each for all matrices.
 
-    momentum  m ← β·m + g (dampened: m + (1 − β)·(g − m)); u = the Nesterov or plain direction, its rows normalized or not;
+    momentum  m ← β·m + g (dampened: m + (1 − β)·(g − m)); u = the Nesterov or plain direction, rows normalized or not;
               X ← u in the workspace of newton_schulz_triton.py, and each block's largest entry and sum of squares
     moments   NorMuon: s ← β₂·s + (1 − β₂)·mean_row(X²), and each block's sums of X² and of (X / (√s + 1e-10))²
     apply     w ← w·(1 − lr·weight_decay) − lr·ratio·X, with NorMuon's row and norm factors
 
-β and lr are read from the device, so that a CUDA graph of the step can be replayed with other values.
+β and lr are read from device memory, so that a CUDA graph of the step can be replayed with other values.
 """
 
 # triton gives the arguments of a kernel their types
@@ -22,9 +22,9 @@ from torch import Tensor
 from golf_kernels.newton_schulz_triton import CHUNK, LAYOUT, add_squares, on_device, pointer_to, reciprocal_power
 
 OPTIONS = {"num_warps": 8}
-# fields of a matrix's addresses: gradient, momentum, weight, second moment
+# addresses of a matrix: gradient, momentum, weight, second moment
 ADDRESSES = tl.constexpr(4)
-# added to NorMuon's divisors
+# added to the divisors of NorMuon
 TINY = tl.constexpr(1e-10)
 
 
@@ -59,7 +59,7 @@ def momentum_kernel(
             momentum = tl.load(momenta + at * columns + column, mask=inside, other=0.0)
             value = look * gradient + keep * (beta * momentum + take * gradient)
             peaks, sums = add_squares(peaks, sums, value, 1)
-        # long rows stay divided by the power of two, whose square would leave float32
+        # rows with large entries stay divided by the power of two, because their squares overflow float32
         unit = reciprocal_power(peaks)
         scale = tl.minimum(unit, 1.0)
         sums = sums * (scale / unit) * (scale / unit) + row_eps * scale * scale
@@ -74,7 +74,7 @@ def momentum_kernel(
         momentum = beta * momentum + take * gradient
         tl.store(momenta + at * columns + column, momentum, mask=inside)
         value = (look * gradient + keep * momentum) * factor
-        # a row of zeros has no factor without row_eps
+        # the factor of a row of zeros is infinite if row_eps is 0
         value = tl.where(inside, value, 0.0)
         largest, squares = add_squares(largest, squares, value)
         tl.store(x_ptr + start + at * ld + column, value.to(x_ptr.dtype.element_ty), mask=column < ld)
@@ -97,7 +97,7 @@ def moments_kernel(
     sums = tl.zeros((ROWS,), dtype=tl.float32)
     for first in range(0, ld, CHUNK):
         column = first + tl.arange(0, CHUNK)[None, :]
-        # beyond the matrix there are zeros
+        # the padding is zero
         value = tl.load(x_ptr + start + at[:, None] * ld + column, mask=column < ld, other=0.0).to(tl.float32)
         sums += tl.sum(value * value, axis=1)
     moments = pointer_to(tl.load(addresses_ptr + matrix * ADDRESSES + 3), tl.float32, False) + at
@@ -148,7 +148,7 @@ def apply_kernel(
 
 @functools.lru_cache(maxsize=32)
 def ratio_table(ratios: tuple[float, ...], device: torch.device) -> Tensor:
-    """The matrices' ratios on the device, sent once."""
+    """The learning-rate ratio of each matrix, on the device; copied once."""
     return on_device(torch.tensor(ratios, dtype=torch.float32), device)
 
 
@@ -170,15 +170,15 @@ def momentum(
     Args:
         plan: of the shapes, from `newton_schulz_triton.make_plan`.
         x: workspace for the directions.
-        stats: two floats for each of the plan's blocks.
+        stats: two float32 for each of the plan's blocks.
         addresses: `(matrices, 4)`, int64: of gradient, momentum, weight and second moment, all contiguous and float32; without
             NorMuon the fourth is not read.
-        rows: of a block.
-        beta: one float32 on the device.
-        row_eps: added to a row's squared length; None: rows keep their length.
+        rows: rows of a block.
+        beta: scalar float32 on the device.
+        row_eps: added to a row's squared length; None: rows are not normalized.
         nesterov: look ahead by one step.
-        dampened: form of the momentum.
-        aligned: all addresses are multiples of 16 and all numbers of columns of 8.
+        dampened: which momentum, see above.
+        aligned: all addresses are multiples of 16, and all numbers of columns multiples of 8.
     """
     momentum_kernel[(len(plan.blocks),)](
         addresses, plan.layout, plan.blocks, x, stats, beta, row_eps or 0.0, float(nesterov),
@@ -203,9 +203,9 @@ def apply(
 
     Args:
         plan, x, stats, addresses, rows, aligned: as in `momentum`.
-        lr: one float32 on the device.
+        lr: scalar float32 on the device.
         ratios: factor on the learning rate of each matrix, float32, on the device.
-        weight_decay: decoupled.
+        weight_decay: w ← w·(1 − lr·weight_decay).
         beta2: decay of NorMuon's second moments; None: no NorMuon.
     """
     grid = (len(plan.blocks),)

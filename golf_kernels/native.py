@@ -1,6 +1,6 @@
-"""The compiled extension `golf_kernels._C`: whether it is there, what it was built with, and if not, why.
+"""The compiled extension `golf_kernels._C`: whether its C++ and CUDA backends can run, how they were built, or why not.
 
-Importing this module never fails. Python hands the extension addresses (`data_ptr()`), sizes and the CUDA stream.
+Importing this module never fails. The extension takes addresses (`data_ptr()`), sizes and the CUDA stream.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-# the value of GOLF_ABI in csrc/launchers.h that this Python code was written for
+# GOLF_ABI in csrc/launchers.h
 ABI = 2
 REBUILD = "pip install --no-build-isolation --no-deps -e . in the source tree"
 BUILD_INFO_PATH = Path(__file__).with_name("_build_info.json")
@@ -33,8 +33,8 @@ def build_info() -> dict[str, Any]:
     """What the installation recorded: `{"extension": name or None, "cpp": {...}, "cuda": {...}}`.
 
     Returns:
-        Per part `built`; where it is True `compiler`, `version` and `flags` (and for `cuda` `archs` and `toolkit`),
-        otherwise `reason` and `remedy`. A source tree that was never installed has both parts not built.
+        For each backend `built`. If it is True, `compiler`, `version` and `flags` (for `cuda` also `archs` and
+        `toolkit`), otherwise `reason` and `remedy`. In a source tree that was never installed neither is built.
     """
     if BUILD_INFO_PATH.is_file():
         information: dict[str, Any] = json.loads(BUILD_INFO_PATH.read_text())
@@ -47,7 +47,7 @@ def extension() -> Any:
     """The extension module.
 
     Raises:
-        RuntimeError: it is not there; the message says why and what to type.
+        RuntimeError: it cannot be used; the message says why and what to type.
     """
     problem = missing("cpp")
     if problem is not None:
@@ -56,13 +56,13 @@ def extension() -> Any:
 
 
 @functools.cache
-def missing(part: Literal["cpp", "cuda"]) -> str | None:
-    """Why a part of the extension cannot be used on any machine, and what to type; None where it can."""
-    record = build_info()[part]
+def missing(backend: Literal["cpp", "cuda"]) -> str | None:
+    """Why this installation has no such backend, and what to type; None if it has."""
+    record = build_info()[backend]
     if not record["built"]:
-        # what a script was packed into knows no source tree
+        # a packed script has no source tree to install
         if hasattr(sys.modules.get("__main__"), "PACKED_SCRIPT"):
-            return "a single script carries no compiled code, and PyTorch's form gives the same values"
+            return "a packed script carries no compiled code; PyTorch gives the same values"
         return f"not built: {record['reason']}; to change that, {record['remedy']}"
     if _extension is None:
         return f"built, but it does not import: {_import_error}; to repair it, run {REBUILD}"
@@ -71,10 +71,10 @@ def missing(part: Literal["cpp", "cuda"]) -> str | None:
     return None
 
 
-def problem(part: Literal["cpp", "cuda"]) -> str | None:
-    """Why a part cannot run on this machine (for `cuda`: on the current GPU); None where it can."""
-    absent = missing(part)
-    if absent is not None or part == "cpp":
+def problem(backend: Literal["cpp", "cuda"]) -> str | None:
+    """Why a backend cannot run on this machine (`cuda`: on the current GPU); None if it can."""
+    absent = missing(backend)
+    if absent is not None or backend == "cpp":
         return absent
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA GPU"
@@ -83,7 +83,7 @@ def problem(part: Literal["cpp", "cuda"]) -> str | None:
 
 @functools.cache
 def cuda_problem(device: int) -> str | None:
-    """Why the CUDA kernels cannot run on one GPU (an architecture or a driver they were not built for), or None."""
+    """Why the CUDA kernels cannot run on a GPU, such as its architecture or driver; None if they can."""
     try:
         with torch.cuda.device(device):
             extension().cuda_probe()

@@ -6,8 +6,8 @@ Each iteration maps every singular value σ of X by an odd polynomial and keeps 
     X ← a·X + (b·A + c·A²)·X   with A = X·Xᵀ          (m ≤ n)
     X ← a·X + X·(b·A + c·A²)   with A = Xᵀ·X          (m > n, the same map on the short side)
 
-so that σ ↦ a·σ + b·σ³ + c·σ⁵ drives all of them towards 1. One call takes all matrices of a model: the cost of an
-operator boundary is paid once, and matrices of one shape share batched products.
+so that σ ↦ a·σ + b·σ³ + c·σ⁵ drives all of them towards 1. One call takes all matrices of a model, and matrices of one
+shape are multiplied in batches.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CoefficientSet:
         source: where the numbers were published.
         prescale: `frobenius` divides by ‖X‖_F; `aol` divides each row (of the short side) by √Σⱼ|X·Xᵀ|ᵢⱼ, which also
             bounds the spectral norm by 1, and starts closer to orthogonal (Prach & Lampert, arXiv:2208.03160).
-        safety: the pre-scaled matrix is divided by it, for sets that diverge where rounding lifts a σ above 1.
+        safety: the pre-scaled matrix is divided by it, for sets that diverge if rounding lifts a σ above 1.
         default_steps: iterations when none are asked for.
         band: (start, low, high): every σ of the pre-scaled matrix in [start, 1] ends in [low, high] after
             `default_steps`.
@@ -231,13 +231,13 @@ def _reference(
         if stack.numel():
             stack = _iterate(_prescale(stack, eps, prescale).to(compute_dtype), coefficients)
         for index, result in zip(indices, torch.split(stack, [len(bank) for bank in banks]), strict=True):
-            # a copy, because outputs of an operator must not share memory
+            # a copy, because results of an operator must not overlap in memory
             results[index] = result.to(matrices[index].dtype, copy=True).view(matrices[index].shape)
     return results
 
 
 def _prescale(stack: Tensor, eps: float, prescale: str) -> Tensor:
-    # the largest entry comes out first, so that the squares neither overflow nor underflow
+    # divided by the largest entry first, so that squares neither overflow nor underflow
     largest = stack.abs().amax(dim=(-2, -1), keepdim=True)
     largest = torch.where(largest == 0, torch.ones_like(largest), largest)
     stack = stack / largest
@@ -273,10 +273,10 @@ def _triton(*args: Any) -> list[Tensor]:
 
 
 def triton_problem(dtypes: Sequence[torch.dtype], compute_dtype: torch.dtype | None = None) -> str | None:
-    """Why the Triton kernels cannot take matrices of these dtypes on this machine, or None."""
+    """Why the Triton kernels cannot take matrices of these dtypes on this machine; None if they can."""
     for dtype in (*dtypes, *([] if compute_dtype is None else [compute_dtype])):
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"its matrices and products are float32, bfloat16 or float16, found {dtype}"
+            return f"its kernels take matrices and products in float32, bfloat16 or float16, found {dtype}"
     return dispatch.triton_problem()
 
 

@@ -4,19 +4,19 @@ Imports only torch and triton, so this file can be pasted into a single-file scr
 
     results = newton_schulz(matrices, (3.4445, -4.7750, 2.0315) * 5)
 
-All matrices lie in one workspace, each padded with zeros to whole tiles, and every phase is one launch over a table of
-tiles that depends on the shapes alone (`make_plan`):
+All matrices are in one workspace, each padded with zeros to whole tiles. Every phase is one launch over a table of tiles,
+which depends only on the shapes (`make_plan`):
 
     matrices ─ pack, norm ─► X ─┬─ symmetric ─► A ─ symmetric ─► B ─┬─ product ─► X ─► … ─► results
                                 └───────────────────────────────────┘   the workspace: | X | next X | A | B |
 
     pack       X ← matrix in the compute dtype, and each block's largest entry and sum of squares, for ‖X‖
-    norm       s = 1 / max(‖X‖, eps); entries far from 1 are brought near it by a power of two
-    symmetric  A = s²·X·Xᵀ (tall matrices: XᵀX, read as they lie), lower triangle and mirror image; long sides are split
-    symmetric  B = b·A + c·A², likewise; left out where c = 0
+    norm       s = 1 / max(‖X‖, eps); very small or large entries are multiplied by a power of two first
+    symmetric  A = s²·X·Xᵀ (tall matrices: XᵀX), the lower triangle and its mirror image; long sums are split
+    symmetric  B = b·A + c·A², likewise; skipped if c = 0
     product    X ← s·(a·X + B·X), tall: s·(a·X + X·B); s is 1 after the first iteration
 
-AOL scaling divides each row i of A's side by √Σⱼ|A|ᵢⱼ after the first product. The same list gives the same bits again.
+AOL scaling divides each row i of A's side by √Σⱼ|A|ᵢⱼ after the first product. The same list gives the same bits.
 """
 
 # triton gives the arguments of a kernel their types
@@ -35,26 +35,26 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# a dtype's place is its code in tables of addresses
+# the index of a dtype is its code in the tables of addresses
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# a program of the elementwise kernels takes so many whole rows, in chunks of so many columns
+# rows of a program of an elementwise kernel, and columns that it takes at a time
 ROWS, CHUNK = 16, 256
 # depth of one step of a product; tiles are square
 STEP = 64
 ELEMENTWISE = {"num_warps": 8}
-# two blocks on a processor: one loads and stores while the other multiplies
+# two programs on an SM: one loads and stores while the other multiplies
 PRODUCT = {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
 
-# the rows of the tables; kernels read a field by its number
-# a matrix: its sizes, where it starts, its blocks of rows, where its Gram matrix and its row factors are
+# the rows of the tables; kernels address a field by its index
+# a matrix: its sizes and start, its blocks of rows, the start of its Gram matrix and of its row factors
 Matrix = namedtuple("Matrix", "rows columns ld start first_block blocks tall gram gram_ld factors")
-# a tile of A or B: operands, depth, the result and its mirror image, and which part of a split sum it is
+# a tile of A or B: operands, depth, the result and its mirror image; for a split sum, which of its splits
 SymmetricTile = namedtuple(
     "SymmetricTile",
     "matrix tall left right ld steps out mirror out_ld parts first_partial part counter",
     defaults=(1, 0, 0, 0),
 )
-# a tile of X ← a·X + B·X, which lies as X does
+# a tile of X ← a·X + B·X, in the layout of X
 ProductTile = namedtuple("ProductTile", "matrix tall left right left_ld right_ld steps out")
 LAYOUT, SYMMETRIC, PRODUCTS = (tl.constexpr(len(kind._fields)) for kind in (Matrix, SymmetricTile, ProductTile))
 
@@ -67,7 +67,7 @@ def pointer_to(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def load_float(address, offsets, mask, code, ALIGNED: tl.constexpr):
-    """Elements of a tensor, given by its address and the code of its dtype, in float32."""
+    """Elements in float32 of a tensor that is given by its address and the code of its dtype."""
     if code == 0:
         value = tl.load(pointer_to(address, tl.float32, ALIGNED) + offsets, mask=mask, other=0.0)
     elif code == 1:
@@ -86,9 +86,9 @@ def reciprocal_power(value):
 
 @triton.jit
 def add_squares(largest, squares, value, AXIS: tl.constexpr = None):
-    """Largest entry and sum of squares so far, and of `value` too; along an axis, or of everything.
+    """The largest entry and the sum of squares so far, updated by `value`, along an axis or over all.
 
-    Squares are of entries over a power of two near the largest one, so that none overflows.
+    Entries are divided by a power of two near the largest before they are squared, so that no square overflows.
     """
     before = reciprocal_power(largest)
     largest = tl.maximum(largest, tl.max(tl.abs(value), axis=AXIS))
@@ -117,11 +117,11 @@ def pack_kernel(
         column = first + tl.arange(0, CHUNK)[None, :]
         value = load_float(source, at * columns + column, (at < rows) & (column < columns), code, ALIGNED)
         if SCALED:
-            # two factors, because each alone stays in range
+            # two factors, because their product may overflow
             value = value * tl.load(scales_ptr + 2 * matrices + matrix) * tl.load(scales_ptr + matrix)
         else:
             largest, squares = add_squares(largest, squares, value)
-        # float16 has too few exponents for anything but the scaled matrix
+        # in float16 only the scaled matrix is in range
         if SCALED or x_ptr.dtype.element_ty != tl.float16:
             tl.store(x_ptr + start + at * ld + column, value.to(x_ptr.dtype.element_ty), mask=column < ld)
     if not SCALED:
@@ -151,7 +151,7 @@ def norm_kernel(
         own = reciprocal_power(tl.load(stats_ptr + 2 * (first_block + index), mask=index < count, other=0.0))
         part = tl.load(stats_ptr + 2 * (first_block + index) + 1, mask=index < count, other=0.0)
         squares += tl.sum(part * (unit / own) * (unit / own))
-    # the products of entries in this range stay far inside float32
+    # products of entries in this range are far from the limits of float32
     tame = (largest > 9.1e-13) & (largest < 1.1e12)
     unit = tl.where(tame, 1.0, unit)
     norm = tl.sqrt(squares) * tl.where(tame, 1.0 / reciprocal_power(largest), 1.0)
@@ -249,7 +249,7 @@ def store_symmetric(
     if GRAM:
         parts = tl.load(entry + 9)
         if parts > 1:
-            # the last part to arrive adds all of them up, in the same order whichever it is
+            # the program that finishes last adds all splits, always in the same order
             partial = partials_ptr + tl.load(entry + 10) * TILE * TILE + side[:, None] * TILE + side[None, :]
             tl.store(partial + tl.load(entry + 11) * TILE * TILE, total)
             tl.debug_barrier()
@@ -280,10 +280,10 @@ def symmetric_kernel(
     entry = tiles_ptr + tl.program_id(0) * SYMMETRIC
     tall = tl.load(entry + 1)
     left, right = tl.multiple_of(tl.load(entry + 2), 16), tl.multiple_of(tl.load(entry + 3), 16)
-    # offsets inside a tile fit in 32 bits, which saves registers
+    # offsets within a tile fit in 32 bits, which saves registers
     ld, steps = tl.multiple_of(tl.load(entry + 4).to(tl.int32), 16), tl.load(entry + 5).to(tl.int32)
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
-    # sums of two loops must not meet in one variable: then every wgmma waits for the one before
+    # the accumulators of two loops must not share a variable, or each wgmma waits for the previous one
     if GRAM and tall != 0:
         total = add_columns_product(total, in_ptr + left, in_ptr + right, ld, steps, TILE, STEP)
         store_symmetric(
@@ -316,7 +316,7 @@ def product_kernel(
         total = tl.dot(tl.load(lefts), tl.load(rights), total, input_precision="ieee")
         lefts += STEP
         rights += STEP * right_ld
-    # the result lies as X does, with X's leading dimension
+    # the result has the layout and leading dimension of X
     out = tl.multiple_of(tl.load(entry + 7), 16)
     within = side[:, None] * tl.multiple_of(tl.where(tall, left_ld, right_ld), 16) + side[None, :]
     before = tl.load(work_ptr + x_start + out + within).to(tl.float32)
@@ -325,12 +325,12 @@ def product_kernel(
 
 
 class Plan(NamedTuple):
-    """What depends on the shapes of a list alone; the tables are on the device."""
+    """Sizes and tables that depend only on the shapes of a list; the tables are on the device."""
 
     shapes: tuple[tuple[int, int], ...]
     tile: int
     layout: Tensor
-    # (matrix, first row, of its Gram matrix?) of each program of an elementwise kernel
+    # matrix, first row, and whether of its Gram matrix, for each program of an elementwise kernel
     blocks: Tensor
     gram_blocks: Tensor
     gram_tiles: Tensor
@@ -346,10 +346,10 @@ class Plan(NamedTuple):
 
 
 def on_device(table: Tensor, device: torch.device) -> Tensor:
-    """A table of the host on the device.
+    """Copies a table to the device.
 
     Raises:
-        RuntimeError: a graph is being captured, and a copy from the host must not be part of it.
+        RuntimeError: a CUDA graph is being captured, which must not contain a copy from the host.
     """
     if device.type != "cuda":
         return table
@@ -370,9 +370,13 @@ def _send(entries: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[T
 
 
 def upload(entries: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """A table on the device, for which the host does not wait; while a graph is captured only one that was there before."""
+    """Copies a table to the device, once, without waiting for the copy.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and the table was not copied before.
+    """
     table, sent = _send(entries, device)
-    # another stream may have sent it; when a capture begins everything has arrived
+    # another CUDA stream may have copied it; before a capture begins all copies have ended
     if sent is not None and not torch.cuda.is_current_stream_capturing():
         torch.cuda.current_stream(device).wait_event(sent)
     return table
@@ -382,14 +386,14 @@ _captured: list[object] = []
 
 
 def lasting(table: T, device: torch.device) -> T:
-    """The same; kept for good while a CUDA graph is captured, because the graph will look for it at the same address."""
+    """Returns the table. During the capture of a CUDA graph it is never freed, because replays read it at its address."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured.append(table)
     return table
 
 
 def tile_of(dtype: torch.dtype) -> int:
-    """Side of a tile: float32 products run outside the tensor cores and need more registers."""
+    """Side of a tile. float32 products run without tensor cores and need more registers."""
     return 64 if dtype == torch.float32 else 128
 
 
@@ -401,7 +405,7 @@ def make_plan(shapes: tuple[tuple[int, int], ...], tile: int, device: torch.devi
         shapes: (rows, columns) of each matrix, none of them 0.
         tile: side of a tile of a product.
         device: where the tables go.
-        processors: multiprocessors of the GPU; sums are split where one would keep its processor longer than fair.
+        processors: SMs of the GPU. A sum is split if it takes longer than an SM's average work.
     """
     layout: list[Matrix] = []
     blocks: list[tuple[int, int, bool]] = []
@@ -412,7 +416,7 @@ def make_plan(shapes: tuple[tuple[int, int], ...], tile: int, device: torch.devi
     x_size = gram_size = factors = partials = counters = 0
     padded = [(-(-rows // tile) * tile, -(-columns // tile) * tile) for rows, columns in shapes]
     work = sum(min(p) // tile * (min(p) // tile + 1) // 2 * (max(p) // STEP) for p in padded)
-    fair = max(8, work // processors)
+    average = max(8, work // processors)
     for matrix, (rows, columns) in enumerate(shapes):
         height, ld = padded[matrix]
         tall = rows > columns
@@ -421,7 +425,7 @@ def make_plan(shapes: tuple[tuple[int, int], ...], tile: int, device: torch.devi
         layout.append(Matrix(rows, columns, ld, x_size, len(blocks), len(own), tall, gram_size, short, factors))
         blocks += own
         gram_blocks += [(matrix, row, True) for row in range(0, short, ROWS)]
-        parts = -(-(long // STEP) // fair)
+        parts = -(-(long // STEP) // average)
         cuts = [long // STEP * part // parts for part in range(parts + 1)]
         # the lower triangle; the mirror image of a tile is stored with it
         for i, j in ((high, low) for high in range(0, short, tile) for low in range(0, high + 1, tile)):
@@ -443,7 +447,7 @@ def make_plan(shapes: tuple[tuple[int, int], ...], tile: int, device: torch.devi
         gram_size += short * short
         factors += short
 
-    # the longest first, so that the last ones to run are short
+    # the longest first, so that the last programs are short
     for tiles in (grams, squares, products):
         tiles.sort(key=lambda entry: -entry.steps)
     tables = [
@@ -455,7 +459,7 @@ def make_plan(shapes: tuple[tuple[int, int], ...], tile: int, device: torch.devi
 
 
 class Workspace:
-    """The memory of one call: two places for X, A and B behind each other, norms, scales and partial sums."""
+    """The memory of one call: two buffers for X, then A and B; norms, scales and partial sums."""
 
     def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
         device = plan.layout.device
@@ -468,12 +472,12 @@ class Workspace:
         self.counters = torch.zeros(plan.counters, dtype=torch.int32, device=device)
 
     def views(self, start: int) -> list[Tensor]:
-        """Each matrix where X starts there, without its padding."""
+        """The matrices of the X that starts at `start`, without padding."""
         shapes = zip(self.plan.shapes, self.plan.places, strict=True)
         return [self.work.as_strided(shape, (ld, 1), start + place) for shape, (place, ld) in shapes]
 
     def norms(self, eps: float) -> None:
-        """‖X‖ from the sums that packing left."""
+        """Computes ‖X‖ from the sums that packing stored."""
         plan = self.plan
         norm_kernel[(len(plan.blocks),)](
             plan.layout, plan.blocks, self.work, self.stats, self.scales, len(plan.shapes), eps,
@@ -501,16 +505,16 @@ class Workspace:
             )  # fmt: skip
 
     def iterate(self, coefficients: Sequence[float], eps: float, prescale: str, *, scaled: bool = False) -> int:
-        """All iterations, from X at the start of the workspace.
+        """Runs all iterations, with X at the start of the workspace.
 
         Args:
             coefficients: a, b, c of each iteration, one after the other.
             eps: as in `newton_schulz`.
             prescale: `frobenius` or `aol`.
-            scaled: X has been divided by its norm already.
+            scaled: X is already divided by its norm.
 
         Returns:
-            Where the last X starts.
+            Start of the last X in the workspace.
         """
         plan = self.plan
         x, other = 0, plan.x_size
@@ -534,7 +538,7 @@ class Workspace:
 
 
 def processors_of(device: torch.device) -> int:
-    """Multiprocessors of a GPU; an H100's for the interpreter."""
+    """SMs of a GPU; those of an H100 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
@@ -589,7 +593,7 @@ def newton_schulz(
         start = w.iterate(coefficients, eps, prescale, scaled=scaled)
         targets = [matrix for matrix in matrices_of(results) if matrix.numel()]
         for dtype in DTYPES:
-            # one by one: before PyTorch 2.11 a list of several dtypes is copied wrongly, since then one by one
+            # by dtype: PyTorch before 2.11 copies a list of several dtypes wrongly, later versions tensor by tensor
             alike = [pair for pair in zip(targets, w.views(start), strict=True) if pair[0].dtype == dtype]
             if alike:
                 torch._foreach_copy_([target for target, _ in alike], [view for _, view in alike])

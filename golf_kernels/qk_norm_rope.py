@@ -1,17 +1,17 @@
-"""QK-norm, rotary embedding and query gain as one pass each way: `golf::qk_norm_rope`.
+"""QK-norm, rotary embedding and query gain, one pass each way: `golf::qk_norm_rope`.
 
     n = x · rstd,  rstd = 1 / √(mean(x²) + eps) of each head's vector of D numbers
     q̂ = g · R n(q),  k̂ = R n(k),  R (a, b) = (a cos + b sin, −a sin + b cos) on the halves of the first r dimensions
 
-What training keeps is q̂ and k̂, which attention keeps anyway, and the rstd; q and k are never saved. With u = q̂ / g,
+Kept for the backward pass are q̂ and k̂, which attention keeps anyway, and rstd; q and k are not. With u = q̂ / g,
 
     s = ⟨dq̂, u⟩ = ⟨Rᵀ dq̂, n⟩,  dg = Σ s,  dq = rstd · g · (Rᵀ dq̂ − n · s / D),  n = R⁻¹ u = Rᵀ u / (cos² + sin²)
 
-and the same with g = 1 for k: one read of dq̂ and q̂ gives dq and dg. Dividing by cos² + sin² makes this exact for
-tables that were rounded to bfloat16. A gain of 0 would leave nothing of u in q̂, and its own gradient is made of u: so a
-gain nearer to zero than `GAIN_FLOOR` counts as plus or minus that floor, which no softmax in float32 tells from zero.
+and the same with g = 1 for k. Dividing by cos² + sin² makes this exact for tables that were rounded to bfloat16. With a
+gain of 0, q̂ would be 0 and u lost, which the gradient of the gain needs. So a gain nearer to 0 than `GAIN_FLOOR` counts as
+plus or minus that floor, which a softmax in float32 does not tell from 0.
 
-`golf::qk_norm_rope_backward` computes the gradients; the pair of operators is what a kernel replaces.
+`golf::qk_norm_rope_backward` computes the gradients.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from golf_kernels import dispatch, operators
 
 GAIN_FLOOR = {torch.float16: 2.0**-12}
-"""Smallest gain by dtype, else 2⁻⁶⁰. float16 has no exponents for that: at 2⁻¹² it has 12 bits behind the point."""
+"""Smallest gain by dtype; 2⁻⁶⁰ for the others. float16 ends at 2⁻²⁴, so that a q̂ of size 2⁻¹² has 12 bits."""
 _WIDE_FLOOR = 2.0**-60
 
 
@@ -40,9 +40,9 @@ def qk_norm_rope(
     Args:
         q: `(B, T, H, D)`, floating, of any strides; any size may be 0 but D.
         k: `(B, T, H_kv, D)`, the dtype of q, of any strides.
-        cosine: `(T, 1, r/2)`, the dtype of q; r ≤ D, the dimensions behind r pass through, r = 0 turns nothing.
+        cosine: `(T, 1, r/2)`, the dtype of q. r ≤ D; dimensions from r on are not rotated.
         sine: `(T, 1, r/2)`, the dtype of q; cos² + sin² has to be 1 up to rounding.
-        gain: `(H,)`, float32 or the dtype of q, to which it is rounded at use; its gradient is not.
+        gain: `(H,)`, float32 or the dtype of q. It is rounded to the dtype of q at use; its gradient is not.
         eps: epsilon of the norm x / √(mean(x²) + eps).
 
     Returns:
@@ -58,15 +58,15 @@ def qk_norm_rope(
 def written_out(
     q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`qk_norm_rope` in PyTorch's own operations, the backward pass too: for a compiler, which cannot look into an operator.
+    """`qk_norm_rope` and its backward pass in PyTorch's operations, for a compiler, which cannot look into an operator.
 
-    The backward pass that autograd makes of the plain formula keeps q and k, and reads them once more for the gain.
+    Autograd's backward pass of the formula would keep q and k, and read them once more for the gain.
 
     Args:
         q, k, cosine, sine, gain, eps: as for `qk_norm_rope`.
 
     Returns:
-        q̂ and k̂, as of `qk_norm_rope`.
+        q̂ and k̂.
     """
     turned: tuple[Tensor, Tensor, Tensor] = _WrittenOut.apply(q, k, cosine, sine, gain, eps)
     return turned[0], turned[1]
@@ -109,17 +109,17 @@ def _fake(
 
 
 def _floored(gain: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gain `(H, 1)` as it counts: rounded to dtype, and off zero by the floor."""
+    """The gain `(H, 1)`, rounded to dtype and at least the floor away from 0."""
     floor = GAIN_FLOOR.get(dtype, _WIDE_FLOOR)
     rounded = gain.to(dtype).to(_wide(dtype)).unsqueeze(1)
     return torch.where(rounded.abs() < floor, torch.where(rounded < 0, -floor, floor), rounded)
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """R of each head's vector; with −sine Rᵀ."""
+    """R x of each head's vector x; Rᵀ x with −sine for sine."""
     half, dim = cosine.shape[-1], x.shape[-1]
     if torch.compiler.is_compiling():
-        # a compiler writes each piece of what is put together by a pass of its own; what is masked it reads in one
+        # a compiler writes each operand of cat in a pass of its own, and masked reads in one
         other = x[..., : 2 * half].unflatten(-1, (2, half)).flip(-2).flatten(-2) * torch.cat([sine, -sine], dim=-1)
         kept = F.pad(torch.cat([cosine, cosine], dim=-1), (0, dim - 2 * half), value=1.0)
         return x * kept + F.pad(other, (0, dim - 2 * half))
@@ -143,7 +143,7 @@ def _reference(
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # torch 2.11 compiles an autograd.Function whose result went through a conversion to its own dtype to gradients of zero
+    # compiled by torch 2.11, an autograd.Function has gradients of 0 if its result was converted to the dtype it had
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -207,7 +207,7 @@ class _WrittenOut(torch.autograd.Function):
     forward = staticmethod(_reference)
     setup_context = staticmethod(_setup_context)
 
-    # as of the operator, there is no second derivative
+    # like the operator, it is not differentiable twice
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq_hat: Tensor, dk_hat: Tensor, unused: Any) -> tuple[Any, ...]:
@@ -220,7 +220,7 @@ def _triton_problem(q: Tensor, k: Tensor) -> str | None:
     if unfit is not None:
         return unfit
     heads, dim = max(q.shape[2], k.shape[2]), q.shape[3]
-    # both are padded to powers of 2; a program keeps one position's numbers in its registers
+    # both are padded to powers of 2; a program keeps all numbers of a position in registers
     if heads > 64 or dim > 256 or (heads - 1).bit_length() + (dim - 1).bit_length() > 13:
         return f"its kernels take at most 64 heads of 128 dimensions or 32 of 256, found {heads} of {dim}"
     return None

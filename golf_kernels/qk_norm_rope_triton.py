@@ -1,10 +1,10 @@
 """Triton kernels of QK-norm, rotary embedding and query gain: one pass over queries and keys each way.
 
     rotate     q̂ = g · R n(q), k̂ = R n(k), and the rstd of each head and position
-    unrotate   dq, dk and each program's share of dg, from dq̂, q̂, dk̂, k̂ and rstd
+    unrotate   dq, dk and each program's partial sum of dg, from dq̂, q̂, dk̂, k̂ and rstd
 
-A program takes some positions with all their heads, so that the tables are read once for all of them. What turns is
-read twice, once in the places of its partners: the second time comes from the cache, and threads exchange nothing.
+A program takes some positions with all their heads, so that the tables are read once for all heads. Rotated dimensions are
+read twice, the second time in the order of their partners and from the cache, so that threads need not exchange them.
 """
 
 # triton gives the arguments of a kernel their types
@@ -42,7 +42,7 @@ def _places(position, positions, length, HEADS: tl.constexpr):
 
 @triton.jit
 def _dims(DIM: tl.constexpr, HALF: tl.constexpr):
-    # each dimension, and its partner, with which it turns
+    # each dimension, and its partner in the rotation
     PADDED: tl.constexpr = triton.next_power_of_2(DIM)
     dim = tl.arange(0, PADDED)[None, None, :]
     return dim, tl.where(dim < HALF, dim + HALF, dim - HALF)
@@ -50,7 +50,7 @@ def _dims(DIM: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _tables(cosine_ptr, sine_ptr, position, positions, length, DIM: tl.constexpr, HALF: tl.constexpr):
-    # R x = cosine · x + sine · partner's x; what does not turn has 1 and 0
+    # R x = cosine · x + sine · partner's x; dimensions that are not rotated have 1 and 0
     dim, _partner = _dims(DIM, HALF)
     inside = (position < positions)[:, None, None] & (dim < 2 * HALF)
     place = (position % length)[:, None, None] * HALF + tl.where(dim < HALF, dim, dim - HALF)
@@ -126,12 +126,12 @@ def _unrotate_heads(
     upstream, output = _load(source, stride_d, dim, inside), _load(output_ptr + place, 1, dim, inside)
     along = tl.sum(upstream * output, axis=2) / gain
     rstd = tl.load(rstd_ptr + row * ALL_HEADS + head, mask=here, other=0.0)
-    share = (along / (DIM * gain))[:, :, None]
+    coefficient = (along / (DIM * gain))[:, :, None]
     if HALF > 0:
-        share *= 1.0 / (cosine * cosine + sine * sine)
-    gradient = upstream - share * output
+        coefficient *= 1.0 / (cosine * cosine + sine * sine)
+    gradient = upstream - coefficient * output
     if HALF > 0:
-        other = _load(source, stride_d, partner, turning) - share * _load(output_ptr + place, 1, partner, turning)
+        other = _load(source, stride_d, partner, turning) - coefficient * _load(output_ptr + place, 1, partner, turning)
         gradient = cosine * gradient - sine * other
     gradient *= (rstd * gain)[:, :, None]
     tl.store(gradient_ptr + place + dim, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
@@ -166,7 +166,7 @@ def rotate_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """q̂, k̂ and rstd of BLOCK positions; without key heads (or query heads) of the others alone."""
+    """q̂, k̂ and rstd of BLOCK positions; either may have no heads."""
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ALL: tl.constexpr = HEADS + KV_HEADS
     cosine = 1.0
@@ -199,7 +199,7 @@ def unrotate_kernel(
     rstd_ptr,
     dq_ptr,
     dk_ptr,
-    share_ptr,
+    partial_ptr,
     positions,
     length,
     floor,
@@ -217,7 +217,7 @@ def unrotate_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dq and dk of BLOCK positions, and the program's line of `share` `(programs, HEADS)`, whose sum is dg."""
+    """dq and dk of BLOCK positions, and their row of `partial` `(programs, HEADS)`, whose sum over programs is dg."""
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ALL: tl.constexpr = HEADS + KV_HEADS
     cosine = 1.0
@@ -231,7 +231,7 @@ def unrotate_kernel(
             q_stride_b, q_stride_t, q_stride_h, q_stride_d, HEADS, ALL, DIM, HALF,
         )  # fmt: skip
         head = tl.arange(0, triton.next_power_of_2(HEADS))
-        tl.store(share_ptr + tl.program_id(0) * HEADS + head, tl.sum(along, axis=0), mask=head < HEADS)
+        tl.store(partial_ptr + tl.program_id(0) * HEADS + head, tl.sum(along, axis=0), mask=head < HEADS)
     if KV_HEADS > 0:
         one = tl.full((1, triton.next_power_of_2(KV_HEADS)), 1.0, tl.float32)
         _unrotate_heads(
@@ -250,7 +250,7 @@ def forward(
         cosine, sine: `(T, 1, r/2)` in the dtype of q.
         gain: `(H,)` float32 or in the dtype of q.
         eps: of the norm.
-        floor: smallest gain, so that q̂ keeps its direction.
+        floor: smallest magnitude of a gain, so that q̂ keeps its direction.
     """
     q_hat, k_hat = q.new_empty(q.shape), k.new_empty(k.shape)
     rstd = q.new_empty((*q.shape[:2], q.shape[2] + k.shape[2]), dtype=torch.float32)
@@ -278,7 +278,7 @@ def backward(
     *,
     floor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`golf::qk_norm_rope_backward`: dq, dk and dgain, whose shares are added in one order always."""
+    """`golf::qk_norm_rope_backward`: dq, dk and dgain, whose partial sums are added in the same order every time."""
     q_hat, k_hat, rstd = q_hat.contiguous(), k_hat.contiguous(), rstd.contiguous()
     dq, dk = torch.empty_like(q_hat), torch.empty_like(k_hat)
     if not rstd.numel():
@@ -286,14 +286,14 @@ def backward(
     block, warps = _blocks(q_hat, k_hat)
     positions, length = q_hat.shape[0] * q_hat.shape[1], q_hat.shape[1]
     programs = triton.cdiv(positions, block)
-    share = rstd.new_empty((programs, q_hat.shape[2]))
+    partial = rstd.new_empty((programs, q_hat.shape[2]))
     tables = (cosine.contiguous(), sine.contiguous(), gain.contiguous())
     with torch.cuda.device_of(q_hat):
         unrotate_kernel[(programs,)](
-            dq_hat, dk_hat, q_hat, k_hat, *tables, rstd, dq, dk, share, positions, length, floor,
+            dq_hat, dk_hat, q_hat, k_hat, *tables, rstd, dq, dk, partial, positions, length, floor,
             *dq_hat.stride(), *dk_hat.stride(), **_sizes(q_hat, k_hat, cosine), BLOCK=block, num_warps=warps,
         )  # fmt: skip
-    return dq, dk, share.sum(dim=0).to(gain.dtype)
+    return dq, dk, partial.sum(dim=0).to(gain.dtype)
 
 
 def _sizes(q: Tensor, k: Tensor, cosine: Tensor) -> dict[str, int]:
@@ -305,6 +305,6 @@ def _blocks(q: Tensor, k: Tensor) -> tuple[int, int]:
 
 
 def choose_block(heads: int, dim: int) -> tuple[int, int]:
-    """Positions and warps of a program: 16 numbers of a tensor per thread, padding counted; more cost registers."""
+    """Positions and warps of a program: with padding, 16 numbers of a tensor per thread, so that registers suffice."""
     numbers = triton.next_power_of_2(heads) * triton.next_power_of_2(dim)
     return max(1, 2048 // numbers), max(4, numbers // 512)

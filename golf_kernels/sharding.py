@@ -1,4 +1,4 @@
-"""Work divided between ranks by its cost, and Newton-Schulz divided so."""
+"""Assigns work to ranks by its cost, and divides Newton-Schulz among ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def newton_schulz_cost(rows: int, columns: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def assign(shapes: tuple[tuple[int, int], ...], ranks: int) -> tuple[int, ...]:
-    """The rank of each matrix, so that every rank orthogonalizes about as long.
+    """The rank of each matrix, so that all ranks finish at about the same time.
 
     Args:
         shapes: (rows, columns) of each matrix.
@@ -27,23 +27,23 @@ def assign(shapes: tuple[tuple[int, int], ...], ranks: int) -> tuple[int, ...]:
     Returns:
         One rank per matrix, the same on every rank.
     """
-    return share_out([newton_schulz_cost(*shape) for shape in shapes], ranks)
+    return assign_costs([newton_schulz_cost(*shape) for shape in shapes], ranks)
 
 
-def share_out(costs: Sequence[float], shares: int) -> tuple[int, ...]:
-    """The share of each piece of work: the dearest first, each to the share with the least so far.
+def assign_costs(costs: Sequence[float], ranks: int) -> tuple[int, ...]:
+    """The rank of each task: the most expensive task first, each to the rank with the lowest cost so far.
 
     Args:
-        costs: of each piece, in any unit.
-        shares: their number.
+        costs: of each task, in any unit.
+        ranks: number of ranks.
 
     Returns:
-        One share per piece.
+        One rank per task.
     """
-    loads = [0.0] * shares
+    loads = [0.0] * ranks
     owners = [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owners[index] = min(range(shares), key=lambda share: (loads[share], share))
+        owners[index] = min(range(ranks), key=lambda rank: (loads[rank], rank))
         loads[owners[index]] += costs[index]
     return tuple(owners)
 
@@ -51,26 +51,26 @@ def share_out(costs: Sequence[float], shares: int) -> tuple[int, ...]:
 def orthogonalize_sharded(
     updates: Sequence[Tensor], run: Callable[[list[Tensor]], list[Tensor]], dtype: torch.dtype, group: dist.ProcessGroup
 ) -> list[Tensor]:
-    """Every rank orthogonalizes its share of the matrices and gets the others' results.
+    """Every rank orthogonalizes the matrices assigned to it and gets the results of the other ranks.
 
     Args:
         updates: matrices `(m, n)` and banks `(k, m, n)`, the same shapes on every rank.
         run: orthogonalizes a list of matrices.
-        dtype: in which results travel.
+        dtype: dtype in which the results are sent.
         group: the ranks.
 
     Returns:
         One result per update.
     """
-    # a bank's matrices are shared out one by one, because a whole bank may be half of the work
+    # a bank's matrices are assigned one by one, because a whole bank may be half of the work
     matrices = [matrix for update in updates for matrix in (update.unbind() if update.ndim == 3 else (update,))]
     ranks = dist.get_world_size(group)
     owners = assign(tuple((matrix.shape[0], matrix.shape[1]) for matrix in matrices), ranks)
-    shares = [[index for index, owner in enumerate(owners) if owner == rank] for rank in range(ranks)]
-    longest = max(sum(matrices[index].numel() for index in share) for share in shares)
+    indices = [[index for index, owner in enumerate(owners) if owner == rank] for rank in range(ranks)]
+    longest = max(sum(matrices[index].numel() for index in own) for own in indices)
     flat = torch.zeros(longest, dtype=dtype, device=matrices[0].device)
     position = 0
-    for result in run([matrices[index] for index in shares[dist.get_rank(group)]]):
+    for result in run([matrices[index] for index in indices[dist.get_rank(group)]]):
         flat[position : position + result.numel()] = result.flatten()
         position += result.numel()
     gathered = torch.empty(ranks * longest, dtype=dtype, device=flat.device)
@@ -78,10 +78,10 @@ def orthogonalize_sharded(
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(gathered, flat, group=group)
     results = [torch.empty_like(update, memory_format=torch.contiguous_format) for update in updates]
-    targets = [piece for result in results for piece in (result.unbind() if result.ndim == 3 else (result,))]
-    for rank, share in enumerate(shares):
+    targets = [matrix for result in results for matrix in (result.unbind() if result.ndim == 3 else (result,))]
+    for rank, own in enumerate(indices):
         position = rank * longest
-        for index in share:
+        for index in own:
             count = targets[index].numel()
             targets[index].copy_(gathered[position : position + count].view(targets[index].shape))
             position += count

@@ -1,10 +1,10 @@
-"""Head product, softcap and cross-entropy as one operator that also returns the gradients: `golf::softcapped_cross_entropy`.
+"""The head's product, softcap and cross-entropy, with the gradients in one operator: `golf::softcapped_cross_entropy`.
 
     z = softcap · tanh(hidden · weightᵀ / softcap)
     loss = mean or sum over rows of  lse − z[target] + z_loss · lse²,  lse = logsumexp(z)
 
-The rows go through in chunks and each chunk's logits turn into its gradients at once, so the whole logits never exist;
-what is needed beside the results is `CHUNK_BYTES`, whatever the number of rows and the vocabulary.
+Rows are taken in chunks, and the gradients of a chunk's logits are computed at once, so that the logits of all rows never
+exist. Besides the results it takes `CHUNK_BYTES` of memory, whatever the number of rows and the vocabulary.
 With p = softmax(z), e the one-hot target and w the row's weight (1 / count for a mean, 0 for an ignored row):
 
     d logits = w · (p · (1 + 2 · z_loss · lse) − e) · (1 − (z / softcap)²)
@@ -128,7 +128,7 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _scale(kept: Tensor, mean: bool, dtype: torch.dtype) -> Tensor:
-    """What each row that is kept counts, as a scalar on the device: 1, or one over their number."""
+    """The weight of each row that is not ignored, a scalar on the device: 1, or 1 / their number."""
     count = kept.sum().clamp_min(1) if mean else kept.new_ones((), dtype=dtype)
     return count.to(dtype).reciprocal()
 
@@ -179,7 +179,7 @@ def _reference(
         z = capped * softcap
         lse = torch.logsumexp(z, dim=1, keepdim=True)
         per_row = (lse - z.gather(1, picked[rows])).squeeze(1) + z_loss * lse.squeeze(1).square()
-        # where, not a product: the logits of an ignored row may be anything, NaN included
+        # where, not a product: the logits of an ignored row may be NaN
         loss += torch.where(kept[rows], per_row * row_weight[rows], 0.0).sum()
         if not (need_hidden or need_weight):
             continue
@@ -233,8 +233,8 @@ def _triton(
 
 
 def triton_problem(hidden: Tensor) -> str | None:
-    """Why the kernels of the head cannot take these hidden states, or None."""
-    # the interpreter multiplies the bit patterns of bfloat16, without a word
+    """Why the kernels of the head cannot take these hidden states; None if they can."""
+    # Triton's interpreter multiplies the bit patterns of bfloat16, without an error
     dtypes = (torch.float16, torch.float32) if hidden.device.type == "cpu" else (torch.bfloat16, torch.float16)
     if hidden.dtype in dtypes:
         return None
@@ -248,7 +248,7 @@ def _triton_supports(*args: Any) -> str | None:
     from golf_kernels.softcapped_cross_entropy_triton import MAX_VOCABULARY
 
     if args[1].shape[0] > MAX_VOCABULARY:
-        return f"a vocabulary of {args[1].shape[0]}, its kernel holds rows of at most {MAX_VOCABULARY} logits"
+        return f"its kernel takes a vocabulary of at most {MAX_VOCABULARY}, found {args[1].shape[0]}"
     return triton_problem(args[0])
 
 
@@ -256,8 +256,8 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     hidden, weight, *_, need_hidden, need_weight = inputs
     if (hidden.requires_grad and not need_hidden) or (weight.requires_grad and not need_weight):
         raise RuntimeError(
-            "golf::softcapped_cross_entropy was told to compute no gradient for an input that requires one; "
-            "call golf_kernels.softcapped_cross_entropy, which asks for what is needed"
+            "golf::softcapped_cross_entropy: an input requires a gradient, but its need_hidden or need_weight is False; "
+            "call golf_kernels.softcapped_cross_entropy, which sets them"
         )
     _, d_hidden, d_weight = output
     ctx.mark_non_differentiable(d_hidden, d_weight)

@@ -1,9 +1,10 @@
-"""Triton kernels of the softcapped head: one pass over logits that leaves their gradient, and a loss without logits.
+"""Triton kernels of the softcapped head: one replaces logits by their gradients, one needs no logits in memory.
 
-    loss_and_gradient   a program holds a row in registers: reads it once, writes d logits over it
-    row_nll             logits of a tile of rows, some columns at a time, stay on the chip: a running logsumexp and the target
+    loss_and_gradient   a program holds a row in registers: it reads the logits once and overwrites them with d logits
+    row_nll             a program computes the logits of a tile of rows, some columns at a time, and keeps only a running
+                        logsumexp and the target's logit
 
-Both take tanh(x) as 1 − 2s with s = 1 / (1 + e^2x), and its derivative as 4s(1 − s).
+Both compute tanh(x) as 1 − 2s with s = 1 / (1 + e^2x), and its derivative as 4s(1 − s).
 """
 
 # triton gives the arguments of a kernel their types
@@ -18,22 +19,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# powers of 2 are one instruction, powers of e five
+# a power of 2 is one instruction, a power of e five
 LOG2_E = tl.constexpr(math.log2(math.e))
 MAX_VOCABULARY = 8192
-"""Columns of the longest row that a program of `loss_and_gradient` holds."""
+"""Longest row that a program of `loss_and_gradient` can hold."""
 
 
 @triton.jit
 def _folded_tanh(x, softcap):
-    # a root and its square are two instructions where a quotient is eight; an infinite power leaves 0, as it should
+    # the square of rsqrt is two instructions, a quotient eight; an infinite power gives 0, which is right
     root = tl.rsqrt(1.0 + tl.exp2(x * (2.0 * LOG2_E / softcap)))
     return root * root
 
 
 @triton.jit
 def _round_to_bf16(x):
-    # in integers, to the nearest even: the interpreter's own conversion cuts off
+    # to nearest even, in integers, because the interpreter's conversion truncates
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
@@ -51,14 +52,14 @@ def loss_and_gradient_kernel(
     ignore_index,
     BLOCK_V: tl.constexpr,
 ):
-    """Loss of one row, times scale, and d logits over the logits `(rows, vocabulary)`."""
+    """Loss of one row, times scale; overwrites its logits `(rows, vocabulary)` with d logits."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_V)
     inside = column < vocabulary
     address = logits_ptr + row * vocabulary + column
     target = tl.load(targets_ptr + row)
     scale = tl.load(scale_ptr)
-    # read before the row's maximum and sum, behind which it may have been overwritten
+    # read before the row's maximum and sum, after which other threads may have overwritten it
     known = (target >= 0) & (target < vocabulary)
     hit = tl.load(logits_ptr + row * vocabulary + target, mask=known, other=0.0).to(tl.float32)
     picked = softcap - 2.0 * softcap * _folded_tanh(hit, softcap)
@@ -68,7 +69,7 @@ def loss_and_gradient_kernel(
     weight = tl.exp2(z * LOG2_E - top * LOG2_E)
     total = tl.sum(weight, axis=0)
     lse = top + tl.log(total)
-    # a choice, not a product: an ignored row may hold anything, NaN included
+    # where, not a product: an ignored row may hold NaN
     kept = target != ignore_index
     tl.store(loss_ptr + row, tl.where(kept, scale * (lse - picked + z_loss * lse * lse), 0.0))
     steep = 4.0 * scale
@@ -94,10 +95,10 @@ def row_nll_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Logsumexp of BLOCK_M rows over `span` of the columns, and the target's logit where it is among them, else 0."""
+    """Logsumexp of BLOCK_M rows over `span` columns, and the target's logit if it is among them, otherwise 0."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     target = tl.load(targets_ptr + row, mask=row < rows, other=-1)
-    # beyond the ends the last row and column stand in, and nothing is stored of them: masks cost registers
+    # rows and columns beyond the ends read the last one, and are not stored: masks would cost registers
     hidden_rows = hidden_ptr + tl.minimum(row, rows - 1)[:, None] * width
     first = tl.program_id(1) * span
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -127,7 +128,7 @@ def row_nll_kernel(
 
 
 ROW_BLOCKS = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}
-# two programs on a processor: one multiplies while the other takes exponentials
+# two programs on an SM: one multiplies while the other computes exponentials
 ROW_OPTIONS = {"num_warps": 8, "num_stages": 5, "maxnreg": 128}
 
 
@@ -140,7 +141,7 @@ def loss_and_gradient(
     z_loss: float,
     ignore_index: int,
 ) -> None:
-    """Turns logits into the gradients of `scale` · loss, in place; see `golf::softcapped_cross_entropy`.
+    """Replaces logits by the gradients of `scale` · loss, in place; see `golf::softcapped_cross_entropy`.
 
     Args:
         logits: `(rows, V)` contiguous, bfloat16, float16 or float32, V at most `MAX_VOCABULARY`; overwritten.
@@ -149,7 +150,7 @@ def loss_and_gradient(
         loss: `(rows,)` contiguous float32; overwritten by each row's loss times `scale`, 0 for an ignored row.
         softcap: cap of the logits.
         z_loss: weight of logsumexp².
-        ignore_index: target of rows that count for nothing.
+        ignore_index: target of ignored rows.
     """
     rows, vocabulary = logits.shape
     if not rows:
@@ -179,7 +180,7 @@ def row_nll(
     (rows, width), vocabulary = hidden.shape, weight.shape[0]
     hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
     tiles = triton.cdiv(rows, ROW_BLOCKS["BLOCK_M"])
-    # the interpreter has no processors: one makes it split a short vocabulary
+    # one SM in the interpreter, so that it splits a short vocabulary
     processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 1
     span = column_span(tiles, vocabulary, 2 * processors)
     parts = triton.cdiv(vocabulary, span)
@@ -195,7 +196,7 @@ def row_nll(
 
 
 def column_span(row_tiles: int, vocabulary: int, programs: int) -> int:
-    """Columns for one program: whole tiles, as many as still leave so many programs where there are few rows."""
+    """Columns of a program, in whole tiles: fewer where rows are few, so that there are about `programs` programs."""
     tiles = triton.cdiv(vocabulary, ROW_BLOCKS["BLOCK_N"])
     parts = min(max(programs // max(row_tiles, 1), 1), tiles)
     return int(triton.cdiv(tiles, parts) * ROW_BLOCKS["BLOCK_N"])
@@ -206,5 +207,5 @@ def _row_block(vocabulary: int) -> int:
 
 
 def _row_options(block: int) -> dict[str, int]:
-    # 32 columns for each thread, and at least two rows on a processor: one is read while another is computed
+    # 32 columns per thread, and at least two rows on an SM: one is read while another is computed
     return {"num_warps": block // 1024, "maxnreg": 128}

@@ -2,7 +2,7 @@
 
     z = softcap · tanh(logits / softcap),  nll[i] = logsumexp(z[i]) − z[i, targets[i]]
 
-No gradient. The rows go through in chunks, so the whole logits never exist.
+No gradient. Rows are taken in chunks, so that the logits of all rows never exist.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _reference(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, 
     step = chunk_rows(hidden.device, weight.shape[0])
     for start in range(0, hidden.shape[0], step):
         rows = slice(start, start + step)
-        # a 16-bit result would round the logits, which is for logits_rounding to decide
+        # a 16-bit product would round the logits, whatever logits_rounding says
         logits = wide_product(hidden[rows], weight.T)
         if round_to_bf16:
             logits = logits.bfloat16().to(dtype)

@@ -1,4 +1,4 @@
-"""Exclusive self-attention (XSA) as one pass each way: `golf::xsa`.
+"""Exclusive self-attention (XSA), one pass each way: `golf::xsa`.
 
     v̂ = v / n,  n = max(‖v‖₂, 1e-12) as in `torch.nn.functional.normalize`
     s = ⟨o, v̂⟩,  y = o − s v̂ for each of the H / H_kv query heads that share the value
@@ -7,11 +7,11 @@ With t = ⟨dy, v̂⟩, and u = 1 where ‖v‖ ≥ 1e-12, else 0,
 
     do = dy − t v̂,  dv = (1 / n) (2 u Σ s t v̂ − Σ (s dy + t o)), the sums over the heads that share the value
 
-Saved are o and v, which attention saves anyway, and nothing else. A training step adds dv to attention's own gradient of
-the values.
+Kept for the backward pass are o and v, which attention keeps anyway. Autograd adds dv to attention's gradient of the
+values.
 
-`golf::xsa_backward` computes the gradients; the pair of operators is what a kernel replaces. Source: Zhai, "Exclusive
-Self Attention", 2026 (arXiv 2603.09078); grouped as in Parameter Golf.
+`golf::xsa_backward` computes the gradients. Source: Zhai, "Exclusive Self Attention", 2026 (arXiv 2603.09078); heads in
+groups as in Parameter Golf.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from torch.nn import functional as F
 from golf_kernels import dispatch, operators
 
 EPS = 1e-12
-"""Shortest value that counts with its length, as in `torch.nn.functional.normalize`."""
+"""Smallest divisor of a value, as in `torch.nn.functional.normalize`."""
 
 
 def xsa(output: Tensor, value: Tensor) -> Tensor:
-    """Attention's output without what lies along the value of the same position: y = o − ⟨o, v̂⟩ v̂.
+    """Removes from attention's output its component along the value of the same position: y = o − ⟨o, v̂⟩ v̂.
 
-    Differentiable once in both. Kernels read both, and the upstream gradient, of any strides without a copy, such as
-    values from some position on or an output with its heads first; nothing is repeated for the heads of a group.
+    Differentiable once in both. The kernels read tensors of any strides without a copy, the upstream gradient too, and do
+    not repeat a value for its query heads.
 
     Args:
         output: `(B, T, H, D)`, attention's output, floating; B, T and H may be 0.
@@ -49,13 +49,13 @@ def xsa(output: Tensor, value: Tensor) -> Tensor:
 
 
 def written_out(output: Tensor, value: Tensor) -> Tensor:
-    """`xsa` in PyTorch's own operations, for a compiler, which cannot look into an operator.
+    """`xsa` in PyTorch's operations, for a compiler, which cannot look into an operator.
 
     Args:
         output, value: as for `xsa`.
 
     Returns:
-        `(B, T, H, D)`, as of `xsa`.
+        `(B, T, H, D)`.
     """
     batch, length, heads, dim = output.shape
     kv_heads = value.shape[2]
@@ -66,8 +66,7 @@ def written_out(output: Tensor, value: Tensor) -> Tensor:
     return (grouped - along * direction).reshape(batch, length, heads, dim)
 
 
-def check(output: Tensor, value: Tensor) -> None:
-    """Raise `xsa`'s errors."""
+def _check(output: Tensor, value: Tensor) -> None:
     if output.ndim != 4 or not output.dtype.is_floating_point or output.shape[-1] == 0:
         raise ValueError(
             f"output: expected shape (B, T, H, D) and a floating dtype, found {tuple(output.shape)} and {output.dtype}"
@@ -90,7 +89,7 @@ def check(output: Tensor, value: Tensor) -> None:
 
 
 def _fake(output: Tensor, value: Tensor) -> Tensor:
-    check(output, value)
+    _check(output, value)
     return output.new_empty(output.shape)
 
 
@@ -99,7 +98,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _grouped(x: Tensor, value: Tensor) -> Tensor:
-    """`(B, T, H, D)` as `(B, T, H_kv, H / H_kv, D)`."""
+    """`(B, T, H, D)` as `(B, T, H_kv, H / H_kv, D)`, in float32 at least."""
     batch, length, heads, dim = x.shape
     return _wide(x).reshape(batch, length, value.shape[2], heads // value.shape[2], dim)
 
@@ -114,9 +113,8 @@ def _length(value: Tensor) -> Tensor:
     return length.unsqueeze(3)
 
 
-def reference(output: Tensor, value: Tensor) -> Tensor:
-    """`golf::xsa` in PyTorch, computed in float32 at least and rounded once."""
-    check(output, value)
+def _reference(output: Tensor, value: Tensor) -> Tensor:
+    _check(output, value)
     grouped = _grouped(output, value)
     direction = _wide(value).unsqueeze(3) / _length(value).clamp_min(EPS)
     removed = torch.addcmul(grouped, _along(grouped, direction), direction, value=-1)
@@ -127,16 +125,15 @@ def _backward_fake(dy: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor, T
     return output.new_empty(output.shape), value.new_empty(value.shape)
 
 
-def backward_reference(dy: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """`golf::xsa_backward` in PyTorch, do and dv likewise."""
+def _backward_reference(dy: Tensor, output: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     upstream, grouped, length = _grouped(dy, value), _grouped(output, value), _length(value)
     clamped = length.clamp_min(EPS)
     direction = _wide(value).unsqueeze(3) / clamped
     s, t = _along(grouped, direction), _along(upstream, direction)
     doutput = torch.addcmul(upstream, t, direction, value=-1)
-    shares = (s * upstream).addcmul_(t, grouped).sum(dim=3, keepdim=True)
+    through_direction = (s * upstream).addcmul_(t, grouped).sum(dim=3, keepdim=True)
     through_length = 2 * (length >= EPS) * (s * t).sum(dim=3, keepdim=True)
-    dvalue = ((through_length * direction - shares) / clamped).squeeze(3)
+    dvalue = ((through_length * direction - through_direction) / clamped).squeeze(3)
     doutput = doutput.to(output.dtype).reshape(output.shape)
     return doutput.contiguous(), dvalue.to(value.dtype).contiguous()
 
@@ -170,7 +167,7 @@ def _triton_supports(*args: Any) -> str | None:
 def _triton(output: Tensor, value: Tensor) -> Tensor:
     from golf_kernels import xsa_triton
 
-    check(output, value)
+    _check(output, value)
     return xsa_triton.forward(output, value, EPS)
 
 
@@ -187,11 +184,11 @@ def _inputs(
     return {"output": output.requires_grad_(), "value": value.requires_grad_()}
 
 
-dispatch.define("xsa", "(Tensor output, Tensor value) -> Tensor", reference=reference, fake=_fake)
+dispatch.define("xsa", "(Tensor output, Tensor value) -> Tensor", reference=_reference, fake=_fake)
 dispatch.define_backward(
     "xsa",
     "(Tensor dy, Tensor output, Tensor value) -> (Tensor doutput, Tensor dvalue)",
-    reference=backward_reference,
+    reference=_backward_reference,
     fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,

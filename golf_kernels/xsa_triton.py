@@ -3,8 +3,8 @@
     xsa            y = o − ⟨o, v̂⟩ v̂
     xsa_backward   do, and dv summed over the heads that share a value
 
-A program takes some values, and of each the query heads that share it one after the other: a value is read once and kept
-in registers, its gradient is summed there, and the sum has one order.
+A program takes some values, and for each the query heads that share it, one after the other. A value is read once and kept
+in registers, and its gradient is summed there, always in the same order.
 """
 
 # triton gives the arguments of a kernel their types
@@ -22,7 +22,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def _places(rows, length, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    # row: a position's value head; tiles are (row, dimension)
+    # a row is a value head of a position; tiles are (row, dimension)
     PADDED: tl.constexpr = triton.next_power_of_2(DIM)
     row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
     dim = tl.arange(0, PADDED)[None, :]
@@ -112,7 +112,7 @@ def xsa_backward_kernel(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """do of the heads that share BLOCK values, and dv of these."""
+    """do of the heads that share BLOCK values, and dv of these values."""
     row, batch, time, dim, inside = _places(rows, length, KV_HEADS, DIM, BLOCK)
     kv_head = row % KV_HEADS
     value_at = batch * value_stride_b + time * value_stride_t + kv_head * value_stride_h + dim * value_stride_d
@@ -122,7 +122,7 @@ def xsa_backward_kernel(
     direction = value * inverse
     output_at = batch * output_stride_b + time * output_stride_t + dim * output_stride_d
     dy_at = batch * dy_stride_b + time * dy_stride_t + dim * dy_stride_d
-    shares = tl.zeros_like(value)
+    through_direction = tl.zeros_like(value)
     products = tl.zeros_like(norm)
     for member in tl.static_range(GROUP):
         head = kv_head * GROUP + member
@@ -131,11 +131,11 @@ def xsa_backward_kernel(
         s = _along(output, direction)
         t = _along(dy, direction)
         _store(doutput_ptr, (row * GROUP + member) * DIM + dim, dy - t * direction, inside)
-        shares += s * dy + t * output
+        through_direction += s * dy + t * output
         products += s * t
-    # below eps the length is a constant, so nothing passes through it
+    # a length below eps is replaced by eps, a constant, and has no gradient
     through_length = tl.where(norm < eps, 0.0, 2.0 * products)
-    _store(dvalue_ptr, row * DIM + dim, inverse * (through_length * direction - shares), inside)
+    _store(dvalue_ptr, row * DIM + dim, inverse * (through_length * direction - through_direction), inside)
 
 
 def forward(output: Tensor, value: Tensor, eps: float) -> Tensor:
@@ -144,7 +144,7 @@ def forward(output: Tensor, value: Tensor, eps: float) -> Tensor:
     Args:
         output: `(B, T, H, D)` of any strides, bfloat16, float16 or float32.
         value: `(B, T, H_kv, D)` of any strides, in the dtype of output.
-        eps: length below which a value counts as that long.
+        eps: smallest divisor of a value.
     """
     y = output.new_empty(output.shape)
     if y.numel():
@@ -175,5 +175,5 @@ def _sizes(output: Tensor, value: Tensor) -> dict[str, int]:
 
 
 def choose_block(dim: int) -> int:
-    """Values of a program: 16 numbers of a tensor per thread, padding counted; more cost registers."""
+    """Values of a program: with padding, 16 numbers of a tensor per thread, so that registers suffice."""
     return int(max(1, 512 * NUM_WARPS // triton.next_power_of_2(dim)))

@@ -7,7 +7,7 @@ from benchmarks import bench_gptq
 from benchmarks.measure import common
 
 
-def test_every_back_end_is_reported(capsys):
+def test_every_backend_is_reported(capsys):
     assert bench_gptq.main(["--device", "cpu", "--rounds", "2", "--warmup-ms", "1", "--tiny"]) == 0
     assert "gptq_block, 2x9x21, float32, on cpu" in capsys.readouterr().out
 

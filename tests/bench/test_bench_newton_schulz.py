@@ -25,7 +25,7 @@ def test_the_cases_are_those_of_the_model():
     # by hand: half of each symmetric product, for the MLP of four times the width
     figure = 22 * (2.68 + 0.59 + 8.72) * 1e9
     assert newton_schulz_flops(shapes, bench.STEPS) == pytest.approx(figure, rel=0.005)
-    share = bench.share_of_eight(shapes)
+    share = bench.matrices_of_one_rank(shapes)
     assert sum(shape in ((2048, 512), (512, 2048)) for shape in share) <= 3
 
 

@@ -1,4 +1,4 @@
-"""The CUDA sources as they stand, their threads run by the CPU, against PyTorch: the same bits and not a byte beside them."""
+"""The CUDA sources, unchanged, with their threads run on the CPU: the bits of PyTorch, and not a byte outside the results."""
 
 import ctypes
 import re

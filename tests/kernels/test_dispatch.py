@@ -140,7 +140,7 @@ def test_tensors_elsewhere_go_their_usual_way(monkeypatch, caplog):
     for forced in ("cuda", "triton"):
         monkeypatch.setenv("GOLF_BACKEND", f"op={forced}")
         backend, reason = dispatch.choose("op", torch.zeros(1))
-        assert backend == "cpp" and reason == f"{forced}: forced, but for tensors on cuda, found cpu"
+        assert backend == "cpp" and reason == f"{forced}: forced, but it takes tensors on cuda, found cpu"
         assert f"op: falling back from {forced}: forced, but" in caplog.text
         assert dispatch.choose("op", device="cuda").backend == forced
 

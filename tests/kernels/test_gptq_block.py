@@ -54,7 +54,7 @@ def oracle(work, factor, scales, limit):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("limit", [31, 3])
-def test_every_back_end_gives_the_formulas_bits(device, shape, dtype, limit):
+def test_every_backend_gives_the_formulas_bits(device, shape, dtype, limit):
     given = problem(*shape, dtype)
     codes, errors = golf_kernels.gptq_block(*(tensor.to(device) for tensor in given), limit)
     want_codes, want_errors = oracle(*given, limit)
@@ -117,13 +117,13 @@ def test_a_block_that_is_too_long_falls_back_with_its_reason(backend, device, mo
         # it takes blocks of any length
         return
     given = [tensor.to(device) for tensor in problem(1, MAX_COLUMNS + 1, 3)]
-    with pytest.raises(dispatch.BackendError, match="blocks of 129 columns, and it takes 128 at most"):
+    with pytest.raises(dispatch.BackendError, match="it takes blocks of at most 128 columns, found 129"):
         golf_kernels.gptq_block(*given, 31)
     monkeypatch.delenv("GOLF_BACKEND")
     dispatch._logged.clear()
     with caplog.at_level(logging.WARNING, "golf_kernels"):
         codes, _ = golf_kernels.gptq_block(*given, 31)
-    assert f"gptq_block: falling back from {backend}: blocks of 129 columns" in caplog.text
+    assert f"gptq_block: falling back from {backend}: it takes blocks of at most 128 columns" in caplog.text
     np.testing.assert_array_equal(codes.cpu().numpy(), oracle(*given, 31)[0])
 
 

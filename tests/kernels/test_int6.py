@@ -316,7 +316,7 @@ def test_fake_tensors_on_a_gpu():
 
 
 @pytest.mark.skipif("cpp" not in dispatch.available_backends("int6_pack"), reason="the C++ backend is not built")
-def test_a_forced_back_end_that_cannot_run_says_why(monkeypatch):
+def test_a_forced_backend_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setenv("GOLF_BACKEND", "int6=cpp")
     packed, scales = golf_kernels.int6_pack(torch.zeros(2, 4, dtype=torch.int8)), torch.ones(2)
     for dtype in (torch.float64, torch.float16):

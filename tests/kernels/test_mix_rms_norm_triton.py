@@ -136,7 +136,7 @@ def test_a_mix_in_float32_counts_rounded():
     assert got["dmix"].dtype == torch.float32 and torch.equal(got["dmix"].half(), rounded["dmix"])
 
 
-def test_both_back_ends_give_the_same():
+def test_both_backends_give_the_same():
     tensors = [t.detach() for t in streams(2, 21, 24, dtype=torch.float32).values()]
     kernels, reference = (
         dispatch.run_on(backend, "mix_rms_norm", *tensors, EPS, 0.5) for backend in ("triton", "torch")

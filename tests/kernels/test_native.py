@@ -33,7 +33,7 @@ def test_a_tree_that_was_never_installed():
 
 def test_a_packed_script(monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "PACKED_SCRIPT", "train_gpt.py", raising=False)
-    said = "a single script carries no compiled code, and PyTorch's form gives the same values"
+    said = "a packed script carries no compiled code; PyTorch gives the same values"
     assert native.problem("cpp") == native.problem("cuda") == said
 
 

@@ -142,7 +142,7 @@ def test_a_gain_in_float32_counts_rounded():
     assert got["gain"].dtype == torch.float32 and torch.equal(got["gain"].half(), rounded["gain"])
 
 
-def test_both_back_ends_keep_the_same():
+def test_both_backends_keep_the_same():
     tensors = [t.detach() for t in heads(2, 21, 4, 2, 16, 8, torch.float32).values()]
     kernels, reference = (dispatch.run_on(backend, "qk_norm_rope", *tensors, EPS) for backend in ("triton", "torch"))
     assert all(torch.allclose(k, r, rtol=1e-5, atol=1e-6) for k, r in zip(kernels, reference, strict=True))

@@ -199,7 +199,7 @@ def test_columns_of_a_program_are_whole_tiles_that_cover_the_vocabulary():
     ("tensors", "fragment"),
     [
         (head(dtype=torch.float64), "hidden is torch.float64, its kernels take"),
-        (head(vocabulary=8193), "a vocabulary of 8193, its kernel holds rows of at most 8192"),
+        (head(vocabulary=8193), "its kernel takes a vocabulary of at most 8192, found 8193"),
     ],
 )
 def test_what_the_kernels_cannot_is_refused_when_forced(tensors, fragment):

@@ -112,7 +112,7 @@ def test_results_repeat_bit_by_bit():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_both_back_ends_agree():
+def test_both_backends_agree():
     tensors, dy = heads(2, 21, 4, 2, 16, torch.float32)
     inputs = [t.detach().transpose(0, 1) for t in tensors.values()]
     for op, arguments in (("xsa", inputs), ("xsa_backward", [dy.transpose(0, 1), *inputs])):

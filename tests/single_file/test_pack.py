@@ -63,7 +63,7 @@ def test_the_smallest_form_trains_alone_in_an_empty_folder_as_the_package_did(ru
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "not built" not in done.stderr
-    assert "a single script carries no compiled code, and PyTorch's form gives the same values" in done.stderr
+    assert "a packed script carries no compiled code; PyTorch gives the same values" in done.stderr
     again = parse_log(tmp_path / "runs/again/train_seed42.log")
     before = parse_log(run / "train_seed42.log")
     for log in (again, before):

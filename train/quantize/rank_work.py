@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from golf_kernels.sharding import share_out
+from golf_kernels.sharding import assign_costs
 from train.common.distributed import Ranks
 from train.common.errors import UserError
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 def assign(costs: Mapping[Name, float], ranks: int) -> list[list[Name]]:
     """The names of each rank, in the order of `costs`, so that all ranks finish at about the same time."""
-    owners = share_out(list(costs.values()), ranks)
+    owners = assign_costs(list(costs.values()), ranks)
     return [[name for name, owner in zip(costs, owners, strict=True) if owner == rank] for rank in range(ranks)]
 
 
