@@ -11,7 +11,7 @@ from train.artifact.requantize import main as quantize
 from train.command_line import help_text, note_unread, override_line, resolve
 from train.common.errors import UserError
 from train.common.files import write_json
-from train.config import RETIRED, Config, ConfigError, field_names, parse_value
+from train.config import MODEL_RETIRED, RETIRED, Config, ConfigError, field_names, parse_value
 from train.evaluate.__main__ import main as evaluate
 from train.recipes import load_recipe, recipe_names
 from train.run.folder import RunFolder
@@ -158,6 +158,7 @@ def test_removed_settings_load_with_the_value_of_today_and_are_refused_otherwise
 ) -> None:
     monkeypatch.setitem(RETIRED, "old_form", ("after", ""))
     monkeypatch.setitem(RETIRED, "old_layers", ((1, 2),))
+    monkeypatch.setattr("train.config.MODEL_RETIRED", {"old_form", "old_layers"})
     monkeypatch.setitem(RETIRED, "old_speed", None)
     config = Config(seed=5)
     for values in ({"old_form": "after", "old_layers": [1, 2]}, {"old_form": "", "old_speed": 9}):
@@ -178,7 +179,15 @@ def test_removed_settings_load_with_the_value_of_today_and_are_refused_otherwise
     assert resolve([], {"old_form": "after"})[1] == []
 
 
+def test_a_removed_setting_that_leaves_the_model_alone_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"val_max_tokens=4096: .* removed in 0\.2\.0, which always uses 0"):
+        assert Config.from_dict({"seed": 5, "val_max_tokens": 4096}) == Config(seed=5)
+    with pytest.raises(ConfigError, match=r"norm_eps=1e-06: .* supports only"):
+        Config.from_dict({"norm_eps": 1e-6})
+
+
 def test_no_setting_is_retired_and_alive() -> None:
+    assert set(RETIRED) >= MODEL_RETIRED
     assert not set(RETIRED) & set(field_names())
     # JSON holds lists
     assert all(values is None or (isinstance(values, tuple) and values) for values in RETIRED.values())

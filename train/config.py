@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,8 +48,10 @@ RETIRED: dict[str, tuple[Any, ...] | None] = {
 }
 """Settings removed in `REMOVED_IN`: name → the values that match today's behaviour; None: all values do.
 
-A config.json or artifact with such a value loads without the setting.
+A config.json or artifact with another value loads with a warning, unless the setting is in `MODEL_RETIRED`.
 """
+MODEL_RETIRED = frozenset({"norm_eps", "unet_skips"})
+"""Removed settings whose other values make the saved weights another model: they are refused."""
 
 SECTIONS = {
     "run": "recipe",
@@ -330,11 +333,14 @@ def nearest(name: str) -> str:
 
 def _check_retired(name: str, value: Any) -> None:
     supported = RETIRED[name]
-    if supported is not None and value not in supported:
+    if supported is None or value in supported:
+        return
+    removed, today = f"{name}={format_value(value)}: {name} was removed in {REMOVED_IN}", format_value(supported[0])
+    if name in MODEL_RETIRED:
         raise ConfigError(
-            f"{name}={format_value(value)}: {name} was removed in {REMOVED_IN}, which supports only "
-            f"{format_value(supported[0])}: use an earlier version of golf_kernels for this file"
+            f"{removed}, which supports only {today}: use an earlier version of golf_kernels for this file"
         )
+    warnings.warn(f"{removed}, which always uses {today}", stacklevel=3)
 
 
 def _rise(layers: tuple[int, ...], last: int) -> bool:

@@ -125,6 +125,7 @@ def test_every_recipe_carries_all_it_imports_and_no_kernel() -> None:
         ]
         assert [name for name in carried if name.startswith("train.recipes.")] == [f"train.recipes.{recipe}"]
         assert not carried & {f"golf_kernels.{kernel}" for kernel in KERNELS}
+        assert ("train.data.build" in carried) == bool(load_recipe(recipe).config().corpus)
         for source in made_of.sources.values():
             reachable = {name for name, _ in imports(source, {}) if module_path(name)}
             assert reachable <= carried | made_of.left_out.keys()

@@ -57,16 +57,17 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
     def build() -> None:
         if path.exists():
             return
-        if not config.corpus:
+        if config.corpus:
+            from train.data.build import build_dataset
+            from train.data.corpus import split_documents, stdlib_documents
+
+            print("text: the Python standard library's sources and documentation; nothing is downloaded", flush=True)
+            parts = split_documents(stdlib_documents())
+            build_dataset(*parts, path, config.vocab_size, name="stdlib", source="Python standard library")
+        else:
             raise UserError(
                 f"data_path: {path} does not exist: make it with python -m train.data fineweb --variant sp{config.vocab_size} (its "
                 "--help lists repositories) or python -m train.data text PATH… (your own text), or set DATA_PATH"
             )
-        from train.data.build import build_dataset
-        from train.data.corpus import split_documents, stdlib_documents
-
-        print("text: the Python standard library's sources and documentation; nothing is downloaded", flush=True)
-        parts = split_documents(stdlib_documents())
-        build_dataset(*parts, path, config.vocab_size, name="stdlib", source="Python standard library")
 
     ranks.on_main(build)
