@@ -145,7 +145,7 @@ def test_a_variable_that_a_stage_does_not_read_is_said_where_it_differs() -> Non
 
 @pytest.mark.parametrize("stage", [evaluate, quantize])
 @pytest.mark.parametrize("forced", ["nonsense", "gptq_block=nonsense", "gptq_blok=torch"])
-def test_a_stage_of_its_own_refuses_a_back_end_that_is_none(
+def test_a_single_stage_refuses_an_unknown_backend(
     stage: Callable[[list[str]], int], forced: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GOLF_BACKEND", forced)

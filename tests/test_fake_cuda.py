@@ -25,7 +25,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**variables, "GOLF_BACKEND": ""}
 
 
-def test_every_path_of_a_gpu_is_walked_without_one(environment: dict[str, str]) -> None:
+def test_the_gpu_code_paths_run_without_a_gpu(environment: dict[str, str]) -> None:
     files = [HELPERS / "fake_cuda_runs.py", HELPERS / "fake_cuda_launches.py"]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", *files],

@@ -28,7 +28,7 @@ def test_an_input_of_the_corpus_is_read_or_refused(index: int, tmp_path: Path) -
         tracemalloc.stop()
 
 
-def test_the_corpus_reaches_every_codec_and_both_ways_into_a_file() -> None:
+def test_the_fuzz_files_reach_every_codec_and_both_containers() -> None:
     inputs = [base64.b64decode(line) for line in LINES]
     assert {data[0] for data in inputs if data} >= {0, 1, 2}
     assert {data[1] % len(container.CODECS) for data in inputs if data[:1] == b"\2" and len(data) > 3} == set(

@@ -14,7 +14,7 @@ from train.model.gpt import GPT
 from train.recipes import load_recipe
 
 
-def test_both_ways_are_measured_and_compared(capsys):
+def test_both_variants_are_measured_and_compared(capsys):
     arguments = [
         "--device",
         "cpu",
@@ -94,7 +94,7 @@ def test_layer_0_counts_once_per_token_where_windows_may_share_it(system, saved)
     assert alone - shared == (2 * (10_000 * 2048 - targets) * (512 * 1024 + 128 * 256) if saved else 0)
 
 
-def test_a_way_that_counts_wrong_has_no_time():
+def test_a_variant_with_a_wrong_result_has_no_time():
     config = Config(**(load_recipe("sp8192_sdclip").settings | NARROW | {"device": "cpu", "eval_rule": "once"}))
     config = config.replace(logits_rounding="none", recipe="sp8192_sdclip")
     model = random_model(config, torch.device("cpu"))

@@ -163,7 +163,7 @@ def test_fnv_vectors() -> None:
     ]
 
 
-def test_coprime_walks_each_shard_in_a_coprime_stride(data: Path) -> None:
+def test_coprime_reads_each_shard_in_a_coprime_stride(data: Path) -> None:
     order = loader_of(config(data, loader="coprime"), 0, 1).order
     assert isinstance(order, Coprime)
     strides = set()

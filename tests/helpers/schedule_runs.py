@@ -143,7 +143,7 @@ def test_a_look_up_counts_as_often_as_it_is_done_and_never_more_than_the_table()
         assert sorted(scheduled.reads.values()) == sorted([read, 8 * 5])
 
 
-def test_norm_and_rotation_are_one_pass_over_queries_and_one_over_keys_each_way() -> None:
+def test_norm_and_rotation_pass_once_over_queries_and_keys_in_each_direction() -> None:
     def rotated(x: Tensor, gain: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         queries, keys = written_out(x[:, :, :8], x[:, :, 8:], cosine, sine, gain, eps=1e-6)
         return queries.sum() + keys.sum()

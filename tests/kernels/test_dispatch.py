@@ -132,7 +132,7 @@ def test_forcing_what_cannot_run_raises_with_the_reason(monkeypatch):
     assert dispatch.choose("op", torch.zeros(1)).backend == "triton"
 
 
-def test_tensors_elsewhere_go_their_usual_way(monkeypatch, caplog):
+def test_forcing_a_gpu_backend_leaves_cpu_tensors_alone(monkeypatch, caplog):
     # int6 fake-quantizes on the GPU while a run trains, and packs on the CPU when it ends
     for backend in ("torch", "cpp", "cuda", "triton"):
         register("op", backend)

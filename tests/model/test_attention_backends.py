@@ -96,7 +96,7 @@ def test_documents_bound_attention(backend: str) -> None:
 
 
 @pytest.mark.parametrize("asks_for_groups", [False, True])
-def test_pytorchs_flash_attention_takes_documents_as_pieces(
+def test_pytorchs_flash_attention_takes_documents_by_length(
     asks_for_groups: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attend(q, k, v, begins, key_begins, longest, longest_key, *, window_size):  # type: ignore[no-untyped-def]
@@ -175,7 +175,7 @@ def test_repeated_heads_are_those_that_their_queries_share() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_fewer_queries_on_a_gpu_take_a_way_that_has_shapes(dtype: torch.dtype) -> None:
+def test_fewer_queries_on_a_gpu_take_a_backend_that_supports_the_shapes(dtype: torch.dtype) -> None:
     with FakeTensorMode():
         q, k, v = (
             torch.empty(2, rows, count, 16, device="cuda", dtype=dtype) for rows, count in ((3, 4), (9, 2), (9, 2))

@@ -17,7 +17,7 @@ def test_mask_is_causal_and_stays_inside_documents() -> None:
     assert document_starts(IDS).tolist() == [[True, False, False, True, False], [False, False, True, True, False]]
 
 
-def test_offsets_cut_at_documents_and_rows_and_end_in_empty_pieces() -> None:
+def test_offsets_cut_at_documents_and_rows_and_end_in_empty_documents() -> None:
     ids = torch.full((2, 64), 9)
     ids[0, 7] = ids[0, 40] = ids[1, 0] = 1
     offsets = Documents.of(ids).offsets()

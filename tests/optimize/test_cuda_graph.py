@@ -164,7 +164,7 @@ def test_a_state_can_be_loaded_into_its_own_optimizers_and_an_empty_one_forgets(
     assert len(moments) > 20 and not any(moment.any() for moment in moments)
 
 
-def test_a_share_alone_has_the_pieces_of_a_rank_and_the_norm_of_all_gradients() -> None:
+def test_one_rank_of_two_replays_its_graphs_with_the_norm_of_all_gradients() -> None:
     found = []
     for graph in (True, False):
         with fake_graphs() as graphs:
@@ -244,7 +244,7 @@ def work(ranks: Ranks) -> dict[Any, Any]:
     return results | {"plain": {graph: run(plain, graph=graph, group=ranks.group) for graph in (True, False)}}
 
 
-def test_two_ranks_replay_their_pieces_between_what_they_exchange(tmp_path: Path) -> None:
+def test_two_ranks_replay_their_graphs_between_collectives(tmp_path: Path) -> None:
     ranks = on_two_ranks(work, tmp_path)
     for pieces, results in [(3, one) for one in ranks] + [(2, one["plain"]) for one in ranks]:
         captured, eager = results[True], results[False]

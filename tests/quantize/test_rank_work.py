@@ -20,7 +20,7 @@ CLIPS = ("sdclip", "percentile_search")
 BAD = "blocks.2.mlp.down"
 
 
-def test_every_piece_has_one_owner_and_the_slowest_share_is_near_the_mean() -> None:
+def test_every_matrix_has_one_rank_and_the_slowest_rank_is_near_the_mean() -> None:
     # 11 layers: query and output, key and value, up, down
     shapes = {f"{kind}{i}": shape for i in range(11) for kind, shape in (
         ("q", (512, 512)), ("o", (512, 512)), ("k", (256, 512)), ("v", (256, 512)), ("u", (2048, 512)), ("d", (512, 2048))

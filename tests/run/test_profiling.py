@@ -86,7 +86,7 @@ def test_breakdown_is_milliseconds_per_step_from_the_largest_on() -> None:
 
 
 @pytest.mark.parametrize("text", ["3", "3:3", "4:2", "a:b", "1:2:3", "-1:2"])
-def test_steps_of_another_form_are_refused(text: str) -> None:
+def test_malformed_steps_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"profile_steps: expected FIRST:END"):
         Config(profile_steps=text)
 

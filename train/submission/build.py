@@ -113,7 +113,7 @@ def write_script(folder: Path, config: Config, single_file: str) -> None:
     atomic_write(
         folder / "train_gpt.py",
         f'"""Trains, quantizes, packs and scores."""\n\nfrom train.common.errors import main_guard\nfrom train.train_gpt import main\n\nSETTINGS = {as_literal({"RECIPE": config.recipe, **settings})}\n'
-        f"# modules that these settings do not need\nLEFT_OUT = {as_literal(carried.left_out)}\n\n"
+        f"# module that this script lacks: condition on which it is needed\nLEFT_OUT = {as_literal(carried.left_out)}\n\n"
         'if __name__ == "__main__":\n    main_guard(lambda: main(SETTINGS, LEFT_OUT))\n',
     )
 
