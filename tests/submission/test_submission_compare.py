@@ -1,7 +1,8 @@
-"""Welch's test against zero and 0.005 nats in each unit, against published statistics and straight-line formulae."""
+"""The t-tests against zero and 0.005 nats in each unit, against published statistics and straight-line formulae."""
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from train.common.errors import UserError
 from train.submission.__main__ import main
 from train.submission.record_scores import RecordScores, exact_score, find_scores
-from train.submission.statistics import comparison_text, nats_per_token_in_bpb, unit_tests, welch
+from train.submission.statistics import compare, nats_per_token_in_bpb, t_test, unit_tests
 
 
 def t_below(t, df):
@@ -43,7 +44,7 @@ def straight_welch(a, b, margin):
 )
 def test_published_statistics_are_reproduced(ours, theirs, t, df):
     a = ours if isinstance(ours, tuple) else find_scores(ours).val_bpb
-    result = welch(a, find_scores(theirs).val_bpb)
+    result = t_test(a, find_scores(theirs).val_bpb)
     assert result.statistic == pytest.approx(t, abs=5.1e-5) and result.df == pytest.approx(df, abs=5.1e-5)
 
 
@@ -63,7 +64,7 @@ def test_published_means_deviations_and_p():
         0.00145697,
     )
     assert round(statistics.fmean(runs.val_loss), 8) == 2.38160730
-    assert round(welch(ours.val_bpb, theirs.val_bpb).pvalue, 8) == 0.00063882
+    assert round(t_test(ours.val_bpb, theirs.val_bpb).pvalue, 8) == 0.00063882
     # #1392 scored the last 64 tokens of 45,508,608 32 times, which is 1,984 tokens of 4,991 bytes more
     losses = [bpb * math.log(2) * (151_074_052 + 4_991) / (45_508_608 + 1_984) for bpb in ours.val_bpb]
     assert statistics.fmean(losses) == pytest.approx(2.53578534, abs=2e-8)
@@ -81,7 +82,7 @@ def test_against_the_formula_and_an_integral(sizes, margin):
     rng = np.random.default_rng(sum(sizes) + int(1e4 * margin))
     a, b = (list(1.1 - 0.008 * (side == 0) + 0.002 * rng.standard_normal(size)) for side, size in enumerate(sizes))
     t, df, p = straight_welch(a, b, margin)
-    result = welch(a, b, margin)
+    result = t_test(a, b, margin)
     assert (result.statistic, result.df) == (pytest.approx(t, rel=1e-9), pytest.approx(df, rel=1e-9))
     assert result.pvalue == pytest.approx(p, rel=1e-5, abs=1e-9)
 
@@ -103,21 +104,21 @@ def test_a_test_on_losses_has_the_same_t_within_one_tokenizer():
     loss = tuple(value * math.log(2) * theirs.bytes_per_token for value in (1.1031, 1.1036, 1.1039))
     ours = RecordScores("ours", (), (1.1031, 1.1036, 1.1039), loss)
     assert len(unit_tests(ours, theirs)) == 3
-    assert welch(ours.val_loss, theirs.val_loss, 0.005).statistic == pytest.approx(
+    assert t_test(ours.val_loss, theirs.val_loss, 0.005).statistic == pytest.approx(
         unit_tests(ours, theirs)[0].test.statistic, rel=1e-5
     )
 
 
 def test_text_names_both_tokenizers_and_the_result():
     ours = RecordScores("ours", ("1", "2", "3"), (1.1015, 1.1018, 1.1021), (2.5345, 2.5352, 2.5359))
-    text = comparison_text(ours, find_scores("1019"))
+    text = compare(ours, find_scores("1019")).text()
     assert "nats per token of #1019 (2.4359 bytes)" in text and "nats per token of ours (3.3196 bytes)" in text
     assert "A is better than B by 0.01293509 bits per byte." in text
     assert text.endswith("Result: A is better by enough in every unit.")
-    worse = comparison_text(find_scores("1019"), find_scores("1392"))
+    worse = compare(find_scores("1019"), find_scores("1392")).text()
     assert "A is not better than B: its mean is 0.01270036 bits per byte higher." in worse
     assert worse.endswith("A is not better by enough in any unit.")
-    unknown = comparison_text(find_scores("1471"), find_scores("1392"))
+    unknown = compare(find_scores("1471"), find_scores("1392")).text()
     assert "nats per token: unknown" in unknown
 
 
@@ -125,13 +126,61 @@ def test_text_names_both_tokenizers_and_the_result():
     ("a", "b", "fragment"),
     [
         ((1.1,), (1.2, 1.3), "A: 1 seed: "),
-        ((1.1, 1.2), (), "B: 0 seeds: "),
-        ((1.1, 1.1), (1.2, 1.2), "needs some variance"),
+        ((1.1, 1.2), (), "B: no score: "),
+        ((1.1, 1.1), (1.2, 1.2), "the scores of A are all equal, and so are those of B: a t-test needs some variance"),
+        ((1.1, 1.1), (1.2,), "the scores of A are all equal: a t-test needs some variance"),
     ],
 )
 def test_scores_without_a_deviation_are_refused(a, b, fragment):
     with pytest.raises(UserError, match=fragment):
-        welch(a, b)
+        t_test(a, b)
+
+
+# the record of 2026-03-18 with 2,048 tokens; the bar of its day was 1.2193657
+LONG_CONTEXT = (1.20576485, 1.20617460, 1.20715923)
+
+
+def test_against_one_published_number_the_one_sample_test_is_made():
+    result = t_test(LONG_CONTEXT, (1.2193657,))
+    assert (round(result.statistic, 2), result.df, round(result.pvalue, 5)) == (-31.42, 2, 0.00051)
+    # the bar was 0.005 bits per byte below the baseline's 1.2243657
+    shifted = t_test(LONG_CONTEXT, (1.2243657,), 0.005)
+    assert shifted.statistic == pytest.approx(result.statistic, rel=1e-9)
+    spread = statistics.stdev(LONG_CONTEXT) / math.sqrt(3)
+    assert result.statistic == pytest.approx((statistics.fmean(LONG_CONTEXT) - 1.2193657) / spread, rel=1e-9)
+    assert result.pvalue == pytest.approx(t_below(result.statistic, 2), rel=1e-5)
+
+
+def test_command_compares_with_one_number_in_words_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    results = {str(seed): {"val_bpb": bpb} for seed, bpb in enumerate(LONG_CONTEXT)}
+    ours, theirs = tmp_path / "ours.json", tmp_path / "theirs.json"
+    ours.write_text(json.dumps({"seed_results": results}))
+    theirs.write_text(json.dumps({"val_bpb": 1.2193657, "val_loss": 2.0642}))
+    for other in ("1.2193657", str(theirs)):
+        assert main(["compare", str(ours), other]) == 0
+        text = capsys.readouterr().out
+        assert f"B  {other}: val_bpb 1.21936570" in text and "(one number)\n" in text
+        said = re.search(
+            r"^One-sample test, A better than B: t = (.*), df = 2\.0000, one-sided p = (.*)\.$", text, re.M
+        )
+        assert said and (round(float(said[1]), 2), round(float(said[2]), 5)) == (-31.42, 0.00051)
+        assert "B is one number, which the test takes as exact." in text
+        assert main(["compare", str(ours), other, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["test"], round(found["t"], 2), found["df"], round(found["p"], 5)) == (
+            "One-sample test", -31.42, 2, 0.00051,
+        )  # fmt: skip
+        assert found["b"]["val_bpb"] == [1.2193657] and found["b"]["val_bpb_std"] is None
+        assert [unit["passes"] for unit in found["units"]] == [True] * len(found["units"])
+    assert len(found["units"]) == 3
+    assert main(["compare", "1392", "1019", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["test"], round(found["t"], 4), round(found["df"], 4)) == ("Welch's test", -18.3720, 2.3794)
+    t, df, p = straight_welch(find_scores("1392").val_bpb, find_scores("1019").val_bpb, 0.005)
+    last = {name: pytest.approx(value, rel=1e-5) for name, value in (("t", t), ("df", df), ("p", p))}
+    assert found["units"][-1] == {"unit": "bits per byte", "margin_bpb": 0.005, **last, "passes": True}
+    with pytest.raises(UserError, match="A: 1 seed: a t-test needs at least two"):
+        main(["compare", "1.2193657", str(ours)])
 
 
 LOG = """seed:{seed}
@@ -175,7 +224,7 @@ def test_scores_that_are_no_numbers_are_refused(tmp_path: Path, number: str):
 def test_what_holds_no_scores_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"no such record folder, submission\.json or published record"):
         find_scores("records/none")
-    with pytest.raises(UserError, match=r"no scores per seed .*, and no logs"):
+    with pytest.raises(UserError, match=r"no scores in it .*, and no logs"):
         find_scores(str(tmp_path))
     (tmp_path / "train_seed1.log").write_text("seed:1\nstep:1/2 train_loss")
     with pytest.raises(UserError, match=r"train_seed1\.log: no final score"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -48,9 +49,10 @@ def _code(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from train.submission.record_scores import find_scores
-    from train.submission.statistics import comparison_text
+    from train.submission.statistics import compare
 
-    print(comparison_text(find_scores(arguments.a), find_scores(arguments.b)))
+    found = compare(find_scores(arguments.a), find_scores(arguments.b))
+    print(json.dumps(found.to_dict(), indent=1) if arguments.json else found.text())
     return 0
 
 
@@ -162,13 +164,15 @@ def _parser() -> argparse.ArgumentParser:
     one = command(
         "compare",
         "test whether record A is better than B",
-        "Test whether record A is better than B, and by the 0.005 nats that a new record needs (Welch's t-test on the seeds). A "
-        "and B are record folders, submission.json files, or published records (122, 549, 1019, 1392, 1471). Exit code: 0 if "
-        "they were compared, even if A is not better; 2 if they cannot be: different texts, fewer than two seeds, no scores.",
+        "Test whether record A is better than B, and by the 0.005 nats that a new record needs: by Welch's t-test on the seeds, "
+        "or by a one-sample t-test if B is one number. A and B are record folders, submission.json files, or published records "
+        "(122, 549, 1019, 1392, 1471); B may be a val_bpb, such as 1.2193657. Exit code: 0 if they were compared, even if A is "
+        "not better; 2 if they cannot be: different texts, fewer than two seeds of A, no scores.",
         "compare records/mine 1019",
     )
     one.add_argument("a", metavar="A", help="the new record")
-    one.add_argument("b", metavar="B", help="the record to beat")
+    one.add_argument("b", metavar="B", help="the record or the val_bpb to beat")
+    one.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     one.set_defaults(run=_compare)
 
     one = command(

@@ -11,7 +11,7 @@ from train.config import LOCAL
 from train.submission.record import artifact_format, describe_evaluation, table, title
 from train.submission.record_scores import Base, RecordScores, scored_text
 from train.submission.runs import FinishedRun
-from train.submission.statistics import comparison_text, incomparable
+from train.submission.statistics import compare, incomparable
 from train.submission.summary import STAGES, resumed_note
 
 _CODE_FORMS = {
@@ -117,7 +117,7 @@ def _differences(run: FinishedRun, submission: dict[str, Any], base: Base) -> li
         bpb, loss = (tuple(result[name] for result in results.values()) for name in ("val_bpb", "val_loss"))
         ours = RecordScores(submission["name"], tuple(results), bpb, loss, scored_text(submission))
         reason = incomparable(ours, base.scores)
-        lines += ["", *([f"Not compared: {reason}."] if reason else ["```", comparison_text(ours, base.scores), "```"])]
+        lines += ["", *([f"Not compared: {reason}."] if reason else ["```", compare(ours, base.scores).text(), "```"])]
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class RecordScores:
     Attributes:
         name: how messages name the record.
         seeds: the seeds; empty: not known.
-        val_bpb: bits per byte, one per seed.
+        val_bpb: bits per byte, one per seed, or one published number.
         val_loss: nats per token, one per seed; empty: not known.
         text: the scored text; None: not known.
     """
@@ -97,27 +98,35 @@ class RecordScores:
 
 
 def find_scores(name: str) -> RecordScores:
-    """The scores of a record folder, a submission.json, or a published record given by its number.
+    """The scores of a record folder, a submission.json, a published record given by its number, or a val_bpb like 1.2193657.
+
+    A submission.json without scores per seed, and without logs beside it, has one: its val_bpb.
 
     Raises:
-        UserError: there is no such record, or it has no score per seed.
+        UserError: there is no such record, or it has no score.
     """
     number = name.removeprefix("#")
+    if re.fullmatch(r"\d+\.\d+", name) and float(name) > 0 and not Path(name).exists():
+        return RecordScores(name, (), (float(name),))
     if number in _PUBLISHED and not Path(name).exists():
         return RecordScores(f"#{number}", *_PUBLISHED[number], text=ScoredText(challenge=True))
     path = Path(name)
     if not path.exists():
         published = ", ".join(f"#{known}" for known in _PUBLISHED)
-        raise UserError(f"{name}: no such record folder, submission.json or published record ({published})")
+        raise UserError(
+            f"{name}: no such record folder, submission.json or published record ({published}), and no val_bpb"
+        )
     source = path / "submission.json" if path.is_dir() else path
-    if source.exists():
-        values = read_json(source, "give a record's submission.json")
-        if values.get("seed_results"):
-            return _from_json(name, source, values)
+    values = read_json(source, "give a record's submission.json") if source.exists() else {}
+    if values.get("seed_results"):
+        return _from_json(name, source, values)
     logs = sorted(path.glob("*.log")) if path.is_dir() else []
-    if not logs:
-        raise UserError(f"{source}: no scores per seed (seed_results) in it, and no logs beside it")
-    return _from_logs(name, logs)
+    if logs:
+        return _from_logs(name, logs)
+    if not is_number(bpb := values.get("val_bpb")) or bpb <= 0:
+        raise UserError(f"{source}: no scores in it (seed_results or val_bpb), and no logs beside it")
+    loss = (values["val_loss"],) if is_score(values) else ()
+    return RecordScores(name, (), (bpb,), loss, scored_text(values))
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -184,7 +193,7 @@ class Base:
     Attributes:
         name: how the README names it.
         settings: setting → value; None: not known, as for published records.
-        scores: its scores; None for a recipe, and for a single seed, which has no standard deviation to test with.
+        scores: its scores; None for a recipe, and for a folder without any.
     """
 
     name: str
@@ -217,4 +226,4 @@ def find_base(name: str) -> Base:
         if settings is None:
             raise UserError(f"--base: {error} or recipe ({', '.join(recipe_names())})") from error
         return Base(name, settings)
-    return Base(scores.name, settings, scores if len(scores.val_bpb) > 1 else None)
+    return Base(scores.name, settings, scores)

@@ -1,4 +1,4 @@
-"""Welch's t-test: is one record better than another, and by the 0.005 nats that a new record needs?"""
+"""t-tests: is one record better than another, and by the 0.005 nats that a new record needs?"""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class UnitTest:
     Attributes:
         unit: the unit.
         margin: the improvement in bits per byte.
-        test: Welch's t-test against exactly that improvement.
+        test: SciPy's result of the t-test against exactly that improvement.
     """
 
     unit: str
@@ -39,10 +39,11 @@ class UnitTest:
         return bool(self.test.pvalue < SIGNIFICANCE)
 
 
-def welch(ours: Sequence[float], theirs: Sequence[float], margin: float = 0.0) -> Any:
-    """One-sided Welch's t-test of whether our mean is lower than theirs by more than `margin`.
+def t_test(ours: Sequence[float], theirs: Sequence[float], margin: float = 0.0) -> Any:
+    """One-sided t-test of whether our mean is lower than theirs by more than `margin`.
 
-    t = (m₁ + margin - m₂) / √(s₁²/n₁ + s₂²/n₂), df by Satterthwaite, p = P(T_df ≤ t).
+    Welch: t = (m₁ + margin - m₂) / √(s₁²/n₁ + s₂²/n₂), df by Satterthwaite. If they are one published number x, it is taken
+    as exact: t = (m₁ + margin - x) / √(s₁²/n₁), df = n₁ - 1. p = P(T_df ≤ t).
 
     Args:
         ours, theirs: one score per seed, lower is better.
@@ -52,14 +53,19 @@ def welch(ours: Sequence[float], theirs: Sequence[float], margin: float = 0.0) -
         SciPy's result: statistic, df, pvalue.
 
     Raises:
-        UserError: fewer than two scores on a side, or no variance on either.
+        UserError: fewer than two scores of ours, none of theirs, or no variance to test with.
     """
-    for side, scores in (("A", ours), ("B", theirs)):
-        if len(scores) < 2:
-            raise UserError(f"{side}: {counted(len(scores), 'seed')}: Welch's test needs at least two, a record three")
+    if len(ours) < 2:
+        raise UserError(f"A: {counted(len(ours), 'seed')}: a t-test needs at least two, a record three")
+    if not theirs:
+        raise UserError("B: no score: give a record with scores, or a number")
     if len(set(ours)) == 1 and len(set(theirs)) == 1:
-        raise UserError("the scores of A are all equal, and so are those of B: Welch's test needs some variance")
-    return stats.ttest_ind([score + margin for score in ours], theirs, equal_var=False, alternative="less")
+        both = ", and so are those of B" if len(theirs) > 1 else ""
+        raise UserError(f"the scores of A are all equal{both}: a t-test needs some variance")
+    shifted = [score + margin for score in ours]
+    if len(theirs) == 1:
+        return stats.ttest_1samp(shifted, theirs[0], alternative="less")
+    return stats.ttest_ind(shifted, theirs, equal_var=False, alternative="less")
 
 
 def nats_per_token_in_bpb(bytes_per_token: float) -> float:
@@ -78,7 +84,7 @@ def unit_tests(ours: RecordScores, theirs: RecordScores) -> list[UnitTest]:
         sizes = sizes[:1]
     margins = {f"nats per token of {name} ({size:.4f} bytes)": nats_per_token_in_bpb(size) for name, size in sizes}
     margins |= {"nats per byte": REQUIRED_NATS / math.log(2), "bits per byte": REQUIRED_NATS}
-    return [UnitTest(unit, margin, welch(ours.val_bpb, theirs.val_bpb, margin)) for unit, margin in margins.items()]
+    return [UnitTest(unit, margin, t_test(ours.val_bpb, theirs.val_bpb, margin)) for unit, margin in margins.items()]
 
 
 def incomparable(ours: RecordScores, theirs: RecordScores) -> str:
@@ -92,46 +98,101 @@ def incomparable(ours: RecordScores, theirs: RecordScores) -> str:
     return f"{reason}: {', '.join(sides)}"
 
 
-def comparison_text(ours: RecordScores, theirs: RecordScores) -> str:
-    """Both records' scores, Welch's test, and the test against 0.005 nats in each unit.
+@dataclass(frozen=True)
+class Comparison:
+    """Record `a` against record `b`: the test of any improvement, and the test of 0.005 nats in each unit."""
+
+    a: RecordScores
+    b: RecordScores
+    plain: Any
+    units: list[UnitTest]
+
+    @property
+    def test(self) -> str:
+        return "Welch's test" if len(self.b.val_bpb) > 1 else "One-sample test"
+
+    @property
+    def gain(self) -> float:
+        """Mean improvement in bits per byte."""
+        return statistics.fmean(self.b.val_bpb) - statistics.fmean(self.a.val_bpb)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `text` says, for JSON."""
+        return {
+            "a": _facts(self.a),
+            "b": _facts(self.b),
+            "gain_bpb": self.gain,
+            "test": self.test,
+            **_statistics(self.plain),
+            "required_nats": REQUIRED_NATS,
+            "significance": SIGNIFICANCE,
+            "units": [
+                {"unit": unit.unit, "margin_bpb": unit.margin, **_statistics(unit.test), "passes": unit.passes}
+                for unit in self.units
+            ],
+        }
+
+    def text(self) -> str:
+        """Both records' scores, the plain test, and the test in each unit."""
+        lines = [f"A  {_side(self.a)}", f"B  {_side(self.b)}", ""]
+        if self.a.text and not self.a.text.challenge:
+            lines += [f"Both are scored on {self.a.text}, not on the challenge's validation text.", ""]
+        if self.gain > 0:
+            lines.append(f"A is better than B by {self.gain:.8f} bits per byte.")
+        else:
+            lines.append(f"A is not better than B: its mean is {-self.gain:.8f} bits per byte higher.")
+        width = max(len(unit.unit) for unit in self.units)
+        lines += [
+            f"{self.test}, A better than B: t = {self.plain.statistic:.4f}, df = {self.plain.df:.4f}, "
+            f"one-sided p = {self.plain.pvalue:.5g}.",
+            *(["B is one number, which the test takes as exact."] if len(self.b.val_bpb) == 1 else []),
+            "",
+            f'A new record must improve "by at least {REQUIRED_NATS} nats, p < {SIGNIFICANCE}". The unit is not stated, so each is tested:',
+            *(
+                f"  {unit.unit:<{width}}  = {unit.margin:.6f} bpb   t = {unit.test.statistic:9.4f}   "
+                f"p = {unit.test.pvalue:<10.5g}  {'passes' if unit.passes else 'FAILS'}"
+                for unit in self.units
+            ),
+        ]
+        if not (self.a.bytes_per_token or self.b.bytes_per_token):
+            lines.append("  nats per token: unknown, as neither record gives both val_loss and val_bpb")
+        return "\n".join([*lines, "", _result(self.units)])
+
+
+def compare(ours: RecordScores, theirs: RecordScores) -> Comparison:
+    """Test whether our record is better than theirs.
 
     Raises:
-        UserError: see `incomparable` and `welch`.
+        UserError: see `incomparable` and `t_test`.
     """
     reason = incomparable(ours, theirs)
     if reason:
         raise UserError(f"{reason}: compare records that are scored on the same text")
-    plain = welch(ours.val_bpb, theirs.val_bpb)
-    tests = unit_tests(ours, theirs)
-    gain = statistics.fmean(theirs.val_bpb) - statistics.fmean(ours.val_bpb)
-    lines = [f"A  {_side(ours)}", f"B  {_side(theirs)}", ""]
-    if ours.text and not ours.text.challenge:
-        lines += [f"Both are scored on {ours.text}, not on the challenge's validation text.", ""]
-    if gain > 0:
-        lines.append(f"A is better than B by {gain:.8f} bits per byte.")
-    else:
-        lines.append(f"A is not better than B: its mean is {-gain:.8f} bits per byte higher.")
-    width = max(len(test.unit) for test in tests)
-    lines += [
-        f"Welch's test, A better than B: t = {plain.statistic:.4f}, df = {plain.df:.4f}, one-sided p = {plain.pvalue:.5g}.",
-        "",
-        f'A new record must improve "by at least {REQUIRED_NATS} nats, p < {SIGNIFICANCE}". The unit is not stated, so each is tested:',
-        *(
-            f"  {test.unit:<{width}}  = {test.margin:.6f} bpb   t = {test.test.statistic:9.4f}   "
-            f"p = {test.test.pvalue:<10.5g}  {'passes' if test.passes else 'FAILS'}"
-            for test in tests
-        ),
-    ]
-    if not (ours.bytes_per_token or theirs.bytes_per_token):
-        lines.append("  nats per token: unknown, as neither record gives both val_loss and val_bpb")
-    return "\n".join([*lines, "", _result(tests)])
+    return Comparison(ours, theirs, t_test(ours.val_bpb, theirs.val_bpb), unit_tests(ours, theirs))
+
+
+def _statistics(test: Any) -> dict[str, float]:
+    return {"t": float(test.statistic), "df": float(test.df), "p": float(test.pvalue)}
+
+
+def _facts(scores: RecordScores) -> dict[str, Any]:
+    several = len(scores.val_bpb) > 1
+    return {
+        "name": scores.name,
+        "seeds": list(scores.seeds),
+        "val_bpb": list(scores.val_bpb),
+        "val_bpb_mean": statistics.fmean(scores.val_bpb),
+        "val_bpb_std": statistics.stdev(scores.val_bpb) if several else None,
+    }
 
 
 def _side(scores: RecordScores) -> str:
-    mean, deviation = statistics.fmean(scores.val_bpb), statistics.stdev(scores.val_bpb)
     loss = f", val_loss {statistics.fmean(scores.val_loss):.8f}" if scores.val_loss else ""
+    mean = f"{scores.name}: val_bpb {statistics.fmean(scores.val_bpb):.8f}"
+    if len(scores.val_bpb) == 1:
+        return f"{mean}{loss} (one number)"
     seeds = f"seeds {', '.join(scores.seeds)}" if scores.seeds else counted(len(scores.val_bpb), "seed")
-    return f"{scores.name}: val_bpb {mean:.8f} ± {deviation:.8f}{loss} ({seeds})"
+    return f"{mean} ± {statistics.stdev(scores.val_bpb):.8f}{loss} ({seeds})"
 
 
 def _result(tests: list[UnitTest]) -> str:
