@@ -1,9 +1,11 @@
-# The project's commands. On a new machine `make run` and `make test` first install what they need into .venv.
+# The project's commands. On a new machine each first installs what it needs into .venv.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TESTABLE := $(VENV)/.testable
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := torch==2.13.0
 # for a torch that comes without Triton: the version that the kernels were tested with
 TRITON := triton==3.6.0
@@ -22,15 +24,15 @@ run: $(READY)  ## train, quantize and score a small model on the standard librar
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(PROCESSES) -m train --recipe quickstart
 
 # one process per core, one thread each: on small tensors more threads only wait for each other
-test: $(READY)  ## run all tests and list the 15 slowest
+test: $(TESTABLE)  ## run all tests and list the 15 slowest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=15
 
-lint: $(READY)  ## check with ruff and mypy
+lint: $(TESTABLE)  ## check with ruff and mypy
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-format: $(READY)  ## format the sources with ruff
+format: $(TESTABLE)  ## format the sources with ruff
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
@@ -69,9 +71,14 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*) $(wildcard golf_kernels/ver
 	  [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); \
 	  torch=$(TORCH); \
 	fi; \
-	pip() { $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$@" || { \
-	  echo "error: pip could not install what is missing, see above; without a network, $(PYTHON) -m pip install --no-build-isolation --no-deps -e . needs only a torch, setuptools, wheel, pybind11 and ninja that are there"; exit 2; }; }; \
-	pip $$torch "setuptools>=66.1" wheel "pybind11>=2.13" "ninja>=1.11"; \
-	$(BIN)/python -c 'import triton' 2>/dev/null || triton=$(TRITON); \
-	pip --no-build-isolation $$triton --editable ".[train,test]"; \
-	touch $(READY)
+	$(PIP) $$torch "setuptools>=66.1" wheel "pybind11>=2.13" "ninja>=1.11" && \
+	$(PIP) --no-build-isolation --editable ".[train]" || { $(NOT_INSTALLED); }; \
+	touch $@
+
+# what tests and linters need besides
+$(TESTABLE): $(READY)
+	@triton=; $(BIN)/python -c 'import triton' 2>/dev/null || triton=$(TRITON); \
+	$(PIP) --no-build-isolation $$triton --editable ".[train,test]" || { $(NOT_INSTALLED); }; \
+	touch $@
+
+NOT_INSTALLED = echo "error: pip could not install what is missing, see above; without a network, $(PYTHON) -m pip install --no-build-isolation --no-deps -e . needs only a torch, setuptools, wheel, pybind11 and ninja that are there"; exit 2

@@ -111,6 +111,9 @@ def test_a_compiler_gives_a_wheel_with_the_extension_and_nothing_else_on_top(com
     assert information["cpp"]["built"] and "-O3" in information["cpp"]["flags"] and information["cpp"]["version"]
     assert information["cuda"]["built"] is False
     assert information["cuda"]["reason"] == "switched off by GOLF_SKIP_CUDA=1"
+    (metadata,) = (tree / "out" / "site").glob("*.dist-info/METADATA")
+    needed = re.findall(r"^Requires-Dist: (.*)$", metadata.read_text(), re.MULTILINE)
+    assert [package for package in needed if "extra ==" not in package] == ["torch>=2.11"]
     answer = ask_native(package.parent, "print(native.extension().abi == native.ABI, native.problem('cuda'))")
     assert answer.startswith("True not built: switched off by GOLF_SKIP_CUDA=1; to change that, unset GOLF_SKIP_CUDA")
 
@@ -127,6 +130,14 @@ def test_an_editable_installation_reuses_the_objects_and_can_lose_its_compiler(c
     assert not extension.exists()
     assert build_info(tree / "golf_kernels")["extension"] is None
     assert not list((tree / "golf_kernels").glob("_*.new"))
+
+
+@pytest.mark.parametrize(("target", "installed"), [("run", [".[train]"]), ("test", [".[train]", ".[train,test]"])])
+def test_the_tools_of_the_tests_are_installed_for_the_tests_alone(target, installed, tmp_path):
+    command = ["make", "-n", target, f"VENV={tmp_path}"]
+    plan = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r'--editable "(.*?)"', plan) == installed
+    assert ("triton" in plan) == (target == "test")
 
 
 def test_no_compiler_gives_a_pure_wheel_that_says_why(tree):
