@@ -109,7 +109,7 @@ def test_broken_promises_of_triton_kernels_are_seen(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on PATH")
-def test_broken_promises_of_cuda_kernels_are_seen(tmp_path):
+def test_broken_promises_of_cuda_kernels_are_seen(tmp_path, capsys):
     source = tmp_path / "spill.cu"
     lines = [f"    float v{i} = p[{i}];" for i in range(300)]
     lines += ["    __syncthreads();", *(f"    p[{i}] = v{i} * v{(i + 7) % 300};" for i in range(300))]
@@ -118,20 +118,23 @@ def test_broken_promises_of_cuda_kernels_are_seen(tmp_path):
         "__global__ void fits(float* p) { __shared__ float s[32]; s[threadIdx.x] = *p; __syncthreads(); *p = s[1]; }"
     )
     source.write_text(f"{small}\n__global__ void spills(float* p) {{\n{body}\n}}\n")
-    code, report, _ = run(source)
-    rows = {row["name"]: row for row in report["kernels"]}
-    assert code == 1
+    assert aot.main(["--json", str(source)]) == 1
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["kernels"]}
     assert rows["fits"]["broken"] == [] and rows["fits"]["shared_bytes"] == 128
     assert rows["spills"]["spilled_bytes"] > 0 and rows["spills"]["broken"]
     source.write_text("not C++")
-    assert run(source)[:2] == (1, None)
+    with pytest.raises(SystemExit, match="not C"):
+        aot.main(["--json", str(source)])
 
 
-def test_a_missing_compiler_is_named(tmp_path, monkeypatch):
+def test_a_missing_compiler_is_named(tmp_path, monkeypatch, capsys):
     source = tmp_path / "empty.cu"
     source.write_text("")
-    code, report, errors = run(source, CUDA_HOME="/nowhere")
-    assert code == 2 and report["kernels"] == []
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    assert aot.main(["--json", str(source)]) == 2
+    output, errors = capsys.readouterr()
+    report = json.loads(output)
+    assert report["kernels"] == []
     assert "no /nowhere/bin/nvcc: install a CUDA toolkit" in errors and "cuda" in report["missing"]
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(aot.Missing, match=r"pip install 'triton==3\.6\.0'"):
