@@ -93,8 +93,12 @@ class Config:
     vocab_size: int = setting(1024, "tokens in the vocabulary", low=259, high=65536)
     train_seq_len: int = setting(1024, "tokens per training sequence", low=1)
     train_batch_tokens: int = setting(524288, "tokens per step, over all ranks", low=1, high=2**31)
-    loader: str = setting("sequential", "order of the training tokens", choices=("sequential", "shuffled", "coprime"))
-    document_masking: bool = setting(False, "keep attention and SmearGate inside documents")
+    loader: str = setting(
+        "sequential",
+        "order of the training tokens; coprime: step through each shard with a stride coprime to its length",
+        choices=("sequential", "shuffled", "coprime"),
+    )
+    document_masking: bool = setting(False, "restrict attention and SmearGate to the token's document")
 
     # model
     num_layers: int = setting(9, "transformer layers", low=1, high=1024)
@@ -105,7 +109,9 @@ class Config:
     mlp_slope: float = setting(0.0, "negative slope of the squared LeakyReLU; 0: ReLU²", low=0.0, high=0.999)
     rope_base: float = setting(10000.0, "base of the rotary frequencies", low=1.0)
     rope_dims: int = setting(0, "rotary dimensions per head; 0: all", low=0)
-    rope_train_seq_len: int = setting(1024, "longest sequence with rope_base; NTK scaling raises it beyond", low=1)
+    rope_train_seq_len: int = setting(
+        1024, "longest sequence that uses rope_base as it is; for longer ones NTK scaling raises the base", low=1
+    )
     qk_gain_init: float = setting(1.5, "initial gain of each query head, after the QK norm")
     logit_softcap: float = setting(30.0, "cap of the logits: they become cap * tanh(logits / cap)", low=1e-3)
     embed_dtype: str = setting("bfloat16", "dtype of embeddings and their moments", choices=("bfloat16", "float32"))
@@ -118,7 +124,7 @@ class Config:
     )  # fmt: skip
     bigram_vocab_size: int = setting(0, "rows of the hashed bigram embedding; 0: none", low=0, high=2**24)
     bigram_dim: int = setting(128, "width of the hashed bigram embedding", low=1, high=65536)
-    trigram: bool = setting(False, "add trigram rows, from the table of the bigrams")
+    trigram: bool = setting(False, "also hash trigrams into the bigram table and add their rows")
     ve_dim: int = setting(0, "width of the shared value embedding; 0: none", low=0, high=65536)
     ve_layers: tuple[int, ...] = setting((), "layers that add the value embedding to their values")
     ve_proj_optimizer: str = setting("muon", "optimizer of the value embedding's projection", choices=("muon", "adamw"))
@@ -130,11 +136,11 @@ class Config:
     )  # fmt: skip
     recur_layers: tuple[int, ...] = setting((), "layers that run twice")
     recur_form: str = setting(
-        "unroll", "unroll: run recur_layers twice as a group; blend: average each of them with its repeat",
+        "unroll", "unroll: run recur_layers twice as a group; blend: run each layer twice and average its two outputs",
         choices=("unroll", "blend"),
     )  # fmt: skip
     recur_start_step: int = setting(0, "first step with recurrence", low=0)
-    recur_scale_params: int = setting(0, "untrained vectors that #1392 counts and saves", low=0, high=1024)
+    recur_scale_params: int = setting(0, "unused vectors added to the parameters; #1392 has 2", low=0, high=1024)
 
     # optimization
     iterations: int = setting(20000, "steps, unless the wall clock ends training first", low=1)
@@ -166,9 +172,9 @@ class Config:
     )  # fmt: skip
     grad_clip_norm: float = setting(0.0, "largest norm of the gradient; 0: no clipping", low=0.0)
     ema_decay: float = setting(
-        0.0, "decay of the averaged weights that are scored (EMA); 0: none", low=0.0, high=0.99999
+        0.0, "average the weights with this decay and score the average (EMA); 0: off", low=0.0, high=0.99999
     )
-    swa_enabled: bool = setting(False, "score weights averaged over the end of training (SWA)")
+    swa_enabled: bool = setting(False, "average the weights over the end of training and score the average (SWA)")
     swa_every: int = setting(200, "steps between the weights that SWA averages", low=1)
     swa_start_frac: float = setting(0.5, "fraction of the peak learning rate at which SWA starts", low=0.0, high=1.0)
     qat: bool = setting(False, "train with fake-quantized int6 matrices and straight-through gradients")
@@ -195,7 +201,7 @@ class Config:
         choices=("train", "generated"),
     )  # fmt: skip
     gptq_calib_graph: str = setting(
-        "evaluated", "model for the Hessians; plain: without recurrence and parallel layers (#1392)",
+        "evaluated", "model that collects the Hessians; evaluated: the one that is scored; plain: without recurrence and parallel layers, as in #1392",
         choices=("evaluated", "plain"),
     )  # fmt: skip
     gptq_calib_batches: int = setting(64, "training batches, or generated sequences, for the Hessians", low=1)
@@ -205,14 +211,20 @@ class Config:
     codec: str = setting(
         "brotli", "entropy coder of the artifact", choices=("brotli", "zstd", "lzma", "zlib", "ans", "raw", "raw6")
     )
-    target_bytes: int = setting(0, "fit the clips of SDClip to this size of code and model, in bytes; 0: off", low=0)
-    target_mb: float = setting(0.0, "prune codes ±1 down to this size of code and model, in MiB; 0: off", low=0.0)
-    prune_excess: int = setting(0, "codes ±1 to prune per byte over the cap (#1471: 8); 0: none", low=0)
+    target_bytes: int = setting(
+        0, "choose the clips of SDClip so that script and model take this many bytes; 0: off", low=0
+    )
+    target_mb: float = setting(
+        0.0, "set quantized values of ±1 to 0 until script and model fit this many MiB; 0: off", low=0.0
+    )
+    prune_excess: int = setting(
+        0, "quantized values of ±1 to set to 0 for each byte over max_artifact_bytes; #1471 uses 8; 0: off", low=0
+    )
     code_form: str = setting(
-        "wrapped", "script whose bytes count; plain: uncompressed; wrapped: compressed, as text; raw: compressed, as bytes",
+        "wrapped", "form of the script whose bytes count; plain: uncompressed; wrapped: compressed, as text; raw: compressed, as bytes",
         choices=("plain", "wrapped", "raw"),
     )  # fmt: skip
-    max_artifact_bytes: int = setting(16_000_000, "cap on code plus model, in bytes", low=1)
+    max_artifact_bytes: int = setting(16_000_000, "largest size of script and model, in bytes", low=1)
 
     # validation and evaluation
     val_loss_every: int = setting(
@@ -224,7 +236,9 @@ class Config:
         "once", "tokens that a window scores; once: each token once; others: rules of older records",
         choices=("once", "overlap_tail", "full_windows"),
     )  # fmt: skip
-    paid_prefix_file: str = setting("", "file of targets that cost no nats (#262; NOT COMPLIANT); empty: none")
+    paid_prefix_file: str = setting(
+        "", "file of validation tokens to score with loss 0, as #262 did; against the rules; empty: none"
+    )
     logits_rounding: str = setting("none", "rounding of the logits before the softcap", choices=("none", "bf16"))
 
     def __post_init__(self) -> None:

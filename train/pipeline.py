@@ -159,7 +159,7 @@ def evaluate(folder: RunFolder, config: Config, model: GPT, data: Dataset, ranks
     use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, BATCH_SEQS)).name)
     for stride in sorted({0, config.eval_stride}):
         scored = config.replace(eval_stride=stride)
-        description = f"evaluate, stride {stride or 'flat'}"
+        description = f"evaluate, stride {stride}" if stride else "evaluate, no overlap"
         result, entry = score(model, data, scored, ranks, weights="artifact", description=description)
         if not ranks.is_main:
             continue

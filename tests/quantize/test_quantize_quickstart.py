@@ -15,7 +15,7 @@ from train.quantize.quantize_model import quantize_model
 from train.quantize.tensors import QuantizedTensor, StoredTensors, matrices_to_calibrate
 from train.recipes import load_recipe
 
-STEPS = 40
+STEPS = 24
 
 
 @pytest.fixture(scope="module")

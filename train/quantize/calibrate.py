@@ -41,7 +41,7 @@ def calibrate(
         model, recurrence = plain_graph(model), False
     hessians = collect_hessians(model, batches, names, recurrence=recurrence, all_reduce=ranks.sum)
     seconds = f"in {time.perf_counter() - started:.1f}s"
-    graph = f"{config.gptq_calib_graph} graph"
+    graph = "model that is scored" if config.gptq_calib_graph == "evaluated" else "plain model"
     if config.gptq_calib_source == "generated":
         texts = f"{counted(config.gptq_calib_batches, 'sequence')} of {config.train_seq_len} tokens"
         note(f"gptq:generated {texts}, {counted(len(hessians), 'Hessian')} of the {graph} {seconds}")
