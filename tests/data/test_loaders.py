@@ -14,7 +14,7 @@ from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.config import Config
 from train.data.dataset import Dataset
-from train.data.loaders import LOADERS, Coprime, Loader, TrainingShards, _fnv1a
+from train.data.loaders import LOADERS, Coprime, Loader, TrainingShards
 from train.data.shards import find_shards, write_shard
 
 SEQ = 8
@@ -154,13 +154,133 @@ def test_coprime_depends_on_the_shards_names(data: Path, tmp_path: Path) -> None
     assert windows(loader_of(config(data, loader="coprime"), 0, 1), 2) != before
 
 
-def test_fnv_vectors() -> None:
-    # published test vectors of the 64-bit FNV-1a hash
-    assert [_fnv1a(text) for text in (b"", b"a", b"foobar")] == [
-        0xCBF29CE484222325,
-        0xAF63DC4C8601EC8C,
-        0x85944171F73967E8,
-    ]
+class PublishedOrder:
+    """Windows (shard, position) of #1471 at 8 ranks, written from the design's description alone (parity.md, 3)."""
+
+    def __init__(self, names: list[str], lengths: list[int], seq_len: int, windows_per_step: int) -> None:
+        x = 0
+        for name in names:
+            for byte in name.encode():
+                x = ((x ^ byte) * 1099511628211) % 2**64
+        self.rng = np.random.Generator(np.random.PCG64(x))
+        self.n, self.S, self.G = lengths, seq_len, windows_per_step
+        self.walk: dict[int, dict[str, int]] = {}
+        self.steps = 0
+
+    def begin(self, shard: int) -> None:
+        n, S = self.n[shard], self.S
+        highest = min(S - 1, max(0, n - S - 1))
+        phase = int(self.rng.integers(0, highest + 1)) if highest > 0 else 0
+        b = (n - 1 - phase) // S
+        start = int(self.rng.integers(0, b)) if b > 1 else 0
+        stride = 1
+        if b > 1:
+            while True:
+                stride = int(self.rng.integers(1, b))
+                if math.gcd(stride, b) == 1:
+                    break
+        self.walk[shard] = {"phase": phase, "b": b, "start": start, "stride": stride, "j": 0}
+
+    def step(self) -> list[tuple[int, int]]:
+        shards = [shard for shard, n in enumerate(self.n) if (n - 1) // self.S > 0]
+        p = min(self.steps / 1800, 1)
+        left = []
+        for shard in shards:
+            walk = self.walk.get(shard)
+            left.append(max(walk["b"] - walk["j"], 1) if walk else (self.n[shard] - 1) // self.S)
+        weights = np.array(left, dtype=float) ** (0.9 - 0.4 * p)
+        weights = weights / weights.sum()
+        low, high = min(max(8, 8), len(shards), self.G), min(max(32, 64), len(shards), self.G)
+        m = min(max(1, round(low + p * (high - low))), len(shards), self.G)
+        chosen = self.rng.choice(len(shards), size=m, replace=False, p=weights)
+        counts = np.ones(m, dtype=int)
+        if m < self.G:
+            counts += self.rng.multinomial(self.G - m, weights[chosen] / weights[chosen].sum())
+        together = self.rng.permutation(m)
+        chosen, counts = chosen[together], counts[together]
+        lists = []
+        for which, count in zip(chosen, counts, strict=True):
+            shard, windows = shards[which], []
+            for _ in range(count):
+                if shard not in self.walk or self.walk[shard]["j"] == self.walk[shard]["b"]:
+                    self.begin(shard)
+                walk = self.walk[shard]
+                windows.append(
+                    (shard, walk["phase"] + (walk["start"] + walk["j"] * walk["stride"]) % walk["b"] * self.S)
+                )
+                walk["j"] += 1
+            if count > 1:
+                windows = [windows[index] for index in self.rng.permutation(count)]
+            lists.append(windows)
+        result = []
+        # the shards still active keep the order of the round before
+        active = list(range(m))
+        while active:
+            active = [active[index] for index in self.rng.permutation(len(active))]
+            for index in active:
+                result.append(lists[index].pop())
+            active = [index for index in active if lists[index]]
+        self.steps += 1
+        return result
+
+
+# shard lengths, first step, sequences per micro-batch: few shards, which are used up within a step; 12 shards in the ramp
+# (9 of them at step 450); more shards than a step ever mixes; shards of one and two windows, and one too short for any
+COPRIME_CASES = {
+    "few": ([1000, 700, 1050], 0, 2),
+    "used up": ([90, 41, 33], 0, 6),
+    "ramp": ([100 + 37 * index for index in range(12)], 440, 2),
+    "many": ([200 + 29 * index for index in range(80)], 1790, 20),
+    "short": ([9, 10, 17, 18, 8, 25, 26], 3, 1),
+}
+
+
+@pytest.mark.parametrize("case", COPRIME_CASES)
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_coprime_is_the_published_order(tmp_path: Path, case: str, world_size: int) -> None:
+    lengths, first, sequences = COPRIME_CASES[case]
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    for index in range(len(lengths)):
+        # tokens are places in the whole, modulo the vocabulary
+        write_shard(tmp_path / f"x_train_{index:06d}.bin", np.arange(starts[index], starts[index + 1]) % 65536)
+    settings = config(tmp_path, loader="coprime", train_batch_tokens=8 * sequences * SEQ)
+    names = [f"x_train_{index:06d}.bin" for index in range(len(lengths))]
+    truth = PublishedOrder(names, lengths, SEQ, 8 * sequences)
+    truth.steps = first
+    loaders = [loader_of(settings, rank, world_size) for rank in range(world_size)]
+    for loader in loaders:
+        loader.order.step = first
+    for _ in range(20):
+        wanted = truth.step()
+        batches = [steps(loader, 1)[0] for loader in loaders]
+        for virtual_rank in range(8):
+            # as published, rank r of 8 takes windows r, r + 8, …
+            rows = batches[virtual_rank % world_size][virtual_rank // world_size]
+            assert rows == [
+                [int(starts[shard] + position + offset) % 65536 for offset in range(SEQ + 1)]
+                for shard, position in wanted[virtual_rank::8]
+            ]
+
+
+def test_few_shards_shorten_the_ramp_of_coprime(data: Path) -> None:
+    for index in range(3, 12):
+        write_shard(data / f"x_train_{index:06d}.bin", np.arange(500))
+    order = loader_of(config(data, loader="coprime"), 0, 1).order
+    assert isinstance(order, Coprime)
+    order.step = 450
+    # from 8 to 12 shards, a quarter of the ramp
+    assert len({shard for shard, _ in order._draw_step()}) == 9
+
+
+def test_a_coprime_checkpoint_of_other_names_or_an_earlier_version_is_refused(data: Path) -> None:
+    loader = loader_of(config(data, loader="coprime"), 0, 1)
+    steps(loader, 3)
+    state = loader.state_dict()
+    for changed in ({**state, "names_seed": "1"}, {name: state[name] for name in state if name != "names_seed"}):
+        with pytest.raises(
+            UserError, match="coprime order of other shard names, or of an earlier version of golf_kernels"
+        ):
+            loader_of(config(data, loader="coprime"), 0, 1).load_state_dict(changed)
 
 
 def test_coprime_reads_each_shard_in_a_coprime_stride(data: Path) -> None:

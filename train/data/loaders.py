@@ -143,22 +143,24 @@ class Shuffled(Order):
 class Coprime(Order):
     """The coprime-stride order of #1471: each step mixes many shards and visits a shard's blocks in a coprime stride.
 
-    Window i of a shard starts at phase + ((start + i·stride) mod blocks)·seq_len. Phase, start and stride are random and
-    drawn again after the shard's last block. Let p = min(step / 1800, 1). A step draws at most 8 + 56 p shards without
-    replacement, with probability ∝ remaining^(0.9 - 0.4 p). Each drawn shard gives one window, and a multinomial
-    distributes the rest. Windows of different shards are interleaved; micro-batch v takes windows v, v + 8, …
+    Window i of a shard starts at phase + ((start + i·stride) mod blocks)·seq_len. Phase, start and stride are drawn, in this
+    order, when the shard is first needed and after its last block. Let p = min(step / 1800, 1). A step draws 8 + 56 p shards
+    (at most all of them; fewer shards shorten the ramp) without replacement, with probability ∝ remaining^(0.9 - 0.4 p). Each
+    drawn shard gives one window, and a multinomial distributes the rest. The drawn shards are permuted, then each shard's
+    windows. Windows of different shards are interleaved in rounds: each round permutes the order of the round before and
+    takes the last window of every shard that has some left. Micro-batch v takes windows v, v + 8, …
 
-    PCG64 is seeded with FNV-1a of the shards' names, not with the run's seed, as published. The published code hashes
-    absolute paths; with names, the order does not depend on the folder.
+    All draws are those of the published code at 8 ranks, with one difference: PCG64 is seeded with a hash of the shards' names.
+    The published seed hashes their paths as given, so it changes with the folder. As published, the run's seed plays no role.
     """
 
     RAMP_STEPS = 1800
+    FEWEST, MOST = MICRO_BATCHES, 8 * MICRO_BATCHES
 
     def __init__(self, shards: TrainingShards, seq_len: int, sequences: int, seed: int) -> None:
         super().__init__(shards, seq_len, sequences, seed)
-        self.random = np.random.Generator(
-            np.random.PCG64(_fnv1a("\n".join(path.name for path in shards.paths).encode()))
-        )
+        self.names_seed = names_seed([path.name for path in shards.paths])
+        self.random = np.random.Generator(np.random.PCG64(self.names_seed))
         self.eligible = np.flatnonzero((shards.lengths - 1) // seq_len > 0)
         # columns: phase, start, stride, blocks, blocks taken; zero blocks: not drawn yet
         self.walks = np.zeros((len(shards.tokens), 5), dtype=np.int64)
@@ -173,10 +175,20 @@ class Coprime(Order):
         # not every serializer can store 128-bit integers
         words = {name: str(value) for name, value in inner["state"].items()}
         rest = {name: int(inner[name]) for name in ("has_uint32", "uinteger")}
-        return super().state_dict() | {"walks": self.walks.tolist(), "random": words | rest}
+        return super().state_dict() | {
+            "names_seed": str(self.names_seed),
+            "walks": self.walks.tolist(),
+            "random": words | rest,
+        }
 
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)
+        # earlier versions drew in another order, and saved no names_seed
+        if state.get("names_seed") != str(self.names_seed):
+            raise UserError(
+                "the checkpoint holds the coprime order of other shard names, or of an earlier version of golf_kernels: resume with "
+                "those, or delete the checkpoint to start over"
+            )
         self.walks = np.array(state["walks"], dtype=np.int64)
         saved = state["random"]
         self.random.bit_generator.state = {
@@ -194,16 +206,17 @@ class Coprime(Order):
         remaining = np.where(blocks > 0, np.maximum(blocks - taken, 1), unseen).astype(np.float64)
         weights = remaining ** (0.9 - 0.4 * progress)
         chances = weights / weights.sum()
-        mixed = min(round(MICRO_BATCHES + progress * (8 * MICRO_BATCHES - MICRO_BATCHES)), len(self.eligible), needed)
+        fewest, most = (min(count, len(self.eligible), needed) for count in (self.FEWEST, self.MOST))
+        mixed = round(fewest + progress * (most - fewest))
         drawn = self.random.choice(len(self.eligible), size=mixed, replace=False, p=chances)
-        extra = self.random.multinomial(needed - mixed, chances[drawn] / chances[drawn].sum())
+        counts = 1 + self.random.multinomial(needed - mixed, chances[drawn] / chances[drawn].sum())
         queues = [
-            self._walk(int(self.eligible[index]), 1 + int(more)) for index, more in zip(drawn, extra, strict=True)
+            self._walk(int(self.eligible[drawn[index]]), int(counts[index])) for index in self.random.permutation(mixed)
         ]
         places: list[tuple[int, int]] = []
         while queues:
-            for index in self.random.permutation(len(queues)):
-                places.append(queues[index].pop())
+            queues = [queues[index] for index in self.random.permutation(len(queues))]
+            places += [queue.pop() for queue in queues]
             queues = [queue for queue in queues if queue]
         return places
 
@@ -221,12 +234,20 @@ class Coprime(Order):
         length = int(self.shards.lengths[shard])
         phase = int(self.random.integers(min(self.seq_len, length - self.seq_len)))
         blocks = (length - 1 - phase) // self.seq_len
-        stride = 1
+        start, stride = int(self.random.integers(blocks)), 1
         if blocks > 1:
             stride = int(self.random.integers(1, blocks))
             while math.gcd(stride, blocks) != 1:
                 stride = int(self.random.integers(1, blocks))
-        self.walks[shard] = phase, int(self.random.integers(blocks)), stride, blocks, 0
+        self.walks[shard] = phase, start, stride, blocks, 0
+
+
+def names_seed(names: list[str]) -> int:
+    """The seed of `Coprime`: from x = 0 on, x ← (x XOR byte) · 1099511628211 mod 2⁶⁴ for each byte of the names."""
+    value = 0
+    for byte in "".join(names).encode():
+        value = (value ^ byte) * 1099511628211 % 2**64
+    return value
 
 
 class BatchSource(Protocol):
@@ -322,10 +343,3 @@ def make_loader(shards: TrainingShards, config: Config, ranks: Ranks) -> Loader:
         )
     order = LOADERS[config.loader](shards, config.train_seq_len, micro_batch_sequences(config), config.seed)
     return Loader(order, ranks)
-
-
-def _fnv1a(data: bytes) -> int:
-    value = 0xCBF29CE484222325
-    for byte in data:
-        value = ((value ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
-    return value

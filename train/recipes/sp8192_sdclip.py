@@ -10,7 +10,7 @@ As in the published script:
 Deviations:
 - The Hessians are summed over ranks. The published script uses the 64 batches of rank 0.
 - If the Cholesky factorization of a matrix fails, it is tried again with more damping before rounding to nearest.
-- The loader's seed depends on the names of the shards. The published one depends on their absolute paths.
+- The loader's seed is a hash of the shards' names. The published one is a hash of their paths as given.
 - The artifact has this project's own container.
 """
 
