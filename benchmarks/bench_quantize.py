@@ -21,10 +21,11 @@ from benchmarks.measure.models import NARROW, random_model, window_flops
 from train.common.errors import main_guard
 from train.config import Config
 from train.model.attention_choice import choose_attention, use_attention
+from train.model.decoder import sample
 from train.model.gpt import GPT
 from train.model.order import make_plan
 from train.quantize.calibrate import collect_hessians
-from train.quantize.generate import TEMPERATURE, generate_tokens, sample
+from train.quantize.generate import TEMPERATURE, generate_tokens
 from train.quantize.gptq import gptq
 from train.quantize.quantize_model import quantize_model
 from train.quantize.rank_work import gptq_cost

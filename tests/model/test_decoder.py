@@ -1,10 +1,11 @@
 """Token by token with kept keys and values, against the whole text at once, for every system."""
 
+import numpy as np
 import pytest
 import torch
 from model_systems import CASES, narrow_config, random_ids, random_model
 
-from train.model.decoder import Decoder
+from train.model.decoder import Decoder, sample
 from train.model.gpt import GPT
 
 # beyond the length at which the narrow systems' rotary base begins to grow
@@ -69,3 +70,18 @@ def test_a_full_text_takes_no_more() -> None:
         decoder.step(tokens)
     with pytest.raises(ValueError, match="holds 1 token, not 2"):
         decoder.past.extend(*torch.zeros(2, 2, 1, 2, 8))
+
+
+def test_a_draw_falls_into_the_interval_of_its_token() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, 9, generator=generator, dtype=torch.float64)
+    logits[:, [0, 4]] = -float("inf")
+    draws = torch.rand(500, generator=generator, dtype=torch.float64)
+    draws[:3] = torch.tensor([0.0, 1 - 2.0**-53, 0.5])
+    tokens = sample(logits, draws, 0.7).numpy()
+    weights = np.exp(logits.numpy() / 0.7)
+    ends = np.cumsum(weights, axis=1) / weights.sum(axis=1, keepdims=True)
+    for token, end, draw in zip(tokens, ends, draws.numpy(), strict=True):
+        assert (end[token - 1] if token else 0.0) <= draw + 1e-12 and draw < end[token] + 1e-12
+    assert not np.isin(tokens, [0, 4]).any() and len(np.unique(tokens)) == 7
+    torch.testing.assert_close(sample(logits, draws, 1e-6), logits.argmax(dim=1))

@@ -15,10 +15,11 @@ from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.config import Config
 from train.data.dataset import Dataset
+from train.model.decoder import sample
 from train.model.gpt import GPT
 from train.quantize import generate
 from train.quantize.calibrate import calibrate, collect_hessians, plain_graph
-from train.quantize.generate import generate_tokens, sample
+from train.quantize.generate import generate_tokens
 
 SEED, TEMPERATURE, LENGTH = 7, 0.8, 12
 NAMES = ["blocks.0.attention.query", "blocks.3.mlp.down", "embedding.weight"]
@@ -32,21 +33,6 @@ def settings(system: str = "sp4096", **changes: object) -> Config:
 def write(model: GPT, numbers: range | list[int], **changes: Any) -> torch.Tensor:
     given: dict[str, Any] = {"temperature": TEMPERATURE, "seed": SEED, "recurrence": True}
     return generate_tokens(model, numbers, LENGTH, **(given | changes))
-
-
-def test_a_draw_falls_into_the_interval_of_its_token() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(500, 9, generator=generator, dtype=torch.float64)
-    logits[:, [0, 4]] = -float("inf")
-    draws = torch.rand(500, generator=generator, dtype=torch.float64)
-    draws[:3] = torch.tensor([0.0, 1 - 2.0**-53, 0.5])
-    tokens = sample(logits, draws, 0.7).numpy()
-    weights = np.exp(logits.numpy() / 0.7)
-    ends = np.cumsum(weights, axis=1) / weights.sum(axis=1, keepdims=True)
-    for token, end, draw in zip(tokens, ends, draws.numpy(), strict=True):
-        assert (end[token - 1] if token else 0.0) <= draw + 1e-12 and draw < end[token] + 1e-12
-    assert not np.isin(tokens, [0, 4]).any() and len(np.unique(tokens)) == 7
-    torch.testing.assert_close(sample(logits, draws, 1e-6), logits.argmax(dim=1))
 
 
 def test_texts_follow_the_evaluated_function_and_their_own_random_numbers() -> None:

@@ -56,3 +56,15 @@ class Decoder:
         documents = Documents.of(self.ids[:, :end]) if self.model.config.document_masking else None
         inputs = BlockInputs(window.inputs.x0[:, -1:], rotary, documents=documents, past=self.past)
         return Shared(inputs, None if window.values is None else window.values[:, -1:])
+
+
+def sample(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
+    """Draw tokens by inversion: the first one at which the cumulative softmax(logits / temperature) exceeds the draw.
+
+    `logits` is `(B, V)`, `draws` `(B,)` float64 in [0, 1), the result `(B,)` int64.
+    """
+    cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    # the last sum is 1 only up to rounding; keep every draw below it
+    total = cumulative[:, -1]
+    places = torch.minimum(draws * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, places[:, None], right=True).squeeze(1)

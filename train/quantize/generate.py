@@ -12,7 +12,7 @@ from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.common.progress import Progress
 from train.config import Config
-from train.model.decoder import Decoder
+from train.model.decoder import Decoder, sample
 from train.model.gpt import GPT
 
 # bound on the KV cache of the texts that are generated together: 2 GiB
@@ -84,18 +84,6 @@ def generate_tokens(
     finally:
         model.train(was_training)
     return texts
-
-
-def sample(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
-    """Draw tokens by inversion: the first one at which the cumulative softmax(logits / temperature) exceeds the draw.
-
-    `logits` is `(B, V)`, `draws` `(B,)` float64 in [0, 1), the result `(B,)` int64.
-    """
-    cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
-    # the last sum is 1 only up to rounding; keep every draw below it
-    total = cumulative[:, -1]
-    places = torch.minimum(draws * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, places[:, None], right=True).squeeze(1)
 
 
 def _side_by_side(model: GPT, length: int) -> int:
