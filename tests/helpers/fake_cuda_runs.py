@@ -96,7 +96,7 @@ def test_a_text_grows_token_by_token() -> None:
     config = gpu_config("sp4096")
     decoder = Decoder(gpu_model(config).eval(), 3, 5, recurrence=True)
     for _ in range(5):
-        logits = decoder.step(torch.zeros(3, dtype=torch.int64, device=CUDA))
+        logits = decoder.step(torch.zeros(3, 1, dtype=torch.int64, device=CUDA))
         assert logits.shape == (3, config.vocab_size) and logits.device == CUDA
 
 

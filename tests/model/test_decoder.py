@@ -14,7 +14,7 @@ LENGTH = 14
 
 def decoded(model: GPT, ids: torch.Tensor, *, recurrence: bool) -> torch.Tensor:
     decoder = Decoder(model, len(ids), ids.shape[1], recurrence=recurrence)
-    return torch.stack([decoder.step(tokens) for tokens in ids.T], dim=1)
+    return torch.stack([decoder.step(tokens) for tokens in ids.split(1, dim=1)], dim=1)
 
 
 @pytest.mark.parametrize(("system", "recurrence"), CASES)
@@ -26,6 +26,10 @@ def test_every_steps_logits_are_those_of_the_whole_text(system: str, recurrence:
     stepwise = decoded(model, ids, recurrence=recurrence)
     assert stepwise.dtype == torch.float64
     torch.testing.assert_close(stepwise, whole, rtol=0, atol=1e-9)
+    # a text may be read in one step, or in several of any size
+    decoder = Decoder(model, len(ids), LENGTH, recurrence=recurrence)
+    for begin, end in ((0, 6), (6, 7), (7, 12), (12, LENGTH)):
+        torch.testing.assert_close(decoder.step(ids[:, begin:end]), whole[:, end - 1], rtol=0, atol=1e-9)
     # the text matters: another first token changes the last logits
     ids[:, 0] = (ids[:, 0] + 5) % config.vocab_size
     assert (decoded(model, ids, recurrence=recurrence)[:, -1] - whole[:, -1]).abs().max() > 1e-6
@@ -47,6 +51,9 @@ def test_parts_that_no_recipe_combines(changes: dict[str, object]) -> None:
     with torch.no_grad():
         whole = model.logits(ids, recurrence=True)
     torch.testing.assert_close(decoded(model, ids, recurrence=True), whole, rtol=0, atol=1e-9)
+    decoder = Decoder(model, len(ids), LENGTH, recurrence=True)
+    for begin, end in ((0, 5), (5, 9), (9, LENGTH)):
+        torch.testing.assert_close(decoder.step(ids[:, begin:end]), whole[:, end - 1], rtol=0, atol=1e-9)
 
 
 def test_the_rotary_base_is_that_of_the_whole_length() -> None:
@@ -64,7 +71,7 @@ def test_the_rotary_base_is_that_of_the_whole_length() -> None:
 def test_a_full_text_takes_no_more() -> None:
     config = narrow_config("baseline")
     decoder = Decoder(random_model(config).eval(), 2, 1, recurrence=False)
-    tokens = torch.tensor([3, 4])
+    tokens = torch.tensor([[3], [4]])
     decoder.step(tokens)
     with pytest.raises(ValueError, match="end after 1 token: no token 2"):
         decoder.step(tokens)
@@ -85,3 +92,4 @@ def test_a_draw_falls_into_the_interval_of_its_token() -> None:
         assert (end[token - 1] if token else 0.0) <= draw + 1e-12 and draw < end[token] + 1e-12
     assert not np.isin(tokens, [0, 4]).any() and len(np.unique(tokens)) == 7
     torch.testing.assert_close(sample(logits, draws, 1e-6), logits.argmax(dim=1))
+    assert sample(logits, draws, 0.0).tolist() == logits.numpy().argmax(axis=1).tolist()

@@ -17,7 +17,7 @@ _PREDECESSORS = 3
 
 
 class Decoder:
-    """Feeds `rows` texts of `length` tokens to a model in evaluation mode, token by token.
+    """Feeds `rows` texts of `length` tokens to a model in evaluation mode, some tokens at a time.
 
     Each step returns what `GPT.logits` returns for the finished text: the rotary base is that of `length` from the first
     token on. (#1392 kept no cache. It recomputed the text for every length, with that length's base, in 430 s.)
@@ -33,36 +33,40 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
-        """Append `tokens` `(B,)` int64, one to each text; softcapped logits of the next token, `(B, V)` float32.
+        """Append `tokens` `(B, n)` int64, n to each text; softcapped logits of the next token, `(B, V)` float32.
 
         The logits are float64 if the compute dtype is.
 
         Raises:
-            ValueError: the texts have `length` tokens already.
+            ValueError: the texts would be longer than `length`.
         """
         model, position = self.model, self.past.length
-        if position == self.ids.shape[1]:
-            raise ValueError(f"the texts end after {counted(position, 'token')}: no token {position + 1}")
-        self.ids[:, position] = tokens
-        hidden = model.hidden_of(self._shared(position), recurrence=self.recurrence)
-        return head_logits(hidden[:, 0], model.head_weight, model.config.logit_softcap)
+        end, length = position + tokens.shape[1], self.ids.shape[1]
+        if end > length:
+            raise ValueError(f"the texts end after {counted(length, 'token')}: no token {end}")
+        self.ids[:, position:end] = tokens
+        hidden = model.hidden_of(self._shared(position, end), recurrence=self.recurrence)
+        return head_logits(hidden[:, -1], model.head_weight, model.config.logit_softcap)
 
-    def _shared(self, position: int) -> Shared:
-        """`GPT.embed` at one position, computed from the last few tokens."""
-        begin, end = max(position - _PREDECESSORS, 0), position + 1
+    def _shared(self, position: int, end: int) -> Shared:
+        """`GPT.embed` from `position` to `end`, computed from these tokens and the last few before them."""
+        begin, new = max(position - _PREDECESSORS, 0), end - position
         window = self.model.embed(self.ids[:, begin:end], self.ids.shape[1])
         cosine, sine = window.inputs.rotary
         rotary = cosine[position:end], sine[position:end]
         documents = Documents.of(self.ids[:, :end]) if self.model.config.document_masking else None
-        inputs = BlockInputs(window.inputs.x0[:, -1:], rotary, documents=documents, past=self.past)
-        return Shared(inputs, None if window.values is None else window.values[:, -1:])
+        inputs = BlockInputs(window.inputs.x0[:, -new:], rotary, documents=documents, past=self.past)
+        return Shared(inputs, None if window.values is None else window.values[:, -new:])
 
 
 def sample(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
     """Draw tokens by inversion: the first one at which the cumulative softmax(logits / temperature) exceeds the draw.
 
-    `logits` is `(B, V)`, `draws` `(B,)` float64 in [0, 1), the result `(B,)` int64.
+    Temperature 0 takes the likeliest token, the first of several. `logits` is `(B, V)`, `draws` `(B,)` float64 in [0, 1),
+    the result `(B,)` int64.
     """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
     cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
     # the last sum is 1 only up to rounding; keep every draw below it
     total = cumulative[:, -1]

@@ -79,7 +79,7 @@ def generate_tokens(
                 some[:, 0] = (given[:, 0] * model.config.vocab_size).long()
                 bar.advance(len(some))
                 for place in range(1, length):
-                    some[:, place] = sample(decoder.step(some[:, place - 1]), given[:, place], temperature)
+                    some[:, place] = sample(decoder.step(some[:, place - 1 : place]), given[:, place], temperature)
                     bar.advance(len(some))
     finally:
         model.train(was_training)
