@@ -21,7 +21,7 @@ help:  ## list these commands
 PROCESSES = $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c GPU); [ $$n -gt 0 ] || n=$$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc); for p in 8 4 2 1; do [ $$p -le $$n ] && echo $$p && break; done)
 
 run: $(READY)  ## train, quantize and score a small model on the standard library's text (4 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(PROCESSES) -m train --recipe quickstart
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(PROCESSES) -m train --recipe quickstart --samples end
 
 # one process per core, one thread each: on small tensors more threads only wait for each other
 test: $(TESTABLE)  ## run all tests and list the 15 slowest

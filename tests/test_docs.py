@@ -45,6 +45,7 @@ RUN = {
     "python -m train.quantize runs/mine --matrix_clip_sigmas 10 --out k10.golf": 0,
     "python -m train.artifact diff runs/mine/model.golf k10.golf": 1,
     "python -m train.evaluate runs/mine --stride 32": 0,
+    'python -m train.generate runs/mine --prompt "def " --tokens 200 --temperature 0.8 --seed 1': 0,
     "python -m train.submission record runs/mine --github-id NAME": 0,
     "python -m train --recipe quickstart --run_id seed42 --seed 42": 0,
     "python -m train --recipe quickstart --run_id seed314 --seed 314": 0,

@@ -23,6 +23,7 @@ from train.data.manifest import read_manifest
 from train.evaluate.__main__ import main as evaluate
 from train.evaluate.scores import read_evaluation
 from train.evaluate.scoring import evaluate_model
+from train.generate.samples import PROMPTS, sample_texts
 from train.pipeline import run_pipeline
 from train.run.folder import RunFolder
 from train.run.log_grammar import parse_log
@@ -50,6 +51,7 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
     assert left >= {
         "config.json", "train_seed1337.log", "metrics.jsonl", "weights.pt", "training.json", "model.golf", "evaluation.json",
         "summary.json", "submission.json", "README.md", "loss.png", "bpb.png", "size_budget.png",
+        "samples.txt",
     }  # fmt: skip
     assert "checkpoint.pt" not in left
     submission = json.loads((finished.folder.path / "submission.json").read_text())
@@ -71,6 +73,16 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
     assert "\nwarmup_step:2/2 (1 without recurrence, 1 with it)\n" in text and log["warmup_steps"] == 2
     assert log["sizes"]["total"] == submission["bytes_total"]
     assert log["finals"]["int6_sliding_window_exact"]["val_bpb"] == pytest.approx(submission["val_bpb"], abs=1e-8)
+
+
+def test_a_run_keeps_samples_of_its_validations_and_its_artifact(finished: Finished) -> None:
+    labels = [label for label in ("step 0", "step 6", "step 12", "artifact") for _ in PROMPTS]
+    lines = finished.folder.samples.read_text().splitlines()
+    assert [line.partition(": ")[0] for line in lines] == labels
+    config, model = finished.folder.trained_config(), load_model(finished.folder.artifact)
+    assert [line.partition(": ")[2] for line in lines[-3:]] == sample_texts(config, model, recurrence=True)
+    # programs read the log, and the rules of a record search it
+    assert not any(line in (finished.folder.path / "train_seed1337.log").read_text() for line in lines)
 
 
 def test_profiled_steps_leave_their_pictures(dataset: Path, tmp_path: Path) -> None:
@@ -193,7 +205,7 @@ def test_an_artifact_over_the_cap_is_not_written(finished: Finished, tmp_path: P
 def test_a_killed_run_goes_on_bit_for_bit(
     finished: Finished, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = small(dataset, tmp_path, checkpoint_every=2)
+    config = small(dataset, tmp_path, checkpoint_every=2, samples="validations")
     process = subprocess.Popen(
         [sys.executable, "-m", "train", *flags(config)],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
@@ -212,6 +224,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     expected, found = (read_tensors(folder.weights) for folder in (finished.folder, folder))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert folder.samples.read_text() == finished.folder.samples.read_text()
 
 
 def test_a_stage_has_the_seconds_of_the_pass_that_counts(finished: Finished, tmp_path: Path) -> None:
@@ -245,7 +258,16 @@ def test_two_ranks_train_like_one(finished: Finished, dataset: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     "module",
-    ["train", "train.data", "train.quantize", "train.artifact", "train.evaluate", "train.submission", "golf_kernels"],
+    [
+        "train",
+        "train.data",
+        "train.quantize",
+        "train.artifact",
+        "train.evaluate",
+        "train.generate",
+        "train.submission",
+        "golf_kernels",
+    ],
 )
 def test_every_command_explains_itself(module: str) -> None:
     result = command(module, "--help")

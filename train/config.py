@@ -21,7 +21,7 @@ from train.common.values import ConfigError, check_type, check_value, format_val
 
 # settings that change no computed number
 BOOKKEEPING = frozenset(
-    {"run_id", "runs_dir", "resume", "checkpoint_every", "train_log_every", "loggers", "profile_steps"}
+    {"run_id", "runs_dir", "resume", "checkpoint_every", "train_log_every", "loggers", "profile_steps", "samples"}
 )
 # settings that may differ between runs of one recipe
 LOCAL = BOOKKEEPING | {"recipe", "seed", "data_path", "tokenizer_path", "device", "code_form"}
@@ -76,6 +76,7 @@ class Config:
     resume: str = setting("never", "auto: continue from the run's checkpoint, if it has one", choices=("never", "auto"))
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: no checkpoints", low=0)
     train_log_every: int = setting(200, "steps between log lines of the training loss", low=1)
+    samples: str = setting("off", "print sample texts at the end or validations", choices=("off", "end", "validations"))
     loggers: str = setting("", "also log to tensorboard, wandb, or tensorboard,wandb; empty: to files only")
     profile_steps: str = setting("", "steps to profile, FIRST:END, such as 30:33; empty: none")
     device: str = setting("auto", "device to compute on; auto: cuda if there is a GPU", choices=("auto", "cpu", "cuda"))
@@ -227,9 +228,7 @@ class Config:
     max_artifact_bytes: int = setting(16_000_000, "largest size of script and model, in bytes", low=1)
 
     # validation and evaluation
-    val_loss_every: int = setting(
-        1000, "steps between validations; 0: only before the first and after the last step", low=0
-    )
+    val_loss_every: int = setting(1000, "steps between validations; 0: only the first and the last", low=0)
     eval_seq_len: int = setting(0, "window length of the final evaluation; 0: train_seq_len", low=0)
     eval_stride: int = setting(64, "new tokens per window; 0: windows do not overlap", low=0)
     eval_rule: str = setting(

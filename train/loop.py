@@ -117,6 +117,10 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
             model, text.tokens, text.tables, config, recurrence=recurrence, rank=ranks.rank, world_size=ranks.world_size
         )
         log.val_step(step, config.iterations, result.val_loss, result.val_bpb, seconds * 1000)
+        if config.samples == "validations":
+            from train.generate.samples import write_samples
+
+            ranks.on_main(lambda: write_samples(folder, config, model, f"step {step}", recurrence=recurrence))
         return result
 
     if first is None:

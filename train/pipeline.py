@@ -91,6 +91,10 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
                 )  # fmt: skip
             with clock("evaluate"):
                 evaluate(folder, trained, model, data, ranks, log)
+            if config.samples != "off":
+                from train.generate.samples import write_samples
+
+                ranks.on_main(lambda: write_samples(folder, config, model, "artifact"))
             if ranks.is_main and importlib.util.find_spec("train.submission"):
                 from train.submission.record import record_run
 

@@ -55,7 +55,7 @@ class Finished:
 
 def finish(dataset: Path, runs: Path) -> Finished:
     """A run by its command."""
-    config = small(dataset, runs)
+    config = small(dataset, runs, samples="validations")
     result = command("train", *flags(config))
     assert result.returncode == 0, result.stderr
     return Finished(RunFolder(Path(config.runs_dir) / "run"), config)

@@ -46,6 +46,7 @@ VARIANTS = {
     "rare": {
         "codec": "ans", "gptq_calib_source": "generated", "target_mb": 15.0, "golf_backend": "gptq_block=torch,window_nll=triton",
         "profile_steps": "1:2", "loggers": "tensorboard", "iterations": 2, "warmup_steps": 0, "recur_start_step": 0,
+        "samples": "end",
     },
     "plain": {"quantizer": "rtn", "codec": "zlib", "target_bytes": 2_000_000, "corpus": ""},
 }  # fmt: skip
@@ -53,6 +54,7 @@ RARE = {
     "golf_kernels.softcapped_cross_entropy_triton",
     "train.artifact.ans",
     "train.artifact.prune_to_target",
+    "train.generate.samples",
     "train.quantize.generate",
     "train.run.profiling",
     "train.run.sinks",

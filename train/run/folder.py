@@ -53,6 +53,10 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     @property
+    def samples(self) -> Path:
+        return self.path / "samples.txt"
+
+    @property
     def stages(self) -> Path:
         return self.path / "stages.json"
 

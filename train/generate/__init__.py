@@ -1,0 +1,1 @@
+"""Text from a trained model: `python -m train.generate`, and the samples of a run."""

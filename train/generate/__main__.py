@@ -1,0 +1,90 @@
+"""`python -m train.generate RUN|ARTIFACT`: continue a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from train.command_line import check_backends
+from train.common.errors import main_guard
+from train.common.hardware import auto_device
+from train.config import Config
+from train.data.tokenizer import load_tokenizer
+from train.generate.load import load, tokenizer_path
+from train.generate.text import characters, continue_text, encode
+
+
+def _at_least(lowest: int, kind: Callable[[str], float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value >= lowest:
+            raise argparse.ArgumentTypeError(f"expected at least {lowest}, got {text}")
+        return value
+
+    # argparse names a value that is no number by its type
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.generate",
+        description="Continue a prompt with the model of a run or of an artifact, and print the text as it grows.",
+        epilog="examples:\n"
+        '  python -m train.generate runs/mine --prompt "def " --tokens 200 --temperature 0.8 --seed 1\n'
+        '  python -m train.generate k10.golf --tokenizer data/stdlib_1024/stdlib_1024_bpe.model --prompt "import "\n\n'
+        "The tokenizer normalizes the prompt: runs of whitespace become one space, none is left at the ends.\n"
+        "The text ends early where the model ends the document. The model reads the last WINDOW tokens; when they are\n"
+        "full, it forgets the first half and reads the others again.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", metavar="RUN|ARTIFACT", type=Path, help="run folder with model.golf, or an artifact")
+    parser.add_argument("--prompt", default="", help="beginning of the text [empty]")
+    parser.add_argument("--tokens", type=_at_least(1, int), default=200, help="most tokens to add [200]")
+    parser.add_argument("--temperature", type=_at_least(0, float), default=0.8, help="0: the likeliest token [0.8]")
+    parser.add_argument(
+        "--seed", type=_at_least(0, int), default=Config.seed, help=f"same seed, same text [{Config.seed}]"
+    )
+    parser.add_argument(
+        "--window",
+        type=_at_least(1, int),
+        help="tokens that the model reads at once; beyond rope_train_seq_len the NTK rule raises the rotary base "
+        "[that of the run's evaluation; of an artifact without a run: rope_train_seq_len]",
+    )
+    parser.add_argument("--tokenizer", default="", metavar="FILE", help="SentencePiece model [the run's tokenizer]")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to compute on [auto]")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the prompt and its continuation."""
+    arguments = _parser().parse_args(argv)
+    check_backends()
+    device = auto_device() if arguments.device == "auto" else arguments.device
+    model, window, run = load(arguments.path, device)
+    found = tokenizer_path(arguments.path, run, arguments.tokenizer)
+    tokenizer = load_tokenizer(found, model.config.vocab_size)
+    prompt = encode(tokenizer, arguments.prompt)
+    added = continue_text(
+        model.to(device),
+        prompt,
+        arguments.tokens,
+        window=arguments.window or window,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+    )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a terminal may lack a character of the text
+        sys.stdout.reconfigure(errors="replace")
+    for text in characters(tokenizer, itertools.chain(prompt, added)):
+        print(text, end="", flush=True)
+    print()
+    return 0
+
+
+if __name__ == "__main__":
+    main_guard(main)

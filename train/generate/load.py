@@ -1,0 +1,59 @@
+"""A model with its tokenizer and its window, from a run folder or from an artifact alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from train.artifact import load_model
+from train.common.errors import UserError
+from train.config import Config
+from train.data.tokenizer import find_tokenizer
+from train.model.gpt import GPT
+from train.run.folder import RunFolder
+
+
+class Loaded(NamedTuple):
+    """An artifact's model, in evaluation mode on the CPU, and how to use it."""
+
+    model: GPT
+    window: int  # tokens that it reads at once
+    run: Config | None  # the run's settings, if the artifact lies in a run folder
+
+
+def load(path: Path, device: str = "auto") -> Loaded:
+    """Load the artifact of a run folder, or an artifact file; `device` decides the compute dtype.
+
+    The window is that of the run's evaluation. An artifact outside a run folder does not say it: then it is
+    `rope_train_seq_len`, up to which the rotary base is the same.
+
+    Raises:
+        UserError: the run is not finished, or the artifact cannot be read.
+    """
+    folder = RunFolder(path if path.is_dir() else path.parent)
+    run = folder.read_config() if path.is_dir() or folder.config.exists() else None
+    artifact = folder.need(folder.artifact, "python -m train") if path.is_dir() else path
+    model = load_model(artifact, (run or Config()).replace(device=device))
+    return Loaded(model, run.window if run else model.config.rope_train_seq_len, run)
+
+
+def tokenizer_path(path: Path, run: Config | None, given: str = "") -> Path:
+    """The tokenizer of the run folder or artifact `path`: the file `given`, else the one that the run trained with.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    remedy = "give --tokenizer FILE, the .model file that made the shards"
+    if given:
+        if not Path(given).is_file():
+            raise UserError(f"--tokenizer: {given}: no such file: {remedy}")
+        return Path(given)
+    if run is None:
+        raise UserError(f"{path}: an artifact holds no tokenizer, and no run's config.json is beside it: {remedy}")
+    try:
+        found = find_tokenizer(run.data_path, run.vocab_size, run.tokenizer_path)
+    except UserError:
+        raise UserError(f"{path}: expected one tokenizer in its data_path {run.data_path}: {remedy}") from None
+    if not found.is_file():
+        raise UserError(f"{path}: its tokenizer {found} is missing: {remedy}")
+    return found

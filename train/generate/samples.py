@@ -1,0 +1,51 @@
+"""Sample texts of a run, printed and kept in samples.txt."""
+
+from __future__ import annotations
+
+import itertools
+
+from tqdm import tqdm
+
+from train.common.files import atomic_write
+from train.config import Config
+from train.data.tokenizer import find_tokenizer, load_tokenizer
+from train.generate.text import characters, continue_text, encode
+from train.model.gpt import GPT
+from train.run.folder import RunFolder
+
+# they say more of Python's own texts than of web pages
+PROMPTS = ("import", "def", "The")
+TOKENS = 32
+TEMPERATURE = 0.8
+
+
+def sample_texts(config: Config, model: GPT, *, recurrence: bool) -> list[str]:
+    """One text for each prompt; the run's seed and the model decide them. The model's mode is restored."""
+    path = find_tokenizer(config.data_path, config.vocab_size, config.tokenizer_path)
+    tokenizer = load_tokenizer(path, config.vocab_size)
+    was_training, texts = model.training, []
+    model.eval()
+    try:
+        for number, prompt in enumerate(PROMPTS):
+            ids = encode(tokenizer, prompt)
+            added = continue_text(
+                model, ids, TOKENS,
+                window=config.window, temperature=TEMPERATURE, seed=[config.seed, number], recurrence=recurrence,
+            )  # fmt: skip
+            texts.append("".join(characters(tokenizer, itertools.chain(ids, added))))
+    finally:
+        model.train(was_training)
+    return texts
+
+
+def write_samples(folder: RunFolder, config: Config, model: GPT, label: str, *, recurrence: bool = True) -> None:
+    """Print sample texts and put them into samples.txt, in place of earlier ones with this label.
+
+    They are not in the log, whose lines programs read.
+    """
+    lines = [f"{label}: {text}" for text in sample_texts(config, model, recurrence=recurrence)]
+    for line in lines:
+        tqdm.write(line)
+    earlier = folder.samples.read_text(encoding="utf-8").split("\n")[:-1] if folder.samples.exists() else []
+    kept = [line for line in earlier if not line.startswith(f"{label}: ")]
+    atomic_write(folder.samples, "".join(f"{line}\n" for line in kept + lines))

@@ -1,0 +1,83 @@
+"""A text that a model continues token by token, and its characters."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from sentencepiece import SentencePieceProcessor
+
+from train.common.errors import UserError
+from train.data.shards import BOS
+from train.data.tokenizer import SPACE
+from train.model.decoder import Decoder, sample
+from train.model.gpt import GPT
+
+
+def encode(tokenizer: SentencePieceProcessor, prompt: str) -> list[int]:
+    """The tokens of a document that begins with `prompt`, which the tokenizer normalizes."""
+    return [BOS, *tokenizer.Encode(prompt)]
+
+
+def continue_text(
+    model: GPT,
+    ids: Sequence[int],
+    tokens: int,
+    *,
+    window: int,
+    temperature: float,
+    seed: int | Sequence[int],
+    recurrence: bool = True,
+) -> Iterator[int]:
+    """Yield up to `tokens` tokens that continue the text `ids`; a BOS, which would begin another document, ends it.
+
+    Each token is drawn from softmax(logits / temperature); temperature 0 takes the likeliest. The random numbers are those
+    of `np.random.default_rng(seed)`.
+
+    The model, in evaluation mode, reads the last `window` tokens with the rotary base of that length, as in the evaluation.
+    When they are full, it forgets the first half and reads the others again as the beginning of a text.
+
+    Raises:
+        UserError: the logits are no numbers.
+    """
+    device = model.embedding.weight.device
+    context = list(ids[-window:])
+    decoder, unread = Decoder(model, 1, window, recurrence=recurrence), context
+    for draw in np.random.default_rng(seed).random(tokens):
+        if decoder.past.length + len(unread) > window:
+            context = context[-(window // 2) - 1 :]
+            decoder, unread = Decoder(model, 1, window, recurrence=recurrence), context
+        logits = decoder.step(torch.tensor([unread], device=device))
+        if not logits.isfinite().all():
+            raise UserError("the model's logits are not numbers: training diverged: lower MATRIX_LR and train again")
+        token = int(sample(logits, torch.tensor([draw], dtype=torch.float64, device=device), temperature))
+        if token == BOS:
+            return
+        yield token
+        unread = [token]
+        context = context + unread
+
+
+def characters(tokenizer: SentencePieceProcessor, ids: Iterable[int]) -> Iterator[str]:
+    """The text of tokens, as its characters are complete; what is no UTF-8 or not printable becomes �."""
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    for index in ids:
+        yield _printable(utf8.decode(_bytes(tokenizer, index)))
+    yield _printable(utf8.decode(b"", final=True))
+
+
+def _bytes(tokenizer: SentencePieceProcessor, index: int) -> bytes:
+    piece: str = tokenizer.IdToPiece(index)
+    if tokenizer.IsByte(index):
+        # <0xNN>
+        return bytes.fromhex(piece[3:5])
+    if tokenizer.IsControl(index) or tokenizer.IsUnknown(index) or tokenizer.IsUnused(index):
+        return b""
+    return piece.replace(SPACE, " ").encode()
+
+
+def _printable(text: str) -> str:
+    # a byte piece may be a control character, which could change the terminal
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
