@@ -11,7 +11,8 @@ from train.artifact.requantize import main as quantize
 from train.command_line import help_text, note_unread, override_line, resolve
 from train.common.errors import UserError
 from train.common.files import write_json
-from train.config import MODEL_RETIRED, RETIRED, Config, ConfigError, field_names, parse_value
+from train.common.retired import MODEL_RETIRED, RETIRED
+from train.config import Config, ConfigError, field_names, parse_value
 from train.evaluate.__main__ import main as evaluate
 from train.recipes import load_recipe, recipe_names
 from train.run.folder import RunFolder
@@ -158,7 +159,7 @@ def test_removed_settings_load_with_the_value_of_today_and_are_refused_otherwise
 ) -> None:
     monkeypatch.setitem(RETIRED, "old_form", ("after", ""))
     monkeypatch.setitem(RETIRED, "old_layers", ((1, 2),))
-    monkeypatch.setattr("train.config.MODEL_RETIRED", {"old_form", "old_layers"})
+    monkeypatch.setattr("train.common.retired.MODEL_RETIRED", {"old_form", "old_layers"})
     monkeypatch.setitem(RETIRED, "old_speed", None)
     config = Config(seed=5)
     for values in ({"old_form": "after", "old_layers": [1, 2]}, {"old_form": "", "old_speed": 9}):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from train.artifact import load_model, read_artifact
 from train.checkpoint import load_weights, read_tensors
-from train.config import RETIRED
+from train.common.retired import RETIRED
 from train.evaluate.scores import find_evaluation
 from train.quantize.tensors import dequantize_state
 from train.run.folder import RunFolder

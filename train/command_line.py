@@ -12,6 +12,7 @@ from typing import Any
 
 from golf_kernels import dispatch
 from train.common.errors import UserError
+from train.common.retired import refuse_retired
 from train.common.values import ConfigError, format_value
 from train.config import (
     BOOKKEEPING,
@@ -22,7 +23,6 @@ from train.config import (
     field_type,
     nearest,
     parse_value,
-    refuse_retired,
 )
 from train.recipes import load_recipe, recipe_names
 

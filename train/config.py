@@ -4,7 +4,7 @@ Names follow Parameter Golf, so published run commands work unchanged. A flag (`
 variable (the name in upper case), which overrides the recipe, which overrides the default.
 
 A new setting's default must reproduce the old behaviour, so that existing runs and artifacts stay valid. A removed
-setting gets a row in `RETIRED`.
+setting gets a row in `train.common.retired.RETIRED`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from train.common.retired import RETIRED, check_retired
 from train.common.values import ConfigError, check_type, check_value, format_value, parse_steps, parse_text, setting
 
 # settings that change no computed number
@@ -25,33 +25,6 @@ BOOKKEEPING = frozenset(
 )
 # settings that may differ between runs of one recipe
 LOCAL = BOOKKEEPING | {"recipe", "seed", "data_path", "tokenizer_path", "device", "code_form"}
-
-REMOVED_IN = "0.2.0"
-
-RETIRED: dict[str, tuple[Any, ...] | None] = {
-    "adam_eps": (1e-8,),
-    "beta1": (0.9,),
-    "compute_dtype": ("auto",),
-    "eval_batch_seqs": None,
-    "eval_max_tokens": (0,),
-    "eval_share_layer0": None,
-    "gptq_act_order": (True,),
-    "gptq_block_size": (128,),
-    "gptq_calib_temperature": (0.8,),
-    "gradient_reduction": ("after", "overlapped"),
-    "norm_eps": (2**-23,),
-    "normuon_beta2": (0.95,),
-    "tied_embed_init_std": (0.005,),
-    "unet_skips": (True,),
-    "val_batch_size": None,
-    "val_max_tokens": (0,),
-}
-"""Settings removed in `REMOVED_IN`: name → the values that match today's behaviour; None: all values do.
-
-A config.json or artifact with another value loads with a warning, unless the setting is in `MODEL_RETIRED`.
-"""
-MODEL_RETIRED = frozenset({"norm_eps", "unet_skips"})
-"""Removed settings whose other values make the saved weights another model: they are refused."""
 
 SECTIONS = {
     "run": "recipe",
@@ -294,7 +267,7 @@ class Config:
         for name, value in values.items():
             typed = tuple(value) if isinstance(value, list) else value
             if name in RETIRED:
-                _check_retired(name, typed)
+                check_retired(name, typed)
                 continue
             if name == "code_form" and typed in ("minified", "sources"):
                 # removed in 0.2.0: if such a run is quantized again, its compressed script counts
@@ -327,12 +300,6 @@ def field_type(name: str) -> str:
     return {bool: "0|1", int: "int", float: "float", str: "text"}.get(_TYPES[name], "int,…")
 
 
-def refuse_retired(name: str, source: str) -> None:
-    """Raise a ConfigError if the setting `name` was removed; the error begins with `source`, such as `--name`."""
-    if name in RETIRED:
-        raise ConfigError(f"{source}: {name} was removed in {REMOVED_IN}: leave it out")
-
-
 def parse_value(name: str, text: str, source: str) -> Any:
     """A setting's value from an environment variable or flag; see `parse_text`."""
     return parse_text(_TYPES[name], text, source)
@@ -342,18 +309,6 @@ def nearest(name: str) -> str:
     """The most similar setting, as the end of an error; may be empty."""
     close = difflib.get_close_matches(name.lower(), field_names(), n=1, cutoff=0.6)
     return f"; did you mean {close[0].upper() if name.isupper() else close[0]}?" if close else ""
-
-
-def _check_retired(name: str, value: Any) -> None:
-    supported = RETIRED[name]
-    if supported is None or value in supported:
-        return
-    removed, today = f"{name}={format_value(value)}: {name} was removed in {REMOVED_IN}", format_value(supported[0])
-    if name in MODEL_RETIRED:
-        raise ConfigError(
-            f"{removed}, which supports only {today}: use an earlier version of golf_kernels for this file"
-        )
-    warnings.warn(f"{removed}, which always uses {today}", stacklevel=3)
 
 
 def _rise(layers: tuple[int, ...], last: int) -> bool:
