@@ -92,7 +92,11 @@ def test_the_schedule_of_sdclip_is_the_published_one() -> None:
 
 
 def test_steps_are_not_told_where_no_step_time_is_known() -> None:
-    config = load_recipe("quickstart").config()
+    quickstart = load_recipe("quickstart").config()
+    assert [point["step"] for point in describe(quickstart, {})["schedule"]][::6] == [
+        0, quickstart.iterations // 2, quickstart.iterations,
+    ]  # fmt: skip
+    config = quickstart.replace(warmdown_by="clock")
     points = describe(config, {})["schedule"]
     assert all(point["step"] is None and point["muon_momentum"] is None for point in points)
     assert points[6]["lr_scale"] == pytest.approx(0.5 / 0.72)

@@ -111,6 +111,19 @@ def test_a_summary_says_where_recurrence_never_began(finished: Finished, tmp_pat
     )
 
 
+def test_a_summary_says_where_the_time_limit_stopped_training(finished: Finished, tmp_path: Path) -> None:
+    said = "stopped by the time limit after 5 of 12 steps: the score is worse than after all of them"
+    assert "time limit" not in summary_text(summarize(finished.folder))
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    write_json(folder.training, {**folder.read_training(), "steps": 5})
+    summary = summarize(folder)
+    assert f"\n             {said}\n" in summary_text(summary)
+    assert f"| training steps | {said} |" in run_readme(summary, folder.read_config(), "name")
+    # such a recipe trains until the limit
+    folder.write_config(folder.read_config().replace(warmdown_by="clock"))
+    assert "time limit" not in summary_text(summarize(folder))
+
+
 def test_training_lowers_the_loss(finished: Finished) -> None:
     losses = series(read_metrics(finished.folder.path / "metrics.jsonl"), "train", "train_loss")
     assert losses[0][2] == pytest.approx(6.24, abs=0.1)

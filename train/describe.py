@@ -12,7 +12,7 @@ from train.config import Config
 from train.model.gpt import GPT
 from train.model.order import virtual_order
 from train.model.parameters import mflop_per_token, parameter_table
-from train.optimize.schedules import lr_scale, muon_momentum
+from train.optimize.schedules import lr_scale, muon_momentum, warmdown_seconds
 from train.quantize.tensors import stored_bits
 
 SCHEDULE_POINTS = 13
@@ -74,10 +74,10 @@ def describe(config: Config, published: Mapping[str, float]) -> dict[str, Any]:
 def schedule(config: Config, step_ms: float | None) -> list[dict[str, float | None]]:
     """Learning-rate scale and momentum at equidistant points of a run.
 
-    With a wall-clock limit the points divide the time, and `step_ms` gives the step at each point; without `step_ms` the
-    step, and all that depends on it, is None. Without a limit the points divide the steps.
+    If the learning rate follows the time, the points divide it, and `step_ms` gives the step at each point; without
+    `step_ms` the step, and all that depends on it, is None. Otherwise the points divide the steps.
     """
-    cap = config.training_seconds
+    cap = warmdown_seconds(config)
     timed = bool(step_ms) or not cap
     rate_known = timed or config.warmdown_frac > 0 or config.warmdown_iters == 0
     momentum_known = timed or config.muon_momentum_warmup_steps == 0

@@ -18,6 +18,7 @@ from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.common.progress import Progress
 from train.common.values import parse_steps
+from train.common.wording import stopped_early
 from train.config import Config
 from train.data.dataset import Dataset
 from train.data.loaders import BatchSource, Loader, micro_batch_sequences
@@ -183,6 +184,8 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
     bar.close()
     if stop:
         log.stopping_early(step, config.iterations, seconds * 1000)
+        if config.warmdown_by == "steps" and step < config.iterations:
+            log.line(f"training: {stopped_early(step, config.iterations)}")
     if ranks.device.type == "cuda":
         log.peak_memory(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
     # from here on, the model has the averaged weights

@@ -26,6 +26,13 @@ def test_lr_by_fraction_counts_steps_without_a_cap() -> None:
         assert lr_scale(step, 1e9, settings) == pytest.approx(scale, abs=5e-7)
 
 
+@pytest.mark.parametrize("changes", [{"warmdown_frac": 0.72}, {"warmdown_frac": 0.0, "warmdown_iters": 720}])
+def test_lr_by_steps_under_a_cap_reads_no_clock(changes: dict[str, float]) -> None:
+    settings = config(**changes, iterations=1000, warmdown_by="steps")
+    for step, scale in {0: 1.0, 270: 1.0, 500: 0.694444, 640: 0.5, 900: 0.138889, 1000: 0.0}.items():
+        assert [lr_scale(step, seconds, settings) for seconds in (0.0, 599.0, 1e9)] == pytest.approx([scale] * 3, abs=5e-7)
+
+
 def test_lr_by_steps() -> None:
     settings = config(max_wallclock_seconds=0.0, iterations=1000, warmdown_iters=400)
     for step, scale in {0: 1.0, 599: 1.0, 600: 1.0, 601: 0.9975, 800: 0.5, 999: 0.0025, 1000: 0.0, 1001: 0.0}.items():

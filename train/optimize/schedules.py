@@ -15,19 +15,19 @@ def lr_scale(step: int, elapsed_seconds: float, config: Config) -> float:
     - by fraction, `warmdown_frac` = f > 0, which takes precedence: (1 - p) / f once p >= 1 - f, where p is the finished
       fraction of the time, or of the steps without a cap.
 
-    Under a cap `iterations` does not matter.
+    Under a cap `iterations` does not matter. `warmdown_by` steps ignores the cap: the factor then depends on the step alone.
 
     Args:
         step: steps finished so far.
         elapsed_seconds: training time so far, without validation, in seconds.
-        config: the settings; the cap is `training_seconds` (0: none).
+        config: the settings; the cap is `warmdown_seconds` (0: none).
 
     Returns:
         A number in [0, 1].
 
     Source: Parameter Golf's baseline (by steps or time) and submission #1471 (by fraction).
     """
-    cap = config.training_seconds
+    cap = warmdown_seconds(config)
     if config.warmdown_frac > 0:
         done = elapsed_seconds / cap if cap > 0 else step / config.iterations
         return 1.0 if done < 1 - config.warmdown_frac else max(1 - done, 0.0) / config.warmdown_frac
@@ -36,8 +36,13 @@ def lr_scale(step: int, elapsed_seconds: float, config: Config) -> float:
     if cap <= 0:
         return min(max(config.iterations - step, 0) / config.warmdown_iters, 1.0)
     remaining = max(cap - elapsed_seconds, 0.0)
-    warmdown_seconds = config.warmdown_iters * elapsed_seconds / max(step, 1)
-    return 1.0 if remaining > warmdown_seconds else remaining / warmdown_seconds
+    decay_seconds = config.warmdown_iters * elapsed_seconds / max(step, 1)
+    return 1.0 if remaining > decay_seconds else remaining / decay_seconds
+
+
+def warmdown_seconds(config: Config) -> float:
+    """The training time that the learning rate follows; 0: it follows the steps."""
+    return 0.0 if config.warmdown_by == "steps" else config.training_seconds
 
 
 def muon_momentum(step: int, config: Config) -> float:

@@ -27,6 +27,7 @@ from train.submission.summary import (
     recurrence_note,
     size_line,
     stage_line,
+    stopped_note,
     summary_text,
 )
 
@@ -99,6 +100,9 @@ def summarize(folder: RunFolder) -> Summary:
         train_seconds=training["seconds"],
         stage_seconds=stage_seconds,
         resumed=resumed,
+        steps_planned=config.iterations
+        if config.warmdown_by == "steps" and training["steps"] < config.iterations
+        else 0,
         recurrence_missed=0 if started.recur_layers == config.recur_layers else started.recur_start_step,
         val_loss=score["val_loss"],
         val_bpb=score["val_bpb"],
@@ -234,7 +238,7 @@ def run_readme(summary: Summary, config: Config, name: str) -> str:
             "evaluation",
             f"{summary.tokens:,} tokens, {summary.bytes:,} bytes of normalized text, {summary.eval_seconds:.1f} s",
         ),
-        ("training steps", f"{summary.steps:,}"),
+        ("training steps", stopped_note(summary) or f"{summary.steps:,}"),
         *((("recurrence", note),) if (note := recurrence_note(summary)) else ()),
         ("ms per step", f"{summary.step_avg_ms:.2f}"),
         ("training clock (s)", f"{summary.train_seconds:.1f}"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.common.errors import UserError
 from train.common.files import read_json, write_json
-from train.common.wording import counted
+from train.common.wording import counted, stopped_early
 
 if TYPE_CHECKING:
     from train.artifact.budget import BudgetRow
@@ -62,6 +62,8 @@ class Summary:
         label: shown with every score of a run that breaks the rules; empty: none.
         resumed: steps at which training was resumed.
         recurrence_missed: start step of a recurrence that training ended before; 0: none.
+        steps_planned: steps after which training would have ended, had the time limit not ended it; 0: it did not, or
+            the recipe trains until the limit.
     """
 
     run_id: str
@@ -95,6 +97,7 @@ class Summary:
     label: str = ""
     resumed: list[int] = field(default_factory=list)
     recurrence_missed: int = 0
+    steps_planned: int = 0
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
@@ -213,6 +216,11 @@ def recurrence_note(summary: Summary) -> str:
     return f"never started: training ended before step {step:,}" if step else ""
 
 
+def stopped_note(summary: Summary) -> str:
+    """Says that the time limit ended training; empty if it did not, or if the recipe trains until the limit."""
+    return stopped_early(summary.steps, summary.steps_planned) if summary.steps_planned else ""
+
+
 def summary_text(summary: Summary, run_dir: str | Path | None = None) -> str:
     """The block that a run ends with; the last line names `run_dir`."""
     others = [
@@ -230,6 +238,7 @@ def summary_text(summary: Summary, run_dir: str | Path | None = None) -> str:
             "training",
             f"{counted(summary.steps, 'step')}, {summary.step_avg_ms:.2f} ms per step, {summary.train_seconds:.1f} s",
         ),
+        ("", stopped_note(summary)),
         ("recurrence", recurrence_note(summary)),
         (
             "evaluation",

@@ -1,0 +1,51 @@
+"""The training loop: no clock decides the quickstart's weights, and what is said where the time limit stops it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from submission_runs import narrow
+
+from train.common.distributed import Ranks
+from train.data.dataset import Dataset
+from train.loop import TrainResult, train
+from train.recipes import load_recipe
+from train.run.clocks import WallClock
+from train.run.folder import RunFolder
+from train.run.logger import RunLogger
+
+LIMIT = load_recipe("quickstart").config().max_wallclock_seconds
+
+
+def trained(folder: Path, dataset: Path, **changes: object) -> TrainResult:
+    """A narrow quickstart after training, without the later stages."""
+    config = narrow(dataset, folder, 1, val_loss_every=0, **changes)
+    folder.mkdir()
+    with RunLogger(folder, config.seed) as log:
+        return train(config, Dataset(config), RunFolder(folder), Ranks(), log)
+
+
+def test_no_clock_decides_the_quickstart_s_weights(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = [trained(tmp_path / "quiet", dataset, max_wallclock_seconds=LIMIT)]
+    # every look at this clock comes a tenth of the limit after the last one
+    looks = iter(np.arange(0, LIMIT, LIMIT / 10))
+    monkeypatch.setattr(
+        "train.loop.WallClock", lambda *given, **named: WallClock(*given, **named, now=lambda: next(looks))
+    )
+    results.append(trained(tmp_path / "busy", dataset, max_wallclock_seconds=LIMIT))
+    assert results[1].seconds > 0.4 * LIMIT > results[0].seconds
+    quiet, busy = (result.model.state_dict() for result in results)
+    assert all(torch.equal(quiet[name], busy[name]) for name in quiet)
+
+
+def test_a_run_says_where_the_time_limit_stopped_it(dataset: Path, tmp_path: Path) -> None:
+    result = trained(tmp_path / "stopped", dataset, max_wallclock_seconds=1e-9)
+    log = (tmp_path / "stopped" / "train_seed1.log").read_text()
+    assert result.steps == 1 and "\nstopping_early: wallclock_cap " in log
+    said = "training: stopped by the time limit after 1 of 4 steps: the score is worse than after all of them"
+    assert f"\n{said}\n" in log
+    trained(tmp_path / "clock", dataset, max_wallclock_seconds=1e-9, warmdown_by="clock")
+    assert "stopped by" not in (tmp_path / "clock" / "train_seed1.log").read_text()
