@@ -126,7 +126,9 @@ class Config:
         0.0, "fraction of training with learning-rate decay; 0: use warmdown_iters", low=0.0, high=1.0
     )
     warmdown_by: str = setting(
-        "clock", "what the learning rate follows; clock: the wall-clock limit, if there is one", choices=("clock", "steps")
+        "clock",
+        "what the learning rate follows; clock: the wall-clock limit, if there is one",
+        choices=("clock", "steps"),
     )
     matrix_lr: float = setting(0.04, "learning rate of the matrices (Muon)", low=0.0)
     tied_embed_lr: float = setting(0.05, "learning rate of the embeddings (AdamW)", low=0.0)

@@ -30,7 +30,9 @@ def test_lr_by_fraction_counts_steps_without_a_cap() -> None:
 def test_lr_by_steps_under_a_cap_reads_no_clock(changes: dict[str, float]) -> None:
     settings = config(**changes, iterations=1000, warmdown_by="steps")
     for step, scale in {0: 1.0, 270: 1.0, 500: 0.694444, 640: 0.5, 900: 0.138889, 1000: 0.0}.items():
-        assert [lr_scale(step, seconds, settings) for seconds in (0.0, 599.0, 1e9)] == pytest.approx([scale] * 3, abs=5e-7)
+        assert [lr_scale(step, seconds, settings) for seconds in (0.0, 599.0, 1e9)] == pytest.approx(
+            [scale] * 3, abs=5e-7
+        )
 
 
 def test_lr_by_steps() -> None:
