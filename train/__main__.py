@@ -19,7 +19,7 @@ The default recipe, {Config.recipe}, trains on the text of Python's standard lib
 
 examples:
   python -m train
-  python -m train --recipe quickstart --max_wallclock_seconds 30 --seed 42
+  python -m train --recipe quickstart --iterations 100 --seed 42
   python -m train --recipe quickstart --data_path data/mine --run_id mine
   SEED=42 torchrun --standalone --nproc_per_node=2 -m train --recipe quickstart
   python -m train --recipe sp8192_sdclip --describe    only print parameters, bytes, layers and schedule
