@@ -1,1 +1,1 @@
-"""Measurements and checks of the kernels; nothing imports this package but the tests."""
+"""Benchmarks of the kernels, of a training step and of evaluation. Outside this folder only tests import it."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure on a GPU, compute a step's time without one, or write tables and plots of results."""
+"""`python -m benchmarks`: measure on a GPU, compute a step's time without one, or make tables and plots of results."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Compile every kernel for sm_90 without a GPU, and check the machine code: `python -m benchmarks.aot`.
 
-Triton kernels are compiled through Triton's launch code, with the arguments of `benchmarks.computed.launches`. CUDA kernels
-come from `csrc/*.cu`. No kernel may spill registers, exceed Hopper's shared memory or serialize wgmma. Triton kernels with
-16-bit products must use wgmma, and those with tensor descriptors TMA.
+`benchmarks.computed.launches` launches each Triton kernel on tensors without data, and Triton compiles the kernel
+instead of running it. The CUDA kernels are in `csrc/*.cu`. No kernel may spill registers, exceed Hopper's shared memory
+or serialize wgmma. Triton kernels with 16-bit products must use wgmma, and kernels with tensor descriptors must use
+TMA.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ EPILOG = "exit codes: 0 all checks passed, 1 a check failed, 2 a compiler is mis
 
 
 class Missing(Exception):
-    """A compiler is not installed; the message says how to install it."""
+    """A compiler is not installed. The message says how to install it."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """The machine code of one kernel in one configuration.
+    """One compiled kernel in one configuration.
 
-    Registers and spilled bytes (stores and loads) are per thread, shared bytes per block. For CUDA kernels the shared bytes
-    exclude dynamic memory. `wgmma` and `tma` count instructions in the PTX. `broken` lists the failed checks.
+    Registers and spilled bytes (stores and loads) are per thread, shared bytes per block. For CUDA kernels the shared
+    bytes exclude dynamic memory. `wgmma` and `tma` count instructions in the PTX. `broken` lists the failed checks.
     """
 
     file: str
@@ -57,7 +58,11 @@ class Compiled:
 def judge(
     file: str, name: str, ptx: str, log: str, shared_bytes: int | None = None, promises: Iterable[str] = ()
 ) -> Compiled:
-    """Check a kernel's PTX and its output of `ptxas -v`; without `shared_bytes` the static size in the log counts."""
+    """Check the PTX of a kernel and `log`, the output of `ptxas -v` for that kernel.
+
+    If `shared_bytes` is None, the static shared memory in `log` counts. `promises` names the `INSTRUCTIONS` that the
+    PTX must contain.
+    """
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
         raise ValueError(f"{file}, {name}: no register count in the output of ptxas -v: {log!r}")
@@ -66,7 +71,7 @@ def judge(
     shared = shared_bytes if shared_bytes is not None else int(static[1]) if static else 0
     counts = {kind: ptx.count(instruction) for kind, instruction in INSTRUCTIONS.items()}
     broken = [f"no {kind}" for kind in promises if not counts[kind]]
-    # ptxas's warning
+    # the text of a warning by ptxas
     if "wgmma.mma_async instructions are serialized" in log:
         broken.append("wgmma serialized")
     if spilled:
@@ -77,7 +82,7 @@ def judge(
 
 
 def compile_triton(paths: Sequence[Path]) -> list[Compiled]:
-    """Compile the kernels of these files in every configuration that is launched."""
+    """Compile the Triton kernels of these files, in every configuration that `launches` launches."""
     if importlib.util.find_spec("triton") is None:
         raise Missing("triton is not installed: pip install 'triton==3.6.0'")
     import triton
@@ -123,7 +128,7 @@ def _judge_triton(file: str, compiled: Any) -> Compiled:
     constants = {kernel.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
     parts = [kernel.__name__.removesuffix("_kernel"), *re.findall(r"bf16|fp16|fp32", kinds)[:1]]
     for name, value in constants.items():
-        # Triton also turns integer arguments that equal 1 into constants
+        # only capitals: Triton also turns integer arguments that equal 1 into constants
         if name.isupper() and value is not False:
             parts.append(name.lower() if value is True else f"{name.lower()}={value}")
     promises = ["tma"] if "tensordesc" in kinds else []
@@ -138,7 +143,7 @@ def _judge_triton(file: str, compiled: Any) -> Compiled:
 
 
 def find_nvcc() -> str:
-    """nvcc of CUDA_HOME if that is set, otherwise from PATH or /usr/local/cuda."""
+    """The path of nvcc: in CUDA_HOME if that is set, otherwise in PATH or /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME")
     places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
     nvcc = next(filter(None, map(shutil.which, places)), None)
@@ -160,7 +165,7 @@ def compile_cuda(paths: Sequence[Path]) -> list[Compiled]:
 
 
 def judge_cuda(file: str, ptx: str, log: str) -> list[Compiled]:
-    """`judge` for each kernel of one .cu file."""
+    """Apply `judge` to each kernel of one .cu file."""
     texts = dict(re.findall(r"\.entry\s+(\w+)(.*?)(?=\.entry\s|\Z)", ptx, re.DOTALL))
     parts = re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", log, re.DOTALL)
     return [judge(file, _readable(name), texts[name], part) for name, part in parts]
@@ -200,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", type=Path, help="*_triton.py and *.cu; default: all that ship")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     options = parser.parse_args(arguments)
-    # kernels imported under the interpreter cannot be compiled
+    # kernels imported with TRITON_INTERPRET=1 cannot be compiled
     os.environ.pop("TRITON_INTERPRET", None)
     files = options.files or sorted([*ROOT.glob("golf_kernels/*_triton.py"), *ROOT.glob("csrc/*.cu")])
     rows: list[Compiled] = []

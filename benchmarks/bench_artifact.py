@@ -1,12 +1,13 @@
-"""Measure artifact size under each codec, and size and bits per byte over the SDClip width.
+"""Measure artifact size under each codec, and artifact size and bits per byte at several SDClip widths.
 
     python -m benchmarks.bench_artifact runs/quickstart_20260101-120000
     python -m benchmarks.bench_artifact runs/mine --sigmas 8,10,12.85,16 --curve-codecs ans --max-tokens 1000000
     python -m benchmarks.bench_artifact --made --codecs ans,zstd
 
-Two tables compare the codecs with the order-0 entropy of each group of tensors. Each codec packs the run's artifact on one
-thread, and the result is read back and compared. Then the matrices are quantized again at several SDClip widths k, and each
-model is packed, read back and scored flat. Only the plot of this curve is written to the run folder. `--made` takes 36
+Two tables compare the codecs with the order-0 entropy: one for the whole artifact, one for each group of tensors. Each
+codec packs the run's artifact on one thread; the packed artifact is read back and compared with the original. After the
+tables comes a curve. The matrices are quantized again at several SDClip widths k, and each model is packed, read back
+and scored with windows that do not overlap. Only the plot of this curve is written to the run folder. `--made` uses 36
 million random codes (Gaussian rows in the shapes of an 11-layer model) instead of a run, and draws no curve.
 """
 
@@ -53,7 +54,10 @@ _COLORS = (BLUE, ORANGE)
 
 
 class CodecRow(NamedTuple):
-    """One codec on one artifact; `groups` has the bytes of each section with codes. Seconds are on one thread."""
+    """An artifact packed by one codec. The seconds are on one thread.
+
+    `groups` maps each group of quantized tensors to the bytes of its packed codes.
+    """
 
     codec: str
     file_bytes: int
@@ -67,7 +71,11 @@ class CodecRow(NamedTuple):
 
 
 class CurvePoint(NamedTuple):
-    """One SDClip width k (`sigmas`): artifact bytes by codec, bits per matrix code (order-0 entropy), and flat bpb."""
+    """The models quantized at one SDClip width k (`sigmas`).
+
+    `model_bytes` has the artifact's bytes under each codec. `matrix_bits` is the order-0 entropy per code of the
+    matrices. `val_bpb` is scored with windows that do not overlap.
+    """
 
     sigmas: float
     model_bytes: dict[str, int]
@@ -76,19 +84,25 @@ class CurvePoint(NamedTuple):
 
 
 def entropy_bytes(codes: bytes) -> float:
-    """Order-0 entropy in bytes: −Σ n log2(n/N) / 8 over the values of the codes."""
+    """Order-0 entropy in bytes: −Σ n log2(n/N) / 8 over the values, where n of the N codes have the value."""
     counts = np.bincount(np.frombuffer(codes, np.uint8))
     counts = counts[counts > 0]
     return float(-(counts * np.log2(counts / counts.sum())).sum() / 8) if len(counts) else 0.0
 
 
 def predicted_bits(bits: int, sigmas: float) -> float:
-    """Entropy per code of a Gaussian row under SDClip: ½ log2(πe/2) + b − log2 k. Source: #1394."""
+    """Entropy in bits per code of a Gaussian row under SDClip: ½ log2(πe/2) + b − log2 k.
+
+    b is `bits`, the width k is `sigmas`. Source: #1394.
+    """
     return 0.5 * math.log2(math.pi * math.e / 2) + bits - math.log2(sigmas)
 
 
 def made_tensors(layers: int = 11, dim: int = 512, vocab_size: int = 8192) -> StoredTensors:
-    """Large matrices with Gaussian rows, quantized by SDClip: 6 bits at k 12.85, the embedding 8 bits at k 20."""
+    """Random large tensors of a model: Gaussian rows, quantized by SDClip.
+
+    The matrices have 6 bits at k 12.85, the embedding has 8 bits at k 20.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def codes(rows: int, columns: int, bits: int, sigmas: float) -> QuantizedTensor:
@@ -111,7 +125,7 @@ def made_tensors(layers: int = 11, dim: int = 512, vocab_size: int = 8192) -> St
 
 
 def codec_rows(tensors: StoredTensors, config: Config, codecs: Sequence[str]) -> list[CodecRow]:
-    """The order-0 entropy of the codes, and their size under each codec."""
+    """Pack the tensors with each codec. Returns a row for the codes' order-0 entropy, then a row for each codec."""
     plans, _ = plan_sections(tensors)
     coded = {plan.group: b"".join(plan.parts) for plan in plans if not plan.floats}
     rows = [CodecRow("entropy", 0, {group: entropy_bytes(codes) for group, codes in coded.items()}, 0.0, 0.0)]
@@ -135,7 +149,7 @@ def codec_rows(tensors: StoredTensors, config: Config, codecs: Sequence[str]) ->
 
 
 def codec_table(rows: Sequence[CodecRow], codes: int) -> str:
-    """The rows as a table. The first row is the entropy; `codes` counts the codes."""
+    """The rows as a text table. The first row is the entropy; `codes` is the number of codes."""
     entropy = rows[0].code_bytes
     lines = [
         f"{'codec':<8}  {'file bytes':>12}  {'bits/code':>9}  {'over entropy':>12}  {'encode s':>8}  {'read s':>7}"
@@ -148,7 +162,10 @@ def codec_table(rows: Sequence[CodecRow], codes: int) -> str:
 
 
 def group_table(rows: Sequence[CodecRow], codes: dict[str, int]) -> str:
-    """Bits per code by group and codec, the entropy first; `codes` counts the codes by group."""
+    """A text table of bits per code: a line for each group, a column for the entropy and for each codec.
+
+    `codes` maps a group to its number of codes.
+    """
     width = max(map(len, codes))
     lines = [f"{'group':<{width}}  {'codes':>10}  {'  '.join(f'{row.codec:>8}' for row in rows)}"]
     for group, count in codes.items():
@@ -165,7 +182,7 @@ def curve(
     ranks: Ranks,
     max_tokens: int = 0,
 ) -> list[CurvePoint]:
-    """Quantize a run's weights at each width, pack them with each codec, and score the last artifact."""
+    """Quantize a run's weights at each width, pack them with each codec, and score the model of the last artifact."""
     model, data = load_weights(folder).to(ranks.device), Dataset(config)
     text = data.validation
     points = []
@@ -194,7 +211,7 @@ def curve(
 
 
 def curve_table(points: Sequence[CurvePoint], bits: int) -> str:
-    """The points as a table, with the entropy predicted for Gaussian rows."""
+    """The points as a text table, with the entropy predicted for Gaussian rows."""
     codecs = list(points[0].model_bytes)
     heads = "  ".join(f"{f'{name} bytes':>14}" for name in codecs)
     lines = [f"{'k':>6}  {'bits/code':>9}  {'predicted':>9}  {heads}  {'val_bpb':>10}"]

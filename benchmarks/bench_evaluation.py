@@ -1,9 +1,13 @@
 """Sliding-window evaluation with random text and weights: the published scripts compared with this project.
 
-`published`: full logits of every window (compiled on a GPU), in batches of 32 windows. `plain loop` (CPU only): one window at
-a time. `golf`: `train.evaluate.scoring.evaluate_model`. `golf, layer 0 per window`: the same without layer-0 sharing.
-`golf, N processes` (CPU only): one process per core, as in `make run`. Goals: on a GPU twice the tokens per second of
-`published` and 45 % of the measured matrix rate; on a CPU three times the tokens per second of `plain loop`.
+* `published`: all logits of every window, in batches of 32 windows, compiled on a GPU.
+* `plain loop` (CPU only): as `published`, but one window at a time.
+* `golf`: this project's evaluation, `train.evaluate.scoring.evaluate_model`.
+* `golf, layer 0 per window`: `golf`, but overlapping windows do not share layer 0's projections.
+* `golf, N processes` (CPU only): `golf` with one process per core, as in `make run`.
+
+Goals: on a GPU twice the tokens per second of `published` and 45 % of the measured matrix rate; on a CPU three times
+the tokens per second of `plain loop`.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# must precede the process group, see train.common.distributed
+# must be imported before a process group exists, see train.common.distributed
 import torch.distributed.nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,7 +43,7 @@ from train.model.gpt import GPT
 from train.recipes import load_recipe
 
 RECIPES = ("sp4096_recurrence", "sp8192_sdclip")
-# tokens to predict in the published validation text, and windows per batch of the published scripts
+# number of tokens to predict in each published validation text; number of windows per batch in the published scripts
 VALIDATION_TARGETS = {"sp4096_recurrence": 45_508_608, "sp8192_sdclip": 40_540_160}
 PUBLISHED_BATCH = 32
 PLAIN = "plain loop"
@@ -53,7 +57,7 @@ class Text(NamedTuple):
 
 
 def text_flops(model: GPT, config: Config, targets: int) -> float:
-    """FLOPs of scoring a text, with layer 0's projections once per token if windows can share them."""
+    """FLOPs of scoring a text. If windows can share layer 0's projections, those count once per token."""
     plan = plan_windows(targets, config.window, config.eval_stride, config.eval_rule)
     flops = len(plan.start) * window_flops(config, config.eval_stride)
     if model.overlap_problem is not None:
@@ -64,7 +68,7 @@ def text_flops(model: GPT, config: Config, targets: int) -> float:
 
 
 def make_text(vocab_size: int, count: int, seed: int) -> Text:
-    """Random tokens with `count` targets, Zipf-distributed as in text."""
+    """A text of random tokens, Zipf-distributed as in real text. `count` of the tokens are to be predicted."""
     random = np.random.default_rng(seed)
     tokens = np.minimum(random.zipf(1.2, count + 1), vocab_size - 1).astype(np.uint16)
     boundary = np.arange(vocab_size) < 3
@@ -75,7 +79,7 @@ def make_text(vocab_size: int, count: int, seed: int) -> Text:
 def published_run(
     model: GPT, config: Config, compiled: bool, batch_windows: int = PUBLISHED_BATCH
 ) -> Callable[[Text], list[Tensor]]:
-    """The evaluation of the published scripts. Returns nats and bytes."""
+    """Returns a function that evaluates a text as the published scripts do, and returns nats and bytes."""
     forward = model.logits
     if compiled:
         write_out(model, without_kernel(model.head_weight.device))
@@ -113,7 +117,7 @@ def published_run(
 def golf_run(
     model: GPT, config: Config, share_layer0: bool, rank: int = 0, world_size: int = 1
 ) -> Callable[[Text], list[Tensor]]:
-    """This project's evaluation. Returns nats and bytes."""
+    """Returns a function that evaluates a text as this project does, and returns nats and bytes."""
 
     def run(text: Text) -> list[Tensor]:
         found = evaluate_model(
@@ -125,7 +129,7 @@ def golf_run(
 
 
 class Processes:
-    """`golf_run` with one process per core and one thread per process."""
+    """`golf_run` on several processes with one thread each."""
 
     def __init__(self, config: Config, count: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -136,7 +140,7 @@ class Processes:
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=_serve, args=(config, rank, count, store, theirs), daemon=True)
             process.start()
-            # close our copy, so that reading fails if the process dies
+            # close this process's copy, so that reading fails if the other process dies
             theirs.close()
             self._ends.append(ours)
             self._processes.append(process)
@@ -158,7 +162,7 @@ class Processes:
 def _serve(config: Config, rank: int, world_size: int, store: str, end: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    # the same seed, hence the same model in every process
+    # every process uses the same seed, hence the same model
     run = golf_run(random_model(config, torch.device("cpu")), config, True, rank, world_size)
     while True:
         try:
@@ -186,7 +190,7 @@ def make_case(model: GPT, config: Config, targets: int) -> common.Case:
         published_run(exact, config, compiled=False),
         flops=text_flops(model, config, targets),
         bytes=weights * max(windows * fraction, 1),
-        # a mean over thousands of tokens; bfloat16 changes it by about 1e-4
+        # bfloat16 changes the mean over thousands of tokens by about 1e-4
         max_rel_err=2e-3 if model.compute_dtype == torch.bfloat16 else 1e-6,
     )
 
@@ -194,7 +198,10 @@ def make_case(model: GPT, config: Config, targets: int) -> common.Case:
 def describe_rows(
     rows: Sequence[common.Row], targets: int, limits: common.Ceilings, whole: int, *, on_gpu: bool
 ) -> list[str]:
-    """Tokens per second, speed-up over the first row, fraction of the matrix rate, and seconds for `whole` tokens."""
+    """A line for each row: tokens per second, speed-up over the first row, and fraction of the matrix rate.
+
+    If `whole` is not 0, the line also has the seconds that 8 devices would take for `whole` tokens.
+    """
     lines = []
     for row in rows:
         rate = targets / row["p50"] * 1e3

@@ -1,4 +1,4 @@
-"""GPTQ's inner loop on the blocks of an 11-layer model: 128 columns of every matrix of one shape at once."""
+"""GPTQ's inner loop on an 11-layer model: one block of 128 columns, for all matrices of one shape at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.measure import common
 from golf_kernels import dispatch
 from train.common.errors import main_guard
 
-# matrices of one shape, columns of a block, rows: query and output, key and value, up, down
+# (matrices of this shape, columns of a block, rows) of query and output, key and value, up, down
 MODEL = ((22, 128, 512), (22, 128, 256), (11, 128, 2048), (11, 128, 512))
 TINY = ((2, 9, 21),)
 LIMIT = 31
@@ -20,7 +20,7 @@ BACKENDS = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")}
 
 
 def make_block(shape: tuple[int, int, int], device: torch.device, seed: int) -> list[Tensor]:
-    """Weights, a factor like that of an inverse Hessian, and scales, in float32."""
+    """Random weights, a triangular factor like that of an inverse Hessian, and row scales, in float32."""
     batch, columns, rows = shape
     generator = torch.Generator().manual_seed(seed)
     work = torch.randn(shape, generator=generator) * 0.1
@@ -30,7 +30,7 @@ def make_block(shape: tuple[int, int, int], device: torch.device, seed: int) -> 
 
 
 def make_case(shape: tuple[int, int, int], device: torch.device) -> common.Case:
-    """One block of every matrix of a shape. Results must equal the PyTorch backend's bit for bit."""
+    """One block of each matrix of a shape. Results must equal the PyTorch backend's bit for bit."""
     batch, columns, rows = shape
     elements = batch * columns * rows
     return common.Case(

@@ -1,8 +1,9 @@
-"""The head of a training step, forward and backward: loss, dx and dW for 98,304 rows of width 512.
+"""The output head of a training step, forward and backward: loss, dx and dW for 98,304 rows of width 512.
 
-`compile` is the plain chain under torch.compile (on a CPU only traced). `torch` and `triton` are the backends of
-`golf::softcapped_cross_entropy`. The chunks of `triton, 32 MiB` fit in the L2 cache; `triton, 512 MiB` has few large ones.
-Goals on a GPU: 1.3 times as fast as `compile` and 1.5 GB less peak memory at vocabulary 8,192, not slower at 1,024.
+`compile` is the head in plain PyTorch under torch.compile (on a CPU only traced). `torch` and `triton` are the backends
+of `golf::softcapped_cross_entropy`, which computes the logits in chunks. The chunks of `triton, 32 MiB` fit in the L2
+cache; `triton, 512 MiB` has few large chunks. Goals on a GPU: 1.3 times as fast as `compile` with 1.5 GB less peak
+memory at vocabulary 8,192, and not slower at 1,024.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from benchmarks.measure import common
 from golf_kernels import dispatch
 from train.common.errors import main_guard
 
-# golf_kernels.softcapped_cross_entropy is the function, not the module
+# the attribute golf_kernels.softcapped_cross_entropy is the function, not the module
 head = importlib.import_module("golf_kernels.softcapped_cross_entropy")
 
 ROWS, WIDTH, SOFTCAP = 98_304, 512, 30.0
 VOCABULARIES = (1024, 2048, 4096, 8192)
 OTHER_CHUNKS_MIB = (32, 512)
-# by vocabulary: speed-up over `compile`, and GB saved
+# vocabulary → goals: speed-up over `compile`, and GB of peak memory saved
 GOALS = {1024: (1.0, 0.0), 8192: (1.3, 1.5)}
 
 
@@ -38,7 +39,7 @@ class Head(NamedTuple):
 
 
 def make_head(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: torch.device, seed: int) -> Head:
-    """Normed hidden states, weights for logits of a few units, random targets."""
+    """Random hidden states of unit variance, weights that give logits of a few units, and random targets."""
     generator = torch.Generator(device).manual_seed(seed)
     hidden = torch.randn(rows, width, device=device, generator=generator)
     weight = 2 * width**-0.5 * torch.randn(vocabulary, width, device=device, generator=generator)
@@ -47,21 +48,21 @@ def make_head(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device
 
 
 def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The head of the published scripts."""
+    """The loss as the published scripts compute it from hidden states."""
     logits = F.linear(hidden, weight)
     capped = SOFTCAP * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / SOFTCAP)
     return F.cross_entropy(capped, targets)
 
 
 def with_gradients(loss_of: Callable[..., Tensor], given: Head) -> list[Tensor]:
-    """Loss, dx and dW through autograd."""
+    """The loss, dx and dW; the gradients come from autograd."""
     hidden, weight = (tensor.detach().requires_grad_() for tensor in given[:2])
     loss = loss_of(hidden, weight, given.targets)
     return [loss.detach(), *torch.autograd.grad(loss, [hidden, weight])]
 
 
 def exact(given: Head, rows_at_once: int = 4096) -> list[Tensor]:
-    """Loss, dx and dW in float64, a few rows at a time."""
+    """The loss, dx and dW in float64, computed a few rows at a time."""
     weight = given.weight.double().requires_grad_()
     losses, gradients = [], []
     for hidden, targets in zip(given.hidden.split(rows_at_once), given.targets.split(rows_at_once), strict=True):
@@ -76,7 +77,10 @@ def exact(given: Head, rows_at_once: int = 4096) -> list[Tensor]:
 
 @contextlib.contextmanager
 def chunk_bytes(device: torch.device, size: int | None) -> Iterator[None]:
-    """Change the operator's chunk size for float32 logits inside the block."""
+    """Let the operator use chunks of `size` bytes. None keeps its own chunk size.
+
+    The operator counts a chunk's logits as float32.
+    """
     before = head.CHUNK_BYTES[device.type]
     head.CHUNK_BYTES[device.type] = size or before
     try:
@@ -96,19 +100,19 @@ def golf_variant(impl: str, backend: dispatch.Backend, device: torch.device, siz
 
 
 def make_variants(device: torch.device) -> list[common.Variant]:
-    """The compiled chain and every backend that can run here."""
+    """The variants that can run here: `compile`, and each backend."""
     plain = functools.partial(with_gradients, common.compiled(plain_loss, device))
     variants = [common.Variant("compile", plain), golf_variant("torch", "torch", device)]
     if device.type == "cuda" and dispatch.triton_problem() is None:
         variants.append(golf_variant("triton", "triton", device))
         for mib in OTHER_CHUNKS_MIB:
-            # the chunk size counts float32 logits, but these are bfloat16
+            # the chunk size counts logits as float32, but the logits here are bfloat16
             variants.append(golf_variant(f"triton, {mib} MiB", "triton", device, 2 * mib << 20))
     return variants
 
 
 def make_case(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> common.Case:
-    """The head at one shape: three products. The logits need no memory traffic."""
+    """The head at one shape. Its FLOPs are three products; its bytes leave out the logits, which need not be stored."""
     return common.Case(
         "softcapped_cross_entropy",
         f"{rows}x{width}x{vocabulary}",
@@ -123,7 +127,7 @@ def make_case(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device
 
 
 def verdict(times: Mapping[str, float], peaks_gb: Mapping[str, float], vocabulary: int) -> str:
-    """Our fastest backend compared with the compiled chain and the goals."""
+    """A line that compares this package's fastest backend with `compile` and with the goals."""
     chain = times["compile"]
     ours = min((name for name in times if name != "compile"), key=lambda name: times[name])
     speed, memory = GOALS.get(vocabulary, (None, None))

@@ -1,7 +1,7 @@
 """int6 packing, unpacking, dequantization and fake quantization, compared with a copy of the same number of bytes.
 
-Goals: half of a copy's bandwidth on one CPU core, 85 % on a GPU. Native operations and the copy write to existing memory, so
-that no time goes into new pages.
+Goals: half of a copy's bandwidth on one CPU core, 85 % on a GPU. Native operations and the copy write to existing
+memory, so no time goes into allocating new pages.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from benchmarks.measure import common
 from golf_kernels import dispatch, int6_native
 from train.common.errors import main_guard
 
-# the matrices of 11 layers: query and output, key and value, up, down
+# shapes of the matrices of 11 layers: query and output, key and value, up, down
 MODEL = [(512, 512)] * 22 + [(256, 512)] * 22 + [(2048, 512)] * 11 + [(512, 2048)] * 11
 TINY = [(8, 40), (3, 7)]
 
 
 class Matrix(NamedTuple):
-    """A random matrix with its codes, and memory for an operation's result."""
+    """A random weight, random codes with their scales and their packed bytes, and memory for an operation's result."""
 
     weight: Tensor
     scales: Tensor
@@ -35,10 +35,11 @@ class Matrix(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One operation over all matrices of a model.
+    """One operation, which is applied to all matrices of a model.
 
-    `code_bytes` is the memory traffic per code, without the scales. `room` makes an empty result for a shape, `native` fills
-    the results of a model, and `reference` computes one matrix in PyTorch.
+    `code_bytes` is the memory traffic per code, without the scales. `room(rows, columns)` allocates the result of one
+    matrix. `native` computes the results of a model into that memory. `reference` computes one matrix in PyTorch, and
+    `truth` gives the result to compare with.
     """
 
     op: str
@@ -74,7 +75,7 @@ def one_by_one(fill: Callable[[Matrix], Any]) -> Callable[[Sequence[Matrix]], An
 
 
 def nearest(one: Matrix) -> Tensor:
-    """Fake quantization in float64, with the quotient in float32, so that halves round the same."""
+    """Fake quantization in float64. The quotient is float32, so that halves are rounded the same way."""
     steps = one.scales.float()[:, None]
     return (one.weight / steps).clamp(-31, 31).round().double() * steps
 
@@ -142,7 +143,7 @@ def make_case(operation: Operation, shapes: Sequence[tuple[int, int]], device: t
 
 
 def variants(operation: Operation, device: torch.device) -> list[common.Variant]:
-    """The native backend if it is built, and PyTorch."""
+    """The variants that can run here: PyTorch, and the native backend if it is built."""
 
     def fill(model: Sequence[Matrix]) -> list[Tensor]:
         operation.native(model)
@@ -158,7 +159,7 @@ def variants(operation: Operation, device: torch.device) -> list[common.Variant]
 
 
 def copy_gbps(clock: common.Clock, traffic_bytes: float, pieces: int) -> float:
-    """GB/s, read and written, of a copy of this many bytes in this many pieces."""
+    """GB/s of a copy in `pieces` pieces. `traffic_bytes` counts both reading and writing."""
     sources = torch.randint(0, 255, (pieces, int(traffic_bytes / 2 / pieces)), dtype=torch.uint8, device=clock.device)
     targets = torch.zeros_like(sources)
 
@@ -174,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = common.parser("bench_int6", __doc__.splitlines()[0]).parse_args(argv)
     clock = common.Clock(arguments.device, arguments.warmup_ms, arguments.rounds)
     shapes = TINY if arguments.tiny else MODEL
-    # on a GPU a model is dequantized, and so copied, in one launch
+    # on a GPU one launch dequantizes all matrices, so the copy has one piece, too
     pieces = len(shapes) if arguments.device.type == "cpu" else 1
     for operation in OPERATIONS:
         case = make_case(operation, shapes, arguments.device)

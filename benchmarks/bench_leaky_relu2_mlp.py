@@ -1,8 +1,8 @@
 """The MLP block of a layer, forward and backward, compared with torch.compile and other libraries' kernels.
 
-y = x + scale ⊙ (leaky_relu(rms(x) · w_upᵀ, slope)² · w_downᵀ), and the gradients of x, both matrices and the scale. Goals: 1.35
-times the speed of the compiled block, and at most 1.25 times the time of its six products alone. Other libraries have no leaky
-activation, so they run at slope 0. On a CPU torch.compile only traces.
+The block computes y = x + scale ⊙ (leaky_relu(rms(x) · w_upᵀ, slope)² · w_downᵀ), and the gradients of x, both matrices
+and the scale. Goals: 1.35 times the speed of the compiled block, and at most 1.25 times the time of the block's six
+products alone. Other libraries have no leaky activation, so they run at slope 0. On a CPU torch.compile only traces.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ class Shape(NamedTuple):
 
 
 def kernels(shape: Shape) -> dict[str, list[Kernel]]:
-    """The launches of this package's block, by pass; an up product could compute the `extra` one on the side."""
+    """The launches of this package's block, by pass.
+
+    The floor leaves out `extra`, because the kernel of the up product could compute it too.
+    """
     x, post = 2.0 * shape.rows * shape.d, 2.0 * shape.rows * shape.hidden
     sign, flops = post / 16, 2.0 * shape.rows * shape.d * shape.hidden
     return {
@@ -53,7 +56,7 @@ def kernels(shape: Shape) -> dict[str, list[Kernel]]:
 
 
 def predict(shape: Shape) -> str:
-    """Times computed from memory traffic and FLOPs, per pass and device."""
+    """A text with the microseconds of each pass on each GPU, computed from memory traffic and FLOPs."""
     lines = [f"computed, not measured: {shape.rows}x{shape.d}x{shape.hidden}, µs"]
     for device in DEVICES:
         passes = {name: sum(k.floor_ms(device) for k in group) for name, group in kernels(shape).items()}
@@ -76,7 +79,7 @@ def ours(x: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor, slope: float) -
 
 
 def quack() -> Block:
-    """The MLP of quack-kernels, with norm and residual in PyTorch."""
+    """The block with the MLP of quack-kernels, and with norm and residual in PyTorch."""
     mlp = importlib.import_module("quack.mlp")
 
     def block(x: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor, slope: float) -> Tensor:
@@ -88,7 +91,7 @@ def quack() -> Block:
 
 
 def liger() -> Block:
-    """Liger's activation, with norm, products and residual in PyTorch."""
+    """The block with the activation of liger-kernel, and with norm, products and residual in PyTorch."""
     activation = importlib.import_module("liger_kernel.transformers.relu_squared").LigerReLUSquared()
 
     def block(x: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor, slope: float) -> Tensor:
@@ -102,7 +105,7 @@ PEERS = {"quack-kernels": quack, "liger-kernel": liger}
 
 
 def make_inputs(shape: Shape, device: torch.device, seed: int) -> Inputs:
-    """Random inputs, weights scaled as in a model, and the gradient of the result."""
+    """Random inputs, weights scaled as in a model, and `dy`, the gradient of the result."""
     generator = torch.Generator(device).manual_seed(seed)
     rows, d, hidden = shape
     sizes = {"x": (rows, d), "w_up": (hidden, d), "w_down": (d, hidden), "scale": (d,), "dy": (rows, d)}
@@ -143,7 +146,7 @@ def make_case(shape: Shape, slope: float, device: torch.device) -> common.Case:
 
 
 def products_case(shape: Shape, device: torch.device) -> common.Case:
-    """The six products of the block alone, on tensors of the same sizes."""
+    """The block's six products alone, on tensors of the same sizes."""
 
     def make(seed: int) -> Inputs:
         made = {name: tensor.detach() for name, tensor in make_inputs(shape, device, seed).items()}
@@ -164,14 +167,14 @@ def products_case(shape: Shape, device: torch.device) -> common.Case:
 
 
 def products(inputs: Inputs) -> list[Tensor]:
-    """up, down, dpre, dx, dw_up and dw_down."""
+    """The results of the products up, down, dpre, dx, dw_up and dw_down."""
     x, w_up, w_down, _, dy, post, dpre = inputs.values()
     return [x @ w_up.T, post @ w_down.T, dy @ w_down, dpre @ w_up, dpre.T @ x, dy.T @ post]
 
 
 @contextlib.contextmanager
 def forced(**replaced: Any) -> Iterator[None]:
-    """The Triton backend with functions of its module replaced."""
+    """Run the operator on its Triton backend, with functions of the backend's module replaced."""
     module = importlib.import_module("golf_kernels.leaky_relu2_mlp_triton")
     replacing = mock.patch.multiple(module, **replaced) if replaced else contextlib.nullcontext()
     with dispatch.forced("leaky_relu2_mlp=triton"), replacing:
@@ -183,7 +186,7 @@ def narrow_tile(product: str, columns: int) -> Any:
 
 
 def cublas_down(post: Tensor, w_down: Tensor, residual: Tensor) -> Tensor:
-    """The down product in cuBLAS, which copies the residual first."""
+    """The down product in cuBLAS, which first copies the residual."""
     return torch.addmm(residual, post, w_down.T)
 
 
@@ -203,7 +206,7 @@ def triton_variant(name: str, slope: float) -> common.Variant:
 
 
 def variants(slope: float, device: torch.device) -> list[common.Variant]:
-    """Every variant that can run here; prints why others cannot."""
+    """The variants that can run here. Prints why others cannot."""
     made = []
     if "triton" in dispatch.available_backends("leaky_relu2_mlp"):
         made += [triton_variant(name, slope) for name in TRITON]
@@ -217,7 +220,7 @@ def variants(slope: float, device: torch.device) -> list[common.Variant]:
     made.append(common.Variant("compile", both(common.compiled(plain, device)), graph=True))
     for name, peer in PEERS.items() if slope == 0.0 else ():
         try:
-            # also eager, because torch.compile cannot compile every peer
+            # also eagerly, because torch.compile cannot compile every library
             made.append(common.Variant(name, both(peer()), graph=False))
             made.append(common.Variant(f"{name}, compiled", both(common.compiled(peer(), device)), graph=False))
         except ImportError as error:
@@ -226,7 +229,7 @@ def variants(slope: float, device: torch.device) -> list[common.Variant]:
 
 
 def profile(variant: common.Variant, inputs: Inputs) -> str:
-    """Time per kernel of one call."""
+    """The profiler's table of one call, with the time of each kernel."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -239,7 +242,7 @@ def profile(variant: common.Variant, inputs: Inputs) -> str:
 
 
 def compare(shape: Shape, slope: float, clock: common.Clock, limits: common.Ceilings) -> list[list[common.Row]]:
-    """Rows of the products alone, and of all variants."""
+    """Measure the products alone, then all variants. Returns the rows of both."""
     device = clock.device
     alone = [common.Variant("products alone", products, graph=True)]
     case = make_case(shape, slope, device)
@@ -256,7 +259,10 @@ def compare(shape: Shape, slope: float, clock: common.Clock, limits: common.Ceil
 
 
 def memory_lines(peaks: dict[str, int], hidden_bytes: int) -> list[str]:
-    """Peak memory of each variant, and how many hidden tensors fewer the kernels need than the compiled block."""
+    """Lines with the peak memory of each variant, and with what the Triton kernels save over the compiled block.
+
+    The saving is given in hidden tensors, `(rows, hidden)` each.
+    """
     lines = [f"{name}: {peak / 1e6:.0f} MB at most beyond the inputs" for name, peak in peaks.items()]
     if {"triton", "compile"} <= set(peaks):
         fewer = (peaks["compile"] - peaks["triton"]) / hidden_bytes
@@ -284,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     limits = common.ceilings(clock)
     for shape in shapes:
         print(predict(shape))
-        # slope 0, for the peers, only at the first shape
+        # slope 0, for the other libraries, only at the first shape
         for slope in (0.5, 0.0) if shape == shapes[0] else (0.5,):
             alone, rows = compare(shape, slope, clock, limits)
             for group in (alone, rows):

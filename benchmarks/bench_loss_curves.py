@@ -1,9 +1,10 @@
-"""Compare the loss curves of a recipe with and without kernels with the spread of seeds.
+"""Check that a recipe's loss curves with and without kernels differ less than those of different seeds.
 
-The first of the `--variants` (`benchmarks.measure.step_variants`) trains from several seeds, the others from the first seed,
-all on the same tokens, with an eighth of a batch per step. Losses are smoothed. A variant's distance is its mean |difference|
-from the first variant's curve of the same seed. The spread is the mean distance between the first variant's seeds. If a
-distance is not below the spread, the exit code is 1. Curves and a plot go to `--out`, distances of a GPU to `results/curves/`.
+The first of the `--variants` (`benchmarks.measure.step_variants`) trains from several seeds, the others from the first
+seed. All see the same tokens, an eighth of a batch per step. The losses are smoothed. The distance of two curves is
+their mean |difference|. The spread is the mean distance between the first variant's seeds. If another variant's
+distance from the first variant with the same seed is not below the spread, the exit code is 1. The curves and a plot go
+to `--out`. Distances measured on a GPU go to `benchmarks/results/curves/`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from train.config import Config
 from train.model.attention_choice import choose_attention
 from train.recipes import recipe_names
 
-# steps over which curves are smoothed
+# number of steps over which curves are smoothed
 SMOOTH = 20
 COLUMNS = (
     *("date", "commit", "dirty", "gpu", "driver", "cuda", "torch", "triton", "recipe", "variant", "against", "data"),
@@ -37,7 +38,7 @@ Curves = dict[str, np.ndarray]
 
 
 def train(config: Config, name: str, tokens: Tokens, steps: int, device: torch.device) -> np.ndarray:
-    """The loss of each step, from the initial weights of the config's seed."""
+    """Train a variant from the initial weights of the config's seed. Returns the loss of each step."""
     (variant,) = make_variants(config, [name], device, whole=True)
     # losses are read at the end, so that the host runs ahead as in training
     losses = [variant.run(tokens.next(), False).detach() for _ in range(steps)]
@@ -50,13 +51,17 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean |difference| of two smoothed curves in nats; infinite if a loss is not finite."""
+    """Mean |difference| in nats of two curves after smoothing. Infinite if a loss is not finite."""
     found = float(np.abs(smoothed(one) - smoothed(other)).mean())
     return found if np.isfinite(found) else float("inf")
 
 
 def compare(seeds: Sequence[np.ndarray], others: Curves) -> tuple[dict[str, float], float]:
-    """Distance of each other curve from the first seed's, and the mean distance between seeds."""
+    """Compare loss curves.
+
+    Returns the distance of each curve in `others` from the first curve in `seeds`, and the mean distance between two
+    curves in `seeds`.
+    """
     pairs = [distance(one, other) for one, other in itertools.combinations(seeds, 2)]
     return {name: distance(curve, seeds[0]) for name, curve in others.items()}, float(np.mean(pairs))
 
@@ -98,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.tiny:
         common.check_place(device, folder, COLUMNS)
     if arguments.out:
-        # fails before training
+        # an unusable folder raises an error before training
         arguments.out.mkdir(parents=True, exist_ok=True)
     config = step_config(arguments.recipe, device, tiny=arguments.tiny, attention=arguments.attention)
     # the same attention backend for all curves

@@ -1,7 +1,7 @@
 """Residual mix and norm before one layer's attention on 98,304 tokens, forward and backward.
 
-torch.compile also keeps the mixed residual stream, and its backward pass reads the gradient again for the column sums. See
-`benchmarks.measure.chains`.
+Unlike the operator, torch.compile's code saves the mixed residual stream for the backward pass. That pass reads the
+stream's gradient twice, the second time for the column sums. The variants are those of `benchmarks.measure.chains`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ class Shape(NamedTuple):
 
 
 def traffic(shape: Shape) -> dict[str, dict[str, float]]:
-    """Memory traffic; column sums and row norms are under 1 % and not counted.
+    """Bytes that each pass reads and writes. Column sums and row norms are under 1 % and not counted.
 
-    Forward, both read x, x0 and write h, n. Backward, the kernels read dh, dn, x, x0 and write dx, dx0. Inductor's schedule
-    reads dh, dn, h, writes dx, dx0 and the gradient of h, and reads that again with x, x0 for the column sums.
+    Forward, both variants read x, x0 and write h, n. Backward, the Triton kernels read dh, dn, x, x0 and write dx, dx0.
+    Inductor's first kernel reads dh, dn, h and writes dx, dx0 and the gradient of h. For the column sums it then reads
+    that gradient, x and x0.
     """
     stream = 2.0 * shape.batch * shape.length * shape.width
     return {

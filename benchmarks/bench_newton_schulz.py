@@ -1,9 +1,9 @@
-"""Newton-Schulz and the Muon step on the matrices of the 11-layer model: `python -m benchmarks.bench_newton_schulz`.
+"""Newton-Schulz and the Muon step on the matrices of an 11-layer model: `python -m benchmarks.bench_newton_schulz`.
 
-Measures all 66 matrices and those of one rank of eight, Newton-Schulz alone and the whole step. Variants: torch.optim.Muon,
-the PyTorch backend, compiled batched products of each bank, gram-newton-schulz if it is installed, and the Triton kernels,
-each eager and as a CUDA graph. Goals on a GPU: 0.60 ms for all matrices and 0.12 ms for one rank's; a step 6 times as fast as
-torch.optim.Muon and 1.5 times as fast as the best other variant.
+Both are measured on all 66 matrices and on those of one rank of eight. The variants are torch.optim.Muon, the PyTorch
+backend, compiled products of banks (all matrices of one shape, stacked), gram-newton-schulz if it is installed, and the
+Triton kernels. Each runs eagerly and as a CUDA graph. Goals on a GPU: Newton-Schulz in 0.60 ms for all matrices and in
+0.12 ms for one rank's; a Muon step 6 times as fast as torch.optim.Muon's and 1.5 times as fast as the best other's.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ Shapes = tuple[tuple[int, int], ...]
 STEPS = COEFFICIENTS["quintic"].default_steps
 TRIPLE = COEFFICIENTS["quintic"].triples[0]
 SCHEDULE = [*TRIPLE] * STEPS
-# milliseconds of the Triton kernels for all matrices and for those of one rank
+# goals for Newton-Schulz on the Triton kernels, in milliseconds: all matrices, and those of one rank
 GOALS_MS = (0.60, 0.12)
 Bank = Callable[[Tensor], Tensor]
 
 
 def model_shapes(layers: int = 11, width: int = 512, mlp_mult: int = 4) -> Shapes:
-    """q and o, k and v, up and down of every layer. k and v have half as many heads."""
+    """Shapes of all matrices: query and output, key and value, up and down of every layer.
+
+    Keys and values have half as many heads as queries.
+    """
     layer = [(width, width)] * 2 + [(width // 2, width)] * 2 + [(mlp_mult * width, width), (width, mlp_mult * width)]
     return tuple(shape for shape in layer for _ in range(layers))
 
 
 def matrices_of_one_rank(shapes: Shapes) -> Shapes:
-    """The matrices of the rank with the most work."""
+    """Shapes of the matrices of one rank of eight: the rank with the most work."""
     owners = assign(shapes, 8)
     shares = [tuple(s for s, owner in zip(shapes, owners, strict=True) if owner == rank) for rank in range(8)]
     return max(shares, key=lambda share: sum(newton_schulz_cost(*shape) for shape in share))
@@ -57,7 +60,7 @@ def torch_loop(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 def plain_bank(x: Tensor) -> Tensor:
-    """The iteration on a stack of matrices of one shape."""
+    """Newton-Schulz on a bank, a stack of matrices of one shape."""
     x = x.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -70,7 +73,7 @@ def plain_bank(x: Tensor) -> Tensor:
 
 
 def by_banks(bank: Bank) -> Callable[[Any], Sequence[Tensor]]:
-    """Runs `bank` once for all matrices of each shape."""
+    """Returns a function that stacks the matrices of each shape and calls `bank` once for each stack."""
 
     def run(matrices: Sequence[Tensor]) -> list[Tensor]:
         groups: dict[torch.Size, list[int]] = {}
@@ -87,20 +90,23 @@ def by_banks(bank: Bank) -> Callable[[Any], Sequence[Tensor]]:
 
 
 def gram_bank() -> Bank | None:
-    """gram-newton-schulz with our coefficients, compiled; None, and the reason on stderr, if it is not installed."""
+    """The library gram-newton-schulz with this package's coefficients, compiled.
+
+    If the library is not installed, prints the reason to stderr and returns None.
+    """
     try:
         from gram_newton_schulz import GramNewtonSchulz
     except ImportError as error:
         print(f"gram-newton-schulz is left out: {error}", file=sys.stderr)
         return None
-    # its default captures CUDA graphs, which cannot be nested in ours
+    # by default the library captures CUDA graphs, which cannot be nested in the benchmark's graphs
     options = {"fullgraph": True, "dynamic": False}
     made: Bank = GramNewtonSchulz(ns_coefficients=[list(TRIPLE)] * STEPS, compile_kwargs=options)
     return made
 
 
 def newton_schulz_variants(device: torch.device) -> dict[str, Callable[[Any], Sequence[Tensor]]]:
-    """The implementations of Newton-Schulz that can run here."""
+    """The implementations of Newton-Schulz that can run here, by name."""
     found = {"torch.optim.Muon": torch_loop, "torch": orthogonalize("torch", torch.bfloat16)}
     if device.type != "cuda":
         return found | {"banks": by_banks(plain_bank)}
@@ -118,7 +124,7 @@ def newton_schulz_case(name: str, shapes: Shapes, device: torch.device) -> Case:
 
     numbers = sum(rows * columns for rows, columns in shapes)
     exact = on_exact_copies(orthogonalize("torch", torch.float64))
-    # float32 in and out
+    # 8 bytes per number, because float32 is read and written
     return Case("newton_schulz", name, "bfloat16", make, exact, newton_schulz_flops(shapes, STEPS), 8.0 * numbers, 0.05)
 
 
@@ -135,13 +141,16 @@ def muon_case(name: str, shapes: Shapes, device: torch.device) -> Case:
         return [-ratio * step for ratio, step in zip(ratios, steps, strict=True)]
 
     numbers = sum(rows * columns for rows, columns in shapes)
-    # gradient read, momentum and weight read and written, all float32
+    # the gradient is read, momentum and weight are read and written, all in float32
     return Case("muon_step", name, "bfloat16", make, truth, newton_schulz_flops(shapes, STEPS), 20.0 * numbers, 0.05)
 
 
 def muon_step(build: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Callable[[Any], Sequence[Tensor]]:
-    """A step with one optimizer per set of inputs. Its first call returns the change of the weights."""
-    # keep the inputs, so that no other tensor gets their address
+    """Returns a function that takes one optimizer step; each set of inputs has an optimizer of its own.
+
+    The first call with a set of inputs returns the change of the weights, later calls return [].
+    """
+    # inputs are identified by an address, so they are kept: no other tensor can then get that address
     optimizers: dict[int, tuple[torch.optim.Optimizer, dict[str, list[Tensor]]]] = {}
 
     def run(given: dict[str, list[Tensor]]) -> list[Tensor]:
@@ -163,9 +172,10 @@ def muon_step(build: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Callabl
 
 
 class BankedMuon(torch.optim.Optimizer):
-    """Muon on banks of matrices of one shape, without weight decay. The weights become views of the banks.
+    """Muon without weight decay on banks, which are stacks of matrices of one shape.
 
-    `step` takes a bank's weights, gradients and momenta, and a factor on the learning rate of 1.
+    The weights become views of the banks. `step` takes a bank's weights, gradients and momenta, and a factor. The
+    learning rate is 1 times that factor.
     """
 
     def __init__(self, weights: list[Tensor], step: Callable[[Tensor, Tensor, Tensor, float], None]) -> None:
@@ -182,7 +192,7 @@ class BankedMuon(torch.optim.Optimizer):
                 weight.data = place
             self._banks.append((bank, gradient, torch.zeros_like(bank), max(1.0, shape[0] / shape[1]) ** 0.5))
 
-    # PyTorch passes a closure, which no benchmark uses
+    # PyTorch's signature has a closure, which no benchmark uses
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for bank in self._banks:
@@ -198,7 +208,7 @@ def banked(bank: Bank) -> Callable[[Tensor, Tensor, Tensor, float], None]:
 
 
 def forced(backend: dispatch.Backend) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
-    """Muon on this backend, regardless of GOLF_BACKEND."""
+    """Returns a function that builds Muon on this backend, regardless of GOLF_BACKEND."""
 
     class Forced(Muon):
         # without a closure, as above
@@ -211,14 +221,14 @@ def forced(backend: dispatch.Backend) -> Callable[[list[Tensor]], torch.optim.Op
 
 
 def muon_variants(device: torch.device) -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
-    """The optimizers that can run here."""
+    """Functions that build the optimizers that can run here, by name."""
     found: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
         "torch.optim.Muon": lambda w: torch.optim.Muon(w, lr=1.0, weight_decay=0.0),
         "torch": forced("torch"),
     }
     if device.type != "cuda":
         return found | {"banks": lambda w: BankedMuon(w, banked(plain_bank))}
-    # momentum, Newton-Schulz and update of a bank in one compiled function
+    # momentum, Newton-Schulz and update of a bank are one compiled function
     compiled = torch.compile(banked(plain_bank), dynamic=False)
     found["compiled banks"] = lambda w: BankedMuon(w, compiled)
     gram = gram_bank()
@@ -230,14 +240,17 @@ def muon_variants(device: torch.device) -> dict[str, Callable[[list[Tensor]], to
 def variants_of(
     implementations: dict[str, Callable[[Any], Sequence[Tensor]]], case: Case, device: torch.device
 ) -> list[Variant]:
-    """Each implementation eager and, on a GPU, as a CUDA graph. A peer that does not run is named and left out."""
+    """Each implementation eagerly and, on a GPU, also as a CUDA graph.
+
+    An implementation outside golf_kernels that does not run is left out; its error is printed.
+    """
     modes = [("", False), (", graph", True)] if device.type == "cuda" else [("", False)]
     listed = [Variant(impl + suffix, run, graph) for impl, run in implementations.items() for suffix, graph in modes]
     return [v for v in listed if v.impl.split(",")[0] in ("torch", "triton") or runs(v, case.make(0))]
 
 
 def verdicts(rows: Sequence[Row], goal_ms: float) -> list[str]:
-    """The results compared with the goals; nothing if no Triton kernel ran."""
+    """Lines that compare the results with the goals. Empty if no Triton kernel ran."""
     times = {row["impl"]: row["p50"] for row in rows}
     ours, others = ({k: v for k, v in times.items() if k.startswith("triton") is wanted} for wanted in (True, False))
     if not ours:
@@ -254,7 +267,7 @@ def verdicts(rows: Sequence[Row], goal_ms: float) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser("bench_newton_schulz", __doc__.split("\n")[0]).parse_args(arguments)
     device = options.device
-    # each shape compiles the peers again
+    # the compiled variants are compiled again for each shape
     torch._dynamo.config.recompile_limit = 64
     clock = Clock(device, options.warmup_ms, options.rounds)
     limits = ceilings(clock)

@@ -1,7 +1,7 @@
 """QK-norm, rotary embedding and query gain of one layer on 98,304 tokens, forward and backward.
 
-Beyond the tensors that attention saves, the chain saves q and k, the operator one number per head and row. See
-`benchmarks.measure.chains`.
+For the backward pass the chain saves q and k, the operator one number per head and row. Both also save the tensors that
+attention saves. The variants are those of `benchmarks.measure.chains`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ class Shape(NamedTuple):
 
 
 def traffic(shape: Shape) -> dict[str, dict[str, float]]:
-    """Each large tensor once, and the rstd. The tables stay in the cache."""
+    """Bytes that each pass reads and writes: each large tensor once, and the norms' factors (rstd).
+
+    The cosine and sine tables stay in the cache.
+    """
     vectors = shape.batch * shape.length * (shape.heads + shape.kv_heads)
     tensor, rstd = 2.0 * vectors * shape.dim, 4.0 * vectors
     return {"triton": {"forward": 2 * tensor + rstd, "backward": 3 * tensor + rstd}}

@@ -1,8 +1,8 @@
 """Quantization at a recipe's full shapes: calibration, GPTQ of all matrices, and generation of calibration texts.
 
-Weights and tokens are random. Goals on one H100: calibration on 64 batches in 4 s, GPTQ of 67 matrices in 2 s. Goal on eight
-H100: 128 texts of 2,048 tokens, 16 each, in well under a minute. Floors count arithmetic and memory traffic, but generation
-is limited by launches.
+Weights and tokens are random. Goals on one H100: calibration on 64 batches in 4 s, GPTQ of 67 matrices in 2 s. Goal on
+eight H100: 128 texts of 2,048 tokens, 16 on each GPU, in well under a minute. Floors count arithmetic and memory
+traffic, but what limits generation is the number of launches.
 """
 
 from __future__ import annotations
@@ -35,28 +35,29 @@ from train.recipes import load_recipe
 
 RECIPE = "sp8192_sdclip"
 STAGES = ("calibrate", "gptq", "generate")
-# one of eight ranks' part of #1392's 128 texts
+# texts of one rank: #1392 generated 128 texts on eight ranks
 TEXTS = 16
-# checking all batches in float64 would take too long
+# number of batches checked in float64; checking all would take too long
 CHECKED_BATCHES = 2
-# sequences at once in float64, where attention stores all scores
+# sequences per forward pass in float64, where attention stores all scores
 EXACT_SEQUENCES = 4
-# least fraction of tokens that must also be drawn from the logits of the finished text
+# the least `agreement` that the check accepts
 LEAST_AGREEMENT = 0.9
 TINY = NARROW | {"train_seq_len": 64, "train_batch_tokens": 1024, "eval_seq_len": 64, "passthrough_max_elements": 512}
 
 
 def make_batches(config: Config, count: int, device: torch.device) -> list[Tensor]:
-    """Micro-batches of random tokens."""
+    """`count` micro-batches of random tokens."""
     generator = torch.Generator().manual_seed(config.seed)
     shape = (max(config.train_batch_tokens // 8 // config.train_seq_len, 1), config.train_seq_len)
     return [torch.randint(config.vocab_size, shape, generator=generator).to(device) for _ in range(count)]
 
 
 def calibration_flops(config: Config) -> float:
-    """FLOPs of calibration per token: all layers, and half of each input's symmetric second moment.
+    """FLOPs of calibration per token: the forward pass of all layers, and the second moments of the matrices' inputs.
 
-    A layer has four inputs (queries, keys and values share one); the tied embedding adds one.
+    Second moments are symmetric, so only half of each counts. A layer has four inputs, because queries, keys and values
+    share one. The tied embedding has one more.
     """
     dim, runs = config.model_dim, len(make_plan(config, recurrence=bool(config.recur_layers)))
     moments = runs * (3 * dim**2 + config.mlp_hidden**2) + dim**2
@@ -66,7 +67,7 @@ def calibration_flops(config: Config) -> float:
 def measure_calibration(
     model: GPT, config: Config, names: Sequence[str], count: int, clock: common.Clock, limits: common.Ceilings
 ) -> list[common.Row]:
-    """Check the Hessians of a few batches against float64, and time `count` batches."""
+    """Check the Hessians of a few batches against float64, then time calibration on `count` batches."""
     recurrence = bool(config.recur_layers)
     batches = make_batches(config, count, model.head_weight.device)
     exact = copy.deepcopy(model).double()
@@ -76,7 +77,7 @@ def measure_calibration(
     parts = [part for ids in few for part in ids.split(EXACT_SEQUENCES)]
     truth = collect_hessians(exact, parts, names, recurrence=recurrence)
     found = collect_hessians(model, few, names, recurrence=recurrence)
-    # a Hessian is a mean over the tensors in its list
+    # a Hessian is the mean over the batches in its list, and `parts` has more of them than `few`
     whole = len(parts) / len(few)
     error = common.relative_error([found[name] for name in names], [truth[name] * whole for name in names])
     # bfloat16 errors add up over the layers
@@ -96,7 +97,10 @@ def measure_calibration(
 
 
 def make_hessians(model: GPT, names: Sequence[str], seed: int) -> dict[str, Tensor]:
-    """Second moments of random inputs whose columns differ in scale by up to 20 times."""
+    """Returns a Hessian for each name: the second moments of random inputs.
+
+    The columns of the inputs differ in scale by up to 20 times.
+    """
     generator = torch.Generator().manual_seed(seed)
     parameters, made = dict(model.named_parameters()), {}
     for name in names:
@@ -130,13 +134,16 @@ def gptq_case(model: GPT, config: Config, names: Sequence[str]) -> common.Case:
         truth,
         flops=sum(gptq_cost(*shape) for shape in shapes),
         bytes=sum(4.0 * columns**2 + 5.0 * rows * columns for rows, columns in shapes),
-        # a weight that float32 rounds the other way is off by a whole step and changes its row
+        # float32 may round a weight the other way; its code is then off by one, which changes the rest of its row
         max_rel_err=0.1,
     )
 
 
 def agreement(model: GPT, config: Config, texts: Tensor) -> float:
-    """Fraction of tokens that are also drawn from the logits of the finished texts."""
+    """Fraction of the generated tokens that are drawn again from the logits of the finished texts.
+
+    Both draws use the same random numbers. The finished texts need no key-value cache, so this checks the cache.
+    """
     rows, length = texts.shape
     draws = np.array([np.random.default_rng([config.seed, number]).random(length) for number in range(rows)])
     given = torch.from_numpy(draws).to(texts.device)
@@ -152,7 +159,7 @@ def agreement(model: GPT, config: Config, texts: Tensor) -> float:
 def measure_generation(
     model: GPT, config: Config, rows: int, clock: common.Clock, limits: common.Ceilings
 ) -> list[common.Row]:
-    """Check the texts of one rank against logits without a key-value cache, and time their generation."""
+    """Check the `agreement` of one rank's generated texts, then time their generation."""
     length, recurrence = config.train_seq_len, bool(config.recur_layers)
 
     def write() -> Tensor:
@@ -163,7 +170,7 @@ def measure_generation(
     agreed = agreement(model, config, write())
     if agreed < LEAST_AGREEMENT:
         raise common.CheckFailed(f"generate: {agreed:.1%} of the tokens agree, expected {LEAST_AGREEMENT:.0%} at least")
-    # each token reads all weights, and on average half of the final keys and values
+    # each step reads all weights and, on average, half of the final keys and values
     runs = len(make_plan(config, recurrence=recurrence))
     weights = 2.0 * sum(weight.numel() for weight in model.parameters())
     traffic = length * (weights + rows * runs * 2 * config.kv_dim * length / 2 * model.compute_dtype.itemsize)
@@ -182,7 +189,7 @@ def measured(
     clock: common.Clock,
     limits: common.Ceilings,
 ) -> common.Row:
-    """The row of a stage that takes seconds: run once, then timed."""
+    """Run a stage once, then time it. Returns its row. A stage takes seconds, so it needs no longer warm-up."""
     work()
     p20, p50, p80 = common.quantiles([clock.once_ms(work) for _ in range(clock.rounds)])
     row: common.Row = {"op": op, "impl": "golf", "mode": "eager", "shape": shape}

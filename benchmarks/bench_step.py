@@ -1,8 +1,8 @@
-"""Milliseconds per training step of a recipe on one GPU, for several variants in one process.
+"""Measure milliseconds per training step of a recipe on one GPU, for several variants in one process.
 
-The step is that of one of 8 ranks; `benchmarks.measure.step_variants` defines the variants. All start from the same weights
-and read the same tokens. A variant that fails, or whose loss or weights differ from the first one's, writes no row. Rows are
-written before the next measurement begins.
+A step does the work of one of 8 ranks; `benchmarks.measure.step_variants` defines the variants. All variants start from
+the same weights and read the same tokens. A variant writes no row if it fails, or if its loss or weight update differs
+from the first variant's. Each phase, recurrence off and on, writes its rows before the next phase begins.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ from train.run.profile_parts import name_compiled_kernels
 from train.run.profiling import NO_KERNELS, breakdown, busy_ms, kernel_times, new_trace, write_breakdowns, write_trace
 
 PROFILED_STEPS = 3
-# with fewer measurements p20 and p80 do not show the spread
+# with fewer measurements than this, p20 and p80 do not show the spread
 VERDICT_ROUNDS = 3
 COLUMNS = ("p20", "p50", "p80", "tokens/s", "speed-up", "util.", "of sheet", "GPU busy", "idle", "step MiB", "first s")
 
 
 def profile_variant(variant: StepVariant, bench: Bench, recurrence: bool) -> tuple[Any, dict[str, float], float | None]:
-    """A trace of some steps, ms per step by kernel family, and ms per step that the GPU was busy."""
+    """Run a few steps under the profiler.
+
+    Returns the trace, milliseconds per step for each kernel family, and milliseconds per step in which the GPU was
+    busy.
+    """
     tokens = bench.tokens()
     batches = [tokens.next() for _ in range(PROFILED_STEPS)]
     trace = new_trace(bench.clock.device)
@@ -46,7 +50,7 @@ def profile_variant(variant: StepVariant, bench: Bench, recurrence: bool) -> tup
 
 
 def peak_mib(variant: StepVariant, bench: Bench, recurrence: bool) -> float | None:
-    """Peak memory of a step above what was allocated before, in MiB; None on a CPU."""
+    """MiB that one step allocates at its peak, beyond what is allocated before it. None on a CPU."""
     device = bench.clock.device
     if device.type != "cuda":
         return None
@@ -58,7 +62,10 @@ def peak_mib(variant: StepVariant, bench: Bench, recurrence: bool) -> float | No
 
 
 def measure_phase(names: list[str], bench: Bench, recurrence: bool, traces: Path | None) -> bool:
-    """Measure the variants, print their table, and store their rows and traces. Returns whether all variants ran."""
+    """Measure the variants with recurrence off or on.
+
+    Prints a table, stores the rows, and writes traces if `traces` is a folder. Returns whether all variants succeeded.
+    """
     config, limits, gpu = bench.config, bench.limits, bench.surroundings["gpu"]
     variants = make_variants(config, names, bench.clock.device)
     errors, problems = measure_steps(variants, bench, recurrence)
@@ -79,7 +86,7 @@ def measure_phase(names: list[str], bench: Bench, recurrence: bool, traces: Path
         try:
             trace, families, busy = profile_variant(variant, bench, recurrence)
             peak = peak_mib(variant, bench, recurrence)
-        # its times remain valid
+        # the variant's times remain valid
         except Exception as error:
             problems.append(f"{error_line(variant, error)}, while it was profiled")
             trace, families, busy, peak = None, {}, None, None
@@ -103,10 +110,10 @@ def measure_phase(names: list[str], bench: Bench, recurrence: bool, traces: Path
 def cells(
     row: common.Row, base: common.Row, variant: StepVariant, bench: Bench, busy: float | None, peak: float | None
 ) -> list[str]:
-    """One line of the table."""
+    """The cells of a variant's table line, in the order of `COLUMNS`."""
     sheet = datasheet_tflops(bench.surroundings["gpu"])
     found = [f"{row[name]:.2f}" for name in ("p20", "p50", "p80")]
-    # launches dominate a tiny step
+    # a tiny step has no speed-up to show, because launches dominate its time
     speed_up = f"{base['p50'] / row['p50']:.2f} x" if bench.keep else "–"
     found += [f"{1e3 * bench.rank_tokens / row['p50']:,.0f}", speed_up]
     found += [f"{row['tflops'] / bench.limits.tflops:.1%}", f"{row['tflops'] / sheet:.1%}" if sheet else "–"]
@@ -115,13 +122,13 @@ def cells(
 
 
 def comparison(name: str, before: common.Row, after: common.Row) -> str:
-    """ms per step of the first variant and of `name`, and whether they differ beyond the spread."""
+    """A line with both milliseconds per step, their relative difference, and the verdict of `verdict_of`."""
     change = after["p50"] / before["p50"] - 1
     return f"{name:<40}{before['p50']:>9.2f} → {after['p50']:>9.2f}  {change:>+7.1%}  {verdict_of(before, after)}"
 
 
 def verdict_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Whether the p20-to-p80 ranges of two rows are disjoint."""
+    """faster or SLOWER if the p20-to-p80 ranges of the two rows are disjoint, otherwise within the spread."""
     if min(before["n"], after["n"]) < VERDICT_ROUNDS:
         return "too few rounds"
     if after["p80"] < before["p20"] or after["p20"] > before["p80"]:
@@ -164,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--phase after: {arguments.recipe} repeats no layers: expected before or both")
     names = row_names(arguments.variants.split(","), device)
     if arguments.profile:
-        # fails before anything is measured
+        # an unusable folder raises an error before anything is measured
         arguments.profile.mkdir(parents=True, exist_ok=True)
         if reason := name_compiled_kernels(device.type):
             print(f"profile: no times by part of the model: {reason}")

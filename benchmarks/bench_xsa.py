@@ -1,6 +1,7 @@
-"""XSA after one layer's attention on 98,304 tokens, forward and backward.
+"""XSA (exclusive self-attention) after one layer's attention on 98,304 tokens, forward and backward.
 
-Operator and chain read and write the same large tensors. The chain also keeps two small ones. See `benchmarks.measure.chains`.
+The operator and the chain read and write the same large tensors. The chain also saves two small tensors for the
+backward pass. The variants are those of `benchmarks.measure.chains`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ class Shape(NamedTuple):
 
 
 def traffic(shape: Shape) -> dict[str, dict[str, float]]:
-    """Forward reads o, v and writes y; backward reads dy, o, v and writes do, dv."""
+    """Bytes that each pass reads and writes. o is attention's output, v the values, y the result.
+
+    The forward pass reads o, v and writes y. The backward pass reads dy, o, v and writes do, dv.
+    """
     numbers = 2.0 * shape.batch * shape.length * shape.dim
     output, value = numbers * shape.heads, numbers * shape.kv_heads
     return {"triton": {"forward": 2 * output + value, "backward": 3 * output + 2 * value}}

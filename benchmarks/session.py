@@ -1,7 +1,7 @@
-"""One command for a rented GPU: runs the benchmarks and GPU tests, the most important first, within a time limit.
+"""Run the benchmarks and GPU tests within a time limit, the most important first: `python -m benchmarks session`.
 
-A job is one process with a time limit, or one process per kernel or test file. Output and rows are written immediately, so
-an error, a timeout or an interrupt loses no earlier measurement. Nothing is installed.
+A job is one process with a time limit, or one process for each kernel or test file. Output and rows are written at
+once, so an error, a timeout or an interrupt loses no earlier measurement. Nothing is installed.
 """
 
 from __future__ import annotations
@@ -29,23 +29,25 @@ from benchmarks.report.results import ResultsError, read_results, rows_since
 from benchmarks.report.tables import tables
 from train.common.files import atomic_write
 
-# no job starts with less time left
+# seconds that must be left for a job to start
 SHORTEST_S = 15.0
 # the verdict if every command of a job ended with NOTHING_TO_RUN
 NOTHING = "not possible here"
-# a session longer than this scales up the time limits of the jobs
+# seconds of a session for which the jobs' time limits are made; a longer session scales the limits up
 PLANNED_S = 1800.0
-# most test files that run at once on a GPU, and the memory that each needs
+# largest number of test files that run at once on a GPU, and bytes of GPU memory that each needs
 TESTS_AT_ONCE, TEST_BYTES = 4, 16e9
-# bench_step's comparison of two variants
+# a line of bench_step's output that compares two variants
 BESIDE = re.compile(r"^\S+ +[\d.]+ → .*", re.MULTILINE)
 
 
 @dataclass
 class Job:
-    """One or more commands: arguments for Python, by the name of the output file.
+    """One or more commands with a time limit.
 
-    `limit_s` limits the job, `each_s` each command. A job with `instead_of` runs only if that job failed.
+    `commands` maps the name of an output file to the arguments for Python. `limit_s` limits the seconds of the job,
+    `each_s` those of each command. At most `at_once` commands run at the same time. A job with `instead_of` is skipped
+    if the job of that name succeeded.
     """
 
     name: str
@@ -63,7 +65,10 @@ class Job:
 
 
 def plan(*, tiny: bool = False) -> list[Job]:
-    """All jobs, the most important first: the whole step, each kernel alone in it, the GPU tests, and so on."""
+    """All jobs, the most important first.
+
+    They are the step with all kernels, the step with each kernel alone, the GPU tests, and then the other benchmarks.
+    """
     short = ["--tiny", "--device", "cpu"] if tiny else []
 
     def bench(name: str, limit_s: float, module: str, *arguments: str, instead_of: str = "") -> Job:
@@ -84,7 +89,7 @@ def plan(*, tiny: bool = False) -> list[Job]:
     return [
         step("step", 400, *before, "--variants", "published,torch,golf"),
         step("step_without_kernels", 200, *before, "--variants", "published,torch", instead_of="step"),
-        # if no kernel can run, the output of the step says why
+        # if no kernel can run, the output of the job `step` says why
         *([kernels] if alone else []),
         tests,
         *([] if tiny else [step("graph", 200, *before, "--variants", "torch,torch+optimizer_graph=on")]),
@@ -104,7 +109,7 @@ def plan(*, tiny: bool = False) -> list[Job]:
 
 
 def stretch(jobs: Sequence[Job], seconds: float) -> None:
-    """Scale up the time limits if the session is longer than planned or runs only some of the jobs."""
+    """Scale up the jobs' time limits if the session is longer than planned, or if the limits add up to less than it."""
     needed = sum(job.limit_s for job in jobs if not job.instead_of) or math.inf
     factor = max(1.0, seconds / PLANNED_S, seconds / needed)
     for job in jobs:
@@ -112,34 +117,37 @@ def stretch(jobs: Sequence[Job], seconds: float) -> None:
 
 
 def tests_at_once() -> int:
-    """How many test files fit into the GPU's memory."""
+    """How many test files run at once: as many as fit into the GPU's memory, at most `TESTS_AT_ONCE`."""
     if not torch.cuda.is_available():
         return TESTS_AT_ONCE
     return max(1, min(TESTS_AT_ONCE, int(torch.cuda.get_device_properties(0).total_memory / TEST_BYTES)))
 
 
 def op_benches() -> list[str]:
-    """Names of the operator benchmarks; those of a training step come first."""
+    """Names of the benchmarks of single operators. The operators of a training step come first."""
     apart = {"step", "loss_curves", "evaluation", "artifact"}
     found = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} - apart
     return sorted(found, key=lambda name: (name in ("gptq", "int6", "quantize"), name))
 
 
 def gpu_tests() -> list[Path]:
-    """Files with GPU tests or tests of Triton kernels, the slowest first."""
+    """Test files that contain GPU tests or test Triton kernels. The slowest, test_loop_gpu, comes first."""
     files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: (path.stem != "test_loop_gpu", path))
     return [path for path in files if path.stem.endswith("_triton") or "mark.gpu" in path.read_text()]
 
 
 def _test(path: Path, tiny: bool) -> list[str]:
-    # the kernels' tests would take minutes in the interpreter
+    # with --tiny only GPU tests: the other kernel tests would take minutes in Triton's interpreter
     chosen = [] if path.stem.endswith("_triton") and not tiny else ["-m", "gpu"]
-    # the project's -q cancels one -v; the other prints a line per test
+    # the option -q in pyproject.toml cancels one -v; the other prints a line per test
     return ["-m", "pytest", "-vv", str(path.relative_to(ROOT)), *chosen]
 
 
 class Session:
-    """Runs jobs and keeps their outputs, rows and summary in `out`; benchmarks append rows to `results`."""
+    """Runs jobs and keeps their outputs, their rows and a summary in the folder `out`.
+
+    `results` is the folder in which the benchmarks store their rows.
+    """
 
     def __init__(self, out: Path, seconds: float, results: Path = RESULTS) -> None:
         self.out, self.results = out, results
@@ -152,7 +160,7 @@ class Session:
         return self.limit - (time.monotonic() - self.started)
 
     def run(self, jobs: Sequence[Job]) -> bool:
-        """Run the jobs in order until the time is up. Returns whether none failed."""
+        """Run the jobs in order until the time is up. Returns whether no job failed."""
         ended: dict[str, str] = {}
         self.keep(jobs)
         try:
@@ -160,7 +168,7 @@ class Session:
                 if job.instead_of and ended.get(job.instead_of) == "ok":
                     job.verdict = f"not needed, {job.instead_of} ran"
                 elif self.left >= SHORTEST_S:
-                    # what the summary says if the session is killed during this job
+                    # this is what the summary says if the session is killed during the job
                     job.verdict = "interrupted"
                     self.keep(jobs)
                     self._run(job)
@@ -219,7 +227,7 @@ class Session:
             process = subprocess.Popen(
                 [sys.executable, *command], cwd=ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )  # fmt: skip
-            # kills the job when this process ends, however it ends
+            # a shell that kills the job when this process ends, for whatever reason
             heir = subprocess.Popen(
                 ["sh", "-c", f"read _; kill -KILL -{process.pid}"], stdin=subprocess.PIPE, start_new_session=True
             )
@@ -228,13 +236,13 @@ class Session:
             finally:
                 heir.kill()
                 heir.communicate()
-                # also its children, such as a compiler's workers
+                # also kill the job's children, such as a compiler's workers
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
     def _reached(self, label: str) -> str:
-        """The running test and the number of finished tests, from pytest's output."""
+        """Which test was running and how many tests had ended, from pytest's output."""
         text = "\n".join(self._tail(label, 0))
         collected = re.findall(r"collected (\d+) items?(?: / \d+ deselected / (\d+) selected)?", text)
         if not collected:
@@ -247,7 +255,7 @@ class Session:
         return (self.out / f"{label}.txt").read_text(errors="replace").splitlines()[-lines:]
 
     def _beside(self, jobs: Sequence[Job]) -> str:
-        """The lines of `bench_step` that compare two variants."""
+        """The lines that compare two variants, from the outputs of `bench_step`. Empty if there are none."""
         outputs = [self.out / f"{label}.txt" for job in jobs for label in job.commands]
         lines = [line for path in outputs if path.exists() for line in BESIDE.findall(path.read_text(errors="replace"))]
         return (
@@ -257,7 +265,7 @@ class Session:
         )
 
     def keep(self, jobs: Sequence[Job]) -> None:
-        """Copy the rows measured in this session, and rewrite the summary."""
+        """Copy the rows measured in this session to `out`, and rewrite the summary."""
         for path in self.results.glob("*.csv"):
             if rows := rows_since(path, self.since):
                 atomic_write(self.out / path.name, rows)
@@ -277,7 +285,7 @@ def summary(jobs: Sequence[Job]) -> str:
 
 
 def rest(jobs: Sequence[Job]) -> str:
-    """Commands that run the unfinished jobs, and a step without the kernels that failed."""
+    """Commands for the user: one that runs the unfinished jobs, one that measures a step without the failed kernels."""
     failed = re.findall(r"\bkernel_(\w+) (?:failed|stopped at \d)", "; ".join(job.verdict for job in jobs))
     command = f"python -m benchmarks.bench_step --variants published,torch,golf-{'-'.join(failed)}"
     others = f"To measure the other kernels together: `{command}`\n\n" if failed else ""
@@ -289,7 +297,7 @@ def rest(jobs: Sequence[Job]) -> str:
 
 
 def _first_command(job: Job) -> str:
-    """The job's first command, the number of others, and its condition."""
+    """A job's first command, how many more it has, and the condition under which the job runs."""
     command, *more = job.commands.values()
     others = f"  (and {len(more)} more)" if more else ""
     condition = f"  (if {job.instead_of} failed)" if job.instead_of else ""
@@ -311,7 +319,7 @@ def run_session(out: Path, minutes: float, only: str, skip: str = "", *, tiny: b
     jobs = plan(tiny=tiny)
     wanted, skipped = _names("--only", only, jobs), _names("--skip", skip, jobs)
     if not wanted:
-        # skipping a job also skips its replacement
+        # a skipped job's replacement is skipped too
         wanted = {job.name for job in jobs if job.instead_of not in skipped or not job.instead_of}
     jobs = [job for job in jobs if job.name in wanted - skipped]
     if not jobs:
@@ -326,7 +334,7 @@ def run_session(out: Path, minutes: float, only: str, skip: str = "", *, tiny: b
         raise ValueError("there is no GPU here: --tiny tests the session on small shapes and measures nothing")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: the folder is not empty: choose a new --out")
-    # a damaged file fails before anything is measured
+    # a damaged results file raises an error before anything is measured
     read_results(RESULTS)
 
     def end(signum: int, frame: FrameType | None) -> None:

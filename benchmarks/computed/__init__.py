@@ -1,1 +1,1 @@
-"""What is computed without a GPU: Inductor's plan, the kernels of a step, bytes and seconds."""
+"""What is computed without a GPU: a step's kernels, their time, and the bytes that GPUs exchange."""

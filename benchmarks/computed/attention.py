@@ -1,4 +1,4 @@
-"""A fake FlashAttention 3: an operator with its shapes, FLOPs and memory traffic that computes nothing."""
+"""A fake FlashAttention 3: an operator with the same shapes, FLOPs and memory traffic that computes nothing."""
 
 from __future__ import annotations
 
@@ -50,26 +50,26 @@ torch.library.register_autograd(
 
 @register_flop_formula(torch.ops.fa3.attention)
 def forward_flops(q: Any, *_: Any, **__: Any) -> int:
-    """Two products, lower triangle only: 2 · B · H · T² · D."""
+    """FLOPs of two products, counting their lower triangle only: 2 · B · H · T² · D."""
     batch, length, heads, dim = map(int, q)
     return 2 * batch * heads * length**2 * dim
 
 
 @register_flop_formula(torch.ops.fa3.attention_backward)
 def backward_flops(dy: Any, *_: Any, **__: Any) -> int:
-    """Five products, including the scores again."""
+    """FLOPs of five products: the backward pass also computes the scores again."""
     return forward_flops(dy) * 5 // 2
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-    # documents would only reduce the FLOPs
+    # the documents are ignored; masking them would only reduce the FLOPs
     found: Tensor = torch.ops.fa3.attention(query, key, value)[0]
     return found
 
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[str]:
-    """Replace an attention backend with this operator. Yields its name."""
+    """Replace the attention backend `fa3` by the fake one. Yields the backend's name."""
     backend = attention_backends.AttentionBackend(_run, lambda device, dtype, head_dim: None)
     with mock.patch.dict(attention_backends.BACKENDS, fa3=backend):
         yield "fa3"

@@ -1,4 +1,4 @@
-"""Compute the bytes that 8 GPUs exchange in a step of each recipe, and the time; nothing is measured."""
+"""Compute the bytes that 8 GPUs exchange in a training step of each recipe, and the time. Nothing is measured."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from train.model.gpt import GPT
 from train.optimize.groups import split_parameters
 from train.recipes import load_recipe, recipe_names
 
-# NVLink of an H100 SXM in one direction; collectives of tens of megabytes reach about 75 %
+# GB/s of an H100 SXM's NVLink in one direction, and the fraction that collectives of tens of megabytes reach
 LINK_GBPS = 450.0
 REACHED = 0.75
-# gradients and weights are sent in float32
+# bytes per number: gradients and weights are sent in float32
 WIDTH = 4
 
 
@@ -27,9 +27,9 @@ def link_ms(sent: float) -> float:
 
 
 def exchanged_bytes(config: Config, ranks: int = MICRO_BATCHES) -> dict[str, float]:
-    """Bytes that one rank sends in a step, by collective.
+    """The bytes that one of W ranks sends in a step, for each collective.
 
-    Reduce-scatter and all-gather send (W - 1) / W of a buffer, all-reduce twice that.
+    Reduce-scatter and all-gather send (W - 1) / W of a buffer, all-reduce twice as much.
     """
     with torch.device("meta"):
         kinds = split_parameters(GPT(config), config)
@@ -37,7 +37,7 @@ def exchanged_bytes(config: Config, ranks: int = MICRO_BATCHES) -> dict[str, flo
     sizes = [0] * ranks
     for (rows, columns), owner in zip(shapes, assign(shapes, ranks), strict=True):
         sizes[owner] += rows * columns
-    # all ranks' parts of the buffer have the length of the longest
+    # every rank's shard of the buffer has the length of the longest shard
     matrices = (ranks - 1) * max(sizes) * WIDTH
     rest = sum(parameter.numel() for kind in ("embedding", "scalar") for parameter in kinds[kind].values())
     return {

@@ -7,7 +7,7 @@ namespace at {
 
 constexpr DeviceIndex DEVICES = 2;
 
-// the registry finds the hooks by this name
+// PyTorch's registry finds the class by this name
 struct CUDAHooks : CUDAHooksInterface {
     explicit CUDAHooks(CUDAHooksArgs) {}
     void init() const override {}

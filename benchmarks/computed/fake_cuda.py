@@ -1,4 +1,4 @@
-"""A fake CUDA device whose tensors have no data: compiles fake_cuda.cpp and loads it with LD_PRELOAD."""
+"""A fake CUDA device whose tensors have no data. This module compiles fake_cuda.cpp and loads it with LD_PRELOAD."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ class NoDevice(RuntimeError):
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Environment variables that give a process a CUDA device: a real one, or the fake one compiled into `folder`."""
+    """Environment variables with which a process has a CUDA device.
+
+    Without a real GPU this compiles the fake device into `folder`, and the variables load it.
+    """
     if torch.cuda.is_available():
         return dict(os.environ)
     if torch.version.cuda is not None:
@@ -40,7 +43,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def run_module(module: str, argv: Sequence[str]) -> int:
-    """Run `python -m MODULE` in a process with a real or fake CUDA device. Returns its exit code."""
+    """Run `python -m MODULE` in a process that has a real or fake CUDA device. Returns its exit code."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             variables = environment(Path(folder))
@@ -52,8 +55,9 @@ def run_module(module: str, argv: Sequence[str]) -> int:
 
 
 def tensors_without_data() -> FakeTensorMode:
-    """The mode in which the device's tensors have shapes but no data."""
-    # PyTorch lacks a meta kernel of fused AdamW with a tensor as learning rate; AdamW updates in place and returns nothing
+    """Returns a mode in which new tensors have a shape and a device but no data."""
+    # PyTorch has no meta kernel of fused AdamW whose learning rate is a tensor. The operation updates tensors in place
+    # and returns nothing, so this kernel does nothing
     rated = "_fused_adamw_.tensor_lr"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{rated}", "Meta"):
         _LIBRARY.impl(rated, lambda *_, **__: None, "Meta")

@@ -1,7 +1,8 @@
 """The kernels that torch.compile would generate for an H100, read from Inductor's schedule without a GPU.
 
-Inductor is given the properties of an H100 and plans as usual, from decompositions to fusion. Instead of compiled code the
-model gets a function that returns tensors without data. `benchmarks.computed.recorder` lists the kernels of operators.
+Inductor gets the properties of an H100 and plans as usual, from decompositions to fusion. Instead of compiled code the
+model gets a function that returns tensors without data. `benchmarks.computed.recorder` lists the kernels of
+golf_kernels' operators.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
 
 class Scheduled(types.SimpleNamespace):
-    """One node of a schedule: its kernels (several for an operator), and bytes read and written by buffer."""
+    """One node of Inductor's schedule.
+
+    An operator of golf_kernels may have several kernels, any other node has at most one. `reads` and `writes` map
+    buffer names to bytes.
+    """
 
     kernels: list[Kernel]
     reads: dict[str, float]
@@ -64,7 +69,8 @@ def planning_for_an_absent_gpu(
 ) -> Iterator[None]:
     """Let torch.compile plan for an H100 on any machine.
 
-    `plan` gets the schedule of each compiled graph and returns a function, which is called whenever the graph would run.
+    `plan` gets the schedule of each compiled graph. It returns a function, which is called whenever the graph would
+    run.
     """
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import config
@@ -96,7 +102,7 @@ def planning_for_an_absent_gpu(
             (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "device_count", lambda: 1),
             (CudaInterface, "is_available", staticmethod(lambda: True)),
-            # the class keeps its own reference
+            # CudaInterface keeps its own reference to this function
             (CudaInterface, "get_device_properties", staticmethod(lambda device=None: PROPERTIES)),
             (CudaInterface, "is_bf16_supported", staticmethod(lambda including_emulation=True: True)),
             (UniformValueConstantFolder, "run", fold_on_host),
@@ -115,10 +121,10 @@ def _without_data(node: Any) -> Any:
 
 
 def read_schedule(graph: Any) -> list[Scheduled]:
-    """The kernels of a scheduled graph, in order.
+    """The nodes of a scheduled graph, in order.
 
-    A generated kernel reads each addressed element once and writes what later kernels read. Values that stay inside a kernel
-    do not count.
+    A generated kernel reads each addressed element once, and writes the values that later kernels read. Values that
+    stay inside a kernel do not count.
     """
     from torch._inductor import ir
     from torch._inductor.scheduler import NopKernelSchedulerNode
@@ -143,7 +149,7 @@ def _bytes(node: Any, elements: float | None = None) -> float:
 
 
 def _elements(dep: Any) -> int:
-    """Elements that a kernel addresses; for an indirect index the number of lookups."""
+    """Number of elements that a kernel addresses. For an indirect index it is the number of lookups."""
     from torch._inductor.dependencies import MemoryDep
 
     if isinstance(dep, MemoryDep) and dep.is_indirect():
@@ -162,7 +168,7 @@ def _compiled(node: Any, graph: Any) -> Scheduled:
     addressed: dict[str, dict[Any, int]] = {}
     for dep in node.read_writes.reads:
         if dep.name not in own and not isinstance(dep, WeakDep):
-            # a buffer that is accumulated in place is also read
+            # a buffer that the kernel accumulates in place is also read; it has no index
             index = dep.index if isinstance(dep, MemoryDep) else None
             addressed.setdefault(dep.name, {})[index] = _elements(dep)
     for name, indices in addressed.items():

@@ -1,4 +1,7 @@
-"""Launch every Triton kernel as the recipes and the operators' `cases` do, on tensors without data (device `meta`)."""
+"""Launch every Triton kernel on tensors without data (device `meta`).
+
+The shapes are those of the recipes, and of the `cases` that each operator declares (`golf_kernels.operators`).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ from train.recipes import load_recipe, recipe_names
 
 
 class _Dispatched(TorchDispatchMode):
-    """Calls an operator's backend for meta tensors, for which PyTorch would call the fake implementation."""
+    """Calls an operator's backend for tensors on `meta`.
+
+    Without this mode PyTorch would call the operator's fake implementation.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "golf":
@@ -31,7 +37,10 @@ class _Dispatched(TorchDispatchMode):
 
 @contextlib.contextmanager
 def on_backend(backend: dispatch.Backend) -> Iterator[None]:
-    """Run operators that have this backend on it, and all others on PyTorch, on any machine."""
+    """Run operators on `backend` if they have it, otherwise on PyTorch.
+
+    This skips the check whether the backend can run on this machine.
+    """
     having = {op for op, backends in dispatch.describe().items() if backend in backends}
 
     def call(op: str, *args: Any) -> Any:
@@ -42,7 +51,10 @@ def on_backend(backend: dispatch.Backend) -> Iterator[None]:
 
 
 def launch_case(operator: operators.Operator, case: Mapping[str, Any], make: operators.Make) -> list[Tensor]:
-    """Results and gradients of an operator on inputs from `make`, after a call without gradients."""
+    """Call an operator on inputs from `make`, once without gradients and once with them.
+
+    Returns the results and gradients of the second call.
+    """
     inputs = operator.inputs(make, **case)
     return operators.run(operator.function, inputs, operators.upstream_gradients(operator.function, inputs, make))
 
@@ -55,7 +67,10 @@ def launch_everything() -> None:
 
 
 def launch_recipe(config: Config) -> None:
-    """One GPU's training step and evaluation batches, with and without recurrence."""
+    """Launch the kernels of one GPU's training step and evaluation.
+
+    Both run without recurrence and, if the recipe has recurrence, once more with it.
+    """
     model = GPT(config)
     ids = torch.empty(rank_sequences(config), config.train_seq_len, dtype=torch.int64)
     count, stride = BATCH_SEQS, config.eval_stride
@@ -78,7 +93,7 @@ def launch_recipe(config: Config) -> None:
     muon = build_optimizers(model, config).muon
     assert muon is not None
     for group in muon.param_groups:
-        # the default depends on the device
+        # the dtype that Muon uses on a GPU; the default depends on the device
         group["compute_dtype"] = torch.bfloat16
     with on_backend("triton"):
         muon.step()

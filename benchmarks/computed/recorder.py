@@ -1,7 +1,7 @@
 """Record the kernels that PyTorch and golf_kernels launch on tensors without data.
 
-A PyTorch operation counts as one kernel that reads each input once and writes each output once. An operator of golf_kernels
-counts as its Triton kernels and the PyTorch operations between them.
+A PyTorch operation counts as one kernel that reads each input once and writes each output once. An operator of
+golf_kernels counts as its Triton kernels and the PyTorch operations between them.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _NOTHING = {
 _OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 _RATES = {"attention": "attention", "attention_backward": "attention backward"}
 _OPERATORS = operators.declared().values()
-# kernels with a matrix product: the arguments with its rows and its matrix
+# Triton kernel that multiplies matrices → its arguments with the rows and with the matrix
 _PRODUCTS = {kernel: names for operator in _OPERATORS for kernel, names in operator.products.items()}
-# kernels that overwrite an argument in place, and the argument
+# Triton kernel that overwrites an argument in place → that argument
 _IN_PLACE = {kernel: name for operator in _OPERATORS for kernel, name in operator.in_place.items()}
 
 
 def size_of(tensor: Tensor) -> float:
-    """Bytes of a tensor. Elements repeated by an expanded view count once."""
+    """Bytes of a tensor. Elements that an expanded view repeats count once."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride or not size else 1
@@ -59,7 +59,7 @@ def on_gpu(values: Any) -> list[Tensor]:
 
 
 class Recorder(TorchDispatchMode):
-    """Lists the kernels launched in this mode, and counts how often the host waits for the device."""
+    """A mode that lists the kernels launched in it, and counts how often the host waits for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Allow compiled code to run inside."""
+        """Tells PyTorch that compiled code may run in this mode."""
         return True
 
     def item(self, tensor: Tensor) -> int:
@@ -86,7 +86,7 @@ class Recorder(TorchDispatchMode):
             with self:
                 return run_operator(name, self.kernels, *args)
         with self:
-            # below autograd, composite operations are not decomposed yet
+            # this mode gets composite operations whole; decomposing them here records their parts
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
@@ -97,7 +97,7 @@ class Recorder(TorchDispatchMode):
 
 
 def eager_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Kernel:
-    """The kernel of a PyTorch operation."""
+    """Describes a PyTorch operation as one kernel."""
     name = func._overloadpacket.__name__
     given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
     changed = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
@@ -112,7 +112,10 @@ def eager_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resul
 
 
 class Launch:
-    """Replaces a Triton kernel and records its launches. Each tensor argument is read or written once."""
+    """Replaces a Triton kernel and records its launches.
+
+    Each tensor argument counts as read or written once; an argument overwritten in place counts twice.
+    """
 
     def __init__(self, kernel: Any, kernels: list[Kernel]) -> None:
         self.name, self.arg_names, self.kernels = kernel.__name__, kernel.arg_names, kernels
@@ -140,7 +143,10 @@ def _kernel_modules() -> list[Any]:
 
 @contextlib.contextmanager
 def launches_listed(kernels: list[Kernel]) -> Iterator[None]:
-    """Replace every Triton kernel of golf_kernels with a `Launch`, and record int6's CUDA kernel."""
+    """Append launches to `kernels` instead of running them.
+
+    This covers every Triton kernel of golf_kernels and the CUDA kernel of int6's fake quantization.
+    """
 
     def fake_quantize(*tensors: Tensor) -> None:
         kernels.append(Kernel("fake_quantize_kernel", 0.0, sum(map(size_of, tensors))))
@@ -166,7 +172,7 @@ def run_operator(op: str, kernels: list[Kernel], *args: Any) -> Any:
 
 
 def operator_kernels(operator: Any, args: Iterable[Any]) -> list[Kernel]:
-    """The kernels of one call of an operator on tensors without data."""
+    """The kernels that one call of an operator launches on tensors without data."""
     with Recorder() as recorder, torch.no_grad():
         operator(*args)
     found: list[Kernel] = recorder.kernels
@@ -174,20 +180,22 @@ def operator_kernels(operator: Any, args: Iterable[Any]) -> list[Kernel]:
 
 
 def muon_step_kernels(work: list[Work]) -> list[Kernel]:
-    """The launches of Muon's fused step: two passes over float32 state, with products in between.
+    """The kernels of Muon's fused step: two passes over the float32 state, with matrix products in between.
 
-    Between products the bfloat16 matrices stay in the cache; only the first input and the last result count as traffic.
+    The products' bfloat16 matrices are assumed to stay in the L2 cache. Only the first product's input and the last
+    product's result count as memory traffic.
     """
     kernels = []
     for group, params in work:
         shapes = tuple((m.shape[-2], m.shape[-1]) for p in params for m in (p.unbind() if p.ndim == 3 else (p,)))
         numbers = float(sum(p.numel() for p in params))
         iterations = len(coefficients_of(group).schedule(group["ns_steps"]))
-        # momentum_kernel reads gradient, momentum, writes momentum, direction; apply_kernel reads direction, weights, writes weights
+        # momentum_kernel reads gradient, momentum and writes momentum, direction; apply_kernel reads direction, weights
+        # and writes weights
         kernels.append(Kernel("momentum_kernel", 0.0, 14 * numbers, "triton"))
         kernels.append(Kernel("norm_kernel", 0.0, 0.0, "triton"))
         for name in ("symmetric_kernel", "symmetric_kernel", "product_kernel"):
-            # a third of an iteration's FLOPs and traffic
+            # each of the three products counts a third of an iteration's FLOPs and traffic
             product = Kernel(name, newton_schulz_flops(shapes, 1) / 3, 4 * numbers / 3 / iterations, "triton")
             kernels += [product] * iterations
         kernels += [Kernel("moments_kernel", 0.0, 2 * numbers, "triton")] * bool(group["normuon"])

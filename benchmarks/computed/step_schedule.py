@@ -1,9 +1,9 @@
 """Compute the time of each kernel of a training step without a GPU; nothing is measured.
 
-One rank's step of each variant runs on a fake CUDA device with tensors without data. Inductor plans the compiled graphs
+One rank's step of each variant runs on a fake CUDA device, on tensors without data. Inductor plans the compiled graphs
 (`benchmarks.computed.inductor_plan`); all other launches are recorded (`benchmarks.computed.recorder`). A kernel takes
-max(bytes / bandwidth, FLOP / matrix rate), at published rates of such kernels (`benchmarks.measure.devices`). Kernels do not
-overlap; the host and communication take no time.
+max(bytes / bandwidth, FLOP / matrix rate), and no less than the shortest launch. The rates are published ones of
+similar kernels (`benchmarks.measure.devices`). Kernels do not overlap; the host and communication take no time.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from train.recipes import recipe_names
 from train.run.profiling import kernel_family
 
 CUDA = torch.device("cuda", 0)
-# ms per step of the published runs on 8 H100, before and after recurrence, from their logs; the baseline and #262 ran with
-# PyTorch's attention
+# milliseconds per step of the published runs on 8 H100, from their logs: before recurrence, then after its start. The
+# runs of the baseline and of #262 (sp1024_smear_bigram) used PyTorch's attention
 PUBLISHED_MS = {
     "baseline": (43.5,),
     "sp1024_smear_bigram": (96.3,),
@@ -49,9 +49,10 @@ PUBLISHED_MS = {
 
 
 class Step(NamedTuple):
-    """The launches of a step: those of the compiled passes, and `rest` (clipping, optimizers, average).
+    """The kernels of one step of a variant.
 
-    `waits` counts how often the host waits for the device; `graphs` are the schedules of both passes.
+    `rest` has the kernels outside the compiled passes: clipping, optimizers and moving average. `waits` counts how
+    often the host waits for the device. `graphs` has Inductor's schedules of both passes.
     """
 
     variant: str
@@ -71,9 +72,9 @@ class Step(NamedTuple):
 
 @contextlib.contextmanager
 def planning(recorder: Recorder, plan: Callable[[list[Scheduled]], Callable[[], None]]) -> Iterator[str]:
-    """Run on tensors without data, with fake attention and with `plan` for compiled graphs; needs a CUDA device or the fake.
+    """Run code on tensors without data, with the fake attention, and with `plan` for compiled graphs.
 
-    Yields the name of the attention backend.
+    A real or fake CUDA device must exist. Yields the name of the attention backend.
     """
     torch._dynamo.reset()
     with contextlib.ExitStack() as stack:
@@ -84,7 +85,7 @@ def planning(recorder: Recorder, plan: Callable[[list[Scheduled]], Callable[[], 
             (Captured, "__call__", lambda captured: captured.run()),
             (Tensor, "pin_memory", lambda tensor: tensor),
             (Tensor, "item", lambda tensor: recorder.item(tensor)),
-            # tensors without data are created on the device, because they cannot be moved
+            # tensors without data cannot be moved; they are created on the device, so `to` does nothing
             (torch.nn.Module, "to", lambda module, device: module),
         ):
             stack.enter_context(mock.patch.object(owner, attribute, value))
@@ -95,7 +96,7 @@ def planning(recorder: Recorder, plan: Callable[[list[Scheduled]], Callable[[], 
 
 
 def step_kernels(config: Config, name: str, recurrence: bool) -> Step:
-    """Run a variant's step twice and record the second; needs a CUDA device or the fake."""
+    """Run a variant's step twice and record the second. A real or fake CUDA device must exist."""
     recorder = Recorder()
     graphs: list[list[Scheduled]] = []
     passes: list[list[Kernel]] = []
@@ -121,14 +122,17 @@ def step_kernels(config: Config, name: str, recurrence: bool) -> Step:
 
 
 def described_flops(config: Config, recurrence: bool) -> float:
-    """FLOPs of a rank's forward and backward pass as `--describe` counts them."""
+    """FLOPs of one rank's forward and backward pass, as `python -m train --describe` counts them."""
     phase = "after_recurrence" if recurrence else "before_recurrence"
     tokens = rank_sequences(config) * config.train_seq_len
     return float(1e6 * tokens * describe(config, {})["mflop_per_token"][phase])
 
 
 def check_complete(step: Step, flops: float) -> None:
-    """Refuse a schedule that lacks products, for example because Inductor nested one graph in another."""
+    """Raise an error if the schedule of a step has fewer FLOPs than described.
+
+    Products are missing, for example, if Inductor nested one graph in another.
+    """
     found = sum(kernel.flops for kernel in (*step.forward, *step.backward))
     if found < (1 - 1e-9) * flops:
         raise UserError(
@@ -138,7 +142,7 @@ def check_complete(step: Step, flops: float) -> None:
 
 
 def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Device) -> str:
-    """ms per step by kernel family and variant, with totals."""
+    """A text table of milliseconds per step: a row for each kernel family, a column for each variant, and totals."""
     reached = REACHED[device.name]
     tokens = rank_sequences(config) * config.train_seq_len
     phase = f" {'after' if recurrence else 'before'} recurrence," if config.recur_layers else ""
@@ -176,7 +180,7 @@ def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Devic
 
 
 def family_ms(kernels: Sequence[Kernel], device: Device) -> dict[str, float]:
-    """Milliseconds by `train.run.profiling.kernel_family`."""
+    """Milliseconds of the kernels, by kernel family."""
     found: dict[str, float] = {}
     for kernel in kernels:
         family = kernel_family(kernel.name)
@@ -185,7 +189,10 @@ def family_ms(kernels: Sequence[Kernel], device: Device) -> dict[str, float]:
 
 
 def largest(step: Step, device: Device, count: int) -> str:
-    """The kernels that take longest. Equal kernels are added up."""
+    """Lists the `count` kernels that take longest.
+
+    Launches with the same pass, name and bytes are added up.
+    """
     times: Counter[tuple[str, str, float]] = Counter()
     launches: Counter[tuple[str, str, float]] = Counter()
     for part in ("forward", "backward", "rest"):

@@ -1,1 +1,1 @@
-"""How something is measured: inputs, timing, the variants of a training step."""
+"""Tools that the benchmarks share: inputs, timing, and the variants of a training step."""

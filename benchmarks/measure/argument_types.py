@@ -11,7 +11,7 @@ from train.common.wording import counted
 
 
 def parse_device(text: str) -> torch.device:
-    """A CPU, or a CUDA device that exists here."""
+    """Parses cpu, cuda or cuda:N. A CUDA device must exist on this machine."""
     try:
         device = torch.device(text)
     except RuntimeError:

@@ -1,7 +1,7 @@
 """Benchmarks of operators that replace a chain of elementwise operations on large tensors.
 
-Variants: `torch` is the chain in plain PyTorch, `compile` the chain under torch.compile (on a CPU only traced), `triton` the
-operator's kernels.
+There are three variants: `torch`, the chain in plain PyTorch; `compile`, the chain under torch.compile (on a CPU only
+traced); and `triton`, the operator on its Triton kernels.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Chain:
-    """An operator and the chain that it replaces.
+    """The benchmark of one operator: which chain it replaces, and at which shapes both are timed.
 
-    `plain` is the chain, with the keyword arguments of the operator. `traffic` gives the bytes read and written in each pass,
-    by variant, the operator's first. Each shape is a named tuple with the arguments of the operator's `inputs`.
+    `op` is the operator's name. `plain` computes the chain and takes the operator's keyword arguments. `traffic(shape)`
+    gives the bytes that each pass of each variant reads and writes; the operator comes first. A shape is a named tuple:
+    the keyword arguments with which the operator makes its example inputs (`operators.Operator.inputs`). `tiny` is the
+    shape for `--tiny`.
     """
 
     op: str
@@ -39,13 +41,13 @@ class Chain:
         return operators.declared()[self.op]
 
     def inputs(self, shape: Any, device: torch.device, seed: int) -> dict[str, Any]:
-        """Random inputs by name, and in `upstream` a gradient for each result."""
+        """Random inputs by name. The entry `upstream` lists a gradient for each result."""
         make = operators.random_tensors(device, _dtype(device), seed)
         inputs = self.operator.inputs(make, **shape._asdict())
         return inputs | {"upstream": operators.upstream_gradients(self.operator.function, inputs, make)}
 
     def run(self, function: Function, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Results and gradients; the operator runs on its Triton kernels."""
+        """The results of `function` and the gradients of its inputs. The operator uses its Triton kernels."""
         with dispatch.forced(f"{self.op}=triton"):
             own = dict(inputs)
             upstream = own.pop("upstream")
@@ -66,7 +68,7 @@ class Chain:
         )
 
     def variants(self, device: torch.device) -> list[common.Variant]:
-        """The variants that can run here; prints the reason if Triton cannot."""
+        """The variants that can run here. Prints the reason if the Triton kernels cannot."""
         traced = {"backend": "aot_eager"} if device.type == "cpu" else {"dynamic": False}
         functions = {"triton": self.operator.function}
         if "triton" not in dispatch.available_backends(self.op):
@@ -95,7 +97,7 @@ class Chain:
         return sum(kept.values())
 
     def predict(self, shape: Any) -> str:
-        """Times computed from each pass's memory traffic, by device and variant."""
+        """A text with the microseconds of each pass, computed from its memory traffic, for each GPU and variant."""
         lines = [f"computed, not measured: {shape}, µs"]
         for device in DEVICES:
             for name, passes in self.traffic(shape).items():

@@ -1,7 +1,8 @@
 """Check and time the variants of an operator.
 
-A benchmark describes a `Case` and its `Variant`s and calls `measure`. `append_rows` stores the rows of a GPU in
-`benchmarks/results/<gpu>.csv`. Rows of a CPU are never stored; benchmarks run there only for tests.
+A benchmark defines a `Case` (the inputs and the true results) and several `Variant`s (implementations), and passes them
+to `measure`. `append_rows` stores rows measured on a GPU in `benchmarks/results/<gpu>.csv`. Rows measured on a CPU are
+never stored, because benchmarks run on a CPU only for tests.
 """
 
 from __future__ import annotations
@@ -33,21 +34,22 @@ from benchmarks.report.results import Row as Row
 from benchmarks.report.results import append_rows as append_rows
 from benchmarks.report.results import check_columns, file_stem
 
-# shorter calls are replayed as CUDA graphs, because CUDA events would measure the host
+# calls shorter than this are replayed as CUDA graphs; otherwise the measured time would be the host's
 GRAPH_BELOW_MS = 0.1
 NUMBERS = itertools.count()
 
 
 class CheckFailed(Exception):
-    """A variant's result is wrong. No row is written."""
+    """A variant's result is wrong, so the benchmark writes no row."""
 
 
 @dataclass(frozen=True)
 class Case:
     """One operation on inputs of one shape.
 
-    `make` makes inputs from a seed: random ones, because zeros run faster. `truth` computes the result in float64. `flops` and
-    `bytes` count the arithmetic and the least memory traffic of one call. `max_rel_err` limits ‖got − truth‖ / ‖truth‖.
+    `make(seed)` returns random inputs; on zeros a GPU would be faster. `truth(inputs)` returns the results in float64.
+    `flops` and `bytes` are the arithmetic and the least memory traffic of one call. A variant fails if its
+    ‖got − truth‖ / ‖truth‖ exceeds `max_rel_err`.
     """
 
     op: str
@@ -62,7 +64,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Variant:
-    """One implementation of a case; `graph` says whether to replay a CUDA graph, None to do so below `GRAPH_BELOW_MS`."""
+    """One implementation of a case's operation.
+
+    `graph` says whether a CUDA graph of `run` is timed. None: only if a call takes less than `GRAPH_BELOW_MS`.
+    """
 
     impl: str
     run: Callable[[Any], Sequence[Tensor]]
@@ -70,19 +75,23 @@ class Variant:
 
 
 class Ceilings(NamedTuple):
-    """Rates measured in this run: a large bfloat16 matrix product (float32 on a CPU) and a large copy."""
+    """Rates of this machine, measured at the start of a benchmark.
+
+    `tflops` is the rate of a large matrix product (bfloat16 on a GPU, float32 on a CPU), `gbps` the rate of a large
+    copy.
+    """
 
     tflops: float
     gbps: float
 
     def floor_ms(self, flops: float, traffic_bytes: float) -> float:
-        """Least possible time at these rates."""
+        """The least possible milliseconds: the time at these rates."""
         return max(flops / (self.tflops * 1e9), traffic_bytes / (self.gbps * 1e6))
 
 
 @dataclass
 class Clock:
-    """Times calls on one device: `rounds` measurements of each variant after `warmup_ms` of warm-up."""
+    """Times calls on one device. Each variant is warmed up for `warmup_ms` and then measured `rounds` times."""
 
     device: torch.device
     warmup_ms: float = 300.0
@@ -94,7 +103,7 @@ class Clock:
         self.cache_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size if on_gpu else 0
 
     def once_ms(self, run: Callable[[], Any]) -> float:
-        """Milliseconds of one call. The device is idle before and after it."""
+        """Milliseconds of one call. The device is idle before and after the call."""
         if self.device.type != "cuda":
             start = time.perf_counter()
             run()
@@ -109,7 +118,7 @@ class Clock:
         return elapsed
 
     def warm_up(self, run: Callable[[], Any]) -> float:
-        """Run for `warmup_ms`, at least twice. Returns the milliseconds of the last call."""
+        """Call `run` for `warmup_ms`, at least twice. Returns the milliseconds of the last call."""
         end = time.perf_counter() + self.warmup_ms / 1e3
         self.once_ms(run)
         duration = self.once_ms(run)
@@ -132,7 +141,7 @@ def ceilings(clock: Clock) -> Ceilings:
 
 
 def relative_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """Largest ‖got − want‖ / ‖want‖ over the tensors, in float64; infinite if a value is not finite."""
+    """The largest ‖got − want‖ / ‖want‖ of the tensors, in float64. Infinite if a value is not finite."""
     errors = []
     for one, other in zip(got, want, strict=True):
         exact = other.double()
@@ -142,7 +151,7 @@ def relative_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
 
 
 def input_bytes(inputs: Any) -> int:
-    """Bytes of the tensors in nested lists, tuples and dicts."""
+    """Total bytes of all tensors in nested lists, tuples and dicts."""
     if isinstance(inputs, Tensor):
         return inputs.numel() * inputs.element_size()
     nested = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, (list, tuple)) else ()
@@ -150,7 +159,7 @@ def input_bytes(inputs: Any) -> int:
 
 
 def runs(variant: Variant, inputs: Any) -> bool:
-    """Whether a third-party variant runs; prints the error if not."""
+    """Whether a variant that uses another library runs here. Prints the error if it does not."""
     try:
         variant.run(inputs)
         if variant.graph and torch.cuda.is_available():
@@ -163,23 +172,24 @@ def runs(variant: Variant, inputs: Any) -> bool:
 
 
 def measure(case: Case, variants: Sequence[Variant], clock: Clock, limits: Ceilings) -> list[Row]:
-    """Check every variant, then time them alternately, the first one twice to show the spread.
+    """Check every variant, then time the variants alternately.
 
-    Inputs rotate over at least three times the GPU's L2 cache, so that no call finds its inputs there. Returns one row per
-    variant, and `<first> again`.
+    The first variant is timed twice, as itself and as `<first> again`; the difference shows the noise. Successive calls
+    get different inputs. Together the inputs are at least three times as large as the GPU's L2 cache, so no call finds
+    its inputs in the cache. Returns one row for each timed variant.
 
     Raises:
         CheckFailed: a result differs from the truth by more than `case.max_rel_err`.
     """
     inputs = [case.make(0)]
-    # inputs that are not tensors, such as a text, do not rotate
+    # two inputs suffice if they hold no tensors, as a text does
     size = input_bytes(inputs[0])
     copies = math.ceil(3 * clock.cache_bytes / size) if size else 0
     inputs += [case.make(seed) for seed in range(1, max(2, copies))]
     want = case.truth(inputs[0])
     errors = {}
     for variant in variants:
-        # new inputs for each variant, because an optimizer changes them
+        # each variant gets new inputs, because an optimizer changes its inputs
         errors[variant.impl] = error = relative_error(variant.run(case.make(0)), want)
         if not error <= case.max_rel_err:
             raise CheckFailed(f"{case.op}, {variant.impl}: relative error {error:.2e}, at most {case.max_rel_err:.0e}")
@@ -188,7 +198,7 @@ def measure(case: Case, variants: Sequence[Variant], clock: Clock, limits: Ceili
     calls = {variant.impl: _prepare(variant, inputs, clock) for variant in timed}
     times: dict[str, list[float]] = {variant.impl: [] for variant in timed}
     for number in range(clock.rounds):
-        # vary the order, so that no variant always runs first or after the same one
+        # vary the order, so that no variant always runs first or always after the same variant
         order = timed[number % len(timed) :] + timed[: number % len(timed)]
         for variant in order if number % 2 else reversed(order):
             call, per_call, _ = calls[variant.impl]
@@ -206,7 +216,7 @@ def measure(case: Case, variants: Sequence[Variant], clock: Clock, limits: Ceili
 
 
 def _prepare(variant: Variant, inputs: Sequence[Any], clock: Clock) -> tuple[Callable[[], Any], int, str]:
-    """A function to time, its number of calls of the variant, and its mode."""
+    """Returns the function to time, how often that function calls the variant, and the mode: eager or graph."""
     turn = 0
 
     def one() -> None:
@@ -218,7 +228,7 @@ def _prepare(variant: Variant, inputs: Sequence[Any], clock: Clock) -> tuple[Cal
     wanted = variant.graph if variant.graph is not None else duration < GRAPH_BELOW_MS
     if clock.device.type != "cuda" or not wanted:
         return one, 1, "eager"
-    # the first call on each input may prepare something, which must not be captured
+    # a variant's first call on an input may compile or allocate, which a graph must not capture
     for given in inputs:
         variant.run(given)
     graph = torch.cuda.CUDAGraph()
@@ -237,8 +247,8 @@ def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
 
 
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """The function under torch.compile. On a CPU it is only traced."""
-    # copy the code object: Dynamo caches compiled code and limits recompilations per code object
+    """Returns the function under torch.compile. On a CPU it is traced, but no code is generated."""
+    # copy the code object, because Dynamo caches compiled code and limits recompilations per code object
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(NUMBERS)}")
     own = types.FunctionType(code, function.__globals__, closure=function.__closure__)
     if device.type == "cpu":
@@ -247,7 +257,7 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
 
 
 def peak_bytes(variant: Variant, inputs: Any, device: torch.device) -> int:
-    """Peak GPU memory of one call, including its results, above what was allocated before."""
+    """Bytes of GPU memory that one call allocates at its peak, including its results."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -284,13 +294,13 @@ def environment(device: torch.device) -> Row:
 
 
 def check_place(device: torch.device, folder: Path = RESULTS, columns: Sequence[str] = COLUMNS) -> None:
-    """Check before measuring that the rows of a GPU can be stored."""
+    """Check, before anything is measured, that the results file of this GPU has the expected columns."""
     if device.type == "cuda":
         check_columns(folder / f"{file_stem(torch.cuda.get_device_name(device))}.csv", columns)
 
 
 def render(rows: Sequence[Row], gpu: str) -> str:
-    """The rows as a table."""
+    """Returns the rows as a text table."""
     width = max(len(row["impl"]) for row in rows)
     lines = [f"{rows[0]['op']}, {rows[0]['shape']}, {rows[0]['dtype']}, on {gpu}, ms per call"]
     lines.append(
@@ -305,7 +315,10 @@ def render(rows: Sequence[Row], gpu: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose defaults depend on `--tiny`. Without `--tiny` it checks that the rows can be stored."""
+    """An argument parser whose defaults depend on `--tiny`.
+
+    On a GPU without `--tiny` it also checks that the rows can be stored.
+    """
 
     def __init__(self, full: dict[str, float], **options: Any) -> None:
         super().__init__(**options)
@@ -332,7 +345,7 @@ _TINY = {"rounds": 2, "warmup_ms": 1.0}
 def parser(
     prog: str, description: str, *, rounds: int | None = 50, warmup_ms: float = 300.0
 ) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark. With `rounds=None` there is no `--rounds` and no `--warmup-ms`."""
+    """Returns a parser with the options that benchmarks share. `rounds=None` omits `--rounds` and `--warmup-ms`."""
     command = f"python -m benchmarks.{prog}"
     full = {} if rounds is None else {"rounds": rounds, "warmup_ms": warmup_ms}
     made = _Parser(
@@ -353,7 +366,7 @@ def parser(
 
 
 def report(rows: Sequence[Row], surroundings: Row, *, keep: bool = True) -> None:
-    """Print the table, and store the rows of a GPU."""
+    """Print the rows as a table. On a GPU also store them, unless `keep` is false."""
     print(render(rows, surroundings["gpu"]))
     path = append_rows(rows, surroundings) if keep else None
     print(f"-> {path.relative_to(ROOT)}\n" if path else "not stored: only full-size GPU results are stored\n")

@@ -1,38 +1,39 @@
-"""Rates of GPUs, to compute times from memory traffic and arithmetic."""
+"""Arithmetic and memory rates of GPUs, from which the benchmarks compute a kernel's time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-# dense bfloat16 TFLOP/s by a substring of the GPU's name; the first match counts. Half of the data sheet's figure with
-# sparsity: 1,978.9 for SXM (132 multiprocessors, 4,096 FLOP per cycle, 1.83 GHz), 1,513 for PCIe, 1,671 for NVL
+# substring of a GPU's name → dense bfloat16 TFLOP/s; the first match counts. Data sheets state twice these rates, for
+# sparse matrices: 1,978.9 for SXM (132 multiprocessors, 4,096 FLOP per cycle, 1.83 GHz), 1,513 for PCIe, 1,671 for NVL
 _SHEETS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "H200 NVL": 835.0, "H200": 989.4}
 
 
 def datasheet_tflops(gpu: str) -> float | None:
-    """Dense bfloat16 TFLOP/s from the data sheet; None for an unknown GPU or a MIG slice."""
+    """A GPU's dense bfloat16 TFLOP/s from its data sheet. None for an unknown GPU or a MIG slice."""
     return next((tflops for name, tflops in _SHEETS.items() if name in gpu and "MIG" not in gpu), None)
 
 
 class Device(NamedTuple):
-    """Peak dense bfloat16 TFLOP/s and GB/s of a GPU."""
+    """The peak rates of a GPU: dense bfloat16 TFLOP/s, and GB/s of its memory."""
 
     name: str
     tflops: float
     gbps: float
 
 
-# H100: data sheet; H200: measured
+# the H100's rates are from its data sheet, the H200's were measured
 DEVICES = (Device("H100", _SHEETS["H100"], 3350.0), Device("H200", 790.0, 4300.0))
 
 
 class Reached(NamedTuple):
-    """Rates that kernels reached in published measurements.
+    """Rates that kernels reach on a GPU. The comments on `_TFLOPS` and `REACHED` name the sources.
 
-    `tflops` has a rate for "cublas", "triton" (products with our epilogues), "attention" and "attention backward" (causal,
-    head dimension 64, 2,048 positions, counting the lower triangle only). `gbps` is for passes over large tensors, `launch_us`
-    for the smallest kernel.
+    `tflops` has four keys: "cublas", "triton" (this package's matrix products), "attention" and "attention backward".
+    Both attention rates are for causal attention with head dimension 64 and 2,048 positions, and count the FLOPs of the
+    lower triangle only. `gbps` is the memory rate of a kernel that reads and writes large tensors. `launch_us` is the
+    time of the shortest kernel in microseconds.
     """
 
     tflops: Mapping[str, float]
@@ -41,23 +42,24 @@ class Reached(NamedTuple):
 
 
 _TFLOPS = {
-    # a large product on an H200, which is the same chip; products with an inner dimension of 512 are slower
+    # a large matrix product on an H200, which has the H100's chip; products with an inner dimension of 512 are slower
     "cublas": 790.0,
-    # expected, not measured: the middle of 60 to 70 % of the data sheet
+    # an estimate, not measured: 65 % of the data sheet's rate
     "triton": 643.0,
-    # FlashAttention 3 without a mask (460 and 422, arXiv:2407.08608), times 521 / 625, the mask's cost with heads of 128
+    # FlashAttention 3 reaches 460 and 422 without a mask (arXiv:2407.08608). Both are multiplied by 521 / 625, the
+    # slowdown by a causal mask at head dimension 128
     "attention": 383.0,
     "attention backward": 352.0,
 }
 REACHED = {
-    # bandwidth of quack's norms and losses, and quack's shortest launch
+    # `gbps`: norm and loss kernels of the library quack; `launch_us`: that library's shortest kernel
     "H100": Reached(_TFLOPS, gbps=3010.0, launch_us=3.5),
     "H200": Reached(_TFLOPS, gbps=4300.0, launch_us=3.5),
 }
 
 
 class Kernel(NamedTuple):
-    """One launch: its arithmetic, its memory traffic, and its key in `Reached.tflops`."""
+    """One kernel launch: its FLOPs, its bytes of memory traffic, and the key of its rate in `Reached.tflops`."""
 
     name: str
     flops: float
@@ -65,15 +67,18 @@ class Kernel(NamedTuple):
     rate: str = "cublas"
 
     def floor_ms(self, device: Device) -> float:
-        """Least possible time at the device's peak rates."""
+        """The least possible milliseconds: the time at the device's peak rates."""
         return max(self.flops / (device.tflops * 1e9), self.bytes / (device.gbps * 1e6))
 
     def reached_ms(self, reached: Reached) -> float:
-        """Time at the rates that such kernels have reached."""
+        """Milliseconds at the rates that kernels of this kind reach."""
         slowest = max(self.flops / (reached.tflops[self.rate] * 1e9), self.bytes / (reached.gbps * 1e6))
         return max(slowest, reached.launch_us / 1e3)
 
 
 def newton_schulz_flops(shapes: Iterable[tuple[int, int]], iterations: int) -> float:
-    """Least arithmetic of Newton-Schulz: only half of each of the two symmetric products is needed."""
+    """Least FLOPs of Newton-Schulz on matrices of these shapes.
+
+    Two of the three products of an iteration have symmetric results, so half of each result suffices.
+    """
     return float(sum(iterations * (3 * s * s * n + s**3) for s, n in (sorted(shape) for shape in shapes)))

@@ -1,4 +1,4 @@
-"""A random model in a recipe's shapes, narrow shapes for tests, and the FLOPs of a forward pass."""
+"""Random models in a recipe's shapes, settings for narrow models, and the FLOPs of a forward pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from train.config import Config
 from train.model.gpt import GPT
 from train.model.order import make_plan
 
-# few narrow layers: most of the work is in logits that sliding evaluation skips
+# few narrow layers, so that most of the work is in the logits that sliding-window evaluation skips
 NARROW = {
     "num_layers": 4,
     "recur_layers": (1,),
@@ -27,9 +27,10 @@ NARROW = {
 
 
 def window_flops(config: Config, rows: int) -> float:
-    """FLOPs of one window's forward pass with recurrence, if the last layer and the head compute only `rows` rows.
+    """FLOPs of one evaluation window's forward pass, with recurrence if the model has it.
 
-    A product takes 2 · weights per position, attention 4 · d per visible pair of query and key.
+    The last layer and the head compute only `rows` positions. A product takes 2 FLOPs per weight and position.
+    Attention takes 4 · model_dim FLOPs per query and visible key.
     """
     dim, length = config.model_dim, config.window
     runs = len(make_plan(config, recurrence=bool(config.recur_layers)))
@@ -42,7 +43,7 @@ def window_flops(config: Config, rows: int) -> float:
 
 
 def random_model(config: Config, device: torch.device) -> GPT:
-    """A model without zero matrices, unlike a new one."""
+    """Returns a model whose matrices are all random. In a newly built model some matrices are zero."""
     torch.manual_seed(config.seed)
     model = GPT(config).to(device).eval()
     with torch.no_grad():

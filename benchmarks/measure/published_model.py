@@ -1,8 +1,8 @@
 """The model of the variant `published`: a recipe's model with the formulas of the published scripts.
 
-The trainer's model computes queries, keys and values in one product, folds output scales into the weights, and has its own
-backward pass for norm and rotation. This model uses three products, scales the outputs, and relies on autograd. It calls no
-operator of golf_kernels.
+The trainer's model computes queries, keys and values in one product, folds output scales into the weights, and has its
+own backward pass for norm and rotation. This model uses three products, scales the outputs, and relies on autograd. It
+calls no operator of golf_kernels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from train.model.rope import rotate
 
 
 class PublishedAttention(nn.Module):
-    """`train.model.attention.Attention` with three products and plain autograd; shares the parameters of `own`."""
+    """Attention with plain autograd and a product each for queries, keys and values. Shares the parameters of `own`."""
 
     def __init__(self, own: Attention) -> None:
         super().__init__()
@@ -62,7 +62,10 @@ class PublishedAttention(nn.Module):
 
 
 def remove_value_direction(output: Tensor, value: Tensor) -> Tensor:
-    """XSA of `(B, T, H, D)` outputs with `(B, T, H_kv, D)` values: y ← y − (y·v̂) v̂, v̂ = v/‖v‖₂."""
+    """XSA (exclusive self-attention): y − (y·v̂) v̂, with v̂ = v/‖v‖₂.
+
+    The outputs y are `(B, T, H, D)`, the values v `(B, T, H_kv, D)`. H / H_kv heads share a value.
+    """
     direction = F.normalize(value, dim=-1).unsqueeze(3)
     grouped = output.unflatten(2, (value.shape[2], -1))
     along = (grouped * direction).sum(dim=-1, keepdim=True)
@@ -71,7 +74,7 @@ def remove_value_direction(output: Tensor, value: Tensor) -> Tensor:
 
 
 class PublishedMLP(nn.Module):
-    """`train.model.mlp.MLP` in plain PyTorch, with the scale applied to the output; shares the parameters of `own`."""
+    """The MLP in plain PyTorch, with the scale applied to its output. Shares the parameters of `own`."""
 
     def __init__(self, own: MLP) -> None:
         super().__init__()
@@ -87,7 +90,7 @@ class PublishedMLP(nn.Module):
 
 
 def published_model(model: GPT) -> GPT:
-    """A copy of the model with the layers of the published scripts and the same parameter names."""
+    """Returns a copy of the model with the layers of the published scripts. The parameters keep their names."""
     published = copy.deepcopy(model)
     for block in published.blocks:
         block.add_module("attention", PublishedAttention(block.attention))

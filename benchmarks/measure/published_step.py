@@ -1,8 +1,8 @@
 """The variant `published` of `benchmarks.bench_step`: a training step like those of the published scripts.
 
-The model is `benchmarks.measure.published_model` under torch.compile's defaults. As in the scripts, batches are int64 in
-pageable memory, Muon updates matrix by matrix (#1392: bank by bank of equal shapes), the moving average goes over a new
-state_dict tensor by tensor, and every step reads the wall-clock flag with `.item()`.
+The model is `benchmarks.measure.published_model` under torch.compile. As in the scripts, batches are int64 and
+pageable, and Muon updates one matrix at a time (in submission #1392 all matrices of one shape at once). Every step
+makes a new state_dict, updates the moving average tensor by tensor, and reads with `.item()` whether the time is up.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from train.config import Config
 from train.model.gpt import GPT
 from train.optimize.groups import split_parameters
 
-# #1392 stacked matrices of one shape in banks and orthogonalized each bank at once
+# recipes of #1392, which stacked the matrices of one shape in a bank and orthogonalized each bank at once
 BANKED = ("sp4096_recurrence",)
 
 
 def quintic(gradient: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Newton-Schulz of a matrix `(m, n)` or a bank `(k, m, n)` with Keller Jordan's coefficients, in `dtype`."""
+    """Newton-Schulz in `dtype` with Keller Jordan's coefficients, on a matrix `(m, n)` or k matrices `(k, m, n)`."""
     x = gradient.to(dtype)
     norm: Tensor = x.norm(dim=(-2, -1), keepdim=True)
     x = x / (norm + 1e-7)
@@ -36,7 +36,10 @@ def quintic(gradient: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -
 
 
 class PlainMuon:
-    """Muon, MuonEq-R or NorMuon, matrix by matrix or, if banked, all matrices of one shape at once."""
+    """Muon, MuonEq-R or NorMuon, as the config says.
+
+    Orthogonalizes one matrix at a time or, if `banked`, all matrices of one shape at once.
+    """
 
     def __init__(
         self, matrices: Sequence[nn.Parameter], config: Config, *, banked: bool, dtype: torch.dtype = torch.bfloat16
@@ -77,7 +80,11 @@ class PlainMuon:
 
 
 class PublishedStep:
-    """One rank's step of a recipe: `model` is a `published_model`, `owned` are the indices of the matrices to update."""
+    """One rank's step of a recipe.
+
+    `model` comes from `published_model`, and `compiled` returns its loss. Muon updates the matrices whose indices are
+    in `owned`.
+    """
 
     def __init__(self, model: GPT, config: Config, owned: Sequence[int], compiled: Callable[..., Tensor]) -> None:
         kinds = split_parameters(model, config)
@@ -99,7 +106,7 @@ class PublishedStep:
         self.started = time.perf_counter()
 
     def __call__(self, tokens: np.ndarray, recurrence: bool) -> Tensor:
-        """One step on `(sequences, length + 1)` token ids. Returns the loss."""
+        """Run one step on token ids `(sequences, length + 1)`. Returns the loss."""
         config, device = self.config, self.model.embedding.weight.device
         batch = torch.from_numpy(tokens.astype(np.int64))
         inputs, targets = (part.to(device, non_blocking=True) for part in (batch[:, :-1], batch[:, 1:]))
@@ -114,6 +121,6 @@ class PublishedStep:
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items() if self.average else ():
                 self.average[name].mul_(config.ema_decay).add_(tensor.detach().float(), alpha=1 - config.ema_decay)
-        # the scripts' check whether time is up, for which the host waits for the device
+        # like the scripts, check whether the time is up; the host waits for the device
         torch.tensor(int(time.perf_counter() - self.started > config.max_wallclock_seconds), device=device).item()
         return loss.detach()

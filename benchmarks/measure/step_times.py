@@ -1,4 +1,4 @@
-"""Compare the losses and weight updates of variants of a training step, then time the variants alternately."""
+"""Compare the losses and weight updates of a training step's variants, then time the variants alternately."""
 
 from __future__ import annotations
 
@@ -17,18 +17,25 @@ from benchmarks.measure.tokens import Tokens, rank_sequences, token_source
 from train.config import Config
 from train.describe import describe
 
-# largest relative difference between the mean warm-up losses of a variant and the first one; bfloat16 sums differ by order
+# largest relative difference allowed between the mean warm-up loss of a variant and that of the first variant. The
+# losses differ because bfloat16 sums depend on their order
 MAX_LOSS_ERROR = 0.02
-# largest difference from 1 of a variant's weight update projected on the first one's, for each kind of weights. Correct
-# updates gave 0.98 to 1.00 in bfloat16 on a CPU; without momentum or at half the rate at most 0.5, which losses do not show
+# `projected_update` of a variant may differ from 1 by at most this, for each kind of weights. On a CPU in bfloat16,
+# correct variants gave 0.98 to 1.00. Variants without momentum or with half the learning rate gave 0.5 or less,
+# although their losses were close
 MAX_UPDATE_ERROR = 0.25
-# steps per measurement, so that the host can run ahead of the GPU as in training
+# steps between two readings of the clock, so that the host can run ahead of the GPU as in training
 STEPS_PER_TURN = 4
 
 
 @dataclass
 class Bench:
-    """The settings of a run. Variants are compared over `warmup_steps`, on the shards of `data` or random tokens."""
+    """The settings of one run of the benchmark.
+
+    `warmup_steps` is the number of steps whose losses and weight updates are compared. `data` is a folder of shards;
+    None stands for random tokens. `surroundings` has the columns that all rows share. `keep` says whether rows are
+    stored.
+    """
 
     config: Config
     clock: common.Clock
@@ -61,7 +68,7 @@ class Bench:
         )
 
     def store(self, rows: Sequence[common.Row]) -> None:
-        """Write rows immediately, so that a later crash does not lose them."""
+        """Append the rows to the results file if `keep` is set. A later crash does not lose them."""
         path = common.append_rows(rows, self.surroundings) if self.keep else None
         if path:
             print(f"-> {path.relative_to(common.ROOT)}", flush=True)
@@ -72,16 +79,17 @@ def phase_name(recurrence: bool) -> str:
 
 
 def projected_update(update: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
-    """⟨u, w⟩ / ⟨w, w⟩ for each kind of weights: 1 for the same update, 0 for none, -1 for the opposite one."""
+    """⟨update, wanted⟩ / ⟨wanted, wanted⟩ for each kind of weights: 1 if equal, 0 if not updated, -1 if opposite."""
     return {kind: float(update[kind] @ other / (other @ other)) for kind, other in wanted.items()}
 
 
 def measure_steps(
     variants: Sequence[StepVariant], bench: Bench, recurrence: bool
 ) -> tuple[dict[str, float], list[str]]:
-    """Warm up all variants on the same tokens, compare their losses and weight updates, and time those that agree.
+    """Compare all variants with the first one over the warm-up steps, then time those that agree with it.
 
-    Returns the relative difference of each timed variant's mean loss from the first one's, and the problems of the others.
+    All variants get the same tokens. Returns a dict and a list. The dict has, for each timed variant, the relative
+    difference of its mean warm-up loss from the first variant's. The list has a line for each variant that failed.
     """
     device, rounds = bench.clock.device, bench.clock.rounds
     tokens = bench.tokens()
@@ -96,10 +104,10 @@ def measure_steps(
             losses = [float(variant.run(batches[0], recurrence))]
             variant.first_step_s = time.perf_counter() - started
             losses += [float(variant.run(batch, recurrence)) for batch in batches[1:]]
-            # on the host, where an illegal access on the GPU cannot corrupt it
+            # kept in the host's memory, which an illegal access on the GPU cannot corrupt
             updates[variant.name] = {kind: (now - before[kind]).cpu() for kind, now in variant.flat_weights().items()}
             means[variant.name] = statistics.fmean(losses)
-        # whatever fails in a kernel or the compiler, the other variants are still measured
+        # any error in a kernel or the compiler; the other variants are still measured
         except Exception as error:
             traceback.print_exc()
             problems.append(error_line(variant, error))
@@ -130,7 +138,7 @@ def measure_steps(
                 variant.times_ms.append(bench.clock.once_ms(run) / steps)
             except Exception as error:
                 traceback.print_exc()
-                # an error that follows another variant's error may come from it: keep the earlier times
+                # after another variant's error, this error may be its consequence: keep this variant's earlier times
                 if not problems:
                     del errors[variant.name]
                 problems.append(error_line(variant, error))

@@ -1,11 +1,15 @@
-"""The variants of a training step, each run as one of 8 ranks.
+"""The variants of a training step that the benchmarks compare. Each does the work of one of 8 ranks.
 
-`published`: the step of the published script (`benchmarks.measure.published_step`). `torch`: this trainer on PyTorch's
-reference operators. `golf`: this trainer with all kernels. `golf-OPERATOR`: all kernels but one. `OPERATOR=BACKEND`: `torch`
-with one kernel. All but `published` take a changed setting, `+SETTING=VALUE`, such as `torch+optimizer_graph=on`.
+* `published`: the step of the published script (`benchmarks.measure.published_step`).
+* `torch`: this trainer's step with the PyTorch backend of every operator.
+* `golf`: this trainer's step with all kernels.
+* `golf-OPERATOR`: `golf` without the kernel of that operator.
+* `OPERATOR=BACKEND`: `torch` with one kernel, such as `muon_step=triton`.
 
-A step takes an eighth of the batch and updates the matrices of one rank, or all matrices to compare losses. Communication
-between ranks is left out.
+All but `published` may end in a changed setting, `+SETTING=VALUE`, such as `torch+optimizer_graph=on`.
+
+A step takes an eighth of the batch. Muon updates the matrices of one rank; where loss curves are compared, it updates
+all matrices. The ranks' communication is left out.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ from train.optimize.averaging import EMA
 from train.optimize.groups import build_optimizers, split_parameters
 from train.recipes import load_recipe
 
-# settings that do not change a step's result
+# the settings that a variant may change; none of them changes a step's result
 SETTINGS = ("optimizer_graph",)
 NAMES = "published, torch, golf, golf-OPERATOR or OPERATOR=BACKEND; all but published may end in +SETTING=VALUE"
 TINY = {"model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 512, "train_seq_len": 64, "bigram_dim": 16}
@@ -48,9 +52,9 @@ TINY = {"model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 512, "
 class StepVariant:
     """A variant of the training step.
 
-    `backends` is the value of GOLF_BACKEND while it runs. `step` takes `(sequences, length + 1)` token ids and whether
-    recurrence is on, and returns the loss. `weights` holds the tensors that a step changes, by kind. `first_step_s` includes
-    compilation.
+    `backends` is the value of GOLF_BACKEND during a step. `step(tokens, recurrence)` takes token ids `(sequences,
+    length + 1)` and returns the loss. `weights` maps each kind of weights to the tensors that a step changes.
+    `times_ms` lists the measured times. `first_step_s` has the seconds of the first step, compilation included.
     """
 
     name: str
@@ -65,7 +69,7 @@ class StepVariant:
             return self.step(tokens, recurrence)
 
     def flat_weights(self) -> dict[str, Tensor]:
-        """A flat float32 copy of each kind of weights."""
+        """Copies each kind of weights into one flat float32 tensor."""
         return {
             kind: torch.cat([tensor.detach().float().flatten() for tensor in tensors])
             for kind, tensors in self.weights.items()
@@ -74,13 +78,16 @@ class StepVariant:
 
 
 def all_kernels(without: Iterable[str] = ()) -> str:
-    """GOLF_BACKEND with the preferred available kernel of every operator except those in `without`."""
+    """The value of GOLF_BACKEND that uses each operator's preferred kernel, except for operators in `without`."""
     found = {op: dispatch.available_backends(op) for op in operators.declared() if op not in set(without)}
     return ",".join(["torch", *(f"{op}={backends[0]}" for op, backends in found.items() if backends[0] != "torch")])
 
 
 def kernel_problems() -> dict[str, str]:
-    """Why the kernels of each operator of a training step (or of its backward pass) cannot run here, or "" if they can."""
+    """Why the Triton kernels of each operator of a training step cannot run here; an empty text if they can.
+
+    An operator's kernels include those of its backward pass. Operators without Triton kernels are left out.
+    """
     backends, problems = dispatch.describe(), {}
     for op, operator in operators.declared().items():
         states = [backends[member].get("triton") for member in dispatch.members(op)]
@@ -90,12 +97,12 @@ def kernel_problems() -> dict[str, str]:
 
 
 def step_kernels() -> list[str]:
-    """Operators of a training step whose kernels can run here."""
+    """The operators of a training step whose Triton kernels can run here."""
     return [op for op, problem in kernel_problems().items() if not problem]
 
 
 def reasons(problems: Mapping[str, str]) -> str:
-    """Each reason once, with its operators unless all share one reason."""
+    """Each reason once, after the operators that it concerns. If there is only one reason, without the operators."""
     operators: dict[str, list[str]] = {}
     for op, problem in problems.items():
         operators.setdefault(problem, []).append(op)
@@ -105,9 +112,10 @@ def reasons(problems: Mapping[str, str]) -> str:
 
 
 def row_names(names: Sequence[str], device: torch.device) -> list[str]:
-    """Names for the variants' rows; prints which kernels `golf` uses.
+    """Returns the variants' names for the rows, and prints which kernels `golf` uses.
 
-    On a GPU `golf` becomes `golf-OPERATOR` if a kernel cannot run, so that rows of equal names are comparable.
+    If the kernel of an operator cannot run on this GPU, the row of `golf` is named `golf-OPERATOR`. So all rows of one
+    name were measured with the same kernels.
     """
     check_names(names)
     problems = {op: problem for op, problem in kernel_problems().items() if problem}
@@ -134,7 +142,7 @@ def row_names(names: Sequence[str], device: torch.device) -> list[str]:
 
 
 def add_attention(parser: argparse.ArgumentParser) -> None:
-    """Add `--attention`, whose default is the trainer's environment variable."""
+    """Add the option `--attention`. Its default is the environment variable ATTENTION, which the trainer reads too."""
     parser.add_argument(
         "--attention",
         default=os.environ.get("ATTENTION", "auto"),
@@ -143,7 +151,7 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_forced() -> None:
-    """Refuse GOLF_BACKEND, which the variants override."""
+    """Raise an error if GOLF_BACKEND is set, because each variant sets it itself."""
     if text := os.environ.get(dispatch.ENVIRONMENT_VARIABLE):
         raise UserError(
             f"{dispatch.ENVIRONMENT_VARIABLE}={text} is set, but each variant has its own backends: unset it, and name a "
@@ -152,13 +160,17 @@ def refuse_forced() -> None:
 
 
 def step_config(recipe: str, device: torch.device, *, tiny: bool, attention: str = "auto") -> Config:
-    """A recipe's settings for measuring its step: compiled on a GPU, a narrow model with `tiny`."""
+    """The recipe's settings with which its step is measured: compiled on a GPU, and narrow with `tiny`.
+
+    Raises:
+        UserError: GOLF_BACKEND is set.
+    """
     refuse_forced()
     changes: dict[str, Any] = {"compile": "on" if device.type == "cuda" else "off", "attention": attention}
     changes["device"] = device.type
     if tiny:
         changes |= TINY | {"train_batch_tokens": MICRO_BATCHES * 2 * TINY["train_seq_len"]}
-    # every variant compiles the same functions again
+    # each variant compiles the same functions anew, more often than Dynamo's default limit allows
     torch._dynamo.config.recompile_limit = 64
     return load_recipe(recipe).config(**changes)
 
@@ -166,8 +178,11 @@ def step_config(recipe: str, device: torch.device, *, tiny: bool, attention: str
 def trainer_step(
     model: GPT, config: Config, owned: list[int], device: torch.device
 ) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
-    """The trainer's step on one rank, and its moving average by weight name; `owned` are the matrices to update."""
-    # as many ranks as micro-batches, so that each rank has one
+    """Returns the trainer's step for one rank, and the moving average of each weight by name.
+
+    The step updates the matrices whose indices are in `owned`.
+    """
+    # a step has as many micro-batches as there are ranks, so each rank takes one
     ranks = Ranks(world_size=MICRO_BATCHES, device=device)
     optimizers = build_optimizers(model, config, owned=owned)
     average = EMA(model, config.ema_decay) if config.ema_decay else None
@@ -185,7 +200,7 @@ def trainer_step(
 
 
 def changed_setting(text: str) -> dict[str, Any]:
-    """Parse SETTING=VALUE."""
+    """Parse SETTING=VALUE. Raises ValueError if a variant may not change this setting or the value is wrong."""
     name, _, value = text.partition("=")
     if name not in SETTINGS:
         raise ValueError(f"+{text}: expected +SETTING=VALUE, with SETTING one of {', '.join(SETTINGS)}")
@@ -198,7 +213,7 @@ def changed_setting(text: str) -> dict[str, Any]:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuse variants that do not exist or cannot run here."""
+    """Raise a UserError if a variant does not exist or cannot run here."""
     for name in names:
         base, _, change = name.partition("+")
         if name == "published":
@@ -218,13 +233,16 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def backends_of(name: str) -> str:
-    """GOLF_BACKEND for a variant name without +SETTING=VALUE."""
+    """The value of GOLF_BACKEND for a variant, whose name comes without +SETTING=VALUE."""
     golf, *without = name.split("-")
     return all_kernels(without) if golf == "golf" else "torch" if name == "torch" else f"torch,{name}"
 
 
 def make_variants(config: Config, names: list[str], device: torch.device, *, whole: bool = False) -> list[StepVariant]:
-    """The variants, each with its own model and the same initial weights; `whole` updates all matrices, not one rank's."""
+    """Build the variants. Each has its own model; all models have the same initial weights.
+
+    With `whole`, Muon updates all matrices in a step, otherwise the matrices of rank 0.
+    """
     check_names(names)
     torch.manual_seed(config.seed)
     first = GPT(config).to(device)
@@ -233,7 +251,8 @@ def make_variants(config: Config, names: list[str], device: torch.device, *, who
     owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), MICRO_BATCHES)
     owned = [number for number, owner in enumerate(owners) if whole or owner == 0]
     if not whole:
-        # output projections start at zero; those of other ranks would stay zero and block all gradients
+        # output projections start at zero. Those of other ranks are not updated, would stay zero and block all
+        # gradients
         with torch.no_grad():
             torch._foreach_add_(matrices, [torch.randn_like(matrix) for matrix in matrices], alpha=0.02)
     variants = []

@@ -1,4 +1,4 @@
-"""Batches for the step benchmarks: random tokens or the shards of a dataset."""
+"""Token batches for the benchmarks of training steps: random tokens, or tokens from a dataset's shards."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ CPU = torch.device("cpu")
 
 
 def rank_sequences(config: Config) -> int:
-    """Sequences per batch of one of 8 ranks."""
+    """Number of sequences that each of 8 ranks takes from a batch."""
     return config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
 
 
 def token_source(config: Config, data: Path | None, device: torch.device) -> Tokens:
-    """Batches of one rank, from the shards of a folder or random."""
+    """Returns a source of one rank's batches. They come from the shards in `data`; if that is None, they are random."""
     return MadeTokens(config, device=device) if data is None else ShardTokens(config, data, device)
 
 
 class Tokens(Protocol):
-    """A source of batches, `(sequences, length + 1)` uint16 each."""
+    """A source of batches. A batch is a uint16 array `(sequences, length + 1)` of token ids."""
 
     def next(self) -> np.ndarray: ...
 
 
 class MadeTokens:
-    """Random tokens: half follow from the previous token by a fixed permutation of the vocabulary, half are Zipf-distributed.
+    """Random tokens. Half of them are the previous token's image under a fixed permutation, half are Zipf-distributed.
 
     The permutation gives a model something to learn.
     """
@@ -67,14 +67,14 @@ class ShardTokens:
 
 
 def loaded(rows: np.ndarray, device: torch.device) -> np.ndarray:
-    """The rows, in pinned memory for a GPU, as the trainer's loader thread provides them."""
+    """Returns the rows as the trainer's loader thread provides them: in pinned memory if the device is a GPU."""
     if device.type != "cuda":
         return rows
     return torch.from_numpy(rows.view(np.int16)).pin_memory().numpy().view(np.uint16)
 
 
 class OneBatch:
-    """A loader of one batch, which copies it to the device as the trainer's loader does."""
+    """A loader that always returns the same batch. It copies the batch to the device as the trainer's loader does."""
 
     def __init__(self, tokens: np.ndarray, device: torch.device) -> None:
         self.rows, self.device = torch.from_numpy(tokens.view(np.int16)), device

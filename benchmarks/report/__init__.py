@@ -1,1 +1,1 @@
-"""The results: rows, tables, plots, and the version of the measured code."""
+"""Stored results: their rows, tables and plots, and the version of the measured code."""

@@ -1,4 +1,7 @@
-"""Plots of each GPU's results: ms per step and evaluation speed over commits, speed-ups, and the roofline."""
+"""Plots of each GPU's results.
+
+There are four plots: milliseconds per step at each commit, evaluation speed at each commit, speed-ups, and a roofline.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,18 @@ from benchmarks.report.results import Measurement, Subject, codes_by_age, file_s
 
 STEP = "step "
 EVALUATION = "evaluation"
-# the same color in every plot
+# these variants have the same color in every plot
 VARIANT_COLORS = {"published": "#999999", "torch": "#0072B2", "golf": "#D55E00"}
 COLORS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 REST = "#999999"
-# at most this many rounds of moving overlapping labels apart
+# the largest number of rounds in which overlapping labels are moved apart
 PASSES = 300
-# a kernel's speed-up is over the fastest of these and of the compiled variants
+# speed-ups are relative to the fastest of these variants and the compiled ones
 PLAIN = ("torch", "published", "plain")
 
 
 def plots(measurements: Sequence[Measurement]) -> dict[str, bytes]:
-    """PNGs by file name: for each GPU the plots that have data."""
+    """Returns PNGs by file name. Each GPU gets the plots for which it has data."""
     drawn = {}
     for gpu in gpus(measurements):
         own = [m for m in measurements if m.subject.gpu == gpu and not m.subject.repeated]
@@ -40,7 +43,7 @@ def plots(measurements: Sequence[Measurement]) -> dict[str, bytes]:
             if not title:
                 continue
             figure.suptitle(f"{title}\n{gpu}", x=0.01, ha="left", fontsize=11)
-            # the layout sets the positions
+            # drawing sets the positions that spread_labels reads
             figure.draw_without_rendering()
             for axis in figure.axes:
                 spread_labels(axis, figure.dpi)
@@ -59,11 +62,11 @@ def _bare(axis: Axes, grid: Literal["both", "x", "y"]) -> None:
 def spread_labels(axis: Axes, dpi: float) -> None:
     """Move the annotations of an axis up or down until none overlap."""
     labels = [text for text in axis.texts if isinstance(text, Annotation)]
-    # without their connecting lines
+    # the extent of the text alone, without the line that connects it to a point
     boxes = [Text.get_window_extent(label) for label in labels]
     middles = [(box.y0 + box.y1) / 2 for box in boxes]
     places = list(middles)
-    # from the lowest up, in unchanged order
+    # from the lowest label up, so that the labels keep their order
     pairs = list(itertools.combinations(sorted(range(len(labels)), key=places.__getitem__), 2))
     for _ in range(PASSES):
         moved = False
@@ -101,19 +104,19 @@ def _evaluation(figure: Figure, measurements: list[Measurement]) -> str:
 
 
 def _targets(m: Measurement) -> int:
-    """Tokens scored by one measured call of the evaluation."""
+    """Number of tokens that one measured call of the evaluation scores."""
     found = re.search(r"(\d+) targets", m.subject.shape)
     return int(found[1]) if found else 0
 
 
 def _over_commits(figure: Figure, panels: dict[str, list[Measurement]], value: Callable[[Measurement], float]) -> None:
-    """One panel per title, with a line per variant that ends in its newest value."""
+    """Draw a panel for each title, with a line for each variant. The newest value is written at the line's end."""
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns) if panels else 0
     figure.set_size_inches(5.5 * max(columns, 1) + (columns == 1) * 3, 3.2 * max(rows, 1) + 0.8)
     for number, (title, points) in enumerate(panels.items()):
         axis = figure.add_subplot(rows, columns, number + 1)
-        # the last measurement of each variant at each commit
+        # variant → commit → last measurement
         lines: dict[str, dict[str, Measurement]] = {}
         codes = codes_by_age(points)
         for m in points:
@@ -122,7 +125,7 @@ def _over_commits(figure: Figure, panels: dict[str, list[Measurement]], value: C
         for impl, of_commit in lines.items():
             own = sorted(of_commit.values(), key=lambda m: codes.index(m.code))
             places, values = [codes.index(m.code) for m in own], [value(m) for m in own]
-            # the value may be a rate, so scale it by the relative spread of the time
+            # the value may be a rate, so the error bars scale it by the relative spread of the times
             low = [v * (1 - m.p20 / m.p50) for v, m in zip(values, own, strict=True)]
             high = [v * (m.p80 / m.p50 - 1) for v, m in zip(values, own, strict=True)]
             color = VARIANT_COLORS.get(impl) or next(others)
@@ -135,7 +138,7 @@ def _over_commits(figure: Figure, panels: dict[str, list[Measurement]], value: C
         if len(codes) > 3:
             for tick in axis.get_xticklabels():
                 tick.set(rotation=30, ha="right", rotation_mode="anchor")
-        # room for the labels at the right end
+        # leave room for the labels at the right end
         axis.set_xlim(-0.3, len(codes) - 1 + 0.35 * len(codes))
         axis.set_ylim(0, None)
         _bare(axis, "y")
@@ -160,12 +163,15 @@ def _speedup(figure: Figure, measurements: list[Measurement]) -> str:
 
 
 def speedups(latest: dict[Subject, Measurement]) -> dict[str, float]:
-    """Speed-up of each kernel over the fastest PyTorch variant; for steps and evaluation of golf over published."""
+    """Speed-up of each kernel over the fastest PyTorch variant, by label.
+
+    For training steps and evaluation: speed-up of `golf` over `published`.
+    """
     found = {}
     for subject, m in sorted(latest.items(), key=lambda item: not item[0].op.startswith(STEP)):
         whole = subject.op.startswith(STEP) or subject.op == EVALUATION
         if whole:
-            # recurrence on and off are different work
+            # the mode must match, because a step with recurrence does more work
             same = [o for s, o in latest.items() if s == subject._replace(impl="published")]
         else:
             same = [o for s, o in latest.items() if s == subject._replace(impl=s.impl, mode=s.mode)]
@@ -213,10 +219,11 @@ def _roofline(figure: Figure, measurements: list[Measurement]) -> str:
 
 
 def ceilings_of(points: Sequence[Measurement]) -> tuple[float, float]:
-    """The ceilings (TFLOP/s, GB/s) that the floors were computed from; infinite if unknown.
+    """The ceilings (TFLOP/s, GB/s) from which the floors of these rows were computed; infinite if unknown.
 
-    A floor is the longer of the arithmetic's and the traffic's time, so a ceiling is the largest rate at a floor. It is known
-    only if the other ceiling limits some rows. The factor 0.9 allows for different ceilings in different runs.
+    A floor is the longer of two times: arithmetic at the first ceiling, memory traffic at the second. So a ceiling is
+    the largest rate that any row has at its floor, provided that the ceiling limits some row. In such a row the other
+    rate is below the other ceiling. The factor 0.9 allows for different ceilings in different runs.
     """
     tflops, gbps = [m.tflops * m.p50 / m.floor for m in points], [m.gbps * m.p50 / m.floor for m in points]
     return (

@@ -1,4 +1,4 @@
-"""The version of the measured code: its commit and whether it was changed."""
+"""The version of the measured code: its commit, and whether the sources differ from the commit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-# the measured code, and the output folders in it
+# paths of the measured code, and the output folders among them
 SOURCES = ("csrc", "golf_kernels", "train", "benchmarks", "setup.py", "pyproject.toml")
 WRITTEN = ("benchmarks/results", "benchmarks/plots")
 SUFFIXES = (".py", ".cpp", ".cu", ".h", ".toml")
@@ -18,11 +18,14 @@ CHECKSUM = "src-"
 
 
 class GitError(Exception):
-    """git is missing or failed; the message is git's."""
+    """git is missing, or a git command failed."""
 
 
 class Version(NamedTuple):
-    """The version of the code. Without git, `commit` is `src-` and a checksum of the sources, and `problem` says why."""
+    """A version of the code: its commit, and whether the sources differ from the commit.
+
+    Without git, `commit` is `src-` and a checksum of the sources, and `problem` says why there is no commit.
+    """
 
     commit: str
     dirty: bool
@@ -42,7 +45,7 @@ def _git(*arguments: str) -> str:
 
 
 def read_version() -> Version:
-    """The version of the sources on disk. Changed results, plots and documents do not make it dirty."""
+    """The version of the sources on disk. Changed results, plots and documents do not count as changes."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         # fails if this folder is untracked inside another repository
@@ -56,12 +59,12 @@ def read_version() -> Version:
 
 @functools.cache
 def code_version() -> Version:
-    """The version at the first call: what this process runs, even if the files change later."""
+    """The version at the first call. This process runs that version even if the files change later."""
     return read_version()
 
 
 def warning(found: Version) -> str:
-    """The warning about a missing commit, with a remedy."""
+    """A warning that no commit is known, with a remedy."""
     helps = "to have commits, measure in a clone of the repository"
     if "ownership" in found.problem:
         helps = f"to have commits, run: git config --global --add safe.directory {ROOT}"

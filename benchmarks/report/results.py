@@ -23,7 +23,7 @@ COLUMNS = (
     *("p50", "p20", "p80", "tflops", "gbps", "floor", "rel_err", "n"),
 )
 DATE = "%Y-%m-%dT%H:%M:%SZ"
-# these modes depend on a call's duration; all other modes say what was measured
+# modes that depend only on a call's duration; every other mode says what was measured
 TIMINGS = ("eager", "graph")
 MERGE_MARKS = ("<<<<<<<", "|||||||", "=======", ">>>>>>>")
 Row = dict[str, Any]
@@ -45,7 +45,7 @@ class Subject(NamedTuple):
 
     @property
     def repeated(self) -> bool:
-        """Whether this is the repetition of the first variant."""
+        """Whether the row is the second measurement of the first variant."""
         return self.impl.endswith(" again")
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row. Times are in milliseconds; `tflops`, `gbps` and `floor` are 0 if the cell is empty."""
+    """One row of a results file. Times are in milliseconds; `tflops`, `gbps` and `floor` are 0 if the cell is empty."""
 
     subject: Subject
     date: str
@@ -74,7 +74,7 @@ class Measurement:
 
 
 def measurement(cells: Mapping[str, str]) -> Measurement:
-    """Check the cells of a row; the error names the field."""
+    """Check the cells of a row and convert them. An error names the field."""
     for name, cell in cells.items():
         if not cell.isprintable():
             raise ResultsError(f"{name}: expected text, found {cell!r}")
@@ -115,7 +115,7 @@ def _number(name: str, text: str) -> float:
 
 
 def read_results(folder: Path = RESULTS) -> list[Measurement]:
-    """All rows of all GPUs, sorted by date; an error names file, line and field."""
+    """Read the rows of all GPUs, sorted by date. An error names the file, the line and the field."""
     found = [row for path in sorted(folder.glob("*.csv")) for row in _read_file(path)]
     return sorted(found, key=lambda row: row.date)
 
@@ -138,7 +138,7 @@ def _read_file(path: Path) -> list[Measurement]:
                 raise ResultsError(f"{end}: expected {len(COLUMNS)} cells, found {len(cells)}: a row torn or glued")
             if cells and line_number > 1:
                 found.append(measurement(dict(zip(COLUMNS, cells, strict=True))))
-            # where the next row begins; with an unclosed quotation mark a row spans several lines
+            # the line on which the next row begins; a row with an unclosed quotation mark spans several lines
             line_number = reader.line_num + 1
         if not text.endswith("\n"):
             line_number = reader.line_num
@@ -151,7 +151,7 @@ def _read_file(path: Path) -> list[Measurement]:
 
 
 def rows_since(path: Path, date: str) -> bytes:
-    """The header and the lines since a date as bytes; empty if there are none."""
+    """The header and the rows since `date`, as bytes. Empty if there is no such row."""
     header, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
     rows = [line for line in lines if re.match(rb"\d{4}-\d", line) and line[:20] >= date.encode()]
     return header + b"".join(rows) if rows else b""
@@ -190,7 +190,7 @@ def append_rows(
             measurement(dict.fromkeys(COLUMNS, "") | cells)
         writer.writerow(cells)
     with path.open("a+b") as file:
-        # end a torn last line
+        # an earlier write may have been cut off: end its line first
         size = file.seek(0, os.SEEK_END)
         torn = size and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n"
         head = "\r\n" if torn else "" if size else ",".join(columns) + "\r\n"
@@ -204,7 +204,10 @@ def gpus(measurements: Iterable[Measurement]) -> list[str]:
 
 
 def newest(measurements: Iterable[Measurement]) -> dict[Subject, Measurement]:
-    """The last row of each subject, graph or eager. Expects rows sorted by date."""
+    """The last row of each subject. The rows must be sorted by date.
+
+    The modes eager and graph count as one subject, because a call's duration decides between them.
+    """
     rows: dict[Subject, Measurement] = {}
     for row in measurements:
         timing = row.subject.mode in TIMINGS
@@ -218,5 +221,5 @@ def codes_by_age(rows: Iterable[Measurement]) -> list[str]:
 
 
 def relative(path: Path) -> str:
-    """The path, relative to the project's root if inside it."""
+    """The path as text, relative to the project's root if it is inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

@@ -15,7 +15,7 @@ NOTHING = "**Not measured on a GPU yet**: `benchmarks/results/` is empty, so the
 
 
 def tables(measurements: Sequence[Measurement]) -> str:
-    """A Markdown table of the newest measurements per GPU, or a sentence that there are none."""
+    """Markdown tables of each GPU's newest measurements, or a sentence that nothing was measured."""
     found = []
     for gpu in gpus(measurements):
         rows = [m for subject, m in newest(measurements).items() if subject.gpu == gpu and not subject.repeated]
@@ -38,7 +38,7 @@ def tables(measurements: Sequence[Measurement]) -> str:
 
 
 def new_page(path: Path, measurements: Sequence[Measurement]) -> str:
-    """The page with the tables between its two marks."""
+    """The text of the page with new tables between the marks `BEGIN` and `END`."""
     text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ResultsError(
@@ -50,7 +50,7 @@ def new_page(path: Path, measurements: Sequence[Measurement]) -> str:
 
 
 def write(measurements: Sequence[Measurement], page: Path, folder: Path) -> list[Path]:
-    """Make all tables and plots, then write them. Returns the changed files."""
+    """Make all tables and plots, then write those that changed. Returns the changed files."""
     made: dict[Path, bytes] = {page: new_page(page, measurements).encode()}
     made |= {folder / name: png for name, png in plots(measurements).items()}
     changed = [path for path, data in made.items() if not path.exists() or path.read_bytes() != data]
