@@ -1,4 +1,4 @@
-"""A second implementation that reads the stream of `train.artifact.ans`."""
+"""A second decoder for the streams of `train.artifact.ans`, to compare with the first."""
 
 import struct
 import zlib
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class SecondReader:
-    """A decoder in whole numbers alone, written from the description in `train.artifact.ans`."""
+    """A decoder that computes with whole numbers alone, written from the description in `train.artifact.ans`."""
 
     def __init__(self, stream: bytes, size: int) -> None:
         row_labels, column_labels, flagged, low, high = struct.unpack("<BBBbb", stream[:5])

@@ -1,4 +1,4 @@
-"""A model whose every kind of tensor is in its artifact."""
+"""A small model whose artifact has every kind of tensor."""
 
 from typing import Any
 
@@ -48,5 +48,5 @@ def assert_same(found: StoredTensors, expected: StoredTensors) -> None:
             assert isinstance(other, torch.Tensor), name
             assert other.dtype == tensor.dtype
             assert other.shape == tensor.shape
-            # by their bits, since −0 equals 0
+            # compare the bits, because −0 equals 0
             assert bits(other) == bits(tensor), name

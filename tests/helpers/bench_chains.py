@@ -1,4 +1,4 @@
-"""The benchmarks that are described by a `Chain`, by operator, in every file `benchmarks/bench_*.py`."""
+"""All benchmarks that define a `Chain`: `BENCHES` maps an operator's name to its module `benchmarks/bench_*.py`."""
 
 import importlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Made rows of benchmark results, in the files that `benchmarks/report` reads."""
+"""Made-up rows of benchmark results, in files that `benchmarks/report` reads."""
 
 import csv
 from pathlib import Path
@@ -9,7 +9,7 @@ MADE = "Made GPU"
 
 
 def row(**changes: object) -> dict[str, object]:
-    """A made row; made GPUs only, so that nobody takes it for a figure."""
+    """A made-up row. The GPU's name is made up too, so that nobody takes the row for a measurement."""
     base = {
         "date": "2026-01-01T00:00:00Z", "commit": "aaaaaaa", "dirty": 0, "gpu": MADE, "op": "op", "impl": "torch", "mode": "eager",
         "shape": "8x8", "dtype": "bf16", "p50": 2.0, "p20": 1.9, "p80": 2.1, "tflops": 3.0, "gbps": 400.0, "floor": 1.0, "n": 50,
@@ -27,7 +27,10 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def write_results(folder: Path) -> Path:
-    """Two commits and two GPUs; one operation became faster, one slower, one stayed."""
+    """Write rows of two commits and two GPUs.
+
+    From the first commit to the second, one operation became faster, one slower, and one stayed the same.
+    """
     later = {"date": "2026-02-01T00:00:00Z", "commit": "bbbbbbb"}
     write(
         folder / "a.csv",

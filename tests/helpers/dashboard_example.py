@@ -1,4 +1,7 @@
-"""A folder of runs for the page: two settings of three seeds, one run too large, one not finished."""
+"""A folder of made-up runs for the tests of the dashboard.
+
+It has two settings with three seeds each, a run whose artifact is too large, and an unfinished run.
+"""
 
 import json
 import math

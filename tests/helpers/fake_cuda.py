@@ -1,6 +1,7 @@
-"""What dry runs on a CUDA device have in common: tensors without data, narrow models, and a stand-in for CUDA graphs.
+"""Helpers for tests on a CUDA device whose tensors have no data: tensors, narrow models, and a fake CUDA graph.
 
-`.item()`, `bool(tensor)` and `nonzero` raise here, so whatever passes does not make the host wait for the GPU.
+Without data `.item()`, `bool(tensor)` and `nonzero` raise an error. So code that passes does not make the host wait for
+the GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 class Batches:
-    """One micro-batch on the GPU."""
+    """A loader of one micro-batch on the GPU."""
 
     def next_batch(self) -> list[tuple[Tensor, Tensor]]:
         tokens = torch.zeros(2, 17, dtype=torch.int64, device=CUDA)
@@ -52,7 +53,7 @@ class Batches:
 
 
 class Graph:
-    """Stands for a CUDA graph."""
+    """Replaces `torch.cuda.CUDAGraph` and counts replays."""
 
     def __init__(self) -> None:
         self.replays = 0
@@ -67,6 +68,6 @@ GRAPHS: list[Graph] = []
 
 @contextlib.contextmanager
 def recorded_capture(graph: Graph, capture_error_mode: str) -> Iterator[None]:
-    # a loader's thread may copy meanwhile
+    # this mode lets a loader's thread copy during the capture
     assert capture_error_mode == "thread_local"
     yield

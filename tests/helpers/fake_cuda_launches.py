@@ -1,4 +1,7 @@
-"""Dry runs of every kernel's launch and of the captured step, on tensors without data; collected by `test_fake_cuda.py`."""
+"""Tests of every kernel's launch and of the captured optimizer step, on tensors without data.
+
+`test_fake_cuda.py` runs this file in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def fake() -> Iterator[None]:
 
 
 class Launch:
-    """Stands for a Triton kernel: looks at what a launch would have got."""
+    """Replaces a Triton kernel and checks the grid and the arguments of each launch."""
 
     seen: ClassVar[set[str]] = set()
 
@@ -57,7 +60,7 @@ class Launch:
 
 GUARDS: list[torch.device] = []
 WAITS: list[Any] = []
-# every file of kernels is found, also one that is yet to come
+# the kernel files are found by name, so a new one is tested too
 MODULES = sorted(
     path.name.removesuffix("_triton.py") for path in Path(golf_kernels.__file__).parent.glob("*_triton.py")
 )
@@ -65,7 +68,10 @@ MODULES = sorted(
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bool]]:
-    """Every kernel replaced by a `Launch`; what a stream is doing, for a test to change."""
+    """Replace every kernel by a `Launch`.
+
+    Yields a dict in which a test says whether the stream is capturing a graph.
+    """
     stream = {"capturing": False}
 
     @contextlib.contextmanager
@@ -94,7 +100,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bool]]:
     Launch.seen.clear()
     WAITS.clear()
     yield stream
-    # what is kept for good belongs to this test's tensors
+    # these caches would keep tensors of this test
     newton_schulz_triton = importlib.import_module("golf_kernels.newton_schulz_triton")
     muon_triton = importlib.import_module("golf_kernels.muon_triton")
     for cached in (newton_schulz_triton.make_plan, newton_schulz_triton._send, muon_triton.ratio_table):
@@ -108,7 +114,7 @@ def address_of(tensor: Tensor) -> int:
 
 
 def test_every_launch_has_a_grid_all_arguments_and_the_device_of_its_tensors(launches: dict[str, bool]) -> None:
-    # not the current device, unless this machine's own is the only one
+    # a device that is not the current one, unless this machine has only one
     second = torch.device("cuda", int(torch.cuda.device_count() != 1))
 
     def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -142,7 +148,7 @@ def test_who_finds_a_table_waits_until_it_has_arrived(launches: dict[str, bool])
 def test_nothing_new_is_copied_into_a_graph(launches: dict[str, bool]) -> None:
     matrices, coefficients = [empty(70, 150)], (3.4, -4.8, 2.0)
     launches["capturing"] = True
-    # neither a new shape nor, with known shapes, a new address
+    # the kernel must refuse a new shape and then, when the shape is known, a new address
     for _ in range(2):
         with pytest.raises(RuntimeError, match="run once with the same tensors before"):
             dispatch.run_on("triton", "newton_schulz", matrices, coefficients, 1e-7, "frobenius", torch.bfloat16)
@@ -178,7 +184,7 @@ def test_a_captured_step_is_replayed_from_the_third_one_on(
         training_step(optimizers, model, Batches(), ranks, False, 1.0 - step / 10, 0.9 + step / 100)
         replays.append(sum(graph.replays for graph in GRAPHS))
     assert replays == [0, 1, 2, 3, 4] and len(GRAPHS) == 1
-    # the warm-up's graph is the run's
+    # after the warm-up the run uses the warm-up's graph
     optimizers.reset()
     training_step(optimizers, model, Batches(), ranks, False, 1.0, 0.9)
     assert len(GRAPHS) == 1 and GRAPHS[0].replays == 5

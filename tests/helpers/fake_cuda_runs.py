@@ -1,4 +1,7 @@
-"""Dry runs on a CUDA device whose tensors have no data; collected by `test_fake_cuda.py` in a process of its own."""
+"""Tests that run the model on a CUDA device whose tensors have no data.
+
+`test_fake_cuda.py` runs this file in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ from train.optimize.groups import build_optimizers
 from train.quantize.calibrate import collect_hessians, plain_graph
 from train.quantize.tensors import matrices_to_calibrate
 
-# a real cuDNN may refuse shapes as small as these
+# a real cuDNN may refuse shapes this small
 ATTENTION = ("sdpa", "flash", "math", *(["cudnn"] if torch.version.cuda is None else []))
 
 
@@ -135,7 +138,7 @@ def test_references_compute_on_a_gpu_what_their_fake_implementations_say(name: s
 @torch.no_grad()
 @pytest.mark.usefixtures("no_host_copies")
 def test_int6_computes_on_a_gpu_what_it_says() -> None:
-    # packing reads its codes on the host
+    # packing is left out, because it reads its codes on the host
     packed, scales = empty(27, dtype=torch.uint8), empty(5, dtype=torch.float16)
     codes = dispatch.run_on("torch", "int6_unpack", packed, 35)
     (values,) = dispatch.run_on("torch", "int6_dequantize", [packed], [scales], [7], torch.bfloat16)
@@ -149,12 +152,12 @@ def test_int6_computes_on_a_gpu_what_it_says() -> None:
 
 @pytest.mark.usefixtures("no_host_copies")
 def test_the_places_of_documents_are_on_the_gpu() -> None:
-    # offsets are what a library for documents of different lengths gets
+    # a library for documents of different lengths gets these offsets
     assert Documents(empty(2, 70, dtype=torch.bool)).offsets().device == CUDA
 
 
 class Bytes:
-    """Every token stands for two bytes."""
+    """A byte counter for which every token stands for two bytes."""
 
     def count(self, previous: Tensor, target: Tensor) -> Tensor:
         assert previous.device == target.device == CUDA
@@ -184,7 +187,7 @@ def test_an_evaluation_is_captured_once_per_shape_and_never_asks(
     groups = group_windows(plan, 16, stride)
     scored = [list(scorer.score(windows, rows_from, 3)) for windows, rows_from in groups]
     assert sum(map(sum, scored)) == plan.scored
-    # the first batch runs as it is, the second is captured, and from then on every one is a replay
+    # the first batch runs without a graph; the second is captured; it and all later ones are replays
     assert [graph.replays for graph in GRAPHS] == [len(counts) - 1 for counts in scored if len(counts) > 2]
     assert GRAPHS and scorer.nll_sum.device == scorer.byte_sum.device == CUDA
 
@@ -231,7 +234,7 @@ def test_calibration_sums_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def eight_ranks(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
-    """The first of eight ranks, whose collectives move nothing."""
+    """Rank 0 of eight. The collectives move nothing."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     yield Ranks(0, 0, 8, CUDA, dist.group.WORLD)
@@ -258,6 +261,7 @@ def test_eight_ranks_exchange_tensors_of_the_gpu(system: str, eight_ranks: Ranks
 
 def test_a_result_is_compared_where_the_truth_is() -> None:
     for got, want in ((empty(3), torch.zeros(3, dtype=torch.float64)), (torch.zeros(3), empty(3))):
-        # the comparison itself asks for a number; two devices in one operation would raise something else
+        # this error means that the comparison asked for a number; two devices in one operation would raise another
+        # error
         with pytest.raises(DataDependentOutputException):
             relative_error([got], [want])

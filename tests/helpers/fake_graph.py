@@ -1,4 +1,4 @@
-"""A CUDA graph on a CPU: what a capture would launch is written down instead, and a replay does it with the same memory."""
+"""A fake CUDA graph for a CPU. A capture records the operations, and a replay runs them on the same memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class FakeGraph:
-    """Stands for `torch.cuda.CUDAGraph`.
+    """Replaces `torch.cuda.CUDAGraph`.
 
-    A number that Python computes is part of a launch and stays what it was; a tensor is read again.
+    A replay uses the Python numbers of the capture, but reads every tensor again.
 
     Attributes:
-        launches: what to call, with what, and where the results belong.
+        launches: function, arguments, keyword arguments and result tensors of each operation.
+        replays: the number of replays.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,7 @@ class _Capture(TorchDispatchMode):
         if func.is_view or name.startswith(("empty", "detach")):
             return func(*args, **kwargs)
         if not func._schema.is_mutable:
-            # a graph computes nothing yet; what it would compute has this shape
+            # a real capture computes nothing; here a first result gives the tensor that replays write to
             result = func(*args, **kwargs)
             places = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
             self.launches.append((func, args, kwargs, places))
@@ -67,7 +68,7 @@ def _capture(graph: FakeGraph, capture_error_mode: str) -> Iterator[None]:
         with contextlib.suppress(ImportError):
             from triton.runtime.interpreter import GridExecutor
 
-            # the interpreter's kernels are no operations of PyTorch
+            # kernels in Triton's interpreter are no operations of PyTorch, so their launches are recorded here
             def launch(self: Any, *args: Any, **kwargs: Any) -> None:
                 graph.launches.append((run, (self, *args), kwargs, []))
 
@@ -79,7 +80,7 @@ def _capture(graph: FakeGraph, capture_error_mode: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fake_graphs() -> Iterator[list[FakeGraph]]:
-    """Graphs made inside are `FakeGraph`s, which are listed."""
+    """Let `torch.cuda.CUDAGraph()` make `FakeGraph`s. Yields the list of those made."""
     made: list[FakeGraph] = []
 
     def make() -> FakeGraph:

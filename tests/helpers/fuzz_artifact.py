@@ -1,17 +1,18 @@
-"""Fuzzing of everything that reads artifacts; it needs atheris, and is no part of the test run:
+"""Fuzz everything that reads artifacts. This needs atheris, and `make test` does not run it.
 
     pip install atheris
     python tests/helpers/fuzz_artifact.py --seeds /tmp/corpus
     python tests/helpers/fuzz_artifact.py /tmp/corpus -max_total_time=600 -rss_limit_mb=4096 -timeout=20
 
-What it found worth keeping stands in `fuzz_artifact_corpus.txt`, one input per line in base64, and is read again by
-`test_artifact_fuzz.py`. An input's first byte chooses what is done with the rest:
+Inputs that are worth keeping are in `fuzz_artifact_corpus.txt`, one per line in base64. `test_artifact_fuzz.py` reads
+them again. The first byte of an input says what follows:
 
-    0      it is a file
-    1      two bytes H, a header of H bytes of JSON, the sections; all checksums are mended, so that damage goes deeper
-    2      a byte that chooses a codec, two bytes with the size to expect, the stream
+    0      an artifact file
+    1      two bytes H, H bytes of JSON (the header), the sections; the checksums are corrected, so that damage in the
+           header or sections is not refused early
+    2      a byte that chooses a codec, two bytes with the expected size, a stream of that codec
 
-Anything but a result or a `UserError` is a finding.
+An input passes if it gives a result or a `UserError`.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ _LARGEST = 1 << 22
 
 
 def one_input(data: bytes, file: Path = _FILE) -> bool:
-    """Read one input; whether it was accepted."""
-    # a promise of gigabytes is refused like one of terabytes, only sooner
+    """Read one input. Returns whether it was accepted."""
+    # lower the bound: an input that claims gigabytes takes the same path, but is refused sooner
     container.MAX_UNPACKED_BYTES = _LARGEST
     try:
         if data[:1] == b"\2":
@@ -91,7 +92,9 @@ def _mended(data: bytes) -> bytes:
 
 
 def seeds() -> list[bytes]:
-    """Good inputs of every kind, from which a fuzzer starts: small, and one that holds a whole model."""
+    """Valid inputs of every kind, from which a fuzzer starts. Most are small; those with the codec zlib hold a whole
+    model.
+    """
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-3, 4, (6, 20), generator=generator).to(torch.int8)
     small: StoredTensors = {
@@ -116,7 +119,7 @@ def seeds() -> list[bytes]:
             found += [b"\0" + data, b"\1" + len(text).to_bytes(2, "little") + text + data[22 + length :]]
     sample = bytes((i * i) % 7 for i in range(300)) + bytes(range(0, 100, 5)) * 5
     for index, name in enumerate(sorted(CODECS)):
-        # the largest byte is beyond six bits as a code
+        # the sample's end has bytes that a codec of six-bit codes refuses
         content = sample if CODECS[name].max_bits == 8 else sample[:300]
         for hint in (None, (20, 20)):
             found.append(bytes([2, index]) + len(content).to_bytes(2, "little") + CODECS[name].encode(content, hint))

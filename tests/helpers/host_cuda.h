@@ -1,6 +1,6 @@
-// CUDA sources as they stand, run on a CPU: the threads of a block are threads of this process, and blocks follow one
-// another. Included before a source whose launches `kernel<<<grid, threads, 0, stream>>>(…)` have become
-// `host_launch(grid, threads, [&] { kernel(…); })`.
+// Runs CUDA sources on a CPU. The threads of a block are threads of this process, and blocks run one after another.
+// Include this header before a source. Its launches `kernel<<<grid, threads, 0, stream>>>(…)` must have been replaced
+// by `host_launch(grid, threads, [&] { kernel(…); })`; nothing else changes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-// one for all threads of a block; blocks find what the one before left in it, as on a GPU
+// all threads of a block share this memory; a block finds in it what the previous block left, as on a GPU
 #undef __shared__
 #define __shared__ static
 #define __launch_bounds__(...)
@@ -26,7 +26,7 @@ inline std::mutex host_mutex;
 
 inline void __syncthreads() { host_barrier->arrive_and_wait(); }
 
-// arithmetic that is rounded on its own; the compiler is told not to contract it either
+// operations that are rounded one by one; the compiler is told not to contract them
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
@@ -54,7 +54,7 @@ void host_launch(dim3 grid, int threads, Body body) {
                     threadIdx = {static_cast<unsigned>(thread), 0, 0};
                     blockIdx = {x, y, 0};
                     body();
-                    // who has left a kernel is waited for no more
+                    // the other threads do not wait for a thread that has left the kernel
                     barrier.arrive_and_drop();
                 });
             }

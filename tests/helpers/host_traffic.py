@@ -1,11 +1,15 @@
-"""What a CUDA graph cannot hold: operations that bring a number to the host, or data from it, found on the CPU already."""
+"""Finds operations that a CUDA graph cannot contain, even on a CPU.
+
+Such operations bring a number from the device to the host, or data from the host to the device.
+"""
 
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# what is read from a tensor, shapes that depend on its contents, and tensors made of Python's numbers
+# operations that read a tensor on the host, whose result's shape depends on a tensor's contents, or that make a tensor
+# of Python numbers
 _TRAFFIC = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "lift_fresh"}
 _INDEXING = {"index", "index_put_", "index_put"}
 
@@ -21,7 +25,7 @@ class NoHostTraffic(TorchDispatchMode):
 
 
 class NoHostCopies(TorchDispatchMode):
-    """Refuses what the host would wait for and no graph may hold: copies from its memory that is not pinned."""
+    """Raises AssertionError for a copy from the CPU to the GPU. The host may wait for it; no graph may contain it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}

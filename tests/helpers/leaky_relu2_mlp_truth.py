@@ -1,4 +1,4 @@
-"""The MLP block as people write it, for every backend."""
+"""The MLP block in plain PyTorch: the truth for the tests of every backend."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +21,7 @@ def formula(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """The block as people write it, in the dtype of its inputs; the norm in float32 at least, as torch does it."""
+    """The block's formula in the dtype of its inputs. The norm is in float32 at least, as in PyTorch."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     n = x if norm_eps is None else (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + norm_eps)).to(x.dtype)
     pre = (gain * n) @ w_up.T
@@ -31,7 +31,7 @@ def formula(
 
 
 def run(function: Callable[..., Tensor], tensors: Mapping[str, Tensor | None], dy: Tensor, **options: Any) -> Tensors:
-    """Result and gradients by name."""
+    """The result of `function` and the gradients of its inputs, by name."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     y = function(**given, **options)
     return {"y": y.detach(), **dict(zip(given, torch.autograd.grad(y, list(given.values()), dy), strict=True))}
@@ -48,10 +48,10 @@ def as_the_kernels_round(
     gain: float = 1.0,
     scale: Tensor | None = None,
 ) -> Tensors:
-    """Result and gradients of the block whose residual is x, rounded to the dtype of x where the Triton kernels round.
+    """Result and gradients of the block with residual x, rounded where the Triton kernels round.
 
-    float32 within a kernel and the dtype of x for what it stores: it shows the kernels' error in bfloat16, of which their
-    interpreter knows nothing.
+    Values inside a kernel are float32; values that a kernel stores have the dtype of x. So this function shows the
+    kernels' error in bfloat16, which Triton's interpreter cannot show.
     """
     dtype, wide = x.dtype, torch.float32
     columns = (w_down if scale is None else scale[:, None] * w_down).to(wide)

@@ -1,4 +1,4 @@
-"""The residual mix and its norm as people write them, for every backend."""
+"""The residual mix and its norm in plain PyTorch: the truth for the tests of every backend."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ EPS = 1e-6
 
 
 def formula(x: Tensor, x0: Tensor, mix: Tensor, *, eps: float, gain: float) -> tuple[Tensor, Tensor]:
-    """The chain as people write it, in the dtype of its inputs; the norm in float32 at least, as torch does it."""
+    """The operator's formula in the dtype of its inputs. The norm is in float32 at least, as in PyTorch."""
     first, second = mix.to(x.dtype).unbind()
     h = torch.addcmul(first * x, second, x0)
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
@@ -22,7 +22,7 @@ def formula(x: Tensor, x0: Tensor, mix: Tensor, *, eps: float, gain: float) -> t
 
 
 def streams(batch: int, length: int, width: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensors:
-    """Random tensors of one call by name, all of which require gradients."""
+    """Random inputs of one call, by name. All require gradients."""
     shapes = {"x": (batch, length, width), "x0": (batch, length, width), "mix": (2, width)}
     return {
         name: random(*shape, seed=seed, dtype=dtype, device=device).requires_grad_()
@@ -43,18 +43,18 @@ def run(
     eps: float = EPS,
     gain: float = 0.5,
 ) -> Tensors:
-    """Results and gradients by name."""
+    """The results of `function` and the gradients of its inputs, by name."""
     results = function(**tensors, eps=eps, gain=gain)
     found = torch.autograd.grad(results, [tensors[name] for name in LEAVES], gradients)
     return dict(zip(("h", "n", "dx", "dx0", "dmix"), [*(r.detach() for r in results), *found], strict=True))
 
 
 def truth(tensors: Tensors) -> Tensors:
-    """Results and gradients of the chain in float64."""
+    """Results and gradients of `formula` in float64, by name."""
     return run(formula, exactly(tensors), [g.double() for g in upstream(tensors)])
 
 
 def errors_of_both(tensors: Tensors) -> list[dict[str, float]]:
-    """Relative errors of the operator and of the plain chain in the same dtype."""
+    """Relative errors of the operator and of `formula`, both in the dtype of `tensors`."""
     want = truth(tensors)
     return [errors(run(f, tensors, upstream(tensors)), want) for f in (mix_rms_norm, formula)]

@@ -1,4 +1,4 @@
-"""The published systems, and narrow copies of them that a test can afford."""
+"""The published systems, and narrow copies of them for tests. A system is a recipe's settings under a short name."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ _RECIPES = {
     "sp8192": "sp8192_sdclip",
 }
 SYSTEMS = {system: load_recipe(recipe).settings for system, recipe in _RECIPES.items()}
-"""The settings of the recipes themselves: what is tested with them is what runs."""
+"""System → the settings of its recipe, unchanged, so that tests cover what is trained."""
 
-# the length beyond which the rotary base grows is kept below the tests' texts, so that the NTK rule takes part
 _NARROW: dict[str, object] = {
     "model_dim": 32,
     "num_heads": 4,
@@ -30,8 +29,9 @@ _NARROW: dict[str, object] = {
     "mlp_mult": 2.0,
     "train_seq_len": 16,
 }
-# bfloat16 logits would hide all but the third digit
+# logits rounded to bfloat16 would hide all but the third digit
 _NARROW |= {"logits_rounding": "none"}
+# the rotary base grows beyond rope_train_seq_len (NTK rule). Where that is 8, the tests' texts are longer
 _NARROW_BY_SYSTEM: dict[str, dict[str, object]] = {
     "baseline": {"rope_train_seq_len": 8},
     "sp1024": {"rope_train_seq_len": 8, "bigram_vocab_size": 41, "bigram_dim": 12},
@@ -48,21 +48,21 @@ SHALLOW: dict[str, dict[str, Any]] = {
     "sp4096": _FOUR,
     "sp8192": _FOUR,
 }
-"""Changes that leave each system few layers, with all its parts still in use."""
+"""System → changed settings that leave it few layers but all of its features."""
 
 CASES = [("baseline", False), ("sp1024", False), ("sp2048", False)] + [
     (system, recurrence) for system in ("sp4096", "sp8192") for recurrence in (False, True)
 ]
-"""Systems with the states of recurrence that they know."""
+"""(system, whether recurrence is on), for every state that a system has."""
 
 
 def narrow_config(system: str, **changes: object) -> Config:
-    """A narrow copy of a system: all its parts and layers, small widths."""
+    """The settings of a narrow copy of a system: all features and layers, but small widths."""
     return Config(**(SYSTEMS[system] | _NARROW | _NARROW_BY_SYSTEM[system] | changes))
 
 
 def random_model(config: Config, *, seed: int = 0) -> GPT:
-    """A float64 model whose every trained parameter is random, so that no part is silent."""
+    """A float64 model. All trained parameters are random, because a zero could hide an error."""
     torch.manual_seed(seed)
     model = GPT(config).double()
     model.compute_dtype = torch.float64
@@ -74,13 +74,13 @@ def random_model(config: Config, *, seed: int = 0) -> GPT:
 
 
 def block_matrices(model: GPT) -> dict[str, torch.nn.Parameter]:
-    """Query, key, value, output, up and down of every layer, by name."""
+    """Query, key, value, output, up and down of every layer, by parameter name."""
     kinds = split_parameters(model, model.config)
     return {name: weight for name, weight in kinds["matrix"].items() if name.startswith("blocks.")}
 
 
 def random_ids(config: Config, rows: int = 2, length: int = 13, *, seed: int = 1) -> torch.Tensor:
-    """Token ids `(rows, length)` with document beginnings among them."""
+    """Random token ids `(rows, length)`. Some are 1, with which a document begins."""
     ids = torch.randint(2, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
     ids[0, 0] = ids[0, length // 2] = ids[-1, length // 3] = 1
     return ids

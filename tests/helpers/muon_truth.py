@@ -1,4 +1,4 @@
-"""Muon's formulas in float64, one matrix at a time, and steps with made gradients."""
+"""Muon's formulas in float64, one matrix at a time, and optimizer steps with random gradients."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -46,7 +46,7 @@ def train(
 def orthogonalized(
     matrix: Tensor, triples: Iterable[tuple[float, float, float]] = (QUINTIC,) * 5, eps: float = 1e-7
 ) -> Tensor:
-    """Newton-Schulz through the singular value decomposition."""
+    """The result of Newton-Schulz, computed by the singular value decomposition."""
     u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
     sigma = sigma / matrix.norm().clamp_min(eps)
     for a, b, c in triples:
@@ -65,7 +65,7 @@ def reference(
     beta2: float | None = None,
     momenta: tuple[float, ...] = (0.95,) * 4,
 ) -> list[Tensor]:
-    """Four steps written down straight, one matrix at a time."""
+    """The weights after four steps of Muon, computed one matrix at a time from the formulas."""
     params = parameters()
     weights = [param.detach().clone() for param in params]
     momentum = [torch.zeros_like(w) for w in weights]
@@ -98,7 +98,7 @@ def assert_close(got: Iterable[Tensor], want: Iterable[Tensor], tolerance: float
 
 
 class Launches(TorchDispatchMode):
-    """Number of matrices in every call of golf::newton_schulz."""
+    """Records in `sizes` how many matrices each call of golf::newton_schulz gets."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Newton-Schulz through the singular value decomposition in float64, for the tests of every backend."""
+"""Newton-Schulz by the singular value decomposition in float64: the truth for the tests of every backend."""
 
 import math
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ def triples_of(name: str, steps: int = 5) -> tuple[Triple, ...]:
 
 
 def prescaled(name: str, matrix: Tensor, eps: float = 1e-7) -> Tensor:
-    """The matrix whose singular values the map acts on, straight from the definition."""
+    """The matrix as scaled before the first iteration, computed from the definition."""
     if COEFFICIENTS[name].prescale == "frobenius":
         norm = matrix.square().sum((-2, -1), keepdim=True).sqrt()
         return matrix / norm.clamp_min(eps) / COEFFICIENTS[name].safety
@@ -45,7 +45,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def spread(rows: int, columns: int, low: float, high: float, seed: int = 0) -> Tensor:
-    """A matrix with singular values from low to high, evenly on a logarithmic scale."""
+    """A matrix with singular values from low to high, evenly spaced on a logarithmic scale."""
     rank = min(rows, columns)
     u = torch.linalg.qr(random(rows, rank, seed=seed)).Q
     v = torch.linalg.qr(random(columns, rank, seed=seed + 1)).Q

@@ -1,4 +1,4 @@
-"""A run of a narrow quickstart by its command, for the tests of the pipeline."""
+"""Runs `python -m train` with a narrow quickstart recipe, for the tests of the pipeline."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ STEPS = 12
 
 
 def small(dataset: Path, runs: Path, **changes: object) -> Config:
-    """A narrow quickstart: every part of it, a few seconds of work."""
+    """The settings of a narrow quickstart. All stages run, in a few seconds."""
     values: dict[str, object] = dict(  # noqa: C408
         run_id="run", iterations=STEPS, recur_start_step=6, gptq_calib_batches=4, val_loss_every=6,
         code_form="plain",
@@ -39,7 +39,7 @@ def record(arguments: list[str]) -> int:
 
 
 def flags(config: Config) -> list[str]:
-    """The command line of a configuration."""
+    """Command-line options that turn the recipe's settings into `config`."""
     base = load_recipe(config.recipe).config().to_dict()
     changed = {name: value for name, value in config.to_dict().items() if value != base[name]}
     return [
@@ -54,7 +54,7 @@ class Finished:
 
 
 def finish(dataset: Path, runs: Path) -> Finished:
-    """A run by its command."""
+    """Run `python -m train` with `small`, and return the finished run."""
     config = small(dataset, runs, samples="validations")
     result = command("train", *flags(config))
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""Evaluation the slow way: one window and one token at a time, from full logits, as the published rules read."""
+"""A slow evaluation as the truth for tests: one window and one token at a time, from full logits."""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from train.data.tokenizer import ByteTables
 
 
 def plain_windows(total: int, length: int, stride: int, rule: str) -> Iterator[tuple[int, list[int]]]:
-    """Start and scored targets of each window, straight from the published table."""
+    """Yields the start of each window and the targets that it scores, by the published rules."""
     start = 0
     while True:
         end = min(start + length, total)
@@ -40,12 +40,12 @@ def plain_windows(total: int, length: int, stride: int, rule: str) -> Iterator[t
 def plain_score(
     model: Any, tokens: np.ndarray, tables: ByteTables, length: int, stride: int, rule: str, softcap: float
 ) -> tuple[float, int, int]:
-    """Nats, tokens and bytes: full logits, one window at a time, one token at a time."""
+    """The nats, tokens and bytes of a text, scored one window and one token at a time from full logits."""
     nats, count, size = 0.0, 0, 0
     total = len(tokens) - 1
     for start, scored in plain_windows(total, length, stride, rule):
         inputs = [int(token) for token in tokens[start : min(start + length, total)]]
-        # as published: the rotary base depends on the length, which padding keeps the same for all windows
+        # windows are padded as in the published scripts, because the rotary base depends on their length
         ids = torch.tensor([inputs + [0] * (length - len(inputs))])
         with torch.no_grad():
             logits = model.hidden(ids, recurrence=True)[0] @ model.head_weight.T

@@ -1,4 +1,4 @@
-"""QK-norm, rotation and gain as people write them, for every backend."""
+"""QK-norm, rotation and gain in plain PyTorch: the truth for the tests of every backend."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ EPS = 1e-6
 
 
 def formula(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-    """The chain as people write it, in the dtype of its inputs; the norm in float32 at least, as torch does it."""
+    """The operator's formula in the dtype of its inputs. The norm is in float32 at least, as in PyTorch."""
 
     def normed(x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -30,7 +30,7 @@ def formula(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, *,
 def run(
     function: Callable[..., tuple[Tensor, Tensor]], tensors: Tensors, gradients: list[Tensor], eps: float = EPS
 ) -> Tensors:
-    """Results and gradients by name."""
+    """The results of `function` and the gradients of its inputs, by name."""
     results = function(**tensors, eps=eps)
     found = torch.autograd.grad(results, [tensors[name] for name in LEAVES], gradients)
     return dict(zip(("q_hat", "k_hat", *LEAVES), [*(r.detach() for r in results), *found], strict=True))
@@ -46,7 +46,7 @@ def heads(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
 ) -> Tensors:
-    """Random tensors of one call by name; q, k and gain require gradients."""
+    """Random inputs of one call, by name. q, k and gain require gradients."""
     angles = 3 * random(length, 1, rotary // 2, seed=2, device=device)
     return {
         "q": random(batch, length, queries, dim, seed=0, dtype=dtype, device=device).requires_grad_(),
@@ -64,11 +64,11 @@ def upstream(tensors: Tensors) -> list[Tensor]:
 
 
 def truth(tensors: Tensors) -> Tensors:
-    """Results and gradients of the chain in float64."""
+    """Results and gradients of `formula` in float64, by name."""
     return run(formula, exactly(tensors), [g.double() for g in upstream(tensors)])
 
 
 def errors_of_both(tensors: Tensors) -> list[dict[str, float]]:
-    """Relative errors of the operator and of the plain chain in the same dtype."""
+    """Relative errors of the operator and of `formula`, both in the dtype of `tensors`."""
     want = truth(tensors)
     return [errors(run(f, tensors, upstream(tensors)), want) for f in (qk_norm_rope, formula)]

@@ -1,4 +1,4 @@
-"""A small random model with every class of tensor, and token batches to calibrate it on."""
+"""A small random model that has every class of tensor, and token batches for its calibration."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A recipe as a narrow copy on made tokens, and its training loop without clock, files and validation."""
+"""Trains a narrow copy of a recipe on made-up tokens, without clock, files and validation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ SEQ_LEN = 32
 
 
 def write_tokens(folder: Path) -> Path:
-    """Two shards of a Markov chain over 64 of the 1,024 ids: something that 20 steps can learn a little of."""
+    """Write two shards with a Markov chain over 64 of the 1,024 ids. In 20 steps a model can learn a little of it."""
     generator = np.random.default_rng(0)
     following = generator.integers(4, 68, size=(68, 2))
     for shard in range(2):
@@ -37,7 +37,11 @@ def write_tokens(folder: Path) -> Path:
 
 
 def narrow_recipe(name: str, tokens: Path, **changes: object) -> Config:
-    """The recipe at width 64; lengths keep their ratio to the training length, so that the NTK rule acts as in the recipe."""
+    """The recipe at width 64.
+
+    `rope_train_seq_len` keeps its ratio to the training length, so that the rotary base grows as in the recipe (NTK
+    rule).
+    """
     full = load_recipe(name).config()
     values: dict[str, object] = {
         "data_path": str(tokens),
@@ -65,7 +69,7 @@ def narrow_recipe(name: str, tokens: Path, **changes: object) -> Config:
 
 @dataclass
 class Training:
-    """One run in the making, without its clock, files and validation."""
+    """A training run that a test advances step by step. It has no clock, files or validation."""
 
     config: Config
     ranks: Ranks

@@ -1,4 +1,8 @@
-"""A record folder that keeps every rule: #1471's sizes, clocks and scores, with losses of each token scored once."""
+"""A record folder that keeps every rule of Parameter Golf.
+
+The sizes, times and bits per byte are #1471's. The losses are computed from the bits per byte, with every token scored
+once.
+"""
 
 import json
 import math
@@ -58,7 +62,7 @@ def log_text(seed: str, *, calibration: float = 9.5, tokens: int = TOKENS, size:
 
 
 def make_record(folder: Path) -> Path:
-    """Write the record; a test then breaks one thing."""
+    """Write the record folder. A test then changes one thing in it."""
     folder.mkdir(parents=True, exist_ok=True)
     results = {
         seed: {
@@ -110,7 +114,7 @@ def make_record(folder: Path) -> Path:
 
 
 def edit(path: Path, old: str, new: str) -> None:
-    """Replace what must be there."""
+    """Replace `old`, which must be in the file."""
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))

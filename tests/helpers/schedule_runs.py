@@ -1,4 +1,7 @@
-"""Steps computed on a CUDA device whose tensors have no data; collected by `test_schedule.py` in a process of its own."""
+"""Tests of the computed time of a step, on a CUDA device whose tensors have no data.
+
+`test_schedule.py` runs this file in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ WIDTH, LENGTH = 64, 16
 
 def narrow(**changes: Any) -> Config:
     batch = {"train_seq_len": LENGTH, "train_batch_tokens": MICRO_BATCHES * 2 * LENGTH}
-    # odd widths would be padded where that is faster, which no absent GPU can say
+    # Inductor pads odd widths if that is faster, which it cannot measure without a GPU
     return gpu_config("sp8192", compile="on", vocab_size=264, ve_dim=16, **batch, **changes)
 
 
@@ -49,7 +52,7 @@ def test_the_products_are_those_that_the_recipe_describes(step: schedule.Step) -
     config = narrow()
     tokens, runs = 2 * LENGTH, len(virtual_order(config, recurrence=True))
     described = 1e6 * tokens * describe(config, {})["mflop_per_token"]["after_recurrence"]
-    # attention's backward pass computes the scores once more, which a description leaves out
+    # attention's backward pass computes the scores once more, which `describe` leaves out
     wanted = described + runs * LENGTH * WIDTH * tokens
     found = sum(kernel.flops for kernel in (*step.forward, *step.backward))
     assert found == pytest.approx(wanted, rel=1e-9)
@@ -87,7 +90,7 @@ def test_a_graph_copies_the_gradients_once_and_has_its_rates_from_the_device() -
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in moved)
     copies = [kernel.bytes for kernel in graph if kernel.name == "aten::_foreach_copy_" and kernel not in eager]
     assert copies == [2 * gradients]
-    # two of Muon, and one for each group of AdamW
+    # two numbers of Muon, and one for each group of AdamW
     assert [sum(kernel.name == "aten::fill_" for kernel in kernels) for kernels in (graph, eager)] == [4, 0]
 
 
@@ -115,11 +118,11 @@ def test_bytes_and_arithmetic_of_a_small_graph() -> None:
         forward, backward = planned(loss, x, weight, bias)
     product, rows, mean = (kernel for scheduled in forward for kernel in scheduled.kernels)
     assert product == Kernel("aten::mm", 2 * 64 * 32 * 16, 2 * (64 * 32 + 32 * 16 + 64 * 16))
-    # the product and the bias go in, a number per row comes out, and from those one
+    # one kernel reads the product and the bias and writes a number per row; the next sums these numbers
     assert (rows.flops, rows.bytes) == (0, 2 * (64 * 16 + 16) + 4 * 64)
     assert mean.bytes == 4 * 64 + 4
     gradient, product = (kernel for scheduled in backward for kernel in scheduled.kernels)
-    # with the product, the bias and the loss's gradient the compiler computes the activation again
+    # from the product, the bias and the loss's gradient the compiler computes the activation again
     assert gradient.bytes == 2 * (64 * 16 + 16) + 4 + 2 * 64 * 16
     assert product == Kernel("aten::mm", 2 * 32 * 64 * 16, 2 * (64 * 32 + 64 * 16 + 32 * 16))
 
@@ -154,7 +157,8 @@ def test_norm_and_rotation_pass_once_over_queries_and_keys_in_each_direction() -
     queries = 2 * 4 * 256 * 8 * 64
     for graph in graphs:
         large = [name for kernel in graph for name, size in kernel.writes.items() if size >= queries / 2]
-        # results of both passes, and in the backward pass the gradient of what holds queries and keys
+        # each pass writes its two results; the backward pass may also write the gradient of the tensor that holds
+        # queries and keys
         assert len(large) <= 3, graph
 
 
@@ -206,7 +210,7 @@ def test_an_operator_moves_what_its_benchmark_counts(op: str, monkeypatch: pytes
         leaves = [value for value in inputs.values() if isinstance(value, Tensor) and value.requires_grad]
         torch.autograd.grad(results, leaves, upstream)
     found = [total(recorder.kernels[:first]), total(recorder.kernels[first:])]
-    # beside the large tensors there are tables and sums of blocks
+    # the tolerance is for tables and for sums of blocks, which the benchmark does not count
     assert found == pytest.approx(list(chain.traffic(chain.shapes[0])["triton"].values()), rel=0.03)
     assert not any(kernel.flops for kernel in recorder.kernels)
 

@@ -1,4 +1,4 @@
-"""A model and a text for the tests of scoring, small enough for the plain loop."""
+"""A model and a text for the tests of scoring, small enough for the slow loop of `plain_evaluation`."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ CONFIG = Config(vocab_size=259)
 
 
 class StandIn(nn.Module):
-    """Predicts from the mean of the tokens since the window's start and from the position in the window."""
+    """A model that predicts from the mean of the window's tokens so far and from the position in the window."""
 
     def __init__(self, longest: int = 64, dim: int = 12) -> None:
         super().__init__()

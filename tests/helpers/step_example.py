@@ -1,6 +1,6 @@
-"""Settings that make a recipe's step a small one, for the tests of what measures steps."""
+"""Settings that make a recipe's training step small, for the tests of the step benchmarks."""
 
-# widths at which 8 ranks still find matrices to share; EMA and clipping as in the recipe
+# narrow, but with enough matrices for 8 ranks; EMA and clipping as in the recipe
 NARROW = {
     "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 4, "vocab_size": 300, "train_seq_len": 32, "bigram_dim": 8, "compile": "off",
     "train_batch_tokens": 8 * 2 * 32, "device": "cpu", "embed_dtype": "float32",

@@ -1,4 +1,4 @@
-"""A finished run to make records of: the numbers of a published one, and curves."""
+"""A made-up finished run, of which tests make records. Its numbers are those of a published run."""
 
 import json
 import math
@@ -20,7 +20,7 @@ CONFIG = Config(
 
 
 def make_summary(**changes: Any) -> Summary:
-    """#1471's first seed: loss, bpb and sizes as published."""
+    """A summary with #1471's published loss, bits per byte and sizes for its first seed."""
     values: dict[str, Any] = {
         "run_id": "example",
         "recipe": "sp8192_sdclip",
@@ -56,7 +56,7 @@ def make_summary(**changes: Any) -> Summary:
 
 
 def make_run(folder: Path, summary: Summary | None = None) -> Path:
-    """A run folder as `python -m train` leaves it, as far as the record reads it."""
+    """Write a run folder as `python -m train` does, but only the files from which a record is made."""
     run = folder / "example"
     run.mkdir()
     (run / "config.json").write_text(json.dumps(CONFIG.to_dict()))

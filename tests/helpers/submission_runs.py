@@ -1,4 +1,4 @@
-"""Real runs of a very narrow quickstart, for the tests that make records of them."""
+"""Trains a very narrow quickstart with several seeds, for the tests that make records of real runs."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from train.recipes import load_recipe
 def make_dataset(
     out: Path, characters: int = 250_000, validation: int = 12_000, *, with_yardsticks: bool = False
 ) -> Path:
-    """So much of the standard library with a vocabulary of 512."""
+    """Build a dataset from about `characters` characters of the standard library, with a vocabulary of 512."""
     documents = []
     for document in stdlib_documents():
         documents.append(document)
@@ -24,7 +24,7 @@ def make_dataset(
 
 
 def narrow(dataset: Path, runs: Path, seed: int, **changes: object) -> Config:
-    """A quickstart of a second."""
+    """The settings of a quickstart that takes about a second."""
     values: dict[str, object] = dict(  # noqa: C408
         data_path=str(dataset), corpus="", runs_dir=str(runs), run_id=f"seed{seed}", seed=seed, vocab_size=512, model_dim=32,
         num_heads=2, num_kv_heads=1, rope_dims=4, ve_dim=8, train_seq_len=64, rope_train_seq_len=64, train_batch_tokens=1024,

@@ -1,4 +1,4 @@
-"""Work on two ranks of this machine, which are a process each."""
+"""Runs a function on two ranks, each of which is a process on this machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def on_two_ranks(work: Callable[[Ranks], Any], folder: Path) -> list[Any]:
-    """What a module's function returns on rank 0 and on rank 1, by files in a folder."""
+    """The results of `work` on rank 0 and rank 1. `folder` gets a file from each rank."""
     spawn(_work, args=(work, free_port(), folder), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 

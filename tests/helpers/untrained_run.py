@@ -1,4 +1,4 @@
-"""A finished run folder whose model was not trained, and its score by the plain loop."""
+"""A finished run folder with an untrained model, and the model's score by the slow loop of `plain_evaluation`."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ MODEL = Config(
 
 
 def make_untrained_run(root: Path) -> Path:
-    """A run folder with data, weights and artifact of a model that was not trained."""
+    """Write data, weights and artifact of an untrained model. Returns the run folder."""
     data, run = root / "data", root / "run"
     data.mkdir()
     run.mkdir()
@@ -57,7 +57,7 @@ def make_untrained_run(root: Path) -> Path:
 
 
 def run_truth(run: Path, seq_len: int, stride: int, limit: int | None = None) -> tuple[float, int, int]:
-    """Nats, tokens and bytes of the artifact's model by the plain loop."""
+    """Nats, tokens and bytes of the artifact's model, by `plain_score`."""
     config = RunFolder(run).read_config()
     tokens = load_validation_tokens(config.data_path, 32)[:limit]
     tables = byte_tables(load_tokenizer(Path(config.data_path) / "tiny_300_bpe.model", 300), 300)

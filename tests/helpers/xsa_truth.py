@@ -1,4 +1,4 @@
-"""XSA as people write it, for every backend."""
+"""XSA (exclusive self-attention) in plain PyTorch: the truth for the tests of every backend."""
 
 from collections.abc import Callable
 
@@ -13,13 +13,13 @@ LEAVES = ("output", "value")
 
 
 def formula(output: Tensor, value: Tensor) -> Tensor:
-    """The chain as people write it, each value repeated for its heads, in the dtype of its inputs."""
+    """The operator's formula in the dtype of its inputs. Each value head is repeated for the heads that share it."""
     direction = F.normalize(value.repeat_interleave(output.shape[2] // value.shape[2], dim=2), dim=-1)
     return output - (output * direction).sum(dim=-1, keepdim=True) * direction
 
 
 def run(function: Callable[..., Tensor], tensors: Tensors, dy: Tensor) -> Tensors:
-    """Result and gradients by name."""
+    """The result of `function` and the gradients of its inputs, by name."""
     y = function(**tensors)
     found = torch.autograd.grad(y, [tensors[name] for name in LEAVES], dy)
     return dict(zip(("y", *LEAVES), [y.detach(), *found], strict=True))
@@ -34,7 +34,7 @@ def heads(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
 ) -> tuple[Tensors, Tensor]:
-    """Random tensors of one call by name, and an upstream gradient."""
+    """Random inputs of one call, by name, and a random gradient of the result."""
     output, value, dy = (
         random(batch, length, count, dim, seed=seed, dtype=dtype, device=device)
         for seed, count in enumerate((queries, values, queries))
@@ -43,6 +43,6 @@ def heads(
 
 
 def errors_of_both(tensors: Tensors, dy: Tensor) -> list[dict[str, float]]:
-    """Relative errors of the operator and of the plain chain in the same dtype."""
+    """Relative errors of the operator and of `formula`, both in the dtype of `tensors`."""
     want = run(formula, exactly(tensors), dy.double())
     return [errors(run(function, tensors, dy), want) for function in (xsa, formula)]
