@@ -92,9 +92,7 @@ def _mended(data: bytes) -> bytes:
 
 
 def seeds() -> list[bytes]:
-    """Valid inputs of every kind, from which a fuzzer starts. Most are small; those with the codec zlib hold a whole
-    model.
-    """
+    """Valid inputs of every kind, from which a fuzzer starts. Those with the codec zlib hold a whole model."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-3, 4, (6, 20), generator=generator).to(torch.int8)
     small: StoredTensors = {
