@@ -82,7 +82,7 @@ def judge(
 
 
 def compile_triton(paths: Sequence[Path]) -> list[Compiled]:
-    """Compile the Triton kernels of these files, in every configuration that `launches` launches."""
+    """Compile the Triton kernels of these files, in every configuration that `benchmarks.computed.launches` uses."""
     if importlib.util.find_spec("triton") is None:
         raise Missing("triton is not installed: pip install 'triton==3.6.0'")
     import triton
@@ -128,7 +128,7 @@ def _judge_triton(file: str, compiled: Any) -> Compiled:
     constants = {kernel.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
     parts = [kernel.__name__.removesuffix("_kernel"), *re.findall(r"bf16|fp16|fp32", kinds)[:1]]
     for name, value in constants.items():
-        # only capitals: Triton also turns integer arguments that equal 1 into constants
+        # name only constants in capitals, because Triton also turns integer arguments that equal 1 into constants
         if name.isupper() and value is not False:
             parts.append(name.lower() if value is True else f"{name.lower()}={value}")
     promises = ["tma"] if "tensordesc" in kinds else []

@@ -54,9 +54,10 @@ _COLORS = (BLUE, ORANGE)
 
 
 class CodecRow(NamedTuple):
-    """An artifact packed by one codec. The seconds are on one thread.
+    """A line of the codec table: an artifact packed by one codec, or its entropy.
 
-    `groups` maps each group of quantized tensors to the bytes of its packed codes.
+    `groups` maps each group of quantized tensors to the bytes of its packed codes. `encode_s` and `read_s` are seconds
+    on one thread.
     """
 
     codec: str
@@ -84,7 +85,7 @@ class CurvePoint(NamedTuple):
 
 
 def entropy_bytes(codes: bytes) -> float:
-    """Order-0 entropy in bytes: −Σ n log2(n/N) / 8 over the values, where n of the N codes have the value."""
+    """Order-0 entropy in bytes: −Σ n log2(n/N) / 8. For each value, n counts its codes; N counts all codes."""
     counts = np.bincount(np.frombuffer(codes, np.uint8))
     counts = counts[counts > 0]
     return float(-(counts * np.log2(counts / counts.sum())).sum() / 8) if len(counts) else 0.0
@@ -99,9 +100,9 @@ def predicted_bits(bits: int, sigmas: float) -> float:
 
 
 def made_tensors(layers: int = 11, dim: int = 512, vocab_size: int = 8192) -> StoredTensors:
-    """Random large tensors of a model: Gaussian rows, quantized by SDClip.
+    """The large tensors of a model, with random Gaussian rows, quantized by SDClip.
 
-    The matrices have 6 bits at k 12.85, the embedding has 8 bits at k 20.
+    The matrices have 6 bits at k = 12.85, the embedding has 8 bits at k = 20.
     """
     generator = torch.Generator().manual_seed(0)
 

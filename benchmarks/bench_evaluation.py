@@ -79,7 +79,7 @@ def make_text(vocab_size: int, count: int, seed: int) -> Text:
 def published_run(
     model: GPT, config: Config, compiled: bool, batch_windows: int = PUBLISHED_BATCH
 ) -> Callable[[Text], list[Tensor]]:
-    """Returns a function that evaluates a text as the published scripts do, and returns nats and bytes."""
+    """Returns a function that scores a text as the published scripts do. Its results are nats and bytes."""
     forward = model.logits
     if compiled:
         write_out(model, without_kernel(model.head_weight.device))
@@ -117,7 +117,7 @@ def published_run(
 def golf_run(
     model: GPT, config: Config, share_layer0: bool, rank: int = 0, world_size: int = 1
 ) -> Callable[[Text], list[Tensor]]:
-    """Returns a function that evaluates a text as this project does, and returns nats and bytes."""
+    """Returns a function that scores a text as this project does. Its results are nats and bytes."""
 
     def run(text: Text) -> list[Tensor]:
         found = evaluate_model(
@@ -198,7 +198,7 @@ def make_case(model: GPT, config: Config, targets: int) -> common.Case:
 def describe_rows(
     rows: Sequence[common.Row], targets: int, limits: common.Ceilings, whole: int, *, on_gpu: bool
 ) -> list[str]:
-    """A line for each row: tokens per second, speed-up over the first row, and fraction of the matrix rate.
+    """A line for each row: tokens per second, speed-up over the first row, and fraction of the measured matrix rate.
 
     If `whole` is not 0, the line also has the seconds that 8 devices would take for `whole` tokens.
     """

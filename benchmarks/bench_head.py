@@ -77,7 +77,7 @@ def exact(given: Head, rows_at_once: int = 4096) -> list[Tensor]:
 
 @contextlib.contextmanager
 def chunk_bytes(device: torch.device, size: int | None) -> Iterator[None]:
-    """Let the operator use chunks of `size` bytes. None keeps its own chunk size.
+    """Let the operator use chunks of `size` bytes. None leaves the operator's default.
 
     The operator counts a chunk's logits as float32.
     """

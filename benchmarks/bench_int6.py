@@ -75,7 +75,7 @@ def one_by_one(fill: Callable[[Matrix], Any]) -> Callable[[Sequence[Matrix]], An
 
 
 def nearest(one: Matrix) -> Tensor:
-    """Fake quantization in float64. The quotient is float32, so that halves are rounded the same way."""
+    """Fake quantization in float64. The quotient is float32, so that ties are rounded as in the operator."""
     steps = one.scales.float()[:, None]
     return (one.weight / steps).clamp(-31, 31).round().double() * steps
 

@@ -39,7 +39,7 @@ class Shape(NamedTuple):
 def kernels(shape: Shape) -> dict[str, list[Kernel]]:
     """The launches of this package's block, by pass.
 
-    The floor leaves out `extra`, because the kernel of the up product could compute it too.
+    The launch `extra` is not part of the floor, because the kernel of the up product could do its work.
     """
     x, post = 2.0 * shape.rows * shape.d, 2.0 * shape.rows * shape.hidden
     sign, flops = post / 16, 2.0 * shape.rows * shape.d * shape.hidden
@@ -259,9 +259,9 @@ def compare(shape: Shape, slope: float, clock: common.Clock, limits: common.Ceil
 
 
 def memory_lines(peaks: dict[str, int], hidden_bytes: int) -> list[str]:
-    """Lines with the peak memory of each variant, and with what the Triton kernels save over the compiled block.
+    """Lines with each variant's peak memory, and how much less the Triton kernels need than the compiled block.
 
-    The saving is given in hidden tensors, `(rows, hidden)` each.
+    The difference is given in hidden tensors, `(rows, hidden)` each.
     """
     lines = [f"{name}: {peak / 1e6:.0f} MB at most beyond the inputs" for name, peak in peaks.items()]
     if {"triton", "compile"} <= set(peaks):

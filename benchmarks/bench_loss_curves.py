@@ -2,9 +2,9 @@
 
 The first of the `--variants` (`benchmarks.measure.step_variants`) trains from several seeds, the others from the first
 seed. All see the same tokens, an eighth of a batch per step. The losses are smoothed. The distance of two curves is
-their mean |difference|. The spread is the mean distance between the first variant's seeds. If another variant's
-distance from the first variant with the same seed is not below the spread, the exit code is 1. The curves and a plot go
-to `--out`. Distances measured on a GPU go to `benchmarks/results/curves/`.
+their mean |difference|. The spread is the mean distance between the first variant's seeds. Every other variant's
+distance from the first variant with the same seed must be below the spread; otherwise the exit code is 1. The curves
+and a plot go to `--out`. Distances measured on a GPU go to `benchmarks/results/curves/`.
 """
 
 from __future__ import annotations

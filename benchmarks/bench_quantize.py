@@ -112,7 +112,7 @@ def make_hessians(model: GPT, names: Sequence[str], seed: int) -> dict[str, Tens
 
 
 def gptq_case(model: GPT, config: Config, names: Sequence[str]) -> common.Case:
-    """GPTQ of all matrices and tables, from weights to codes and scales in host memory."""
+    """GPTQ of all matrices and embedding tables, from weights to codes and scales in host memory."""
     parameters = dict(model.named_parameters())
 
     def truth(hessians: dict[str, Tensor]) -> list[Tensor]:
@@ -189,7 +189,7 @@ def measured(
     clock: common.Clock,
     limits: common.Ceilings,
 ) -> common.Row:
-    """Run a stage once, then time it. Returns its row. A stage takes seconds, so it needs no longer warm-up."""
+    """Time a stage after one run as warm-up. Returns the stage's row. One run suffices, because a stage takes seconds."""
     work()
     p20, p50, p80 = common.quantiles([clock.once_ms(work) for _ in range(clock.rounds)])
     row: common.Row = {"op": op, "impl": "golf", "mode": "eager", "shape": shape}

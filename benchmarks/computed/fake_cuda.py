@@ -25,9 +25,9 @@ class NoDevice(RuntimeError):
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Environment variables with which a process has a CUDA device.
+    """Environment variables for a process that needs a CUDA device.
 
-    Without a real GPU this compiles the fake device into `folder`, and the variables load it.
+    Without a real GPU, this function compiles the fake device into `folder`, and the variables load it.
     """
     if torch.cuda.is_available():
         return dict(os.environ)

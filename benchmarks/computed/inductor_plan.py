@@ -149,7 +149,7 @@ def _bytes(node: Any, elements: float | None = None) -> float:
 
 
 def _elements(dep: Any) -> int:
-    """Number of elements that a kernel addresses. For an indirect index it is the number of lookups."""
+    """Number of elements that a kernel addresses. An indirect index counts its lookups."""
     from torch._inductor.dependencies import MemoryDep
 
     if isinstance(dep, MemoryDep) and dep.is_indirect():
@@ -168,7 +168,7 @@ def _compiled(node: Any, graph: Any) -> Scheduled:
     addressed: dict[str, dict[Any, int]] = {}
     for dep in node.read_writes.reads:
         if dep.name not in own and not isinstance(dep, WeakDep):
-            # a buffer that the kernel accumulates in place is also read; it has no index
+            # a buffer that the kernel accumulates in place is also read; its dependency has no index
             index = dep.index if isinstance(dep, MemoryDep) else None
             addressed.setdefault(dep.name, {})[index] = _elements(dep)
     for name, indices in addressed.items():

@@ -72,7 +72,7 @@ class Step(NamedTuple):
 
 @contextlib.contextmanager
 def planning(recorder: Recorder, plan: Callable[[list[Scheduled]], Callable[[], None]]) -> Iterator[str]:
-    """Run code on tensors without data, with the fake attention, and with `plan` for compiled graphs.
+    """Run code on tensors without data and with the fake attention. `plan` gets the schedules of compiled graphs.
 
     A real or fake CUDA device must exist. Yields the name of the attention backend.
     """

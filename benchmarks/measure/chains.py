@@ -25,9 +25,9 @@ class Chain:
     """The benchmark of one operator: which chain it replaces, and at which shapes both are timed.
 
     `op` is the operator's name. `plain` computes the chain and takes the operator's keyword arguments. `traffic(shape)`
-    gives the bytes that each pass of each variant reads and writes; the operator comes first. A shape is a named tuple:
-    the keyword arguments with which the operator makes its example inputs (`operators.Operator.inputs`). `tiny` is the
-    shape for `--tiny`.
+    gives the bytes that each pass of each variant reads and writes; the operator's variant comes first. A shape is a
+    named tuple of keyword arguments, with which the operator makes its example inputs (`operators.Operator.inputs`).
+    `tiny` is the shape for `--tiny`.
     """
 
     op: str

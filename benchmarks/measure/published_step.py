@@ -18,7 +18,8 @@ from train.config import Config
 from train.model.gpt import GPT
 from train.optimize.groups import split_parameters
 
-# recipes of #1392, which stacked the matrices of one shape in a bank and orthogonalized each bank at once
+# recipes whose published script, #1392, stacked the matrices of one shape in a bank and orthogonalized each bank at
+# once
 BANKED = ("sp4096_recurrence",)
 
 

@@ -102,7 +102,10 @@ def step_kernels() -> list[str]:
 
 
 def reasons(problems: Mapping[str, str]) -> str:
-    """Each reason once, after the operators that it concerns. If there is only one reason, without the operators."""
+    """Join the problems into one text.
+
+    Each reason follows the operators that it concerns. If all operators have the same reason, the text is that reason.
+    """
     operators: dict[str, list[str]] = {}
     for op, problem in problems.items():
         operators.setdefault(problem, []).append(op)
@@ -251,8 +254,8 @@ def make_variants(config: Config, names: list[str], device: torch.device, *, who
     owners = assign(tuple(tuple(matrix.shape) for matrix in matrices), MICRO_BATCHES)
     owned = [number for number, owner in enumerate(owners) if whole or owner == 0]
     if not whole:
-        # output projections start at zero. Those of other ranks are not updated, would stay zero and block all
-        # gradients
+        # output projections start at zero. Those of other ranks are not updated here, so they would stay zero and block
+        # all gradients
         with torch.no_grad():
             torch._foreach_add_(matrices, [torch.randn_like(matrix) for matrix in matrices], alpha=0.02)
     variants = []

@@ -222,8 +222,9 @@ def ceilings_of(points: Sequence[Measurement]) -> tuple[float, float]:
     """The ceilings (TFLOP/s, GB/s) from which the floors of these rows were computed; infinite if unknown.
 
     A floor is the longer of two times: arithmetic at the first ceiling, memory traffic at the second. So a ceiling is
-    the largest rate that any row has at its floor, provided that the ceiling limits some row. In such a row the other
-    rate is below the other ceiling. The factor 0.9 allows for different ceilings in different runs.
+    the largest rate that any row has at its floor, provided that some row is limited by it. The first ceiling limits
+    some row if the rows' GB/s at their floors differ, the second if their TFLOP/s differ. Differences of less than 10 %
+    do not count, because the ceilings vary between runs.
     """
     tflops, gbps = [m.tflops * m.p50 / m.floor for m in points], [m.gbps * m.p50 / m.floor for m in points]
     return (
