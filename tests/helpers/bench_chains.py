@@ -1,4 +1,4 @@
-"""All benchmarks that define a `Chain`: `BENCHES` maps an operator's name to its module `benchmarks/bench_*.py`."""
+"""All benchmarks that define a `Chain`. `BENCHES` maps the operator's name to the module `benchmarks/bench_*.py`."""
 
 import importlib
 from pathlib import Path

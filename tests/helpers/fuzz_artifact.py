@@ -1,4 +1,4 @@
-"""Fuzz everything that reads artifacts. This needs atheris, and `make test` does not run it.
+"""Fuzz everything that reads artifacts. Fuzzing needs atheris and is not part of `make test`.
 
     pip install atheris
     python tests/helpers/fuzz_artifact.py --seeds /tmp/corpus
@@ -49,7 +49,7 @@ _LARGEST = 1 << 22
 
 def one_input(data: bytes, file: Path = _FILE) -> bool:
     """Read one input. Returns whether it was accepted."""
-    # lower the bound: an input that claims gigabytes takes the same path, but is refused sooner
+    # a lower bound, so that an input that claims gigabytes is refused sooner; the code path is the same
     container.MAX_UNPACKED_BYTES = _LARGEST
     try:
         if data[:1] == b"\2":

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# operations that read a tensor on the host, whose result's shape depends on a tensor's contents, or that make a tensor
-# of Python numbers
+# operations that read a tensor on the host, that return a tensor whose shape depends on the contents of another, or
+# that make a tensor from Python numbers
 _TRAFFIC = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "lift_fresh"}
 _INDEXING = {"index", "index_put_", "index_put"}
 

@@ -34,7 +34,7 @@ def command(module: str, *arguments: object, **environ: str) -> subprocess.Compl
 
 
 def record(arguments: list[str]) -> int:
-    """`python -m train.submission record`, in this process."""
+    """Run `python -m train.submission record` in this process."""
     return main(["record", *arguments])
 
 

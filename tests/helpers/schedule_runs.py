@@ -90,7 +90,7 @@ def test_a_graph_copies_the_gradients_once_and_has_its_rates_from_the_device() -
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in moved)
     copies = [kernel.bytes for kernel in graph if kernel.name == "aten::_foreach_copy_" and kernel not in eager]
     assert copies == [2 * gradients]
-    # two numbers of Muon, and one for each group of AdamW
+    # these operations set two numbers of Muon, and one for each group of AdamW
     assert [sum(kernel.name == "aten::fill_" for kernel in kernels) for kernels in (graph, eager)] == [4, 0]
 
 
