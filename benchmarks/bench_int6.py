@@ -38,8 +38,8 @@ class Operation(NamedTuple):
     """One operation, which is applied to all matrices of a model.
 
     `code_bytes` is the memory traffic per code, without the scales. `room(rows, columns)` allocates the result of one
-    matrix. `native` computes the results of a model into that memory. `reference` computes one matrix in PyTorch, and
-    `truth` gives the result to compare with.
+    matrix. `native` writes the results of all matrices to that memory. `reference` computes the result of one matrix in
+    PyTorch. `truth` gives the result to compare with.
     """
 
     op: str

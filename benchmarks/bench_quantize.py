@@ -189,7 +189,7 @@ def measured(
     clock: common.Clock,
     limits: common.Ceilings,
 ) -> common.Row:
-    """Time a stage after one run as warm-up. Returns the stage's row. One run suffices, because a stage takes seconds."""
+    """Run a stage once as warm-up, then time it. Returns the stage's row."""
     work()
     p20, p50, p80 = common.quantiles([clock.once_ms(work) for _ in range(clock.rounds)])
     row: common.Row = {"op": op, "impl": "golf", "mode": "eager", "shape": shape}

@@ -2,8 +2,8 @@
 
 One rank's step of each variant runs on a fake CUDA device, on tensors without data. Inductor plans the compiled graphs
 (`benchmarks.computed.inductor_plan`); all other launches are recorded (`benchmarks.computed.recorder`). A kernel takes
-max(bytes / bandwidth, FLOP / matrix rate), and no less than the shortest launch. The rates are published ones of
-similar kernels (`benchmarks.measure.devices`). Kernels do not overlap; the host and communication take no time.
+max(bytes / bandwidth, FLOP / matrix rate), and no less than the shortest launch. `benchmarks.measure.devices` has the
+rates and their sources. Kernels do not overlap; the host and communication take no time.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class Ceilings(NamedTuple):
     gbps: float
 
     def floor_ms(self, flops: float, traffic_bytes: float) -> float:
-        """The least possible milliseconds: the time at these rates."""
+        """The least possible time in milliseconds, at these rates."""
         return max(flops / (self.tflops * 1e9), traffic_bytes / (self.gbps * 1e6))
 
 

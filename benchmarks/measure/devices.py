@@ -67,7 +67,7 @@ class Kernel(NamedTuple):
     rate: str = "cublas"
 
     def floor_ms(self, device: Device) -> float:
-        """The least possible milliseconds: the time at the device's peak rates."""
+        """The least possible time in milliseconds, at the device's peak rates."""
         return max(self.flops / (device.tflops * 1e9), self.bytes / (device.gbps * 1e6))
 
     def reached_ms(self, reached: Reached) -> float:
