@@ -234,7 +234,7 @@ def test_calibration_sums_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def eight_ranks(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
-    """Rank 0 of eight. The collectives move nothing."""
+    """Rank 0 of eight. The collectives move no data."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     yield Ranks(0, 0, 8, CUDA, dist.group.WORLD)
