@@ -1,14 +1,13 @@
-"""Fused kernels for Parameter Golf: PyTorch operators under `golf::`, and the Muon optimizers on top of one of them.
+"""Fused kernels for Parameter Golf: PyTorch operators in the namespace `golf::`, and the optimizer `Muon`.
 
-Every operator has a PyTorch reference that runs on any device. C++, Triton and CUDA backends replace it where they can run.
+Every operator has a PyTorch reference that runs on any device. Some operators also have C++, CUDA or Triton backends.
 `python -m golf_kernels` shows which backend each operator takes, and why.
 """
 
-# imported to register its backend
+# imported because it registers the Triton backend of `muon_step`
 from golf_kernels import muon_step as _muon_step  # noqa: F401
 
-# some functions have the name of their module; importing them here makes `golf_kernels.newton_schulz` the function,
-# whichever module was imported first
+# some functions have the name of their module; after these imports `golf_kernels.newton_schulz` is the function
 from golf_kernels.gptq_block import gptq_block
 from golf_kernels.int6 import (
     int6_dequantize,

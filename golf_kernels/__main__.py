@@ -1,4 +1,4 @@
-"""The doctor: `python -m golf_kernels` reports what is installed and built and which backends run, and checks them."""
+"""The doctor: `python -m golf_kernels` reports versions, builds and each operator's backend, and tests all backends."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ EXAMPLES = """examples:
   GOLF_BACKEND=int6=torch python -m golf_kernels
                                       what each operator runs on where the int6 operators are forced to PyTorch"""
 
-# Newton-Schulz has the largest errors: on a CPU 1.5e-6 in float32, 2.5e-2 in bfloat16
+# largest relative error that passes; Newton-Schulz has the largest on a CPU: 1.5e-6 in float32, 2.5e-2 in bfloat16
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
 def versions() -> dict[str, str]:
-    """Versions of the package and of what it runs on, or what is missing."""
+    """Versions of golf_kernels, Python, torch, Triton and CUDA, or a note that one is missing."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -55,7 +55,7 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def choices(devices: Sequence[str]) -> dict[str, Any]:
-    """For each operator the backend chosen on each device with its reason, and the state of all its backends."""
+    """Returns, for each operator, the backend chosen on each device and the reason, and the state of every backend."""
     report: dict[str, Any] = {}
     for op, backends in dispatch.describe().items():
         chosen = {}
@@ -71,11 +71,11 @@ def choices(devices: Sequence[str]) -> dict[str, Any]:
 
 
 def self_check(devices: Sequence[str]) -> list[dict[str, Any]]:
-    """Runs every operator on every backend that this machine has, and compares it with PyTorch in float64 on the CPU.
+    """Runs every operator on every backend of this machine and compares the results with PyTorch in float64 on the CPU.
 
     Returns:
-        For each check op, backend, device, dtype, error (the largest ‖got − want‖ / ‖want‖ of its results and gradients),
-        limit, passed and problem.
+        For each check a dictionary with op, backend, device, dtype, error, limit, passed and problem. `error` is the
+        largest ‖got − want‖ / ‖want‖ among the operator's results and gradients.
     """
     rows = []
     for device, operator in itertools.product(devices, operators.declared().values()):
@@ -98,10 +98,10 @@ def _check(operator: operators.Operator, backend: dispatch.Backend, device: str,
         with dispatch.forced(f"torch,{operator.name}={backend}"):
             got = operators.run(operator.function, inputs, upstream)
         errors = [_relative_error(g, w) for g, w in zip(got, want, strict=True)]
-    # whatever a broken kernel or compiler raises is a finding
+    # every exception of a broken kernel or compiler is a failed check
     except Exception as error:
         return {"passed": False, "problem": f"{type(error).__name__}: {error}"}
-    # JSON has no NaN, and max() does not see one
+    # JSON cannot hold NaN, and max() can overlook it
     if not all(math.isfinite(error) for error in errors):
         return {"passed": False, "problem": "the result is not finite"}
     return {"error": max(errors), "passed": max(errors) <= LIMITS[dtype], "problem": None}
@@ -113,7 +113,7 @@ def _relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def report() -> dict[str, Any]:
-    """The whole report as data."""
+    """Runs all checks and returns the report as a dictionary."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     checks, chosen = self_check(devices), choices(devices)
     without = [op for op, entry in chosen.items() if any(c["backend"] is None for c in entry["chosen"].values())]
@@ -134,7 +134,7 @@ def report() -> dict[str, Any]:
 
 
 def render(data: dict[str, Any]) -> str:
-    """The report as text."""
+    """Formats the report as text."""
     lines = ["Versions", *(f"  {name:<14}{version}" for name, version in data["versions"].items()), "", "GPU"]
     for gpu in data["gpus"]:
         lines.append(f"  {gpu['name']}, {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB")
@@ -197,7 +197,7 @@ if __name__ == "__main__":
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # the reader (`… | head`) closed the pipe; python would complain once more when it closes stdout
+        # the reader (`… | head`) closed the pipe; without this line Python would report it again when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)

@@ -1,21 +1,23 @@
-"""Registration of the `golf::` operators, and the choice of a backend for each call.
+"""Registers the `golf::` operators and chooses a backend for each call.
 
-Adding a kernel takes six files, tests and documentation included:
+A new kernel takes six files, tests and documentation included:
 
-1. `golf_kernels/<op>.py`: the public function with its formula, shapes, dtypes and errors; the PyTorch reference and the
-   fake implementation (`define`; `define_backward` for gradients); every other backend (`register`); one
-   `operators.declare`, which the doctor, `benchmarks.aot`, the benchmarks and the tests of all operators read.
-2. `golf_kernels/<op>_triton.py`, which imports torch and triton alone, or `csrc/<op>.cu`: the kernel.
+1. `golf_kernels/<op>.py`: the public function, with formula, shapes, dtypes and errors in its docstring; `define` with
+   the PyTorch reference and the fake implementation; `define_backward` for gradients; `register` for every other
+   backend; `operators.declare`, which the doctor, the benchmarks and the tests of all operators read.
+2. `golf_kernels/<op>_triton.py` or `csrc/<op>.cu`: the kernel. The Triton file imports only torch and triton.
 3. `golf_kernels/__init__.py`: the import of the function.
-4. `tests/kernels/test_<op>.py`: every backend against float64, gradients, odd shapes, errors.
-5. `benchmarks/bench_<op>.py`: a `Chain` of `benchmarks/measure/chains.py` where the kernel replaces elementwise passes.
-6. `README.md`: a row of the table of operators.
+4. `tests/kernels/test_<op>.py`: tests of every backend against float64, of gradients, odd shapes and errors.
+5. `benchmarks/bench_<op>.py`: a `Chain` (`benchmarks/measure/chains.py`) if the kernel replaces elementwise operations.
+6. `README.md`: a row in the table of operators.
 
-The backends are `torch` (the reference, on any device), `cpp` (CPU tensors), `triton` and `cuda` (CUDA tensors). A call
-takes the first that can run, in the order cuda, triton, cpp, torch; a fallback is logged once, with its reason.
-`GOLF_BACKEND` forces a backend: `torch` for every operator, `newton_schulz=triton,int6=cuda` by name, or both,
-`torch,int6=cpp`. A forced backend that cannot run is an error. Tensors on a device that it is not made for take the
-first of the others that can run.
+There are four backends: `torch` (the reference, for any device), `cpp` (for CPU tensors), `triton` and `cuda` (for CUDA
+tensors). A call takes the first one that can run, in the order cuda, triton, cpp, torch. A backend registered with
+`opt_in` runs only if it is forced. A fallback is logged once, with its reason.
+
+`GOLF_BACKEND` forces backends: `torch` for all operators, `newton_schulz=triton,int6=cuda` for single operators,
+`torch,int6=cpp` for int6 and for all others. A forced backend that cannot run raises an error. Forcing a backend does
+not affect tensors on devices that this backend does not take: they take the first other backend that can run.
 """
 
 from __future__ import annotations
@@ -38,14 +40,14 @@ Backend = Literal["cuda", "triton", "cpp", "torch"]
 PREFERENCE: tuple[Backend, ...] = get_args(Backend)
 ENVIRONMENT_VARIABLE = "GOLF_BACKEND"
 AVAILABLE = "available"
-# `opt_in` of a backend until the training step was measured with and without it
+# value of `opt_in` for a backend whose effect on the training step was not measured yet
 UNMEASURED = "not yet measured in a training step"
 
 # torch.library.Library carries no type hints
 _Library: Any = torch.library.Library
 LIBRARY = _Library("golf", "FRAGMENT")
 
-# devices whose tensors a backend takes; none: all
+# device types whose tensors a backend takes; an empty tuple stands for all
 _DEVICES: dict[Backend, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), "cpp": ("cpu",), "torch": ()}
 _logger = logging.getLogger("golf_kernels")
 _logged: set[tuple[str, str, str]] = set()
@@ -56,7 +58,7 @@ class BackendError(RuntimeError):
 
 
 class Choice(NamedTuple):
-    """The backend of a call, and the reason for it."""
+    """The backend chosen for a call, and the reason for the choice."""
 
     backend: Backend
     reason: str
@@ -70,7 +72,7 @@ class _Implementation:
 
 
 _registry: dict[str, dict[Backend, _Implementation]] = {}
-# name in GOLF_BACKEND → the operators that it stands for, where that is not the operator of that name alone
+# name in GOLF_BACKEND → the operators that it stands for
 _members: dict[str, tuple[str, ...]] = {}
 
 
@@ -92,10 +94,11 @@ def register(
         op: name of the operator without its namespace, for example `newton_schulz`.
         backend: `cuda`, `triton`, `cpp` or `torch`.
         fn: takes the arguments of the operator's schema, in order, and returns what the schema says.
-        supports: returns None where `fn` can run, otherwise the reason, as a phrase ("not built: no nvcc"). Without
-            arguments it answers for this machine (built? importable? a GPU?), with the operator's arguments for their
-            dtypes and shapes too. The device has been checked before.
-        opt_in: why the backend is not taken unless it is forced ("slower than torch in the step on H200").
+        supports: returns None if `fn` can run, otherwise the reason, as a phrase ("not built: no nvcc"). Called without
+            arguments, it checks this machine: is the backend built, is it importable, is there a GPU? Called with the
+            operator's arguments, it also checks their dtypes and shapes. It need not check their device.
+        opt_in: reason why the backend runs only if it is forced ("slower than torch in the step on H200"). An empty
+            string lifts this restriction.
     """
     if backend not in PREFERENCE:
         raise ValueError(f"backend of {op}: expected one of {', '.join(PREFERENCE)}, found {backend!r}")
@@ -104,24 +107,24 @@ def register(
 
 
 def set_members(name: str, members: Sequence[str]) -> None:
-    """Lets `name` stand for these operators in `GOLF_BACKEND` and in `available_backends`."""
+    """Makes `name` stand for these operators in `GOLF_BACKEND` and in `available_backends`."""
     _members[name] = tuple(members)
     _read.cache_clear()
 
 
 def members(name: str) -> tuple[str, ...]:
-    """The operators that `name` stands for: those of `set_members`, or the operator of that name alone."""
+    """Returns the operators that `set_members` recorded for `name`; without a record, `name` stands for itself."""
     return _members.get(name, (name,))
 
 
 def define(op: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Defines `golf::<op>` with its reference and fake implementation; calls go through `choose`.
+    """Defines the PyTorch operator `golf::<op>`. Each call of it runs on the backend that `choose` returns.
 
     Args:
         op: name of the operator.
         schema: arguments and results, for example `(Tensor x, float eps) -> Tensor`.
         reference: the PyTorch implementation, registered as backend `torch`.
-        fake: returns empty results of the right shape, dtype, device and strides.
+        fake: returns uninitialized results of the right shape, dtype, device and strides, for tracing.
     """
     LIBRARY.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
     register(op, "torch", reference)
@@ -139,12 +142,12 @@ def define_backward(
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
 ) -> None:
-    """Defines `golf::<op>_backward` and makes `golf::<op>` differentiable, once.
+    """Defines `golf::<op>_backward` and gives `golf::<op>` a first derivative, but no second.
 
     Args:
-        op: name of the operator, which is defined already.
-        schema, reference, fake: of the backward operator, as `define` takes them.
-        setup_context, backward: as `torch.library.register_autograd` takes them.
+        op: name of an operator that `define` has defined.
+        schema, reference, fake: arguments of `define` for the backward operator.
+        setup_context, backward: arguments of `torch.library.register_autograd` for `golf::<op>`.
     """
     define(f"{op}_backward", schema, reference=reference, fake=fake)
     torch.library.register_autograd(f"golf::{op}", backward, setup_context=setup_context, lib=LIBRARY)
@@ -152,7 +155,7 @@ def define_backward(
 
 
 def refuse_gradient(op: str, message: str) -> None:
-    """Makes `golf::<op>` raise RuntimeError with this message where an input requires a gradient."""
+    """Makes `golf::<op>` raise RuntimeError with this message if an input requires a gradient."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(message)
@@ -161,12 +164,12 @@ def refuse_gradient(op: str, message: str) -> None:
 
 
 def call(op: str, *args: Any) -> Any:
-    """Runs `op` on the backend that `choose` returns. `torch.autocast` does not change the dtypes of its arguments.
+    """Runs `op` on the backend that `choose` returns, with `torch.autocast` switched off.
 
     Raises:
-        RuntimeError: inside forward-mode differentiation, which no operator here supports.
+        RuntimeError: forward-mode differentiation is active; no operator supports it.
     """
-    # PyTorch would drop the tangents silently, and the derivative would be 0
+    # without this error PyTorch would silently drop the tangents and return a derivative of 0
     if getattr(forward_ad, "_current_level", -1) >= 0:
         raise RuntimeError(
             f"{op} has no forward-mode derivative: expected a call outside torch.func.jvp, jacfwd and "
@@ -181,7 +184,7 @@ def call(op: str, *args: Any) -> Any:
 
 
 def run_on(backend: Backend, op: str, *args: Any) -> Any:
-    """Runs `op` on the given backend, whatever `choose` would return."""
+    """Runs `op` on the given backend without calling `choose`."""
     implementations = _implementations(op)
     if backend not in implementations:
         raise BackendError(f"{op} has no {backend} backend, only {', '.join(implementations)}")
@@ -189,18 +192,18 @@ def run_on(backend: Backend, op: str, *args: Any) -> Any:
 
 
 def choose(op: str, *args: Any, device: str | None = None) -> Choice:
-    """Chooses the backend of a call: the forced one, or the first in the order of preference that can run.
+    """Chooses the backend of a call: the forced backend, otherwise the first in `PREFERENCE` that can run.
 
     Args:
         op: name of the operator.
-        args: its arguments; without them, the answer is for this machine.
-        device: type of the tensors' device. None: the device of `args`; without them, CUDA where there is a GPU.
+        args: the operator's arguments. Without arguments, dtypes and shapes are not checked.
+        device: type of the tensors' device. None: the device of `args`; without `args`, CUDA if there is a GPU.
 
     Returns:
         The backend and the reason.
 
     Raises:
-        BackendError: the forced backend cannot run, or `GOLF_BACKEND` cannot be read.
+        BackendError: the forced backend cannot run, no backend can run, or `GOLF_BACKEND` cannot be read.
     """
     implementations = _implementations(op)
     device = _device(args) if device is None else device
@@ -220,7 +223,7 @@ def choose(op: str, *args: Any, device: str | None = None) -> Choice:
         refused.append(f"{forced}: {problem}")
         _log_once(op, forced, problem)
     for backend in PREFERENCE:
-        # a backend for another device is no candidate, so skipping it is no fallback
+        # skipping a backend that is made for another device is not logged as a fallback
         if backend not in implementations or (_DEVICES[backend] and device not in _DEVICES[backend]):
             continue
         opt_in = implementations[backend].opt_in
@@ -235,11 +238,11 @@ def choose(op: str, *args: Any, device: str | None = None) -> Choice:
 
 
 def available_backends(name: str, device: str | None = None) -> list[Backend]:
-    """The backends on which this machine can run an operator and its backward pass, in the order of preference.
+    """Returns the backends on which this machine can run an operator and its backward pass, preferred first.
 
     Args:
-        name: of an operator, or one that stands for several (`set_members`).
-        device: only backends for tensors on a device of this type; None: all.
+        name: name of an operator, or a name that stands for several operators (`set_members`).
+        device: device type. Backends that do not take tensors on such a device are left out; None: no backend is.
     """
     found = [_implementations(op) for op in members(name)]
     return [
@@ -251,7 +254,7 @@ def available_backends(name: str, device: str | None = None) -> list[Backend]:
 
 
 def describe() -> dict[str, dict[Backend, str]]:
-    """For each operator and each of its backends: `available`, or the reason why this machine cannot run it."""
+    """Returns, for each backend of each operator, `available` or the reason why this machine cannot run the backend."""
     answers: dict[str, dict[Backend, str]] = {}
     for op, implementations in sorted(_registry.items()):
         order = [backend for backend in PREFERENCE if backend in implementations]
@@ -260,12 +263,12 @@ def describe() -> dict[str, dict[Backend, str]]:
 
 
 def may_run(op: str, backend: Backend, text: str) -> bool:
-    """Whether a call of `op` can reach this backend where `GOLF_BACKEND` is `text`: not if it is `opt_in` and not forced."""
+    """Whether `op` may run on this backend if `GOLF_BACKEND` is `text`. An `opt_in` backend must be forced."""
     return not _implementations(op)[backend].opt_in or _forced(op, text) == backend
 
 
 def registered() -> Iterator[tuple[str, Backend, Callable[..., Any]]]:
-    """Operator, backend and function of every implementation, once with the implementation and once with `supports`."""
+    """Yields (operator, backend, function) twice for each registered backend: with `fn` and with `supports`."""
     for op, implementations in sorted(_registry.items()):
         for backend, implementation in implementations.items():
             yield op, backend, implementation.function
@@ -274,7 +277,7 @@ def registered() -> Iterator[tuple[str, Backend, Callable[..., Any]]]:
 
 @contextmanager
 def forced(text: str) -> Iterator[None]:
-    """`GOLF_BACKEND` is `text` until the block ends."""
+    """Sets `GOLF_BACKEND` to `text` inside a `with` block."""
     before = os.environ.get(ENVIRONMENT_VARIABLE)
     os.environ[ENVIRONMENT_VARIABLE] = text
     try:
@@ -287,7 +290,7 @@ def forced(text: str) -> Iterator[None]:
 
 
 def triton_problem() -> str | None:
-    """Why no Triton kernel can run on this machine, as a phrase for `supports`; None where they can."""
+    """The reason why this machine cannot run Triton kernels, as a phrase for `supports`; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'triton>=3.6'"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -299,8 +302,8 @@ def triton_problem() -> str | None:
 
 
 def elementwise_problem(name: str, tensor: Tensor) -> str | None:
-    """Why Triton kernels without matrix products cannot take a tensor of this dtype, as a phrase with its name; or None."""
-    # Triton's interpreter truncates bfloat16 instead of rounding
+    """The reason why Triton kernels without matrix products cannot take this tensor's dtype; None if they can."""
+    # Triton's interpreter would truncate numbers to bfloat16 instead of rounding them
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if tensor.is_cuda else (torch.float16, torch.float32)
     if tensor.dtype in dtypes:
         return None
@@ -311,7 +314,7 @@ def validate() -> None:
     """Checks `GOLF_BACKEND` for every operator, so that a long run fails at its start and not at its end.
 
     Raises:
-        BackendError: as `choose`.
+        BackendError: see `choose`.
     """
     for op in _registry:
         if _forced(op) is not None:
@@ -349,10 +352,10 @@ def _forced(op: str, text: str | None = None) -> Backend | None:
     return _read(op, os.environ.get(ENVIRONMENT_VARIABLE, "") if text is None else text)
 
 
-# a training step asks about a hundred times
+# cached, because a training step calls this about a hundred times
 @functools.lru_cache(maxsize=1024)
 def _read(op: str, text: str) -> Backend | None:
-    """The backend that `GOLF_BACKEND=text` forces for an operator."""
+    """The backend that `GOLF_BACKEND=text` forces for an operator; None if it forces none."""
     default: Backend | None = None
     by_name: dict[str, Backend] = {}
     for entry in text.split(",") if text else ():
@@ -371,7 +374,7 @@ def _read(op: str, text: str) -> Backend | None:
     for name in by_name:
         if name not in known:
             raise BackendError(f"{ENVIRONMENT_VARIABLE}: unknown operator {name!r}; {_nearest(name, known)}")
-    # an operator's own name counts before a name that stands for several
+    # an entry with the operator's own name wins over an entry with a name that stands for several operators
     names = [op, *(name for name, members in _members.items() if op in members)]
     return next((by_name[name] for name in names if name in by_name), default)
 

@@ -1,12 +1,12 @@
-"""GPTQ's inner loop: rounds a block of columns one by one and pushes each column's error onto the next (`golf::gptq_block`).
+"""GPTQ's inner loop (`golf::gptq_block`): rounds columns in order and corrects the later columns for each error.
 
-For columns j = 0, 1, … of a block and every row of the matrix by itself:
+For columns j = 0, 1, … of a block of weights w, independently in each row with scale s:
 
     q_j = round(clamp(w_j / s, −limit, limit)),  e_j = (w_j − q_j s) / U_jj,  w_k ← w_k − U_jk e_j for all k > j
 
-Halves are rounded to even. Each product, difference and quotient is rounded separately and the differences are taken in
-the order of j, so PyTorch, C++ and CUDA give the same bits. The columns after the block change by one matrix product with
-its errors, which the caller computes.
+U is the block's submatrix of the upper Cholesky factor of the inverse Hessian. Halves round to even. Each product,
+difference and quotient is rounded separately, and differences are taken in the order of j, so PyTorch, C++ and CUDA
+give the same bits. The caller corrects the columns after the block, by a matrix product with the errors e.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from torch import Tensor
 from golf_kernels import dispatch, native, operators
 
 MAX_COLUMNS = 128
-"""Columns of the largest block that the native backends take; GOLF_GPTQ_MAX_COLUMNS in csrc/launchers.h."""
+"""Most columns of a block that the C++ and CUDA backends take. Must equal GOLF_GPTQ_MAX_COLUMNS in csrc/launchers.h."""
 
-# GolfDtype in csrc/launchers.h
+# codes of GolfDtype in csrc/launchers.h
 _DTYPES = {torch.float32: 0, torch.float64: 3}
 
 
 def gptq_block(work: Tensor, factor: Tensor, scales: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Rounds a block of columns with error feedback; see the module for the formula.
+    """Rounds a block of columns with error feedback, by the formula in the module's docstring.
 
     Args:
-        work: `(batch, columns, rows)`, float32 or float64: the block, transposed.
-        factor: `(batch, columns, columns)`, the dtype of `work`: U; entries below the diagonal are not read.
-        scales: `(batch, rows)`, the dtype of `work`, positive. Not checked, because a check would wait for the GPU.
-        limit: largest code, 1 to 127; the smallest is its negative.
+        work: `(batch, columns, rows)`, float32 or float64: the weights w of each block, transposed.
+        factor: `(batch, columns, columns)` in the dtype of `work`: U. Entries below the diagonal are not read.
+        scales: `(batch, rows)` in the dtype of `work`: s, which must be positive. The sign is not checked, because a
+            check would wait for the GPU.
+        limit: largest code, 1 to 127. The smallest code is −limit.
 
     Returns:
-        Codes `(batch, columns, rows)` int8, and the errors e in the same shape and the dtype of `work`.
+        The codes q, `(batch, columns, rows)` int8, and the errors e, in the shape and dtype of `work`.
 
     Raises:
         ValueError: a wrong shape, dtype, device or limit.
-        RuntimeError: an input requires a gradient (outside `torch.no_grad()`); the operator has none.
+        RuntimeError: an input requires a gradient outside `torch.no_grad()`; the operator has no gradient.
 
     Source: Frantar et al., arXiv:2210.17323.
     """
@@ -85,7 +86,7 @@ def _reference(work: Tensor, factor: Tensor, scales: Tensor, limit: int) -> tupl
 def _native(work: Tensor, factor: Tensor, scales: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     codes, errors = _allocate(work, factor, scales, limit)
     batch, columns, rows = work.shape
-    # transposed, a column of U is contiguous
+    # U is transposed, because the loops read its columns, which are then contiguous
     work, lower, scales = work.contiguous(), factor.mT.contiguous(), scales.contiguous()
     arguments = [tensor.data_ptr() for tensor in (work, lower, scales, codes, errors)]
     arguments += [batch, columns, rows, limit, _DTYPES[work.dtype]]

@@ -1,15 +1,17 @@
-"""6-bit codes: packing, unpacking, dequantization by rows and fake quantization for training (`golf::int6_*`).
+"""6-bit codes (`golf::int6_*`): packing, unpacking, dequantization with a scale per row, and fake quantization.
 
-Packed codes are two's-complement numbers of 6 bits one after another, lowest bit first; four codes are three bytes:
+A code is a 6-bit two's-complement number. Packing puts codes one after another, lowest bit first. 4 codes take 3 bytes:
 
     byte        0                 1                 2
     bit   7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0
     code  1 1 0 0 0 0 0 0   2 2 2 2 1 1 1 1   3 3 3 3 3 3 2 2
 
-Element i is in bits [6i, 6i + 6), n elements take ceil(6n / 8) bytes, unused bits of the last byte are zero. The rows of a
-matrix have no padding between them, so a row may start within a byte. This is the packing of Parameter Golf's
-`w6_e16_clean_per_row_v1` (#122). PyTorch, C++ and CUDA give the same bits: the product of a code and a scale is rounded to
-float32 (to float64 if an operand or the result is float64), then to the dtype of the result.
+Code i is in bits [6i, 6i + 6). n codes take ceil(6n / 8) bytes. Unused bits of the last byte are zero. The rows of a
+matrix have no padding between them, so a row may start within a byte. The format `w6_e16_clean_per_row_v1` of
+submission #122 packs codes in the same way.
+
+PyTorch, C++ and CUDA give the same bits: the product of a code and a scale is rounded to float32 (to float64 if an
+operand or the result is float64), then to the dtype of the result.
 """
 
 from __future__ import annotations
@@ -32,13 +34,14 @@ def int6_pack(codes: Tensor) -> Tensor:
     """Packs codes into 6 bits each.
 
     Args:
-        codes: any shape, int8, every value in -32..31; read in row-major order. On CUDA the check waits for the GPU.
+        codes: int8, any shape, every value in -32..31. They are read in row-major order. On CUDA the check of the
+            values waits for the GPU.
 
     Returns:
         `(ceil(6 n / 8),)` uint8 for n codes.
 
     Raises:
-        ValueError: another dtype, or a code outside -32..31; the message has the first one and its index.
+        ValueError: another dtype, or a code outside -32..31. The message names the first such code and its index.
     """
     packed: Tensor = torch.ops.golf.int6_pack(codes)
     return packed
@@ -55,22 +58,22 @@ def int6_unpack(packed: Tensor, count: int) -> Tensor:
         `(count,)` int8, every value in -32..31.
 
     Raises:
-        ValueError: another dtype, or a length that does not fit the count.
+        ValueError: another dtype, or a length of `packed` that does not fit `count`.
     """
     codes: Tensor = torch.ops.golf.int6_unpack(packed, count)
     return codes
 
 
 def int6_dequantize(packed: Tensor, scales: Tensor, columns: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Values of a packed matrix: value[r, c] = code[r, c] · scale[r].
+    """Computes the values of a packed matrix: value[r, c] = code[r, c] · scale[r].
 
-    Differentiable in the scales: d scale[r] = sum over c of d value[r, c] · code[r, c].
+    The scales have a gradient: d scale[r] = sum over c of d value[r, c] · code[r, c].
 
     Args:
-        packed: `(ceil(6 rows columns / 8),)` uint8, the codes of one row after another.
-        scales: `(rows,)`, floating.
-        columns: length of a row, >= 0.
-        dtype: of the result, floating.
+        packed: `(ceil(6 rows columns / 8),)` uint8: the packed codes, row after row.
+        scales: `(rows,)`, any floating dtype.
+        columns: number of columns, >= 0.
+        dtype: floating dtype of the result.
 
     Returns:
         `(rows, columns)` in `dtype`.
@@ -88,19 +91,19 @@ def int6_dequantize_many(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """`int6_dequantize` of all matrices of a model, on CUDA with one launch for every 80 matrices.
+    """Computes the values of many packed matrices. On CUDA, one launch takes up to 80 matrices.
 
     Args:
         packed: packed codes of each matrix, as in `int6_dequantize`.
-        scales: `(rows,)` for each matrix, all of one floating dtype.
-        columns: length of a row of each matrix.
-        dtype: of the results, floating.
+        scales: scales `(rows,)` of each matrix, all of the same floating dtype.
+        columns: number of columns of each matrix.
+        dtype: floating dtype of the results.
 
     Returns:
-        One `(rows, columns)` tensor for each.
+        Values `(rows, columns)` of each matrix.
 
     Raises:
-        ValueError: lists of different lengths, or as `int6_dequantize`.
+        ValueError: the lists have different lengths; see also `int6_dequantize`.
     """
     if len(packed) == 0 and len(scales) == 0 and len(columns) == 0:
         return []
@@ -109,17 +112,17 @@ def int6_dequantize_many(
 
 
 def int6_fake_quantize(weight: Tensor, scales: Tensor) -> Tensor:
-    """Rounds weights to values of int6: round(clamp(w / s, -31, 31)) · s, halves to even.
+    """Rounds weights to values that int6 can hold: round(clamp(w / s, -31, 31)) · s. Halves round to even.
 
-    The gradient passes unchanged to `weight` (straight-through); `scales` gets none.
+    The gradient passes unchanged to `weight` (straight-through). `scales` gets no gradient.
 
     Args:
-        weight: `(..., rows, columns)`, floating.
-        scales: `(..., rows)`, floating, positive. Not checked, because a check would wait for the GPU. A scale of zero
-            gives NaN for weights of zero, and zero for the others.
+        weight: `(..., rows, columns)`, any floating dtype.
+        scales: `(..., rows)`, any floating dtype, positive. The sign is not checked, because a check would wait for the
+            GPU. A scale of zero turns weights of zero into NaN, and other weights into zero.
 
     Returns:
-        The shape and dtype of `weight`.
+        The rounded weights, in the shape and dtype of `weight`.
 
     Raises:
         ValueError: a wrong shape, dtype or device.
@@ -340,7 +343,7 @@ torch.library.register_autograd("golf::int6_fake_quantize", _backward_straight_t
 
 
 def _round_trip(codes: Tensor, scales: Tensor) -> list[Tensor]:
-    """Every operator once."""
+    """Calls every int6 operator once."""
     packed = int6_pack(codes)
     values = int6_dequantize(packed, scales, codes.shape[1], dtype=scales.dtype)
     return [int6_unpack(packed, codes.numel()), values, int6_fake_quantize(values, scales)]

@@ -1,4 +1,4 @@
-"""The C++ and CUDA backends of int6: they pass checked tensors and allocated results to `golf_kernels._C`."""
+"""Calls the C++ and CUDA functions of int6 in `golf_kernels._C`. Callers check the inputs and allocate the results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from golf_kernels import native
 
-# GolfDtype in csrc/launchers.h
+# codes of GolfDtype in csrc/launchers.h
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 VALUE_DTYPES = {"cpp": (torch.float32, torch.bfloat16), "cuda": tuple(DTYPES)}
 WEIGHT_DTYPES = {"cpp": (torch.float32,), "cuda": tuple(DTYPES)}
@@ -21,12 +21,12 @@ Native = Literal["cpp", "cuda"]
 
 
 def supports_codes(backend: Native, *args: Any) -> str | None:
-    """Why packing and unpacking cannot run on a backend; None if they can."""
+    """The reason why a backend cannot pack and unpack codes; None if it can."""
     return native.problem(backend)
 
 
 def supports_dequantize(backend: Native, *args: Any) -> str | None:
-    """Why `int6_dequantize` cannot run on a backend; None if it can."""
+    """The reason why a backend cannot run `int6_dequantize`; None if it can."""
     unavailable = native.problem(backend)
     if unavailable is not None or not args:
         return unavailable
@@ -39,7 +39,7 @@ def supports_dequantize(backend: Native, *args: Any) -> str | None:
 
 
 def supports_fake_quantize(backend: Native, *args: Any) -> str | None:
-    """Why `int6_fake_quantize` cannot run on a backend; None if it can."""
+    """The reason why a backend cannot run `int6_fake_quantize`; None if it can."""
     unavailable = native.problem(backend)
     if unavailable is not None or not args:
         return unavailable
@@ -50,14 +50,14 @@ def supports_fake_quantize(backend: Native, *args: Any) -> str | None:
 
 
 def _unsupported(what: str, dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> str | None:
-    # other dtypes are refused by the check that every backend makes
+    # for dtypes that are not floating, int6.py raises an error on every backend
     if dtype in dtypes or not dtype.is_floating_point:
         return None
     return f"{what} of {dtype}, which only PyTorch computes"
 
 
 def pack(codes: Tensor, packed: Tensor) -> int | None:
-    """Fills `packed`; returns the first flat index of a code outside -32..31, or None."""
+    """Packs `codes` into `packed`. Returns the flat index of the first code outside -32..31, or None."""
     codes = _laid_out(codes)
     if not codes.is_cuda:
         bad = native.extension().int6_pack_cpu(codes.data_ptr(), packed.data_ptr(), codes.numel())
@@ -72,7 +72,7 @@ def pack(codes: Tensor, packed: Tensor) -> int | None:
 
 
 def unpack(packed: Tensor, codes: Tensor) -> None:
-    """Fills `codes`."""
+    """Unpacks `packed` into `codes`."""
     packed = _laid_out(packed)
     if not packed.is_cuda:
         native.extension().int6_unpack_cpu(packed.data_ptr(), codes.data_ptr(), codes.numel())
@@ -82,7 +82,7 @@ def unpack(packed: Tensor, codes: Tensor) -> None:
 
 
 def dequantize(packed: Sequence[Tensor], scales: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Fills `values`, matrices of one dtype, in one call."""
+    """Dequantizes a list of matrices into `values` in one call. All `values` have the same dtype."""
     # the lists keep contiguous copies alive until the launch is queued
     packed = [_laid_out(one) for one in packed]
     scales = [_laid_out(one) for one in scales]
@@ -100,9 +100,9 @@ def dequantize(packed: Sequence[Tensor], scales: Sequence[Tensor], values: Seque
 
 
 def fake_quantize(weight: Tensor, scales: Tensor, result: Tensor) -> None:
-    """Fills `result`."""
+    """Writes the fake-quantized weights to `result`."""
     weight = _laid_out(weight)
-    # few numbers, and float32 holds every 16-bit scale exactly
+    # there are few scales, and float32 holds every 16-bit scale exactly
     steps = _laid_out(scales.to(torch.float32))
     columns = weight.shape[-1]
     sizes = (weight.data_ptr(), steps.data_ptr(), result.data_ptr(), steps.numel(), columns)
@@ -114,7 +114,7 @@ def fake_quantize(weight: Tensor, scales: Tensor, result: Tensor) -> None:
 
 
 def _laid_out(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous, and on CUDA aligned to 16 bytes."""
+    """Returns the tensor or a copy, contiguous, and on CUDA aligned to 16 bytes."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % 16 else tensor
 

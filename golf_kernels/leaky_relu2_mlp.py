@@ -1,18 +1,18 @@
-"""The LeakyReLU² MLP with its norm, scale and residual as one operator: `golf::leaky_relu2_mlp`.
+"""The LeakyReLU² MLP with norm, scale and residual as one operator: `golf::leaky_relu2_mlp`.
 
     n = gain · x · rstd,  rstd = 1 / √(mean(x²) + norm_eps)     (without a norm: n = gain · x)
     pre = n · w_upᵀ,  post = leaky_relu(pre, slope)²,  y = residual + scale ⊙ (post · w_downᵀ)
 
-Kept for the backward pass, besides the inputs, are `post`, one sign bit per element of `pre` (none for slope 0) and
-`rstd`: the derivative of post is 2√post where pre > 0 and −2·slope·√post elsewhere. The block is homogeneous of degree 2
-in n, so ⟨n, dn⟩ = 2⟨post, dpost⟩ per row, and with r = gain · rstd
+The backward pass keeps the inputs, `post`, `rstd` and, unless the slope is 0, one sign bit per element of `pre`. The
+derivative of post with respect to pre, post', is 2√post where pre > 0 and −2·slope·√post elsewhere. `post` is
+homogeneous of degree 2 in n, so ⟨n, dn⟩ = 2⟨post, dpost⟩ in each row of d numbers. With r = gain · rstd:
 
-    dpost = (dy ⊙ scale) · w_down,  dpre = dpost ⊙ dpost/dpre
-    dx = r · (dpre · w_up) − x · (2 · rstd² / d) · ⟨post, dpost⟩ (+ dy where x is the residual too)
+    dpost = (dy ⊙ scale) · w_down,  dpre = dpost ⊙ post'
+    dx = r · (dpre · w_up) − x · (2 · rstd² / d) · ⟨post, dpost⟩ (+ dy if x is also the residual)
     dw_up = (r · dpre)ᵀ · x,  dw_down = scale ⊙ (dyᵀ · post),  dscale = rowsum((dyᵀ · post) ⊙ w_down)
 
-`golf::leaky_relu2_mlp_backward` computes these. The reference computes ⟨n, dn⟩ from dn, which is more accurate and takes
-a pass that the kernels save.
+`golf::leaky_relu2_mlp_backward` computes these gradients. Its PyTorch reference computes ⟨n, dn⟩ directly from dn,
+which is more accurate, but takes another pass over dn.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 from golf_kernels import dispatch, operators
 
-# eight bytes that are 0 or 1, read as one integer: the product gathers them, the first as the lowest bit, in its top byte
+# factor that packs bits: it multiplies an int64 of eight bytes that are 0 or 1; the top byte of the product then has
+# them as bits, the first byte in the lowest bit
 _GATHER_BITS = 0x0102040810204080
 
 
@@ -41,26 +42,26 @@ def leaky_relu2_mlp(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """MLP block: residual + scale ⊙ (leaky_relu(gain · rms(x) · w_upᵀ, slope)² · w_downᵀ).
+    """Computes the MLP block residual + scale ⊙ (leaky_relu(gain · rms(x) · w_upᵀ, slope)² · w_downᵀ).
 
-    Differentiable once in all tensors. Under `torch.no_grad()` nothing is kept for a backward pass.
+    All tensors have first derivatives, but no second ones. `torch.no_grad()` saves the memory for the backward pass.
 
     Args:
-        x: `(..., d)`, floating; any number of rows, 0 included.
-        w_up: `(h, d)`, the dtype of x; neither is 0.
-        w_down: `(d, h)`, the dtype of x.
-        slope: slope of the negative side, in [0, 1): 0 is ReLU².
-        norm_eps: epsilon of the RMS norm x / √(mean(x²) + norm_eps) over the last dimension; None: no norm.
-        gain: constant factor on the norm's output (or on x).
-        residual: `(..., d)` like x, added to the result; None: nothing is added. If it is x itself, the kernel adds the
-            two gradients of x.
-        scale: `(d,)`, the dtype of x, factor of each output channel; None: 1.
+        x: `(..., d)`, any floating dtype. The number of rows may be 0.
+        w_up: `(h, d)` in the dtype of x, with h > 0 and d > 0.
+        w_down: `(d, h)` in the dtype of x.
+        slope: slope of leaky_relu for negative numbers, in [0, 1). Slope 0 gives ReLU².
+        norm_eps: epsilon of the RMS norm x / √(mean(x²) + norm_eps) over the last dimension. None: no norm.
+        gain: constant factor on the norm's output, or on x if there is no norm.
+        residual: `(..., d)` like x, added to the result; None: nothing is added. If the residual is x itself, the
+            backward pass adds dy to dx in its kernel.
+        scale: `(d,)` in the dtype of x: factor on each output channel. None: no factor.
 
     Returns:
-        `(..., d)` in the dtype of x. Products run in that dtype; mean squares in float32 at least.
+        `(..., d)` in the dtype of x. Matrix products use this dtype. Mean squares use float32 at least.
 
     Raises:
-        ValueError: a shape, dtype, device or number that does not fit.
+        ValueError: a wrong shape, dtype, device or number.
     """
     tensors = [tensor for tensor in (x, w_up, w_down, residual, scale) if tensor is not None]
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -201,14 +202,15 @@ def _backward_reference(
     columns = w_down if scale is None else scale.unsqueeze(1) * w_down
     dpost = dy @ columns
     inverse = rstd if norm else None
-    # the root in this dtype is |pre| for all but a few elements
+    # in this dtype √post equals |leaky_relu(pre)| for all but a few elements
     dpre = dpost.mul_(post.sqrt()).mul_(2.0)
     if slope > 0:
         dpre = torch.where(_unpack(sign, post.shape[1]), dpre, dpre * -slope)
     dx = dpre @ w_up
     dw_up = dpre.T @ _normalize(x, inverse, gain)
     if inverse is not None:
-        # the gradient of the norm, in the norm's dtype and rounded once: it also removes dn's rounding error along x
+        # computes the norm's gradient in the norm's dtype and rounds it once; subtracting `unit * along` also removes
+        # dn's rounding error along x
         unit = x * inverse.unsqueeze(1)
         wide = dx.to(inverse.dtype)
         along = torch.linalg.vecdot(wide, unit).unsqueeze(1) / x.shape[1]
@@ -238,13 +240,13 @@ def _normalize(x: Tensor, inverse_rms: Tensor | None, gain: float) -> Tensor:
 
 
 def _pack(positive: Tensor) -> Tensor:
-    """Bits of each row, the first element lowest, in ⌈columns / 8⌉ bytes."""
+    """Packs each row as bits into ⌈columns / 8⌉ bytes. The first of eight elements is the lowest bit."""
     padded = F.pad(positive, (0, -positive.shape[1] % 8)).contiguous()
     return (padded.view(torch.int64) * _GATHER_BITS).bitwise_right_shift_(56).to(torch.uint8)
 
 
 def _unpack(packed: Tensor, columns: int) -> Tensor:
-    # made on the device: a copy from the host could not be captured in a CUDA graph
+    # made on the device, because a CUDA graph cannot capture a copy from the host
     masks = 1 << torch.arange(8, dtype=torch.uint8, device=packed.device)
     return packed.unsqueeze(2).bitwise_and(masks).ne(0).reshape(packed.shape[0], packed.shape[1] * 8)[:, :columns]
 
@@ -273,7 +275,7 @@ def _backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Any, ...]:
 
 
 def _triton_problem(x: Tensor, w_up: Tensor) -> str | None:
-    # Triton's interpreter multiplies the bit patterns of bfloat16, without an error
+    # Triton's interpreter would multiply the bit patterns of bfloat16 numbers without raising an error
     dtypes = (torch.bfloat16, torch.float16) if x.is_cuda else (torch.float16, torch.float32)
     if x.dtype not in dtypes:
         return f"x is {x.dtype}, its kernels take {' and '.join(map(str, dtypes))}"
@@ -356,7 +358,8 @@ operators.declare(
         "leaky_relu2_mlp",
         leaky_relu2_mlp,
         _inputs,
-        # wide tiles divide the first width and hidden size, and not the second; both have the longest sums of a row
+        # the first width and hidden size are multiples of wide tiles, the second are not; with both hidden sizes the dx
+        # kernel adds MAX_PARTS partial sums per row
         cases=[
             {"rows": 98304, "width": width, "hidden": hidden, "slope": slope, "norm_eps": eps, "residual": residual}
             for (width, hidden), eps, slope, residual in itertools.product(

@@ -1,16 +1,17 @@
-"""Triton kernels of the LeakyReLU² MLP for Hopper: four matrix products with the rest of the block in their epilogues.
+"""Triton kernels of the LeakyReLU² MLP for Hopper: four matrix products, whose epilogues compute the rest of the block.
 
-    up    post = leaky_relu(r ⊙ (x · w_upᵀ))², one sign bit per element         (r = gain · rstd, one number per row)
+    up    post = leaky_relu(r ⊙ (x · w_upᵀ))², and one sign bit per element     (r = gain · rstd, one number per row)
     down  y = post · w_downᵀ + residual
-    dpre  dpre = r ⊙ (dy · w_down) ⊙ dpost/dpre, and ⟨post, dpost⟩ of each row and tile
-    dx    dx = dpre · w_up − x · (2 · rstd² / d) · ⟨post, dpost⟩ + dy            (+ dy where x is the residual too)
+    dpre  dpre = r ⊙ (dy · w_down) ⊙ post', and ⟨post, dpost⟩ of each row within each tile
+    dx    dx = dpre · w_up − x · (2 · rstd² / d) · ⟨post, dpost⟩ + dy            (dy only if x is also the residual)
 
-Each kernel is persistent, moves its tiles with TMA and finishes a tile in two halves of its columns, so that the tile to
-store takes half the shared memory. cuBLAS computes the two weight gradients, which have nothing to fuse, and the down
-product without a residual. With a residual, torch's addmm would copy it first.
+The formulas are derived in leaky_relu2_mlp.py; dpre here includes the factor r. Each kernel is persistent and moves
+tiles with TMA. An epilogue stores a tile in two halves, so that the result needs half the shared memory. cuBLAS
+computes the two weight gradients, because they have no epilogue, and the down product if there is no residual. With a
+residual, torch's addmm would copy the residual first.
 """
 
-# triton gives the arguments of a kernel their types
+# kernel arguments have no annotations, because Triton infers their types
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def inverse_rms_kernel(x_ptr, rstd_ptr, rows, width, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """rstd = 1 / √(mean(x²) + eps) of BLOCK_M rows."""
+    """Computes rstd = 1 / √(mean(x²) + eps) of BLOCK_M rows."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for k in range(0, width, BLOCK_K):
@@ -41,20 +42,20 @@ def inverse_rms_kernel(x_ptr, rstd_ptr, rows, width, eps, BLOCK_M: tl.constexpr,
 
 @triton.jit
 def _origin(tile, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    # tiles of the same rows are consecutive, so that those rows are read from memory once
+    # tiles with the same rows are consecutive, so that these rows are read from memory once
     across = tl.cdiv(columns, BLOCK_N)
     return tile // across * BLOCK_M, tile % across * BLOCK_N
 
 
 @triton.jit
 def _late(depth, BLOCK_K: tl.constexpr):
-    # 8 steps before the last: early enough for memory to answer, late enough for L2 to keep the answer
+    # prefetch 8 steps before the last: early enough for the data to arrive, late enough for L2 to keep it
     return tl.maximum(tl.cdiv(depth, BLOCK_K) - 8, 0) * BLOCK_K
 
 
 @triton.jit
 def _prefetch(pointer, m, n, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    # an epilogue waits for its loads, so its inputs are prefetched into L2, a line of 128 bytes at a time
+    # prefetches an epilogue's inputs into L2, a line of 128 bytes at a time, because the epilogue waits for its loads
     if not INTERPRETED:
         row = tl.minimum(m + tl.arange(0, BLOCK_M), rows - 1)
         column = tl.minimum(n + 64 * tl.arange(0, (BLOCK_N + 63) // 64), columns - 1)
@@ -92,7 +93,10 @@ def up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """post and sign from x `(rows, width)` and w_up `(hidden, width)`; 32 signs are a word, the first its lowest bit."""
+    """Computes post and sign from x `(rows, width)` and w_up `(hidden, width)`.
+
+    A 32-bit word of sign holds the bits of 32 elements, the first in the lowest bit.
+    """
     HALF: tl.constexpr = BLOCK_N // 2
     tl.assume(width > 0)
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(hidden, BLOCK_N)
@@ -109,7 +113,7 @@ def up_kernel(
         for half in tl.static_range(2):
             column = n + half * HALF
             pre = halves[half] * factor[:, None]
-            # slope 0 has its own branch, because 0 · ∞ is NaN; the maximum must propagate NaN
+            # slope 0 has its own branch, because 0 · ∞ is NaN; the maximum must propagate a NaN of `pre`
             if LEAKY:
                 activated = tl.maximum(pre, slope * pre, propagate_nan=tl.PropagateNan.ALL)
             else:
@@ -138,7 +142,7 @@ def down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y from post `(rows, hidden)`, w_down `(width, hidden)` and the residual."""
+    """Computes y from post `(rows, hidden)`, w_down `(width, hidden)` and the residual."""
     HALF: tl.constexpr = BLOCK_N // 2
     tl.assume(hidden > 0)
     late = _late(hidden, BLOCK_K)
@@ -178,7 +182,10 @@ def dpre_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """r · dpre from dy `(rows, width)` and w_down `(width, hidden)`; ⟨post, dpost⟩ of each tile and row in euler."""
+    """Computes dpre from dy `(rows, width)` and w_down `(width, hidden)`.
+
+    Also stores ⟨post, dpost⟩ of each row within the tile in `euler`.
+    """
     HALF: tl.constexpr = BLOCK_N // 2
     tl.assume(width > 0)
     late = _late(width, BLOCK_K)
@@ -240,7 +247,10 @@ def dx_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dx from r · dpre `(rows, hidden)` and w_up `(hidden, width)`; euler is `(parts, rows)`, PARTS a power of 2."""
+    """Computes dx from dpre `(rows, hidden)`, w_up `(hidden, width)` and euler `(parts, rows)`.
+
+    PARTS is `parts` rounded up to a power of 2.
+    """
     HALF: tl.constexpr = BLOCK_N // 2
     tl.assume(hidden > 0)
     late = _late(hidden, BLOCK_K)
@@ -275,7 +285,7 @@ def dx_kernel(
 
 
 class Tile(NamedTuple):
-    """Block sizes of a product, warps of a program, stages of its loads, and programs on an SM."""
+    """Block sizes m, n and k of a matrix product, warps per program, pipeline stages, and programs per SM."""
 
     m: int
     n: int
@@ -285,7 +295,7 @@ class Tile(NamedTuple):
     programs: int
 
 
-# wide tiles read least per product; two programs with narrow tiles fit on an SM, one in its epilogue, one multiplying
+# wide tiles read the fewest bytes; with narrow tiles two programs fit on an SM: one multiplies, one is in its epilogue
 TILES = {
     "up": {"wide": Tile(128, 256, 64, 8, 4, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
     "down": {"wide": Tile(128, 256, 64, 8, 3, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
@@ -293,7 +303,7 @@ TILES = {
     "dx": {"wide": Tile(128, 256, 64, 8, 3, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
 }
 INVERSE_RMS = {"BLOCK_M": 16, "BLOCK_K": 128}
-# partial sums of a row that a program of the dx kernel adds without spilling registers
+# most partial sums per row that the dx kernel adds without spilling registers
 MAX_PARTS = 16
 KERNELS = {"up": up_kernel, "down": down_kernel, "dpre": dpre_kernel, "dx": dx_kernel}
 
@@ -310,15 +320,17 @@ def forward(
     add_x: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`golf::leaky_relu2_mlp`: y; with `save` also post, sign and rstd, which `backward` needs, otherwise empty ones.
+    """Implements `golf::leaky_relu2_mlp`: returns y, post, sign and rstd.
 
     Args:
-        x: `(rows, d)`, bfloat16 or float16; d a multiple of 8.
-        w_up, w_down: `(hidden, d)` and `(d, hidden)`; hidden a multiple of 64.
-        residual, scale: `(rows, d)` and `(d,)`, or None. With add_x the residual is x.
-        slope: of the negative side, in [0, 1).
-        norm_eps: of the norm; None: no norm.
-        gain: factor of the norm's output.
+        x: `(rows, d)`, bfloat16 or float16; d is a multiple of 8.
+        w_up, w_down: `(hidden, d)` and `(d, hidden)`; hidden is a multiple of 64.
+        residual, scale: `(rows, d)` and `(d,)`, or None.
+        slope: slope of leaky_relu for negative numbers, in [0, 1).
+        norm_eps: epsilon of the norm; None: no norm.
+        gain: factor on the norm's output.
+        add_x: whether x is the residual.
+        save: whether to return post, sign and rstd for `backward`. If False, they are empty tensors.
     """
     rows, hidden = x.shape[0], w_up.shape[0]
     x, w_up = _laid_out(x), _laid_out(w_up)
@@ -341,7 +353,7 @@ def forward(
 
 
 def down(post: Tensor, w_down: Tensor, residual: Tensor | None) -> Tensor:
-    """post · w_downᵀ + residual."""
+    """Returns post · w_downᵀ + residual."""
     if residual is None:
         return post @ w_down.T
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
@@ -367,7 +379,10 @@ def backward(
     gain: float,
     add_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`golf::leaky_relu2_mlp_backward`: dx (with add_x including the residual's gradient), dw_up, dw_down, dscale."""
+    """Implements `golf::leaky_relu2_mlp_backward`: returns dx, dw_up, dw_down and dscale.
+
+    With `add_x`, dx includes the gradient of the residual.
+    """
     (rows, width), hidden = x.shape, w_up.shape[0]
     dy, x, w_up, post = _laid_out(dy), _laid_out(x), _laid_out(w_up), _laid_out(post)
     columns = _laid_out(w_down if scale is None else scale.unsqueeze(1) * w_down)
@@ -392,13 +407,13 @@ def backward(
 
 
 def choose_tile(product: str, columns: int) -> Tile:
-    """The wide tile of a product if it divides the columns of the result, otherwise the narrow one."""
+    """Returns a product's wide tile if its n divides the columns of the result, otherwise the narrow tile."""
     tiles = TILES[product]
     return tiles["narrow" if columns % tiles["wide"].n else "wide"]
 
 
 def _blocks(product: str, tile: Tile) -> list[list[int]]:
-    """Block shapes of a kernel's descriptors: two operands, then the half tiles that its epilogue reads and stores."""
+    """Block shapes of a kernel's tensor descriptors: two operands, then the half tiles of its epilogue."""
     halves = sum(name.endswith("_desc") for name in KERNELS[product].arg_names) - 2
     right = [tile.n, tile.k] if product in ("up", "down") else [tile.k, tile.n]
     return [[tile.m, tile.k], right, *([[tile.m, tile.n // 2]] * halves)]
@@ -407,7 +422,7 @@ def _blocks(product: str, tile: Tile) -> list[list[int]]:
 def _launch(product: str, tensors: tuple[Tensor, ...], *arguments: Any, **flags: int) -> None:
     (rows, columns), device = tensors[-1].shape, tensors[-1].device
     tile = choose_tile(product, columns)
-    # one SM in the interpreter, so that a program takes several tiles there
+    # the interpreter counts as one SM, so that a program takes several tiles there
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     programs = min(triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n), processors * tile.programs)
     descriptors = map(TensorDescriptor.from_tensor, tensors, _blocks(product, tile))
@@ -422,6 +437,6 @@ def _words(sign: Tensor) -> Tensor:
 
 
 def _laid_out(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous and aligned for TMA."""
+    """Returns the tensor or a copy, contiguous and aligned to 16 bytes for TMA."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -1,14 +1,14 @@
-"""The mix of the residual stream with its start, and the norm of it, one pass each way: `golf::mix_rms_norm`.
+"""Mixes the residual stream x with its initial value x0 and normalizes the mixture: `golf::mix_rms_norm`.
 
     h = m₀ ⊙ x + m₁ ⊙ x0,  n = gain · h · r,  r = 1 / √(mean(h²) + eps) of each row of d numbers
 
-The norm is taken of h before h is rounded. Kept for the backward pass are x, x0 and the mix. h and r are computed again,
-because the gradient of the mix needs x and x0 anyway. With t, the whole gradient of h,
+The norm uses h before h is rounded. The backward pass keeps x, x0 and the mix (m₀, m₁), and computes h and r again. It
+could not do without x and x0, because the mix's gradient needs them. With t, the total gradient of h, the gradients are
 
     t = dh + gain · r · (dn − h · r² · ⟨dn, h⟩ / d)
     dx = m₀ ⊙ t,  dx0 = m₁ ⊙ t,  dm₀ = Σ t ⊙ x,  dm₁ = Σ t ⊙ x0  (sums over rows)
 
-`golf::mix_rms_norm_backward` computes these.
+`golf::mix_rms_norm_backward` computes them.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from golf_kernels import dispatch, operators
 def mix_rms_norm(x: Tensor, x0: Tensor, mix: Tensor, *, eps: float, gain: float = 1.0) -> tuple[Tensor, Tensor]:
     """Mixes x with x0 and normalizes the rows: h = m₀ ⊙ x + m₁ ⊙ x0, n = gain · h / √(mean(h²) + eps).
 
-    Differentiable once in x, x0 and mix.
+    x, x0 and mix have first derivatives, but no second ones.
 
     Args:
-        x: `(B, T, d)`, floating, of any strides: the residual stream. B and T may be 0.
-        x0: `(B, T, d)`, the dtype of x, of any strides: the residual stream before the first layer. May be x itself.
-        mix: `(2, d)`, m₀ and m₁, float32 or the dtype of x. It is rounded to the dtype of x at use; its gradient is not.
+        x: `(B, T, d)`, any floating dtype, any strides: the residual stream. B and T may be 0.
+        x0: `(B, T, d)` in the dtype of x, any strides: the residual stream before the first layer. It may be x itself.
+        mix: `(2, d)`, float32 or the dtype of x: m₀ and m₁. The operator rounds mix to the dtype of x, but not its
+            gradient.
         eps: epsilon of the norm.
         gain: constant factor on n.
 
     Returns:
-        h and n, contiguous, of the shape and dtype of x.
+        h and n, contiguous, in the shape and dtype of x.
 
     Raises:
-        ValueError: a shape, dtype, device or number that does not fit.
+        ValueError: a wrong shape, dtype, device or number.
     """
     mixed: tuple[Tensor, Tensor] = torch.ops.golf.mix_rms_norm(x, x0, mix, eps, gain)
     return mixed
@@ -66,7 +67,7 @@ def _fake(x: Tensor, x0: Tensor, mix: Tensor, eps: float, gain: float) -> tuple[
 
 
 def _mixed(x: Tensor, x0: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
-    """The mix as it counts, in float32 at least, and h before it is rounded."""
+    """Returns the mix rounded to the dtype of x, and h before rounding, both as float32 at least."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     rounded = mix.to(x.dtype).to(dtype)
     # in place, here and below, because allocating memory takes most of the time on a CPU

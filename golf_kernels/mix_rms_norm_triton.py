@@ -1,13 +1,13 @@
-"""Triton kernels of the residual mix and its norm: one pass over x and x0 each way.
+"""Triton kernels of the residual mix and its norm. Each kernel reads x and x0 once.
 
     mix      h = m₀ ⊙ x + m₁ ⊙ x0 and n = gain · rms(h)
     unmix    dx, dx0 and each program's partial sums of dm₀ and dm₁, from dh, dn, x and x0
 
-A program holds whole rows, because the norm needs them. The backward kernel takes `PARTIAL_ROWS` rows, a few at a time, and
-keeps its partial sums over them in registers. The partial sums are added in the same order every time.
+A program holds whole rows, because the norm needs them. A program of `unmix` takes `PARTIAL_ROWS` rows, a few at a
+time, and keeps their partial sums in registers. The partial sums are always added in the same order.
 """
 
-# triton gives the arguments of a kernel their types
+# kernel arguments have no annotations, because Triton infers their types
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 PARTIAL_ROWS = 64
-"""Rows of one partial sum of dm. 98,304 rows have 1,536 partial sums, 1 % of what the pass reads and writes."""
+"""Rows per partial sum of dm. 98,304 rows give 1,536 partial sums, 1 % of the bytes that `unmix` reads and writes."""
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _mix(mix_ptr, column, dtype: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _rstd(h, row, rows, eps, WIDTH: tl.constexpr):
     mean_square = tl.sum(h * h, axis=1) / WIDTH
-    # rows beyond the last are 0, and have no norm if eps is 0
+    # rows beyond the last are 0, and rsqrt(0) would be infinite if eps is 0
     return tl.rsqrt(tl.where(row < rows, mean_square + eps, 1.0))
 
 
@@ -72,7 +72,7 @@ def mix_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """h and n of BLOCK rows."""
+    """Computes h and n of BLOCK rows."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, triton.next_power_of_2(WIDTH))
     m0, m1 = _mix(mix_ptr, column, x_ptr.dtype.element_ty, WIDTH)
@@ -113,12 +113,15 @@ def unmix_kernel(
     BLOCK: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
-    """dx and dx0 of PARTIAL rows, and their row of `partial` `(programs, 2, WIDTH)`, whose sum over programs is dm."""
+    """Computes dx and dx0 of PARTIAL rows, and a partial sum of dm over these rows.
+
+    `partial` `(programs, 2, WIDTH)` holds the partial sums of all programs.
+    """
     column = tl.arange(0, triton.next_power_of_2(WIDTH))
     m0, m1 = _mix(mix_ptr, column, x_ptr.dtype.element_ty, WIDTH)
     dm0 = tl.zeros((BLOCK, column.shape[0]), tl.float32)
     dm1 = tl.zeros((BLOCK, column.shape[0]), tl.float32)
-    # stages: the next rows are loaded while these are computed
+    # num_stages: the next rows are loaded while these rows are computed
     for first in tl.range(0, PARTIAL, BLOCK, num_stages=3):
         row = tl.program_id(0) * PARTIAL + first + tl.arange(0, BLOCK)
         x = _load(x_ptr, row, column, rows, length, x_stride_b, x_stride_t, x_stride_d, WIDTH)
@@ -139,13 +142,13 @@ def unmix_kernel(
 
 
 def forward(x: Tensor, x0: Tensor, mix: Tensor, eps: float, gain: float) -> tuple[Tensor, Tensor]:
-    """`golf::mix_rms_norm`: h and n.
+    """Implements `golf::mix_rms_norm`: returns h and n.
 
     Args:
-        x, x0: `(B, T, d)` of any strides, bfloat16, float16 or float32.
-        mix: `(2, d)` float32 or in the dtype of x.
-        eps: of the norm.
-        gain: factor of n.
+        x, x0: `(B, T, d)`, bfloat16, float16 or float32, with any strides.
+        mix: `(2, d)`, float32 or the dtype of x.
+        eps: epsilon of the norm.
+        gain: factor on n.
     """
     h, n = x.new_empty(x.shape), x.new_empty(x.shape)
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
@@ -162,7 +165,7 @@ def forward(x: Tensor, x0: Tensor, mix: Tensor, eps: float, gain: float) -> tupl
 def backward(
     dh: Tensor, dn: Tensor, x: Tensor, x0: Tensor, mix: Tensor, eps: float, gain: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`golf::mix_rms_norm_backward`: dx, dx0 and dmix."""
+    """Implements `golf::mix_rms_norm_backward`: returns dx, dx0 and dmix."""
     dx, dx0 = x.new_empty(x.shape), x.new_empty(x.shape)
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
     if not rows:
@@ -180,6 +183,9 @@ def backward(
 
 
 def choose_block(width: int, numbers: int) -> tuple[int, int]:
-    """Rows that a program holds at a time, and its warps, for `numbers` numbers of each tensor in registers."""
+    """Returns the rows that a program takes at a time, and its number of warps.
+
+    `numbers` is the wanted number of elements of each tensor in a program's registers, padding included.
+    """
     padded = triton.next_power_of_2(width)
     return min(max(1, numbers // padded), PARTIAL_ROWS), max(4, padded // 512)

@@ -1,6 +1,6 @@
-"""Muon on top of `golf::newton_schulz`: a drop-in for `torch.optim.Muon`, with MuonEq-R, NorMuon and sharding over ranks.
+"""The optimizer Muon: replaces `torch.optim.Muon`, adds MuonEq-R and NorMuon, and can divide its work among ranks.
 
-One step, for each matrix with gradient g (elementwise parts through `torch._foreach`, one Newton-Schulz call for all):
+One step computes, for each weight matrix w with gradient g, momentum m and second moment s:
 
     m ← m + (1 − β)·(g − m),  u = g + β·(m − g)     (dampened, as torch.optim.Muon; without Nesterov u = m)
     m ← β·m + g,              u = g + β·m           (not dampened, as the published Parallel Muon)
@@ -9,7 +9,8 @@ One step, for each matrix with gradient g (elementwise parts through `torch._for
     s ← β₂·s + (1 − β₂)·mean_row(O²);  O ← O / (√s + 1e-10), rescaled to its former Frobenius norm     (normuon)
     w ← w·(1 − lr·weight_decay) − lr·ratio·O,  ratio = √max(1, rows / columns)
 
-The Triton backend of `muon_step` (muon_step.py) takes one launch per line for all matrices of a group.
+One `golf::newton_schulz` call takes all matrices with the same options. The other lines use `torch._foreach` functions.
+In the Triton backend (muon_step.py), each kernel launch takes all matrices of a parameter group.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from golf_kernels.sharding import orthogonalize_sharded
 
 ADJUST_LR = ("original", "match_rms_adamw")
 _NORMUON_EPS = 1e-10
-# a group, and those of its parameters on one device that have a gradient
+# a parameter group, and its parameters that have a gradient and are on one device
 Work = tuple[dict[str, Any], list[Tensor]]
-# the options of a group of torch.optim.Muon
+# options of a parameter group of torch.optim.Muon
 _OPTIONS = {"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"}
-# the options that it lacks, and their defaults
+# options that torch.optim.Muon lacks, and their defaults
 _EXTRAS: dict[str, Any] = {
     "row_normalize": False,
     "row_eps": 1e-7,
@@ -51,45 +52,47 @@ _EXTRAS: dict[str, Any] = {
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with the arguments of `torch.optim.Muon`, whose calls and `state_dict` work here unchanged.
+    """Muon, with all arguments of `torch.optim.Muon` and some more.
 
-    Every option can differ between parameter groups, and `lr` and `momentum` may change from step to step. The host
-    never waits for the GPU. A step can be captured in a CUDA graph after a step with the same tensors; `lr` and
-    `momentum` must then be tensors on the device, which each replay reads.
+    Code and a `state_dict` made for `torch.optim.Muon` work unchanged. Every option can differ between parameter
+    groups. `lr` and `momentum` may change from step to step. The host never waits for the GPU. A CUDA graph can capture
+    a step after one ordinary step with the same tensors. For a graph, `lr` and `momentum` must be tensors on the
+    device; each replay reads them.
 
     Args:
-        params: matrices `(rows, columns)` and banks `(b, rows, columns)`, or groups of them.
+        params: matrices `(rows, columns)` and banks of matrices `(b, rows, columns)`, or parameter groups of them.
         lr: learning rate; a float or a one-element tensor.
-        weight_decay: decoupled: w ← w·(1 − lr·weight_decay).
-        momentum: β; a float or a one-element tensor. If β changes, dampened and not dampened momentum weigh old
-            gradients differently; with a constant β they differ by a factor that Newton-Schulz removes.
-        nesterov: look ahead by one momentum step.
-        ns_coefficients: one (a, b, c) for every iteration, as in `torch.optim.Muon`; None takes `coefficients`.
-        eps: updates with a norm below it count as zero.
-        ns_steps: iterations; None takes the coefficient set's own number, which is 5 for `quintic`.
-        adjust_lr_fn: `original` (None is the same): ratio √max(1, rows / columns); `match_rms_adamw`:
-            0.2·√max(rows, columns).
-        row_normalize: MuonEq-R: rows of the update to unit length before Newton-Schulz.
-        row_eps: added to a row's squared length. The published 1e-7 is for `dampened=False`, because a dampened update
-            is (1 − β) times as large; #1471's maximum of the length and 1e-7 is 1e-14 here. With 0 a row of zeros becomes
-            NaN.
-        normuon: NorMuon: rows scaled by their running second moment after Newton-Schulz.
-        normuon_beta2: decay of that second moment, which starts at 0 without bias correction.
-        dampened: the first of the two formulas of the momentum in `golf_kernels.muon`; False: the second.
+        weight_decay: decoupled weight decay: w ← w·(1 − lr·weight_decay).
+        momentum: β; a float or a one-element tensor.
+        nesterov: take the Nesterov direction u, which looks ahead by one momentum step, instead of u = m.
+        ns_coefficients: (a, b, c) of every iteration, as in `torch.optim.Muon`; None takes `coefficients`.
+        eps: smallest divisor of an update: u / max(‖u‖_F, eps).
+        ns_steps: number of iterations; None takes that of the coefficient set, which is 5 for `quintic`.
+        adjust_lr_fn: factor on the learning rate of a matrix. `original` or None: √max(1, rows / columns);
+            `match_rms_adamw`: 0.2·√max(rows, columns).
+        row_normalize: MuonEq-R: scales each row of the update to length 1 before Newton-Schulz.
+        row_eps: number that `row_normalize` adds to a row's squared length. The published 1e-7 belongs to
+            `dampened=False`; a dampened update is (1 − β) times as large. Submission #1471 divides by
+            max(length, 1e-7); the corresponding row_eps is 1e-14. With 0, a row of zeros becomes NaN.
+        normuon: NorMuon: divides each row by the root of its running second moment after Newton-Schulz.
+        normuon_beta2: decay of this second moment, which starts at 0 and has no bias correction.
+        dampened: True selects the first momentum formula of `golf_kernels.muon`, False the second. If β is constant,
+            the results differ by a factor, which Newton-Schulz removes. If β changes, old gradients get other weights.
         coefficients: a name in `golf_kernels.newton_schulz.COEFFICIENTS`.
-        compute_dtype: of the Newton-Schulz products; None: bfloat16 on CUDA, float32 on a CPU, float64 for float64.
-        process_group: ranks that divide the Newton-Schulz work. All must hold the same parameters and the same
-            (already reduced) gradients. Each orthogonalizes the matrices assigned to it by cost, and one all-gather
-            sends all results to all ranks. The state is the same on every rank, so a `state_dict` fits any world size.
-            A deep copy has the same group; an optimizer with a group cannot be pickled.
+        compute_dtype: dtype of the Newton-Schulz products. None: float64 for float64 parameters, otherwise bfloat16 on
+            CUDA and float32 on a CPU.
+        process_group: ranks that divide the Newton-Schulz work. All ranks must hold the same parameters and the same,
+            already reduced, gradients. Each rank orthogonalizes the matrices assigned to it by cost. One all-gather
+            then sends all results to all ranks. The optimizer's state is the same on every rank, so a `state_dict` fits
+            any number of ranks. A deep copy has the same group. An optimizer with a group cannot be pickled.
 
     Raises:
-        ValueError: an option or a parameter's shape does not fit.
-        RuntimeError: complex parameters or sparse gradients.
+        ValueError: an option or the shape of a parameter is wrong.
+        RuntimeError: `step` finds a complex or sparse gradient.
 
     Source:
-        https://kellerjordan.github.io/posts/muon/; NorMuon arXiv:2510.05491; momentum and row norms of the
-        Parameter Golf records.
+        https://kellerjordan.github.io/posts/muon/; NorMuon arXiv:2510.05491; momentum and row norms: records of
+        Parameter Golf.
     """
 
     def __init__(
@@ -134,7 +137,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters with options of its own; if one does not fit, nothing changes."""
+        """Adds a parameter group with its own options. If an option or a parameter is wrong, it adds nothing."""
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
@@ -143,7 +146,7 @@ class Muon(torch.optim.Optimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's state lacks it
+        # the state of torch.optim.Optimizer lacks the process group
         group = None if self.process_group is None else _SameGroup(self.process_group)
         return {**super().__getstate__(), "process_group": group}
 
@@ -168,7 +171,7 @@ class Muon(torch.optim.Optimizer):
             closure: evaluates the model again and returns the loss.
 
         Returns:
-            What the closure returned.
+            The closure's loss; None without a closure.
         """
         loss = None
         if closure is not None:
@@ -198,12 +201,12 @@ class Muon(torch.optim.Optimizer):
             self._apply(group, params, orthogonal)
 
     def _updates(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        """Momentum, Nesterov and row normalization: the matrices that Newton-Schulz gets."""
+        """Applies momentum, Nesterov and row normalization. Returns the matrices for Newton-Schulz."""
         grads = [param.grad for param in params if param.grad is not None]
         buffers = [self.moment(param, "momentum_buffer", grad) for param, grad in zip(params, grads, strict=True)]
         momentum = group["momentum"]
         if isinstance(momentum, Tensor):
-            # half precision would round β
+            # β in float32 at least, because half precision would round it
             momentum = momentum.reshape(()).to(grads[0].device, _wide_dtype(grads[0]))
             torch._foreach_mul_(buffers, momentum)
             weighted = list(torch._foreach_mul(grads, 1 - momentum)) if group["dampened"] else grads
@@ -238,7 +241,7 @@ class Muon(torch.optim.Optimizer):
         return orthogonalize_sharded(updates, run, dtype, self.process_group)
 
     def _apply(self, group: dict[str, Any], params: list[Tensor], orthogonal: list[Tensor]) -> None:
-        """NorMuon, scale, weight decay and the update of the weights."""
+        """Applies NorMuon and weight decay, then subtracts the scaled updates from the weights."""
         if group["normuon"]:
             rows = [_wide(o).square().mean(-1, keepdim=True).to(o.dtype) for o in orthogonal]
             moments = [self.moment(param, "second_moment", row) for param, row in zip(params, rows, strict=True)]
@@ -262,7 +265,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class _SameGroup:
-    """A process group in an optimizer's state: copies keep it, and pickling refuses it."""
+    """Holds the process group in an optimizer's state. A deep copy keeps the group; pickling raises TypeError."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -282,19 +285,19 @@ def _multiply(tensors: list[Tensor], factor: float | Tensor) -> None:
         torch._foreach_mul_(tensors, factor)
         return
     for tensor in tensors:
-        # _foreach_mul_ rounds the factor to the dtype of CPU tensors, which changes the decay
+        # on a CPU _foreach_mul_ would round the factor to the tensors' dtype, which would change the weight decay
         tensor.mul_(factor)
 
 
 def learning_rate_ratio(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
-    """Factor on the learning rate of a matrix: √max(1, rows / columns), or 0.2·√max(rows, columns)."""
+    """Returns 0.2·√max(rows, columns) for `match_rms_adamw`, otherwise √max(1, rows / columns)."""
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / max(1, columns)))
 
 
 def _wide_dtype(tensor: Tensor) -> torch.dtype:
-    # squares overflow float16, whose smallest number is larger than 1e-10
+    # squares overflow float16, and its smallest number is larger than _NORMUON_EPS
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -306,7 +309,7 @@ def _row_normalize(update: Tensor, row_eps: float) -> Tensor:
     if not update.numel():
         return update
     wide = _wide(update)
-    # rows are divided by their largest entry first, where squares could overflow float32
+    # a row with an entry above 1 is divided by its largest entry first, so that squares do not overflow float32
     unit = wide.abs().amax(-1, keepdim=True).clamp_min(1).reciprocal()
     wide = wide * unit
     return (wide * (wide.square().sum(-1, keepdim=True) + row_eps * unit.square()).rsqrt()).to(update.dtype)

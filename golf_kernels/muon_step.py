@@ -1,7 +1,7 @@
-"""The Triton backend of `muon_step`: a step of Muon with one launch per phase, for all matrices of a parameter group.
+"""The Triton backend of `muon_step`, one step of Muon. Each kernel launch takes all matrices of a parameter group.
 
-The momentum kernel writes the update directions to the workspace of Newton-Schulz, which orthogonalizes them there, and
-the update of the weights reads them there. The host never waits for the GPU.
+The momentum kernel writes the update directions to Newton-Schulz's workspace. Newton-Schulz orthogonalizes them there,
+and the last kernel updates the weights from the workspace. The host never waits for the GPU.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from golf_kernels.newton_schulz import default_compute_dtype, triton_problem
 
 def _on_device(value: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        # a tensor on the device is read in place, so that a replayed graph reads its next value
+        # a float32 tensor on the device is not copied, so that a replayed CUDA graph reads its current value
         return value.reshape(()).to(device, torch.float32)
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def _step_triton(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> None:
-    # in a function, because importing golf_kernels must not need Triton
+    # imported here, because importing golf_kernels must not need Triton
     from golf_kernels import muon_triton
     from golf_kernels import newton_schulz_triton as kernels
 
@@ -94,7 +94,7 @@ def _triton_supports(*args: Any) -> str | None:
 
 
 def _one_step(weights: Sequence[Tensor], gradients: Sequence[Tensor], **options: Any) -> list[Tensor]:
-    """The weights after the first step of `Muon`."""
+    """Returns the weights after the first step of `Muon`, and leaves the given weights unchanged."""
     stepped: list[Tensor] = [torch.nn.Parameter(weight.clone()) for weight in weights]
     for weight, gradient in zip(stepped, gradients, strict=True):
         weight.grad = gradient

@@ -1,14 +1,15 @@
-"""Triton kernels of a step of Muon around Newton-Schulz, for Hopper: one launch of each for all matrices.
+"""Triton kernels for Hopper of a Muon step, before and after Newton-Schulz. Each launch takes all matrices.
 
-    momentum  m ← β·m + g (dampened: m + (1 − β)·(g − m)); u = the Nesterov or plain direction, rows normalized or not;
-              X ← u in the workspace of newton_schulz_triton.py, and each block's largest entry and sum of squares
-    moments   NorMuon: s ← β₂·s + (1 − β₂)·mean_row(X²), and each block's sums of X² and of (X / (√s + 1e-10))²
-    apply     w ← w·(1 − lr·weight_decay) − lr·ratio·X, with NorMuon's row and norm factors
+    momentum  m ← β·m + g (dampened: m + (1 − β)·(g − m)); u = m or the Nesterov direction, with or without normalized
+              rows; stores u as X in the workspace of newton_schulz_triton.py, with the largest entry and the sum of
+              squares of each block of rows
+    moments   NorMuon: s ← β₂·s + (1 − β₂)·mean_row(X²); stores each block's sums of X² and of (X / (√s + 1e-10))²
+    apply     w ← w·(1 − lr·weight_decay) − lr·ratio·X; NorMuon first divides the rows of X and restores its norm
 
-β and lr are read from device memory, so that a CUDA graph of the step can be replayed with other values.
+The kernels read β and lr from device memory, so that replays of a CUDA graph can use new values.
 """
 
-# triton gives the arguments of a kernel their types
+# kernel arguments have no annotations, because Triton infers their types
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 import functools
@@ -22,7 +23,7 @@ from torch import Tensor
 from golf_kernels.newton_schulz_triton import CHUNK, LAYOUT, add_squares, on_device, pointer_to, reciprocal_power
 
 OPTIONS = {"num_warps": 8}
-# addresses of a matrix: gradient, momentum, weight, second moment
+# number of addresses per matrix: gradient, momentum, weight, second moment
 ADDRESSES = tl.constexpr(4)
 # added to the divisors of NorMuon
 TINY = tl.constexpr(1e-10)
@@ -59,7 +60,7 @@ def momentum_kernel(
             momentum = tl.load(momenta + at * columns + column, mask=inside, other=0.0)
             value = look * gradient + keep * (beta * momentum + take * gradient)
             peaks, sums = add_squares(peaks, sums, value, 1)
-        # rows with large entries stay divided by the power of two, because their squares overflow float32
+        # rows with large entries stay divided by a power of two, because their squares would overflow float32
         unit = reciprocal_power(peaks)
         scale = tl.minimum(unit, 1.0)
         sums = sums * (scale / unit) * (scale / unit) + row_eps * scale * scale
@@ -74,7 +75,7 @@ def momentum_kernel(
         momentum = beta * momentum + take * gradient
         tl.store(momenta + at * columns + column, momentum, mask=inside)
         value = (look * gradient + keep * momentum) * factor
-        # the factor of a row of zeros is infinite if row_eps is 0
+        # the padding must stay 0, but the factor of a row of zeros is infinite if row_eps is 0
         value = tl.where(inside, value, 0.0)
         largest, squares = add_squares(largest, squares, value)
         tl.store(x_ptr + start + at * ld + column, value.to(x_ptr.dtype.element_ty), mask=column < ld)
@@ -97,7 +98,7 @@ def moments_kernel(
     sums = tl.zeros((ROWS,), dtype=tl.float32)
     for first in range(0, ld, CHUNK):
         column = first + tl.arange(0, CHUNK)[None, :]
-        # the padding is zero
+        # no mask for rows and columns: the padding is zero
         value = tl.load(x_ptr + start + at[:, None] * ld + column, mask=column < ld, other=0.0).to(tl.float32)
         sums += tl.sum(value * value, axis=1)
     moments = pointer_to(tl.load(addresses_ptr + matrix * ADDRESSES + 3), tl.float32, False) + at
@@ -148,7 +149,7 @@ def apply_kernel(
 
 @functools.lru_cache(maxsize=32)
 def ratio_table(ratios: tuple[float, ...], device: torch.device) -> Tensor:
-    """The learning-rate ratio of each matrix, on the device; copied once."""
+    """Returns each matrix's factor on the learning rate as a tensor on the device. Only the first call copies it."""
     return on_device(torch.tensor(ratios, dtype=torch.float32), device)
 
 
@@ -165,20 +166,20 @@ def momentum(
     dampened: bool,
     aligned: bool,
 ) -> None:
-    """Updates every momentum and writes every direction to the workspace.
+    """Updates every momentum and writes every update direction to the workspace.
 
     Args:
-        plan: of the shapes, from `newton_schulz_triton.make_plan`.
+        plan: result of `newton_schulz_triton.make_plan` for these shapes.
         x: workspace for the directions.
-        stats: two float32 for each of the plan's blocks.
-        addresses: `(matrices, 4)`, int64: of gradient, momentum, weight and second moment, all contiguous and float32; without
-            NorMuon the fourth is not read.
-        rows: rows of a block.
+        stats: float32, two numbers per block of the plan: receives the block's largest entry and sum of squares.
+        addresses: `(matrices, 4)` int64: addresses of gradient, momentum, weight and second moment of each matrix, all
+            contiguous float32. Without NorMuon the second moment is not read.
+        rows: number of rows in a block.
         beta: scalar float32 on the device.
-        row_eps: added to a row's squared length; None: rows are not normalized.
-        nesterov: look ahead by one step.
-        dampened: which momentum, see above.
-        aligned: all addresses are multiples of 16, and all numbers of columns multiples of 8.
+        row_eps: number added to a row's squared length; None: rows are not normalized.
+        nesterov: whether to take the Nesterov direction instead of u = m.
+        dampened: whether to take the dampened momentum formula, see above.
+        aligned: whether all addresses are multiples of 16 and all numbers of columns are multiples of 8.
     """
     momentum_kernel[(len(plan.blocks),)](
         addresses, plan.layout, plan.blocks, x, stats, beta, row_eps or 0.0, float(nesterov),
@@ -202,10 +203,10 @@ def apply(
     """Updates every weight, and NorMuon's second moments, from the orthogonalized directions in the workspace.
 
     Args:
-        plan, x, stats, addresses, rows, aligned: as in `momentum`.
-        lr: scalar float32 on the device.
-        ratios: factor on the learning rate of each matrix, float32, on the device.
-        weight_decay: w ← w·(1 − lr·weight_decay).
+        plan, x, stats, addresses, rows, aligned: see `momentum`.
+        lr: learning rate, scalar float32 on the device.
+        ratios: `(matrices,)` float32 on the device: factor on the learning rate of each matrix.
+        weight_decay: decoupled weight decay: w ← w·(1 − lr·weight_decay).
         beta2: decay of NorMuon's second moments; None: no NorMuon.
     """
     grid = (len(plan.blocks),)

@@ -1,6 +1,7 @@
-"""The compiled extension `golf_kernels._C`: whether its C++ and CUDA backends can run, how they were built, or why not.
+"""Imports the compiled extension `golf_kernels._C` and reports whether its C++ and CUDA backends can run.
 
-Importing this module never fails. The extension takes addresses (`data_ptr()`), sizes and the CUDA stream.
+Importing this module never fails, even without the extension. The extension's functions take addresses (`data_ptr()`),
+sizes and the CUDA stream.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-# GOLF_ABI in csrc/launchers.h
+# must equal GOLF_ABI in csrc/launchers.h
 ABI = 2
 REBUILD = "pip install --no-build-isolation --no-deps -e . in the source tree"
 BUILD_INFO_PATH = Path(__file__).with_name("_build_info.json")
@@ -30,11 +31,12 @@ else:
 
 
 def build_info() -> dict[str, Any]:
-    """What the installation recorded: `{"extension": name or None, "cpp": {...}, "cuda": {...}}`.
+    """Reads what the installation recorded about the build.
 
     Returns:
-        For each backend `built`. If it is True, `compiler`, `version` and `flags` (for `cuda` also `archs` and
-        `toolkit`), otherwise `reason` and `remedy`. In a source tree that was never installed neither is built.
+        `{"extension": file name or None, "cpp": {...}, "cuda": {...}}`. The record of each backend has `built`. If
+        `built` is True, it also has `compiler`, `version` and `flags`, and for `cuda` `archs` and `toolkit`. Otherwise
+        it has `reason` and `remedy`. In a source tree that was never installed, neither backend is built.
     """
     if BUILD_INFO_PATH.is_file():
         information: dict[str, Any] = json.loads(BUILD_INFO_PATH.read_text())
@@ -44,10 +46,10 @@ def build_info() -> dict[str, Any]:
 
 
 def extension() -> Any:
-    """The extension module.
+    """Returns the extension module.
 
     Raises:
-        RuntimeError: it cannot be used; the message says why and what to type.
+        RuntimeError: the extension cannot be used; the message says why and what to type.
     """
     problem = missing("cpp")
     if problem is not None:
@@ -57,7 +59,7 @@ def extension() -> Any:
 
 @functools.cache
 def missing(backend: Literal["cpp", "cuda"]) -> str | None:
-    """Why this installation has no such backend, and what to type; None if it has."""
+    """The reason why this installation lacks a backend, and what to type; None if the backend is there."""
     record = build_info()[backend]
     if not record["built"]:
         # a packed script has no source tree to install
@@ -72,7 +74,7 @@ def missing(backend: Literal["cpp", "cuda"]) -> str | None:
 
 
 def problem(backend: Literal["cpp", "cuda"]) -> str | None:
-    """Why a backend cannot run on this machine (`cuda`: on the current GPU); None if it can."""
+    """The reason why a backend cannot run on this machine (`cuda`: on the current GPU); None if it can."""
     absent = missing(backend)
     if absent is not None or backend == "cpp":
         return absent
@@ -83,7 +85,7 @@ def problem(backend: Literal["cpp", "cuda"]) -> str | None:
 
 @functools.cache
 def cuda_problem(device: int) -> str | None:
-    """Why the CUDA kernels cannot run on a GPU, such as its architecture or driver; None if they can."""
+    """The reason why the CUDA kernels cannot run on a GPU, for example its architecture or driver; None if they can."""
     try:
         with torch.cuda.device(device):
             extension().cuda_probe()

@@ -1,13 +1,13 @@
 """Newton-Schulz orthogonalization of a list of matrices: `golf::newton_schulz`.
 
-Each iteration maps every singular value σ of X by an odd polynomial and keeps the singular vectors:
+Each iteration applies an odd polynomial to every singular value σ of X `(m, n)` and keeps the singular vectors:
 
     X ← X / max(‖X‖_F, eps)
     X ← a·X + (b·A + c·A²)·X   with A = X·Xᵀ          (m ≤ n)
-    X ← a·X + X·(b·A + c·A²)   with A = Xᵀ·X          (m > n, the same map on the short side)
+    X ← a·X + X·(b·A + c·A²)   with A = Xᵀ·X          (m > n, where this A is smaller)
 
-so that σ ↦ a·σ + b·σ³ + c·σ⁵ drives all of them towards 1. One call takes all matrices of a model, and matrices of one
-shape are multiplied in batches.
+The polynomial σ ↦ a·σ + b·σ³ + c·σ⁵ moves every singular value towards 1. One call takes all matrices of a model.
+Matrices of equal shape are multiplied together in batches.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class CoefficientSet:
-    """One published set of polynomial coefficients.
+    """A published set of polynomial coefficients.
 
     Args:
-        name: its key in `COEFFICIENTS`.
-        triples: (a, b, c) of each iteration; a single triple is repeated for as many steps as asked for.
+        name: key in `COEFFICIENTS`.
+        triples: (a, b, c) of each iteration. A single triple is used in every iteration.
         source: where the numbers were published.
-        prescale: `frobenius` divides by ‖X‖_F; `aol` divides each row (of the short side) by √Σⱼ|X·Xᵀ|ᵢⱼ, which also
-            bounds the spectral norm by 1, and starts closer to orthogonal (Prach & Lampert, arXiv:2208.03160).
-        safety: the pre-scaled matrix is divided by it, for sets that diverge if rounding lifts a σ above 1.
-        default_steps: iterations when none are asked for.
-        band: (start, low, high): every σ of the pre-scaled matrix in [start, 1] ends in [low, high] after
-            `default_steps`.
+        prescale: `frobenius` divides X by ‖X‖_F. `aol` divides row i by √Σⱼ|X·Xᵀ|ᵢⱼ, or if m > n column i by
+            √Σⱼ|Xᵀ·X|ᵢⱼ. Both bound the spectral norm by 1. After `aol`, X is closer to an orthogonal matrix (Prach &
+            Lampert, arXiv:2208.03160).
+        safety: divisor of the pre-scaled matrix. Sets that diverge for σ > 1 need a safety above 1, because rounding
+            can lift a σ above 1.
+        default_steps: number of iterations if the caller names none.
+        band: (start, low, high): after `default_steps` iterations, every σ that was in [start, 1] in the pre-scaled
+            matrix is in [low, high].
     """
 
     name: str
@@ -51,13 +53,13 @@ class CoefficientSet:
     band: tuple[float, float, float] | None = None
 
     def schedule(self, steps: int | None = None) -> list[Triple]:
-        """The triple of each iteration, `safety` folded into the first.
+        """Returns (a, b, c) of each iteration. The first triple includes the division by `safety`.
 
         Args:
             steps: number of iterations; None takes `default_steps`.
 
         Raises:
-            ValueError: fewer than one step, or a per-iteration set asked for another number than it has.
+            ValueError: `steps` is below 1, or the set has several triples and their number is not `steps`.
         """
         steps = self.default_steps if steps is None else steps
         if steps < 1:
@@ -136,7 +138,7 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
 
 
 def coefficient_set(coefficients: str | CoefficientSet) -> CoefficientSet:
-    """The set of that name, or the set itself; an unknown name raises `ValueError`."""
+    """Returns the set with this name. A `CoefficientSet` is returned unchanged. An unknown name raises `ValueError`."""
     if isinstance(coefficients, CoefficientSet):
         return coefficients
     if coefficients not in COEFFICIENTS:
@@ -145,7 +147,7 @@ def coefficient_set(coefficients: str | CoefficientSet) -> CoefficientSet:
 
 
 def default_compute_dtype(matrices: Sequence[Tensor]) -> torch.dtype:
-    """float64 if any matrix is float64, otherwise bfloat16 on CUDA and float32 on a CPU."""
+    """Returns float64 if any matrix is float64, otherwise bfloat16 on CUDA and float32 on a CPU."""
     if any(matrix.dtype == torch.float64 for matrix in matrices):
         return torch.float64
     return torch.bfloat16 if any(matrix.is_cuda for matrix in matrices) else torch.float32
@@ -162,23 +164,24 @@ def newton_schulz(
     """Orthogonalizes every matrix of a list: U·S·Vᵀ → U·f(S)·Vᵀ with f(S) close to 1.
 
     Args:
-        matrices: matrices `(m, n)` and banks `(b, m, n)` in any mix of shapes and floating dtypes, on one device, any
-            strides. They are not changed.
+        matrices: matrices `(m, n)` and banks of matrices `(b, m, n)`, on one device. Shapes, floating dtypes and
+            strides may differ. The inputs are not changed.
         coefficients: a name in `COEFFICIENTS`, or a set of your own.
-        steps: iterations; None takes the set's own number.
-        eps: matrices with a norm below it count as zero: X / max(‖X‖_F, eps). Zero matrices stay zero.
-        compute_dtype: dtype of the products; None: float64 if any input is float64, otherwise bfloat16 on CUDA and
-            float32 on a CPU. Norms are taken in float32 at least and cannot overflow.
+        steps: number of iterations; None takes the set's `default_steps`.
+        eps: smallest divisor in X / max(‖X‖_F, eps). Zero matrices stay zero.
+        compute_dtype: dtype of the products. None: float64 if any input is float64, otherwise bfloat16 on CUDA and
+            float32 on a CPU. Norms are computed in float32 at least and cannot overflow.
 
     Returns:
-        New contiguous tensors of the shapes and dtypes of the inputs. NaN and infinities give NaN in their own matrix.
+        New contiguous tensors with the shapes and dtypes of the inputs. A matrix with NaN or infinity gets NaN in its
+        result and does not affect other matrices.
 
     Raises:
         ValueError: a wrong shape, dtype, device, name, eps or number of steps.
-        RuntimeError: an input requires a gradient (outside `torch.no_grad()`); the operator has none.
+        RuntimeError: an input requires a gradient outside `torch.no_grad()`; the operator has no gradient.
 
     Source:
-        https://kellerjordan.github.io/posts/muon/; each set's own in `COEFFICIENTS`.
+        https://kellerjordan.github.io/posts/muon/; for the coefficients see `COEFFICIENTS`.
     """
     chosen = coefficient_set(coefficients)
     flat = [value for triple in chosen.schedule(steps) for value in triple]
@@ -237,7 +240,7 @@ def _reference(
 
 
 def _prescale(stack: Tensor, eps: float, prescale: str) -> Tensor:
-    # divided by the largest entry first, so that squares neither overflow nor underflow
+    # each matrix is divided by its largest entry first, so that squares neither overflow nor underflow
     largest = stack.abs().amax(dim=(-2, -1), keepdim=True)
     largest = torch.where(largest == 0, torch.ones_like(largest), largest)
     stack = stack / largest
@@ -246,7 +249,7 @@ def _prescale(stack: Tensor, eps: float, prescale: str) -> Tensor:
         return stack / torch.maximum(norm, eps / largest)
     tall = stack.shape[-2] > stack.shape[-1]
     gram = stack.mT @ stack if tall else stack @ stack.mT
-    # eps bounds a norm, and the row sums of a Gram matrix are squares of norms
+    # eps is the bound of a norm, but the row sums of a Gram matrix are squares of norms
     factor = gram.abs().sum(dim=-1).clamp_min(eps**2).rsqrt()
     return stack * factor.unsqueeze(-2 if tall else -1)
 
@@ -264,7 +267,7 @@ def _iterate(x: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 
 def _triton(*args: Any) -> list[Tensor]:
-    # in a function, because importing golf_kernels must not need Triton
+    # imported here, because importing golf_kernels must not need Triton
     from golf_kernels import newton_schulz_triton
 
     _check(*args[:2], *args[3:])
@@ -273,7 +276,7 @@ def _triton(*args: Any) -> list[Tensor]:
 
 
 def triton_problem(dtypes: Sequence[torch.dtype], compute_dtype: torch.dtype | None = None) -> str | None:
-    """Why the Triton kernels cannot take matrices of these dtypes on this machine; None if they can."""
+    """The reason why the Triton kernels cannot take matrices of these dtypes on this machine; None if they can."""
     for dtype in (*dtypes, *([] if compute_dtype is None else [compute_dtype])):
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"its kernels take matrices and products in float32, bfloat16 or float16, found {dtype}"

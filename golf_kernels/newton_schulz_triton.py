@@ -1,25 +1,26 @@
-"""Newton-Schulz of a whole list of matrices, one launch per phase, in Triton for Hopper.
+"""Triton kernels of Newton-Schulz orthogonalization for Hopper. Each launch takes a whole list of matrices.
 
-Imports only torch and triton, so this file can be pasted into a single-file script:
+This file imports only torch and triton, so it can be pasted into a single-file script:
 
     results = newton_schulz(matrices, (3.4445, -4.7750, 2.0315) * 5)
 
-All matrices are in one workspace, each padded with zeros to whole tiles. Every phase is one launch over a table of tiles,
-which depends only on the shapes (`make_plan`):
+One workspace holds all matrices, each padded with zeros to whole tiles. Each phase below is one launch. A table tells
+each program its tile. The tables depend only on the shapes (`make_plan`).
 
     matrices ─ pack, norm ─► X ─┬─ symmetric ─► A ─ symmetric ─► B ─┬─ product ─► X ─► … ─► results
                                 └───────────────────────────────────┘   the workspace: | X | next X | A | B |
 
-    pack       X ← matrix in the compute dtype, and each block's largest entry and sum of squares, for ‖X‖
-    norm       s = 1 / max(‖X‖, eps); very small or large entries are multiplied by a power of two first
-    symmetric  A = s²·X·Xᵀ (tall matrices: XᵀX), the lower triangle and its mirror image; long sums are split
-    symmetric  B = b·A + c·A², likewise; skipped if c = 0
+    pack       X ← matrix in the compute dtype; also stores the largest entry and sum of squares of each block of rows
+    norm       s = 1 / max(‖X‖, eps), from these sums; multiplies very small or very large matrices by a power of two
+    symmetric  A = s²·X·Xᵀ (tall matrices: s²·Xᵀ·X): computes the lower triangle, stores it and its mirror image
+    symmetric  B = b·A + c·A² in the same way; skipped if c = 0
     product    X ← s·(a·X + B·X), tall: s·(a·X + X·B); s is 1 after the first iteration
 
-AOL scaling divides each row i of A's side by √Σⱼ|A|ᵢⱼ after the first product. The same list gives the same bits.
+AOL scaling follows the first `symmetric` phase. It divides row i of X (tall: column i) by √Σⱼ|A|ᵢⱼ and scales A to
+match. Equal inputs give equal bits.
 """
 
-# triton gives the arguments of a kernel their types
+# kernel arguments have no annotations, because Triton infers their types
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 import functools
@@ -35,26 +36,28 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# the index of a dtype is its code in the tables of addresses
+# tables of addresses hold a dtype as its index in this tuple, called its code
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# rows of a program of an elementwise kernel, and columns that it takes at a time
+# an elementwise kernel's program takes ROWS rows, and CHUNK columns at a time
 ROWS, CHUNK = 16, 256
-# depth of one step of a product; tiles are square
+# inner dimension of one step of a product; output tiles are square
 STEP = 64
 ELEMENTWISE = {"num_warps": 8}
-# two programs on an SM: one loads and stores while the other multiplies
+# two programs fit on an SM: one loads and stores while the other multiplies
 PRODUCT = {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
 
-# the rows of the tables; kernels address a field by its index
-# a matrix: its sizes and start, its blocks of rows, the start of its Gram matrix and of its row factors
+# each row of a table is one of these tuples; kernels read a field by its index
+# Matrix: size, leading dimension (ld) and start of X; first block and number of blocks; start and leading dimension of
+# the Gram matrix A; start of the AOL factors
 Matrix = namedtuple("Matrix", "rows columns ld start first_block blocks tall gram gram_ld factors")
-# a tile of A or B: operands, depth, the result and its mirror image; for a split sum, which of its splits
+# SymmetricTile, a tile of A or B: start of both operands, number of steps, start of the result and of its mirror image;
+# if the inner sum is split: number of splits, first partial sum, own split, counter of finished splits
 SymmetricTile = namedtuple(
     "SymmetricTile",
     "matrix tall left right ld steps out mirror out_ld parts first_partial part counter",
     defaults=(1, 0, 0, 0),
 )
-# a tile of X ← a·X + B·X, in the layout of X
+# ProductTile, a tile of X ← a·X + B·X: start of both operands, number of steps, start of the result within X
 ProductTile = namedtuple("ProductTile", "matrix tall left right left_ld right_ld steps out")
 LAYOUT, SYMMETRIC, PRODUCTS = (tl.constexpr(len(kind._fields)) for kind in (Matrix, SymmetricTile, ProductTile))
 
@@ -67,7 +70,7 @@ def pointer_to(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def load_float(address, offsets, mask, code, ALIGNED: tl.constexpr):
-    """Elements in float32 of a tensor that is given by its address and the code of its dtype."""
+    """Loads elements as float32 from a tensor that is given by its address and the code of its dtype."""
     if code == 0:
         value = tl.load(pointer_to(address, tl.float32, ALIGNED) + offsets, mask=mask, other=0.0)
     elif code == 1:
@@ -79,16 +82,16 @@ def load_float(address, offsets, mask, code, ALIGNED: tl.constexpr):
 
 @triton.jit
 def reciprocal_power(value):
-    """2^-e for a value in [2^e, 2^(e+1)), exact."""
+    """Returns exactly 2^-e for a value in [2^e, 2^(e+1))."""
     bits = value.to(tl.int32, bitcast=True) & 0x7F800000
     return (0x7F000000 - bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def add_squares(largest, squares, value, AXIS: tl.constexpr = None):
-    """The largest entry and the sum of squares so far, updated by `value`, along an axis or over all.
+    """Updates the largest entry and the sum of squares with the entries of `value`, along an axis or over all of them.
 
-    Entries are divided by a power of two near the largest before they are squared, so that no square overflows.
+    Entries are divided by a power of two near the largest entry before they are squared, so that no square overflows.
     """
     before = reciprocal_power(largest)
     largest = tl.maximum(largest, tl.max(tl.abs(value), axis=AXIS))
@@ -117,11 +120,11 @@ def pack_kernel(
         column = first + tl.arange(0, CHUNK)[None, :]
         value = load_float(source, at * columns + column, (at < rows) & (column < columns), code, ALIGNED)
         if SCALED:
-            # two factors, because their product may overflow
+            # multiplied by one factor after the other, because the product of both factors may overflow
             value = value * tl.load(scales_ptr + 2 * matrices + matrix) * tl.load(scales_ptr + matrix)
         else:
             largest, squares = add_squares(largest, squares, value)
-        # in float16 only the scaled matrix is in range
+        # float16 can hold only the scaled matrix
         if SCALED or x_ptr.dtype.element_ty != tl.float16:
             tl.store(x_ptr + start + at * ld + column, value.to(x_ptr.dtype.element_ty), mask=column < ld)
     if not SCALED:
@@ -151,7 +154,7 @@ def norm_kernel(
         own = reciprocal_power(tl.load(stats_ptr + 2 * (first_block + index), mask=index < count, other=0.0))
         part = tl.load(stats_ptr + 2 * (first_block + index) + 1, mask=index < count, other=0.0)
         squares += tl.sum(part * (unit / own) * (unit / own))
-    # products of entries in this range are far from the limits of float32
+    # if the largest entry is in this range, products of two entries are far from the limits of float32
     tame = (largest > 9.1e-13) & (largest < 1.1e12)
     unit = tl.where(tame, 1.0, unit)
     norm = tl.sqrt(squares) * tl.where(tame, 1.0 / reciprocal_power(largest), 1.0)
@@ -183,7 +186,7 @@ def aol_sums_kernel(
         column = first + tl.arange(0, CHUNK)[None, :]
         value = tl.load(gram_ptr + start + at[:, None] * ld + column, mask=column < ld, other=0.0)
         sums += tl.sum(tl.abs(value.to(tl.float32)), axis=1)
-    # eps bounds a norm, and these are squares of norms
+    # eps is the bound of a norm, but these sums are squares of norms
     sums = tl.maximum(sums, eps * eps, propagate_nan=tl.PropagateNan.ALL)
     tl.store(factors_ptr + tl.load(layout + 9) + at, tl.rsqrt(sums))
 
@@ -193,7 +196,7 @@ def aol_scale_kernel(
     layout_ptr, blocks_ptr, work_ptr, gram_start, scales_ptr, factors_ptr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """In place X ← s·D·X, tall: s·X·D, and A ← D·A·D."""
+    """Scales in place: X ← s·D·X (tall: s·X·D) and A ← D·A·D, where D has the AOL factors on its diagonal."""
     entry = blocks_ptr + 3 * tl.program_id(0)
     matrix, is_gram = tl.load(entry), tl.load(entry + 2) != 0
     layout = layout_ptr + matrix * LAYOUT
@@ -214,7 +217,7 @@ def aol_scale_kernel(
 
 @triton.jit
 def add_rows_product(total, lefts, rights, ld, steps, TILE: tl.constexpr, STEP: tl.constexpr):
-    """total + L·Rᵀ, each row of L and R along memory."""
+    """Returns total + L·Rᵀ. The rows of L and R are contiguous in memory."""
     within = tl.arange(0, TILE)[:, None] * ld + tl.arange(0, STEP)[None, :]
     lefts, rights = lefts + within, rights + within
     for _ in range(steps):
@@ -226,7 +229,7 @@ def add_rows_product(total, lefts, rights, ld, steps, TILE: tl.constexpr, STEP: 
 
 @triton.jit
 def add_columns_product(total, lefts, rights, ld, steps, TILE: tl.constexpr, STEP: tl.constexpr):
-    """total + Lᵀ·R, each row of L and R along memory."""
+    """Returns total + Lᵀ·R. The rows of L and R are contiguous in memory."""
     within = tl.arange(0, STEP)[:, None] * ld + tl.arange(0, TILE)[None, :]
     lefts, rights = lefts + within, rights + within
     for _ in range(steps):
@@ -249,7 +252,7 @@ def store_symmetric(
     if GRAM:
         parts = tl.load(entry + 9)
         if parts > 1:
-            # the program that finishes last adds all splits, always in the same order
+            # the program that finishes last adds the partial sums of all splits, always in the same order
             partial = partials_ptr + tl.load(entry + 10) * TILE * TILE + side[:, None] * TILE + side[None, :]
             tl.store(partial + tl.load(entry + 11) * TILE * TILE, total)
             tl.debug_barrier()
@@ -276,7 +279,7 @@ def symmetric_kernel(
     in_ptr, out_ptr, tiles_ptr, scales_ptr, partials_ptr, counters_ptr, linear, quadratic,
     GRAM: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """GRAM: s²·X·Xᵀ or s²·Xᵀ·X; otherwise linear·A + quadratic·A·Aᵀ."""
+    """Computes a tile of A = s²·X·Xᵀ (tall: s²·Xᵀ·X) if GRAM, otherwise of B = linear·A + quadratic·A·Aᵀ."""
     entry = tiles_ptr + tl.program_id(0) * SYMMETRIC
     tall = tl.load(entry + 1)
     left, right = tl.multiple_of(tl.load(entry + 2), 16), tl.multiple_of(tl.load(entry + 3), 16)
@@ -301,7 +304,7 @@ def product_kernel(
     work_ptr, tiles_ptr, scales_ptr, x_start, square_start, out_start, linear, quadratic,
     TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """s·(linear·X + quadratic·B·X), tall: s·(linear·X + quadratic·X·B)."""
+    """Computes a tile of the next X = s·(linear·X + quadratic·B·X), tall: s·(linear·X + quadratic·X·B)."""
     entry = tiles_ptr + tl.program_id(0) * PRODUCTS
     matrix, tall = tl.load(entry), tl.load(entry + 1) != 0
     left = tl.multiple_of(tl.load(entry + 2) + tl.where(tall, x_start, square_start), 16)
@@ -325,12 +328,12 @@ def product_kernel(
 
 
 class Plan(NamedTuple):
-    """Sizes and tables that depend only on the shapes of a list; the tables are on the device."""
+    """Sizes and tables of all launches, which depend only on the matrices' shapes. The tables are on the device."""
 
     shapes: tuple[tuple[int, int], ...]
     tile: int
     layout: Tensor
-    # matrix, first row, and whether of its Gram matrix, for each program of an elementwise kernel
+    # for each program of an elementwise kernel: matrix, first row, and whether it is a row of the Gram matrix
     blocks: Tensor
     gram_blocks: Tensor
     gram_tiles: Tensor
@@ -349,7 +352,7 @@ def on_device(table: Tensor, device: torch.device) -> Tensor:
     """Copies a table to the device.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured, which must not contain a copy from the host.
+        RuntimeError: a CUDA graph is being captured. The graph must not contain a copy from the host.
     """
     if device.type != "cuda":
         return table
@@ -370,13 +373,13 @@ def _send(entries: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[T
 
 
 def upload(entries: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """Copies a table to the device, once, without waiting for the copy.
+    """Returns a table on the device. The first call copies the table there without waiting for the copy.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and the table was not copied before.
     """
     table, sent = _send(entries, device)
-    # another CUDA stream may have copied it; before a capture begins all copies have ended
+    # waits for a copy on another CUDA stream; when a capture begins, all copies have ended
     if sent is not None and not torch.cuda.is_current_stream_capturing():
         torch.cuda.current_stream(device).wait_event(sent)
     return table
@@ -386,26 +389,26 @@ _captured: list[object] = []
 
 
 def lasting(table: T, device: torch.device) -> T:
-    """Returns the table. During the capture of a CUDA graph it is never freed, because replays read it at its address."""
+    """Returns the table. During a CUDA graph capture, also keeps it forever, because replays read its address."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured.append(table)
     return table
 
 
 def tile_of(dtype: torch.dtype) -> int:
-    """Side of a tile. float32 products run without tensor cores and need more registers."""
+    """Side length of a tile. It is shorter for float32, whose products use no tensor cores and need more registers."""
     return 64 if dtype == torch.float32 else 128
 
 
 @functools.lru_cache(maxsize=32)
 def make_plan(shapes: tuple[tuple[int, int], ...], tile: int, device: torch.device, processors: int = 132) -> Plan:
-    """Lays out the workspace and the tables.
+    """Plans all launches: offsets in the workspace, and the tables that tell each program its tile.
 
     Args:
-        shapes: (rows, columns) of each matrix, none of them 0.
-        tile: side of a tile of a product.
-        device: where the tables go.
-        processors: SMs of the GPU. A sum is split if it takes longer than an SM's average work.
+        shapes: (rows, columns) of each matrix, all positive.
+        tile: side length of a product's output tile.
+        device: device of the tables.
+        processors: number of SMs. A tile's inner sum is split across SMs if it is longer than the average work per SM.
     """
     layout: list[Matrix] = []
     blocks: list[tuple[int, int, bool]] = []
@@ -427,7 +430,7 @@ def make_plan(shapes: tuple[tuple[int, int], ...], tile: int, device: torch.devi
         gram_blocks += [(matrix, row, True) for row in range(0, short, ROWS)]
         parts = -(-(long // STEP) // average)
         cuts = [long // STEP * part // parts for part in range(parts + 1)]
-        # the lower triangle; the mirror image of a tile is stored with it
+        # tiles of the lower triangle; a kernel stores a tile and its mirror image
         for i, j in ((high, low) for high in range(0, short, tile) for low in range(0, high + 1, tile)):
             out, mirror = gram_size + i * short + j, gram_size + j * short + i
             for part, (cut, next_cut) in enumerate(itertools.pairwise(cuts)):
@@ -447,7 +450,7 @@ def make_plan(shapes: tuple[tuple[int, int], ...], tile: int, device: torch.devi
         gram_size += short * short
         factors += short
 
-    # the longest first, so that the last programs are short
+    # tiles with the most steps first, so that the last programs are short
     for tiles in (grams, squares, products):
         tiles.sort(key=lambda entry: -entry.steps)
     tables = [
@@ -459,7 +462,7 @@ def make_plan(shapes: tuple[tuple[int, int], ...], tile: int, device: torch.devi
 
 
 class Workspace:
-    """The memory of one call: two buffers for X, then A and B; norms, scales and partial sums."""
+    """Device memory of one call. `work` holds two buffers for X, then A and B. The rest are norms and partial sums."""
 
     def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
         device = plan.layout.device
@@ -472,12 +475,12 @@ class Workspace:
         self.counters = torch.zeros(plan.counters, dtype=torch.int32, device=device)
 
     def views(self, start: int) -> list[Tensor]:
-        """The matrices of the X that starts at `start`, without padding."""
+        """Returns the matrices, without padding, of the buffer for X that begins at index `start` of `work`."""
         shapes = zip(self.plan.shapes, self.plan.places, strict=True)
         return [self.work.as_strided(shape, (ld, 1), start + place) for shape, (place, ld) in shapes]
 
     def norms(self, eps: float) -> None:
-        """Computes ‖X‖ from the sums that packing stored."""
+        """Computes ‖X‖ of each matrix from the blocks' sums of squares in `stats`."""
         plan = self.plan
         norm_kernel[(len(plan.blocks),)](
             plan.layout, plan.blocks, self.work, self.stats, self.scales, len(plan.shapes), eps,
@@ -505,16 +508,16 @@ class Workspace:
             )  # fmt: skip
 
     def iterate(self, coefficients: Sequence[float], eps: float, prescale: str, *, scaled: bool = False) -> int:
-        """Runs all iterations, with X at the start of the workspace.
+        """Runs all iterations. The first X is at the start of `work`.
 
         Args:
-            coefficients: a, b, c of each iteration, one after the other.
-            eps: as in `newton_schulz`.
+            coefficients: a, b, c of the first iteration, then of the second, and so on.
+            eps: see `newton_schulz`.
             prescale: `frobenius` or `aol`.
-            scaled: X is already divided by its norm.
+            scaled: whether X is already divided by its norm.
 
         Returns:
-            Start of the last X in the workspace.
+            Index in `work` at which the last X begins.
         """
         plan = self.plan
         x, other = 0, plan.x_size
@@ -538,12 +541,12 @@ class Workspace:
 
 
 def processors_of(device: torch.device) -> int:
-    """SMs of a GPU; those of an H100 in the interpreter."""
+    """Number of SMs of a GPU. In Triton's interpreter it is 132, the number of an H100."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def matrices_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The matrices of a list of matrices and banks."""
+    """Splits the banks in a list of matrices and banks into their matrices."""
     return [piece for t in tensors for piece in (t.unbind() if t.ndim == 3 else (t,))]
 
 
@@ -557,14 +560,15 @@ def newton_schulz(
     """Orthogonalizes every matrix of a list: U·S·Vᵀ → U·f(S)·Vᵀ with f(S) close to 1.
 
     Args:
-        matrices: matrices `(m, n)` and banks `(b, m, n)`, float32, bfloat16 or float16, on one GPU, any strides.
-        coefficients: a, b, c of each iteration, one after the other.
-        eps: matrices with a norm below it count as zero.
-        prescale: `frobenius` or `aol`.
-        compute_dtype: of the products: bfloat16, float16 or float32, with float32 sums.
+        matrices: matrices `(m, n)` and banks of matrices `(b, m, n)`, float32, bfloat16 or float16, on one GPU, with
+            any strides.
+        coefficients: a, b, c of the first iteration, then of the second, and so on.
+        eps: smallest divisor in X / max(‖X‖_F, eps).
+        prescale: `frobenius` divides by the norm. `aol` divides rows or columns, see above.
+        compute_dtype: dtype of the products: bfloat16, float16 or float32. Sums are float32.
 
     Returns:
-        New contiguous tensors of the shapes and dtypes of the inputs.
+        New contiguous tensors with the shapes and dtypes of the inputs.
     """
     results = [torch.empty_like(matrix, memory_format=torch.contiguous_format) for matrix in matrices]
     sources = [matrix for matrix in matrices_of([m.contiguous() for m in matrices]) if matrix.numel()]
@@ -593,7 +597,7 @@ def newton_schulz(
         start = w.iterate(coefficients, eps, prescale, scaled=scaled)
         targets = [matrix for matrix in matrices_of(results) if matrix.numel()]
         for dtype in DTYPES:
-            # by dtype: PyTorch before 2.11 copies a list of several dtypes wrongly, later versions tensor by tensor
+            # one call per dtype: PyTorch before 2.11 copies mixed dtypes wrongly, and later versions tensor by tensor
             alike = [pair for pair in zip(targets, w.views(start), strict=True) if pair[0].dtype == dtype]
             if alike:
                 torch._foreach_copy_([target for target, _ in alike], [view for _, view in alike])

@@ -1,6 +1,7 @@
-"""What each operator declares once, and the calls that the doctor, the benchmarks and the tests make of it.
+"""The list of all operators, with example inputs, and functions that run an operator on such inputs.
 
-`golf_kernels/<op>.py` ends with `declare(Operator(...))`. Nothing else lists the operators.
+The doctor (`python -m golf_kernels`), the benchmarks and the tests use this list. `golf_kernels/<op>.py` ends with
+`declare(Operator(...))`, which adds its operator to the list.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 from golf_kernels import dispatch
 
 Make = Callable[..., Tensor]
-"""`make(*shape)` returns a tensor of that shape; `make(*shape, dtype=…)` one of another dtype than that under test."""
+"""`make(*shape)` returns a tensor of this shape in the dtype under test, `make(*shape, dtype=…)` in another dtype."""
 Inputs = dict[str, Any]
 
 _declared: dict[str, Operator] = {}
@@ -24,20 +25,23 @@ _declared: dict[str, Operator] = {}
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator as its file declares it.
+    """What the doctor, the benchmarks and the tests know about an operator.
 
     Attributes:
-        name: name in `GOLF_BACKEND`, in the doctor and in the benchmarks.
-        function: the public function, or another that calls the operator.
-        inputs: `inputs(make, **case)` returns keyword arguments for `function`, with normal numbers from `make`. Tensors
-            to differentiate by require a gradient. Without a case the shapes are small.
-        cases: keyword arguments of `inputs` which reach the branches of the Triton kernels that no recipe reaches;
-            `benchmarks.aot` compiles the kernels for them.
-        members: the registered operators that it consists of, such as its backward pass; empty: `name` alone.
-        called_by: the folder of `train` that calls it: model, optimize, quantize, artifact or evaluate.
-        gpu_dtype: dtype of the doctor's inputs on a GPU; on a CPU they are float32.
-        products: Triton kernel that multiplies matrices → its arguments with the rows and with the matrix.
-        in_place: Triton kernel that overwrites a large tensor which it has read → its argument with that tensor.
+        name: the operator's name in `GOLF_BACKEND`, in the doctor's report and in the benchmarks.
+        function: the public function, or another function that calls the operator.
+        inputs: `inputs(make, **case)` returns example keyword arguments for `function`. `make` creates the tensors.
+            Tensors that need a gradient have `requires_grad` set. Without a case the shapes are small.
+        cases: keyword arguments for `inputs`. `benchmarks.aot` compiles the Triton kernels for each case. The cases
+            cover branches of the kernels that no recipe uses.
+        members: names of the registered operators, for example the operator and its backward pass. If empty, `name` is
+            the only one.
+        called_by: the folder of `train` that calls the operator: model, optimize, quantize, artifact or evaluate.
+        gpu_dtype: dtype of the doctor's inputs on a GPU. On a CPU they are float32.
+        products: name of each Triton kernel that multiplies rows by a matrix → names of its arguments for the rows and
+            for the matrix.
+        in_place: name of each Triton kernel that reads a large tensor and then overwrites it → name of its argument for
+            this tensor.
     """
 
     name: str
@@ -52,18 +56,21 @@ class Operator:
 
 
 def declare(operator: Operator) -> None:
-    """Adds an operator to `declared`, and its name to those that `GOLF_BACKEND` knows."""
+    """Adds an operator to the list and makes its name known to `GOLF_BACKEND`."""
     _declared[operator.name] = operator
     dispatch.set_members(operator.name, operator.members or (operator.name,))
 
 
 def declared() -> dict[str, Operator]:
-    """Every operator by name."""
+    """Returns all operators as a dictionary from name to operator, in alphabetical order."""
     return dict(sorted(_declared.items()))
 
 
 def random_tensors(device: str | torch.device, dtype: torch.dtype, seed: int = 0) -> Make:
-    """A `make` of normal numbers, the same ones for the same seed and order of calls on one device."""
+    """Returns a `make` function that draws normal random numbers.
+
+    On one device, the same seed and the same order of calls give the same numbers.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -73,18 +80,18 @@ def random_tensors(device: str | torch.device, dtype: torch.dtype, seed: int = 0
 
 
 def upstream_gradients(function: Callable[..., Any], inputs: Inputs, make: Make) -> list[Tensor]:
-    """A gradient for each result of `function(**inputs)`, in its shape and dtype."""
+    """Returns a random upstream gradient for each result of `function(**inputs)`, in the result's shape and dtype."""
     with torch.no_grad():
         return [make(*result.shape).to(result.dtype) for result in _as_list(function(**inputs))]
 
 
 def run(function: Callable[..., Any], inputs: Inputs, upstream: Sequence[Tensor]) -> list[Tensor]:
-    """The results of `function(**inputs)`, then the gradients of the inputs that require one, in their order.
+    """Returns the results of `function(**inputs)`, then the gradients of all inputs that require one, in input order.
 
     Args:
-        function: returns a tensor, or several.
-        inputs: its keyword arguments.
-        upstream: of `upstream_gradients`.
+        function: returns one tensor or several.
+        inputs: keyword arguments of `function`.
+        upstream: the upstream gradient of each result, from `upstream_gradients`.
     """
     results = _as_list(function(**inputs))
     leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -94,12 +101,12 @@ def run(function: Callable[..., Any], inputs: Inputs, upstream: Sequence[Tensor]
 
 
 def exact(inputs: Any, *, device: str | None = None, rounded_to: torch.dtype | None = None) -> Any:
-    """Inputs in float64, requiring gradients where they did before; integers stay as they are.
+    """Converts floating-point inputs to float64. The converted tensors require gradients where the originals do.
 
     Args:
-        inputs: tensors, in nested lists and dictionaries.
-        device: where they go; None: they stay.
-        rounded_to: dtype that the operator rounds all of them to at use; None: it rounds none.
+        inputs: tensors, in nested lists and dictionaries. Integer tensors keep their dtype.
+        device: device of the converted tensors. None keeps the device of each tensor.
+        rounded_to: dtype to which the operator rounds its inputs, so that they are rounded first; None: no rounding.
     """
 
     def widen(tensor: Tensor) -> Tensor:

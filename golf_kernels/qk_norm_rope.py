@@ -1,17 +1,17 @@
-"""QK-norm, rotary embedding and query gain, one pass each way: `golf::qk_norm_rope`.
+"""QK-norm, rotary embedding and query gain as one operator: `golf::qk_norm_rope`.
 
-    n = x · rstd,  rstd = 1 / √(mean(x²) + eps) of each head's vector of D numbers
-    q̂ = g · R n(q),  k̂ = R n(k),  R (a, b) = (a cos + b sin, −a sin + b cos) on the halves of the first r dimensions
+    n(x) = x · rstd,  rstd = 1 / √(mean(x²) + eps) of each head's vector of D numbers
+    q̂ = g · R n(q),  k̂ = R n(k),  R (a, b) = (a cos + b sin, −a sin + b cos), a and b halves of the first r dimensions
 
-Kept for the backward pass are q̂ and k̂, which attention keeps anyway, and rstd; q and k are not. With u = q̂ / g,
+The backward pass keeps rstd, q̂ and k̂. Attention keeps q̂ and k̂ anyway. With u = q̂ / g and n = n(q):
 
     s = ⟨dq̂, u⟩ = ⟨Rᵀ dq̂, n⟩,  dg = Σ s,  dq = rstd · g · (Rᵀ dq̂ − n · s / D),  n = R⁻¹ u = Rᵀ u / (cos² + sin²)
 
-and the same with g = 1 for k. Dividing by cos² + sin² makes this exact for tables that were rounded to bfloat16. With a
-gain of 0, q̂ would be 0 and u lost, which the gradient of the gain needs. So a gain nearer to 0 than `GAIN_FLOOR` counts as
-plus or minus that floor, which a softmax in float32 does not tell from 0.
+and the same for k with g = 1. `golf::qk_norm_rope_backward` computes these gradients. The division by cos² + sin² keeps
+them exact if cos and sin were rounded to bfloat16.
 
-`golf::qk_norm_rope_backward` computes the gradients.
+With a gain g of 0, q̂ would be 0, and u could not be recovered for dg. So a gain closer to 0 than `GAIN_FLOOR` is
+replaced by plus or minus this floor. A float32 softmax gives the same result for the floor 2⁻⁶⁰ as for 0.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from torch.nn import functional as F
 from golf_kernels import dispatch, operators
 
 GAIN_FLOOR = {torch.float16: 2.0**-12}
-"""Smallest gain by dtype; 2⁻⁶⁰ for the others. float16 ends at 2⁻²⁴, so that a q̂ of size 2⁻¹² has 12 bits."""
+"""Smallest magnitude of a gain in float16: the smallest number is 2⁻²⁴, so a q̂ of size 2⁻¹² still has 12 bits."""
 _WIDE_FLOOR = 2.0**-60
 
 
 def qk_norm_rope(
     q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys as attention takes them: q̂ = gain · rotate(rms(q)), k̂ = rotate(rms(k)).
+    """Prepares queries and keys for attention: q̂ = gain · rotate(rms(q)), k̂ = rotate(rms(k)).
 
-    Differentiable once in q, k and gain; the tables are constants.
+    q, k and gain have first derivatives, but no second ones. cosine and sine have none.
 
     Args:
-        q: `(B, T, H, D)`, floating, of any strides; any size may be 0 but D.
-        k: `(B, T, H_kv, D)`, the dtype of q, of any strides.
-        cosine: `(T, 1, r/2)`, the dtype of q. r ≤ D; dimensions from r on are not rotated.
-        sine: `(T, 1, r/2)`, the dtype of q; cos² + sin² has to be 1 up to rounding.
-        gain: `(H,)`, float32 or the dtype of q. It is rounded to the dtype of q at use; its gradient is not.
+        q: `(B, T, H, D)`, any floating dtype, any strides. Each size except D may be 0.
+        k: `(B, T, H_kv, D)` in the dtype of q, any strides.
+        cosine: `(T, 1, r/2)` in the dtype of q, with r ≤ D. Dimensions from r on are not rotated.
+        sine: `(T, 1, r/2)` in the dtype of q. cos² + sin² must be 1 up to rounding.
+        gain: `(H,)`, float32 or the dtype of q. The operator rounds gain to the dtype of q, but not its gradient.
         eps: epsilon of the norm x / √(mean(x²) + eps).
 
     Returns:
-        q̂ and k̂, contiguous, of the shapes and dtype of q and k.
+        q̂ and k̂, contiguous, with the shapes and dtype of q and k.
 
     Raises:
-        ValueError: a shape, dtype, device or number that does not fit.
+        ValueError: a wrong shape, dtype, device or number.
     """
     rotated: tuple[Tensor, Tensor, Tensor] = torch.ops.golf.qk_norm_rope(q, k, cosine, sine, gain, eps)
     return rotated[0], rotated[1]
@@ -58,12 +58,12 @@ def qk_norm_rope(
 def written_out(
     q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`qk_norm_rope` and its backward pass in PyTorch's operations, for a compiler, which cannot look into an operator.
+    """`qk_norm_rope` written with PyTorch's own operations for `torch.compile`, which cannot fuse a `golf::` operator.
 
-    Autograd's backward pass of the formula would keep q and k, and read them once more for the gain.
+    The backward pass is written out too, because autograd's own would keep q and k and read them once more.
 
     Args:
-        q, k, cosine, sine, gain, eps: as for `qk_norm_rope`.
+        q, k, cosine, sine, gain, eps: see `qk_norm_rope`.
 
     Returns:
         q̂ and k̂.
@@ -109,17 +109,17 @@ def _fake(
 
 
 def _floored(gain: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gain `(H, 1)`, rounded to dtype and at least the floor away from 0."""
+    """Returns the gain as `(H, 1)`, rounded to dtype. Its magnitude is at least the floor."""
     floor = GAIN_FLOOR.get(dtype, _WIDE_FLOOR)
     rounded = gain.to(dtype).to(_wide(dtype)).unsqueeze(1)
     return torch.where(rounded.abs() < floor, torch.where(rounded < 0, -floor, floor), rounded)
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """R x of each head's vector x; Rᵀ x with −sine for sine."""
+    """Returns R x for each head's vector x. With −sine it returns Rᵀ x."""
     half, dim = cosine.shape[-1], x.shape[-1]
     if torch.compiler.is_compiling():
-        # a compiler writes each operand of cat in a pass of its own, and masked reads in one
+        # torch.compile writes each operand of cat in a separate pass, but needs only one pass for masked reads
         other = x[..., : 2 * half].unflatten(-1, (2, half)).flip(-2).flatten(-2) * torch.cat([sine, -sine], dim=-1)
         kept = F.pad(torch.cat([cosine, cosine], dim=-1), (0, dim - 2 * half), value=1.0)
         return x * kept + F.pad(other, (0, dim - 2 * half))
@@ -143,7 +143,7 @@ def _reference(
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # compiled by torch 2.11, an autograd.Function has gradients of 0 if its result was converted to the dtype it had
+    # torch.compile of torch 2.11 gives an autograd.Function gradients of 0 if it converts a result to the same dtype
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -207,7 +207,7 @@ class _WrittenOut(torch.autograd.Function):
     forward = staticmethod(_reference)
     setup_context = staticmethod(_setup_context)
 
-    # like the operator, it is not differentiable twice
+    # like the operator, this function has no second derivative
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq_hat: Tensor, dk_hat: Tensor, unused: Any) -> tuple[Any, ...]:
@@ -220,7 +220,7 @@ def _triton_problem(q: Tensor, k: Tensor) -> str | None:
     if unfit is not None:
         return unfit
     heads, dim = max(q.shape[2], k.shape[2]), q.shape[3]
-    # both are padded to powers of 2; a program keeps all numbers of a position in registers
+    # a program keeps all numbers of a position in registers, with heads and dimensions padded to powers of 2
     if heads > 64 or dim > 256 or (heads - 1).bit_length() + (dim - 1).bit_length() > 13:
         return f"its kernels take at most 64 heads of 128 dimensions or 32 of 256, found {heads} of {dim}"
     return None
@@ -259,7 +259,7 @@ def _inputs(
 ) -> operators.Inputs:
     q, k = make(batch, length, heads, dim), make(batch, length, kv_heads, dim)
     angles = 100 * make(length, 1, rotary // 2, dtype=torch.float32)
-    # of about the size of those that training reaches
+    # about as large as gains after training
     gain = 5 + make(heads, dtype=torch.float32)
     return {
         "q": q.requires_grad_(),
@@ -271,7 +271,7 @@ def _inputs(
     }
 
 
-# up to the most heads and dimensions that the kernels take
+# heads, kv_heads, dim and rotary, up to the most that the kernels take
 _CASES = (
     (8, 8, 64, 0),
     (8, 4, 64, 16),

@@ -1,13 +1,14 @@
-"""Triton kernels of QK-norm, rotary embedding and query gain: one pass over queries and keys each way.
+"""Triton kernels of QK-norm, rotary embedding and query gain. Each kernel makes one pass over queries and keys.
 
-    rotate     q̂ = g · R n(q), k̂ = R n(k), and the rstd of each head and position
+    rotate     q̂ = g · R n(q), k̂ = R n(k), and rstd of each head and position
     unrotate   dq, dk and each program's partial sum of dg, from dq̂, q̂, dk̂, k̂ and rstd
 
-A program takes some positions with all their heads, so that the tables are read once for all heads. Rotated dimensions are
-read twice, the second time in the order of their partners and from the cache, so that threads need not exchange them.
+A program takes a block of positions with all their heads, so that it reads cosine and sine once for all heads. It reads
+the rotated dimensions twice: the second time in the order of their partners in the rotation, and from the cache. So
+threads need not exchange numbers.
 """
 
-# triton gives the arguments of a kernel their types
+# kernel arguments have no annotations, because Triton infers their types
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _places(position, positions, length, HEADS: tl.constexpr):
 
 @triton.jit
 def _dims(DIM: tl.constexpr, HALF: tl.constexpr):
-    # each dimension, and its partner in the rotation
+    # returns each dimension, and its partner in the rotation
     PADDED: tl.constexpr = triton.next_power_of_2(DIM)
     dim = tl.arange(0, PADDED)[None, None, :]
     return dim, tl.where(dim < HALF, dim + HALF, dim - HALF)
@@ -50,7 +51,7 @@ def _dims(DIM: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _tables(cosine_ptr, sine_ptr, position, positions, length, DIM: tl.constexpr, HALF: tl.constexpr):
-    # R x = cosine · x + sine · partner's x; dimensions that are not rotated have 1 and 0
+    # R x = cosine · x + sine · partner's x; a dimension that is not rotated has cosine 1 and sine 0
     dim, _partner = _dims(DIM, HALF)
     inside = (position < positions)[:, None, None] & (dim < 2 * HALF)
     place = (position % length)[:, None, None] * HALF + tl.where(dim < HALF, dim, dim - HALF)
@@ -166,7 +167,7 @@ def rotate_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """q̂, k̂ and rstd of BLOCK positions; either may have no heads."""
+    """Computes q̂, k̂ and rstd of BLOCK positions. HEADS or KV_HEADS may be 0."""
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ALL: tl.constexpr = HEADS + KV_HEADS
     cosine = 1.0
@@ -217,7 +218,10 @@ def unrotate_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dq and dk of BLOCK positions, and their row of `partial` `(programs, HEADS)`, whose sum over programs is dg."""
+    """Computes dq and dk of BLOCK positions, and a partial sum of dg over these positions.
+
+    `partial` `(programs, HEADS)` holds the partial sums of all programs.
+    """
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ALL: tl.constexpr = HEADS + KV_HEADS
     cosine = 1.0
@@ -243,14 +247,14 @@ def unrotate_kernel(
 def forward(
     q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, eps: float, *, floor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`golf::qk_norm_rope`: q̂, k̂ and rstd `(B, T, H + H_kv)`, which `backward` needs.
+    """Implements `golf::qk_norm_rope`: returns q̂, k̂ and, for `backward`, rstd `(B, T, H + H_kv)`.
 
     Args:
-        q, k: `(B, T, H, D)` and `(B, T, H_kv, D)` of any strides, bfloat16, float16 or float32.
+        q, k: `(B, T, H, D)` and `(B, T, H_kv, D)`, bfloat16, float16 or float32, with any strides.
         cosine, sine: `(T, 1, r/2)` in the dtype of q.
-        gain: `(H,)` float32 or in the dtype of q.
-        eps: of the norm.
-        floor: smallest magnitude of a gain, so that q̂ keeps its direction.
+        gain: `(H,)`, float32 or the dtype of q.
+        eps: epsilon of the norm.
+        floor: smallest magnitude of a gain. With a smaller gain q̂ would lose its direction.
     """
     q_hat, k_hat = q.new_empty(q.shape), k.new_empty(k.shape)
     rstd = q.new_empty((*q.shape[:2], q.shape[2] + k.shape[2]), dtype=torch.float32)
@@ -278,7 +282,7 @@ def backward(
     *,
     floor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`golf::qk_norm_rope_backward`: dq, dk and dgain, whose partial sums are added in the same order every time."""
+    """Implements `golf::qk_norm_rope_backward`: returns dq, dk and dgain. dgain is always summed in the same order."""
     q_hat, k_hat, rstd = q_hat.contiguous(), k_hat.contiguous(), rstd.contiguous()
     dq, dk = torch.empty_like(q_hat), torch.empty_like(k_hat)
     if not rstd.numel():
@@ -305,6 +309,6 @@ def _blocks(q: Tensor, k: Tensor) -> tuple[int, int]:
 
 
 def choose_block(heads: int, dim: int) -> tuple[int, int]:
-    """Positions and warps of a program: with padding, 16 numbers of a tensor per thread, so that registers suffice."""
+    """Returns positions and warps per program, for 16 elements of a tensor per thread, padding included."""
     numbers = triton.next_power_of_2(heads) * triton.next_power_of_2(dim)
     return max(1, 2048 // numbers), max(4, numbers // 512)

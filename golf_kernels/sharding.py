@@ -1,4 +1,4 @@
-"""Assigns work to ranks by its cost, and divides Newton-Schulz among ranks."""
+"""Assigns tasks to ranks by their cost, and divides Newton-Schulz orthogonalization among ranks."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from torch import Tensor
 
 
 def newton_schulz_cost(rows: int, columns: int) -> int:
-    """FLOPs of one iteration: two products with the long side, one on the short side."""
+    """FLOPs of one Newton-Schulz iteration: X·Xᵀ and B·X take 2·short²·long each, A·A takes 2·short³."""
     short, long = sorted((rows, columns))
     return 4 * short * short * long + 2 * short**3
 
 
 @functools.lru_cache(maxsize=64)
 def assign(shapes: tuple[tuple[int, int], ...], ranks: int) -> tuple[int, ...]:
-    """The rank of each matrix, so that all ranks finish at about the same time.
+    """Assigns each matrix to a rank, so that all ranks finish Newton-Schulz at about the same time.
 
     Args:
         shapes: (rows, columns) of each matrix.
         ranks: number of ranks.
 
     Returns:
-        One rank per matrix, the same on every rank.
+        The rank of each matrix. Every rank computes the same assignment.
     """
     return assign_costs([newton_schulz_cost(*shape) for shape in shapes], ranks)
 
 
 def assign_costs(costs: Sequence[float], ranks: int) -> tuple[int, ...]:
-    """The rank of each task: the most expensive task first, each to the rank with the lowest cost so far.
+    """Assigns each task to the rank with the lowest total cost so far, the most expensive task first.
 
     Args:
-        costs: of each task, in any unit.
+        costs: cost of each task, in any unit.
         ranks: number of ranks.
 
     Returns:
-        One rank per task.
+        The rank of each task.
     """
     loads = [0.0] * ranks
     owners = [0] * len(costs)
@@ -51,16 +51,16 @@ def assign_costs(costs: Sequence[float], ranks: int) -> tuple[int, ...]:
 def orthogonalize_sharded(
     updates: Sequence[Tensor], run: Callable[[list[Tensor]], list[Tensor]], dtype: torch.dtype, group: dist.ProcessGroup
 ) -> list[Tensor]:
-    """Every rank orthogonalizes the matrices assigned to it and gets the results of the other ranks.
+    """Orthogonalizes matrices on all ranks: each rank takes the matrices assigned to it, then all exchange results.
 
     Args:
-        updates: matrices `(m, n)` and banks `(k, m, n)`, the same shapes on every rank.
-        run: orthogonalizes a list of matrices.
-        dtype: dtype in which the results are sent.
-        group: the ranks.
+        updates: matrices `(m, n)` and banks of matrices `(k, m, n)`, with the same shapes on every rank.
+        run: function that orthogonalizes a list of matrices.
+        dtype: dtype in which the ranks send results.
+        group: process group of the ranks.
 
     Returns:
-        One result per update.
+        One result per update, on every rank.
     """
     # a bank's matrices are assigned one by one, because a whole bank may be half of the work
     matrices = [matrix for update in updates for matrix in (update.unbind() if update.ndim == 3 else (update,))]
@@ -74,7 +74,7 @@ def orthogonalize_sharded(
         flat[position : position + result.numel()] = result.flatten()
         position += result.numel()
     gathered = torch.empty(ranks * longest, dtype=dtype, device=flat.device)
-    # torch 2.13 renamed it and warns about the old name
+    # torch 2.13 renamed all_gather_into_tensor to all_gather_single and warns about the old name
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(gathered, flat, group=group)
     results = [torch.empty_like(update, memory_format=torch.contiguous_format) for update in updates]

@@ -1,11 +1,12 @@
-"""The head's product, softcap and cross-entropy, with the gradients in one operator: `golf::softcapped_cross_entropy`.
+"""Output projection, softcap, cross-entropy and their gradients as one operator: `golf::softcapped_cross_entropy`.
 
     z = softcap · tanh(hidden · weightᵀ / softcap)
     loss = mean or sum over rows of  lse − z[target] + z_loss · lse²,  lse = logsumexp(z)
 
-Rows are taken in chunks, and the gradients of a chunk's logits are computed at once, so that the logits of all rows never
-exist. Besides the results it takes `CHUNK_BYTES` of memory, whatever the number of rows and the vocabulary.
-With p = softmax(z), e the one-hot target and w the row's weight (1 / count for a mean, 0 for an ignored row):
+The operator computes loss and gradients of one chunk of rows after another and never stores the logits of all rows. The
+logits of a chunk take at most `CHUNK_BYTES` of memory in float32.
+
+With p = softmax(z), e the one-hot target and w the row's weight (sum: 1, mean: 1 / count, ignored row: 0):
 
     d logits = w · (p · (1 + 2 · z_loss · lse) − e) · (1 − (z / softcap)²)
     d hidden = d logits · weight,  d weight = d logitsᵀ · hidden
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from golf_kernels import dispatch, operators
 
-# float32 logits of one chunk: 16 MiB stay near a CPU's caches, 256 MiB keep a GPU busy
+# bytes of a chunk's logits in float32: 16 MiB nearly fit in a CPU's caches, 256 MiB keep a GPU busy
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
@@ -35,24 +36,24 @@ def softcapped_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy of softcapped logits, from the hidden states: loss of `softcap·tanh(hidden·weightᵀ / softcap)`.
+    """Computes the cross-entropy of the logits `softcap·tanh(hidden·weightᵀ / softcap)`.
 
-    The gradients are computed in the forward pass when one is needed, and multiplied by the upstream gradient in the
-    backward pass. Under `torch.no_grad()` only the loss is computed. Deterministic. Not differentiable twice.
+    The forward pass also computes the gradients that are needed. The backward pass multiplies them by the upstream
+    gradient. Under `torch.no_grad()` only the loss is computed. Results are deterministic. No second derivatives exist.
 
     Args:
-        hidden: `(M, d)`, floating.
-        weight: `(V, d)`, the dtype of `hidden`.
-        targets: `(M,)`, int64 or int32, in [0, V) or `ignore_index`. Checked on the CPU; unchecked on CUDA, where a
-            check would wait for the GPU.
-        softcap: logits are bounded by ± this, > 0.
-        reduction: `mean` over the rows that are not ignored (0 when there are none), or `sum`.
-        ignore_index: rows with this target count neither in the loss nor in the mean.
-        z_loss: weight of logsumexp², which keeps the logits from drifting; reduced like the loss.
+        hidden: `(M, d)`, any floating dtype: hidden states.
+        weight: `(V, d)` in the dtype of `hidden`: weight of the output projection.
+        targets: `(M,)`, int64 or int32, in [0, V) or equal to `ignore_index`. Targets are checked on the CPU, but not
+            on CUDA, where a check would wait for the GPU.
+        softcap: bound on the magnitude of the logits, > 0.
+        reduction: `mean` over the rows that are not ignored (0 if there are none), or `sum`.
+        ignore_index: rows with this target are left out of the loss and of the mean.
+        z_loss: weight of the penalty logsumexp², which keeps the logits from drifting and is reduced like the loss.
 
     Returns:
-        Scalar loss in nats, float32 (float64 for float64 inputs). Operands of the products have the dtype of `hidden`,
-        sums float32 at least; the Triton backend rounds the logits to that dtype too.
+        Scalar loss in nats, float32 (float64 for float64 inputs). Products multiply in the dtype of `hidden` and sum in
+        float32 at least. The Triton backend also rounds the logits to the dtype of `hidden` if gradients are needed.
 
     Raises:
         ValueError: a wrong shape, dtype, device or option, or (on the CPU) a target outside [0, V).
@@ -93,7 +94,7 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float) 
 
 
 def check_targets(targets: Tensor, vocabulary: int, ignore_index: int | None) -> None:
-    """Raises `ValueError` for a target outside [0, vocabulary) on the CPU; does nothing on a GPU."""
+    """Raises `ValueError` for a target outside [0, vocabulary) that is not `ignore_index`. Skips targets on a GPU."""
     if targets.device.type != "cpu":
         return
     wrong = (targets < 0) | (targets >= vocabulary)
@@ -108,17 +109,17 @@ def check_targets(targets: Tensor, vocabulary: int, ignore_index: int | None) ->
 
 
 def chunk_rows(device: torch.device, vocabulary: int) -> int:
-    """Rows whose float32 logits fill one chunk."""
+    """Number of rows whose float32 logits fill one chunk."""
     return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * max(1, vocabulary)))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, otherwise float32."""
+    """Returns the dtype of sums: float64 for float64 inputs, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """left · right in `accumulation_dtype`, not rounded to the dtype of the operands."""
+    """Returns left · right in `accumulation_dtype`, without rounding the result to the operands' dtype."""
     dtype = accumulation_dtype(left.dtype)
     if left.dtype == dtype:
         return left @ right
@@ -128,7 +129,7 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _scale(kept: Tensor, mean: bool, dtype: torch.dtype) -> Tensor:
-    """The weight of each row that is not ignored, a scalar on the device: 1, or 1 / their number."""
+    """Weight of a row that is not ignored, as a scalar on the device. Sum: 1; mean: 1 / number of such rows."""
     count = kept.sum().clamp_min(1) if mean else kept.new_ones((), dtype=dtype)
     return count.to(dtype).reciprocal()
 
@@ -179,7 +180,7 @@ def _reference(
         z = capped * softcap
         lse = torch.logsumexp(z, dim=1, keepdim=True)
         per_row = (lse - z.gather(1, picked[rows])).squeeze(1) + z_loss * lse.squeeze(1).square()
-        # where, not a product: the logits of an ignored row may be NaN
+        # torch.where instead of a product with 0, because the logits of an ignored row may be NaN
         loss += torch.where(kept[rows], per_row * row_weight[rows], 0.0).sum()
         if not (need_hidden or need_weight):
             continue
@@ -233,8 +234,8 @@ def _triton(
 
 
 def triton_problem(hidden: Tensor) -> str | None:
-    """Why the kernels of the head cannot take these hidden states; None if they can."""
-    # Triton's interpreter multiplies the bit patterns of bfloat16, without an error
+    """The reason why the output head's Triton kernels cannot take these hidden states; None if they can."""
+    # Triton's interpreter would multiply the bit patterns of bfloat16 numbers without raising an error
     dtypes = (torch.float16, torch.float32) if hidden.device.type == "cpu" else (torch.bfloat16, torch.float16)
     if hidden.dtype in dtypes:
         return None
@@ -280,7 +281,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Any, ...]:
 
 
 def head_inputs(make: operators.Make, rows: int = 53, width: int = 32, vocabulary: int = 129) -> operators.Inputs:
-    """`operators.Operator.inputs` of a head."""
+    """Example inputs for an operator of the output head; see `operators.Operator.inputs`."""
     hidden, weight = make(rows, width), make(vocabulary, width)
     targets = torch.arange(rows, device=hidden.device) % vocabulary
     return {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_(), "targets": targets}

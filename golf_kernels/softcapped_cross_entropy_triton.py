@@ -1,13 +1,13 @@
-"""Triton kernels of the softcapped head: one replaces logits by their gradients, one needs no logits in memory.
+"""Triton kernels of the output head with softcapped logits.
 
-    loss_and_gradient   a program holds a row in registers: it reads the logits once and overwrites them with d logits
-    row_nll             a program computes the logits of a tile of rows, some columns at a time, and keeps only a running
-                        logsumexp and the target's logit
+    loss_and_gradient   a program reads one row of logits into registers and overwrites the row with its gradient
+    row_nll             a program computes the logits of a block of rows, some columns at a time, keeps only a running
+                        logsumexp and the target's logit, and stores no other logits in memory
 
 Both compute tanh(x) as 1 − 2s with s = 1 / (1 + e^2x), and its derivative as 4s(1 − s).
 """
 
-# triton gives the arguments of a kernel their types
+# kernel arguments have no annotations, because Triton infers their types
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# a power of 2 is one instruction, a power of e five
+# kernels use powers of 2, which take one instruction; a power of e takes five
 LOG2_E = tl.constexpr(math.log2(math.e))
 MAX_VOCABULARY = 8192
-"""Longest row that a program of `loss_and_gradient` can hold."""
+"""Largest vocabulary that `loss_and_gradient` takes, because a program holds a whole row of logits."""
 
 
 @triton.jit
 def _folded_tanh(x, softcap):
-    # the square of rsqrt is two instructions, a quotient eight; an infinite power gives 0, which is right
+    # s as the square of rsqrt, which takes two instructions; a quotient takes eight. If the power is infinite, s is 0,
+    # which is right
     root = tl.rsqrt(1.0 + tl.exp2(x * (2.0 * LOG2_E / softcap)))
     return root * root
 
 
 @triton.jit
 def _round_to_bf16(x):
-    # to nearest even, in integers, because the interpreter's conversion truncates
+    # rounds to nearest even with integers, because the interpreter's conversion truncates
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
@@ -52,14 +53,14 @@ def loss_and_gradient_kernel(
     ignore_index,
     BLOCK_V: tl.constexpr,
 ):
-    """Loss of one row, times scale; overwrites its logits `(rows, vocabulary)` with d logits."""
+    """Computes the loss of one row, times scale, and overwrites the row of logits with its gradient."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_V)
     inside = column < vocabulary
     address = logits_ptr + row * vocabulary + column
     target = tl.load(targets_ptr + row)
     scale = tl.load(scale_ptr)
-    # read before the row's maximum and sum, after which other threads may have overwritten it
+    # the target's logit is read before the reductions; after them, another thread may have overwritten it
     known = (target >= 0) & (target < vocabulary)
     hit = tl.load(logits_ptr + row * vocabulary + target, mask=known, other=0.0).to(tl.float32)
     picked = softcap - 2.0 * softcap * _folded_tanh(hit, softcap)
@@ -69,7 +70,7 @@ def loss_and_gradient_kernel(
     weight = tl.exp2(z * LOG2_E - top * LOG2_E)
     total = tl.sum(weight, axis=0)
     lse = top + tl.log(total)
-    # where, not a product: an ignored row may hold NaN
+    # tl.where instead of a product with 0, because an ignored row may hold NaN
     kept = target != ignore_index
     tl.store(loss_ptr + row, tl.where(kept, scale * (lse - picked + z_loss * lse * lse), 0.0))
     steep = 4.0 * scale
@@ -95,10 +96,10 @@ def row_nll_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Logsumexp of BLOCK_M rows over `span` columns, and the target's logit if it is among them, otherwise 0."""
+    """Computes the logsumexp of BLOCK_M rows over `span` columns, and the target's logit or, if it is elsewhere, 0."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     target = tl.load(targets_ptr + row, mask=row < rows, other=-1)
-    # rows and columns beyond the ends read the last one, and are not stored: masks would cost registers
+    # rows and columns beyond the end read the last row or column and are not stored, because masks would cost registers
     hidden_rows = hidden_ptr + tl.minimum(row, rows - 1)[:, None] * width
     first = tl.program_id(1) * span
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -128,7 +129,7 @@ def row_nll_kernel(
 
 
 ROW_BLOCKS = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}
-# two programs on an SM: one multiplies while the other computes exponentials
+# two programs fit on an SM: one multiplies while the other computes exponentials
 ROW_OPTIONS = {"num_warps": 8, "num_stages": 5, "maxnreg": 128}
 
 
@@ -141,14 +142,14 @@ def loss_and_gradient(
     z_loss: float,
     ignore_index: int,
 ) -> None:
-    """Replaces logits by the gradients of `scale` · loss, in place; see `golf::softcapped_cross_entropy`.
+    """Overwrites logits with the gradients of `scale` · loss; see `golf::softcapped_cross_entropy`.
 
     Args:
         logits: `(rows, V)` contiguous, bfloat16, float16 or float32, V at most `MAX_VOCABULARY`; overwritten.
         targets: `(rows,)` contiguous, int32 or int64.
         scale: scalar float32 on the device.
-        loss: `(rows,)` contiguous float32; overwritten by each row's loss times `scale`, 0 for an ignored row.
-        softcap: cap of the logits.
+        loss: `(rows,)` contiguous float32; receives each row's loss times `scale`, 0 for an ignored row.
+        softcap: bound on the magnitude of the logits.
         z_loss: weight of logsumexp².
         ignore_index: target of ignored rows.
     """
@@ -165,22 +166,22 @@ def loss_and_gradient(
 def row_nll(
     hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, round_to_bf16: bool
 ) -> tuple[Tensor, Tensor]:
-    """Logsumexp and target logit of every row; their difference is `golf::window_nll`.
+    """Returns the logsumexp and the target's logit of every row. Their difference is the result of `golf::window_nll`.
 
     Args:
         hidden: `(M, d)`, bfloat16, float16 or float32.
-        weight: `(V, d)`, the dtype of `hidden`.
-        targets: `(M,)`, int32 or int64; a target outside [0, V) has logit 0.
-        softcap: cap of the logits.
-        round_to_bf16: round the logits to bfloat16 first.
+        weight: `(V, d)` in the dtype of `hidden`.
+        targets: `(M,)`, int32 or int64. The logit of a target outside [0, V) is 0.
+        softcap: bound on the magnitude of the logits.
+        round_to_bf16: whether to round the logits to bfloat16 before the softcap.
 
     Returns:
-        Two times `(M,)` float32.
+        Two tensors `(M,)` float32.
     """
     (rows, width), vocabulary = hidden.shape, weight.shape[0]
     hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
     tiles = triton.cdiv(rows, ROW_BLOCKS["BLOCK_M"])
-    # one SM in the interpreter, so that it splits a short vocabulary
+    # the interpreter counts as one SM, so that two programs divide the vocabulary of a single block of rows
     processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 1
     span = column_span(tiles, vocabulary, 2 * processors)
     parts = triton.cdiv(vocabulary, span)
@@ -196,7 +197,7 @@ def row_nll(
 
 
 def column_span(row_tiles: int, vocabulary: int, programs: int) -> int:
-    """Columns of a program, in whole tiles: fewer where rows are few, so that there are about `programs` programs."""
+    """Returns the columns per program, in whole tiles, such that there are about `programs` programs for all rows."""
     tiles = triton.cdiv(vocabulary, ROW_BLOCKS["BLOCK_N"])
     parts = min(max(programs // max(row_tiles, 1), 1), tiles)
     return int(triton.cdiv(tiles, parts) * ROW_BLOCKS["BLOCK_N"])
@@ -207,5 +208,5 @@ def _row_block(vocabulary: int) -> int:
 
 
 def _row_options(block: int) -> dict[str, int]:
-    # 32 columns per thread, and at least two rows on an SM: one is read while another is computed
+    # 32 columns per thread; an SM holds at least two rows, so that it reads one while it computes another
     return {"num_warps": block // 1024, "maxnreg": 128}

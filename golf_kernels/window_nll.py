@@ -1,8 +1,8 @@
-"""Negative log-likelihood of each row under softcapped logits, for evaluation: `golf::window_nll`.
+"""Negative log-likelihood of each target under softcapped logits, for evaluation: `golf::window_nll`.
 
-    z = softcap · tanh(logits / softcap),  nll[i] = logsumexp(z[i]) − z[i, targets[i]]
+    z = softcap · tanh(hidden · weightᵀ / softcap),  nll[i] = logsumexp(z[i]) − z[i, targets[i]]
 
-No gradient. Rows are taken in chunks, so that the logits of all rows never exist.
+The operator has no gradient. It takes one chunk of rows after another and never stores the logits of all rows.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ def window_nll(
     softcap: float = 30.0,
     logits_rounding: str = "none",
 ) -> Tensor:
-    """Negative log-likelihood of every target: −log softmax(softcap·tanh(hidden·weightᵀ / softcap))[target].
+    """Computes for every target the nll −log softmax(softcap·tanh(hidden·weightᵀ / softcap))[target].
 
     Args:
-        hidden: `(M, d)`, floating.
-        weight: `(V, d)`, the dtype of `hidden`.
-        targets: `(M,)`, int64 or int32, in [0, V). Checked on the CPU; unchecked on CUDA, where a check would wait for
-            the GPU.
-        softcap: logits are bounded by ± this, > 0.
-        logits_rounding: `none` keeps the logits in float32 (float64 for float64); `bf16` rounds them to bfloat16
-            before the softcap, as the published evaluations do.
+        hidden: `(M, d)`, any floating dtype: hidden states.
+        weight: `(V, d)` in the dtype of `hidden`: weight of the output projection.
+        targets: `(M,)`, int64 or int32, in [0, V). Targets are checked on the CPU, but not on CUDA, where a check would
+            wait for the GPU.
+        softcap: bound on the magnitude of the logits, > 0.
+        logits_rounding: `none` keeps the logits in float32 (float64 for float64 inputs). `bf16` rounds the logits to
+            bfloat16 before the softcap, as the published evaluations do.
 
     Returns:
         `(M,)` in nats, float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: a wrong shape, dtype, device or option, or (on the CPU) a target outside [0, V).
-        RuntimeError: an input requires a gradient (outside `torch.no_grad()`); the operator has none.
+        RuntimeError: an input requires a gradient outside `torch.no_grad()`; the operator has no gradient.
     """
     if logits_rounding not in ("none", "bf16"):
         raise ValueError(f"logits_rounding: expected 'none' or 'bf16', found {logits_rounding!r}")
@@ -70,7 +70,7 @@ def _reference(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, 
     step = chunk_rows(hidden.device, weight.shape[0])
     for start in range(0, hidden.shape[0], step):
         rows = slice(start, start + step)
-        # a 16-bit product would round the logits, whatever logits_rounding says
+        # a product in 16 bits would round the logits even if logits_rounding is `none`
         logits = wide_product(hidden[rows], weight.T)
         if round_to_bf16:
             logits = logits.bfloat16().to(dtype)

@@ -1,17 +1,16 @@
-"""Exclusive self-attention (XSA), one pass each way: `golf::xsa`.
+"""Exclusive self-attention (XSA, `golf::xsa`): removes the direction of a position's own value v from its output o.
 
     v̂ = v / n,  n = max(‖v‖₂, 1e-12) as in `torch.nn.functional.normalize`
-    s = ⟨o, v̂⟩,  y = o − s v̂ for each of the H / H_kv query heads that share the value
+    s = ⟨o, v̂⟩,  y = o − s v̂ for each of the H / H_kv query heads that share v
 
-With t = ⟨dy, v̂⟩, and u = 1 where ‖v‖ ≥ 1e-12, else 0,
+With t = ⟨dy, v̂⟩, and u = 1 where ‖v‖ ≥ 1e-12, else 0, the gradients are
 
-    do = dy − t v̂,  dv = (1 / n) (2 u Σ s t v̂ − Σ (s dy + t o)), the sums over the heads that share the value
+    do = dy − t v̂,  dv = (1 / n) (2 u Σ s t v̂ − Σ (s dy + t o)), with sums over the query heads that share v
 
-Kept for the backward pass are o and v, which attention keeps anyway. Autograd adds dv to attention's gradient of the
-values.
+`golf::xsa_backward` computes them. The backward pass keeps o and v, which attention keeps anyway. Autograd adds dv to
+the gradient that v has from attention.
 
-`golf::xsa_backward` computes the gradients. Source: Zhai, "Exclusive Self Attention", 2026 (arXiv 2603.09078); heads in
-groups as in Parameter Golf.
+Source: Zhai, "Exclusive Self Attention", 2026 (arXiv 2603.09078). Groups of query heads: Parameter Golf.
 """
 
 from __future__ import annotations
@@ -25,34 +24,34 @@ from torch.nn import functional as F
 from golf_kernels import dispatch, operators
 
 EPS = 1e-12
-"""Smallest divisor of a value, as in `torch.nn.functional.normalize`."""
+"""Smallest norm by which a value is divided, as in `torch.nn.functional.normalize`."""
 
 
 def xsa(output: Tensor, value: Tensor) -> Tensor:
     """Removes from attention's output its component along the value of the same position: y = o − ⟨o, v̂⟩ v̂.
 
-    Differentiable once in both. The kernels read tensors of any strides without a copy, the upstream gradient too, and do
-    not repeat a value for its query heads.
+    Both tensors have first derivatives, but no second ones. The kernels read inputs and upstream gradients with any
+    strides, without copying them. They do not repeat a value for the query heads that share it.
 
     Args:
-        output: `(B, T, H, D)`, attention's output, floating; B, T and H may be 0.
-        value: `(B, T, H_kv, D)`, the dtype of output; query head h belongs to value head ⌊h · H_kv / H⌋.
+        output: `(B, T, H, D)`, any floating dtype: attention's output. B, T and H may be 0.
+        value: `(B, T, H_kv, D)` in the dtype of output. Query head h uses value head ⌊h · H_kv / H⌋.
 
     Returns:
-        `(B, T, H, D)`, contiguous, as the output projection reads it, in the dtype of output.
+        `(B, T, H, D)` in the dtype of output, contiguous for the output projection.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: a wrong shape, dtype or device.
     """
     removed: Tensor = torch.ops.golf.xsa(output, value)
     return removed
 
 
 def written_out(output: Tensor, value: Tensor) -> Tensor:
-    """`xsa` in PyTorch's operations, for a compiler, which cannot look into an operator.
+    """`xsa` written with PyTorch's own operations for `torch.compile`, which cannot fuse a `golf::` operator.
 
     Args:
-        output, value: as for `xsa`.
+        output, value: see `xsa`.
 
     Returns:
         `(B, T, H, D)`.
@@ -60,7 +59,7 @@ def written_out(output: Tensor, value: Tensor) -> Tensor:
     batch, length, heads, dim = output.shape
     kv_heads = value.shape[2]
     direction = F.normalize(value, dim=-1).unsqueeze(3)
-    # a view of the heads in groups: the value is not repeated in memory
+    # broadcasts over groups of query heads, so that the value is not repeated in memory
     grouped = output.reshape(batch, length, kv_heads, heads // kv_heads, dim)
     along = (grouped * direction).sum(dim=-1, keepdim=True)
     return (grouped - along * direction).reshape(batch, length, heads, dim)
@@ -98,7 +97,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _grouped(x: Tensor, value: Tensor) -> Tensor:
-    """`(B, T, H, D)` as `(B, T, H_kv, H / H_kv, D)`, in float32 at least."""
+    """Reshapes `(B, T, H, D)` to `(B, T, H_kv, H / H_kv, D)`, as float32 at least."""
     batch, length, heads, dim = x.shape
     return _wide(x).reshape(batch, length, value.shape[2], heads // value.shape[2], dim)
 

@@ -1,13 +1,13 @@
-"""Triton kernels of exclusive self-attention: one pass over attention's output and the values each way.
+"""Triton kernels of exclusive self-attention. Each kernel reads attention's output and the values once.
 
     xsa            y = o − ⟨o, v̂⟩ v̂
-    xsa_backward   do, and dv summed over the heads that share a value
+    xsa_backward   do, and dv summed over the query heads that share a value
 
-A program takes some values, and for each the query heads that share it, one after the other. A value is read once and kept
-in registers, and its gradient is summed there, always in the same order.
+A program loads a block of value vectors into registers, then takes the query heads that share them one after another.
+It sums the gradients of its values in registers, always in the same order.
 """
 
-# triton gives the arguments of a kernel their types
+# kernel arguments have no annotations, because Triton infers their types
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def _places(rows, length, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    # a row is a value head of a position; tiles are (row, dimension)
+    # there is a row for each position and value head; tiles are (row, dimension)
     PADDED: tl.constexpr = triton.next_power_of_2(DIM)
     row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
     dim = tl.arange(0, PADDED)[None, :]
@@ -72,7 +72,7 @@ def xsa_kernel(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y of the heads that share BLOCK values."""
+    """Computes y for BLOCK value vectors and all query heads that share them."""
     row, batch, time, dim, inside = _places(rows, length, KV_HEADS, DIM, BLOCK)
     kv_head = row % KV_HEADS
     value_at = batch * value_stride_b + time * value_stride_t + kv_head * value_stride_h + dim * value_stride_d
@@ -112,7 +112,7 @@ def xsa_backward_kernel(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """do of the heads that share BLOCK values, and dv of these values."""
+    """Computes dv of BLOCK value vectors, and do for all query heads that share them."""
     row, batch, time, dim, inside = _places(rows, length, KV_HEADS, DIM, BLOCK)
     kv_head = row % KV_HEADS
     value_at = batch * value_stride_b + time * value_stride_t + kv_head * value_stride_h + dim * value_stride_d
@@ -133,18 +133,18 @@ def xsa_backward_kernel(
         _store(doutput_ptr, (row * GROUP + member) * DIM + dim, dy - t * direction, inside)
         through_direction += s * dy + t * output
         products += s * t
-    # a length below eps is replaced by eps, a constant, and has no gradient
+    # a norm below eps is replaced by the constant eps, which has no gradient
     through_length = tl.where(norm < eps, 0.0, 2.0 * products)
     _store(dvalue_ptr, row * DIM + dim, inverse * (through_length * direction - through_direction), inside)
 
 
 def forward(output: Tensor, value: Tensor, eps: float) -> Tensor:
-    """`golf::xsa`.
+    """Implements `golf::xsa`: returns y.
 
     Args:
-        output: `(B, T, H, D)` of any strides, bfloat16, float16 or float32.
-        value: `(B, T, H_kv, D)` of any strides, in the dtype of output.
-        eps: smallest divisor of a value.
+        output: `(B, T, H, D)`, bfloat16, float16 or float32, with any strides.
+        value: `(B, T, H_kv, D)` in the dtype of output, with any strides.
+        eps: smallest norm by which a value is divided.
     """
     y = output.new_empty(output.shape)
     if y.numel():
@@ -157,7 +157,7 @@ def forward(output: Tensor, value: Tensor, eps: float) -> Tensor:
 
 
 def backward(dy: Tensor, output: Tensor, value: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`golf::xsa_backward`: do and dv, contiguous; dy of any strides."""
+    """Implements `golf::xsa_backward`: returns do and dv, both contiguous. dy may have any strides."""
     doutput, dvalue = output.new_empty(output.shape), value.new_empty(value.shape)
     if dvalue.numel():
         sizes, rows = _sizes(output, value), value.numel() // value.shape[3]
@@ -175,5 +175,5 @@ def _sizes(output: Tensor, value: Tensor) -> dict[str, int]:
 
 
 def choose_block(dim: int) -> int:
-    """Values of a program: with padding, 16 numbers of a tensor per thread, so that registers suffice."""
+    """Returns the number of value vectors per program, for 16 elements of a tensor per thread, padding included."""
     return int(max(1, 512 * NUM_WARPS // triton.next_power_of_2(dim)))
