@@ -1,4 +1,5 @@
-// golf_kernels._C: the launchers as Python functions of addresses and sizes. The only file that includes pybind11.
+// golf_kernels._C: wraps the functions of launchers.h as Python functions that take addresses and sizes. Only this file
+// includes pybind11.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,7 +20,7 @@ Target* pointer(Address address) {
     return reinterpret_cast<Target*>(address);
 }
 
-// five integers per matrix: addresses of packed, scales and values, then rows and columns
+// the table has five integers per matrix: addresses of packed, scales and values, then rows and columns
 std::vector<GolfInt6Matrix> matrices_from(const std::vector<int64_t>& table) {
     if (table.size() % 5 != 0) throw std::invalid_argument("int6 table: expected five integers per matrix");
     std::vector<GolfInt6Matrix> matrices;

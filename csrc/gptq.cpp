@@ -1,4 +1,4 @@
-// GPTQ's inner loop on one CPU core, tile by tile: the errors of a tile's rows stay in the L1 cache.
+// GPTQ's inner loop on one CPU core. It takes a tile of rows at a time, so that their errors stay in the L1 cache.
 #include <cstring>
 
 #include "launchers.h"
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kVectors = 8;
 
-// adding and subtracting 1.5 * 2^(mantissa bits) rounds to the nearest even integer on every instruction set
+// adding and subtracting 1.5 * 2^(mantissa bits) rounds to the nearest integer, halves to even, on every CPU
 constexpr float rounder(float) { return 12582912.0f; }
 constexpr double rounder(double) { return 6755399441055744.0; }
 
@@ -35,7 +35,7 @@ struct Block {
     int limit;
 };
 
-// rows [first, first + count) of one matrix; an incomplete tile is filled with zero weights and scales of one
+// rounds rows [first, first + count) of one block; fills an incomplete tile with zero weights and scales of one
 template <typename Value>
 GOLF_ALWAYS_INLINE void round_tile(const Block& block, int64_t first, int64_t count) {
     using Vector = typename Tile<Value>::Vector;

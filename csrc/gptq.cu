@@ -1,5 +1,5 @@
-// GPTQ's inner loop on the GPU: a thread per row, which keeps its errors in shared memory. Each product, difference and
-// quotient is rounded separately, as on the CPU; the compiler must not contract them.
+// GPTQ's inner loop on the GPU. Each thread takes one row and keeps the row's errors in shared memory. Each product,
+// difference and quotient is rounded separately, as on the CPU; the compiler must not fuse them.
 #include <cuda_runtime.h>
 
 #include "launchers.h"
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kRows<Value>)
                  signed char* __restrict__ codes, Value* __restrict__ errors, int columns, int64_t rows, Value limit) {
     __shared__ Value kept[GOLF_GPTQ_MAX_COLUMNS][kRows<Value>];
     const int64_t row = blockIdx.x * static_cast<int64_t>(kRows<Value>) + threadIdx.x;
-    // no thread waits for another, so a thread without a row may return
+    // a thread without a row may return, because no thread waits for another
     if (row >= rows) return;
     const int64_t matrix = blockIdx.y;
     const int64_t offset = matrix * columns * rows + row;
@@ -62,7 +62,7 @@ int launch(const void* work, const void* lower, const void* scales, void* codes,
 extern "C" int golf_gptq_block_cuda(const void* work, const void* lower, const void* scales, void* codes, void* errors,
                                     int64_t batch, int64_t columns, int64_t rows, int limit, int dtype, void* stream) {
     if (batch * columns * rows == 0) return cudaSuccess;
-    // the grid's second dimension has 16 bits
+    // the grid's second dimension, the batch, has 16 bits
     if (columns > GOLF_GPTQ_MAX_COLUMNS || batch > 65535) return cudaErrorInvalidValue;
     const auto queue = static_cast<cudaStream_t>(stream);
     if (dtype == GOLF_FLOAT32) return launch<float>(work, lower, scales, codes, errors, batch, columns, rows, limit, queue);

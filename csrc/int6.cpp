@@ -1,5 +1,5 @@
-// int6 on one CPU core. The plain loops are what a compiler vectorizes on aarch64 (ld3/st4); baseline x86-64 has no
-// byte shuffle, so there an AVX2 copy of each loop is chosen when the processor has it.
+// int6 on one CPU core. On aarch64 a compiler can vectorize the plain loops (ld3/st4). Baseline x86-64 has no byte
+// shuffle, so AVX2 versions of the loops run there if the processor has AVX2.
 #include "int6.h"
 
 #include <cmath>
@@ -20,10 +20,10 @@ namespace {
 
 using golf::int6_bytes;
 
-// codes unpacked at a time: a multiple of 32 that fits in the L1 cache
+// number of codes unpacked at a time: a multiple of 32 that fits in the L1 cache
 constexpr int64_t kChunk = 2048;
 
-// codes of a row from which a table of the row's 64 possible values is cheaper than a product per code
+// from this many codes per row on, a table of the row's 64 possible values is cheaper than a product per code
 constexpr int64_t kTableRun = 128;
 
 bool pack_plain(const int8_t* __restrict codes, uint8_t* __restrict packed, int64_t count) {
@@ -74,7 +74,7 @@ GOLF_AVX2 bool pack_avx2(const int8_t* codes, uint8_t* packed, int64_t count) {
     for (; i + 32 <= count; i += 32) {
         const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
         out_of_range = _mm256_or_si256(out_of_range, _mm256_add_epi8(bytes, _mm256_set1_epi8(32)));
-        // a + 64 b in 16 bits, then 4096 times the next pair added in 32 bits
+        // joins two codes to a + 64 b in 16 bits, then two such pairs to p + 4096 q in 32 bits
         const __m256i fields = _mm256_and_si256(bytes, _mm256_set1_epi8(63));
         const __m256i pairs = _mm256_maddubs_epi16(fields, _mm256_set1_epi16(0x4001));
         const __m256i words = _mm256_madd_epi16(pairs, _mm256_set1_epi32(0x10000001));
@@ -91,7 +91,7 @@ GOLF_AVX2 void unpack_avx2(const uint8_t* packed, int8_t* codes, int64_t count) 
     const __m256i sign = _mm256_set1_epi8(32);
     int64_t i = 0;
     for (; i + 32 <= count; i += 32) {
-        // the second load starts 4 bytes early so that exactly the 24 bytes of 32 codes are read
+        // the second load overlaps the first, so that both read exactly the 24 bytes of 32 codes
         const uint8_t* source = packed + i / 4 * 3;
         const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
         const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + 8));
@@ -116,7 +116,7 @@ float float_of_bits(uint32_t bits) {
 
 float half_to_float(uint16_t half) {
     const uint32_t exponent = (half >> 10) & 31, mantissa = half & 1023;
-    // the exponent biases differ by 112; infinity and NaN, with all exponent bits set, need twice that
+    // the exponent biases of float16 and float32 differ by 112; infinity and NaN (exponent 31) need 224 to become 255
     const uint32_t shift = exponent == 31 ? 224 : 112;
     const float magnitude = exponent == 0 ? static_cast<float>(mantissa) * 0x1p-24f
                                           : float_of_bits(((half & 0x7fffu) << 13) + (shift << 23));
@@ -135,7 +135,7 @@ GOLF_INLINE void to_float32(const int8_t* __restrict codes, float scale, float* 
 
 GOLF_INLINE void to_bfloat16(const int8_t* __restrict codes, float scale, uint16_t* __restrict values,
                              int64_t count) {
-    // integer rounding would turn some NaNs into infinity; only a scale that is not finite gives NaNs
+    // rounding with integers would turn some NaNs into infinity; values are NaN only if the scale is not finite
     const bool finite = std::isfinite(scale);
     for (int64_t i = 0; finite && i < count; ++i) {
         const float value = scale * static_cast<float>(codes[i]);
@@ -152,7 +152,7 @@ GOLF_INLINE void to_bfloat16(const int8_t* __restrict codes, float scale, uint16
 
 GOLF_INLINE void fake_quantize(const float* __restrict weight, float scale, float* __restrict result,
                                    int64_t count) {
-    // adding and subtracting 1.5 * 2^23 rounds to the nearest even integer on every instruction set
+    // adding and then subtracting 1.5 * 2^23 rounds to the nearest integer, halves to even, on every instruction set
     constexpr float kRounder = 12582912.0f;
     for (int64_t i = 0; i < count; ++i) {
         float ratio = weight[i] / scale;
@@ -162,7 +162,7 @@ GOLF_INLINE void fake_quantize(const float* __restrict weight, float scale, floa
     }
 }
 
-// the loops of one instruction set
+// the functions for one instruction set
 struct Loops {
     bool (*pack)(const int8_t*, uint8_t*, int64_t);
     void (*unpack)(const uint8_t*, int8_t*, int64_t);
@@ -175,7 +175,7 @@ struct Loops {
 GOLF_AVX2 void float32_avx2(const int8_t* c, float s, float* v, int64_t n) { to_float32(c, s, v, n); }
 GOLF_AVX2 void bfloat16_avx2(const int8_t* c, float s, uint16_t* v, int64_t n) { to_bfloat16(c, s, v, n); }
 
-// a row has at most 64 different values, and one instruction looks up 32 codes in a table of them
+// a row has at most 64 different values; one instruction looks up the values of 32 codes in a table
 GOLF_AVX512 void bfloat16_avx512(const int8_t* codes, float scale, uint16_t* values, int64_t count) {
     if (count < kTableRun) return bfloat16_avx2(codes, scale, values, count);
     alignas(64) int8_t every_code[64];

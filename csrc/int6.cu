@@ -1,5 +1,5 @@
-// int6 on the GPU. A block handles one chunk of 4,096 codes and moves its 3,072 packed bytes through shared memory, so
-// that every access to device memory is 16 bytes wide and coalesced.
+// int6 on the GPU. A thread block takes a chunk of 4,096 codes and moves its 3,072 packed bytes through shared memory.
+// So every access to device memory is 16 bytes wide and coalesced.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -14,10 +14,10 @@ using golf::int6_bytes;
 constexpr int kThreads = 256;
 constexpr int kChunk = 16 * kThreads;
 constexpr int kChunkBytes = kChunk / 4 * 3;
-// as many descriptors as fit in the 4 KB of kernel arguments that every driver takes; more than the matrices of a model
+// most matrices per launch: their table must fit in the 4 KB of kernel arguments that every driver takes
 constexpr int kMatrices = 80;
 
-// a column plus an offset within a chunk fits in 32 bits
+// with at most this many columns, a column plus an offset within a chunk fits in 32 bits
 constexpr int64_t kMaxColumns = 2147483647;
 
 struct Table {
@@ -29,7 +29,7 @@ static_assert(sizeof(Table) + 16 <= 4096, "kernel arguments are limited to 4 KB"
 
 int64_t blocks_of(int64_t count) { return (count + kChunk - 1) / kChunk; }
 
-// one word more than a chunk has, because the last group is read as two words
+// a chunk's packed bytes and one more quad, because the last group is read as two words
 struct Staged {
     uint4 quads[kChunkBytes / 16 + 1];
     __device__ uint32_t* words() { return reinterpret_cast<uint32_t*>(quads); }
@@ -52,7 +52,7 @@ __device__ void read_chunk(Staged& staged, const uint8_t* packed, int64_t bytes)
     staged.quads[threadIdx.x] = quad;
 }
 
-// the 24 bits of group `group` (four codes) of the chunk
+// returns the 24 bits of a chunk's group number `group`; a group is four codes
 __device__ uint32_t group_bits(const uint32_t* words, int group) {
     const int bit = 24 * group;
     return __funnelshift_r(words[bit / 32], words[bit / 32 + 1], bit % 32);
@@ -140,7 +140,7 @@ struct alignas(16) Pack {
     Value values[kSize];
 };
 
-// row and column of a chunk's first element: one 64-bit division per block, so that threads divide 32-bit offsets
+// row and column of a chunk's first element; a block divides in 64 bits once, so that its threads divide in 32 bits
 struct Origin {
     int64_t row;
     uint32_t column;
@@ -150,7 +150,7 @@ __device__ Origin origin_of(int64_t element, int64_t columns) {
     return {element / columns, static_cast<uint32_t>(element % columns)};
 }
 
-// calls body(k, scale) for the elements of one Pack, which may span several rows
+// calls body(k, scale) for each element k of a Pack; its elements may be in several rows
 template <int kSize, typename ReadScale, typename Body>
 __device__ void for_each_scaled(const Origin& origin, uint32_t local, uint32_t columns, int64_t rows,
                                 ReadScale read, Body body) {
@@ -327,7 +327,7 @@ extern "C" int golf_int6_fake_quantize_cuda(const void* weight, const void* scal
 extern "C" int golf_cuda_probe() {
     cudaFuncAttributes attributes;
     const int error = cudaFuncGetAttributes(&attributes, unpack_kernel);
-    // clears the error, which the next launch would report otherwise
+    // clears the error; otherwise the next launch would report it
     cudaGetLastError();
     return error;
 }
