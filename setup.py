@@ -1,10 +1,11 @@
-"""Builds `golf_kernels._C` without torch: finds the compilers, writes build.ninja, runs ninja.
+"""Installs golf_kernels. Builds the extension `golf_kernels._C`: finds compilers, writes build.ninja, runs ninja.
 
-C++ is compiled if there is a compiler with Python's headers, CUDA if there is nvcc too. Without them the package is pure
-Python. `golf_kernels/_build_info.json` records what was built, or why not; `python -m golf_kernels` prints it.
+The build does not need torch. It compiles the C++ code if it finds a C++ compiler and Python's headers, and the CUDA
+code if it also finds nvcc. Without a compiler the package is pure Python. `golf_kernels/_build_info.json` records what
+was built, or why not. `python -m golf_kernels` prints this record.
 
-Environment: CXX (the compiler), CUDA_HOME (the toolkit), GOLF_CUDA_ARCHS (default 90a; for example "80,90a"),
-GOLF_SKIP_CUDA=1 (no CUDA), GOLF_FORCE_CUDA=1 (a missing nvcc is an error).
+Environment variables: CXX (C++ compiler), CUDA_HOME (CUDA toolkit), GOLF_CUDA_ARCHS (GPU architectures, for example
+"80,90a"; default 90a), GOLF_SKIP_CUDA=1 (do not build CUDA), GOLF_FORCE_CUDA=1 (fail if CUDA cannot be built).
 """
 
 import json
@@ -25,16 +26,16 @@ from setuptools.errors import CompileError, PlatformError
 ROOT = Path(__file__).resolve().parent
 EXTENSION = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 AGAIN = "then install golf_kernels again (pip install --no-build-isolation --no-deps -e .)"
-# a product is rounded before it is added, as in PyTorch: no contraction
+# -ffp-contract=off rounds a product before it is added, as PyTorch does
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-trapping-math", "-ffp-contract=off"]
 CXX_FLAGS += ["-Wall", "-Wextra"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
-# static and not exported, so that torch may have another CUDA runtime in the same process
+# the CUDA runtime is linked statically and not exported, because torch may have another one in the same process
 NVCC_LINK = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]
 
 
 class Missing(Exception):
-    """A backend that cannot be built here; its arguments are the reason and what to type."""
+    """A backend cannot be built here. The exception's arguments are the reason and what to type."""
 
 
 def switched_on(name):
@@ -49,7 +50,7 @@ def output_of(*command):
 
 
 def find_cxx():
-    """The C++ compiler as a command."""
+    """Returns the command of the C++ compiler, as a list of words."""
     named = shlex.split(os.environ.get("CXX", ""))
     command = named or next(([name] for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
     if command is None or not shutil.which(command[0]):
@@ -62,7 +63,7 @@ def find_cxx():
 
 
 def find_nvcc():
-    """The path of nvcc: in CUDA_HOME if that is set, otherwise from PATH or /usr/local/cuda."""
+    """Returns the path of nvcc: in CUDA_HOME if that is set, otherwise from PATH or /usr/local/cuda."""
     if switched_on("GOLF_SKIP_CUDA"):
         raise Missing("switched off by GOLF_SKIP_CUDA=1", f"unset GOLF_SKIP_CUDA, {AGAIN}")
     home = os.environ.get("CUDA_HOME")
@@ -85,10 +86,10 @@ def cuda_record(nvcc, cxx):
         if not re.fullmatch(r"\d{2,3}[af]?", arch):
             raise PlatformError(f"GOLF_CUDA_ARCHS: expected architectures such as 90a or 80,90a, found {arch!r}")
     version = re.search(r"V(\d+\.\d+\.\d+)", output_of(nvcc, "--version"))
-    # nvcc may be a wrapper in another folder, so its dry run is asked for the toolkit
+    # nvcc may be a wrapper outside the toolkit, so its dry run tells the toolkit's folder
     top = re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "-x", "cu", os.devnull), re.MULTILINE)
     toolkit = os.environ.get("CUDA_HOME") or (os.path.realpath(top[1].strip()) if top else None)
-    # -ccbin takes one word: with a command of several (ccache g++) nvcc takes its default compiler
+    # -ccbin takes one word; if the command has several (ccache g++), nvcc uses its default compiler
     flags = [*NVCC_FLAGS, *(["-ccbin", cxx[0]] if len(cxx) == 1 else [])]
     flags += [word for arch in archs for word in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
     known = {"version": version[1] if version else "unknown", "toolkit": toolkit, "archs": archs, "flags": flags}
@@ -96,7 +97,7 @@ def cuda_record(nvcc, cxx):
 
 
 def find_records():
-    """The records of C++ and CUDA for _build_info.json: how they can be built here, or why not."""
+    """Returns the records of C++ and CUDA for _build_info.json: how each can be built here, or why not."""
     cpp = cuda = None
     try:
         cxx = find_cxx()
@@ -110,7 +111,7 @@ def find_records():
 
 
 def ninja_file(cpp, cuda):
-    """The text of build.ninja, with the complete commands, so that changed flags, and only they, compile again."""
+    """Returns the text of build.ninja. Its commands are complete, so ninja compiles again when a flag changes."""
     import pybind11
 
     cxx = [*shlex.split(cpp["compiler"]), *cpp["flags"]]
@@ -119,7 +120,7 @@ def ninja_file(cpp, cuda):
     rules = {}
     if cuda["built"]:
         nvcc = [cuda["compiler"], *cuda["flags"]]
-        # the pip package of nvcc 13.0 has the static runtime in lib, and nvcc looks in lib64
+        # nvcc looks for the static runtime in lib64, but the pip package of nvcc 13.0 has it in lib
         libraries = [f"-L{cuda['toolkit']}/lib"] if cuda["toolkit"] else []
         compile_cpp, suffixes = [*compile_cpp, "-DGOLF_WITH_CUDA"], [".cpp", ".cu"]
         link = [*nvcc, *NVCC_LINK, *libraries]
@@ -135,7 +136,7 @@ def ninja_file(cpp, cuda):
 
 
 def compile_extension(cpp, cuda):
-    """Runs ninja in build/native, which is kept for the next installation, and returns the extension's path."""
+    """Runs ninja and returns the extension's path. Object files stay in build/native for the next installation."""
     folder = ROOT / "build" / "native" / (f"{sys.implementation.cache_tag}" + ("-cuda" if cuda["built"] else ""))
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -151,7 +152,7 @@ def compile_extension(cpp, cuda):
 
 
 class BuildNative(Command):
-    """The step of `build` that puts the extension and the build record into the package."""
+    """Step of `build` that puts the extension and the build record into the package."""
 
     user_options: ClassVar = []
     editable_mode = False
@@ -182,7 +183,7 @@ class Build(build):
 
 
 class NativeDistribution(Distribution):
-    """Gives the wheel a platform tag if there is something to compile."""
+    """Gives the wheel a platform tag if there is a compiler for the extension."""
 
     def has_ext_modules(self):
         try:
