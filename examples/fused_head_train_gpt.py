@@ -1,10 +1,10 @@
-"""The fused softcapped head in a script shaped like Parameter Golf's train_gpt.py.
+"""Replaces the output head and the loss of a small train_gpt.py by `golf_kernels.softcapped_cross_entropy`.
 
     python examples/fused_head_train_gpt.py
     python examples/fused_head_train_gpt.py --head plain
 
-Both heads compute the same loss. The plain one holds the logits of the whole batch, the fused one those of a chunk.
-What changes is in `GPT.forward`, marked before and after.
+Both heads compute the same loss. The plain head stores the logits of the whole batch. The fused head stores the logits
+of one chunk of rows at a time. The comments `before` and `after` in `GPT.forward` mark the difference.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Hyperparameters:
 
 
 class GPT(nn.Module):
-    """Residual layers of a gated running mean and an MLP, with a tied embedding: enough for a head to have work."""
+    """A small model for this example. Each layer adds a gated running mean and an MLP; the embedding is tied."""
 
     def __init__(self, args: type[Hyperparameters], head: str) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class GPT(nn.Module):
 
 
 def main(head: str = "fused", iterations: int = 10, seed: int = 1337) -> list[float]:
-    """Trains on sequences in which each token follows from the one before; the loss of each step in nats per token."""
+    """Trains on sequences in which each token determines the next. Returns each step's loss in nats per token."""
     args = Hyperparameters
     torch.manual_seed(seed)
     model = GPT(args, head)

@@ -1,9 +1,10 @@
-"""Muon in a nanoGPT-like script: a small GPT learns bytes of the standard library in 20 steps, seconds on a CPU.
+"""Muon in a nanoGPT-like script: trains a small GPT on bytes of Python's standard library for 20 steps.
 
     python examples/muon_nanogpt.py
     python examples/muon_nanogpt.py --optimizer adamw
 
-What changes against AdamW alone is in `make_optimizers`: matrices inside the blocks go to Muon, the rest stays.
+It takes seconds on a CPU. Only `make_optimizers` differs from a script that uses AdamW alone: Muon trains the matrices
+in the blocks, AdamW all other parameters.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def text() -> Tensor:
 
 
 def train(steps: int = 20, optimizer: str = "muon", seed: int = 1337) -> list[float]:
-    """Trains a new model; the loss of each step in nats per byte."""
+    """Trains a new model. Returns each step's loss in nats per byte."""
     torch.manual_seed(seed)
     data, model = text(), GPT()
     optimizers = make_optimizers(model, optimizer)

@@ -1,11 +1,12 @@
-"""Pastes a kernel file into a single-file script, which then needs torch and triton alone.
+"""Writes a single-file script that contains a kernel file of golf_kernels and needs only torch and triton.
 
     python examples/paste_triton.py --out single.py
     python single.py                          # on a Hopper GPU
     TRITON_INTERPRET=1 python single.py       # without a GPU
 
-The script is `golf_kernels/softcapped_cross_entropy_triton.py` as it stands, followed by `SCRIPT` below: an autograd
-function around the kernel, and a comparison with plain PyTorch. Other `*_triton.py` files are pasted the same way.
+The script is an unchanged copy of `golf_kernels/softcapped_cross_entropy_triton.py`, followed by `SCRIPT` below.
+`SCRIPT` wraps the kernel in an autograd function and compares it with plain PyTorch. You can paste other `*_triton.py`
+files in the same way.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ if __name__ == "__main__":
 
 
 def single_script() -> str:
-    """The kernel file and the script behind it."""
+    """Returns the text of the kernel file, followed by `SCRIPT`."""
     kernels = Path(golf_kernels.__file__).with_name("softcapped_cross_entropy_triton.py").read_text()
     return kernels + SCRIPT
 
