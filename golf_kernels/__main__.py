@@ -175,7 +175,7 @@ def render(data: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the report; returns 1 if a check failed or an operator is forced to a backend that cannot run."""
+    """Prints the report. Returns 1 if a check failed or a forced backend cannot run, otherwise 0."""
     parser = argparse.ArgumentParser(
         prog="python -m golf_kernels",
         description="Reports what is installed and built, the backend of each operator and the reason for it, and checks "

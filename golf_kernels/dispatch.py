@@ -290,7 +290,7 @@ def forced(text: str) -> Iterator[None]:
 
 
 def triton_problem() -> str | None:
-    """The reason why this machine cannot run Triton kernels, as a phrase for `supports`; None if it can."""
+    """Returns the reason why this machine cannot run Triton kernels, as a phrase for `supports`, or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'triton>=3.6'"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -302,7 +302,7 @@ def triton_problem() -> str | None:
 
 
 def elementwise_problem(name: str, tensor: Tensor) -> str | None:
-    """The reason why Triton kernels without matrix products cannot take this tensor's dtype; None if they can."""
+    """Returns the reason why Triton kernels without matrix products cannot take this tensor, or None if they can."""
     # Triton's interpreter would truncate numbers to bfloat16 instead of rounding them
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if tensor.is_cuda else (torch.float16, torch.float32)
     if tensor.dtype in dtypes:

@@ -21,12 +21,12 @@ Native = Literal["cpp", "cuda"]
 
 
 def supports_codes(backend: Native, *args: Any) -> str | None:
-    """The reason why a backend cannot pack and unpack codes; None if it can."""
+    """Returns the reason why a backend cannot pack and unpack codes, or None if it can."""
     return native.problem(backend)
 
 
 def supports_dequantize(backend: Native, *args: Any) -> str | None:
-    """The reason why a backend cannot run `int6_dequantize`; None if it can."""
+    """Returns the reason why a backend cannot run `int6_dequantize`, or None if it can."""
     unavailable = native.problem(backend)
     if unavailable is not None or not args:
         return unavailable
@@ -39,7 +39,7 @@ def supports_dequantize(backend: Native, *args: Any) -> str | None:
 
 
 def supports_fake_quantize(backend: Native, *args: Any) -> str | None:
-    """The reason why a backend cannot run `int6_fake_quantize`; None if it can."""
+    """Returns the reason why a backend cannot run `int6_fake_quantize`, or None if it can."""
     unavailable = native.problem(backend)
     if unavailable is not None or not args:
         return unavailable

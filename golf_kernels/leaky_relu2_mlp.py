@@ -44,7 +44,8 @@ def leaky_relu2_mlp(
 ) -> Tensor:
     """Computes the MLP block residual + scale ⊙ (leaky_relu(gain · rms(x) · w_upᵀ, slope)² · w_downᵀ).
 
-    All tensors have first derivatives, but no second ones. `torch.no_grad()` saves the memory for the backward pass.
+    All tensors have first derivatives, but no second ones. Under `torch.no_grad()`, nothing is kept for a backward
+    pass.
 
     Args:
         x: `(..., d)`, any floating dtype. The number of rows may be 0.
@@ -54,7 +55,7 @@ def leaky_relu2_mlp(
         norm_eps: epsilon of the RMS norm x / √(mean(x²) + norm_eps) over the last dimension. None: no norm.
         gain: constant factor on the norm's output, or on x if there is no norm.
         residual: `(..., d)` like x, added to the result; None: nothing is added. If the residual is x itself, the
-            backward pass adds dy to dx in its kernel.
+            backward kernel adds the residual's gradient to that of x.
         scale: `(d,)` in the dtype of x: factor on each output channel. None: no factor.
 
     Returns:

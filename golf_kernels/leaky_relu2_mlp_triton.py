@@ -7,8 +7,8 @@
 
 The formulas are derived in leaky_relu2_mlp.py; dpre here includes the factor r. Each kernel is persistent and moves
 tiles with TMA. An epilogue stores a tile in two halves, so that the result needs half the shared memory. cuBLAS
-computes the two weight gradients, because they have no epilogue, and the down product if there is no residual. With a
-residual, torch's addmm would copy the residual first.
+computes the products without an epilogue: both weight gradients, and the down product if there is no residual. The
+down kernel adds the residual, because torch's addmm would copy the residual first.
 """
 
 # kernel arguments have no annotations, because Triton infers their types
@@ -247,9 +247,9 @@ def dx_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Computes dx from dpre `(rows, hidden)`, w_up `(hidden, width)` and euler `(parts, rows)`.
+    """Computes dx from dpre `(rows, hidden)` and w_up `(hidden, width)`.
 
-    PARTS is `parts` rounded up to a power of 2.
+    `euler` `(parts, rows)` has the partial sums of ⟨post, dpost⟩ per row. PARTS is `parts` rounded up to a power of 2.
     """
     HALF: tl.constexpr = BLOCK_N // 2
     tl.assume(hidden > 0)

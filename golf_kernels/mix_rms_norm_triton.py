@@ -185,7 +185,7 @@ def backward(
 def choose_block(width: int, numbers: int) -> tuple[int, int]:
     """Returns the rows that a program takes at a time, and its number of warps.
 
-    `numbers` is the wanted number of elements of each tensor in a program's registers, padding included.
+    A program should hold `numbers` elements of each tensor in registers, padding included.
     """
     padded = triton.next_power_of_2(width)
     return min(max(1, numbers // padded), PARTIAL_ROWS), max(4, padded // 512)

@@ -1,10 +1,11 @@
-"""Triton kernels for Hopper of a Muon step, before and after Newton-Schulz. Each launch takes all matrices.
+"""Triton kernels for Hopper: a step of Muon before and after Newton-Schulz. Each launch takes all matrices.
 
     momentum  m ← β·m + g (dampened: m + (1 − β)·(g − m)); u = m or the Nesterov direction, with or without normalized
               rows; stores u as X in the workspace of newton_schulz_triton.py, with the largest entry and the sum of
               squares of each block of rows
     moments   NorMuon: s ← β₂·s + (1 − β₂)·mean_row(X²); stores each block's sums of X² and of (X / (√s + 1e-10))²
-    apply     w ← w·(1 − lr·weight_decay) − lr·ratio·X; NorMuon first divides the rows of X and restores its norm
+    apply     w ← w·(1 − lr·weight_decay) − lr·ratio·X; with NorMuon, first divides the rows of X by √s + 1e-10 and
+              rescales X to its former norm
 
 The kernels read β and lr from device memory, so that replays of a CUDA graph can use new values.
 """
@@ -178,7 +179,7 @@ def momentum(
         beta: scalar float32 on the device.
         row_eps: number added to a row's squared length; None: rows are not normalized.
         nesterov: whether to take the Nesterov direction instead of u = m.
-        dampened: whether to take the dampened momentum formula, see above.
+        dampened: whether to take the dampened momentum formula in the module's docstring.
         aligned: whether all addresses are multiples of 16 and all numbers of columns are multiples of 8.
     """
     momentum_kernel[(len(plan.blocks),)](

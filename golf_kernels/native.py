@@ -59,7 +59,7 @@ def extension() -> Any:
 
 @functools.cache
 def missing(backend: Literal["cpp", "cuda"]) -> str | None:
-    """The reason why this installation lacks a backend, and what to type; None if the backend is there."""
+    """Returns the reason why this installation lacks a backend, and what to type. None if the backend is there."""
     record = build_info()[backend]
     if not record["built"]:
         # a packed script has no source tree to install
@@ -74,7 +74,7 @@ def missing(backend: Literal["cpp", "cuda"]) -> str | None:
 
 
 def problem(backend: Literal["cpp", "cuda"]) -> str | None:
-    """The reason why a backend cannot run on this machine (`cuda`: on the current GPU); None if it can."""
+    """Returns the reason why a backend cannot run on this machine (`cuda`: on the current GPU), or None if it can."""
     absent = missing(backend)
     if absent is not None or backend == "cpp":
         return absent
@@ -85,7 +85,7 @@ def problem(backend: Literal["cpp", "cuda"]) -> str | None:
 
 @functools.cache
 def cuda_problem(device: int) -> str | None:
-    """The reason why the CUDA kernels cannot run on a GPU, for example its architecture or driver; None if they can."""
+    """Returns the reason why the CUDA kernels cannot run on a GPU (such as its driver), or None if they can."""
     try:
         with torch.cuda.device(device):
             extension().cuda_probe()

@@ -276,7 +276,7 @@ def _triton(*args: Any) -> list[Tensor]:
 
 
 def triton_problem(dtypes: Sequence[torch.dtype], compute_dtype: torch.dtype | None = None) -> str | None:
-    """The reason why the Triton kernels cannot take matrices of these dtypes on this machine; None if they can."""
+    """Returns the reason why the Triton kernels cannot take these dtypes on this machine, or None if they can."""
     for dtype in (*dtypes, *([] if compute_dtype is None else [compute_dtype])):
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"its kernels take matrices and products in float32, bfloat16 or float16, found {dtype}"

@@ -546,7 +546,7 @@ def processors_of(device: torch.device) -> int:
 
 
 def matrices_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Splits the banks in a list of matrices and banks into their matrices."""
+    """Returns the matrices of a list. A bank `(b, m, n)` counts as b matrices."""
     return [piece for t in tensors for piece in (t.unbind() if t.ndim == 3 else (t,))]
 
 
@@ -564,7 +564,7 @@ def newton_schulz(
             any strides.
         coefficients: a, b, c of the first iteration, then of the second, and so on.
         eps: smallest divisor in X / max(‖X‖_F, eps).
-        prescale: `frobenius` divides by the norm. `aol` divides rows or columns, see above.
+        prescale: `frobenius` divides X by its norm. `aol` divides rows or columns, see the module's docstring.
         compute_dtype: dtype of the products: bfloat16, float16 or float32. Sums are float32.
 
     Returns:

@@ -106,7 +106,8 @@ def exact(inputs: Any, *, device: str | None = None, rounded_to: torch.dtype | N
     Args:
         inputs: tensors, in nested lists and dictionaries. Integer tensors keep their dtype.
         device: device of the converted tensors. None keeps the device of each tensor.
-        rounded_to: dtype to which the operator rounds its inputs, so that they are rounded first; None: no rounding.
+        rounded_to: dtype to which the operator rounds its inputs. The inputs are rounded to it before the conversion.
+            None: no rounding.
     """
 
     def widen(tensor: Tensor) -> Tensor:

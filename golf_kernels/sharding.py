@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def newton_schulz_cost(rows: int, columns: int) -> int:
-    """FLOPs of one Newton-Schulz iteration: X·Xᵀ and B·X take 2·short²·long each, A·A takes 2·short³."""
+    """FLOPs of one Newton-Schulz iteration: 2·short²·long for X·Xᵀ, the same for B·X, and 2·short³ for A·A."""
     short, long = sorted((rows, columns))
     return 4 * short * short * long + 2 * short**3
 

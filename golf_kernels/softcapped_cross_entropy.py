@@ -234,7 +234,7 @@ def _triton(
 
 
 def triton_problem(hidden: Tensor) -> str | None:
-    """The reason why the output head's Triton kernels cannot take these hidden states; None if they can."""
+    """Returns the reason why the output head's Triton kernels cannot take these hidden states, or None if they can."""
     # Triton's interpreter would multiply the bit patterns of bfloat16 numbers without raising an error
     dtypes = (torch.float16, torch.float32) if hidden.device.type == "cpu" else (torch.bfloat16, torch.float16)
     if hidden.dtype in dtypes:

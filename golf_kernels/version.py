@@ -1,3 +1,3 @@
-"""The version of the package, read by the build without importing it."""
+"""The version of the package. The build reads this file without importing the package."""
 
 __version__ = "0.2.0"
