@@ -1,30 +1,33 @@
 """Published formats: payloads equal the published figures, and a plain reader finds the identical weights."""
 
-import io
-import zlib
+import json
 from pathlib import Path
 from typing import Any
 
-import brotli
-import numpy as np
 import pytest
 import torch
-import zstandard
-from artifact_example import tiny
-from torch import Tensor
+from artifact_example import ROOMY, quantized, tiny
+from published_tables import described, own_name, table, unpacked, weights
 
 from train.artifact import write_artifact
 from train.artifact.__main__ import main
-from train.artifact.export import PUBLISHED_FORMATS, export, published_name
+from train.artifact.export import PUBLISHED_FORMATS, export
+from train.artifact.published_names import published_parameters, to_published
 from train.artifact.storage import read_artifact
 from train.common.errors import UserError
 from train.config import Config
 from train.model.gpt import GPT
-from train.quantize.quantize_model import quantize_model
 from train.quantize.tensors import QuantizedTensor, StoredTensors, dequantize_state, stored_bits
 from train.recipes import load_recipe
 
 BITS_OF_EMBEDDINGS = {"baseline": 16, "pr122": 16, "pr262": 8, "pr1392": 8, "pr1471": 8}
+FULL_SIZE = {
+    "baseline": ("baseline", {"matrix_bits": 8}),
+    "pr122": ("sp2048_normuon", {}),
+    "pr262": ("sp1024_smear_bigram", {}),
+    "pr1392": ("sp4096_recurrence", {}),
+    "pr1471": ("sp8192_sdclip", {}),
+}
 
 
 def zeros(config: Config) -> StoredTensors:
@@ -54,116 +57,58 @@ def zeros(config: Config) -> StoredTensors:
 )
 def test_payloads_are_the_published_ones(recipe: str, changes: dict[str, Any], form: str, expected: int) -> None:
     config = load_recipe(recipe).config(**changes)
-    exported = export(zeros(config), form)
+    exported = export(zeros(config), form, config)
     assert exported.payload_bytes == expected
     # the archive around the tensors, as the published logs show it
     assert 0 < exported.pickled_bytes - exported.payload_bytes < 1 << 16
 
 
-def stored(form: str) -> StoredTensors:
-    """A small model with every part that has a published name, quantized as the format needs it."""
-    config = tiny(
-        embed_bits=BITS_OF_EMBEDDINGS[form],
-        embed_clip_sigmas=4.0,
-        smear_gate="published",
-        bigram_vocab_size=40,
-        bigram_dim=8,
-    )
-    torch.manual_seed(0)
-    model = GPT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape).to(parameter.dtype))
-    return quantize_model(model, config, {})
+@pytest.mark.parametrize("form", sorted(PUBLISHED_FORMATS))
+def test_every_entry_is_the_one_that_the_script_loads(form: str) -> None:
+    recipe, changes = FULL_SIZE[form]
+    config = load_recipe(recipe).config(**changes)
+    content = PUBLISHED_FORMATS[form].layout.write(to_published(zeros(config)), published_parameters(config))
+    assert described(content) == table(form)
 
 
-def plain_weights(data: bytes, form: str) -> dict[str, Tensor]:
-    """The weights in a published file, read as a submission's single script reads them."""
-    unpack = {
-        "baseline": zlib.decompress,
-        "pr122": zstandard.ZstdDecompressor().decompress,
-        "pr262": zstandard.ZstdDecompressor().decompress,
-        "pr1392": brotli.decompress,
-        "pr1471": brotli.decompress,
-    }
-    content = unpack[form](data)
-    if form == "pr1471":
-        assert content[:5] == b"BSHF\x02"
-        planes = np.frombuffer(content, np.uint8, offset=5)
-        even = -(-len(planes) // 2)
-        joined = np.empty_like(planes)
-        joined[::2], joined[1::2] = planes[:even], planes[even:]
-        content = joined.tobytes()
-    loaded = torch.load(io.BytesIO(content), weights_only=True)
-    weights = {}
-    if form in ("baseline", "pr122"):
-        tags = {"baseline": "int8_clean_per_row_v1", "pr122": "w6_e16_clean_per_row_v1"}
-        assert loaded["__quant_format__"] == tags[form]
-        for name, codes in loaded["quantized"].items():
-            meta = loaded["qmeta"][name]
-            assert (meta["scheme"], meta["axis"], loaded["dtypes"][name]) == ("per_row", 0, "float32")
-            if form == "pr122":
-                rows, columns = meta["shape"]
-                number = int.from_bytes(codes.numpy().tobytes(), "little")
-                fields = [number >> 6 * i & 63 for i in range(rows * columns)]
-                codes = torch.tensor([f - 64 if f > 31 else f for f in fields]).reshape(rows, columns)
-            weights[name] = codes.float() * loaded["scales"][name].float()[:, None]
-        for name, tensor in loaded["passthrough"].items():
-            assert tensor.dtype == (torch.float16 if name in loaded["passthrough_orig_dtypes"] else torch.float32)
-            weights[name] = tensor.float()
-        return weights
-    for name, kind in loaded["m"].items():
-        if kind == "passthrough":
-            assert loaded["w"][name].dtype == torch.float16
-            weights[name] = loaded["w"][name].float()
-        else:
-            assert kind["type"] in ("int6", "int8")
-            weights[name] = loaded["w"][f"{name}.q"].float() * loaded["w"][f"{name}.scale"].float()[:, None]
-    assert set(loaded["w"]) == {
-        part
-        for name, kind in loaded["m"].items()
-        for part in ([name] if kind == "passthrough" else [f"{name}.q", f"{name}.scale"])
-    }
-    return weights
+def settings(form: str) -> Config:
+    return tiny(
+        embed_bits=BITS_OF_EMBEDDINGS[form], embed_clip_sigmas=4.0, smear_gate="published", bigram_vocab_size=40, bigram_dim=8,
+        parallel_start_layer=1, parallel_form="lanes", recur_scale_params=2,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("form", sorted(PUBLISHED_FORMATS))
-def test_an_exported_model_reloads_to_the_identical_weights(tmp_path: Path, form: str) -> None:
-    tensors = stored(form)
+def test_an_exported_model_reloads_to_the_identical_weights(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(form)
     file, out = tmp_path / "model.golf", tmp_path / "final_model.ptz"
-    write_artifact(file, tensors, tiny(), code_bytes=0, max_bytes=10**9)
-    main(["convert", str(file), "--format", form, "--out", str(out)])
-    found, expected = plain_weights(out.read_bytes(), form), dequantize_state(read_artifact(file).tensors)
-    scales = expected.pop("ve.layer_scales")
-    for i, scale in enumerate(scales):
-        assert torch.equal(found.pop(f"ve_layer_scales.{i}"), scale.reshape(1))
-    assert {published_name(name) for name in expected} == set(found)
-    for name, weight in expected.items():
-        assert torch.equal(found[published_name(name)], weight), name
-
-
-def test_names_are_those_of_the_published_scripts() -> None:
-    names = {
-        "embedding.weight": "tok_emb.weight",
-        "blocks.10.attention.query": "blocks.10.attn.c_q.weight",
-        "blocks.0.attention.output": "blocks.0.attn.proj.weight",
-        "blocks.3.mlp.down": "blocks.3.mlp.proj.weight",
-        "blocks.3.attn_scale": "blocks.3.attn_scale",
-        "skips.weights": "skip_weights",
-        "ve.scale": "ve_shared.scale",
-        "smear.gate": "smear.gate",
-        "recur_scales": "recur_scales",
-    }
-    assert {name: published_name(name) for name in names} == names
+    write_artifact(file, quantized(config), config, **ROOMY)
+    main(["convert", "--json", str(file), "--format", form, "--out", str(out)])
+    assert json.loads(capsys.readouterr().out)["bytes"] == out.stat().st_size
+    loaded = unpacked(form, out.read_bytes())
+    found, expected = weights(form, loaded), dequantize_state(read_artifact(file).tensors)
+    read = {}
+    for name, weight in found.items():
+        own, row = own_name(name)
+        part = expected[own] if row is None else expected[own][row].reshape(weight.shape)
+        assert torch.equal(weight, part), name
+        read[own] = read.get(own, 0) + weight.numel()
+    assert read == {name: tensor.numel() for name, tensor in expected.items()}
+    assert {"lane_merge", "recur_scales.0", "recur_scales.1", "ve_layer_scales.1"} <= set(found)
 
 
 def test_the_same_tensors_give_the_same_file() -> None:
-    assert export(stored("pr1471"), "pr1471") == export(stored("pr1471"), "pr1471")
+    config = settings("pr1471")
+    assert export(quantized(config), "pr1471", config) == export(quantized(config), "pr1471", config)
 
 
 def test_codes_beyond_six_bits_do_not_fit_w6e16() -> None:
     codes = torch.tensor([[0, 32]], dtype=torch.int8)
+    tensors: StoredTensors = {"blocks.0.mlp.up": QuantizedTensor(codes, torch.ones(1).half(), 8)}
     with pytest.raises(
-        UserError, match=r"w: format w6e16 holds codes of 6 bits, found 0\.\.32: quantize .* --embed_bits 16"
+        UserError,
+        match=r"blocks.0.mlp.fc.weight: format w6e16 holds codes of 6 bits, found 0\.\.32: quantize .* --embed_bits 16",
     ):
-        export({"w": QuantizedTensor(codes, torch.ones(1).half(), 8)}, "pr122")
+        export(tensors, "pr122", tiny())

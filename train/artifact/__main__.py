@@ -11,10 +11,13 @@ from train.artifact.budget import budget_table
 from train.artifact.codecs import CODECS
 from train.artifact.difference import difference
 from train.artifact.export import PUBLISHED_FORMATS, export
+from train.artifact.read_published import read_published
 from train.artifact.storage import MODEL_FIELDS, build_model, read_artifact, write_artifact
 from train.common.errors import UserError, main_guard
 from train.common.files import atomic_write, sha256_file
 from train.common.wording import counted
+from train.config import Config, field_help, parse_value
+from train.recipes import load_recipe
 
 
 def main(arguments: list[str] | None = None) -> int | None:
@@ -70,16 +73,22 @@ def convert(options: argparse.Namespace) -> None:
         )
     if not options.out.parent.is_dir():
         raise UserError(f"--out: the folder {options.out.parent} does not exist: create it first")
-    artifact, before = read_artifact(options.file), options.file.stat().st_size
+    config = _settings(options)
+    if config is None:
+        artifact = read_artifact(options.file)
+        config, tensors = artifact.config, artifact.tensors
+        if options.format == "golf" and not options.codec:
+            raise UserError(f"--codec: needed for format golf: one of {', '.join(CODECS)}")
+    else:
+        tensors = read_published(options.file, options.source, config)
+    before = options.file.stat().st_size
     report = {"file": str(options.file), "out": str(options.out), "format": options.format, "bytes_before": before}
     if options.format == "golf":
-        if not options.codec:
-            raise UserError(f"--codec: needed for format golf: one of {', '.join(CODECS)}")
-        config = artifact.config.replace(codec=options.codec)
-        info = write_artifact(options.out, artifact.tensors, config, code_bytes=0, max_bytes=sys.maxsize)
-        report |= {"codec": options.codec, "bytes": info.model_bytes}
+        config = config.replace(codec=options.codec or config.codec)
+        info = write_artifact(options.out, tensors, config, code_bytes=0, max_bytes=sys.maxsize)
+        report |= {"codec": config.codec, "bytes": info.model_bytes}
     else:
-        exported = export(artifact.tensors, options.format)
+        exported = export(tensors, options.format, config)
         atomic_write(options.out, exported.data)
         report |= {"codec": PUBLISHED_FORMATS[options.format].codec, "bytes": len(exported.data)}
         report |= {"payload_bytes": exported.payload_bytes, "pickled_bytes": exported.pickled_bytes}
@@ -90,6 +99,17 @@ def convert(options: argparse.Namespace) -> None:
         f"{key.removesuffix('_bytes')} {report[key]:,}" for key in ("payload_bytes", "pickled_bytes") if key in report
     )
     print(f"{options.file}: {before:,} bytes\n{options.out}: {report['bytes']:,} bytes{details and f' ({details})'}")
+
+
+def _settings(options: argparse.Namespace) -> Config | None:
+    """The settings of the model in a published file; None for an artifact, which has its own."""
+    given = {name: text for name in ("recipe", *MODEL_FIELDS) if (text := getattr(options, name)) is not None}
+    if options.source is None:
+        if given:
+            raise UserError(f"--{min(given)}: an artifact has its own settings: leave it out, or give --from FORMAT")
+        return None
+    recipe = load_recipe(given.pop("recipe", PUBLISHED_FORMATS[options.source].recipe))
+    return recipe.config(**{name: parse_value(name, text, f"--{name}") for name, text in given.items()})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,7 +123,8 @@ def _parser() -> argparse.ArgumentParser:
         f"  python -m train.artifact verify --json {run}\n"
         f"  python -m train.artifact diff {run} runs/other/model.golf\n"
         f"  python -m train.artifact convert {run} --codec ans --out smaller.golf\n"
-        f"  python -m train.artifact convert {run} --format pr1471 --out final_model.int6.ptz\n\n"
+        f"  python -m train.artifact convert {run} --format pr1471 --out final_model.int6.ptz\n"
+        "  python -m train.artifact convert final_model.int6.ptz --from pr1471 --out model.golf\n\n"
         "train/artifact/container.py describes the format byte by byte. Exit code 2: the file is not a valid artifact.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -123,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
             "runs/mine/model.golf runs/other/model.golf",
         ),
         convert: (
-            "write the same weights with another codec, or in the format of a published submission",
+            "write the same weights with another codec, or in the format of a published submission; --from reads such a file",
             "runs/mine/model.golf --codec ans --out smaller.golf",
         ),
     }
@@ -149,7 +170,18 @@ def _parser() -> argparse.ArgumentParser:
         choices=("golf", *PUBLISHED_FORMATS),
         help=f"golf: this project's container, with --codec; {formats} [golf]",
     )
-    made[convert].add_argument("--codec", choices=sorted(CODECS), help="codec of format golf")
+    made[convert].add_argument(
+        "--codec", choices=sorted(CODECS), help="codec of format golf [with --from the recipe's]"
+    )
+    made[convert].add_argument(
+        "--from", dest="source", choices=PUBLISHED_FORMATS, help="FILE is a submission's model in this format"
+    )
+    foreign = made[convert].add_argument_group("settings of the model in a submission's file, which holds none")
+    recipes = ", ".join(f"{name}: {published.recipe}" for name, published in PUBLISHED_FORMATS.items())
+    foreign.add_argument("--recipe", metavar="NAME", help=f"recipe that has the other settings [{recipes}]")
+    for name in MODEL_FIELDS:
+        spellings = {f"--{name}", f"--{name.replace('_', '-')}"}
+        foreign.add_argument(*sorted(spellings), dest=name, metavar="VALUE", help=field_help(name).replace("%", "%%"))
     return parser
 
 

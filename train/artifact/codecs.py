@@ -66,6 +66,10 @@ class Codec:
             raise CodecError(f"codec {self.name}: expected {size:,} decoded bytes, found {found}: the data are damaged")
         return decoded
 
+    def decode_up_to(self, data: bytes | memoryview, limit: int) -> bytes | memoryview:
+        """Decode a stream whose size is unknown; decoding stops after more than `limit` bytes. Raises as `decode`."""
+        return self._decode(data, limit)
+
 
 def byte_shuffle(data: bytes, stride: int = 2) -> bytes:
     """Group the bytes of numbers of `stride` bytes (1 to 255): first all bytes 0, then all bytes 1, and so on.
@@ -154,8 +158,8 @@ def _zstd_decode(data: bytes, size: int) -> bytes:
     try:
         # the library allocates the size that the frame states, and decodes no more than it
         promised = zstandard.frame_content_size(data)
-        if promised != size:
-            raise CodecError(f"codec zstd: expected a frame of {size:,} decoded bytes, found {promised:,}")
+        if not 0 <= promised <= size:
+            raise CodecError(f"codec zstd: expected a frame of {size:,} decoded bytes at most, found {promised:,}")
         unpacked: bytes = decoder.decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CodecError(f"codec zstd: not a zstd frame, or a damaged one ({error})") from error

@@ -1,0 +1,104 @@
+"""Reads the file of a published submission, which holds no settings: recipe and flags give those.
+
+The file is untrusted: it is decoded up to the size that the settings allow, its archive must hold what it promises, and
+`torch.load` reads tensors and plain values alone.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.artifact.codecs import CODECS, byte_unshuffle
+from train.artifact.container import MAGIC
+from train.artifact.export import PUBLISHED_FORMATS, PublishedFormat
+from train.artifact.published_layouts import Check
+from train.artifact.published_names import from_published, published_parameters
+from train.common.errors import CodecError, MissingCodec, UserError
+from train.config import Config
+from train.quantize.tensors import StoredTensors
+
+_ARCHIVE = b"PK\x03\x04"
+_SHUFFLED = b"BSHF"
+_BEGINNINGS = {
+    MAGIC: "an artifact of this project: leave --from out",
+    _ARCHIVE: "a torch.save file without compression: give the submission's compressed file",
+    b"\x28\xb5\x2f\xfd": "a zstd stream: try --from pr122 or --from pr262",
+    b"\xfd7zXZ\0": "an xz stream, which none of these formats is",
+}
+
+# a parameter takes up to 4 bytes per element and 2 per row; its names and its entry in the archive take less than this
+_BYTES_PER_TENSOR = 4096
+
+
+def read_published(path: Path, form: str, config: Config) -> StoredTensors:
+    """The stored tensors in a file of format `form`, bit for bit, for a model with these settings.
+
+    Raises:
+        UserError: another format, a damaged file, or a missing, surplus or misshaped tensor; the message names the file,
+            the format and the key, what was expected and what to do.
+        MissingCodec: the codec's library is not installed.
+    """
+    published, check = PUBLISHED_FORMATS[form], Check(path, form)
+    parameters = published_parameters(config)
+    elements = sum(parameter.numel() for parameter in parameters.values())
+    content = _content(published, check, 6 * elements + _BYTES_PER_TENSOR * (len(parameters) + 1))
+    if not isinstance(content, dict) or not published.layout.recognizes(content):
+        others = [
+            name
+            for name, other in PUBLISHED_FORMATS.items()
+            if isinstance(content, dict) and other.codec == published.codec and other.layout.recognizes(content)
+        ]
+        check.refuse("contents", f"the dictionary of {form}", "another", (others and f"try --from {others[0]}") or "")
+    return from_published(published.layout.read(content, parameters, check), config)
+
+
+def _content(published: PublishedFormat, check: Check, limit: int) -> Any:
+    if not check.path.is_file():
+        raise UserError(f"{check.path}: no such file: give the compressed model of a submission")
+    if check.path.stat().st_size > limit:
+        check.refuse("file", f"at most {limit:,} bytes for these settings", f"{check.path.stat().st_size:,}")
+    data = check.path.read_bytes()
+    try:
+        decoded = CODECS[published.codec].decode_up_to(data, limit)
+        if len(decoded) > limit:
+            raise CodecError(f"more than {limit:,} bytes, which no model of these settings has")
+        archive = byte_unshuffle(decoded) if published.stride else bytes(decoded)
+        if not archive.startswith(_ARCHIVE):
+            raise CodecError(f"expected a torch.save file in the {published.codec} stream, found {archive[:4]!r}")
+    except CodecError as error:
+        raise UserError(f"{check.path}: read as {check.form}: {error}: {_looks_like(data, check.form)}") from error
+    return _unpickled(archive, check)
+
+
+def _unpickled(archive: bytes, check: Check) -> Any:
+    try:
+        with zipfile.ZipFile(io.BytesIO(archive)) as entries:
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries.infolist())
+            if not stored or sum(entry.file_size for entry in entries.infolist()) > len(archive):
+                raise ValueError("compressed or overlapping entries")
+            if damaged := entries.testzip():
+                raise ValueError(f"a wrong checksum in {damaged}")
+        return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except Exception as error:
+        # the unpickler raises whatever a damaged or hostile file makes it stumble over
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        check.refuse("contents", "a torch.save file of tensors, numbers and names", f"another ({reason})")
+
+
+def _looks_like(data: bytes, form: str) -> str:
+    """What a file is, judged by its first bytes, and what to do."""
+    for beginning, text in _BEGINNINGS.items():
+        if data.startswith(beginning) and f"--from {form}" not in text:
+            return f"this is {text}"
+    for name, published in PUBLISHED_FORMATS.items():
+        with suppress(CodecError, MissingCodec):
+            first = bytes(CODECS[published.codec].decode_up_to(data, len(_ARCHIVE)))
+            if first.startswith(_SHUFFLED if published.stride else _ARCHIVE) and name != form:
+                return f"this is a {published.codec} stream: try --from {name}"
+    return "the file is cut or damaged: copy it again"
