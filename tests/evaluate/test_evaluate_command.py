@@ -13,6 +13,7 @@ import pytest
 import torch
 from untrained_run import make_untrained_run, run_truth
 
+from train.artifact.__main__ import main as convert
 from train.common.errors import UserError
 from train.evaluate.__main__ import _load, main
 from train.evaluate.scores import read_evaluation
@@ -52,6 +53,42 @@ def test_command_scores_the_artifact_from_its_bytes(
     assert match and match["name"] == "int6_sliding_window" and match["stride"] == "8"
     assert exact == f"final_int6_sliding_window_exact val_loss:{entry['val_loss']:.8f} val_bpb:{entry['val_bpb']:.8f}"
     assert read_metrics(run / "metrics.jsonl") == [{"kind": "final", **entry}]
+
+
+def test_a_published_file_scores_as_the_run_that_it_came_from(
+    untrained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published, artifact = tmp_path / "final_model.ptz", tmp_path / "model.golf"
+    convert(["convert", str(untrained_run / "model.golf"), "--format", "pr1392", "--out", str(published)])
+    shape = "--vocab_size 300 --num_layers 2 --model_dim 16 --num_heads 2 --num_kv_heads 1 --embed_dtype float32"
+    shape += " --rope_train_seq_len 64 --recur_layers 1"
+    convert(
+        ["convert", str(published), "--from", "pr1392", "--recipe", "baseline", *shape.split(), "--out", str(artifact)]
+    )
+    windows = ["--stride=8", "--seq-len=32", "--logits-rounding=none", f"--data-path={untrained_run.parent / 'data'}"]
+    capsys.readouterr()
+    assert main([str(artifact), "--recipe", "baseline", *windows, "--json"]) == 0
+    entry = json.loads(capsys.readouterr().out)
+    # the recipe's sequences have 1,024 tokens, and the text is cut to a multiple
+    nats, tokens, size = run_truth(untrained_run, 32, 8, 1025)
+    assert (entry["tokens"], entry["bytes"]) == (tokens, size)
+    assert entry["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
+    # an artifact alone has no file of scores
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["final_model.ptz", "model.golf"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.golf"], "--recipe: needed to score an artifact alone: one of baseline, quickstart"),
+        (["model.golf", "--recipe", "baseline", "--weights", "master"], "--weights: an artifact alone has no master"),
+        (["model.golf", "--recipe", "basline"], "recipe: no recipe 'basline'; did you mean baseline"),
+        (["", "--recipe", "baseline"], "--recipe: the run .* has its own settings: leave it out"),
+    ],
+)
+def test_a_recipe_belongs_to_an_artifact_alone(untrained_run: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main([str(untrained_run / arguments[0]), *arguments[1:]])
 
 
 def test_command_options_change_what_is_scored_and_scores_stand_side_by_side(

@@ -1,4 +1,4 @@
-"""`python -m train.evaluate RUN`: score the artifact of a finished run."""
+"""`python -m train.evaluate RUN`: score the artifact of a finished run, or an artifact alone."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from train.artifact import load_model
+from train.artifact import MODEL_FIELDS, load_model, read_artifact
 from train.checkpoint import load_weights
 from train.command_line import check_backends, note_unread
 from train.common.distributed import start_ranks
 from train.common.errors import main_guard
+from train.common.values import ConfigError
 from train.config import Config, field_names
 from train.data.dataset import Dataset
 from train.data.paid_prefix import NOT_COMPLIANT
@@ -22,6 +24,7 @@ from train.evaluate.windows import RULES
 from train.model.attention_backends import BACKENDS
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
+from train.recipes import load_recipe, recipe_names
 from train.run.folder import RunFolder
 from train.run.logger import append_metric, final_lines
 
@@ -29,16 +32,20 @@ from train.run.logger import append_metric, final_lines
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train.evaluate",
-        description="Score the artifact of a finished run: bits per byte of the validation text.",
+        description="Score the artifact of a finished run, or an artifact alone: bits per byte of the validation text.",
         epilog="examples:\n"
         "  python -m train.evaluate runs/quickstart_20260101-120000\n"
         "  python -m train.evaluate runs/quickstart_20260101-120000 --stride 0 --max-tokens 20000\n"
-        "  torchrun --standalone --nproc_per_node=2 -m train.evaluate runs/quickstart_20260101-120000\n\n"
+        "  torchrun --standalone --nproc_per_node=2 -m train.evaluate runs/quickstart_20260101-120000\n"
+        "  python -m train.evaluate model.golf --recipe sp8192_sdclip --data-path data/datasets/fineweb10B_sp8192\n\n"
         "Flags may have underscores, or the settings' names (--eval_stride 0).\n"
-        "The score is printed as log lines, saved in RUN/evaluation.json and appended to RUN/metrics.jsonl.",
+        "The score is printed as log lines. A run's score is saved in RUN/evaluation.json and appended to RUN/metrics.jsonl.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder: config.json and model.golf (or weights.pt)")
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, help="run folder: config.json and model.golf (or weights.pt); or an artifact"
+    )
+    parser.add_argument("--recipe", help="recipe whose settings score an artifact alone")
     parser.add_argument(
         "--stride", type=int, help="new tokens per window; 0: windows do not overlap [the run's eval_stride]"
     )
@@ -89,11 +96,28 @@ def _as_named(argument: str) -> str:
     return f"--{name.replace('_', '-')}{equals}{value}"
 
 
-def _run_config(folder: RunFolder, arguments: argparse.Namespace) -> Config:
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     fields = {_SETTINGS.get(name, name): value for name, value in vars(arguments).items() if value is not None}
-    given = {name: value for name, value in fields.items() if name in field_names()}
+    return {name: value for name, value in fields.items() if name in field_names()}
+
+
+def _run_config(folder: RunFolder, arguments: argparse.Namespace) -> Config:
+    if arguments.recipe is not None:
+        raise ConfigError(f"--recipe: the run {folder.path} has its own settings: leave it out")
     config = folder.read_config() if arguments.weights == "artifact" else folder.trained_config()
-    return config.replace(**given)
+    return config.replace(**_given(arguments))
+
+
+def _file_config(arguments: argparse.Namespace) -> Config:
+    """The recipe's settings for the model in an artifact."""
+    if arguments.recipe is None:
+        raise ConfigError(f"--recipe: needed to score an artifact alone: one of {', '.join(recipe_names())}")
+    if arguments.weights != "artifact":
+        raise ConfigError("--weights: an artifact alone has no master weights: leave it out, or give the run folder")
+    model = read_artifact(arguments.run).config
+    return load_recipe(arguments.recipe).config(
+        **{name: getattr(model, name) for name in MODEL_FIELDS} | _given(arguments)
+    )
 
 
 def _load(folder: RunFolder, config: Config, weights: str) -> GPT:
@@ -103,24 +127,26 @@ def _load(folder: RunFolder, config: Config, weights: str) -> GPT:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Score a run folder; under torchrun the ranks divide the windows."""
+    """Score a run folder or an artifact; under torchrun the ranks divide the windows."""
     arguments = _parser().parse_args(map(_as_named, sys.argv[1:] if argv is None else argv))
-    folder = RunFolder(arguments.run)
     check_backends()
+    if arguments.run.is_file():
+        return _score(None, arguments)
+    folder = RunFolder(arguments.run)
     # no other process may replace the artifact meanwhile
     with folder.held(shared=True):
         return _score(folder, arguments)
 
 
-def _score(folder: RunFolder, arguments: argparse.Namespace) -> int:
-    config = _run_config(folder, arguments)
-    if folder.evaluation.exists():
+def _score(folder: RunFolder | None, arguments: argparse.Namespace) -> int:
+    config = _run_config(folder, arguments) if folder else _file_config(arguments)
+    if folder and folder.evaluation.exists():
         # fail before scoring if the file of scores is unreadable
         read_evaluation(folder)
     data = Dataset(config)
     # find errors in the data and the run before the ranks wait for one another
     _ = data.known_targets
-    model = _load(folder, config, arguments.weights).eval()
+    model = (_load(folder, config, arguments.weights) if folder else load_model(arguments.run, config)).eval()
     with start_ranks(config.device) as ranks:
         if ranks.is_main:
             flags = {_SETTINGS.get(name, name) for name in vars(arguments)}
@@ -140,9 +166,10 @@ def _score(folder: RunFolder, arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     if ranks.is_main:
-        with folder.writing():
-            write_evaluation(folder, entry)
-            append_metric(folder.metrics, "final", entry)
+        if folder:
+            with folder.writing():
+                write_evaluation(folder, entry)
+                append_metric(folder.metrics, "final", entry)
         final = final_lines(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=entry["stride"])
         lines = [result.layer0_line, *final, *([entry["label"]] if "label" in entry else [])]
         print(json.dumps(entry) if arguments.json else "\n".join(lines))
