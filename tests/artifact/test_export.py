@@ -105,10 +105,23 @@ def test_the_same_tensors_give_the_same_file() -> None:
 
 
 def test_codes_beyond_six_bits_do_not_fit_w6e16() -> None:
-    codes = torch.tensor([[0, 32]], dtype=torch.int8)
-    tensors: StoredTensors = {"blocks.0.mlp.up": QuantizedTensor(codes, torch.ones(1).half(), 8)}
+    tensors = quantized(settings("pr122"))
+    codes = torch.zeros(tensors["blocks.0.mlp.up"].shape, dtype=torch.int8)
+    codes[0, 1] = 32
+    tensors["blocks.0.mlp.up"] = QuantizedTensor(codes, torch.ones(len(codes)).half(), 8)
     with pytest.raises(
         UserError,
         match=r"blocks.0.mlp.fc.weight: format w6e16 holds codes of 6 bits, found 0\.\.32: quantize .* --embed_bits 16",
     ):
-        export(tensors, "pr122", tiny())
+        export(tensors, "pr122", settings("pr122"))
+
+
+def test_tensors_of_other_settings_are_refused() -> None:
+    tensors = quantized(settings("pr1392"))
+    with pytest.raises(
+        UserError, match=r"blocks.3.attn.c_k.weight: the tensors do not match the artifact's model fields"
+    ):
+        export(tensors, "pr1392", settings("pr1392").replace(num_layers=4))
+    del tensors["lane_mix"]
+    with pytest.raises(UserError, match="lane_merge: the tensors do not match"):
+        export(tensors, "pr1392", settings("pr1392"))

@@ -17,6 +17,7 @@ from torch import Tensor
 from train.artifact.codecs import CODECS, byte_shuffle
 from train.artifact.published_layouts import Layout, Mixed, PerRow
 from train.artifact.published_names import published_parameters, to_published
+from train.common.errors import UserError
 from train.config import Config
 from train.quantize.tensors import QuantizedTensor
 
@@ -45,11 +46,15 @@ def export(tensors: Mapping[str, QuantizedTensor | Tensor], name: str, config: C
     """Convert the stored tensors of a model with these settings to the file of a format in `PUBLISHED_FORMATS`.
 
     Raises:
-        UserError: the format cannot hold a tensor's codes.
+        UserError: the format cannot hold a tensor's codes, or the tensors are not those of the settings.
         MissingCodec: the codec's library is not installed.
     """
-    published = PUBLISHED_FORMATS[name]
-    content = published.layout.write(to_published(tensors), published_parameters(config))
+    published, renamed, parameters = PUBLISHED_FORMATS[name], to_published(tensors), published_parameters(config)
+    if odd := renamed.keys() ^ parameters.keys():
+        raise UserError(
+            f"{min(odd)}: the tensors do not match the artifact's model fields: write it anew with python -m train"
+        )
+    content = published.layout.write(renamed, parameters)
     buffer = io.BytesIO()
     torch.save(content, buffer)
     pickled = buffer.getvalue()
