@@ -1,1 +1,4 @@
-"""Records: summary, submission.json, README and plots of finished runs; the rule check, comparison and dashboard."""
+"""Makes, checks and compares records, and draws a dashboard of runs.
+
+A record is the folder that a submission adds to Parameter Golf's repository: README.md, submission.json, logs, script.
+"""

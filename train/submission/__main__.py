@@ -1,4 +1,4 @@
-"""`python -m train.submission`: make records of finished runs, check and compare records."""
+"""`python -m train.submission` makes records of finished runs, checks records and compares them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.run.folder import RunFolder
 if TYPE_CHECKING:
     from train.submission.record import RecordDetails
 
-# each command imports only what it needs, as PyTorch, SciPy and Plotly take seconds
+# each command imports only what it needs, because importing PyTorch, SciPy or Plotly takes seconds
 
 
 def _record(arguments: argparse.Namespace) -> int:
@@ -25,10 +25,10 @@ def _record(arguments: argparse.Namespace) -> int:
     from train.submission.summary import summary_text
 
     folder, details = RunFolder(arguments.run_folder), _details(arguments)
-    # locked, so that no other process replaces the artifact or writes another record meanwhile
+    # the locks keep other processes from replacing the artifact or writing another record meanwhile
     with folder.held(shared=True), folder.writing():
         note_unread(folder.read_config(), os.environ, lambda line: print(line, file=sys.stderr))
-        # stages may have been repeated since the run wrote its summary
+        # the summary is made again, because stages may have been repeated since the run wrote it
         summary = summarize(folder)
         paths = write_record(folder, summary, details)
     print(summary_text(summary, folder.path))

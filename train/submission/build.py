@@ -1,4 +1,4 @@
-"""Makes a record folder from one run per seed: README, submission.json, logs and script; nothing is left on failure."""
+"""Makes a record folder (README, submission.json, logs, script) from one run per seed. A failure leaves no folder."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from train.submission.record import RecordDetails, submission_json
 from train.submission.record_scores import Base
 from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
 
-# scored to check the script
+# validation tokens that are scored to check the script
 _CHECKED_TOKENS = 32_768
-# imported by a name in a string
+# codec → module that it imports by a name in a string, which `_imported` does not find
 _CODEC_PACKAGES = {"brotli": "brotli", "zstd": "zstandard", "ans": "constriction"}
 
 
@@ -44,15 +44,15 @@ def build_record(
     Args:
         paths: finished runs, one per seed.
         out: the folder, which must not exist.
-        details: what the author adds.
-        single_file: form of the one-file script, see `train.single_file.pack`; empty: train_gpt.py beside its modules.
-        base: what the settings and scores are compared with; None: the recipe.
+        details: facts that the author gives.
+        single_file: how train_gpt.py is packed, one of `train.single_file.pack.FORMS`; empty: not packed.
+        base: recipe or record that the README compares with; None: the recipe of the runs.
 
     Returns:
-        How the script was checked, in a sentence.
+        A sentence that says how the script was checked.
 
     Raises:
-        UserError: the folder exists, a run is not fit for it, or the script gives another score than this package.
+        UserError: the folder exists, `read_runs` refuses a run, or the script's score differs from this package's.
     """
     if out.exists():
         raise UserError(f"{out}: exists: choose another --out, or remove it")
@@ -82,7 +82,7 @@ def build_record(
 
 
 def record_json(runs: Sequence[FinishedRun], details: RecordDetails, code_bytes: int) -> dict[str, Any]:
-    """submission.json: `train.submission.record.submission_json`, and what `check` reads besides."""
+    """Make the contents of submission.json: the keys of `submission_json`, and further keys that `check` reads."""
     first = runs[0]
     submission = submission_json([run.summary for run in runs], first.config, details, code_bytes)
     for run in runs:
@@ -100,7 +100,7 @@ def record_json(runs: Sequence[FinishedRun], details: RecordDetails, code_bytes:
 
 
 def write_script(folder: Path, config: Config, single_file: str) -> None:
-    """Write train_gpt.py; without `single_file` also the modules that it imports."""
+    """Write train_gpt.py. If `single_file` is empty, also write the modules that it imports."""
     settings = script_settings(config)
     if single_file:
         atomic_write(folder / "train_gpt.py", pack(config.recipe, settings, single_file))
@@ -119,10 +119,10 @@ def write_script(folder: Path, config: Config, single_file: str) -> None:
 
 
 def prove(folder: Path, run: FinishedRun) -> str:
-    """Score the run's artifact with the script in `folder`, and with this package.
+    """Check that the script in `folder` and this package give the run's artifact the same score.
 
     Returns:
-        A sentence that says so.
+        A sentence that states the score.
 
     Raises:
         UserError: the two scores differ, or the script fails.
@@ -140,22 +140,22 @@ def prove(folder: Path, run: FinishedRun) -> str:
 
 
 def package_score(run: FinishedRun) -> dict[str, Any]:
-    """The score of the run's artifact on the first validation tokens, by this package on a CPU."""
+    """Score the run's artifact with this package, on the first validation tokens, on a CPU."""
     root = Path(__file__).resolve().parents[2]
     return _score(["-m", "train.evaluate"], run, root, PYTHONPATH=str(root))
 
 
 def script_score(folder: Path, run: FinishedRun) -> dict[str, Any]:
-    """The same by the script, from a copy of `folder` alone."""
+    """Score the run's artifact on the same tokens with the script, which runs in a copy of `folder`, on a CPU."""
     with tempfile.TemporaryDirectory() as name:
         alone = Path(shutil.copytree(folder, Path(name) / "alone"))
         return _score(["train_gpt.py", "evaluate"], run, alone)
 
 
 def requirements(folder: Path, config: Config) -> str:
-    """requirements.txt: the packages that the script imports, in the versions installed here.
+    """Return requirements.txt: the packages that the script imports, in the versions installed here.
 
-    Local version labels are cut off: PyPI has torch 2.13.0, but not 2.13.0+cpu.
+    Local version labels are removed, because PyPI has torch 2.13.0 but not 2.13.0+cpu.
     """
     carried = script_modules(config.recipe, script_settings(config))
     sources = [*carried.sources.values(), decoded((folder / "train_gpt.py").read_bytes())]
@@ -176,7 +176,7 @@ def _calibration(config: Config) -> str:
 def _score(program: list[str], run: FinishedRun, folder: Path, **environ: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         scored = Path(name)
-        # a run folder of its own, because an evaluation writes its score there
+        # a temporary run folder, because an evaluation writes its score into the run folder
         _write_json(scored / "config.json", run.config.to_dict())
         shutil.copyfile(run.folder.artifact, scored / run.folder.artifact.name)
         arguments = [

@@ -1,7 +1,7 @@
 """The rules of Parameter Golf, applied to a record folder.
 
-A rule is a function from `RecordFolder` to `Finding`. If the folder lacks what a rule needs, the verdict is "unknown",
-which does not fail the check but is reported.
+A rule is a function from `RecordFolder` to `Finding`. If the folder lacks what a rule needs, its verdict is "unknown".
+An unknown verdict is reported but does not fail the check.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def apply_rules(record: RecordFolder) -> list[Finding]:
 
 
 def check_text(findings: list[Finding]) -> str:
-    """A line per rule, then `summary_lines`."""
+    """Format the findings: one line per rule, then `summary_lines`."""
     width = max(len(finding.rule) for finding in findings)
     lines = [
         f"{finding.verdict.value:<7}  {finding.rule:<{width}}  {finding.value}"
@@ -52,7 +52,7 @@ def check_text(findings: list[Finding]) -> str:
 
 
 def summary_lines(findings: list[Finding]) -> list[str]:
-    """How many rules pass, which fail, and which cannot be checked."""
+    """Say how many rules pass, which fail, and which cannot be checked."""
     names = {verdict: [item.rule for item in findings if item.verdict is verdict] for verdict in Verdict}
     lines = [f"{len(names[Verdict.PASSES])} of {len(findings)} rules pass."]
     if names[Verdict.FAILS]:
@@ -63,5 +63,5 @@ def summary_lines(findings: list[Finding]) -> list[str]:
 
 
 def exit_code(findings: list[Finding]) -> int:
-    """1 if a rule fails, else 0."""
+    """Return 1 if a rule fails, else 0."""
     return int(any(item.verdict is Verdict.FAILS for item in findings))

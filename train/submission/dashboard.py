@@ -1,4 +1,4 @@
-"""An HTML page of all runs in a folder, which needs no network: curves, step times, sizes, scores by seed."""
+"""Writes an HTML page with the curves, step times, sizes and scores of all runs in a folder. It needs no network."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from train.run.logger import finite, read_metrics, series
 from train.submission.summary import Summary
 
 TEMPLATE = Path(__file__).with_name("dashboard.html")
-# longer curves are downsampled: a screen shows no more
+# longer curves are downsampled, because a screen cannot show more points
 MAX_POINTS = 1500
 NUMBERS = "val_bpb val_loss steps step_avg_ms train_seconds eval_seconds bytes_total parameters".split()
 _NAMED_SETTINGS = 3
 
 
 def write_dashboard(paths: Sequence[Path], out: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Write the page.
+    """Write the HTML page.
 
     Args:
         paths: run folders, or folders that contain run folders.
@@ -47,10 +47,10 @@ def write_dashboard(paths: Sequence[Path], out: Path) -> tuple[list[dict[str, An
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
-    """The run folders among and inside `paths`, sorted by name.
+    """Find the run folders among `paths` and directly inside them, sorted by path.
 
     Raises:
-        UserError: no such folder, or no run in it.
+        UserError: a path is not a folder, or holds no run.
     """
     found = set()
     for path in paths:
@@ -65,17 +65,21 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
 
 
 def page(runs: list[dict[str, Any]], source: str, problems: Sequence[str] = ()) -> str:
-    """The page, with the data and the plotting library embedded."""
+    """Return the HTML page, with the data and the plotting library embedded."""
     notes = [f"Colors: settings. Dash patterns: seeds. Curves of more than {MAX_POINTS:,} points are downsampled."]
     notes += [f"Not shown: {'; '.join(problems)}."] if problems else []
     data = json.dumps({"runs": runs, "source": source, "notes": notes}, allow_nan=False)
-    # </script> in a name must not end the block
+    # a "</script>" in a run's name must not end the script element
     data = data.replace("</", "<\\/")
     return TEMPLATE.read_text().replace("/*PLOTLY*/", get_plotlyjs(), 1).replace("/*DATA*/", data, 1)
 
 
 def collect(folders: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The data of each run, and a message for each that cannot be shown; missing and non-finite numbers are None."""
+    """Read the data of each run. Missing and non-finite numbers become None.
+
+    Returns:
+        The data of each run, and a message for each run that cannot be read.
+    """
     configs: list[Config] = []
     runs, problems = [], []
     for folder in folders:
@@ -86,7 +90,7 @@ def collect(folders: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], list[st
             problems.append(str(error))
             continue
         configs.append(config)
-        # runs that differ only in their seed are a group, numbered by its first run
+        # runs that differ only in their seed form a group; the group's number is the index of its first run
         group = next(
             index for index, other in enumerate(configs) if not changed_settings(other, config, free=("seed",))
         )
@@ -98,7 +102,7 @@ def collect(folders: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], list[st
 
 
 def speed(points: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
-    """(step, seconds, milliseconds per step) between neighbouring points of a curve, at the later one."""
+    """Compute (step, seconds, ms per step) between neighbouring points; step and seconds are the later point's."""
     return [
         (after[0], after[1], 1000 * (after[1] - before[1]) / (after[0] - before[0]))
         for before, after in itertools.pairwise(points)
@@ -127,14 +131,14 @@ def _run(folder: RunFolder, config: Config) -> dict[str, Any]:
 
 
 def _thinned(points: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
-    """At most MAX_POINTS + 1 points, the last one included."""
+    """Keep at most MAX_POINTS + 1 points, the last one always."""
     stride = -(-len(points) // MAX_POINTS) or 1
     kept = list(points[::stride])
     return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
 
 
 def group_names(groups: dict[int, Config]) -> dict[int, str]:
-    """A name for each group: its recipe, and the settings in which the groups of that recipe differ."""
+    """Name each group after its recipe and the settings in which the groups of that recipe differ."""
     names = {}
     for number, config in groups.items():
         others = [other for other in groups.values() if other.recipe == config.recipe]

@@ -1,4 +1,4 @@
-"""`python -m train.submission.paid_prefix build`: make the paid prefix of #262, see `train.data.paid_prefix`."""
+"""`python -m train.submission.paid_prefix build` makes the paid prefix of #262; see `train.data.paid_prefix`."""
 
 from __future__ import annotations
 

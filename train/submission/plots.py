@@ -1,4 +1,4 @@
-"""The plots of a run: loss and bits per byte over steps and seconds, and the bytes of the submission."""
+"""Draws the plots of a run: loss and bits per byte over steps and seconds, and the bytes of the submission."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.submission.summary import Summary
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 INK, FAINT, EMPTY = "#333333", "#DDDDDD", "#F2F2F2"
 DPI = 150
-# validations are few: markers are the data, the line only connects them
+# a run has few validations: each is drawn as a marker, and a thin line connects the markers
 MEASURED = {"color": BLUE, "linewidth": 0.8, "marker": "o", "markersize": 5, "clip_on": False, "zorder": 3}
 LEGEND = {"loc": "upper right", "fontsize": 9, "framealpha": 1.0, "edgecolor": "white"}
 
@@ -33,11 +33,11 @@ def plot_loss(path: str | os.PathLike[str], records: list[dict[str, Any]], summa
 
     Args:
         path: the PNG.
-        records: metrics.jsonl, as `train.run.logger.read_metrics` returns it.
+        records: the records of metrics.jsonl, from `train.run.logger.read_metrics`.
         summary: the run's numbers.
 
     Raises:
-        UserError: the metrics hold no loss.
+        UserError: the records hold no loss.
     """
     train, val = series(records, "train", "train_loss"), series(records, "val", "val_loss")
     if not train and not val:
@@ -54,16 +54,18 @@ def plot_loss(path: str | os.PathLike[str], records: list[dict[str, Any]], summa
 
 
 def plot_bpb(path: str | os.PathLike[str], records: list[dict[str, Any]], summary: Summary, evaluation: str) -> None:
-    """Draw validation bits per byte over steps and over seconds, with the scores of the artifact and of the compressors.
+    """Draw validation bits per byte over steps and over seconds.
+
+    Horizontal lines show the scores of the artifact and of compressors such as gzip.
 
     Args:
         path: the PNG.
-        records: metrics.jsonl, as `train.run.logger.read_metrics` returns it.
+        records: the records of metrics.jsonl, from `train.run.logger.read_metrics`.
         summary: the run's numbers.
-        evaluation: how `summary.val_bpb` is made.
+        evaluation: description of the evaluation that gave `summary.val_bpb`.
 
     Raises:
-        UserError: the metrics hold no validation.
+        UserError: the records hold no validation.
     """
     val = series(records, "val", "val_bpb")
     if not val:
@@ -87,7 +89,7 @@ def plot_bpb(path: str | os.PathLike[str], records: list[dict[str, Any]], summar
 
 
 def plot_size_budget(path: str | os.PathLike[str], summary: Summary) -> None:
-    """Draw the bytes of code and model against the cap, and enlarged below."""
+    """Draw the bytes of code and model in two bars: the upper one against the cap, the lower one enlarged."""
     palette = (BLUE, SKY, GREEN, PURPLE, VERMILION, "#F0E442", "#999999", ORANGE)
     parts = [
         (name, size, palette[index % len(palette)]) for index, (name, size) in enumerate(summary.byte_parts.items())

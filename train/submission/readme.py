@@ -1,4 +1,4 @@
-"""README.md of a record folder: every number in it comes from the runs."""
+"""Writes the README.md of a record folder from the numbers of its runs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _CODE_FORMS = {
 def record_readme(
     runs: Sequence[FinishedRun], submission: dict[str, Any], single_file: str, base: Base, proof: str
 ) -> str:
-    """README.md.
+    """Return the text of README.md.
 
     Args:
-        runs: one per seed.
-        submission: submission.json.
-        single_file: form of the one-file script; empty: modules in folders.
-        base: what the record is compared with.
-        proof: how the script was checked.
+        runs: one run per seed.
+        submission: the contents of submission.json.
+        single_file: how train_gpt.py is packed, one of `train.single_file.pack.FORMS`; empty: not packed.
+        base: the recipe or record that this record is compared with.
+        proof: a sentence that says how the script was checked.
     """
     first, config = runs[0], runs[0].config
     deviation = "" if submission["val_bpb_std"] is None else f" ± {submission['val_bpb_std']:.8f}"

@@ -1,4 +1,4 @@
-"""The record of one run: its numbers gathered from the run folder, then submission.json, README.md and plots."""
+"""Gathers a run's numbers from its folder, and writes the run's submission.json, README.md and plots."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from train.submission.summary import (
 
 
 def git_setting(key: str) -> str:
-    """A value of git's configuration; empty without git or without the value."""
+    """Return a value of git's configuration, or "" if git or the value is missing."""
     git = shutil.which("git")
     if git is None:
         return ""
@@ -42,13 +42,13 @@ def git_setting(key: str) -> str:
 
 @dataclass(frozen=True)
 class RecordDetails:
-    """What the author adds to a record.
+    """Facts about a record that its author gives.
 
     Attributes:
-        author, github_id: who submits; default: git's user.name and github.user.
-        name: title; empty: the recipe's name.
-        blurb: one sentence; empty: made from the numbers.
-        track: leaderboard track.
+        author, github_id: the submitter's name and GitHub name; default: git's `user.name` and `github.user`.
+        name: the record's title; empty: the recipe's name.
+        blurb: one sentence about the record; empty: `submission_json` writes one from the numbers.
+        track: the leaderboard's track.
     """
 
     author: str = field(default_factory=lambda: git_setting("user.name"))
@@ -59,17 +59,17 @@ class RecordDetails:
 
 
 def record_run(folder: RunFolder) -> str:
-    """Write a finished run's summary and record, and return the text that the run ends with."""
+    """Write the summary and the record of a finished run. Return the text that the run prints last."""
     summary = summarize(folder)
     write_record(folder, summary)
     return summary_text(summary, folder.path)
 
 
 def summarize(folder: RunFolder) -> Summary:
-    """Gather a run's numbers from what its stages left in its folder.
+    """Gather a run's numbers from the files that its stages wrote into its folder.
 
     Raises:
-        UserError: a stage has not run, or the artifact is newer than its score.
+        UserError: a stage has not run, or the artifact has not been scored since it was written.
     """
     config, started = folder.trained_config(), folder.read_config()
     training = folder.read_training(
@@ -78,7 +78,7 @@ def summarize(folder: RunFolder) -> Summary:
     score = find_evaluation(folder, config)
     flat = find_evaluation(folder, config.replace(eval_stride=0))
     artifact = read_artifact(folder.artifact)
-    # the code's size when the artifact was written: the sources may have changed since
+    # the code's size is read from the metrics: the sources may have changed since the artifact was written
     records = read_metrics(folder.metrics)
     sizes = [record for record in records if record["kind"] == "sizes" and isinstance(record.get("code_bytes"), int)]
     if not sizes:
@@ -86,7 +86,7 @@ def summarize(folder: RunFolder) -> Summary:
     stage_seconds = read_json(folder.stages, "delete it") if folder.stages.exists() else {}
     resumed = resumed_steps(records)
     if resumed:
-        # no process measured the whole stage
+        # no single process measured the whole training stage
         stage_seconds["train"] = training["seconds"]
     bytes_code, bytes_prefix = sizes[-1]["code_bytes"], sizes[-1].get("prefix_bytes", 0)
     manifest = read_manifest(config.data_path)
@@ -132,13 +132,13 @@ def summarize(folder: RunFolder) -> Summary:
 
 
 def write_record(folder: RunFolder, summary: Summary, details: RecordDetails | None = None) -> list[Path]:
-    """Write a finished run's summary and record into its folder, replacing each file that exists.
+    """Write the summary and the record of a finished run into its folder. Files that exist are replaced.
 
     Returns:
-        The record's files.
+        Paths of the record's files.
 
     Raises:
-        UserError: a file of the run is missing or unreadable, or its metrics hold no curve.
+        UserError: a file of the run is missing or unreadable, or metrics.jsonl holds no loss or no validation.
     """
     config = folder.read_config()
     records = read_metrics(folder.metrics)
@@ -159,16 +159,16 @@ def write_record(folder: RunFolder, summary: Summary, details: RecordDetails | N
 def submission_json(
     summaries: Sequence[Summary], config: Config, details: RecordDetails, code_bytes: int
 ) -> dict[str, Any]:
-    """submission.json of one run per seed: the 14 keys of published records, then more.
+    """Make the contents of submission.json: the 14 keys of published records, then further keys.
 
     Args:
-        summaries: one per seed.
-        config: the settings of the first.
-        details: what the author adds.
-        code_bytes: size of the script that is shipped. With model (and prefix) it makes `artifact_bytes`, as published.
+        summaries: one summary per seed.
+        config: settings of the first run.
+        details: facts that the author gives.
+        code_bytes: bytes of the shipped code. `artifact_bytes` is their sum with the bytes of model and paid prefix.
     """
     results = {str(summary.seed): _seed_result(summary, code_bytes) for summary in summaries}
-    # of the rounded scores, so that a reader of the file gets the same mean and deviation
+    # computed from the rounded scores, so that readers of the file get the same mean and deviation
     bpb, bpb_std = mean_and_deviation([result["val_bpb"] for result in results.values()])
     loss, loss_std = mean_and_deviation([result["val_loss"] for result in results.values()])
     first, largest = summaries[0], max(summaries, key=lambda summary: summary.bytes_model)
@@ -225,7 +225,7 @@ def _blurb(summaries: Sequence[Summary], config: Config, bpb: float, bytes_total
 
 
 def run_readme(summary: Summary, config: Config, name: str) -> str:
-    """README.md of a run."""
+    """Return the text of a run's README.md."""
     scores: list[tuple[str, float | None]] = [
         ("artifact, non-overlapping windows", summary.flat_val_bpb),
         ("before quantization, non-overlapping windows", summary.prequant_val_bpb),
@@ -282,17 +282,17 @@ def run_readme(summary: Summary, config: Config, name: str) -> str:
 
 
 def title(name: str, bpb: float, label: str) -> str:
-    """The first line of a README."""
+    """Return the first line of a README."""
     return f"# {name}: {bpb:.4f} bits per byte{f' ({label})' if label else ''}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
+    """Return the lines of a Markdown table."""
     return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def describe_evaluation(config: Config) -> str:
-    """How the final score is made."""
+    """Describe the windows of the final evaluation, and its rule if it is not "once"."""
     if config.eval_stride == 0:
         return f"non-overlapping windows of {config.window}"
     rule = "" if config.eval_rule == "once" else f", rule {config.eval_rule}"
@@ -300,7 +300,7 @@ def describe_evaluation(config: Config) -> str:
 
 
 def artifact_format(config: Config) -> str:
-    """How the artifact stores the weights."""
+    """Describe how the artifact stores the weights: bits, quantizer and codec."""
     return f"int{config.matrix_bits} {config.quantizer} + {config.codec}"
 
 

@@ -1,4 +1,4 @@
-"""A record folder as it is on disk, whoever made it: README.md, submission.json, logs and script."""
+"""Reads a record folder that this or another program made: README.md, submission.json, logs and script."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class LogFile:
 
     Attributes:
         path: the file.
-        seed: from the log, or else from the file name; "" if neither has it.
-        log: see `parse_log`.
+        seed: the seed that the log states, or else the file name; "" if neither states one.
+        log: the parsed log.
     """
 
     path: Path
@@ -34,7 +34,7 @@ class LogFile:
 
     @property
     def last_step(self) -> Numbers | None:
-        """The numbers of the last step's line: step, total, clock."""
+        """The numbers of the last step's log line, such as step and train_time_ms; None if there is no such line."""
         lines = {**self.log["steps"], **self.log["vals"]}
         return lines[max(lines)] if lines else None
 
@@ -45,10 +45,10 @@ class RecordFolder:
 
     Attributes:
         path: the folder.
-        readme: README.md; "" if there is none.
-        submission: submission.json; empty if there is none or it is invalid.
-        problem: why submission.json is invalid; "" if it is valid.
-        logs: files in Parameter Golf's log grammar, sorted by name.
+        readme: the text of README.md; "" if it is missing.
+        submission: the contents of submission.json; empty if it is missing or invalid.
+        problem: why submission.json is invalid; "" if it is valid or missing.
+        logs: the files in Parameter Golf's log format, sorted by path.
     """
 
     path: Path
@@ -59,7 +59,7 @@ class RecordFolder:
 
     @cached_property
     def seed_results(self) -> dict[str, Numbers]:
-        """The numbers of each seed in submission.json; empty if it has none."""
+        """Seed → its numbers in `seed_results` of submission.json; empty if that key is missing or invalid."""
         results = self.submission.get("seed_results")
         if not isinstance(results, dict):
             return {}
@@ -71,7 +71,7 @@ class RecordFolder:
 
     @cached_property
     def script(self) -> Path | None:
-        """train_gpt.py, or else the only Python file at the top of the folder."""
+        """train_gpt.py, or else the only Python file at the top of the folder; None if there is no such file."""
         scripts = sorted(self.path.glob("*.py"))
         named = [path for path in scripts if path.name == "train_gpt.py"]
         return named[0] if named else scripts[0] if len(scripts) == 1 else None
@@ -83,29 +83,29 @@ class RecordFolder:
 
     @cached_property
     def seeds(self) -> tuple[str, ...]:
-        """Seeds with a score in submission.json or a log."""
+        """The seeds with numbers in submission.json or a final score in a log."""
         logged = {log.seed for log in self.logs if log.seed and log.score}
         return tuple(sorted(set(self.seed_results) | logged, key=lambda seed: (len(seed), seed)))
 
     @cached_property
     def texts(self) -> dict[str, str]:
-        """File → text of README, submission.json and the logs, without the source code that a log begins with."""
+        """File name → text of README, submission.json and the logs. The source code in a log's header is left out."""
         parts = {"README.md": self.readme, "submission.json": json.dumps(self.submission, indent=0, ensure_ascii=False)}
         return parts | {log.path.name: "\n".join(log.log["lines"]) for log in self.logs}
 
     def find(self, pattern: str) -> list[tuple[str, str]]:
-        """(file, line) of each line of `texts` that contains a match, ignoring case."""
+        """Return (file name, line) for each line of `texts` that matches `pattern`, ignoring case."""
         found = re.compile(pattern, re.IGNORECASE)
         return [
             (name, line.strip()) for name, text in self.texts.items() for line in text.split("\n") if found.search(line)
         ]
 
     def number(self, *names: str) -> float | None:
-        """The first of these fields of submission.json that is a number; None if none is."""
+        """Return the first of these fields of submission.json that is a number, or None if none is."""
         return next((value for name in names if is_number(value := self.submission.get(name))), None)
 
     def result(self, seed: str) -> Numbers:
-        """A seed's val_loss, val_bpb, artifact_bytes, steps, step_avg_ms, …: from its log, or else submission.json."""
+        """Return a seed's numbers, such as val_bpb and steps. Those of its log replace those of submission.json."""
         values = dict(self.seed_results.get(seed, {}))
         for log in self.logs:
             if log.seed == seed:
@@ -114,7 +114,7 @@ class RecordFolder:
 
 
 def logged_numbers(log: LogFile) -> Numbers:
-    """The numbers of a log, under their names in seed_results."""
+    """Return the numbers of a log, under their names in `seed_results` of submission.json."""
     values: Numbers = {}
     if log.score:
         values |= {name: log.score[name] for name in ("val_loss", "val_bpb")}
@@ -134,7 +134,7 @@ def read_record_folder(path: Path) -> RecordFolder:
     """Read a record folder.
 
     Raises:
-        UserError: no such folder, or it has neither README.md, submission.json nor a log.
+        UserError: the folder does not exist, or contains no README.md, no submission.json and no log.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder: give a record folder, with README.md, submission.json and logs")

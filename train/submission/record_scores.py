@@ -1,4 +1,4 @@
-"""The scores of a record, seed by seed, and what a new record is compared with."""
+"""Finds the scores of a record, one per seed, and the base that a new record is compared with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.config import Config
 from train.recipes import load_recipe, recipe_names
 from train.run.log_grammar import Log, Numbers, parse_log
 
-# the challenge's validation text under each published tokenizer: scored tokens, bytes; from the published logs
+# published tokenizer → scored tokens and bytes of the challenge's validation text, from the published logs
 TEXTS = {
     "sp1024": (62_021_632, 151_080_362),
     "sp1024, older export": (63_779_840, 155_769_746),
@@ -26,7 +26,7 @@ TEXTS = {
     "sp8192": (40_540_160, 151_078_222),
     "CaseOps sp8192": (47_851_520, 151_084_309),
 }
-# published records: seeds, val_bpb per seed, val_loss per seed where given; from their submission.json, README or logs
+# published record → seeds, val_bpb per seed, val_loss per seed (empty: not given); from its files or logs
 _PUBLISHED: dict[str, tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...]]] = {
     "122": (
         ("41", "102", "1337"),
@@ -45,7 +45,7 @@ class ScoredText:
     """The text that a record was scored on.
 
     Attributes:
-        challenge: whether it is the challenge's whole validation text.
+        challenge: whether the text is the challenge's whole validation text.
         tokens: number of scored tokens; 0: not known.
         window: window length; tokens after the last full window are not scored.
         tokenizer: SHA-256 of the tokenizer; empty: not known.
@@ -61,7 +61,7 @@ class ScoredText:
 
 
 def same_text(a: ScoredText | None, b: ScoredText | None) -> bool | None:
-    """Whether two scores are of the same text; None if that is not known."""
+    """Whether two scored texts are the same text; None if that is not known."""
     if a is None or b is None:
         return None
     if a.tokens and b.tokens and a.tokenizer and a.tokenizer == b.tokenizer:
@@ -76,10 +76,10 @@ class RecordScores:
     """The scores of a record.
 
     Attributes:
-        name: how messages name the record.
+        name: the record's name in messages.
         seeds: the seeds; empty: not known.
-        val_bpb: bits per byte, one per seed, or one published number.
-        val_loss: nats per token, one per seed; empty: not known.
+        val_bpb: bits per byte: one score per seed, or a single number.
+        val_loss: nats per token: one score per seed, or a single number; empty: not known.
         text: the scored text; None: not known.
     """
 
@@ -91,19 +91,21 @@ class RecordScores:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """val_loss / (val_bpb · ln 2); None without val_loss."""
+        """Bytes per token = val_loss / (val_bpb · ln 2); None without val_loss."""
         if not self.val_loss:
             return None
         return statistics.fmean(self.val_loss) / (statistics.fmean(self.val_bpb) * math.log(2))
 
 
 def find_scores(name: str) -> RecordScores:
-    """The scores of a record folder, a submission.json, a published record given by its number, or a val_bpb like 1.2193657.
+    """Find the scores of a record.
 
-    A submission.json without scores per seed, and without logs beside it, has one: its val_bpb.
+    Args:
+        name: a record folder, a submission.json, the number of a published record, or a val_bpb such as 1.2193657. If
+            submission.json has no scores per seed and the folder has no log, its val_bpb is the only score.
 
     Raises:
-        UserError: there is no such record, or it has no score.
+        UserError: the record does not exist, or has no score.
     """
     number = name.removeprefix("#")
     if re.fullmatch(r"\d+\.\d+", name) and float(name) > 0 and not Path(name).exists():
@@ -130,29 +132,29 @@ def find_scores(name: str) -> RecordScores:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value from a JSON file or log is a number below 10¹⁸ (NaN is not)."""
+    """Whether a value from a JSON file or log is a number of magnitude below 10¹⁸. NaN and booleans are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e18
 
 
 def is_score(values: Mapping[str, Any]) -> bool:
-    """Whether there are positive val_loss and val_bpb."""
+    """Whether `values` has a positive val_loss and a positive val_bpb."""
     return all(is_number(values.get(name)) and values[name] > 0 for name in ("val_loss", "val_bpb"))
 
 
 def exact_score(log: Log) -> Numbers | None:
-    """The final score of a log: the last with 8 decimals, or else the last; None if it has no valid one."""
+    """Return a log's last final score with 8 decimals, or else its last final score; None if there is no valid one."""
     finals = [values for name, values in log["finals"].items() if name.endswith("_exact")]
     finals = finals or list(log["finals"].values())
     return finals[-1] if finals and is_score(finals[-1]) else None
 
 
 def scored_text(submission: Mapping[str, Any]) -> ScoredText | None:
-    """The scored text according to a submission.json; None if it does not say."""
+    """Return the text that a submission.json says was scored; None if the file does not say."""
     evaluation, tokenizer = submission.get("evaluation"), submission.get("tokenizer")
     if not isinstance(evaluation, dict) or not is_number(whole := evaluation.get("validation_tokens")):
         return None
     scored, length = evaluation.get("tokens"), evaluation.get("window")
-    # the older rule scores the last tokens several times
+    # rule `overlap_tail` scores the last tokens several times, so it may score more tokens than the text has
     tokens = int(min(scored, whole) if is_number(scored) else whole)
     window = int(length) if is_number(length) and length >= 1 else 1
     digest = tokenizer.get("sha256") if isinstance(tokenizer, dict) else None
@@ -188,12 +190,12 @@ def _from_logs(name: str, logs: list[Path]) -> RecordScores:
 
 @dataclass(frozen=True)
 class Base:
-    """What a new record is compared with.
+    """The recipe, run or record that a new record is compared with.
 
     Attributes:
-        name: how the README names it.
+        name: its name in the README.
         settings: setting → value; None: not known, as for published records.
-        scores: its scores; None for a recipe, and for a folder without any.
+        scores: its scores; None for a recipe, and for a folder without scores.
     """
 
     name: str
@@ -206,10 +208,10 @@ class Base:
 
 
 def find_base(name: str) -> Base:
-    """What `--base` names: a recipe, a folder with config.json, or any record that `compare` accepts.
+    """Find the base that `--base` names: a recipe, a folder with config.json, or a record that `compare` accepts.
 
     Raises:
-        UserError: none of them.
+        UserError: `name` is none of these.
     """
     if name in recipe_names():
         return Base.of_recipe(name)
@@ -218,7 +220,7 @@ def find_base(name: str) -> Base:
     if (path / "config.json").is_file():
         values = read_json(path / "config.json", "give another --base")
         recipe = load_recipe(str(values.get("recipe", "")))
-        # a record's file has only the settings that differ from the defaults
+        # the config.json of a record has only the settings that differ from the defaults
         settings = Config.from_dict({"recipe": recipe.name, **values}).to_dict()
     try:
         scores = find_scores(name)

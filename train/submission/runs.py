@@ -1,4 +1,4 @@
-"""The finished runs of one record, one per seed, checked to differ in their seed only."""
+"""Reads the finished runs of a record, one per seed, and checks that they differ in their seed only."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class FinishedRun:
         folder: the run folder.
         config: settings of the trained model.
         summary: the run's numbers.
-        log_path: the log.
-        log: see `parse_log`.
-        evaluation: the final score's entry in evaluation.json.
+        log_path: the log file.
+        log: the parsed log.
+        evaluation: entry of the final score in evaluation.json.
     """
 
     folder: RunFolder
@@ -58,8 +58,8 @@ def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
     """Read the runs of one record, sorted by seed.
 
     Raises:
-        UserError: a run is not finished, its log is truncated or contradicts its files, two runs have the same seed, or
-            one has other settings than the first.
+        UserError: a run is not finished, its log is truncated or contradicts its other files, two runs have the same
+            seed, or two runs differ in another setting.
     """
     runs = [read_run(path) for path in paths]
     first = runs[0]
@@ -109,13 +109,16 @@ def read_run(path: Path) -> FinishedRun:
 
 
 def tokenizer_facts(config: Config) -> dict[str, Any]:
-    """Describe the tokenizer, and compare the bytes it counts with those of the decoded validation documents.
+    """Describe the tokenizer, and check the bytes that it counts.
+
+    The check counts the bytes of the first million validation tokens and compares them with those of the decoded text.
 
     Returns:
-        File name, SHA-256 and size of the tokenizer, `counts_bytes` (whether the two agree), and a sentence.
+        File name, SHA-256 and vocabulary size of the tokenizer; `counts_bytes`: whether both counts are equal;
+        `finding`: a sentence with both counts.
 
     Raises:
-        UserError: tokenizer or validation text are missing, or the tokenizer is known to miscount.
+        UserError: the tokenizer or the validation text is missing, or `load_tokenizer` refuses the tokenizer.
     """
     path = find_tokenizer(config.data_path, config.vocab_size, config.tokenizer_path)
     tokenizer = load_tokenizer(path, config.vocab_size)

@@ -1,4 +1,4 @@
-"""t-tests: is one record better than another, and by the 0.005 nats that a new record needs?"""
+"""t-tests of whether a record is better than another one, and better by the 0.005 nats that a new record needs."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from train.submission.record_scores import RecordScores, same_text
 
 REQUIRED_NATS = 0.005
 SIGNIFICANCE = 0.01
-# relative difference in bytes per token between two tokenizers; the published scoring rules differ by 1e-5
+# records share a tokenizer if their bytes per token differ by less, relatively; scoring rules change them by 1e-5
 _SAME_TOKENIZER = 1e-4
 
 
 @dataclass(frozen=True)
 class UnitTest:
-    """The required improvement in one unit that "0.005 nats" may mean.
+    """The t-test of the required improvement, "0.005 nats", read in one unit.
 
     Attributes:
-        unit: the unit.
-        margin: the improvement in bits per byte.
-        test: SciPy's result of the t-test against exactly that improvement.
+        unit: name of the unit, such as "nats per byte".
+        margin: the required improvement in bits per byte.
+        test: SciPy's result. The null hypothesis is an improvement of at most `margin`.
     """
 
     unit: str
@@ -40,20 +40,20 @@ class UnitTest:
 
 
 def t_test(ours: Sequence[float], theirs: Sequence[float], margin: float = 0.0) -> Any:
-    """One-sided t-test of whether our mean is lower than theirs by more than `margin`.
+    """Test, one-sided, whether the mean of `ours` is lower than the mean of `theirs` by more than `margin`.
 
-    Welch: t = (m₁ + margin - m₂) / √(s₁²/n₁ + s₂²/n₂), df by Satterthwaite. If they are one published number x, it is taken
-    as exact: t = (m₁ + margin - x) / √(s₁²/n₁), df = n₁ - 1. p = P(T_df ≤ t).
+    Welch's test: t = (m₁ + margin - m₂) / √(s₁²/n₁ + s₂²/n₂), with Satterthwaite's df. If `theirs` is one number x, the
+    test takes x as exact: t = (m₁ + margin - x) / √(s₁²/n₁), df = n₁ - 1. In both cases p = P(T_df ≤ t).
 
     Args:
-        ours, theirs: one score per seed, lower is better.
+        ours, theirs: one score per seed; lower is better.
         margin: the improvement under the null hypothesis, in the scores' unit.
 
     Returns:
         SciPy's result: statistic, df, pvalue.
 
     Raises:
-        UserError: fewer than two scores of ours, none of theirs, or no variance to test with.
+        UserError: `ours` has fewer than two scores, `theirs` has none, or neither varies.
     """
     if len(ours) < 2:
         raise UserError(f"A: {counted(len(ours), 'seed')}: a t-test needs at least two, a record three")
@@ -69,15 +69,15 @@ def t_test(ours: Sequence[float], theirs: Sequence[float], margin: float = 0.0) 
 
 
 def nats_per_token_in_bpb(bytes_per_token: float) -> float:
-    """0.005 nats per token in bits per byte: 0.005 / (ln 2 · bytes per token)."""
+    """Convert 0.005 nats per token to bits per byte: 0.005 / (ln 2 · bytes per token)."""
     return REQUIRED_NATS / (math.log(2) * bytes_per_token)
 
 
 def unit_tests(ours: RecordScores, theirs: RecordScores) -> list[UnitTest]:
-    """The test in each unit that "0.005 nats" may mean, on bits per byte.
+    """Test the required improvement once for each unit that "0.005 nats" may mean.
 
-    With one tokenizer val_loss = val_bpb · ln 2 · bytes per token, so a test on val_loss has the same t. With two
-    tokenizers, nats per token are tested for each.
+    The scores are bits per byte. If both records share a tokenizer, val_loss = val_bpb · ln 2 · bytes per token, so a
+    test on val_loss would have the same t. If the tokenizers differ, nats per token are tested once with each.
     """
     sizes = [(side.name, side.bytes_per_token) for side in (theirs, ours) if side.bytes_per_token]
     if len(sizes) == 2 and math.isclose(sizes[0][1], sizes[1][1], rel_tol=_SAME_TOKENIZER):
@@ -88,7 +88,7 @@ def unit_tests(ours: RecordScores, theirs: RecordScores) -> list[UnitTest]:
 
 
 def incomparable(ours: RecordScores, theirs: RecordScores) -> str:
-    """Why two records' scores cannot be compared; empty if they can."""
+    """Return why the scores of two records cannot be compared, or "" if they can."""
     same = same_text(ours.text, theirs.text)
     other_text = any(side.text is not None and not side.text.challenge for side in (ours, theirs))
     if same or (same is None and not other_text):
@@ -100,7 +100,7 @@ def incomparable(ours: RecordScores, theirs: RecordScores) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Record `a` against record `b`: the test of any improvement, and the test of 0.005 nats in each unit."""
+    """Tests of whether record `a` beats record `b`: `plain` by any amount, `units` by 0.005 nats in each unit."""
 
     a: RecordScores
     b: RecordScores
@@ -117,7 +117,7 @@ class Comparison:
         return statistics.fmean(self.b.val_bpb) - statistics.fmean(self.a.val_bpb)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `text` says, for JSON."""
+        """Return the figures of `text` as a dictionary for JSON."""
         return {
             "a": _facts(self.a),
             "b": _facts(self.b),
@@ -133,7 +133,7 @@ class Comparison:
         }
 
     def text(self) -> str:
-        """Both records' scores, the plain test, and the test in each unit."""
+        """Describe both records' scores, the plain test, and the test in each unit."""
         lines = [f"A  {_side(self.a)}", f"B  {_side(self.b)}", ""]
         if self.a.text and not self.a.text.challenge:
             lines += [f"Both are scored on {self.a.text}, not on the challenge's validation text.", ""]
@@ -160,10 +160,10 @@ class Comparison:
 
 
 def compare(ours: RecordScores, theirs: RecordScores) -> Comparison:
-    """Test whether our record is better than theirs.
+    """Test whether record `ours` is better than record `theirs`.
 
     Raises:
-        UserError: see `incomparable` and `t_test`.
+        UserError: the records cannot be compared; see `incomparable` and `t_test`.
     """
     reason = incomparable(ours, theirs)
     if reason:

@@ -1,4 +1,4 @@
-"""summary.json: the numbers of one finished run, from which every table, plot and line about it is made."""
+"""The numbers of one finished run, which summary.json stores, and lines of text made from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from train.artifact.budget import BudgetRow
 
 STAGES = ("data", "train", "quantize", "artifact", "evaluate")
-# a piece of a tensor group's name, and the part of the model that it belongs to
+# substring of a tensor group's name → part of the model that the group belongs to
 _PARTS = {
     ".attention.": "attention",
     ".mlp.": "MLP",
@@ -35,35 +35,35 @@ class Summary:
         run_id: name of the run folder.
         recipe: the recipe.
         seed: the seed.
-        date: end of training, ISO 8601.
-        steps: optimizer steps.
-        step_avg_ms: training clock per step.
-        train_seconds: training clock.
+        date: date and time at which training ended, ISO 8601.
+        steps: number of optimizer steps.
+        step_avg_ms: `train_seconds` per step, in milliseconds.
+        train_seconds: training clock, which covers the steps alone.
         stage_seconds: stage → wall-clock seconds; for a resumed run, `train` is the training clock.
-        step0_val_bpb: before the first step, non-overlapping windows.
-        prequant_val_bpb: of the trained weights before quantization, non-overlapping windows.
+        step0_val_bpb: bits per byte before the first step, with non-overlapping windows.
+        prequant_val_bpb: bits per byte of the trained weights before quantization, with non-overlapping windows.
         val_loss: nats per token of the reloaded artifact, with the run's evaluation settings.
         val_bpb: bits per byte of the same evaluation.
-        flat_val_bpb: bits per byte of the reloaded artifact, non-overlapping windows.
+        flat_val_bpb: bits per byte of the reloaded artifact, with non-overlapping windows.
         eval_seconds: duration of the evaluation that gave `val_bpb`.
-        tokens: tokens that it scored.
-        bytes: bytes of normalized text that these tokens stand for.
-        bytes_code: the code of a submission.
-        bytes_model: the artifact.
-        bytes_prefix: the paid prefix; 0: none.
+        tokens: number of tokens that this evaluation scored.
+        bytes: bytes of normalized text in these tokens.
+        bytes_code: bytes of the submission's code.
+        bytes_model: bytes of the artifact.
+        bytes_prefix: bytes of the paid prefix; 0: none.
         bytes_total: sum of code, artifact and prefix, which counts against the cap.
-        max_bytes: the cap.
-        parameters: numbers stored in the artifact's tensors.
+        max_bytes: the cap in bytes.
+        parameters: number of values in the artifact's tensors.
         hardware: names and number of the devices.
-        torch, python: versions.
-        yardsticks: compressor and its priming → bits per byte of the validation text; see `train.data.build.yardsticks`.
+        torch, python: versions of PyTorch and Python.
+        yardsticks: name of a compressor → its bits per byte on the validation text; see `train.data.build.yardsticks`.
         model_groups: part of the model → bytes in the artifact; empty: not measured.
-        target_bytes: the target of pruning (TARGET_MB); 0: none.
-        label: shown with every score of a run that breaks the rules; empty: none.
+        target_bytes: total size that pruning aims at (TARGET_MB); 0: none.
+        label: text shown with every score of a run that breaks the rules; empty: none.
         resumed: steps at which training was resumed.
-        recurrence_missed: start step of a recurrence that training ended before; 0: none.
-        steps_planned: steps after which training would have ended, had the time limit not ended it; 0: it did not, or
-            the recipe trains until the limit.
+        recurrence_missed: the recurrence's start step, if training ended before it; else 0.
+        steps_planned: planned number of steps, if the time limit ended training earlier; 0: it did not, or the recipe
+            trains until the limit.
     """
 
     run_id: str
@@ -119,12 +119,12 @@ class Summary:
 
     @property
     def byte_parts(self) -> dict[str, int]:
-        """Part → bytes of everything that counts against the cap."""
+        """Part → its bytes; the parts are all that counts against the cap."""
         prefix = {"paid prefix": self.bytes_prefix} if self.bytes_prefix else {}
         return {**(self.model_groups or {"model": self.bytes_model}), **prefix, "code": self.bytes_code}
 
     def labelled(self, text: str) -> str:
-        """`text` after the label, if there is one."""
+        """Put the label, if there is one, before `text`."""
         return f"{self.label}. {text}" if self.label else text
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Summary:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "summary") -> Summary:
-        """The inverse of `to_dict`.
+        """Make a summary from a dictionary that `to_dict` returned.
 
         Raises:
             UserError: a field is missing, unknown or of the wrong type; the message begins with `source`.
@@ -157,7 +157,7 @@ class Summary:
         """Read summary.json.
 
         Raises:
-            UserError: it is missing, not a JSON object, or see `from_dict`.
+            UserError: the file is missing or not a JSON object, or `from_dict` raises the error.
         """
         if not path.exists():
             raise UserError(f"{path}: missing: the run is not finished (python -m train writes it last)")
@@ -169,7 +169,7 @@ class Summary:
 
 
 def group_bytes(rows: Iterable[BudgetRow]) -> dict[str, int]:
-    """`Summary.model_groups` of an artifact's byte budget, the largest part first."""
+    """Add up an artifact's byte budget for each part of the model, largest part first; see `Summary.model_groups`."""
     totals: dict[str, int] = {}
     for row in rows:
         part = next((part for name, part in _PARTS.items() if name in row.group), row.group)
@@ -178,12 +178,12 @@ def group_bytes(rows: Iterable[BudgetRow]) -> dict[str, int]:
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None for a single value."""
+    """Return mean and sample standard deviation; the deviation of a single value is None."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def size_line(summary: Summary) -> str:
-    """Bytes of code and model, their sum and the cap."""
+    """State the bytes of code and model, their sum and the cap."""
     prefix = f" + paid prefix {summary.bytes_prefix:,}" if summary.bytes_prefix else ""
     over = summary.bytes_total - summary.target_bytes
     missed = (
@@ -196,14 +196,14 @@ def size_line(summary: Summary) -> str:
 
 
 def stage_line(summary: Summary) -> str:
-    """Seconds of each stage, and their sum."""
+    """State the seconds of each stage, and their sum."""
     parts = [f"{name} {summary.stage_seconds[name]:.1f}" for name in STAGES if name in summary.stage_seconds]
     note = f" ({note})" if (note := resumed_note(summary)) else ""
     return f"{', '.join(parts)}; total {sum(summary.stage_seconds.values()):.1f} s{note}"
 
 
 def resumed_note(summary: Summary) -> str:
-    """Where training was resumed; empty if it was not."""
+    """State the steps at which training was resumed; empty if it was not resumed."""
     if not summary.resumed:
         return ""
     steps = f"step{'s' if len(summary.resumed) > 1 else ''} {', '.join(f'{step:,}' for step in summary.resumed)}"
@@ -211,18 +211,18 @@ def resumed_note(summary: Summary) -> str:
 
 
 def recurrence_note(summary: Summary) -> str:
-    """Says that training ended before its recurrence; empty if it did not."""
+    """State that training ended before recurrence started; empty if it did not."""
     step = summary.recurrence_missed
     return f"never started: training ended before step {step:,}" if step else ""
 
 
 def stopped_note(summary: Summary) -> str:
-    """Says that the time limit ended training; empty if it did not, or if the recipe trains until the limit."""
+    """State that the time limit ended training early; empty if it did not, or if the recipe trains until the limit."""
     return stopped_early(summary.steps, summary.steps_planned) if summary.steps_planned else ""
 
 
 def summary_text(summary: Summary, run_dir: str | Path | None = None) -> str:
-    """The block that a run ends with; the last line names `run_dir`."""
+    """Return the block of text that a run prints last. Its last line names `run_dir`."""
     others = [
         (summary.flat_val_bpb, "non-overlapping windows"),
         (summary.prequant_val_bpb, "before quantization"),

@@ -1,1 +1,1 @@
-"""The rules of Parameter Golf, a module per subject; `train.submission.check` applies them."""
+"""The rules of Parameter Golf, one module per subject. `train.submission.check` applies the rules."""

@@ -1,4 +1,4 @@
-"""Logs, submission.json and README must give the same numbers, to the last digit that each gives."""
+"""Rules: logs, submission.json and README must state the same numbers, to the last digit that each of them states."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from train.submission.rules.finding import Finding, fails, pass_if, passes, unkn
 from train.submission.summary import mean_and_deviation
 
 _COMPARED = "val_loss val_bpb artifact_bytes bytes_model steps step_avg_ms train_time_s eval_time_s".split()
-# submission.json may round a clock from more digits than the log has
+# tolerances, because submission.json may round a clock that had more digits than the log shows
 _CLOCKS = {"step_avg_ms": Decimal("0.01"), "train_time_s": Decimal("0.001"), "eval_time_s": Decimal("0.001")}
 _SCORE_DECIMALS = 8
-# numbers may have more digits than the 28 of the default context
+# the default context keeps 28 digits, and a number may have more
 _ANY_LENGTH = Context(prec=MAX_PREC)
 
 
@@ -38,7 +38,7 @@ def json_and_logs(record: RecordFolder) -> Finding:
             stated = {name: score for name, score in scores.items() if score is not None}
         measured = logged_numbers(log)
         if "bytes_code" in measured and measured["bytes_code"] != record.number("bytes_code"):
-            # the shipped script has another size than the code that ran: `size.parts` checks the sum
+            # the shipped script and the code that ran differ in size, and so do the totals; `size.parts` checks the sum
             measured.pop("artifact_bytes", None)
         for name in _COMPARED:
             if name in stated and name in measured:
@@ -51,7 +51,7 @@ def json_and_logs(record: RecordFolder) -> Finding:
 
 
 def means(record: RecordFolder) -> Finding:
-    """The sample and the population standard deviation are both accepted."""
+    """Compare mean and deviation with the seeds' scores. The deviation may be the sample's or the population's."""
     rule = "mean and standard deviation match the seeds"
     wrong, compared = [], 0
     for name in ("val_bpb", "val_loss"):
@@ -96,7 +96,7 @@ def _agree(stated: float, measured: float, tolerance: Decimal | None = None) -> 
 
 
 def _rounds_to(value: Decimal, text: str) -> bool:
-    """Whether `text` is `value`, rounded or truncated to as many decimals."""
+    """Whether `text` is `value`, rounded or truncated to the number of decimals in `text`."""
     unit, wanted = Decimal(1).scaleb(-len(text.partition(".")[2])), Decimal(text)
     return any(
         value.quantize(unit, mode, _ANY_LENGTH) == wanted for mode in (ROUND_HALF_EVEN, ROUND_HALF_UP, ROUND_DOWN)

@@ -1,4 +1,4 @@
-"""600 s of training, which include calibration on training data, and 600 s of evaluation."""
+"""Rules: at most 600 s of training, including calibration on training data, and at most 600 s of evaluation."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class _Clock:
     Attributes:
         seed: the seed.
         seconds: training clock after the last step.
-        step_s: seconds of one step.
-        error_s: how much `seconds` may be too large: without a logged clock it is steps × a rounded average.
-        calibration_s: seconds of the calibration after training; None: not known.
+        step_s: average seconds per step.
+        error_s: largest error of `seconds`; not 0 only if `seconds` is computed as steps × a rounded average.
+        calibration_s: seconds of the calibration after the last step; None: not known.
     """
 
     seed: str
@@ -32,12 +32,12 @@ class _Clock:
     calibration_s: float | None
 
     def excess(self, extra_s: float = 0.0) -> float:
-        """Seconds beyond the limit at which the last step began, with `extra_s` added to the training time."""
+        """Return how many seconds past the limit the last step began, if `extra_s` is added to the training time."""
         return self.seconds + extra_s - self.step_s - self.error_s - LIMIT_SECONDS
 
 
 def training(record: RecordFolder) -> Finding:
-    """The clock is read after each step, so the last step may end after the limit if it began before it."""
+    """A step that begins before the limit may end after it, because a script reads the clock after each step."""
     rule = "training time"
     clocks = _clocks(record)
     if not clocks:
@@ -50,7 +50,7 @@ def training(record: RecordFolder) -> Finding:
 
 
 def calibration(record: RecordFolder) -> Finding:
-    """Whatever reads training data counts as training."""
+    """Calibration on training data counts as training time."""
     rule = "training and calibration time"
     timed = [(clock, clock.calibration_s) for clock in _clocks(record) if clock.calibration_s is not None]
     if not timed:

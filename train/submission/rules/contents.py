@@ -1,4 +1,4 @@
-"""What a record folder must contain, how many seeds it needs, and which hardware and command it names."""
+"""Rules on the contents of a record folder: its files and keys, the number of seeds, the hardware and the command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEYS = (
 )  # fmt: skip
 SEEDS = 3
 _H100 = r"\b8\s*[x×]\s*(?:NVIDIA\s+)?H100"
-# read by the launcher and the libraries, not by the script
+# variables that the launcher and the libraries read, not the script
 _LAUNCHER_VARIABLES = re.compile(
     r"^(NCCL|CUDA|OMP|MKL|TORCH|TORCHINDUCTOR|PYTORCH|PYTHON|HF|TRITON|MASTER|WORLD|RANK|LOCAL|LD|XDG)(_|$)|^(PATH|NPROC|HOME)$"
 )
@@ -66,7 +66,7 @@ def hardware(record: RecordFolder) -> Finding:
 
 
 def command(record: RecordFolder) -> Finding:
-    """If the script ignores a variable that the README's command sets, the command reproduces another run."""
+    """The script must read each variable that the README's command sets, or the command reproduces another run."""
     rule = "script reads the variables of README's command"
     blocks = re.findall(r"```(?:bash|sh|shell)?\n(.*?)```|^((?: {4}.*\n)+)", record.readme, re.DOTALL | re.MULTILINE)
     text = "\n".join(part for block in blocks for part in block)
@@ -87,9 +87,9 @@ def command(record: RecordFolder) -> Finding:
 
 
 def unwrapped(source: bytes) -> str:
-    """The source that a script runs: its own, or what it unpacks from one long string; empty if that cannot be unpacked.
+    """Return the source that a script runs, without executing it.
 
-    Nothing is executed.
+    If most of the script is one compressed string, that string is unpacked; the result is "" if this fails.
     """
     text = source.decode(errors="replace")
     try:

@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Verdict(Enum):
-    """Whether a record keeps a rule; the value is what is printed."""
+    """Whether a record keeps a rule. `check` prints the value."""
 
     PASSES = "ok"
     FAILS = "FAIL"
@@ -22,7 +22,7 @@ class Finding:
         rule: name of the rule.
         verdict: whether the record keeps it.
         value: what the record shows.
-        limit: what the rule allows; empty where its name says so.
+        limit: what the rule allows; empty if the rule's name says it.
     """
 
     rule: str

@@ -1,7 +1,7 @@
-"""The score: of the right text, each token scored once, bytes counted correctly.
+"""Rules on the score: the right validation text, each token scored once, bytes counted correctly.
 
 val_bpb = val_loss / ln 2 · tokens / bytes, so val_loss and val_bpb together give the bytes per token, to eight digits.
-That identifies the validation text, the tokenizer and whether tokens were scored more than once.
+The bytes per token identify the validation text and the tokenizer, and show whether tokens were scored more than once.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from train.submission.rules.finding import Finding, fails, pass_if, passes, unkn
 
 # relative error of a ratio of two numbers with 8 decimals
 _SAME = 3e-8
-# tokenizers differ by more
+# the bytes per token of two tokenizers differ by more than this, relatively
 _SIMILAR = 1e-4
-# the older rule scores the last 64 tokens 31 more times; bytes of those repetitions
+# rule `overlap_tail` scores the last 64 tokens 31 more times: the repeated tokens, and tokenizer → their bytes
 _TAIL_TOKENS, _TAIL_BYTES = 31 * 64, {"sp1024": 4_434, "sp4096": 4_991}
 
 
@@ -90,7 +90,7 @@ def tokenizer(record: RecordFolder) -> Finding:
 
 
 def _bytes_per_token(record: RecordFolder) -> dict[str, float]:
-    """Source → bytes per token, from each pair of val_loss and val_bpb."""
+    """Compute the bytes per token of each seed (of submission.json if there is no seed) from val_loss and val_bpb."""
     pairs = {f"seed {seed}": record.result(seed) for seed in record.seeds}
     if not pairs:
         pairs = {"submission.json": record.submission}
@@ -106,7 +106,7 @@ def _written(ratios: Mapping[str, float]) -> str:
 
 
 def _published(ratio: float, tolerance: float) -> set[str]:
-    """Validation texts that have so many bytes per token."""
+    """Return the keys of `TEXTS` whose bytes per token are `ratio`, within a relative tolerance."""
     return {name for name, (tokens, size) in TEXTS.items() if math.isclose(ratio, size / tokens, rel_tol=tolerance)}
 
 
@@ -124,5 +124,5 @@ def _vocab_size(model: object) -> int:
     try:
         return int(SentencePieceProcessor(model_file=str(model)).vocab_size())
     except (OSError, RuntimeError):
-        # load_tokenizer says what is wrong with it
+        # load_tokenizer will raise an error that says what is wrong
         return 0

@@ -1,4 +1,4 @@
-"""Everything that a record ships counts: at most 16,000,000 bytes, decimal."""
+"""Rules on size: all that a record ships counts, and may have at most 16,000,000 bytes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def code(record: RecordFolder) -> Finding:
 
 
 def parts(record: RecordFolder) -> Finding:
-    """Bytes that are neither model nor code were shipped too, and must be named."""
+    """Any further bytes in the total were shipped too, and submission.json must name them."""
     rule = "total = model + code"
     prefix = int(record.number("bytes_paid_prefix") or 0)
     # source → total, model without prefix, code

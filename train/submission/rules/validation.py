@@ -1,4 +1,4 @@
-"""No validation tokens in the artifact or in training, as far as README, submission.json and logs tell."""
+"""Rules: no validation tokens in the artifact or in training, judged by what README, submission.json and logs say."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from train.data.paid_prefix import NOT_COMPLIANT
 from train.submission.record_folder import RecordFolder
 from train.submission.rules.finding import Finding, fails, passes, unknown
 
-# the label of our own runs with a paid prefix
+# the label that this package gives its runs with a paid prefix
 _LABEL = NOT_COMPLIANT.partition(":")[0]
 _PREFIX = r"paid[ _-]?prefix|val(idation)? tokens? (are |is |stored )?in the artifact"
 _TRAINED = (
@@ -43,7 +43,7 @@ def _nothing_found(record: RecordFolder, rule: str) -> Finding:
 
 
 def _affirmed(record: RecordFolder, pattern: str) -> list[tuple[str, str]]:
-    """(file, line) of each line that matches, unless one of the words before the match denies it."""
+    """Return (file name, line) for each line that matches, unless a word such as "no" shortly precedes the match."""
     found = []
     for name, line in record.find(pattern):
         match = re.search(pattern, line, re.IGNORECASE)
