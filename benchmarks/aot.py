@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for part, why in missing.items():
         print(f"{part}: not compiled: {why}", file=sys.stderr)
     broken = sum(bool(row.broken) for row in rows)
-    print(f"{len(rows)} kernels compiled for sm_{ARCHITECTURE}, {broken} with a broken promise", file=sys.stderr)
+    print(f"{len(rows)} kernels compiled for sm_{ARCHITECTURE}, {broken} with a failed check", file=sys.stderr)
     return 1 if broken else 2 if missing else 0
 
 

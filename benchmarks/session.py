@@ -293,7 +293,7 @@ def rest(jobs: Sequence[Job]) -> str:
     minutes = math.ceil(sum(job.limit_s for job in left if not job.instead_of) / 60)
     names = ",".join(job.name for job in left)
     command = f"python -m benchmarks session --minutes {max(minutes, 1)} --out session_2 --only {names}"
-    return (f"To run the jobs without time: `{command}`\n\n" if left else "") + others
+    return (f"To run the jobs that did not finish: `{command}`\n\n" if left else "") + others
 
 
 def _first_command(job: Job) -> str:

@@ -135,14 +135,16 @@ def _read_file(path: Path) -> list[Measurement]:
         for cells in reader:
             if len(cells) not in (0, len(COLUMNS)):
                 end = COLUMNS[min(len(cells), len(COLUMNS)) - 1]
-                raise ResultsError(f"{end}: expected {len(COLUMNS)} cells, found {len(cells)}: a row torn or glued")
+                raise ResultsError(
+                    f"{end}: expected {len(COLUMNS)} cells, found {len(cells)}: a row was cut off, or two were joined"
+                )
             if cells and line_number > 1:
                 found.append(measurement(dict(zip(COLUMNS, cells, strict=True))))
             # the line on which the next row begins; a row with an unclosed quotation mark spans several lines
             line_number = reader.line_num + 1
         if not text.endswith("\n"):
             line_number = reader.line_num
-            raise ResultsError(f"{COLUMNS[-1]}: expected the end of a line, found that of the file: a row may be torn")
+            raise ResultsError(f"{COLUMNS[-1]}: expected a line break at the end: the last row may be cut off")
     except (ResultsError, csv.Error) as error:
         raise ResultsError(
             f"{path}, line {line_number}: {error}: mend this line, or delete it and measure again"
