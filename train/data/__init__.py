@@ -1,1 +1,1 @@
-"""Text to tokens: documents, tokenizer, shards, loaders, and downloads of the published FineWeb shards."""
+"""Turns text into token shards, downloads the published FineWeb shards, and loads batches from shards."""

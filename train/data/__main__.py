@@ -1,4 +1,4 @@
-"""`python -m train.data`: make a dataset from text, or download the FineWeb shards."""
+"""`python -m train.data` makes a dataset from text, or downloads the published FineWeb shards."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def _add_dataset_options(one: Any, folder: str, vocab: int) -> None:
 
 
 def _vocabulary(text: str) -> int:
-    # 4 special and 256 byte pieces at least; shards store tokens in 16 bits
+    # 4 special pieces and 256 byte pieces are always there; shards store tokens in 16 bits
     if not text.isdecimal() or not 260 < int(text) <= 65536:
         raise argparse.ArgumentTypeError(f"expected a vocabulary size from 261 to 65536, got {text}")
     return int(text)

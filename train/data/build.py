@@ -1,4 +1,4 @@
-"""Builds a dataset folder (tokenizer, shards, manifest) from documents; a failure leaves nothing behind."""
+"""Builds a dataset folder (tokenizer, shards, manifest) from documents. A failure leaves no files."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def build_dataset(
 ) -> DatasetInfo:
     """Make a dataset in `out`: `<name>_<V>_bpe.model`, `<name>_train_*.bin`, `<name>_val_*.bin` and `manifest.json`.
 
-    The result is deterministic. The tokenizer is trained on the training text only, or copied from `tokenizer_path`. The
-    folder has a temporary name until it is complete. `source` describes the text in the manifest.
+    The same documents give the same files. The tokenizer is trained on the training text only, or copied from
+    `tokenizer_path`. The folder has a temporary name until it is complete. `source` describes the text in the manifest.
 
     Raises:
-        UserError: no text, `out` exists, or the tokenizer cannot be trained or loaded.
+        UserError: a text is empty, `out` exists, or the tokenizer cannot be trained or loaded.
     """
     for split, documents in (("training", train_docs), ("validation", val_docs)):
         if not any(document.text.strip() for document in documents):
@@ -101,9 +101,9 @@ def describe_dataset(
     """Write the manifest of the finished shards in `folder`.
 
     Args:
-        counts: split → documents, bytes of text.
-        with_yardsticks: measure `yardsticks` on the decoded tokens, which are exactly the scored text.
-        count_train_bytes: also count the normalized bytes of the training split; reads all of it.
+        counts: split → number of documents, bytes of text.
+        with_yardsticks: measure `yardsticks` on the decoded tokens, which are exactly the text that evaluation scores.
+        count_train_bytes: also count the normalized bytes of the training split, which reads all its tokens.
     """
     tables = byte_tables(tokenizer, tokenizer.vocab_size())
     paths = {split: find_shards(folder, split) for split in counts}
@@ -135,7 +135,7 @@ def describe_dataset(
 def prepare_tokenizer(
     documents: Iterable[str], vocab_size: int, path: Path, existing: str | Path = ""
 ) -> SentencePieceProcessor:
-    """Copy the tokenizer `existing` to `path`, or train one there; see `load_tokenizer` and `train_tokenizer`."""
+    """Copy the tokenizer `existing` to `path`; if it is empty, train a tokenizer and write it to `path`."""
     if existing:
         tokenizer = load_tokenizer(existing, vocab_size)
         atomic_write(path, Path(existing).read_bytes())
@@ -147,7 +147,7 @@ def prepare_tokenizer(
 
 
 def count_bytes(paths: Sequence[Path], tables: ByteTables) -> int:
-    """Bytes of the normalized text of these shards."""
+    """Count the bytes of normalized text in these shards."""
     total, previous = 0, np.array([BOS], dtype=np.uint16)
     for path in paths:
         shard = read_shard(path)
@@ -159,10 +159,10 @@ def count_bytes(paths: Sequence[Path], tables: ByteTables) -> int:
 
 
 def yardsticks(train_text: str, val_text: str) -> dict[str, float]:
-    """Bits per byte of `gzip -9` and `xz -9` on the validation text, primed with the training text.
+    """Measure the bits per byte of `gzip -9` and `xz -9` on the validation text, primed with the training text.
 
-    (|compress(train + val)| - |compress(train)|) · 8 / |val|, in UTF-8 bytes, of the last 8 MB of training text and the
-    first 2 MB of validation text. More would take xz minutes, and gzip looks back only 32 KiB.
+    A compressor's score is (|compress(train + val)| - |compress(train)|) · 8 / |val|. `train` is the last 8 MB of
+    training text, `val` the first 2 MB of validation text, both in UTF-8. With more text xz would take minutes.
 
     Raises:
         UserError: the validation text is empty.
@@ -171,7 +171,7 @@ def yardsticks(train_text: str, val_text: str) -> dict[str, float]:
     if not text:
         raise UserError("the validation text is empty: give at least one document with text in it")
     compressors = {
-        # the difference removes the header of 18 bytes
+        # the difference of two sizes cancels gzip's 18 bytes of header and trailer
         "gzip -9": lambda data: len(gzip.compress(data, 9)),
         "xz -9": lambda data: len(lzma.compress(data, preset=9)),
     }
@@ -197,7 +197,7 @@ def check_output(out: str | Path, overwrite: bool) -> None:
 
 
 def install_folder(folder: Path, out: str | Path) -> None:
-    """Rename a finished folder to `out`, then delete what was there."""
+    """Rename a finished folder to `out`, and delete the folder that was there before."""
     target = Path(out)
     old = None
     if target.exists():

@@ -1,8 +1,9 @@
-"""Builds datasets larger than memory from `.jsonl` files, in parallel, and resumes after an interruption.
+"""Builds datasets larger than memory from `.jsonl` files, in parallel. An interrupted build can be resumed.
 
-Shards are written to `<out>.partial`, which is renamed to `<out>` at the end. After each shard, its `state.json` records
-the next document and the next token in it; the same command then resumes there. Worker processes encode batches of lines.
-Results are joined in document order, so the shards do not depend on the number of workers.
+Shards are written to the folder `<out>.partial`, which is renamed to `<out>` at the end. After each shard, `state.json`
+in that folder records the next document and the next token of that document. The same command resumes there. Worker
+processes encode batches of lines. Their results are joined in document order, so the shards do not depend on the number
+of workers.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Place:
-    """Start of a document: file, byte in the uncompressed file, line; each counted from 0."""
+    """Start of a document: index of the file, byte in the uncompressed file, and line. All count from 0."""
 
     file: int = 0
     byte: int = 0
@@ -57,10 +58,10 @@ class Place:
 
 @dataclass
 class State:
-    """What is finished, per split: all documents before `place`, and the first `skip` tokens of the document there."""
+    """Progress of a build: all documents before `place`, and the first `skip` tokens of the next, are stored."""
 
-    settings: dict[str, Any]  # those that determine the shards; a restart must have the same
-    split: str = "val"  # being written
+    settings: dict[str, Any]  # the settings that determine the shards; a resumed build must have the same settings
+    split: str = "val"  # the split that is being written
     place: Place = field(default_factory=Place)
     skip: int = 0
     documents: dict[str, int] = field(default_factory=lambda: {"val": 0, "train": 0})
@@ -73,7 +74,7 @@ class State:
 
 @dataclass(frozen=True)
 class Lines:
-    """A batch of lines of one file; `read` is the number of bytes read from disk for them."""
+    """A batch of lines of one file. `place` is the first line's place, `read` the number of bytes read from disk."""
 
     path: Path
     place: Place
@@ -86,7 +87,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch's tokens, with BOS before each document; `lengths` of documents in tokens and `sizes` in bytes of text."""
+    """A batch's tokens, with BOS before each document; each document's length in tokens and size in bytes of text."""
 
     tokens: Tokens
     lengths: Integers
@@ -110,20 +111,20 @@ def build_bulk(
 ) -> DatasetInfo:
     """Make a dataset from `.jsonl` files (also `.gz`, `.xz`). The first `val_docs` documents are the validation split.
 
-    A document with empty text becomes a BOS, as in the published shards. The tokenizer is trained on the first documents
-    after the validation split.
+    A document with empty text becomes a single BOS, as in the published shards. The tokenizer is trained on the first
+    documents after the validation split.
 
     Args:
         paths: the files, read in this order.
         out: folder to make.
         name: prefix of the file names.
         tokenizer_docs: number of documents to train the tokenizer on.
-        tokenizer_path: use this SentencePiece model instead.
+        tokenizer_path: SentencePiece model to use instead of training one.
         max_train_tokens: stop after this many training tokens; 0: all.
         workers: worker processes; 0: one per core.
 
     Raises:
-        UserError: bad files or settings, or `<out>.partial` was started with other settings.
+        UserError: a file or setting is invalid, or `<out>.partial` was started with other settings.
     """
     check_output(out, overwrite)
     files = [Path(path) for path in paths]
@@ -180,7 +181,7 @@ def build_bulk(
 
 @dataclass(frozen=True)
 class _Job:
-    """Encodes documents in worker processes and writes shards; saves the state after each shard."""
+    """Encodes documents in worker processes, writes shards, and saves the state after each shard."""
 
     files: list[Path]
     work: Path
@@ -190,7 +191,7 @@ class _Job:
     ahead: int
 
     def write(self, state: State, split: str, *, documents: int = 0, tokens: int = 0) -> None:
-        """Write the rest of a split, up to `documents` documents or `tokens` tokens in all; both 0: everything."""
+        """Write the rest of a split, up to `documents` documents or `tokens` tokens in total; both 0: all documents."""
         writer = ShardWriter(self.work, self.name, split, self.shard_tokens, first_shard=state.shards[split])
         stored, bytes_before = state.shards[split] * self.shard_tokens, state.text_bytes[split]
         started = time.monotonic()
@@ -233,7 +234,7 @@ class _Job:
             )
 
     def _encoded(self, batches: Iterator[Lines]) -> Iterator[tuple[Lines, Encoded]]:
-        """The encoded batches in order; at most `ahead` are submitted before the first is needed."""
+        """Yield the encoded batches in order. At most `ahead` batches wait in the worker pool."""
         waiting: deque[tuple[Lines, Future[Encoded]]] = deque()
         for batch in batches:
             waiting.append((batch, self.pool.submit(_encode, batch)))
@@ -280,7 +281,7 @@ _tokenizer: SentencePieceProcessor | None = None
 
 def _start_worker(model: Path, vocab_size: int) -> None:
     global _tokenizer
-    # the parent handles Ctrl-C; a worker ends with its parent
+    # the parent handles Ctrl-C, and a worker ends when its parent ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer = load_tokenizer(model, vocab_size)
@@ -299,7 +300,7 @@ def _encode(batch: Lines) -> Encoded:
         parse_document(line, f"{batch.path}, line {batch.place.line + index}")
         for index, line in enumerate(batch.lines, 1)
     ]
-    # lists would take 10 % longer, with one object per token
+    # lists of Python integers would take 10 % longer
     ids = [_tokenizer.EncodeAsNumpy(text, add_bos=True) for text in texts]
     sizes = [len(text.encode()) for text in texts]
     return Encoded(np.concatenate(ids).astype(np.uint16), np.array([len(one) for one in ids]), np.array(sizes))
@@ -324,7 +325,7 @@ def _load_state(work: Path, settings: dict[str, Any]) -> State:
                 "use the same settings, or delete that folder"
             )
     state = State(**fields | {"place": Place(**fields["place"])})
-    # left by a killed process; nobody else writes here while we hold the lock
+    # a killed process left these files; the lock keeps other processes from writing here
     for part in work.glob(".*.part"):
         part.unlink()
     print(f"resuming with {counted(sum(state.shards.values()), 'finished shard')} in {work}", flush=True)

@@ -1,6 +1,6 @@
-"""Documents to train on: the Python standard library's sources and documentation, or the user's text files.
+"""Reads documents to train on: the Python standard library's sources and documentation, or the user's text files.
 
-The text is unchanged here. The tokenizer later replaces each run of whitespace by one space.
+This module does not change the text. The tokenizer later replaces each run of whitespace by one space.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 
 from train.common.errors import UserError
 
-# tests, character tables, and packages that some distributions omit; the rest depends only on the Python version
+# tests, character tables, and packages that some distributions omit; all other files depend only on the Python version
 STDLIB_SKIPPED_FOLDERS = frozenset(
     "__pycache__ site-packages dist-packages test tests idle_test encodings idlelib lib2to3 distutils ensurepip tkinter turtledemo macholib".split()
 )
-# generated on the machine or by the distribution
+# files that the machine or the distribution generates
 STDLIB_SKIPPED_PREFIXES = ("_sysconfigdata", "sitecustomize", "usercustomize", "_distutils_system_mod")
 STDLIB_SUFFIXES = (".py", ".txt")
 TEXT_SUFFIXES = frozenset(
@@ -37,19 +37,20 @@ JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
 
 @dataclass(frozen=True)
 class Document:
-    """One document; the name is the same on every machine."""
+    """One document. Its name does not depend on the machine."""
 
     name: str
     text: str
 
 
 def stdlib_documents(root: str | Path | None = None) -> Iterator[Document]:
-    """The standard library's sources and documentation, one document per file; `root` None: this interpreter's library.
+    """Yield the standard library's sources and documentation, one document per file.
 
-    Files are sorted by SHA-256 of their name, so that neighbours are unrelated.
+    `root` is the library's folder; None: this interpreter's. Files are sorted by the SHA-256 of their names, so that
+    neighbours are unrelated.
 
     Raises:
-        UserError: there are no sources (a zipped or stripped installation).
+        UserError: the folder has no sources, as in a zipped or stripped installation.
     """
     folder = Path(root if root is not None else sysconfig.get_paths()["stdlib"])
     chosen = [path.relative_to(folder).as_posix() for path in _stdlib_files(folder)]
@@ -65,10 +66,10 @@ def stdlib_documents(root: str | Path | None = None) -> Iterator[Document]:
 
 
 def text_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
-    """Documents from the user's files, in the given order; the files of a folder are sorted by name.
+    """Yield the documents of the user's files, in the given order. The files of a folder are sorted by name.
 
     Each line of a `.jsonl` file (also `.jsonl.gz` and `.jsonl.xz`) is a JSON object whose string `text` is a document.
-    Any other file is one document of UTF-8 text. A folder gives the files with a known suffix in it and its subfolders.
+    Any other file is one document of UTF-8 text. Files in folders are read only if their suffix is known.
 
     Raises:
         UserError: a file is missing, empty, not UTF-8 or not valid JSON; the message names file and line.
@@ -99,15 +100,16 @@ def text_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
 def split_documents(documents: Iterable[Document], val_bytes: int = 0) -> tuple[list[Document], list[Document]]:
     """Split documents into training and validation; the split depends only on names and sizes.
 
-    Documents are sorted by SHA-256 of their names. The first ones go to validation until it has `val_bytes` UTF-8 bytes,
-    except those longer than a quarter of that. If this gives less than half of `val_bytes`, the end of the sorted text
-    becomes the validation text. `val_bytes` 0 means 5 % of the text, at least 32 kB (or a quarter of it), at most 200 kB.
+    Documents are sorted by the SHA-256 of their names. The first documents become validation text, until that has
+    `val_bytes` UTF-8 bytes; documents longer than a quarter of `val_bytes` are passed over. If that gives less than
+    half of `val_bytes`, the end of the sorted text becomes the validation text instead. A `val_bytes` of 0 stands for
+    5 % of the text, but at most 200 kB and at least 32 kB (or a quarter of the text, if that is less).
 
     Returns:
         Training and validation documents.
 
     Raises:
-        UserError: there is no text, or no more than `val_bytes` of it.
+        UserError: the text is empty, or has at most `val_bytes` bytes.
     """
     ordered = sorted(documents, key=lambda document: _rank(document.name))
     sizes = [len(document.text.encode()) for document in ordered]
@@ -126,7 +128,7 @@ def split_documents(documents: Iterable[Document], val_bytes: int = 0) -> tuple[
         taken += size if fits else 0
     if taken >= wanted // 2 and train:
         return train, val
-    # documents are too few or too long: cut off the end of the text
+    # the documents are too few or too long, so the end of the text is cut off
     train, held, missing = list(ordered), [], wanted
     while missing > 0:
         last = train.pop()
@@ -141,9 +143,9 @@ def split_documents(documents: Iterable[Document], val_bytes: int = 0) -> tuple[
 
 
 def document_lines(path: Path, start_byte: int = 0) -> Iterator[tuple[bytes, int]]:
-    """Each line of a `.jsonl` file (also `.gz`, `.xz`), with the number of bytes read from disk so far.
+    """Yield each line of a `.jsonl` file (also `.gz`, `.xz`) and the number of bytes read from disk so far.
 
-    `start_byte` counts in the uncompressed file.
+    Reading begins at `start_byte` of the uncompressed text.
 
     Raises:
         UserError: the compressed file is damaged.
@@ -160,7 +162,7 @@ def document_lines(path: Path, start_byte: int = 0) -> Iterator[tuple[bytes, int
 
 
 def parse_document(line: bytes, place: str) -> str:
-    """The `text` of one line of a `.jsonl` file; lone surrogates become U+FFFD. `place` is its file and line, for errors.
+    """Return the `text` of one line of a `.jsonl` file. Lone surrogates become U+FFFD. Errors name the line as `place`.
 
     Raises:
         UserError: the line is not UTF-8, not a JSON object, or has no string `text`.
@@ -208,7 +210,7 @@ def _read_source(path: Path) -> str:
 
 def _stdlib_files(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
-        # os.walk does not enter the removed folders: installed packages can be a hundred times as large
+        # os.walk does not enter folders removed here: installed packages can be a hundred times larger than the library
         folders[:] = [name for name in folders if name not in STDLIB_SKIPPED_FOLDERS and not name.startswith("config-")]
         for name in files:
             if name.endswith(STDLIB_SUFFIXES) and not name.startswith(STDLIB_SKIPPED_PREFIXES):
@@ -224,7 +226,7 @@ def _rank(name: str) -> bytes:
 
 
 def _cut(text: str, tail_bytes: int) -> tuple[str, str]:
-    """Split before the last `tail_bytes` bytes, or at whitespace up to 1,000 bytes earlier."""
+    """Split a text before its last `tail_bytes` bytes, or up to 1,000 bytes earlier if there is whitespace."""
     data = text.encode()
     place = len(data) - tail_bytes
     blank = max(data.rfind(b"\n", 0, place), data.rfind(b" ", 0, place))

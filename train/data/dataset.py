@@ -17,7 +17,7 @@ from train.data.validation import ValidationText, load_validation
 
 
 class Dataset:
-    """The dataset in `config.data_path`; training shards and validation text are opened at first use."""
+    """The dataset in `config.data_path`. Training shards and validation text are opened at first use."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -35,17 +35,17 @@ class Dataset:
         return known_targets(self.config, self.validation.tokens)
 
     def loader(self, ranks: Ranks) -> Loader:
-        """A new loader, at the first training batch; see `make_loader`."""
+        """Make a loader that begins with the first training batch; see `make_loader`."""
         return make_loader(self.training, self.config, ranks)
 
     def check(self) -> None:
-        """Raise a UserError if shards, tokenizer or manifest are missing, damaged or of another vocabulary."""
+        """Raise a UserError if shards, tokenizer or manifest are missing, are damaged or have another vocabulary."""
         _ = self.known_targets
         self.loader(Ranks())
 
 
 def prepare_data(config: Config, ranks: Ranks) -> None:
-    """Build the shards if they do not exist and the recipe names a text (`corpus`).
+    """Build the shards if they do not exist and the recipe names a text (setting `corpus`).
 
     Raises:
         UserError: the shards do not exist and the recipe names no text.

@@ -1,8 +1,8 @@
 """Downloads the published FineWeb shards: the validation split, the first N training shards and the tokenizer.
 
 A repository has `manifest.json`, `datasets/fineweb10B_sp<V>/fineweb_{train,val}_NNNNNN.bin` and
-`tokenizers/fineweb_<V>_bpe.model` below a prefix. The local folder has the same layout without the prefix, which the
-published run commands expect.
+`tokenizers/fineweb_<V>_bpe.model` in a folder, called the prefix. The local folder has the same layout without the
+prefix. The published run commands expect this layout.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Unreachable(UserError):
 
 
 class Source(ABC):
-    """A repository with shards in its folder `prefix`, which may be empty."""
+    """A repository of shards. Its files are in the folder `prefix`; if `prefix` is empty, at the top."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix.strip("/")
@@ -54,11 +54,11 @@ class Source(ABC):
 
     @abstractmethod
     def fetch(self, path: str) -> Path | None:
-        """A local copy of a file; None if the repository has no such file."""
+        """Return a local copy of a file, or None if the repository has no such file."""
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:
-        """Names of the files in a folder; empty if it does not exist."""
+        """Return the names of the files in a folder; empty if the folder does not exist."""
 
     def remote(self, path: str) -> str:
         return f"{self.prefix}/{path}" if self.prefix else path
@@ -105,7 +105,7 @@ class HubSource(Source):
             from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
         except ImportError as error:
             raise UserError(f"huggingface_hub is needed to download ({error}): pip install huggingface_hub") from None
-        # the base classes of HfHubHTTPError are errors of its HTTP library, which differs between releases
+        # the base classes of HfHubHTTPError are errors of an HTTP library, which depends on huggingface_hub's version
         bases = (base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
         transport: tuple[type[Exception], ...] = (OSError, *bases)
         try:
@@ -153,7 +153,7 @@ class FolderSource(Source):
 
 @dataclass(frozen=True)
 class Plan:
-    """The files to download, as paths below the prefix."""
+    """The files to download, as paths relative to the prefix."""
 
     dataset: str
     tokenizer: str
@@ -163,23 +163,23 @@ class Plan:
 def download(
     variant: str, train_shards: int, out: str | Path, source: Source, *, skip_manifest: bool = False
 ) -> tuple[Path, Path]:
-    """Download a variant's tokenizer, validation shards and first training shards; valid local files are kept.
+    """Download a variant's tokenizer, validation shards and first training shards. Valid local files are kept.
 
-    If several processes call this at once, one downloads and the others wait.
+    If several processes call this function at once, one downloads and the others wait.
 
     Args:
-        variant: `sp<V>`.
+        variant: the tokenizer's name, `sp<V>` for V pieces.
         train_shards: number of training shards, of 10^8 tokens each.
         out: local folder for `datasets/fineweb10B_sp<V>`, `tokenizers` and the manifest.
         source: the repository.
         skip_manifest: list the repository's files instead of reading its manifest.
 
     Returns:
-        The dataset's folder and the tokenizer.
+        The dataset's folder and the tokenizer's file.
 
     Raises:
-        UserError: the repository cannot be reached, lacks the variant or enough shards, or has an invalid file; or
-            `out` has this variant from another repository.
+        UserError: the repository cannot be reached, lacks the variant, has too few shards or an invalid file; or `out`
+            has this variant from another repository.
     """
     match = _VARIANT.fullmatch(variant)
     if not match:
@@ -277,11 +277,11 @@ def _manifest(source: Source, root: Path) -> dict[str, Any]:
 
 
 def _claim(folder: Path, source: Source) -> None:
-    """Record the repository's name in the folder, so that shards of two repositories never mix."""
+    """Record the repository's name in the folder, so that the folder never mixes shards of two repositories."""
     tokenizers = folder.parent.parent / "tokenizers"
     for place in (folder, tokenizers):
         place.mkdir(parents=True, exist_ok=True)
-        # left by a killed process; nobody else writes here while we hold the lock
+        # a killed process left these files; the lock keeps other processes from writing here
         for part in place.glob(".*.part"):
             shutil.rmtree(part) if part.is_dir() else part.unlink()
     record = folder / ORIGIN
@@ -310,7 +310,7 @@ def _get(source: Source, path: str, target: Path) -> None:
     fetched = source.fetch(path)
     if fetched is None:
         raise UserError(f"{source.name}: has no {source.remote(path)}: choose another --variant, --repo or --prefix")
-    # the cache returns symbolic links
+    # the Hub's cache returns symbolic links
     whole = fetched.resolve()
     if is_shard:
         check_shard(whole)
@@ -318,7 +318,7 @@ def _get(source: Source, path: str, target: Path) -> None:
 
 
 def _place(whole: Path, target: Path) -> None:
-    """Hard-link the file, or copy it if the file system cannot."""
+    """Hard-link `whole` as `target`, or copy it if the file system cannot link."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".", suffix=".part") as work:
         link = Path(work, target.name)
         try:

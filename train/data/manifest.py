@@ -1,4 +1,4 @@
-"""manifest.json: what a dataset was built from, and with which tokenizer."""
+"""Reads manifest.json, which says from which text and with which tokenizer a dataset was built."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """The size of a split."""
+    """The size of a split (training or validation)."""
 
     documents: int
     text_bytes: int  # before normalization
     normalized_bytes: int | None  # the denominator of bits per byte; None: not counted
-    tokens: int  # with BOS
+    tokens: int  # BOS tokens included
     shards: int
 
 
@@ -39,7 +39,7 @@ class DatasetInfo:
 
 
 def read_manifest(data_path: str | Path) -> DatasetInfo | None:
-    """Read a dataset's manifest; None if there is none, as for the published FineWeb shards.
+    """Read a dataset's manifest; None if the dataset has no manifest, as the published FineWeb shards.
 
     Raises:
         UserError: the file is not a manifest.

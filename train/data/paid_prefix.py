@@ -1,9 +1,10 @@
 """The paid prefix of #262: validation targets stored in the artifact, which the organisers ruled out.
 
-A blob holds the first N targets (tokens 1 … N) as little-endian uint16 in one .xz stream of preset 6. With
-PAID_PREFIX_FILE, a target that the blob predicts correctly costs no nats, but its bytes of text still count. The blob's
-size counts against the cap. This code only checks the published arithmetic: no recipe uses it, and every score made with
-it is labelled `NOT_COMPLIANT`. `python -m train.submission.paid_prefix` builds the blob.
+A paid-prefix file holds the first N targets (tokens 1 … N) as little-endian uint16 in one .xz stream of preset 6. The
+setting PAID_PREFIX_FILE names it. A target that the file states correctly costs no nats, but its bytes of text still
+count. The file's size counts against the cap. This code only checks the published arithmetic: no recipe uses a paid
+prefix, and every score made with one is labelled `NOT_COMPLIANT`. `python -m train.submission.paid_prefix` builds the
+file.
 """
 
 from __future__ import annotations
@@ -28,28 +29,28 @@ PRESET = 6
 
 @dataclass(frozen=True)
 class PaidPrefix:
-    """A blob compared with one validation text."""
+    """The tokens of a paid-prefix file, compared with a validation text."""
 
-    blob_bytes: int
-    targets: int  # in the blob
-    known: np.ndarray  # (T,) bool: whether the blob predicts target t correctly
+    blob_bytes: int  # size of the file
+    targets: int  # in the file
+    known: np.ndarray  # (T,) bool: whether the file states target t correctly
 
     @property
     def coverage(self) -> float:
-        """Fraction of the text's targets that cost no nats."""
+        """Fraction of the validation text's targets that cost no nats."""
         return float(self.known.mean())
 
 
 def encode_prefix(targets: np.ndarray) -> bytes:
-    """The blob of some targets `(N,)` uint16."""
+    """Encode targets, `(N,)` uint16, as the bytes of a paid-prefix file."""
     return lzma.compress(np.asarray(targets, dtype="<u2").tobytes(), lzma.FORMAT_XZ, preset=PRESET)
 
 
 def decode_prefix(blob: bytes, limit: int) -> np.ndarray:
-    """The targets in a blob, `(N,)` uint16; at most `limit` are decompressed.
+    """Decode the bytes of a paid-prefix file to targets, `(N,)` uint16.
 
     Raises:
-        UserError: not an .xz stream, a damaged one, or more than `limit` targets.
+        UserError: `blob` is not an .xz stream, is damaged, or holds more than `limit` targets.
     """
     decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ)
     try:
@@ -66,10 +67,10 @@ def decode_prefix(blob: bytes, limit: int) -> np.ndarray:
 
 
 def read_prefix(path: str | os.PathLike[str], tokens: np.ndarray) -> PaidPrefix:
-    """Compare the blob at `path` with the validation tokens, `(T + 1,)` uint16.
+    """Compare a paid-prefix file with the validation tokens, `(T + 1,)` uint16.
 
     Raises:
-        UserError: the file is missing, or see `decode_prefix`.
+        UserError: the file is missing, or `decode_prefix` refuses it.
     """
     try:
         blob = Path(path).read_bytes()
@@ -87,15 +88,15 @@ def read_prefix(path: str | os.PathLike[str], tokens: np.ndarray) -> PaidPrefix:
 
 
 def known_targets(config: Config, tokens: np.ndarray) -> np.ndarray | None:
-    """Which targets cost no nats under `config`, `(T,)` bool; None without a paid prefix."""
+    """Return which targets cost no nats, `(T,)` bool; None if `config` has no paid prefix."""
     return read_prefix(config.paid_prefix_file, tokens).known if config.paid_prefix_file else None
 
 
 def prefix_bytes(config: Config) -> int:
-    """Bytes of the paid prefix that count against the cap; 0 without one.
+    """Return the size of the paid-prefix file in bytes; 0 if `config` has no paid prefix.
 
     Raises:
-        UserError: its file is missing.
+        UserError: the file is missing.
     """
     if not config.paid_prefix_file:
         return 0
@@ -106,10 +107,10 @@ def prefix_bytes(config: Config) -> int:
 
 
 def build_prefix(val_dir: str | os.PathLike[str], num_tokens: int, output: str | os.PathLike[str]) -> PaidPrefix:
-    """Write the blob of the first `num_tokens` targets of a dataset's validation text.
+    """Write a paid-prefix file with the first `num_tokens` targets of a dataset's validation text.
 
     Raises:
-        UserError: there is no validation text, or it has fewer targets.
+        UserError: the dataset has no validation text, or the text has fewer targets.
     """
     tokens = np.concatenate([read_shard(path) for path in find_shards(val_dir, "val")])
     if not 1 <= num_tokens < len(tokens):

@@ -1,6 +1,7 @@
-"""Token shards: 256 little-endian int32 of header (magic 20240520, version 1, token count), then uint16 tokens.
+"""Reads and writes token shards in Parameter Golf's format.
 
-The format is Parameter Golf's. A shard belongs to one split. A document begins with BOS, may continue in the next shard,
+A shard has a header of 256 little-endian int32 (magic 20240520, version 1, token count, zeros), followed by tokens in
+little-endian uint16. A shard belongs to one split. A document begins with BOS, may continue in the next shard,
 and has no EOS.
 """
 
@@ -31,10 +32,10 @@ _REMEDY = "download it again, or rebuild it with `python -m train.data`"
 
 
 def write_shard(path: str | os.PathLike[str], tokens: npt.ArrayLike) -> None:
-    """Write one shard atomically; `tokens` are `(n,)` integers, 0 <= token < 65,536, 0 < n < 2^31.
+    """Write one shard atomically. `tokens` are `(n,)` integers with 0 <= token < 65,536 and 0 < n < 2^31.
 
     Raises:
-        UserError: no tokens, too many, or a token that does not fit 16 bits.
+        UserError: `tokens` has another shape or length, or a token does not fit 16 bits.
     """
     values = np.asarray(tokens)
     if values.ndim != 1 or not 0 < len(values) < 2**31:
@@ -56,7 +57,7 @@ def check_shard(path: str | os.PathLike[str]) -> int:
     """Check a shard's header and size; return its token count.
 
     Raises:
-        UserError: the file is missing, not a shard, of another version, empty, truncated or too long.
+        UserError: the file is missing, not a shard, empty, truncated or too long, or has another version.
     """
     file = Path(path)
     if not file.is_file():
@@ -83,13 +84,13 @@ def check_shard(path: str | os.PathLike[str]) -> int:
 
 
 def read_shard(path: str | os.PathLike[str]) -> np.memmap:
-    """Memory-map a shard's tokens, `(n,)` uint16, read-only, after `check_shard`."""
+    """Check a shard and memory-map its tokens, `(n,)` uint16, read-only."""
     count = check_shard(path)
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
 
 
 def check_tokens(tokens: Tokens, vocab_size: int, name: str | os.PathLike[str]) -> None:
-    """Raise a UserError if a token is not below `vocab_size`; `name` is the shard, for the message."""
+    """Raise a UserError if a token is not below `vocab_size`. The message names the shard as `name`."""
     if len(tokens) and int(tokens.max()) >= vocab_size:
         raise UserError(
             f"{name}: holds token {int(tokens.max())}, but vocab_size is {vocab_size}: "
@@ -98,10 +99,10 @@ def check_tokens(tokens: Tokens, vocab_size: int, name: str | os.PathLike[str]) 
 
 
 def find_shards(data_path: str | os.PathLike[str], split: str) -> list[Path]:
-    """The shards `<name>_<split>_NNNNNN.bin` of a folder, sorted; `split` is `train` or `val`.
+    """Find the shards `<name>_<split>_NNNNNN.bin` in a folder, sorted. `split` is `train` or `val`.
 
     Raises:
-        UserError: no such folder, no shard of this split, or shards of several datasets.
+        UserError: the folder does not exist, or has no shard of this split, or has shards of several datasets.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split must be 'train' or 'val', got {split!r}")
@@ -127,15 +128,15 @@ def find_shards(data_path: str | os.PathLike[str], split: str) -> list[Path]:
 
 
 def load_validation_tokens(data_path: str | os.PathLike[str], seq_len: int, vocab_size: int | None = None) -> Tokens:
-    """The validation tokens, cut to whole sequences: the first ⌊(N-1)/S⌋·S + 1 of N tokens, uint16.
+    """Read the validation tokens, uint16, cut to whole sequences: the first ⌊(N-1)/S⌋·S + 1 of N tokens.
 
     Args:
         data_path: folder of shards.
         seq_len: S, the larger of the training and evaluation sequence lengths.
-        vocab_size: if given, tokens are checked against it.
+        vocab_size: if given, all tokens must be below it.
 
     Raises:
-        UserError: an invalid shard (see `check_shard`), a token outside the vocabulary, or less than one sequence.
+        UserError: a shard is invalid (see `check_shard`), a token is outside the vocabulary, or N is below S + 1.
     """
     paths = find_shards(data_path, "val")
     shards = [read_shard(path) for path in paths]
@@ -153,10 +154,12 @@ def load_validation_tokens(data_path: str | os.PathLike[str], seq_len: int, voca
 
 
 class ShardWriter:
-    """Writes the documents of one split as shards `<prefix>_<split>_NNNNNN.bin`; a context manager.
+    """Writes the documents of one split as shards `<prefix>_<split>_NNNNNN.bin`.
+
+    As a context manager, it writes the last shard at the end, unless an error occurred.
 
     Attributes:
-        paths: the shards written.
+        paths: paths of the shards that have been written.
         pending: number of tokens that are not yet in a shard.
     """
 
@@ -191,7 +194,7 @@ class ShardWriter:
         self.extend(np.concatenate((np.array([BOS], dtype=np.uint16), values.astype(np.uint16))))
 
     def extend(self, tokens: Tokens) -> None:
-        """Add tokens without a BOS."""
+        """Add tokens as they are, without adding a BOS."""
         while len(tokens):
             taken = tokens[: len(self.buffer) - self.pending]
             self.buffer[self.pending : self.pending + len(taken)] = taken
@@ -201,10 +204,10 @@ class ShardWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Write the pending tokens, if any, as a shard.
+        """Write the pending tokens, if there are any, as a shard.
 
         Raises:
-            UserError: there are a million shards already.
+            UserError: the split already has a million shards.
         """
         if self.pending:
             number = self.first_shard + len(self.paths)

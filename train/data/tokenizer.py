@@ -1,4 +1,4 @@
-"""SentencePiece BPE with Parameter Golf's settings, and tables of the bytes that each token stands for.
+"""SentencePiece BPE with Parameter Golf's settings, and tables that give the number of bytes of each token.
 
 The normalization (nmt_nfkc) is lossy: it replaces each run of whitespace by one space and strips the document. Bits per
 byte are measured on the normalized text.
@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     "unk_id": 3,
     "hard_vocab_limit": False,
 }
-# the trainer silently drops longer sentences
+# SentencePiece's trainer silently drops longer sentences
 MAX_SENTENCE_BYTES = 4192
 SPACE = "▁"
 _PROBES = (
@@ -54,11 +54,11 @@ _PROBES = (
 def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path) -> SentencePieceProcessor:
     """Train a BPE tokenizer with the published settings, deterministically.
 
-    Documents longer than 4,192 bytes are split at whitespace, because the trainer would drop them. `vocab_size` includes
-    4 special pieces and 256 bytes.
+    Documents longer than 4,192 bytes are split at whitespace, because SentencePiece's trainer would drop them.
+    `vocab_size` includes 4 special pieces and 256 byte pieces.
 
     Raises:
-        UserError: no text, or too little for so many pieces.
+        UserError: the text is empty, or too short for `vocab_size` pieces.
     """
     model = io.BytesIO()
     feed = _Feed(documents)
@@ -89,10 +89,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path)
 
 
 def load_tokenizer(path: str | Path, vocab_size: int) -> SentencePieceProcessor:
-    """Load a SentencePiece model and check that the byte tables are correct for it.
+    """Load a SentencePiece model and check that `byte_tables` counts its bytes correctly.
 
     Raises:
-        UserError: no such file, not a SentencePiece model, another vocabulary size, or wrong byte tables.
+        UserError: the file is missing or not a SentencePiece model, has another vocabulary size, or is miscounted.
     """
     file = Path(path)
     if not file.is_file():
@@ -113,10 +113,10 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> SentencePieceProcessor:
 
 
 def find_tokenizer(data_path: str | Path, vocab_size: int, tokenizer_path: str | Path = "") -> Path:
-    """The tokenizer of a dataset: `tokenizer_path`, else the one in its folder, else the one in `../../tokenizers`.
+    """Find a dataset's tokenizer: `tokenizer_path`, or else the one in `data_path`, or else in its `../../tokenizers`.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: there is no tokenizer, or `data_path` has several.
     """
     if tokenizer_path:
         return Path(tokenizer_path)
@@ -140,8 +140,8 @@ class ByteTables:
 
     Attributes:
         base_bytes: `(V,)` int16, UTF-8 bytes of the piece without a leading space.
-        has_leading_space: `(V,)` bool.
-        is_boundary: `(V,)` bool, special tokens; the leading space of the next token is not in the text.
+        has_leading_space: `(V,)` bool, true if the piece begins with a space.
+        is_boundary: `(V,)` bool, true for special tokens. The text has no space after a special token.
     """
 
     base_bytes: npt.NDArray[np.int16]
@@ -149,7 +149,12 @@ class ByteTables:
     is_boundary: npt.NDArray[np.bool_]
 
     def count(self, previous: Any, targets: Any) -> Any:
-        """Bytes of each target, int64, given the token before it; both are tensors or both NumPy arrays, of one shape."""
+        """Return the bytes of each target, int64.
+
+        Args:
+            previous: the token before each target.
+            targets: the targets; `previous` and `targets` are tensors or NumPy arrays of one shape.
+        """
         if isinstance(targets, np.ndarray):
             charged = self.base_bytes[targets].astype(np.int64)
             return charged + (self.has_leading_space[targets] & ~self.is_boundary[previous])
@@ -160,7 +165,7 @@ class ByteTables:
 
 @functools.lru_cache(maxsize=16)
 def _tensors(tables: ByteTables, device: torch.device) -> list[torch.Tensor]:
-    # imported here because workers that only encode text do not need torch
+    # imported here, because worker processes that only encode text do not need torch
     import torch
 
     arrays = (tables.base_bytes, tables.has_leading_space, tables.is_boundary)
@@ -168,10 +173,10 @@ def _tensors(tables: ByteTables, device: torch.device) -> list[torch.Tensor]:
 
 
 def byte_tables(tokenizer: SentencePieceProcessor, vocab_size: int) -> ByteTables:
-    """The published tables (Parameter Golf's `build_sentencepiece_luts`), with max(pieces, vocab_size) entries.
+    """Compute the tables of Parameter Golf's `build_sentencepiece_luts`, with max(pieces, vocab_size) entries.
 
-    Control, unknown and unused ids are boundaries with 0 bytes. A byte piece has 1 byte. Any other piece has the bytes
-    after its leading space.
+    Control, unknown and unused ids are boundaries with 0 bytes. A byte piece has 1 byte. Any other piece has the UTF-8
+    bytes of its text, without a leading space.
     """
     pieces = tokenizer.vocab_size()
     size = max(pieces, vocab_size)
@@ -216,7 +221,7 @@ def _check(tokenizer: SentencePieceProcessor, path: str | Path) -> None:
 
 
 class _Feed(Iterator[str]):
-    """Sentences for the trainer; keeps the original exception, which the trainer replaces by a RuntimeError."""
+    """Iterates over sentences, and keeps an exception that SentencePiece's trainer replaces by a RuntimeError."""
 
     def __init__(self, documents: Iterable[str]) -> None:
         self.source = (sentence for document in documents for sentence in _sentences(document))
@@ -243,7 +248,7 @@ def _sentences(text: str) -> Iterator[str]:
         if end < len(data):
             blank = max(data.rfind(b" ", start + 1, end), data.rfind(b"\n", start + 1, end))
             end = blank if blank > 0 else end
-            # not inside a character
+            # do not cut inside a character
             while data[end] & 0xC0 == 0x80:
                 end -= 1
         yield data[start:end].decode()

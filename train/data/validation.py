@@ -1,4 +1,4 @@
-"""The validation text, and the tables that count its bytes."""
+"""Loads the validation text, and the tables that count its bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load_validation(config: Config) -> ValidationText:
     """Read the validation shards and the tokenizer, and check that they match.
 
     Raises:
-        UserError: one is missing, damaged or of another vocabulary, or the manifest names another tokenizer.
+        UserError: a file is missing, is damaged or has another vocabulary, or the manifest names another tokenizer.
     """
     path = find_tokenizer(config.data_path, config.vocab_size, config.tokenizer_path)
     manifest = read_manifest(config.data_path)
