@@ -178,8 +178,27 @@ class BuildNative(Command):
         os.replace(new, folder / "_build_info.json")
 
 
+class BuildApps(Command):
+    """The step of `build` that puts what `golf` runs into golf_kernels/_apps. An editable installation runs the checkout's."""
+
+    user_options: ClassVar = []
+    editable_mode = False
+
+    def initialize_options(self):
+        self.build_lib = None
+
+    def finalize_options(self):
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def run(self):
+        for name in () if self.editable_mode else ("benchmarks", "csrc", "train"):
+            folder = Path(self.build_lib, "golf_kernels", "_apps", name)
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(ROOT / name, folder, ignore=shutil.ignore_patterns("__pycache__", "results", "plots"))
+
+
 class Build(build):
-    sub_commands: ClassVar = [*build.sub_commands, ("build_native", None)]
+    sub_commands: ClassVar = [*build.sub_commands, ("build_native", None), ("build_apps", None)]
 
 
 class NativeDistribution(Distribution):
@@ -198,5 +217,5 @@ setup(
     package_data={"golf_kernels": ["py.typed"]},
     include_package_data=False,
     distclass=NativeDistribution,
-    cmdclass={"build": Build, "build_native": BuildNative},
+    cmdclass={"build": Build, "build_native": BuildNative, "build_apps": BuildApps},
 )

@@ -38,9 +38,9 @@ def copy_of_the_tree(folder):
     shutil.copytree(
         ROOT / "golf_kernels", folder / "golf_kernels", ignore=shutil.ignore_patterns("_*.so", "_*.json", "__pycache__")
     )
-    # must never be installed
-    (folder / "train").mkdir()
-    (folder / "train" / "__init__.py").touch()
+    for name in ("train", "benchmarks"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").touch()
     return folder
 
 
@@ -105,6 +105,9 @@ def test_a_compiler_gives_a_wheel_with_the_extension_and_nothing_else_on_top(com
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"golf_kernels", "golf_kernels-0.2.0.dist-info"}
     assert "golf_kernels/py.typed" in names and "none-any" not in wheel.name
+    assert {"train/__init__.py", "benchmarks/__init__.py", "csrc/int6.cpp"} <= {
+        name.removeprefix("golf_kernels/_apps/") for name in names
+    }
     package = tree / "out" / "site" / "golf_kernels"
     information = build_info(package)
     assert (package / information["extension"]).is_file()
@@ -124,7 +127,7 @@ def test_an_editable_installation_reuses_the_objects_and_can_lose_its_compiler(c
     status, output, _ = build(tree, "build_editable", GOLF_SKIP_CUDA="1")
     assert status == 0 and "no work to do" in output, output
     extension = tree / "golf_kernels" / build_info(tree / "golf_kernels")["extension"]
-    assert extension.is_file()
+    assert extension.is_file() and not (tree / "golf_kernels" / "_apps").exists()
     status, output, _ = build(tree, "build_editable", PATH=str(tmp_path))
     assert status == 0, output
     assert not extension.exists()

@@ -21,6 +21,7 @@ from torch.distributed.run import get_args_parser
 
 import golf_kernels
 from benchmarks.report.results import RESULTS, read_results
+from golf_kernels.command import commands as golf_commands
 from train.config import Config, field_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,7 +100,7 @@ def commands(text: str) -> list[str]:
     """The commands of a document: each line of its blocks, without comments, and what stands in a line as code."""
     found = [line for block in fences(text, "sh") for line in block.replace("\\\n", " ").splitlines()]
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    found += re.findall(r"`((?:python -m|torchrun|pip install|make) [^`]+)`", prose)
+    found += re.findall(r"`((?:python -m|torchrun|pip install|make|golf) [^`]+)`", prose)
     lines = (shlex.split(line, comments=True) for line in found)
     joined = (shlex.join(words).replace("'&&'", "&&") for words in lines if words)
     return list(dict.fromkeys(command for line in joined for command in line.split(" && ")))
@@ -154,6 +155,19 @@ def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
 
 
+def parse_golf(arguments: list[str]) -> list[str]:
+    """The command that `golf` with these arguments runs."""
+    name, *rest = arguments
+    if name == "--help":
+        return ["python", "-m", "golf_kernels.command", *arguments]
+    rest = rest[: rest.index(">")] if ">" in rest else rest
+    if name == "bench" and rest[0].startswith("bench_"):
+        return ["python", "-m", f"benchmarks.{rest[0]}", *rest[1:]]
+    if "--processes" in rest:
+        del rest[rest.index("--processes") : rest.index("--processes") + 2]
+    return ["python", "-m", golf_commands()[name], *rest]
+
+
 def parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read a command's arguments as the command would, and do nothing.
 
@@ -163,6 +177,8 @@ def parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     variables, words = split(command)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    if words[0] == "golf":
+        words = parse_golf(words[1:])
     if words[0] == "make":
         done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -236,11 +252,13 @@ def test_no_table_holds_a_command_that_no_document_has() -> None:
         "python -m benchmarks session --minuts 9 x",
         "torchrun --standalone --nproc_per_nod=8 --nothing -m train",
         "make rum",
+        "golf evl runs/mine",
+        "golf eval runs/mine --strid 3 --nothing",
         "rm -rf runs",
     ],
 )
 def test_a_wrong_command_is_seen(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises((AssertionError, SystemExit)):
+    with pytest.raises((AssertionError, KeyError, SystemExit)):
         parse(wrong, monkeypatch)
 
 

@@ -73,8 +73,10 @@ def warning(found: Version) -> str:
 
 def _checksum() -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for name in SOURCES for path in (ROOT / name, *(ROOT / name).rglob("*"))):
+    # a wheel has the other folders inside golf_kernels
+    root = ROOT if (ROOT / "golf_kernels").is_dir() else ROOT.parents[1]
+    for path in sorted(path for name in SOURCES for path in (root / name, *(root / name).rglob("*"))):
         if path.suffix in SUFFIXES and path.is_file():
             content = path.read_bytes()
-            digest.update(f"{path.relative_to(ROOT)} {len(content)}\n".encode() + content)
+            digest.update(f"{path.relative_to(root)} {len(content)}\n".encode() + content)
     return digest.hexdigest()

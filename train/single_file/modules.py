@@ -24,8 +24,8 @@ from typing import NamedTuple
 from golf_kernels import dispatch
 from train.config import Config, field_names
 from train.single_file.conditions import holds
+from train.single_file.sources import FOLDERS
 
-ROOT = Path(__file__).resolve().parents[2]
 PROJECT = ("golf_kernels", "train")
 ENTRY = ("train.train_gpt", "train.pipeline", "train.evaluate.__main__")
 # these pack a script or prepare a record; a script does not need them
@@ -63,7 +63,7 @@ def find_modules(config: Config) -> Modules:
             elif module_path(name) is not None:
                 closed.setdefault(name, []).append(" and ".join(conditions))
     left_out = {name: " or ".join(dict.fromkeys(closed[name])) for name in sorted(closed.keys() - found.keys())}
-    return Modules({path.relative_to(ROOT).as_posix(): path.read_text() for _, path in sorted(found.items())}, left_out)
+    return Modules({_name(module, path): path.read_text() for module, path in sorted(found.items())}, left_out)
 
 
 def module_path(module: str) -> Path | None:
@@ -72,11 +72,16 @@ def module_path(module: str) -> Path | None:
         module == name or module.startswith(f"{name}.") for name in EXCLUDED
     ):
         return None
-    base = ROOT.joinpath(*module.split("."))
+    package, *below = module.split(".")
+    base = FOLDERS[package].joinpath(*below)
     for path in (base / "__init__.py", base.with_suffix(".py")):
         if path.is_file():
             return path
     return None
+
+
+def _name(module: str, path: Path) -> str:
+    return path.relative_to(FOLDERS[module.partition(".")[0]].parent).as_posix()
 
 
 def imports(source: str, chosen: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import golf_kernels
 from train.common.errors import UserError
 
 # the packed script that is running; None: it runs from sources
 SCRIPT: Path | None = getattr(sys.modules.get("__main__"), "PACKED_SCRIPT", None)
 # the first line of a script that is not UTF-8; Python reads it too
 LATIN1 = b"# coding: latin-1\n"
-ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("csrc", "golf_kernels", "train")
+_ROOT = Path(__file__).resolve().parents[2]
+# a wheel has csrc and train inside golf_kernels
+FOLDERS = {
+    "csrc": _ROOT / "csrc",
+    "golf_kernels": Path(golf_kernels.__file__).resolve().parent,
+    "train": _ROOT / "train",
+}
 SUFFIXES = frozenset({".py", ".cpp", ".cu", ".cuh", ".h"})
 
 
@@ -21,8 +27,13 @@ def package_source() -> str:
     if SCRIPT is not None:
         paths = {SCRIPT.name: SCRIPT}
     else:
-        found = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES)
-        paths = {path.relative_to(ROOT).as_posix(): path for path in sorted(found) if path.is_file()}
+        paths = {
+            f"{name}/{path.relative_to(folder).as_posix()}": path
+            for name, folder in FOLDERS.items()
+            # golf_kernels has no folders of its own
+            for path in sorted(folder.glob("*") if name == "golf_kernels" else folder.rglob("*"))
+            if path.suffix in SUFFIXES and path.is_file()
+        }
     return "\n".join(f"# {name}\n{decoded(read_source(path))}" for name, path in paths.items())
 
 
