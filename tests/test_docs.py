@@ -47,6 +47,7 @@ RUN = {
     "python -m train.artifact diff runs/mine/model.golf k10.golf": 1,
     "python -m train.evaluate runs/mine --stride 32": 0,
     'python -m train.generate runs/mine --prompt "def " --tokens 200 --temperature 0.8 --seed 1': 0,
+    "python -m train.export runs/mine --to state_dict": 0,
     "python -m train.submission record runs/mine --github-id NAME": 0,
     "python -m train --recipe quickstart --run_id seed42 --seed 42": 0,
     "python -m train --recipe quickstart --run_id seed314 --seed 314": 0,
@@ -74,6 +75,9 @@ NEEDS_NETWORK = {
     "pip install kernels": "downloads FlashAttention 3",
     "pip install flash-attn-4": "downloads FlashAttention 4",
     "pip install 'golf-kernels[ans]'": "downloads constriction",
+    "pip install 'golf-kernels[export]'": "downloads safetensors",
+    "python -m train.export runs/mine --to safetensors": "needs safetensors; tests/export runs it where it is installed",
+    "python -m train.export runs/mine --to hf": "needs safetensors; tests/export runs it where transformers is installed",
     "pip install 'golf-kernels[loggers]'": "downloads tensorboard and wandb",
     "pip install '.[train]'": "downloads what the trainer needs",
     "pre-commit install": "downloads ruff's hook",
@@ -286,10 +290,12 @@ def test_the_kernels_before_and_after_agree() -> None:
         execute(text.replace("softcap=30.0)  # after", "softcap=29.0)  # after"), {})
 
 
-def test_the_front_pages_code_runs() -> None:
+def test_the_front_pages_code_runs(workspace: tuple[Path, dict[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace[0])
     names: dict[str, Any] = {}
     exec(fences(TEXTS["docs/kernels.md"], "python")[0], names)
     assert execute(TEXTS["README.md"], names) == ["loss"]
+    assert names["logits"].shape == (1, 3, names["model"].config.vocab_size)
 
 
 def test_the_librarys_code_runs(workspace: tuple[Path, dict[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,12 +251,15 @@ def test_a_stage_has_the_seconds_of_the_pass_that_counts(finished: Finished, tmp
 
 
 def test_two_ranks_train_like_one(finished: Finished, dataset: Path, tmp_path: Path) -> None:
-    config = small(dataset, tmp_path)
+    config = small(dataset, tmp_path, samples="end")
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "train", *flags(config)],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    # one rank prints them
+    samples = RunFolder(tmp_path / "run").samples.read_text()
+    assert len(samples.splitlines()) == len(PROMPTS) and result.stdout.count(samples) == 1
     curves = [
         series(read_metrics(folder.path / "metrics.jsonl"), "train", "train_loss")
         for folder in (finished.folder, RunFolder(tmp_path / "run"))
@@ -278,6 +281,7 @@ def test_two_ranks_train_like_one(finished: Finished, dataset: Path, tmp_path: P
         "train.artifact",
         "train.evaluate",
         "train.generate",
+        "train.export",
         "train.submission",
         "golf_kernels",
     ],

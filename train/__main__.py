@@ -27,7 +27,7 @@ examples:
 
 A flag overrides an environment variable, which overrides the recipe, which overrides the default.
 To run one stage: python -m train.data, train.quantize, train.artifact, train.evaluate or train.submission; each has --help.
-To see text of a model: python -m train.generate.
+To see text of a model: python -m train.generate. For other programs: python -m train.export.
 """
 
 

@@ -1,0 +1,73 @@
+"""`python -m train.export RUN|ARTIFACT --to FORMAT`: write a model for other programs."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+
+from train.checkpoint import load_weights
+from train.common.errors import UserError, main_guard
+from train.data.tokenizer import load_tokenizer
+from train.export.formats import FORMATS, Exported
+from train.generate.load import load, tokenizer_path
+from train.run.folder import RunFolder
+
+
+def _parser() -> argparse.ArgumentParser:
+    formats = "; ".join(f"{name}: {made.about}" for name, made in FORMATS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m train.export",
+        description="Write the model of a run or of an artifact in a format that other programs read.",
+        epilog="examples:\n"
+        "  python -m train.export runs/mine --to state_dict\n"
+        "  python -m train.export runs/mine --to hf --out golf_hf\n\n"
+        "safetensors and hf need the package safetensors. hf needs the tokenizer; its folder has the model's formulas in\n"
+        "golf_inference.py, a file without golf_kernels.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", metavar="RUN|ARTIFACT", type=Path, help="run folder with model.golf, or an artifact")
+    parser.add_argument("--to", choices=FORMATS, required=True, help=formats)
+    parser.add_argument("--out", metavar="OUT", type=Path, help="file, for hf folder, to write [beside the model]")
+    parser.add_argument(
+        "--weights",
+        choices=("artifact", "master"),
+        default="artifact",
+        help="model.golf, dequantized, as it is scored; or weights.pt before rounding [artifact]",
+    )
+    parser.add_argument(
+        "--tokenizer", default="", metavar="FILE", help="for hf: SentencePiece model [the run's tokenizer]"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the model and print where."""
+    arguments = _parser().parse_args(argv)
+    path, chosen = arguments.path, FORMATS[arguments.to]
+    with ExitStack() as held:
+        if path.is_dir():
+            # no other process may clear unfinished files meanwhile
+            held.enter_context(RunFolder(path).held(shared=True))
+        if arguments.weights == "artifact":
+            model, window, run = load(path)
+        elif path.is_dir():
+            run = RunFolder(path).trained_config()
+            model, window = load_weights(RunFolder(path), run), run.window
+        else:
+            raise UserError(f"--weights: an artifact holds no weights before rounding: give the run folder, not {path}")
+        tokenizer = None
+        if arguments.to == "hf":
+            tokenizer = tokenizer_path(path, run, arguments.tokenizer)
+            load_tokenizer(tokenizer, model.config.vocab_size)
+        stem = "weights" if arguments.weights == "master" else "model" if path.is_dir() else path.stem
+        out = arguments.out or (path if path.is_dir() else path.parent) / f"{stem}{chosen.suffix}"
+        if not out.parent.is_dir():
+            raise UserError(f"--out: the folder {out.parent} does not exist: create it first")
+        chosen.write(Exported(model, window, tokenizer), out)
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,234 @@
+"""A model of golf_kernels in plain PyTorch. It needs this file and a file that `python -m train.export --to safetensors` wrote:
+
+    model = load("model.safetensors")
+    logits = model(ids)  # ids (B, T) int64, logits (B, T, vocab_size)
+    ids = model.generate(ids, 50)  # 50 tokens more, the likeliest ones
+
+Every formula is written out, without kernels, backends or a cache; training and quantization are not in it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BOS = 1
+
+
+class Weights(nn.Module):
+    """Parameters by name, and modules that are added."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+
+class Golf(Weights):
+    """A model; `config` has the attributes that `python -m train.artifact inspect` lists, and `window`."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        add_weights(self, config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits `(B, T, V)` of `ids` `(B, T)`."""
+        return golf_logits(self, self.config, ids)
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, tokens: int, temperature: float = 0.0) -> Tensor:
+        """`ids` `(B, T)` with `tokens` more tokens; the last `window` of them decide the next one."""
+        for _ in range(tokens):
+            logits = self(ids[:, -self.config.window :])[:, -1]
+            if temperature:
+                new = torch.multinomial((logits / temperature).softmax(-1), 1)
+            else:
+                new = logits.argmax(-1, keepdim=True)
+            ids = torch.cat([ids, new], dim=1)
+        return ids
+
+
+def load(path: str) -> Golf:
+    """The model in a safetensors file, whose metadata has its config."""
+    from types import SimpleNamespace
+
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        model = Golf(SimpleNamespace(**json.loads(file.metadata()["config"])))
+        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return model.eval()
+
+
+def add_weights(model: nn.Module, c: Any) -> None:
+    """Give `model` all parameters of a config, with their names in a run's weights.pt; their values are arbitrary."""
+    d, kv = c.model_dim, c.model_dim // c.num_heads * c.num_kv_heads
+    model.embedding = Weights(weight=(c.vocab_size, d))
+    if c.bigram_vocab_size:
+        model.bigram = Weights(embedding=(c.bigram_vocab_size, c.bigram_dim), proj=(d, c.bigram_dim), scale=())
+    if c.smear_gate == "published":
+        model.smear = Weights(gate=(d,))
+    elif c.smear_gate == "document":
+        model.smear = Weights(gate=(1, min(12, d)), scale=())
+    if c.ve_dim:
+        layers = len(c.ve_layers)
+        model.ve = Weights(embedding=(c.vocab_size, c.ve_dim), proj=(kv, c.ve_dim), scale=(), layer_scales=(layers,))
+    if skips := c.num_layers // 2:
+        model.skips = Weights(weights=(skips, d), **({"gates": (skips, d)} if c.skip_gates else {}))
+    blocks = nn.ModuleList()
+    for _ in range(c.num_layers):
+        block = Weights(resid_mix=(2, d), attn_scale=(d,), mlp_scale=(d,))
+        block.attention = Weights(query=(d, d), key=(kv, d), value=(kv, d), output=(d, d), q_gain=(c.num_heads,))
+        block.mlp = Weights(up=(int(d * c.mlp_mult), d), down=(d, int(d * c.mlp_mult)))
+        blocks.append(block)
+    model.blocks = blocks
+    if c.parallel_start_layer >= 0 and c.parallel_form == "lanes":
+        model.lane_mix = nn.Parameter(torch.empty(()))
+    if c.recur_scale_params:
+        model.recur_scales = nn.Parameter(torch.empty(c.recur_scale_params, d))
+
+
+def golf_logits(model: Any, c: Any, ids: Tensor) -> Tensor:
+    """Softcapped logits `(B, T, V)`, float32, of `ids` `(B, T)`, at the rotary base of max(T, window) tokens."""
+    x0 = rms(embed(model, c, ids))
+    if c.smear_gate != "off":
+        before = F.pad(x0[:, :-1], (0, 0, 1, 0))
+        if c.document_masking or c.smear_gate == "document":
+            before = before * (ids != BOS)[..., None]
+        if c.smear_gate == "published":
+            x0 = x0 + torch.sigmoid(model.smear.gate) * (before - x0)
+        else:
+            width = model.smear.gate.shape[1]
+            x0 = x0 + model.smear.scale * torch.sigmoid(F.linear(x0[..., :width], model.smear.gate)) * before
+    mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()[None, None]
+    if c.document_masking:
+        document = (ids == BOS).cumsum(1)
+        mask = mask & (document[:, None, :, None] == document[:, None, None, :])
+    values = model.ve.scale * F.linear(model.ve.embedding[ids], model.ve.proj) if c.ve_dim else None
+    rotary = rotary_table(c, ids.shape[1], x0)
+
+    def attended(x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """The layer's mixed input h, and h with attention's output."""
+        block, extra = model.blocks[layer], None
+        h = block.resid_mix[0] * x + block.resid_mix[1] * x0
+        if values is not None and layer in c.ve_layers:
+            extra = model.ve.layer_scales[list(c.ve_layers).index(layer)] * values
+        xsa = layer >= c.num_layers - c.xsa_last_n
+        return h, h + block.attn_scale * attention(
+            block.attention, c, gain(c, layer) * rms(h), rotary, mask, extra, xsa
+        )
+
+    def mlp(x: Tensor, layer: int) -> Tensor:
+        block = model.blocks[layer]
+        hidden = F.leaky_relu(F.linear(gain(c, layer) * rms(x), block.mlp.up), c.mlp_slope) ** 2
+        y: Tensor = block.mlp_scale * F.linear(hidden, block.mlp.down)
+        return y
+
+    def parallel(layer: int, form: str) -> bool:
+        return bool(0 <= c.parallel_start_layer <= layer and c.parallel_form == form)
+
+    def run(x: Tensor, layer: int) -> Tensor:
+        h, u = attended(x, layer)
+        return u + mlp(h if parallel(layer, "gptj") else u, layer)
+
+    # the order of the layers: some run twice, as a group, and the decoder begins in the middle
+    order, repeated = list(range(c.num_layers)), list(c.recur_layers)
+    if repeated and c.recur_form == "unroll":
+        order[repeated[-1] + 1 : repeated[-1] + 1] = repeated
+    middle = len(order) // 2
+    x, lane, saved = x0, None, []
+    for layer in order[:middle]:
+        x = run(x, layer)
+        saved.append(x)
+        if layer in repeated and c.recur_form == "blend":
+            repeat = repeated.index(layer)
+            weight = model.recur_scales[repeat] if repeat < c.recur_scale_params else 0.5
+            x = x + weight * (run(x, layer) - x)
+    for row, layer in enumerate(order[middle:]):
+        if row < c.num_layers // 2 and saved and lane is None:
+            skip = model.skips.weights[row] * saved.pop()
+            if c.skip_gates:
+                x = skip + torch.sigmoid(model.skips.gates[row]) * (x - skip)
+            else:
+                x = x + skip
+        if lane is None and parallel(layer, "lanes"):
+            lane = x
+        if lane is None:
+            x = run(x, layer)
+        else:
+            x, lane = attended(x, layer)[1], lane + mlp(lane, layer)
+    if lane is not None:
+        x = lane + model.lane_mix * (x - lane)
+    logits = F.linear(rms(x), model.embedding.weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    capped: Tensor = c.logit_softcap * torch.tanh(logits / c.logit_softcap)
+    return capped
+
+
+def embed(model: Any, c: Any, ids: Tensor) -> Tensor:
+    """The token embedding, with the embedding of bigrams and trigrams; their hashes ignore where documents begin."""
+    x: Tensor = model.embedding.weight[ids]
+    if not c.bigram_vocab_size:
+        return x
+    rows, last = model.bigram.embedding, c.bigram_vocab_size - 1
+    bigrams = F.pad((36313 * ids[:, 1:] ^ 27191 * ids[:, :-1]) % last, (1, 0), value=last)
+    found = rows[bigrams]
+    if c.trigram:
+        trigrams = (36313 * ids[:, 2:] ^ 27191 * ids[:, 1:-1] ^ 51497 * ids[:, :-2]) % last
+        found = found + rows[F.pad(trigrams, (min(ids.shape[1], 2), 0), value=last)]
+    return x.add(model.bigram.scale * F.linear(found, model.bigram.proj))
+
+
+def attention(
+    w: Any, c: Any, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, extra: Tensor | None, xsa: bool
+) -> Tensor:
+    """Causal attention of `x` `(B, T, d)`; query heads share keys and values; `extra` is added to the values."""
+    query, key, value = F.linear(x, w.query), F.linear(x, w.key), F.linear(x, w.value)
+    value = value if extra is None else value + extra
+    query, key, value = (part.unflatten(-1, (-1, c.model_dim // c.num_heads)) for part in (query, key, value))
+    query = rotate(rms(query), rotary) * w.q_gain[:, None]
+    key, value = (
+        part.repeat_interleave(c.num_heads // c.num_kv_heads, dim=2) for part in (rotate(rms(key), rotary), value)
+    )
+    query, key, heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    y = F.scaled_dot_product_attention(query, key, heads, attn_mask=mask).transpose(1, 2)
+    if xsa:
+        # exclusive: without the direction of the position's own value
+        direction = F.normalize(value, dim=-1)
+        y = y - (y * direction).sum(-1, keepdim=True) * direction
+    return F.linear(y.flatten(2), w.output)
+
+
+def rotary_table(c: Any, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `(length, 1, r/2)`; the NTK rule raises the base of texts longer than `rope_train_seq_len`."""
+    dims, longest = c.rope_dims or c.model_dim // c.num_heads, max(length, c.window)
+    base = c.rope_base
+    if longest > c.rope_train_seq_len and dims > 2:
+        base = base * (longest / c.rope_train_seq_len) ** (dims / (dims - 2))
+    exponents = torch.arange(0, dims, 2, dtype=torch.float64, device=like.device) / dims
+    positions = torch.arange(length, dtype=torch.float64, device=like.device)
+    angles = torch.outer(positions, base**-exponents)[:, None]
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first r dimensions of each head: halves (a, b) become (a cos + b sin, b cos - a sin)."""
+    cosine, sine = rotary
+    half = cosine.shape[-1]
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([a * cosine + b * sine, b * cosine - a * sine, rest], dim=-1)
+
+
+def rms(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), eps=2.0**-23)
+
+
+def gain(c: Any, layer: int) -> float:
+    """The factor after a layer's norms."""
+    return 1 / math.sqrt(layer + 1) if c.ln_scale else 1.0
