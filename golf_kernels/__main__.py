@@ -21,7 +21,7 @@ from golf_kernels.version import __version__
 
 EXAMPLES = """examples:
   python -m golf_kernels              the report; exit code 1 if a check fails
-  python -m golf_kernels --json       the same as data
+  python -m golf_kernels --json       the report as data
   GOLF_BACKEND=int6=torch python -m golf_kernels
                                       what each operator runs on where the int6 operators are forced to PyTorch"""
 
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print the same as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     options = parser.parse_args(arguments)
     data = report()
     print(json.dumps(data, indent=2) if options.json else render(data))

@@ -298,7 +298,7 @@ def triton_problem() -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA GPU"
     major, minor = torch.cuda.get_device_capability()
-    return None if major == 9 else f"its kernels are made for sm_90, this GPU is sm_{major}{minor}"
+    return None if major == 9 else f"the Triton kernels are made for sm_90, this GPU is sm_{major}{minor}"
 
 
 def elementwise_problem(name: str, tensor: Tensor) -> str | None:
@@ -307,7 +307,7 @@ def elementwise_problem(name: str, tensor: Tensor) -> str | None:
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if tensor.is_cuda else (torch.float16, torch.float32)
     if tensor.dtype in dtypes:
         return None
-    return f"{name} is {tensor.dtype}, its kernels take {', '.join(map(str, dtypes))}"
+    return f"{name} is {tensor.dtype}, the Triton kernels take {', '.join(map(str, dtypes))}"
 
 
 def validate() -> None:

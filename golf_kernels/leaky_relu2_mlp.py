@@ -279,12 +279,10 @@ def _triton_problem(x: Tensor, w_up: Tensor) -> str | None:
     # Triton's interpreter would multiply the bit patterns of bfloat16 numbers without raising an error
     dtypes = (torch.bfloat16, torch.float16) if x.is_cuda else (torch.float16, torch.float32)
     if x.dtype not in dtypes:
-        return f"x is {x.dtype}, its kernels take {' and '.join(map(str, dtypes))}"
+        return f"x is {x.dtype}, the Triton kernels take {' and '.join(map(str, dtypes))}"
     width, hidden = x.shape[-1] if x.ndim else 0, w_up.shape[0] if w_up.ndim else 0
     if width == 0 or width % 8 or hidden == 0 or hidden % 64:
-        return (
-            f"its kernels take a width in multiples of 8 and a hidden size in multiples of 64, found {width}, {hidden}"
-        )
+        return f"the Triton kernels take a width in multiples of 8 and a hidden size in multiples of 64, found {width}, {hidden}"
     return None
 
 

@@ -113,7 +113,7 @@ def _triton_problem(x: Tensor) -> str | None:
     unfit = dispatch.elementwise_problem("x", x)
     if unfit is not None:
         return unfit
-    return f"its kernels take a width of at most 4096, found {x.shape[2]}" if x.shape[2] > 4096 else None
+    return f"the Triton kernels take a width of at most 4096, found {x.shape[2]}" if x.shape[2] > 4096 else None
 
 
 def _triton_supports(*args: Any) -> str | None:

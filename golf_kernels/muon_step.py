@@ -83,13 +83,13 @@ def _triton_supports(*args: Any) -> str | None:
         return triton_problem([])
     _, optimizer, work = args
     if optimizer.process_group is not None and dist.get_world_size(optimizer.process_group) > 1:
-        return "a process group divides the work"
+        return "process groups are not supported"
     for group, members in work:
         tensors = [tensor for p in members for tensor in (p, p.grad, *optimizer.state.get(p, {}).values())]
         if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in tensors):
-            return "it takes contiguous float32 weights, gradients and moments"
+            return "the Triton kernels take contiguous float32 weights, gradients and moments"
         if group["compute_dtype"] not in (None, torch.float32, torch.bfloat16):
-            return f"its kernels multiply in bfloat16 or float32, found {group['compute_dtype']}"
+            return f"the Triton kernels multiply in bfloat16 or float32, found {group['compute_dtype']}"
     return triton_problem([])
 
 

@@ -279,7 +279,7 @@ def triton_problem(dtypes: Sequence[torch.dtype], compute_dtype: torch.dtype | N
     """Returns the reason why the Triton kernels cannot take these dtypes on this machine, or None if they can."""
     for dtype in (*dtypes, *([] if compute_dtype is None else [compute_dtype])):
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"its kernels take matrices and products in float32, bfloat16 or float16, found {dtype}"
+            return f"the Triton kernels take matrices and products in float32, bfloat16 or float16, found {dtype}"
     return dispatch.triton_problem()
 
 

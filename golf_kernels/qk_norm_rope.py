@@ -222,7 +222,7 @@ def _triton_problem(q: Tensor, k: Tensor) -> str | None:
     heads, dim = max(q.shape[2], k.shape[2]), q.shape[3]
     # a program keeps all numbers of a position in registers, with heads and dimensions padded to powers of 2
     if heads > 64 or dim > 256 or (heads - 1).bit_length() + (dim - 1).bit_length() > 13:
-        return f"its kernels take at most 64 heads of 128 dimensions or 32 of 256, found {heads} of {dim}"
+        return f"the Triton kernels take at most 64 heads of 128 dimensions or 32 of 256, found {heads} of {dim}"
     return None
 
 

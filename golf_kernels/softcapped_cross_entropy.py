@@ -239,7 +239,7 @@ def triton_problem(hidden: Tensor) -> str | None:
     dtypes = (torch.float16, torch.float32) if hidden.device.type == "cpu" else (torch.bfloat16, torch.float16)
     if hidden.dtype in dtypes:
         return None
-    return f"hidden is {hidden.dtype}, its kernels take {' and '.join(map(str, dtypes))}"
+    return f"hidden is {hidden.dtype}, the Triton kernels take {' and '.join(map(str, dtypes))}"
 
 
 def _triton_supports(*args: Any) -> str | None:

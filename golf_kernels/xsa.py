@@ -152,9 +152,9 @@ def _triton_problem(output: Tensor, value: Tensor) -> str | None:
         return unfit
     group, dim = output.shape[2] // max(value.shape[2], 1), output.shape[3]
     if group > 16 or dim > 256:
-        return f"its kernels take at most 16 heads of at most 256 dimensions to a value, found {group} of {dim}"
+        return f"the Triton kernels take at most 16 heads of at most 256 dimensions to a value, found {group} of {dim}"
     if value.numel() // dim > 2**30:
-        return f"its kernels count up to 2^30 values, found {value.numel() // dim}"
+        return f"the Triton kernels count up to 2^30 values, found {value.numel() // dim}"
     return None
 
 

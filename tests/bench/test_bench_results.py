@@ -26,7 +26,7 @@ MEASURED = {
 # how a file of a header and two rows (p50 7.5, then 8.25) is damaged, and what is said of it
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "torn": (lambda b: b[:-40], r"line 3: \w+: expected 21 cells, found \d+: a row was cut off, or two"),
-    "torn_in_the_last_cell": (lambda b: b[:-3], r"line 3: n: expected the end of a line"),
+    "torn_in_the_last_cell": (lambda b: b[:-3], r"line 3: n: expected a line break"),
     "glued": (lambda b: b[:-40] + b.split(b"\r\n")[1] + b"\r\n", r"line 3: n: expected 21 cells, found \d+: a row was cut off, or two"),
     "glued_within_the_date": (
         lambda b: (lambda head, one, two, _: b"\r\n".join((head, one, two[:7] + one, b"")))(*b.split(b"\r\n")),

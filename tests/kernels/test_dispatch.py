@@ -208,7 +208,7 @@ def test_what_keeps_triton_kernels_from_running(monkeypatch):
     assert dispatch.triton_problem() == "PyTorch finds no CUDA GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert dispatch.triton_problem() == "its kernels are made for sm_90, this GPU is sm_80"
+    assert dispatch.triton_problem() == "the Triton kernels are made for sm_90, this GPU is sm_80"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert dispatch.triton_problem() is None
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)

@@ -219,7 +219,7 @@ def test_strides_and_addresses_do_not_matter():
     [
         ({"hidden": 96}, "hidden size in multiples of 64, found 64, 96"),
         ({"d": 20}, "a width in multiples of 8 .* found 20, 128"),
-        ({"dtype": torch.float64}, "x is torch.float64, its kernels take"),
+        ({"dtype": torch.float64}, "x is torch.float64, the Triton kernels take"),
         pytest.param(
             {"dtype": torch.bfloat16},
             "x is torch.bfloat16",

@@ -149,7 +149,7 @@ def test_both_backends_give_the_same():
     ("change", "reason"),
     [
         ({"width": 4097}, "a width of at most 4096, found 4097"),
-        ({"dtype": torch.float64}, "x is torch.float64, its kernels take"),
+        ({"dtype": torch.float64}, "x is torch.float64, the Triton kernels take"),
         pytest.param(
             {"dtype": torch.bfloat16},
             "x is torch.bfloat16",

@@ -177,7 +177,7 @@ def test_a_step_is_as_many_launches_for_any_number_of_matrices(normuon, launches
 
 def test_what_it_cannot_take_is_refused_by_name(monkeypatch):
     for options, message in (
-        ({"params": parameters()}, "it takes contiguous float32 weights, gradients and moments"),
+        ({"params": parameters()}, "the Triton kernels take contiguous float32 weights, gradients and moments"),
         ({"params": single(), "compute_dtype": torch.float16}, r"bfloat16 or float32, found torch\.float16"),
     ):
         optimizer = Muon(**options)
@@ -188,7 +188,7 @@ def test_what_it_cannot_take_is_refused_by_name(monkeypatch):
     set_gradients(params, 0)
     optimizer = Muon(params, process_group=object())
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
-    with pytest.raises(dispatch.BackendError, match="a process group divides the work"):
+    with pytest.raises(dispatch.BackendError, match="process groups are not supported"):
         optimizer.step()
     monkeypatch.delenv("GOLF_BACKEND")
     choice = dispatch.choose("muon_step", device="cuda")

@@ -155,7 +155,7 @@ def test_both_backends_keep_the_same():
         ({"queries": 65}, "at most 64 heads of 128 dimensions or 32 of 256, found 65 of 8"),
         ({"dim": 258}, "at most 64 heads of 128 dimensions or 32 of 256, found 2 of 258"),
         ({"queries": 33, "dim": 130}, "at most 64 heads of 128 dimensions or 32 of 256, found 33 of 130"),
-        ({"dtype": torch.float64}, "q is torch.float64, its kernels take"),
+        ({"dtype": torch.float64}, "q is torch.float64, the Triton kernels take"),
         pytest.param(
             {"dtype": torch.bfloat16},
             "q is torch.bfloat16",

@@ -198,7 +198,7 @@ def test_columns_of_a_program_are_whole_tiles_that_cover_the_vocabulary():
 @pytest.mark.parametrize(
     ("tensors", "fragment"),
     [
-        (head(dtype=torch.float64), "hidden is torch.float64, its kernels take"),
+        (head(dtype=torch.float64), "hidden is torch.float64, the Triton kernels take"),
         (head(vocabulary=8193), "its kernel takes a vocabulary of at most 8192, found 8193"),
     ],
 )

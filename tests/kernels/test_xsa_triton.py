@@ -127,7 +127,7 @@ def test_both_backends_agree():
     [
         ({"queries": 17}, "at most 16 heads of at most 256 dimensions to a value, found 17 of 8"),
         ({"dim": 257}, "at most 16 heads of at most 256 dimensions to a value, found 2 of 257"),
-        ({"dtype": torch.float64}, "output is torch.float64, its kernels take"),
+        ({"dtype": torch.float64}, "output is torch.float64, the Triton kernels take"),
         pytest.param(
             {"dtype": torch.bfloat16},
             "output is torch.bfloat16",
