@@ -1,1 +1,1 @@
-"""Scoring: windows over the validation text, bits per byte, and the file that keeps the scores."""
+"""Scores a model on the validation text in bits per byte, and stores the scores."""

@@ -1,4 +1,4 @@
-"""`python -m train.evaluate RUN`: score the artifact of a finished run, or an artifact alone."""
+"""`python -m train.evaluate RUN` scores the artifact of a finished run, or an artifact alone."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ _SETTINGS = {
 
 
 def _as_named(argument: str) -> str:
-    """The parser's name for a flag that is written with underscores or as its setting."""
+    """Translate a flag that is written with underscores, or as the name of its setting, to the parser's flag."""
     flag, equals, value = argument.partition("=")
     if not flag.startswith("--"):
         return argument
@@ -109,7 +109,7 @@ def _run_config(folder: RunFolder, arguments: argparse.Namespace) -> Config:
 
 
 def _file_config(arguments: argparse.Namespace) -> Config:
-    """The recipe's settings for the model in an artifact."""
+    """Make the settings that score an artifact alone: the recipe's, except for the artifact's model and the flags."""
     if arguments.recipe is None:
         raise ConfigError(f"--recipe: needed to score an artifact alone: one of {', '.join(recipe_names())}")
     if arguments.weights != "artifact":
@@ -127,7 +127,7 @@ def _load(folder: RunFolder, config: Config, weights: str) -> GPT:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Score a run folder or an artifact; under torchrun the ranks divide the windows."""
+    """Score a run folder or an artifact. Under torchrun the ranks divide the windows."""
     arguments = _parser().parse_args(map(_as_named, sys.argv[1:] if argv is None else argv))
     check_backends()
     if arguments.run.is_file():

@@ -1,4 +1,4 @@
-"""Scores, and the file that stores them: a run's evaluation.json."""
+"""Scores of a model, and evaluation.json, which stores the scores of a run."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from train.run.folder import RunFolder
 
 @dataclass(frozen=True)
 class EvalResult:
-    """A score."""
+    """A score and the figures that belong to it."""
 
     val_loss: float  # nats per token
     val_bpb: float  # bits per byte
     tokens: int  # scored positions
-    bytes: int  # of the scored text
-    windows: int  # over all ranks
-    seconds: float  # on this rank
-    layer0: str = ""  # do windows share layer 0's queries, keys and values: "on", or "off" and why
+    bytes: int  # bytes of the scored text
+    windows: int  # number of windows of all ranks
+    seconds: float  # duration on this rank
+    layer0: str = ""  # "on" if windows share layer 0's queries, keys and values; else "off" and the reason
 
     @property
     def layer0_line(self) -> str:
@@ -37,7 +37,7 @@ class EvalResult:
 def evaluation_entry(
     result: EvalResult, config: Config, *, weights: str, max_tokens: int = 0, **facts: Any
 ) -> dict[str, Any]:
-    """A score with its settings, as evaluation.json and metrics.jsonl store it."""
+    """Make the entry for evaluation.json and metrics.jsonl: a score with its settings, and `facts`."""
     stride = config.eval_stride
     prefix = f"int{config.matrix_bits}" if weights == "artifact" else "prequant"
     label = {"label": NOT_COMPLIANT} if config.paid_prefix_file else {}
@@ -52,19 +52,19 @@ def evaluation_entry(
 
 
 def write_evaluation(folder: RunFolder, entry: dict[str, Any]) -> None:
-    """Add a score to the run's evaluation.json; it replaces one with the same settings.
+    """Add a score to the run's evaluation.json. It replaces an earlier score with the same settings.
 
-    The caller must hold the run exclusively, or inside `RunFolder.writing`.
+    The caller must hold the run folder exclusively, or call this inside `RunFolder.writing`.
     """
     scores = read_evaluation(folder) if folder.evaluation.exists() else {}
     write_json(folder.evaluation, {**scores, _key(entry): entry})
 
 
 def find_evaluation(folder: RunFolder, config: Config, *, weights: str = "artifact") -> dict[str, Any]:
-    """The score with exactly these settings.
+    """Find the score of `weights` with exactly the settings of `config`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such score.
     """
     wanted = _settings(config, weights)
     for entry in read_evaluation(folder).values():
@@ -100,6 +100,6 @@ _KEY = ("weights", "rule", "seq_len", "stride", "max_tokens", "logits_rounding",
 
 
 def read_evaluation(folder: RunFolder) -> dict[str, dict[str, Any]]:
-    """The scores in evaluation.json, by settings."""
+    """Read evaluation.json: settings as text → entry of the score with these settings."""
     path = folder.need(folder.evaluation, f"python -m train.evaluate {folder.path}")
     return read_json(path, "delete it and evaluate again")

@@ -1,11 +1,11 @@
-"""Bits per byte of a text: flat, or with a sliding window and one of three published rules.
+"""Scores a text in bits per byte, with windows that do not overlap (flat) or with a sliding window.
 
 val_loss = Σ nll / tokens in nats per token; val_bpb = (Σ nll / ln 2) / Σ bytes. Sums are float64, counts are integers.
 
-Windows are index arrays and the text is on the device, so no Python runs per window. The last layer (but its keys and
-values), the head and the loss are computed only for scored positions; layer 0's projections once per token of a batch, if
-the model allows it. Batches have one static shape. On a GPU the compiled model is captured as a CUDA graph and replayed for
-every batch (`COMPILE=off` does neither).
+The text and the index arrays of the windows are on the device, so no Python code runs per window. The last layer
+(except its keys and values), the head and the loss are computed only from a window's first scored position on. If the
+model allows it, layer 0's projections are computed once per token of a batch. All batches have one shape. On a GPU the
+compiled model is captured as a CUDA graph, which every batch replays. `COMPILE=off` prevents compilation and capture.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Scorable(Protocol):
 
 
 class ByteCounter(Protocol):
-    """Counts the bytes of each target, int64, given the token before it."""
+    """Counts the bytes of each target, int64, from the target and the token before it; such as `ByteTables`."""
 
     def count(self, previous: Tensor, target: Tensor) -> Tensor: ...
 
@@ -82,26 +82,26 @@ def evaluate_model(
     """Score a text with a model.
 
     Args:
-        model: as `GPT`; `overlapping_hidden` is used only if `overlap_problem` is None.
+        model: the model. Its `overlapping_hidden` is called only if its `overlap_problem` is None.
         tokens: `(T + 1,)` uint16, the first input and the T targets.
-        tables: counts bytes.
-        config: the settings; `stride`, `seq_len` and `rule`, if given, replace its values.
-        stride: new tokens per window; 0: flat.
-        seq_len: window length; shorter windows are zero-padded at the end.
-        rule: see `plan_windows`.
+        tables: counts the bytes of targets.
+        config: the settings. `stride`, `seq_len` and `rule`, if given, replace its values.
+        stride: new tokens per window; 0: windows do not overlap.
+        seq_len: window length. Shorter windows are zero-padded at the end.
+        rule: which positions of a window are scored, see `plan_windows`.
         batch_seqs: windows per forward pass.
-        max_tokens: score only the first this many targets; 0: all.
+        max_tokens: number of targets to score, from the first on; 0: all.
         share_layer0: compute embeddings and layer 0's projections once per token of a batch, if the model allows it.
-        known: `(T,)` bool, targets that add bytes but no nats (a paid prefix, which no rule allows).
-        rank, world_size: the ranks divide the windows; sums are reduced with `torch.distributed`.
-        progress: show progress, with the running bpb of this rank.
-        description: label of the progress.
+        known: `(T,)` bool, true for targets of a paid prefix, which add bytes but no nats; None: no paid prefix.
+        rank, world_size: number of this rank, and of ranks. Each rank scores some windows; `torch.distributed` adds up.
+        progress: whether to show progress, with this rank's bpb so far.
+        description: label of the progress bar.
 
     Returns:
-        The score, the same on every rank except `seconds`.
+        The score. Only its `seconds` differ between ranks.
 
     Raises:
-        UserError: nothing to score, a token outside the vocabulary, or targets without any bytes.
+        UserError: there are no targets, a token is outside the vocabulary, or the scored targets have no bytes.
     """
     started = time.perf_counter()
     stride = config.eval_stride if stride is None else stride
@@ -138,7 +138,7 @@ def evaluate_model(
 
 
 def _sharing_problem(model: Scorable, share_layer0: bool, stride: int, seq_len: int) -> str | None:
-    """Why windows do not share layer 0's queries, keys and values; None if they do."""
+    """Return why windows do not share layer 0's queries, keys and values, or None if they do."""
     if stride in (0, seq_len):
         return "windows do not overlap"
     return model.overlap_problem if share_layer0 else "share_layer0 is off"
@@ -177,11 +177,11 @@ class _Scorer:
         self.graphs = compiled and device.type == "cuda"
 
     def score(self, windows: WindowPlan, rows_from: int, batch_seqs: int) -> Iterator[int]:
-        """Score windows; yields the number of scored positions after each batch."""
-        # equal batches: one static shape, little padding in the last
+        """Score windows in batches. Yield the number of scored positions of each batch."""
+        # batches of equal size: all have one shape, and the last one needs little padding
         batches = -(-len(windows.start) // batch_seqs)
         batch = -(-len(windows.start) // batches)
-        # a window of length 0 scores nothing
+        # the padding consists of windows of length 0, which score nothing
         padded = np.pad(np.stack(windows), ((0, 0), (0, batches * batch - len(windows.start))))
         counts = (padded[1] - padded[2]).reshape(batches, batch).sum(1).tolist()
         parts = torch.from_numpy(padded).to(self.text.device).split(batch, dim=1)
@@ -194,7 +194,7 @@ class _Scorer:
             yield count
 
     def _add_batch(self, windows: Tensor, rows_from: int) -> None:
-        """Add the nats and bytes of `windows` `(3, B)`: starts, lengths and first scored positions."""
+        """Score a batch. `windows` is `(3, B)`: starts, lengths and first scored positions of B windows."""
         start, length, score_from = windows[..., None]
         last = len(self.text) - 2
         hidden = self._rows(start, length, rows_from).flatten(0, 1)
@@ -214,10 +214,10 @@ class _Scorer:
         self.byte_sum += torch.where(scored, self.tables.count(previous, target), 0).sum()
 
     def _rows(self, start: Tensor, length: Tensor, rows_from: int) -> Tensor:
-        """The head's input `(B, T - rows_from, d)`, from position `rows_from` on."""
+        """Return the head's input at the positions from `rows_from` on, `(B, T - rows_from, d)`."""
         last = len(self.text) - 2
         if self.share_layer0 and rows_from:
-            # if only the last rows are scored, windows are one stride apart
+            # windows that score only their last positions are one stride apart
             windows, stride = len(start), len(self.columns) - rows_from
             places = start[0] + torch.arange((windows - 1) * stride + len(self.columns), device=start.device)
             covered = self.text[places.clamp(max=last)].long()
@@ -229,7 +229,7 @@ class _Scorer:
         return self.hidden(ids.long(), recurrence=self.recurrence, rows_from=rows_from)
 
     def _capture(self, windows: Tensor, rows_from: int) -> Callable[[Tensor, int], None]:
-        """`_add_batch` as one CUDA graph, for batches of the shape of `windows`."""
+        """Capture `_add_batch` as a CUDA graph. Return a function that replays it for windows of the same shape."""
         held, graph = windows.clone(), torch.cuda.CUDAGraph()
         # another thread may copy training batches meanwhile
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -244,7 +244,7 @@ class _Scorer:
 
 @contextmanager
 def _evaluating(model: Scorable) -> Iterator[None]:
-    """Evaluation mode inside the context; training mode is restored."""
+    """Put the model into evaluation mode inside the context, and restore its training mode afterwards."""
     trained = model if isinstance(model, nn.Module) and model.training else None
     if trained is not None:
         trained.eval()
@@ -261,7 +261,7 @@ def _resident(tokens: np.ndarray, vocab_size: int, device: torch.device) -> Tens
 
 
 def _reduce(nll_sum: Tensor, tokens: int, byte_sum: Tensor, world_size: int) -> tuple[float, int, int]:
-    """Nats, tokens and bytes, summed over all ranks."""
+    """Return nats, tokens and bytes, each summed over all ranks."""
     counts = torch.stack([byte_sum.new_tensor(tokens), byte_sum])
     if world_size > 1:
         if not dist.is_initialized():
@@ -283,10 +283,10 @@ def score(
     progress: bool = True,
     description: str = "evaluate",
 ) -> tuple[EvalResult, dict[str, Any]]:
-    """Score the validation text of `data`; returns the score and its entry for evaluation.json. Every rank must call this.
+    """Score the validation text of `data`. Return the score and its entry for evaluation.json.
 
-    `weights` says what `model` was loaded from: "artifact", or "master" for the weights before rounding. Other arguments as
-    for `evaluate_model`.
+    Every rank must call this function. `weights` says from where `model` was loaded: "artifact", or "master" for the
+    weights before quantization. The other arguments are those of `evaluate_model`.
     """
     result = evaluate_model(
         model,
@@ -317,7 +317,7 @@ def flat_evaluation(
     rank: int = 0,
     world_size: int = 1,
 ) -> EvalResult:
-    """Validation in training: windows of train_seq_len that do not overlap."""
+    """Validate during training, with windows of train_seq_len tokens that do not overlap."""
     return evaluate_model(
         model,
         tokens,

@@ -1,4 +1,4 @@
-"""The windows of a sliding evaluation and the positions they score, as index arrays."""
+"""Index arrays of the windows of an evaluation, and of the positions that each window scores."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ RULES = ("once", "overlap_tail", "full_windows")
 
 
 class WindowPlan(NamedTuple):
-    """Windows over the targets 0 … T-1; target t is the token after input t. All arrays are `(windows,)` int64."""
+    """Windows over the targets 0 … T-1. Target t is the token after input t. All arrays are `(windows,)` int64."""
 
     start: np.ndarray  # first input
     length: np.ndarray  # number of inputs, at most the window length
-    score_from: np.ndarray  # first scored position in the window; all later ones are scored too
+    score_from: np.ndarray  # first scored position in the window; all later positions are scored too
 
     @property
     def scored(self) -> int:
@@ -25,16 +25,16 @@ class WindowPlan(NamedTuple):
 
 
 class WindowGroup(NamedTuple):
-    """Windows that go through the model in one shape: none scores a position before `rows_from`."""
+    """Windows of equal shape that go through the model together. No window scores a position before `rows_from`."""
 
     windows: WindowPlan
     rows_from: int
 
 
 def group_windows(plan: WindowPlan, seq_len: int, stride: int) -> list[WindowGroup]:
-    """Separate the windows that score only the last `stride` positions (nearly all of them) from the others.
+    """Separate the windows that score only their last `stride` positions (nearly all windows) from the others.
 
-    Returns one or two groups, none empty. Arguments as for `plan_windows`.
+    Return one or two groups; no group is empty. `seq_len` and `stride` are those of `plan_windows`.
     """
     late = plan.score_from >= seq_len - (stride or seq_len)
     groups = ((~late, 0), (late, seq_len - (stride or seq_len)))
@@ -44,18 +44,19 @@ def group_windows(plan: WindowPlan, seq_len: int, stride: int) -> list[WindowGro
 
 
 def plan_windows(total_targets: int, seq_len: int, stride: int, rule: str = "once") -> WindowPlan:
-    """Windows of `seq_len` tokens over T = `total_targets` targets, and what each one scores.
+    """Plan windows of `seq_len` tokens over T = `total_targets` targets, and the positions that each window scores.
 
-    `once`: starts w = 0, stride, … while w + (seq_len - stride) < T. The first window scores all its positions, the others
-    those from seq_len - stride on: every target is scored exactly once.
-    `overlap_tail`: a window at every multiple of the stride below T scores the last `stride` positions of its actual length
-    (the first window all): the final targets are scored repeatedly.
-    `full_windows`: full windows only, each scores its last `stride` positions: the first seq_len - stride targets are never
-    scored.
-    Stride 0, any rule: windows do not overlap and score all positions.
+    `once`: a window starts at each w = 0, stride, 2 stride, … with w + (seq_len - stride) < T. The first window scores
+    all its positions. Each other window scores its positions from seq_len - stride on. Every target is scored once.
+    `overlap_tail`: a window starts at each multiple of the stride below T. The first window scores all its positions.
+    Each other window scores its last `stride` positions, even if it is shorter than seq_len. The final targets are
+    scored several times.
+    `full_windows`: like `overlap_tail`, but windows shorter than seq_len are left out, and the first window also scores
+    only its last `stride` positions. The first seq_len - stride targets are never scored.
+    If the stride is 0, windows do not overlap and score all positions, whatever the rule.
 
     Raises:
-        UserError: no targets, a stride out of range, an unknown rule, or no full window although the rule needs one.
+        UserError: there are no targets, the stride is out of range, the rule is unknown, or no full window fits.
     """
     if rule not in RULES:
         raise UserError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")

@@ -1,1 +1,1 @@
-"""Text from a trained model: `python -m train.generate`, and the samples of a run."""
+"""Generates text with a trained model: `python -m train.generate`, and the sample texts of a run."""

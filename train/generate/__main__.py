@@ -1,4 +1,4 @@
-"""`python -m train.generate RUN|ARTIFACT`: continue a prompt."""
+"""`python -m train.generate RUN|ARTIFACT` continues a prompt."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _at_least(lowest: int, kind: Callable[[str], float]) -> Callable[[str], floa
             raise argparse.ArgumentTypeError(f"expected at least {lowest}, got {text}")
         return value
 
-    # argparse names a value that is no number by its type
+    # argparse shows this name in its error for a value that is not a number
     parse.__name__ = kind.__name__
     return parse
 
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=arguments.seed,
     )
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # a terminal may lack a character of the text
+        # the terminal's encoding may lack a character of the text
         sys.stdout.reconfigure(errors="replace")
     for text in characters(tokenizer, itertools.chain(prompt, added)):
         print(text, end="", flush=True)

@@ -1,4 +1,4 @@
-"""A model with its tokenizer and its window, from a run folder or from an artifact alone."""
+"""Loads a model from a run folder or from an artifact alone, and finds its tokenizer and its window."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from train.run.folder import RunFolder
 
 
 class Loaded(NamedTuple):
-    """An artifact's model, in evaluation mode on the CPU, and how to use it."""
+    """An artifact's model, in evaluation mode on the CPU, with its window and its run's settings."""
 
     model: GPT
-    window: int  # tokens that it reads at once
+    window: int  # number of tokens that the model reads at once
     run: Config | None  # the run's settings, if the artifact lies in a run folder
 
 
 def load(path: Path, device: str = "auto") -> Loaded:
-    """Load the artifact of a run folder, or an artifact file; `device` decides the compute dtype.
+    """Load the artifact of a run folder, or an artifact file. `device` decides the compute dtype.
 
-    The window is that of the run's evaluation. An artifact outside a run folder does not say it: then it is
-    `rope_train_seq_len`, up to which the rotary base is the same.
+    The window is that of the run's evaluation. For an artifact outside a run folder the window is `rope_train_seq_len`,
+    the longest window for which the rotary base is not changed.
 
     Raises:
         UserError: the run is not finished, or the artifact cannot be read.
@@ -38,10 +38,10 @@ def load(path: Path, device: str = "auto") -> Loaded:
 
 
 def tokenizer_path(path: Path, run: Config | None, given: str = "") -> Path:
-    """The tokenizer of the run folder or artifact `path`: the file `given`, else the one that the run trained with.
+    """Find the tokenizer for the run folder or artifact `path`: the file `given`, or else the tokenizer of the run.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the tokenizer does not exist, or an artifact without a run needs `given`.
     """
     remedy = "give --tokenizer FILE, the .model file that made the shards"
     if given:

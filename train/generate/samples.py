@@ -1,4 +1,4 @@
-"""Sample texts of a run, printed and kept in samples.txt."""
+"""Prints sample texts of a run, and stores them in samples.txt."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from train.generate.text import characters, continue_text, encode
 from train.model.gpt import GPT
 from train.run.folder import RunFolder
 
-# they say more of Python's own texts than of web pages
+# these prompts suit a model of Python's own texts better than a model of web pages
 PROMPTS = ("import", "def", "The")
 TOKENS = 32
 TEMPERATURE = 0.8
 
 
 def sample_texts(config: Config, model: GPT, *, recurrence: bool) -> list[str]:
-    """One text for each prompt; the run's seed and the model decide them. The model's mode is restored."""
+    """Generate one text per prompt, reproducibly from the model and the run's seed. The model's mode is restored."""
     path = find_tokenizer(config.data_path, config.vocab_size, config.tokenizer_path)
     tokenizer = load_tokenizer(path, config.vocab_size)
     was_training, texts = model.training, []
@@ -39,9 +39,9 @@ def sample_texts(config: Config, model: GPT, *, recurrence: bool) -> list[str]:
 
 
 def write_samples(folder: RunFolder, config: Config, model: GPT, label: str, *, recurrence: bool = True) -> None:
-    """Print sample texts and put them into samples.txt, in place of earlier ones with this label.
+    """Print sample texts, and write them to samples.txt in place of earlier texts with this label.
 
-    They are not in the log, whose lines programs read.
+    The log does not get the texts, because programs parse its lines.
     """
     lines = [f"{label}: {text}" for text in sample_texts(config, model, recurrence=recurrence)]
     for line in lines:

@@ -1,4 +1,4 @@
-"""A text that a model continues token by token, and its characters."""
+"""Continues a text token by token with a model, and decodes tokens to characters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.model.gpt import GPT
 
 
 def encode(tokenizer: SentencePieceProcessor, prompt: str) -> list[int]:
-    """The tokens of a document that begins with `prompt`, which the tokenizer normalizes."""
+    """Encode the beginning of a document: BOS, then the tokens of `prompt`, which the tokenizer normalizes."""
     return [BOS, *tokenizer.Encode(prompt)]
 
 
@@ -31,16 +31,17 @@ def continue_text(
     seed: int | Sequence[int],
     recurrence: bool = True,
 ) -> Iterator[int]:
-    """Yield up to `tokens` tokens that continue the text `ids`; a BOS, which would begin another document, ends it.
+    """Yield up to `tokens` tokens that continue the text `ids`. A BOS ends the text: it would begin another document.
 
-    Each token is drawn from softmax(logits / temperature); temperature 0 takes the likeliest. The random numbers are those
-    of `np.random.default_rng(seed)`.
+    Each token is drawn from softmax(logits / temperature), with random numbers from `np.random.default_rng(seed)`. At
+    temperature 0 the likeliest token is taken.
 
-    The model, in evaluation mode, reads the last `window` tokens with the rotary base of that length, as in the evaluation.
-    When they are full, it forgets the first half and reads the others again as the beginning of a text.
+    The model must be in evaluation mode. It reads up to `window` tokens, with the rotary base for `window` tokens, as
+    evaluation does. When the window is full, the first half is dropped, and the model reads the rest again as the
+    beginning of a text.
 
     Raises:
-        UserError: the logits are no numbers.
+        UserError: a logit is NaN or infinite.
     """
     device = model.embedding.weight.device
     context = list(ids[-window:])
@@ -61,7 +62,7 @@ def continue_text(
 
 
 def characters(tokenizer: SentencePieceProcessor, ids: Iterable[int]) -> Iterator[str]:
-    """The text of tokens, as its characters are complete; what is no UTF-8 or not printable becomes �."""
+    """Yield the text of the tokens `ids` as characters become complete. Invalid or unprintable characters become �."""
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     for index in ids:
         yield _printable(utf8.decode(_bytes(tokenizer, index)))
@@ -71,7 +72,7 @@ def characters(tokenizer: SentencePieceProcessor, ids: Iterable[int]) -> Iterato
 def _bytes(tokenizer: SentencePieceProcessor, index: int) -> bytes:
     piece: str = tokenizer.IdToPiece(index)
     if tokenizer.IsByte(index):
-        # <0xNN>
+        # the piece is written <0xNN>
         return bytes.fromhex(piece[3:5])
     if tokenizer.IsControl(index) or tokenizer.IsUnknown(index) or tokenizer.IsUnused(index):
         return b""
