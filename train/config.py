@@ -86,6 +86,10 @@ class Config:
     rope_train_seq_len: int = setting(
         1024, "longest sequence that uses rope_base as it is; for longer ones NTK scaling raises the base", low=1
     )
+    rotary_table: str = setting(
+        "exact", "rounding of the rotary table up to rope_train_seq_len; bf16: of positions, frequencies, cosines, sines",
+        choices=("exact", "bf16", "bf16_frequencies"),
+    )  # fmt: skip
     qk_gain_init: float = setting(1.5, "initial gain of each query head, after the QK norm")
     logit_softcap: float = setting(30.0, "cap of the logits: they become cap * tanh(logits / cap)", low=1e-3)
     embed_dtype: str = setting("bfloat16", "dtype of embeddings and their moments", choices=("bfloat16", "float32"))

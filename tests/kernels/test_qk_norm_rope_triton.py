@@ -12,6 +12,7 @@ from qk_norm_rope_truth import EPS, LEAVES, errors_of_both, formula, run, truth,
 
 from golf_kernels import dispatch
 from golf_kernels.qk_norm_rope import qk_norm_rope
+from train.model.rope import rotary_table
 
 random = functools.partial(operator_truth.random, device=DEVICE)
 heads = functools.partial(qk_norm_rope_truth.heads, device=DEVICE)
@@ -48,6 +49,16 @@ def test_shapes(dtype, sizes):
     if sizes[4] == 2:
         limits |= {"q": float("inf"), "k": float("inf")}
     assert all(found[name] <= limits[name] for name in want), found
+
+
+@pytest.mark.parametrize("kind", ["exact", "bf16", "bf16_frequencies"])
+def test_takes_the_models_rotary_tables(kind):
+    tensors = heads(1, 300, 2, 1, 16, 8, torch.float32)
+    # a cosine and sine that are rounded to bfloat16 are up to 4e-3 away from the unit circle
+    table = rotary_table(300, 8, 1e4, kind=kind, dtype=torch.float32, device=torch.device(DEVICE))
+    tensors["cosine"], tensors["sine"] = table
+    found, plain = errors_of_both(tensors)
+    assert within(found, plain, torch.float32), (found, plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,23 +16,53 @@ from torch import Tensor
 EPS = 1.1920928955078125e-07
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 P = dict[str, Tensor]
+Table = Callable[[int, int], tuple[float, float]]
+"""Cosine and sine of position t in dimension pair i."""
 
 
 def rms(x: Tensor) -> Tensor:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + EPS)
 
 
-def rope(x: Tensor, dims: int, base: float) -> Tensor:
+def exact(dims: int, base: float) -> Table:
+    return lambda t, i: (math.cos(t * base ** (-2 * i / dims)), math.sin(t * base ** (-2 * i / dims)))
+
+
+def rounded(dims: int, base: float) -> Table:
+    def entry(t: int, i: int) -> tuple[float, float]:
+        angle = eight_bits(t) * eight_bits(base ** (-2 * i / dims))
+        return eight_bits(math.cos(angle)), eight_bits(math.sin(angle))
+
+    return entry
+
+
+def rounded_frequencies(dims: int, base: float) -> Table:
+    def entry(t: int, i: int) -> tuple[float, float]:
+        angle = t * eight_bits(base ** (-2 * i / dims))
+        return math.cos(angle), math.sin(angle)
+
+    return entry
+
+
+def eight_bits(x: float) -> float:
+    """x rounded to bfloat16, which has 8 significant bits."""
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(round(mantissa * 256) / 256, exponent)
+
+
+def rope(x: Tensor, dims: int, table: Table) -> Tensor:
     out = x.clone()
     for t in range(x.shape[0]):
         for i in range(dims // 2):
-            cos, sin = math.cos(t * base ** (-2 * i / dims)), math.sin(t * base ** (-2 * i / dims))
+            cos, sin = table(t, i)
             a, b = x[t, i], x[t, i + dims // 2]
             out[t, i], out[t, i + dims // 2] = a * cos + b * sin, -a * sin + b * cos
     return out
 
 
-def attention(p: P, layer: int, n: Tensor, dims: int, base: float, *, xsa: bool, extra: Tensor | None = None) -> Tensor:
+def attention(
+    p: P, layer: int, n: Tensor, dims: int, table: Table, *, xsa: bool, extra: Tensor | None = None
+) -> Tensor:
     prefix, length = f"blocks.{layer}.attention.", len(n)
     q, k, v = (n @ p[prefix + name].T for name in ("query", "key", "value"))
     if extra is not None:
@@ -40,8 +72,8 @@ def attention(p: P, layer: int, n: Tensor, dims: int, base: float, *, xsa: bool,
         mine = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
         group = head // (HEADS // KV_HEADS)
         theirs = slice(group * HEAD_DIM, (group + 1) * HEAD_DIM)
-        query = rope(rms(q[:, mine]), dims, base) * p[prefix + "q_gain"][head]
-        key, value = rope(rms(k[:, theirs]), dims, base), v[:, theirs]
+        query = rope(rms(q[:, mine]), dims, table) * p[prefix + "q_gain"][head]
+        key, value = rope(rms(k[:, theirs]), dims, table), v[:, theirs]
         scores = query @ key.T / math.sqrt(HEAD_DIM)
         scores = scores + torch.full((length, length), -math.inf, dtype=n.dtype).triu(1)
         y = torch.softmax(scores, dim=-1) @ value
@@ -68,10 +100,10 @@ def logits(p: P, x: Tensor) -> Tensor:
 
 
 def serial(
-    p: P, layer: int, x: Tensor, x0: Tensor, dims: int, base: float, slope: float, g: float, *, xsa: bool, extra: Tensor | None = None
+    p: P, layer: int, x: Tensor, x0: Tensor, dims: int, table: Table, slope: float, g: float, *, xsa: bool, extra: Tensor | None = None
 ) -> Tensor:  # fmt: skip
     x = mix(p, layer, x, x0)
-    x = x + p[f"blocks.{layer}.attn_scale"] * attention(p, layer, rms(x) * g, dims, base, xsa=xsa, extra=extra)
+    x = x + p[f"blocks.{layer}.attn_scale"] * attention(p, layer, rms(x) * g, dims, table, xsa=xsa, extra=extra)
     return x + p[f"blocks.{layer}.mlp_scale"] * mlp(p, layer, rms(x) * g, slope)
 
 
@@ -85,53 +117,54 @@ def value_embedding(p: P, ids: Tensor) -> Tensor:
     return p["ve.scale"] * (p["ve.embedding"][ids] @ p["ve.proj"].T)
 
 
-def plain_unet(p: P, x: Tensor, layers: int, base: float) -> Tensor:
+def plain_unet(p: P, x: Tensor, layers: int, table: Table) -> Tensor:
     x0, skips = x, []
     for layer in range(layers // 2):
-        x = serial(p, layer, x, x0, HEAD_DIM, base, 0.0, 1.0, xsa=False)
+        x = serial(p, layer, x, x0, HEAD_DIM, table, 0.0, 1.0, xsa=False)
         skips.append(x)
     for i, layer in enumerate(range(layers // 2, layers)):
         if skips:
             x = x + p["skips.weights"][i] * skips.pop()
-        x = serial(p, layer, x, x0, HEAD_DIM, base, 0.0, 1.0, xsa=False)
+        x = serial(p, layer, x, x0, HEAD_DIM, table, 0.0, 1.0, xsa=False)
     return logits(p, x)
 
 
 def baseline(p: P, ids: Tensor, recurrence: bool) -> Tensor:
-    base = 1e4 * (len(ids) / 8) ** (8 / 6)
-    return plain_unet(p, rms(p["embedding.weight"][ids]), 9, base)
+    # beyond the training length the NTK rule applies, and with it the exact table
+    table = exact(HEAD_DIM, 1e4 * (len(ids) / 8) ** (8 / 6))
+    return plain_unet(p, rms(p["embedding.weight"][ids]), 9, table)
 
 
 def sp1024(p: P, ids: Tensor, recurrence: bool) -> Tensor:
     rows = [40] + [((36313 * int(ids[t])) ^ (27191 * int(ids[t - 1]))) % 40 for t in range(1, len(ids))]
     bigram = p["bigram.scale"] * (p["bigram.embedding"][rows] @ p["bigram.proj"].T)
     x = smear(p, rms(p["embedding.weight"][ids] + bigram))
-    return plain_unet(p, x, 8, 1e4 * (len(ids) / 8) ** (8 / 6))
+    return plain_unet(p, x, 8, exact(HEAD_DIM, 1e4 * (len(ids) / 8) ** (8 / 6)))
 
 
 def sp2048(p: P, ids: Tensor, recurrence: bool) -> Tensor:
-    return plain_unet(p, rms(p["embedding.weight"][ids]), 8, 1e4)
+    return plain_unet(p, rms(p["embedding.weight"][ids]), 8, rounded(HEAD_DIM, 1e4))
 
 
 def sp4096(p: P, ids: Tensor, recurrence: bool) -> Tensor:
-    base = 1e4 * (len(ids) / 8) ** (4 / 2)
+    table = exact(4, 1e4 * (len(ids) / 8) ** (4 / 2))
     x = smear(p, rms(p["embedding.weight"][ids]))
     x0, h, skips = x, value_embedding(p, ids), []
     for layer in (0, 1, 2, 3, 4):
-        x = serial(p, layer, x, x0, 4, base, 0.5, 1 / math.sqrt(layer + 1), xsa=True)
+        x = serial(p, layer, x, x0, 4, table, 0.5, 1 / math.sqrt(layer + 1), xsa=True)
         skips.append(x)
         if recurrence and layer == 4:
-            x = x + 0.5 * (serial(p, layer, x, x0, 4, base, 0.5, 1 / math.sqrt(5), xsa=True) - x)
+            x = x + 0.5 * (serial(p, layer, x, x0, 4, table, 0.5, 1 / math.sqrt(5), xsa=True) - x)
     for i, layer in enumerate((5, 6)):
         x = x + p["skips.weights"][i] * skips.pop()
-        x = serial(p, layer, x, x0, 4, base, 0.5, 1 / math.sqrt(layer + 1), xsa=True)
+        x = serial(p, layer, x, x0, 4, table, 0.5, 1 / math.sqrt(layer + 1), xsa=True)
     for i, layer in enumerate((7, 8, 9, 10), start=2):
         if skips:
             x = x + p["skips.weights"][i] * skips.pop()
         x = mix(p, layer, x, x0)
         extra = p["ve.layer_scales"][layer - 9] * h if layer >= 9 else None
         n = rms(x) / math.sqrt(layer + 1)
-        attended = p[f"blocks.{layer}.attn_scale"] * attention(p, layer, n, 4, base, xsa=True, extra=extra)
+        attended = p[f"blocks.{layer}.attn_scale"] * attention(p, layer, n, 4, table, xsa=True, extra=extra)
         x = x + attended + p[f"blocks.{layer}.mlp_scale"] * mlp(p, layer, n, 0.5)
     return logits(p, x)
 
@@ -141,20 +174,21 @@ def sp8192(p: P, ids: Tensor, recurrence: bool) -> Tensor:
     decoder = (4, 5, 6) if recurrence else (5, 6)
     x = rms(p["embedding.weight"][ids])
     x0, h, skips = x, value_embedding(p, ids), []
+    table = rounded(4, 1e4)
     for layer in encoder:
-        x = serial(p, layer, x, x0, 4, 1e4, 0.5, 1 / math.sqrt(layer + 1), xsa=True)
+        x = serial(p, layer, x, x0, 4, table, 0.5, 1 / math.sqrt(layer + 1), xsa=True)
         skips.append(x)
     for i, layer in enumerate((*decoder, 7)):
         s = p["skips.weights"][i] * skips.pop()
         x = s + torch.sigmoid(p["skips.gates"][i]) * (x - s)
         if layer < 7:
-            x = serial(p, layer, x, x0, 4, 1e4, 0.5, 1 / math.sqrt(layer + 1), xsa=True)
+            x = serial(p, layer, x, x0, 4, table, 0.5, 1 / math.sqrt(layer + 1), xsa=True)
     lane0 = lane1 = x
     for layer in (7, 8, 9, 10):
         g = 1 / math.sqrt(layer + 1)
         extra = p["ve.layer_scales"][layer - 9] * h if layer >= 9 else None
         a = mix(p, layer, lane0, x0)
-        lane0 = a + p[f"blocks.{layer}.attn_scale"] * attention(p, layer, rms(a) * g, 4, 1e4, xsa=True, extra=extra)
+        lane0 = a + p[f"blocks.{layer}.attn_scale"] * attention(p, layer, rms(a) * g, 4, table, xsa=True, extra=extra)
         lane1 = lane1 + p[f"blocks.{layer}.mlp_scale"] * mlp(p, layer, rms(lane1) * g, 0.5)
     return logits(p, p["lane_mix"] * lane0 + (1 - p["lane_mix"]) * lane1)
 
@@ -187,6 +221,22 @@ def test_loss_is_the_mean_cross_entropy_of_the_formulas(system: str, recurrence:
     expected = reference_logits(system, dict(model.named_parameters()), ids, recurrence=recurrence)
     nll = torch.logsumexp(expected, dim=-1) - expected.gather(-1, targets[..., None]).squeeze(-1)
     torch.testing.assert_close(model.loss(ids, targets, recurrence=recurrence), nll.mean(), rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_loss_of_each_rotary_table_is_that_of_the_formulas() -> None:
+    losses = []
+    tables = {"exact": exact, "bf16": rounded, "bf16_frequencies": rounded_frequencies}
+    for kind, table in tables.items():
+        # positions from 257 on lose their last bit
+        config = narrow_config("sp2048", num_layers=2, rope_train_seq_len=300, rotary_table=kind, qat=False)
+        model, ids = random_model(config).eval(), random_ids(config, 1, 300)
+        targets, p = random_ids(config, 1, 300, seed=2), dict(model.named_parameters())
+        logits = plain_unet(p, rms(p["embedding.weight"][ids[0]]), 2, table(HEAD_DIM, 1e4))
+        expected = torch.nn.functional.cross_entropy(logits, targets[0])
+        losses.append(model.loss(ids, targets, recurrence=False))
+        torch.testing.assert_close(losses[-1], expected, rtol=0, atol=1e-9)
+    assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-5
 
 
 @pytest.mark.parametrize("system", ["sp4096", "sp8192"])

@@ -39,7 +39,7 @@ _HEADER_FIELDS = (
     "vocab_size", "document_masking", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope",
     "rope_base", "rope_dims", "rope_train_seq_len", "norm_eps", "logit_softcap", "embed_dtype", "ln_scale", "xsa_last_n",
     "smear_gate", "bigram_vocab_size", "bigram_dim", "trigram", "ve_dim", "ve_layers", "unet_skips", "skip_gates",
-    "parallel_start_layer", "parallel_form", "recur_layers", "recur_form", "recur_scale_params",
+    "parallel_start_layer", "parallel_form", "recur_layers", "recur_form", "recur_scale_params", "rotary_table",
 )  # fmt: skip
 # former settings: the format keeps them, with the only value left
 _FIXED_FIELDS = {"norm_eps": NORM_EPS, "unet_skips": True}

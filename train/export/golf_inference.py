@@ -208,13 +208,22 @@ def attention(
 def rotary_table(c: Any, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines `(length, 1, r/2)`; the NTK rule raises the base of texts longer than `rope_train_seq_len`."""
     dims, longest = c.rope_dims or c.model_dim // c.num_heads, max(length, c.window)
-    base = c.rope_base
-    if longest > c.rope_train_seq_len and dims > 2:
-        base = base * (longest / c.rope_train_seq_len) ** (dims / (dims - 2))
-    exponents = torch.arange(0, dims, 2, dtype=torch.float64, device=like.device) / dims
+    base, kind = c.rope_base, c.rotary_table
+    if longest > c.rope_train_seq_len:
+        kind = "exact"
+        if dims > 2:
+            base = base * (longest / c.rope_train_seq_len) ** (dims / (dims - 2))
+    frequencies = base ** -(torch.arange(0, dims, 2, dtype=torch.float64, device=like.device) / dims)
     positions = torch.arange(length, dtype=torch.float64, device=like.device)
-    angles = torch.outer(positions, base**-exponents)[:, None]
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    if kind != "exact":
+        frequencies = frequencies.bfloat16().double()
+    if kind == "bf16":
+        positions = positions.bfloat16().double()
+    angles = torch.outer(positions, frequencies)[:, None]
+    cosine, sine = angles.cos(), angles.sin()
+    if kind == "bf16":
+        cosine, sine = cosine.bfloat16(), sine.bfloat16()
+    return cosine.to(like.dtype), sine.to(like.dtype)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -183,7 +183,9 @@ class GPT(nn.Module):
             x = self.smear(x, document_starts(ids) if masked else None)
         length, rotary_dims = length or ids.shape[1], config.rope_dims or config.head_dim
         base = ntk_base(config.rope_base, rotary_dims, length, config.rope_train_seq_len)
-        rotary = rotary_table(length, rotary_dims, base, dtype=dtype, device=ids.device)
+        # the published scripts compute the frequencies of the NTK rule afresh, in float32
+        kind = config.rotary_table if length <= config.rope_train_seq_len else "exact"
+        rotary = rotary_table(length, rotary_dims, base, kind=kind, dtype=dtype, device=ids.device)
         documents = Documents.of(ids) if config.document_masking else None
         values = None if self.ve is None else self.ve(ids, dtype)
         return Shared(BlockInputs(x, rotary, None, documents), values)

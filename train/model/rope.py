@@ -18,17 +18,29 @@ def ntk_base(base: float, rotary_dims: int, length: int, train_length: int) -> f
 
 
 def rotary_table(
-    length: int, rotary_dims: int, base: float, *, dtype: torch.dtype, device: torch.device
+    length: int, rotary_dims: int, base: float, *, kind: str = "exact", dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines `(length, 1, r/2)` of angle[t, i] = t · base^(−2i/r); r = `rotary_dims` is even.
 
-    The middle dimension broadcasts over heads.
+    The middle dimension broadcasts over heads. `kind` says what is rounded to bfloat16, as in the published scripts, whose
+    buffer of frequencies was cast with the model:
+
+    exact: nothing
+    bf16_frequencies (#2135): the frequencies base^(−2i/r)
+    bf16 (#1471, #122, baseline): frequencies, positions t (256 to 511 go in steps of 2, …), cosines and sines
     """
     # float64: angles of large positions need its precision
-    exponents = torch.arange(0, rotary_dims, 2, dtype=torch.float64, device=device) / rotary_dims
+    frequencies = base ** -(torch.arange(0, rotary_dims, 2, dtype=torch.float64, device=device) / rotary_dims)
     positions = torch.arange(length, dtype=torch.float64, device=device)
-    angles = torch.outer(positions, base**-exponents)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    if kind != "exact":
+        frequencies = _rounded(frequencies)
+    if kind == "bf16":
+        positions = _rounded(positions)
+    angles = torch.outer(positions, frequencies)[:, None]
+    cosine, sine = angles.cos(), angles.sin()
+    if kind == "bf16":
+        cosine, sine = _rounded(cosine), _rounded(sine)
+    return cosine.to(dtype), sine.to(dtype)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -41,3 +53,13 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     half = cosine.shape[-1]
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cosine + second * sine, second * cosine - first * sine, rest], dim=-1)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """`x` float64 rounded to bfloat16: to nearest, ties to even.
+
+    Written in bits, because the compiler drops a cast to bfloat16 that is followed by a cast back.
+    """
+    bits = x.float().view(torch.int32)
+    kept = bits + 0x7FFF + (bits >> 16 & 1) & -0x10000
+    return kept.view(torch.float32).double()

@@ -2,6 +2,9 @@
 
 Published (8 × H100): val_bpb 1.2243657, 13,780 steps of 43.54 ms, 15,863,489 bytes.
 
+As in the published script, the rotary table is rounded to bfloat16: positions, frequencies, cosines and sines
+(ROTARY_TABLE=bf16).
+
 Deviations:
 - The artifact is int6 by GPTQ, compressed by brotli. The published one is int8 and zlib.
 - 10 of the 600 seconds are reserved for GPTQ's calibration.
@@ -13,6 +16,7 @@ SETTINGS = {
     "data_path": "data/datasets/fineweb10B_sp1024",
     "vocab_size": 1024,
     "num_layers": 9,
+    "rotary_table": "bf16",
     "gptq_reserve_seconds": 10.0,
     "eval_stride": 0,
     "logits_rounding": "bf16",

@@ -5,6 +5,8 @@ Published (8 × H100): 6,231 steps of 96.3 ms, a model of 11,667,026 bytes, 19,7
 submission carries, which the organisers ruled out. Without them the same model scored 1.1693 in a derivative. Details
 that #262 does not give are those of its parent, #198.
 
+As in the published script, 2,048 tokens are beyond the 1,024 of its rotary table, so NTK scaling computes an exact table.
+
 Deviations:
 - The rule for the 6 averaged checkpoints is not published. Here SWA averages every 200 steps once the learning rate is
   below 0.4 of its peak, which gives 6, too.

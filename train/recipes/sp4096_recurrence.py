@@ -7,6 +7,7 @@ As in the published script, where the README says otherwise:
 - Only layer 4 is repeated, because only encoder layers blend.
 - Parallel layers have the GPT-J form.
 - Only the EMA weights are quantized and scored.
+- 2,048 tokens are beyond the 1,024 of the rotary table, so NTK scaling computes an exact one.
 
 As in the published script, for calibration:
 - The trained model generates the 128 calibration sequences. This reads no training data and is outside the 600 seconds.

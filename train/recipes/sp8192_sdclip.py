@@ -6,6 +6,7 @@ Published (8 × H100): val_bpb 1.0866 (seeds 42, 1337, 2024: 1.08725556, 1.08655
 As in the published script:
 - U-Net skips have no effect once the two lanes have begun.
 - The scale floor of 1/31 replaces the scale of every row with a standard deviation below 0.078.
+- The rotary table is rounded to bfloat16: positions, frequencies, cosines and sines (ROTARY_TABLE=bf16).
 
 Deviations:
 - The Hessians are summed over ranks. The published script uses the 64 batches of rank 0.
@@ -28,6 +29,7 @@ SETTINGS = {
     "mlp_slope": 0.5,
     "rope_dims": 16,
     "rope_train_seq_len": 2048,
+    "rotary_table": "bf16",
     "qk_gain_init": 5.0,
     "orthogonal_init": True,
     "ln_scale": True,
