@@ -19,28 +19,28 @@ _IMPORTED = time.perf_counter()
 
 
 class WallClock:
-    """Training time, equal on all ranks, measured without draining the GPU's queue.
+    """Measures the training time, one number for all ranks, without draining the GPU's queue.
 
     The published scripts reduce a stop flag after every step and wait for it, so the host never runs ahead of the GPU.
-    Here the measured time is one or two steps old:
+    This clock's measured time is one or two steps old instead:
 
     * On CUDA an event marks the end of each step. `tick` waits for the previous step's event, which limits how far
       the host runs ahead.
-    * With several ranks, that time goes into an asynchronous all-reduce (MAX) on the CPU. The next `tick` waits for the
-      result, so all ranks use the same number in the same step.
+    * With several ranks, each rank's time of that event goes into an asynchronous all-reduce (MAX) on the CPU. The next
+      `tick` waits for the result, so all ranks use the same number in the same step.
 
-    `elapsed_seconds` extrapolates it to the present step by the mean step time. A run therefore ends with the first step
-    that reaches the cap, as published. One process on a CPU has no delay. The learning rate also follows
-    `elapsed_seconds`; in the published scripts, each rank computes it from its own clock.
+    `elapsed_seconds` extrapolates the measured time to the present step, by the mean step time. A run therefore ends
+    with the first step that reaches the cap, as in the published scripts. A single process on a CPU measures without
+    delay. The learning rate also follows `elapsed_seconds`; in the published scripts, each rank uses its own clock.
 
     The clock starts paused. Pause it for everything that is not training, such as validation.
 
     Args:
-        cap_seconds: training ends here; 0 for no cap.
+        cap_seconds: training time after which training ends; 0: no cap.
         group: process group that can reduce CPU tensors; None for one process.
-        device: where the steps run.
-        elapsed_seconds, steps: time and steps before this process, from a checkpoint.
-        now: host clock in seconds.
+        device: device on which the steps run.
+        elapsed_seconds, steps: training time and steps before this process, from a checkpoint.
+        now: function that returns the host's clock in seconds.
     """
 
     def __init__(
@@ -66,27 +66,27 @@ class WallClock:
 
     @property
     def elapsed_seconds(self) -> float:
-        """Training time in seconds: extrapolated at the last `tick`, or exact at the last `pause`."""
+        """Training time in seconds: extrapolated to the last `tick`, or exact after a `pause`."""
         steps, seconds = self._known
         return seconds * self.steps / steps if steps else seconds
 
     def read(self) -> float:
-        """This rank's own training time in seconds; waits for the device."""
+        """Wait for the device, and return this rank's own training time in seconds."""
         if self._start is None:
             return self._base
         return self._base + self._seconds_until(self._mark())
 
     def resume(self) -> None:
-        """Wait for the other ranks and start the time; work already queued on the device counts."""
+        """Wait for the other ranks and start the clock. Work already queued on the device counts as training."""
         if self._start is not None:
             raise RuntimeError("the wall clock is running: pause it before resume")
-        # otherwise the other ranks would count their wait for a rank that was writing a file
+        # without this wait, the clocks would count the time in which one rank still writes a file
         if self._group is not None:
             dist.all_reduce(torch.zeros(1), group=self._group)
         self._start = self._mark()
 
     def tick(self) -> bool:
-        """Count one finished (on CUDA: queued) step; return whether training ends here, the same on every rank."""
+        """Count one finished (on CUDA: queued) step. Return whether training ends now; all ranks return the same."""
         if self._start is None:
             raise RuntimeError("the wall clock is paused: resume it before tick")
         self.steps += 1
@@ -99,7 +99,7 @@ class WallClock:
         return self.cap_seconds > 0 and self.elapsed_seconds >= self.cap_seconds
 
     def pause(self) -> float:
-        """Wait for device and ranks, stop the time, and return the largest rank's training time in seconds."""
+        """Wait for the device and the ranks, stop the clock, and return the training time, the largest of any rank."""
         if self._start is None:
             raise RuntimeError("the wall clock is paused: resume it before pause")
         if self._device.type == "cuda":
@@ -140,14 +140,14 @@ class WallClock:
 
 
 class StageClock:
-    """Seconds per stage, saved in the run folder, because an earlier process may have finished a stage."""
+    """Measures the seconds of each stage. A file in the run folder keeps the seconds of stages of earlier processes."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.path: Path | None = None
 
     def keep_in(self, path: Path) -> None:
-        """Save the seconds in this file from now on; its seconds of other stages stay."""
+        """Save the seconds in the file `path` from now on. Seconds of other stages in that file stay."""
         remedy = "delete it (only the seconds per stage are lost) and resume again"
         earlier = read_json(path, remedy) if path.exists() else {}
         if not all(type(seconds) in (int, float) for seconds in earlier.values()):
@@ -158,7 +158,7 @@ class StageClock:
 
     @contextmanager
     def __call__(self, name: str, *, found: bool = False) -> Iterator[None]:
-        """Time a stage; if its result is `found` already, the saved seconds stay."""
+        """Time a stage. If an earlier process made its result (`found`), keep the saved seconds instead."""
         started = time.perf_counter()
         yield
         if not found:
@@ -171,9 +171,10 @@ class StageClock:
 
 
 class StartUp:
-    """Seconds of each phase before the first step, from the import of this module on; Python's own start is not counted.
+    """Measures the seconds of each phase before the first training step.
 
-    The first phase, `start`, ends when this object is made.
+    The first phase, `start`, begins when this module is imported and ends when this object is made. Python's own start
+    is not counted.
     """
 
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
@@ -185,7 +186,7 @@ class StartUp:
         return sum(self.parts.values())
 
     def end(self, part: str) -> None:
-        """Call at the end of a phase, which began at the end of the previous one."""
+        """End the phase `part`, which began when the previous phase ended."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.parts[part] = self._now() - _IMPORTED - self.seconds

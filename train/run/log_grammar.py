@@ -1,4 +1,4 @@
-"""The grammar of Parameter Golf's logs: a regular expression per line, and a parser of whole logs."""
+"""The grammar of Parameter Golf's logs: a regular expression per kind of line, and a parser of whole logs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.common.wording import SEPARATOR
 
 _NUMBER = r"(?:\d+(?:\.\d+)?|nan|inf)"
 _RESULT = rf"val_loss:(?P<val_loss>{_NUMBER}) val_bpb:(?P<val_bpb>{_NUMBER})"
-# how weights are packed: int6+brotli, w6e16+zstd22
+# how the weights are packed, such as int6+brotli or w6e16+zstd22
 _FORM = r"(?P<form>[a-z]\w*\+\S+)"
 _CLOCK = rf"train_time:(?P<train_time_ms>{_NUMBER})ms"
 
@@ -37,11 +37,11 @@ GRAMMAR: dict[str, re.Pattern[str]] = {
     "final": re.compile(
         rf"final_(?P<name>\w+?) (?:stride:\d+ )?{_RESULT}(?: stride:(?P<stride>\d+))?(?: eval_time:(?P<eval_time_ms>{_NUMBER})ms)?"
     ),
-    # GPTQ's Hessians, from training data, after the last step
+    # seconds for GPTQ's Hessians on training data, after the last step
     "calibration": re.compile(
         rf"(?i:gptq):\S*(?:loop-aware )?(?:calibrated|collected)\b.* in (?P<calibration_s>{_NUMBER})s\b"
     ),
-    # losses that choose the row clips, from training data, after calibration
+    # seconds for losses on training data that choose the row clips, after calibration
     "fitting": re.compile(rf"fit:measured on \d+ training tokens in (?P<fitting_s>{_NUMBER})s\b"),
     "train_loader": re.compile(r"train_loader:dataset:(?P<dataset>\S+) train_shards:(?P<train_shards>\d+)\b"),
     "model_params": re.compile(r"model_params:(?P<model_params>\d+)\b"),
@@ -56,26 +56,26 @@ _TEXT = frozenset({"name", "form", "dataset"})
 
 
 Numbers = dict[str, float]
-"""The numbers of a line, by group name of its pattern in `GRAMMAR`."""
+"""The numbers of a line: group name in the line's pattern of `GRAMMAR` → number."""
 
 
 class Log(TypedDict):
-    """The contents of a log; None where it has no such line."""
+    """The contents of a log. A field is None if the log has no line for it."""
 
-    steps: dict[int, Numbers]  # training lines by step
-    vals: dict[int, Numbers]  # validation lines by step
-    finals: dict[str, Numbers]  # by name, such as `int6_roundtrip_exact`
+    steps: dict[int, Numbers]  # step → its training line
+    vals: dict[int, Numbers]  # step → its validation line
+    finals: dict[str, Numbers]  # name, such as `int6_roundtrip_exact` → final score
     sizes: dict[str, int]  # bytes of `raw`, `code`, `model`, `total`
     form: str | None  # such as `int6+brotli`
-    facts: dict[str, Any]  # the key:value lines
-    lines: list[str]  # after the header
+    facts: dict[str, Any]  # values of the key:value lines
+    lines: list[str]  # all lines after the header
     warmup_steps: int
     stopping_early: Numbers | None
     peak_memory: Numbers | None
 
 
 def parse_log(path: str | os.PathLike[str]) -> Log:
-    """Parse a log in the published grammar, from this or another program; a missing file raises a UserError."""
+    """Parse a log in the published grammar, from this or another program. A missing file raises a UserError."""
     try:
         lines = Path(path).read_bytes().decode(errors="replace").split("\n")
     except FileNotFoundError as error:
@@ -118,8 +118,8 @@ def _store(found: Log, kind: str, values: dict[str, Any]) -> None:
 
 
 def _header_length(lines: list[str]) -> int:
-    # the header's source code may contain lines that look like results, so parsing starts after the separator that follows the
-    # versions; of several runs in the file, the last one counts
+    # the source code in the header may contain lines that look like results, so parsing starts after the separator that
+    # follows the versions; if the file holds several runs, the last one counts
     heads = [number for number, line in enumerate(lines) if line.startswith("Running Python ")]
     versions = heads[-1] if heads else None
     if versions is None or SEPARATOR not in lines[versions:]:

@@ -1,4 +1,4 @@
-"""A run's log, `train_seed<SEED>.log`, and its numbers, `metrics.jsonl`.
+"""Writes and reads a run's log, `train_seed<SEED>.log`, and its numbers, `metrics.jsonl`.
 
 Log lines keep the fields and units of published logs (see `train.run.log_grammar`), so existing scripts can parse them.
 New fields go to the end of a line.
@@ -36,7 +36,7 @@ class RunLogger:
         seed: the run's seed, part of the log's name.
         rank: rank of this process.
         echo: also print each line.
-        sinks: optional loggers for the numbers of each metric (see `train.run.sinks`); closed with this logger.
+        sinks: further loggers that get the numbers of each metric, see `train.run.sinks`. `close` closes them too.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class RunLogger:
     def metric(self, kind: str, **values: Any) -> None:
         """Append the JSON object `{"kind": kind, **values}` to metrics.jsonl; NaN and infinities become null."""
         append_metric(self._metrics, kind, values)
-        # a metric without a step, such as the final score, gets the last one
+        # a metric without a step, such as the final score, gets the step of the metric before it
         self._step = values.get("step", self._step)
         prefix = f"{kind}/{values['name']}" if "name" in values else kind
         numbers = {f"{prefix}/{name}": value for name, value in values.items() if name != "step" and _is_number(value)}
@@ -97,9 +97,9 @@ class RunLogger:
             sink.scalars(self._step, numbers)
 
     def header(self, source_text: str, *, gpu_report: str | None = None) -> None:
-        """Write the header: source code, versions and the output of `nvidia-smi`; nothing if the run is resumed.
+        """Write the header: source code, versions and the output of `nvidia-smi`. A resumed run gets no second header.
 
-        `gpu_report` replaces the output of `nvidia-smi`.
+        `gpu_report`, if given, replaces the output of `nvidia-smi`.
         """
         if self._log is None or self.resumed:
             return
@@ -125,7 +125,7 @@ class RunLogger:
         self.line(f"warmup_step:{step}/{total}{note}")
 
     def train_step(self, step: int, total: int, train_loss: float, train_time_ms: float, **extra: Any) -> None:
-        """Log a step's training loss; `train_time_ms` is the training clock, `extra` goes to the end of the line."""
+        """Log a step's training loss. `train_time_ms` is the training clock. The fields `extra` end the line."""
         average = train_time_ms / max(step, 1)
         tail = "".join(f" {name}:{_format(value)}" for name, value in extra.items())
         self.line(
@@ -134,7 +134,7 @@ class RunLogger:
         self.metric("train", step=step, train_loss=train_loss, seconds=train_time_ms / 1000, **extra)
 
     def val_step(self, step: int, total: int, val_loss: float, val_bpb: float, train_time_ms: float) -> None:
-        """Log a validation after `step` steps; `train_time_ms` is the training clock, which excludes validation."""
+        """Log a validation after `step` steps. `train_time_ms` is the training clock, which excludes validation."""
         average = train_time_ms / max(step, 1)
         self.line(
             f"step:{step}/{total} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
@@ -143,7 +143,7 @@ class RunLogger:
         self.metric("val", step=step, val_loss=val_loss, val_bpb=val_bpb, seconds=train_time_ms / 1000)
 
     def resume(self, step: int, train_time_ms: float) -> None:
-        """Log that training resumes at `step`; points that an earlier process logged after it are void."""
+        """Log that training resumes at `step`. Points that an earlier process logged for later steps are void."""
         self.line(f"resumed: step:{step} train_time:{train_time_ms:.0f}ms")
         self.metric("resume", step=step, seconds=train_time_ms / 1000)
 
@@ -165,7 +165,7 @@ class RunLogger:
         bits: int = 6,
         codec: str = "brotli",
     ) -> None:
-        """Log the sizes of the trained weights (`raw_bytes`), the code, the artifact, and the submission."""
+        """Log the bytes of the trained weights (`raw_bytes`), code, artifact (`model_bytes`) and submission."""
         form = f"int{bits}+{codec}"
         self.line(f"Serialized model: {raw_bytes} bytes")
         self.line(f"Code size: {code_bytes} bytes")
@@ -194,7 +194,7 @@ class RunLogger:
             val_bpb: bits per byte.
             seconds: duration of the evaluation.
             stride: new tokens per window; 0: a flat evaluation, whose lines have no stride.
-            facts: more values for metrics.jsonl.
+            facts: further values for metrics.jsonl.
         """
         for text in final_lines(name, val_loss, val_bpb, seconds, stride=stride):
             self.line(text)
@@ -203,7 +203,7 @@ class RunLogger:
 
 
 def final_lines(name: str, val_loss: float, val_bpb: float, seconds: float, *, stride: int = 0) -> tuple[str, str]:
-    """The two log lines of `RunLogger.final`."""
+    """Return the two log lines of `RunLogger.final`."""
     tail = f"{f' stride:{stride}' if stride else ''} eval_time:{seconds * 1000:.0f}ms"
     return (
         f"final_{name} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}{tail}",
@@ -212,7 +212,7 @@ def final_lines(name: str, val_loss: float, val_bpb: float, seconds: float, *, s
 
 
 def append_metric(target: TextIO | str | os.PathLike[str] | None, kind: str, values: dict[str, Any]) -> None:
-    """Append one object to a metrics file, which is open or a path; None does nothing."""
+    """Append one object to the metrics file `target`, an open file or a path. If `target` is None, do nothing."""
     if target is None:
         return
     if isinstance(target, (str, os.PathLike)):
@@ -224,10 +224,10 @@ def append_metric(target: TextIO | str | os.PathLike[str] | None, kind: str, val
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read metrics.jsonl, without an incomplete last line.
+    """Read the objects of metrics.jsonl. An incomplete last line is ignored.
 
     Raises:
-        UserError: the file is missing, or another line is not a JSON object with a `kind`.
+        UserError: the file is missing, or a complete line is not a JSON object with a `kind`.
     """
     try:
         text = Path(path).read_bytes().decode(errors="replace")
@@ -247,9 +247,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def series(records: list[dict[str, Any]], kind: str, field: str) -> list[tuple[int, float, float]]:
-    """The points (step, seconds, value) of one curve, sorted by step; points without a value are left out.
+    """Return the points (step, seconds, value) of the curve of `field` in metrics of one kind, sorted by step.
 
-    Where training resumed from a checkpoint, earlier points after that checkpoint are left out too.
+    Points without a value are left out, and so are points of an earlier process after the checkpoint that was resumed.
     """
     points: dict[int, tuple[int, float, float]] = {}
     for record in records:
@@ -261,7 +261,7 @@ def series(records: list[dict[str, Any]], kind: str, field: str) -> list[tuple[i
 
 
 def resumed_steps(records: list[dict[str, Any]]) -> list[int]:
-    """The steps at which training resumed, sorted; resuming from an earlier step removes the later ones."""
+    """Return the steps at which training resumed, sorted. Resuming at an earlier step voids the later ones."""
     steps: list[int] = []
     for record in records:
         if record["kind"] == "resume":
@@ -274,7 +274,7 @@ def _is_number(value: Any) -> bool:
 
 
 def finite(value: Any) -> Any:
-    """The value, or None for NaN and infinities, which JSON lacks."""
+    """Return the value, or None for NaN and infinities, which JSON lacks."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -286,13 +286,13 @@ def _write_line(file: TextIO, text: str) -> None:
     try:
         file.write(text + "\n")
     except OSError as error:
-        # the error for a full disk has no file name
+        # Python's error for a full disk has no file name
         error.filename = file.name
         raise
 
 
 def _open_for_lines(path: Path) -> TextIO:
-    # remove an incomplete last line, to which the next one would be appended
+    # remove an incomplete last line, because the next line would be appended to it
     if path.exists():
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):

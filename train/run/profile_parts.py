@@ -1,4 +1,4 @@
-"""Trace ranges around the kernels of each part of the model, eager or compiled."""
+"""Puts ranges into a profiler's trace that name the part of the model (eager or compiled) that launches each kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.profiler import record_function
 
 @contextlib.contextmanager
 def named_ranges(model: nn.Module) -> Iterator[None]:
-    """Put a range with the module's name around every module's forward pass, in a model that is not compiled."""
+    """Put a range with the module's name around the forward pass of every module of a model that is not compiled."""
     ranges: list[Any] = []
 
     def enter(name: str) -> Any:
@@ -42,13 +42,13 @@ def named_ranges(model: nn.Module) -> Iterator[None]:
 
 
 class KernelRanges:
-    """Opened by compiled code: the ranges of one call of the graph. Without a profiler, it does nothing."""
+    """Opens the ranges of one call of a compiled graph, from the compiled code. Without a profiler it does nothing."""
 
     def __init__(self) -> None:
         self._range: record_function | None = None
 
     def part(self, name: str) -> None:
-        """Close the open range and, if `name` is not empty, open one with that name."""
+        """Close the open range. If `name` is not empty, open a range with that name."""
         if self._range is not None:
             self._range.__exit__(None, None, None)
             self._range = None
@@ -59,12 +59,15 @@ class KernelRanges:
 
 @functools.cache
 def name_compiled_kernels(device: str) -> str | None:
-    """Make every graph that this process compiles for a `device` type from now on open a range per part of the model.
+    """Make all graphs that this process compiles from now on, for one device type, open a range per part of the model.
 
-    A range surrounds the launches of consecutive kernels of one part, forward and backward. The kernels do not change. The
-    code is not stored in the compile cache. Returns None, or why this version of torch is not supported.
+    A range surrounds the launches of consecutive kernels of one part, in the forward or the backward pass. The kernels
+    do not change. The compile cache does not store this code.
+
+    Returns:
+        None, or why this version of torch is not supported.
     """
-    # imported here: only a profile of a compiled model needs it
+    # imported here, because only a profile of a compiled model needs these modules
     try:
         from torch._functorch import config as autograd_config
         from torch._inductor import config, debug
@@ -122,7 +125,7 @@ def name_compiled_kernels(device: str) -> str | None:
             super().generate_return(output_refs)
 
     common.device_codegens[device] = dataclasses.replace(known, wrapper_codegen=RangeWrapper)
-    # Inductor then records the graph nodes of each kernel
+    # with this level, Inductor records the graph nodes of each kernel
     config.trace.provenance_tracking_level = 2
     # on torch 2.11 this cache may return graphs compiled without ranges
     autograd_config.enable_autograd_cache = False
@@ -130,10 +133,10 @@ def name_compiled_kernels(device: str) -> str | None:
 
 
 def part_of(nodes: Iterable[fx.Node]) -> str:
-    """The part of the model that a kernel with these graph nodes belongs to.
+    """Name the part of the model to which a kernel with these graph nodes belongs.
 
-    Views count only if all nodes are views. "blocks.0" includes "blocks.0.mlp". A kernel of two parts gets both names, a
-    kernel of more parts the first name and a number, a kernel of none "model".
+    Views count only if all nodes are views. "blocks.0" includes "blocks.0.mlp". A kernel of two parts gets both names.
+    A kernel of more parts gets the first name and the number of other parts. A kernel of no part gets "model".
     """
     nodes = list(nodes)
     names = {module_of(node) for node in nodes if not getattr(node.target, "is_view", False)} - {""}
@@ -145,7 +148,7 @@ def part_of(nodes: Iterable[fx.Node]) -> str:
 
 
 def module_of(node: fx.Node) -> str:
-    """The module whose forward or backward pass a graph node belongs to; empty for the model itself."""
+    """Name the module to whose forward or backward pass a graph node belongs; empty for the model itself."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     path = next((path for path, _ in reversed(stack.values())), "")
     return re.sub(r"^L\['\w+'\]\.?", "", path)

@@ -1,4 +1,4 @@
-"""Profiles of training steps: a Perfetto trace per rank, and ms per step by kernel family and by part of the model."""
+"""Profiles training steps: a Perfetto trace per rank, and ms per step for each kernel family and part of the model."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from train.run.clocks import WallClock
 from train.run.logger import RunLogger
 from train.run.profile_parts import named_ranges
 
-# a kernel (on a CPU: an operator) belongs to the first family whose pattern matches its name; golf_kernels' Triton kernels match by
-# full name
+# a kernel (on a CPU: an operator) belongs to the first family whose pattern matches its name; `^(…)_kernel` lists full
+# names of golf_kernels' Triton kernels
 _ELEMENTWISE = "elementwise and norms"
 FAMILIES: tuple[tuple[str, str], ...] = (
-    # Inductor's kernel names list all fused operations; triton_tem are matrix products
+    # first, because Inductor's kernel names list all fused operations; triton_tem kernels are matrix products
     (_ELEMENTWISE, r"^triton_(?!tem)"),
     ("communication", r"nccl|gloo|c10d"),
     (
@@ -59,14 +59,23 @@ def kernel_family(name: str) -> str:
 
 
 def part_of_any_layer(part: str) -> str:
-    """A part's name without layer numbers: "blocks.mlp" for "blocks.3.mlp"."""
+    """Remove the layer numbers from a part's name: "blocks.3.mlp" becomes "blocks.mlp"."""
     return re.sub(r"\.\d+", "", part)
 
 
 def breakdown(
     events: Iterable[tuple[str, float]], steps: int, group: Callable[[str], str] = kernel_family
 ) -> dict[str, float]:
-    """Milliseconds per step by group, largest first, of (name, microseconds) over `steps` steps."""
+    """Sum times for each group.
+
+    Args:
+        events: (name, microseconds) of each kernel in `steps` steps.
+        steps: number of steps.
+        group: a name's group.
+
+    Returns:
+        Group → milliseconds per step, largest first.
+    """
     total: dict[str, float] = {}
     for name, microseconds in events:
         total[group(name)] = total.get(group(name), 0.0) + microseconds / 1e3 / steps
@@ -74,23 +83,24 @@ def breakdown(
 
 
 def kernel_times(trace: profile) -> list[tuple[str, float]]:
-    """Name and microseconds of every kernel; on a CPU, of every operator, without the operators it calls."""
-    # key_averages takes seconds
+    """Return name and microseconds of every kernel; on a CPU, of every operator without the operators that it calls."""
+    # `trace.key_averages()` would take seconds
     if _of_gpu(trace):
         return [(e.name, e.self_device_time_total) for e in trace.events() if _is_kernel(e)]
     return [(e.name, e.self_cpu_time_total) for e in trace.events() if e.self_cpu_time_total > 0]
 
 
 def part_times(trace: profile) -> list[tuple[str, float]]:
-    """For each launched kernel (on a CPU: operator), its innermost range and its microseconds.
+    """Return (part of the model, microseconds) for each operator that launches kernels (on a CPU: for each operator).
 
-    A backward operator belongs to the range of its forward operator, with " backward" after the name. Kernels launched outside
-    all ranges, or by a CUDA graph, are "elsewhere".
+    The part is the innermost range around the operator. A backward operator belongs to the range of its forward
+    operator, with " backward" after the name. Kernels launched outside all ranges, or by a CUDA graph, belong to
+    "elsewhere".
     """
     events = [event for event in trace.events() if event.device_type.name == "CPU"]
     whole = sum(microseconds for _, microseconds in kernel_times(trace))
-    # autograd numbers its nodes per thread; an operator has the number of the next node, so the last operator with a number created
-    # that node
+    # autograd numbers its nodes per thread; an operator has the number of the next node, so the last operator with a
+    # number created the node with that number
     operators = [event for event in events if event.sequence_nr >= 0 and not event.fwd_thread]
     made_in = {(event.thread, event.sequence_nr): _part(event, {}) for event in operators}
     found = []
@@ -103,7 +113,7 @@ def part_times(trace: profile) -> list[tuple[str, float]]:
 
 
 def busy_ms(trace: profile, steps: int) -> float | None:
-    """Milliseconds per step in which the GPU ran at least one kernel; None without a GPU."""
+    """Return for how many ms per step the GPU ran at least one kernel, or None if it ran no kernel."""
     spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events() if _is_kernel(e))
     busy, until = 0.0, -math.inf
     for start, end in spans:
@@ -113,7 +123,7 @@ def busy_ms(trace: profile, steps: int) -> float | None:
 
 
 def _part(event: Any, made_in: Mapping[tuple[int, int], str]) -> str:
-    """The innermost range around an event, or around its forward operator; empty if there is none."""
+    """Name the innermost range around an event, or around its forward operator; empty if there is no range."""
     while event is not None and not _is_range(event):
         part = made_in.get((event.fwd_thread, event.sequence_nr), "")
         if part and part not in LOOP_RANGES:
@@ -132,16 +142,17 @@ def _is_kernel(event: Any) -> bool:
 
 
 def _is_range(event: Any) -> bool:
-    # torch.compile's own ranges are named by a checksum of the graph
+    # torch.compile's own ranges do not count: their names are checksums of the graph
     return event.is_user_annotation and not event.name.startswith(("## Call", "Torch-Compiled Region"))
 
 
 class StepProfiler:
-    """Profiles `steps` (counted from 0) of a run; every rank writes a trace to `<run>/profile/`, rank 0 the breakdowns.
+    """Profiles the steps `steps` of a run, counted from 0.
 
-    Starting and writing the profile do not count as training time. Training continues if a file cannot be written. The
-    profile ends early before a validation, a checkpoint, or the first step with recurrence. `parts` is the model if it is
-    not compiled, to name its modules in the trace.
+    Every rank writes a trace to `<run>/profile/`; rank 0 also writes the breakdowns. Starting and writing the profile
+    do not count as training time. Training continues if a file cannot be written. The profile ends early before a
+    validation, a checkpoint, or the first step with recurrence. `parts` is the model, whose modules the trace names; None
+    if the model is compiled.
     """
 
     def __init__(
@@ -149,7 +160,7 @@ class StepProfiler:
     ) -> None:
         self.steps = steps
         self.folder = folder / "profile"
-        # whether the profile began, or the log says why it will not
+        # _settled: the profile began, or the log says why it will not begin
         self._settled = self._recurrence = False
         self._ranks = ranks
         self._log = log
@@ -159,7 +170,7 @@ class StepProfiler:
         self._ranges = contextlib.ExitStack()
 
     def before(self, step: int, *, recurrence: bool) -> None:
-        """Call before each step: starts the profile at its first step, or logs that an earlier process did that step."""
+        """Call this before each step. It starts the profile at its first step, or logs that this step was done."""
         if not self._settled and step > self.steps.start:
             self._settled = True
             self._log.line(
@@ -179,19 +190,19 @@ class StepProfiler:
                 self._trace.start()
 
     def after(self, done: int) -> None:
-        """Call after each step with the number of finished steps: ends the profile after its last step."""
+        """Call this after each step with the number of finished steps. It ends the profile after its last step."""
         if self._trace is not None and done >= self.steps.stop:
             with self._paused():
                 self.end(done)
 
     def finish(self, done: int) -> None:
-        """Call at the end of training, with the clock paused: ends the profile, or logs why there is none."""
+        """Call this at the end of training, with the clock paused. It ends the profile, or logs why there is none."""
         if not self._settled:
             self._log.line(f"profile:none, this process did not reach step {self.steps.start}")
         self.end(done, "training ends")
 
     def end(self, done: int, why: str = "") -> None:
-        """End the profile after `done` steps, if one runs, and write it; the clock must be paused."""
+        """End and write the profile after `done` steps, if a profile runs. The clock must be paused."""
         if self._trace is None:
             return
         trace, self._trace = self._trace, None
@@ -212,7 +223,7 @@ class StepProfiler:
                 name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
                 title = f"steps {self.steps.start}-{done - 1} on {name}"
                 return write_breakdowns(self.folder, "", trace, steps, title) or ""
-        # no exception may leave here: the other ranks wait for this one's answer
+        # no exception may leave this method, because the other ranks wait for its answer
         except (OSError, RuntimeError, UserError) as error:
             return f"not all written ({error})"
         return ""
@@ -225,7 +236,7 @@ class StepProfiler:
 
 
 def new_trace(device: torch.device) -> profile:
-    """A profiler of operators and, on a GPU, kernels; not started."""
+    """Make a profiler of operators and, on a GPU, of kernels. It is not started yet."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     return profile(activities=activities)
 
@@ -234,7 +245,7 @@ def write_trace(path: Path, trace: profile) -> None:
     """Write a finished profile as compressed JSON, which Perfetto and chrome://tracing open.
 
     Raises:
-        OSError: it could not be written; no file is left.
+        OSError: the trace could not be written. No file is left.
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".trace") as folder:
         plain = Path(folder) / "trace.json"
@@ -247,9 +258,9 @@ def write_trace(path: Path, trace: profile) -> None:
 
 
 def write_breakdowns(folder: Path, prefix: str, trace: profile, steps: int, title: str) -> str | None:
-    """Write a profile's milliseconds per step by kernel family and by part of the model, as JSON and PNG.
+    """Write the milliseconds per step of each kernel family and of each part of the model, as JSON and PNG.
 
-    `parts.json` lists every layer, `parts.png` the sums over layers. Returns None, or why nothing was written.
+    `parts.json` lists every layer; `parts.png` shows sums over layers. Return None, or why nothing was written.
     """
     families, parts = breakdown(kernel_times(trace), steps), breakdown(part_times(trace), steps, str)
     if not families:
@@ -263,7 +274,7 @@ def write_breakdowns(folder: Path, prefix: str, trace: profile, steps: int, titl
 
 
 def plot_breakdown(path: Path, times: Mapping[str, float], title: str) -> None:
-    # imported here: only a profile needs matplotlib
+    # imported here, because only a profile needs matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -21,7 +21,7 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files in `<run>/tensorboard`, for `tensorboard --logdir runs`."""
+    """Writes event files to `<run>/tensorboard`, for `tensorboard --logdir runs`."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         module = _library("tensorboard")
@@ -37,7 +37,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run in the project WANDB_PROJECT (default golf_kernels); WANDB_MODE=offline keeps it in the run folder."""
+    """Logs to the project WANDB_PROJECT (default golf_kernels), or with WANDB_MODE=offline to the run folder."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         wandb = _library("wandb")
@@ -63,7 +63,7 @@ _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 def sink_names(text: str) -> list[str]:
-    """The names in the setting `loggers`, such as `tensorboard,wandb`; an unknown one raises a UserError."""
+    """Return the names in the setting `loggers`, such as `tensorboard,wandb`. An unknown name raises a UserError."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in SINKS:
@@ -78,10 +78,10 @@ def check_sinks(text: str) -> None:
 
 
 def open_sinks(text: str, folder: Path, settings: Mapping[str, Any]) -> list[Sink]:
-    """Start the loggers that the setting `loggers` names, for a run folder; they store the run's settings too.
+    """Start the loggers that the setting `loggers` names. They also store the run's settings.
 
     Raises:
-        UserError: see `check_sinks`, or Weights & Biases does not start.
+        UserError: `check_sinks` refuses the setting, or Weights & Biases does not start.
     """
     return [SINKS[name](folder, settings) for name in sink_names(text)]
 
