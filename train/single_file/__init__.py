@@ -1,1 +1,1 @@
-"""The single script that a record ships: the modules it needs, packing them, and its size."""
+"""Packs the modules that a run needs into the single script that a record ships, and counts its bytes."""

@@ -1,4 +1,4 @@
-"""The size of a submission's code; code and model together must stay below the cap."""
+"""Counts the bytes of a submission's code. Code and model together must not exceed the cap."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from train.single_file.sources import SCRIPT, read_source
 
 
 def counted_code_bytes(config: Config) -> int:
-    """Bytes of code that count against the cap: the packed script itself, or the one that these sources would become.
+    """Count the bytes of the packed script that is running, or of the script that these sources would be packed into.
 
     Raises:
-        UserError: see `check_code_form`.
+        UserError: `check_code_form` refuses the settings.
     """
     check_code_form(config)
     if SCRIPT is not None:
         return len(read_source(SCRIPT))
-    # a packed script does not carry this module
+    # imported here, because a packed script does not contain this module
     from train.single_file.pack import pack, script_settings
 
     return len(pack(config.recipe, script_settings(config), config.code_form))
 
 
 def check_code_form(config: Config) -> None:
-    """Check in advance that the code can be counted.
+    """Check before a run that the bytes of its code can be counted.
 
     Raises:
-        UserError: the form needs python-minifier, which is not installed.
+        UserError: `code_form` needs python-minifier, which is not installed.
     """
     minified = SCRIPT is None and config.code_form != "plain"
     if minified and importlib.util.find_spec("python_minifier") is None:

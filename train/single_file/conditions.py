@@ -1,4 +1,4 @@
-"""The conditions on which a packed script may leave a module out."""
+"""Evaluates the conditions on which a packed script needs a module."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from train.config import Config
 
 
 def holds(condition: str, config: Config) -> bool:
-    """Whether the settings meet a condition: a Python expression in `config` and `golf_kernels.dispatch.may_run`.
+    """Whether the settings meet a condition, a Python expression in `config` and `golf_kernels.dispatch.may_run`.
 
     Raises:
-        UserError: `golf_backend` cannot be read.
+        UserError: the setting `golf_backend` is invalid.
     """
     try:
         return bool(eval(condition, {"config": config, "may_run": may_run}))

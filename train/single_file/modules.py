@@ -1,6 +1,6 @@
-"""The modules that a script carries: those that a run with its settings may import.
+"""Finds the modules that a packed script contains: all modules that a run with its settings may import.
 
-Imports are followed from `ENTRY`, those inside functions too, except where the settings rule them out:
+Imports are followed from `ENTRY`, inside functions too, except where the settings rule an import out:
 
     if config.loggers:                                        an `if` whose test reads settings alone, and its `else`
         from train.run.sinks import open_sinks
@@ -11,7 +11,8 @@ Imports are followed from `ENTRY`, those inside functions too, except where the 
 
     register("xsa", "triton", …)                              functions of an operator's backend that only
                                                               `golf_backend` can turn on
-The script gets the list of modules it lacks, with the conditions, so that it can refuse settings that need one.
+The script also gets a list of the modules that it lacks, each with the condition of its import. With this list it can
+refuse settings that need a missing module.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ from train.single_file.sources import FOLDERS
 
 PROJECT = ("golf_kernels", "train")
 ENTRY = ("train.train_gpt", "train.pipeline", "train.evaluate.__main__")
-# these pack a script or prepare a record; a script does not need them
+# modules that pack a script or prepare a record; a packed script does not need them
 EXCLUDED = ("train.single_file.pack", "train.submission")
 
 
 class Modules(NamedTuple):
-    """The contents of a script."""
+    """The modules that a packed script contains, and those that it lacks."""
 
-    sources: dict[str, str]  # path → source of each module it carries
-    left_out: dict[str, str]  # module it lacks → the condition on which it would be imported, see `conditions.holds`
+    sources: dict[str, str]  # path → source of each module that the script contains
+    left_out: dict[str, str]  # missing module → the condition on which it would be imported, see `conditions.holds`
 
 
 def find_modules(config: Config) -> Modules:
-    """The modules that a run with these settings may import.
+    """Find the modules that a run with these settings may import.
 
     Raises:
-        UserError: `golf_backend` cannot be read.
+        UserError: the setting `golf_backend` is invalid.
     """
     backends = _backends()
     found: dict[str, Path] = {}
@@ -67,7 +68,7 @@ def find_modules(config: Config) -> Modules:
 
 
 def module_path(module: str) -> Path | None:
-    """The file of one of this project's modules; None for excluded modules and all other names."""
+    """Return the file of a module of this project, or None for an excluded module or any other name."""
     if module.partition(".")[0] not in PROJECT or any(
         module == name or module.startswith(f"{name}.") for name in EXCLUDED
     ):
@@ -85,9 +86,9 @@ def _name(module: str, path: Path) -> str:
 
 
 def imports(source: str, chosen: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Names that a module may import, import_module's arguments included, each with the conditions of its import.
+    """Yield each name that a module may import (arguments of import_module too), with the conditions of the import.
 
-    `chosen`: name of a function → the condition on which it is called, in addition to `IMPORTED_IF`.
+    `chosen` maps functions to the conditions on which they are called, in addition to the module's own `IMPORTED_IF`.
     """
     body = ast.parse(source).body
     yield from _imports(body, {**chosen, **_imported_if(body)}, ())
@@ -130,7 +131,7 @@ def _names(node: ast.AST) -> Iterator[str]:
 
 
 def _condition(test: ast.expr) -> str:
-    """The test as text for `holds` if it reads only settings, else ""."""
+    """Return the test as text for `holds` if it reads only settings, else ""."""
     return ast.unparse(test) if all(map(_reads_settings, ast.walk(test))) else ""
 
 
@@ -145,10 +146,10 @@ def _reads_settings(node: ast.AST) -> bool:
 
 
 def _backends() -> dict[str, dict[str, str]]:
-    """Module → function that implements an operator's backend → the condition on which it may run."""
+    """Return module → function that implements an operator's backend → condition on which the function may run."""
     found: dict[str, dict[str, list[str]]] = {}
     for op, backend, function in dispatch.registered():
-        # other callables import nothing
+        # callables that are not functions import nothing
         if hasattr(function, "__qualname__"):
             condition = f"may_run({op!r}, {backend!r}, config.golf_backend)"
             found.setdefault(function.__module__, {}).setdefault(function.__qualname__, []).append(condition)

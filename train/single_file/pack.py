@@ -1,11 +1,11 @@
 """Packs a run's code into one train_gpt.py, as it is or minified and compressed.
 
     plain     every module as it is
-    wrapped   without comments, help and annotations; compressed; base85 text
-    raw       the same as bytes: a fifth smaller, but not UTF-8
+    wrapped   modules without comments, help and annotations, compressed, as base85 text
+    raw       like wrapped, but as bytes: a fifth smaller, but not UTF-8
 
-The script writes its modules into a temporary folder and imports them from there, so that modules keep their names and
-Triton and torch.compile find their sources.
+The script writes its modules into a temporary folder and imports them from there. The modules therefore keep their
+names, and Triton and torch.compile find their sources.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from train.single_file.modules import Modules, find_modules
 from train.single_file.sources import LATIN1
 
 FORMS = ("plain", "wrapped", "raw")
-# no user's text goes into this docstring: quotes could end it, and a run must count the bytes that its record ships
+# the docstring contains no text of the user: quotes could end it, and a run must count the bytes that its record ships
 _HEAD = '''"""Trains, quantizes, packs and scores.
 
 One file, made of {count} modules: unpacked into a temporary folder, then imported. SETTINGS is the configuration of the run.
@@ -66,7 +66,7 @@ if __name__ == "__main__":
 
     main_guard(lambda: main(SETTINGS, LEFT_OUT))
 '''
-# every byte counts. bz2 verifies checksums; a truncated file lacks the last line and is a syntax error
+# short, because every byte counts; bz2 verifies checksums, and a truncated file lacks `finally`: a syntax error
 _LOADER = b"""try:
  import %b
  P=%b
@@ -78,12 +78,15 @@ finally:0
 
 
 def pack(recipe: str, settings: Mapping[str, str], form: str) -> bytes:
-    """The bytes of a train_gpt.py in one of `FORMS`.
+    """Pack the modules that a recipe with these settings needs into the bytes of one train_gpt.py.
 
-    `settings` are those that differ from the defaults, name in upper case → value as text; `RECIPE` is added.
+    Args:
+        recipe: name of the recipe; the script gets it as `RECIPE`.
+        settings: the settings that differ from the defaults: name in upper case → value as text.
+        form: one of `FORMS`.
 
     Raises:
-        UserError: no such form or recipe, or python-minifier is not installed and the form needs it.
+        UserError: the form or recipe does not exist, or the form needs python-minifier, which is not installed.
     """
     if form not in FORMS:
         raise UserError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
@@ -96,23 +99,23 @@ def pack(recipe: str, settings: Mapping[str, str], form: str) -> bytes:
     files = [f"FILES[{name!r}]={_literal(minify(name, source))}\n" for name, source in carried.sources.items()]
     text = "".join([minify("head", head), "\n", *files, minify("tail", _TAIL), "\n"])
     packed = bz2.compress(text.encode())
-    # the payload has its own line, which no traceback shows
+    # the payload has a line of its own, which tracebacks do not show
     if form == "wrapped":
         return _LOADER % (b"base64,bz2", b'"%b"' % base64.b85encode(packed), b"base64.b85decode(P)")
     return LATIN1 + _LOADER % (b"bz2", _latin1_literal(packed), b'P.encode("latin1")')
 
 
 def script_modules(recipe: str, settings: Mapping[str, str]) -> Modules:
-    """The modules of a script with these settings; arguments as for `pack`.
+    """Find the modules of a script with these settings. The arguments are those of `pack`.
 
     Raises:
-        UserError: there is no such recipe or setting.
+        UserError: the recipe or a setting does not exist.
     """
     return find_modules(resolve([], {"RECIPE": recipe, **settings})[0])
 
 
 def as_literal(values: Mapping[str, str]) -> str:
-    """A dictionary as Python source, one line per name."""
+    """Write a dictionary as Python source, with one line per name."""
     return "".join(["{\n", *(f"    {name!r}: {value!r},\n" for name, value in values.items()), "}"])
 
 
@@ -120,7 +123,8 @@ def as_literal(values: Mapping[str, str]) -> str:
 def minify(name: str, source: str) -> str:
     """Remove comments, docstrings, annotations and help texts of settings and flags; shorten local names.
 
-    Annotations in classes stay: dataclasses need them. Triton kernels keep all names and annotations: `tl.constexpr` is one.
+    Annotations in classes stay, because dataclasses need them. Modules of Triton kernels keep all names and
+    annotations, because Triton reads annotations such as `tl.constexpr`.
 
     Raises:
         UserError: python-minifier is not installed.
@@ -150,13 +154,13 @@ def minify(name: str, source: str) -> str:
         remove_literal_statements=True,
         rename_locals=not kernels,
         rename_globals=False,
-        # hoisted literals are globals, which a kernel must not read; and repeated text compresses to almost nothing
+        # hoisted literals would be globals, which a Triton kernel must not read; repeated literals compress well anyway
         hoist_literals=False,
     )
 
 
 def recipe_settings(config: Config) -> dict[str, Any]:
-    """The settings that differ from the defaults or from the recipe, without those of a machine or a seed."""
+    """Return the settings that differ from the defaults or from the recipe, except those in `LOCAL` (seed, paths)."""
     defaults, recipe = vars(Config()), vars(load_recipe(config.recipe).config())
     return {
         name: value
@@ -166,22 +170,22 @@ def recipe_settings(config: Config) -> dict[str, Any]:
 
 
 def script_settings(config: Config) -> dict[str, str]:
-    """`recipe_settings` as a script carries them: name in upper case → value as text."""
+    """Return `recipe_settings` as a script contains them: name in upper case → value as text."""
     return {name.upper(): format_value(value) for name, value in recipe_settings(config).items()}
 
 
 def form_bytes(recipe: str) -> dict[str, int]:
-    """Bytes of a recipe's script in each form, as a run counts them.
+    """Return the size of a recipe's script in each form: form → bytes.
 
     Raises:
-        UserError: see `pack`.
+        UserError: `pack` refuses the recipe.
     """
     settings = script_settings(load_recipe(recipe).config())
     return {form: len(pack(recipe, settings, form)) for form in FORMS}
 
 
 def _literal(source: str) -> str:
-    """The source as a string literal: raw if possible, so that people can read it."""
+    """Write source code as a string literal, if possible a raw one, so that people can read it."""
     for quotes in ("'" * 3, '"' * 3):
         text = f"r{quotes}{source}{quotes}"
         try:
@@ -194,8 +198,8 @@ def _literal(source: str) -> str:
 
 
 def _latin1_literal(data: bytes) -> bytes:
-    """A string literal of characters 0 to 255 in a latin-1 source, with only the necessary escapes."""
+    """Write bytes as a string literal for a latin-1 source, with only the necessary escapes."""
     text = data.replace(b"\\", rb"\\").replace(b"\r", rb"\r")
     text = re.sub(rb"\0(?![0-7])", rb"\\0", text).replace(b"\0", rb"\x00")
-    # no two quotes in a row, and none at the end
+    # escape a quote before another quote or at the end
     return b"'''%b'''" % re.sub(rb"'(?='|\Z)", rb"\\'", text)

@@ -1,4 +1,4 @@
-"""The source files of this program: those of a checkout, or the packed script."""
+"""Reads the source files of this program: the files of a checkout, or the packed script."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import golf_kernels
 from train.common.errors import UserError
 
-# the packed script that is running; None: it runs from sources
+# the packed script that is running; None: the program runs from a checkout
 SCRIPT: Path | None = getattr(sys.modules.get("__main__"), "PACKED_SCRIPT", None)
-# the first line of a script that is not UTF-8; Python reads it too
+# the first line of a script that is not UTF-8, which tells Python the encoding
 LATIN1 = b"# coding: latin-1\n"
 _ROOT = Path(__file__).resolve().parents[2]
 # a wheel has csrc and train inside golf_kernels
@@ -23,7 +23,7 @@ SUFFIXES = frozenset({".py", ".cpp", ".cu", ".cuh", ".h"})
 
 
 def package_source() -> str:
-    """All code of this program, each file after its name; a run's log begins with it."""
+    """Return all code of this program, each file after its name. A run's log begins with this code."""
     if SCRIPT is not None:
         paths = {SCRIPT.name: SCRIPT}
     else:
@@ -38,19 +38,19 @@ def package_source() -> str:
 
 
 def decoded(source: bytes) -> str:
-    """The text of a source file: UTF-8, or latin-1 if it is a packed script of form raw.
+    """Decode a source file from UTF-8, or a script that was packed as `raw` from latin-1.
 
     Raises:
-        UnicodeDecodeError: it is neither.
+        UnicodeDecodeError: the file is not UTF-8.
     """
     return source.decode("latin-1" if source.startswith(LATIN1) else "utf-8")
 
 
 def read_source(path: Path) -> bytes:
-    """The bytes of a source file.
+    """Read the bytes of a source file.
 
     Raises:
-        UserError: it is missing, or neither UTF-8 nor a packed script.
+        UserError: the file is missing, or neither UTF-8 nor a packed script.
     """
     try:
         source = path.read_bytes()
