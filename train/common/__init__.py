@@ -1,1 +1,1 @@
-"""Used everywhere in the trainer: errors, files, ranks, hardware, values, progress, wording."""
+"""Code that all of the trainer uses: errors, files, ranks, hardware, values, progress, wording."""

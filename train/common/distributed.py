@@ -1,4 +1,4 @@
-"""The ranks (processes) of a run: numbers, devices, process group."""
+"""The ranks (processes) of a run: their numbers, devices and process group."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-# must be imported before a process group exists: default arguments of its functions would keep the group alive past
-# interpreter exit, where gloo aborts
+# this module must be imported before a process group exists: default arguments of its functions would keep the group
+# alive past interpreter exit, where gloo aborts
 import torch.distributed.nn
 
 from train.common import hardware
 from train.common.errors import UserError
 from train.common.wording import counted
 
-# per step, over 1, 2, 4 or 8 ranks
+# micro-batches of a step, which 1, 2, 4 or 8 ranks divide
 MICRO_BATCHES = 8
 
 # compilation before the first step may take minutes
@@ -31,18 +31,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all processes of the run."""
+    """The number and device of this process among all processes of the run."""
 
     rank: int = 0
     local_rank: int = 0  # rank on this machine, and number of the GPU
     world_size: int = 1  # a divisor of 8
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    # of all ranks, with gloo for CPU tensors and NCCL for CUDA tensors; None for one process
+    # process group of all ranks, with gloo for CPU tensors and NCCL for CUDA tensors; None for one process
     group: dist.ProcessGroup | None = None
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of each rank per step."""
+        """Number of micro-batches of each rank per step."""
         return MICRO_BATCHES // self.world_size
 
     @property
@@ -67,10 +67,10 @@ class Ranks:
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 while the others wait; return its small picklable result on every rank.
+        """Run `work` on rank 0 while the other ranks wait. Return its small picklable result on every rank.
 
         Raises:
-            UserError: rank 0 raised it; every rank raises it, so that none keeps waiting.
+            UserError: `work` raised it. Every rank raises it, so that no rank keeps waiting.
         """
         done: list[T] = []
         problem = None
@@ -92,16 +92,16 @@ class Ranks:
 
     @torch.no_grad()
     def copy_from(self, source: int, tensors: Iterable[torch.Tensor]) -> None:
-        """Overwrite `tensors` with those of rank `source`; shapes, dtypes and device types must match."""
+        """Overwrite `tensors` with those of rank `source`. Shapes, dtypes and device types must match."""
         if self.group is not None:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=source, group=self.group)
 
     def barrier(self) -> None:
-        """Wait until every rank is here and its device is idle."""
+        """Wait until every rank has called this method and its device is idle."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        # a CPU tensor's sum always uses gloo; dist.barrier of a mixed group may not
+        # the sum of a CPU tensor always uses gloo; dist.barrier of a group with two backends may not
         self.sum(torch.zeros(1))
 
 
@@ -160,7 +160,9 @@ def start_ranks(device: str = "auto") -> Iterator[Ranks]:
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
-    """The device of this process, made current; `device` is "auto" (cuda if there is a GPU), "cpu" or "cuda".
+    """Return the device of this process, and make it the current device.
+
+    `device` is "auto" (cuda if there is a GPU), "cpu" or "cuda".
 
     Raises:
         UserError: there is no GPU, or there are fewer GPUs than processes on this machine.

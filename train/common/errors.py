@@ -1,4 +1,4 @@
-"""Errors that the user can fix. A command prints one sentence without a traceback and exits with code 2."""
+"""Errors that the user can fix. On such an error a command prints one sentence, no traceback, and exits with code 2."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
 
 
 def check_text(text: str, source: str) -> None:
-    """Raise a UserError if a text from the operating system is not UTF-8: no log or JSON file could hold it."""
+    """Raise a UserError if a text from the operating system is not UTF-8, because no log or JSON file could hold it."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Atomic files: written to a temporary file, synced, then renamed. Also JSON with a checksum."""
+"""Writes files atomically (temporary file, sync, rename), and writes and reads JSON with a checksum."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file private; results follow the user's umask
+        # mkstemp makes the file private, but results follow the user's umask
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
     except BaseException as error:
@@ -47,7 +47,7 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | memoryview | str) -> None:
-    """Write `data` (text as UTF-8) to `path`; readers see the old file or the whole new one."""
+    """Write `data` (text as UTF-8) to `path`. Readers see the old file or the whole new file."""
     with atomic_writer(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
@@ -58,7 +58,7 @@ def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
 
 
 def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
-    """Read one JSON object; check and remove its `crc32`, if it has one. Errors end with `remedy`, what the user should do.
+    """Read one JSON object. Check and remove its field `crc32`, if present. Errors end with `remedy`, the advice.
 
     Raises:
         UserError: the file is missing, unreadable, not one JSON object, or changed since it was written.
@@ -66,7 +66,7 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
     try:
         value = json.loads(Path(path).read_text())
         expected = value.pop(_CHECKSUM, None) if isinstance(value, dict) else None
-        # inside the try: an object may be nested too deeply to be encoded again
+        # inside the try, because an object may be nested too deeply to be encoded again
         found = _checksum(value)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from error

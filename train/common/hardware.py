@@ -12,12 +12,12 @@ from train.common.wording import counted
 
 
 def auto_device() -> str:
-    """What `device=auto` means on this machine: "cuda" if it has a GPU, else "cpu"."""
+    """Return the device that `device=auto` means on this machine: "cuda" if it has a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def hardware(device: torch.device, world_size: int) -> str:
-    """The GPUs or CPU cores that the run used, as the record names them."""
+    """Describe the GPUs or CPU cores of the run, as its record names them."""
     if device.type == "cuda":
         return f"{world_size} x {torch.cuda.get_device_name(device)}"
     return f"{counted(os.cpu_count() or 1, 'CPU core')} ({_cpu_name()}), {counted(world_size, 'process', 'processes')}"

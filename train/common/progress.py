@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, else a line every 10 seconds."""
+"""Shows the progress of long work: a bar on a terminal, elsewhere a line every 10 seconds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LINE_INTERVAL_SECONDS = 10.0
 
 
 class Progress:
-    """Progress of one task of `total` units, as a context manager; `enabled` False (on other ranks) shows nothing."""
+    """Context manager that shows the progress of a task of `total` units; nothing if `enabled` is False."""
 
     def __init__(self, total: int, description: str, unit: str = "", *, enabled: bool = True) -> None:
         self.total, self.description, self.unit, self.enabled = total, description, unit, enabled
@@ -24,7 +24,7 @@ class Progress:
             )
 
     def advance(self, amount: int = 1, note: str = "") -> None:
-        """Add `amount` finished units; `note` is shown at the end of the bar or line."""
+        """Add `amount` finished units. The bar or line ends with `note`."""
         self.done += amount
         if self.bar is not None:
             if note:

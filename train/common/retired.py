@@ -1,4 +1,4 @@
-"""Settings of earlier versions, which their files still hold."""
+"""Removed settings, which files of earlier versions still hold."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ RETIRED: dict[str, tuple[Any, ...] | None] = {
     "val_batch_size": None,
     "val_max_tokens": (0,),
 }
-"""Settings removed in `REMOVED_IN`: name → the values that match today's behaviour; None: all values do.
+"""Settings removed in `REMOVED_IN`: name → values that match today's behaviour; None: every value matches.
 
 A config.json or artifact with another value loads with a warning, unless the setting is in `MODEL_RETIRED`.
 """
 MODEL_RETIRED = frozenset({"norm_eps", "unet_skips"})
-"""Removed settings whose other values make the saved weights another model: they are refused."""
+"""Removed settings whose other values would make the saved weights another model. Those values are refused."""
 
 
 def check_retired(name: str, value: Any) -> None:

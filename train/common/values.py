@@ -1,4 +1,4 @@
-"""Values of settings: checks, parsing and formatting."""
+"""Checks, parses and formats the values of settings."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class ConfigError(UserError):
 def setting(
     default: Any, help: str, *, choices: Sequence[Any] = (), low: float | None = None, high: float | None = None
 ) -> Any:
-    """A dataclass field for a setting: its default, its line in `--help`, and the allowed values."""
+    """Make a dataclass field for a setting, with its default, its line in `--help`, and its allowed values."""
     return dataclasses.field(
         default=default, metadata={"help": help, "choices": tuple(choices), "low": low, "high": high}
     )
 
 
 def parse_text(kind: Any, text: str, source: str) -> Any:
-    """Convert the text of an environment variable or flag to type `kind`; errors begin with `source`, where it was given.
+    """Convert the text of an environment variable or flag to type `kind`. Errors begin with `source`, its name.
 
-    Lists are comma-separated; booleans are 0, 1, true, false, yes, no, on or off.
+    Lists are comma-separated. Booleans are 0, 1, true, false, yes, no, on or off.
 
     Raises:
-        ConfigError: `text` has another type.
+        ConfigError: `text` is not of type `kind`.
     """
     try:
         if kind is bool:
@@ -56,7 +56,7 @@ def parse_text(kind: Any, text: str, source: str) -> Any:
 
 
 def format_value(value: Any) -> str:
-    """A value as text, as on a command line."""
+    """Format a value as on a command line."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -67,7 +67,7 @@ def check_type(name: str, kind: Any, value: Any) -> None:
 
 
 def check_value(field: dataclasses.Field[Any], kind: Any, value: Any) -> None:
-    """Raise a ConfigError if the setting's type, choices or range do not allow the value."""
+    """Raise a ConfigError if the setting's type, choices or range exclude the value."""
     check_type(field.name, kind, value)
     choices, low, high = field.metadata["choices"], field.metadata["low"], field.metadata["high"]
     if isinstance(value, (int, float)) and not -_LARGEST <= value <= _LARGEST:
@@ -97,7 +97,7 @@ def _is_instance(value: Any, kind: Any) -> bool:
 
 
 def parse_steps(text: str) -> range:
-    """The steps FIRST, …, END - 1 of the text `FIRST:END`; none for an empty text. Other texts raise a ConfigError."""
+    """Parse `FIRST:END` to the steps FIRST, …, END - 1, and an empty text to no steps. Else raise a ConfigError."""
     if not text:
         return range(0)
     match = re.fullmatch(r"(\d+):(\d+)", text)

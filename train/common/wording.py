@@ -1,4 +1,4 @@
-"""Shared wording: counts in sentences, and the separator line of a log's header."""
+"""Wording that several modules share: counts, notes, and the separator line in a log's header."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ SEPARATOR = "=" * 100
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """A count with its noun: `1 shard`, `2 shards`, `1,024 matrices`; `plural` if it is not the noun plus s."""
+    """Write a count with its noun: `1 shard`, `2 shards`. `plural` is needed if it is not the noun plus s."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def stopped_early(steps: int, planned: int) -> str:
-    """Says that the time limit ended training before its planned steps."""
+    """Say that the time limit ended training before its planned number of steps."""
     return f"stopped by the time limit after {steps:,} of {planned:,} steps: the score is worse than after all of them"

@@ -1,4 +1,4 @@
-"""The run folder: the files of a run, from which each stage can be repeated."""
+"""The run folder, which holds the files of a run. Each stage can be repeated from these files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from train.config import BOOKKEEPING, Config
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The run folder `path`, `runs/<run_id>`, and its files."""
+    """A run folder, such as `runs/<run_id>`, and the paths of its files."""
 
     path: Path
 
@@ -76,7 +76,7 @@ class RunFolder:
         return not self.metrics.exists() or b'"kind": "train"' not in self.metrics.read_bytes()
 
     def read_config(self) -> Config:
-        """The settings of the run; a setting that config.json lacks has its default.
+        """Read the settings of the run. A setting that config.json lacks gets its default.
 
         Raises:
             UserError: the run does not exist, or its config.json cannot be read.
@@ -101,19 +101,19 @@ class RunFolder:
         write_json(self.config, config.to_dict())
 
     def drop_scores(self) -> None:
-        """Remove the old artifact's scores before it is replaced: they must not describe the new artifact."""
+        """Remove the scores of the artifact. Call this before the artifact is replaced by another."""
         for path in (self.evaluation, self.summary):
             path.unlink(missing_ok=True)
 
     @contextmanager
     def held(self, *, shared: bool = False) -> Iterator[None]:
-        """Lock the run until the block ends or this process dies; shared locks exclude only unshared ones.
+        """Lock the run until the block ends or this process dies. Shared locks exclude only unshared locks.
 
         Raises:
             UserError: the run does not exist, another process has locked it, or its file system has no locks.
         """
         self.need_run()
-        # a separate file, because replacing a locked file would end the lock
+        # the lock is on a separate file, because replacing a locked file would end the lock
         with open(self.path / ".lock", "ab") as file:
             try:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -132,19 +132,19 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Inside a shared `held`: only one process at a time changes files."""
+        """Let only one process at a time change files. Use this inside a shared `held`."""
         with open(self.path / ".writing.lock", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             self._clear()
             yield
 
     def _clear(self) -> None:
-        """Remove the unfinished files of an interrupted process; the caller holds a lock."""
+        """Remove the unfinished files of an interrupted process. The caller must hold a lock."""
         for part in self.path.glob(".*.part"):
             part.unlink()
 
     def read_training(self, **kinds: type) -> dict[str, Any]:
-        """The contents of training.json; `kinds` are the types of the fields that must be there.
+        """Read training.json. `kinds` are the types of the fields that must be there.
 
         Raises:
             UserError: training has not finished, or the file cannot be read.
@@ -159,12 +159,12 @@ class RunFolder:
         return values
 
     def trained_config(self) -> Config:
-        """The settings of the trained model: without recurrence if training ended before it began."""
+        """Read the settings of the trained model, without recurrence if training ended before recurrence began."""
         config = self.read_config()
         return config if self.read_training(recurrence=bool)["recurrence"] else config.replace(recur_layers=())
 
     def need(self, path: Path, stage: str) -> Path:
-        """Return `path`; raise a UserError that names the command `stage` if it is not a file."""
+        """Return `path`. If it is not a file, raise a UserError that names the command `stage`."""
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: expected a file, found a folder: move it away and run {stage}")
         if not path.exists():
@@ -173,12 +173,12 @@ class RunFolder:
 
 
 def new_run_id(config: Config) -> str:
-    """`config.run_id`, or RECIPE_DATE-TIME if it is empty."""
+    """Return `config.run_id`, or RECIPE_DATE-TIME if `run_id` is empty."""
     return config.run_id or f"{config.recipe}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def create_run_folder(config: Config) -> RunFolder:
-    """Create the run folder with its config.json; with `resume=auto`, an existing folder is used again.
+    """Create the run folder with its config.json. With `resume=auto`, an existing folder is used again.
 
     Raises:
         UserError: the folder exists and `resume` is never, its settings differ, or another process is using it.
@@ -197,7 +197,7 @@ def create_run_folder(config: Config) -> RunFolder:
             raise UserError(f"{folder.path}: cannot resume with different settings: {listed}{_way_out(folder)}")
         return folder
     folder.path.parent.mkdir(parents=True, exist_ok=True)
-    # created whole, by a rename: a folder without config.json could be neither resumed nor started again
+    # a rename creates the folder with its config.json: without that file, it could be neither resumed nor started again
     with tempfile.TemporaryDirectory(dir=folder.path.parent, prefix=f".{config.run_id}.", suffix=".part") as work:
         made = RunFolder(Path(work, config.run_id))
         made.path.mkdir()
@@ -209,20 +209,20 @@ def create_run_folder(config: Config) -> RunFolder:
 def _way_out(folder: RunFolder) -> str:
     if not folder.is_untrained:
         return ""
-    # raises if another process is about to train in it
+    # `held` raises an error if another process is about to train in the folder
     with folder.held():
         return "; it has no trained step, so you can delete it and use its RUN_ID again"
 
 
 @contextmanager
 def open_run_folder(config: Config) -> Iterator[RunFolder]:
-    """`create_run_folder`, `held` until the block ends."""
+    """Create the run folder with `create_run_folder`, and hold its lock until the block ends."""
     folder = create_run_folder(config)
     with folder.held():
         yield folder
 
 
 def changed_settings(old: Config, new: Config, *, free: Iterable[str] = ()) -> list[tuple[str, Any, Any]]:
-    """(name, old, new) of each setting that differs, except BOOKKEEPING and `free`."""
+    """Return (name, old, new) for each setting that differs, except settings in BOOKKEEPING or `free`."""
     before, after, skipped = old.to_dict(), new.to_dict(), BOOKKEEPING.union(free)
     return [(name, before[name], after[name]) for name in before if name not in skipped and before[name] != after[name]]

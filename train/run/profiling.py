@@ -151,8 +151,8 @@ class StepProfiler:
 
     Every rank writes a trace to `<run>/profile/`; rank 0 also writes the breakdowns. Starting and writing the profile
     do not count as training time. Training continues if a file cannot be written. The profile ends early before a
-    validation, a checkpoint, or the first step with recurrence. `parts` is the model, whose modules the trace names; None
-    if the model is compiled.
+    validation, a checkpoint, or the first step with recurrence. `parts` is the model, whose modules the trace names;
+    None if the model is compiled.
     """
 
     def __init__(
