@@ -1,6 +1,6 @@
-"""The order of the training tokens, which does not depend on the number of ranks.
+"""Loads training tokens in an order that does not depend on the number of ranks.
 
-A step is 8 equal micro-batches, because the published runs have 8 ranks. Rank r of W takes the micro-batches r, r + W, …
+A step is 8 equal micro-batches, because the published runs have 8 ranks. Rank r of W takes micro-batches r, r + W, …
 Every step therefore sees the same tokens at any W, and W = 8 gives exactly the published order.
 """
 
@@ -28,7 +28,7 @@ Integers = npt.NDArray[np.int64]
 
 
 class TrainingShards:
-    """A dataset's training shards, memory-mapped and addressed as one sequence; tokens are checked as they are read."""
+    """A dataset's training shards, memory-mapped and addressed as one sequence. Tokens are checked as they are read."""
 
     def __init__(self, paths: list[Path], vocab_size: int) -> None:
         self.paths, self.vocab_size = paths, vocab_size
@@ -41,7 +41,7 @@ class TrainingShards:
         return int(self.ends[-1])
 
     def span(self, start: int, length: int) -> Tokens:
-        """`(length,)` tokens from position `start` on; after the last token comes the first again."""
+        """Return `(length,)` tokens from position `start` on. After the last token the first follows again."""
         parts, position = [], start % self.total
         while length:
             shard = int(np.searchsorted(self.ends, position, side="right"))
@@ -52,14 +52,14 @@ class TrainingShards:
         return np.concatenate(parts)
 
     def window(self, shard: int, offset: int, length: int) -> Tokens:
-        """`(length,)` tokens inside one shard."""
+        """Return the `(length,)` tokens of one shard from `offset` on."""
         tokens = self.tokens[shard][offset : offset + length]
         check_tokens(tokens, self.vocab_size, self.paths[shard])
         return tokens
 
 
 class Order(ABC):
-    """Chooses the tokens of each micro-batch: `sequences` rows of `seq_len` + 1 tokens, for inputs and shifted targets."""
+    """Chooses the tokens of each micro-batch: `sequences` rows of `seq_len` + 1 tokens, for inputs and next tokens."""
 
     def __init__(self, shards: TrainingShards, seq_len: int, sequences: int, seed: int) -> None:
         self.shards, self.seq_len, self.sequences, self.seed = shards, seq_len, sequences, seed
@@ -67,7 +67,7 @@ class Order(ABC):
 
     @abstractmethod
     def next_rows(self, micro_batches: range) -> list[Tokens]:
-        """The next step's rows, `(sequences, seq_len + 1)` uint16 for each of `micro_batches`."""
+        """Return the next step's rows: `(sequences, seq_len + 1)` uint16 for each of `micro_batches`."""
 
     def state_dict(self) -> State:
         return {"step": self.step, "tokens": self.shards.total}
@@ -85,9 +85,10 @@ class Order(ABC):
 
 
 class Sequential(Order):
-    """The tokens in their order: with L tokens per micro-batch, micro-batch v of step s starts at token (8s + v)(L + 1).
+    """Takes the tokens in their order.
 
-    It reads L + 1 tokens. Micro-batches do not overlap, so the first token of each is never a target.
+    With L targets per micro-batch, micro-batch v of step s reads L + 1 tokens from token (8s + v)(L + 1) on.
+    Micro-batches do not overlap, so the first token of a micro-batch is never a target.
     """
 
     def next_rows(self, micro_batches: range) -> list[Tokens]:
@@ -101,10 +102,10 @@ class Sequential(Order):
 
 
 class Shuffled(Order):
-    """Every window of every shard once per epoch, in a random order.
+    """Takes every window of every shard once per epoch, in a random order.
 
-    Epoch e seeds PCG64 with (seed, e), then draws the offset of each shard's first window and a permutation of all windows.
-    A step's windows go to the micro-batches in turn.
+    Epoch e seeds PCG64 with (seed, e), then draws the offset of each shard's first window and a permutation of all
+    windows. The micro-batches of a step take its windows in turn.
     """
 
     def __init__(self, shards: TrainingShards, seq_len: int, sequences: int, seed: int) -> None:
@@ -115,7 +116,7 @@ class Shuffled(Order):
 
     def next_rows(self, micro_batches: range) -> list[Tokens]:
         first = self.step * MICRO_BATCHES * self.sequences
-        # the last step of an epoch also takes windows of the next one
+        # the last step of an epoch also takes windows of the next epoch
         self.epochs = {epoch: drawn for epoch, drawn in self.epochs.items() if epoch >= first // int(self.ends[-1])}
         windows = range(first, first + MICRO_BATCHES * self.sequences)
         self.step += 1
@@ -141,17 +142,22 @@ class Shuffled(Order):
 
 
 class Coprime(Order):
-    """The coprime-stride order of #1471: each step mixes many shards and visits a shard's blocks in a coprime stride.
+    """Takes windows in the order of #1471: many shards per step, in each shard a stride coprime to its window count.
 
-    Window i of a shard starts at phase + ((start + i·stride) mod blocks)·seq_len. Phase, start and stride are drawn, in this
-    order, when the shard is first needed and after its last block. Let p = min(step / 1800, 1). A step draws 8 + 56 p shards
-    (at most all of them; fewer shards shorten the ramp) without replacement, with probability ∝ remaining^(0.9 - 0.4 p). Each
-    drawn shard gives one window, and a multinomial distributes the rest. The drawn shards are permuted, then each shard's
-    windows. Windows of different shards are interleaved in rounds: each round permutes the order of the round before and
-    takes the last window of every shard that has some left. Micro-batch v takes windows v, v + 8, …
+    A shard has `blocks` windows. Window i starts at phase + ((start + i·stride) mod blocks)·seq_len. Phase, start and
+    stride are drawn, in this order, when the shard is first needed and again after its last window.
 
-    All draws are those of the published code at 8 ranks, with one difference: PCG64 is seeded with a hash of the shards' names.
-    The published seed hashes their paths as given, so it changes with the folder. As published, the run's seed plays no role.
+    A step draws 8 + 56 p shards without replacement, where p = min(step / 1800, 1). With fewer than 64 shards, the number
+    rises from 8 to all shards. The probability of a shard is ∝ remaining^(0.9 - 0.4 p), where `remaining` counts its
+    windows not taken yet. Each drawn shard gives one window, and a multinomial draw distributes the step's other windows
+    over the drawn shards. Then the drawn shards are permuted, and the windows of each shard.
+
+    The windows are interleaved in rounds. Each round permutes the shards of the previous round, and takes the last window
+    of every shard that still has windows. Micro-batch v takes windows v, v + 8, … of the result.
+
+    All draws are those of the published code at 8 ranks, with one difference. PCG64 is seeded here with a hash of the
+    shards' names, and in the published code with a hash of their paths, which changes with the folder. In both, the
+    run's seed has no effect.
     """
 
     RAMP_STEPS = 1800
@@ -162,7 +168,7 @@ class Coprime(Order):
         self.names_seed = names_seed([path.name for path in shards.paths])
         self.random = np.random.Generator(np.random.PCG64(self.names_seed))
         self.eligible = np.flatnonzero((shards.lengths - 1) // seq_len > 0)
-        # columns: phase, start, stride, blocks, blocks taken; zero blocks: not drawn yet
+        # per shard: phase, start, stride, blocks, windows taken; 0 blocks: not drawn yet
         self.walks = np.zeros((len(shards.tokens), 5), dtype=np.int64)
 
     def next_rows(self, micro_batches: range) -> list[Tokens]:
@@ -243,7 +249,7 @@ class Coprime(Order):
 
 
 def names_seed(names: list[str]) -> int:
-    """The seed of `Coprime`: from x = 0 on, x ← (x XOR byte) · 1099511628211 mod 2⁶⁴ for each byte of the names."""
+    """Hash names to the seed of `Coprime`: x = 0, then x ← (x XOR byte) · 1099511628211 mod 2⁶⁴ for each byte."""
     value = 0
     for byte in "".join(names).encode():
         value = (value ^ byte) * 1099511628211 % 2**64
@@ -251,13 +257,13 @@ def names_seed(names: list[str]) -> int:
 
 
 class BatchSource(Protocol):
-    """What a training step reads."""
+    """Gives each training step its batches."""
 
     def next_batch(self) -> list[Batch]: ...
 
 
 class Loader:
-    """Gives one rank its micro-batches; a thread prepares the next step's meanwhile.
+    """Gives one rank its micro-batches, while a thread prepares those of the next step.
 
     Batches go to a CUDA device asynchronously, as 16-bit integers from pinned memory.
     """
@@ -270,13 +276,13 @@ class Loader:
         self.pending: Future[tuple[list[torch.Tensor], State]] | None = None
 
     def next_batch(self) -> list[Batch]:
-        """This rank's 8 / world_size micro-batches: inputs and next tokens, each `(sequences, seq_len)` int64."""
+        """Return this rank's 8 / world_size micro-batches: inputs and targets, each `(sequences, seq_len)` int64."""
         rows, self.state = (self.pending or self.thread.submit(self._prepare)).result()
         self.pending = self.thread.submit(self._prepare)
         return [unpack(row, self.device) for row in rows]
 
     def state_dict(self) -> State:
-        """The order's state after the last batch returned, as numbers, strings and lists."""
+        """Return the order's state after the last batch that was returned, as numbers, strings and lists."""
         return self.state
 
     def load_state_dict(self, state: State) -> None:
@@ -295,7 +301,7 @@ class Loader:
 
 
 def unpack(row: torch.Tensor, device: torch.device) -> Batch:
-    """Inputs and targets, `(sequences, seq_len)` int64 on the device, from `(sequences, seq_len + 1)` int16."""
+    """Turn `(sequences, seq_len + 1)` int16 into inputs and targets, `(sequences, seq_len)` int64 on the device."""
     # torch has little arithmetic for uint16, so the tokens travel as int16; the mask removes the sign
     ids = row.to(device, non_blocking=True).to(torch.int64) & 0xFFFF
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -323,10 +329,10 @@ def check_batch(config: Config) -> None:
 
 
 def make_loader(shards: TrainingShards, config: Config, ranks: Ranks) -> Loader:
-    """A loader in the order that `config.loader` names, at its first batch.
+    """Make a loader in the order that `config.loader` names. It begins with the first batch.
 
     Raises:
-        UserError: the world size does not divide 8, the shards hold less than one sequence, or see `check_batch`.
+        UserError: the world size does not divide 8, the shards hold less than one sequence, or `check_batch` refuses.
     """
     rank, world_size = ranks.rank, ranks.world_size
     if world_size < 1 or MICRO_BATCHES % world_size or not 0 <= rank < world_size:
