@@ -49,3 +49,15 @@ def test_a_run_says_where_the_time_limit_stopped_it(dataset: Path, tmp_path: Pat
     assert f"\n{said}\n" in log
     trained(tmp_path / "clock", dataset, max_wallclock_seconds=1e-9, warmdown_by="clock")
     assert "stopped by" not in (tmp_path / "clock" / "train_seed1.log").read_text()
+
+
+def test_swa_needs_two_checkpoints(dataset: Path, tmp_path: Path) -> None:
+    changes = {"ema_decay": 0.0, "swa_start_frac": 1.0, "warmdown_frac": 1.0}
+    states = {}
+    # of 4 steps, every third is one, every second are two
+    for name, swa in (("last", {}), ("one", {"swa_every": 3}), ("two", {"swa_every": 2})):
+        result = trained(tmp_path / name, dataset, swa_enabled=bool(swa), **swa, **changes)
+        assert result.steps == 4
+        states[name] = result.model.state_dict()
+    assert all(torch.equal(states["one"][name], weight) for name, weight in states["last"].items())
+    assert not torch.equal(states["two"]["embedding.weight"], states["last"]["embedding.weight"])

@@ -188,8 +188,8 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
             log.line(f"training: {stopped_early(step, config.iterations)}")
     if ranks.device.type == "cuda":
         log.peak_memory(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
-    # from here on, the model has the averaged weights
-    average = ema or (swa if swa and swa.count else None)
+    # from here on, the model has the averaged weights; one checkpoint is no average (#198)
+    average = ema or (swa if swa and swa.count > 1 else None)
     if average:
         average.apply()
     # of the last step, not of the next one
