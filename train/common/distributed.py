@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The number and device of this process among all processes of the run."""
+    """This process's number, device and process group."""
 
     rank: int = 0
     local_rank: int = 0  # rank on this machine, and number of the GPU

@@ -1,4 +1,7 @@
-"""Errors that the user can fix. On such an error a command prints one sentence, no traceback, and exits with code 2."""
+"""Errors that the user can fix.
+
+For such an error a command prints one sentence without a traceback, and exits with code 2.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
 
 
 def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
-    """Read one JSON object. Check and remove its field `crc32`, if present. Errors end with `remedy`, the advice.
+    """Read one JSON object. Check and remove its field `crc32`, if present. Errors end with the advice `remedy`.
 
     Raises:
         UserError: the file is missing, unreadable, not one JSON object, or changed since it was written.

@@ -1,4 +1,4 @@
-"""The default device, and the name of the hardware."""
+"""Chooses the default device, and describes the hardware."""
 
 from __future__ import annotations
 

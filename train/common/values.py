@@ -97,7 +97,7 @@ def _is_instance(value: Any, kind: Any) -> bool:
 
 
 def parse_steps(text: str) -> range:
-    """Parse `FIRST:END` to the steps FIRST, …, END - 1, and an empty text to no steps. Else raise a ConfigError."""
+    """Parse `FIRST:END` to the steps FIRST, …, END - 1, and "" to no steps. Any other text raises a ConfigError."""
     if not text:
         return range(0)
     match = re.fullmatch(r"(\d+):(\d+)", text)

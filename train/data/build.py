@@ -103,7 +103,7 @@ def describe_dataset(
     Args:
         counts: split → number of documents, bytes of text.
         with_yardsticks: measure `yardsticks` on the decoded tokens, which are exactly the text that evaluation scores.
-        count_train_bytes: also count the normalized bytes of the training split, which reads all its tokens.
+        count_train_bytes: also count the normalized bytes of the training split (reads all its tokens).
     """
     tables = byte_tables(tokenizer, tokenizer.vocab_size())
     paths = {split: find_shards(folder, split) for split in counts}
@@ -135,7 +135,7 @@ def describe_dataset(
 def prepare_tokenizer(
     documents: Iterable[str], vocab_size: int, path: Path, existing: str | Path = ""
 ) -> SentencePieceProcessor:
-    """Copy the tokenizer `existing` to `path`; if it is empty, train a tokenizer and write it to `path`."""
+    """Copy the tokenizer `existing` to `path`. If `existing` is empty, train a tokenizer and write it to `path`."""
     if existing:
         tokenizer = load_tokenizer(existing, vocab_size)
         atomic_write(path, Path(existing).read_bytes())

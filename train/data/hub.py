@@ -42,7 +42,7 @@ class Unreachable(UserError):
 
 
 class Source(ABC):
-    """A repository of shards. Its files are in the folder `prefix`; if `prefix` is empty, at the top."""
+    """A repository of shards. Its files are in the folder `prefix`, or at the top level if `prefix` is empty."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix.strip("/")
@@ -65,7 +65,7 @@ class Source(ABC):
 
 
 class HubSource(Source):
-    """A dataset repository on the Hugging Face Hub, whose client resumes and caches downloads."""
+    """A dataset repository on the Hugging Face Hub. The Hub's client resumes and caches downloads."""
 
     def __init__(self, repo: str, prefix: str) -> None:
         super().__init__(prefix)

@@ -147,13 +147,13 @@ class Coprime(Order):
     A shard has `blocks` windows. Window i starts at phase + ((start + i·stride) mod blocks)·seq_len. Phase, start and
     stride are drawn, in this order, when the shard is first needed and again after its last window.
 
-    A step draws 8 + 56 p shards without replacement, where p = min(step / 1800, 1). With fewer than 64 shards, the number
-    rises from 8 to all shards. The probability of a shard is ∝ remaining^(0.9 - 0.4 p), where `remaining` counts its
-    windows not taken yet. Each drawn shard gives one window, and a multinomial draw distributes the step's other windows
-    over the drawn shards. Then the drawn shards are permuted, and the windows of each shard.
+    A step draws 8 + 56 p shards without replacement, where p = min(step / 1800, 1). With fewer than 64 shards, the
+    number rises from 8 to all shards. The probability of a shard is ∝ remaining^(0.9 - 0.4 p), where `remaining` counts
+    its windows that are not taken yet. Each drawn shard gives one window, and a multinomial draw distributes the step's
+    other windows over the drawn shards. Then the drawn shards are permuted, and the windows of each shard.
 
-    The windows are interleaved in rounds. Each round permutes the shards of the previous round, and takes the last window
-    of every shard that still has windows. Micro-batch v takes windows v, v + 8, … of the result.
+    The windows are interleaved in rounds. Each round permutes the shards of the previous round, and takes the last
+    window of every shard that still has windows. Micro-batch v takes windows v, v + 8, … of the result.
 
     All draws are those of the published code at 8 ranks, with one difference. PCG64 is seeded here with a hash of the
     shards' names, and in the published code with a hash of their paths, which changes with the folder. In both, the

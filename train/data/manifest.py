@@ -39,7 +39,7 @@ class DatasetInfo:
 
 
 def read_manifest(data_path: str | Path) -> DatasetInfo | None:
-    """Read a dataset's manifest; None if the dataset has no manifest, as the published FineWeb shards.
+    """Read a dataset's manifest; None if the dataset has no manifest, like the published FineWeb shards.
 
     Raises:
         UserError: the file is not a manifest.

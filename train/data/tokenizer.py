@@ -92,7 +92,7 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> SentencePieceProcessor:
     """Load a SentencePiece model and check that `byte_tables` counts its bytes correctly.
 
     Raises:
-        UserError: the file is missing or not a SentencePiece model, has another vocabulary size, or is miscounted.
+        UserError: the file is missing, is no SentencePiece model or has another vocabulary size, or a count is wrong.
     """
     file = Path(path)
     if not file.is_file():
@@ -113,7 +113,7 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> SentencePieceProcessor:
 
 
 def find_tokenizer(data_path: str | Path, vocab_size: int, tokenizer_path: str | Path = "") -> Path:
-    """Find a dataset's tokenizer: `tokenizer_path`, or else the one in `data_path`, or else in its `../../tokenizers`.
+    """Find a dataset's tokenizer: `tokenizer_path`, else a file in `data_path`, else in `data_path/../../tokenizers`.
 
     Raises:
         UserError: there is no tokenizer, or `data_path` has several.

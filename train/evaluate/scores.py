@@ -14,7 +14,7 @@ from train.run.folder import RunFolder
 
 @dataclass(frozen=True)
 class EvalResult:
-    """A score and the figures that belong to it."""
+    """A score, and how it was measured."""
 
     val_loss: float  # nats per token
     val_bpb: float  # bits per byte

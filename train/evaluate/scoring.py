@@ -54,7 +54,7 @@ class Scorable(Protocol):
 
 
 class ByteCounter(Protocol):
-    """Counts the bytes of each target, int64, from the target and the token before it; such as `ByteTables`."""
+    """A counter of the bytes of each target, int64, given the token before it; for example `ByteTables`."""
 
     def count(self, previous: Tensor, target: Tensor) -> Tensor: ...
 
@@ -93,7 +93,7 @@ def evaluate_model(
         max_tokens: number of targets to score, from the first on; 0: all.
         share_layer0: compute embeddings and layer 0's projections once per token of a batch, if the model allows it.
         known: `(T,)` bool, true for targets of a paid prefix, which add bytes but no nats; None: no paid prefix.
-        rank, world_size: number of this rank, and of ranks. Each rank scores some windows; `torch.distributed` adds up.
+        rank, world_size: number of this rank, and number of ranks. The ranks divide the windows and add up their sums.
         progress: whether to show progress, with this rank's bpb so far.
         description: label of the progress bar.
 

@@ -99,7 +99,7 @@ class WallClock:
         return self.cap_seconds > 0 and self.elapsed_seconds >= self.cap_seconds
 
     def pause(self) -> float:
-        """Wait for the device and the ranks, stop the clock, and return the training time, the largest of any rank."""
+        """Wait for the device and the ranks, stop the clock, and return the longest training time of any rank."""
         if self._start is None:
             raise RuntimeError("the wall clock is paused: resume it before pause")
         if self._device.type == "cuda":

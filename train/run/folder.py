@@ -181,7 +181,7 @@ def create_run_folder(config: Config) -> RunFolder:
     """Create the run folder with its config.json. With `resume=auto`, an existing folder is used again.
 
     Raises:
-        UserError: the folder exists and `resume` is never, its settings differ, or another process is using it.
+        UserError: `run_id` is not a folder name; or the folder exists, and `resume` is never or its settings differ.
     """
     if not config.run_id.isprintable() or "/" in config.run_id or config.run_id in ("", ".", ".."):
         raise UserError(f"run_id: expected the name of a folder, got {config.run_id!r}: choose another RUN_ID")

@@ -1,4 +1,4 @@
-"""Puts ranges into a profiler's trace that name the part of the model (eager or compiled) that launches each kernel."""
+"""Names the part of the model (eager or compiled) that launches each kernel, by ranges in a profiler's trace."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def named_ranges(model: nn.Module) -> Iterator[None]:
 
 
 class KernelRanges:
-    """Opens the ranges of one call of a compiled graph, from the compiled code. Without a profiler it does nothing."""
+    """Opens the trace ranges of one call of a compiled graph.
+
+    The compiled code makes and calls this object. Without a profiler it does nothing.
+    """
 
     def __init__(self) -> None:
         self._range: record_function | None = None

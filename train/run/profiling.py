@@ -71,7 +71,7 @@ def breakdown(
     Args:
         events: (name, microseconds) of each kernel in `steps` steps.
         steps: number of steps.
-        group: a name's group.
+        group: function that gives the group of a name.
 
     Returns:
         Group → milliseconds per step, largest first.

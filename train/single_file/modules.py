@@ -146,7 +146,7 @@ def _reads_settings(node: ast.AST) -> bool:
 
 
 def _backends() -> dict[str, dict[str, str]]:
-    """Return module → function that implements an operator's backend → condition on which the function may run."""
+    """Return, for each module, its functions that implement a backend, each with the condition on which it may run."""
     found: dict[str, dict[str, list[str]]] = {}
     for op, backend, function in dispatch.registered():
         # callables that are not functions import nothing

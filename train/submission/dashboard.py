@@ -1,4 +1,4 @@
-"""Writes an HTML page with the curves, step times, sizes and scores of all runs in a folder. It needs no network."""
+"""Writes an HTML page with curves, step times, sizes and scores of all runs in a folder. The page needs no network."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _thinned(points: Sequence[tuple[int, float, float]]) -> list[tuple[int, floa
 
 
 def group_names(groups: dict[int, Config]) -> dict[int, str]:
-    """Name each group after its recipe and the settings in which the groups of that recipe differ."""
+    """Name each group of runs after its recipe and the settings in which the groups of that recipe differ."""
     names = {}
     for number, config in groups.items():
         others = [other for other in groups.values() if other.recipe == config.recipe]

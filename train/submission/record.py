@@ -165,7 +165,7 @@ def submission_json(
         summaries: one summary per seed.
         config: settings of the first run.
         details: facts that the author gives.
-        code_bytes: bytes of the shipped code. `artifact_bytes` is their sum with the bytes of model and paid prefix.
+        code_bytes: bytes of the shipped code. `artifact_bytes` is the sum of code, model and paid prefix.
     """
     results = {str(summary.seed): _seed_result(summary, code_bytes) for summary in summaries}
     # computed from the rounded scores, so that readers of the file get the same mean and deviation

@@ -105,7 +105,7 @@ class RecordFolder:
         return next((value for name in names if is_number(value := self.submission.get(name))), None)
 
     def result(self, seed: str) -> Numbers:
-        """Return a seed's numbers, such as val_bpb and steps. Those of its log replace those of submission.json."""
+        """Return a seed's numbers, such as val_bpb and steps. Its log takes precedence over submission.json."""
         values = dict(self.seed_results.get(seed, {}))
         for log in self.logs:
             if log.seed == seed:

@@ -47,7 +47,7 @@ class ScoredText:
     Attributes:
         challenge: whether the text is the challenge's whole validation text.
         tokens: number of scored tokens; 0: not known.
-        window: window length; tokens after the last full window are not scored.
+        window: window length of the evaluation, which may leave the tokens after the last full window unscored.
         tokenizer: SHA-256 of the tokenizer; empty: not known.
     """
 
@@ -102,7 +102,8 @@ def find_scores(name: str) -> RecordScores:
 
     Args:
         name: a record folder, a submission.json, the number of a published record, or a val_bpb such as 1.2193657. If
-            submission.json has no scores per seed and the folder has no log, its val_bpb is the only score.
+            submission.json has no scores per seed and the folder has no log, the only score is the val_bpb in
+            submission.json.
 
     Raises:
         UserError: the record does not exist, or has no score.
@@ -132,7 +133,7 @@ def find_scores(name: str) -> RecordScores:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value from a JSON file or log is a number of magnitude below 10¹⁸. NaN and booleans are not."""
+    """Whether a value from a JSON file or log is a number of magnitude below 10¹⁸. NaN and booleans do not count."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e18
 
 

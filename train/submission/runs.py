@@ -81,7 +81,7 @@ def read_run(path: Path) -> FinishedRun:
     """Read one run.
 
     Raises:
-        UserError: see `read_runs`.
+        UserError: the run is not finished, or its log is truncated or contradicts its other files.
     """
     folder = RunFolder(path)
     config = folder.trained_config()
@@ -109,7 +109,7 @@ def read_run(path: Path) -> FinishedRun:
 
 
 def tokenizer_facts(config: Config) -> dict[str, Any]:
-    """Describe the tokenizer, and check the bytes that it counts.
+    """Describe the tokenizer, and check its byte count on validation text.
 
     The check counts the bytes of the first million validation tokens and compares them with those of the decoded text.
 

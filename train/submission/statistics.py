@@ -1,4 +1,4 @@
-"""t-tests of whether a record is better than another one, and better by the 0.005 nats that a new record needs."""
+"""t-tests of whether one record is better than another, by any amount or by the 0.005 nats that a new record needs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class UnitTest:
 
 
 def t_test(ours: Sequence[float], theirs: Sequence[float], margin: float = 0.0) -> Any:
-    """Test, one-sided, whether the mean of `ours` is lower than the mean of `theirs` by more than `margin`.
+    """Run a one-sided t-test of whether the mean of `ours` is lower than that of `theirs` by more than `margin`.
 
     Welch's test: t = (m₁ + margin - m₂) / √(s₁²/n₁ + s₂²/n₂), with Satterthwaite's df. If `theirs` is one number x, the
     test takes x as exact: t = (m₁ + margin - x) / √(s₁²/n₁), df = n₁ - 1. In both cases p = P(T_df ≤ t).
@@ -53,7 +53,7 @@ def t_test(ours: Sequence[float], theirs: Sequence[float], margin: float = 0.0) 
         SciPy's result: statistic, df, pvalue.
 
     Raises:
-        UserError: `ours` has fewer than two scores, `theirs` has none, or neither varies.
+        UserError: `ours` has fewer than two scores, `theirs` has none, or the scores of neither vary.
     """
     if len(ours) < 2:
         raise UserError(f"A: {counted(len(ours), 'seed')}: a t-test needs at least two, a record three")
@@ -77,7 +77,7 @@ def unit_tests(ours: RecordScores, theirs: RecordScores) -> list[UnitTest]:
     """Test the required improvement once for each unit that "0.005 nats" may mean.
 
     The scores are bits per byte. If both records share a tokenizer, val_loss = val_bpb · ln 2 · bytes per token, so a
-    test on val_loss would have the same t. If the tokenizers differ, nats per token are tested once with each.
+    test on val_loss would have the same t. If the tokenizers differ, nats per token are tested once for each tokenizer.
     """
     sizes = [(side.name, side.bytes_per_token) for side in (theirs, ours) if side.bytes_per_token]
     if len(sizes) == 2 and math.isclose(sizes[0][1], sizes[1][1], rel_tol=_SAME_TOKENIZER):
@@ -113,7 +113,7 @@ class Comparison:
 
     @property
     def gain(self) -> float:
-        """Mean improvement in bits per byte."""
+        """Mean improvement of `a` over `b` in bits per byte."""
         return statistics.fmean(self.b.val_bpb) - statistics.fmean(self.a.val_bpb)
 
     def to_dict(self) -> dict[str, Any]:

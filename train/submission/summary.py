@@ -47,11 +47,11 @@ class Summary:
         flat_val_bpb: bits per byte of the reloaded artifact, with non-overlapping windows.
         eval_seconds: duration of the evaluation that gave `val_bpb`.
         tokens: number of tokens that this evaluation scored.
-        bytes: bytes of normalized text in these tokens.
+        bytes: bytes of the normalized text of these tokens.
         bytes_code: bytes of the submission's code.
         bytes_model: bytes of the artifact.
         bytes_prefix: bytes of the paid prefix; 0: none.
-        bytes_total: sum of code, artifact and prefix, which counts against the cap.
+        bytes_total: bytes of code, artifact and prefix together, which count against the cap.
         max_bytes: the cap in bytes.
         parameters: number of values in the artifact's tensors.
         hardware: names and number of the devices.
@@ -119,7 +119,7 @@ class Summary:
 
     @property
     def byte_parts(self) -> dict[str, int]:
-        """Part → its bytes; the parts are all that counts against the cap."""
+        """Bytes of each part of the submission that counts against the cap."""
         prefix = {"paid prefix": self.bytes_prefix} if self.bytes_prefix else {}
         return {**(self.model_groups or {"model": self.bytes_model}), **prefix, "code": self.bytes_code}
 
@@ -157,7 +157,7 @@ class Summary:
         """Read summary.json.
 
         Raises:
-            UserError: the file is missing or not a JSON object, or `from_dict` raises the error.
+            UserError: the file is missing or not a JSON object, or `from_dict` refuses its contents.
         """
         if not path.exists():
             raise UserError(f"{path}: missing: the run is not finished (python -m train writes it last)")

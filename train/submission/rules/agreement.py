@@ -1,4 +1,4 @@
-"""Rules: logs, submission.json and README must state the same numbers, to the last digit that each of them states."""
+"""Rules: the numbers in logs, submission.json and README must agree to the last stated digit."""
 
 from __future__ import annotations
 

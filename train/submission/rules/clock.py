@@ -21,7 +21,7 @@ class _Clock:
         seed: the seed.
         seconds: training clock after the last step.
         step_s: average seconds per step.
-        error_s: largest error of `seconds`; not 0 only if `seconds` is computed as steps × a rounded average.
+        error_s: largest error of `seconds`: 0, unless `seconds` is computed as steps × a rounded average.
         calibration_s: seconds of the calibration after the last step; None: not known.
     """
 

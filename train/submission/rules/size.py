@@ -1,4 +1,4 @@
-"""Rules on size: all that a record ships counts, and may have at most 16,000,000 bytes."""
+"""Rules on size: code, model and any paid prefix together may have at most 16,000,000 bytes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def code(record: RecordFolder) -> Finding:
 
 
 def parts(record: RecordFolder) -> Finding:
-    """Any further bytes in the total were shipped too, and submission.json must name them."""
+    """Check that model, paid prefix and code add up to the total, so that no other bytes are shipped."""
     rule = "total = model + code"
     prefix = int(record.number("bytes_paid_prefix") or 0)
     # source → total, model without prefix, code
