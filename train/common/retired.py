@@ -36,7 +36,7 @@ MODEL_RETIRED = frozenset({"norm_eps", "unet_skips"})
 
 
 def check_retired(name: str, value: Any) -> None:
-    """Warn if a removed setting has a value other than today's; in `MODEL_RETIRED`, raise a ConfigError instead."""
+    """Warn if a removed setting has a value other than today's. Raise a ConfigError for settings in `MODEL_RETIRED`."""
     supported = RETIRED[name]
     if supported is None or value in supported:
         return

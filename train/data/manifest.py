@@ -39,7 +39,7 @@ class DatasetInfo:
 
 
 def read_manifest(data_path: str | Path) -> DatasetInfo | None:
-    """Read a dataset's manifest; None if the dataset has no manifest, like the published FineWeb shards.
+    """Read a dataset's manifest. Return None if there is no manifest; the published FineWeb shards have none.
 
     Raises:
         UserError: the file is not a manifest.

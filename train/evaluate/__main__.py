@@ -109,7 +109,7 @@ def _run_config(folder: RunFolder, arguments: argparse.Namespace) -> Config:
 
 
 def _file_config(arguments: argparse.Namespace) -> Config:
-    """Make the settings that score an artifact alone: the recipe's, replaced by the artifact's and by the flags."""
+    """Make the settings that score an artifact alone. The artifact's model and the flags override the recipe."""
     if arguments.recipe is None:
         raise ConfigError(f"--recipe: needed to score an artifact alone: one of {', '.join(recipe_names())}")
     if arguments.weights != "artifact":

@@ -140,7 +140,7 @@ class WallClock:
 
 
 class StageClock:
-    """Measures the seconds of each stage. A file in the run folder keeps the seconds of stages of earlier processes."""
+    """Measures the seconds of each stage. A file in the run folder keeps them for a process that resumes the run."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -261,7 +261,7 @@ def series(records: list[dict[str, Any]], kind: str, field: str) -> list[tuple[i
 
 
 def resumed_steps(records: list[dict[str, Any]]) -> list[int]:
-    """Return the steps at which training resumed, sorted. Resuming at an earlier step voids the later ones."""
+    """Return the steps at which training resumed, sorted. Resuming at an earlier step removes later steps."""
     steps: list[int] = []
     for record in records:
         if record["kind"] == "resume":

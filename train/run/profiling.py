@@ -83,7 +83,7 @@ def breakdown(
 
 
 def kernel_times(trace: profile) -> list[tuple[str, float]]:
-    """Return name and microseconds of every kernel; on a CPU, of every operator without the operators that it calls."""
+    """Return (name, microseconds) of each kernel; on a CPU, of each operator, excluding the operators that it calls."""
     # `trace.key_averages()` would take seconds
     if _of_gpu(trace):
         return [(e.name, e.self_device_time_total) for e in trace.events() if _is_kernel(e)]

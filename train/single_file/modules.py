@@ -1,16 +1,16 @@
 """Finds the modules that a packed script contains: all modules that a run with its settings may import.
 
-Imports are followed from `ENTRY`, inside functions too, except where the settings rule an import out:
+The search follows imports from `ENTRY`, inside functions too. The settings can rule out three kinds of imports:
 
-    if config.loggers:                                        an `if` whose test reads settings alone, and its `else`
-        from train.run.sinks import open_sinks
+    if config.loggers:                                        imports under an `if` that tests only settings, and
+        from train.run.sinks import open_sinks                under its `else`
 
-    IMPORTED_IF = {"_ans_encode": "config.codec == 'ans'"}    functions of a module with their conditions, as text
-    def _ans_encode(…):
+    IMPORTED_IF = {"_ans_encode": "config.codec == 'ans'"}    imports in a function for which the module states a
+    def _ans_encode(…):                                       condition
         from train.artifact.ans import …
 
-    register("xsa", "triton", …)                              functions of an operator's backend that only
-                                                              `golf_backend` can turn on
+    register("xsa", "triton", …)                              imports in a function that implements a backend, if
+                                                              `golf_backend` excludes the backend
 The script also gets a list of the modules that it lacks, each with the condition of its import. With this list it can
 refuse settings that need a missing module.
 """
