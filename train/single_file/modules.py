@@ -9,8 +9,8 @@ The search follows imports from `ENTRY`, inside functions too. The settings can 
     def _ans_encode(…):                                       condition
         from train.artifact.ans import …
 
-    register("xsa", "triton", …)                              imports in a function that implements a backend, if
-                                                              `golf_backend` excludes the backend
+    register("xsa", "triton", …)                              imports in a function that implements an opt-in
+                                                              backend, if `golf_backend` does not force it
 The script also gets a list of the modules that it lacks, each with the condition of its import. With this list it can
 refuse settings that need a missing module.
 """
