@@ -1,7 +1,7 @@
-"""The artifact: one file that holds a model; besides it only the counted code is needed to load the model.
+"""The artifact: one file that holds a model. Only this file and the counted code are needed to load the model.
 
-`train.artifact.container` describes the format byte by byte. `python -m train.artifact inspect|verify|diff|convert FILE`
-shows, checks, compares or converts an artifact.
+`train.artifact.container` describes the file format byte by byte. `python -m train.artifact inspect|verify|diff|convert
+FILE` shows, checks, compares or converts an artifact.
 """
 
 from __future__ import annotations

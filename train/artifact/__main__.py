@@ -44,7 +44,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def verify(options: argparse.Namespace) -> None:
-    """Check every byte and build the model."""
+    """Check an artifact's checksums, decode every section, and build the model."""
     artifact = read_artifact(options.file)
     model, info = build_model(options.file, artifact), artifact.info
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -60,7 +60,7 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def diff(options: argparse.Namespace) -> int:
-    """Compare two artifacts; exit code 0: the same model, 1: different models."""
+    """Compare two artifacts. Returns the exit code: 0 for the same model, 1 for different models."""
     found = difference(read_artifact(options.file), read_artifact(options.other))
     print(json.dumps(found.to_dict(), indent=1) if options.json else found.text(str(options.file), str(options.other)))
     return 0 if found.same else 1
@@ -102,7 +102,7 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace) -> Config | None:
-    """The settings of the model in a published file; None for an artifact, which has its own."""
+    """The settings of the model in a published file, from recipe and flags. None: the file is an artifact."""
     given = {name: text for name in ("recipe", *MODEL_FIELDS) if (text := getattr(options, name)) is not None}
     if options.source is None:
         if given:

@@ -1,40 +1,48 @@
-"""Entropy coding of byte matrices with asymmetric numeral systems (ANS). Rows and columns are classified by magnitude.
+"""Entropy coding of byte matrices with asymmetric numeral systems (ANS).
 
-A stream is a header and the words of one ANS coder, all little-endian:
+The encoder divides the bytes into classes of similar magnitude, and each class has its own table of symbol weights. A
+byte's class is the label of its row plus the label of its column. A row may also be stored as its difference from the
+row above.
+
+A stream is a header and W words of one ANS coder, all little-endian.
 
     offset   bytes  content
-    0        1      uint8  A ≥ 2: row labels are 0 … A−1; A = 0: there are none, and every row's label is 0
-    1        1      uint8  B: the same for columns
+    0        1      uint8  A, the number of row labels: the labels are 0 … A−1, A ≥ 2. A = 0: every row has label 0
+    1        1      uint8  B, the number of column labels, with the same rules
     2        1      uint8  1 if rows may be differences, otherwise 0
     3        1      int8   lowest symbol
     4        1      int8   highest symbol; the alphabet has n = highest − lowest + 1 ≥ 2 symbols
-    5        0 / 8  uint32 R, uint32 C: the data are L matrices of R rows and C columns, one after the other, row by row;
-                    absent if the first three bytes are 0
-    5 / 13   4      uint32 CRC-32 of the bytes before it followed by the data
-    9 / 17   4 · w  uint32 words of the coder
+    5        0 / 8  uint32 R, uint32 C: the data are L matrices of R rows and C columns, one after the other, row by
+                    row; absent if the first three bytes are 0
+    5 / 13   4      uint32 CRC-32 of all earlier bytes of the header followed by the decoded data
+    9 / 17   4 · W  uint32 words of the coder
 
 The decoder reads from the coder, in this order:
 
-    1. if A: a table of A symbols, then L·R row labels under it
-    2. if B: a table of B symbols, then L·C column labels under it, matrix by matrix
-    3. if rows may be differences: a table of 2 symbols, then L·R flags under it
+    1. if A > 0: a table of A symbols, then L·R row labels coded with this table
+    2. if B > 0: a table of B symbols, then L·C column labels coded with this table, matrix by matrix
+    3. if rows may be differences: a table of 2 symbols, then L·R flags coded with this table; 1 marks a difference
     4. K = max(A, 1) + max(B, 1) − 1 ≤ 256 tables of n symbols, one for each class
-    5. the bytes, each under its class's table. A byte's class is its row's label plus its column's. In each block of 2²⁰
-       bytes all of class 0 come first, in the order of their positions, then all of class 1, and so on. Symbol s is the
-       byte (lowest + s) mod 256.
+    5. the bytes, each coded with its class's table. The data are divided into blocks of 2²⁰ bytes. In each block all
+       bytes of class 0 come first, in the order of their positions, then all bytes of class 1, and so on. Symbol s is
+       the byte (lowest + s) mod 256.
 
-If there are flags, the row above (of the previous matrix for a first row; zeros above the very first) is then added to each
-flagged row, mod 256, from top to bottom. The encoder is free to choose labels; this one uses mean magnitudes.
+Then the decoder goes from top to bottom and adds to each flagged row the row above, mod 256. The row above a matrix's
+first row is the last row of the previous matrix, and zeros for the first matrix. A stream may have any labels; this
+encoder derives them from mean magnitudes.
 
-A table gives each of its n symbols a small float t (0 … 255). t = 0 means weight 0, other t mean (8 + t mod 8) · 2^⌊t/8⌋. The
-coder holds n numbers z = 0 … 255 under the fixed weights ⌊2²⁰ / (z + 6)²⌋. Each z is a step d to the next symbol's t, mod 256,
-from 0: d = z/2 for even z, −(z + 1)/2 for odd z. In item 4 the steps of all tables come first, and each table restarts at 0.
+A table gives each of its symbols an 8-bit float t (0 … 255), which encodes a weight: 0 for t = 0, otherwise
+(8 + t mod 8) · 2^⌊t/8⌋. The coder holds one number z (0 … 255) per symbol, with the fixed weights ⌊2²⁰ / (z + 6)²⌋.
+z encodes a step d: z/2 for even z, −(z + 1)/2 for odd z. A symbol's t is the previous symbol's t plus d, mod 256;
+before the first symbol of a table t is 0.
 
-Weights w (all 1 if all are 0) become frequencies with sum 2²⁴: f = 1 + ⌊w · (2²⁴ − n) / Σw⌋, plus the rest for the first of the
-largest weights. Let c be the sum of the frequencies before a symbol's own. The coder has a state below 2⁶⁴. To decode a symbol:
-q = state mod 2²⁴; find the symbol with c ≤ q < c + f; state ← ⌊state / 2²⁴⌋ · f + q − c; if state < 2³² and words are left,
-remove the last word, state ← state · 2³² + word. At the start the last two words (or the only one) enter state 0 in this way;
-at the end the state must be 0 and no words left. This is the ANS coder of `constriction`.
+For m symbols of weights w (all 1 if all are 0) the frequencies are f = 1 + ⌊w · (2²⁴ − m) / Σw⌋. The first symbol of
+largest weight also gets what is missing from the sum 2²⁴. Let c be the sum of the frequencies of all earlier symbols.
+
+The coder has a state below 2⁶⁴. To decode a symbol: q = state mod 2²⁴; find the symbol with c ≤ q < c + f;
+state ← ⌊state / 2²⁴⌋ · f + q − c; if state < 2³² and words are left, remove the last word, state ← state · 2³² + word.
+The state starts at 0, and the last two words (or the only one) enter it by that last assignment. At the end the state
+must be 0 and no words left. This is the ANS coder of `constriction`.
 """
 
 from __future__ import annotations
@@ -62,13 +70,13 @@ _PRECISION = 24
 _STEP_WEIGHTS = (1 << 20) // (np.arange(256) + 6) ** 2
 _STEP_BITS = -np.log2(_STEP_WEIGHTS / _STEP_WEIGHTS.sum())
 
-# more classes cost more label bits than they save; fewer mix rows of different magnitude
+# label steps per factor 2 of magnitude; finer steps cost more label bits than they save, coarser steps mix unlike rows
 _CLASSES_PER_OCTAVE = (2, 4, 8)
 _MOST_LABELS = 32
 _BLOCK_BYTES = 1 << 20
-# plans are compared on a sample of this size
+# plans are compared on a sample of this many bytes
 _SAMPLE_BYTES = 1 << 20
-# in rows shorter than this a label or flag costs more than it can save
+# in a row or column shorter than this, a label or flag costs more bits than it can save
 _LEAST_LABELLED = 16
 
 _Bytes = NDArray[np.uint8]
@@ -77,7 +85,7 @@ _Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Plan:
-    """The encoder's choice: labels of rows and columns, and flags of rows that are differences; None: there are none."""
+    """The encoder's choice of row labels, column labels and difference flags. None: the stream has no such list."""
 
     rows: _Integers | None = None
     columns: _Integers | None = None
@@ -89,9 +97,9 @@ class _Plan:
 
 
 def ans_encode(data: bytes, shape: tuple[int, int] | None = None) -> bytes:
-    """Encode bytes to the module's stream; codes are two's-complement numbers.
+    """Encode bytes, two's-complement numbers, to a stream as the module's docstring describes it.
 
-    `shape`: rows and columns of the matrices that `data` consists of; None: it is no matrix.
+    `shape`: rows and columns of the matrices that `data` consists of; None if `data` has no rows.
 
     Raises:
         MissingCodec: constriction is not installed.
@@ -135,11 +143,11 @@ def ans_encode(data: bytes, shape: tuple[int, int] | None = None) -> bytes:
 
 
 def ans_decode(data: bytes, size: int) -> bytes:
-    """Decode to `size` bytes; memory is proportional to `size`, even for a malicious stream.
+    """Decode a stream to `size` bytes. Memory is proportional to `size`, even for a malicious stream.
 
     Raises:
         MissingCodec: constriction is not installed.
-        CodecError: the stream is damaged, or is none.
+        CodecError: `data` is no such stream, or is damaged.
     """
     stream = _library()
     data = bytes(data)
@@ -180,7 +188,7 @@ def ans_decode(data: bytes, size: int) -> bytes:
         decoded[block][order] = np.concatenate(symbols)
     decoded += np.uint8(low % 256)
     result = (decoded if flags is None else _sums(decoded.reshape(height, columns), flags)).tobytes()
-    # the coder reads past its end without an error, so being empty proves nothing
+    # the coder reads past its end without an error, so an empty coder does not prove a complete stream
     found = zlib.crc32(result, zlib.crc32(data[:begin]))
     if not coder.is_empty() or (found,) != _CRC.unpack_from(data, begin):
         raise CodecError(f"codec ans: the stream does not hold {size:,} bytes with its checksum: it is damaged")
@@ -196,7 +204,7 @@ def _library() -> ModuleType:
 
 
 def _choose(matrices: NDArray[np.int8]) -> _Plan:
-    """The cheapest plan: labels for no, some or all of rows and columns, few or many, with or without differences."""
+    """The plan with the fewest estimated bits, of all plans of `_candidates` with and without difference flags."""
     if not matrices.size:
         return _Plan()
     height, columns = matrices.shape[0] * matrices.shape[1], matrices.shape[2]
@@ -211,7 +219,7 @@ def _choose(matrices: NDArray[np.int8]) -> _Plan:
             plans += [replace(plan, flags=flags.reshape(-1)) for plan in _candidates(mixed)]
     if len(plans) == 1:
         return plans[0]
-    # rows at equal distances
+    # sample rows at equal distances
     sample = np.unique(np.linspace(0, height - 1, min(max(_SAMPLE_BYTES // columns, 1), height)).astype(np.int64))
     flat = matrices.reshape(height, columns)
     shown = flat[sample]
@@ -260,7 +268,7 @@ def _compact(labels: _Integers) -> _Integers:
 
 
 def _bits(counts: NDArray[Any]) -> float:
-    """Bits of symbols with the counts `(tables, symbols)`, including their tables."""
+    """Estimated bits of symbols and their tables, from the symbols' counts `(tables, symbols)`."""
     used = np.flatnonzero(counts.any(0))
     if not len(used):
         return 0.0
@@ -272,7 +280,7 @@ def _bits(counts: NDArray[Any]) -> float:
 
 
 def _blocks(classes: _Bytes, count: int) -> Iterator[tuple[slice, _Integers, _Integers]]:
-    """Each block of bytes, its coding order, and where classes 1, 2, … begin in that order."""
+    """Yield each block's slice, the coding order of its bytes, and where classes 1, 2, … begin in that order."""
     flat = classes.reshape(-1)
     for begin in range(0, len(flat), _BLOCK_BYTES):
         block = flat[begin : begin + _BLOCK_BYTES]
@@ -282,7 +290,7 @@ def _blocks(classes: _Bytes, count: int) -> Iterator[tuple[slice, _Integers, _In
 
 
 def _class_map(plan: _Plan, shape: tuple[int, int], rows: int, chosen: _Integers | None = None) -> _Bytes:
-    """The class of each byte `(height, columns)`, or only of the chosen rows."""
+    """The class of each byte, `(height, columns)`; if `chosen` is given, only of these rows."""
     lines = np.arange(shape[0]) if chosen is None else chosen
     classes = np.zeros((len(lines), shape[1]), np.uint8)
     if plan.columns is not None:
@@ -297,7 +305,7 @@ def _labels(labels: _Integers | None) -> int:
 
 
 def _magnitude(matrices: NDArray[np.int8]) -> _Bytes:
-    # np.abs(−128) is −128 in int8, which is 128 in uint8
+    # np.abs(−128) is −128 in int8; its bits are 128 in uint8
     return np.abs(matrices).view(np.uint8)
 
 
@@ -307,7 +315,7 @@ def _differences(matrices: NDArray[np.int8]) -> NDArray[np.int8]:
 
 
 def _sums(differences: _Bytes, flags: _Integers) -> _Bytes:
-    """Undo `_differences` on flagged rows: cumulative sums over each run of them, starting at the row before the run."""
+    """Undo `_differences` on flagged rows: sum each run of flagged rows cumulatively, from the row before the run."""
     total = np.cumsum(differences, axis=0, dtype=np.uint8)
     start = np.maximum.accumulate(np.where(flags > 0, 0, np.arange(len(flags))))
     before = np.where(start[:, None] > 0, total[start - 1], np.uint8(0))
@@ -316,11 +324,11 @@ def _sums(differences: _Bytes, flags: _Integers) -> _Bytes:
 
 
 def _small_floats(counts: _Integers) -> _Integers:
-    """8-bit floats nearest to 16 · counts: 3 bits of mantissa, 5 of exponent."""
+    """Round 16 · counts to the nearest 8-bit floats, which have 5 bits of exponent and 3 bits of mantissa."""
     values = 16 * counts
     exponents = np.maximum(np.frexp(values.astype(np.float64))[1] - 4, 0)
     mantissas = np.rint(values / 2.0**exponents).astype(np.int64)
-    # a mantissa that rounds up to 16 is the next exponent's 8: the sum below is right as it is
+    # a mantissa that rounds up to 16 needs no care: the sum below makes it mantissa 8 of the next exponent
     return np.where(counts > 0, np.minimum(8 * exponents + mantissas - 8, 255), 0)
 
 
@@ -335,7 +343,7 @@ def _steps(floats: _Integers) -> _Integers:
 
 
 def _model(stream: ModuleType, weights: _Integers) -> Any:
-    """constriction's model of the weights; it adds the 1 to each frequency itself."""
+    """constriction's model with these weights. constriction itself adds 1 to each frequency."""
     weights = weights if weights.any() else np.ones_like(weights)
     free = (1 << _PRECISION) - len(weights)
     frequencies = weights * free // weights.sum()

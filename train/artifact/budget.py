@@ -1,4 +1,4 @@
-"""The size budget of a submission: bytes of each tensor group, and the check against the cap."""
+"""The size budget of a submission: the bytes of each tensor group, and the check against the cap on the total size."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class BudgetError(UserError):
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """Bytes of one section, or of the header."""
+    """Sizes of one section of an artifact, or of its header."""
 
     group: str  # the section's group, or "header"
     type: str  # e.g. "int6"
     codec: str
     elements: int
     unpacked_bytes: int
-    packed_bytes: int  # in the file
+    packed_bytes: int  # bytes in the file
 
     @property
     def bits_per_element(self) -> float:
@@ -36,15 +36,15 @@ class BudgetRow:
 class ArtifactInfo:
     """Sizes of an artifact."""
 
-    version: int  # of the container
-    model_bytes: int  # of the file
-    header_bytes: int  # of preamble and header
-    json_bytes: int  # of the header's JSON, uncompressed
+    version: int  # version of the container format
+    model_bytes: int  # size of the file
+    header_bytes: int  # size of preamble and header in the file
+    json_bytes: int  # size of the header's JSON, uncompressed
     sections: tuple[Section, ...]
-    tensors: int
+    tensors: int  # number of tensors
 
     def rows(self) -> list[BudgetRow]:
-        """The budget, largest row first; packed bytes add up to `model_bytes`."""
+        """The budget's rows, largest first. Their packed bytes add up to `model_bytes`."""
         rows = [
             BudgetRow(part.group, part.type, part.codec, part.elements, part.unpacked_bytes, part.packed_bytes)
             for part in self.sections
@@ -66,7 +66,7 @@ class ArtifactInfo:
 
 
 def budget_table(rows: Sequence[BudgetRow]) -> str:
-    """The budget as aligned text."""
+    """Format the budget as a text table with aligned columns."""
     total = sum(row.packed_bytes for row in rows)
     lines = [("group", "type", "codec", "elements", "unpacked", "packed", "bits/el", "share")]
     for row in rows:
@@ -88,10 +88,10 @@ def budget_table(rows: Sequence[BudgetRow]) -> str:
 
 
 def check_budget(where: str, info: ArtifactInfo, code_bytes: int, max_bytes: int, prefix_bytes: int = 0) -> None:
-    """Check code, paid prefix and model against the cap.
+    """Check that code, paid prefix and model take at most `max_bytes` together.
 
     Raises:
-        BudgetError: together they exceed `max_bytes`; the message has the budget, the excess and the largest group.
+        BudgetError: they take more; the message has the budget, the excess and the largest group.
     """
     total = code_bytes + prefix_bytes + info.model_bytes
     if total <= max_bytes:

@@ -1,8 +1,8 @@
-"""Lossless byte codecs by name, and a byte shuffle that helps some of them.
+"""Lossless byte codecs by name, and a byte shuffle after which some codecs pack the data smaller.
 
-A decoder never returns more bytes than expected: a stream that ends early, continues past its end, or unpacks to another
-size is a `CodecError`. brotli, zstd and ans need a package each and name it if it is missing. Only `ans` uses the rows and
-columns of the data (`train.artifact.ans`).
+A stream that ends early, continues past its end or decodes to another size than expected raises a `CodecError`. The
+codecs brotli, zstd and ans need one package each; if it is missing, the error names it. Only ans (`train.artifact.ans`)
+uses the rows and columns of the data.
 """
 
 from __future__ import annotations
@@ -36,29 +36,31 @@ _LZMA_MEMORY_BYTES = 2 * _LZMA_LARGEST_DICTIONARY
 
 @dataclass(frozen=True)
 class Codec:
-    """A lossless codec of bytes."""
+    """A lossless byte codec."""
 
     name: str
     max_bits: int  # every byte must be a two's-complement number of at most this many bits
     _encode: Callable[..., bytes]
     _decode: Callable[[Any, int], bytes | memoryview]
-    shaped: bool = False  # it uses the shape of the data's matrices
+    shaped: bool = False  # True if the encoder uses the shape of the data's matrices
 
     def encode(self, data: bytes, shape: tuple[int, int] | None = None) -> bytes:
-        """Encode `data`, deterministically. `shape`: rows and columns of the matrices that `data` consists of, if any.
+        """Encode `data`; the same data give the same bytes.
+
+        `shape`: rows and columns of the matrices that `data` consists of; None if `data` has no rows.
 
         Raises:
-            MissingCodec: the library is not installed; the message says which to install.
+            MissingCodec: the codec's package is not installed; the message names it.
             CodecError: a byte exceeds `max_bits`.
         """
         return self._encode(data, shape) if self.shaped else self._encode(data)
 
     def decode(self, data: bytes | memoryview, size: int) -> bytes | memoryview:
-        """Decode to exactly `size` bytes; `raw` returns `data` itself.
+        """Decode `data` to exactly `size` bytes. The codec `raw` returns `data` itself.
 
         Raises:
-            MissingCodec: the library is not installed; the message says which to install.
-            CodecError: not a stream of this codec, truncated, followed by more bytes, or of another size.
+            MissingCodec: the codec's package is not installed; the message names it.
+            CodecError: `data` is no stream of this codec, is cut, has bytes after its end, or decodes to another size.
         """
         decoded = self._decode(data, size)
         if len(decoded) != size:
@@ -67,18 +69,21 @@ class Codec:
         return decoded
 
     def decode_up_to(self, data: bytes | memoryview, limit: int) -> bytes | memoryview:
-        """Decode a stream whose size is unknown; decoding stops after more than `limit` bytes. Raises as `decode`."""
+        """Decode a stream of unknown size; if it has more than `limit` bytes, the result may be cut after limit + 1.
+
+        Raises as `decode`.
+        """
         return self._decode(data, limit)
 
 
 def byte_shuffle(data: bytes, stride: int = 2) -> bytes:
-    """Group the bytes of numbers of `stride` bytes (1 to 255): first all bytes 0, then all bytes 1, and so on.
+    """Reorder the bytes of numbers of `stride` bytes (1 to 255): every number's byte 0, then every number's byte 1, ….
 
-    Layout: `BSHF`, one byte stride, data[0::stride], data[1::stride], …; 5 bytes longer than `data`, whose last number may
-    be incomplete.
+    The result is `BSHF`, the stride as one byte, data[0::stride], data[1::stride], …: 5 bytes more than `data`. The
+    last number may be incomplete.
 
     Raises:
-        ValueError: stride out of range.
+        ValueError: `stride` is out of range.
 
     Source: #1471.
     """
@@ -88,7 +93,7 @@ def byte_shuffle(data: bytes, stride: int = 2) -> bytes:
 
 
 def byte_unshuffle(data: bytes | memoryview) -> bytes:
-    """The inverse of `byte_shuffle`.
+    """Undo `byte_shuffle`.
 
     Raises:
         CodecError: `data` does not begin with a shuffle header.
@@ -115,7 +120,7 @@ def _library(codec: str, module: str, package: str) -> ModuleType:
 
 def _brotli() -> ModuleType:
     brotli = _library("brotli", "brotli", "brotli>=1.2")
-    # older versions cannot bound the unpacked size
+    # older versions cannot limit the size of the decoded data
     if not hasattr(brotli.Decompressor, "can_accept_more_data"):
         raise MissingCodec(
             f"codec brotli: brotli {brotli.__version__} is too old: pip install --upgrade 'brotli>=1.2', or set CODEC=lzma"
@@ -156,7 +161,7 @@ def _zstd_decode(data: bytes, size: int) -> bytes:
     zstandard = _library("zstd", "zstandard", "zstandard")
     decoder = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
     try:
-        # the library allocates the size that the frame states, and decodes no more than it
+        # the library allocates the size that the frame states, and decodes at most that many bytes
         promised = zstandard.frame_content_size(data)
         if not 0 <= promised <= size:
             raise CodecError(f"codec zstd: expected a frame of {size:,} decoded bytes at most, found {promised:,}")
@@ -167,7 +172,7 @@ def _zstd_decode(data: bytes, size: int) -> bytes:
 
 
 def _lzma_encode(data: bytes) -> bytes:
-    # a dictionary larger than the data only costs memory, ten times its size
+    # the encoder takes ten times the dictionary's size in memory, and a dictionary larger than the data saves no bytes
     dictionary = min(max(len(data), _LZMA_LEAST_DICTIONARY), _LZMA_LARGEST_DICTIONARY)
     chain = [{"id": lzma.FILTER_LZMA2, "preset": _LZMA_PRESET, "dict_size": dictionary}]
     return lzma.compress(data, lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=chain)
@@ -183,7 +188,7 @@ def _decompress(codec: str, kind: str, decoder: Any, failure: type[Exception], d
         decoded: bytes = decoder.decompress(data, size + 1)
     except failure as error:
         raise CodecError(f"codec {codec}: not {kind}, or a damaged one ({error})") from error
-    # the caller refuses a longer result
+    # the caller refuses a result longer than `size`
     if len(decoded) <= size:
         if not decoder.eof:
             raise CodecError(f"codec {codec}: the stream ends early")
@@ -200,7 +205,7 @@ def _zlib_decode(data: bytes, size: int) -> bytes:
     return _decompress("zlib", "a zlib stream", zlib.decompressobj(), zlib.error, data, size)
 
 
-# a packed script carries the imports of these functions only on these conditions
+# a packed script has the imports inside these functions only if the condition holds
 IMPORTED_IF = {"_ans_encode": "config.codec == 'ans'", "_ans_decode": "config.codec == 'ans'"}
 
 
@@ -249,4 +254,4 @@ CODECS: dict[str, Codec] = {
         Codec("raw6", 6, _raw6_encode, _raw6_decode),
     )
 }
-"""Values of the setting `codec`."""
+"""All codecs by name. The names are the values of the setting `codec`."""

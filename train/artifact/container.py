@@ -1,10 +1,10 @@
-"""The artifact's bytes: a preamble, a compressed JSON header, and sections, every byte under a checksum.
+"""The bytes of an artifact: a preamble, a compressed JSON header, and sections. Checksums cover every byte.
 
 All numbers are little-endian. There is no alignment and no padding.
 
     offset   bytes  content
     0        8      magic 89 47 4F 4C 46 0D 0A 1A ("\\x89GOLF\\r\\n\\x1a"; any transfer as text damages it)
-    8        2      uint16  format version from offset 22 on, now 1; the preamble is the same in every version
+    8        2      uint16  version of the format from offset 22 on, now 1; the preamble is the same in every version
     10       4      uint32  H, bytes of the header in the file
     14       4      uint32  J, bytes of the header's JSON, at most 2^24
     18       4      uint32  CRC-32 (that of zlib and PNG) of bytes 0..17 followed by the H bytes of the header
@@ -17,24 +17,24 @@ The JSON is one object:
      "sections": [[group, type, codec, stride, unpacked, packed, crc], …],
      "tensors": [[name, [dimension, …], section, scales], …]}
 
-config     the fields of `train.config.Config` that shape the model (`MODEL_FIELDS`); tuples are lists. A missing field
-           was added to the format later and has its default.
+config     the fields of `train.config.Config` that determine what the model computes
+           (`train.artifact.storage.MODEL_FIELDS`), and two former settings. Tuples are written as lists. A field that
+           the file lacks has its default.
 sections   group: the tensor group, for display. type: "int2" … "int8" (one signed byte per code, for any number of
-           bits), "float16", "bfloat16" or "float32". codec: a name in
-           `train.artifact.codecs.CODECS`: "brotli" (RFC 7932), "zstd" (RFC 8878, one frame that states its content
-           size), "lzma" (.xz, one stream), "zlib" (RFC 1950), "ans" (`train.artifact.ans` describes it), "raw" (as is)
-           or "raw6" (a stream of 6-bit codes, lowest bit first). Sections of one file may have different codecs.
-           stride: 0, or the n of the byte shuffle that was applied before the codec: 5 bytes (`BSHF`, n), then bytes 0,
-           n, 2n, …, then 1, n+1, …, and so on. unpacked: bytes of the section without codec and shuffle. packed: bytes
-           in the file. crc: CRC-32 of the packed bytes.
-tensors    name and shape of a parameter, up to 4 dimensions. section: index of the section with its values. The tensors
-           fill a section in the order of this list, row by row, without gaps. scales: for codes the index of the
-           float16 section with one scale per row, filled in the same order; null for floats. A weight is its code
-           times its row's scale, in float32.
+           bits), "float16", "bfloat16" or "float32". codec: a name in `train.artifact.codecs.CODECS`: "brotli" (RFC
+           7932), "zstd" (RFC 8878, one frame that states its content size), "lzma" (.xz, one stream), "zlib" (RFC
+           1950), "ans" (see `train.artifact.ans`), "raw" (the bytes themselves) or "raw6" (a stream of 6-bit codes,
+           lowest bit first). Sections of one file may have different codecs. stride: 0, or the n of the byte shuffle
+           that was applied before the codec: 5 bytes (`BSHF`, n), then bytes 0, n, 2n, …, then 1, n+1, …, and so on.
+           unpacked: size in bytes before shuffle and codec. packed: size in the file. crc: CRC-32 of the packed bytes.
+tensors    name and shape of a parameter, up to 4 dimensions. section: index of the section that holds the tensor's
+           values. The tensors fill a section in the order of this list, row by row, without gaps. scales: for codes the
+           index of the float16 section that holds one scale per row, filled in the same order; null for floats. A
+           weight is its code times its row's scale, in float32.
 
-To read: check magic, CRC and version; inflate the header; check that the packed sizes add up to the file and the
-unpacked sizes to the tensors; check each section's CRC before decoding it. Nothing in the file is executed or
-unpickled. The file is mapped into memory; only decoded sections are allocated.
+To read: check magic, CRC and version; inflate the header; check that the sections' packed sizes add up to the file's
+size, and that each section's unpacked size is that of its tensors; check each section's CRC before decoding it. The
+reader executes and unpickles nothing. It maps the file into memory and allocates memory for decoded sections only.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ _FIELDS = struct.Struct("<8sHII")
 _CRC = struct.Struct("<I")
 
 ITEM_BYTES = {**{f"int{bits}": 1 for bits in range(2, 9)}, "float16": 2, "bfloat16": 2, "float32": 4}
-"""Bytes of one value, before the codec, by section type."""
+"""Section type → bytes of one value before the codec."""
 
 
 class ArtifactError(UserError):
-    """A file is not an artifact, is damaged, or has a newer version."""
+    """A file is not an artifact, is damaged, or has another version of the format."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A section in the header; see the module's docstring."""
+    """The header's entry for one section; the module's docstring explains the fields."""
 
     group: str
     type: str
@@ -89,7 +89,7 @@ class Section:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor in the header; see the module's docstring."""
+    """The header's entry for one tensor; the module's docstring explains the fields."""
 
     name: str
     shape: tuple[int, ...]
@@ -106,7 +106,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """An artifact's header; `config` holds the model's fields."""
+    """An artifact's header; the module's docstring explains the three tables."""
 
     config: dict[str, Any]
     sections: list[Section]
@@ -114,24 +114,24 @@ class Header:
 
 
 class Packed(NamedTuple):
-    """An artifact's bytes; bytes of preamble and header; bytes of the header's JSON, uncompressed."""
+    """An encoded artifact."""
 
     data: bytes
-    header_bytes: int
-    json_bytes: int
+    header_bytes: int  # size of preamble and header in the file
+    json_bytes: int  # size of the header's JSON, uncompressed
 
 
 class Unpacked(NamedTuple):
-    """An artifact's header, its decoded sections, and the sizes of `Packed`."""
+    """A decoded artifact."""
 
     header: Header
-    contents: list[bytes | memoryview]
-    header_bytes: int
-    json_bytes: int
+    contents: list[bytes | memoryview]  # decoded bytes of each section
+    header_bytes: int  # size of preamble and header in the file
+    json_bytes: int  # size of the header's JSON, uncompressed
 
 
 def pack(header: Header, payloads: list[bytes]) -> Packed:
-    """Put an artifact together; `payloads` are the packed sections in the header's order."""
+    """Encode an artifact from its header and `payloads`, the packed sections in the header's order."""
     table = {
         "config": header.config,
         "sections": [list(astuple(section)) for section in header.sections],
@@ -146,12 +146,12 @@ def pack(header: Header, payloads: list[bytes]) -> Packed:
 
 
 def unpack(path: Path) -> Unpacked:
-    """Read an artifact's header and its sections, decoded and unshuffled.
+    """Read an artifact's header and sections. Sections are decoded and unshuffled.
 
     Raises:
-        ArtifactError: the file is missing, foreign, truncated, damaged, inconsistent or of a newer version; the message
-            names the file and the part, what was expected and what to do.
-        MissingCodec: a section's codec is not installed.
+        ArtifactError: the file is missing, cut, damaged or inconsistent, has another version, or is no artifact; the
+            message names the file and the damaged section or entry, says what was expected, and what to do.
+        MissingCodec: the package of a section's codec is not installed.
     """
     data = _map(path)
     header, begin, json_bytes = _unpack_header(path, data)
@@ -181,7 +181,7 @@ def _map(path: Path) -> memoryview:
                     f"{path}: not an artifact: expected it to begin with {MAGIC.hex(' ')}, found "
                     f"{start[: len(MAGIC)].hex(' ') or 'nothing'}: give a model.golf that python -m train wrote"
                 )
-            # unmapped with its last view
+            # the mapping ends when the last view of it is freed
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: no such file: give a model.golf that python -m train wrote") from error

@@ -1,4 +1,4 @@
-"""Compares two artifacts: model fields, tensors, codes, weights, and bytes of each tensor group."""
+"""Compares two artifacts: their model fields, tensors, codes and weights, and the bytes of each tensor group."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from train.quantize.tensors import QuantizedTensor
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """A tensor that differs; the errors are None if the shapes differ."""
+    """A tensor that differs. Both errors are None if its shapes differ or if one artifact lacks the tensor."""
 
     name: str
     first: str  # type and shape in the first artifact; "none": the artifact lacks this tensor
-    second: str
-    codes_changed: float | None  # fraction of codes that differ; None unless both hold codes
+    second: str  # the same for the second artifact
+    codes_changed: float | None  # fraction of codes that differ; None unless both artifacts store this tensor as codes
     weight_error: float | None  # max |w₁ − w₂|
     relative_error: float | None  # ‖w₁ − w₂‖ / ‖w₁‖
 
@@ -30,7 +30,7 @@ class TensorDifference:
 class Difference:
     """How two artifacts differ."""
 
-    fields: dict[str, tuple[Any, Any]]  # model field → its two values, if they differ
+    fields: dict[str, tuple[Any, Any]]  # model field → its two values; only fields that differ
     tensors: list[TensorDifference]
     equal_tensors: int  # number of equal tensors
     model_bytes: tuple[int, int]
@@ -38,14 +38,14 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        """Whether both hold the same model, bit for bit."""
+        """Whether the two artifacts hold the same model, bit for bit."""
         return not self.fields and not self.tensors
 
     def to_dict(self) -> dict[str, Any]:
         return {"same": self.same, **asdict(self)}
 
     def text(self, first: str, second: str) -> str:
-        """The report; `first` and `second` are the files' names."""
+        """The report that `diff` prints; `first` and `second` are the files' names."""
         lines = [
             f"first   {first}: {self.model_bytes[0]:,} bytes",
             f"second  {second}: {self.model_bytes[1]:,} bytes",
@@ -112,7 +112,7 @@ def _compare(
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
-    # compare bits: −0 == 0
+    # compare the bits, because −0 == 0 as numbers
     return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
 
 

@@ -1,7 +1,7 @@
-"""Export of an artifact to the formats of published submissions, whose scripts then load it: a packed, pickled dictionary.
+"""Exports an artifact to the file format of a published submission, so that the submission's script can load the model.
 
-`torch.save` serializes the dictionary (`train.artifact.published_layouts`); the bytes are shuffled if the submission does
-so, and encoded. The weights are exactly the artifact's.
+Such a file is a dictionary (`train.artifact.published_layouts`), serialized by `torch.save`, byte-shuffled in some
+formats, and compressed. The weights are exactly the artifact's.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from train.quantize.tensors import QuantizedTensor
 
 @dataclass(frozen=True)
 class PublishedFormat:
-    """How a submission stores its model."""
+    """The file format in which a submission stores its model."""
 
-    about: str  # for --help
-    recipe: str  # has the submission's settings
+    about: str  # description for --help
+    recipe: str  # name of the recipe with the submission's settings
     layout: Layout
-    stride: int  # of the byte shuffle; 0: none
+    stride: int  # stride of the byte shuffle; 0: no shuffle
     codec: str
 
 
@@ -37,17 +37,17 @@ class PublishedFormat:
 class Export:
     """A model in a published format."""
 
-    data: bytes  # the file
-    payload_bytes: int  # of all tensors, as the published logs count them
-    pickled_bytes: int  # of `torch.save`
+    data: bytes  # contents of the file
+    payload_bytes: int  # size of all tensors, as the published logs count it
+    pickled_bytes: int  # size of the output of `torch.save`
 
 
 def export(tensors: Mapping[str, QuantizedTensor | Tensor], name: str, config: Config) -> Export:
-    """Convert the stored tensors of a model with these settings to the file of a format in `PUBLISHED_FORMATS`.
+    """Convert a model's stored tensors to the published format `name`, a key of `PUBLISHED_FORMATS`.
 
     Raises:
-        UserError: the format cannot hold a tensor's codes, or the tensors are not those of the settings.
-        MissingCodec: the codec's library is not installed.
+        UserError: the format cannot hold a tensor's codes, or the tensors are not those of a model with these settings.
+        MissingCodec: the codec's package is not installed.
     """
     published, renamed, parameters = PUBLISHED_FORMATS[name], to_published(tensors), published_parameters(config)
     if odd := renamed.keys() ^ parameters.keys():

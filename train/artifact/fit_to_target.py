@@ -1,7 +1,8 @@
-"""`target_bytes`: searches row clips so that artifact and code just fit the target.
+"""The setting `target_bytes`: searches row clips so that artifact and code just fit the target.
 
-Each tensor group has its own k of SDClip. `train.quantize.clip_curves` predicts the k that fit with the least loss; the
-model is quantized and encoded with them; the measured bytes of each group correct the prediction for the next round.
+Each tensor group has its own k, the row clip in standard deviations of the row (SDClip). In each round
+`train.quantize.clip_curves` chooses the k that should fit with the least loss. The model is quantized and encoded with
+these k, and the measured bytes of each group correct the predicted bytes of the next round.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from train.quantize.clip_curves import Curves, choose_sigmas, group_curves, loss
 from train.quantize.tensors import StoredTensors
 from train.run.logger import RunLogger
 
-# training tokens per rank on which the loss is measured
+# the loss is measured on at least this many training tokens per rank
 FIT_TOKENS = 1 << 15
-# at most this many encodings
+# largest number of rounds
 ROUNDS = 8
-# stop if at most this fraction of the target stays free
+# the search stops when the result fits and leaves at most this fraction of the target unused
 TOLERANCE = 0.002
 
 
@@ -42,20 +43,22 @@ def fit_to_target(
     *,
     counted_bytes: int,
 ) -> tuple[StoredTensors, EncodedArtifact]:
-    """Quantize so that artifact and code take at most `target_bytes`: search row clips, and prune if none fits.
+    """Search row clips so that artifact and code take at most `target_bytes`. If no row clip fits, prune codes ±1.
+
+    Every rank must call this.
 
     Args:
-        config: the settings; the search starts from their k.
-        model: its parameters change while the loss is measured and are restored.
-        hessians: by parameter name, for `hessian_sdclip`.
-        quantize: quantizes the model, given the k of each searched tensor by parameter name.
-        data: the loss is measured on its training batches.
-        ranks: all of them must call.
-        log: gets what was found.
-        counted_bytes: bytes of code and of a paid prefix.
+        config: the settings. The loss is measured at a multiple of their k.
+        model: its parameters change while the loss is measured; then they are restored.
+        hessians: the Hessian of each matrix by parameter name; only the row clip `hessian_sdclip` reads them.
+        quantize: takes the k of each searched tensor by parameter name, and returns the quantized model.
+        data: its training batches measure the loss.
+        ranks: the ranks of the run.
+        log: receives one line per round and the results.
+        counted_bytes: bytes of code and of a paid prefix, which count against the target, too.
 
     Returns:
-        The tensors and their artifact, the same on every rank; over the target if pruning does not reach it either.
+        The tensors and their artifact, the same on every rank. They exceed the target if even pruning does not suffice.
     """
 
     def encode(tensors: StoredTensors) -> EncodedArtifact:
@@ -90,7 +93,7 @@ def measure_factors(
     ranks: Ranks,
     log: RunLogger,
 ) -> list[float]:
-    """`loss_factors` on training batches, with the recurrence of evaluation; the loss is the mean over the ranks."""
+    """`loss_factors` with the mean loss of all ranks on training batches. Layers repeat as they do in evaluation."""
     started = time.perf_counter()
     loader = data.loader(ranks)
     batches: list[tuple[Tensor, Tensor]] = []
@@ -114,16 +117,16 @@ def measure_factors(
 
 @dataclass(frozen=True)
 class Round:
-    """A round of the search: each group's index in its grid of k, and the encoded model."""
+    """A round of the search."""
 
-    places: list[int]
+    places: list[int]  # each group's index in its grid of k
     tensors: StoredTensors
     encoded: EncodedArtifact
-    total_bytes: int
-    expected_loss: float
+    total_bytes: int  # artifact, code and paid prefix
+    expected_loss: float  # expected rise of the loss
 
     def rank(self, target_bytes: int) -> tuple[bool, float]:
-        """Lowest is best: rounds that fit come first, by expected loss; then the others, by size."""
+        """Sort key: rounds that fit come first, by expected loss; then the others, by size."""
         over = self.total_bytes > target_bytes
         return over, self.total_bytes if over else self.expected_loss
 
@@ -139,15 +142,23 @@ def search_clips(
     encode: Callable[[StoredTensors], EncodedArtifact],
     note: Callable[[str], None],
 ) -> tuple[StoredTensors, EncodedArtifact]:
-    """Search k so that encoded model and `counted_bytes` take at most `target_bytes`, with the least expected loss.
+    """Search the k of least expected loss with which the artifact and `counted_bytes` take at most `target_bytes`.
 
-    `curves` and `factors` are those of `group_curves` and `loss_factors`; other arguments as for `fit_to_target`.
+    Args:
+        model: the model whose uncoded tensors are counted before the first round.
+        curves: result of `group_curves`.
+        factors: result of `loss_factors`.
+        target_bytes: the target.
+        counted_bytes: bytes of code and of a paid prefix, which count against the target, too.
+        quantize: takes the k of each searched tensor by parameter name, and returns the quantized model.
+        encode: encodes a quantized model.
+        note: receives each log line.
 
     Returns:
-        The tensors and the artifact of the best round that fits, or of the smallest round if none fits.
+        The tensors and the artifact of the best round that fits, or of the smallest round if no round fits.
     """
     correction: dict[str, float] = {}
-    # bytes besides the searched codes; before the first encoding, their size in memory
+    # bytes besides the searched codes; the first round assumes that row scales and float16 tensors are not compressed
     other = float(_uncoded_bytes(model, curves) + counted_bytes)
     best: Round | None = None
     places: list[int] = []
@@ -182,11 +193,11 @@ def search_clips(
 
 
 def _group_bytes(encoded: EncodedArtifact) -> dict[str, int]:
-    """Bytes of each group's codes in the artifact."""
+    """Tensor group → bytes of the group's codes in the artifact."""
     return {part.group: part.packed_bytes for part in encoded.info.sections if part.type.startswith("int")}
 
 
 def _uncoded_bytes(model: nn.Module, curves: Sequence[Curves]) -> int:
-    """Bytes of the float16 tensors and of the row scales."""
+    """Bytes of the tensors outside `curves`, in float16, and of the row scales of those in `curves`."""
     coded = {name for group in curves for name in group.tensors}
     return sum(2 * (len(weight) if name in coded else weight.numel()) for name, weight in model.named_parameters())

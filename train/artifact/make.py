@@ -1,4 +1,4 @@
-"""Makes the artifact of a trained model: calibrate, quantize, write, and read back."""
+"""Makes the artifact of a trained model: calibrates, quantizes, writes the artifact, and reads it back."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from train.run.logger import RunLogger
 def quantize(
     config: Config, model: GPT, data: Dataset, ranks: Ranks, log: RunLogger, *, code_bytes: int
 ) -> tuple[StoredTensors, EncodedArtifact | None]:
-    """Calibrate and quantize a trained model; with `target_bytes`, search row clips that fit. Every rank must call this.
+    """Calibrate and quantize a trained model. With `target_bytes`, search row clips that fit.
 
-    `data` is read only if the settings calibrate on training batches or search row clips. `code_bytes` counts with the model.
+    Every rank must call this. `data` is read only to calibrate on training batches or to search row clips. `code_bytes`
+    is the size of the counted code.
 
     Returns:
-        The stored tensors, the same on every rank; and the artifact, if the search made it.
+        The stored tensors, the same on every rank, and the artifact if `target_bytes` is set, otherwise None.
     """
     names = matrices_to_calibrate(model, config)
     hessians: dict[str, Tensor] = {}
@@ -71,13 +72,24 @@ def make_artifact(
     code_bytes: int,
     before_replacing: Callable[[], object] = lambda: None,
 ) -> GPT:
-    """Prune if the settings say so, write the artifact, read it back, compare, and return the model read. Every rank must call.
+    """Prune if the settings ask for it, write the artifact, and read the model back. Every rank must call this.
 
-    `tensors` and `encoded` are those of `quantize`; `code_bytes` counts with the model. `before_replacing` is called on the
-    first rank once the artifact fits, before it replaces an earlier one.
+    Args:
+        path: the file to write.
+        config: the settings.
+        model: the trained model; only its size is used, for the log.
+        tensors, encoded: result of `quantize`.
+        ranks: the ranks of the run.
+        log: receives the sizes.
+        code_bytes: size of the counted code.
+        before_replacing: called on the first rank once the artifact fits, before it replaces an earlier file.
+
+    Returns:
+        The model that was read back, on the ranks' device.
 
     Raises:
         BudgetError: code and model exceed the cap; nothing is written.
+        RuntimeError: a weight that was read back differs from the quantized tensor.
     """
     paid = prefix_bytes(config)
     if config.target_mb or config.prune_excess:

@@ -1,4 +1,4 @@
-"""`target_mb` and `prune_excess`: prune codes so that the artifact fits its target."""
+"""The settings `target_mb` and `prune_excess`: prune codes so that the artifact fits its target."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ def prune(
     *,
     counted_bytes: int,
 ) -> tuple[StoredTensors, EncodedArtifact | None]:
-    """Prune codes ±1 as `target_mb` and `prune_excess` say.
+    """Prune codes ±1 as `target_mb` and `prune_excess` demand. Every rank must call this.
 
-    `target_mb` (#1392) searches the number of codes; if the target is out of reach it prunes all and logs a warning.
-    `prune_excess` (#1471) prunes this many codes per byte over the cap, once, from matrices only.
+    With `target_mb` (#1392), search how many codes to prune. If even pruning every code ±1 does not reach the target,
+    log a warning. With `prune_excess` (#1471), prune that many codes per byte over the cap, once, from matrices only.
 
-    `encoded` is the artifact of `tensors`, if already made; `counted_bytes` are those of code and of a paid prefix. Every rank
-    must call this.
+    `encoded` is the artifact of `tensors`, or None. `counted_bytes` is the size of code and paid prefix.
 
     Returns:
-        The tensors, and their artifact if it was made.
+        The tensors, and their artifact, or None if the pruned tensors are not encoded yet.
     """
 
     def encode(tensors: StoredTensors) -> EncodedArtifact:

@@ -1,4 +1,4 @@
-"""Pruning, the published last resort if an artifact is too large: codes ±1 in the rows of smallest scale become 0."""
+"""Prunes an artifact that is too large: sets codes ±1 to 0, first in the rows of smallest scale (#1392, #1471)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 from train.artifact.storage import EncodedArtifact
 from train.quantize.tensors import QuantizedTensor, StoredTensors
 
-# the search finds the number of codes to one part in this many
+# the search steps by 1/4096 of all codes ±1
 _RESOLUTION = 4096
 
 
 def count_ones(tensors: Mapping[str, object]) -> int:
-    """Number of codes that are 1 or −1."""
+    """Number of codes that are 1 or −1, over all tensors."""
     return sum(int((tensor.codes.abs() == 1).sum()) for tensor in _coded(tensors).values())
 
 
 def prune_ones(tensors: StoredTensors, count: int) -> StoredTensors:
-    """A copy of `tensors` in which the `count` codes ±1 with the least squared error, scale² each, are 0.
+    """Set to 0 the `count` codes ±1 that add the least squared error, scale² per code. Returns a copy.
 
-    Rows of equal scale go in the tensors' order, codes of a row from the left; float16 tensors are not pruned.
+    Among rows of equal scale, the tensors' order decides; within a row, codes are pruned from the left.
 
-    Source: #1392, which also prunes its int8 tables, and first, as their scales are smaller. #1471 has the same order and
-    prunes no tables.
+    Source: #1392, which prunes its int8 embeddings, too; they come first, because their scales are smaller. #1471 has
+    the same order, but prunes no embeddings.
     """
     coded = _coded(tensors)
     if not coded:
@@ -35,7 +35,7 @@ def prune_ones(tensors: StoredTensors, count: int) -> StoredTensors:
     order = scales.argsort(stable=True)
     before = torch.empty_like(per_row)
     before[order] = per_row[order].cumsum(0) - per_row[order]
-    # each row takes what the rows before it left of the count
+    # a row prunes what the rows before it leave of `count`
     quota = (count - before).clamp(min=0)
     pruned = dict(tensors)
     first = 0
@@ -53,10 +53,12 @@ def prunes_needed(
     encode: Callable[[StoredTensors], EncodedArtifact],
     encoded: EncodedArtifact | None = None,
 ) -> tuple[int, EncodedArtifact]:
-    """How many codes ±1 to prune until the encoded model has at most `max_bytes`, and the artifact after pruning.
+    """The number of codes ±1 to prune so that the artifact takes at most `max_bytes`, and the artifact after pruning.
 
-    Bisection finds a count that fits, to one part in 4,096 of all such codes; 0 if the model fits already, all of them if
-    that is not enough. `encoded` is the artifact of `tensors`, if already made.
+    The number is 0 if the artifact fits already. If pruning every code ±1 does not suffice, it is the number of all
+    codes ±1. Otherwise bisection finds it, rounded up to a step of 1/4096 of all codes ±1.
+
+    `encoded` is the artifact of `tensors`, if already made.
     """
     encoded = encoded or encode(tensors)
     if len(encoded.data) <= max_bytes:

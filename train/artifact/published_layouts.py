@@ -1,14 +1,14 @@
-"""Dictionaries in which published submissions store a model, written and read.
+"""Writes and reads the dictionaries in which published submissions store a model. There are two layouts:
 
     Mixed   {"w": {NAME.q: int8, NAME.scale: float16, NAME: float16}, "m": {NAME: {"type": "int6"} or "passthrough"}}
     PerRow  {"__quant_format__": TAG, "quantized": {NAME: int8}, "scales": {NAME: float16}, "dtypes": {NAME: "float32"},
             "passthrough": {NAME: float32, or float16 for a matrix}, "qmeta": {NAME: {"scheme": "per_row", "axis": 0}},
             "passthrough_orig_dtypes": {NAME of a matrix: "float32"}}
-            packed: "quantized" holds a row of uint8 with 6 bits per code, and an entry of "qmeta" also has "num_bits": 6,
-            "packed": True, "shape": [rows, columns]
+            If packed, each entry of "quantized" is a vector of uint8 with 6 bits per code, and each entry of "qmeta"
+            also has "num_bits": 6, "packed": True, "shape": [rows, columns].
 
-`dtypes` and `passthrough_orig_dtypes` name the parameters' dtypes in training. Empty `qmeta` and `passthrough_orig_dtypes`
-are left out.
+`dtypes` and `passthrough_orig_dtypes` name the parameters' dtypes in training. If `qmeta` or `passthrough_orig_dtypes`
+is empty, the dictionary lacks it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SETTINGS = "give the settings of the model in the file: --recipe NAME --SETTING
 
 @dataclass(frozen=True)
 class Check:
-    """Checks of a published file; an error names the file, the format and the key."""
+    """Checks the contents of a published file. An error names the file, the format and the key."""
 
     path: Path
     form: str
@@ -46,7 +46,7 @@ class Check:
         raise UserError(f"{self.path}: read as {self.form}: {key}: expected {expected}, found {found}: {remedy}")
 
     def table(self, content: Mapping[str, Any], name: str, default: object = None) -> dict[str, Any]:
-        """The dictionary `content[name]`."""
+        """Return the dictionary `content[name]`, or refuse the file."""
         table = content.get(name, default)
         if not isinstance(table, dict):
             self.refuse(name, "a dictionary", _described(table))
@@ -55,7 +55,7 @@ class Check:
     def names(
         self, table: str, found: Collection[str], needed: Collection[str], optional: Collection[str] = ()
     ) -> None:
-        """Refuse a missing or surplus name."""
+        """Refuse the file if `found` lacks a name of `needed` or has a name outside `needed` and `optional`."""
         for name in needed:
             if name not in found:
                 self.refuse(_key(table, name), "an entry", "none", _SETTINGS)
@@ -66,12 +66,12 @@ class Check:
     def tensor(
         self, table: str, content: Mapping[str, Any], name: str, dtype: torch.dtype, shape: torch.Size
     ) -> Tensor:
-        """The tensor `content[name]`, which must have this dtype and shape."""
+        """Return the tensor `content[name]`, or refuse the file if the tensor has another dtype or shape."""
         found = content.get(name)
         plain = type(found) is Tensor and found.layout == torch.strided and found.device.type == "cpu"
         if isinstance(found, Tensor) and plain and found.dtype == dtype and found.shape == shape:
             return found
-        # another dtype is another format, another shape another model
+        # a wrong dtype means another format; a wrong shape means a model of other settings
         other_model = found is None or (plain and found.dtype == dtype)
         self.refuse(_key(table, name), _kind(dtype, shape), _described(found), _SETTINGS if other_model else "")
 
@@ -84,7 +84,7 @@ class Check:
 
 
 class Layout(Protocol):
-    """One kind of dictionary. `parameters` are the script's: published names, shapes and dtypes."""
+    """A layout of the dictionary. `parameters` has the names, shapes and dtypes of the script's parameters."""
 
     def recognizes(self, content: Mapping[str, Any]) -> bool: ...
 
@@ -94,7 +94,7 @@ class Layout(Protocol):
 
 
 class Mixed:
-    """The layout `Mixed`."""
+    """The layout `Mixed` of the module's docstring."""
 
     def recognizes(self, content: Mapping[str, Any]) -> bool:
         return "w" in content and "m" in content
@@ -122,7 +122,7 @@ class Mixed:
                 tensors[name] = check.tensor("w", weights, name, torch.float16, shape)
                 read.append(name)
                 continue
-            # some scripts add how the codes were made, as "method" or in the type's name; their loaders ignore it
+            # some scripts name the quantizer as "method" or in the type's name; their loaders ignore the name
             bits = re.match(r"int([2-8])(?!\d)", str(kind.get("type"))) if isinstance(kind, dict) else None
             if bits is None or len(shape) != 2:
                 coded = " or {'type': 'int2'} … {'type': 'int8'}" if len(shape) == 2 else ", as it is no matrix"
@@ -137,7 +137,7 @@ class Mixed:
 
 @dataclass(frozen=True)
 class PerRow:
-    """The layout `PerRow`."""
+    """The layout `PerRow` of the module's docstring, whose "__quant_format__" is `tag`."""
 
     tag: str
     packed: bool = False
@@ -228,7 +228,7 @@ def _key(table: str, name: object) -> str:
 
 
 def _same(found: object, expected: object) -> bool:
-    """Whether two values without tensors are equal, True and 1 being different, a tuple and a list equal."""
+    """Whether two values have the same JSON: 1 differs from True, a tuple equals a list, a tensor equals nothing."""
     try:
         return json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)
     except (TypeError, ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""Reads the file of a published submission, which holds no settings: recipe and flags give those.
+"""Reads the model file of a published submission. The file has no settings, so the caller gives them.
 
-The file is untrusted: it is decoded up to the size that the settings allow, its archive must hold what it promises, and
-`torch.load` reads tensors and plain values alone.
+The file is not trusted. The reader decodes at most as many bytes as a model of these settings needs. It refuses
+archives with compressed or overlapping entries or wrong checksums. `torch.load` reads only tensors and plain values.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _BEGINNINGS = {
     b"\xfd7zXZ\0": "an xz stream, which none of these formats is",
 }
 
-# a parameter takes up to 4 bytes per element and 2 per row; its names and its entry in the archive take less than this
+# a parameter takes up to 4 bytes per element and 2 per row; its names and its entries in the archive take fewer bytes
 _BYTES_PER_TENSOR = 4096
 
 
 def read_published(path: Path, form: str, config: Config) -> StoredTensors:
-    """The stored tensors in a file of format `form`, bit for bit, for a model with these settings.
+    """Read the stored tensors of a model with these settings, bit for bit, from a file in the published format `form`.
 
     Raises:
-        UserError: another format, a damaged file, or a missing, surplus or misshaped tensor; the message names the file,
-            the format and the key, what was expected and what to do.
-        MissingCodec: the codec's library is not installed.
+        UserError: the file has another format or is damaged, or a tensor is missing, surplus or of a wrong shape; the
+            message names the file, the format and the key, says what was expected, and what to do.
+        MissingCodec: the codec's package is not installed.
     """
     published, check = PUBLISHED_FORMATS[form], Check(path, form)
     parameters = published_parameters(config)
@@ -86,13 +86,13 @@ def _unpickled(archive: bytes, check: Check) -> Any:
                 raise ValueError(f"a wrong checksum in {damaged}")
         return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except Exception as error:
-        # the unpickler raises whatever a damaged or hostile file makes it stumble over
+        # the unpickler may raise any exception on a damaged or hostile file
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         check.refuse("contents", "a torch.save file of tensors, numbers and names", f"another ({reason})")
 
 
 def _looks_like(data: bytes, form: str) -> str:
-    """What a file is, judged by its first bytes, and what to do."""
+    """The end of an error message: what the file seems to be, from its first bytes, and what to do."""
     for beginning, text in _BEGINNINGS.items():
         if data.startswith(beginning) and f"--from {form}" not in text:
             return f"this is {text}"

@@ -1,4 +1,4 @@
-"""`python -m train.quantize RUN`: remake a run's artifact, or try other quantization settings on its weights."""
+"""`python -m train.quantize RUN`: remakes a run's artifact, or quantizes the run's weights with other settings."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SETTINGS = (
     "target_mb", "prune_excess", "max_artifact_bytes", "data_path", "device",
 )  # fmt: skip
 
-# changing these does not need --out: the artifact is still the run's own
+# these settings may change without --out, because the artifact still belongs to the run
 BUDGET = frozenset({"target_bytes", "target_mb", "prune_excess"})
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Calibrate, quantize and pack the weights of a run folder; under torchrun the ranks divide the calibration."""
+    """Calibrate, quantize and encode the weights of a run folder. Under torchrun the ranks divide the work."""
     arguments = _parser().parse_args(argv)
-    # imported after parsing: torch takes seconds, --help should not
+    # imported after parsing, because importing torch takes seconds and --help should not wait for it
     from train.artifact.make import make_artifact, quantize
     from train.checkpoint import load_weights
     from train.command_line import check_backends, note_unread
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             return
         folder.drop_scores()
         if changes:
-            # if killed between these two lines, the run has no artifact rather than one of other settings
+            # if the process is killed between these two lines, the run has no artifact instead of a wrong one
             folder.artifact.unlink(missing_ok=True)
             folder.write_config(folder.read_config().replace(**changes))
 
@@ -60,12 +60,12 @@ def main(argv: list[str] | None = None) -> int:
             ranks.on_main(lambda: held.enter_context(folder.held()))
             # another process may have changed the settings before the lock
             config, changes = _settings(arguments, folder)
-        # the run's log is only about the run's own artifact
+        # the run's log describes only the run's own artifact
         log = RunLogger(elsewhere if arguments.out else folder.path, config.seed, ranks.rank)
         note_unread(config, os.environ, log.line, SETTINGS)
         model: GPT = load_weights(folder).to(ranks.device)
         path = arguments.out or folder.artifact
-        # count the code of a whole run: its script has recurrence, even if this run ended before recurrence began
+        # count the script of a complete run: it has recurrence, even if this run ended before recurrence began
         code_bytes = ranks.on_main(lambda: counted_code_bytes(folder.read_config().replace(**changes)))
         tensors, encoded = quantize(config, model, Dataset(config), ranks, log, code_bytes=code_bytes)
         make_artifact(
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _settings(arguments: argparse.Namespace, folder: RunFolder) -> tuple[Config, dict[str, object]]:
-    """The run's saved settings plus the command line's, and those of the command line that differ."""
+    """The run's settings changed by the command line, and the settings that the command line changes."""
     config = folder.trained_config()
     given = {name: text for name in SETTINGS if (text := getattr(arguments, name)) is not None}
     values = {name: parse_value(name, text, f"--{name}") for name, text in given.items()}

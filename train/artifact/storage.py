@@ -1,4 +1,4 @@
-"""Writes a quantized model to an artifact, and reads it back as tensors or as a model."""
+"""Writes a quantized model to an artifact, and reads an artifact as tensors or as a model."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ _HEADER_FIELDS = (
     "smear_gate", "bigram_vocab_size", "bigram_dim", "trigram", "ve_dim", "ve_layers", "unet_skips", "skip_gates",
     "parallel_start_layer", "parallel_form", "recur_layers", "recur_form", "recur_scale_params", "rotary_table",
 )  # fmt: skip
-# former settings: the format keeps them, with the only value left
+# former settings: the header still has them, each with the only value that is left
 _FIXED_FIELDS = {"norm_eps": NORM_EPS, "unet_skips": True}
 
 MODEL_FIELDS = tuple(name for name in _HEADER_FIELDS if name not in _FIXED_FIELDS)
-"""The settings that an artifact stores: those that determine what the model computes from its weights."""
+"""The settings that an artifact stores: they determine what the model computes from its weights."""
 
-# smaller float tensors share a section
+# float tensors with fewer elements share a section
 _OWN_SECTION_ELEMENTS = 4096
 
 _FLOAT_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _FLOAT_TYPES = {name: dtype for dtype, name in _FLOAT_NAMES.items()}
 
-# brotli needs several hundred MB per stream
+# most sections encoded at the same time: brotli needs several hundred MB for each
 _THREADS = 8
 
 
@@ -61,13 +61,13 @@ _THREADS = 8
 class Artifact:
     """The contents of an artifact."""
 
-    config: Config  # the model's fields from the file, defaults for the other settings
+    config: Config  # `MODEL_FIELDS` from the file, defaults for the other settings
     tensors: StoredTensors
     info: ArtifactInfo
 
 
 class EncodedArtifact(NamedTuple):
-    """An artifact's bytes and sizes, not yet written."""
+    """An artifact in memory: the bytes of its file, and its sizes."""
 
     data: bytes
     info: ArtifactInfo
@@ -87,17 +87,18 @@ def write_artifact(
     """Write a quantized model to one file, atomically.
 
     Args:
-        path: the file.
-        tensors: as `quantize_model` returns them.
-        config: its model fields are stored, its codec is used.
-        code_bytes, prefix_bytes: size of the code and of a paid prefix; both count against the cap.
-        max_bytes: cap on all together; None takes `config.max_artifact_bytes`.
+        path: the file to write.
+        tensors: result of `quantize_model`.
+        config: the settings; the artifact stores `MODEL_FIELDS` and is encoded by `codec`.
+        code_bytes: size of the counted code; it counts against the cap.
+        prefix_bytes: size of the paid prefix; it counts against the cap, too.
+        max_bytes: cap on model, code and paid prefix together; None takes `config.max_artifact_bytes`.
         encoded: result of `encode_artifact` for these tensors, if already made.
-        before_replacing: called once the bytes fit, before they replace an earlier artifact.
+        before_replacing: called once the artifact fits, before it replaces an earlier file.
 
     Raises:
-        BudgetError: code and model exceed the cap; nothing is written.
-        UserError: as `encode_artifact`, or the folder does not exist.
+        BudgetError: code, paid prefix and model exceed the cap; nothing is written.
+        UserError: as `encode_artifact`, or the folder of `path` does not exist.
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -111,14 +112,14 @@ def write_artifact(
 
 
 def encode_artifact(tensors: Mapping[str, QuantizedTensor | Tensor], config: Config) -> EncodedArtifact:
-    """Encode a quantized model as an artifact; the same tensors give the same bytes.
+    """Encode a quantized model as an artifact. The same tensors and settings give the same bytes.
 
-    One kind of matrix over all layers is one section, so that similar data are packed together. Threads encode the
+    The same matrix of all layers forms one section, so that the codec packs similar data together. Threads encode the
     sections. brotli takes seconds per million codes.
 
     Raises:
         UserError: a tensor holds NaN or infinity, codes outside its bits or a dtype that the format does not have, or
-            the codec's library is not installed.
+            the codec's package is not installed.
     """
     if config.codec not in CODECS:
         raise UserError(f"codec: expected one of {', '.join(CODECS)}, got {config.codec!r}")
@@ -126,7 +127,7 @@ def encode_artifact(tensors: Mapping[str, QuantizedTensor | Tensor], config: Con
     contents = [b"".join(plan.parts) for plan in plans]
     codec = CODECS[config.codec]
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        # longest first, so that the threads finish at about the same time
+        # encode the longest section first, so that the threads finish at about the same time
         order = sorted(range(len(plans)), key=lambda index: -len(contents[index]))
         jobs = {index: pool.submit(encode_section, plans[index], contents[index], codec) for index in order}
         encoded = [jobs[index].result() for index in range(len(plans))]
@@ -141,9 +142,9 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
     """Read an artifact, checking every byte.
 
     Raises:
-        ArtifactError: the file is missing, foreign, truncated, damaged or of a newer version; the message names the
-            file and the part, what was expected and what to do.
-        MissingCodec: a section's codec is not installed.
+        ArtifactError: the file is missing, cut or damaged, has another version, or is no artifact; the message names
+            the file and the damaged section or entry, says what was expected, and what to do.
+        MissingCodec: the package of a section's codec is not installed.
     """
     source = Path(path)
     header, contents, header_bytes, json_bytes = unpack(source)
@@ -165,7 +166,7 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
 
 
 def load_model(path: str | os.PathLike[str], config: Config | None = None) -> GPT:
-    """Load the model from an artifact, in evaluation mode, on the CPU; its weights are bit for bit the quantized tensors.
+    """Load the model from an artifact, in evaluation mode, on the CPU. Its weights are exactly the dequantized tensors.
 
     `config` provides the settings that the artifact does not store, such as `device`; None takes the defaults.
 
@@ -176,10 +177,10 @@ def load_model(path: str | os.PathLike[str], config: Config | None = None) -> GP
 
 
 def build_model(path: str | os.PathLike[str], artifact: Artifact, config: Config | None = None) -> GPT:
-    """`load_model` from an artifact already read; `path` is for error messages."""
+    """Build the model as `load_model` does, from the result of `read_artifact`. `path` is for error messages."""
     shape = {name: getattr(artifact.config, name) for name in MODEL_FIELDS}
     _check_size(path, artifact)
-    # on the meta device no weights are drawn: this is quick and does not advance the random generators
+    # on the meta device the model draws no weights: this is quick and does not advance the random generators
     with torch.device("meta"):
         model = GPT((config or artifact.config).replace(**shape))
     state = dequantize_state(artifact.tensors)
@@ -197,7 +198,7 @@ def build_model(path: str | os.PathLike[str], artifact: Artifact, config: Config
 
 
 def _check_size(path: str | os.PathLike[str], artifact: Artifact) -> None:
-    """Refuse fields of a model far larger than the tensors, before the model is built."""
+    """Refuse model fields that need a far larger model than the tensors can fill, before the model is built."""
     config, count = artifact.config, len(artifact.tensors)
     elements = sum(tensor.shape.numel() for tensor in artifact.tensors.values())
     widths = [config.model_dim, config.mlp_hidden, config.vocab_size, config.ve_dim, config.recur_scale_params]
@@ -212,12 +213,12 @@ def _check_size(path: str | os.PathLike[str], artifact: Artifact) -> None:
 
 @dataclass(frozen=True)
 class SectionPlan:
-    """A section to be written; `group` and `type` as in the container."""
+    """A section to be written. `train.artifact.container` explains `group` and `type`."""
 
     group: str
     type: str
     parts: list[bytes] = field(default_factory=list)  # bytes of each tensor, in order
-    shapes: set[tuple[int, ...]] = field(default_factory=set)
+    shapes: set[tuple[int, ...]] = field(default_factory=set)  # shapes of all these tensors
 
     @property
     def floats(self) -> bool:
@@ -225,7 +226,10 @@ class SectionPlan:
 
     @property
     def byte_shape(self) -> tuple[int, int] | None:
-        """Rows and columns of the section's matrices of bytes; a float is a row. None: the shapes differ."""
+        """Rows and columns of the section's byte matrices, as `Codec.encode` takes them.
+
+        None: the tensors' shapes differ. Floats are one matrix: each float is a row of 2 or 4 bytes.
+        """
         if self.floats:
             return sum(map(len, self.parts)) // ITEM_BYTES[self.type], ITEM_BYTES[self.type]
         rows, columns = min(self.shapes)
@@ -233,7 +237,9 @@ class SectionPlan:
 
 
 def plan_sections(tensors: Mapping[str, QuantizedTensor | Tensor]) -> tuple[list[SectionPlan], list[TensorEntry]]:
-    """Divide tensors into sections: codes by tensor group, all row scales in one, all small float tensors in one.
+    """Divide tensors into sections. Codes and large float tensors have one section per tensor group and type.
+
+    All row scales share one section. All small float tensors of one dtype share one section.
 
     Raises:
         UserError: a tensor holds NaN or infinity, codes outside its bits or a dtype that the format does not have.
@@ -286,12 +292,15 @@ def _need_finite(name: str, tensor: Tensor) -> None:
 
 
 def encode_section(plan: SectionPlan, content: bytes, codec: Codec) -> tuple[Section, bytes]:
-    """Pack a section in the smallest way: raw, the codec, or (floats only) byte shuffle and codec; the first if equal."""
+    """Encode a section by the smallest of these methods; if sizes are equal, the first.
+
+    Raw; the codec, if it can encode the section's type; for floats, byte shuffle and codec (lzma for a shaped codec).
+    """
     choices = [("raw", 0, content)]
     if codec.max_bits == 8 or (not plan.floats and int(plan.type.removeprefix("int")) <= codec.max_bits):
         choices.append((codec.name, 0, codec.encode(content, plan.byte_shape)))
     if plan.floats and codec.max_bits == 8:
-        # a shaped codec separates the bytes itself but finds no repetitions: try lzma with the shuffle
+        # a shaped codec separates the bytes of floats itself, but finds no repetitions: try lzma after the shuffle
         shuffler = CODECS["lzma"] if codec.shaped else codec
         stride = ITEM_BYTES[plan.type]
         choices.append((shuffler.name, stride, shuffler.encode(byte_shuffle(content, stride))))
@@ -325,7 +334,7 @@ def _tensors(source: Path, header: Header, contents: list[bytes | memoryview]) -
     return tensors
 
 
-# little-endian on every machine; numpy has no bfloat16, so its bits are int16
+# little-endian on every machine; numpy has no bfloat16, so int16 holds the bits of bfloat16
 _NUMPY = {"float16": "<f2", "float32": "<f4", "bfloat16": "<i2"}
 
 
