@@ -1,1 +1,1 @@
-"""From trained weights to codes: row scales, rounding with error feedback, and the Hessians it needs."""
+"""Quantizes trained weights to codes: row scales, rounding to nearest or by GPTQ, and the Hessians that GPTQ needs."""

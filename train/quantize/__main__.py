@@ -1,4 +1,4 @@
-"""`python -m train.quantize RUN`: the old name of `python -m train.artifact.requantize RUN`."""
+"""`python -m train.quantize RUN` runs `train.artifact.requantize`; `train.quantize` may not import `train.artifact`."""
 
 import runpy
 

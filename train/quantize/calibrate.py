@@ -1,4 +1,4 @@
-"""GPTQ's Hessians: second moments of each matrix's inputs, on training batches or on text that the model generates."""
+"""Computes GPTQ's Hessians: second moments of each matrix's inputs, on training batches or on generated text."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from train.model.linear import observe_inputs
 def calibrate(
     config: Config, model: GPT, names: Sequence[str], data: Dataset, ranks: Ranks, note: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """The Hessians of `names` as `collect_hessians` returns them, averaged over the batches of all ranks.
+    """Compute the Hessians of the matrices `names` with `collect_hessians`, over the batches of all ranks.
 
-    `gptq_calib_source` "train" reads training batches; with "generated" the model writes `gptq_calib_batches` texts,
-    divided among the ranks, and no data is read. `gptq_calib_graph` "evaluated" runs the model as evaluation does; "plain"
-    runs its weights without repeated and parallel layers, as #1392 did. Every rank must call this; `note` gets a log line.
+    Every rank must call this. `note` receives one log line. Two settings choose the batches and the model:
+
+    - `gptq_calib_source`: "train" reads training batches. "generated" reads no data: the model writes
+      `gptq_calib_batches` texts, divided among the ranks.
+    - `gptq_calib_graph`: "evaluated" runs the model as evaluation does. "plain" runs the same weights without repeated
+      and parallel layers, as #1392 did.
 
     Raises:
         UserError: as `collect_hessians`, or there are fewer texts than ranks.
@@ -53,7 +56,7 @@ def calibrate(
 
 
 def plain_graph(model: GPT) -> GPT:
-    """The model without repeated and parallel layers; its weights are shared, not copied."""
+    """A model without repeated and parallel layers that shares the weights of `model`."""
     with torch.device("meta"):
         plain = GPT(model.config.replace(recur_layers=(), parallel_start_layer=-1))
     plain.compute_dtype = model.compute_dtype
@@ -82,23 +85,26 @@ def collect_hessians(
     recurrence: bool,
     all_reduce: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Tensor]:
-    """The Hessian of each matrix for GPTQ: H = Σ Xᵀ X / (number of batches), X `(tokens, in_features)`.
+    """Compute each matrix's Hessian for GPTQ: H = Σ Xᵀ X / (number of batches).
 
-    A layer that runs twice adds both of its inputs. H grows with the tokens per batch, but GPTQ ignores a constant factor.
+    X `(tokens, in_features)` is the matrix's input for one batch. If a layer runs twice, both inputs count. H grows
+    with the tokens per batch, but GPTQ ignores a constant factor.
 
     Args:
-        model: not compiled; it runs in evaluation mode, and its mode is restored.
+        model: must not be compiled. It runs in evaluation mode; then its former mode is restored.
         batches: token ids `(B, T)` int64, on the model's device.
-        names: parameter names; the input of `embedding.weight` is the final norm's output.
+        names: names of the matrices. The input of `embedding.weight` is the final norm's output, because the output
+            head multiplies by this matrix.
         recurrence: whether the repeated layers run twice.
-        all_reduce: replaces a tensor by its sum over the ranks, in place; every rank must then call this function with
-            the same names and its own batches. None for one process.
+        all_reduce: replaces a tensor by its sum over the ranks, in place. Every rank must then call `collect_hessians`
+            with the same names and its own batches. None for one process.
 
     Returns:
-        name → `(in_features, in_features)` float32 (float64 if the model computes in it), on the model's device.
+        Name → H `(in_features, in_features)`, float32 (float64 if the model computes in float64), on the model's
+        device.
 
     Raises:
-        UserError: there is no batch, or the model has no such matrix or never multiplies by it.
+        UserError: there is no batch, a name is not in the model, or the model never multiplies by a named matrix.
     """
     wanted = sorted(set(names))
     known = dict(model.named_parameters())
@@ -112,7 +118,8 @@ def collect_hessians(
     def accumulate(name: str, inputs: Tensor) -> None:
         if name not in wanted:
             return
-        # query, key and value report one tensor in turn. `last` keeps it alive, so no other tensor gets its memory
+        # query, key and value get the same input tensor: multiply once. `last` keeps the tensor alive, so that no other
+        # tensor gets its memory
         if not (last and _same_memory(last[0], inputs)):
             last[:], product[:] = [inputs], [second_moment(inputs.flatten(0, -2))]
         if name in sums:
@@ -145,7 +152,7 @@ def collect_hessians(
 
 
 def second_moment(rows: Tensor) -> Tensor:
-    """Xᵀ X `(in_features, in_features)` of X `(tokens, in_features)`, in float32 (float64 for float64)."""
+    """Compute Xᵀ X `(in_features, in_features)` of X `(tokens, in_features)`, in float32 (in float64 for float64)."""
     if rows.is_cuda and rows.dtype == torch.bfloat16:
         # products of bfloat16 are exact in float32, and tensor cores sum in float32 ten times as fast
         return torch.mm(rows.mT, rows, out_dtype=torch.float32)

@@ -1,12 +1,14 @@
-"""Chooses SDClip's k of each tensor group from predicted bytes and loss.
+"""Chooses each tensor group's k from predicted bytes and predicted loss. SDClip clips a row at k standard deviations.
 
-A larger k makes coarser codes: fewer bytes, more loss. A group is one kind of matrix over all layers, or one table. For each
-group two curves over k are predicted, and k minimizes (expected loss) + λ · (bytes) with one λ for all groups.
-`train.artifact.fit_to_target` corrects the predicted bytes by measured ones.
+A larger k makes coarser codes, which take fewer bytes and raise the loss. A group is the same matrix of all layers, or
+one embedding. The chosen k minimize (rise of the loss) + λ · (bytes), with one λ for all groups.
+`train.artifact.fit_to_target` corrects the predicted bytes by measured bytes.
 
-bytes   a row of N(0, σ²) rounded to codes of scale s has the entropy of the discretized normal distribution at σ / s,
-        which at high rate is ½ log2(2πe (σ²/s² + 1/12)) bits per weight, with s = kσ / (2^(bits-1) - 1).
-loss    proportional to the squared rounding error of the group; the factor is measured by rounding this group alone.
+bytes   the weights of a row are taken as normally distributed with deviation σ. Rounded to multiples of the row's scale
+        s = kσ / (2^(bits-1) - 1), they take as many bits as the entropy of this discrete distribution: for large σ / s
+        about ½ log2(2πe (σ²/s² + 1/12)) bits per weight.
+loss    the rise is proportional to the group's squared rounding error. `loss_factors` measures the factor: it rounds
+        this group alone.
 """
 
 from __future__ import annotations
@@ -24,34 +26,34 @@ from train.quantize.row_scales import ROW_SCALES, largest_code, rtn
 from train.quantize.tensors import clip_settings, stored_bits, tensor_group
 
 SEARCHED_CLIPS = ("sdclip", "hessian_sdclip")
-"""Row clips that have a k to search."""
+"""The row clips that depend on k."""
 
 _GRID = 800
 _SMALLEST_SIGMAS = 2.0
-# a group's loss is measured at this multiple of the settings' k, so that it rises above the noise
+# `loss_factors` rounds at this multiple of the settings' k, so that the rise of the loss exceeds the noise
 _PROBE = 2.0
-# float16 scales at k = 1 would lose bits below 2^-14
+# scales are computed at this k and divided by it, because float16 scales at k = 1 would lose bits below 2^-14
 _UNIT_SIGMAS = 1024.0
 
 
 @dataclass(frozen=True)
 class Curves:
-    """One tensor group's predictions over a grid of k."""
+    """Predictions for one tensor group over a grid of k."""
 
-    name: str
-    tensors: tuple[str, ...]
+    name: str  # the group
+    tensors: tuple[str, ...]  # parameter names
     bits: int
     start: float  # the settings' k
-    sigmas: Tensor  # (grid,) float64, increasing k
+    sigmas: Tensor  # (grid,) float64, the values of k, rising
     size: Tensor  # (grid,) float64, predicted bytes
     error: Tensor  # (grid,) float64, predicted squared error
-    elements: int
+    elements: int  # number of weights
 
 
 def gaussian_codes(ratio: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Of N(0, σ²) rounded to codes of scale s: entropy in bits per code, and mean squared error / s².
+    """Entropy in bits per code, and mean squared error / s², of N(0, σ²) values rounded to codes of scale s.
 
-    `ratio` is σ / s, positive float64 of any shape; both results have its shape.
+    `ratio` is σ / s, positive float64 of any shape. Both results have the shape of `ratio`.
     """
     limit = largest_code(bits)
     codes = torch.arange(-limit, limit + 1, dtype=torch.float64)
@@ -71,7 +73,7 @@ def gaussian_codes(ratio: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def group_curves(model: nn.Module, config: Config, hessians: Mapping[str, Tensor]) -> list[Curves]:
-    """The curves of all groups that have a k to search: coded tensors whose row clip is in `SEARCHED_CLIPS`."""
+    """Predict the curves of all tensor groups that are stored as codes and have a row clip in `SEARCHED_CLIPS`."""
     members: dict[tuple[str, int], list[str]] = defaultdict(list)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -110,10 +112,10 @@ def loss_factors(
     hessians: Mapping[str, Tensor],
     loss: Callable[[], float],
 ) -> list[float]:
-    """How much the loss rises per squared error of each group, measured by rounding only this group, at `_PROBE` times k.
+    """Measure for each group how much the loss rises per squared rounding error, by rounding this group alone.
 
-    `loss` returns the model's mean loss, the same on every rank. The model's parameters change while a group is measured and
-    are restored.
+    The group is rounded at `_PROBE` times the settings' k. `loss` returns the model's mean loss, the same on every
+    rank. The model's parameters change during the measurement; then they are restored.
     """
     parameters = dict(model.named_parameters())
     before = loss()
@@ -133,7 +135,7 @@ def loss_factors(
         factors.append((loss() - before) / error if error else 0.0)
         for name, weight in kept.items():
             parameters[name].copy_(weight)
-    # noise may hide a group's effect, but no error is free
+    # noise may hide the effect of a group, but no rounding error is free of loss
     least = 0.01 * max([*factors, 1e-12])
     return [max(factor, least) for factor in factors]
 
@@ -141,10 +143,13 @@ def loss_factors(
 def choose_sigmas(
     curves: Sequence[Curves], factors: Sequence[float], correction: Mapping[str, float], budget: float
 ) -> list[int]:
-    """Each group's index in its grid of k: least expected loss with at most `budget` predicted bytes for all codes.
+    """Choose each group's k: least expected loss with at most `budget` predicted bytes for all codes.
 
-    `factors` are those of `loss_factors`; `correction` is bytes per weight to add to a group's prediction. If the budget
-    cannot be met, the smallest prediction wins.
+    `factors` is the result of `loss_factors`. `correction` has the bytes per weight to add to a group's prediction. If
+    no choice meets the budget, take the fewest predicted bytes.
+
+    Returns:
+        Each group's index in its grid of k.
     """
     sizes = [group.size + correction.get(group.name, 0.0) * group.elements for group in curves]
     losses = [factor * group.error for factor, group in zip(factors, curves, strict=True)]
@@ -155,7 +160,7 @@ def choose_sigmas(
     def taken(places: list[int]) -> float:
         return sum(float(size[place]) for size, place in zip(sizes, places, strict=True))
 
-    # λ as a power of two: at the lower end only loss counts, at the upper only size
+    # log2 λ: at the lower end only the loss counts, at the upper end only the bytes
     low, high = -100.0, 40.0
     if taken(picked(2.0**low)) <= budget:
         return picked(2.0**low)
@@ -171,7 +176,7 @@ def choose_sigmas(
 def _row_units(
     name: str, weight: Tensor, bits: int, config: Config, hessian: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's scale at k = 1 without floor, its floor, and its standard deviation; float64, on the CPU."""
+    """Each row's scale at k = 1 without a floor, the scale's floor, and the row's deviation: float64, on the CPU."""
     clip = clip_settings(name, config)
     scales = ROW_SCALES[clip.name]
     unit = scales(weight, bits, sigmas=_UNIT_SIGMAS, floor="none", hessian=hessian).cpu().double() / _UNIT_SIGMAS

@@ -1,4 +1,4 @@
-"""Text that the model generates, for calibration without training data."""
+"""Generates texts with the model, so that GPTQ can calibrate without training data."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from train.config import Config
 from train.model.decoder import Decoder, sample
 from train.model.gpt import GPT
 
-# bound on the KV cache of the texts that are generated together: 2 GiB
+# largest KV cache of the texts that are generated together: 2 GiB
 _CACHE_BYTES = 1 << 31
-# sampling temperature and calibration batch of #1392
+# sampling temperature and texts per calibration batch of #1392
 TEMPERATURE = 0.8
 _GENERATED_BATCH = 8
 
 
 def generated_batches(config: Config, model: GPT, ranks: Ranks, *, recurrence: bool) -> Sequence[Tensor]:
-    """This rank's generated texts, as batches `(B, train_seq_len)`.
+    """Generate this rank's texts, in batches of token ids `(B, train_seq_len)`.
 
     Raises:
         UserError: there are fewer texts than ranks.
@@ -57,11 +57,12 @@ def generate_tokens(
     recurrence: bool,
     progress: bool = False,
 ) -> Tensor:
-    """Generate texts: `(len(numbers), length)` int64 on the model's device.
+    """Generate one text of `length` tokens for each of `numbers`: `(len(numbers), length)` int64, on the model's
+    device.
 
-    The first token is uniform over the vocabulary, each next one is drawn from softmax(logits / temperature). Text i draws
-    from the generator seeded (seed, i): which rank writes it, and with how many others, only changes the rounding of the
-    logits. The model must not be compiled; it runs in evaluation mode, and its mode is restored.
+    The first token is drawn uniformly from the vocabulary, each later token from softmax(logits / temperature). Text i
+    takes its random numbers from a generator with the seed (seed, i), so ranks and batches change only the rounding of
+    the logits. The model must not be compiled. It runs in evaluation mode; then its former mode is restored.
     """
     device = model.embedding.weight.device
     draws = np.array([np.random.default_rng([seed, number]).random(length) for number in numbers])

@@ -1,4 +1,4 @@
-"""GPTQ: rounding column by column, each column's error pushed onto the columns not yet rounded."""
+"""GPTQ: rounds a matrix column by column and spreads each column's rounding error over the columns not yet rounded."""
 
 from __future__ import annotations
 
@@ -13,20 +13,17 @@ from train.quantize.row_scales import largest_code, rtn
 __all__ = ["DAMPING_STEPS", "GPTQResult", "gptq", "rtn"]
 
 DAMPING_STEPS = (1.0, 10.0, 100.0)
-"""Factors on the damping that are tried in turn until the Cholesky factorization succeeds."""
+"""Factors by which the damping is multiplied, tried in this order until the Cholesky factorization succeeds."""
 
-# 10 and 100 multiply at least this damping
+# the factors 10 and 100 multiply at least this damping
 _LEAST_RAISED_DAMPING = 0.001
 
 
 class GPTQResult(NamedTuple):
-    """Codes `(..., rows, columns)` int8, and the damping used for each matrix, as a fraction of its mean diagonal.
+    """Result of `gptq`."""
 
-    Damping None: the factorization failed at every damping, and the matrix was rounded to nearest.
-    """
-
-    codes: Tensor
-    damping: list[float | None]
+    codes: Tensor  # (..., rows, columns) int8
+    damping: list[float | None]  # used for each matrix; None: every damping failed, and it was rounded to nearest
 
 
 def gptq(
@@ -39,25 +36,25 @@ def gptq(
     block_size: int = 128,
     act_order: bool = True,
 ) -> GPTQResult:
-    """Round a matrix, or a batch of them, so that its product with typical inputs changes least.
+    """Round a matrix or a batch of matrices so that the products with typical inputs change little.
 
-    With U the upper Cholesky factor of (H + damp · mean(diag H) · I)⁻¹, for columns j in order of falling H_jj:
-    q_j = round(clamp(w_j / s)), e = (w_j − q_j s) / U_jj, w_k ← w_k − e U_jk for all k > j. Columns whose input was
-    always zero (H_jj = 0) get code 0. Inside a block `golf_kernels.gptq_block` updates column by column; all later columns
-    are updated in one product per block, which is the same sum.
+    U is the upper Cholesky factor of (H + damp · mean(diag H) · I)⁻¹. For each column j, in order of falling H_jj:
+    q_j = round(clamp(w_j / s)), e = (w_j − q_j s) / U_jj, w_k ← w_k − e U_jk for all columns k after j. If the input of
+    a column was always zero (H_jj = 0), the column gets code 0. `golf_kernels.gptq_block` rounds the columns of a block
+    one by one; then one matrix product updates all columns after the block.
 
-    On one machine every backend gives the same codes. A CPU and a GPU round factorization and products differently; if that
-    rounds one weight to another code, the rest of its row changes too.
+    All backends give the same codes on the same machine. A CPU and a GPU round the factorization and the products
+    differently. If one weight gets another code because of this, the later weights of its row may change, too.
 
     Args:
         weight: `(..., rows, columns)`, float32 or float64; the dtype of the arithmetic.
-        hessian: `(..., columns, columns)`, Σ x xᵀ of the inputs, times any constant.
+        hessian: `(..., columns, columns)`, Σ x xᵀ over the inputs x, times any positive constant.
         scales: `(..., rows)`, positive.
         bits: bits of the codes, 2 to 8.
-        damp: damping, as a fraction of the mean diagonal. If the factorization fails, 10 and 100 times max(damp, 0.001)
-            are tried, then the matrix is rounded to nearest.
-        block_size: columns per block; a native kernel takes up to 128.
-        act_order: round columns by falling diagonal (stable) instead of left to right.
+        damp: damping, as a fraction of the Hessian's mean diagonal. If the factorization fails, 10 and 100 times
+            max(damp, 0.001) are tried. If these fail, too, the matrix is rounded to nearest.
+        block_size: columns per block. The C++ and CUDA backends take at most 128.
+        act_order: round the columns in order of falling H_jj (ties from left to right) instead of from left to right.
 
     Raises:
         ValueError: shapes do not match, or a scale is not positive.
@@ -87,7 +84,7 @@ def gptq(
         curvature = curvature.gather(2, order[:, None, :].expand_as(curvature))
     factor, damping = _inverse_factor(curvature, damp)
 
-    # transposed, so that each column is contiguous
+    # transpose the weights, so that each column is contiguous
     work = flat.masked_fill(dead[:, None, :], 0).mT.gather(1, order[:, :, None].expand(-1, -1, rows))
     ordered = _round_columns(work, factor, steps, largest_code(bits), block_size)
     codes = torch.empty_like(ordered).scatter_(1, order[:, :, None].expand_as(ordered), ordered).mT.contiguous()
@@ -98,8 +95,11 @@ def gptq(
 
 
 def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, list[float | None]]:
-    """Upper Cholesky factors U of the inverses of damped Hessians `(batch, n, n)`, UᵀU = H⁻¹; identity on failure."""
-    # flip H in both dimensions, factorize into L Lᵀ, flip L⁻¹: that is U, without an explicit inverse
+    """Damp Hessians H `(batch, n, n)` and return U, upper triangular with UᵀU = H⁻¹, and each damping used.
+
+    If the factorization of a Hessian fails at every damping, its U is the identity and its damping None.
+    """
+    # flip H in both dimensions, factorize it into L Lᵀ, and flip L⁻¹: the result is U, without an explicit inverse
     reversed_hessian = hessian.flip(1, 2)
     mean = hessian.diagonal(dim1=1, dim2=2).mean(dim=1)
     identity = torch.eye(hessian.shape[1], dtype=hessian.dtype, device=hessian.device)
@@ -123,7 +123,7 @@ def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, list[float | 
 
 
 def _round_columns(work: Tensor, factor: Tensor, scales: Tensor, limit: int, block_size: int) -> Tensor:
-    """The column loop: int8 codes `(batch, columns, rows)` of transposed matrices, which it overwrites."""
+    """Round transposed matrices `(batch, columns, rows)` column by column to int8 codes. Overwrites `work`."""
     columns = work.shape[1]
     codes = torch.empty(work.shape, dtype=torch.int8, device=work.device)
     for start in range(0, columns, block_size):

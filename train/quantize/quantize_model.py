@@ -1,4 +1,4 @@
-"""Quantizes a trained model tensor by tensor, by GPTQ or to nearest; the ranks divide the matrices."""
+"""Quantizes a trained model tensor by tensor, by GPTQ or to nearest. The ranks divide the matrices."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from train.quantize.tensors import (
     stored_bits,
 )
 
-# on a GPU matrices of one shape form a batch; bound on its Hessians: 128 MiB
+# on a GPU matrices of equal shape form a batch; its Hessians have at most this many elements: 128 MiB
 _BATCH_ELEMENTS = 1 << 25
 
 
@@ -45,29 +45,30 @@ def quantize_model(
     note: Callable[[str], None] = warnings.warn,
     sigmas: Mapping[str, float] | None = None,
 ) -> StoredTensors:
-    """The tensors that a model's artifact stores, in as many bits as `stored_bits` says.
+    """Quantize a model to the tensors that its artifact stores, in the bits of `stored_bits`.
 
-    Matrices are rounded by GPTQ or to nearest (`quantizer`) under `matrix_clip`. Embeddings are rounded to nearest, or by
-    GPTQ if `hessians` has them. `percentile_search` runs GPTQ once per candidate and keeps the one with the least squared
-    error of the matrix, as #1392 does.
+    The setting `quantizer` rounds matrices by GPTQ or to nearest, with scales from the row clip `matrix_clip`.
+    Embeddings are rounded to nearest with `embed_clip`, or by GPTQ if `hessians` has their names. With GPTQ,
+    `percentile_search` rounds a matrix once per candidate clip and keeps the result of least squared error, as #1392
+    does.
 
-    The ranks divide the GPTQ matrices and exchange the results. On a CPU matrices are not batched, so that the codes do not
-    depend on the number of ranks.
+    The ranks divide the matrices that GPTQ rounds, and exchange the results. On a CPU matrices are not batched, so that
+    the codes do not depend on the number of ranks.
 
     Args:
-        model: the same on every rank.
+        model: the trained model, the same on every rank.
         config: the quantization settings.
-        hessians: by parameter name, the same on every rank; must have every name of `matrices_to_calibrate`.
-        ranks: all of them must call; None for one process.
-        note: gets a sentence on each matrix that needed more damping or was rounded to nearest.
-        sigmas: by parameter name, SDClip's k that replaces the settings'.
+        hessians: parameter name → Hessian, the same on every rank; needs every name of `matrices_to_calibrate`.
+        ranks: the ranks that divide the matrices; every rank must call this. None for one process.
+        note: receives a sentence about each matrix that needed more damping or was rounded to nearest instead of GPTQ.
+        sigmas: parameter name → SDClip's k, which replaces the settings' k.
 
     Returns:
-        name → `QuantizedTensor` or float16 tensor, on the CPU, in the model's order.
+        Parameter name → `QuantizedTensor` or float16 tensor, on the CPU, in the model's order.
 
     Raises:
         UserError: a tensor holds NaN or infinity or does not fit float16, a Hessian is missing or holds NaN, or a
-            setting is out of range; the message names the tensor or the setting.
+            setting is out of range. The message names the tensor or the setting.
     """
     ranks = ranks or Ranks()
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -116,7 +117,7 @@ def quantize_model(
 
 
 def _batches(jobs: Mapping[str, _Job], device: torch.device) -> Iterator[tuple[_Job, list[str]]]:
-    """Matrices that are rounded as one batch: of one shape and clip. On a CPU one by one: a batch gains nothing there."""
+    """Divide matrices into batches of equal shape, bits and clip. On a CPU each batch is one matrix."""
     alike: dict[_Job, list[str]] = defaultdict(list)
     for name, job in jobs.items():
         alike[job].append(name)
@@ -163,7 +164,7 @@ def _gptq_batch(
         found = {name: [_scales(name, weights[name], hessians[name], bits, clip)] for name in weights}
     candidates = {name: torch.cat([_fitting(name, one) for one in scales]) for name, scales in found.items()}
     repeats = len(next(iter(found.values())))
-    # rows are rounded independently: stack a matrix's candidates as more rows for one factorization
+    # rows are rounded independently: repeat them for each candidate, so that one factorization serves all candidates
     codes, damping = gptq(
         torch.stack([weight.repeat(repeats, 1) for weight in weights.values()]),
         torch.stack([*hessians.values()]),

@@ -14,21 +14,23 @@ T = TypeVar("T")
 
 
 def assign(costs: Mapping[Name, float], ranks: int) -> list[list[Name]]:
-    """The names of each rank, in the order of `costs`, so that all ranks finish at about the same time."""
+    """Divide names among ranks so that all ranks finish at about the same time. A rank's names keep their order."""
     owners = assign_costs(list(costs.values()), ranks)
     return [[name for name, owner in zip(costs, owners, strict=True) if owner == rank] for rank in range(ranks)]
 
 
 def gptq_cost(rows: int, columns: int) -> float:
-    """GPTQ's operations on an m × n matrix: 4/3 n³ to factorize and invert its Hessian, m n² to spread the errors."""
+    """Number of operations of GPTQ on an m × n matrix: 4/3 n³ to factorize and invert H, m n² to spread the errors."""
     return 4 / 3 * columns**3 + rows * columns**2
 
 
 def gather(ranks: Ranks, work: Callable[[], T]) -> list[T]:
-    """Call `work` on every rank and return the results of all ranks, in their order; they must be small and picklable.
+    """Call `work` on every rank and return the results of all ranks, in order of rank. Results must be small and
+    picklable.
 
     Raises:
-        UserError: that of the first rank that raised one, on every rank, so that no rank waits for one that has exited.
+        UserError: `work` raised a UserError on some rank. Every rank raises the error of the first such rank, so that
+            no rank waits for a rank that has exited.
     """
     done: list[T] = []
     problem = None

@@ -1,7 +1,7 @@
-"""Row scales: each row of a matrix is clipped at some |w|, which sets the scale of its codes.
+"""Computes row scales. Each row of a matrix is clipped at a value c of |w|, and its codes are multiples of a scale s.
 
 Every function in `ROW_SCALES` has the same arguments and returns one float16 scale per row,
-s = max(clip / (2^(bits−1) − 1), floor). A weight w becomes the code round(clamp(w / s)) within ±(2^(bits−1) − 1).
+s = max(c / (2^(bits−1) − 1), floor). A weight w becomes the code round(clamp(w / s)) within ±(2^(bits−1) − 1).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SEARCH_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 HESSIAN_STRENGTH = 0.175
 """λ of the Hessian-aware SDClip (#1412)."""
 
-# float16(1e-10) is zero, and a row must never be divided by it
+# the least scale, because float16(1e-10) is zero and weights are divided by the scale
 _SMALLEST_SCALE = 2.0**-24
 
 # torch.quantile refuses more than 2^24 elements at once
@@ -31,7 +31,7 @@ _QUANTILE_ELEMENTS = 1 << 22
 
 
 class RowScales(Protocol):
-    """Scales of a matrix's rows; arguments as for `sdclip`, but each function reads only those it needs."""
+    """A function that returns a matrix's row scales. Arguments as for `sdclip`; a function may ignore some of them."""
 
     def __call__(
         self, rows: Tensor, bits: int, *, sigmas: float = ..., floor: str = ..., hessian: Tensor | None = None
@@ -39,7 +39,7 @@ class RowScales(Protocol):
 
 
 def largest_code(bits: int) -> int:
-    """The largest code, 2^(bits−1) − 1: 31 for int6, 127 for int8. The smallest is its negative.
+    """The largest code, 2^(bits−1) − 1: 31 for int6, 127 for int8. Rounding gives no code below its negative.
 
     Raises:
         UserError: `bits` is outside 2..8.
@@ -50,9 +50,10 @@ def largest_code(bits: int) -> int:
 
 
 def rtn(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Round to nearest: q = round(clamp(w / s, −m, m)), m = 2^(bits−1) − 1, ties to even.
+    """Round weights to the nearest codes: q = round(clamp(w / s, −m, m)), m = 2^(bits−1) − 1, ties to even.
 
-    `weight` is `(..., rows, columns)`, `scales` `(..., rows)` and positive, q int8 of the weight's shape.
+    `weight` is `(..., rows, columns)`. `scales` is `(..., rows)` and positive. The codes q are int8 of the weight's
+    shape.
     """
     limit = largest_code(bits)
     return (weight / scales.to(weight.dtype).unsqueeze(-1)).clamp(-limit, limit).round().to(torch.int8)
@@ -73,16 +74,18 @@ def quantile(
 
 
 def percentile_candidates(rows: Tensor, bits: int, *, floor: str = "published") -> list[Tensor]:
-    """The scales of `percentile_search`'s five candidates, so that GPTQ can choose among them itself."""
+    """The row scales of each of `percentile_search`'s five candidate clips, so that GPTQ can choose after rounding."""
     return [_to_scales(clip, bits, floor) for clip in _row_quantiles(rows, SEARCH_QUANTILES)]
 
 
 def percentile_search(
     rows: Tensor, bits: int, *, sigmas: float = 0.0, floor: str = "published", hessian: Tensor | None = None
 ) -> Tensor:
-    """Clip at the one of five row quantiles that has the least Σ (w − ŵ)² over the matrix (#1392). Arguments as for `sdclip`.
+    """Clip all rows at that of `SEARCH_QUANTILES` with the least Σ (w − ŵ)² over the matrix. Arguments as for `sdclip`.
 
-    ŵ is rounded to nearest; on a tie the smaller quantile wins.
+    ŵ is the weight w after rounding to nearest. On a tie the smaller quantile wins.
+
+    Source: #1392.
     """
     candidates = percentile_candidates(rows, bits, floor=floor)
     errors = [squared_error(rows, rtn(rows, scales, bits), scales) for scales in candidates]
@@ -90,7 +93,7 @@ def percentile_search(
 
 
 def squared_error(rows: Tensor, codes: Tensor, scales: Tensor) -> float:
-    """Σ (w − q s)² over a matrix, summed in float64."""
+    """The squared rounding error Σ (w − q s)² of a matrix, summed in float64."""
     return (rows - codes * scales.to(rows.dtype).unsqueeze(-1)).double().square().sum().item()
 
 
@@ -102,9 +105,9 @@ def sdclip(
     Args:
         rows: `(rows, columns)`, float32 or float64.
         bits: bits of the codes, 2 to 8.
-        sigmas: k; σ is unbiased.
-        floor: "published": 1/(2^(bits−1) − 1), as in #1471; "none": 1e-10, as in #1394.
-        hessian: `(columns, columns)` of the matrix; only `hessian_sdclip` reads it.
+        sigmas: k. σ is the unbiased standard deviation of the row.
+        floor: floor of the scale: "published" is 1/(2^(bits−1) − 1), as in #1471; "none" is 1e-10, as in #1394.
+        hessian: the matrix's Hessian `(columns, columns)`; only `hessian_sdclip` reads it.
 
     Returns:
         `(rows,)` float16, at least 2⁻²⁴, the smallest positive float16.
@@ -120,12 +123,14 @@ def sdclip(
 def hessian_sdclip(
     rows: Tensor, bits: int, *, sigmas: float = 12.85, floor: str = "published", hessian: Tensor | None = None
 ) -> Tensor:
-    """SDClip with a larger clip for rows whose large weights meet strong inputs: c = k σ (1 + λ (r − 1)), λ = 0.175.
+    """SDClip with a larger clip for rows that have large weights on strong inputs: c_i = k σ_i (1 + λ (r_i − 1)), λ =
+    0.175.
 
-    h_j = H_jj / mean(diag H), r_i = mean_j |w_ij| h_j, divided by its mean over the rows. Arguments as for `sdclip`.
+    r_i is mean_j |w_ij| h_j divided by its mean over all rows, with h_j = H_jj / mean(diag H). Arguments as for
+    `sdclip`.
 
     Raises:
-        UserError: as `sdclip`, or there is no Hessian.
+        UserError: as `sdclip`, or `hessian` is None.
 
     Source: #1412.
     """
@@ -146,7 +151,7 @@ ROW_SCALES: dict[str, RowScales] = {
     "quantile": quantile,
     "percentile_search": percentile_search,
 }
-"""Row scales by the name that `matrix_clip` and `embed_clip` take."""
+"""All row scale functions by name. The names are the values of the settings `matrix_clip` and `embed_clip`."""
 
 
 _FLOORS: dict[str, Callable[[int], float]] = {
@@ -171,7 +176,7 @@ def _row_deviations(rows: Tensor) -> Tensor:
 
 
 def _row_quantiles(rows: Tensor, fractions: Sequence[float]) -> Tensor:
-    """Quantiles of |rows| `(fractions, rows)`; each row is sorted once for all of them."""
+    """Quantiles of |w| in each row, `(fractions, rows)`. Each row is sorted once for all fractions."""
     if not len(rows):
         return rows.new_empty(len(fractions), 0)
     step = max(_QUANTILE_ELEMENTS // rows.shape[1], 1)

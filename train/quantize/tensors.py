@@ -1,4 +1,4 @@
-"""Stored tensors: codes with row scales, or float16; and their conversion back to weights."""
+"""The tensors that an artifact stores: codes with row scales, or float16. Converts these tensors back to weights."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from train.quantize.row_scales import largest_code
 
 
 class Clip(NamedTuple):
-    """How a tensor's rows are clipped: a name in `ROW_SCALES`, SDClip's k, and the floor of the scales."""
+    """The settings that clip a tensor's rows."""
 
-    name: str
-    sigmas: float
-    floor: str
+    name: str  # a name in `ROW_SCALES`
+    sigmas: float  # SDClip's k
+    floor: str  # floor of the scales: "published" or "none", as for `sdclip`
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A matrix as integers and one scale per row: w ≈ q · s."""
+    """A matrix stored as integer codes q and one scale s per row: w ≈ q · s."""
 
     codes: Tensor  # (rows, columns) int8, |code| ≤ 2^(bits−1)
     scales: Tensor  # (rows,) float16
@@ -42,7 +42,7 @@ class QuantizedTensor:
 
     @classmethod
     def empty(cls, shape: torch.Size, bits: int) -> QuantizedTensor:
-        """Uninitialized codes `(rows, columns)` and scales."""
+        """A tensor of the given shape with uninitialized codes and scales."""
         return cls(torch.empty(shape, dtype=torch.int8), torch.empty(shape[0], dtype=torch.float16), bits)
 
     @property
@@ -55,14 +55,14 @@ class QuantizedTensor:
 
 
 StoredTensors = dict[str, QuantizedTensor | Tensor]
-"""A model's stored tensors, by parameter name."""
+"""Parameter name → the stored tensor of a model."""
 
 
 def stored_bits(name: str, parameter: Tensor, config: Config) -> int:
-    """Bits in which a parameter is stored: 2 to 8 as codes with row scales, 16 as float16.
+    """Bits per stored value of a parameter: 2 to 8 for codes with row scales, 16 for float16.
 
-    Above `passthrough_max_elements` elements, matrices get `matrix_bits` and embeddings `embed_bits` (the tied embedding
-    `tied_embed_bits` if that is set). All other tensors are float16.
+    Matrices with more than `passthrough_max_elements` elements get `matrix_bits`. Embeddings with more elements get
+    `embed_bits`; the tied embedding gets `tied_embed_bits` if this is set. All other tensors are float16.
     """
     if parameter.ndim != 2 or parameter.numel() <= config.passthrough_max_elements:
         return 16
@@ -73,9 +73,10 @@ def stored_bits(name: str, parameter: Tensor, config: Config) -> int:
 
 
 def matrices_to_calibrate(model: nn.Module, config: Config) -> list[str]:
-    """Names of the matrices for which `quantize_model` needs a Hessian; none if all are rounded to nearest.
+    """Names of the matrices for which `quantize_model` needs a Hessian. The list is empty if `quantizer` is not GPTQ.
 
-    With `gptq_tied_embed` the tied embedding is one of them; its inputs are the final norm's outputs (#1394).
+    With `gptq_tied_embed` it includes the tied embedding. The tied embedding's inputs are the final norm's outputs
+    (#1394).
     """
     if config.quantizer != "gptq":
         return []
@@ -88,7 +89,7 @@ def matrices_to_calibrate(model: nn.Module, config: Config) -> list[str]:
 
 
 def dequantize_state(tensors: Mapping[str, QuantizedTensor | Tensor]) -> dict[str, Tensor]:
-    """The state dict for `GPT.load_state_dict`: every stored tensor as float32."""
+    """Convert stored tensors to a state dict for `GPT.load_state_dict`. Every tensor becomes float32."""
     return {
         name: tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor.float()
         for name, tensor in tensors.items()
@@ -96,12 +97,12 @@ def dequantize_state(tensors: Mapping[str, QuantizedTensor | Tensor]) -> dict[st
 
 
 def tensor_group(name: str) -> str:
-    """The name without the layer's number, which the same tensor of all layers shares: `blocks.3.mlp.up` → `blocks.*.mlp.up`."""
+    """The tensor group of a parameter: its name with * for the layer's number, e.g. `blocks.*.mlp.up`."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def clip_settings(name: str, config: Config) -> Clip:
-    """The settings' row clip of a coded tensor."""
+    """The row clip that the settings give to a tensor stored as codes."""
     if classify(name, config) == "embedding":
         return Clip(config.embed_clip, config.embed_clip_sigmas, config.scale_floor)
     return Clip(config.matrix_clip, config.matrix_clip_sigmas, config.scale_floor)
