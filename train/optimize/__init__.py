@@ -1,10 +1,11 @@
-"""Optimizers, schedules, averages of weights, and the reduction of gradients over ranks.
+"""Optimizers, schedules, averages of the weights, and the reduction of gradients over ranks.
 
-A matrix in one step: autograd sums the gradients of all micro-batches in `.grad`. A reduce-scatter sends them to the rank
-that owns the matrix (`reduction`). There the mean gradient is clipped and Muon updates the matrix (`groups`). An all-gather
-sends the matrix to all ranks, and each adds it to its averages (`averaging`). Embeddings, vectors and scalars: one
-all-reduce of their gradients, then AdamW on every rank.
+In one step, autograd sums the gradients of all micro-batches in `.grad`. Each matrix has one rank that owns it. A
+reduce-scatter sends each matrix's gradients to its owner (`reduction`). The owner clips the mean gradient and updates
+the matrix with Muon (`groups`). An all-gather sends the matrix to all ranks. One all-reduce averages the gradients of
+embeddings, vectors and scalars, and every rank updates them with AdamW. Then every rank adds the weights to its
+averages (`averaging`).
 
-Between the collectives the step computes three things: the gradients' norm; clipping and Muon; AdamW. Each of the three may
-be a CUDA graph (`cuda_graph`).
+Between the collectives the step does three computations: the norm of the gradients; clipping and Muon; AdamW. Each of
+the three may be a CUDA graph (`cuda_graph`).
 """

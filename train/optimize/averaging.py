@@ -12,14 +12,14 @@ from train.common.errors import UserError
 
 
 class _Average:
-    """Base of both averages: the model's parameters, and a tensor for each."""
+    """Base class of both averages, which have one tensor for each parameter of the model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = [name for name, _ in model.named_parameters()]
         self._parameters: list[Tensor] = [parameter for _, parameter in model.named_parameters()]
 
     def average(self) -> dict[str, Tensor]:
-        """The averaged weights by parameter name, in the average's own dtype; read only."""
+        """Parameter name → averaged weights, in the average's own dtype. The caller must not change them."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -43,10 +43,10 @@ class _Average:
 
 
 class EMA(_Average):
-    """Exponential moving average of every parameter, starting from the current weights.
+    """Exponential moving average of every parameter, even of untrained ones. It starts from the current weights.
 
-    average <- decay * average + (1 - decay) * weights after each step, without bias correction; untrained parameters
-    too. The average is float32 or wider, even for bfloat16 embeddings. `decay` is in [0, 1).
+    After each step average <- decay * average + (1 - decay) * weights, without bias correction. The average is float32
+    or wider, even for bfloat16 embeddings. `decay` is in [0, 1).
 
     Source: submissions #1392 (0.997) and #1471 (0.9965).
     """
@@ -60,7 +60,7 @@ class EMA(_Average):
             parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
             for parameter in self._parameters
         ]
-        # lerp needs equal dtypes: copy bfloat16 parameters to float32 buffers first
+        # lerp needs equal dtypes: `update` first copies bfloat16 parameters to these float32 buffers
         narrow = [i for i, shadow in enumerate(self._shadow) if shadow.dtype != self._parameters[i].dtype]
         self._narrow = [self._parameters[i] for i in narrow]
         self._widened = [torch.empty_like(self._shadow[i]) for i in narrow]
@@ -94,10 +94,10 @@ class EMA(_Average):
 
 
 class SWA(_Average):
-    """Mean of the weights of every n-th step, once the learning rate has fallen below a threshold.
+    """Mean of the weights after every `every`-th step whose learning-rate scale is below `threshold`.
 
-    average = mean of the weights after each step s with s mod every = 0 and scale < threshold; untrained parameters too.
-    The sum has each parameter's dtype, as published, so bfloat16 embeddings lose bits.
+    All parameters are averaged, even untrained ones. As published, a parameter's sum has the parameter's dtype, so
+    bfloat16 embeddings lose bits.
 
     Source: submission #198 (every 200, below 0.5), the parent of #262; #122 has the same rule.
     """
@@ -113,11 +113,14 @@ class SWA(_Average):
 
     @torch.no_grad()
     def update(self, step: int, scale: float) -> bool:
-        """Add the current weights to the average if step and learning rate call for it, and say whether they were added.
+        """Add the current weights to the average if `step` is a multiple of `every` and `scale` is below `threshold`.
 
         Args:
-            step: finished steps, including the current one.
-            scale: learning-rate scale of this step.
+            step: number of finished steps, with the current one.
+            scale: learning-rate scale of the current step.
+
+        Returns:
+            Whether the weights were added.
         """
         if scale >= self.threshold or step % self.every:
             return False

@@ -1,4 +1,4 @@
-"""Replays repeated work as a CUDA graph while it uses the same memory."""
+"""Replays work as a CUDA graph as long as its tensors keep their addresses."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class GraphChoice(NamedTuple):
 
 
 def choose_graph(config: Config, device: torch.device) -> GraphChoice:
-    """Resolve the setting `optimizer_graph`; the result is the same on every rank.
+    """Resolve the setting `optimizer_graph`. The result is the same on every rank.
 
     Raises:
-        UserError: it is `on` and the device is not CUDA.
+        UserError: the setting is `on`, but the device is not CUDA.
     """
     if config.optimizer_graph == "off":
         return GraphChoice(False, "as set")
@@ -47,12 +47,12 @@ def choose_graph(config: Config, device: torch.device) -> GraphChoice:
 class Captured:
     """Calls a function; from the second call with the same tensors on, it replays a CUDA graph instead.
 
-    The first call with new tensors runs eagerly, which compiles kernels and uploads tables. Numbers that change between
-    calls must be tensors on the device.
+    The first call with new tensors runs without a graph, compiles kernels and uploads tables. Numbers that change
+    between calls must be tensors on the device.
 
     Args:
-        run: launches the work on the current stream.
-        tensors: returns, in a fixed order, all tensors that the work uses and that outlive a call.
+        run: the function; it launches work on the current stream.
+        tensors: returns in a fixed order all tensors that `run` uses and that outlive a call.
     """
 
     def __init__(self, run: Callable[[], object], tensors: Callable[[], Iterable[Tensor]]) -> None:

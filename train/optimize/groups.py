@@ -20,7 +20,7 @@ from train.optimize.reduction import Reduction
 
 KINDS = ("matrix", "embedding", "scalar")
 
-# every published script has these
+# all published scripts have these values
 _ADAM_BETA1, _ADAM_EPS = 0.9, 1e-8
 
 Moments = Mapping[str, Mapping[str, Tensor]]
@@ -28,19 +28,20 @@ _Work = Callable[[], object]
 
 
 class Optimizers:
-    """All optimizers of a model, stepped together; made by `build_optimizers`.
+    """All optimizers of a model, which step together. `build_optimizers` makes them.
 
-    A step reduces the gradients, then computes the local norm, then clips and runs Muon, then runs AdamW, with collectives
-    in between. Each of the three computations may be a CUDA graph; a single process has one graph for all.
+    A step reduces the gradients over ranks, computes the norm of this rank's gradients, clips them and runs Muon, and
+    runs AdamW, with collectives between these computations. Each of the last three may be a CUDA graph. A single
+    process has one graph for all three.
 
     Args:
-        model: `zero_grad` clears its gradients.
+        model: the model whose gradients `zero_grad` clears.
         kinds: result of `split_parameters`.
-        muon: Muon on the matrices of this rank; None if it owns none.
-        adamw: AdamW on embeddings and scalars, the same on every rank; None if there are none.
-        reduction: with graphs it must keep gradients at fixed addresses.
-        max_norm: clip the norm of the whole gradient to this; 0: no clipping.
-        process_group: all ranks; None for one process.
+        muon: Muon on the matrices that this rank owns; None if it owns no matrix.
+        adamw: AdamW on embeddings and scalars, the same on every rank; None if the model has none.
+        reduction: the exchange with other ranks. With CUDA graphs it must keep gradients at fixed addresses.
+        max_norm: largest L2 norm of the gradient over all parameters; 0: no clipping.
+        process_group: the group of all ranks; None for one process.
         graph: whether to replay CUDA graphs.
     """
 
@@ -75,17 +76,18 @@ class Optimizers:
         self._update_others = self._piece(others, adamw)
         self._update_all = self._piece([*measuring, *matrices, *others], muon, adamw)
         for group in self._groups if graph.on else ():
-            # a graph reads its numbers from the device
+            # a CUDA graph reads learning rate and momentum from the device
             device = group["params"][0].device
             group.update({name: torch.zeros((), device=device) for name in ("lr", "momentum") if name in group})
             if "capturable" in group:
                 group["capturable"] = True
 
     def _piece(self, work: Sequence[_Work], *stepped: torch.optim.Optimizer | None) -> Callable[[], None]:
-        """A function that calls `work` in order, replayed as a CUDA graph if `graph` says so.
+        """Return a function that calls the functions of `work` in order, or replays a CUDA graph of them if graphs are
+        on.
 
-        `stepped` are the optimizers whose parameters and moments the work uses. The closure must not capture `self`: the
-        cycle would keep the process group alive past interpreter exit, where gloo aborts.
+        `stepped` are the optimizers whose parameters and moments the work uses. The returned function must not refer to
+        `self`: the reference cycle would keep the process group alive after the interpreter's exit, where gloo aborts.
         """
         each_optimizer = self._each
 
@@ -106,12 +108,15 @@ class Optimizers:
     def step(self, lr_scale: float, momentum: float) -> Tensor | None:
         """Reduce the gradients over ranks, clip them, and update every parameter.
 
-        `lr_scale` multiplies every learning rate; `momentum` is Muon's. Each micro-batch's gradient must have been multiplied
-        by 1 / accumulation.
+        The gradient of each micro-batch must already be divided by the number of micro-batches.
+
+        Args:
+            lr_scale: factor on every learning rate.
+            momentum: Muon's momentum.
 
         Returns:
-            The gradient's norm before clipping (0-dimensional, on the device, overwritten by the next step), or None
-            without clipping.
+            The gradient's norm before clipping, a scalar on the device that the next step overwrites, or None without
+            clipping.
         """
         norm = self.reduction.norm if self._max_norm > 0 else None
         self.reduction.reduce_gradients()
@@ -126,30 +131,32 @@ class Optimizers:
         if self._max_norm > 0:
             self.reduction.sum_squares()
         self._update_matrices()
-        # the all-gather of the matrices overlaps AdamW
+        # AdamW runs during the all-gather of the matrices
         self.reduction.start_gathering()
         self._update_others()
         self.reduction.finish_gathering()
         return norm
 
     def zero_grad(self) -> None:
-        """Clear all gradients of the model, even of untrained parameters."""
+        """Set all gradients of the model to None, even those of untrained parameters."""
         for parameter in self._model.parameters():
             parameter.grad = None
 
     def reset(self) -> None:
-        """Zero all moments and step counts, as before the first step."""
+        """Set all moments and step counts to zero, their state before the first step."""
         # in place: a CUDA graph uses these tensors
         for optimizer in self._each:
             for moments in optimizer.state.values():
                 torch._foreach_zero_(list(moments.values()))
 
     def state_dict(self) -> dict[str, dict[str, dict[str, Tensor]]]:
-        """The moments of all ranks, so that a run may resume on another number of ranks. Every rank must call this.
+        """Collect the moments of all ranks, so that a run may resume on another number of ranks.
+
+        Every rank must call this. Rates, decays and momentum are not saved, because they follow from the settings and
+        the step.
 
         Returns:
-            Optimizer ("muon", "adamw") -> parameter name -> name of the moment -> tensor. Rates, decays and momentum
-            follow from the settings and the step.
+            Optimizer ("muon" or "adamw") -> parameter name -> name of the moment -> tensor.
         """
         muon = self._moments("muon", self.muon)
         if self._process_group is not None:
@@ -164,7 +171,7 @@ class Optimizers:
         return {name: dict(state[parameter]) for name, parameter in self._named[key].items() if parameter in state}
 
     def load_state_dict(self, state: Mapping[str, Moments]) -> None:
-        """Restore the result of `state_dict`, bit for bit; each rank copies the moments of its own parameters.
+        """Restore the result of `state_dict`, bit for bit. Each rank restores the moments that it needs.
 
         Raises:
             UserError: the checkpoint belongs to other parameters.
@@ -209,7 +216,7 @@ def _load(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: Mapping[st
 
 
 def split_parameters(model: nn.Module, config: Config) -> dict[str, dict[str, nn.Parameter]]:
-    """The trained parameters by kind ("matrix", "embedding", "scalar") and name, in the model's order."""
+    """Kind ("matrix", "embedding" or "scalar") -> parameter name -> trained parameter, in the model's order."""
     kinds: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in KINDS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -224,20 +231,21 @@ def build_optimizers(
     *,
     owned: Sequence[int] | None = None,
 ) -> Optimizers:
-    """Muon and AdamW with the rates and decays of the settings.
+    """Build Muon and AdamW with the learning rates and weight decays of the settings.
 
-    Matrices: Muon, p <- p (1 - lr wd) - lr sqrt(max(1, rows / columns)) update, with Nesterov momentum. Embeddings and
-    scalars: AdamW, each with its own rate and decoupled decay. Moments have the parameter's dtype: bfloat16 for bfloat16
-    embeddings, as published. Matrices are assigned to ranks so that all spend about the same time on orthogonalization.
+    Muon updates matrices: p <- p (1 - lr wd) - lr sqrt(max(1, rows / columns)) update, with Nesterov momentum. AdamW
+    updates embeddings and scalars, which have a rate and a decoupled decay each. Moments have the parameter's dtype:
+    bfloat16 for bfloat16 embeddings, as published. Matrices are assigned to ranks so that all ranks take about the same
+    time for orthogonalization.
 
     Args:
-        model: on its final device, with the same weights on every rank.
+        model: the model on its final device, with the same weights on every rank.
         config: the settings.
-        process_group: all ranks; None for one process.
-        owned: without a group, indices of the matrices to update, to measure one rank's work alone; None: all.
+        process_group: the group of all ranks; None for one process.
+        owned: indices of the only matrices to update, to measure the work of one rank in one process; None: all.
 
     Raises:
-        UserError: `optimizer_graph` is `on` and the device is not CUDA.
+        UserError: `optimizer_graph` is `on`, but the device is not CUDA.
     """
     kinds = split_parameters(model, config)
     graph = choose_graph(config, next(model.parameters()).device)
@@ -284,13 +292,13 @@ def _build_muon(matrices: Sequence[Tensor], config: Config) -> Muon:
         row_normalize=config.muon_eq_r,
         row_eps=config.muon_row_eps,
         normuon=config.normuon,
-        # only #122, which has NorMuon, multiplies the gradient by 1 - momentum
+        # of the published scripts only #122, which has NorMuon, multiplies the gradient by 1 - momentum
         dampened=config.normuon,
         coefficients=config.muon_coefficients,
     )
 
 
 def _build_adamw(groups: list[dict[str, Any]], config: Config) -> torch.optim.AdamW:
-    # fused kernels compute bfloat16 moments in float32 and round once
+    # fused kernels update bfloat16 moments in float32 and round them once
     fused = {parameter.device.type for group in groups for parameter in group["params"]} <= {"cpu", "cuda"}
     return torch.optim.AdamW(groups, betas=(_ADAM_BETA1, config.beta2), eps=_ADAM_EPS, fused=fused, foreach=not fused)

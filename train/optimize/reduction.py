@@ -1,4 +1,4 @@
-"""Collectives of a step: mean gradients, their norm for clipping, and the updated matrices for all ranks."""
+"""The collectives of a step: average the gradients, clip their norm, and send the updated matrices to all ranks."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ _Collective = Callable[..., dist.Work]
 
 
 class Reduction:
-    """Exchanges mean gradients before the optimizers run, and updated matrices after.
+    """Averages gradients over ranks before the optimizers run, and sends updated matrices to all ranks afterwards.
 
-    Replicated parameters (embeddings, vectors, scalars): one all-reduce of their gradients; every rank updates them.
-    Matrices: one rank, the owner, updates each. One reduce-scatter gives the owners their mean gradients, one all-gather
-    sends the updated matrices to all ranks. The host never waits for a number.
+    Every rank updates the replicated parameters: embeddings, vectors and scalars. One all-reduce averages their
+    gradients. Each matrix has an owner, the rank that updates it. One reduce-scatter gives the owners their mean
+    gradients; one all-gather sends the updated matrices to all ranks. The host never waits for a number from the
+    device.
 
-    Each micro-batch's gradient must have been multiplied by 1 / accumulation. A missing gradient counts as zero, so that
-    weight decay does not depend on the number of ranks.
+    The gradient of each micro-batch must already be divided by the number of micro-batches. A missing gradient counts
+    as zero, so that weight decay does not depend on the number of ranks.
 
     Args:
         replicated: parameters that every rank updates.
-        matrices: parameters that their owners update.
-        owners: the rank that updates each of `matrices`; ignored without a group.
-        group: all ranks; None for one process, which owns everything.
-        others: without a group, matrices of other ranks, to measure one rank's work alone; only their norm counts.
-        fixed: keep the reduced gradients at the same addresses, as a CUDA graph needs; with a group they always are.
+        matrices: parameters that only their owners update.
+        owners: the owner of each of `matrices`; ignored without a group.
+        group: the group of all ranks; None for one process, which owns all matrices.
+        others: matrices that count in the norm but are not updated, to measure the work of one rank in one process.
+        fixed: keep the reduced gradients at the same addresses, as a CUDA graph needs. With a group they always are.
 
     Attributes:
         owned: the matrices that this rank updates.
@@ -72,13 +73,13 @@ class Reduction:
         by_owner = [[matrix for matrix, owner in pairs if owner == rank] for rank in range(self._world_size)]
         self.owned = by_owner[self._rank]
         self._by_owner = [matrix for matrices in by_owner for matrix in matrices]
-        # every rank's slice has the same length: that of the rank with most elements
+        # the collectives need slices of equal length: take that of the rank with most elements
         length = max(sum(matrix.numel() for matrix in matrices) for matrices in by_owner)
-        # gradients leave before weights arrive, so both use this buffer
+        # this buffer holds the gradients of all matrices, and later the updated matrices
         self._all = _buffer(self._matrices, self._world_size * length)
         rows = zip(self._all.view(self._world_size, length), by_owner, strict=True)
         self._all_views = [view for row, matrices in rows for view in _views(row, matrices)]
-        # gradients stay readable after a step, so weights leave from another buffer
+        # gradients must stay readable after a step, so the updated matrices have a buffer of their own
         self._own_gradients, self._own_weights = (_buffer(self._matrices, length) for _ in range(2))
         self._own_gradient_views = _views(self._own_gradients, self.owned)
         self._own_weight_views = _views(self._own_weights, self.owned)
@@ -86,9 +87,10 @@ class Reduction:
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
-        """Replace `.grad` by the mean over ranks: on every rank for replicated parameters, on the owner for matrices.
+        """Replace each `.grad` by its mean over ranks.
 
-        On the other ranks a matrix's `.grad` becomes None. The next call may overwrite these gradients.
+        A matrix gets its mean gradient only on its owner; on other ranks its `.grad` becomes None. The next call may
+        overwrite the mean gradients.
         """
         parameters = [*self._replicated, *self._matrices]
         for parameter in parameters:
@@ -99,14 +101,14 @@ class Reduction:
                 _set_gradients(parameters, _gradients(parameters), self._places)
             return
         scattering = None
-        # start the larger transfer first: packing the smaller one overlaps it
+        # start the larger transfer first, so that the smaller one is packed during it
         if self._matrices:
             torch._foreach_copy_(self._all_views, _gradients(self._by_owner))
             scattering = _reduce_scatter(self._own_gradients, self._all, self._group)
         if self._replicated:
             torch._foreach_copy_(self._flat_views, _gradients(self._replicated))
             dist.all_reduce(self._flat, op=dist.ReduceOp.SUM, group=self._group)
-            # not every backend can average; with a power of two of ranks this product is exact
+            # sum and multiply, because not every backend can average; for 2^n ranks the product is exact
             self._flat.mul_(1 / self._world_size)
             _set_gradients(self._replicated, self._flat_views, self._flat_places)
         if scattering is not None:
@@ -123,15 +125,15 @@ class Reduction:
 
     @torch.no_grad()
     def measure_gradients(self) -> None:
-        """Clipping, step 1 of 3: sum the squares of this rank's reduced gradients."""
-        # count a matrix on its owner, a replicated parameter on rank 0
+        """Clipping, step 1 of 3: sum the squares of the reduced gradients that this rank counts."""
+        # the owner counts a matrix, rank 0 the replicated parameters
         counted = [*self._replicated, *self.owned] if self._rank == 0 else self.owned
         self._square.zero_()
         self._add_squares(_gradients(counted))
 
     @torch.no_grad()
     def sum_squares(self) -> None:
-        """Clipping, step 2 of 3: add up the sums of all ranks."""
+        """Clipping, step 2 of 3: add up the sums of squares of all ranks."""
         if self._group is not None:
             dist.all_reduce(self._square, op=dist.ReduceOp.SUM, group=self._group)
         self._add_squares([matrix.grad for matrix in self._others if matrix.grad is not None])
@@ -143,11 +145,11 @@ class Reduction:
 
     @torch.no_grad()
     def scale_gradients(self, max_norm: float) -> Tensor:
-        """Clipping, step 3 of 3: multiply this rank's gradients by min(1, max_norm / (norm + 1e-6)), norm over all ranks.
+        """Clipping, step 3 of 3: multiply this rank's gradients by min(1, max_norm / (norm + 1e-6)).
 
         Returns:
-            The L2 norm before clipping: 0-dimensional, on the device, float32 (float64 for float64 gradients), the same
-            on all ranks. The next call overwrites it.
+            The L2 norm of all ranks' gradients before clipping: a scalar on the device, float32 (float64 for float64
+            gradients). The next call overwrites it.
 
         Source: the formula of `torch.nn.utils.clip_grad_norm_`.
         """
@@ -168,7 +170,7 @@ class Reduction:
 
     @torch.no_grad()
     def finish_gathering(self) -> None:
-        """Wait for the all-gather and copy the matrices into the model; all ranks then hold the same bits."""
+        """Wait for the all-gather and copy the matrices into the model. Then all ranks hold the same bits."""
         if self._gathering is not None:
             self._gathering.wait()
             torch._foreach_copy_(self._by_owner, self._all_views)
@@ -182,7 +184,7 @@ def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _buffer(parameters: Sequence[Tensor], size: int) -> Tensor:
-    # float32 or wider: a sum of bfloat16 gradients is rounded once, not once per rank
+    # float32 or wider, so that a sum of bfloat16 gradients is rounded once, not once per rank
     dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)
     device = parameters[0].device if parameters else None
     return torch.zeros(size, dtype=dtype, device=device)
@@ -195,7 +197,7 @@ def _views(buffer: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _places_for(views: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    # a gradient has its parameter's dtype, which may be narrower than the sum's
+    # a gradient has its parameter's dtype, which may be narrower than the buffer's
     pairs = zip(views, parameters, strict=True)
     return [v if v.dtype == p.dtype else torch.empty_like(p, requires_grad=False) for v, p in pairs]
 

@@ -6,21 +6,22 @@ from train.config import Config
 
 
 def lr_scale(step: int, elapsed_seconds: float, config: Config) -> float:
-    """Factor on every learning rate before step `step`.
+    """Factor on every learning rate in the step after `step` finished steps.
 
-    Two published schedules, each 1 before the warmdown and linear to 0 in it:
+    The factor is 1, and falls linearly to 0 during the warmdown at the end. There are two published schedules:
 
-    - by steps, `warmdown_iters` = n: (iterations - step) / n in the last n steps. Under a wall-clock cap the n steps become
-      time at the mean step time so far: remaining / (n * elapsed / step) once that is below 1;
-    - by fraction, `warmdown_frac` = f > 0, which takes precedence: (1 - p) / f once p >= 1 - f, where p is the finished
-      fraction of the time, or of the steps without a cap.
+    - `warmdown_iters` = n: the warmdown is the last n steps, and the factor (iterations - step) / n. Under a time cap
+      the warmdown lasts as long as n steps of the mean duration so far: the factor is remaining / (n * elapsed / step).
+    - `warmdown_frac` = f > 0 takes precedence: with p the finished fraction of the time cap (without a cap, of the
+      steps), the factor is (1 - p) / f once p >= 1 - f.
 
-    Under a cap `iterations` does not matter. `warmdown_by` steps ignores the cap: the factor then depends on the step alone.
+    Under a cap `iterations` does not matter. With `warmdown_by` "steps" there is no cap, so the factor depends only on
+    `step`.
 
     Args:
-        step: steps finished so far.
-        elapsed_seconds: training time so far, without validation, in seconds.
-        config: the settings; the cap is `warmdown_seconds` (0: none).
+        step: number of finished steps.
+        elapsed_seconds: training time so far in seconds, without validation.
+        config: the settings. `warmdown_seconds` gives the cap; 0 means no cap.
 
     Returns:
         A number in [0, 1].
@@ -41,14 +42,16 @@ def lr_scale(step: int, elapsed_seconds: float, config: Config) -> float:
 
 
 def warmdown_seconds(config: Config) -> float:
-    """The training time that the learning rate follows; 0: it follows the steps."""
+    """The time cap in seconds that the learning rate follows; 0: the learning rate follows the steps."""
     return 0.0 if config.warmdown_by == "steps" else config.training_seconds
 
 
 def muon_momentum(step: int, config: Config) -> float:
-    """Muon's momentum after `step` steps: start + (end - start) * min(step / warm-up steps, 1); end without warm-up steps.
+    """Muon's momentum after `step` steps: start + (end - start) * min(step / warm-up steps, 1).
 
-    Source: Parameter Golf's baseline; submissions #1392, #122 and #1471 rise from 0.92 to 0.99 over 1,500 steps.
+    Without warm-up steps it is the end value.
+
+    Source: Parameter Golf's baseline. In submissions #1392, #122 and #1471 it rises from 0.92 to 0.99 over 1,500 steps.
     """
     steps = config.muon_momentum_warmup_steps
     risen = min(step / steps, 1.0) if steps else 1.0

@@ -100,8 +100,7 @@ def collect_hessians(
             with the same names and its own batches. None for one process.
 
     Returns:
-        Name → H `(in_features, in_features)`, float32 (float64 if the model computes in float64), on the model's
-        device.
+        Name → H `(in_features, in_features)`, float32 (float64 for a float64 model), on the model's device.
 
     Raises:
         UserError: there is no batch, a name is not in the model, or the model never multiplies by a named matrix.

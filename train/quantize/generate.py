@@ -57,8 +57,7 @@ def generate_tokens(
     recurrence: bool,
     progress: bool = False,
 ) -> Tensor:
-    """Generate one text of `length` tokens for each of `numbers`: `(len(numbers), length)` int64, on the model's
-    device.
+    """Generate a text of `length` tokens for each of `numbers`: `(len(numbers), length)` int64, on the model's device.
 
     The first token is drawn uniformly from the vocabulary, each later token from softmax(logits / temperature). Text i
     takes its random numbers from a generator with the seed (seed, i), so ranks and batches change only the rounding of

@@ -49,8 +49,7 @@ def quantize_model(
 
     The setting `quantizer` rounds matrices by GPTQ or to nearest, with scales from the row clip `matrix_clip`.
     Embeddings are rounded to nearest with `embed_clip`, or by GPTQ if `hessians` has their names. With GPTQ,
-    `percentile_search` rounds a matrix once per candidate clip and keeps the result of least squared error, as #1392
-    does.
+    `percentile_search` rounds a matrix once per candidate clip and keeps the result of least squared error (#1392).
 
     The ranks divide the matrices that GPTQ rounds, and exchange the results. On a CPU matrices are not batched, so that
     the codes do not depend on the number of ranks.

@@ -25,8 +25,7 @@ def gptq_cost(rows: int, columns: int) -> float:
 
 
 def gather(ranks: Ranks, work: Callable[[], T]) -> list[T]:
-    """Call `work` on every rank and return the results of all ranks, in order of rank. Results must be small and
-    picklable.
+    """Call `work` on every rank and return the results of all ranks in order. Results must be small and picklable.
 
     Raises:
         UserError: `work` raised a UserError on some rank. Every rank raises the error of the first such rank, so that

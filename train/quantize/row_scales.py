@@ -52,8 +52,7 @@ def largest_code(bits: int) -> int:
 def rtn(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     """Round weights to the nearest codes: q = round(clamp(w / s, −m, m)), m = 2^(bits−1) − 1, ties to even.
 
-    `weight` is `(..., rows, columns)`. `scales` is `(..., rows)` and positive. The codes q are int8 of the weight's
-    shape.
+    `weight` is `(..., rows, columns)`, `scales` `(..., rows)` and positive. The codes q are int8 of the weight's shape.
     """
     limit = largest_code(bits)
     return (weight / scales.to(weight.dtype).unsqueeze(-1)).clamp(-limit, limit).round().to(torch.int8)
@@ -123,11 +122,10 @@ def sdclip(
 def hessian_sdclip(
     rows: Tensor, bits: int, *, sigmas: float = 12.85, floor: str = "published", hessian: Tensor | None = None
 ) -> Tensor:
-    """SDClip with a larger clip for rows that have large weights on strong inputs: c_i = k σ_i (1 + λ (r_i − 1)), λ =
-    0.175.
+    """SDClip with a larger clip for rows that have large weights on strong inputs. Arguments as for `sdclip`.
 
-    r_i is mean_j |w_ij| h_j divided by its mean over all rows, with h_j = H_jj / mean(diag H). Arguments as for
-    `sdclip`.
+    Row i is clipped at c_i = k σ_i (1 + λ (r_i − 1)), λ = 0.175. r_i is mean_j |w_ij| h_j divided by its mean over all
+    rows, with h_j = H_jj / mean(diag H).
 
     Raises:
         UserError: as `sdclip`, or `hessian` is None.

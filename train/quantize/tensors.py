@@ -75,8 +75,7 @@ def stored_bits(name: str, parameter: Tensor, config: Config) -> int:
 def matrices_to_calibrate(model: nn.Module, config: Config) -> list[str]:
     """Names of the matrices for which `quantize_model` needs a Hessian. The list is empty if `quantizer` is not GPTQ.
 
-    With `gptq_tied_embed` it includes the tied embedding. The tied embedding's inputs are the final norm's outputs
-    (#1394).
+    With `gptq_tied_embed` it includes the tied embedding, whose inputs are the final norm's outputs (#1394).
     """
     if config.quantizer != "gptq":
         return []
