@@ -114,9 +114,15 @@ def row_nll_kernel(
             hidden = tl.load(hidden_rows + depth, mask=depth < width, other=0.0)
             weight = tl.load(weight_rows + depth, mask=depth < width, other=0.0)
             logits = tl.dot(hidden, weight.T, logits, input_precision="ieee")
-        if ROUND:
+        if ROUND >= 1:
             logits = _round_to_bf16(logits)
-        z = softcap - 2.0 * softcap * _folded_tanh(logits, softcap)
+        if ROUND == 3:
+            tanh = 1.0 - 2.0 * _folded_tanh(_round_to_bf16(logits / softcap), 1.0)
+            z = _round_to_bf16(softcap * _round_to_bf16(tanh))
+        else:
+            z = softcap - 2.0 * softcap * _folded_tanh(logits, softcap)
+        if ROUND == 2:
+            z = _round_to_bf16(z)
         z = tl.where((column < vocabulary)[None, :], z, float("-inf"))
         higher = tl.maximum(top, tl.max(z, axis=1))
         total *= tl.exp2((top - higher) * LOG2_E)
@@ -163,9 +169,7 @@ def loss_and_gradient(
         )  # fmt: skip
 
 
-def row_nll(
-    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, round_to_bf16: bool
-) -> tuple[Tensor, Tensor]:
+def row_nll(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, rounding: int) -> tuple[Tensor, Tensor]:
     """Returns the logsumexp and the target's logit of every row. Their difference is the result of `golf::window_nll`.
 
     Args:
@@ -191,7 +195,7 @@ def row_nll(
         with torch.cuda.device_of(hidden):
             row_nll_kernel[(tiles, parts)](
                 hidden, weight, targets, lse, picked, rows, width, vocabulary, span, softcap,
-                ROUND=round_to_bf16, **ROW_BLOCKS, **ROW_OPTIONS,
+                ROUND=rounding, **ROW_BLOCKS, **ROW_OPTIONS,
             )  # fmt: skip
     return torch.logsumexp(lse, 0), picked.sum(0)
 

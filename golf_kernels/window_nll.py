@@ -23,6 +23,10 @@ from golf_kernels.softcapped_cross_entropy import (
     wide_product,
 )
 
+LOGITS_ROUNDINGS = ("none", "bf16", "bf16_capped", "bf16_each")
+"""Values of `logits_rounding`; the operator takes a value's place."""
+_BEFORE, _CAPPED, _EACH = 1, 2, 3
+
 
 def window_nll(
     hidden: Tensor,
@@ -50,18 +54,19 @@ def window_nll(
         ValueError: a wrong shape, dtype, device or option, or (on the CPU) a target outside [0, V).
         RuntimeError: an input requires a gradient outside `torch.no_grad()`; the operator has no gradient.
     """
-    if logits_rounding not in ("none", "bf16"):
-        raise ValueError(f"logits_rounding: expected 'none' or 'bf16', found {logits_rounding!r}")
-    nll: Tensor = torch.ops.golf.window_nll(hidden, weight, targets, softcap, logits_rounding == "bf16")
+    if logits_rounding not in LOGITS_ROUNDINGS:
+        raise ValueError(f"logits_rounding: expected one of {', '.join(LOGITS_ROUNDINGS)}, found {logits_rounding!r}")
+    rounding = LOGITS_ROUNDINGS.index(logits_rounding)
+    nll: Tensor = torch.ops.golf.window_nll(hidden, weight, targets, softcap, rounding)
     return nll
 
 
-def _fake(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, round_to_bf16: bool) -> Tensor:
+def _fake(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, rounding: int) -> Tensor:
     check_head(hidden, weight, targets, softcap)
     return hidden.new_empty((hidden.shape[0],), dtype=accumulation_dtype(hidden.dtype))
 
 
-def _reference(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, round_to_bf16: bool) -> Tensor:
+def _reference(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, rounding: int) -> Tensor:
     check_head(hidden, weight, targets, softcap)
     check_targets(targets, weight.shape[0], None)
     dtype = accumulation_dtype(hidden.dtype)
@@ -72,19 +77,25 @@ def _reference(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, 
         rows = slice(start, start + step)
         # a product in 16 bits would round the logits even if logits_rounding is `none`
         logits = wide_product(hidden[rows], weight.T)
-        if round_to_bf16:
+        if rounding >= _BEFORE:
             logits = logits.bfloat16().to(dtype)
-        z = logits.div_(softcap).tanh_().mul_(softcap)
+        if rounding == _EACH:
+            quotient = logits.div_(softcap).bfloat16()
+            z = (quotient.tanh() * softcap).to(dtype)
+        else:
+            z = logits.div_(softcap).tanh_().mul_(softcap)
+        if rounding == _CAPPED:
+            z = z.bfloat16().to(dtype)
         nll[rows] = torch.logsumexp(z, dim=1) - z.gather(1, picked[rows]).squeeze(1)
     return nll
 
 
-def _triton(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, round_to_bf16: bool) -> Tensor:
+def _triton(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, rounding: int) -> Tensor:
     from golf_kernels.softcapped_cross_entropy_triton import row_nll
 
     check_head(hidden, weight, targets, softcap)
     check_targets(targets, weight.shape[0], None)
-    lse, picked = row_nll(hidden, weight, targets, softcap, round_to_bf16)
+    lse, picked = row_nll(hidden, weight, targets, softcap, rounding)
     return lse - picked
 
 
@@ -99,7 +110,7 @@ def _inputs(make: operators.Make, logits_rounding: str = "none", **sizes: int) -
 
 dispatch.define(
     "window_nll",
-    "(Tensor hidden, Tensor weight, Tensor targets, float softcap, bool round_to_bf16) -> Tensor",
+    "(Tensor hidden, Tensor weight, Tensor targets, float softcap, int rounding) -> Tensor",
     reference=_reference,
     fake=_fake,
 )
@@ -118,7 +129,7 @@ operators.declare(
         _inputs,
         cases=[
             {"rows": 98304, "width": 640, "vocabulary": 1984, "logits_rounding": rounding}
-            for rounding in ("none", "bf16")
+            for rounding in LOGITS_ROUNDINGS
         ],
         called_by="evaluate",
     )

@@ -220,7 +220,11 @@ class Config:
     paid_prefix_file: str = setting(
         "", "file of validation tokens to score with loss 0, as #262 did; against the rules; empty: none"
     )
-    logits_rounding: str = setting("none", "rounding of the logits before the softcap", choices=("none", "bf16"))
+    logits_rounding: str = setting(
+        "none", "rounding of scored logits; bf16: before the softcap; in overlapping windows, bf16_capped: also after it, "
+        "bf16_each: after each operation of it",
+        choices=("none", "bf16", "bf16_capped", "bf16_each"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from train.common.errors import UserError
 from train.evaluate import scoring
+from train.evaluate.scores import evaluation_entry
 from train.evaluate.scoring import flat_evaluation
 
 # several batches for a short text
@@ -63,6 +64,21 @@ def test_settings_come_from_the_config_unless_given() -> None:
     rounded = evaluate_model(model, tokens, tables, config.replace(logits_rounding="bf16"), max_tokens=50)
     assert rounded.val_loss != result.val_loss
     assert rounded.val_loss == pytest.approx(result.val_loss, rel=1e-2)
+
+
+def test_only_overlapping_windows_round_after_the_softcap() -> None:
+    tokens, tables = make_text(90)
+    losses, said = {}, {}
+    for rounding in ("none", "bf16", "bf16_capped", "bf16_each"):
+        for stride in (0, 4):
+            config = CONFIG.replace(logits_rounding=rounding, eval_seq_len=16, eval_stride=stride)
+            result = evaluate_model(StandIn(), tokens, tables, config)
+            losses[rounding, stride] = result.val_loss
+            said[rounding, stride] = evaluation_entry(result, config, weights="artifact")["logits_rounding"]
+    assert losses["bf16", 0] == losses["bf16_capped", 0] == losses["bf16_each", 0] != losses["none", 0]
+    assert len({loss for (_, stride), loss in losses.items() if stride}) == 4
+    assert all(said[rounding, 4] == rounding for rounding, _ in said)
+    assert [said[rounding, 0] for rounding in ("none", "bf16", "bf16_capped", "bf16_each")] == ["none", *["bf16"] * 3]
 
 
 def test_shapes_are_static_and_batches_even() -> None:

@@ -166,12 +166,17 @@ def test_loss_alone_and_every_row(rows, d, vocabulary, dtype):
     assert nll.dtype == torch.float32 and torch.allclose(nll.double(), expected, rtol=3e-6, atol=1e-5)
 
 
-def test_rounding_to_bf16_comes_before_the_softcap():
+@pytest.mark.parametrize("rounding", ["bf16", "bf16_capped", "bf16_each"])
+def test_rounding_to_bf16_is_before_or_also_after_the_softcap_or_each_of_its_operations(rounding):
     hidden, weight, targets = (tensor.detach() for tensor in head(rows=50, vocabulary=300, spread=3.0))
     logits = (hidden.float() @ weight.float().T).bfloat16().double()
     z = 30 * torch.tanh(logits / 30)
+    if rounding == "bf16_each":
+        z = 30 * torch.tanh((logits / 30).bfloat16().double()).bfloat16().double()
+    if rounding != "bf16":
+        z = z.bfloat16().double()
     expected = torch.logsumexp(z, 1) - z.gather(1, targets[:, None])[:, 0]
-    rounded = window_nll(hidden, weight, targets, logits_rounding="bf16")
+    rounded = window_nll(hidden, weight, targets, logits_rounding=rounding)
     # a logit on the edge between two bfloat16 values may fall to either side
     assert ((rounded.double() - expected).abs() > 1e-5 * expected).sum() <= 1
     assert (rounded - window_nll(hidden, weight, targets)).abs().max() > 1e-3

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from golf_kernels import COEFFICIENTS
+from golf_kernels.window_nll import LOGITS_ROUNDINGS
 from train.artifact.codecs import CODECS
 from train.config import Config
 from train.data.loaders import LOADERS
@@ -21,7 +22,13 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.mark.parametrize(
     ("field", "table"),
-    [("codec", CODECS), ("loader", LOADERS), ("matrix_clip", ROW_SCALES), ("eval_rule", RULES)],
+    [
+        ("codec", CODECS),
+        ("loader", LOADERS),
+        ("matrix_clip", ROW_SCALES),
+        ("eval_rule", RULES),
+        ("logits_rounding", LOGITS_ROUNDINGS),
+    ],
 )
 def test_a_settings_choices_are_its_table(field: str, table: object) -> None:
     assert set(Config.__dataclass_fields__[field].metadata["choices"]) == set(table)  # type: ignore[call-overload]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from golf_kernels.window_nll import LOGITS_ROUNDINGS
 from train.artifact import MODEL_FIELDS, load_model, read_artifact
 from train.checkpoint import load_weights
 from train.command_line import check_backends, note_unread
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq-len", type=int, help="window length in tokens [the run's eval_seq_len]")
     parser.add_argument("--max-tokens", type=int, default=0, help="score only the first N tokens; 0: all [0]")
     parser.add_argument(
-        "--logits-rounding", choices=("none", "bf16"), help="round logits before the cap [the run's logits_rounding]"
+        "--logits-rounding", choices=LOGITS_ROUNDINGS, help="round logits as published [the run's logits_rounding]"
     )
     parser.add_argument("--batch-seqs", type=int, default=BATCH_SEQS, help=f"windows per forward pass [{BATCH_SEQS}]")
     parser.add_argument("--data-path", help="folder with the validation shards and the tokenizer [the run's data_path]")

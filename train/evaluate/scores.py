@@ -85,10 +85,18 @@ def _settings(config: Config, weights: str, max_tokens: int = 0) -> dict[str, An
         "rule": config.eval_rule if config.eval_stride else "flat",
         "seq_len": config.window,
         "max_tokens": max_tokens,
-        "logits_rounding": config.logits_rounding,
+        "logits_rounding": rounding_of(config, config.eval_stride),
         "data_path": config.data_path,
         "paid_prefix_file": config.paid_prefix_file,
     }
+
+
+def rounding_of(config: Config, stride: int) -> str:
+    """The rounding of the logits in an evaluation.
+
+    The published scripts score windows side by side by the training loss, which rounds before the softcap alone.
+    """
+    return "bf16" if not stride and config.logits_rounding != "none" else config.logits_rounding
 
 
 def _key(entry: dict[str, Any]) -> str:

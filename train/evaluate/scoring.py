@@ -28,7 +28,7 @@ from train.common.progress import Progress
 from train.config import Config
 from train.data.dataset import Dataset
 from train.data.shards import check_tokens
-from train.evaluate.scores import EvalResult, evaluation_entry
+from train.evaluate.scores import EvalResult, evaluation_entry, rounding_of
 from train.evaluate.windows import WindowPlan, group_windows, plan_windows
 from train.model.compile import compiles, without_kernel, write_out
 
@@ -112,7 +112,8 @@ def evaluate_model(
     own = WindowPlan(*(column[windows * rank // world_size : windows * (rank + 1) // world_size] for column in plan))
     problem = _sharing_problem(model, share_layer0, stride, seq_len)
     with _evaluating(model), Progress(own.scored, description, "tokens", enabled=progress and rank == 0) as bar:
-        scorer = _Scorer(model, tokens[: total + 1], tables, config, seq_len, recurrence, problem is None, known)
+        settings = config.replace(logits_rounding=rounding_of(config, stride))
+        scorer = _Scorer(model, tokens[: total + 1], tables, settings, seq_len, recurrence, problem is None, known)
         shown, done, noted = 0, 0, time.monotonic()
         for windows_of_shape, rows_from in group_windows(own, seq_len, stride):
             for scored in scorer.score(windows_of_shape, rows_from, batch_seqs):

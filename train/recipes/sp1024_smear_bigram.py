@@ -48,6 +48,6 @@ SETTINGS = {
     "embed_clip": "quantile",
     "codec": "zstd",
     "eval_seq_len": 2048,
-    "logits_rounding": "bf16",
+    "logits_rounding": "bf16_capped",
     "eval_rule": "overlap_tail",
 }

@@ -62,5 +62,5 @@ SETTINGS = {
     # published: never needed
     "prune_excess": 8,
     "eval_seq_len": 2048,
-    "logits_rounding": "bf16",
+    "logits_rounding": "bf16_capped",
 }
