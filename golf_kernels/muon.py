@@ -80,7 +80,7 @@ class Muon(torch.optim.Optimizer):
             the results differ by a factor, which Newton-Schulz removes. If β changes, old gradients get other weights.
         coefficients: a name in `golf_kernels.newton_schulz.COEFFICIENTS`.
         compute_dtype: dtype of the Newton-Schulz products. None: float64 for float64 parameters, otherwise bfloat16 on
-            CUDA and float32 on a CPU.
+            CUDA and on a CPU with bfloat16 products, else float32.
         process_group: ranks that divide the Newton-Schulz work. All ranks must hold the same parameters and the same,
             already reduced, gradients. Each rank orthogonalizes the matrices assigned to it by cost. One all-gather
             then sends all results to all ranks. The optimizer's state is the same on every rank, so a `state_dict` fits

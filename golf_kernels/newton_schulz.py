@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from golf_kernels import dispatch, operators
+from golf_kernels import cpu, dispatch, operators
 
 Triple = tuple[float, float, float]
 
@@ -147,10 +147,11 @@ def coefficient_set(coefficients: str | CoefficientSet) -> CoefficientSet:
 
 
 def default_compute_dtype(matrices: Sequence[Tensor]) -> torch.dtype:
-    """Returns float64 if any matrix is float64, otherwise bfloat16 on CUDA and float32 on a CPU."""
+    """Returns float64 if any matrix is float64, otherwise bfloat16 on CUDA and on a CPU with bfloat16 products, else float32."""
     if any(matrix.dtype == torch.float64 for matrix in matrices):
         return torch.float64
-    return torch.bfloat16 if any(matrix.is_cuda for matrix in matrices) else torch.float32
+    fast = any(matrix.is_cuda for matrix in matrices) or cpu.multiplies_bfloat16()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def newton_schulz(
@@ -170,7 +171,7 @@ def newton_schulz(
         steps: number of iterations; None takes the set's `default_steps`.
         eps: smallest divisor in X / max(‖X‖_F, eps). Zero matrices stay zero.
         compute_dtype: dtype of the products. None: float64 if any input is float64, otherwise bfloat16 on CUDA and
-            float32 on a CPU. Norms are computed in float32 at least and cannot overflow.
+            on a CPU with bfloat16 products, else float32. Norms are computed in float32 at least and cannot overflow.
 
     Returns:
         New contiguous tensors with the shapes and dtypes of the inputs. A matrix with NaN or infinity gets NaN in its
@@ -240,18 +241,20 @@ def _reference(
 
 
 def _prescale(stack: Tensor, eps: float, prescale: str) -> Tensor:
+    """Scales the stack in place."""
     # each matrix is divided by its largest entry first, so that squares neither overflow nor underflow
-    largest = stack.abs().amax(dim=(-2, -1), keepdim=True)
+    largest, smallest = (extreme(stack, (-2, -1), keepdim=True) for extreme in (torch.amax, torch.amin))
+    largest = torch.maximum(largest, -smallest)
     largest = torch.where(largest == 0, torch.ones_like(largest), largest)
-    stack = stack / largest
+    stack.div_(largest)
     if prescale == "frobenius":
         norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True)
-        return stack / torch.maximum(norm, eps / largest)
+        return stack.div_(torch.maximum(norm, eps / largest))
     tall = stack.shape[-2] > stack.shape[-1]
     gram = stack.mT @ stack if tall else stack @ stack.mT
     # eps is the bound of a norm, but the row sums of a Gram matrix are squares of norms
     factor = gram.abs().sum(dim=-1).clamp_min(eps**2).rsqrt()
-    return stack * factor.unsqueeze(-2 if tall else -1)
+    return stack.mul_(factor.unsqueeze(-2 if tall else -1))
 
 
 def _iterate(x: Tensor, coefficients: Sequence[float]) -> Tensor:

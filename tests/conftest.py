@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from golf_kernels import cpu
 from train.common import hardware
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ else:
     # there, too, what a test leaves to the settings runs on the CPU: in float32, and the same bits again
     os.environ.setdefault("DEVICE", "cpu")
     hardware.auto_device = lambda: "cpu"
+    cpu._has_instructions = lambda: False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -18,7 +18,7 @@ from muon_truth import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import _muon
 
-from golf_kernels import COEFFICIENTS, Muon
+from golf_kernels import COEFFICIENTS, Muon, cpu
 from golf_kernels.muon import learning_rate_ratio
 from golf_kernels.sharding import newton_schulz_cost
 
@@ -63,6 +63,26 @@ def test_one_to_one_with_torch_as_it_is(options):
             # a quarter is room for other summation orders; in float32 we are far closer than that
             assert (a - c).norm() < 1.25 * (b - c).norm()
             assert (a - b).norm() < 2.5 * (b - c).norm()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_products_are_bfloat16_where_a_cpu_has_them(fast, monkeypatch):
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: fast)
+    dtype = torch.bfloat16 if fast else torch.float32
+    as_default, named = (train(Muon(parameters(dtype=torch.float32), compute_dtype=d)) for d in (None, dtype))
+    other = train(Muon(parameters(dtype=torch.float32), compute_dtype=torch.float32 if fast else torch.bfloat16))
+    assert all(torch.equal(a, b) for a, b in zip(as_default, named, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(as_default, other, strict=True))
+    # weights in float64 stay exact
+    assert_close(train(Muon(parameters(), lr=0.02)), reference(lr=0.02))
+
+
+def test_triton_s_interpreter_has_no_bfloat16_products(monkeypatch):
+    monkeypatch.setattr(cpu, "_has_instructions", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not cpu.multiplies_bfloat16()
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert cpu.multiplies_bfloat16()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
