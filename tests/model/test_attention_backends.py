@@ -383,3 +383,20 @@ def test_every_back_end_that_runs_agrees_with_the_formula_on_the_gpu() -> None:
                 error = (ours.double() - truth).norm() / truth.norm()
                 assert error < 0.02, (name, float(error))
     assert choose_attention(config, device, 2).name in BACKENDS
+
+
+@pytest.mark.parametrize("length", [7, attention_backends._LONG_ON_CPU])
+def test_short_sequences_in_bfloat16_are_computed_in_float32_on_a_cpu(length: int) -> None:
+    query, key, value = (
+        heads(count, seed=count, length=length, dim=8).bfloat16().requires_grad_() for count in (4, 2, 1)
+    )
+    value = value.expand(-1, -1, 2, -1)
+    output = causal_attention(query, key, value)
+    allowed = torch.ones(2, length, length, dtype=torch.bool).tril()
+    exact = softmax_attention(query.double(), key.double(), value.double(), allowed)
+    assert output.dtype == torch.bfloat16
+    # rounded once, to bfloat16, where the sequence is short
+    assert torch.equal(output, exact.bfloat16()) == (length < attention_backends._LONG_ON_CPU)
+    torch.testing.assert_close(output.double(), exact, rtol=0.02, atol=0.02)
+    output.float().square().sum().backward()
+    assert query.grad is not None and query.grad.dtype == torch.bfloat16

@@ -7,6 +7,7 @@ import torch
 from model_systems import CASES, SHALLOW, SYSTEMS, block_matrices, narrow_config, random_ids, random_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from golf_kernels import cpu
 from train.config import Config
 from train.model.gpt import GPT, resolve_compute_dtype
 
@@ -207,9 +208,13 @@ def test_masters_are_float32_and_tables_have_their_dtype() -> None:
             assert weight.dtype == (dtype if name in tables else torch.float32), name
 
 
-def test_compute_dtype_follows_the_device() -> None:
-    assert resolve_compute_dtype(Config(device="cpu")) == torch.float32
-    assert resolve_compute_dtype(Config(device="cuda")) == torch.bfloat16
+@pytest.mark.parametrize("fast", [False, True])
+def test_compute_dtype_follows_the_device_and_the_width(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: fast)
+    for width in (64, 128, 512):
+        assert resolve_compute_dtype(Config(device="cuda", model_dim=width)) == torch.bfloat16
+        wanted = torch.bfloat16 if fast and width >= 128 else torch.float32
+        assert resolve_compute_dtype(Config(device="cpu", model_dim=width)) == wanted
 
 
 def test_equal_seeds_make_equal_models() -> None:
