@@ -47,14 +47,14 @@ def test_a_step_never_waits_and_never_compiles_again(recipe: str, kernels: bool,
         assert optimizers.graph.on == (graph == "on" or "muon_step=triton" in backends)
         average = EMA(model, 0.99)
         loss_of = compiled_loss(model, config, device)
-        loader, ranks = Dataset(config).loader(Ranks(device=device)), Ranks(device=device)
+        loader = Dataset(config).loader(Ranks(device=device))
         clock = WallClock(1000.0, device=device)
         forms = sorted({False, bool(config.recur_layers)})
 
         def steps(count: int) -> list[torch.Tensor]:
             losses = []
             for recurrence in forms * count:
-                losses.append(training_step(optimizers, loss_of, loader, ranks, recurrence, 1.0, 0.95))
+                losses.append(training_step(optimizers, loss_of, loader, recurrence, 1.0, 0.95))
                 average.update()
                 assert not clock.tick()
             return losses

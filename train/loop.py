@@ -16,16 +16,17 @@ from torch.profiler import record_function
 from train.checkpoint import Parts, load_checkpoint, save_checkpoint
 from train.common.distributed import Ranks
 from train.common.errors import UserError
+from train.common.hardware import keep_freed_memory
 from train.common.progress import Progress
 from train.common.values import parse_steps
 from train.common.wording import stopped_early
 from train.config import Config
 from train.data.dataset import Dataset
-from train.data.loaders import BatchSource, Loader, micro_batch_sequences
+from train.data.loaders import BatchSource, Loader, join_micro_batches, micro_batch_sequences
 from train.evaluate.scores import EvalResult
 from train.evaluate.scoring import flat_evaluation
 from train.model.attention_choice import choose_attention, use_attention
-from train.model.compile import compiled_loss, compiles
+from train.model.compile import compiled_loss, compiles, write_out
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
@@ -68,11 +69,14 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         UserError: the data does not fit the settings, or the loss is infinite or not a number.
     """
     start = StartUp(ranks.device)
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     seed_everything(config.seed)
     model = GPT(config).to(ranks.device)
     # the initialization may depend on the number of threads
     ranks.copy_from(0, model.parameters())
     optimizers = build_optimizers(model, config, ranks.group)
+    log.line(f"compute dtype: {str(model.compute_dtype).removeprefix('torch.')}")
     log.line(f"optimizer graph: {optimizers.graph}")
     loader = data.loader(ranks)
     start.end("data and model")
@@ -95,7 +99,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         seed=config.seed,
     )
     if config.warmup_steps:
-        warm_up(model, optimizers, loss_of, loader, config, ranks, log)
+        warm_up(model, optimizers, loss_of, loader, config, log)
         loader = data.loader(ranks)
     start.end("compilation and warm-up")
     ema = EMA(model, config.ema_decay) if config.ema_decay else None
@@ -157,7 +161,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         recurrence = recurrence_on(config, step)
         if profiler:
             profiler.before(step, recurrence=recurrence)
-        batch_loss = training_step(optimizers, loss_of, loader, ranks, recurrence, scale, muon_momentum(step, config))
+        batch_loss = training_step(optimizers, loss_of, loader, recurrence, scale, muon_momentum(step, config))
         step += 1
         with record_function("average"):
             if ema:
@@ -192,6 +196,8 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
     average = ema or (swa if swa and swa.count > 1 else None)
     if average:
         average.apply()
+    # quantization then computes the same in this process as in a later one
+    write_out(model, frozenset())
     # of the last step, not of the next one
     recurrence = recurrence_on(config, max(step - 1, 0))
     return TrainResult(model, step, seconds, recurrence, first, validate(recurrence))
@@ -201,18 +207,18 @@ def training_step(
     optimizers: Optimizers,
     loss_of: Callable[..., Tensor],
     loader: BatchSource,
-    ranks: Ranks,
     recurrence: bool,
     scale: float,
     momentum: float,
 ) -> Tensor:
     """One optimizer step over this rank's micro-batches; returns their mean loss, 0-dimensional, on the device."""
     losses = []
-    for inputs, targets in loader.next_batch():
+    batches = join_micro_batches(loader.next_batch())
+    for inputs, targets in batches:
         with record_function("forward"):
             loss = loss_of(inputs, targets, recurrence=recurrence)
         with record_function("backward"):
-            (loss / ranks.accumulation).backward()
+            (loss / len(batches)).backward()
         losses.append(loss.detach())
     with record_function("optimizers"):
         optimizers.step(scale, momentum)
@@ -226,7 +232,6 @@ def warm_up(
     loss_of: Callable[..., Tensor],
     loader: Loader,
     config: Config,
-    ranks: Ranks,
     log: RunLogger,
 ) -> None:
     """Run steps with and without recurrence, then restore weights and optimizers.
@@ -238,7 +243,7 @@ def warm_up(
     total = config.warmup_steps * len(graphs)
     note = f" ({config.warmup_steps} without recurrence, {config.warmup_steps} with it)" if len(graphs) > 1 else ""
     for number in range(total):
-        training_step(optimizers, loss_of, loader, ranks, graphs[number // config.warmup_steps], 1.0, 0.0)
+        training_step(optimizers, loss_of, loader, graphs[number // config.warmup_steps], 1.0, 0.0)
         if number < FIRST_LOGGED_STEPS or number + 1 == total:
             log.warmup_step(number + 1, total, note)
     with torch.no_grad():

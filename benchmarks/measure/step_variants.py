@@ -30,7 +30,7 @@ from benchmarks.measure.published_step import PublishedStep
 from benchmarks.measure.tokens import OneBatch, rank_sequences
 from golf_kernels import dispatch, operators
 from golf_kernels.sharding import assign
-from train.common.distributed import MICRO_BATCHES, Ranks
+from train.common.distributed import MICRO_BATCHES
 from train.common.errors import UserError
 from train.common.values import ConfigError
 from train.config import Config
@@ -185,16 +185,12 @@ def trainer_step(
 
     The step updates the matrices whose indices are in `owned`.
     """
-    # a step has as many micro-batches as there are ranks, so each rank takes one
-    ranks = Ranks(world_size=MICRO_BATCHES, device=device)
     optimizers = build_optimizers(model, config, owned=owned)
     average = EMA(model, config.ema_decay) if config.ema_decay else None
     loss_of = compiled_loss(model, config, device)
 
     def step(tokens: np.ndarray, recurrence: bool) -> Tensor:
-        loss = training_step(
-            optimizers, loss_of, OneBatch(tokens, device), ranks, recurrence, 1.0, config.muon_momentum
-        )
+        loss = training_step(optimizers, loss_of, OneBatch(tokens, device), recurrence, 1.0, config.muon_momentum)
         if average:
             average.update()
         return loss

@@ -14,14 +14,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from fake_cuda import CUDA, GRAPHS, Batches, Graph, empty, gpu_config, gpu_model, recorded_capture
+from fake_cuda import GRAPHS, Batches, Graph, empty, gpu_config, gpu_model, recorded_capture
 from torch import Tensor
 
 import golf_kernels
 from benchmarks.computed.fake_cuda import tensors_without_data
 from benchmarks.computed.launches import launch_case, on_backend
 from golf_kernels import dispatch, operators
-from train.common.distributed import MICRO_BATCHES, Ranks
 from train.loop import training_step
 from train.optimize.groups import build_optimizers
 
@@ -178,13 +177,12 @@ def test_a_captured_step_is_replayed_from_the_third_one_on(
     config = gpu_config(system, optimizer_graph=graph)
     model = gpu_model(config)
     optimizers = build_optimizers(model, config)
-    ranks = Ranks(world_size=MICRO_BATCHES, device=CUDA)
     replays = []
     for step in range(5):
-        training_step(optimizers, model, Batches(), ranks, False, 1.0 - step / 10, 0.9 + step / 100)
+        training_step(optimizers, model, Batches(), False, 1.0 - step / 10, 0.9 + step / 100)
         replays.append(sum(graph.replays for graph in GRAPHS))
     assert replays == [0, 1, 2, 3, 4] and len(GRAPHS) == 1
     # after the warm-up the run uses the warm-up's graph
     optimizers.reset()
-    training_step(optimizers, model, Batches(), ranks, False, 1.0, 0.9)
+    training_step(optimizers, model, Batches(), False, 1.0, 0.9)
     assert len(GRAPHS) == 1 and GRAPHS[0].replays == 5

@@ -26,7 +26,7 @@ from benchmarks.computed.launches import launch_case, on_backend
 from benchmarks.measure.common import relative_error
 from golf_kernels import dispatch, operators
 from golf_kernels.muon import Muon
-from train.common.distributed import MICRO_BATCHES, Ranks
+from train.common.distributed import Ranks
 from train.data.dataset import Dataset
 from train.data.shards import write_shard
 from train.evaluate import scoring
@@ -67,9 +67,8 @@ def test_a_training_step_stays_on_the_gpu(system: str, changes: dict[str, Any]) 
     for recurrence in sorted({False, bool(config.recur_layers)}):
         for called in (frozenset(), frozenset(dispatch.describe())):
             write_out(model, called)
-            ranks = Ranks(world_size=MICRO_BATCHES, device=CUDA)
             with NoHostCopies():
-                loss = training_step(optimizers, model, Batches(), ranks, recurrence, 1.0, 0.95)
+                loss = training_step(optimizers, model, Batches(), recurrence, 1.0, 0.95)
                 ema.update()
                 swa.update(1, 1.0)
             assert loss.device == CUDA and loss.dtype == torch.float32 and loss.shape == ()
@@ -248,7 +247,7 @@ def test_eight_ranks_exchange_tensors_of_the_gpu(system: str, eight_ranks: Ranks
     eight_ranks.copy_from(0, model.parameters())
     optimizers = build_optimizers(model, config, eight_ranks.group)
     for _ in range(2):
-        training_step(optimizers, model, Batches(), eight_ranks, False, 1.0, 0.95)
+        training_step(optimizers, model, Batches(), False, 1.0, 0.95)
     assert optimizers.muon
     own = {parameter for group in optimizers.muon.param_groups for parameter in group["params"]}
     assert 0 < len(own) < len(block_matrices(model))

@@ -102,9 +102,7 @@ class Training:
             scale = lr_scale(self.step, 0.0, self.config)
             momentum = muon_momentum(self.step, self.config)
             on = recurrence_on(self.config, self.step)
-            losses.append(
-                float(training_step(self.optimizers, self.loss_of, self.loader, self.ranks, on, scale, momentum))
-            )
+            losses.append(float(training_step(self.optimizers, self.loss_of, self.loader, on, scale, momentum)))
             self.step += 1
             if isinstance(self.average, EMA):
                 self.average.update()

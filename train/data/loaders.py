@@ -22,6 +22,9 @@ from train.common.errors import UserError
 from train.config import Config
 from train.data.shards import Tokens, check_tokens, read_shard
 
+# a larger batch is no faster, and the activations of these need at most 2 GB in a published model
+CPU_BATCH_TOKENS = 4096
+
 Batch = tuple[torch.Tensor, torch.Tensor]
 State = dict[str, Any]
 Integers = npt.NDArray[np.int64]
@@ -298,6 +301,20 @@ class Loader:
         if self.device.type == "cuda":
             rows = [row.pin_memory() for row in rows]
         return rows, self.order.state_dict()
+
+
+def join_micro_batches(batches: list[Batch]) -> list[Batch]:
+    """The same sequences in fewer, equal batches: on a CPU up to `CPU_BATCH_TOKENS` each, on a GPU the micro-batches.
+
+    All batches have the same number of tokens, so the mean of their losses is that of the micro-batches.
+    """
+    inputs, count = batches[0][0], len(batches)
+    fitting = CPU_BATCH_TOKENS // inputs.numel() if inputs.is_cpu else 1
+    each = max((divisor for divisor in range(1, count + 1) if divisor <= fitting and count % divisor == 0), default=1)
+    if each == 1:
+        return batches
+    groups = [zip(*batches[start : start + each], strict=True) for start in range(0, count, each)]
+    return [(torch.cat(inputs), torch.cat(targets)) for inputs, targets in groups]
 
 
 def unpack(row: torch.Tensor, device: torch.device) -> Batch:

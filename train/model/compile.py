@@ -1,7 +1,8 @@
 """torch.compile for the model.
 
 The compiler cannot fuse an operator with the code around it. So a compiled model calls an operator of golf_kernels only if
-the operator has a kernel on this device; else the model writes the operator's formula out.
+the operator has a kernel on this device; else the model writes the operator's formula out. On a CPU without a compiler,
+too: there an operator's reference spends time on the memory that its kernel saves.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from golf_kernels import dispatch
 from train.config import Config
+
+# operators whose reference never holds all logits, and takes no longer
+_MEMORY_SAVERS = frozenset({"softcapped_cross_entropy"})
 
 
 class OperatorModule(nn.Module):
@@ -29,6 +33,8 @@ def compiles(config: Config, device: torch.device) -> bool:
 def compiled_loss(model: nn.Module, config: Config, device: torch.device) -> Callable[..., Tensor]:
     """The model's loss, compiled if `compiles`: one static graph with recurrence and one without."""
     if not compiles(config, device):
+        if device.type == "cpu":
+            write_out(model, without_kernel(device) - _MEMORY_SAVERS)
         return model
     write_out(model, without_kernel(device))
     compiled: Callable[..., Tensor] = torch.compile(model, dynamic=False, fullgraph=True)
