@@ -58,7 +58,7 @@ def test_nothing_is_compiled_after_the_warm_up(
     run = Training.begin(narrow_recipe(name, tokens, compile="on", **schedule, **SHALLOW[system]))
     run.loss_of = compiled_loss(run.model, run.config, torch.device("cpu"))
     before = {key: tensor.clone() for key, tensor in run.model.state_dict().items()}
-    warm_up(run.model, run.optimizers, run.loss_of, run.loader, run.config, run.ranks, Silent())  # type: ignore[arg-type]
+    warm_up(run.model, run.optimizers, run.loss_of, run.loader, run.config, Silent())  # type: ignore[arg-type]
     assert len(graphs) == graphs_needed
     assert all(torch.equal(tensor, run.model.state_dict()[key]) for key, tensor in before.items())
     run.run(2)
