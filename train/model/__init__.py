@@ -1,1 +1,1 @@
-"""The model, one small file per idea; `train.model.gpt.GPT` puts them together."""
+"""The model. Each file has one component; `train.model.gpt.GPT` assembles the components."""

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention with QK-norm, query gain, partial RoPE and optional XSA."""
+"""Causal grouped-query attention with QK-norm, query gain, partial RoPE and optional XSA (`golf_kernels.xsa`)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from train.model.rope import rotate
 
 Rotary = tuple[Tensor, Tensor]
 Heads = tuple[Tensor, Tensor, Tensor]
-"""Queries `(B, R, H, D)`, keys and values `(B, T, H_kv, D)`."""
+"""Queries `(B, R, H, D)` of the last R positions, keys `(B, T, H_kv, D)` and values `(B, T, H_kv, D)`."""
 
 
 class KeyValues:
-    """The KV cache for generation, keys and values `(runs, B, T, H_kv, D)`; a layer that runs twice has two entries.
+    """The KV cache for generation. `keys` and `values` are `(runs, B, T, H_kv, D)`.
 
-    A forward pass over new positions calls `extend` once for each layer run, in order.
+    `runs` is the number of layer runs in a forward pass; a layer that runs twice counts twice. A forward pass over new
+    positions calls `extend` once for each layer run, in order. `length` is the number of positions in the cache.
     """
 
     def __init__(
@@ -38,10 +39,13 @@ class KeyValues:
         self._run = 0
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values `(B, n, H_kv, D)` to the next layer run; return all: `(B, length + n, H_kv, D)` views.
+        """Append keys and values `(B, n, H_kv, D)` of the next layer run.
+
+        Returns:
+            All keys and values of this layer run, as views `(B, length + n, H_kv, D)`.
 
         Raises:
-            ValueError: the text would be longer than T.
+            ValueError: the cache would hold more than T positions.
         """
         run, end = self._run, self.length + key.shape[1]
         if end > self.keys.shape[2]:
@@ -58,7 +62,8 @@ class KeyValues:
 class Attention(OperatorModule):
     """The attention of one layer, from the normed input to the output projection.
 
-    q, k ← rms(q), rms(k) per head; RoPE; q ← q · q_gain[head]; causal attention; XSA in the last `xsa_last_n` layers.
+    After the projections: q ← rms(q) and k ← rms(k) per head; RoPE; q ← q · q_gain[head]; causal attention; XSA in the
+    last `xsa_last_n` layers; output projection.
     """
 
     def __init__(self, config: Config, layer: int) -> None:
@@ -75,7 +80,7 @@ class Attention(OperatorModule):
         self.backend = "sdpa"
 
     def project(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
-        """Queries, keys and values before norm and rotation; arguments as for `heads`."""
+        """Compute queries, keys and values before norm and rotation. Arguments as for `heads`."""
         fake_quantize = self.qat and self.training
         weights = (self.query, self.key, self.value)
         if not rows_from:
@@ -91,10 +96,12 @@ class Attention(OperatorModule):
         return query, key, value
 
     def heads(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
-        """Normed queries and keys, and values, before rotation.
+        """Compute values, and normed queries and keys before rotation.
 
-        `x` `(B, T, d)` is the normed input; `extra_value` `(B, T, kv_dim)` is added to the values; queries start at
-        position `rows_from`.
+        Args:
+            x: `(B, T, d)`, normed input.
+            extra_value: `(B, T, kv_dim)`, added to the values.
+            rows_from: first position that gets a query.
         """
         query, key, value = self.project(x, extra_value, rows_from)
         return rms_norm(query), rms_norm(key), value
@@ -107,9 +114,9 @@ class Attention(OperatorModule):
         past: KeyValues | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """Rotation, attention, XSA and the output projection: from the result of `heads` to `(B, R, d)`.
+        """Rotate the result of `heads`, attend, apply XSA and the output projection. Returns `(B, R, d)`.
 
-        The R queries are those of the last R positions. Other arguments as for `forward`.
+        Arguments besides `heads` as for `forward`.
         """
         query, key, value = heads
         (cosine, sine), first = rotary, key.shape[1] - query.shape[1]
@@ -123,7 +130,7 @@ class Attention(OperatorModule):
         past: KeyValues | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """`attend` after the rotation; queries include the gain."""
+        """The steps of `attend` after the rotation. The queries of `heads` are rotated and multiplied by the gain."""
         query, key, value = heads
         keys, values = (key, value) if past is None else past.extend(key, value)
         output = causal_attention(query, keys, values, documents=documents, backend=self.backend)
@@ -144,18 +151,18 @@ class Attention(OperatorModule):
         past: KeyValues | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """The layer's attention output `(B, T - rows_from, d)`, without the residual.
+        """Compute the layer's attention output `(B, T - rows_from, d)`, without the residual.
 
         Args:
             x: `(B, T, d)`, normed input.
-            rotary: `rotary_table` for T positions, in the dtype of `x`.
+            rotary: result of `rotary_table` for the T positions, in the dtype of `x`.
             extra_value: `(B, T, kv_dim)`, added to the values.
             documents: if given, attention stays inside each document.
-            rows_from: first position to compute; earlier positions only provide keys and values.
-            past: KV cache to append to, for generation.
+            rows_from: first position to compute. Earlier positions only provide keys and values.
+            past: the KV cache for generation; the new keys and values are appended to it.
             scale: `(d,)`, factor on each output channel; None: 1.
         """
-        # the operator rotates queries and keys by one table: both must cover the same positions
+        # the operator rotates queries and keys by the same table, so both must cover the same positions
         if rows_from:
             return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past, scale)
         query, key, value = self.project(x, extra_value)

@@ -1,6 +1,7 @@
-"""The backends of causal attention: FlashAttention 3 and 4 if installed, and PyTorch's kernels by name.
+"""The backends of causal attention: FlashAttention 3 and 4 if installed, and PyTorch's kernels.
 
-To keep attention inside documents, fa3, fa4 and flash take sequences of different lengths; the others take a mask.
+To keep attention inside documents, the backends fa3, fa4 and flash take each document as a sequence of its own length.
+The other backends take a mask.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class AttentionBackend(NamedTuple):
     """A backend of causal attention."""
 
     run: Core
-    # why it cannot run on a device, with a compute dtype and a head dimension; None: it can
+    # says why the backend cannot run on a device, with a compute dtype and a head dimension; None: it can run
     problem: Callable[[torch.device, torch.dtype, int], str | None]
 
 
@@ -39,11 +40,20 @@ def causal_attention(
 
     y[t, h] = Σ_{s ≤ t} softmax_s(q[t, h] · k[s, g] / √D) v[s, g], g = ⌊h · H_kv / H⌋
 
-    `query` `(B, R, H, D)` holds the last R of the T positions, usually all; `key` and `value` are `(B, T, H_kv, D)`; the
-    result is `(B, R, H, D)`. With `documents`, s is in the query's document. `backend` is a name in `BACKENDS`.
+    With `documents`, the sums cover only positions s in the document of t.
+
+    Args:
+        query: `(B, R, H, D)`, queries of the last R of T positions; usually R = T.
+        key: `(B, T, H_kv, D)`.
+        value: `(B, T, H_kv, D)`.
+        documents: if given, attention stays inside each document.
+        backend: a name in `BACKENDS`.
+
+    Returns:
+        y `(B, R, H, D)`.
 
     Raises:
-        ValueError: no such backend.
+        ValueError: `backend` is not in `BACKENDS`.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}: expected one of {sorted(BACKENDS)}")
@@ -54,16 +64,16 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
     rows, length, heads = query.shape[1], key.shape[1], query.shape[2]
     mask = None if documents is None else documents.mask()[:, :, length - rows :]
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    # a single query is the last position, which sees every key
+    # a single query needs no mask: it is the last position, which sees every key
     if mask is None and 1 < rows < length:
-        # is_causal aligns the first query with the first key, but here the last query belongs to the last key. The flash
-        # kernel aligns them so; its public name, causal_lower_right, cannot be compiled
+        # is_causal aligns the first query with the first key, but here the last query belongs to the last key. The
+        # flash kernel aligns the last ones; torch.compile cannot trace its public name, causal_lower_right
         if query.is_cuda and _on_cuda(query.device, query.dtype, query.shape[-1]) is None and query.shape[-1] <= 256:
             flash: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, is_causal=True)[0]
             return flash.transpose(1, 2)
         mask = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
     if mask is not None and query.is_cuda:
-        # PyTorch's memory-efficient kernel takes a mask but no grouped heads
+        # PyTorch's memory-efficient kernel takes a mask, but needs as many key heads as query heads
         key, value = repeat_heads(key, heads), repeat_heads(value, heads)
     dtype = query.dtype
     if query.is_cpu and dtype == torch.bfloat16 and length < _LONG_ON_CPU:
@@ -75,13 +85,13 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
 
 
 def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
-    """Keys or values `(B, H_kv, T, D)`, each head repeated for its query heads: `(B, heads, T, D)`."""
+    """Repeat each head of keys or values `(B, H_kv, T, D)` for all its query heads: `(B, heads, T, D)`."""
     return tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
 
 
 def _sdpa_by(kernel: SDPBackend) -> Core:
     def run(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-        # not every kernel takes a mask: let PyTorch choose one that does
+        # not every kernel takes a mask: let PyTorch choose a kernel that does
         if documents is not None or query.shape[1] < key.shape[1]:
             return _sdpa(query, key, value, documents)
         with sdpa_kernel(kernel):
@@ -95,7 +105,7 @@ def _flash_attention_3() -> Any:
     if isinstance(library, ImportError) and not isinstance(hub := _imported("kernels"), ImportError):
         try:
             return hub.get_kernel("kernels-community/flash-attn3")
-        # without a network, or with another torch, any error is possible
+        # without a network or with another torch, any error is possible
         except Exception as error:
             return ImportError(f"kernels-community/flash-attn3 cannot be loaded: {_first_line(error)}")
     return library
@@ -104,7 +114,7 @@ def _flash_attention_3() -> Any:
 def _flash_attention_2() -> Any:
     """PyTorch's FlashAttention 2 for sequences of different lengths."""
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    # before torch 2.13 grouped heads needed no argument. Checked here: torch.compile cannot trace the check
+    # from torch 2.13 on, grouped heads need an argument. Check here, because torch.compile cannot trace the check
     grouped = "enable_gqa" in inspect.signature(attend).parameters
     return functools.partial(attend, enable_gqa=True) if grouped else attend
 
@@ -132,14 +142,14 @@ _libraries: dict[str, Any] = {}
 
 
 def _library(name: str) -> Any:
-    """An optional attention library, or the error that says why it is missing."""
+    """Import an optional attention library, once. If the import fails, return the error."""
     if name not in _libraries:
         _libraries[name] = _FINDERS[name]()
     return _libraries[name]
 
 
 def load_library(name: str) -> None:
-    """Import the library of the backend `name`, if it has one, because torch.compile cannot trace the import."""
+    """Import the library of a backend, if it has one. Call this before torch.compile, which cannot trace imports."""
     if name in _FINDERS:
         _library(name)
 
@@ -148,10 +158,10 @@ def _flash_library(name: str) -> Core:
     def run(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         library = _library(name)
         if documents is not None and query.shape[1] < key.shape[1]:
-            # offsets describe whole rows; here only the last positions have queries
+            # document offsets apply to queries and keys alike, but here only the last positions have queries
             return _sdpa(query, key, value, documents)
         if documents is None:
-            # fewer queries than keys are taken as the last positions
+            # if there are fewer queries than keys, the library aligns the last query with the last key
             output = library.flash_attn_func(query, key, value, causal=True)
         else:
             offsets, longest = documents.offsets(), query.shape[1]
@@ -172,7 +182,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents | Non
         return _sdpa_by(SDPBackend.FLASH_ATTENTION)(query, key, value, documents)
     offsets, longest = documents.offsets(), query.shape[1]
     flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
-    # this window means causal
+    # a window of all earlier keys and no later key is causal attention
     attended: Tensor = _library("flash")(*flat, offsets, offsets, longest, longest, window_size=(-1, 0))
     return attended.view_as(query)
 
@@ -212,7 +222,7 @@ BACKENDS: dict[str, AttentionBackend] = {
     "flash": AttentionBackend(_flash, _on_cuda),
     "math": AttentionBackend(_sdpa_by(SDPBackend.MATH), _anywhere),
 }
-"""Backends by name. "sdpa" lets PyTorch choose a kernel; "math" is the plain formula."""
+"""All backends by name. "sdpa" lets PyTorch choose a kernel; "math" computes the formula step by step."""
 
 BY_LENGTH = ("fa3", "fa4", "flash")
-"""Backends that take documents as sequences of different lengths instead of a mask."""
+"""Names of the backends that take documents as sequences of different lengths; the others take a mask."""

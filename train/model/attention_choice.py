@@ -1,4 +1,4 @@
-"""The attention backend of a run: the one it names, or the fastest at its shapes."""
+"""Chooses the attention backend of a run: the backend that the settings name, or the fastest for the run's shapes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class AttentionChoice(NamedTuple):
 
 
 def check_attention(config: Config, device: torch.device) -> dict[str, str | None]:
-    """Why each backend cannot run, or None if it can.
+    """Map the name of each backend to the reason why it cannot run here, or to None if it can.
 
     Raises:
-        UserError: `config.attention` names one that cannot.
+        UserError: `config.attention` names a backend that cannot run here.
     """
     dtype = resolve_compute_dtype(config)
     problems = {name: backend.problem(device, dtype, config.head_dim) for name, backend in BACKENDS.items()}
@@ -39,12 +39,12 @@ def check_attention(config: Config, device: torch.device) -> dict[str, str | Non
 
 
 def choose_attention(config: Config, device: torch.device, sequences: int) -> AttentionChoice:
-    """The backend that `config.attention` names; for auto "sdpa" on a CPU, on a GPU the fastest for the run's shapes.
+    """Choose the backend that `config.attention` names. "auto" means "sdpa" on a CPU and the fastest backend on a GPU.
 
-    Forward and backward are timed on micro-batches of `sequences` sequences.
+    To find the fastest, this times forward and backward on the run's micro-batches of `sequences` sequences.
 
     Raises:
-        UserError: the named backend cannot run here, or none can.
+        UserError: the named backend cannot run here, or no backend can.
     """
     problems = check_attention(config, device)
     if config.attention != "auto":
@@ -65,7 +65,7 @@ def choose_attention(config: Config, device: torch.device, sequences: int) -> At
 
 
 def _documents(config: Config, name: str) -> str:
-    """For the log: how this backend keeps attention inside documents."""
+    """Say, for the log, how this backend keeps attention inside documents."""
     if not config.document_masking:
         return ""
     return f"; documents as {'sequences of different lengths' if name in BY_LENGTH else 'a mask'}"
@@ -87,9 +87,9 @@ def _measure(
     sequences: int,
     problems: dict[str, str | None],
 ) -> dict[str, float]:
-    """Median milliseconds of one layer's attention, forward and backward; the backends take turns.
+    """Measure the median milliseconds of one layer's attention, forward and backward. The backends take turns.
 
-    A backend that fails is left out, and `problems` gets the reason.
+    The result lacks a backend that fails; `problems` then gets the reason.
     """
     generator = torch.Generator(device).manual_seed(0)
     shape = (sequences, config.train_seq_len)
@@ -116,5 +116,5 @@ def _measure(
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end))
-    # the first round loads kernels and allocates memory
+    # leave out the first round, which loads kernels and allocates memory
     return {name: sorted(times[1:])[_ROUNDS // 2] for name, times in rounds.items() if problems[name] is None}

@@ -1,4 +1,4 @@
-"""One layer: residual mix, attention and MLP, in sequence or in parallel."""
+"""One layer of the model: residual mix, attention and MLP, in sequence or in parallel."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from train.model.norm import NORM_EPS, layer_scale, rms_norm
 class BlockInputs(NamedTuple):
     """A layer's inputs besides the residual stream."""
 
-    x0: Tensor  # (B, T, d), the embedding that every layer may mix in
+    x0: Tensor  # (B, T, d), the embedding, which every layer mixes into its input
     rotary: Rotary
     extra_value: Tensor | None = None  # (B, T, kv_dim), added to the values
     documents: Documents | None = None  # if given, attention stays inside each document
-    heads: Heads | None = None  # queries, keys and values, if already computed
+    heads: Heads | None = None  # result of `Attention.heads`, if already computed
     past: KeyValues | None = None  # KV cache, for generation
 
 
 class Block(OperatorModule):
-    """One layer in one of three published variants. With m = resid_mix, a = attn_scale, b = mlp_scale, n(x) = g · rms(x):
+    """One layer in one of three published variants:
 
     serial: h = m₀⊙x + m₁⊙x0; u = h + a⊙Attn(n(h)); x ← u + b⊙MLP(n(u))
     gptj (#1392): h = m₀⊙x + m₁⊙x0; x ← h + a⊙Attn(n(h)) + b⊙MLP(n(h))
     lanes (#1471): h = m₀⊙lane0 + m₁⊙x0; lane0 ← h + a⊙Attn(n(h)); lane1 ← lane1 + b⊙MLP(n(lane1))
 
-    resid_mix `(2, d)` starts at (1, 0) and the scales `(d,)` at 1. g is 1/√(layer + 1) with `ln_scale`, else 1.
+    x is the residual stream, and n(x) = g · rms(x). With `ln_scale` g is 1/√(layer + 1), otherwise 1. m is `resid_mix`
+    `(2, d)`, initially 1 and 0. a is `attn_scale` `(d,)` and b is `mlp_scale` `(d,)`, both initially 1.
     """
 
     def __init__(self, config: Config, layer: int) -> None:
@@ -48,7 +49,7 @@ class Block(OperatorModule):
         self.mlp_scale = parameter(torch.ones(config.model_dim))
 
     def forward(self, x: Tensor, inputs: BlockInputs, *, form: str, rows_from: int = 0) -> Tensor:
-        """Run the layer as "serial" or "gptj": `x` `(B, T, d)` to `(B, T - rows_from, d)`.
+        """Run the layer in the variant `form`, "serial" or "gptj", on `x` `(B, T, d)`. Returns `(B, T - rows_from, d)`.
 
         Positions before `rows_from` only provide keys and values.
         """
@@ -58,27 +59,27 @@ class Block(OperatorModule):
     def run_lanes(
         self, attention_lane: Tensor, mlp_lane: Tensor, inputs: BlockInputs, *, rows_from: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Run the layer on two independent lanes, each `(B, T, d)`; `rows_from` as in `forward`."""
+        """Run the variant "lanes" on two lanes `(B, T, d)`. `rows_from` as for `forward`."""
         rows = mlp_lane[:, rows_from:]
         return self.attend(attention_lane, inputs, rows_from)[1], self.feed(rows, residual=rows)
 
     def mix(self, x: Tensor, x0: Tensor) -> Tensor:
-        """m₀ ⊙ x + m₁ ⊙ x0."""
+        """Compute h = m₀ ⊙ x + m₁ ⊙ x0."""
         stream, embedding = self.resid_mix.to(x.dtype).unbind()
         return torch.addcmul(stream * x, embedding, x0)
 
     def mix_and_norm(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
-        """h = m₀ ⊙ x + m₁ ⊙ x0, and g · rms(h)."""
+        """Compute h = m₀ ⊙ x + m₁ ⊙ x0 and g · rms(h)."""
         if "mix_rms_norm" in self.written_out:
             mixed = self.mix(x, x0)
             return mixed, self.normed(mixed)
         return mix_rms_norm(x, x0, self.resid_mix, eps=NORM_EPS, gain=self.gain)
 
     def attend(self, x: Tensor, inputs: BlockInputs, rows_from: int = 0) -> tuple[Tensor, Tensor]:
-        """h = m₀ ⊙ x + m₁ ⊙ x0 at all positions, and h + a ⊙ Attn(g · rms(h)) from position `rows_from` on."""
+        """Compute h = m₀ ⊙ x + m₁ ⊙ x0 at all positions, and h + a ⊙ Attn(g · rms(h)) from position `rows_from` on."""
         x0, rotary, extra_value, documents, heads, past = inputs
         if heads is not None:
-            # these heads are normed already
+            # these queries and keys are normed already
             mixed = self.mix(x, x0)
             output = self.attention.attend(heads, rotary, documents, past, self.attn_scale)
         else:
@@ -90,11 +91,11 @@ class Block(OperatorModule):
         return mixed, mixed[:, rows_from:] + output
 
     def feed(self, x: Tensor, *, residual: Tensor) -> Tensor:
-        """residual + b ⊙ MLP(g · rms(x))."""
+        """Compute residual + b ⊙ MLP(g · rms(x))."""
         output: Tensor = self.mlp(x, residual, self.mlp_scale.to(x.dtype))
         return output
 
     def normed(self, x: Tensor) -> Tensor:
-        """g · rms(x), the input of attention."""
+        """Compute g · rms(x), the input of attention."""
         normed = rms_norm(x)
         return normed if self.gain == 1.0 else normed * self.gain

@@ -1,8 +1,8 @@
-"""torch.compile for the model.
+"""Compiles the model with torch.compile.
 
-The compiler cannot fuse an operator with the code around it. So a compiled model calls an operator of golf_kernels only if
-the operator has a kernel on this device; else the model writes the operator's formula out. On a CPU without a compiler,
-too: there an operator's reference spends time on the memory that its kernel saves.
+The compiler cannot fuse an operator of golf_kernels with the code around it. So a compiled model calls an operator only
+if the operator has a kernel on this device. Otherwise the model computes the operator's formula with PyTorch functions.
+An uncompiled model on a CPU does so, too, because operators without a kernel spend time there to save memory.
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ from torch import Tensor, nn
 from golf_kernels import dispatch
 from train.config import Config
 
-# operators whose reference never holds all logits, and takes no longer
+# operators whose PyTorch reference saves memory, because it never holds all logits, at no cost of time
 _MEMORY_SAVERS = frozenset({"softcapped_cross_entropy"})
 
 
 class OperatorModule(nn.Module):
-    """A module that calls operators of golf_kernels, but writes out the formulas of those in `written_out`."""
+    """A module that calls operators of golf_kernels, but computes those in `written_out` with PyTorch functions."""
 
     written_out: frozenset[str] = frozenset()
 
 
 def compiles(config: Config, device: torch.device) -> bool:
-    """Whether the model is compiled: the setting `compile`, where auto means on a GPU."""
+    """Whether the setting `compile` compiles the model. "auto" compiles it on a GPU only."""
     return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
 
 
 def compiled_loss(model: nn.Module, config: Config, device: torch.device) -> Callable[..., Tensor]:
-    """The model's loss, compiled if `compiles`: one static graph with recurrence and one without."""
+    """Return a function that computes the model's loss, compiled if `compiles` is true.
+
+    A compiled model has one static graph with recurrence and one without.
+    """
     if not compiles(config, device):
         if device.type == "cpu":
             write_out(model, without_kernel(device) - _MEMORY_SAVERS)
@@ -42,12 +45,12 @@ def compiled_loss(model: nn.Module, config: Config, device: torch.device) -> Cal
 
 
 def without_kernel(device: torch.device) -> frozenset[str]:
-    """Operators that have no kernel on `device` and run on their PyTorch reference."""
+    """Names of the operators that have no kernel on `device`, where they run their PyTorch reference."""
     return frozenset(op for op in dispatch.describe() if dispatch.choose(op, device=device.type).backend == "torch")
 
 
 def write_out(model: nn.Module, operators: frozenset[str]) -> None:
-    """Let `model` write out the formulas of these operators and call all others."""
+    """Make `model` compute the formulas of these operators with PyTorch functions, and call all other operators."""
     for module in model.modules():
         if isinstance(module, OperatorModule):
             module.written_out = operators

@@ -1,4 +1,4 @@
-"""Generation token by token with a cache of keys and values."""
+"""Generates texts token by token with a KV cache."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from train.model.documents import Documents
 from train.model.gpt import GPT, Shared
 from train.model.head import head_logits
 
-# the smear gate reads the previous token, whose trigram reads two more
+# a token's embedding depends on this many tokens before it: the smear gate reads one, whose trigram reads two more
 _PREDECESSORS = 3
 
 
 class Decoder:
-    """Feeds `rows` texts of `length` tokens to a model in evaluation mode, some tokens at a time.
+    """Feeds `rows` texts to a model in evaluation mode, some tokens at a time. Finished texts have `length` tokens.
 
-    Each step returns what `GPT.logits` returns for the finished text: the rotary base is that of `length` from the first
-    token on. (#1392 kept no cache. It recomputed the text for every length, with that length's base, in 430 s.)
+    Each step returns the logits that `GPT.logits` returns for finished texts, because every step uses the rotary base
+    of `length`. (#1392 has no cache. At each token it computes the whole text again, with the base of its current
+    length, in 430 s.)
     """
 
     def __init__(self, model: GPT, rows: int, length: int, *, recurrence: bool) -> None:
@@ -33,9 +34,10 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
-        """Append `tokens` `(B, n)` int64, n to each text; softcapped logits of the next token, `(B, V)` float32.
+        """Append n tokens to each text: `tokens` is `(B, n)` int64.
 
-        The logits are float64 if the compute dtype is.
+        Returns:
+            Softcapped logits of the next token, `(B, V)` float32 (float64 if the model computes in float64).
 
         Raises:
             ValueError: the texts would be longer than `length`.
@@ -49,7 +51,7 @@ class Decoder:
         return head_logits(hidden[:, -1], model.head_weight, model.config.logit_softcap)
 
     def _shared(self, position: int, end: int) -> Shared:
-        """`GPT.embed` from `position` to `end`, computed from these tokens and the last few before them."""
+        """The result of `GPT.embed` for positions `position` to `end`, from these tokens and a few before them."""
         begin, new = max(position - _PREDECESSORS, 0), end - position
         window = self.model.embed(self.ids[:, begin:end], self.ids.shape[1])
         cosine, sine = window.inputs.rotary
@@ -60,15 +62,15 @@ class Decoder:
 
 
 def sample(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
-    """Draw tokens by inversion: the first one at which the cumulative softmax(logits / temperature) exceeds the draw.
+    """Draw a token for each row by inversion: the first token at which the cumulative probability exceeds the draw.
 
-    Temperature 0 takes the likeliest token, the first of several. `logits` is `(B, V)`, `draws` `(B,)` float64 in [0, 1),
-    the result `(B,)` int64.
+    The probabilities are softmax(logits / temperature). Temperature 0 takes the most likely token, or the first of
+    several. `logits` is `(B, V)`. `draws` is `(B,)` float64 in [0, 1). The result is `(B,)` int64.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
     cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
-    # the last sum is 1 only up to rounding; keep every draw below it
+    # rounding may make the last sum differ from 1: keep every draw below the last sum
     total = cumulative[:, -1]
     places = torch.minimum(draws * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, places[:, None], right=True).squeeze(1)

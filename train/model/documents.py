@@ -1,4 +1,4 @@
-"""Documents in a batch of tokens, and attention that stays inside them."""
+"""Finds the documents in a batch of tokens, so that attention stays inside each document."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch import Tensor
 
 from train.data.shards import BOS
 
-# web documents are far longer on average; a batch of shorter ones is an error
+# a batch whose documents are shorter on average is an error; web documents are far longer
 MEAN_DOCUMENT_TOKENS = 32
 
 
 def document_starts(ids: Tensor) -> Tensor:
-    """`(B, T)` bool: where a document begins, ids = BOS."""
+    """`(B, T)` bool, True where a document begins, that is, where ids = BOS."""
     return ids == BOS
 
 
 class Documents(NamedTuple):
-    """The documents of a batch, as a mask or as offsets: an attention backend takes one or the other."""
+    """The documents of a batch. An attention backend takes them as a mask or as offsets."""
 
     starts: Tensor  # (B, T) bool, True where a document begins
 
     @classmethod
     def of(cls, ids: Tensor) -> Documents:
-        """The documents of `ids` `(B, T)`."""
+        """Find the documents of `ids` `(B, T)`."""
         return cls(document_starts(ids))
 
     def mask(self) -> Tensor:
-        """`(B, 1, T, T)` bool, True where a query (row) sees a key (column): key ≤ query, both in one document."""
+        """`(B, 1, T, T)` bool, True where a query (row) sees a key (column): key ≤ query, both in the same document."""
         document = self.starts.cumsum(dim=1)
         same = document[:, :, None] == document[:, None, :]
         length = self.starts.shape[1]
@@ -40,11 +40,11 @@ class Documents(NamedTuple):
     def offsets(self) -> Tensor:
         """Offsets of the documents in the flattened batch, `(B + ⌈B T / 32⌉ + 1,)` int32 from 0 to B · T.
 
-        A document is cut at the end of its row. A static graph needs a fixed number of offsets: unused ones repeat the
-        end, as empty sequences.
+        A document is cut at the end of its row. A static graph needs a fixed number of offsets, so surplus offsets
+        repeat the last one and mean empty sequences.
 
         Raises:
-            RuntimeError: too many documents; on a GPU raised asynchronously.
+            RuntimeError: there are too many documents. A GPU raises the error asynchronously.
         """
         batch, length = self.starts.shape
         begins = self.starts.clone()

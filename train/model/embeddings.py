@@ -1,4 +1,4 @@
-"""Embedding tables: the tied token embedding, hashed bigrams, and value embeddings shared between layers."""
+"""The embeddings: the tied token embedding, the hashed bigram embedding, and the value embedding that layers share."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ _VALUE_DEVIATION = 0.01
 
 
 def lookup(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of a table `(rows, width)` as `(*ids.shape, width)` in `dtype`, the compute dtype."""
-    # a row's gradient sums over all its tokens: accumulate it in the wider dtype
+    """Look up rows of a table `(rows, width)`: `(*ids.shape, width)` in `dtype`, the compute dtype."""
+    # a row's gradient sums over all its tokens: add it up in the wider dtype
     wide = table.to(torch.promote_types(table.dtype, dtype))
     return F.embedding(ids, wide).to(dtype)
 
 
 class TokenEmbedding(nn.Module):
-    """The tied embedding E `(V, d)`, initially N(0, 0.005²): rows at the input, `hidden Eᵀ` at the head."""
+    """The tied embedding E `(V, d)`, initially N(0, 0.005²). The input takes its rows, the output head hidden · Eᵀ."""
 
     def __init__(self, vocab_size: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = normal_table(vocab_size, dim, _TOKEN_DEVIATION, dtype)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of `ids` `(B, T)` as `(B, T, d)` in `dtype`."""
+        """Look up the rows of `ids` `(B, T)`: `(B, T, d)` in `dtype`."""
         return lookup(self.weight, ids, dtype)
 
 
 def bigram_hash(ids: Tensor, rows: int) -> Tensor:
-    """Row of the bigram table at each position, for `ids` `(B, T)` int64: `(B, T)` int64 in [0, rows), rows ≥ 2.
+    """Hash each token and its predecessor to a row of the bigram table: `(B, T)` int64 in [0, rows), rows ≥ 2.
 
-    index[0] = rows − 1; index[t] = (36313 · ids[t] XOR 27191 · ids[t−1]) mod (rows − 1). Bigrams cross document boundaries.
+    index[0] = rows − 1; index[t] = (36313 · ids[t] XOR 27191 · ids[t−1]) mod (rows − 1). `ids` is `(B, T)` int64.
+    Document boundaries are ignored.
     """
     hashed = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % (rows - 1)
     return F.pad(hashed, (1, 0), value=rows - 1)
 
 
 def trigram_hash(ids: Tensor, rows: int) -> Tensor:
-    """Row of the bigram table for the trigram at each position; shapes as for `bigram_hash`.
+    """Hash each token and its two predecessors to a row of the bigram table. Shapes as for `bigram_hash`.
 
     index[0] = index[1] = rows − 1; index[t] = (36313 · ids[t] XOR 27191 · ids[t−1] XOR 51497 · ids[t−2]) mod (rows − 1)
 
@@ -56,11 +57,11 @@ def trigram_hash(ids: Tensor, rows: int) -> Tensor:
 
 
 class BigramHash(nn.Module):
-    """The bigram embedding, added to the token embedding: scale · W · table[bigram_hash].
+    """The bigram embedding, which is added to the token embedding: scale · W · table[bigram_hash].
 
-    `trigram` also adds table[trigram_hash] before W: the same table, no more parameters. The table `(rows, width)` starts
-    at zero, the scale at 0.05. W `(dim, width)` starts with gain 1/√(2·layers): were it zero too, neither would ever get a
-    gradient. `qat` fake-quantizes W in training.
+    With `trigram` it is scale · W · (table[bigram_hash] + table[trigram_hash]), from the same table. The table
+    `(rows, width)` is initially zero, the scale 0.05. W `(dim, width)` is drawn with gain 1/√(2·layers): if W were
+    zero, too, table and W would never get a gradient. With `qat`, W is fake-quantized in training.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class BigramHash(nn.Module):
         self.trigram = trigram
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Bigram embedding of `ids` `(B, T)` as `(B, T, dim)` in `dtype`."""
+        """Compute the bigram embedding of `ids` `(B, T)`: `(B, T, dim)` in `dtype`."""
         rows = lookup(self.embedding, bigram_hash(ids, self.embedding.shape[0]), dtype)
         if self.trigram:
             rows = rows + lookup(self.embedding, trigram_hash(ids, self.embedding.shape[0]), dtype)
@@ -91,10 +92,11 @@ class BigramHash(nn.Module):
 
 
 class ValueEmbedding(nn.Module):
-    """An embedding that the physical `layers` add to their values: layer_scales[i] · h, h = scale · W · table[ids].
+    """A token embedding that some layers add to their values: layer_scales[i] · h, h = scale · W · table[ids].
 
-    The table `(V, width)` starts as N(0, 0.01²), scale at 0.1, layer scales at 1. W `(kv_dim, width)` starts orthogonal or,
-    without `orthogonal`, at zero. `qat` fake-quantizes W in training.
+    i is a layer's index in `layers`, the physical layers that have this embedding. Initially the table `(V, width)` is
+    N(0, 0.01²), the scale is 0.1, and each layer scale is 1. W `(kv_dim, width)` is orthogonal, or zero without
+    `orthogonal`. With `qat`, W is fake-quantized in training.
     """
 
     def __init__(
@@ -117,12 +119,12 @@ class ValueEmbedding(nn.Module):
         self.qat = qat
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """The shared h of `ids` `(B, T)` as `(B, T, kv_dim)` in `dtype`."""
+        """Compute h of `ids` `(B, T)`: `(B, T, kv_dim)` in `dtype`."""
         rows = lookup(self.embedding, ids, dtype)
         return self.scale.to(dtype) * linear(rows, self.proj, fake_quantize=self.qat and self.training)
 
     def of_layer(self, layer: int, shared: Tensor) -> Tensor | None:
-        """What a physical layer adds to its values; None if it is not in `layers`."""
+        """Compute what a physical layer adds to its values from h = `shared`. None if the layer is not in `layers`."""
         if layer not in self.layers:
             return None
         return self.layer_scales[self.layers.index(layer)].to(shared.dtype) * shared

@@ -1,4 +1,4 @@
-"""The whole model, built from the settings."""
+"""The complete model, built from the settings."""
 
 from __future__ import annotations
 
@@ -30,21 +30,24 @@ _WIDE = 128
 
 
 class Lanes(NamedTuple):
-    """The residual stream `(B, T, d)` between two layers; once layers run in lanes, x is attention's lane."""
+    """The residual stream `(B, T, d)` between two layers. Where layers run in lanes, x is the lane of attention."""
 
     x: Tensor
     mlp_lane: Tensor | None = None
 
 
 class Shared(NamedTuple):
-    """What all layers of a forward pass share: their inputs without extra values, and the value embedding."""
+    """What all layers of a forward pass share: inputs without extra values, and the result of `ValueEmbedding`."""
 
     inputs: BlockInputs
     values: Tensor | None
 
 
 def resolve_compute_dtype(config: Config) -> torch.dtype:
-    """The dtype of the forward pass: bfloat16 on a GPU, and for wide models on a CPU with bfloat16 products; else float32."""
+    """The dtype of the forward pass, bfloat16 or float32.
+
+    It is bfloat16 on a GPU, and for wide models on a CPU that has bfloat16 products.
+    """
     device = hardware.auto_device() if config.device == "auto" else config.device
     if device == "cuda":
         return torch.bfloat16
@@ -54,8 +57,9 @@ def resolve_compute_dtype(config: Config) -> torch.dtype:
 class GPT(nn.Module):
     """A Parameter Golf transformer with tied embeddings.
 
-    Weights are float32, embedding tables `config.embed_dtype`; both are cast to `compute_dtype` at use. With `recurrence`
-    the repeated layers run twice; it is a Python bool, so a compiled model has two static graphs.
+    Weights are float32, and embeddings have the dtype `config.embed_dtype`. The forward pass casts both to
+    `compute_dtype`. If the argument `recurrence` of a method is True, the repeated layers run twice. It is a Python
+    bool, so a compiled model has two static graphs.
     """
 
     def __init__(self, config: Config) -> None:
@@ -86,7 +90,7 @@ class GPT(nn.Module):
         self.head = Head(config.logit_softcap)
         lanes = any(step.form == "lanes" for step in self.plan)
         self.lane_mix = constant(0.5) if lanes else None
-        # #1392 stores these vectors but never trained them
+        # #1392 stores these vectors, but never trains them
         scales = torch.full((config.recur_scale_params, dim), _BLEND)
         self.recur_scales = parameter(scales, trained=False) if len(scales) else None
 
@@ -96,24 +100,25 @@ class GPT(nn.Module):
         return self.embedding.weight.to(self.compute_dtype)
 
     def forward(self, ids: Tensor, targets: Tensor, *, recurrence: bool) -> Tensor:
-        """The training loss; see `loss`."""
+        """Compute the training loss, as `loss` does."""
         return self.loss(ids, targets, recurrence=recurrence)
 
     def loss(self, ids: Tensor, targets: Tensor, *, recurrence: bool) -> Tensor:
-        """Mean cross-entropy of the softcapped logits, in nats per token: a float32 scalar (float64 if the compute dtype is).
+        """Compute the mean cross-entropy of the softcapped logits, in nats per token.
 
-        `ids` `(B, T)` int64 are the inputs, `targets` `(B, T)` the tokens to predict.
+        `ids` `(B, T)` int64 are the input tokens, `targets` `(B, T)` the tokens to predict. The result is a float32
+        scalar (float64 if the compute dtype is float64).
         """
         hidden = self.hidden(ids, recurrence=recurrence).flatten(0, 1)
         loss: Tensor = self.head(hidden, self.head_weight, targets.flatten())
         return loss
 
     def logits(self, ids: Tensor, *, recurrence: bool) -> Tensor:
-        """Softcapped logits `(B, T, V)` of `ids` `(B, T)`, float32 (float64 if the compute dtype is)."""
+        """Compute softcapped logits `(B, T, V)` of `ids` `(B, T)`, in float32 (float64 for compute dtype float64)."""
         return head_logits(self.hidden(ids, recurrence=recurrence), self.head_weight, self.config.logit_softcap)
 
     def hidden(self, ids: Tensor, *, recurrence: bool, rows_from: int = 0) -> Tensor:
-        """The head's input for `ids` `(B, T)`: `(B, T - rows_from, d)` after the final norm, compute dtype.
+        """Compute the output head's input for `ids` `(B, T)`: `(B, T - rows_from, d)` in the compute dtype.
 
         In the last layer, positions before `rows_from` only provide keys and values.
         """
@@ -122,13 +127,13 @@ class GPT(nn.Module):
     def overlapping_hidden(
         self, text: Tensor, *, windows: int, stride: int, recurrence: bool, rows_from: int
     ) -> Tensor:
-        """`hidden` of B = `windows` overlapping windows of a text: `(B, T - rows_from, d)`.
+        """Compute `hidden` for overlapping windows of a text: `(windows, T - rows_from, d)`.
 
-        Window b begins at token b * stride of `text`, `(T + (windows - 1) * stride,)` int64. Embeddings and layer 0's heads
-        are computed once per token, not once per window.
+        Window b has T tokens and begins at token b * stride of `text`, `(T + (windows - 1) * stride,)` int64.
+        Embeddings and layer 0's queries, keys and values are computed once per token, not once per window.
 
         Raises:
-            RuntimeError: the model cannot share layer 0; see `overlap_problem`.
+            RuntimeError: `overlap_problem` says that the result would differ from `hidden`.
         """
         if self.overlap_problem is not None:
             raise RuntimeError(f"windows cannot share layer 0: {self.overlap_problem}")
@@ -139,7 +144,7 @@ class GPT(nn.Module):
         query, key, value = block.attention.heads(block.mix_and_norm(inputs.x0, inputs.x0)[1], inputs.extra_value)
 
         def in_windows(x: Tensor) -> Tensor:
-            # a view: overlapping windows share memory
+            # the result is a view: overlapping windows share memory
             return x[0].unfold(0, length, stride).movedim(-1, 1)
 
         documents = None if inputs.documents is None else Documents(in_windows(inputs.documents.starts))
@@ -149,7 +154,10 @@ class GPT(nn.Module):
         return self.hidden_of(shared, recurrence=recurrence, rows_from=rows_from, heads=heads)
 
     def hidden_of(self, shared: Shared, *, recurrence: bool, rows_from: int = 0, heads: Heads | None = None) -> Tensor:
-        """`hidden` from the result of `embed`; `heads` are layer 0's, if already computed."""
+        """Compute `hidden` from the result of `embed`.
+
+        `heads` is layer 0's result of `Attention.heads`, if already computed.
+        """
         plan = self.recurrent_plan if recurrence else self.plan
         lanes = Lanes(shared.inputs.x0)
         saved: dict[int, Tensor] = {}
@@ -164,7 +172,7 @@ class GPT(nn.Module):
 
     @property
     def overlap_problem(self) -> str | None:
-        """Why `overlapping_hidden` would differ from `hidden`, or None if it does not."""
+        """The reason why `overlapping_hidden` would differ from `hidden`, or None if the two agree."""
         if self.smear is not None or self.bigram is not None:
             return "smear gate and bigrams read the previous token, which a window's first token lacks"
         if self.plan[0].form == "lanes" or len(self.plan) == 1:
@@ -172,11 +180,11 @@ class GPT(nn.Module):
         return None
 
     def embed(self, ids: Tensor, length: int | None = None) -> Shared:
-        """Everything before the first layer: x0 = smear(rms(E[ids] + bigram)), rotary table, values.
+        """Compute what the layers share: x0 = smear(rms(E[ids] + bigram)), the rotary table, and the value embedding.
 
         Args:
             ids: `(B, T)` int64 token ids.
-            length: positions of the rotary table; None: T.
+            length: number of positions in the rotary table; None: T.
         """
         config, dtype = self.config, self.compute_dtype
         x = self.embedding(ids, dtype)
@@ -188,7 +196,7 @@ class GPT(nn.Module):
             x = self.smear(x, document_starts(ids) if masked else None)
         length, rotary_dims = length or ids.shape[1], config.rope_dims or config.head_dim
         base = ntk_base(config.rope_base, rotary_dims, length, config.rope_train_seq_len)
-        # the published scripts compute the frequencies of the NTK rule afresh, in float32
+        # beyond the training length the published scripts compute new frequencies, in float32
         kind = config.rotary_table if length <= config.rope_train_seq_len else "exact"
         rotary = rotary_table(length, rotary_dims, base, kind=kind, dtype=dtype, device=ids.device)
         documents = Documents.of(ids) if config.document_masking else None
@@ -196,7 +204,7 @@ class GPT(nn.Module):
         return Shared(BlockInputs(x, rotary, None, documents), values)
 
     def _enter(self, step: Step, lanes: Lanes, saved: dict[int, Tensor]) -> Lanes:
-        """Add the step's skip; in the first layer that runs in lanes, start the MLP's lane."""
+        """Add the step's skip. At the first layer that runs in lanes, start the MLP's lane as a copy of the stream."""
         x, mlp_lane = lanes
         if step.skip is not None and self.skips is not None:
             row, source = step.skip
@@ -221,7 +229,7 @@ class GPT(nn.Module):
         if lanes.mlp_lane is not None:
             return Lanes(*block.run_lanes(lanes.x, lanes.mlp_lane, inputs, rows_from=rows_from))
         output = block(lanes.x, inputs, form=step.form, rows_from=rows_from)
-        # blended steps are in the encoder, where rows_from is 0
+        # only encoder steps are blended, and rows_from is 0 for them
         if step.blend is not None:
             output = torch.lerp(lanes.x, output, self._blend_weight(step.blend, output.dtype))
         return Lanes(output)

@@ -1,4 +1,4 @@
-"""The head: softcapped logits from the tied embedding, and their loss."""
+"""The output head: computes softcapped logits from the tied embedding, and their loss."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from train.model.compile import OperatorModule
 
 
 def softcap(values: Tensor, cap: float) -> Tensor:
-    """cap · tanh(values / cap), in (−cap, cap)."""
+    """Compute cap · tanh(values / cap), which lies in (−cap, cap)."""
     return cap * torch.tanh(values / cap)
 
 
 def head_logits(hidden: Tensor, weight: Tensor, cap: float) -> Tensor:
-    """Softcapped logits cap · tanh(hidden Wᵀ / cap): `hidden` `(..., d)` and `weight` `(V, d)` to `(..., V)`.
+    """Compute softcapped logits cap · tanh(hidden Wᵀ / cap) `(..., V)` from `hidden` `(..., d)` and W `(V, d)`.
 
-    The product is in the compute dtype, the softcap and the result in float32 (float64 for float64 input).
+    The product has the dtype of `hidden`. Softcap and result are float32 (float64 for float64 input).
     """
     logits = hidden @ weight.T
     return softcap(logits.to(torch.promote_types(logits.dtype, torch.float32)), cap)
@@ -32,9 +32,9 @@ class Head(OperatorModule):
         self.cap = cap
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token: `hidden` `(M, d)`, `weight` `(V, d)`, `targets` `(M,)` to a float32 scalar.
+        """Compute the mean cross-entropy in nats per token, a float32 scalar (float64 for float64 input).
 
-        float64 for float64 input.
+        `hidden` is `(M, d)`, `weight` `(V, d)`, and `targets` `(M,)`.
         """
         if "softcapped_cross_entropy" in self.written_out:
             return F.cross_entropy(head_logits(hidden, weight, self.cap), targets.long())

@@ -1,4 +1,4 @@
-"""Initial values, rounded to bfloat16 as in the published scripts; weights are float32."""
+"""Makes parameters with initial values that are rounded to bfloat16, as in the published scripts."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ def parameter(values: Tensor, dtype: torch.dtype = torch.float32, *, trained: bo
 
 
 def constant(value: float, *shape: int) -> nn.Parameter:
-    """Make a float32 parameter filled with a value; a scalar without a shape."""
+    """Make a float32 parameter of the given shape, filled with `value`. Without a shape it is a scalar."""
     return parameter(torch.full(shape, value))
 
 
 def normal_table(rows: int, columns: int, deviation: float, dtype: torch.dtype) -> nn.Parameter:
-    """Make an embedding table `(rows, columns)` from N(0, deviation²)."""
+    """Make an embedding table `(rows, columns)`, drawn from N(0, deviation²)."""
     return parameter(torch.empty(rows, columns).normal_(0.0, deviation), dtype)
 
 
 def matrix(rows: int, columns: int, *, orthogonal: bool, gain: float = 1.0) -> nn.Parameter:
-    """Make a float32 weight `(rows, columns)` = (out_features, in_features), times `gain`.
+    """Make a float32 weight `(rows, columns)`, that is, (out_features, in_features).
 
-    Orthogonal (rows or columns orthonormal), or as `torch.nn.Linear` draws it: U(−1/√columns, 1/√columns).
+    With `orthogonal`, rows or columns are orthonormal. Otherwise values are drawn as for `torch.nn.Linear`, from
+    U(−1/√columns, 1/√columns). All values are multiplied by `gain`.
     """
     values = torch.empty(rows, columns)
-    # orthogonal_ would run its QR decomposition even on the meta device
+    # skip orthogonal_, which would run its QR decomposition even on the meta device
     if values.is_meta:
         return parameter(values)
     if orthogonal:
@@ -41,5 +42,5 @@ def matrix(rows: int, columns: int, *, orthogonal: bool, gain: float = 1.0) -> n
 
 
 def zero_matrix(rows: int, columns: int) -> nn.Parameter:
-    """Make a float32 weight `(rows, columns)` of zeros; with it as output projection a block starts as the identity."""
+    """Make a float32 weight `(rows, columns)` of zeros. As output projection it makes a block's initial output zero."""
     return parameter(torch.zeros(rows, columns))

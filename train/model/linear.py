@@ -1,4 +1,4 @@
-"""Products with weight matrices; calibration can observe their inputs."""
+"""Products with weight matrices. GPTQ's calibration can observe the inputs of these products."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from train.model.straight_through import fake_quantize_rows
 
 Callback = Callable[[str, Tensor], None]
-"""Called with a matrix's parameter name and its input `(..., in_features)`."""
+"""Takes the parameter name of a matrix and the matrix's input `(..., in_features)`."""
 
 
 class _Observation(NamedTuple):
@@ -25,19 +25,19 @@ _observation: _Observation | None = None
 
 
 def linear(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, fake_quantize: bool = False) -> Tensor:
-    """y = scale ⊙ (x Wᵀ), `(..., in_features)` to `(..., out_features)`; the weight is cast to the dtype of x.
+    """Compute y = scale ⊙ (x Wᵀ) `(..., out_features)` for x `(..., in_features)`, in the dtype of x.
 
-    The scale multiplies the weight's rows instead of y, so its gradient sums over the weight and not over all tokens.
-    Arguments as for `working_weight`.
+    The scale multiplies the rows of W instead of y, so that its gradient is a sum over the weight, not over all tokens.
+    Other arguments as for `working_weight`.
     """
     observe(weight, x)
     return F.linear(x, working_weight(weight, x.dtype, scale=scale, fake_quantize=fake_quantize))
 
 
 def joint_linear(x: Tensor, weights: Sequence[Tensor], *, fake_quantize: bool = False) -> tuple[Tensor, ...]:
-    """y_i = x W_iᵀ for several weights `(rows_i, in_features)` in one product; the results `(..., rows_i)` are views.
+    """Compute y_i = x W_iᵀ for several weights `(rows_i, in_features)` in one product.
 
-    The gradient of x is also one product: it sums over all weights before it is rounded.
+    The y_i are views `(..., rows_i)`. The gradient of x is one product, too: the sum over all weights is rounded once.
     """
     for weight in weights:
         observe(weight, x)
@@ -49,35 +49,35 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], *, fake_quantize: bool = 
 def working_weight(
     weight: Tensor, dtype: torch.dtype, *, scale: Tensor | None = None, fake_quantize: bool = False
 ) -> Tensor:
-    """The weight as products use it, `(out_features, in_features)` in `dtype`.
+    """Prepare the weight `(out_features, in_features)` for a product, in `dtype`.
 
-    The float32 parameter is fake-quantized to int6 rows (straight-through) if asked for, its rows are multiplied by `scale`
-    `(out_features,)`, then it is cast.
+    With `fake_quantize` the float32 parameter is rounded to int6 rows (`train.model.straight_through`). Then its rows
+    are multiplied by `scale` `(out_features,)`, and the result is cast.
     """
     rows = fake_quantize_rows(weight) if fake_quantize else weight
     return (rows if scale is None else scale.unsqueeze(1) * rows).to(dtype)
 
 
 def observe(weight: Tensor, x: Tensor) -> None:
-    """Report a matrix's input to the observer, if there is one."""
+    """Report a matrix's input to the callback of `observe_inputs`, if that context is active."""
     if _observation is not None and (name := _observation.names.get(id(weight))) is not None:
         _observation.callback(name, x.detach())
 
 
 def observing() -> bool:
-    """Whether inputs are being observed; if so, do not call a fused operator that hides an input."""
+    """Whether `observe_inputs` is active. Then do not call a fused operator that hides the input of a matrix."""
     return _observation is not None
 
 
 @contextmanager
 def observe_inputs(model: nn.Module, callback: Callback) -> Iterator[None]:
-    """Inside the context, call back with the name and the detached input of every matrix of a model, not compiled.
+    """Inside the context, call `callback` for every product with a matrix, with the matrix's name and detached input.
 
-    Query, key and value are reported one by one, with the same tensor. A layer that runs twice reports twice. The tied
-    embedding is reported as `embedding.weight`, with the head's input.
+    The model must not be compiled. Query, key and value are reported one after the other, with the same input. A layer
+    that runs twice reports twice. The tied embedding is reported as `embedding.weight`, with the output head's input.
 
     Raises:
-        RuntimeError: inputs are already being observed.
+        RuntimeError: another `observe_inputs` is active.
     """
     global _observation
     if _observation is not None:

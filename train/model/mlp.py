@@ -1,4 +1,4 @@
-"""The MLP with squared LeakyReLU, including its norm and residual."""
+"""The MLP with squared LeakyReLU, including its norm and the residual."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.model.norm import NORM_EPS, rms_norm
 
 
 class MLP(OperatorModule):
-    """y = residual + scale ⊙ (leaky_relu(g · rms(x) W_upᵀ)² W_downᵀ); slope 0 is ReLU², `gain` is g."""
+    """y = residual + scale ⊙ (leaky_relu(g · rms(x) W_upᵀ)² W_downᵀ). g is `gain`. With slope 0 it is a ReLU² MLP."""
 
     def __init__(self, config: Config, gain: float) -> None:
         super().__init__()
@@ -25,9 +25,9 @@ class MLP(OperatorModule):
         self.qat = config.qat
 
     def forward(self, x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-        """y `(B, T, d)` from `x` and `residual` `(B, T, d)` and `scale` `(d,)`, all in one dtype."""
+        """Compute y `(B, T, d)` from x `(B, T, d)`, residual `(B, T, d)` and scale `(d,)`, all of the same dtype."""
         fake_quantize = self.qat and self.training
-        # calibration needs the second matrix's input, which the operator hides
+        # calibration needs the input of W_down, which the operator hides
         if observing() or "leaky_relu2_mlp" in self.written_out:
             normed = rms_norm(x) * self.gain
             hidden = F.leaky_relu(linear(normed, self.up, fake_quantize=fake_quantize), self.slope).square()

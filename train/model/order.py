@@ -1,4 +1,4 @@
-"""The order of layer runs: encoder and decoder, repeated layers, skips, and where lanes begin."""
+"""The order in which layers run: encoder and decoder, repeated layers, U-Net skips, and the first layer in lanes."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from train.config import Config
 
 
 class Step(NamedTuple):
-    """One layer run."""
+    """One run of a layer."""
 
-    layer: int  # physical layer
-    form: str  # "serial", "gptj" or "lanes", see `train.model.block`
+    layer: int  # the physical layer
+    form: str  # "serial", "gptj" or "lanes", see `train.model.block.Block`
     skip: tuple[int, int] | None = None  # (row of the skip weights, step whose output is added before the layer runs)
-    saves: bool = False  # a later step adds this one's output
-    blend: int | None = None  # which repeat, if its output is averaged with its input instead of replacing it (#1392)
+    saves: bool = False  # whether a later step adds this step's output
+    blend: int | None = None  # index of a blended repeat, whose output is averaged with its input (#1392)
 
 
 def skip_count(config: Config) -> int:
-    """Number of U-Net skips with weights: ⌊layers / 2⌋, also with recurrence."""
+    """Number of U-Net skips that have weights: ⌊layers / 2⌋, with and without recurrence."""
     return config.num_layers // 2
 
 
 def halves(config: Config, *, recurrence: bool) -> tuple[list[int], list[int]]:
-    """Physical layers of the encoder and of the decoder in order, without blended repeats.
+    """The physical layers of the encoder and those of the decoder, in order, without blended repeats.
 
-    `recur_form` "unroll" (#1471) repeats `recur_layers` once after their first run and splits the longer order in the
-    middle; "blend" (#1392) does not change the halves.
+    `recur_form` "unroll" (#1471) runs `recur_layers` again after their first run, then splits the longer order in the
+    middle. "blend" (#1392) does not change the two halves.
     """
     order = list(range(config.num_layers))
     if recurrence and config.recur_layers and config.recur_form == "unroll":
@@ -37,11 +37,11 @@ def halves(config: Config, *, recurrence: bool) -> tuple[list[int], list[int]]:
 
 
 def make_plan(config: Config, *, recurrence: bool) -> tuple[Step, ...]:
-    """All layer runs of a forward pass, in order.
+    """List all layer runs of a forward pass, in order.
 
-    The decoder's n-th layer adds the output of the encoder's n-th layer from the end, while there are skip weights. No skips
-    from the first layer in lanes on (#1471). Only the encoder has blended repeats; a skip takes a layer's output before its
-    repeat (#1392).
+    The decoder's n-th layer adds the output of the encoder's n-th layer from the end, as long as there are skip
+    weights. After the first layer in lanes there are no more skips (#1471). Only encoder layers have blended repeats; a
+    skip adds the layer's output before its repeat (#1392).
     """
     encoder, decoder = halves(config, recurrence=recurrence)
     blends = recurrence and config.recur_form == "blend"
@@ -67,7 +67,7 @@ def make_plan(config: Config, *, recurrence: bool) -> tuple[Step, ...]:
 
 
 def virtual_order(config: Config, *, recurrence: bool) -> tuple[int, ...]:
-    """Physical layers in the order in which they run, with repeats."""
+    """The physical layers in the order in which they run, with repeats."""
     return tuple(step.layer for step in make_plan(config, recurrence=recurrence))
 
 

@@ -1,4 +1,4 @@
-"""A model's parameters with their optimizer classes, and its FLOP per token."""
+"""Lists a model's parameters with their optimizer classes, and counts its FLOP per token."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ _BLOCK_MATRICES = ("query", "key", "value", "output", "up", "down")
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """One parameter; `count` is its number of elements, `kind` its optimizer class."""
+    """One parameter of a model."""
 
     name: str
     shape: tuple[int, ...]
-    count: int
+    count: int  # number of elements
     dtype: torch.dtype
-    kind: str
+    kind: str  # optimizer class, see `classify`
 
 
 def classify(name: str, config: Config) -> str:
-    """A parameter's optimizer class: "matrix" (Muon), "embedding" (AdamW, own rate) or "scalar" (AdamW; vectors too)."""
+    """A parameter's optimizer class: "matrix" (Muon), "embedding" (AdamW) or "scalar" (AdamW with other rates).
+
+    "scalar" includes vectors.
+    """
     parts = name.split(".")
     if name in ("embedding.weight", "bigram.embedding", "ve.embedding"):
         return "embedding"
@@ -37,7 +40,7 @@ def classify(name: str, config: Config) -> str:
 
 
 def parameter_table(model: GPT) -> list[ParameterRow]:
-    """One row per parameter of a model, which may be on the meta device."""
+    """List the parameters of a model, which may be on the meta device."""
     return [
         ParameterRow(name, tuple(weight.shape), weight.numel(), weight.dtype, classify(name, model.config))
         for name, weight in model.named_parameters()
@@ -47,8 +50,9 @@ def parameter_table(model: GPT) -> list[ParameterRow]:
 def mflop_per_token(config: Config, *, recurrence: bool, seq_len: int | None = None) -> float:
     """MFLOP of one training token, forward and backward.
 
-    6 · (weights of all products, with the head, without lookups) + 6 · layer runs · T · d for causal attention; T is
-    `seq_len`, or `train_seq_len` if that is None.
+    That is 6 · (number of weights) + 6 · layer runs · T · d for causal attention. Weights count once per matrix
+    product: those of a repeated layer twice, those of the output head once, embedding lookups not at all. T is
+    `seq_len`; None: `train_seq_len`.
     """
     dim, runs = config.model_dim, len(virtual_order(config, recurrence=recurrence))
     block = 2 * dim * dim + 2 * config.kv_dim * dim + 2 * config.mlp_hidden * dim

@@ -1,4 +1,4 @@
-"""Rotary position embeddings on the first r dimensions of a head, with the NTK rule for texts longer than in training."""
+"""Rotary position embeddings on the first r dimensions of a head. The NTK rule adapts them to longer texts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def ntk_base(base: float, rotary_dims: int, length: int, train_length: int) -> float:
-    """Base of the rotary frequencies: base · (length / train_length)^(r / (r − 2)) beyond `train_length`, else `base`.
+    """The base of the rotary frequencies by the NTK rule, for r = `rotary_dims`.
 
-    With r = 2 the only frequency is base⁰, so the base does not matter.
+    It is base · (length / train_length)^(r / (r − 2)) if `length` exceeds `train_length`, otherwise `base`. With r = 2
+    the only frequency is base⁰, so the base does not matter.
     """
     if length <= train_length or rotary_dims <= 2:
         return base
@@ -20,16 +21,16 @@ def ntk_base(base: float, rotary_dims: int, length: int, train_length: int) -> f
 def rotary_table(
     length: int, rotary_dims: int, base: float, *, kind: str = "exact", dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `(length, 1, r/2)` of angle[t, i] = t · base^(−2i/r); r = `rotary_dims` is even.
+    """Compute cosines and sines `(length, 1, r/2)` of angle[t, i] = t · base^(−2i/r). r = `rotary_dims` is even.
 
-    The middle dimension broadcasts over heads. `kind` says what is rounded to bfloat16, as in the published scripts, whose
-    buffer of frequencies was cast with the model:
+    The middle dimension broadcasts over heads. The published scripts cast their buffer of frequencies to bfloat16 with
+    the model. `kind` says what is rounded to bfloat16:
 
     exact: nothing
     bf16_frequencies (#2135): the frequencies base^(−2i/r)
-    bf16 (#1471, #122, baseline): frequencies, positions t (256 to 511 go in steps of 2, …), cosines and sines
+    bf16 (#1471, #122, baseline): frequencies, cosines and sines, and positions t, which from 256 to 511 become even, …
     """
-    # float64: angles of large positions need its precision
+    # angles of large positions need the precision of float64
     frequencies = base ** -(torch.arange(0, rotary_dims, 2, dtype=torch.float64, device=device) / rotary_dims)
     positions = torch.arange(length, dtype=torch.float64, device=device)
     if kind != "exact":
@@ -44,10 +45,10 @@ def rotary_table(
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first r dimensions of each head of `x` `(B, T, H, D)` and keep the others.
+    """Rotate the first r dimensions of each head of `x` `(B, T, H, D)` and keep the other dimensions.
 
-    (a, b) → (a cos + b sin, −a sin + b cos), with a and b the two halves of the r rotary dimensions. The table is that of
-    `rotary_table`, in the dtype of `x`.
+    (a, b) → (a cos + b sin, −a sin + b cos), where a and b are the two halves of the r rotary dimensions. `table` is
+    the result of `rotary_table`, in the dtype of `x`.
     """
     cosine, sine = table
     half = cosine.shape[-1]
@@ -56,9 +57,9 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """`x` float64 rounded to bfloat16: to nearest, ties to even.
+    """Round float64 to bfloat16: to nearest, ties to even. The result is float64.
 
-    Written in bits, because the compiler drops a cast to bfloat16 that is followed by a cast back.
+    This changes bits, because the compiler drops a cast to bfloat16 that is followed by a cast back.
     """
     bits = x.float().view(torch.int32)
     kept = bits + 0x7FFF + (bits >> 16 & 1) & -0x10000

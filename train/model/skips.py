@@ -9,9 +9,10 @@ from train.model.init import constant
 
 
 class UNetSkips(nn.Module):
-    """Adds an encoder output s to the residual stream: x + w ⊙ s, or with gates w ⊙ s + σ(g) ⊙ (x − w ⊙ s).
+    """Adds an encoder output s to the residual stream x: x + w ⊙ s. With gates it is w ⊙ s + σ(g) ⊙ (x − w ⊙ s).
 
-    Weights `(count, d)` start at 1, gates `(count, d)` at 0: the mean of x and w ⊙ s.
+    The weights w `(count, d)` are initially 1. The gates g `(count, d)` are initially 0, which gives the mean of x and
+    w ⊙ s.
     """
 
     def __init__(self, count: int, dim: int, *, gated: bool) -> None:

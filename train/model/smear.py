@@ -12,27 +12,30 @@ _GATE_CHANNELS = 12
 
 
 def predecessor(x: Tensor, starts: Tensor | None = None) -> Tensor:
-    """x[t−1] at each t, zero at t = 0 and where a document begins: `starts` `(B, T)` bool; None ignores boundaries."""
+    """Shift `x` `(B, T, d)` by one position: x[t−1] at each t, zero at t = 0 and where a document begins.
+
+    `starts` `(B, T)` bool says where documents begin; None ignores document boundaries.
+    """
     shifted = F.pad(x[:, :-1], (0, 0, 1, 0))
     return shifted if starts is None else shifted.masked_fill(starts[..., None], 0.0)
 
 
 class SmearGate(nn.Module):
-    """The variant of #262 and #1392: y[t] = (1 − σ(γ)) ⊙ x[t] + σ(γ) ⊙ x[t−1], γ `(d,)` starting at 0."""
+    """The variant of #262 and #1392: y[t] = (1 − σ(γ)) ⊙ x[t] + σ(γ) ⊙ x[t−1]. γ `(d,)` is initially 0."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.gate = constant(0.0, dim)
 
     def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Smear `x` `(B, T, d)`; `starts` as for `predecessor`. The published scripts smear across documents (None)."""
+        """Smear `x` `(B, T, d)`. `starts` as for `predecessor`; None, as published, smears across documents."""
         return torch.lerp(x, predecessor(x, starts), torch.sigmoid(self.gate).to(x.dtype))
 
 
 class DocumentSmearGate(nn.Module):
-    """The variant of #1851, inside documents: y[t] = x[t] + λ σ(w · x[t, :12]) x[t−1].
+    """The variant of #1851, which does not cross document boundaries: y[t] = x[t] + λ σ(w · x[t, :12]) x[t−1].
 
-    λ and w `(1, 12)` start at 0, so the model starts without smear. If d < 12 the gate reads all d channels.
+    λ and w `(1, 12)` are initially 0, so initially y = x. If d < 12, the gate reads all d channels.
     """
 
     def __init__(self, dim: int) -> None:
@@ -41,6 +44,6 @@ class DocumentSmearGate(nn.Module):
         self.scale = constant(0.0)
 
     def forward(self, x: Tensor, starts: Tensor) -> Tensor:
-        """Smear `x` `(B, T, d)`; `starts` `(B, T)` bool, where documents begin."""
+        """Smear `x` `(B, T, d)`. `starts` `(B, T)` bool says where documents begin."""
         gate = torch.sigmoid(F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)))
         return x + self.scale.to(x.dtype) * gate * predecessor(x, starts)

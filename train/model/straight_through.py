@@ -1,4 +1,4 @@
-"""Quantization-aware training with int6 rows (#122): the forward pass rounds weights, the gradient ignores the rounding."""
+"""Quantization-aware training with int6 rows (#122). The forward pass rounds weights, the gradient ignores this."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from torch import Tensor
 from golf_kernels.int6 import int6_fake_quantize
 
 QUANTILE = 0.9999984
-"""Row quantile of |w| at which #122 clips. Up to 625,000 columns it lies between the two largest values."""
+"""Row quantile of |w| at which #122 clips. In a row of up to 625,000 weights it lies between the two largest |w|."""
 
 _LARGEST_CODE = 31
 _SMALLEST_CLIP = 1e-8
 
 
 def fake_quantize_scales(weight: Tensor) -> Tensor:
-    """Row scales in training: s = max(quantile(|w|, 0.9999984), 1e-8) / 31, without the artifact's scale floor.
+    """Compute row scales for training: s = max(quantile(|w|, 0.9999984), 1e-8) / 31.
 
-    `weight` is `(rows, columns)` float32 or float64; the result `(rows,)` has its dtype and no gradient. The quantile is
-    interpolated between the row's two largest magnitudes, so no row is sorted.
+    The artifact's row scales also have a floor. `weight` is `(rows, columns)`, float32 or float64. The result `(rows,)`
+    has the dtype of `weight` and no gradient. The quantile is interpolated between the row's two largest magnitudes, so
+    no row is sorted.
 
     Raises:
-        ValueError: with so many columns the quantile lies below the two largest.
+        ValueError: there is one column, or so many that the quantile lies below the two largest magnitudes.
     """
     columns = weight.shape[-1]
     position = (columns - 1) * QUANTILE
@@ -33,5 +34,5 @@ def fake_quantize_scales(weight: Tensor) -> Tensor:
 
 
 def fake_quantize_rows(weight: Tensor) -> Tensor:
-    """Round each row to 63 int6 levels: w ← round(clamp(w/s, −31, 31)) · s; the gradient is the identity."""
+    """Round each row to 63 int6 levels: w ← round(clamp(w/s, −31, 31)) · s. The gradient is the identity."""
     return int6_fake_quantize(weight, fake_quantize_scales(weight))
