@@ -1,8 +1,8 @@
 """Recipes: named settings, one file each.
 
-A recipe's module has a docstring that says what it reproduces, `SETTINGS`, which maps settings to values other than the
-defaults, and, for a published result, `PUBLISHED` with its figures. To add a recipe, add a file here: `--recipe`,
-`--help`, `--describe` and the tests find it by its name.
+A recipe's docstring says what the recipe reproduces. `SETTINGS` maps the names of settings to their values, if they
+differ from the defaults. `PUBLISHED` has the figures of a published result, if there is one. To add a recipe, add a
+file here: `--recipe`, `--help`, `--describe` and the tests find it by its name.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from train.config import Config
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe's module."""
+    """The contents of a recipe's module."""
 
     name: str
-    about: str  # the docstring
+    about: str  # the module's docstring
     settings: dict[str, Any]
     published: dict[str, float]  # such as `step_ms`; empty if there is no published run
 
     def config(self, **changes: Any) -> Config:
-        """The recipe's settings, overridden by `changes`."""
+        """The settings of the recipe, overridden by `changes`."""
         return Config(**{**self.settings, "recipe": self.name, **changes})
 
 
@@ -36,7 +36,11 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe of this name; an unknown name raises a ConfigError that lists all recipes."""
+    """Load the recipe with this name.
+
+    Raises:
+        ConfigError: there is no such recipe. The message lists all recipes.
+    """
     names = recipe_names()
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)

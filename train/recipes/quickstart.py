@@ -1,8 +1,8 @@
-"""A small model with every part of sp8192_sdclip, trained in 130 seconds on two CPU cores.
+"""A small model with all techniques of sp8192_sdclip, trained in 130 seconds on two CPU cores.
 
-The parts are those of #1471: partial RoPE, QK gain, XSA, layer-scaled norms, gated U-Net skips, shared value embeddings,
-two parallel lanes, recurrence, MuonEq-R, EMA, SDClip and GPTQ. The training text is Python's standard library, its
-sources and documentation, so no published score is comparable.
+The techniques are those of #1471: partial RoPE, QK gain, XSA, layer-scaled norms, gated U-Net skips, shared value
+embeddings, two parallel lanes, recurrence, MuonEq-R, EMA, SDClip and GPTQ. The training text is the sources and the
+documentation of Python's standard library, so the score cannot be compared with a published one.
 """
 
 SETTINGS = {
@@ -10,7 +10,7 @@ SETTINGS = {
     "corpus": "stdlib",
     "vocab_size": 1024,
     "train_seq_len": 128,
-    # sequential batches hold text from few files; batches from the whole text learn faster
+    # the model learns faster from batches of the whole text than from sequential batches, which hold text of few files
     "loader": "coprime",
     "train_batch_tokens": 2048,
     "num_layers": 4,
@@ -54,9 +54,9 @@ SETTINGS = {
     "grad_clip_norm": 0.3,
     "ema_decay": 0.9,
     "gptq_calib_batches": 8,
-    # the published threshold of 65,536 elements would leave every matrix in float16
+    # the published threshold of 65,536 elements would store every matrix in float16
     "passthrough_max_elements": 4096,
-    # the published floor of 1/31 would round all rows to zero, whose deviations are smaller
+    # the published floor of 1/31 would round all weights to zero, because their deviations are smaller
     "scale_floor": "none",
     "val_loss_every": 100,
     "train_log_every": 25,

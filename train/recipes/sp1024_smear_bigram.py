@@ -1,11 +1,12 @@
 """Submission #262 without its paid prefix: vocabulary 1024, 8 layers, SmearGate, BigramHash, SWA, int6 rows, zstd.
 
 Published (8 × H100): 6,231 steps of 96.3 ms, a model of 11,667,026 bytes, 19,745,345 parameters; a flat val_bpb of
-1.1822 before and 1.1924 after quantization. The published score of 1.0539 counts 6.2 million validation tokens that the
-submission carries, which the organisers ruled out. Without them the same model scored 1.1693 in a derivative. Details
-that #262 does not give are those of its parent, #198.
+1.1822 before and 1.1924 after quantization. The published score of 1.0539 also counts 6.2 million validation tokens
+that the submission carries; the organisers ruled this out. In a derivative, the same model without these tokens scored
+1.1693. Details that #262 does not give are those of its parent, #198.
 
-As in the published script, 2,048 tokens are beyond the 1,024 of its rotary table, so NTK scaling computes an exact table.
+As in the published script, windows of 2,048 tokens exceed the 1,024 positions of the rotary table, so NTK scaling
+computes an exact table.
 
 Deviations:
 - The rule for the 6 averaged checkpoints is not published. Here SWA averages every 200 steps once the learning rate is
@@ -26,7 +27,7 @@ SETTINGS = {
     "mlp_slope": 0.0,
     "rope_train_seq_len": 1024,
     "orthogonal_init": True,
-    # as published, the gate blends the last token of a document into the next document
+    # as published, the gate mixes the last token of a document into the next document
     "smear_gate": "published",
     "bigram_vocab_size": 2048,
     "bigram_dim": 128,

@@ -7,7 +7,7 @@ As in the published script, where the README says otherwise:
 - Only layer 4 is repeated, because only encoder layers blend.
 - Parallel layers have the GPT-J form.
 - Only the EMA weights are quantized and scored.
-- 2,048 tokens are beyond the 1,024 of the rotary table, so NTK scaling computes an exact one.
+- Windows of 2,048 tokens exceed the 1,024 positions of the rotary table, so NTK scaling computes an exact table.
 
 As in the published script, for calibration:
 - The trained model generates the 128 calibration sequences. This reads no training data and is outside the 600 seconds.
@@ -16,18 +16,19 @@ As in the published script, for calibration:
 
 Deviations:
 - Generation caches keys and values and always uses the rotary base for 2,048 tokens, as the evaluation does. The
-  published script recomputes every length, in 430 s, and uses the plain base up to 1,024 tokens.
+  published script computes the whole text again for each token, in 430 s, and uses the plain base up to 1,024 tokens.
 - The ranks divide the generated sequences among them.
 - The random numbers of the generation differ.
 - Gradients are clipped after the reduction over ranks.
 - Gradients and momentum are float32. The published ones are bfloat16.
 - The momentum is reset after the warm-up.
-- The untrained vectors have no gradient. In the published script it grows from step to step inside the clipped norm.
+- The untrained vectors have no gradient. In the published script their gradient grows from step to step and counts in
+  the norm that is clipped.
 - Late fake-quantization is left out. It could only reach the value embedding's projection.
 - The artifact has this project's own container.
 """
 
-# val_bpb is the mean over seeds, the rest belongs to the first seed
+# val_bpb is the mean over the seeds, the other figures are those of the first seed
 PUBLISHED = {"val_bpb": 1.1020347333, "steps": 5733, "step_ms": 104.67, "artifact_bytes": 15_824_545}
 
 SETTINGS = {
@@ -51,11 +52,11 @@ SETTINGS = {
     "ve_proj_optimizer": "adamw",
     "parallel_start_layer": 7,
     "parallel_form": "gptj",
-    # layer 5 is in the decoder, whose layers the published loop does not repeat
+    # layer 5 runs only once: it is in the decoder, whose layers the published loop does not repeat
     "recur_layers": (4, 5),
     "recur_form": "blend",
     "recur_start_step": 3000,
-    # counted and saved, but in no optimizer: all values stay 0.5
+    # these parameters are counted and saved, but no optimizer updates them: all values stay 0.5
     "recur_scale_params": 2,
     "warmdown_iters": 4000,
     "matrix_lr": 0.02,
