@@ -1,4 +1,4 @@
-"""`python -m train`: train, quantize, pack, score and record, in one process or under torchrun."""
+"""`python -m train`: trains a model, quantizes it, writes and scores the artifact, and writes a record."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def main() -> int:
         return print_description(config, as_json="--json" in wants)
     if wants:
         raise ConfigError("--json: expected only together with --describe")
-    # imported late, so that an error in the settings does not wait seconds for torch
+    # imported here, so that an error in the settings appears before torch is imported, which takes seconds
     from train.pipeline import run_pipeline
 
     run_pipeline(config, overrides)

@@ -1,4 +1,4 @@
-"""Checkpoints, from which a run resumes exactly, and the trained weights."""
+"""Writes and reads checkpoints, from which a run resumes exactly, and the trained weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.run.folder import RunFolder
 
 
 class Stateful(Protocol):
-    """Something whose state a checkpoint stores."""
+    """An object whose state a checkpoint stores."""
 
     def state_dict(self) -> Mapping[str, Any]: ...
 
@@ -29,13 +29,13 @@ class Stateful(Protocol):
 
 
 Parts = Mapping[str, Stateful | None]
-"""What a checkpoint stores, by name; None: not in this run."""
+"""Name → the object whose state a checkpoint stores, or None if this run has no such object."""
 
 
 def save_checkpoint(path: Path, parts: Parts, ranks: Ranks, extra: Mapping[str, Any]) -> None:
-    """Write the states of all parts, and plain values such as the step, atomically.
+    """Write the states of `parts` and the plain values `extra`, such as the step, atomically.
 
-    All ranks must call this, because sharded states are gathered; rank 0 writes.
+    Every rank must call this, because the optimizer's state is gathered from all ranks. Rank 0 writes the file.
     """
     states = {name: part.state_dict() for name, part in parts.items() if part is not None}
     if ranks.is_main:
@@ -43,10 +43,10 @@ def save_checkpoint(path: Path, parts: Parts, ranks: Ranks, extra: Mapping[str, 
 
 
 def load_checkpoint(path: Path, parts: Parts, ranks: Ranks) -> dict[str, Any] | None:
-    """Load a checkpoint's states into the parts; return its `extra` values, or None if there is no checkpoint.
+    """Load a checkpoint's states into `parts`. Returns its `extra` values, or None if there is no checkpoint.
 
     Raises:
-        UserError: the file is damaged, or its parts are others than this run's.
+        UserError: the file is damaged, or has states of other parts.
     """
     if not path.exists():
         return None
@@ -63,20 +63,20 @@ def load_checkpoint(path: Path, parts: Parts, ranks: Ranks) -> dict[str, Any] | 
 
 def write_tensors(path: Path, values: Mapping[str, Any]) -> None:
     """Write a dictionary of tensors and plain values atomically."""
-    # torch.save writes to memory first, because it would replace the error for a full disk by its own
+    # let torch.save write to memory, because it would hide the error of a full disk behind an error of its own
     buffer = io.BytesIO()
     torch.save(dict(values), buffer)
     atomic_write(path, buffer.getbuffer())
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a file of `write_tensors`; code in the file is never executed.
+    """Read a file that `write_tensors` wrote. Code in the file is never executed.
 
     Raises:
-        UserError: the file is damaged, or not written by `write_tensors`.
+        UserError: the file is damaged, or `write_tensors` did not write it.
     """
     try:
-        # torch.load does not check the checksums that torch.save wrote
+        # check the checksums that torch.save wrote, because torch.load does not
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
@@ -102,10 +102,10 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
 
 
 def load_weights(folder: RunFolder, config: Config | None = None) -> GPT:
-    """The trained model of a run, from weights.pt; `config` None: the run's own settings.
+    """Load the trained model of a run from weights.pt. If `config` is None, take the run's settings.
 
     Raises:
-        UserError: training has not finished, or the file does not fit the settings.
+        UserError: training has not finished, or weights.pt does not fit the settings.
     """
     model = GPT(config or folder.trained_config())
     path = folder.need(folder.weights, f"python -m train --run_id {folder.path.name} --resume auto")

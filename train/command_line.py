@@ -1,6 +1,6 @@
-"""The settings of a run, from flags, environment variables (the name in upper case) and the recipe.
+"""Reads the settings of a run from flags, environment variables (the name in upper case) and the recipe.
 
-A flag or variable that looks like a misspelt setting is an error that names the most similar setting.
+A flag or variable that looks like a misspelt setting raises an error, which names the most similar setting.
 """
 
 from __future__ import annotations
@@ -26,32 +26,35 @@ from train.config import (
 )
 from train.recipes import load_recipe, recipe_names
 
-# an environment variable that begins with one of these words must be a setting; MUON_MOMENTM is an error
+# an environment variable that begins with one of these words must be a setting, so MUON_MOMENTM is an error
 _FAMILIES = frozenset(
     "ADAM BIGRAM COMPRESSOR EMA EMBED EVAL GPTQ LOGIT MATRIX MLP MUON NORMUON PAID PARALLEL QAT QK RECUR ROPE SCALAR SKIP SMEAR "
     "SWA TIED TIE TRAIN TRIGRAM TTT UNET VAL VE VOCAB WARMDOWN WARMUP WEIGHT XSA".split()
 )
 
-# names in other published scripts → ours
+# names of settings in other published scripts → names here
 _ALIASES = {"weight_quantization_bits": "matrix_bits", "embed_quantization_bits": "embed_bits"}
 
 
 @dataclass(frozen=True)
 class Override:
-    """A setting that differs from the recipe, and where it was given."""
+    """A setting whose value differs from the recipe's."""
 
     name: str
     value: Any
-    source: str
+    source: str  # where the value was given: "command line" or "environment NAME"
 
 
 def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list[Override]]:
-    """The configuration, and the settings that differ from the recipe.
+    """Read the settings from command line and environment.
 
-    A flag is `--name value` or `--name=value`; `-` in the name means `_`.
+    A flag is `--name value` or `--name=value`. In the name, `-` means `_`.
+
+    Returns:
+        The configuration, and the settings that differ from the recipe.
 
     Raises:
-        ConfigError: an unknown name, a wrong type, a value out of range, or settings that contradict each other.
+        ConfigError: a name is unknown, a value has a wrong type or is out of range, or settings contradict each other.
     """
     given: dict[str, Override] = {}
     for name, text in environ.items():
@@ -77,11 +80,11 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Confi
 def note_unread(
     config: Config, environ: Mapping[str, str], note: Callable[[str], object], flags: Collection[str] = ()
 ) -> None:
-    """Warn, by `note`, about environment variables that a single stage ignores although they disagree with its settings.
+    """Warn about each environment variable that a single stage ignores, if it differs from the settings of the run.
 
-    `flags` are the settings for which the stage has flags.
+    `note` receives the warnings. `flags` are the settings for which the stage has flags.
     """
-    # GOLF_BACKEND is not ignored: a run may be trained and scored with different kernels
+    # a stage does not ignore GOLF_BACKEND: a run may be trained with other kernels than it is scored with
     ignored = set(field_names()) - BOOKKEEPING - {dispatch.ENVIRONMENT_VARIABLE.lower()}
     for name, text in sorted(environ.items()):
         field = _field_of(name)
@@ -98,7 +101,11 @@ def note_unread(
 
 
 def check_backends() -> None:
-    """Raise a UserError if a backend that GOLF_BACKEND forces cannot run or does not exist."""
+    """Check the backends that GOLF_BACKEND forces.
+
+    Raises:
+        UserError: a forced backend does not exist or cannot run.
+    """
     try:
         dispatch.validate()
     except dispatch.BackendError as error:

@@ -1,4 +1,4 @@
-"""`python -m train --recipe NAME --describe`: the figures of a configuration, computed without a GPU or data."""
+"""`python -m train --recipe NAME --describe`: computes the figures of a configuration, without a GPU or data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.quantize.tensors import stored_bits
 
 SCHEDULE_POINTS = 13
 
-# key, title, width, format
+# key, title, width and number format of each column
 SCHEDULE_COLUMNS = (
     ("seconds", "seconds", 8, ".1f"),
     ("step", "step", 7, ","),
@@ -27,11 +27,11 @@ SCHEDULE_COLUMNS = (
 
 
 def describe(config: Config, published: Mapping[str, float]) -> dict[str, Any]:
-    """Parameters, bytes, layers and schedule of a configuration.
+    """Compute parameters, bytes, layers and schedule of a configuration. All values of the result are JSON types.
 
-    `state_bytes` count the trained weights in their own dtypes; `container_bytes` the quantized tensors with one byte per
-    code and float16 row scales, as an entropy coder receives them; `packed_bytes` the same with b/8 bytes per b-bit code.
-    The published `step_ms` converts the schedule's seconds to steps. All values are JSON types.
+    `state_bytes` is the size of the trained weights in their own dtypes. `container_bytes` is the size of the quantized
+    tensors before the codec, with one byte per code and float16 row scales. `packed_bytes` is the same with b/8 bytes
+    per b-bit code. `published` is the recipe's `PUBLISHED`; its `step_ms` converts the schedule's seconds to steps.
     """
     with torch.device("meta"):
         model = GPT(config)
@@ -72,10 +72,11 @@ def describe(config: Config, published: Mapping[str, float]) -> dict[str, Any]:
 
 
 def schedule(config: Config, step_ms: float | None) -> list[dict[str, float | None]]:
-    """Learning-rate scale and momentum at equidistant points of a run.
+    """Compute learning-rate scale and momentum at equidistant points of a run.
 
-    If the learning rate follows the time, the points divide it, and `step_ms` gives the step at each point; without
-    `step_ms` the step, and all that depends on it, is None. Otherwise the points divide the steps.
+    If the learning rate follows the time, the points are equidistant in time, and `step_ms` gives the step at each
+    point. Without `step_ms`, the step and all values that depend on it are then None. If the learning rate follows the
+    steps, the points are equidistant in steps.
     """
     cap = warmdown_seconds(config)
     timed = bool(step_ms) or not cap
@@ -101,7 +102,7 @@ def schedule(config: Config, step_ms: float | None) -> list[dict[str, float | No
 
 
 def describe_text(facts: Mapping[str, Any]) -> str:
-    """The figures as text."""
+    """Format the result of `describe` as text."""
     order, flops = facts["virtual_order"], facts["mflop_per_token"]
     lines = [
         f"recipe {facts['recipe']}: {facts['parameters']:,} parameters",

@@ -1,4 +1,4 @@
-"""The stages of a run in order: data, train, quantize, artifact, evaluate, record."""
+"""Runs the stages of a run in order: data, train, quantize, artifact, evaluate, record."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 
 
 def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
-    """Run all stages; under torchrun, ranks split the work and rank 0 writes. `overrides` go to the log.
+    """Run all stages. Under torchrun the ranks divide the work and rank 0 writes. `overrides` are logged.
 
     Raises:
-        UserError: the settings, the data or the disk have a fault that the user can fix.
+        UserError: there is a problem with the settings, the data or the disk that the user can fix.
     """
     preflight(config)
     with dispatch.forced(config.golf_backend), start_ranks(config.device) as ranks, ExitStack() as held:
@@ -81,7 +81,7 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
                     model = write_training(folder, train(config, data, folder, ranks, log), ranks)
             trained = folder.trained_config()
             with clock("quantize"):
-                # not `trained`, whose recurrence may be off: the counted script must be able to train again
+                # not `trained`, whose recurrence may be off: the script that counts must be able to train again
                 code_bytes = ranks.on_main(lambda: counted_code_bytes(config))
                 tensors, encoded = quantize(trained, model, data, ranks, log, code_bytes=code_bytes)
             with clock("artifact"):
@@ -99,18 +99,18 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
                 from train.submission.record import record_run
 
                 log.line(record_run(folder))
-        # torchrun counts a rank that exits as finished, so all ranks wait until the record is written
+        # all ranks wait until the record is written, because torchrun counts a rank that exits as finished
         ranks.barrier()
     return folder
 
 
 def preflight(config: Config) -> None:
-    """Check before training what would otherwise fail after it.
+    """Check before training what would otherwise fail during or after training.
 
     Raises:
-        UserError: a forced backend cannot run, the Newton-Schulz coefficients do not fit the steps, or the codec or a
-            logger is not installed.
-        ModuleNotFoundError: a library for the record is not installed.
+        UserError: a setting has no effect or contradicts another, a forced backend cannot run, the Newton-Schulz
+            coefficients do not fit `muon_backend_steps`, or the package of the codec or of a logger is not installed.
+        ModuleNotFoundError: a package that the record needs is not installed.
     """
     if config.resume == "auto" and not config.run_id:
         raise UserError("resume: which run? set RUN_ID to its folder's name, or RESUME=never")
@@ -138,7 +138,7 @@ def preflight(config: Config) -> None:
 
 
 def write_training(folder: RunFolder, result: TrainResult, ranks: Ranks) -> GPT:
-    """Write weights.pt and training.json, remove the checkpoint, and return the model."""
+    """Write weights.pt and training.json, remove the checkpoint, and return the trained model."""
     if ranks.is_main:
         write_tensors(folder.weights, result.model.state_dict())
         measured = {
@@ -159,7 +159,7 @@ def write_training(folder: RunFolder, result: TrainResult, ranks: Ranks) -> GPT:
 
 
 def evaluate(folder: RunFolder, config: Config, model: GPT, data: Dataset, ranks: Ranks, log: RunLogger) -> None:
-    """Score the artifact's model, flat and with the sliding window of `eval_stride`."""
+    """Score the artifact's model without overlap of the windows and, if `eval_stride` is set, with a sliding window."""
     use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, BATCH_SEQS)).name)
     for stride in sorted({0, config.eval_stride}):
         scored = config.replace(eval_stride=stride)

@@ -1,4 +1,4 @@
-"""The main program of a packed train_gpt.py: train, quantize, pack and score, or score an artifact again."""
+"""The main program of a packed train_gpt.py: trains, quantizes and scores a model, or scores an artifact again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ settings in this file, which override the defaults.
 
 
 class LeftOut(importlib.abc.MetaPathFinder):
-    """Raises a UserError when a module that was not packed is imported; `conditions` say when it is needed."""
+    """Raises a UserError when a module is imported that was not packed.
+
+    `conditions` maps the name of each such module to the condition on the settings under which the module is needed.
+    """
 
     def __init__(self, conditions: Mapping[str, str]) -> None:
         self.conditions = conditions
@@ -41,8 +44,8 @@ def main(settings: Mapping[str, str], left_out: Mapping[str, str]) -> int:
     """Run the packed script.
 
     Args:
-        settings: the packed settings, written like environment variables.
-        left_out: module that was not packed → the condition under which it is imported.
+        settings: the packed settings, with names and values as in environment variables.
+        left_out: name of a module that was not packed → the condition on the settings under which it is imported.
 
     Raises:
         UserError: the settings need a module that was not packed.
@@ -57,7 +60,7 @@ def main(settings: Mapping[str, str], left_out: Mapping[str, str]) -> int:
         print(f"{USAGE}\n{help_text()}")
         return 0
     config, overrides = resolve(arguments, {**settings, **os.environ})
-    # fail now, not when the first of them is imported, which may be after training
+    # import a needed module that was left out now, so that the error comes before training
     for module, condition in left_out.items():
         if holds(condition, config):
             importlib.import_module(module)
