@@ -22,7 +22,9 @@ from torch.distributed.run import get_args_parser
 import golf_kernels
 from benchmarks.report.results import RESULTS, read_results
 from golf_kernels.command import commands as golf_commands
+from train.common.values import ConfigError
 from train.config import Config, field_names
+from train.sweep.__main__ import read_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 # each command is run as `__main__`, also where it is imported already
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeW
 # in the order in which their commands are run: the first makes the run that the others look at
 DOCUMENTS = [
     "docs/recipes.md",
+    "docs/sweeps.md",
     "docs/records.md",
     "docs/artifact.md",
     "docs/kernels.md",
@@ -79,6 +82,7 @@ NEEDS_NETWORK = {
     "python -m train.export runs/mine --to safetensors": "needs safetensors; tests/export runs it where it is installed",
     "python -m train.export runs/mine --to hf": "needs safetensors; tests/export runs it where transformers is installed",
     "pip install 'golf-kernels[loggers]'": "downloads tensorboard and wandb",
+    "pip install 'golf-kernels[sweep]'": "downloads Optuna and submitit",
     "pip install '.[train]'": "downloads what the trainer needs",
     "pre-commit install": "downloads ruff's hook",
 }
@@ -201,6 +205,9 @@ def parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if module == "train" and "--help" not in arguments:
         assert exit_code(module, [*(word for word in arguments if word != "--describe"), "--describe"]) == 0
         return
+    if module == "train.sweep" and "--help" not in arguments:
+        read_arguments(arguments)
+        return
     stop_after_parsing(monkeypatch)
     with suppress(Parsed):
         assert exit_code(module, arguments) == 0 and "--help" in arguments, (
@@ -257,12 +264,13 @@ def test_no_table_holds_a_command_that_no_document_has() -> None:
         "torchrun --standalone --nproc_per_nod=8 --nothing -m train",
         "make rum",
         "golf evl runs/mine",
+        "golf sweep --set matrx_lr=0.02,0.04",
         "golf eval runs/mine --strid 3 --nothing",
         "rm -rf runs",
     ],
 )
 def test_a_wrong_command_is_seen(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises((AssertionError, KeyError, SystemExit)):
+    with pytest.raises((AssertionError, ConfigError, KeyError, SystemExit)):
         parse(wrong, monkeypatch)
 
 

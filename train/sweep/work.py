@@ -1,0 +1,254 @@
+"""Trains the runs of a sweep. Any number of workers, on any machines with the same disk, may do so together."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from train.command_line import resolve
+from train.common.errors import UserError
+from train.run.folder import RunFolder, changed_settings
+from train.submission.summary import Summary
+from train.sweep.plan import Plan, Point, Values, point_text
+from train.sweep.report import write_report
+
+# exit codes of a run that was ended from outside: it is no failure, and is resumed
+_INTERRUPTED = {
+    130,
+    *(-ended for ended in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)),
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A run that this worker alone trains, for as long as `lock` is open."""
+
+    number: int
+    seed: int
+    point: Point
+    lock: BinaryIO
+
+
+def open_study(plan: Plan) -> optuna.Study:
+    """Open the sweep's study, or create it.
+
+    Raises:
+        UserError: the folder holds another sweep, or its journal is damaged.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal = plan.folder / "sweep.journal"
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(plan):
+            storage = JournalStorage(JournalFileBackend(str(journal)))
+            study = optuna.create_study(storage=storage, study_name="sweep", direction="minimize", load_if_exists=True)
+            known = study.user_attrs.get("plan")
+            if known is None:
+                study.set_user_attr("plan", plan.identity)
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{journal}: not readable ({error}): delete it and start again; finished runs of the same settings are kept"
+        ) from error
+    changed = [name for name, value in plan.identity.items() if known is not None and known[name] != value]
+    if changed:
+        raise UserError(
+            f"{plan.folder}: holds a sweep with other {', '.join(changed)}: type the same command, or choose another --run_id"
+        )
+    return study
+
+
+def work(plan: Plan, processes: int, gpus: str, stop: threading.Event) -> None:
+    """Train the sweep's runs, one after another, until no run is left or `stop` is set.
+
+    A run that another worker trains is waited for, because that worker may be killed.
+
+    Args:
+        plan: the sweep.
+        processes: number of processes of each run.
+        gpus: numbers of the GPUs of this worker's runs, separated by commas; empty: all.
+        stop: ends this worker and its run.
+
+    Raises:
+        UserError: a run was interrupted.
+    """
+    study = open_study(plan)
+    while not stop.is_set():
+        claim, done = _claim(plan, study)
+        if done:
+            return
+        if claim is None:
+            stop.wait(1.0)
+            continue
+        with claim.lock:
+            code = _train(plan, claim, processes, gpus, stop)
+        run, score = plan.run(claim.number, claim.seed), _score(plan, claim.number, claim.seed, claim.point)
+        if score is None and (code in _INTERRUPTED or stop.is_set()):
+            raise UserError(f"{run.path.name}: interrupted: type the same command to continue")
+        if score is None:
+            error = _error_line(_output(run).read_text(errors="replace").splitlines())
+            _fail(study, claim.number, f"{run.path.name}: {error}")
+        result = f"failed: {error}" if score is None else f"val_bpb {score:.8f}"
+        print(f"{run.path.name}: {point_text(claim.point)}: {result}", flush=True)
+        with _locked(plan):
+            write_report(plan, points(plan, study))
+
+
+def points(plan: Plan, study: optuna.Study) -> list[dict[str, Any]]:
+    """The sweep's points so far: number, settings, state, and val_bpb by seed."""
+    found = []
+    states = {TrialState.COMPLETE: "finished", TrialState.FAIL: "failed"}
+    for trial in study.get_trials(deepcopy=False):
+        scores = {str(seed): _score(plan, trial.number, seed, trial.params) for seed in plan.seeds}
+        known = {seed: score for seed, score in scores.items() if score is not None and math.isfinite(score)}
+        found.append(
+            {
+                "number": trial.number,
+                "settings": dict(trial.params),
+                "state": states.get(trial.state, "not finished"),
+                "val_bpb": known,
+                "mean": statistics.fmean(known.values()) if known else None,
+                "std": statistics.stdev(known.values()) if len(known) > 1 else None,
+                "error": study.user_attrs.get(f"error {trial.number}"),
+            }
+        )
+    return found
+
+
+def _claim(plan: Plan, study: optuna.Study) -> tuple[Claim | None, bool]:
+    """Claim the next run that nobody trains, if there is one, and say whether the whole sweep is done."""
+    with _locked(plan):
+        trials = study.get_trials(deepcopy=False)
+        done = len(trials) >= plan.total
+        for trial in trials:
+            if trial.state != TrialState.RUNNING:
+                continue
+            scores = [_score(plan, trial.number, seed, trial.params) for seed in plan.seeds]
+            known = [score for score in scores if score is not None]
+            if len(known) < len(scores):
+                done = False
+            elif all(map(math.isfinite, known)):
+                study.tell(trial.number, statistics.fmean(known))
+            else:
+                _fail(study, trial.number, "val_bpb is not a number")
+            for seed, score in zip(plan.seeds, scores, strict=True):
+                lock = _try_lock(plan, trial.number, seed) if score is None else None
+                if lock:
+                    return Claim(trial.number, seed, trial.params, lock), False
+        if len(trials) < plan.total:
+            # one write to the journal: a kill leaves no trial without its settings
+            trial = _next_trial(plan, trials)
+            study.add_trial(trial)
+            lock = _try_lock(plan, len(trials), plan.seeds[0])
+            return Claim(len(trials), plan.seeds[0], trial.params, lock) if lock else None, False
+    return None, done
+
+
+def _next_trial(plan: Plan, trials: list[FrozenTrial]) -> FrozenTrial:
+    distributions = {name: _distribution(values) for name, values in plan.varied.items()}
+    if plan.sampler == "grid":
+        params: dict[str, Any] = dict(plan.grid()[len(trials)])
+    else:
+        # a seed for each trial: the points are the same on any number of workers, and after a kill
+        seed = plan.config.seed + len(trials)
+        sampler = TPESampler(seed=seed, constant_liar=True) if plan.sampler == "tpe" else RandomSampler(seed=seed)
+        drawn = optuna.create_study(sampler=sampler)
+        drawn.add_trials(trials)
+        params = drawn.ask(distributions).params
+    return create_trial(state=TrialState.RUNNING, params=params, distributions=distributions)
+
+
+def _distribution(values: Values) -> BaseDistribution:
+    if isinstance(values, list):
+        return CategoricalDistribution(values)
+    if isinstance(values.low, int) and isinstance(values.high, int):
+        return IntDistribution(values.low, values.high, log=values.log)
+    return FloatDistribution(values.low, values.high, log=values.log)
+
+
+def _fail(study: optuna.Study, number: int, error: str) -> None:
+    study.set_user_attr(f"error {number}", error)
+    study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+
+
+def _score(plan: Plan, number: int, seed: int, point: Point) -> float | None:
+    """The val_bpb of a run that has finished with these settings."""
+    run = plan.run(number, seed)
+    if not run.summary.exists():
+        return None
+    config, _ = resolve(plan.run_flags(number, seed, point), os.environ)
+    return None if changed_settings(run.read_config(), config) else Summary.read(run.summary).val_bpb
+
+
+def _train(plan: Plan, claim: Claim, processes: int, gpus: str, stop: threading.Event) -> int:
+    """Train one run, or continue it; return its exit code. Its output goes to a file beside the run folder."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "train", *plan.run_flags(claim.number, claim.seed, claim.point)]
+    # a run ends with its worker, also with one that is killed
+    ending = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+    # no file of the current folder is taken for the trainer
+    places = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    environ = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": places}
+    if gpus:
+        environ["CUDA_VISIBLE_DEVICES"] = gpus
+    with open(_output(plan.run(claim.number, claim.seed)), "ab") as file:
+        # the run inherits the lock, so that nobody starts it a second time before it has ended
+        process = subprocess.Popen(
+            [*ending, *command], env=environ, stdin=subprocess.DEVNULL, stdout=file, stderr=file, pass_fds=[claim.lock.fileno()]
+        )  # fmt: skip
+    while True:
+        try:
+            return process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            if stop.is_set():
+                process.terminate()
+
+
+def _error_line(lines: list[str]) -> str:
+    """The line of a run's output that says why it failed."""
+    said = [line for line in lines if line.startswith("error: ")]
+    # under torchrun, the last exception is only about the first one
+    raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
+    last = [line for line in lines if line.strip()]
+    return [*said[-1:], *raised[:1], *last[-1:], "no output"][0].removeprefix("error: ")
+
+
+def _output(run: RunFolder) -> Path:
+    return run.path.with_name(f"{run.path.name}.txt")
+
+
+@contextmanager
+def _locked(plan: Plan) -> Iterator[None]:
+    with open(plan.folder / ".sweep.lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _try_lock(plan: Plan, number: int, seed: int) -> BinaryIO | None:
+    run = plan.run(number, seed)
+    file = open(run.path.with_name(f".{run.path.name}.lock"), "ab")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
