@@ -161,6 +161,10 @@ class Config:
     swa_every: int = setting(200, "steps between the weights that SWA averages", low=1)
     swa_start_frac: float = setting(0.5, "fraction of the peak learning rate at which SWA starts", low=0.0, high=1.0)
     qat: bool = setting(False, "train with fake-quantized int6 matrices and straight-through gradients")
+    qat_dtype: str = setting(
+        "float32", "what qat rounds; float32: the weights; compute: their copies in the compute dtype",
+        choices=("float32", "compute"),
+    )  # fmt: skip
 
     # quantization and artifact
     quantizer: str = setting("gptq", "rounding of the matrices; rtn: to nearest", choices=("gptq", "rtn"))
@@ -238,6 +242,11 @@ class Config:
     @property
     def kv_dim(self) -> int:
         return self.head_dim * self.num_kv_heads
+
+    @property
+    def fake_quantization(self) -> str | None:
+        """`qat_dtype` with `qat`, else None."""
+        return self.qat_dtype if self.qat else None
 
     @property
     def mlp_hidden(self) -> int:

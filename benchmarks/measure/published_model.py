@@ -35,7 +35,7 @@ class PublishedAttention(nn.Module):
         self.qat, self.backend = own.qat, own.backend
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, working_weight(weight, x.dtype, fake_quantize=self.qat and self.training))
+        return F.linear(x, working_weight(weight, x.dtype, fake_quantize=self.qat if self.training else None))
 
     def forward(
         self,
@@ -83,7 +83,8 @@ class PublishedMLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
         up, down = (
-            working_weight(weight, x.dtype, fake_quantize=self.qat and self.training) for weight in (self.up, self.down)
+            working_weight(weight, x.dtype, fake_quantize=self.qat if self.training else None)
+            for weight in (self.up, self.down)
         )
         hidden = F.leaky_relu(F.linear(rms_norm(x) * self.gain, up), self.slope).square()
         return residual + scale * F.linear(hidden, down)

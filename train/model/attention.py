@@ -76,12 +76,12 @@ class Attention(OperatorModule):
         self.q_gain = constant(config.qk_gain_init, config.num_heads)
         self.head_dim = config.head_dim
         self.xsa = layer >= config.num_layers - config.xsa_last_n
-        self.qat = config.qat
+        self.qat = config.fake_quantization
         self.backend = "sdpa"
 
     def project(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
         """Compute queries, keys and values before norm and rotation. Arguments as for `heads`."""
-        fake_quantize = self.qat and self.training
+        fake_quantize = self.qat if self.training else None
         weights = (self.query, self.key, self.value)
         if not rows_from:
             query, key, value = joint_linear(x, weights, fake_quantize=fake_quantize)
@@ -134,7 +134,7 @@ class Attention(OperatorModule):
         query, key, value = heads
         keys, values = (key, value) if past is None else past.extend(key, value)
         output = causal_attention(query, keys, values, documents=documents, backend=self.backend)
-        fake_quantize = self.qat and self.training
+        fake_quantize = self.qat if self.training else None
         if self.xsa:
             own = value[:, key.shape[1] - query.shape[1] :]
             output = xsa_formula(output, own) if "xsa" in self.written_out else xsa(output, own)

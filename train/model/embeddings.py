@@ -73,7 +73,7 @@ class BigramHash(nn.Module):
         *,
         orthogonal: bool,
         dtype: torch.dtype,
-        qat: bool = False,
+        qat: str | None = None,
         trigram: bool = False,
     ) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class BigramHash(nn.Module):
         rows = lookup(self.embedding, bigram_hash(ids, self.embedding.shape[0]), dtype)
         if self.trigram:
             rows = rows + lookup(self.embedding, trigram_hash(ids, self.embedding.shape[0]), dtype)
-        return self.scale.to(dtype) * linear(rows, self.proj, fake_quantize=self.qat and self.training)
+        return self.scale.to(dtype) * linear(rows, self.proj, fake_quantize=self.qat if self.training else None)
 
 
 class ValueEmbedding(nn.Module):
@@ -108,7 +108,7 @@ class ValueEmbedding(nn.Module):
         *,
         orthogonal: bool,
         dtype: torch.dtype,
-        qat: bool = False,
+        qat: str | None = None,
     ) -> None:
         super().__init__()
         self.embedding = normal_table(vocab_size, width, _VALUE_DEVIATION, dtype)
@@ -121,7 +121,7 @@ class ValueEmbedding(nn.Module):
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute h of `ids` `(B, T)`: `(B, T, kv_dim)` in `dtype`."""
         rows = lookup(self.embedding, ids, dtype)
-        return self.scale.to(dtype) * linear(rows, self.proj, fake_quantize=self.qat and self.training)
+        return self.scale.to(dtype) * linear(rows, self.proj, fake_quantize=self.qat if self.training else None)
 
     def of_layer(self, layer: int, shared: Tensor) -> Tensor | None:
         """Compute what a physical layer adds to its values from h = `shared`. None if the layer is not in `layers`."""

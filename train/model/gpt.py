@@ -65,7 +65,7 @@ class GPT(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         dim, tables = config.model_dim, getattr(torch, config.embed_dtype)
-        orthogonal, qat = config.orthogonal_init, config.qat
+        orthogonal, qat = config.orthogonal_init, config.fake_quantization
         self.config = config
         self.compute_dtype = resolve_compute_dtype(config)
         self.plan = make_plan(config, recurrence=False)

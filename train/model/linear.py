@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.model.straight_through import fake_quantize_rows
+from train.model.straight_through import fake_quantize_copy, fake_quantize_rows
 
 Callback = Callable[[str, Tensor], None]
 """Takes the parameter name of a matrix and the matrix's input `(..., in_features)`."""
@@ -24,7 +24,7 @@ class _Observation(NamedTuple):
 _observation: _Observation | None = None
 
 
-def linear(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, fake_quantize: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, fake_quantize: str | None = None) -> Tensor:
     """Compute y = scale ⊙ (x Wᵀ) `(..., out_features)` for x `(..., in_features)`, in the dtype of x.
 
     The scale multiplies the rows of W instead of y, so that its gradient is a sum over the weight, not over all tokens.
@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, fake_quant
     return F.linear(x, working_weight(weight, x.dtype, scale=scale, fake_quantize=fake_quantize))
 
 
-def joint_linear(x: Tensor, weights: Sequence[Tensor], *, fake_quantize: bool = False) -> tuple[Tensor, ...]:
+def joint_linear(x: Tensor, weights: Sequence[Tensor], *, fake_quantize: str | None = None) -> tuple[Tensor, ...]:
     """Compute y_i = x W_iᵀ for several weights `(rows_i, in_features)` in one product.
 
     The y_i are views `(..., rows_i)`. The gradient of x is one product, too: the sum over all weights is rounded once.
@@ -47,14 +47,19 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], *, fake_quantize: bool = 
 
 
 def working_weight(
-    weight: Tensor, dtype: torch.dtype, *, scale: Tensor | None = None, fake_quantize: bool = False
+    weight: Tensor, dtype: torch.dtype, *, scale: Tensor | None = None, fake_quantize: str | None = None
 ) -> Tensor:
     """Prepare the weight `(out_features, in_features)` for a product, in `dtype`.
 
-    With `fake_quantize` the float32 parameter is rounded to int6 rows (`train.model.straight_through`). Then its rows
-    are multiplied by `scale` `(out_features,)`, and the result is cast.
+    With `fake_quantize` the weight is rounded to int6 rows (`train.model.straight_through`): "float32" rounds the
+    parameter, "compute" its copy in `dtype`. Then the rows are multiplied by `scale` `(out_features,)`, and the result
+    is cast.
     """
-    rows = fake_quantize_rows(weight) if fake_quantize else weight
+    rows = weight
+    if fake_quantize == "compute":
+        rows = fake_quantize_copy(weight, dtype)
+    elif fake_quantize:
+        rows = fake_quantize_rows(weight)
     return (rows if scale is None else scale.unsqueeze(1) * rows).to(dtype)
 
 

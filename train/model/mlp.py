@@ -22,11 +22,11 @@ class MLP(OperatorModule):
         self.down = zero_matrix(config.model_dim, config.mlp_hidden)
         self.slope = config.mlp_slope
         self.gain = gain
-        self.qat = config.qat
+        self.qat = config.fake_quantization
 
     def forward(self, x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
         """Compute y `(B, T, d)` from x `(B, T, d)`, residual `(B, T, d)` and scale `(d,)`, all of the same dtype."""
-        fake_quantize = self.qat and self.training
+        fake_quantize = self.qat if self.training else None
         # calibration needs the input of W_down, which the operator hides
         if observing() or "leaky_relu2_mlp" in self.written_out:
             normed = rms_norm(x) * self.gain

@@ -17,9 +17,9 @@ _SMALLEST_CLIP = 1e-8
 def fake_quantize_scales(weight: Tensor) -> Tensor:
     """Compute row scales for training: s = max(quantile(|w|, 0.9999984), 1e-8) / 31.
 
-    The artifact's row scales also have a floor. `weight` is `(rows, columns)`, float32 or float64. The result `(rows,)`
-    has the dtype of `weight` and no gradient. The quantile is interpolated between the row's two largest magnitudes, so
-    no row is sorted.
+    The artifact's row scales also have a floor. `weight` is `(rows, columns)`. The result `(rows,)` is
+    float32, or float64 for float64, and has no gradient. The quantile is interpolated between the row's two largest
+    magnitudes, so no row is sorted.
 
     Raises:
         ValueError: there is one column, or so many that the quantile lies below the two largest magnitudes.
@@ -28,7 +28,8 @@ def fake_quantize_scales(weight: Tensor) -> Tensor:
     position = (columns - 1) * QUANTILE
     if columns < 2 or position < columns - 2:
         raise ValueError(f"expected 2 to 625,000 columns, got {columns}: the row clip needs the two largest magnitudes")
-    largest, second = torch.topk(weight.detach().abs(), 2, dim=-1).values.unbind(-1)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    largest, second = torch.topk(weight.detach().abs(), 2, dim=-1).values.to(wide).unbind(-1)
     clip = torch.lerp(second, largest, position - (columns - 2))
     return clip.clamp_min(_SMALLEST_CLIP) / _LARGEST_CODE
 
@@ -36,3 +37,13 @@ def fake_quantize_scales(weight: Tensor) -> Tensor:
 def fake_quantize_rows(weight: Tensor) -> Tensor:
     """Round each row to 63 int6 levels: w ← round(clamp(w/s, −31, 31)) · s. The gradient is the identity."""
     return int6_fake_quantize(weight, fake_quantize_scales(weight))
+
+
+def fake_quantize_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round the rows of w, the weight's copy in `dtype`, as #122 does. Scales and codes come from the copy.
+
+    The result is w + (rounded − w), computed in `dtype`. The gradient is the identity.
+    """
+    copy = weight.to(dtype)
+    rounded = int6_fake_quantize(copy.detach(), fake_quantize_scales(copy))
+    return copy + (rounded - copy).detach()

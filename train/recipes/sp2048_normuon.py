@@ -39,6 +39,7 @@ SETTINGS = {
     "swa_start_frac": 0.5,
     # as published, row scales have a floor in the artifact but none in training
     "qat": True,
+    "qat_dtype": "compute",
     "quantizer": "rtn",
     "matrix_clip": "quantile",
     "embed_bits": 16,
