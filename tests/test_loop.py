@@ -45,7 +45,7 @@ def test_a_run_says_where_the_time_limit_stopped_it(dataset: Path, tmp_path: Pat
     result = trained(tmp_path / "stopped", dataset, max_wallclock_seconds=1e-9)
     log = (tmp_path / "stopped" / "train_seed1.log").read_text()
     assert result.steps == 1 and "\nstopping_early: wallclock_cap " in log
-    said = "training: stopped by the time limit after 1 of 4 steps: the score is worse than after all of them"
+    said = "training: stopped by the time limit after 1 of 4 steps: the score is worse than after all planned steps"
     assert f"\n{said}\n" in log
     trained(tmp_path / "clock", dataset, max_wallclock_seconds=1e-9, warmdown_by="clock")
     assert "stopped by" not in (tmp_path / "clock" / "train_seed1.log").read_text()

@@ -112,7 +112,7 @@ def test_a_summary_says_where_recurrence_never_began(finished: Finished, tmp_pat
 
 
 def test_a_summary_says_where_the_time_limit_stopped_training(finished: Finished, tmp_path: Path) -> None:
-    said = "stopped by the time limit after 5 of 12 steps: the score is worse than after all of them"
+    said = "stopped by the time limit after 5 of 12 steps: the score is worse than after all planned steps"
     assert "time limit" not in summary_text(summarize(finished.folder))
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
     write_json(folder.training, {**folder.read_training(), "steps": 5})

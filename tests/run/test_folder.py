@@ -35,7 +35,7 @@ def test_a_folder_in_which_nothing_was_trained_may_be_deleted(
 
     with RunLogger(folder.path, 1, echo=False) as log:
         log.metric("val", step=0, val_bpb=8.0)
-        way_out = "; it has no trained step, so you can delete it and use its RUN_ID again"
+        way_out = "; no step was trained, so you can delete the folder and use its RUN_ID again"
         assert refusal().endswith(way_out)
         with folder.held(), pytest.raises(UserError, match="another process is at work on this run"):
             create_run_folder(config.replace(**again))

@@ -286,6 +286,8 @@ def test_steps_done_before_this_process_are_said_to_be_at_once(tmp_path: Path) -
         said = log.path.read_text()
         profiler.before(32, recurrence=False)
         profiler.finish(33)
-    assert said.startswith("profile:none, step 30 was done before this process, which began with step 31: choose later")
+    assert said.startswith(
+        "profile:none, an earlier process did step 30, this process began with step 31: choose later"
+    )
     # and once
     assert log.path.read_text() == said and not (tmp_path / "profile").exists()

@@ -12,4 +12,4 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 
 def stopped_early(steps: int, planned: int) -> str:
     """Say that the time limit ended training before its planned number of steps."""
-    return f"stopped by the time limit after {steps:,} of {planned:,} steps: the score is worse than after all of them"
+    return f"stopped by the time limit after {steps:,} of {planned:,} steps: the score is worse than after all planned steps"

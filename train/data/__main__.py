@@ -100,11 +100,13 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], summary: str, example: str) -> Any:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], summary: str, description: str, example: str
+    ) -> Any:
         one = commands.add_parser(
             name,
             help=summary,
-            description=f"Make a dataset of {summary}.",
+            description=description,
             epilog=f"example:\n  python -m train.data {name} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -112,7 +114,11 @@ def parser() -> argparse.ArgumentParser:
         return one
 
     one = command(
-        "stdlib", stdlib, "the Python standard library's text; no download", "--vocab 1024 --out data/stdlib_1024"
+        "stdlib",
+        stdlib,
+        "the Python standard library's text; no download",
+        "Make a dataset of the Python standard library's text. This downloads nothing.",
+        "--vocab 1024 --out data/stdlib_1024",
     )
     _add_dataset_options(one, "stdlib", 1024)
     _option(one, "--val-bytes", 0, _VAL_BYTES, "N", _from(0))
@@ -121,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
         "text",
         text,
         "your own text: .txt, .md, source code, .jsonl (.gz, .xz), folders",
+        "Make a dataset of your own text: .txt, .md, source code, .jsonl (.gz, .xz), folders.",
         "notes.md books/ --vocab 2048 --out data/books",
     )
     one.add_argument("paths", nargs="+", metavar="PATH", help='files and folders; .jsonl: one {"text": …} per line')
@@ -133,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
         "fineweb",
         fineweb,
         "published FineWeb shards from the Hugging Face Hub, or from a local copy",
+        "Get published FineWeb shards and their tokenizer from the Hugging Face Hub, or from a local copy.",
         "--variant sp8192 --train-shards 80 --repo kevclark/parameter-golf --skip-manifest",
     )
     environ = os.environ.get
@@ -154,6 +162,7 @@ def parser() -> argparse.ArgumentParser:
         "build",
         build,
         "many raw documents, tokenized in parallel; resumes after an interruption",
+        "Make a dataset of many raw documents. They are tokenized in parallel; the same command resumes after an interruption.",
         "--docs docs_selected.jsonl --vocab 2048 --tokenizer-train-docs 100000 --workers 16 --out data/docs_2048",
     )
     one.add_argument(

@@ -38,16 +38,16 @@ def _parser() -> argparse.ArgumentParser:
         '  python -m train.generate runs/mine --prompt "def " --tokens 200 --temperature 0.8 --seed 1\n'
         '  python -m train.generate k10.golf --tokenizer data/stdlib_1024/stdlib_1024_bpe.model --prompt "import "\n\n'
         "The tokenizer normalizes the prompt: runs of whitespace become one space, none is left at the ends.\n"
-        "The text ends early where the model ends the document. The model reads the last WINDOW tokens; when they are\n"
-        "full, it forgets the first half and reads the others again.",
+        "The text ends early where the model ends the document. The model reads the last WINDOW tokens. When the\n"
+        "window is full, its first half is dropped and the rest is read again.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("path", metavar="RUN|ARTIFACT", type=Path, help="run folder with model.golf, or an artifact")
     parser.add_argument("--prompt", default="", help="beginning of the text [empty]")
-    parser.add_argument("--tokens", type=_at_least(1, int), default=200, help="most tokens to add [200]")
+    parser.add_argument("--tokens", type=_at_least(1, int), default=200, help="largest number of tokens to add [200]")
     parser.add_argument("--temperature", type=_at_least(0, float), default=0.8, help="0: the likeliest token [0.8]")
     parser.add_argument(
-        "--seed", type=_at_least(0, int), default=Config.seed, help=f"same seed, same text [{Config.seed}]"
+        "--seed", type=_at_least(0, int), default=Config.seed, help=f"seed of the random numbers [{Config.seed}]"
     )
     parser.add_argument(
         "--window",

@@ -211,7 +211,7 @@ def _way_out(folder: RunFolder) -> str:
         return ""
     # `held` raises an error if another process is about to train in the folder
     with folder.held():
-        return "; it has no trained step, so you can delete it and use its RUN_ID again"
+        return "; no step was trained, so you can delete the folder and use its RUN_ID again"
 
 
 @contextmanager

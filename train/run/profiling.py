@@ -174,7 +174,7 @@ class StepProfiler:
         if not self._settled and step > self.steps.start:
             self._settled = True
             self._log.line(
-                f"profile:none, step {self.steps.start} was done before this process, which began with step {step}: choose later "
+                f"profile:none, an earlier process did step {self.steps.start}, this process began with step {step}: choose later "
                 "PROFILE_STEPS"
             )
         if self._trace is not None and recurrence != self._recurrence:

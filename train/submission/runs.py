@@ -97,13 +97,13 @@ def read_run(path: Path) -> FinishedRun:
         measured = getattr(summary, name)
         if not math.isclose(measured, score[name], rel_tol=0, abs_tol=5.1e-9):
             raise UserError(
-                f"{log_path}: {name} is {score[name]:.8f}, but evaluation.json has {measured:.8f}: the log is of another "
-                "artifact: train again"
+                f"{log_path}: {name} is {score[name]:.8f}, but evaluation.json has {measured:.8f}: the log describes "
+                "another artifact: train again"
             )
     if log["sizes"].get("model") != summary.bytes_model:
         raise UserError(
-            f"{log_path}: the model has {log['sizes'].get('model')} bytes, but {folder.artifact} has {summary.bytes_model}: the log is "
-            "of another artifact: train again"
+            f"{log_path}: the model has {log['sizes'].get('model')} bytes, but {folder.artifact} has {summary.bytes_model}: the log "
+            "describes another artifact: train again"
         )
     return FinishedRun(folder, config, summary, log_path, log, find_evaluation(folder, config))
 
