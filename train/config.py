@@ -19,11 +19,11 @@ from typing import Any
 from train.common.retired import RETIRED, check_retired
 from train.common.values import ConfigError, check_type, check_value, format_value, parse_steps, parse_text, setting
 
-# settings that change no computed number
+# settings that change no computed number of a run
 BOOKKEEPING = frozenset(
     {"run_id", "runs_dir", "resume", "checkpoint_every", "train_log_every", "loggers", "profile_steps", "samples"}
 )
-# settings that may differ between runs of one recipe
+# settings that may differ between runs that count as runs of the same recipe
 LOCAL = BOOKKEEPING | {"recipe", "seed", "data_path", "tokenizer_path", "device", "code_form"}
 
 SECTIONS = {
@@ -34,12 +34,12 @@ SECTIONS = {
     "quantization and artifact": "quantizer",
     "validation and evaluation": "val_loss_every",
 }
-"""Section of `Config` → its first setting."""
+"""Title of a section of `Config` → the section's first setting."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run; `python -m train --help` lists them."""
+    """All settings of a run. `python -m train --help` lists them."""
 
     # run
     recipe: str = setting("quickstart", "recipe: a file in train/recipes")
@@ -254,7 +254,7 @@ class Config:
 
     @property
     def window(self) -> int:
-        """Window length of the final evaluation."""
+        """Length in tokens of a window of the final evaluation."""
         return self.eval_seq_len or self.train_seq_len
 
     @property
@@ -263,7 +263,7 @@ class Config:
 
     @property
     def training_seconds(self) -> float:
-        """Wall-clock limit without the reserve for GPTQ; 0: none."""
+        """Limit of the training time in seconds: the wall-clock limit minus the reserve for GPTQ. 0: no limit."""
         return max(self.max_wallclock_seconds - self.gptq_reserve_seconds, 0.0)
 
     @property
@@ -280,10 +280,10 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """The inverse of `to_dict`; also reads the settings of earlier versions.
+        """Undo `to_dict`. This also reads the settings of earlier versions.
 
         Raises:
-            ConfigError: an unknown name, a bad value, or a removed setting with an unsupported value.
+            ConfigError: a name is unknown, a value is bad, or a removed setting has a value that is no longer supported.
         """
         converted: dict[str, Any] = {}
         for name, value in values.items():
@@ -292,7 +292,7 @@ class Config:
                 check_retired(name, typed)
                 continue
             if name == "code_form" and typed in ("minified", "sources"):
-                # removed in 0.2.0: if such a run is quantized again, its compressed script counts
+                # these forms were removed in 0.2.0: if such a run is quantized again, its compressed script counts
                 typed = "wrapped"
             if name not in _FIELDS:
                 raise ConfigError(f"{name}: no such setting{nearest(name)}")
@@ -310,7 +310,7 @@ def field_names() -> tuple[str, ...]:
 
 
 def field_help(name: str) -> str:
-    """A setting's meaning, choices and default, in one line."""
+    """Write a setting's meaning, choices and default in one line, for `--help`."""
     field = _FIELDS[name]
     choices = ", ".join(format_value(choice) or "empty" for choice in field.metadata["choices"])
     default = int(field.default) if isinstance(field.default, bool) else field.default
@@ -318,17 +318,17 @@ def field_help(name: str) -> str:
 
 
 def field_type(name: str) -> str:
-    """A setting's type, for `--help`."""
+    """Write a setting's type, for `--help`."""
     return {bool: "0|1", int: "int", float: "float", str: "text"}.get(_TYPES[name], "int,…")
 
 
 def parse_value(name: str, text: str, source: str) -> Any:
-    """A setting's value from an environment variable or flag; see `parse_text`."""
+    """Parse a setting's value from the text of an environment variable or flag, named `source` in errors."""
     return parse_text(_TYPES[name], text, source)
 
 
 def nearest(name: str) -> str:
-    """The most similar setting, as the end of an error; may be empty."""
+    """Suggest the setting with the most similar name, as the end of an error message. Empty if none is similar."""
     close = difflib.get_close_matches(name.lower(), field_names(), n=1, cutoff=0.6)
     return f"; did you mean {close[0].upper() if name.isupper() else close[0]}?" if close else ""
 
@@ -338,7 +338,11 @@ def _rise(layers: tuple[int, ...], last: int) -> bool:
 
 
 def _check_together(c: Config) -> None:
-    """Raise a ConfigError if settings contradict each other."""
+    """Check that settings do not contradict each other.
+
+    Raises:
+        ConfigError: two settings contradict each other.
+    """
     last, recurring, profiled = c.num_layers - 1, c.recur_layers, parse_steps(c.profile_steps)
     contradictions = {
         f"model_dim {c.model_dim} is not a multiple of num_heads {c.num_heads}": c.model_dim % c.num_heads,

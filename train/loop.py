@@ -1,4 +1,4 @@
-"""The training loop: warm-up, clock, steps, validation, checkpoints, weight averaging."""
+"""The training loop: warm-up, clock, steps, validation, checkpoints, and averages of the weights."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ FIRST_LOGGED_STEPS = 10
 class TrainResult:
     """The result of training."""
 
-    model: GPT  # with the averaged weights, if the recipe averages
-    steps: int
-    seconds: float  # of the training clock
-    recurrence: bool  # whether it was on in the last step
-    first: EvalResult  # before the first step
-    last: EvalResult  # of the averaged weights, before quantization
+    model: GPT  # has the averaged weights, if the settings average weights
+    steps: int  # number of finished steps
+    seconds: float  # time on the training clock
+    recurrence: bool  # whether recurrence was on in the last step
+    first: EvalResult  # validation before the first step
+    last: EvalResult  # validation of `model`
 
 
 def recurrence_on(config: Config, step: int) -> bool:
@@ -63,7 +63,10 @@ def seed_everything(seed: int) -> None:
 
 
 def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: RunLogger) -> TrainResult:
-    """Train a model; with `resume` auto, continue from the run folder's checkpoint. All ranks return the same weights.
+    """Train a model. With the setting `resume` "auto", continue from the run folder's checkpoint.
+
+    Returns:
+        The trained model, with the same weights on every rank, and the figures of its training.
 
     Raises:
         UserError: the data does not fit the settings, or the loss is infinite or not a number.
@@ -73,7 +76,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         keep_freed_memory()
     seed_everything(config.seed)
     model = GPT(config).to(ranks.device)
-    # the initialization may depend on the number of threads
+    # all ranks take the weights of rank 0, because the initial weights may depend on the number of threads
     ranks.copy_from(0, model.parameters())
     optimizers = build_optimizers(model, config, ranks.group)
     log.line(f"compute dtype: {str(model.compute_dtype).removeprefix('torch.')}")
@@ -109,7 +112,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
     resumed = load_checkpoint(folder.checkpoint, parts, ranks) if config.resume == "auto" else None
     step, seconds = (resumed["step"], resumed["seconds"]) if resumed else (0, 0.0)
     first = EvalResult(**resumed["first"]) if resumed else None
-    # also without a checkpoint: the killed run starts again at step 0, and its logged points are void
+    # even without a checkpoint: then the killed run starts again at step 0, and its logged figures no longer count
     if log.resumed:
         log.resume(step, seconds * 1000)
     clock = WallClock(
@@ -140,7 +143,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
 
         profiled = parse_steps(config.profile_steps)
         profiler = StepProfiler(profiled, folder.path, ranks, log, clock, model if loss_of is model else None)
-    # without a terminal, the log lines show the progress
+    # the bar needs a terminal; without one, the log lines show the progress
     bar = Progress(1000, "training", "‰", enabled=ranks.is_main and sys.stderr.isatty())
     while True:
         last = stop or step == config.iterations
@@ -192,13 +195,13 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
             log.line(f"training: {stopped_early(step, config.iterations)}")
     if ranks.device.type == "cuda":
         log.peak_memory(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
-    # from here on, the model has the averaged weights; one checkpoint is no average (#198)
+    # from here on, the model has the averaged weights; SWA of a single step is no average (#198)
     average = ema or (swa if swa and swa.count > 1 else None)
     if average:
         average.apply()
-    # quantization then computes the same in this process as in a later one
+    # restore the default, so that quantization computes the same in this process as in a later one
     write_out(model, frozenset())
-    # of the last step, not of the next one
+    # take recurrence of the last step, not of the step that would follow
     recurrence = recurrence_on(config, max(step - 1, 0))
     return TrainResult(model, step, seconds, recurrence, first, validate(recurrence))
 
@@ -211,7 +214,11 @@ def training_step(
     scale: float,
     momentum: float,
 ) -> Tensor:
-    """One optimizer step over this rank's micro-batches; returns their mean loss, 0-dimensional, on the device."""
+    """Do one optimizer step on this rank's micro-batches.
+
+    Returns:
+        The mean loss of the micro-batches, a scalar on the device.
+    """
     losses = []
     batches = join_micro_batches(loader.next_batch())
     for inputs, targets in batches:
@@ -234,9 +241,9 @@ def warm_up(
     config: Config,
     log: RunLogger,
 ) -> None:
-    """Run steps with and without recurrence, then restore weights and optimizers.
+    """Run steps with and without recurrence, then restore the weights and reset the optimizers.
 
-    This compiles both graphs, so that no step on the clock waits for the compiler.
+    This compiles both graphs of the model, so that no step on the training clock waits for the compiler.
     """
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     graphs = sorted({recurrence_on(config, 0), recurrence_on(config, config.recur_start_step)})
@@ -255,9 +262,13 @@ def warm_up(
 def log_step(
     log: RunLogger, config: Config, ranks: Ranks, step: int, loss: Tensor, clock: WallClock, scale: float
 ) -> None:
-    """Log the mean loss over ranks; a loss that is infinite or not a number raises a UserError."""
+    """Log the mean loss over all ranks.
+
+    Raises:
+        UserError: the mean loss is infinite or not a number.
+    """
     mean = float(ranks.sum(loss.float())) / ranks.world_size
-    # the sum already waited for the step, so reading the clock costs nothing more
+    # the sum has already waited for the step, so reading the clock adds no wait
     log.train_step(step, config.iterations, mean, clock.read() * 1000, lr_scale=scale)
     if not math.isfinite(mean):
         raise UserError(
