@@ -80,7 +80,7 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Confi
 def note_unread(
     config: Config, environ: Mapping[str, str], note: Callable[[str], object], flags: Collection[str] = ()
 ) -> None:
-    """Warn about each environment variable that a single stage ignores, if it differs from the settings of the run.
+    """Warn about each environment variable that differs from the run's settings and has no effect on a single stage.
 
     `note` receives the warnings. `flags` are the settings for which the stage has flags.
     """

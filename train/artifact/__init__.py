@@ -1,4 +1,4 @@
-"""The artifact: one file that holds a model. Only this file and the counted code are needed to load the model.
+"""The artifact: one file that holds a model. Only this file and the submission's code are needed to load the model.
 
 `train.artifact.container` describes the file format byte by byte. `python -m train.artifact inspect|verify|diff|convert
 FILE` shows, checks, compares or converts an artifact.

@@ -97,7 +97,7 @@ class _Plan:
 
 
 def ans_encode(data: bytes, shape: tuple[int, int] | None = None) -> bytes:
-    """Encode bytes, two's-complement numbers, to a stream as the module's docstring describes it.
+    """Encode bytes, read as two's-complement numbers, to a stream as the module's docstring describes it.
 
     `shape`: rows and columns of the matrices that `data` consists of; None if `data` has no rows.
 

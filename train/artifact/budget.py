@@ -28,7 +28,7 @@ class BudgetRow:
 
     @property
     def bits_per_element(self) -> float:
-        """Bits in the file per value; 0 for no values."""
+        """Bits in the file per value; 0 if the row has no values."""
         return 8 * self.packed_bytes / self.elements if self.elements else 0.0
 
 

@@ -28,7 +28,7 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """How two artifacts differ."""
+    """The differences between two artifacts."""
 
     fields: dict[str, tuple[Any, Any]]  # model field → its two values; only fields that differ
     tensors: list[TensorDifference]

@@ -1,4 +1,4 @@
-"""The setting `target_bytes`: searches row clips so that artifact and code just fit the target.
+"""Searches row clips with which artifact and code just fit the target of the setting `target_bytes`.
 
 Each tensor group has its own k, the row clip in standard deviations of the row (SDClip). In each round
 `train.quantize.clip_curves` chooses the k that should fit with the least loss. The model is quantized and encoded with
@@ -93,7 +93,7 @@ def measure_factors(
     ranks: Ranks,
     log: RunLogger,
 ) -> list[float]:
-    """`loss_factors` with the mean loss of all ranks on training batches. Layers repeat as they do in evaluation."""
+    """Call `loss_factors` with the mean loss of all ranks on training batches. Layers repeat as in evaluation."""
     started = time.perf_counter()
     loader = data.loader(ranks)
     batches: list[tuple[Tensor, Tensor]] = []

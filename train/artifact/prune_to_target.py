@@ -1,4 +1,4 @@
-"""The settings `target_mb` and `prune_excess`: prune codes so that the artifact fits its target."""
+"""Prunes codes so that the artifact fits the target of the setting `target_mb` or `prune_excess`."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def lookup(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class TokenEmbedding(nn.Module):
-    """The tied embedding E `(V, d)`, initially N(0, 0.005²). The input takes its rows, the output head hidden · Eᵀ."""
+    """The tied embedding E `(V, d)`, initially N(0, 0.005²). Its rows are the input; hidden · Eᵀ are the logits."""
 
     def __init__(self, vocab_size: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__()

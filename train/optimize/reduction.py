@@ -120,7 +120,7 @@ class Reduction:
 
     @property
     def exchanges(self) -> bool:
-        """Whether the norm needs gradients of parameters that this process does not update."""
+        """Whether the norm includes gradients of parameters that this process does not update."""
         return self._group is not None or bool(self._others)
 
     @torch.no_grad()

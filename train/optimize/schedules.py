@@ -8,15 +8,16 @@ from train.config import Config
 def lr_scale(step: int, elapsed_seconds: float, config: Config) -> float:
     """Factor on every learning rate in the step after `step` finished steps.
 
-    The factor is 1, and falls linearly to 0 during the warmdown at the end. There are two published schedules:
+    The factor is 1 before the warmdown, the end of training, and falls linearly to 0 in the warmdown. There are two
+    published schedules:
 
-    - `warmdown_iters` = n: the warmdown is the last n steps, and the factor (iterations - step) / n. Under a time cap
-      the warmdown lasts as long as n steps of the mean duration so far: the factor is remaining / (n * elapsed / step).
-    - `warmdown_frac` = f > 0 takes precedence: with p the finished fraction of the time cap (without a cap, of the
-      steps), the factor is (1 - p) / f once p >= 1 - f.
+    - `warmdown_iters` = n: the warmdown is the last n steps. In it the factor is (iterations - step) / n. Under a time
+      cap the warmdown is the time of n steps at their mean duration so far. In it the factor is
+      remaining / (n * elapsed / step).
+    - `warmdown_frac` = f > 0 takes precedence. Let p be the finished fraction of the time cap, or of the steps without
+      a cap. The warmdown begins at p = 1 - f. In it the factor is (1 - p) / f.
 
-    Under a cap `iterations` does not matter. With `warmdown_by` "steps" there is no cap, so the factor depends only on
-    `step`.
+    Under a cap `iterations` does not matter. With `warmdown_by` "steps" there is no cap, so only `step` matters.
 
     Args:
         step: number of finished steps.

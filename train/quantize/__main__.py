@@ -1,4 +1,4 @@
-"""`python -m train.quantize RUN` runs `train.artifact.requantize`; `train.quantize` may not import `train.artifact`."""
+"""`python -m train.quantize RUN` runs `train.artifact.requantize` by name: this package may not import that one."""
 
 import runpy
 

@@ -47,7 +47,7 @@ def gptq(
     differently. If one weight gets another code because of this, the later weights of its row may change, too.
 
     Args:
-        weight: `(..., rows, columns)`, float32 or float64; the dtype of the arithmetic.
+        weight: `(..., rows, columns)`, float32 or float64. The arithmetic has the same dtype.
         hessian: `(..., columns, columns)`, Σ x xᵀ over the inputs x, times any positive constant.
         scales: `(..., rows)`, positive.
         bits: bits of the codes, 2 to 8.

@@ -50,7 +50,7 @@ class QuantizedTensor:
         return self.codes.shape
 
     def dequantize(self) -> Tensor:
-        """The weights q · s: `(rows, columns)` float32."""
+        """Compute the weights q · s, `(rows, columns)` float32."""
         return self.codes.float() * self.scales.float()[:, None]
 
 
