@@ -29,7 +29,7 @@ def prune(
     `encoded` is the artifact of `tensors`, or None. `counted_bytes` is the size of code and paid prefix.
 
     Returns:
-        The tensors, and their artifact, or None if the pruned tensors are not encoded yet.
+        The tensors, and their artifact if it is already encoded, otherwise None.
     """
 
     def encode(tensors: StoredTensors) -> EncodedArtifact:

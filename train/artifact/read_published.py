@@ -32,7 +32,7 @@ _BEGINNINGS = {
     b"\xfd7zXZ\0": "an xz stream, which none of these formats is",
 }
 
-# a parameter takes up to 4 bytes per element and 2 per row; its names and its entries in the archive take fewer bytes
+# a parameter takes up to 4 bytes per element, 2 per row, and less than this for its names and archive entries
 _BYTES_PER_TENSOR = 4096
 
 

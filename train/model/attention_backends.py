@@ -73,7 +73,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
             return flash.transpose(1, 2)
         mask = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
     if mask is not None and query.is_cuda:
-        # PyTorch's memory-efficient kernel takes a mask, but needs as many key heads as query heads
+        # PyTorch's memory-efficient kernel takes a mask, but only as many key heads as query heads
         key, value = repeat_heads(key, heads), repeat_heads(value, heads)
     dtype = query.dtype
     if query.is_cpu and dtype == torch.bfloat16 and length < _LONG_ON_CPU:

@@ -19,9 +19,9 @@ _PREDECESSORS = 3
 class Decoder:
     """Feeds `rows` texts to a model in evaluation mode, some tokens at a time. Finished texts have `length` tokens.
 
-    Each step returns the logits that `GPT.logits` returns for finished texts, because every step uses the rotary base
-    of `length`. (#1392 has no cache. At each token it computes the whole text again, with the base of its current
-    length, in 430 s.)
+    Each step returns the same logits as `GPT.logits` for the finished texts, because every step uses the rotary base of
+    `length`. (#1392 has no cache: for each token it computes the whole text again, with the rotary base of the current
+    length. This takes 430 s.)
     """
 
     def __init__(self, model: GPT, rows: int, length: int, *, recurrence: bool) -> None:

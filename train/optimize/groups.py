@@ -144,7 +144,7 @@ class Optimizers:
 
     def reset(self) -> None:
         """Set all moments and step counts to zero, their state before the first step."""
-        # in place: a CUDA graph uses these tensors
+        # change the moments in place, because a CUDA graph uses these tensors
         for optimizer in self._each:
             for moments in optimizer.state.values():
                 torch._foreach_zero_(list(moments.values()))
@@ -174,7 +174,7 @@ class Optimizers:
         """Restore the result of `state_dict`, bit for bit. Each rank restores the moments that it needs.
 
         Raises:
-            UserError: the checkpoint belongs to other parameters.
+            UserError: the checkpoint has the moments of other parameters.
         """
         for key, parameters in self._named.items():
             # before the first step there are no moments
@@ -210,7 +210,7 @@ def _load(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: Mapping[st
     if saved and own.keys() != saved.keys():
         optimizer.state[parameter] = {name: v.to(parameter.device, copy=True) for name, v in saved.items()}
         return
-    # in place: a CUDA graph uses these tensors; before the first step the moments are zero
+    # copy in place, because a CUDA graph uses these tensors; before the first step the moments are zero
     for name, value in own.items():
         value.copy_(saved[name] if saved else torch.zeros_like(value))
 

@@ -1,1 +1,1 @@
-"""Quantizes trained weights to codes: row scales, rounding to nearest or by GPTQ, and the Hessians that GPTQ needs."""
+"""Quantizes trained weights: computes row scales and GPTQ's Hessians, and rounds weights to nearest or by GPTQ."""

@@ -61,8 +61,8 @@ StoredTensors = dict[str, QuantizedTensor | Tensor]
 def stored_bits(name: str, parameter: Tensor, config: Config) -> int:
     """Bits per stored value of a parameter: 2 to 8 for codes with row scales, 16 for float16.
 
-    Matrices with more than `passthrough_max_elements` elements get `matrix_bits`. Embeddings with more elements get
-    `embed_bits`; the tied embedding gets `tied_embed_bits` if this is set. All other tensors are float16.
+    Tensors of at most `passthrough_max_elements` elements are float16. Larger matrices get `matrix_bits`, larger
+    embeddings `embed_bits`, and the tied embedding `tied_embed_bits` if this is set. All other tensors are float16.
     """
     if parameter.ndim != 2 or parameter.numel() <= config.passthrough_max_elements:
         return 16
