@@ -105,6 +105,10 @@ class Config:
     trigram: bool = setting(False, "also hash trigrams into the bigram table and add their rows")
     ve_dim: int = setting(0, "width of the shared value embedding; 0: none", low=0, high=65536)
     ve_layers: tuple[int, ...] = setting((), "layers that add the value embedding to their values")
+    embed_proj: str = setting(
+        "always", "project bigrams and value embeddings; needed: only if their width differs from the one that they are added to",
+        choices=("always", "needed"),
+    )  # fmt: skip
     ve_proj_optimizer: str = setting("muon", "optimizer of the value embedding's projection", choices=("muon", "adamw"))
     skip_gates: bool = setting(False, "sigmoid gates on the U-Net skips")
     parallel_start_layer: int = setting(-1, "first layer with attention and MLP in parallel; -1: none", low=-1)

@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model_systems import narrow_config
 
+from train.config import Config
 from train.model.embeddings import BigramHash, TokenEmbedding, ValueEmbedding, bigram_hash, lookup, trigram_hash
+from train.model.gpt import GPT
+from train.model.parameters import mflop_per_token
 
 # (token, predecessor) → row of a table of 2,048 rows
 PUBLISHED = {
@@ -104,6 +108,36 @@ def test_bigram_equals_the_formula_and_passes_gradcheck() -> None:
     expected = scale * (table[bigram_hash(ids, 5)] @ proj.T)
     torch.testing.assert_close(run(*leaves), expected, rtol=0, atol=1e-13)
     assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_without_projection_the_rows_themselves_are_added() -> None:
+    torch.manual_seed(0)
+    ids = torch.tensor([[7, 8, 9]])
+    bigram = BigramHash(5, 4, 4, 2, project=False, orthogonal=True, dtype=torch.float32).double()
+    values = ValueEmbedding(16, 4, 4, (0, 1), project=False, orthogonal=True, dtype=torch.float32).double()
+    assert [name for name, _ in bigram.named_parameters()] == ["embedding", "scale"]
+    assert [name for name, _ in values.named_parameters()] == ["embedding", "scale", "layer_scales"]
+    torch.nn.init.normal_(bigram.embedding)
+    expected = 0.05 * bigram.embedding[bigram_hash(ids, 5)]
+    # the scales start as bfloat16 values
+    torch.testing.assert_close(bigram(ids, torch.float64), expected, rtol=2e-3, atol=0)
+    torch.testing.assert_close(values(ids, torch.float64), 0.1 * values.embedding[ids], rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize(("embed_proj", "projections"), [("always", 2), ("needed", 0)])
+def test_equal_widths_need_no_projection(embed_proj: str, projections: int) -> None:
+    equal = narrow_config("sp8192", bigram_vocab_size=41, bigram_dim=32, ve_dim=16, embed_proj=embed_proj)
+    assert (equal.bigram_dim, equal.ve_dim) == (equal.model_dim, equal.kv_dim)
+    other = equal.replace(bigram_dim=16, ve_dim=32)
+    for config, expected in ((equal, projections), (other, 2)):
+        names = [name for name, _ in GPT(config).named_parameters() if name.endswith(".proj")]
+        assert len(names) == expected
+    # a file without the setting has projections
+    assert Config.from_dict({"bigram_dim": 32}).embed_proj == "always"
+    difference = mflop_per_token(equal.replace(embed_proj="always"), recurrence=False) - mflop_per_token(
+        equal, recurrence=False
+    )
+    assert difference == pytest.approx(0 if projections else 6 * (32 * 32 + 16 * 16) / 1e6)
 
 
 def test_value_embedding_is_shared_and_scaled_by_layer() -> None:

@@ -40,6 +40,7 @@ _HEADER_FIELDS = (
     "rope_base", "rope_dims", "rope_train_seq_len", "norm_eps", "logit_softcap", "embed_dtype", "ln_scale", "xsa_last_n",
     "smear_gate", "bigram_vocab_size", "bigram_dim", "trigram", "ve_dim", "ve_layers", "unet_skips", "skip_gates",
     "parallel_start_layer", "parallel_form", "recur_layers", "recur_form", "recur_scale_params", "rotary_table",
+    "embed_proj",
 )  # fmt: skip
 # former settings: the header still has them, each with the only value that is left
 _FIXED_FIELDS = {"norm_eps": NORM_EPS, "unet_skips": True}

@@ -71,14 +71,18 @@ def add_weights(model: nn.Module, c: Any) -> None:
     d, kv = c.model_dim, c.model_dim // c.num_heads * c.num_kv_heads
     model.embedding = Weights(weight=(c.vocab_size, d))
     if c.bigram_vocab_size:
-        model.bigram = Weights(embedding=(c.bigram_vocab_size, c.bigram_dim), proj=(d, c.bigram_dim), scale=())
+        model.bigram = Weights(
+            embedding=(c.bigram_vocab_size, c.bigram_dim), scale=(), **projection(c, c.bigram_dim, d)
+        )
     if c.smear_gate == "published":
         model.smear = Weights(gate=(d,))
     elif c.smear_gate == "document":
         model.smear = Weights(gate=(1, min(12, d)), scale=())
     if c.ve_dim:
         layers = len(c.ve_layers)
-        model.ve = Weights(embedding=(c.vocab_size, c.ve_dim), proj=(kv, c.ve_dim), scale=(), layer_scales=(layers,))
+        model.ve = Weights(
+            embedding=(c.vocab_size, c.ve_dim), scale=(), layer_scales=(layers,), **projection(c, c.ve_dim, kv)
+        )
     if skips := c.num_layers // 2:
         model.skips = Weights(weights=(skips, d), **({"gates": (skips, d)} if c.skip_gates else {}))
     blocks = nn.ModuleList()
@@ -110,7 +114,7 @@ def golf_logits(model: Any, c: Any, ids: Tensor) -> Tensor:
     if c.document_masking:
         document = (ids == BOS).cumsum(1)
         mask = mask & (document[:, None, :, None] == document[:, None, None, :])
-    values = model.ve.scale * F.linear(model.ve.embedding[ids], model.ve.proj) if c.ve_dim else None
+    values = model.ve.scale * projected(model.ve, model.ve.embedding[ids]) if c.ve_dim else None
     rotary = rotary_table(c, ids.shape[1], x0)
 
     def attended(x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -182,7 +186,16 @@ def embed(model: Any, c: Any, ids: Tensor) -> Tensor:
     if c.trigram:
         trigrams = (36313 * ids[:, 2:] ^ 27191 * ids[:, 1:-1] ^ 51497 * ids[:, :-2]) % last
         found = found + rows[F.pad(trigrams, (min(ids.shape[1], 2), 0), value=last)]
-    return x.add(model.bigram.scale * F.linear(found, model.bigram.proj))
+    return x.add(model.bigram.scale * projected(model.bigram, found))
+
+
+def projection(c: Any, width: int, target: int) -> dict[str, tuple[int, ...]]:
+    """The shape of an embedding's projection, by its name, if there is one."""
+    return {"proj": (target, width)} if c.embed_proj == "always" or width != target else {}
+
+
+def projected(w: Any, rows: Tensor) -> Tensor:
+    return F.linear(rows, w.proj) if hasattr(w, "proj") else rows
 
 
 def attention(

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.config import Config
 from train.model.init import constant, matrix, normal_table, zero_matrix
 from train.model.linear import linear
 
@@ -14,6 +15,11 @@ _TOKEN_DEVIATION = 0.005
 _BIGRAM_SCALE = 0.05
 _VALUE_SCALE = 0.1
 _VALUE_DEVIATION = 0.01
+
+
+def projects(config: Config, width: int, target: int) -> bool:
+    """Whether an embedding of this width has a projection to the width `target`, to which it is added."""
+    return config.embed_proj == "always" or width != target
 
 
 def lookup(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -71,6 +77,7 @@ class BigramHash(nn.Module):
         dim: int,
         num_layers: int,
         *,
+        project: bool = True,
         orthogonal: bool,
         dtype: torch.dtype,
         qat: str | None = None,
@@ -78,7 +85,7 @@ class BigramHash(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = normal_table(rows, width, 0.0, dtype)
-        self.proj = matrix(dim, width, orthogonal=orthogonal, gain=(2 * num_layers) ** -0.5)
+        self.proj = matrix(dim, width, orthogonal=orthogonal, gain=(2 * num_layers) ** -0.5) if project else None
         self.scale = constant(_BIGRAM_SCALE)
         self.qat = qat
         self.trigram = trigram
@@ -88,7 +95,7 @@ class BigramHash(nn.Module):
         rows = lookup(self.embedding, bigram_hash(ids, self.embedding.shape[0]), dtype)
         if self.trigram:
             rows = rows + lookup(self.embedding, trigram_hash(ids, self.embedding.shape[0]), dtype)
-        return self.scale.to(dtype) * linear(rows, self.proj, fake_quantize=self.qat if self.training else None)
+        return self.scale.to(dtype) * _projected(rows, self.proj, self.qat if self.training else None)
 
 
 class ValueEmbedding(nn.Module):
@@ -106,13 +113,16 @@ class ValueEmbedding(nn.Module):
         kv_dim: int,
         layers: tuple[int, ...],
         *,
+        project: bool = True,
         orthogonal: bool,
         dtype: torch.dtype,
         qat: str | None = None,
     ) -> None:
         super().__init__()
         self.embedding = normal_table(vocab_size, width, _VALUE_DEVIATION, dtype)
-        self.proj = matrix(kv_dim, width, orthogonal=True) if orthogonal else zero_matrix(kv_dim, width)
+        self.proj = None
+        if project:
+            self.proj = matrix(kv_dim, width, orthogonal=True) if orthogonal else zero_matrix(kv_dim, width)
         self.scale = constant(_VALUE_SCALE)
         self.layer_scales = constant(1.0, len(layers))
         self.layers = layers
@@ -121,10 +131,14 @@ class ValueEmbedding(nn.Module):
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute h of `ids` `(B, T)`: `(B, T, kv_dim)` in `dtype`."""
         rows = lookup(self.embedding, ids, dtype)
-        return self.scale.to(dtype) * linear(rows, self.proj, fake_quantize=self.qat if self.training else None)
+        return self.scale.to(dtype) * _projected(rows, self.proj, self.qat if self.training else None)
 
     def of_layer(self, layer: int, shared: Tensor) -> Tensor | None:
         """Compute what a physical layer adds to its values from h = `shared`. None if the layer is not in `layers`."""
         if layer not in self.layers:
             return None
         return self.layer_scales[self.layers.index(layer)].to(shared.dtype) * shared
+
+
+def _projected(rows: Tensor, proj: Tensor | None, fake_quantize: str | None) -> Tensor:
+    return rows if proj is None else linear(rows, proj, fake_quantize=fake_quantize)

@@ -14,7 +14,7 @@ from train.config import Config
 from train.model.attention import Heads
 from train.model.block import Block, BlockInputs
 from train.model.documents import Documents, document_starts
-from train.model.embeddings import BigramHash, TokenEmbedding, ValueEmbedding
+from train.model.embeddings import BigramHash, TokenEmbedding, ValueEmbedding, projects
 from train.model.head import Head, head_logits
 from train.model.init import constant, parameter
 from train.model.linear import observe
@@ -75,13 +75,14 @@ class GPT(nn.Module):
         if config.bigram_vocab_size:
             self.bigram = BigramHash(
                 config.bigram_vocab_size, config.bigram_dim, dim, config.num_layers,
-                orthogonal=orthogonal, dtype=tables, qat=qat, trigram=config.trigram,
+                project=projects(config, config.bigram_dim, dim), orthogonal=orthogonal, dtype=tables, qat=qat, trigram=config.trigram,
             )  # fmt: skip
         if config.smear_gate != "off":
             self.smear = SmearGate(dim) if config.smear_gate == "published" else DocumentSmearGate(dim)
         if config.ve_dim:
             self.ve = ValueEmbedding(
-                config.vocab_size, config.ve_dim, config.kv_dim, config.ve_layers, orthogonal=orthogonal, dtype=tables, qat=qat
+                config.vocab_size, config.ve_dim, config.kv_dim, config.ve_layers,
+                project=projects(config, config.ve_dim, config.kv_dim), orthogonal=orthogonal, dtype=tables, qat=qat,
             )  # fmt: skip
         if skip_count(config):
             self.skips = UNetSkips(skip_count(config), dim, gated=config.skip_gates)

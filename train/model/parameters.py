@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from train.config import Config
+from train.model.embeddings import projects
 from train.model.gpt import GPT
 from train.model.order import virtual_order
 
@@ -57,9 +58,9 @@ def mflop_per_token(config: Config, *, recurrence: bool, seq_len: int | None = N
     dim, runs = config.model_dim, len(virtual_order(config, recurrence=recurrence))
     block = 2 * dim * dim + 2 * config.kv_dim * dim + 2 * config.mlp_hidden * dim
     weights = runs * block + config.vocab_size * dim
-    if config.bigram_vocab_size:
+    if config.bigram_vocab_size and projects(config, config.bigram_dim, dim):
         weights += config.bigram_dim * dim
-    if config.ve_dim:
+    if config.ve_dim and projects(config, config.ve_dim, config.kv_dim):
         weights += config.ve_dim * config.kv_dim
     attention = runs * (seq_len or config.train_seq_len) * dim
     return 6 * (weights + attention) / 1e6

@@ -31,6 +31,7 @@ SETTINGS = {
     "smear_gate": "published",
     "bigram_vocab_size": 2048,
     "bigram_dim": 128,
+    "embed_proj": "needed",
     "warmdown_iters": 3000,
     "matrix_lr": 0.025,
     "tied_embed_lr": 0.035,

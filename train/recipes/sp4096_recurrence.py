@@ -49,6 +49,7 @@ SETTINGS = {
     "smear_gate": "published",
     "ve_dim": 128,
     "ve_layers": (9, 10),
+    "embed_proj": "needed",
     "ve_proj_optimizer": "adamw",
     "parallel_start_layer": 7,
     "parallel_form": "gptj",

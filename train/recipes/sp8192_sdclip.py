@@ -36,6 +36,7 @@ SETTINGS = {
     "xsa_last_n": 11,
     "ve_dim": 128,
     "ve_layers": (9, 10),
+    "embed_proj": "needed",
     "skip_gates": True,
     "parallel_start_layer": 7,
     "parallel_form": "lanes",
