@@ -42,6 +42,7 @@ def test_dict_round_trip_keeps_every_field() -> None:
         ({"ve_dim": 8}, "belong together"),
         ({"recur_layers": (3, 2)}, "must rise"),
         ({"recur_layers": (2, 4)}, "consecutive"),
+        ({"recur_layers": (2,), "recur_form": "blend", "num_loops": 2}, "num_loops 2 repeats a group"),
         ({"num_heads": 3}, "num_heads"),
         ({"num_heads": 8, "num_kv_heads": 3}, "num_kv_heads"),
         ({"rope_dims": 66}, "rope_dims"),

@@ -110,15 +110,17 @@ class Config:
         choices=("always", "needed"),
     )  # fmt: skip
     ve_proj_optimizer: str = setting("muon", "optimizer of the value embedding's projection", choices=("muon", "adamw"))
+    skip_rows: int = setting(0, "most U-Net skips with weights; 0: half of num_layers", low=0, high=1024)
     skip_gates: bool = setting(False, "sigmoid gates on the U-Net skips")
     parallel_start_layer: int = setting(-1, "first layer with attention and MLP in parallel; -1: none", low=-1)
     parallel_form: str = setting(
         "gptj", "gptj: parallel attention and MLP share their input; lanes: each has a residual stream, merged at the end",
         choices=("gptj", "lanes"),
     )  # fmt: skip
-    recur_layers: tuple[int, ...] = setting((), "layers that run twice")
+    recur_layers: tuple[int, ...] = setting((), "layers that run again")
+    num_loops: int = setting(1, "further runs of recur_layers", low=1, high=1024)
     recur_form: str = setting(
-        "unroll", "unroll: run recur_layers twice as a group; blend: run each layer twice and average its two outputs",
+        "unroll", "unroll: run recur_layers again as a group; blend: run each layer twice and average its two outputs",
         choices=("unroll", "blend"),
     )  # fmt: skip
     recur_start_step: int = setting(0, "first step with recurrence", low=0)
@@ -363,6 +365,9 @@ def _check_together(c: Config) -> None:
         f"recur_layers {recurring} must rise, without repeats, within 0..{last}": not _rise(recurring, last),
         f"recur_layers {recurring} must be consecutive for recur_form unroll": (
             c.recur_form == "unroll" and recurring and recurring[-1] - recurring[0] + 1 != len(recurring)
+        ),
+        f"num_loops {c.num_loops} repeats a group of layers: set RECUR_FORM=unroll, or NUM_LOOPS=1": (
+            c.num_loops > 1 and c.recur_form == "blend"
         ),
         f"train_batch_tokens {c.train_batch_tokens} is not a multiple of train_seq_len {c.train_seq_len}": (
             c.train_batch_tokens % c.train_seq_len

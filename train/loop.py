@@ -52,7 +52,7 @@ class TrainResult:
 
 
 def recurrence_on(config: Config, step: int) -> bool:
-    """Whether the repeated layers run twice in `step`, counted from 0."""
+    """Whether the repeated layers run again in `step`, counted from 0."""
     return bool(config.recur_layers) and step >= config.recur_start_step
 
 

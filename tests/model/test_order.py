@@ -69,6 +69,21 @@ def test_plain_skips_pair_the_halves_from_the_inside(layers: int, expected: list
     assert taken(config, recurrence=False) == taken(config, recurrence=True) == expected
 
 
+def test_three_passes_and_eight_skips_are_those_of_1493() -> None:
+    config = SP8192.replace(num_loops=2, skip_rows=8, parallel_start_layer=-1)
+    assert halves(config, recurrence=False) == ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10])
+    assert halves(config, recurrence=True) == ([0, 1, 2, 3, 4, 5, 3, 4], [5, 3, 4, 5, 6, 7, 8, 9, 10])
+    # before the loops rows 5 to 7 serve no layer, then the last layer takes none
+    assert taken(config, recurrence=False) == [(0, 4, 5), (1, 3, 6), (2, 2, 7), (3, 1, 8), (4, 0, 9)]
+    pairs = [(4, 5), (3, 3), (5, 4), (4, 5), (3, 6), (2, 7), (1, 8), (0, 9)]
+    assert taken(config, recurrence=True) == [(row, *pair) for row, pair in enumerate(pairs)]
+    # two rows alone
+    assert taken(config.replace(skip_rows=2), recurrence=False) == [(0, 4, 5), (1, 3, 6)]
+    # #1394: the loop 4, 5 twice more
+    looped = halves(Config(num_layers=11, recur_layers=(4, 5), num_loops=2), recurrence=True)
+    assert looped == ([0, 1, 2, 3, 4, 5, 4], [5, 4, 5, 6, 7, 8, 9, 10])
+
+
 @pytest.mark.parametrize(("recur", "order"), [((4, 5), "0 1 2 3 4 5 4 5 6 7 8 9 10"), ((0,), "0 0 1 2 3 4 5 6 7 8 9 10"), ((10,), "0 1 2 3 4 5 6 7 8 9 10 10")])  # fmt: skip
 def test_any_run_of_layers_is_repeated_behind_itself(recur: tuple[int, ...], order: str) -> None:
     config = Config(num_layers=11, recur_layers=recur)

@@ -83,7 +83,7 @@ def add_weights(model: nn.Module, c: Any) -> None:
         model.ve = Weights(
             embedding=(c.vocab_size, c.ve_dim), scale=(), layer_scales=(layers,), **projection(c, c.ve_dim, kv)
         )
-    if skips := c.num_layers // 2:
+    if skips := c.skip_rows or c.num_layers // 2:
         model.skips = Weights(weights=(skips, d), **({"gates": (skips, d)} if c.skip_gates else {}))
     blocks = nn.ModuleList()
     for _ in range(c.num_layers):
@@ -141,10 +141,10 @@ def golf_logits(model: Any, c: Any, ids: Tensor) -> Tensor:
         h, u = attended(x, layer)
         return u + mlp(h if parallel(layer, "gptj") else u, layer)
 
-    # the order of the layers: some run twice, as a group, and the decoder begins in the middle
+    # the order of the layers: some run again, as a group, and the decoder begins in the middle
     order, repeated = list(range(c.num_layers)), list(c.recur_layers)
     if repeated and c.recur_form == "unroll":
-        order[repeated[-1] + 1 : repeated[-1] + 1] = repeated
+        order[repeated[-1] + 1 : repeated[-1] + 1] = repeated * c.num_loops
     middle = len(order) // 2
     x, lane, saved = x0, None, []
     for layer in order[:middle]:
@@ -155,7 +155,7 @@ def golf_logits(model: Any, c: Any, ids: Tensor) -> Tensor:
             weight = model.recur_scales[repeat] if repeat < c.recur_scale_params else 0.5
             x = x + weight * (run(x, layer) - x)
     for row, layer in enumerate(order[middle:]):
-        if row < c.num_layers // 2 and saved and lane is None:
+        if row < (c.skip_rows or c.num_layers // 2) and saved and lane is None:
             skip = model.skips.weights[row] * saved.pop()
             if c.skip_gates:
                 x = skip + torch.sigmoid(model.skips.gates[row]) * (x - skip)

@@ -27,7 +27,7 @@ Heads = tuple[Tensor, Tensor, Tensor]
 class KeyValues:
     """The KV cache for generation. `keys` and `values` are `(runs, B, T, H_kv, D)`.
 
-    `runs` is the number of layer runs in a forward pass; a layer that runs twice counts twice. A forward pass over new
+    `runs` is the number of layer runs in a forward pass; a layer that runs again counts again. A forward pass over new
     positions calls `extend` once for each layer run, in order. `length` is the number of positions in the cache.
     """
 

@@ -58,7 +58,7 @@ class GPT(nn.Module):
     """A Parameter Golf transformer with tied embeddings.
 
     Weights are float32, and embeddings have the dtype `config.embed_dtype`. The forward pass casts both to
-    `compute_dtype`. If the argument `recurrence` of a method is True, the repeated layers run twice. It is a Python
+    `compute_dtype`. If the argument `recurrence` of a method is True, the repeated layers run again. It is a Python
     bool, so a compiled model has two static graphs.
     """
 

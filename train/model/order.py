@@ -18,20 +18,20 @@ class Step(NamedTuple):
 
 
 def skip_count(config: Config) -> int:
-    """Number of U-Net skips that have weights: ⌊layers / 2⌋, with and without recurrence."""
-    return config.num_layers // 2
+    """Number of U-Net skips that have weights, with and without recurrence: `skip_rows`, or ⌊layers / 2⌋ if it is 0."""
+    return config.skip_rows or config.num_layers // 2
 
 
 def halves(config: Config, *, recurrence: bool) -> tuple[list[int], list[int]]:
     """The physical layers of the encoder and those of the decoder, in order, without blended repeats.
 
-    `recur_form` "unroll" (#1471) runs `recur_layers` again after their first run, then splits the longer order in the
-    middle. "blend" (#1392) does not change the two halves.
+    `recur_form` "unroll" (#1471) runs `recur_layers` another `num_loops` times after their first run, then splits the
+    longer order in the middle. "blend" (#1392) does not change the two halves.
     """
     order = list(range(config.num_layers))
     if recurrence and config.recur_layers and config.recur_form == "unroll":
         end = config.recur_layers[-1] + 1
-        order[end:end] = config.recur_layers
+        order[end:end] = config.recur_layers * config.num_loops
     middle = len(order) // 2
     return order[:middle], order[middle:]
 

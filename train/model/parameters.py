@@ -52,7 +52,7 @@ def mflop_per_token(config: Config, *, recurrence: bool, seq_len: int | None = N
     """MFLOP of one training token, forward and backward.
 
     That is 6 · (number of weights) + 6 · layer runs · T · d for causal attention. Weights count once per matrix
-    product: those of a repeated layer twice, those of the output head once, embedding lookups not at all. T is
+    product: those of a repeated layer once per run, those of the output head once, embedding lookups not at all. T is
     `seq_len`; None: `train_seq_len`.
     """
     dim, runs = config.model_dim, len(virtual_order(config, recurrence=recurrence))

@@ -87,7 +87,7 @@ def collect_hessians(
 ) -> dict[str, Tensor]:
     """Compute each matrix's Hessian for GPTQ: H = Σ Xᵀ X / (number of batches).
 
-    X `(tokens, in_features)` is the matrix's input for one batch. If a layer runs twice, both inputs count. H grows
+    X `(tokens, in_features)` is the matrix's input for one batch. If a layer runs again, each input counts. H grows
     with the tokens per batch, but GPTQ ignores a constant factor.
 
     Args:
@@ -95,7 +95,7 @@ def collect_hessians(
         batches: token ids `(B, T)` int64, on the model's device.
         names: names of the matrices. The input of `embedding.weight` is the final norm's output, because the output
             head multiplies by this matrix.
-        recurrence: whether the repeated layers run twice.
+        recurrence: whether the repeated layers run again.
         all_reduce: replaces a tensor by its sum over the ranks, in place. Every rank must then call `collect_hessians`
             with the same names and its own batches. None for one process.
 
