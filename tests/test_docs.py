@@ -45,7 +45,7 @@ TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
 # command → exit code. Run as they stand; training gets the settings of a narrow model in front of the command's own
 RUN = {
     "python -m train --recipe quickstart --run_id mine --checkpoint_every 50": 0,
-    "python -m train --recipe quickstart --run_id mine --checkpoint_every 50 --resume auto": 0,
+    "python -m train --run_id mine --resume auto": 0,
     "python -m train.quantize runs/mine --matrix_clip_sigmas 10 --out k10.golf": 0,
     "python -m train.artifact diff runs/mine/model.golf k10.golf": 1,
     "python -m train.evaluate runs/mine --stride 32": 0,
@@ -229,7 +229,7 @@ def workspace(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
                 for name, value in variables.items():
                     inner.setenv(name, value)
                 if words[1] == "-m":
-                    first = small if words[2] == "train" and "--describe" not in words else []
+                    first = small if words[2] == "train" and not {"--describe", "--resume"} & {*words} else []
                     codes[command] = exit_code(words[2], [*first, *words[3:]])
                 else:
                     script = ROOT / words[1] if (ROOT / words[1]).exists() else folder / words[1]

@@ -28,6 +28,7 @@ from train.pipeline import run_pipeline
 from train.run.folder import RunFolder
 from train.run.log_grammar import parse_log
 from train.run.logger import read_metrics, series
+from train.run.resume import resolve_run
 from train.single_file.code_size import counted_code_bytes
 from train.submission.record import run_readme, summarize
 from train.submission.summary import summary_text
@@ -229,7 +230,10 @@ def test_a_killed_run_goes_on_bit_for_bit(
             break
     process.wait()
     assert (tmp_path / "run" / "checkpoint.pt").exists()
-    folder = run_pipeline(config.replace(resume="auto"))
+    # without another flag
+    folder = run_pipeline(
+        *resolve_run(["--run_id", "run", "--resume", "auto", "--runs_dir", str(tmp_path)], os.environ)
+    )
     assert "resumed: step:4" in (output := capsys.readouterr().out)
     clock = folder.read_training()["seconds"]
     assert summarize(folder).stage_seconds["train"] == clock

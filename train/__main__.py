@@ -6,11 +6,12 @@ import json
 import os
 import sys
 
-from train.command_line import help_text, resolve
+from train.command_line import help_text
 from train.common.errors import main_guard
 from train.common.values import ConfigError
 from train.config import Config
 from train.recipes import load_recipe
+from train.run.resume import resolve_run
 
 USAGE = f"""usage: python -m train [--recipe NAME] [--SETTING VALUE ...] [--describe [--json]]
 
@@ -23,9 +24,10 @@ examples:
   python -m train --recipe quickstart --data_path data/mine --run_id mine
   SEED=42 torchrun --standalone --nproc_per_node=2 -m train --recipe quickstart
   python -m train --recipe sp8192_sdclip --describe    only print parameters, bytes, layers and schedule
-  python -m train --run_id mine --resume auto          resume after an interruption; see checkpoint_every
+  python -m train --run_id mine --resume auto          resume with the stored settings; see checkpoint_every
 
-A flag overrides an environment variable, which overrides the recipe, which overrides the default.
+A flag overrides an environment variable, which overrides the recipe, which overrides the default. A resumed run refuses changed
+settings, except those that only log, save or profile, the kernels, more iterations, another time limit and val_loss_every.
 To run one stage: python -m train.data, train.quantize, train.artifact, train.evaluate or train.submission; each has --help.
 To see text of a model: python -m train.generate. For other programs: python -m train.export.
 """
@@ -37,7 +39,7 @@ def main() -> int:
         print(f"{USAGE}\n{help_text()}")
         return 0
     wants = {flag for flag in ("--describe", "--json") if flag in arguments}
-    config, overrides = resolve([argument for argument in arguments if argument not in wants], os.environ)
+    config, overrides = resolve_run([argument for argument in arguments if argument not in wants], os.environ)
     if "--describe" in wants:
         return print_description(config, as_json="--json" in wants)
     if wants:

@@ -38,7 +38,7 @@ _ALIASES = {"weight_quantization_bits": "matrix_bits", "embed_quantization_bits"
 
 @dataclass(frozen=True)
 class Override:
-    """A setting whose value differs from the recipe's."""
+    """A setting that a flag or an environment variable gives."""
 
     name: str
     value: Any
@@ -56,6 +56,19 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Confi
     Raises:
         ConfigError: a name is unknown, a value has a wrong type or is out of range, or settings contradict each other.
     """
+    given = given_settings(arguments, environ)
+    recipe = load_recipe(given.pop("recipe").value if "recipe" in given else Config.recipe)
+    config = recipe.config(**{name: override.value for name, override in given.items()})
+    base = recipe.config()
+    return config, [override for name, override in given.items() if getattr(base, name) != override.value]
+
+
+def given_settings(arguments: Sequence[str], environ: Mapping[str, str]) -> dict[str, Override]:
+    """Return the settings that flags and environment variables give, by name. A flag overrides a variable.
+
+    Raises:
+        ConfigError: a name is unknown or a value has a wrong type.
+    """
     given: dict[str, Override] = {}
     for name, text in environ.items():
         if not name.isupper():
@@ -71,10 +84,7 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Confi
             )
     for name, text in _flags(arguments):
         given[name] = Override(name, parse_value(name, text, f"--{name}"), "command line")
-    recipe = load_recipe(given.pop("recipe").value if "recipe" in given else Config.recipe)
-    config = recipe.config(**{name: override.value for name, override in given.items()})
-    base = recipe.config()
-    return config, [override for name, override in given.items() if getattr(base, name) != override.value]
+    return given
 
 
 def note_unread(

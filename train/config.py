@@ -23,6 +23,8 @@ from train.common.values import ConfigError, check_type, check_value, format_val
 BOOKKEEPING = frozenset(
     {"run_id", "runs_dir", "resume", "checkpoint_every", "train_log_every", "loggers", "profile_steps", "samples"}
 )
+# settings that a resumed run may change too: the kernels; and until training ends, its end and the steps that are validated
+CHANGEABLE = frozenset({"golf_backend", "iterations", "max_wallclock_seconds", "val_loss_every"})
 # settings that may differ between runs that count as runs of the same recipe
 LOCAL = BOOKKEEPING | {"recipe", "seed", "data_path", "tokenizer_path", "device", "code_form"}
 

@@ -6,7 +6,7 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,11 @@ from typing import Any
 
 from train.common.errors import UserError
 from train.common.files import read_json, write_json
-from train.common.values import ConfigError
-from train.config import BOOKKEEPING, Config
+from train.common.values import ConfigError, format_value
+from train.config import BOOKKEEPING, CHANGEABLE, Config
+
+# settings that name a run; a resumed run keeps the stored ones
+PLACE = ("run_id", "runs_dir", "resume")
 
 
 @dataclass(frozen=True)
@@ -191,10 +194,7 @@ def create_run_folder(config: Config) -> RunFolder:
             raise UserError(
                 f"{folder.path}: this run folder exists: choose another RUN_ID, or resume it with RESUME=auto{_way_out(folder)}"
             )
-        changed = changed_settings(folder.read_config(), config)
-        if changed:
-            listed = ", ".join(f"{name} was {before}, is {now}" for name, before, now in changed)
-            raise UserError(f"{folder.path}: cannot resume with different settings: {listed}{_way_out(folder)}")
+        refuse_changes(folder, folder.read_config(), vars(config), {})
         return folder
     folder.path.parent.mkdir(parents=True, exist_ok=True)
     # a rename creates the folder with its config.json: without that file, it could be neither resumed nor started again
@@ -204,6 +204,30 @@ def create_run_folder(config: Config) -> RunFolder:
         made.write_config(config)
         os.rename(made.path, folder.path)
     return folder
+
+
+def refuse_changes(folder: RunFolder, stored: Config, new: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+    """Raise a UserError that names the settings in `new` that a resumed run may not change, with their `sources`."""
+    refused = []
+    for name, value in new.items():
+        before = getattr(stored, name)
+        if value == before or name in BOOKKEEPING or name == "golf_backend":
+            continue
+        source = f" from {sources[name]}" if name in sources else ""
+        why = ""
+        if name in CHANGEABLE:
+            fewer = name == "iterations" and value < before
+            if not fewer and not folder.is_trained:
+                continue
+            why = " (training has finished)" if folder.is_trained else " (expected more)"
+        refused.append(
+            f"{name} was {format_value(before) or 'empty'}, is {format_value(value) or 'empty'}{source}{why}"
+        )
+    if refused:
+        raise UserError(
+            f"{folder.path}: cannot resume with different settings: {', '.join(refused)}: leave "
+            f"{'it' if len(refused) == 1 else 'them'} out, or choose another RUN_ID{_way_out(folder)}"
+        )
 
 
 def _way_out(folder: RunFolder) -> str:
@@ -216,9 +240,16 @@ def _way_out(folder: RunFolder) -> str:
 
 @contextmanager
 def open_run_folder(config: Config) -> Iterator[RunFolder]:
-    """Create the run folder with `create_run_folder`, and hold its lock until the block ends."""
+    """Create the run folder with `create_run_folder`, and hold its lock until the block ends.
+
+    The settings that a resumed run changes are stored.
+    """
     folder = create_run_folder(config)
     with folder.held():
+        stored = folder.read_config()
+        changes = {name: getattr(config, name) for name in (BOOKKEEPING | CHANGEABLE).difference(PLACE)}
+        if stored.replace(**changes) != stored:
+            folder.write_config(stored.replace(**changes))
         yield folder
 
 
