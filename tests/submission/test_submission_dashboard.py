@@ -67,6 +67,8 @@ def test_the_data_in_the_page_is_that_of_the_runs(html: Path) -> None:
     groups = {name: run["group_name"] for name, run in by_name.items()}
     assert groups["wide_42"] == groups["wide_314"] == "sp8192_sdclip, mlp_mult=3.0, muon_wd=0.0"
     assert groups["large"] == "sp8192_sdclip, mlp_mult=4.0, muon_wd=0.0" and len(set(groups.values())) == 4
+    assert by_name["wide_42"]["varied"] == {"mlp_mult": 3.0, "muon_wd": 0.0}
+    assert by_name["still_going"]["varied"] == {"mlp_mult": 2.0, "muon_wd": 0.5}
 
 
 def test_the_page_asks_for_nothing_and_holds_its_library(html: Path) -> None:
@@ -87,6 +89,14 @@ def test_speed_is_the_slope_of_the_clock_and_curves_are_thinned_to_their_end() -
     thinned = _thinned(points)
     assert len(thinned) <= MAX_POINTS + 1 and thinned[0] == points[0] and thinned[-1] == points[-1]
     assert _thinned(points[:7]) == points[:7] and _thinned([]) == []
+
+
+def test_runs_of_a_sweep_are_found_in_its_folder_and_above_it(runs: Path, tmp_path: Path) -> None:
+    for name in ("base_42", "wide_42"):
+        shutil.copytree(runs / name, tmp_path / "runs/sweep" / name)
+    shutil.copytree(runs / "large", tmp_path / "runs/large")
+    assert [run.path.name for run in find_runs([tmp_path / "runs"])] == ["large", "base_42", "wide_42"]
+    assert [run.path.name for run in find_runs([tmp_path / "runs/sweep"])] == ["base_42", "wide_42"]
 
 
 def test_a_run_that_diverged_leaves_the_others_their_page(runs: Path, tmp_path: Path) -> None:
@@ -273,6 +283,19 @@ def test_filter_sort_and_axis_change_what_is_drawn(browser_page: Page) -> None:
     assert last == pytest.approx(origin + scale * STEP_MS * STEPS * 1.01 / 1000, abs=1.5)
     browser_page.select_option("#axis", "0")
     browser_page.select_option("#order", "val_bpb")
+
+
+@needs_chromium
+def test_grouping_by_one_setting_joins_the_others(browser_page: Page) -> None:
+    def groups() -> list[list[str]]:
+        return browser_page.evaluate(
+            "[...document.querySelectorAll('#groups tbody tr')].map(row => [...row.cells].slice(0, 2).map(cell => cell.textContent))"
+        )
+
+    assert len(groups()) == 3
+    browser_page.select_option("#by", "muon_wd")
+    assert groups() == [["A: muon_wd=0", "7 runs, 4 seeds"]]
+    browser_page.select_option("#by", "")
 
 
 def luminance(color: str) -> float:

@@ -47,7 +47,7 @@ def write_dashboard(paths: Sequence[Path], out: Path) -> tuple[list[dict[str, An
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
-    """Find the run folders among `paths` and directly inside them, sorted by path.
+    """Find the run folders among `paths`, inside them, and inside the sweeps in them, sorted by path.
 
     Raises:
         UserError: a path is not a folder, or holds no run.
@@ -56,7 +56,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder: give a run folder, or a folder that contains run folders")
-        inside = [path] if (path / "config.json").is_file() else [item for item in path.iterdir() if item.is_dir()]
+        inside = [path] if (path / "config.json").is_file() else [*path.glob("*"), *path.glob("*/*")]
         runs = [item for item in inside if (item / "config.json").is_file() and (item / "metrics.jsonl").is_file()]
         if not runs:
             raise UserError(f"{path}: no run in it: python -m train makes one under runs/")
@@ -95,9 +95,10 @@ def collect(folders: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], list[st
             index for index, other in enumerate(configs) if not changed_settings(other, config, free=("seed",))
         )
         runs.append({**shown, "group": group})
-    names = group_names({run["group"]: configs[run["group"]] for run in runs})
+    varied = varied_settings({run["group"]: configs[run["group"]] for run in runs})
     for run in runs:
-        run["group_name"] = names[run["group"]]
+        run["varied"] = varied[run["group"]]
+        run["group_name"] = _group_name(run["recipe"], run["varied"])
     return runs, problems
 
 
@@ -137,14 +138,17 @@ def _thinned(points: Sequence[tuple[int, float, float]]) -> list[tuple[int, floa
     return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
 
 
-def group_names(groups: dict[int, Config]) -> dict[int, str]:
-    """Name each group of runs after its recipe and the settings in which the groups of that recipe differ."""
-    names = {}
+def varied_settings(groups: dict[int, Config]) -> dict[int, dict[str, Any]]:
+    """For each group of runs, its values of the settings in which the groups of its recipe differ."""
+    found = {}
     for number, config in groups.items():
         others = [other for other in groups.values() if other.recipe == config.recipe]
         varied = {name for other in others for name, _, _ in changed_settings(config, other, free=("seed",))}
-        values = config.to_dict()
-        parts = [f"{name}={values[name]}" for name in values if name in varied]
-        more = f" and {len(parts) - _NAMED_SETTINGS} more" if len(parts) > _NAMED_SETTINGS else ""
-        names[number] = ", ".join([config.recipe, *parts[:_NAMED_SETTINGS]]) + more
-    return names
+        found[number] = {name: value for name, value in config.to_dict().items() if name in varied}
+    return found
+
+
+def _group_name(recipe: str, varied: dict[str, Any]) -> str:
+    parts = [f"{name}={value}" for name, value in varied.items()]
+    more = f" and {len(parts) - _NAMED_SETTINGS} more" if len(parts) > _NAMED_SETTINGS else ""
+    return ", ".join([recipe, *parts[:_NAMED_SETTINGS]]) + more
