@@ -1,6 +1,7 @@
 """Sweeps of a training command that scores by a formula, and one sweep of real runs."""
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline_runs import ROOT
+from pipeline_runs import ROOT, Finished, flags, small
 
 optuna = pytest.importorskip("optuna")
 
@@ -20,7 +21,8 @@ from train.sweep import report  # noqa: E402
 from train.sweep.__main__ import main  # noqa: E402
 
 HELPERS = ROOT / "tests/helpers"
-GRID = ["--set=matrix_lr=0.02,0.04", "--set=mlp_mult=3,4", "--seeds=2", "--seed=1"]
+# the data must exist, and are not read
+GRID = ["--data_path=.", "--set=matrix_lr=0.02,0.04", "--set=mlp_mult=3,4", "--seeds=2", "--seed=1"]
 
 
 def score(matrix_lr: float, mlp_mult: float, seed: int) -> float:
@@ -41,7 +43,7 @@ def sweep(runs: Path, *arguments: str) -> dict[str, Any]:
 
 def starts(runs: Path) -> dict[str, list[str]]:
     """Run → the GPUs of each of its starts."""
-    return {path.parent.name: path.read_text().split() for path in runs.glob("*/*/starts.txt")}
+    return {path.parent.name: path.read_text().splitlines() for path in runs.glob("*/*/starts.txt")}
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +119,13 @@ def make_plan(arguments: list[str]) -> Any:
 
 
 def test_a_failed_point_is_recorded_and_the_others_are_trained(tmp_path: Path) -> None:
-    found = sweep(tmp_path, "--set=mlp_mult=5,4", "--seeds=2", "--seed=1")
+    found = sweep(tmp_path, "--data_path=.", "--set=mlp_mult=5,4", "--seeds=2", "--seed=1")
     assert [(p["settings"], p["state"]) for p in found["points"]] == [
         ({"mlp_mult": "4"}, "finished"), ({"mlp_mult": "5"}, "failed"),
     ]  # fmt: skip
     assert found["points"][1]["error"] == "s-000-seed1: mlp_mult: 5 does not fit"
     assert "s-000-seed2" not in starts(tmp_path)
-    assert main([f"--runs_dir={tmp_path}", "--run_id=bad", "--set=mlp_mult=5"]) == 1
+    assert main([f"--runs_dir={tmp_path}", "--run_id=bad", "--data_path=.", "--set=mlp_mult=5"]) == 1
 
 
 def test_a_killed_sweep_continues_with_the_same_command(tmp_path: Path) -> None:
@@ -166,6 +168,7 @@ def wait_for(condition: Any) -> None:
         (["--set=matrix_lr=0.1", "--seeds=0"], "--seeds: expected at least 1"),
         (["--set=matrix_lr=0.1", "--gpus=0-x"], "--gpus: expected numbers such as 0-7 or 0,2"),
         (["--set=matrix_lr=0.1", "--gpus=0-2", "--jobs=2", "--processes=2"], "--gpus: 2 × 2 processes need 4 different GPUs"),
+        (["--set=matrix_lr=0.1", "--data_path=none", "--corpus="], "data_path: none does not exist"),
         (["--set=matrix_lr=0.1", "--iteratons=3"], "--iteratons: no such setting; did you mean iterations?"),
     ],
 )  # fmt: skip
@@ -174,3 +177,75 @@ def test_wrong_input_is_refused_before_a_run_starts(arguments: list[str], said: 
         main([f"--runs_dir={tmp_path}", *arguments])
     assert said in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_points_are_the_same_after_a_pause_and_within_their_ranges(tmp_path: Path) -> None:
+    drawn = [
+        "--data_path=.",
+        "--set=matrix_lr=0.001..0.1:log",
+        "--set=num_layers=4..6",
+        "--set=codec=raw,zstd",
+        "--sampler=random",
+    ]
+    sweep(tmp_path, *drawn, "--trials=1")
+    found = {p["number"]: p["settings"] for p in sweep(tmp_path, *drawn, "--trials=3", "--jobs=2")["points"]}
+    ranges = {
+        "matrix_lr": optuna.distributions.FloatDistribution(0.001, 0.1, log=True),
+        "num_layers": optuna.distributions.IntDistribution(4, 6),
+        "codec": optuna.distributions.CategoricalDistribution(["raw", "zstd"]),
+    }
+    samplers = [optuna.samplers.RandomSampler(seed=1337 + number) for number in range(3)]
+    assert found == {n: optuna.create_study(sampler=sampler).ask(ranges).params for n, sampler in enumerate(samplers)}
+    for point in found.values():
+        assert (
+            0.001 <= point["matrix_lr"] <= 0.1
+            and point["num_layers"] in (4, 5, 6)
+            and point["codec"] in ("raw", "zstd")
+        )
+    for number, point in found.items():
+        config = read_json(tmp_path / f"s/s-00{number}-seed1337/config.json", "")
+        assert {name: config[name] for name in point} == point
+
+
+def test_tpe_draws_near_the_best_points() -> None:
+    from optuna.trial import TrialState
+
+    from train.sweep.plan import make_plan
+    from train.sweep.work import _next_trial
+
+    distance = {}
+    for sampler in ("random", "tpe"):
+        plan = make_plan([], ["matrix_lr=0.001..1:log"], 1, sampler, 40, {})
+        trials: list[Any] = []
+        for number in range(40):
+            trial = _next_trial(plan, trials)
+            trial.number, trial.state, trial.datetime_complete = number, TrialState.COMPLETE, trial.datetime_start
+            trial.values = [math.log(trial.params["matrix_lr"] / 0.03) ** 2]
+            trials.append(trial)
+        distance[sampler] = statistics.fmean(math.sqrt(trial.values[0]) for trial in trials[20:])
+    assert distance["tpe"] < distance["random"] / 2
+
+
+def test_workers_of_submitit_divide_the_runs(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    jobs = ["--launcher=slurm", "--jobs=2", "--slurm=timeout_min=5"]
+    found = sweep(tmp_path, "--data_path=.", "--set=matrix_lr=0.02,0.04", "--seeds=2", *jobs)
+    assert [point["state"] for point in found["points"]] == ["finished"] * 2
+    assert len(starts(tmp_path)) == 4 and all(gpus == [""] for gpus in starts(tmp_path).values())
+    outputs = [path.read_text() for path in (tmp_path / "s/jobs").glob("*.out")]
+    assert len(outputs) == 2 and sum(text.count(": val_bpb ") for text in outputs) == 4
+    for wrong, said in (("nothing=1", "nothing"), ("x", "expected NAME=VALUE")):
+        with pytest.raises(UserError, match=f"--slurm: .*{said}"):
+            main([f"--runs_dir={tmp_path}", "--run_id=t", *GRID, "--launcher=slurm", f"--slurm={wrong}"])
+
+
+def test_a_real_run_of_two_processes_scores_as_one_outside_a_sweep(
+    finished: Finished, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    settings = [flag for flag in flags(small(dataset, tmp_path)) if not flag.startswith("--run_id")]
+    # the recipe's own value
+    found = sweep(tmp_path, *settings, "--set=matrix_lr=0.04", "--processes=2")
+    expected = read_json(finished.folder.summary, "")["val_bpb"]
+    assert found["points"][0]["mean"] == pytest.approx(expected, abs=1e-4)
+    assert (tmp_path / "s/s-000-seed1337/bpb.png").exists()

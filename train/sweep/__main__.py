@@ -73,8 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from train.sweep.work import open_study, points
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'golf-kernels[sweep]'") from error
+    from train.common.distributed import Ranks
+    from train.data.dataset import prepare_data
     from train.sweep.report import report, table, write_report
 
+    if not {"recipe", "data_path"} & plan.varied.keys():
+        # before the first runs, which would all build it
+        prepare_data(plan.config, Ranks())
     study = open_study(plan)
     print(f"{plan.folder}: {plan.total} points, {len(plan.seeds)} seeds each, {len(groups)} at a time", file=sys.stderr)
     try:
