@@ -124,3 +124,23 @@ def test_the_command_prints_json() -> None:
     result = subprocess.run([*command[:-2], "--json"], capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert "--describe" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "step_ms", "step", "begin"),
+    [
+        ({}, 118.86, 2000, "from step 2,000 layers"),
+        # 0.35 of 590 s
+        ({"recur_start_frac": 0.35}, 100.0, 2065, "from step 2,065 layers"),
+        ({"recur_start_frac": 0.35}, None, None, "from 0.35 of training layers"),
+        ({"recur_start_frac": 0.35, "warmdown_by": "steps", "iterations": 1001}, None, 351, "from step 351 layers"),
+    ],
+)
+def test_recurrence_is_described_from_its_step_or_fraction(
+    changes: dict[str, object], step_ms: float | None, step: int | None, begin: str
+) -> None:
+    config = load_recipe("sp8192_sdclip").config(**changes)
+    facts = describe(config, {"step_ms": step_ms} if step_ms else {})
+    assert facts["virtual_order"]["recurrence_from_step"] == step
+    assert facts["virtual_order"]["recurrence_from_fraction"] == changes.get("recur_start_frac", 0.0)
+    assert begin in describe_text(facts)

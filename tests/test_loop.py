@@ -61,3 +61,25 @@ def test_swa_needs_two_checkpoints(dataset: Path, tmp_path: Path) -> None:
         states[name] = result.model.state_dict()
     assert all(torch.equal(states["one"][name], weight) for name, weight in states["last"].items())
     assert not torch.equal(states["two"]["embedding.weight"], states["last"]["embedding.weight"])
+
+
+def test_recurrence_starts_at_a_fraction_and_stays_on(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = trained(tmp_path / "steps", dataset, recur_start_frac=0.75)
+    log = (tmp_path / "steps" / "train_seed1.log").read_text()
+    assert result.recurrence and "recurrence:activated at step 3, layers" in log
+    assert not trained(tmp_path / "never", dataset, recur_start_frac=1.0).recurrence
+
+    # a clock whose estimate falls below the fraction again
+    class Falling(WallClock):
+        @property
+        def elapsed_seconds(self) -> float:
+            return (0.0, 30.0, 60.0, 40.0, 40.0)[self.steps]
+
+    monkeypatch.setattr("train.loop.WallClock", Falling)
+    timed = {"max_wallclock_seconds": 100.0, "warmdown_by": "clock", "recur_start_frac": 0.5}
+    result = trained(tmp_path / "time", dataset, **timed)
+    log = (tmp_path / "time" / "train_seed1.log").read_text()
+    assert result.recurrence and log.count("recurrence:activated at step") == 1
+    assert "recurrence:activated at step 2, layers" in log

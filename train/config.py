@@ -126,6 +126,9 @@ class Config:
         choices=("unroll", "blend"),
     )  # fmt: skip
     recur_start_step: int = setting(0, "first step with recurrence", low=0)
+    recur_start_frac: float = setting(
+        0.0, "fraction of training without recurrence; 0: use recur_start_step", low=0.0, high=1.0
+    )
     recur_scale_params: int = setting(0, "unused vectors added to the parameters; #1392 has 2", low=0, high=1024)
 
     # optimization

@@ -60,7 +60,8 @@ def describe(config: Config, published: Mapping[str, float]) -> dict[str, Any]:
         "virtual_order": {
             "before_recurrence": list(virtual_order(config, recurrence=False)),
             "after_recurrence": list(virtual_order(config, recurrence=True)),
-            "recurrence_from_step": config.recur_start_step if config.recur_layers else None,
+            "recurrence_from_step": _recurrence_step(config, published.get("step_ms")) if config.recur_layers else None,
+            "recurrence_from_fraction": config.recur_start_frac if config.recur_layers else None,
         },
         "mflop_per_token": {
             "before_recurrence": mflop_per_token(config, recurrence=False),
@@ -69,6 +70,16 @@ def describe(config: Config, published: Mapping[str, float]) -> dict[str, Any]:
         "schedule": schedule(config, published.get("step_ms")),
         "tensors": tensors,
     }
+
+
+def _recurrence_step(config: Config, step_ms: float | None) -> int | None:
+    """The first step with recurrence; None if the clock decides and `step_ms` is not known."""
+    if not config.recur_start_frac:
+        return config.recur_start_step
+    cap = warmdown_seconds(config)
+    if not cap:
+        return math.ceil(config.recur_start_frac * config.iterations)
+    return math.ceil(config.recur_start_frac * cap * 1000 / step_ms) if step_ms else None
 
 
 def schedule(config: Config, step_ms: float | None) -> list[dict[str, float | None]]:
@@ -114,9 +125,11 @@ def describe_text(facts: Mapping[str, Any]) -> str:
     lines.append(
         f"  layers {' '.join(map(str, order['before_recurrence']))}: {flops['before_recurrence']:.1f} MFLOP per token"
     )
-    if order["recurrence_from_step"] is not None:
+    if order["after_recurrence"] != order["before_recurrence"]:
+        step, fraction = order["recurrence_from_step"], order["recurrence_from_fraction"]
+        begin = f"{fraction:.4g} of training" if step is None else f"step {step:,}"
         lines.append(
-            f"  from step {order['recurrence_from_step']:,} layers {' '.join(map(str, order['after_recurrence']))}: "
+            f"  from {begin} layers {' '.join(map(str, order['after_recurrence']))}: "
             f"{flops['after_recurrence']:.1f} MFLOP per token"
         )
     lines.append("")

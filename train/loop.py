@@ -30,7 +30,7 @@ from train.model.compile import compiled_loss, compiles, write_out
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
-from train.optimize.schedules import lr_scale, muon_momentum
+from train.optimize.schedules import lr_scale, muon_momentum, recurrence_on
 from train.run.clocks import StartUp, WallClock
 from train.run.folder import RunFolder
 from train.run.logger import RunLogger
@@ -49,11 +49,6 @@ class TrainResult:
     recurrence: bool  # whether recurrence was on in the last step
     first: EvalResult  # validation before the first step
     last: EvalResult  # validation of `model`
-
-
-def recurrence_on(config: Config, step: int) -> bool:
-    """Whether the repeated layers run again in `step`, counted from 0."""
-    return bool(config.recur_layers) and step >= config.recur_start_step
 
 
 def seed_everything(seed: int) -> None:
@@ -132,7 +127,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         return result
 
     if first is None:
-        first = validate(recurrence_on(config, step))
+        first = validate(recurrence_on(step, seconds, config))
         start.end("validation")
     log.line(str(start))
     clock.resume()
@@ -145,9 +140,12 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         profiler = StepProfiler(profiled, folder.path, ranks, log, clock, model if loss_of is model else None)
     # the bar needs a terminal; without one, the log lines show the progress
     bar = Progress(1000, "training", "‰", enabled=ranks.is_main and sys.stderr.isatty())
+    # whether it was on in the last step; once on it stays on, though the clock's estimates may fall
+    recurrence = step > 0 and recurrence_on(step - 1, seconds, config)
     while True:
         last = stop or step == config.iterations
-        if not last and config.recur_layers and step == config.recur_start_step:
+        if not last and not recurrence and recurrence_on(step, clock.elapsed_seconds, config):
+            recurrence = True
             log.line(
                 f"recurrence:activated at step {step}, layers {','.join(str(s.layer) for s in model.recurrent_plan)}"
             )
@@ -156,12 +154,11 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
             seconds = clock.pause()
             if profiler:
                 profiler.end(step, "validation follows")
-            validate(recurrence_on(config, step))
+            validate(recurrence)
             clock.resume()
         if last:
             break
         scale = lr_scale(step, clock.elapsed_seconds, config)
-        recurrence = recurrence_on(config, step)
         if profiler:
             profiler.before(step, recurrence=recurrence)
         batch_loss = training_step(optimizers, loss_of, loader, recurrence, scale, muon_momentum(step, config))
@@ -201,8 +198,6 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         average.apply()
     # restore the default, so that quantization computes the same in this process as in a later one
     write_out(model, frozenset())
-    # take recurrence of the last step, not of the step that would follow
-    recurrence = recurrence_on(config, max(step - 1, 0))
     return TrainResult(model, step, seconds, recurrence, first, validate(recurrence))
 
 
@@ -246,7 +241,7 @@ def warm_up(
     This compiles both graphs of the model, so that no step on the training clock waits for the compiler.
     """
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    graphs = sorted({recurrence_on(config, 0), recurrence_on(config, config.recur_start_step)})
+    graphs = sorted({recurrence_on(0, 0.0, config), bool(config.recur_layers)})
     total = config.warmup_steps * len(graphs)
     note = f" ({config.warmup_steps} without recurrence, {config.warmup_steps} with it)" if len(graphs) > 1 else ""
     for number in range(total):

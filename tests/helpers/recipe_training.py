@@ -13,11 +13,11 @@ from train.config import Config
 from train.data.dataset import Dataset
 from train.data.loaders import Loader
 from train.data.shards import write_shard
-from train.loop import recurrence_on, training_step
+from train.loop import training_step
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
-from train.optimize.schedules import lr_scale, muon_momentum
+from train.optimize.schedules import lr_scale, muon_momentum, recurrence_on
 from train.recipes import load_recipe
 
 STEPS = 20
@@ -101,7 +101,7 @@ class Training:
         while self.step < until:
             scale = lr_scale(self.step, 0.0, self.config)
             momentum = muon_momentum(self.step, self.config)
-            on = recurrence_on(self.config, self.step)
+            on = recurrence_on(self.step, 0.0, self.config)
             losses.append(float(training_step(self.optimizers, self.loss_of, self.loader, on, scale, momentum)))
             self.step += 1
             if isinstance(self.average, EMA):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from train.config import Config
-from train.optimize.schedules import lr_scale, muon_momentum
+from train.optimize.schedules import lr_scale, muon_momentum, recurrence_on
 
 
 def config(**settings: float) -> Config:
@@ -100,3 +100,20 @@ def test_momentum_rises_as_published() -> None:
     for step, momentum in {0: 0.92, 750: 0.955, 1499: 0.989953, 1500: 0.99, 9999: 0.99}.items():
         assert muon_momentum(step, settings) == pytest.approx(momentum, abs=5e-7)
     assert muon_momentum(0, settings.replace(muon_momentum_warmup_steps=0)) == 0.99
+
+
+def test_recurrence_starts_at_a_step_or_at_a_fraction_of_the_time_or_of_the_steps() -> None:
+    by_step = config(recur_layers=(3, 4, 5), recur_start_step=2000, num_layers=11)
+    assert [recurrence_on(step, 1e9, by_step) for step in (0, 1999, 2000, 9999)] == [False, False, True, True]
+    # #2135: 0.35 of 600 − 0.5 s, whatever the step
+    by_time = by_step.replace(recur_start_frac=0.35, gptq_reserve_seconds=0.5)
+    assert [recurrence_on(9999, seconds, by_time) for seconds in (0.0, 209.8, 209.83, 599.0)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    for changes in ({"max_wallclock_seconds": 0.0, "gptq_reserve_seconds": 0.0}, {"warmdown_by": "steps"}):
+        by_steps = by_time.replace(iterations=1000, **changes)
+        assert [recurrence_on(step, 1e9, by_steps) for step in (0, 349, 350, 999)] == [False, False, True, True]
+    assert not recurrence_on(9999, 1e9, by_time.replace(recur_layers=()))

@@ -26,9 +26,9 @@ from train.data.paid_prefix import NOT_COMPLIANT, build_prefix
 from train.describe import describe
 from train.evaluate.__main__ import main as evaluate
 from train.evaluate.scores import read_evaluation
-from train.loop import recurrence_on
 from train.model.gpt import GPT
 from train.optimize.groups import build_optimizers
+from train.optimize.schedules import recurrence_on
 from train.quantize.quantize_model import quantize_model
 from train.quantize.tensors import QuantizedTensor
 from train.recipes import load_recipe
@@ -163,7 +163,7 @@ def codes(name: str, **environ: str) -> Any:
 
 
 def start_of_recurrence(name: str, **environ: str) -> Any:
-    return [recurrence_on(full_config(name, **environ), step) for step in (1999, 2000, 2500, 2999, 3000)]
+    return [recurrence_on(step, 0.0, full_config(name, **environ)) for step in (1999, 2000, 2500, 2999, 3000)]
 
 
 EFFECTS: list[tuple[str, str, dict[str, str], Callable[..., Any]]] = [

@@ -1,5 +1,6 @@
 """Summary, submission.json and README: every number is the measured one, to the digit."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -253,3 +254,9 @@ def test_a_missed_target_of_pruning_is_told_beside_the_size() -> None:
     missed = make_summary(target_bytes=15_981_000)
     assert size_line(missed).endswith(", 300 over the pruning target of 15,981,000")
     assert "300 over the pruning target" in summary_text(missed)
+
+
+@pytest.mark.parametrize(("missed", "said"), [(2000, "before step 2,000"), (0.35, "before 0.35 of it was done")])
+def test_a_recurrence_that_never_started_is_told_with_its_step_or_fraction(missed: float, said: str) -> None:
+    summary = dataclasses.replace(make_summary(), recurrence_missed=missed)
+    assert f"\n  recurrence never started: training ended {said}\n" in summary_text(summary)

@@ -1,4 +1,4 @@
-"""Schedules of the learning rate and of Muon's momentum."""
+"""Schedules of the learning rate, of Muon's momentum, and of recurrence."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def lr_scale(step: int, elapsed_seconds: float, config: Config) -> float:
     """
     cap = warmdown_seconds(config)
     if config.warmdown_frac > 0:
-        done = elapsed_seconds / cap if cap > 0 else step / config.iterations
+        done = _finished(step, elapsed_seconds, config)
         return 1.0 if done < 1 - config.warmdown_frac else max(1 - done, 0.0) / config.warmdown_frac
     if config.warmdown_iters == 0:
         return 1.0
@@ -45,6 +45,26 @@ def lr_scale(step: int, elapsed_seconds: float, config: Config) -> float:
 def warmdown_seconds(config: Config) -> float:
     """The time cap in seconds that the learning rate follows; 0: the learning rate follows the steps."""
     return 0.0 if config.warmdown_by == "steps" else config.training_seconds
+
+
+def recurrence_on(step: int, elapsed_seconds: float, config: Config) -> bool:
+    """Whether the repeated layers run again in the step after `step` finished steps.
+
+    Recurrence starts after `recur_start_step` steps. With `recur_start_frac` = f > 0 it starts once the finished fraction
+    of training is f: of the time cap, or of the steps where the learning rate follows the steps.
+
+    Source: submissions #1392 and #1471 (by steps), #1394 and #1493 (by fraction).
+    """
+    if not config.recur_layers:
+        return False
+    if config.recur_start_frac > 0:
+        return _finished(step, elapsed_seconds, config) >= config.recur_start_frac
+    return step >= config.recur_start_step
+
+
+def _finished(step: int, elapsed_seconds: float, config: Config) -> float:
+    cap = warmdown_seconds(config)
+    return elapsed_seconds / cap if cap > 0 else step / config.iterations
 
 
 def muon_momentum(step: int, config: Config) -> float:

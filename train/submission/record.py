@@ -103,7 +103,9 @@ def summarize(folder: RunFolder) -> Summary:
         steps_planned=config.iterations
         if config.warmdown_by == "steps" and training["steps"] < config.iterations
         else 0,
-        recurrence_missed=0 if started.recur_layers == config.recur_layers else started.recur_start_step,
+        recurrence_missed=0
+        if started.recur_layers == config.recur_layers
+        else started.recur_start_frac or started.recur_start_step,
         val_loss=score["val_loss"],
         val_bpb=score["val_bpb"],
         eval_seconds=score["seconds"],

@@ -61,7 +61,8 @@ class Summary:
         target_bytes: total size that pruning aims at (TARGET_MB); 0: none.
         label: text shown with every score of a run that breaks the rules; empty: none.
         resumed: steps at which training was resumed.
-        recurrence_missed: the recurrence's start step, if training ended before it; else 0.
+        recurrence_missed: the first step with recurrence, or the fraction of training before it (below 1), if training
+            ended earlier; else 0.
         steps_planned: planned number of steps, if the time limit ended training earlier; 0: it did not, or the recipe
             trains until the limit.
     """
@@ -96,7 +97,7 @@ class Summary:
     target_bytes: int = 0
     label: str = ""
     resumed: list[int] = field(default_factory=list)
-    recurrence_missed: int = 0
+    recurrence_missed: float = 0
     steps_planned: int = 0
 
     def __post_init__(self) -> None:
@@ -212,8 +213,11 @@ def resumed_note(summary: Summary) -> str:
 
 def recurrence_note(summary: Summary) -> str:
     """State that training ended before recurrence started; empty if it did not."""
-    step = summary.recurrence_missed
-    return f"never started: training ended before step {step:,}" if step else ""
+    missed = summary.recurrence_missed
+    if not missed:
+        return ""
+    begin = f"step {missed:,}" if missed >= 1 else f"{missed:.4g} of it was done"
+    return f"never started: training ended before {begin}"
 
 
 def stopped_note(summary: Summary) -> str:
