@@ -30,6 +30,7 @@ A flag overrides an environment variable, which overrides the recipe, which over
 settings, except those that only log, save or profile, the kernels, more iterations, another time limit and val_loss_every.
 To run one stage: python -m train.data, train.quantize, train.artifact, train.evaluate or train.submission; each has --help.
 To see text of a model: python -m train.generate. For other programs: python -m train.export.
+To vary settings: python -m train.sweep.
 """
 
 

@@ -118,14 +118,18 @@ def make_plan(arguments: list[str]) -> Any:
     return make_plan([], sets, 2, "grid", 0, {})
 
 
-def test_a_failed_point_is_recorded_and_the_others_are_trained(tmp_path: Path) -> None:
+def test_a_failed_point_is_recorded_and_the_others_are_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = sweep(tmp_path, "--data_path=.", "--set=mlp_mult=5,4", "--seeds=2", "--seed=1")
     assert [(p["settings"], p["state"]) for p in found["points"]] == [
         ({"mlp_mult": "4"}, "finished"), ({"mlp_mult": "5"}, "failed"),
     ]  # fmt: skip
     assert found["points"][1]["error"] == "s-000-seed1: mlp_mult: 5 does not fit"
     assert "s-000-seed2" not in starts(tmp_path)
-    assert main([f"--runs_dir={tmp_path}", "--run_id=bad", "--data_path=.", "--set=mlp_mult=5"]) == 1
+    capsys.readouterr()
+    assert main([f"--runs_dir={tmp_path}", "--run_id=bad", "--data_path=.", "--set=mlp_mult=5", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["points"][0]["mean"] is None
 
 
 def test_a_killed_sweep_continues_with_the_same_command(tmp_path: Path) -> None:
@@ -177,6 +181,12 @@ def test_wrong_input_is_refused_before_a_run_starts(arguments: list[str], said: 
         main([f"--runs_dir={tmp_path}", *arguments])
     assert said in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_at_the_same_time_need_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.common.hardware.auto_device", lambda: "cuda")
+    with pytest.raises(UserError, match="--jobs: 2 runs would share GPU 0"):
+        main([f"--runs_dir={tmp_path}", "--device=auto", "--set=matrix_lr=0.1", "--jobs=2"])
 
 
 def test_points_are_the_same_after_a_pause_and_within_their_ranges(tmp_path: Path) -> None:
@@ -232,7 +242,7 @@ def test_workers_of_submitit_divide_the_runs(tmp_path: Path) -> None:
     found = sweep(tmp_path, "--data_path=.", "--set=matrix_lr=0.02,0.04", "--seeds=2", *jobs)
     assert [point["state"] for point in found["points"]] == ["finished"] * 2
     assert len(starts(tmp_path)) == 4 and all(gpus == [""] for gpus in starts(tmp_path).values())
-    outputs = [path.read_text() for path in (tmp_path / "s/jobs").glob("*.out")]
+    outputs = [path.read_text() for path in (tmp_path / "s/jobs").glob("*.err")]
     assert len(outputs) == 2 and sum(text.count(": val_bpb ") for text in outputs) == 4
     for wrong, said in (("nothing=1", "nothing"), ("x", "expected NAME=VALUE")):
         with pytest.raises(UserError, match=f"--slurm: .*{said}"):

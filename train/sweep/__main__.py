@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from train.common.errors import UserError, main_guard
+from train.common.wording import counted
 from train.sweep.plan import Plan, make_plan
 
 
@@ -69,22 +70,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a sweep, and print its table. Exit code: 1 if no point finished."""
     arguments, plan, groups = read_arguments(argv)
     # imported late, so that an error in the settings does not wait for Optuna and Matplotlib
-    try:
-        from train.sweep.work import open_study, points
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'golf-kernels[sweep]'") from error
+    from train.common import hardware
     from train.common.distributed import Ranks
     from train.data.dataset import prepare_data
     from train.sweep.report import report, table, write_report
+    from train.sweep.work import open_study, points
 
+    shared = len(groups) > 1 and not arguments.gpus and arguments.launcher == "local"
+    if shared and plan.config.device != "cpu" and hardware.auto_device() == "cuda":
+        raise UserError(
+            f"--jobs: {len(groups)} runs would share GPU 0: give each its own, such as --gpus 0-{len(groups) - 1}"
+        )
     if not {"recipe", "data_path"} & plan.varied.keys():
         # before the first runs, which would all build it
         prepare_data(plan.config, Ranks())
     study = open_study(plan)
-    print(f"{plan.folder}: {plan.total} points, {len(plan.seeds)} seeds each, {len(groups)} at a time", file=sys.stderr)
+    print(
+        f"{plan.folder}: {counted(plan.total, 'point')} with {counted(len(plan.seeds), 'seed')}, {counted(len(groups), 'job')}",
+        file=sys.stderr,
+    )
     try:
         if arguments.launcher == "slurm":
-            _run_on_slurm(plan, len(groups), arguments.processes, arguments.slurm)
+            from train.sweep.slurm import run_jobs
+
+            run_jobs(plan, len(groups), arguments.processes, arguments.slurm)
         else:
             _run_here(plan, groups, arguments.processes)
     finally:
@@ -105,15 +114,6 @@ def _run_here(plan: Plan, groups: list[str], processes: int) -> None:
                 ended.result()
         finally:
             stop.set()
-
-
-def _run_on_slurm(plan: Plan, jobs: int, processes: int, parameters: list[str]) -> None:
-    try:
-        from train.sweep.slurm import run_jobs
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'golf-kernels[sweep]'") from error
-
-    run_jobs(plan, jobs, processes, parameters)
 
 
 def _gpu_groups(text: str, jobs: int, processes: int) -> list[str]:

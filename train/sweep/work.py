@@ -108,7 +108,7 @@ def work(plan: Plan, processes: int, gpus: str, stop: threading.Event) -> None:
             error = _error_line(_output(run).read_text(errors="replace").splitlines())
             _fail(study, claim.number, f"{run.path.name}: {error}")
         result = f"failed: {error}" if score is None else f"val_bpb {score:.8f}"
-        print(f"{run.path.name}: {point_text(claim.point)}: {result}", flush=True)
+        print(f"{run.path.name}: {point_text(claim.point)}: {result}", file=sys.stderr, flush=True)
         with _locked(plan):
             write_report(plan, points(plan, study))
 
