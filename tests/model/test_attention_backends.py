@@ -240,13 +240,14 @@ def test_a_library_that_breaks_while_it_loads_is_a_reason(name: str, monkeypatch
 
 def test_a_hub_without_a_network_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     class Hub(types.ModuleType):
-        def get_kernel(self, repository: str) -> None:
-            raise Exception(f"no route to {repository}")
+        # the library refuses a call without a version since 0.17
+        def get_kernel(self, repository: str, *, version: int) -> None:
+            raise Exception(f"no route to {repository} {version}")
 
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     monkeypatch.setitem(sys.modules, "kernels", Hub("kernels"))
     monkeypatch.setattr(attention_backends, "_libraries", {})
-    assert "no route to kernels-community/flash-attn3" in str(attention_backends._library("fa3"))
+    assert "no route to kernels-community/flash-attn3 1" in str(attention_backends._library("fa3"))
 
 
 def test_unknown_back_end_is_named() -> None:

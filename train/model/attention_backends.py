@@ -104,7 +104,7 @@ def _flash_attention_3() -> Any:
     library = _imported("flash_attn_interface")
     if isinstance(library, ImportError) and not isinstance(hub := _imported("kernels"), ImportError):
         try:
-            return hub.get_kernel("kernels-community/flash-attn3")
+            return hub.get_kernel("kernels-community/flash-attn3", version=1)
         # without a network or with another torch, any error is possible
         except Exception as error:
             return ImportError(f"kernels-community/flash-attn3 cannot be loaded: {_first_line(error)}")
