@@ -1,5 +1,6 @@
 """The scripts in examples/ run and do what they say, in seconds on a CPU."""
 
+import json
 import math
 import os
 import runpy
@@ -8,7 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
+import torch
+import torch.nn.functional as F
+from submission_runs import narrow
+
+from train.recipes import load_recipe
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # a script that runs with these words in front of it cannot import golf_kernels, wherever it is installed
@@ -64,3 +71,35 @@ def test_a_script_that_needs_the_package_or_computes_something_else_fails(tmp_pa
 def test_every_example_is_run_here() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names == {"muon_nanogpt", "fused_head_train_gpt", "paste_triton"}
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = json.loads((EXAMPLES / "golf_kernels.ipynb").read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    # no window opens
+    matplotlib.use("agg")
+    small = vars(narrow(dataset, tmp_path, 1, code_form="plain"))
+    names: dict[str, Any] = {}
+    for cell in cells:
+        exec("".join(cell["source"]), names)
+        if "SETTINGS" in names and "config" not in names:
+            assert load_recipe("quickstart").config(**names["SETTINGS"]).iterations == 200
+            names["SETTINGS"] = {
+                name: value for name, value in small.items() if name not in ("recipe", "run_id", "runs_dir")
+            }
+    assert names["run"].artifact.is_file() and str(names["run"].path).startswith("runs/notebook_")
+    assert [step for step, _ in names["training"]][-1] == names["config"].iterations
+    assert names["validation"][-1][1] < names["validation"][0][1]
+    assert names["sample"].startswith("def")
+    truth = F.cross_entropy(
+        30 * torch.tanh(names["hidden"].double() @ names["weight"].double().T / 30), names["targets"]
+    ).item()
+    assert [loss for loss, _ in names["compared"].values()] == pytest.approx([truth, truth], rel=1e-5)
+    assert len(names["axes"].lines) == 2
