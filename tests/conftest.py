@@ -32,7 +32,7 @@ else:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and "slow" not in config.getoption("-m"):
-            item.add_marker(pytest.mark.skip(reason="takes a quarter of an hour: pytest -m slow"))
+            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m slow"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 

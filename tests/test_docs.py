@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from documents import commands, fences
 from pipeline_runs import flags
 from submission_runs import narrow
 from torch.distributed.run import get_args_parser
@@ -38,6 +39,7 @@ DOCUMENTS = [
     "docs/kernels.md",
     "docs/library.md",
     "docs/benchmarks.md",
+    "docs/8xh100.md",
 ]
 DOCUMENTS += ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/log.md"]
 TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
@@ -84,6 +86,8 @@ NEEDS_NETWORK = {
     "pip install 'golf-kernels[loggers]'": "downloads tensorboard and wandb",
     "pip install 'golf-kernels[sweep]'": "downloads Optuna and submitit",
     "pip install '.[train]'": "downloads what the trainer needs",
+    "docker build -t golf_kernels .": "downloads CUDA and torch; tests/test_rent.py checks what the Dockerfile names",
+    "docker run --gpus all --shm-size=16g -it golf_kernels": "needs a GPU and the image",
     "pre-commit install": "downloads ruff's hook",
 }
 NEEDS_NETWORK |= {
@@ -98,20 +102,6 @@ NEEDS_NETWORK |= {
 
 class Parsed(BaseException):
     """A command's arguments have been read, and nothing has been done."""
-
-
-def fences(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-
-
-def commands(text: str) -> list[str]:
-    """The commands of a document: each line of its blocks, without comments, and what stands in a line as code."""
-    found = [line for block in fences(text, "sh") for line in block.replace("\\\n", " ").splitlines()]
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    found += re.findall(r"`((?:python -m|torchrun|pip install|make|golf) [^`]+)`", prose)
-    lines = (shlex.split(line, comments=True) for line in found)
-    joined = (shlex.join(words).replace("'&&'", "&&") for words in lines if words)
-    return list(dict.fromkeys(command for line in joined for command in line.split(" && ")))
 
 
 COMMANDS = list(dict.fromkeys(command for text in TEXTS.values() for command in commands(text)))
@@ -191,6 +181,13 @@ def parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return
+    if words[:2] == ["bash", "examples/rent_8xh100.sh"]:
+        plan = ["--dry-run", *words[2:]]
+        done = subprocess.run(
+            ["bash", ROOT / words[1], *plan], env={**os.environ, "PYTHON": sys.executable}, stderr=subprocess.PIPE
+        )
+        assert done.returncode == 0, done.stderr
+        return
     if words[0] == "torchrun":
         launched = get_args_parser().parse_args(words[1:])
         assert launched.module, f"{command}: expected -m MODULE"
@@ -267,6 +264,7 @@ def test_no_table_holds_a_command_that_no_document_has() -> None:
         "golf sweep --set matrx_lr=0.02,0.04",
         "golf eval runs/mine --strid 3 --nothing",
         "rm -rf runs",
+        "bash examples/rent_8xh100.sh --seed 42",
     ],
 )
 def test_a_wrong_command_is_seen(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
