@@ -16,7 +16,7 @@ TRAIN_MAY_NOT = {"triton", "benchmarks", "tests", "setup"}
 # the rooms of train from the lowest to the highest: a folder, or a file at its top; none imports from a higher one
 ROOMS = (
     "common", "config", "recipes", "command_line", "single_file", "run", "data", "model", "optimize", "checkpoint", "quantize",
-    "artifact", "evaluate", "generate", "export", "loop", "describe", "submission", "pipeline", "train_gpt", "sweep", "__main__",
+    "artifact", "evaluate", "generate", "export", "loop", "describe", "submission", "runs", "pipeline", "train_gpt", "sweep", "__main__",
 )  # fmt: skip
 MOST_AT_THE_TOP = 9
 COMPILED = "golf_kernels._C"

@@ -78,6 +78,18 @@ class RunFolder:
             return False
         return not self.metrics.exists() or b'"kind": "train"' not in self.metrics.read_bytes()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a process trains or quantizes the run now; False where the file system has no locks."""
+        try:
+            with open(self.path / ".lock", "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
     def read_config(self) -> Config:
         """Read the settings of the run. A setting that config.json lacks gets its default.
 

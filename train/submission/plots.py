@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,32 @@ def plot_bpb(path: str | os.PathLike[str], records: list[dict[str, Any]], summar
         for label, value, color, style in levels:
             axis.axhline(value, color=color, linestyle=style, linewidth=1.2, label=label)
         _limit(axis, [*(point[2] for point in val), *(level[1] for level in levels)])
+    _legend_below(figure, panels[1], columns=2)
+    _save(figure, path)
+
+
+def plot_runs(
+    path: str | os.PathLike[str], title: str, curves: Mapping[str, Points], scores: Sequence[float | None]
+) -> None:
+    """Draw the validations of runs over steps and over seconds, one color per run.
+
+    Args:
+        path: the PNG.
+        title: the title.
+        curves: name of a run → its validations during training; at least one has a point.
+        scores: the artifact's score of each run, a dotted line; None: no score.
+    """
+    figure, panels = _two_panels(title, "bits per byte")
+    for axis, column in zip(panels, (0, 1), strict=True):
+        for (name, points), score, color in zip(curves.items(), scores, (BLUE, VERMILION), strict=True):
+            # a dollar sign would begin a formula
+            label = name.replace("$", r"\$")
+            if points:
+                _curve(axis, points, column, **MEASURED | {"color": color, "label": label})
+            if score is not None:
+                axis.axhline(score, color=color, linestyle=":", linewidth=1.2, label=f"{label}, artifact: {score:.4f}")
+        values = [point[2] for points in curves.values() for point in points]
+        _limit(axis, [*values, *(score for score in scores if score is not None)])
     _legend_below(figure, panels[1], columns=2)
     _save(figure, path)
 

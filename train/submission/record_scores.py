@@ -159,8 +159,12 @@ def scored_text(submission: Mapping[str, Any]) -> ScoredText | None:
     tokens = int(min(scored, whole) if is_number(scored) else whole)
     window = int(length) if is_number(length) and length >= 1 else 1
     digest = tokenizer.get("sha256") if isinstance(tokenizer, dict) else None
-    challenge = any(abs(tokens - known) < window for known, _ in TEXTS.values())
-    return ScoredText(challenge, tokens, window, digest if isinstance(digest, str) else "")
+    return ScoredText(challenge_text(tokens, window), tokens, window, digest if isinstance(digest, str) else "")
+
+
+def challenge_text(tokens: int, window: int) -> bool:
+    """Whether a text of so many scored tokens is the challenge's; the tokens after the last full window may be missing."""
+    return any(abs(tokens - known) < window for known, _ in TEXTS.values())
 
 
 def _from_json(name: str, source: Path, submission: Mapping[str, Any]) -> RecordScores:

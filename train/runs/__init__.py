@@ -1,0 +1,1 @@
+"""Lists, shows, compares and deletes runs."""

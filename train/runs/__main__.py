@@ -1,0 +1,157 @@
+"""`python -m train.runs` lists runs, shows one, compares two, deletes runs, or opens the dashboard."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import webbrowser
+from pathlib import Path
+
+from train.common.errors import UserError, main_guard
+from train.common.wording import counted
+from train.config import Config
+from train.run.folder import RunFolder
+from train.runs.read import find_folders, read_run
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from train.runs.table import runs_table
+
+    folders, others = find_folders(arguments.folder or _runs_dir())
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(runs_table(folders, width) if folders else f"{arguments.folder or _runs_dir()}: no run in it")
+    if others:
+        print(f"folders without a config.json: {', '.join(others)}")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from train.runs.table import run_page
+
+    print(run_page(read_run(_find(arguments.run))))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from train.runs.compare import compare_runs
+
+    a, b = _find(arguments.a), _find(arguments.b)
+    picture = arguments.out or a.path.parent / f"{a.path.name}_vs_{b.path.name}.png"
+    if not picture.parent.is_dir():
+        raise UserError(f"--out: the folder {picture.parent} does not exist: create it first")
+    print(compare_runs(read_run(a), read_run(b), picture))
+
+
+def _remove(arguments: argparse.Namespace) -> None:
+    folders = [_find(name) for name in arguments.run]
+    for folder in folders:
+        if folder.path.is_symlink():
+            raise UserError(f"{folder.path}: is a link: delete the link and the folder that it names yourself")
+        # locked, so that no process trains it or scores it
+        with folder.held():
+            sizes = [path.lstat().st_size for path in folder.path.rglob("*") if not path.is_dir()]
+            question = f"delete {folder.path} ({counted(len(sizes), 'file')}, {sum(sizes):,} bytes)? [y/N] "
+            if not arguments.yes and not _confirmed(question):
+                print(f"kept {folder.path}")
+                continue
+            # renamed first: a kill leaves no run with half of its files
+            gone = folder.path.with_name(f".{folder.path.name}.{os.getpid()}.part")
+            os.rename(folder.path, gone)
+            shutil.rmtree(gone)
+        print(f"deleted {folder.path}")
+
+
+def _open(arguments: argparse.Namespace) -> None:
+    from train.submission.dashboard import write_dashboard
+
+    folder = arguments.folder or _runs_dir()
+    out = folder / "dashboard.html"
+    runs, problems = write_dashboard([folder], out)
+    for problem in problems:
+        print(f"not shown: {problem}")
+    url = out.resolve().as_uri()
+    print(f"{counted(len(runs), 'run')}: {url}" if webbrowser.open(url) else f"no browser found: open {url} in one")
+
+
+def _confirmed(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        print()
+        return False
+
+
+def _runs_dir() -> Path:
+    return Path(os.environ.get("RUNS_DIR") or Config.runs_dir)
+
+
+def _find(name: str) -> RunFolder:
+    """The run folder of this name in the folder of runs, or at this path."""
+    inside = _runs_dir() / name
+    folder = RunFolder(inside if inside.is_dir() else Path(name))
+    folder.need_run()
+    return folder
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.runs",
+        description="List runs; without a command, those of runs/ (or RUNS_DIR).",
+        epilog="examples:\n"
+        "  python -m train.runs\n"
+        "  python -m train.runs show mine\n"
+        "  python -m train.runs compare mine seed42\n\n"
+        "`python -m train.runs COMMAND --help` explains a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=_list, folder=None)
+    commands = parser.add_subparsers(metavar="COMMAND")
+
+    def command(name: str, help: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=help,
+            description=f"{help[0].upper()}{help[1:]}.",
+            epilog=f"example:\n  python -m train.runs {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    a_run = "name of a folder in runs/ (or RUNS_DIR), or path of a run folder"
+    one = command(
+        "list", "print score, text, steps, seconds, bytes and what differs from the recipe", "list runs/sweep"
+    )
+    one.add_argument("folder", metavar="FOLDER", type=Path, nargs="?", help="folder with run folders [runs]")
+    one.set_defaults(command=_list)
+
+    one = command("show", "print a run's numbers, the settings that differ from its recipe, and its files", "show mine")
+    one.add_argument("run", metavar="RUN", help=a_run)
+    one.set_defaults(command=_show)
+
+    one = command(
+        "compare", "print what differs between two runs, and draw their curves into a PNG", "compare mine seed42"
+    )
+    one.add_argument("a", metavar="A", help=a_run)
+    one.add_argument("b", metavar="B", help=a_run)
+    one.add_argument("--out", type=Path, help="the PNG [A_vs_B.png beside A]")
+    one.set_defaults(command=_compare)
+
+    one = command("rm", "delete runs after a question; a run that a process uses is refused", "rm mine")
+    one.add_argument("run", metavar="RUN", nargs="+", help=a_run)
+    one.add_argument("--yes", action="store_true", help="do not ask")
+    one.set_defaults(command=_remove)
+
+    one = command("open", "write the dashboard of all runs and open it in a browser", "open")
+    one.add_argument("folder", metavar="FOLDER", type=Path, nargs="?", help="folder with run folders [runs]")
+    one.set_defaults(command=_open)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command."""
+    arguments = _parser().parse_args(argv)
+    arguments.command(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,119 @@
+"""Reads what a table shows of a run, whatever state the run is in."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.common.errors import UserError
+from train.common.values import ConfigError, format_value
+from train.config import LOCAL, Config
+from train.recipes import load_recipe
+from train.run.folder import RunFolder, changed_settings
+from train.run.logger import read_metrics, series
+from train.submission.record_scores import is_number
+from train.submission.summary import Summary
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, finished or not.
+
+    Attributes:
+        folder: the run folder.
+        config: the run's settings.
+        status: "finished", "running" (a process trains or quantizes it), "trained" (but not scored) or "interrupted".
+        summary: its numbers; None: the artifact has no score.
+        curve: (step, seconds, bits per byte) of each validation during training.
+        steps: number of steps, the last logged one if training has not finished.
+        seconds: training clock at that step.
+    """
+
+    folder: RunFolder
+    config: Config
+    status: str
+    summary: Summary | None
+    curve: Sequence[tuple[int, float, float]]
+    steps: int
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        """Name of the dataset whose validation text is scored, and the scored bytes."""
+        name = Path(self.config.data_path).name or "-"
+        return f"{name} ({self.summary.bytes:,} B)" if self.summary else name
+
+    @property
+    def differences(self) -> list[str]:
+        """The settings that differ from the recipe, as `name=value`, the seed included."""
+        try:
+            base = load_recipe(self.config.recipe).config()
+        except ConfigError:
+            return [f"no recipe {self.config.recipe} here"]
+        changed = changed_settings(base, self.config, free=LOCAL - {"seed"})
+        return [f"{name}={text_of(value)}" for name, _, value in changed]
+
+
+def read_run(folder: RunFolder) -> Run:
+    """Read a run.
+
+    Raises:
+        UserError: a file is missing, unreadable or damaged; the message is one line.
+    """
+    try:
+        # a removed setting is no news here
+        with warnings.catch_warnings(action="ignore"):
+            config = folder.read_config()
+        summary = Summary.read(folder.summary) if folder.summary.exists() else None
+        records = read_metrics(folder.metrics) if folder.metrics.exists() else []
+        curve, steps, seconds = _progress(folder, records)
+        status = "running" if folder.is_busy else "finished" if summary else "interrupted"
+        if status == "interrupted" and folder.is_trained:
+            status = "trained"
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+    except UserError as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if summary:
+        steps, seconds = summary.steps, summary.train_seconds
+    return Run(folder, config, status, summary, curve, steps, seconds)
+
+
+def _progress(folder: RunFolder, records: list[dict[str, Any]]) -> tuple[list[tuple[int, float, float]], int, float]:
+    points = [record for record in records if record["kind"] in ("train", "val", "resume")]
+    for record in points:
+        if not all(is_number(record.get(name)) for name in ("step", "seconds")):
+            raise UserError(f"{folder.metrics}: a {record['kind']} record without step and seconds: restore the file")
+    if not all(is_number(record.get("val_bpb") or 0) for record in points):
+        raise UserError(f"{folder.metrics}: val_bpb: expected a number: restore the file")
+    step, seconds = (points[-1]["step"], points[-1]["seconds"]) if points else (0, 0.0)
+    return series(records, "val", "val_bpb"), step, seconds
+
+
+def find_folders(path: Path) -> tuple[list[RunFolder], list[str]]:
+    """Find the run folders inside `path`, or `path` itself if it is one, and the names of other folders inside.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder: python -m train makes run folders below runs/")
+    if (path / "config.json").exists():
+        return [RunFolder(path)], []
+    # hidden folders are unfinished ones
+    inside = sorted(item for item in path.iterdir() if item.is_dir() and not item.name.startswith("."))
+    runs = [RunFolder(item) for item in inside if (item / "config.json").exists()]
+    return runs, [printable(item.name) for item in inside if not (item / "config.json").exists()]
+
+
+def text_of(value: Any) -> str:
+    """A setting's value, as `Config.to_dict` returns it, as text."""
+    return format_value(tuple(value) if isinstance(value, list) else value) or "empty"
+
+
+def printable(text: str) -> str:
+    """The text, escaped if it does not fit on one line."""
+    return text if text.isprintable() else ascii(text)
