@@ -48,6 +48,9 @@ TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
 RUN = {
     "python -m train --recipe quickstart --run_id mine --checkpoint_every 50": 0,
     "python -m train --run_id mine --resume auto": 0,
+    "python -m train.runs": 0,
+    "python -m train.runs show mine": 0,
+    "python -m train.runs compare seed42 seed314": 0,
     "python -m train.quantize runs/mine --matrix_clip_sigmas 10 --out k10.golf": 0,
     "python -m train.artifact diff runs/mine/model.golf k10.golf": 1,
     "python -m train.evaluate runs/mine --stride 32": 0,
