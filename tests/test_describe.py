@@ -47,6 +47,27 @@ def test_published_steps_saw_the_published_tokens(name: str, tokens: int) -> Non
     assert recipe.published["steps"] * recipe.config().train_batch_tokens == tokens
 
 
+def test_the_frontiers_counts_are_reached_by_settings_alone() -> None:
+    settings: dict[str, object] = {
+        "ve_dim": 0,
+        "ve_layers": (),
+        "skip_rows": 8,
+        "num_loops": 2,
+        "parallel_start_layer": -1,
+    }
+    counts = []
+    for more in (
+        {},  # #1493
+        {"parallel_start_layer": 8, "parallel_form": "routed"},  # #1530
+        {"head_gate": True},  # #1787
+        {"smear_gate": "document"},  # #1855
+        {"softcap_params": 2},  # #1945, #1953, #2014, #2135
+    ):
+        settings |= more
+        counts.append(describe(load_recipe("sp8192_sdclip").config(**settings), {})["parameters"])
+    assert counts == [35_944_536, 35_944_602, 35_945_658, 35_945_671, 35_945_673]
+
+
 def test_smear_bigram_with_float16_embedding_has_the_other_published_size() -> None:
     facts = describe(load_recipe("sp1024_smear_bigram").config(tied_embed_bits=16), {})
     assert facts["container_bytes"] == 20_415_618

@@ -89,15 +89,15 @@ class Config:
         1024, "longest sequence that uses rope_base as it is; for longer ones NTK scaling raises the base", low=1
     )
     rotary_table: str = setting(
-        "exact", "rounding of the rotary table up to rope_train_seq_len; bf16: of positions, frequencies, cosines, sines",
-        choices=("exact", "bf16", "bf16_frequencies"),
-    )  # fmt: skip
+        "exact", "rounding of the rotary table up to rope_train_seq_len", choices=("exact", "bf16", "bf16_frequencies")
+    )
     qk_gain_init: float = setting(1.5, "initial gain of each query head, after the QK norm")
     logit_softcap: float = setting(30.0, "cap of the logits: they become cap * tanh(logits / cap)", low=1e-3)
     embed_dtype: str = setting("bfloat16", "dtype of embeddings and their moments", choices=("bfloat16", "float32"))
     orthogonal_init: bool = setting(False, "initialize matrices orthogonally, not Kaiming-uniformly")
     ln_scale: bool = setting(False, "scale the norms of layer l by 1/sqrt(l + 1)")
     xsa_last_n: int = setting(0, "last n layers subtract the value direction from attention's output (XSA)", low=0)
+    head_gate: bool = setting(False, "sigmoid gates on attention's heads, computed from 12 channels (#1787)")
     smear_gate: str = setting(
         "off", "blend each token with the previous one; document: only inside documents",
         choices=("off", "published", "document"),
@@ -107,17 +107,15 @@ class Config:
     trigram: bool = setting(False, "also hash trigrams into the bigram table and add their rows")
     ve_dim: int = setting(0, "width of the shared value embedding; 0: none", low=0, high=65536)
     ve_layers: tuple[int, ...] = setting((), "layers that add the value embedding to their values")
-    embed_proj: str = setting(
-        "always", "project bigrams and value embeddings; needed: only if their width differs from the one that they are added to",
-        choices=("always", "needed"),
-    )  # fmt: skip
+    embed_proj: str = setting("always", "project embeddings; needed: if widths differ", choices=("always", "needed"))
     ve_proj_optimizer: str = setting("muon", "optimizer of the value embedding's projection", choices=("muon", "adamw"))
     skip_rows: int = setting(0, "most U-Net skips with weights; 0: half of num_layers", low=0, high=1024)
     skip_gates: bool = setting(False, "sigmoid gates on the U-Net skips")
     parallel_start_layer: int = setting(-1, "first layer with attention and MLP in parallel; -1: none", low=-1)
     parallel_form: str = setting(
-        "gptj", "gptj: parallel attention and MLP share their input; lanes: each has a residual stream, merged at the end",
-        choices=("gptj", "lanes"),
+        "gptj", "gptj: parallel attention and MLP share their input; lanes: each has a residual stream, merged at the end; "
+        "routed: lanes that both take both outputs",
+        choices=("gptj", "lanes", "routed"),
     )  # fmt: skip
     recur_layers: tuple[int, ...] = setting((), "layers that run again")
     num_loops: int = setting(1, "further runs of recur_layers", low=1, high=1024)
@@ -126,10 +124,9 @@ class Config:
         choices=("unroll", "blend"),
     )  # fmt: skip
     recur_start_step: int = setting(0, "first step with recurrence", low=0)
-    recur_start_frac: float = setting(
-        0.0, "fraction of training without recurrence; 0: use recur_start_step", low=0.0, high=1.0
-    )
+    recur_start_frac: float = setting(0.0, "fraction without recurrence; 0: use recur_start_step", low=0.0, high=1.0)
     recur_scale_params: int = setting(0, "unused vectors added to the parameters; #1392 has 2", low=0, high=1024)
+    softcap_params: int = setting(0, "unused softcaps added to the parameters; #1945 has 2", low=0, high=1024)
 
     # optimization
     iterations: int = setting(20000, "steps, unless the wall clock ends training first", low=1)
@@ -141,9 +138,7 @@ class Config:
         0.0, "fraction of training with learning-rate decay; 0: use warmdown_iters", low=0.0, high=1.0
     )
     warmdown_by: str = setting(
-        "clock",
-        "what the learning rate follows; clock: the wall-clock limit, if there is one",
-        choices=("clock", "steps"),
+        "clock", "what the schedules follow; clock: the wall-clock limit, if there is one", choices=("clock", "steps")
     )
     matrix_lr: float = setting(0.04, "learning rate of the matrices (Muon)", low=0.0)
     tied_embed_lr: float = setting(0.05, "learning rate of the embeddings (AdamW)", low=0.0)
@@ -172,10 +167,7 @@ class Config:
     swa_every: int = setting(200, "steps between the weights that SWA averages", low=1)
     swa_start_frac: float = setting(0.5, "fraction of the peak learning rate at which SWA starts", low=0.0, high=1.0)
     qat: bool = setting(False, "train with fake-quantized int6 matrices and straight-through gradients")
-    qat_dtype: str = setting(
-        "float32", "what qat rounds; float32: the weights; compute: their copies in the compute dtype",
-        choices=("float32", "compute"),
-    )  # fmt: skip
+    qat_dtype: str = setting("float32", "dtype of the weights that qat rounds", choices=("float32", "compute"))
 
     # quantization and artifact
     quantizer: str = setting("gptq", "rounding of the matrices; rtn: to nearest", choices=("gptq", "rtn"))

@@ -191,6 +191,21 @@ def test_windows_that_share_layer_0_equal_windows_alone(system: str, recurrence:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+def test_head_gates_and_routed_lanes_share_and_skip_rows() -> None:
+    config = narrow_config(
+        "sp8192", head_gate=True, parallel_start_layer=8, parallel_form="routed", num_loops=2, skip_rows=8
+    )
+    model, text = random_model(config), random_ids(config, rows=1, length=24)[0]
+    windows = text.unfold(0, 15, 3)
+    whole = model.hidden(windows, recurrence=True)[:, 11:]
+    options = {"recurrence": True, "rows_from": 11}
+    torch.testing.assert_close(model.hidden(windows, **options), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        model.overlapping_hidden(text, windows=4, stride=3, **options), whole, rtol=0, atol=1e-12
+    )
+
+
 @pytest.mark.parametrize("system", sorted(SYSTEMS))
 def test_pruned_model_compiles_into_one_graph(system: str) -> None:
     torch._dynamo.reset()

@@ -84,6 +84,13 @@ def test_three_passes_and_eight_skips_are_those_of_1493() -> None:
     assert looped == ([0, 1, 2, 3, 4, 5, 4], [5, 4, 5, 6, 7, 8, 9, 10])
 
 
+def test_routed_lanes_take_skips() -> None:
+    config = SP8192.replace(num_loops=2, skip_rows=8, parallel_start_layer=8, parallel_form="routed")
+    assert taken(config, recurrence=False)[-2:] == [(3, 1, 8), (4, 0, 9)]
+    assert taken(config, recurrence=True)[-2:] == [(6, 1, 8), (7, 0, 9)]
+    assert [step.form for step in make_plan(config, recurrence=True)] == ["serial"] * 14 + ["routed"] * 3
+
+
 @pytest.mark.parametrize(("recur", "order"), [((4, 5), "0 1 2 3 4 5 4 5 6 7 8 9 10"), ((0,), "0 0 1 2 3 4 5 6 7 8 9 10"), ((10,), "0 1 2 3 4 5 6 7 8 9 10 10")])  # fmt: skip
 def test_any_run_of_layers_is_repeated_behind_itself(recur: tuple[int, ...], order: str) -> None:
     config = Config(num_layers=11, recur_layers=recur)

@@ -40,7 +40,7 @@ _HEADER_FIELDS = (
     "rope_base", "rope_dims", "rope_train_seq_len", "norm_eps", "logit_softcap", "embed_dtype", "ln_scale", "xsa_last_n",
     "smear_gate", "bigram_vocab_size", "bigram_dim", "trigram", "ve_dim", "ve_layers", "unet_skips", "skip_gates",
     "parallel_start_layer", "parallel_form", "recur_layers", "recur_form", "recur_scale_params", "rotary_table",
-    "embed_proj", "skip_rows", "num_loops",
+    "embed_proj", "skip_rows", "num_loops", "head_gate", "softcap_params",
 )  # fmt: skip
 # former settings: the header still has them, each with the only value that is left
 _FIXED_FIELDS = {"norm_eps": NORM_EPS, "unet_skips": True}
@@ -209,6 +209,7 @@ def _check_size(path: str | os.PathLike[str], artifact: Artifact) -> None:
         config.ve_dim,
         config.recur_scale_params,
         config.skip_rows,
+        config.softcap_params,
     ]
     if config.bigram_vocab_size:
         widths += [config.bigram_vocab_size, config.bigram_dim]

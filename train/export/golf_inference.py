@@ -89,11 +89,18 @@ def add_weights(model: nn.Module, c: Any) -> None:
     for _ in range(c.num_layers):
         block = Weights(resid_mix=(2, d), attn_scale=(d,), mlp_scale=(d,))
         block.attention = Weights(query=(d, d), key=(kv, d), value=(kv, d), output=(d, d), q_gain=(c.num_heads,))
+        if c.head_gate:
+            block.attention.gate = nn.Parameter(torch.empty(c.num_heads, min(12, d)))
         block.mlp = Weights(up=(int(d * c.mlp_mult), d), down=(d, int(d * c.mlp_mult)))
         blocks.append(block)
     model.blocks = blocks
     if c.parallel_start_layer >= 0 and c.parallel_form == "lanes":
         model.lane_mix = nn.Parameter(torch.empty(()))
+    if c.parallel_start_layer >= 0 and c.parallel_form == "routed":
+        model.lane_resid = nn.Parameter(torch.empty(c.num_layers, 2))
+        model.lane_post = nn.Parameter(torch.empty(c.num_layers, 2, 2))
+    if c.softcap_params:
+        model.softcaps = nn.Parameter(torch.empty(c.softcap_params))
     if c.recur_scale_params:
         model.recur_scales = nn.Parameter(torch.empty(c.recur_scale_params, d))
 
@@ -118,15 +125,13 @@ def golf_logits(model: Any, c: Any, ids: Tensor) -> Tensor:
     rotary = rotary_table(c, ids.shape[1], x0)
 
     def attended(x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """The layer's mixed input h, and h with attention's output."""
+        """The layer's mixed input h, and attention's output."""
         block, extra = model.blocks[layer], None
         h = block.resid_mix[0] * x + block.resid_mix[1] * x0
         if values is not None and layer in c.ve_layers:
             extra = model.ve.layer_scales[list(c.ve_layers).index(layer)] * values
         xsa = layer >= c.num_layers - c.xsa_last_n
-        return h, h + block.attn_scale * attention(
-            block.attention, c, gain(c, layer) * rms(h), rotary, mask, extra, xsa
-        )
+        return h, block.attn_scale * attention(block.attention, c, gain(c, layer) * rms(h), rotary, mask, extra, xsa)
 
     def mlp(x: Tensor, layer: int) -> Tensor:
         block = model.blocks[layer]
@@ -138,8 +143,8 @@ def golf_logits(model: Any, c: Any, ids: Tensor) -> Tensor:
         return bool(0 <= c.parallel_start_layer <= layer and c.parallel_form == form)
 
     def run(x: Tensor, layer: int) -> Tensor:
-        h, u = attended(x, layer)
-        return u + mlp(h if parallel(layer, "gptj") else u, layer)
+        h, y = attended(x, layer)
+        return h + y + mlp(h if parallel(layer, "gptj") else h + y, layer)
 
     # the order of the layers: some run again, as a group, and the decoder begins in the middle
     order, repeated = list(range(c.num_layers)), list(c.recur_layers)
@@ -155,7 +160,9 @@ def golf_logits(model: Any, c: Any, ids: Tensor) -> Tensor:
             weight = model.recur_scales[repeat] if repeat < c.recur_scale_params else 0.5
             x = x + weight * (run(x, layer) - x)
     for row, layer in enumerate(order[middle:]):
-        if row < (c.skip_rows or c.num_layers // 2) and saved and lane is None:
+        if lane is None and parallel(layer, "routed"):
+            lane = x
+        if row < (c.skip_rows or c.num_layers // 2) and saved and (lane is None or c.parallel_form == "routed"):
             skip = model.skips.weights[row] * saved.pop()
             if c.skip_gates:
                 x = skip + torch.sigmoid(model.skips.gates[row]) * (x - skip)
@@ -165,9 +172,16 @@ def golf_logits(model: Any, c: Any, ids: Tensor) -> Tensor:
             lane = x
         if lane is None:
             x = run(x, layer)
+            continue
+        (h, y), m = attended(x, layer), mlp(lane, layer)
+        if c.parallel_form == "lanes":
+            x, lane = h + y, lane + m
         else:
-            x, lane = attended(x, layer)[1], lane + mlp(lane, layer)
-    if lane is not None:
+            r, p = model.lane_resid[layer], model.lane_post[layer]
+            x, lane = r[0] * x + p[0, 0] * y + p[1, 0] * m, r[1] * lane + p[0, 1] * y + p[1, 1] * m
+    if lane is not None and c.parallel_form == "routed":
+        x = 0.5 * (x + lane)
+    elif lane is not None:
         x = lane + model.lane_mix * (x - lane)
     logits = F.linear(rms(x), model.embedding.weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -215,6 +229,8 @@ def attention(
         # exclusive: without the direction of the position's own value
         direction = F.normalize(value, dim=-1)
         y = y - (y * direction).sum(-1, keepdim=True) * direction
+    if c.head_gate:
+        y = y * torch.sigmoid(0.5 * F.linear(x[..., : w.gate.shape[1]], w.gate))[..., None]
     return F.linear(y.flatten(2), w.output)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from golf_kernels.qk_norm_rope import qk_norm_rope
@@ -20,6 +21,10 @@ from train.model.norm import NORM_EPS, rms_norm
 from train.model.rope import rotate
 
 Rotary = tuple[Tensor, Tensor]
+# channels of the normed input that the head gates read, and the factor on their sum (#1787)
+_GATE_CHANNELS = 12
+_GATE_SCALE = 0.5
+
 Heads = tuple[Tensor, Tensor, Tensor]
 """Queries `(B, R, H, D)` of the last R positions, keys `(B, T, H_kv, D)` and values `(B, T, H_kv, D)`."""
 
@@ -63,7 +68,8 @@ class Attention(OperatorModule):
     """The attention of one layer, from the normed input to the output projection.
 
     After the projections: q ← rms(q) and k ← rms(k) per head; RoPE; q ← q · q_gain[head]; causal attention; XSA in the
-    last `xsa_last_n` layers; output projection.
+    last `xsa_last_n` layers; with `head_gate` y ← σ(0.5 G x[:12]) · y per head; output projection. G `(H, 12)` is
+    initially 0. If d < 12, the gates read all d channels of x.
     """
 
     def __init__(self, config: Config, layer: int) -> None:
@@ -74,6 +80,7 @@ class Attention(OperatorModule):
         self.value = matrix(config.kv_dim, dim, orthogonal=orthogonal)
         self.output = zero_matrix(dim, dim)
         self.q_gain = constant(config.qk_gain_init, config.num_heads)
+        self.gate = constant(0.0, config.num_heads, min(_GATE_CHANNELS, dim)) if config.head_gate else None
         self.head_dim = config.head_dim
         self.xsa = layer >= config.num_layers - config.xsa_last_n
         self.qat = config.fake_quantization
@@ -113,15 +120,16 @@ class Attention(OperatorModule):
         documents: Documents | None = None,
         past: KeyValues | None = None,
         scale: Tensor | None = None,
+        gating: Tensor | None = None,
     ) -> Tensor:
-        """Rotate the result of `heads`, attend, apply XSA and the output projection. Returns `(B, R, d)`.
+        """Rotate the result of `heads`, attend, apply XSA, head gates and the output projection. Returns `(B, R, d)`.
 
-        Arguments besides `heads` as for `forward`.
+        `gating` `(B, R, d)` is the normed input, from which the head gates are computed. Other arguments as for `forward`.
         """
         query, key, value = heads
         (cosine, sine), first = rotary, key.shape[1] - query.shape[1]
         query = rotate(query, (cosine[first:], sine[first:])) * self.q_gain.to(query.dtype)[:, None]
-        return self.output_of((query, rotate(key, rotary), value), documents, past, scale)
+        return self.output_of((query, rotate(key, rotary), value), documents, past, scale, gating)
 
     def output_of(
         self,
@@ -129,6 +137,7 @@ class Attention(OperatorModule):
         documents: Documents | None = None,
         past: KeyValues | None = None,
         scale: Tensor | None = None,
+        gating: Tensor | None = None,
     ) -> Tensor:
         """The steps of `attend` after the rotation. The queries of `heads` are rotated and multiplied by the gain."""
         query, key, value = heads
@@ -138,6 +147,9 @@ class Attention(OperatorModule):
         if self.xsa:
             own = value[:, key.shape[1] - query.shape[1] :]
             output = xsa_formula(output, own) if "xsa" in self.written_out else xsa(output, own)
+        if self.gate is not None and gating is not None:
+            logits = F.linear(gating[..., : self.gate.shape[1]], self.gate.to(gating.dtype))
+            output = output * torch.sigmoid(_GATE_SCALE * logits)[..., None]
         return linear(output.flatten(-2), self.output, scale=scale, fake_quantize=fake_quantize)
 
     def forward(
@@ -164,8 +176,8 @@ class Attention(OperatorModule):
         """
         # the operator rotates queries and keys by the same table, so both must cover the same positions
         if rows_from:
-            return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past, scale)
+            return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past, scale, x[:, rows_from:])
         query, key, value = self.project(x, extra_value)
         norm_and_rotate = qk_norm_rope_formula if "qk_norm_rope" in self.written_out else qk_norm_rope
         query, key = norm_and_rotate(query, key, *rotary, self.q_gain, eps=NORM_EPS)
-        return self.output_of((query, key, value), documents, past, scale)
+        return self.output_of((query, key, value), documents, past, scale, x)

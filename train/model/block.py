@@ -29,11 +29,13 @@ class BlockInputs(NamedTuple):
 
 
 class Block(OperatorModule):
-    """One layer in one of three published variants:
+    """One layer in one of four published variants:
 
     serial: h = m₀⊙x + m₁⊙x0; u = h + a⊙Attn(n(h)); x ← u + b⊙MLP(n(u))
     gptj (#1392): h = m₀⊙x + m₁⊙x0; x ← h + a⊙Attn(n(h)) + b⊙MLP(n(h))
     lanes (#1471): h = m₀⊙lane0 + m₁⊙x0; lane0 ← h + a⊙Attn(n(h)); lane1 ← lane1 + b⊙MLP(n(lane1))
+
+    routed (#1530): h = m₀⊙lane0 + m₁⊙x0; Y = a⊙Attn(n(h)); M = b⊙MLP(n(lane1)); laneᵢ ← rᵢ laneᵢ + p₀ᵢ Y + p₁ᵢ M
 
     x is the residual stream, and n(x) = g · rms(x). With `ln_scale` g is 1/√(layer + 1), otherwise 1. m is `resid_mix`
     `(2, d)`, initially 1 and 0. a is `attn_scale` `(d,)` and b is `mlp_scale` `(d,)`, both initially 1.
@@ -53,7 +55,8 @@ class Block(OperatorModule):
 
         Positions before `rows_from` only provide keys and values.
         """
-        mixed, attended = self.attend(x, inputs, rows_from)
+        mixed, output = self.attend(x, inputs, rows_from)
+        attended = mixed[:, rows_from:] + output
         return self.feed(mixed[:, rows_from:] if form == "gptj" else attended, residual=attended)
 
     def run_lanes(
@@ -61,7 +64,21 @@ class Block(OperatorModule):
     ) -> tuple[Tensor, Tensor]:
         """Run the variant "lanes" on two lanes `(B, T, d)`. `rows_from` as for `forward`."""
         rows = mlp_lane[:, rows_from:]
-        return self.attend(attention_lane, inputs, rows_from)[1], self.feed(rows, residual=rows)
+        mixed, output = self.attend(attention_lane, inputs, rows_from)
+        return mixed[:, rows_from:] + output, self.feed(rows, residual=rows)
+
+    def run_routed(
+        self, lanes: tuple[Tensor, Tensor], routes: tuple[Tensor, Tensor], inputs: BlockInputs, *, rows_from: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Run the variant "routed" on two lanes `(B, T, d)`, with r `(2,)` and p `(2, 2)`. `rows_from` as for `forward`."""
+        output = self.attend(lanes[0], inputs, rows_from)[1]
+        first, second = (lane[:, rows_from:] for lane in lanes)
+        fed = self.feed(second, residual=torch.zeros_like(second))
+        resid, post = (route.to(first.dtype) for route in routes)
+        return (
+            resid[0] * first + post[0, 0] * output + post[1, 0] * fed,
+            resid[1] * second + post[0, 1] * output + post[1, 1] * fed,
+        )
 
     def mix(self, x: Tensor, x0: Tensor) -> Tensor:
         """Compute h = m₀ ⊙ x + m₁ ⊙ x0."""
@@ -76,19 +93,20 @@ class Block(OperatorModule):
         return mix_rms_norm(x, x0, self.resid_mix, eps=NORM_EPS, gain=self.gain)
 
     def attend(self, x: Tensor, inputs: BlockInputs, rows_from: int = 0) -> tuple[Tensor, Tensor]:
-        """Compute h = m₀ ⊙ x + m₁ ⊙ x0 at all positions, and h + a ⊙ Attn(g · rms(h)) from position `rows_from` on."""
+        """Compute h = m₀ ⊙ x + m₁ ⊙ x0 at all positions, and a ⊙ Attn(g · rms(h)) from position `rows_from` on."""
         x0, rotary, extra_value, documents, heads, past = inputs
         if heads is not None:
             # these queries and keys are normed already
             mixed = self.mix(x, x0)
-            output = self.attention.attend(heads, rotary, documents, past, self.attn_scale)
+            gating = None if self.attention.gate is None else self.normed(mixed)
+            output = self.attention.attend(heads, rotary, documents, past, self.attn_scale, gating)
         else:
             mixed, normed = self.mix_and_norm(x, x0)
             output = self.attention(
                 normed, rotary,
                 extra_value=extra_value, documents=documents, rows_from=rows_from, past=past, scale=self.attn_scale,
             )  # fmt: skip
-        return mixed, mixed[:, rows_from:] + output
+        return mixed, output
 
     def feed(self, x: Tensor, *, residual: Tensor) -> Tensor:
         """Compute residual + b ⊙ MLP(g · rms(x))."""

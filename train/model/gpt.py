@@ -25,6 +25,7 @@ from train.model.skips import UNetSkips
 from train.model.smear import DocumentSmearGate, SmearGate
 
 _BLEND = 0.5
+_LANE_RESID = 1.1
 # from this width on, a step on a CPU with bfloat16 products is faster in bfloat16
 _WIDE = 128
 
@@ -91,6 +92,14 @@ class GPT(nn.Module):
         self.head = Head(config.logit_softcap)
         lanes = any(step.form == "lanes" for step in self.plan)
         self.lane_mix = constant(0.5) if lanes else None
+        self.lane_resid = self.lane_post = None
+        if any(step.form == "routed" for step in self.plan):
+            # as published, layers before the lanes have rows, too
+            self.lane_resid = constant(_LANE_RESID, config.num_layers, 2)
+            self.lane_post = constant(1.0, config.num_layers, 2, 2)
+        # #1945 stores these caps, but never trains them
+        caps = torch.full((config.softcap_params,), config.logit_softcap)
+        self.softcaps = parameter(caps, trained=False) if len(caps) else None
         # #1392 stores these vectors, but never trains them
         scales = torch.full((config.recur_scale_params, dim), _BLEND)
         self.recur_scales = parameter(scales, trained=False) if len(scales) else None
@@ -176,7 +185,7 @@ class GPT(nn.Module):
         """The reason why `overlapping_hidden` would differ from `hidden`, or None if the two agree."""
         if self.smear is not None or self.bigram is not None:
             return "smear gate and bigrams read the previous token, which a window's first token lacks"
-        if self.plan[0].form == "lanes" or len(self.plan) == 1:
+        if self.plan[0].form in ("lanes", "routed") or len(self.plan) == 1:
             return "layer 0 is the first in lanes, or the last"
         return None
 
@@ -205,8 +214,13 @@ class GPT(nn.Module):
         return Shared(BlockInputs(x, rotary, None, documents), values)
 
     def _enter(self, step: Step, lanes: Lanes, saved: dict[int, Tensor]) -> Lanes:
-        """Add the step's skip. At the first layer that runs in lanes, start the MLP's lane as a copy of the stream."""
+        """Add the step's skip. At the first layer that runs in lanes, start the MLP's lane as a copy of the stream.
+
+        The copy is taken after the skip for "lanes" (#1471), and before it for "routed" (#1530).
+        """
         x, mlp_lane = lanes
+        if step.form == "routed" and mlp_lane is None:
+            mlp_lane = x
         if step.skip is not None and self.skips is not None:
             row, source = step.skip
             x = self.skips(x, saved[source], row)
@@ -214,8 +228,10 @@ class GPT(nn.Module):
 
     def _merge(self, lanes: Lanes) -> Tensor:
         x, mlp_lane = lanes
-        if mlp_lane is None or self.lane_mix is None:
+        if mlp_lane is None:
             return x
+        if self.lane_mix is None:
+            return 0.5 * (x + mlp_lane)
         return mlp_lane + self.lane_mix.to(x.dtype) * (x - mlp_lane)
 
     def _inputs(self, layer: int, shared: Shared) -> BlockInputs:
@@ -227,6 +243,9 @@ class GPT(nn.Module):
         block, inputs = self.blocks[step.layer], self._inputs(step.layer, shared)
         if heads is not None:
             inputs = inputs._replace(heads=heads)
+        if lanes.mlp_lane is not None and self.lane_resid is not None and self.lane_post is not None:
+            routes = self.lane_resid[step.layer], self.lane_post[step.layer]
+            return Lanes(*block.run_routed((lanes.x, lanes.mlp_lane), routes, inputs, rows_from=rows_from))
         if lanes.mlp_lane is not None:
             return Lanes(*block.run_lanes(lanes.x, lanes.mlp_lane, inputs, rows_from=rows_from))
         output = block(lanes.x, inputs, form=step.form, rows_from=rows_from)

@@ -11,7 +11,7 @@ class Step(NamedTuple):
     """One run of a layer."""
 
     layer: int  # the physical layer
-    form: str  # "serial", "gptj" or "lanes", see `train.model.block.Block`
+    form: str  # "serial", "gptj", "lanes" or "routed", see `train.model.block.Block`
     skip: tuple[int, int] | None = None  # (row of the skip weights, step whose output is added before the layer runs)
     saves: bool = False  # whether a later step adds this step's output
     blend: int | None = None  # index of a blended repeat, whose output is averaged with its input (#1392)
@@ -40,8 +40,8 @@ def make_plan(config: Config, *, recurrence: bool) -> tuple[Step, ...]:
     """List all layer runs of a forward pass, in order.
 
     The decoder's n-th layer adds the output of the encoder's n-th layer from the end, as long as there are skip
-    weights. After the first layer in lanes there are no more skips (#1471). Only encoder layers have blended repeats; a
-    skip adds the layer's output before its repeat (#1392).
+    weights. After the first layer with `parallel_form` "lanes" there are no more skips (#1471). Only encoder layers have
+    blended repeats; a skip adds the layer's output before its repeat (#1392).
     """
     encoder, decoder = halves(config, recurrence=recurrence)
     blends = recurrence and config.recur_form == "blend"
@@ -53,15 +53,15 @@ def make_plan(config: Config, *, recurrence: bool) -> tuple[Step, ...]:
         steps.append(Step(layer, form))
         if blends and layer in config.recur_layers:
             steps.append(Step(layer, form, blend=config.recur_layers.index(layer)))
-    in_lanes = False
+    in_lanes, has_lanes = False, config.parallel_form in ("lanes", "routed")
     for row, layer in enumerate(decoder):
         skip = None
-        if row < skip_count(config) and stored and not in_lanes:
+        if row < skip_count(config) and stored and not (in_lanes and config.parallel_form == "lanes"):
             skip = (row, stored.pop())
             steps[skip[1]] = steps[skip[1]]._replace(saves=True)
         parallel = _is_parallel(config, layer)
-        in_lanes = in_lanes or (parallel and config.parallel_form == "lanes")
-        form = "lanes" if in_lanes else "gptj" if parallel else "serial"
+        in_lanes = in_lanes or (parallel and has_lanes)
+        form = config.parallel_form if in_lanes or parallel else "serial"
         steps.append(Step(layer, form, skip))
     return tuple(steps)
 

@@ -60,7 +60,7 @@ def plain_graph(model: GPT) -> GPT:
     with torch.device("meta"):
         plain = GPT(model.config.replace(recur_layers=(), parallel_start_layer=-1))
     plain.compute_dtype = model.compute_dtype
-    # the plain model has no lane_mix
+    # the plain model has no parameters of lanes
     own = {name for name, _ in plain.named_parameters()}
     state = {name: tensor for name, tensor in model.state_dict().items() if name in own}
     plain.load_state_dict(state, assign=True)
