@@ -57,7 +57,7 @@ def calibration_flops(config: Config) -> float:
     """FLOPs of calibration per token: the forward pass of all layers, and the second moments of the matrices' inputs.
 
     Second moments are symmetric, so only half of each counts. A layer has four inputs, because queries, keys and values
-    share one. The tied embedding has one more.
+    share one. The tied embedding adds one input to the total.
     """
     dim, runs = config.model_dim, len(make_plan(config, recurrence=bool(config.recur_layers)))
     moments = runs * (3 * dim**2 + config.mlp_hidden**2) + dim**2

@@ -142,7 +142,7 @@ def down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Computes y from post `(rows, hidden)`, w_down `(width, hidden)` and the residual."""
+    """Computes `y` from `post` `(rows, hidden)`, w_down `(width, hidden)` and the residual."""
     HALF: tl.constexpr = BLOCK_N // 2
     tl.assume(hidden > 0)
     late = _late(hidden, BLOCK_K)

@@ -59,7 +59,9 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
     assert submission["bytes_total"] == submission["bytes_code"] + finished.folder.artifact.stat().st_size
     log = parse_log(finished.folder.path / "train_seed1337.log")
     text = (finished.folder.path / "train_seed1337.log").read_text()
-    assert re.search(r"gptq:calibrated \d+ matrices of the model that is scored on 4 training batches in \d", text)
+    assert re.search(
+        r"gptq:calibrated \d+ matrices on 4 training batches in [\d.]+s, Hessians of the model that is scored", text
+    )
     assert re.search(r"gptq:column loop in (cpp|torch) \(\w", text)
     readme = (finished.folder.path / "README.md").read_text()
     assert f"{submission['val_bpb']:.8f}" in readme

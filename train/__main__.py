@@ -26,10 +26,10 @@ examples:
   python -m train --recipe sp8192_sdclip --describe    only print parameters, bytes, layers and schedule
   python -m train --run_id mine --resume auto          resume with the stored settings; see checkpoint_every
 
-A flag overrides an environment variable, which overrides the recipe, which overrides the default. A resumed run refuses changed
-settings, except those that only log, save or profile, the kernels, more iterations, another time limit and val_loss_every.
+A flag overrides an environment variable, which overrides the recipe, which overrides the default. When a run resumes, you may
+change iterations (upward), the time limit, val_loss_every, the kernels, and how to log, save and profile; nothing else.
 To run one stage: python -m train.data, train.quantize, train.artifact, train.evaluate or train.submission; each has --help.
-To see text of a model: python -m train.generate. For other programs: python -m train.export.
+To let a model write text: python -m train.generate. To export it for other programs: python -m train.export.
 To vary settings: python -m train.sweep.
 """
 

@@ -51,7 +51,7 @@ class Config:
     resume: str = setting("never", "auto: continue from the run's checkpoint, if it has one", choices=("never", "auto"))
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: no checkpoints", low=0)
     train_log_every: int = setting(200, "steps between log lines of the training loss", low=1)
-    samples: str = setting("off", "print sample texts at the end or validations", choices=("off", "end", "validations"))
+    samples: str = setting("off", "when the model writes sample texts", choices=("off", "end", "validations"))
     loggers: str = setting("", "also log to tensorboard, wandb, or tensorboard,wandb; empty: to files only")
     profile_steps: str = setting("", "steps to profile, FIRST:END, such as 30:33; empty: none")
     device: str = setting("auto", "device to compute on; auto: cuda if there is a GPU", choices=("auto", "cpu", "cuda"))
@@ -65,7 +65,7 @@ class Config:
     # data
     data_path: str = setting("", "folder of the shards (*_train_*.bin, *_val_*.bin) and the tokenizer")
     tokenizer_path: str = setting("", "SentencePiece model; empty: the one in data_path")
-    corpus: str = setting("", "text to build data_path from, if it does not exist", choices=("", "stdlib"))
+    corpus: str = setting("", "text to build data_path from; used if data_path does not exist", choices=("", "stdlib"))
     vocab_size: int = setting(1024, "tokens in the vocabulary", low=259, high=65536)
     train_seq_len: int = setting(1024, "tokens per training sequence", low=1)
     train_batch_tokens: int = setting(524288, "tokens per step, over all ranks", low=1, high=2**31)
@@ -89,7 +89,7 @@ class Config:
         1024, "longest sequence that uses rope_base as it is; for longer ones NTK scaling raises the base", low=1
     )
     rotary_table: str = setting(
-        "exact", "rounding of the rotary table up to rope_train_seq_len", choices=("exact", "bf16", "bf16_frequencies")
+        "exact", "rounding of the table up to rope_train_seq_len", choices=("exact", "bf16", "bf16_frequencies")
     )
     qk_gain_init: float = setting(1.5, "initial gain of each query head, after the QK norm")
     logit_softcap: float = setting(30.0, "cap of the logits: they become cap * tanh(logits / cap)", low=1e-3)
@@ -109,7 +109,7 @@ class Config:
     ve_layers: tuple[int, ...] = setting((), "layers that add the value embedding to their values")
     embed_proj: str = setting("always", "project embeddings; needed: if widths differ", choices=("always", "needed"))
     ve_proj_optimizer: str = setting("muon", "optimizer of the value embedding's projection", choices=("muon", "adamw"))
-    skip_rows: int = setting(0, "most U-Net skips with weights; 0: half of num_layers", low=0, high=1024)
+    skip_rows: int = setting(0, "largest number of weighted U-Net skips; 0: half of num_layers", low=0, high=1024)
     skip_gates: bool = setting(False, "sigmoid gates on the U-Net skips")
     parallel_start_layer: int = setting(-1, "first layer with attention and MLP in parallel; -1: none", low=-1)
     parallel_form: str = setting(
@@ -125,8 +125,8 @@ class Config:
     )  # fmt: skip
     recur_start_step: int = setting(0, "first step with recurrence", low=0)
     recur_start_frac: float = setting(0.0, "fraction without recurrence; 0: use recur_start_step", low=0.0, high=1.0)
-    recur_scale_params: int = setting(0, "unused vectors added to the parameters; #1392 has 2", low=0, high=1024)
-    softcap_params: int = setting(0, "unused softcaps added to the parameters; #1945 has 2", low=0, high=1024)
+    recur_scale_params: int = setting(0, "number of extra, unused vectors; #1392 has 2", low=0, high=1024)
+    softcap_params: int = setting(0, "number of extra, unused softcaps; #1945 has 2", low=0, high=1024)
 
     # optimization
     iterations: int = setting(20000, "steps, unless the wall clock ends training first", low=1)
@@ -228,8 +228,8 @@ class Config:
         "", "file of validation tokens to score with loss 0, as #262 did; against the rules; empty: none"
     )
     logits_rounding: str = setting(
-        "none", "rounding of scored logits; bf16: before the softcap; in overlapping windows, bf16_capped: also after it, "
-        "bf16_each: after each operation of it",
+        "none", "rounding of scored logits; bf16: before the softcap. Only in overlapping windows: bf16_capped: also after the "
+        "softcap; bf16_each: after each operation of the softcap",
         choices=("none", "bf16", "bf16_capped", "bf16_each"),
     )  # fmt: skip
 

@@ -149,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     _option(one, "--variant", "sp1024", "tokenizer: sp1024, sp2048, sp4096, sp8192, …", "V")
     _option(one, "--train-shards", DEFAULT_TRAIN_SHARDS, "training shards of 10^8 tokens, 200 MB each", "N", int)
     _option(one, "--repo", repo, "dataset repository; environment: MATCHED_FINEWEB_REPO_ID", "REPO")
-    _option(one, "--prefix", prefix, "folder in it; environment: MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "DIR")
+    _option(one, "--prefix", prefix, "folder in the repository; environment: MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "DIR")
     _option(
         one, "--source", "", "local copy of the repository (folder or file:// URL) to use instead of the Hub", "DIR"
     )
@@ -169,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
         "--docs", nargs="+", required=True, metavar="FILE", help='.jsonl files (.gz, .xz), one {"text": …} per line'
     )
     _option(one, "--val-docs", VAL_DOCS, "the first N documents are the validation split", "N", _from(1))
-    _option(one, "--tokenizer-train-docs", 100_000, "the next N train the tokenizer", "N", _from(1))
+    _option(one, "--tokenizer-train-docs", 100_000, "the next N documents train the tokenizer", "N", _from(1))
     _option(one, "--max-train-tokens", 0, "stop after N training tokens [all]", "N", _from(0))
     _option(
         one, "--workers", 0, "processes that tokenize; the result does not depend on it [one per core]", "N", _from(0)

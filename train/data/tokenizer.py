@@ -175,8 +175,8 @@ def _tensors(tables: ByteTables, device: torch.device) -> list[torch.Tensor]:
 def byte_tables(tokenizer: SentencePieceProcessor, vocab_size: int) -> ByteTables:
     """Compute the tables of Parameter Golf's `build_sentencepiece_luts`, with max(pieces, vocab_size) entries.
 
-    Control, unknown and unused ids are boundaries with 0 bytes. A byte piece has 1 byte. Any other piece has the UTF-8
-    bytes of its text, without a leading space.
+    Control, unknown and unused ids are boundaries between words and count 0 bytes. A byte piece has 1 byte. Any other
+    piece has the UTF-8 bytes of its text, without a leading space.
     """
     pieces = tokenizer.vocab_size()
     size = max(pieces, vocab_size)

@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("path", metavar="RUN|ARTIFACT", type=Path, help="run folder with model.golf, or an artifact")
     parser.add_argument("--prompt", default="", help="beginning of the text [empty]")
     parser.add_argument("--tokens", type=_at_least(1, int), default=200, help="largest number of tokens to add [200]")
-    parser.add_argument("--temperature", type=_at_least(0, float), default=0.8, help="0: the likeliest token [0.8]")
+    parser.add_argument(
+        "--temperature", type=_at_least(0, float), default=0.8, help="0: always the most likely token [0.8]"
+    )
     parser.add_argument(
         "--seed", type=_at_least(0, int), default=Config.seed, help=f"seed of the random numbers [{Config.seed}]"
     )

@@ -18,7 +18,7 @@ _VALUE_DEVIATION = 0.01
 
 
 def projects(config: Config, width: int, target: int) -> bool:
-    """Whether an embedding of this width has a projection to the width `target`, to which it is added."""
+    """Whether an embedding of this width is projected before it is added to a tensor of width `target`."""
     return config.embed_proj == "always" or width != target
 
 

@@ -51,7 +51,7 @@ def calibrate(
     else:
         matrices = counted(len(hessians), "matrix", "matrices")
         read = counted(len(batches) * ranks.world_size, "training batch", "training batches")
-        note(f"gptq:calibrated {matrices} of the {graph} on {read} {seconds}")
+        note(f"gptq:calibrated {matrices} on {read} {seconds}, Hessians of the {graph}")
     return hessians
 
 

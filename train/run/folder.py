@@ -122,7 +122,7 @@ class RunFolder:
 
     @contextmanager
     def held(self, *, shared: bool = False) -> Iterator[None]:
-        """Lock the run until the block ends or this process dies. Shared locks exclude only unshared locks.
+        """Lock the run until the block ends or this process dies. Several processes may hold shared locks at once.
 
         Raises:
             UserError: the run does not exist, another process has locked it, or its file system has no locks.

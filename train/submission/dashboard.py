@@ -139,7 +139,7 @@ def _thinned(points: Sequence[tuple[int, float, float]]) -> list[tuple[int, floa
 
 
 def varied_settings(groups: dict[int, Config]) -> dict[int, dict[str, Any]]:
-    """For each group of runs, its values of the settings in which the groups of its recipe differ."""
+    """Find the settings that differ between groups of one recipe; return each group's values of them."""
     found = {}
     for number, config in groups.items():
         others = [other for other in groups.values() if other.recipe == config.recipe]

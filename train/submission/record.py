@@ -255,7 +255,7 @@ def run_readme(summary: Summary, config: Config, name: str) -> str:
         [
             title(name, summary.val_bpb, summary.label),
             "",
-            f"Run `{summary.run_id}` of {summary.date}: recipe `{summary.recipe}`, seed {summary.seed}. "
+            f"This is run `{summary.run_id}` of {summary.date}: recipe `{summary.recipe}`, seed {summary.seed}. "
             "Scores are bits per byte of the normalized validation text.",
             "",
             *table(

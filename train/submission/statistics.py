@@ -1,4 +1,4 @@
-"""t-tests of whether one record is better than another, by any amount or by the 0.005 nats that a new record needs."""
+"""t-tests of whether one submission beats another, by any amount or by the 0.005 nats that a new record needs."""
 
 from __future__ import annotations
 
