@@ -52,13 +52,15 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
     assert left >= {
         "config.json", "train_seed1337.log", "metrics.jsonl", "weights.pt", "training.json", "model.golf", "evaluation.json",
         "summary.json", "submission.json", "README.md", "loss.png", "bpb.png", "size_budget.png",
-        "samples.txt",
+        "samples.txt", "source.txt",
     }  # fmt: skip
     assert "checkpoint.pt" not in left
     submission = json.loads((finished.folder.path / "submission.json").read_text())
     assert submission["bytes_total"] == submission["bytes_code"] + finished.folder.artifact.stat().st_size
     log = parse_log(finished.folder.path / "train_seed1337.log")
     text = (finished.folder.path / "train_seed1337.log").read_text()
+    assert text.startswith("Running Python ")
+    assert (finished.folder.path / "source.txt").read_text().startswith("# csrc/")
     assert re.search(
         r"gptq:calibrated \d+ matrices on 4 training batches in [\d.]+s, Hessians of the model that is scored", text
     )

@@ -22,7 +22,7 @@ from train.checkpoint import load_weights, write_tensors
 from train.command_line import Override, check_backends, override_line
 from train.common.distributed import Ranks, start_ranks
 from train.common.errors import UserError
-from train.common.files import write_json
+from train.common.files import atomic_write, write_json
 from train.common.hardware import hardware
 from train.config import Config
 from train.data.dataset import Dataset, prepare_data
@@ -69,7 +69,9 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
 
             ranks.on_main(lambda: sinks.extend(open_sinks(config.loggers, folder.path, config.to_dict())))
         with RunLogger(folder.path, config.seed, ranks.rank, sinks=sinks) as log:
-            log.header(package_source())
+            log.header()
+            if ranks.is_main and not log.resumed:
+                atomic_write(folder.source, package_source() + "\n")
             log.line(f"run_id:{config.run_id} recipe:{config.recipe} device:{ranks.device}")
             for override in overrides:
                 log.line(override_line(override))

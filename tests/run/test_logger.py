@@ -16,10 +16,7 @@ from train.run.logger import RunLogger, append_metric, read_metrics, resumed_ste
 
 def write_run(folder: Path) -> Path:
     with RunLogger(folder, 42, echo=False) as log:
-        log.header(
-            "print('step:9/9 train_loss:9.0')\nstep:9/9 train_loss:9.0000 train_time:9ms step_avg:9.00ms",
-            gpu_report="no GPU",
-        )
+        log.header(gpu_report="no GPU")
         log.facts(
             dataset="data/fineweb10B_sp1024",
             train_shards=80,
@@ -48,8 +45,7 @@ def test_lines_are_the_published_ones_to_the_character(tmp_path: Path) -> None:
     path = write_run(tmp_path)
     assert path.name == "train_seed42.log"
     text = path.read_text()
-    head, versions, lines = text.split("=" * 100 + "\n")
-    assert head.startswith("print('step:9/9")
+    versions, lines = text.split("=" * 100 + "\n")
     assert re.fullmatch(r"Running Python 3\.[^\n]*\nRunning PyTorch \d[^\n]*\nno GPU\n", versions)
     assert lines.splitlines() == [
         "train_loader:dataset:data/fineweb10B_sp1024 train_shards:80",
@@ -78,7 +74,7 @@ def test_lines_are_the_published_ones_to_the_character(tmp_path: Path) -> None:
 
 
 def test_every_line_after_the_header_matches_exactly_one_pattern(tmp_path: Path) -> None:
-    lines = write_run(tmp_path).read_text().split("=" * 100 + "\n")[2].splitlines()
+    lines = write_run(tmp_path).read_text().split("=" * 100 + "\n")[1].splitlines()
     kinds = [[kind for kind, pattern in GRAMMAR.items() if pattern.match(line)] for line in lines]
     assert all(len(found) == 1 for found in kinds)
     assert {found[0] for found in kinds} == set(GRAMMAR)
@@ -90,7 +86,7 @@ def test_every_line_after_the_header_matches_exactly_one_pattern(tmp_path: Path)
 
 
 def test_lines_of_other_programs_are_read_too_and_of_several_runs_the_last(tmp_path: Path) -> None:
-    head = f"source\n{'=' * 100}\nRunning Python 3.12\nRunning PyTorch 2.10\n{'=' * 100}\n"
+    head = f"step:9/9 train_loss:9.0000 train_time:9ms step_avg:9.00ms\n{'=' * 100}\nRunning Python 3.12\nRunning PyTorch 2.10\n{'=' * 100}\n"
     lines = [
         "seed:41",
         "gptq:calibrated 66 matrices on 64 training batches in 9.9s",
@@ -108,7 +104,7 @@ def test_lines_of_other_programs_are_read_too_and_of_several_runs_the_last(tmp_p
     assert log["sizes"] == {"model": 15283986, "total": 15347515} and log["form"] == "w6e16+zstd22"
     assert log["finals"]["sliding_window_exact"] == {"val_loss": 2.38498992, "val_bpb": 1.16192049}
     assert log["finals"]["sliding_window"]["eval_time_ms"] == 200721.0
-    assert log["lines"][:-1] == lines
+    assert log["lines"][:-1] == lines and not log["steps"]
 
 
 def test_parse_log_returns_what_was_written_and_no_line_of_the_source(tmp_path: Path) -> None:
@@ -150,13 +146,13 @@ def test_console_repeats_the_lines_but_not_the_header_and_only_on_rank_0(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with RunLogger(tmp_path, 1) as log:
-        log.header("SOURCE", gpu_report="GPU")
+        log.header(gpu_report="GPU")
         log.line("model_params:5")
     assert capsys.readouterr().out == "model_params:5\n"
     other = tmp_path / "other"
     other.mkdir()
     with RunLogger(other, 1, rank=1) as log:
-        log.header("SOURCE")
+        log.header()
         log.train_step(1, 2, 3.0, 4.0)
         log.final("int6_sliding_window", 1.0, 1.0, 1.0, stride=64)
     assert capsys.readouterr().out == "" and list(other.iterdir()) == []
@@ -171,7 +167,7 @@ def test_resume_cuts_the_torn_line_and_appends_without_a_second_header(tmp_path:
     assert len(read_metrics(metrics)) == len(whole_metrics.splitlines())
     with RunLogger(tmp_path, 42, echo=False) as log:
         assert log.resumed
-        log.header("again", gpu_report="again")
+        log.header(gpu_report="again")
         log.resume(10, 435.4)
         log.train_step(12, 20, 5.0, 500.0)
     added = "resumed: step:10 train_time:435ms\nstep:12/20 train_loss:5.0000 train_time:500ms step_avg:41.67ms\n"

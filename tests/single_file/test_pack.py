@@ -70,10 +70,10 @@ def test_the_smallest_form_trains_alone_in_an_empty_folder_as_the_package_did(ru
         for final in log["finals"].values():
             final.pop("eval_time_ms", None)
     assert again["finals"] == before["finals"]
-    # what it counts as code is itself, and its log begins with it
+    # what it counts as code is itself, and its run keeps it
     script = (tmp_path / "train_gpt.py").read_bytes()
     assert again["sizes"]["code"] == len(script)
-    assert script.decode("latin-1").encode() in (tmp_path / "runs/again/train_seed42.log").read_bytes()
+    assert script.decode("latin-1").encode() in (tmp_path / "runs/again/source.txt").read_bytes()
     assert not (tmp_path / "runs/again/README.md").exists()
 
 

@@ -31,7 +31,7 @@ from train.submission.record import RecordDetails
 from train.submission.record_folder import read_record_folder
 from train.submission.record_scores import find_base
 from train.submission.rules.finding import Finding, Verdict
-from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
+from train.submission.runs import FinishedRun, read_run, read_runs, tokenizer_facts
 from train.submission.summary import Summary
 
 DETAILS = RecordDetails("Ada", "ada", "", "", "10min_16mb")
@@ -89,7 +89,17 @@ def test_the_numbers_are_those_of_the_runs(record: Path, runs: list[Path]) -> No
     assert submission["tokenizer"]["counts_bytes"] is True
     for run in runs:
         log = f"train_{run.name}.log"
-        assert (record / log).read_bytes() == (run / log).read_bytes()
+        # a record's log begins with the source of the code
+        published = (run / "source.txt").read_text() + "=" * 100 + "\n" + (run / log).read_text()
+        assert (record / log).read_text() == published and "\ndef run_pipeline(" in published
+
+
+def test_an_earlier_run_has_the_source_in_its_log_already(runs: list[Path], tmp_path: Path) -> None:
+    run = read_run(Path(shutil.copytree(runs[0], tmp_path / "run")))
+    log = run.published_log
+    run.log_path.write_bytes(log)
+    run.folder.source.unlink()
+    assert read_run(run.folder.path).published_log == log
 
 
 def test_the_readme_tells_it_to_the_last_digit(record: Path) -> None:

@@ -56,6 +56,11 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     @property
+    def source(self) -> Path:
+        """All code of the program that started the run. Earlier runs lack the file: their logs begin with it."""
+        return self.path / "source.txt"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples.txt"
 

@@ -96,16 +96,14 @@ class RunLogger:
         for sink in self.sinks:
             sink.scalars(self._step, numbers)
 
-    def header(self, source_text: str, *, gpu_report: str | None = None) -> None:
-        """Write the header: source code, versions and the output of `nvidia-smi`. A resumed run gets no second header.
+    def header(self, *, gpu_report: str | None = None) -> None:
+        """Write the header: versions and the output of `nvidia-smi`. A resumed run gets no second header.
 
         `gpu_report`, if given, replaces the output of `nvidia-smi`.
         """
         if self._log is None or self.resumed:
             return
         for text in (
-            source_text,
-            SEPARATOR,
             f"Running Python {sys.version}",
             f"Running PyTorch {torch.__version__}",
             _nvidia_smi() if gpu_report is None else gpu_report,

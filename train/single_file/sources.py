@@ -23,7 +23,7 @@ SUFFIXES = frozenset({".py", ".cpp", ".cu", ".cuh", ".h"})
 
 
 def package_source() -> str:
-    """Return all code of this program, each file after its name. A run's log begins with this code."""
+    """Return all code of this program, each file after its name. A run keeps it in source.txt."""
     if SCRIPT is not None:
         paths = {SCRIPT.name: SCRIPT}
     else:

@@ -67,7 +67,7 @@ def build_record(
         code_bytes = sum(path.stat().st_size for path in folder.rglob("*.py"))
         submission = record_json(runs, details or RecordDetails(), code_bytes)
         for run in runs:
-            shutil.copyfile(run.log_path, folder / f"train_seed{run.seed}.log")
+            atomic_write(folder / f"train_seed{run.seed}.log", run.published_log)
         _write_json(folder / "config.json", {"recipe": started.recipe, **recipe_settings(started)})
         _write_json(folder / "submission.json", submission)
         atomic_write(folder / "requirements.txt", requirements(folder, started))

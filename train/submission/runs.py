@@ -11,6 +11,7 @@ from typing import Any
 
 from train.common.errors import UserError
 from train.common.files import sha256_file
+from train.common.wording import SEPARATOR
 from train.config import Config
 from train.data.tokenizer import byte_tables, find_tokenizer, load_tokenizer
 from train.data.validation import load_validation
@@ -47,6 +48,12 @@ class FinishedRun:
     @property
     def seed(self) -> str:
         return str(self.config.seed)
+
+    @property
+    def published_log(self) -> bytes:
+        """The log as records publish it: the source of the code comes first."""
+        log, source = self.log_path.read_bytes(), self.folder.source
+        return source.read_bytes() + f"{SEPARATOR}\n".encode() + log if source.exists() else log
 
     @property
     def calibration_seconds(self) -> float | None:
