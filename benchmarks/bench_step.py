@@ -16,11 +16,11 @@ import torch
 
 from benchmarks.measure import common
 from benchmarks.measure.argument_types import parse_positive
-from benchmarks.measure.devices import datasheet_tflops
 from benchmarks.measure.step_times import Bench, error_line, measure_steps, phase_name
 from benchmarks.measure.step_variants import StepVariant, add_attention, make_variants, row_names, step_config
 from benchmarks.measure.tokens import rank_sequences
 from train.common.errors import UserError, main_guard
+from train.common.hardware import datasheet_tflops
 from train.model.attention_choice import choose_attention
 from train.recipes import recipe_names
 from train.run.profile_parts import name_compiled_kernels

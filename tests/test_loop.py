@@ -9,7 +9,7 @@ from submission_runs import narrow
 
 from train.common.distributed import Ranks
 from train.data.dataset import Dataset
-from train.loop import TrainResult, train
+from train.loop import Speed, TrainResult, train
 from train.recipes import load_recipe
 from train.run.clocks import WallClock
 from train.run.folder import RunFolder
@@ -83,3 +83,26 @@ def test_recurrence_starts_at_a_fraction_and_stays_on(
     log = (tmp_path / "time" / "train_seed1.log").read_text()
     assert result.recurrence and log.count("recurrence:activated at step") == 1
     assert "recurrence:activated at step 2, layers" in log
+
+
+def test_the_first_rise_of_the_loss_is_explained_once(dataset: Path, tmp_path: Path) -> None:
+    explained = "training: the loss rises in the first steps: this is normal at a high learning rate\n"
+    for name, rate, times in (("high", 0.3, 1), ("low", 1e-4, 0)):
+        trained(tmp_path / name, dataset, iterations=6, tied_embed_lr=rate)
+        log = (tmp_path / name / "train_seed1.log").read_text()
+        assert log.count(explained) == times, name
+
+
+def test_the_speed_of_a_run_and_its_flops_utilization() -> None:
+    config = load_recipe("quickstart").config(train_batch_tokens=1024)
+    speed = Speed(config, Ranks(world_size=2))
+    speed.mflop = {False: 100e3, True: 200e3}
+    for step in range(10):
+        speed.count(recurrence=step >= 5)
+    assert speed.text(3.0, recurrence=True) == "3,072 tokens/s"
+    assert speed.of_run(5.0) == "10 steps in 5 s, 2,048 tokens/s"
+    speed.peak = 512.0
+    # 3,072 tokens/s × 0.2 TFLOP on 2 GPUs
+    assert speed.text(3.0, recurrence=True) == "3,072 tokens/s, MFU 60.0 % of 512 TFLOP/s"
+    # half of the steps with recurrence: 2,048 tokens/s × 0.15 TFLOP on 2 GPUs
+    assert speed.of_run(5.0) == "10 steps in 5 s, 2,048 tokens/s, MFU 30.0 % of 512 TFLOP/s"

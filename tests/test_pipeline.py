@@ -74,10 +74,33 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
     ]
     assert exact[-1].endswith(f"val_bpb:{submission['val_bpb']:.8f}")
     assert set(log["steps"]) == set(range(1, 11)) | {12}
-    assert "recurrence:activated at step 6, layers " in text
+    assert (
+        text.count("recurrence:activated at step 6, layers ") == text.count(" (the loss may rise for some steps: ") == 1
+    )
     assert "\nwarmup_step:2/2 (1 without recurrence, 1 with it)\n" in text and log["warmup_steps"] == 2
     assert log["sizes"]["total"] == submission["bytes_total"]
     assert log["finals"]["int6_sliding_window_exact"]["val_bpb"] == pytest.approx(submission["val_bpb"], abs=1e-8)
+
+
+def test_each_stage_says_what_it_takes_before_it_starts(finished: Finished) -> None:
+    lines = (finished.folder.path / "train_seed1337.log").read_text().splitlines()
+    tokens = len(Dataset(finished.config).validation.tokens) - 1
+    stages = [
+        (f"training: 12 steps of 1,024 tokens; validation: {tokens:,} tokens, every 6 steps", "warmup_step:1/"),
+        ("warm-up: 2 steps that the clock does not count", "warmup_step:1/"),
+        (
+            "quantization: gptq, int6 matrices and int8 embeddings, calibrated on 4 batches of train text",
+            "gptq:calibrated",
+        ),
+        ("artifact: brotli, at most 16,000,000 bytes with the code", "Serialized model: "),
+        (f"evaluation: {tokens:,} tokens, windows without overlap", "final_int6_roundtrip "),
+        (f"evaluation: {tokens:,} tokens, stride 32", "final_int6_sliding_window "),
+    ]
+    for said, done in stages:
+        first = next(number for number, line in enumerate(lines) if line.startswith(done))
+        assert said in lines[:first], said
+    assert re.fullmatch(r"training: 12 steps in \d+ s, [\d,]+ tokens/s", next(x for x in lines if "tokens/s" in x))
+    assert lines[-1] == "record: plots, README and submission.json" or "  folder     " in lines[-1]
 
 
 def test_a_run_keeps_samples_of_its_validations_and_its_artifact(finished: Finished) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,10 +15,10 @@ from torch.profiler import record_function
 from train.checkpoint import Parts, load_checkpoint, save_checkpoint
 from train.common.distributed import Ranks
 from train.common.errors import UserError
-from train.common.hardware import keep_freed_memory
+from train.common.hardware import datasheet_tflops, keep_freed_memory
 from train.common.progress import Progress
 from train.common.values import parse_steps
-from train.common.wording import stopped_early
+from train.common.wording import counted, duration, stopped_early
 from train.config import Config
 from train.data.dataset import Dataset
 from train.data.loaders import BatchSource, Loader, join_micro_batches, micro_batch_sequences
@@ -28,6 +27,7 @@ from train.evaluate.scoring import flat_evaluation
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.compile import compiled_loss, compiles, write_out
 from train.model.gpt import GPT
+from train.model.parameters import mflop_per_token
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
 from train.optimize.schedules import lr_scale, muon_momentum, recurrence_on
@@ -37,6 +37,8 @@ from train.run.logger import RunLogger
 
 # the first steps are logged one by one, as in the published logs
 FIRST_LOGGED_STEPS = 10
+# a rise of the loss in these steps that a line explains
+SHOCK_NATS = 0.1
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,12 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
 
         profiled = parse_steps(config.profile_steps)
         profiler = StepProfiler(profiled, folder.path, ranks, log, clock, model if loss_of is model else None)
-    # the bar needs a terminal; without one, the log lines show the progress
-    bar = Progress(1000, "training", "‰", enabled=ranks.is_main and sys.stderr.isatty())
+    bar = Progress(
+        config.iterations, "training", "steps", enabled=ranks.is_main, done=step, now=lambda: clock.elapsed_seconds,
+        limit=config.training_seconds,
+    )  # fmt: skip
+    speed, seconds_before = Speed(config, ranks), seconds
+    loss, rose = first.val_loss, False
     # whether it was on in the last step; once on it stays on, though the clock's estimates may fall
     recurrence = step > 0 and recurrence_on(step - 1, seconds, config)
     while True:
@@ -148,6 +154,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
             recurrence = True
             log.line(
                 f"recurrence:activated at step {step}, layers {','.join(str(s.layer) for s in model.recurrent_plan)}"
+                " (the loss may rise for some steps: this is normal)"
             )
         # step 0 was validated before the clock started
         if not last and step and config.val_loss_every and step % config.val_loss_every == 0:
@@ -171,10 +178,13 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         stop = clock.tick()
         if profiler:
             profiler.after(step)
-        done = max(step / config.iterations, clock.elapsed_seconds / (config.training_seconds or math.inf))
-        bar.advance(int(1000 * min(done, 1)) - bar.done, f"step {step:,}")
         if step <= FIRST_LOGGED_STEPS or step % config.train_log_every == 0 or stop or step == config.iterations:
-            log_step(log, config, ranks, step, batch_loss, clock, scale)
+            loss = log_step(log, config, ranks, step, batch_loss, clock, scale)
+            if not rose and step <= FIRST_LOGGED_STEPS and loss > first.val_loss + SHOCK_NATS:
+                rose = True
+                log.line("training: the loss rises in the first steps: this is normal at a high learning rate")
+        speed.count(recurrence)
+        bar.advance(1, lambda: f"{speed.text(bar.rate, recurrence)}, loss {loss:.4f}")  # noqa: B023
         if config.checkpoint_every and step % config.checkpoint_every == 0 and not stop:
             seconds = clock.pause()
             if profiler:
@@ -186,6 +196,8 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
     if profiler:
         profiler.finish(step)
     bar.close()
+    if speed.steps:
+        log.line(f"training: {speed.of_run(seconds - seconds_before)}")
     if stop:
         log.stopping_early(step, config.iterations, seconds * 1000)
         if config.warmdown_by == "steps" and step < config.iterations:
@@ -243,6 +255,10 @@ def warm_up(
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     graphs = sorted({recurrence_on(0, 0.0, config), bool(config.recur_layers)})
     total = config.warmup_steps * len(graphs)
+    compiling = (
+        ", each graph compiles first, which may take minutes" if compiles(config, model.embedding.weight.device) else ""
+    )
+    log.line(f"warm-up: {counted(total, 'step')} that the clock does not count{compiling}")
     note = f" ({config.warmup_steps} without recurrence, {config.warmup_steps} with it)" if len(graphs) > 1 else ""
     for number in range(total):
         training_step(optimizers, loss_of, loader, graphs[number // config.warmup_steps], 1.0, 0.0)
@@ -254,10 +270,42 @@ def warm_up(
     optimizers.reset()
 
 
+class Speed:
+    """Tokens per second, and on a known GPU the model FLOPs utilization (MFU), of this process's steps."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.mflop = {flag: mflop_per_token(config, recurrence=flag) for flag in (False, True)}
+        self.peak = datasheet_tflops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
+        self.steps, self.mflop_of_steps = 0, 0.0
+
+    def count(self, recurrence: bool) -> None:
+        """Count a finished step."""
+        self.steps += 1
+        self.mflop_of_steps += self.mflop[recurrence]
+
+    def text(self, steps_per_second: float, recurrence: bool) -> str:
+        """The speed at this rate of steps."""
+        return self._text(steps_per_second * self.config.train_batch_tokens, self.mflop[recurrence])
+
+    def of_run(self, seconds: float) -> str:
+        """The counted steps, their time and their mean speed."""
+        tokens = self.steps * self.config.train_batch_tokens / max(seconds, 1e-9)
+        speed = self._text(tokens, self.mflop_of_steps / self.steps)
+        return f"{counted(self.steps, 'step')} in {duration(seconds)}, {speed}"
+
+    def _text(self, tokens: float, mflop: float) -> str:
+        text = f"{tokens:,.0f} tokens/s"
+        if self.peak is None:
+            return text
+        reached = tokens * mflop / 1e6 / self.ranks.world_size
+        return f"{text}, MFU {100 * reached / self.peak:.1f} % of {self.peak:,.0f} TFLOP/s"
+
+
 def log_step(
     log: RunLogger, config: Config, ranks: Ranks, step: int, loss: Tensor, clock: WallClock, scale: float
-) -> None:
-    """Log the mean loss over all ranks.
+) -> float:
+    """Log the mean loss over all ranks, and return it.
 
     Raises:
         UserError: the mean loss is infinite or not a number.
@@ -270,3 +318,4 @@ def log_step(
             f"training diverged: the loss is {mean} at step {step}: lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or set "
             "GRAD_CLIP_NORM"
         )
+    return mean

@@ -24,6 +24,7 @@ from train.common.distributed import Ranks, start_ranks
 from train.common.errors import UserError
 from train.common.files import atomic_write, write_json
 from train.common.hardware import hardware
+from train.common.wording import counted, duration
 from train.config import Config
 from train.data.dataset import Dataset, prepare_data
 from train.data.loaders import check_batch
@@ -80,13 +81,16 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
                     log.line("training: finished before, weights.pt is taken")
                     model = load_weights(folder).to(ranks.device)
                 else:
+                    log.line(training_plan(config, data))
                     model = write_training(folder, train(config, data, folder, ranks, log), ranks)
             trained = folder.trained_config()
             with clock("quantize"):
+                log.line(quantization_plan(config))
                 # not `trained`, whose recurrence may be off: the script that counts must be able to train again
                 code_bytes = ranks.on_main(lambda: counted_code_bytes(config))
                 tensors, encoded = quantize(trained, model, data, ranks, log, code_bytes=code_bytes)
             with clock("artifact"):
+                log.line(f"artifact: {config.codec}, at most {config.max_artifact_bytes:,} bytes with the code")
                 model = make_artifact(
                     folder.artifact, trained, model, tensors, encoded, ranks, log,
                     code_bytes=code_bytes, before_replacing=folder.drop_scores,
@@ -100,6 +104,7 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
             if ranks.is_main and importlib.util.find_spec("train.submission"):
                 from train.submission.record import record_run
 
+                log.line("record: plots, README and submission.json")
                 log.line(record_run(folder))
         # all ranks wait until the record is written, because torchrun counts a rank that exits as finished
         ranks.barrier()
@@ -139,6 +144,24 @@ def preflight(config: Config) -> None:
         importlib.import_module("train.submission.record")
 
 
+def training_plan(config: Config, data: Dataset) -> str:
+    """Say what training will take."""
+    steps = f"{counted(config.iterations, 'step')} of {counted(config.train_batch_tokens, 'token')}"
+    limit = f", at most {duration(config.training_seconds)}" if config.training_seconds else ""
+    text = counted(len(data.validation.tokens) - 1, "token")
+    every = f"every {counted(config.val_loss_every, 'step')}" if config.val_loss_every else "before and after"
+    return f"training: {steps}{limit}; validation: {text}, {every}"
+
+
+def quantization_plan(config: Config) -> str:
+    """Say what quantization will take."""
+    how = f"quantization: {config.quantizer}, int{config.matrix_bits} matrices and int{config.embed_bits} embeddings"
+    if config.quantizer == "rtn":
+        return how
+    batches = counted(config.gptq_calib_batches, "batch", "batches")
+    return f"{how}, calibrated on {batches} of {config.gptq_calib_source} text"
+
+
 def write_training(folder: RunFolder, result: TrainResult, ranks: Ranks) -> GPT:
     """Write weights.pt and training.json, remove the checkpoint, and return the trained model."""
     if ranks.is_main:
@@ -163,7 +186,9 @@ def write_training(folder: RunFolder, result: TrainResult, ranks: Ranks) -> GPT:
 def evaluate(folder: RunFolder, config: Config, model: GPT, data: Dataset, ranks: Ranks, log: RunLogger) -> None:
     """Score the artifact's model without overlap of the windows and, if `eval_stride` is set, with a sliding window."""
     use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, BATCH_SEQS)).name)
+    text = counted(len(data.validation.tokens) - 1, "token")
     for stride in sorted({0, config.eval_stride}):
+        log.line(f"evaluation: {text}, {f'stride {stride}' if stride else 'windows without overlap'}")
         scored = config.replace(eval_stride=stride)
         description = f"evaluate, stride {stride}" if stride else "evaluate, no overlap"
         result, entry = score(model, data, scored, ranks, weights="artifact", description=description)

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-# substring of a GPU's name → dense bfloat16 TFLOP/s; the first match counts. Data sheets state twice these rates, for
-# sparse matrices: 1,978.9 for SXM (132 multiprocessors, 4,096 FLOP per cycle, 1.83 GHz), 1,513 for PCIe, 1,671 for NVL
-_SHEETS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "H200 NVL": 835.0, "H200": 989.4}
-
-
-def datasheet_tflops(gpu: str) -> float | None:
-    """A GPU's dense bfloat16 TFLOP/s from its data sheet. None for an unknown GPU or a MIG slice."""
-    return next((tflops for name, tflops in _SHEETS.items() if name in gpu and "MIG" not in gpu), None)
+from train.common.hardware import DATASHEET_TFLOPS
 
 
 class Device(NamedTuple):
@@ -24,7 +17,7 @@ class Device(NamedTuple):
 
 
 # the H100's rates are from its data sheet, the H200's were measured
-DEVICES = (Device("H100", _SHEETS["H100"], 3350.0), Device("H200", 790.0, 4300.0))
+DEVICES = (Device("H100", DATASHEET_TFLOPS["H100"], 3350.0), Device("H200", 790.0, 4300.0))
 
 
 class Reached(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 from benchmarks import bench_int6, bench_loss_curves, bench_step
 from benchmarks.measure import common, devices
 from benchmarks.report.results import ResultsError, read_results
+from train.common.hardware import datasheet_tflops
 
 CPU = torch.device("cpu")
 
@@ -141,12 +142,12 @@ def test_a_gpu_has_the_data_sheet_s_rate_of_its_own_kind():
     names = {"NVIDIA H100 80GB HBM3": 1978.9, "NVIDIA H100 PCIe": 1513.0, "NVIDIA H100 NVL": 1671.0}
     names |= {"NVIDIA H200": 1978.9, "NVIDIA H200 NVL": 1671.0}
     for gpu, sparse in names.items():
-        assert devices.datasheet_tflops(gpu) == pytest.approx(sparse / 2, rel=1e-3)
-    assert devices.datasheet_tflops("NVIDIA A100-SXM4-80GB") is None
+        assert datasheet_tflops(gpu) == pytest.approx(sparse / 2, rel=1e-3)
+    assert datasheet_tflops("NVIDIA A100-SXM4-80GB") is None
     # a slice of a GPU has some of its multiprocessors
-    assert devices.datasheet_tflops("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+    assert datasheet_tflops("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
     # what is computed and what is measured are held against the same number
-    assert devices.DEVICES[0].tflops == devices.datasheet_tflops("NVIDIA H100 80GB HBM3")
+    assert devices.DEVICES[0].tflops == datasheet_tflops("NVIDIA H100 80GB HBM3")
 
 
 def test_a_cpu_s_rows_are_not_kept(tmp_path):

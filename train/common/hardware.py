@@ -14,6 +14,10 @@ from train.common.wording import counted
 # of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
+# substring of a GPU's name → dense bfloat16 TFLOP/s; the first match counts. Data sheets state twice these rates, for
+# sparse matrices: 1,978.9 for SXM (132 multiprocessors, 4,096 FLOP per cycle, 1.83 GHz), 1,513 for PCIe, 1,671 for NVL
+DATASHEET_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "H200 NVL": 835.0, "H200": 989.4}
+
 
 def auto_device() -> str:
     """Return the device that `device=auto` means on this machine: "cuda" if it has a GPU, else "cpu"."""
@@ -44,3 +48,8 @@ def _cpu_name() -> str:
     except OSError:
         return platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def datasheet_tflops(gpu: str) -> float | None:
+    """A GPU's dense bfloat16 TFLOP/s from its data sheet. None for an unknown GPU or a MIG slice."""
+    return next((tflops for name, tflops in DATASHEET_TFLOPS.items() if name in gpu and "MIG" not in gpu), None)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 SEPARATOR = "=" * 100
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
     """Write a count with its noun: `1 shard`, `2 shards`. `plural` is needed if it is not the noun plus s."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def duration(seconds: float) -> str:
+    """A time to wait: `45 s`, `12 min`, `3 h 20 min`; `unknown time` if it is infinite."""
+    if not math.isfinite(seconds):
+        return "unknown time"
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def stopped_early(steps: int, planned: int) -> str:

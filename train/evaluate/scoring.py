@@ -329,4 +329,6 @@ def flat_evaluation(
         recurrence=recurrence,
         rank=rank,
         world_size=world_size,
+        progress=True,
+        description="validation",
     )
