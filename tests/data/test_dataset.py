@@ -1,5 +1,7 @@
 """The data of a run is opened once, however many of its stages read it."""
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ import pytest
 from pipeline_runs import small
 
 from train.common.distributed import Ranks
-from train.data.dataset import Dataset
+from train.data.dataset import Dataset, start_yardsticks
+from train.data.manifest import read_manifest
 from train.data.shards import find_shards
 from train.pipeline import run_pipeline
 
@@ -30,6 +33,19 @@ def test_a_whole_run_opens_every_shard_once(dataset: Path, tmp_path: Path, monke
     assert "gptq:calibrated" in log and "fit:measured on" in log and "final_int6_sliding_window_exact" in log
     shards = [path.name for split in ("train", "val") for path in find_shards(dataset, split)]
     assert len(shards) >= 2 and opened == dict.fromkeys(shards, 1)
+
+
+def test_the_comparison_is_measured_beside_the_training(dataset: Path, tmp_path: Path) -> None:
+    measured = read_manifest(dataset).yardsticks
+    assert set(measured) == {"gzip -9", "xz -9"}
+    assert start_yardsticks(small(dataset, tmp_path, corpus="stdlib")) is None
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "yardsticks": {}}))
+    # of a text that the run did not build, the user decides
+    assert start_yardsticks(small(copy, tmp_path)) is None
+    assert start_yardsticks(small(copy, tmp_path, corpus="stdlib")).wait() == 0
+    assert json.loads((copy / "manifest.json").read_text()) == manifest
 
 
 def test_loaders_share_the_shards_and_have_positions_of_their_own(dataset: Path, tmp_path: Path) -> None:

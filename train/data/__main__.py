@@ -29,6 +29,7 @@ def stdlib(arguments: argparse.Namespace) -> None:
 
 def text(arguments: argparse.Namespace) -> None:
     check_output(arguments.out, arguments.overwrite)
+    print(f"text: reading {', '.join(arguments.paths)}", flush=True)
     if arguments.val:
         split = list(text_documents(arguments.paths)), list(text_documents(arguments.val))
     else:
@@ -40,6 +41,7 @@ def fineweb(arguments: argparse.Namespace) -> None:
     if arguments.source:
         source: FolderSource | HubSource = FolderSource(arguments.source, arguments.prefix)
     else:
+        print(f"fineweb: asking the Hub for {arguments.repo}", flush=True)
         source = HubSource(arguments.repo, arguments.prefix)
     folder, tokenizer = download(
         arguments.variant, arguments.train_shards, arguments.out, source, skip_manifest=arguments.skip_manifest

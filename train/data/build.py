@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from train.common.errors import UserError
 from train.common.files import atomic_write, sha256_file
 from train.common.progress import Progress
 from train.data.corpus import Document, total_bytes
-from train.data.manifest import MANIFEST, DatasetInfo, SplitInfo
+from train.data.manifest import MANIFEST, DatasetInfo, SplitInfo, read_manifest
 from train.data.shards import BOS, SHARD_TOKENS, ShardWriter, check_shard, find_shards, read_shard
 from train.data.tokenizer import SETTINGS, ByteTables, byte_tables, load_tokenizer, train_tokenizer
 
@@ -118,18 +118,40 @@ def describe_dataset(
         split: SplitInfo(*counts[split], counted[split], sum(map(check_shard, paths[split])), len(paths[split]))
         for split in counts
     }
-    measured = {}
-    if with_yardsticks:
-        # each token but BOS is at least one byte, so this many tokens are enough
-        before = np.concatenate(_last([read_shard(path) for path in paths["train"]], YARDSTICK_TRAIN_BYTES))
-        text = read_shard(paths["val"][0])[:YARDSTICK_VAL_BYTES]
-        measured = yardsticks(tokenizer.Decode(before.tolist()), tokenizer.Decode(text.tolist()))
     info = DatasetInfo(
         name=name, source=source, vocab_size=tokenizer.vocab_size(), tokenizer=model.name, tokenizer_sha256=sha256_file(model),
-        shard_tokens=shard_tokens, train=splits["train"], val=splits["val"], yardsticks=measured,
+        shard_tokens=shard_tokens, train=splits["train"], val=splits["val"],
     )  # fmt: skip
-    atomic_write(folder / MANIFEST, json.dumps(asdict(info) | {"notes": _NOTES}, indent=2) + "\n")
+    _write_manifest(folder, info)
+    if not with_yardsticks:
+        return info
+    print("comparison: gzip and xz compress the text (5 to 10 s; --no-yardsticks leaves them out)", flush=True)
+    return add_yardsticks(folder)
+
+
+def add_yardsticks(path: str | Path) -> DatasetInfo:
+    """Measure `yardsticks` on the decoded tokens, which are exactly the scored text, and write them into the manifest.
+
+    Raises:
+        UserError: the folder `path` has no manifest.
+    """
+    folder = Path(path)
+    info = read_manifest(folder)
+    if info is None:
+        raise UserError(f"{folder}: no {MANIFEST}: build the dataset with python -m train.data")
+    tokenizer = load_tokenizer(folder / info.tokenizer, info.vocab_size)
+    training, validation = (find_shards(folder, split) for split in ("train", "val"))
+    # each token but BOS is at least one byte, so this many tokens are enough
+    before = np.concatenate(_last([read_shard(path) for path in training], YARDSTICK_TRAIN_BYTES))
+    text = read_shard(validation[0])[:YARDSTICK_VAL_BYTES]
+    measured = yardsticks(tokenizer.Decode(before.tolist()), tokenizer.Decode(text.tolist()))
+    info = replace(info, yardsticks=measured)
+    _write_manifest(folder, info)
     return info
+
+
+def _write_manifest(folder: Path, info: DatasetInfo) -> None:
+    atomic_write(folder / MANIFEST, json.dumps(asdict(info) | {"notes": _NOTES}, indent=2) + "\n")
 
 
 def prepare_tokenizer(
@@ -141,6 +163,7 @@ def prepare_tokenizer(
         atomic_write(path, Path(existing).read_bytes())
         return tokenizer
     started = time.monotonic()
+    print(f"tokenizer: training {vocab_size} pieces", flush=True)
     tokenizer = train_tokenizer(documents, vocab_size, path)
     print(f"tokenizer: {vocab_size} pieces, trained in {time.monotonic() - started:.1f} s", flush=True)
     return tokenizer

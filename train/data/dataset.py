@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.config import Config
 from train.data.loaders import Loader, TrainingShards, make_loader
+from train.data.manifest import read_manifest
 from train.data.paid_prefix import known_targets
 from train.data.shards import find_shards
 from train.data.validation import ValidationText, load_validation
@@ -63,7 +67,9 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
 
             print("text: the Python standard library's sources and documentation; nothing is downloaded", flush=True)
             parts = split_documents(stdlib_documents())
-            build_dataset(*parts, path, config.vocab_size, name="stdlib", source="Python standard library")
+            build_dataset(
+                *parts, path, config.vocab_size, name="stdlib", source="Python standard library", with_yardsticks=False
+            )
         else:
             raise UserError(
                 f"data_path: {path} does not exist: make it with python -m train.data fineweb --variant sp{config.vocab_size} (its "
@@ -71,3 +77,17 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
             )
 
     ranks.on_main(build)
+
+
+def start_yardsticks(config: Config) -> subprocess.Popen[bytes] | None:
+    """Measure gzip and xz for comparison, beside the training, on a text that `prepare_data` built.
+
+    Returns the process, at whose end the manifest has the results; None if there is nothing to measure.
+    """
+    info = read_manifest(config.data_path) if config.corpus else None
+    if info is None or info.yardsticks:
+        return None
+    # a process, not a thread: decoding the text would hold the training's Python lock
+    command = "import os, sys; os.nice(10); from train.data.build import add_yardsticks; add_yardsticks(sys.argv[1])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, "-c", command, config.data_path], env=environment)
