@@ -179,6 +179,30 @@ def test_minifying_keeps_what_programs_read() -> None:
     assert "offsets" in minify("golf_kernels/x_triton.py", kernel)
 
 
+def test_a_minified_module_is_kept_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = tmp_path / "golf_kernels"
+    made = []
+    monkeypatch.setattr(single_file, "_minified", lambda _, name, source: made.append(name) or f"small {name} {source}")
+
+    def small(name: str, source: str) -> str:
+        minify.cache_clear()
+        return minify(name, source)
+
+    assert [small("a", "x"), small("a", "x"), small("a", "y"), small("b", "x")] == [
+        "small a x", "small a x", "small a y", "small b x",
+    ]  # fmt: skip
+    assert made == ["a", "a", "b"] and len(list(cache.iterdir())) == 3
+    # a damaged file is made again, and a folder that cannot be written keeps nothing
+    for path in cache.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"small", b"smell"))
+    assert small("a", "x") == small("a", "x") == "small a x" and made == ["a", "a", "b", "a"]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert small("a", "x") == small("a", "x") == "small a x" and len(made) == 6
+    minify.cache_clear()
+
+
 def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="form: expected one of plain, wrapped, raw, got 'tiny'"):
         pack("quickstart", {}, "tiny")

@@ -13,13 +13,22 @@ from __future__ import annotations
 import ast
 import base64
 import bz2
+import contextlib
 import functools
+import hashlib
+import importlib.metadata
+import json
+import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from train.command_line import resolve
 from train.common.errors import UserError
+from train.common.files import read_json, write_json
 from train.common.values import format_value
 from train.config import LOCAL, Config
 from train.recipes import load_recipe
@@ -123,6 +132,8 @@ def as_literal(values: Mapping[str, str]) -> str:
 def minify(name: str, source: str) -> str:
     """Remove comments, docstrings, annotations and help texts of settings and flags; shorten local names.
 
+    The result is kept in the user's cache folder, because the modules of a recipe take seconds.
+
     Annotations in classes stay, because dataclasses need them. Modules of Triton kernels keep all names and
     annotations, because Triton reads annotations such as `tl.constexpr`.
 
@@ -135,6 +146,11 @@ def minify(name: str, source: str) -> str:
         raise UserError(
             "python-minifier: not installed: pip install 'python-minifier>=3', or choose --single-file plain"
         ) from error
+    inputs = (sys.version, importlib.metadata.version("python-minifier"), Path(__file__).read_text(), name, source)
+    return _cached(inputs, lambda: _minified(python_minifier, name, source))
+
+
+def _minified(python_minifier: ModuleType, name: str, source: str) -> str:
     kernels = "triton" in name
     annotations = python_minifier.RemoveAnnotationsOptions(
         remove_variable_annotations=not kernels,
@@ -147,7 +163,7 @@ def minify(name: str, source: str) -> str:
         call.keywords = [keyword for keyword in call.keywords if keyword.arg not in ("help", "epilog")]
         if isinstance(call.func, ast.Name) and call.func.id == "setting":
             call.args[1] = ast.Constant("")
-    return python_minifier.minify(
+    small: str = python_minifier.minify(
         ast.unparse(tree),
         name,
         remove_annotations=annotations,
@@ -157,6 +173,23 @@ def minify(name: str, source: str) -> str:
         # hoisted literals would be globals, which a Triton kernel must not read; repeated literals compress well anyway
         hoist_literals=False,
     )
+    return small
+
+
+def _cached(inputs: Sequence[str], make: Callable[[], str]) -> str:
+    """Return `make()`, which nothing but the `inputs` decides, from the user's cache folder if it is there."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "golf_kernels")
+    path = folder / f"{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()}.json"
+    try:
+        return str(read_json(path, "delete it")["text"])
+    except (UserError, KeyError):
+        # missing or damaged
+        text = make()
+    # without a writable folder it is made each time
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"text": text})
+    return text
 
 
 def recipe_settings(config: Config) -> dict[str, Any]:
