@@ -6,6 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from train.common.progress import announce
+
+if __name__ == "__main__":
+    announce("python -m benchmarks: loading PyTorch")
+
 from benchmarks.computed import fake_cuda
 from benchmarks.report import tables as report
 from benchmarks.report.results import RESULTS, ResultsError, read_results, relative

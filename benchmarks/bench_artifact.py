@@ -29,11 +29,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.measure.common import CheckFailed
-from train.artifact import Artifact, load_model, read_artifact, write_artifact
 from train.artifact.codecs import CODECS
 from train.artifact.difference import difference
 from train.artifact.make import quantize
-from train.artifact.storage import encode_section, plan_sections
+from train.artifact.storage import Artifact, encode_section, load_model, plan_sections, read_artifact, write_artifact
 from train.checkpoint import load_weights
 from train.common.distributed import Ranks, start_ranks
 from train.common.errors import UserError, main_guard

@@ -185,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     options = parser.parse_args(arguments)
+    print("python -m golf_kernels: running every operator on every backend", file=sys.stderr, flush=True)
     data = report()
     print(json.dumps(data, indent=2) if options.json else render(data))
     return 0 if data["passed"] else 1

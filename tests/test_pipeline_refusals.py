@@ -94,7 +94,7 @@ def test_a_library_that_only_the_record_wants_is_missed_before_training(dataset:
     (libraries / "matplotlib.py").write_text("raise ModuleNotFoundError('none', name='matplotlib')\n")
     result = command("train", *flags(small(dataset, runs)), PYTHONPATH=str(libraries))
     assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("error: matplotlib is not installed: pip install matplotlib")
+    assert "\nerror: matplotlib is not installed: pip install matplotlib" in result.stderr
     assert not runs.exists()
 
 

@@ -8,6 +8,7 @@ import sys
 
 from train.command_line import help_text
 from train.common.errors import main_guard
+from train.common.progress import announce
 from train.common.values import ConfigError
 from train.config import Config
 from train.recipes import load_recipe
@@ -41,10 +42,13 @@ def main() -> int:
         return 0
     wants = {flag for flag in ("--describe", "--json") if flag in arguments}
     config, overrides = resolve_run([argument for argument in arguments if argument not in wants], os.environ)
-    if "--describe" in wants:
-        return print_description(config, as_json="--json" in wants)
-    if wants:
+    if wants == {"--json"}:
         raise ConfigError("--json: expected only together with --describe")
+    run_id = config.run_id or f"{config.recipe}_DATE-TIME"
+    what = "figures of the recipe" if wants else f"run folder {config.runs_dir}/{run_id}"
+    announce(f"python -m train: recipe {config.recipe}, {what}; loading PyTorch")
+    if wants:
+        return print_description(config, as_json="--json" in wants)
     # imported here, so that an error in the settings appears before torch is imported, which takes seconds
     from train.pipeline import run_pipeline
 

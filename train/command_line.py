@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from golf_kernels import dispatch
 from train.common.errors import UserError
 from train.common.retired import refuse_retired
 from train.common.values import ConfigError, format_value
@@ -95,7 +94,7 @@ def note_unread(
     `note` receives the warnings. `flags` are the settings for which the stage has flags.
     """
     # a stage does not ignore GOLF_BACKEND: a run may be trained with other kernels than it is scored with
-    ignored = set(field_names()) - BOOKKEEPING - {dispatch.ENVIRONMENT_VARIABLE.lower()}
+    ignored = set(field_names()) - BOOKKEEPING - {"golf_backend"}
     for name, text in sorted(environ.items()):
         field = _field_of(name)
         if not name.isupper() or field not in ignored:
@@ -116,6 +115,9 @@ def check_backends() -> None:
     Raises:
         UserError: a forced backend does not exist or cannot run.
     """
+    # imported here, because it imports torch, which takes seconds
+    from golf_kernels import dispatch
+
     try:
         dispatch.validate()
     except dispatch.BackendError as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 from train.command_line import help_text, resolve
 from train.common.errors import UserError
-from train.single_file.conditions import holds
+from train.common.progress import announce
 
 USAGE = """usage: train_gpt.py [--SETTING VALUE ...]        train, quantize, pack, score; leaves runs/<run_id>/
        train_gpt.py evaluate RUN [...]     score RUN/model.golf again (evaluate --help)
@@ -53,6 +53,7 @@ def main(settings: Mapping[str, str], left_out: Mapping[str, str]) -> int:
     sys.meta_path.insert(0, LeftOut(left_out))
     arguments = sys.argv[1:]
     if arguments[:1] == ["evaluate"]:
+        announce("train_gpt.py evaluate: loading PyTorch")
         from train.evaluate.__main__ import main as evaluate
 
         return evaluate(arguments[1:])
@@ -60,6 +61,9 @@ def main(settings: Mapping[str, str], left_out: Mapping[str, str]) -> int:
         print(f"{USAGE}\n{help_text()}")
         return 0
     config, overrides = resolve(arguments, {**settings, **os.environ})
+    announce(f"train_gpt.py: recipe {config.recipe}; loading PyTorch")
+    from train.single_file.conditions import holds
+
     # import a needed module that was left out now, so that the error comes before training
     for module, condition in left_out.items():
         if holds(condition, config):

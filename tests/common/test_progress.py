@@ -1,11 +1,14 @@
-"""Progress by an injected clock: when a line comes, its rate over the last seconds, and the time left."""
+"""The first line of each command, and progress by an injected clock: when a line comes, its rate, the time left."""
 
 import io
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from train.common.progress import Progress
+from train.common.progress import Progress, announce
 
 
 class Clock:
@@ -72,3 +75,35 @@ def test_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         clock.seconds += 99
         bar.advance(1, lambda: pytest.fail("no rank but the first needs the text"))
     assert capsys.readouterr() == ("", "")
+
+
+def test_every_command_says_something_before_it_imports_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
+    commands = {
+        "train --run_id mine": "python -m train: recipe quickstart, run folder runs/mine; loading PyTorch",
+        "train --describe": "python -m train: recipe quickstart, figures of the recipe; loading PyTorch",
+        "train.artifact inspect x": "python -m train.artifact: loading PyTorch",
+        "train.evaluate x": "python -m train.evaluate: loading PyTorch",
+        "train.export x --to hf": "python -m train.export: loading PyTorch",
+        "train.generate x": "python -m train.generate: loading PyTorch",
+        "train.quantize x": "python -m train.quantize: x; loading PyTorch",
+        "train.submission code baseline": "python -m train.submission code: loading libraries",
+        "benchmarks report": "python -m benchmarks: loading PyTorch",
+    }
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    started = {
+        command: subprocess.Popen(
+            [sys.executable, "-m", *command.split()],
+            cwd=Path(__file__).parents[2], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for command in commands
+    }  # fmt: skip
+    for command, process in started.items():
+        assert process.communicate()[0] == f"{commands[command]}\ntorch is imported\n", command
+
+
+def test_under_torchrun_one_rank_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        announce(f"rank {rank}")
+    assert capsys.readouterr() == ("", "rank 0\n")

@@ -7,6 +7,11 @@ import json
 import sys
 from pathlib import Path
 
+from train.common.progress import announce
+
+if __name__ == "__main__":
+    announce("python -m train.artifact: loading PyTorch")
+
 from train.artifact.budget import budget_table
 from train.artifact.codecs import CODECS
 from train.artifact.difference import difference

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.common.errors import main_guard
+from train.common.progress import announce
 from train.common.values import ConfigError
 from train.config import Config, field_help, parse_value
 
@@ -31,6 +32,7 @@ BUDGET = frozenset({"target_bytes", "target_mb", "prune_excess"})
 def main(argv: list[str] | None = None) -> int:
     """Calibrate, quantize and encode the weights of a run folder. Under torchrun the ranks divide the work."""
     arguments = _parser().parse_args(argv)
+    announce(f"python -m train.quantize: {arguments.run}; loading PyTorch")
     # imported after parsing, because importing torch takes seconds and --help should not wait for it
     from train.artifact.make import make_artifact, quantize
     from train.checkpoint import load_weights

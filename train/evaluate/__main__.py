@@ -9,8 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from train.common.progress import announce
+
+if __name__ == "__main__":
+    announce("python -m train.evaluate: loading PyTorch")
+
 from golf_kernels.window_nll import LOGITS_ROUNDINGS
-from train.artifact import MODEL_FIELDS, load_model, read_artifact
+from train.artifact.storage import MODEL_FIELDS, load_model, read_artifact
 from train.checkpoint import load_weights
 from train.command_line import check_backends, note_unread
 from train.common.distributed import start_ranks

@@ -6,6 +6,11 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
+from train.common.progress import announce
+
+if __name__ == "__main__":
+    announce("python -m train.export: loading PyTorch")
+
 from train.checkpoint import load_weights
 from train.common.errors import UserError, main_guard
 from train.data.tokenizer import load_tokenizer

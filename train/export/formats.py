@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from train.artifact import MODEL_FIELDS
+from train.artifact.storage import MODEL_FIELDS
 from train.checkpoint import write_tensors
 from train.common.errors import UserError
 from train.common.files import atomic_write

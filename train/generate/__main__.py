@@ -9,6 +9,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from train.common.progress import announce
+
+if __name__ == "__main__":
+    announce("python -m train.generate: loading PyTorch")
+
 from train.command_line import check_backends
 from train.common.errors import main_guard
 from train.common.hardware import auto_device

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from train.artifact import load_model
+from train.artifact.storage import load_model
 from train.common.errors import UserError
 from train.config import Config
 from train.data.tokenizer import find_tokenizer

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from train.command_line import note_unread
 from train.common.errors import main_guard
+from train.common.progress import announce
 from train.common.wording import counted
 from train.run.folder import RunFolder
 
@@ -214,6 +215,7 @@ def _add_details(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run one command."""
     arguments = _parser().parse_args(argv)
+    announce(f"python -m train.submission {arguments.command}: loading libraries")
     return int(arguments.run(arguments))
 
 

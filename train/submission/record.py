@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.artifact import read_artifact
+from train.artifact.storage import read_artifact
 from train.common.errors import UserError
 from train.common.files import atomic_write, read_json
 from train.common.wording import counted
