@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTABLE := $(VENV)/.testable
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP = $(BIN)/python -m pip install --disable-pip-version-check
 TORCH := torch==2.13.0
 # for a torch that comes without Triton: the version that the kernels were tested with
 TRITON := triton==3.6.0
@@ -21,6 +21,7 @@ help:  ## list these commands
 PROCESSES = $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c GPU); [ $$n -gt 0 ] || n=$$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc); for p in 8 4 2 1; do [ $$p -le $$n ] && echo $$p && break; done)
 
 run: $(READY)  ## train, quantize and score a small model on the standard library's text (4 minutes)
+	@echo "quickstart on $(PROCESSES) processes: about four minutes on two quiet cores; PyTorch loads first"
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(PROCESSES) -m train --recipe quickstart --samples end
 
 # one process per core, one thread each: on small tensors more threads only wait for each other
@@ -56,28 +57,32 @@ clean:  ## delete .venv and everything built
 # A torch that the base interpreter has is used as it is, because another one may not match the GPU's driver. Its folder
 # goes into a .pth file: if that interpreter is itself a virtual environment, .venv would not look there.
 $(READY): pyproject.toml setup.py $(wildcard csrc/*) $(wildcard golf_kernels/version.py)
+	@echo "setting up $(VENV): looking for a torch that $(PYTHON) already has"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.11: install a newer one and run make PYTHON=python3.12"; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo "error: $(PYTHON) has no venv module: apt install python3-venv, then run make again"; exit 2; }
 	@set -e; \
 	if torch_folder=$$($(PYTHON) -c 'import torch, os, sys; print(os.path.dirname(torch.__path__[0])); sys.exit(tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 11))' 2>/dev/null); then \
-	  echo "setting up $(VENV) with the torch that $(PYTHON) already has"; \
+	  echo "using it; some small packages and the C++ code take a minute or two"; \
 	  [ -x $(BIN)/python ] || $(PYTHON) -m venv --system-site-packages $(VENV); \
 	  echo "$$torch_folder" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_base.pth"; \
 	  torch=; \
 	else \
-	  echo "setting up $(VENV) with $(TORCH)"; \
+	  echo "there is none: $(TORCH), some small packages and the C++ code take several minutes, most of them for the download"; \
 	  [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); \
 	  torch=$(TORCH); \
 	fi; \
+	echo "1 of 2: pip installs $$torch setuptools wheel pybind11 ninja"; \
 	$(PIP) $$torch "setuptools>=66.1" wheel "pybind11>=2.13" "ninja>=1.11" && \
+	echo "2 of 2: pip installs what training needs, and compiles golf_kernels" && \
 	$(PIP) --no-build-isolation --editable ".[train]" || { $(NOT_INSTALLED); }; \
 	touch $@
 
 # what tests and linters need besides
 $(TESTABLE): $(READY)
-	@triton=; $(BIN)/python -c 'import triton' 2>/dev/null || triton=$(TRITON); \
+	@echo "installing what tests and linters need: a minute or two"; \
+	triton=; $(BIN)/python -c 'import triton' 2>/dev/null || triton=$(TRITON); \
 	$(PIP) --no-build-isolation $$triton --editable ".[train,test]" || { $(NOT_INSTALLED); }; \
 	touch $@
 
