@@ -102,6 +102,15 @@ def test_every_command_says_something_before_it_imports_torch(tmp_path: Path) ->
         assert process.communicate()[0] == f"{commands[command]}\ntorch is imported\n", command
 
 
+def test_reading_runs_needs_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "train.runs", "list", str(tmp_path)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}: no run in it\n"), done.stderr
+
+
 def test_under_torchrun_one_rank_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)

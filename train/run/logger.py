@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
 from tqdm import tqdm
 
 from train.common.errors import UserError
@@ -103,6 +102,9 @@ class RunLogger:
         """
         if self._log is None or self.resumed:
             return
+        # imported here, because the commands that read runs need no torch, which takes seconds
+        import torch
+
         for text in (
             f"Running Python {sys.version}",
             f"Running PyTorch {torch.__version__}",
