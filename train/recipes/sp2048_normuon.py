@@ -7,10 +7,15 @@ As in the published script:
 - Windows are 4,096 tokens long. The README gives another length.
 - The evaluation rule full_windows never scores the first 4,032 tokens.
 - The rotary table is rounded to bfloat16: positions, frequencies, cosines and sines (ROTARY_TABLE=bf16).
+- Fake quantization rounds the bfloat16 copies of the weights (QAT_DTYPE=compute).
+- Windows are scored without a compiler, which rounds every operation of the softcap to bfloat16
+  (LOGITS_ROUNDING=bf16_each).
 
 Deviations:
 - Control tensors are float16 in the artifact. The published ones are float32.
 - zstd compresses one code per byte. The published script packs the codes first.
+- Newton-Schulz divides by max(norm, 1e-7). The published script divides by norm + 1e-7.
+- All ranks follow one clock. In the published script the learning rate of each rank follows the rank's own clock.
 - The artifact has this project's own container.
 """
 

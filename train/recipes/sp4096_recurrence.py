@@ -7,7 +7,10 @@ As in the published script, where the README says otherwise:
 - Only layer 4 is repeated, because only encoder layers blend.
 - Parallel layers have the GPT-J form.
 - Only the EMA weights are quantized and scored.
+
+As in the published script:
 - Windows of 2,048 tokens exceed the 1,024 positions of the rotary table, so NTK scaling computes an exact table.
+- The capped logits of overlapping windows are rounded to bfloat16, too (LOGITS_ROUNDING=bf16_capped).
 
 As in the published script, for calibration:
 - The trained model generates the 128 calibration sequences. This reads no training data and is outside the 600 seconds.
@@ -19,12 +22,17 @@ Deviations:
   published script computes the whole text again for each token, in 430 s, and uses the plain base up to 1,024 tokens.
 - The ranks divide the generated sequences among them.
 - The random numbers of the generation differ.
+- The Hessians come from all 2,048 tokens of a generated text. The published ones come from 2,047 of them.
 - Gradients are clipped after the reduction over ranks.
 - Gradients and momentum are float32. The published ones are bfloat16.
 - The momentum is reset after the warm-up.
 - The untrained vectors have no gradient. In the published script their gradient grows from step to step and counts in
   the norm that is clipped.
 - Late fake-quantization is left out. It could only reach the value embedding's projection.
+- int8 codes of embeddings are rounded with the stored float16 scale of their row. The published script rounds them with
+  the float32 scale: at most 0.05 % of the codes differ.
+- Newton-Schulz divides by max(norm, 1e-7). The published script divides by norm + 1e-7.
+- All ranks follow one clock. In the published script the learning rate of each rank follows the rank's own clock.
 - The artifact has this project's own container.
 """
 

@@ -7,10 +7,16 @@ As in the published script:
 - U-Net skips have no effect once the two lanes have begun.
 - The scale floor of 1/31 replaces the scale of every row with a standard deviation below 0.078.
 - The rotary table is rounded to bfloat16: positions, frequencies, cosines and sines (ROTARY_TABLE=bf16).
+- The loader draws the same windows at any number of ranks: those of the script at 8 ranks.
+- The capped logits of overlapping windows are rounded to bfloat16, too (LOGITS_ROUNDING=bf16_capped).
 
 Deviations:
 - The Hessians are summed over ranks. The published script uses the 64 batches of rank 0.
 - If the Cholesky factorization of a matrix fails, it is tried again with more damping before rounding to nearest.
+- int8 codes of embeddings are rounded with the stored float16 scale of their row. The published script rounds them with
+  the float32 scale: at most 0.05 % of the codes differ.
+- Newton-Schulz divides by max(norm, 1e-7). The published script divides by norm + 1e-7.
+- All ranks follow one clock. In the published script the learning rate of each rank follows the rank's own clock.
 - The loader's seed is a hash of the shards' names. The published one is a hash of their paths as given.
 - The artifact has this project's own container.
 """
