@@ -48,16 +48,10 @@ def test_published_steps_saw_the_published_tokens(name: str, tokens: int) -> Non
 
 
 def test_the_frontiers_counts_are_reached_by_settings_alone() -> None:
-    settings: dict[str, object] = {
-        "ve_dim": 0,
-        "ve_layers": (),
-        "skip_rows": 8,
-        "num_loops": 2,
-        "parallel_start_layer": -1,
-    }
+    settings: dict[str, object] = {"ve_dim": 0, "ve_layers": (), "skip_rows": 8, "num_loops": 2}
     counts = []
     for more in (
-        {},  # #1493
+        {"parallel_form": "gptj"},  # #1493
         {"parallel_start_layer": 8, "parallel_form": "routed"},  # #1530
         {"head_gate": True},  # #1787
         {"smear_gate": "document"},  # #1855
