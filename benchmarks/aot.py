@@ -85,6 +85,8 @@ def compile_triton(paths: Sequence[Path]) -> list[Compiled]:
     """Compile the Triton kernels of these files, in every configuration that `benchmarks.computed.launches` uses."""
     if importlib.util.find_spec("triton") is None:
         raise Missing("triton is not installed: pip install 'triton==3.6.0'")
+    if not paths:
+        return []
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction

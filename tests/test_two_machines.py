@@ -31,4 +31,5 @@ def test_two_launchers_train_one_run(finished: Finished, dataset: Path, tmp_path
     run, expected = RunFolder(tmp_path / "run"), read_json(finished.folder.summary, "")
     found = read_json(run.summary, "")
     assert "2 processes" in found["hardware"] and found["steps"] == expected["steps"]
-    assert found["val_bpb"] == pytest.approx(expected["val_bpb"], abs=1e-4)
+    # a sum in another order moves a few codes of int6, so the weights are compared before quantization
+    assert found["prequant_val_bpb"] == pytest.approx(expected["prequant_val_bpb"], abs=1e-4)

@@ -136,7 +136,7 @@ def test_the_command_ends_on_a_sentence_and_code_2(tmp_path: Path, file: Path) -
     run = [sys.executable, "-m", "train.artifact", "verify", str(bad)]
     done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {bad}: section")
+    assert done.stderr.splitlines()[-1].startswith(f"error: {bad}: section")
     assert "Traceback" not in done.stderr
 
 

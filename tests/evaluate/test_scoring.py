@@ -180,12 +180,13 @@ def test_texts_that_cannot_be_scored_are_refused() -> None:
 
 
 def test_progress_shows_the_running_bpb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.common.progress.FIRST_LINE_SECONDS", 0.0)
     monkeypatch.setattr("train.common.progress.LINE_INTERVAL_SECONDS", 0.0)
     monkeypatch.setattr("train.evaluate.scoring.NOTE_INTERVAL_SECONDS", 0.0)
     tokens, tables = make_text(90)
     result = evaluate_model(StandIn(), tokens, tables, CONFIG, seq_len=16, stride=4, progress=True)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and lines[-1].startswith("evaluate: 89/89 tokens (100 %)")
-    assert lines[-1].endswith(f"bpb {result.val_bpb:.4f}")
+    assert f", bpb {result.val_bpb:.4f}, " in lines[-1]
     evaluate_model(StandIn(), tokens, tables, CONFIG, seq_len=16, stride=4)
     assert capsys.readouterr().out == ""

@@ -52,6 +52,8 @@ def test_nothing_is_compiled_after_the_warm_up(
     name: str, system: str, graphs_needed: int, tokens: Path, graphs: list[torch.fx.GraphModule]
 ) -> None:
     class Silent:
+        def line(self, text: str) -> None: ...
+
         def warmup_step(self, step: int, total: int, note: str = "") -> None: ...
 
     schedule = {"warmup_steps": 1, "iterations": 8, "recur_start_step": 4, "warmdown_iters": 4}

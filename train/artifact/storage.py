@@ -39,13 +39,14 @@ _HEADER_FIELDS = (
     "vocab_size", "document_masking", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope",
     "rope_base", "rope_dims", "rope_train_seq_len", "norm_eps", "logit_softcap", "embed_dtype", "ln_scale", "xsa_last_n",
     "smear_gate", "bigram_vocab_size", "bigram_dim", "trigram", "ve_dim", "ve_layers", "unet_skips", "skip_gates",
-    "parallel_start_layer", "parallel_form", "recur_layers", "recur_form", "recur_scale_params", "rotary_table",
-    "embed_proj", "skip_rows", "num_loops", "head_gate", "softcap_params",
+    "parallel_start_layer", "parallel_form", "recur_layers", "recur_form", "recur_scale_params",
 )  # fmt: skip
+# settings of 0.2.0: the header has them only if they differ from the default, so that older artifacts keep their bytes
+_ADDED_FIELDS = ("rotary_table", "embed_proj", "skip_rows", "num_loops", "head_gate", "softcap_params")
 # former settings: the header still has them, each with the only value that is left
 _FIXED_FIELDS = {"norm_eps": NORM_EPS, "unet_skips": True}
 
-MODEL_FIELDS = tuple(name for name in _HEADER_FIELDS if name not in _FIXED_FIELDS)
+MODEL_FIELDS = tuple(name for name in (*_HEADER_FIELDS, *_ADDED_FIELDS) if name not in _FIXED_FIELDS)
 """The settings that an artifact stores: they determine what the model computes from its weights."""
 
 # float tensors with fewer elements share a section
@@ -132,8 +133,11 @@ def encode_artifact(tensors: Mapping[str, QuantizedTensor | Tensor], config: Con
         order = sorted(range(len(plans)), key=lambda index: -len(contents[index]))
         jobs = {index: pool.submit(encode_section, plans[index], contents[index], codec) for index in order}
         encoded = [jobs[index].result() for index in range(len(plans))]
-    values = config.to_dict() | _FIXED_FIELDS
-    header = Header({name: values[name] for name in _HEADER_FIELDS}, [section for section, _ in encoded], entries)
+    values, defaults = config.to_dict() | _FIXED_FIELDS, Config().to_dict()
+    added = [name for name in _ADDED_FIELDS if values[name] != defaults[name]]
+    header = Header(
+        {name: values[name] for name in (*_HEADER_FIELDS, *added)}, [section for section, _ in encoded], entries
+    )
     data, header_bytes, json_bytes = pack(header, [payload for _, payload in encoded])
     info = ArtifactInfo(VERSION, len(data), header_bytes, json_bytes, tuple(header.sections), len(entries))
     return EncodedArtifact(data, info)
@@ -150,7 +154,7 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
     source = Path(path)
     header, contents, header_bytes, json_bytes = unpack(source)
     try:
-        unknown = set(header.config) - set(_HEADER_FIELDS)
+        unknown = set(header.config) - {*_HEADER_FIELDS, *_ADDED_FIELDS}
         if unknown:
             raise ConfigError(f"{min(unknown)}: not expected")
         config = Config.from_dict(header.config)
