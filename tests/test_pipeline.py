@@ -216,7 +216,7 @@ def test_a_setting_that_is_younger_than_a_run_has_its_default(finished: Finished
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
     values = folder.read_config().to_dict()
     write_json(
-        folder.config, {name: value for name, value in values.items() if name not in ("prune_excess", "trigram")}
+        folder.config, {name: value for name, value in values.items() if name not in ("prune_excess", "smear_gate")}
     )
     assert folder.read_config() == finished.folder.read_config()
     assert summarize(folder).val_bpb == summarize(finished.folder).val_bpb

@@ -28,7 +28,8 @@ def narrow(dataset: Path, runs: Path, seed: int, **changes: object) -> Config:
     values: dict[str, object] = dict(  # noqa: C408
         data_path=str(dataset), corpus="", runs_dir=str(runs), run_id=f"seed{seed}", seed=seed, vocab_size=512, model_dim=32,
         num_heads=2, num_kv_heads=1, rope_dims=4, ve_dim=8, train_seq_len=64, rope_train_seq_len=64, train_batch_tokens=1024,
-        iterations=4, max_wallclock_seconds=0.0, gptq_reserve_seconds=0.0, recur_start_step=2, gptq_calib_batches=2,
+        num_layers=4, xsa_last_n=4, ve_layers=(2, 3), parallel_start_layer=3, recur_layers=(1, 2), recur_start_step=2,
+        bigram_vocab_size=64, bigram_dim=8, iterations=4, max_wallclock_seconds=0.0, gptq_reserve_seconds=0.0, gptq_calib_batches=2,
         val_loss_every=2, passthrough_max_elements=512, eval_stride=32, warmup_steps=1, device="cpu",
     )  # fmt: skip
     return load_recipe("quickstart").config(**{**values, **changes})

@@ -1,7 +1,8 @@
-"""A small model with all techniques of sp8192_sdclip, trained in 130 seconds on two CPU cores.
+"""A small model with the techniques of sp8192_sdclip but recurrence, trained in 1,400 steps on CPU cores.
 
 The techniques are those of #1471: partial RoPE, QK gain, XSA, layer-scaled norms, gated U-Net skips, shared value
-embeddings, two parallel lanes, recurrence, MuonEq-R, EMA, SDClip and GPTQ. The training text is the sources and the
+embeddings, two parallel lanes, MuonEq-R, EMA, SDClip and GPTQ. In so few steps recurrence costs time and gains nothing;
+a table of hashed bigrams and trigrams gains most. docs/log.md lists what was tried. The training text is the sources and the
 documentation of Python's standard library, so the score cannot be compared with a published one.
 """
 
@@ -13,7 +14,7 @@ SETTINGS = {
     # the model learns faster from batches of the whole text than from sequential batches, which hold text of few files
     "loader": "coprime",
     "train_batch_tokens": 2048,
-    "num_layers": 4,
+    "num_layers": 3,
     "model_dim": 128,
     "num_heads": 4,
     "num_kv_heads": 2,
@@ -24,24 +25,24 @@ SETTINGS = {
     "qk_gain_init": 5.0,
     "orthogonal_init": True,
     "ln_scale": True,
-    "xsa_last_n": 4,
+    "xsa_last_n": 3,
+    "bigram_vocab_size": 65536,
+    "bigram_dim": 64,
+    "trigram": True,
     "ve_dim": 32,
-    "ve_layers": (2, 3),
+    "ve_layers": (1, 2),
     "skip_gates": True,
-    "parallel_start_layer": 3,
+    "parallel_start_layer": 2,
     "parallel_form": "lanes",
-    "recur_layers": (1, 2),
-    "recur_form": "unroll",
-    "recur_start_step": 100,
     "embed_dtype": "float32",
-    # the steps end training, so that every machine gets the same score; the limit only stops a hopeless one
-    "iterations": 800,
+    # the steps end training, so a busy machine gets the same score; the limit only stops a hopeless one
+    "iterations": 1400,
     "max_wallclock_seconds": 1200.0,
     "warmup_steps": 2,
     "warmdown_frac": 0.72,
     "warmdown_by": "steps",
     "matrix_lr": 0.04,
-    "tied_embed_lr": 0.04,
+    "tied_embed_lr": 0.03,
     "scalar_lr": 0.03,
     "muon_momentum": 0.95,
     "muon_momentum_warmup_start": 0.85,
@@ -54,10 +55,13 @@ SETTINGS = {
     "grad_clip_norm": 0.3,
     "ema_decay": 0.9,
     "gptq_calib_batches": 8,
+    # the artifact is far below the cap, so finer steps cost nothing: 0.004 bits per byte are lost, published clips lose 0.019
+    "matrix_clip_sigmas": 5.0,
+    "embed_clip_sigmas": 8.0,
     # the published threshold of 65,536 elements would store every matrix in float16
     "passthrough_max_elements": 4096,
     # the published floor of 1/31 would round all weights to zero, because their deviations are smaller
     "scale_floor": "none",
-    "val_loss_every": 100,
+    "val_loss_every": 200,
     "train_log_every": 25,
 }
