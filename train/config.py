@@ -88,9 +88,7 @@ class Config:
     rope_train_seq_len: int = setting(
         1024, "longest sequence that uses rope_base as it is; for longer ones NTK scaling raises the base", low=1
     )
-    rotary_table: str = setting(
-        "exact", "rounding of the table up to rope_train_seq_len", choices=("exact", "bf16", "bf16_frequencies")
-    )
+    rotary_table: str = setting("exact", "rounding of the cos/sin table", choices=("exact", "bf16", "bf16_frequencies"))
     qk_gain_init: float = setting(1.5, "initial gain of each query head, after the QK norm")
     logit_softcap: float = setting(30.0, "cap of the logits: they become cap * tanh(logits / cap)", low=1e-3)
     embed_dtype: str = setting("bfloat16", "dtype of embeddings and their moments", choices=("bfloat16", "float32"))
@@ -114,7 +112,7 @@ class Config:
     parallel_start_layer: int = setting(-1, "first layer with attention and MLP in parallel; -1: none", low=-1)
     parallel_form: str = setting(
         "gptj", "gptj: parallel attention and MLP share their input; lanes: each has a residual stream, merged at the end; "
-        "routed: lanes that both take both outputs",
+        "routed: as lanes, but each lane adds both outputs",
         choices=("gptj", "lanes", "routed"),
     )  # fmt: skip
     recur_layers: tuple[int, ...] = setting((), "layers that run again")
@@ -124,9 +122,11 @@ class Config:
         choices=("unroll", "blend"),
     )  # fmt: skip
     recur_start_step: int = setting(0, "first step with recurrence", low=0)
-    recur_start_frac: float = setting(0.0, "fraction without recurrence; 0: use recur_start_step", low=0.0, high=1.0)
-    recur_scale_params: int = setting(0, "number of extra, unused vectors; #1392 has 2", low=0, high=1024)
-    softcap_params: int = setting(0, "number of extra, unused softcaps; #1945 has 2", low=0, high=1024)
+    recur_start_frac: float = setting(
+        0.0, "fraction of training before recurrence; 0: use recur_start_step", low=0.0, high=1.0
+    )
+    recur_scale_params: int = setting(0, "unused vectors to add, to match #1392, which has 2", low=0, high=1024)
+    softcap_params: int = setting(0, "unused softcaps to add, to match #1945, which has 2", low=0, high=1024)
 
     # optimization
     iterations: int = setting(20000, "steps, unless the wall clock ends training first", low=1)
@@ -208,7 +208,7 @@ class Config:
         0.0, "set quantized values of ±1 to 0 until script and model fit this many MiB; 0: off", low=0.0
     )
     prune_excess: int = setting(
-        0, "quantized values of ±1 to set to 0 for each byte over max_artifact_bytes; #1471 uses 8; 0: off", low=0
+        0, "for each byte over max_artifact_bytes, set this many quantized values of ±1 to 0; #1471 uses 8", low=0
     )
     code_form: str = setting(
         "wrapped", "form of the script whose bytes count; plain: uncompressed; wrapped: compressed, as text; raw: compressed, as bytes",
@@ -228,8 +228,8 @@ class Config:
         "", "file of validation tokens to score with loss 0, as #262 did; against the rules; empty: none"
     )
     logits_rounding: str = setting(
-        "none", "rounding of scored logits; bf16: before the softcap. Only in overlapping windows: bf16_capped: also after the "
-        "softcap; bf16_each: after each operation of the softcap",
+        "none", "rounding of scored logits; bf16: before the softcap. bf16_capped (overlapping windows only): also after "
+        "the softcap; bf16_each (the same): after each operation of the softcap",
         choices=("none", "bf16", "bf16_capped", "bf16_each"),
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""A small model with the techniques of sp8192_sdclip but recurrence, trained in 1,400 steps on CPU cores.
+"""A small model with all techniques of sp8192_sdclip except recurrence, trained in 1,400 steps on CPU cores.
 
 The techniques are those of #1471: partial RoPE, QK gain, XSA, layer-scaled norms, gated U-Net skips, shared value
 embeddings, two parallel lanes, MuonEq-R, EMA, SDClip and GPTQ. In so few steps recurrence costs time and gains nothing;

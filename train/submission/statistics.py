@@ -22,7 +22,7 @@ _SAME_TOKENIZER = 1e-4
 
 @dataclass(frozen=True)
 class UnitTest:
-    """The t-test of the required improvement, "0.005 nats", read in one unit.
+    """The t-test of the required improvement, with "0.005 nats" taken in one unit.
 
     Attributes:
         unit: name of the unit, such as "nats per byte".
