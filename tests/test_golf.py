@@ -71,7 +71,7 @@ def test_several_processes_run_the_same_command(installed: Installed) -> None:
     result = installed.run("run", "--processes", "2", "--describe", "--recipe", "quickstart")
     assert result.returncode == 0, result.stderr
     # the README's figure; each of the two is this command again
-    assert result.stdout.count("recipe quickstart: 889,364 parameters") == 2
+    assert result.stdout.count("recipe quickstart: 4,910,865 parameters") == 2
 
 
 def test_benchmarks_run_from_any_folder(installed: Installed) -> None:

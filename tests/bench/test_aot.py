@@ -109,7 +109,9 @@ def test_broken_promises_of_triton_kernels_are_seen(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on PATH")
-def test_broken_promises_of_cuda_kernels_are_seen(tmp_path, capsys):
+def test_broken_promises_of_cuda_kernels_are_seen(tmp_path, monkeypatch, capsys):
+    # main removes it, and the tests after this one need it
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     source = tmp_path / "spill.cu"
     lines = [f"    float v{i} = p[{i}];" for i in range(300)]
     lines += ["    __syncthreads();", *(f"    p[{i}] = v{i} * v{(i + 7) % 300};" for i in range(300))]
@@ -130,6 +132,7 @@ def test_broken_promises_of_cuda_kernels_are_seen(tmp_path, capsys):
 def test_a_missing_compiler_is_named(tmp_path, monkeypatch, capsys):
     source = tmp_path / "empty.cu"
     source.write_text("")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     assert aot.main(["--json", str(source)]) == 2
     output, errors = capsys.readouterr()

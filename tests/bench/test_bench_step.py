@@ -154,7 +154,7 @@ def test_a_verdict_needs_rounds(times: tuple[float, float], rounds: int, verdict
 def test_the_command_prints_a_table_and_keeps_nothing_from_a_cpu(tmp_path: Path) -> None:
     # without the interpreter, in which one step of the kernels takes seconds
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = "-m benchmarks.bench_step --tiny --device cpu --rounds 1 --warmup-ms 1 --warmup-steps 1 --recipe quickstart --variants published,golf"
+    command = "-m benchmarks.bench_step --tiny --device cpu --rounds 1 --warmup-ms 1 --warmup-steps 1 --recipe sp8192_sdclip --variants published,golf"
     result = subprocess.run(
         [sys.executable, *command.split(), "--profile", str(tmp_path)],
         cwd=ROOT,
@@ -172,7 +172,7 @@ def test_the_command_prints_a_table_and_keeps_nothing_from_a_cpu(tmp_path: Path)
         ]
         # a tiny step has no speed-up, and a CPU neither a data sheet, GPU time nor its memory
         assert len(rows) == 2 and all(row[5] == "–" and row[7:11] == ["–"] * 4 for row in rows)
-        assert (tmp_path / f"quickstart_after_{variant}_rank0.json.gz").stat().st_size > 1000
+        assert (tmp_path / f"sp8192_sdclip_after_{variant}_rank0.json.gz").stat().st_size > 1000
     assert "not stored" in result.stdout
 
 
