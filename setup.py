@@ -151,8 +151,8 @@ def compile_extension(cpp, cuda):
     return folder / EXTENSION
 
 
-class BuildNative(Command):
-    """Step of `build` that puts the extension and the build record into the package."""
+class BuildStep(Command):
+    """A step of `build`. `build_lib` is the folder of the wheel's files; an editable installation uses the checkout."""
 
     user_options: ClassVar = []
     editable_mode = False
@@ -162,6 +162,10 @@ class BuildNative(Command):
 
     def finalize_options(self):
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+
+class BuildNative(BuildStep):
+    """Puts the extension and the build record into the package."""
 
     def run(self):
         cpp, cuda = find_records()
@@ -178,17 +182,8 @@ class BuildNative(Command):
         os.replace(new, folder / "_build_info.json")
 
 
-class BuildApps(Command):
-    """The step of `build` that puts what `golf` runs into golf_kernels/_apps. An editable installation runs the checkout's."""
-
-    user_options: ClassVar = []
-    editable_mode = False
-
-    def initialize_options(self):
-        self.build_lib = None
-
-    def finalize_options(self):
-        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+class BuildApps(BuildStep):
+    """Puts what `golf` runs into golf_kernels/_apps. An editable installation runs the checkout's."""
 
     def run(self):
         for name in () if self.editable_mode else ("benchmarks", "csrc", "train"):

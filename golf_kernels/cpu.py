@@ -9,7 +9,7 @@ import torch
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the CPU has products in bfloat16 (AMX or AVX-512 BF16), which take half of float32's time or less."""
+    """Whether the CPU has products in bfloat16 (AMX or AVX-512 BF16), which are faster than float32's: docs/log.md."""
     # Triton's interpreter cannot multiply bfloat16
     return _has_instructions() and os.environ.get("TRITON_INTERPRET") != "1"
 

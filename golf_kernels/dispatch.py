@@ -47,7 +47,7 @@ UNMEASURED = "not yet measured in a training step"
 _Library: Any = torch.library.Library
 LIBRARY = _Library("golf", "FRAGMENT")
 
-# device types whose tensors a backend takes; an empty tuple stands for all
+# device types whose tensors a backend takes; an empty tuple means all
 _DEVICES: dict[Backend, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), "cpp": ("cpu",), "torch": ()}
 _logger = logging.getLogger("golf_kernels")
 _logged: set[tuple[str, str, str]] = set()
@@ -72,7 +72,7 @@ class _Implementation:
 
 
 _registry: dict[str, dict[Backend, _Implementation]] = {}
-# name in GOLF_BACKEND → the operators that it stands for
+# name in GOLF_BACKEND → its operators
 _members: dict[str, tuple[str, ...]] = {}
 
 
@@ -107,13 +107,13 @@ def register(
 
 
 def set_members(name: str, members: Sequence[str]) -> None:
-    """Makes `name` stand for these operators in `GOLF_BACKEND` and in `available_backends`."""
+    """Makes `name` select these operators in `GOLF_BACKEND` and in `available_backends`."""
     _members[name] = tuple(members)
     _read.cache_clear()
 
 
 def members(name: str) -> tuple[str, ...]:
-    """Returns the operators that `set_members` recorded for `name`; without a record, `name` stands for itself."""
+    """Returns the operators that `set_members` recorded for `name`; without a record, `name` itself."""
     return _members.get(name, (name,))
 
 
@@ -241,7 +241,7 @@ def available_backends(name: str, device: str | None = None) -> list[Backend]:
     """Returns the backends on which this machine can run an operator and its backward pass, preferred first.
 
     Args:
-        name: name of an operator, or a name that stands for several operators (`set_members`).
+        name: name of an operator, or of a group of operators (`set_members`).
         device: device type. Backends that do not take tensors on such a device are left out; None: no backend is.
     """
     found = [_implementations(op) for op in members(name)]
@@ -374,7 +374,7 @@ def _read(op: str, text: str) -> Backend | None:
     for name in by_name:
         if name not in known:
             raise BackendError(f"{ENVIRONMENT_VARIABLE}: unknown operator {name!r}; {_nearest(name, known)}")
-    # an entry with the operator's own name wins over an entry with a name that stands for several operators
+    # an entry for the operator wins over an entry for its group
     names = [op, *(name for name, members in _members.items() if op in members)]
     return next((by_name[name] for name in names if name in by_name), default)
 

@@ -258,18 +258,14 @@ def _prescale(stack: Tensor, eps: float, prescale: str) -> Tensor:
 
 
 def _iterate(x: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """Runs the iterations; overwrites x. New memory for every product would cost a CPU a tenth of the time."""
     tall = x.shape[-2] > x.shape[-1]
-    short = min(x.shape[-2:])
-    other = torch.empty_like(x)
-    gram, polynomial = (x.new_empty(len(x), short, short) for _ in range(2))
     for a, b, c in zip(coefficients[0::3], coefficients[1::3], coefficients[2::3], strict=True):
-        torch.bmm(*((x.mT, x) if tall else (x, x.mT)), out=gram)
-        factor, scale = gram, b
+        gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
+        scale = b
         if c != 0.0:
-            factor, scale = torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial), 1.0
-        torch.baddbmm(x, *((x, factor) if tall else (factor, x)), beta=a, alpha=scale, out=other)
-        x, other = other, x
+            gram, scale = torch.baddbmm(gram, gram, gram, beta=b, alpha=c), 1.0
+        left, right = (x, gram) if tall else (gram, x)
+        x = torch.baddbmm(x, left, right, beta=a, alpha=scale)
     return x
 
 

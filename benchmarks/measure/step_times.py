@@ -33,7 +33,7 @@ class Bench:
     """The settings of one run of the benchmark.
 
     `warmup_steps` is the number of steps whose losses and weight updates are compared. `data` is a folder of shards;
-    None stands for random tokens. `surroundings` has the columns that all rows share. `keep` says whether rows are
+    None means random tokens. `surroundings` has the columns that all rows share. `keep` says whether rows are
     stored.
     """
 

@@ -156,7 +156,7 @@ def test_the_places_of_documents_are_on_the_gpu() -> None:
 
 
 class Bytes:
-    """A byte counter for which every token stands for two bytes."""
+    """A byte counter that counts two bytes for every token."""
 
     def count(self, previous: Tensor, target: Tensor) -> Tensor:
         assert previous.device == target.device == CUDA

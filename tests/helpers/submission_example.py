@@ -1,4 +1,4 @@
-"""A made-up finished run, of which tests make records. Its numbers are those of a published run."""
+"""A made-up finished run with the numbers of a published run. Tests make records of it."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Runs a function on two ranks, each of which is a process on this machine."""
+"""Runs a function on two ranks, which are two processes of this machine."""
 
 from __future__ import annotations
 

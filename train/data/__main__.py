@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from train.common.argument_types import at_least
 from train.common.errors import main_guard
 from train.common.wording import counted
 from train.data.build import build_dataset, check_output
@@ -123,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
         "--vocab 1024 --out data/stdlib_1024",
     )
     _add_dataset_options(one, "stdlib", 1024)
-    _option(one, "--val-bytes", 0, _VAL_BYTES, "N", _from(0))
+    _option(one, "--val-bytes", 0, _VAL_BYTES, "N", at_least(0))
 
     one = command(
         "text",
@@ -136,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--val", nargs="+", default=[], metavar="PATH", help="validation text [part of PATH]")
     _option(one, "--name", "text", "prefix of the shards' names", "NAME", _name)
     _add_dataset_options(one, "text", 1024)
-    _option(one, "--val-bytes", 0, _VAL_BYTES, "N", _from(0))
+    _option(one, "--val-bytes", 0, _VAL_BYTES, "N", at_least(0))
 
     one = command(
         "fineweb",
@@ -170,11 +171,16 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--docs", nargs="+", required=True, metavar="FILE", help='.jsonl files (.gz, .xz), one {"text": …} per line'
     )
-    _option(one, "--val-docs", VAL_DOCS, "the first N documents are the validation split", "N", _from(1))
-    _option(one, "--tokenizer-train-docs", 100_000, "the next N documents train the tokenizer", "N", _from(1))
-    _option(one, "--max-train-tokens", 0, "stop after N training tokens [all]", "N", _from(0))
+    _option(one, "--val-docs", VAL_DOCS, "the first N documents are the validation split", "N", at_least(1))
+    _option(one, "--tokenizer-train-docs", 100_000, "the next N documents train the tokenizer", "N", at_least(1))
+    _option(one, "--max-train-tokens", 0, "stop after N training tokens [all]", "N", at_least(0))
     _option(
-        one, "--workers", 0, "processes that tokenize; the result does not depend on it [one per core]", "N", _from(0)
+        one,
+        "--workers",
+        0,
+        "processes that tokenize; the result does not depend on it [one per core]",
+        "N",
+        at_least(0),
     )
     _option(one, "--name", "docs", "prefix of the shards' names", "NAME", _name)
     _add_dataset_options(one, "docs", 2048)
@@ -209,15 +215,6 @@ def _name(text: str) -> str:
     if not text or "/" in text or not text.isprintable():
         raise argparse.ArgumentTypeError(f"expected a prefix for file names, got {text!r}")
     return text
-
-
-def _from(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least}, got {text!r}")
-        return int(text)
-
-    return number
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ def split_documents(documents: Iterable[Document], val_bytes: int = 0) -> tuple[
 
     Documents are sorted by the SHA-256 of their names. The first documents become validation text, until that has
     `val_bytes` UTF-8 bytes; documents longer than a quarter of `val_bytes` are passed over. If that gives less than
-    half of `val_bytes`, the end of the sorted text becomes the validation text instead. A `val_bytes` of 0 stands for
+    half of `val_bytes`, the end of the sorted text becomes the validation text instead. A `val_bytes` of 0 means
     5 % of the text, but at most 200 kB and at least 32 kB (or a quarter of the text, if that is less).
 
     Returns:

@@ -6,7 +6,6 @@ import argparse
 import io
 import itertools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from train.common.progress import announce
@@ -15,24 +14,13 @@ if __name__ == "__main__":
     announce("python -m train.generate: loading PyTorch")
 
 from train.command_line import check_backends
+from train.common.argument_types import at_least
 from train.common.errors import main_guard
 from train.common.hardware import auto_device
 from train.config import Config
 from train.data.tokenizer import load_tokenizer
 from train.generate.load import load, tokenizer_path
 from train.generate.text import characters, continue_text, encode
-
-
-def _at_least(lowest: int, kind: Callable[[str], float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not value >= lowest:
-            raise argparse.ArgumentTypeError(f"expected at least {lowest}, got {text}")
-        return value
-
-    # argparse shows this name in its error for a value that is not a number
-    parse.__name__ = kind.__name__
-    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,16 +37,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("path", metavar="RUN|ARTIFACT", type=Path, help="run folder with model.golf, or an artifact")
     parser.add_argument("--prompt", default="", help="beginning of the text [empty]")
-    parser.add_argument("--tokens", type=_at_least(1, int), default=200, help="largest number of tokens to add [200]")
+    parser.add_argument("--tokens", type=at_least(1), default=200, help="largest number of tokens to add [200]")
     parser.add_argument(
-        "--temperature", type=_at_least(0, float), default=0.8, help="0: always the most likely token [0.8]"
+        "--temperature", type=at_least(0, float), default=0.8, help="0: always the most likely token [0.8]"
     )
     parser.add_argument(
-        "--seed", type=_at_least(0, int), default=Config.seed, help=f"seed of the random numbers [{Config.seed}]"
+        "--seed", type=at_least(0), default=Config.seed, help=f"seed of the random numbers [{Config.seed}]"
     )
     parser.add_argument(
         "--window",
-        type=_at_least(1, int),
+        type=at_least(1),
         help="tokens that the model reads at once; beyond rope_train_seq_len the NTK rule raises the rotary base "
         "[that of the run's evaluation; of an artifact without a run: rope_train_seq_len]",
     )

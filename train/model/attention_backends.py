@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from train.model.documents import Documents
 
-# PyTorch's kernel for shorter sequences takes two to three times as long in bfloat16 as in float32
+# on shorter sequences PyTorch's kernel, with its backward pass, is slower in bfloat16 than in float32: docs/log.md
 _LONG_ON_CPU = 512
 
 Core = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]

@@ -168,7 +168,8 @@ def _next_trial(plan: Plan, trials: list[FrozenTrial]) -> FrozenTrial:
     if plan.sampler == "grid":
         params: dict[str, Any] = dict(plan.grid()[len(trials)])
     else:
-        # a seed for each trial: the points are the same on any number of workers, and after a kill
+        # a seed for each trial: random draws the same points on any number of workers, and after a kill; the points of tpe
+        # depend on the scores known so far
         seed = plan.config.seed + len(trials)
         sampler = TPESampler(seed=seed, constant_liar=True) if plan.sampler == "tpe" else RandomSampler(seed=seed)
         drawn = optuna.create_study(sampler=sampler)
