@@ -70,6 +70,8 @@ def _run(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None)
 @contextlib.contextmanager
 def stand_in() -> Iterator[str]:
     """Replace the attention backend `fa3` by the fake one. Yields the backend's name."""
-    backend = attention_backends.AttentionBackend(_run, lambda device, dtype, head_dim: None)
-    with mock.patch.dict(attention_backends.BACKENDS, fa3=backend):
+    backend = attention_backends.AttentionBackend(_run, lambda device, dtype, head_dim, named: None)
+    # an entry for the library keeps it from being imported
+    library = mock.patch.dict(attention_backends._libraries, fa3=None)
+    with mock.patch.dict(attention_backends.BACKENDS, fa3=backend), library:
         yield "fa3"

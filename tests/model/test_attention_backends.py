@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import sys
 import types
 
@@ -24,7 +25,7 @@ from train.model.documents import Documents
 from train.model.gpt import GPT
 
 CPU = torch.device("cpu")
-ON_CPU = sorted(name for name, backend in BACKENDS.items() if backend.problem(CPU, torch.float64, 8) is None)
+ON_CPU = sorted(name for name, backend in BACKENDS.items() if backend.problem(CPU, torch.float64, 8, True) is None)
 
 
 def heads(count: int, *, seed: int, length: int = 7, dim: int = 6) -> torch.Tensor:
@@ -74,7 +75,7 @@ class FlashLibrary(types.ModuleType):
 @pytest.fixture(params=[*ON_CPU, "fa3", "fa4"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     library = FlashLibrary(with_sums=request.param == "fa4")
-    monkeypatch.setattr(attention_backends, "_library", lambda name: library)
+    monkeypatch.setattr(attention_backends, "_library", lambda name, **_: library)
     return request.param
 
 
@@ -111,7 +112,7 @@ def test_pytorchs_flash_attention_takes_documents_by_length(
 
     # the newer signature, and the older one
     library = types.SimpleNamespace(varlen_attn=with_groups if asks_for_groups else attend)
-    monkeypatch.setattr(attention_backends.importlib, "import_module", lambda name: library)
+    monkeypatch.setattr(attention_backends.importlib, "import_module", lambda name, **_: library)
     monkeypatch.setattr(attention_backends, "_libraries", {})
     ids = torch.full((2, 70), 5)
     ids[0, 0] = ids[0, 33] = ids[1, 2] = ids[1, 69] = 1
@@ -147,7 +148,7 @@ def test_pytorchs_flash_attention_compiles_with_documents_into_one_graph() -> No
 
 
 def test_flash_takes_heads_that_are_too_large_for_its_lengths_by_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_backends, "_library", lambda name: pytest.fail("called with 257 dimensions"))
+    monkeypatch.setattr(attention_backends, "_library", lambda name, **_: pytest.fail("called with 257 dimensions"))
     monkeypatch.setattr(attention_backends, "_sdpa_by", lambda kernel: attention_backends._sdpa)
     query, key, value = (heads(count, seed=count, dim=257) for count in (4, 2, 2))
     ids = torch.tensor([[1, 5, 6, 1, 7, 8, 9], [1, 5, 6, 7, 8, 1, 9]])
@@ -234,20 +235,40 @@ def test_a_library_that_breaks_while_it_loads_is_a_reason(name: str, monkeypatch
     monkeypatch.setattr(attention_backends.importlib, "import_module", broken)
     monkeypatch.setattr(attention_backends, "_libraries", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    problem = BACKENDS[name].problem(torch.device("cuda"), torch.bfloat16, 64)
+    problem = BACKENDS[name].problem(torch.device("cuda"), torch.bfloat16, 64, True)
     assert "cannot be loaded: AttributeError: flash_attn" in problem and "wants another torch" in problem
 
 
-def test_a_hub_without_a_network_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_run_that_names_fa3_downloads_it_and_then_a_failure_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
     class Hub(types.ModuleType):
-        # the library refuses a call without a version since 0.17
-        def get_kernel(self, repository: str, *, version: int) -> None:
-            raise Exception(f"no route to {repository} {version}")
+        # the library refuses a call without a version or a revision since 0.15; a version is a branch, which moves
+        def get_kernel(self, repository: str, *, revision: str) -> None:
+            asked.append((repository, revision))
+            raise Exception("no route to the hub\nand a long trace")
 
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     monkeypatch.setitem(sys.modules, "kernels", Hub("kernels"))
     monkeypatch.setattr(attention_backends, "_libraries", {})
-    assert "no route to kernels-community/flash-attn3 1" in str(attention_backends._library("fa3"))
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    problem = check_attention(Config(device="cuda"), cuda)["fa3"]
+    assert asked == [] and problem.endswith("pip install kernels and set ATTENTION=fa3 to download it")
+    with pytest.raises(UserError) as error:
+        choose_attention(Config(device="cuda", attention="fa3"), cuda, 1)
+    said = "attention: fa3 cannot run: kernels-community/flash-attn3 cannot be loaded: Exception: no route to the hub: inst"
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+    ((repository, revision),) = asked
+    assert repository == "kernels-community/flash-attn3" and re.fullmatch("[0-9a-f]{40}", revision)
+    # as on a rank that was only told which backend the first one had chosen
+    with pytest.raises(UserError, match="attention: fa3 cannot run: kernels-community"):
+        load_library("fa3")
+    # a GPU that cannot run it downloads nothing
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(UserError, match="fa3 cannot run: needs a Hopper GPU"):
+        check_attention(Config(device="cuda", attention="fa3"), cuda)
+    assert len(asked) == 2
 
 
 def test_unknown_back_end_is_named() -> None:
@@ -281,13 +302,13 @@ def test_what_a_gpu_back_end_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(attention_backends, "_library", lambda name: ImportError("No module named 'x'"))
-    assert said in BACKENDS[name].problem(torch.device("cuda"), dtype, head_dim)
+    monkeypatch.setattr(attention_backends, "_library", lambda name, **_: ImportError("No module named 'x'"))
+    assert said in BACKENDS[name].problem(torch.device("cuda"), dtype, head_dim, True)
 
 
 def test_the_fastest_back_end_is_taken_and_the_others_are_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(attention_backends, "_library", lambda name: ImportError("No module named 'x'"))
+    monkeypatch.setattr(attention_backends, "_library", lambda name, **_: ImportError("No module named 'x'"))
     seconds = {"sdpa": 2.0, "cudnn": 1.25, "flash": 2.5}
     monkeypatch.setattr(attention_choice, "_measure", lambda names, *_: {name: seconds[name] for name in names})
     name, reason = choose_attention(Config(device="cuda"), torch.device("cuda"), 1)

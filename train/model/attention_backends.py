@@ -17,10 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from train.common.errors import UserError
 from train.model.documents import Documents
 
 # on shorter sequences PyTorch's kernel, with its backward pass, is slower in bfloat16 than in float32: docs/log.md
 _LONG_ON_CPU = 512
+# FlashAttention 3 on Hugging Face's hub. A commit, because a branch would run code that nobody has seen
+_HUB = "kernels-community/flash-attn3"
+_HUB_REVISION = "9542c462013476380ce4b395b9ddc0e8118161ee"
 
 Core = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
 
@@ -29,8 +33,9 @@ class AttentionBackend(NamedTuple):
     """A backend of causal attention."""
 
     run: Core
-    # says why the backend cannot run on a device, with a compute dtype and a head dimension; None: it can run
-    problem: Callable[[torch.device, torch.dtype, int], str | None]
+    # says why the backend cannot run on a device, with a compute dtype and a head dimension; None: it can run. The last
+    # argument: whether the settings name the backend, which allows it to download its library
+    problem: Callable[[torch.device, torch.dtype, int, bool], str | None]
 
 
 def causal_attention(
@@ -68,7 +73,11 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
     if mask is None and 1 < rows < length:
         # is_causal aligns the first query with the first key, but here the last query belongs to the last key. The
         # flash kernel aligns the last ones; torch.compile cannot trace its public name, causal_lower_right
-        if query.is_cuda and _on_cuda(query.device, query.dtype, query.shape[-1]) is None and query.shape[-1] <= 256:
+        if (
+            query.is_cuda
+            and _on_cuda(query.device, query.dtype, query.shape[-1], True) is None
+            and query.shape[-1] <= 256
+        ):
             flash: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, is_causal=True)[0]
             return flash.transpose(1, 2)
         mask = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
@@ -100,18 +109,18 @@ def _sdpa_by(kernel: SDPBackend) -> Core:
     return run
 
 
-def _flash_attention_3() -> Any:
+def _flash_attention_3(download: bool) -> Any:
     library = _imported("flash_attn_interface")
-    if isinstance(library, ImportError) and not isinstance(hub := _imported("kernels"), ImportError):
-        try:
-            return hub.get_kernel("kernels-community/flash-attn3", version=1)
-        # without a network or with another torch, any error is possible
-        except Exception as error:
-            return ImportError(f"kernels-community/flash-attn3 cannot be loaded: {_first_line(error)}")
-    return library
+    if not download or not isinstance(library, ImportError) or isinstance(hub := _imported("kernels"), ImportError):
+        return library
+    try:
+        return hub.get_kernel(_HUB, revision=_HUB_REVISION)
+    # without a network or with another torch, any error is possible
+    except Exception as error:
+        return ImportError(f"{_HUB} cannot be loaded: {_first_line(error)}")
 
 
-def _flash_attention_2() -> Any:
+def _flash_attention_2(download: bool) -> Any:
     """PyTorch's FlashAttention 2 for sequences of different lengths."""
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     # from torch 2.13 on, grouped heads need an argument. Check here, because torch.compile cannot trace the check
@@ -133,25 +142,32 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-_FINDERS: dict[str, Callable[[], Any]] = {
+_FINDERS: dict[str, Callable[[bool], Any]] = {
     "fa3": _flash_attention_3,
-    "fa4": lambda: _imported("flash_attn.cute"),
+    "fa4": lambda download: _imported("flash_attn.cute"),
     "flash": _flash_attention_2,
 }
 _libraries: dict[str, Any] = {}
 
 
-def _library(name: str) -> Any:
-    """Import an optional attention library, once. If the import fails, return the error."""
-    if name not in _libraries:
-        _libraries[name] = _FINDERS[name]()
+def _library(name: str, download: bool = False) -> Any:
+    """Import an optional attention library, once. If the import fails, return the error.
+
+    With `download`, a library that is not installed may be downloaded.
+    """
+    if name not in _libraries or (download and isinstance(_libraries[name], ImportError)):
+        _libraries[name] = _FINDERS[name](download)
     return _libraries[name]
 
 
 def load_library(name: str) -> None:
-    """Import the library of a backend, if it has one. Call this before torch.compile, which cannot trace imports."""
-    if name in _FINDERS:
-        _library(name)
+    """Import the library of the chosen backend, if it has one. Call this before torch.compile, which cannot trace it.
+
+    Raises:
+        UserError: the library cannot be imported.
+    """
+    if name in _FINDERS and isinstance(error := _library(name, download=True), ImportError):
+        raise UserError(f"attention: {name} cannot run: {error}")
 
 
 def _flash_library(name: str) -> Core:
@@ -187,11 +203,11 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents | Non
     return attended.view_as(query)
 
 
-def _anywhere(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _anywhere(device: torch.device, dtype: torch.dtype, head_dim: int, named: bool) -> str | None:
     return None
 
 
-def _on_cuda(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _on_cuda(device: torch.device, dtype: torch.dtype, head_dim: int, named: bool) -> str | None:
     if device.type != "cuda":
         return "needs a CUDA GPU"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -199,12 +215,12 @@ def _on_cuda(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | N
     return None if head_dim % 8 == 0 else f"needs a head dimension that is a multiple of 8, not {head_dim}"
 
 
-def _with_library(name: str, remedy: str) -> Callable[[torch.device, torch.dtype, int], str | None]:
-    def problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        reason = _on_cuda(device, dtype, head_dim)
+def _with_library(name: str, remedy: str) -> Callable[[torch.device, torch.dtype, int, bool], str | None]:
+    def problem(device: torch.device, dtype: torch.dtype, head_dim: int, named: bool) -> str | None:
+        reason = _on_cuda(device, dtype, head_dim, named)
         if reason is None and torch.cuda.get_device_capability(device)[0] < 9:
             reason = "needs a Hopper GPU or newer"
-        if reason is None and isinstance(error := _library(name), ImportError):
+        if reason is None and isinstance(error := _library(name, download=named), ImportError):
             reason = f"{error}: {remedy}"
         return reason
 
@@ -215,7 +231,10 @@ BACKENDS: dict[str, AttentionBackend] = {
     "sdpa": AttentionBackend(_sdpa, _anywhere),
     "fa3": AttentionBackend(
         _flash_library("fa3"),
-        _with_library("fa3", "install FlashAttention 3 (its wheel is flash_attn_3), or pip install kernels"),
+        _with_library(
+            "fa3",
+            "install FlashAttention 3 (its wheel is flash_attn_3), or pip install kernels and set ATTENTION=fa3 to download it",
+        ),
     ),
     "fa4": AttentionBackend(_flash_library("fa4"), _with_library("fa4", "pip install flash-attn-4")),
     "cudnn": AttentionBackend(_sdpa_by(SDPBackend.CUDNN_ATTENTION), _on_cuda),

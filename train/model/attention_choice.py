@@ -31,7 +31,10 @@ def check_attention(config: Config, device: torch.device) -> dict[str, str | Non
         UserError: `config.attention` names a backend that cannot run here.
     """
     dtype = resolve_compute_dtype(config)
-    problems = {name: backend.problem(device, dtype, config.head_dim) for name, backend in BACKENDS.items()}
+    problems = {
+        name: backend.problem(device, dtype, config.head_dim, name == config.attention)
+        for name, backend in BACKENDS.items()
+    }
     if (problem := problems.get(config.attention)) is not None:
         able = ", ".join(name for name, other in problems.items() if other is None)
         raise UserError(f"attention: {config.attention} cannot run: {problem}; these can: {able}")
