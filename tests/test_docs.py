@@ -15,35 +15,18 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from documents import commands, fences
+from documents import ROOT, TEXTS, commands, fences
 from pipeline_runs import flags
 from submission_runs import narrow
 from torch.distributed.run import get_args_parser
 
-import golf_kernels
-from benchmarks.report.results import RESULTS, read_results
 from golf_kernels.command import commands as golf_commands
 from train.common.values import ConfigError
-from train.config import Config, field_names
+from train.config import Config
 from train.sweep.__main__ import read_arguments
 
-ROOT = Path(__file__).resolve().parents[1]
 # each command is run as `__main__`, also where it is imported already
 pytestmark = pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
-# in the order in which their commands are run: the first makes the run that the others look at
-DOCUMENTS = [
-    "docs/recipes.md",
-    "docs/sweeps.md",
-    "docs/records.md",
-    "docs/artifact.md",
-    "docs/kernels.md",
-    "docs/library.md",
-    "docs/benchmarks.md",
-    "docs/8xh100.md",
-]
-DOCUMENTS += ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/log.md"]
-TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
-
 # command → exit code. Run as they stand; training gets the settings of a narrow model in front of the command's own
 RUN = {
     "python -m train --recipe quickstart --run_id mine --checkpoint_every 50": 0,
@@ -248,6 +231,16 @@ def test_a_command_runs_or_parses_or_says_what_it_needs(
         parse(command, monkeypatch)
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["train", *(f"train.{path.parent.name}" for path in sorted(ROOT.glob("train/*/__main__.py"))), "golf_kernels"],
+)
+def test_every_command_explains_itself(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(module, ["--help"]) == 0
+    said = capsys.readouterr().out
+    assert "example" in said and f"python -m {module}" in said
+
+
 def test_no_table_holds_a_command_that_no_document_has() -> None:
     assert set(RUN) <= set(COMMANDS)
     assert set(NEEDS_NETWORK) <= set(COMMANDS)
@@ -318,92 +311,3 @@ def test_the_example_recipe_is_one() -> None:
     names: dict[str, Any] = {}
     execute(TEXTS["docs/recipes.md"], names)
     assert Config(**names["SETTINGS"]).model_dim == 192
-
-
-def test_every_document_with_code_is_executed() -> None:
-    with_code = {name for name, text in TEXTS.items() if fences(text, "python")}
-    assert with_code == {"docs/kernels.md", "README.md", "docs/library.md", "docs/recipes.md"}
-    assert {path.name for path in (ROOT / "docs").glob("*.md")} == {
-        Path(name).name for name in DOCUMENTS if "docs/" in name
-    }
-    known = {"sh", "python", ""}
-    for text in TEXTS.values():
-        assert set(re.findall(r"^```(\w*)\n", text, re.MULTILINE)) <= known
-
-
-PLACES = r"`((?:train|tests|golf_kernels|benchmarks|examples|csrc|docs|\.github)/[\w./*-]+|[\w]+\.(?:py|toml|md|yaml))`"
-# what a reader makes, what a run leaves, and what has no rows yet
-MADE = {
-    "train/recipes/mine.py",
-    "tests/kernels/test_X_triton.py",
-    "benchmarks/results/",
-    "benchmarks/plots/",
-    "train_gpt.py",
-    "summary.md",
-    "single.py",
-}
-
-
-@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name not in ("docs/log.md", "CHANGELOG.md")])
-def test_paths_in_a_document_exist(name: str) -> None:
-    paths = set(re.findall(PLACES, TEXTS[name])) - MADE
-    found = {
-        path
-        for path in paths
-        if any(next(folder.glob(path), None) for folder in (ROOT, ROOT / "golf_kernels", ROOT / "csrc"))
-    }
-    assert paths - found == set()
-
-
-# names in capitals that are no settings: tables of the code, and variables of other programs
-OTHERS = {
-    "CODECS", "CUDA_HOME", "CUDA_LAUNCH_BLOCKING", "CXX", "GOLF_CUDA_ARCHS", "GOLF_FORCE_CUDA", "GOLF_SKIP_CUDA", "LOADERS",
-    "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "MATCHED_FINEWEB_REPO_ID", "OMP_NUM_THREADS", "PUBLISHED", "REACHED", "ROW_SCALES",
-    "SETTINGS", "TORCHINDUCTOR_CACHE_DIR", "TRITON_INTERPRET", "WANDB_MODE", "WANDB_PROJECT",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name not in ("docs/log.md", "CHANGELOG.md")])
-def test_settings_in_a_document_exist(name: str) -> None:
-    named = set(re.findall(r"`([A-Z][A-Z0-9_]{2,})(?:=[^`]*)?`", TEXTS[name]))
-    assert named - OTHERS - {field.upper() for field in field_names()} == set()
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_links_in_a_document_lead_somewhere(name: str) -> None:
-    links = re.findall(r"\]\(([^)#]+)", TEXTS[name])
-    near = [link for link in links if not link.startswith("http")]
-    assert [link for link in near if not ((ROOT / name).parent / link).exists()] == []
-
-
-def test_the_front_page_is_short_and_its_picture_small() -> None:
-    assert len(TEXTS["README.md"].splitlines()) <= 80
-    (picture,) = re.findall(r"!\[[^]]+\]\((.+?)\)", TEXTS["README.md"])
-    assert os.path.getsize(ROOT / picture) < 100_000
-    # the sentence goes with the first measurement
-    assert ("No kernel was measured on a GPU yet" in TEXTS["README.md"]) == (not read_results(RESULTS))
-    for name in DOCUMENTS:
-        if name.startswith("docs/") or name == "CONTRIBUTING.md":
-            assert f"({name})" in TEXTS["README.md"]
-
-
-def test_the_log_is_dated_and_newest_first() -> None:
-    entries = re.split(r"^## ", TEXTS["docs/log.md"], flags=re.MULTILINE)[1:]
-    heads = [re.fullmatch(r"(\d{4}-\d\d-\d\d): [^\n]+", entry.splitlines()[0]) for entry in entries]
-    dates = [head[1] for head in heads if head]
-    assert len(dates) == len(entries) >= 100 and dates == sorted(dates, reverse=True)
-    for entry in entries:
-        assert re.findall(r"^- (Why|What|Result)\b", entry, re.MULTILINE) == ["Why", "What", "Result"], entry
-
-
-def test_versions_agree_and_the_workflow_calls_make() -> None:
-    pinned = re.findall(r'"ruff==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
-    assert [f"v{version}" for version in pinned] == re.findall(
-        r"rev: (v\S+)", (ROOT / ".pre-commit-config.yaml").read_text()
-    )
-    assert re.findall(r"^## (\S+)", TEXTS["CHANGELOG.md"], re.MULTILINE)[0] == golf_kernels.__version__
-    (targets,) = re.findall(r"command: \[(.*)\]", (ROOT / ".github/workflows/tests.yml").read_text())
-    assert targets.split(", ") == ["lint", "test"]
-    assert all(
-        re.search(f"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in targets.split(", ")
-    )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline_runs import Finished, command, flags, record, small
+from pipeline_runs import Finished, flags, record, small
 
 from train.artifact import EncodedArtifact, encode_artifact, load_model, make
 from train.artifact.requantize import main as quantize
@@ -301,27 +301,6 @@ def test_two_ranks_train_like_one(finished: Finished, dataset: Path, tmp_path: P
     scores = [json.loads(folder.summary.read_text()) for folder in (finished.folder, RunFolder(tmp_path / "run"))]
     assert scores[0]["val_bpb"] == pytest.approx(scores[1]["val_bpb"], abs=2e-3)
     assert scores[0]["tokens"] == scores[1]["tokens"]
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "train",
-        "train.data",
-        "train.quantize",
-        "train.artifact",
-        "train.evaluate",
-        "train.generate",
-        "train.export",
-        "train.submission",
-        "golf_kernels",
-    ],
-)
-def test_every_command_explains_itself(module: str) -> None:
-    result = command(module, "--help")
-    assert result.returncode == 0
-    assert "example" in result.stdout
-    assert f"python -m {module}" in result.stdout
 
 
 @pytest.mark.parametrize("stage", [quantize, evaluate, record])

@@ -1,7 +1,23 @@
-"""Finds the code and the commands of a document."""
+"""The documents, and the code and commands in them."""
 
 import re
 import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# in the order in which their commands are run: the first makes the run that the others look at
+DOCUMENTS = [
+    "docs/recipes.md",
+    "docs/sweeps.md",
+    "docs/records.md",
+    "docs/artifact.md",
+    "docs/kernels.md",
+    "docs/library.md",
+    "docs/benchmarks.md",
+    "docs/8xh100.md",
+]
+DOCUMENTS += ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/log.md"]
+TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
 
 
 def fences(text: str, language: str) -> list[str]:

@@ -17,8 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from train.common.errors import UserError
 from train.config import Config
-from train.model import attention_backends, attention_choice
-from train.model.attention import Attention
+from train.model import attention_backends
 from train.model.attention_backends import BACKENDS, causal_attention, load_library
 from train.model.attention_choice import check_attention, choose_attention, use_attention
 from train.model.documents import Documents
@@ -277,12 +276,6 @@ def test_unknown_back_end_is_named() -> None:
         causal_attention(q, q, q, backend="flash9")
 
 
-@pytest.mark.parametrize("name", sorted(set(BACKENDS) - set(ON_CPU)))
-def test_a_back_end_that_cannot_run_says_why_and_what_can(name: str) -> None:
-    with pytest.raises(UserError, match=rf"attention: {name} cannot run: needs a CUDA GPU; these can: sdpa, math"):
-        check_attention(Config(attention=name), CPU)
-
-
 @pytest.mark.parametrize(
     ("name", "dtype", "head_dim", "capability", "said"),
     [
@@ -304,84 +297,6 @@ def test_what_a_gpu_back_end_needs(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(attention_backends, "_library", lambda name, **_: ImportError("No module named 'x'"))
     assert said in BACKENDS[name].problem(torch.device("cuda"), dtype, head_dim, True)
-
-
-def test_the_fastest_back_end_is_taken_and_the_others_are_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(attention_backends, "_library", lambda name, **_: ImportError("No module named 'x'"))
-    seconds = {"sdpa": 2.0, "cudnn": 1.25, "flash": 2.5}
-    monkeypatch.setattr(attention_choice, "_measure", lambda names, *_: {name: seconds[name] for name in names})
-    name, reason = choose_attention(Config(device="cuda"), torch.device("cuda"), 1)
-    assert name == "cudnn"
-    assert "cudnn 1.250, sdpa 2.000, flash 2.500" in reason and "fa4: No module named 'x': pip install" in reason
-
-
-class Event:
-    """Stands for a CUDA event; all take equally long."""
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        pass
-
-    synchronize = record
-
-    def elapsed_time(self, end: object) -> float:
-        return 1.0
-
-
-def test_a_back_end_that_fails_at_these_shapes_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    config = Config(model_dim=16, num_heads=2, num_kv_heads=1, train_seq_len=8)
-    attend = attention_choice.causal_attention
-
-    def failing(*args: object, backend: str, **rest: object) -> torch.Tensor:
-        if backend == "cudnn":
-            raise RuntimeError("No available kernel. Aborting execution.\nand a long trace")
-        return attend(*args, backend="math", **rest)
-
-    monkeypatch.setattr(attention_choice, "causal_attention", failing)
-    problems: dict[str, str | None] = {"sdpa": None, "cudnn": None}
-    times = attention_choice._measure(list(problems), config, CPU, torch.float32, 1, problems)
-    assert times == {"sdpa": 1.0}
-    assert problems == {"sdpa": None, "cudnn": "No available kernel. Aborting execution."}
-
-
-def test_a_choice_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(names: list[str], *rest: object) -> dict[str, float]:
-        rest[-1].update(dict.fromkeys(names, "No available kernel"))
-        return {}
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(attention_choice, "_measure", nothing)
-    with pytest.raises(UserError, match=r"sdpa: No available kernel; cudnn: .*ATTENTION=math, which always works"):
-        choose_attention(Config(device="cuda"), torch.device("cuda"), 1)
-
-
-def test_on_a_cpu_pytorch_chooses() -> None:
-    assert choose_attention(Config(), CPU, 1).name == "sdpa"
-    assert choose_attention(Config(attention="math"), CPU, 1) == ("math", "as set")
-
-
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [("fa3", "sequences of different lengths"), ("flash", "sequences of different lengths"), ("cudnn", "a mask")],
-)
-def test_the_log_says_how_documents_are_kept_apart(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_choice, "check_attention", lambda *_: dict.fromkeys(BACKENDS))
-    monkeypatch.setattr(attention_choice, "_measure", lambda *_: {name: 1.0})
-    cuda = torch.device("cuda")
-    for attention in ("auto", name):
-        said = choose_attention(Config(attention=attention, document_masking=True), cuda, 1).reason
-        assert said.endswith(f"; documents as {how}")
-    assert "documents" not in choose_attention(Config(attention=name), cuda, 1).reason
-
-
-def test_every_layer_gets_the_back_end() -> None:
-    model = GPT(Config(num_layers=3, model_dim=16, num_heads=2, num_kv_heads=1))
-    use_attention(model, "math")
-    assert [module.backend for module in model.modules() if isinstance(module, Attention)] == ["math"] * 3
 
 
 @pytest.mark.gpu
