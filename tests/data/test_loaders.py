@@ -290,11 +290,11 @@ def test_coprime_reads_each_shard_in_a_coprime_stride(data: Path) -> None:
     for shard, length in enumerate((1000, 700, 1050)):
         for _ in range(3):
             seen: list[int] = []
-            while not seen or order.walks[shard, 4] < order.walks[shard, 3]:
+            while not seen or order.cursors["taken"][shard] < order.cursors["blocks"][shard]:
                 # shuffled within one request, so requests are compared as sets
-                count = min(3, int(order.walks[shard, 3] - order.walks[shard, 4])) if seen else 1
-                offsets = order._walk(shard, count)
-                phase, start, stride, blocks, _ = (int(value) for value in order.walks[shard])
+                count = min(3, int(order.cursors["blocks"][shard] - order.cursors["taken"][shard])) if seen else 1
+                offsets = order._take(shard, count)
+                phase, start, stride, blocks, _ = order.cursors[shard].item()
                 wanted = [
                     phase + (start + index * stride) % blocks * SEQ for index in range(len(seen), len(seen) + count)
                 ]
@@ -331,14 +331,15 @@ def test_coprime_ramps_its_mixture(tmp_path: Path) -> None:
 
         order.random = Recorder()  # type: ignore[assignment]
         for draw in range(2):
-            left = np.where(order.walks[:80, 3] > 0, order.walks[:80, 3] - order.walks[:80, 4], (lengths - 1) // SEQ)
+            blocks, taken = order.cursors["blocks"][:80], order.cursors["taken"][:80]
+            left = np.where(blocks > 0, blocks - taken, (lengths - 1) // SEQ)
             weights = np.maximum(left, 1).astype(float) ** alpha
-            places = order._draw_step()
-            assert len(places) == 160 and len({shard for shard, _ in places}) == mixed
+            starts = order._draw_step()
+            assert len(starts) == 160 and len({shard for shard, _ in starts}) == mixed
             np.testing.assert_allclose(recorded[draw], weights / weights.sum(), rtol=1e-12)
-            assert 80 not in {shard for shard, _ in places}
+            assert 80 not in {shard for shard, _ in starts}
             # interleaved: the first round has every shard once
-            assert len({shard for shard, _ in places[:mixed]}) == mixed
+            assert len({shard for shard, _ in starts[:mixed]}) == mixed
 
 
 def test_tokens_above_the_sign_bit_survive_the_wire(tmp_path: Path) -> None:
@@ -353,25 +354,20 @@ def test_a_token_beyond_the_vocabulary_is_refused_when_it_is_read(data: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("rank", "world_size", "changes", "message"),
+    ("changes", "message"),
     [
-        (0, 3, {}, "world size 3"),
-        (0, 16, {}, "world size 16"),
-        (2, 2, {}, "rank 2"),
-        (0, 1, {"train_batch_tokens": 12 * SEQ}, "train_batch_tokens 96 .* train_seq_len 8"),
-        (0, 1, {"train_seq_len": 4000, "train_batch_tokens": 32_000}, "2750 tokens in a row, one sequence needs 4001"),
+        ({"train_batch_tokens": 12 * SEQ}, "train_batch_tokens 96 .* train_seq_len 8"),
+        ({"train_seq_len": 4000, "train_batch_tokens": 32_000}, "2750 tokens in a row, one sequence needs 4001"),
         (
-            0,
-            1,
             {"train_seq_len": 1050, "train_batch_tokens": 8400, "loader": "coprime"},
             "1050 tokens in a row, one sequence needs 1051",
         ),
-        (0, 1, {"data_path": "/nonexistent"}, "no such folder"),
+        ({"data_path": "/nonexistent"}, "no such folder"),
     ],
 )
-def test_bad_settings_are_refused(data: Path, rank: int, world_size: int, changes: dict, message: str) -> None:
+def test_bad_settings_are_refused(data: Path, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        loader_of(config(data, **changes), rank, world_size)
+        loader_of(config(data, **changes), 0, 1)
 
 
 @pytest.mark.gpu

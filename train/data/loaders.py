@@ -28,6 +28,8 @@ CPU_BATCH_TOKENS = 4096
 Batch = tuple[torch.Tensor, torch.Tensor]
 State = dict[str, Any]
 Integers = npt.NDArray[np.int64]
+Start = tuple[int, int]
+"""Where a window starts: the number of its shard, and the offset of its first token in the shard."""
 
 
 class TrainingShards:
@@ -83,8 +85,8 @@ class Order(ABC):
             )
         self.step = int(state["step"])
 
-    def _windows(self, places: list[tuple[int, int]]) -> Tokens:
-        return np.stack([self.shards.window(shard, offset, self.seq_len + 1) for shard, offset in places])
+    def _windows(self, starts: list[Start]) -> Tokens:
+        return np.stack([self.shards.window(shard, offset, self.seq_len + 1) for shard, offset in starts])
 
 
 class Sequential(Order):
@@ -124,11 +126,11 @@ class Shuffled(Order):
         windows = range(first, first + MICRO_BATCHES * self.sequences)
         self.step += 1
         return [
-            self._windows([self._place(window) for window in windows[number::MICRO_BATCHES]])
+            self._windows([self._start(window) for window in windows[number::MICRO_BATCHES]])
             for number in micro_batches
         ]
 
-    def _place(self, number: int) -> tuple[int, int]:
+    def _start(self, number: int) -> Start:
         epoch, index = divmod(number, int(self.ends[-1]))
         if epoch not in self.epochs:
             self.epochs[epoch] = self._draw(epoch)
@@ -165,19 +167,20 @@ class Coprime(Order):
 
     RAMP_STEPS = 1800
     FEWEST, MOST = MICRO_BATCHES, 8 * MICRO_BATCHES
+    CURSOR = np.dtype([(name, np.int64) for name in ("phase", "start", "stride", "blocks", "taken")])
 
     def __init__(self, shards: TrainingShards, seq_len: int, sequences: int, seed: int) -> None:
         super().__init__(shards, seq_len, sequences, seed)
         self.names_seed = names_seed([path.name for path in shards.paths])
         self.random = np.random.Generator(np.random.PCG64(self.names_seed))
         self.eligible = np.flatnonzero((shards.lengths - 1) // seq_len > 0)
-        # per shard: phase, start, stride, blocks, windows taken; 0 blocks: not drawn yet
-        self.walks = np.zeros((len(shards.tokens), 5), dtype=np.int64)
+        # of each shard; 0 blocks: not drawn yet
+        self.cursors = np.zeros(len(shards.tokens), self.CURSOR)
 
     def next_rows(self, micro_batches: range) -> list[Tokens]:
-        places = self._draw_step()
+        starts = self._draw_step()
         self.step += 1
-        return [self._windows(places[number::MICRO_BATCHES]) for number in micro_batches]
+        return [self._windows(starts[number::MICRO_BATCHES]) for number in micro_batches]
 
     def state_dict(self) -> State:
         inner = self.random.bit_generator.state
@@ -186,7 +189,7 @@ class Coprime(Order):
         rest = {name: int(inner[name]) for name in ("has_uint32", "uinteger")}
         return super().state_dict() | {
             "names_seed": str(self.names_seed),
-            "walks": self.walks.tolist(),
+            "walks": [list(cursor) for cursor in self.cursors.tolist()],
             "random": words | rest,
         }
 
@@ -198,7 +201,7 @@ class Coprime(Order):
                 "the checkpoint holds the coprime order of other shard names, or of an earlier version of golf_kernels: resume with "
                 "those, or delete the checkpoint to start over"
             )
-        self.walks = np.array(state["walks"], dtype=np.int64)
+        self.cursors = np.array([tuple(cursor) for cursor in state["walks"]], self.CURSOR)
         saved = state["random"]
         self.random.bit_generator.state = {
             "bit_generator": "PCG64",
@@ -207,10 +210,10 @@ class Coprime(Order):
             "uinteger": saved["uinteger"],
         }
 
-    def _draw_step(self) -> list[tuple[int, int]]:
+    def _draw_step(self) -> list[Start]:
         needed = MICRO_BATCHES * self.sequences
         progress = min(self.step / self.RAMP_STEPS, 1.0)
-        blocks, taken = self.walks[self.eligible, 3], self.walks[self.eligible, 4]
+        blocks, taken = self.cursors["blocks"][self.eligible], self.cursors["taken"][self.eligible]
         unseen = (self.shards.lengths[self.eligible] - 1) // self.seq_len
         remaining = np.where(blocks > 0, np.maximum(blocks - taken, 1), unseen).astype(np.float64)
         weights = remaining ** (0.9 - 0.4 * progress)
@@ -220,26 +223,27 @@ class Coprime(Order):
         drawn = self.random.choice(len(self.eligible), size=mixed, replace=False, p=chances)
         counts = 1 + self.random.multinomial(needed - mixed, chances[drawn] / chances[drawn].sum())
         queues = [
-            self._walk(int(self.eligible[drawn[index]]), int(counts[index])) for index in self.random.permutation(mixed)
+            self._take(int(self.eligible[drawn[index]]), int(counts[index])) for index in self.random.permutation(mixed)
         ]
-        places: list[tuple[int, int]] = []
+        starts: list[Start] = []
         while queues:
             queues = [queues[index] for index in self.random.permutation(len(queues))]
-            places += [queue.pop() for queue in queues]
+            starts += [queue.pop() for queue in queues]
             queues = [queue for queue in queues if queue]
-        return places
+        return starts
 
-    def _walk(self, shard: int, count: int) -> list[tuple[int, int]]:
+    def _take(self, shard: int, count: int) -> list[Start]:
+        """Take the next windows of a shard, and permute them."""
         offsets = []
         for _ in range(count):
-            if self.walks[shard, 4] >= self.walks[shard, 3]:
-                self._begin_walk(shard)
-            phase, start, stride, blocks, taken = (int(value) for value in self.walks[shard])
+            if self.cursors["taken"][shard] >= self.cursors["blocks"][shard]:
+                self._draw_cursor(shard)
+            phase, start, stride, blocks, taken = self.cursors[shard].item()
             offsets.append(phase + (start + taken * stride) % blocks * self.seq_len)
-            self.walks[shard, 4] += 1
+            self.cursors["taken"][shard] += 1
         return [(shard, offsets[index]) for index in self.random.permutation(count)]
 
-    def _begin_walk(self, shard: int) -> None:
+    def _draw_cursor(self, shard: int) -> None:
         length = int(self.shards.lengths[shard])
         phase = int(self.random.integers(min(self.seq_len, length - self.seq_len)))
         blocks = (length - 1 - phase) // self.seq_len
@@ -248,7 +252,7 @@ class Coprime(Order):
             stride = int(self.random.integers(1, blocks))
             while math.gcd(stride, blocks) != 1:
                 stride = int(self.random.integers(1, blocks))
-        self.walks[shard] = phase, start, stride, blocks, 0
+        self.cursors[shard] = phase, start, stride, blocks, 0
 
 
 def names_seed(names: list[str]) -> int:
@@ -349,14 +353,8 @@ def make_loader(shards: TrainingShards, config: Config, ranks: Ranks) -> Loader:
     """Make a loader in the order that `config.loader` names. It begins with the first batch.
 
     Raises:
-        UserError: the world size does not divide 8, the shards hold less than one sequence, or `check_batch` refuses.
+        UserError: the shards hold less than one sequence, or `check_batch` refuses.
     """
-    rank, world_size = ranks.rank, ranks.world_size
-    if world_size < 1 or MICRO_BATCHES % world_size or not 0 <= rank < world_size:
-        raise UserError(
-            f"world size {world_size} (rank {rank}): expected 1, 2, 4 or 8 processes, because a step has {MICRO_BATCHES} micro-batches: "
-            "set --nproc_per_node"
-        )
     check_batch(config)
     longest = shards.total if config.loader == "sequential" else int(shards.lengths.max())
     if longest < config.train_seq_len + 1:
