@@ -100,7 +100,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few hundred kilobytes of the standard library with a vocabulary of 512."""
     from submission_runs import make_dataset
 
-    return make_dataset(tmp_path_factory.mktemp("data") / "small", 400_000, 20_000, with_yardsticks=True)
+    from train.data.build import measure_compressors
+
+    folder = make_dataset(tmp_path_factory.mktemp("data") / "small", 400_000, 20_000)
+    measure_compressors(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from train.recipes import load_recipe
 
 def test_a_tokenizer_of_the_same_size_that_made_no_shard_is_refused(dataset: Path, tmp_path: Path) -> None:
     documents = [document for document, _ in zip(stdlib_documents(), range(60), strict=False)][40:]
-    build_dataset(documents[1:], documents[:1], tmp_path / "other", 512, with_yardsticks=False)
+    build_dataset(documents[1:], documents[:1], tmp_path / "other", 512)
     (other,) = (tmp_path / "other").glob("*.model")
     with pytest.raises(UserError, match=r"not the tokenizer that made the shards.*text_512_bpe\.model"):
         run_pipeline(small(dataset, tmp_path / "runs", tokenizer_path=str(other)))

@@ -26,7 +26,7 @@ from train.common.files import atomic_write, write_json
 from train.common.hardware import hardware
 from train.common.wording import counted, duration
 from train.config import Config
-from train.data.dataset import Dataset, prepare_data, start_yardsticks
+from train.data.dataset import Dataset, prepare_data, start_compressors
 from train.data.loaders import check_batch
 from train.evaluate.scores import write_evaluation
 from train.evaluate.scoring import BATCH_SEQS, score
@@ -56,7 +56,7 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
         with clock("data", found=Path(config.data_path).exists()):
             prepare_data(config, ranks)
         config = config.replace(run_id=ranks.broadcast(new_run_id(config)))
-        yardsticks = start_yardsticks(config) if ranks.is_main else None
+        compressors = start_compressors(config) if ranks.is_main else None
         data = Dataset(config)
         # check all inputs before creating the run folder
         ranks.on_main(data.check)
@@ -106,8 +106,8 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
                 from train.submission.record import record_run
 
                 log.line("record: plots, README and submission.json")
-                if yardsticks:
-                    yardsticks.wait()
+                if compressors:
+                    compressors.wait()
                 log.line(record_run(folder))
         # all ranks wait until the record is written, because torchrun counts a rank that exits as finished
         ranks.barrier()

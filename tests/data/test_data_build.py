@@ -17,7 +17,7 @@ import pytest
 import train.data.build
 from train.common.errors import UserError
 from train.common.files import sha256_file
-from train.data.build import build_dataset, yardsticks
+from train.data.build import build_dataset, compressor_bpb
 from train.data.bulk import build_bulk
 from train.data.corpus import Document, stdlib_documents
 from train.data.manifest import read_manifest
@@ -95,9 +95,7 @@ def test_the_tokenizer_never_sees_validation_text(documents: list[Document], tmp
 def test_takes_a_tokenizer_that_is_there(documents: list[Document], tmp_path: Path) -> None:
     small(documents, tmp_path / "a")
     model = tmp_path / "a" / "x_384_bpe.model"
-    build_dataset(
-        documents[:9], documents[30:], tmp_path / "b", VOCAB, name="y", tokenizer_path=model, with_yardsticks=False
-    )
+    build_dataset(documents[:9], documents[30:], tmp_path / "b", VOCAB, name="y", tokenizer_path=model)
     assert (tmp_path / "b" / "y_384_bpe.model").read_bytes() == model.read_bytes()
     assert stream(tmp_path / "b", "train") == encoded(model, [document.text for document in documents[:9]])
     with pytest.raises(UserError, match="384 pieces, but vocab_size is 512"):
@@ -105,12 +103,12 @@ def test_takes_a_tokenizer_that_is_there(documents: list[Document], tmp_path: Pa
 
 
 def test_what_exists_is_kept_unless_told_otherwise(documents: list[Document], tmp_path: Path) -> None:
-    small(documents, tmp_path / "d", with_yardsticks=False)
+    small(documents, tmp_path / "d")
     before = contents(tmp_path / "d")
     with pytest.raises(UserError, match=r"exists already: .*--overwrite"):
         small(documents, tmp_path / "d", name="y")
     assert contents(tmp_path / "d") == before
-    small(documents, tmp_path / "d", name="y", overwrite=True, with_yardsticks=False)
+    small(documents, tmp_path / "d", name="y", overwrite=True)
     assert {name[0] for name in contents(tmp_path / "d")} == {"y", "m"}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("words")
@@ -152,7 +150,7 @@ def test_a_foreign_manifest_is_refused_and_none_is_none(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     not (shutil.which("gzip") and shutil.which("xz")), reason="the programs gzip and xz are not installed"
 )
-def test_yardsticks_are_what_the_programs_need(documents: list[Document]) -> None:
+def test_compressors_take_what_the_programs_need(documents: list[Document]) -> None:
     before, text = (
         "".join(document.text for document in documents[5:]),
         "".join(document.text for document in documents[:5]),
@@ -163,7 +161,7 @@ def test_yardsticks_are_what_the_programs_need(documents: list[Document]) -> Non
             subprocess.run([*program.split(), "-c"], input=data.encode(), capture_output=True, check=True).stdout
         )
 
-    measured = yardsticks(before, text)
+    measured = compressor_bpb(before, text)
     assert set(measured) == {"gzip -9", "xz -9"}
     for program, bits in measured.items():
         expected = (size(program, before + text) - size(program, before)) * 8 / len(text.encode())
@@ -172,9 +170,9 @@ def test_yardsticks_are_what_the_programs_need(documents: list[Document]) -> Non
     assert measured["xz -9"] < measured["gzip -9"] < 4
 
 
-def test_yardsticks_look_at_a_bounded_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.data.build, "YARDSTICK_TRAIN_BYTES", 3000)
-    monkeypatch.setattr(train.data.build, "YARDSTICK_VAL_BYTES", 500)
+def test_compressors_get_a_bounded_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.data.build, "COMPRESSED_TRAIN_BYTES", 3000)
+    monkeypatch.setattr(train.data.build, "COMPRESSED_VAL_BYTES", 500)
     words = [str(number**3) for number in range(5000)]
     before, text = " ".join(words[:4000]), " ".join(words[4000:])
     kept, scored = before.encode()[-3000:], text.encode()[:500]
@@ -182,7 +180,7 @@ def test_yardsticks_look_at_a_bounded_part(monkeypatch: pytest.MonkeyPatch) -> N
         "gzip -9": (len(gzip.compress(kept + scored, 9)) - len(gzip.compress(kept, 9))) * 8 / 500,
         "xz -9": (len(lzma.compress(kept + scored, preset=9)) - len(lzma.compress(kept, preset=9))) * 8 / 500,
     }
-    assert yardsticks(before, text) == expected
+    assert compressor_bpb(before, text) == expected
 
 
 def write_docs(path: Path, texts: list[str]) -> Path:
@@ -210,7 +208,6 @@ def test_bulk_is_the_documents_in_order(documents: list[Document], tmp_path: Pat
         tokenizer_docs=10,
         workers=2,
         shard_tokens=7000,
-        with_yardsticks=False,
     )
     folder = tmp_path / "d"
     val, train_tokens = encoded(folder / info.tokenizer, texts[:12]), encoded(folder / info.tokenizer, texts[12:])
@@ -274,7 +271,7 @@ def test_bulk_work_of_other_settings_is_not_mixed_in(documents: list[Document], 
     docs = write_docs(tmp_path / "docs.jsonl", [document.text for document in documents] + ["{"])
     broken = docs.read_bytes().replace(b'{"text": "{"}', b'{"txt": 1}')
     docs.write_bytes(broken)
-    options = {"val_docs": 3, "tokenizer_docs": 20, "workers": 1, "shard_tokens": 3000, "with_yardsticks": False}
+    options = {"val_docs": 3, "tokenizer_docs": 20, "workers": 1, "shard_tokens": 3000}
     with pytest.raises(UserError, match=r"docs\.jsonl, line 41: no string field 'text'"):
         build_bulk([docs], tmp_path / "d", VOCAB, **options)
     assert not (tmp_path / "d").exists()
@@ -297,7 +294,7 @@ def test_bulk_needs_more_documents_than_validation_takes(
     docs = write_docs(tmp_path / "docs.jsonl", [document.text for document in documents])
     model = ""
     if tokenizer:
-        small(documents, tmp_path / "t", with_yardsticks=False)
+        small(documents, tmp_path / "t")
         model = str(tmp_path / "t" / "x_384_bpe.model")
     with pytest.raises(UserError, match=message):
         build_bulk([docs], tmp_path / "d", VOCAB, val_docs=val_docs, tokenizer_path=model, workers=1)

@@ -11,7 +11,7 @@ import pytest
 from pipeline_runs import small
 
 from train.common.distributed import Ranks
-from train.data.dataset import Dataset, start_yardsticks
+from train.data.dataset import Dataset, start_compressors
 from train.data.manifest import read_manifest
 from train.data.shards import find_shards
 from train.pipeline import run_pipeline
@@ -38,13 +38,13 @@ def test_a_whole_run_opens_every_shard_once(dataset: Path, tmp_path: Path, monke
 def test_the_comparison_is_measured_beside_the_training(dataset: Path, tmp_path: Path) -> None:
     measured = read_manifest(dataset).yardsticks
     assert set(measured) == {"gzip -9", "xz -9"}
-    assert start_yardsticks(small(dataset, tmp_path, corpus="stdlib")) is None
+    assert start_compressors(small(dataset, tmp_path, corpus="stdlib")) is None
     copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "yardsticks": {}}))
     # of a text that the run did not build, the user decides
-    assert start_yardsticks(small(copy, tmp_path)) is None
-    assert start_yardsticks(small(copy, tmp_path, corpus="stdlib")).wait() == 0
+    assert start_compressors(small(copy, tmp_path)) is None
+    assert start_compressors(small(copy, tmp_path, corpus="stdlib")).wait() == 0
     assert json.loads((copy / "manifest.json").read_text()) == manifest
 
 

@@ -9,9 +9,7 @@ from train.pipeline import run_pipeline
 from train.recipes import load_recipe
 
 
-def make_dataset(
-    out: Path, characters: int = 250_000, validation: int = 12_000, *, with_yardsticks: bool = False
-) -> Path:
+def make_dataset(out: Path, characters: int = 250_000, validation: int = 12_000) -> Path:
     """Build a dataset from about `characters` characters of the standard library, with a vocabulary of 512."""
     documents = []
     for document in stdlib_documents():
@@ -19,7 +17,7 @@ def make_dataset(
         if sum(len(d.text) for d in documents) > characters:
             break
     parts = split_documents(documents, validation)
-    build_dataset(*parts, out, 512, with_yardsticks=with_yardsticks)
+    build_dataset(*parts, out, 512)
     return out
 
 

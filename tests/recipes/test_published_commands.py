@@ -275,7 +275,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = [document for document, _ in zip(stdlib_documents(), range(12), strict=False)]
     out = tmp_path_factory.mktemp("data") / "small"
     training, validation = split_documents(documents, 20_000)
-    build_dataset(training, validation, out, 512, with_yardsticks=False)
+    build_dataset(training, validation, out, 512)
     (tokenizer,) = out.glob("*.model")
     (out.parent / "tokenizers").mkdir()
     tokenizer.rename(out.parent / "tokenizers" / "other_name.model")

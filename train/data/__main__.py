@@ -11,7 +11,7 @@ from typing import Any
 from train.common.argument_types import at_least
 from train.common.errors import main_guard
 from train.common.wording import counted
-from train.data.build import build_dataset, check_output
+from train.data.build import build_dataset, check_output, measure_compressors
 from train.data.bulk import VAL_DOCS, build_bulk
 from train.data.corpus import Document, split_documents, stdlib_documents, text_documents
 from train.data.hub import DEFAULT_PREFIX, DEFAULT_REPO, DEFAULT_TRAIN_SHARDS, FolderSource, HubSource, download
@@ -64,14 +64,14 @@ def build(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         **_options(arguments),
     )
-    _report(arguments.out, info)
+    _report(arguments, info)
 
 
 def _build_small(
     arguments: argparse.Namespace, split: tuple[list[Document], list[Document]], name: str, source: str
 ) -> None:
     info = build_dataset(*split, arguments.out, arguments.vocab, name=name, source=source, **_options(arguments))
-    _report(arguments.out, info)
+    _report(arguments, info)
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -79,11 +79,14 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "tokenizer_path": arguments.tokenizer,
         "shard_tokens": arguments.shard_tokens,
         "overwrite": arguments.overwrite,
-        "with_yardsticks": not arguments.no_yardsticks,
     }
 
 
-def _report(out: str, info: DatasetInfo) -> None:
+def _report(arguments: argparse.Namespace, info: DatasetInfo) -> None:
+    out = arguments.out
+    if not arguments.no_yardsticks:
+        print("comparison: gzip and xz compress the text (5 to 10 s; --no-yardsticks leaves them out)", flush=True)
+        info = measure_compressors(out)
     for name, split in (("train", info.train), ("val", info.val)):
         documents, shards = counted(split.documents, "document"), counted(split.shards, "shard")
         print(f"{name}: {documents}, {split.text_bytes:,} bytes, {split.tokens:,} tokens, {shards}")

@@ -26,16 +26,16 @@ from train.data.manifest import MANIFEST, DatasetInfo, SplitInfo, read_manifest
 from train.data.shards import BOS, SHARD_TOKENS, ShardWriter, check_shard, find_shards, read_shard
 from train.data.tokenizer import SETTINGS, ByteTables, byte_tables, load_tokenizer, train_tokenizer
 
-# limited because xz -9 compresses 2 to 3 MB per second
-YARDSTICK_TRAIN_BYTES = 8_000_000
-YARDSTICK_VAL_BYTES = 2_000_000
+# bytes of text that the compressors get: xz -9 compresses 2 to 3 MB per second
+COMPRESSED_TRAIN_BYTES = 8_000_000
+COMPRESSED_VAL_BYTES = 2_000_000
 _BATCH_BYTES = 4_000_000
 _CHUNK_TOKENS = 1 << 22
 _NOTES = {
     "tokenizer_settings": SETTINGS,
     "normalized_bytes": "bytes after the tokenizer's normalization; bits per byte use these",
     "yardsticks": "bits per byte of gzip -9 and xz -9, primed with the training text: (|train+val| - |train|) * 8 / val, of "
-    f"the last {YARDSTICK_TRAIN_BYTES} normalized bytes of train and the first {YARDSTICK_VAL_BYTES} of val",
+    f"the last {COMPRESSED_TRAIN_BYTES} normalized bytes of train and the first {COMPRESSED_VAL_BYTES} of val",
 }
 
 
@@ -50,7 +50,6 @@ def build_dataset(
     tokenizer_path: str | Path = "",
     shard_tokens: int = SHARD_TOKENS,
     overwrite: bool = False,
-    with_yardsticks: bool = True,
 ) -> DatasetInfo:
     """Make a dataset in `out`: `<name>_<V>_bpe.model`, `<name>_train_*.bin`, `<name>_val_*.bin` and `manifest.json`.
 
@@ -81,9 +80,7 @@ def build_dataset(
                     bar.advance(total_bytes(batch))
             seconds = max(time.monotonic() - started, 1e-9)
             print(f"encoded {split}: {size:,} bytes of text at {size / seconds / 1e6:.1f} MB/s", flush=True)
-        return describe_dataset(
-            folder, name, source, model, tokenizer, shard_tokens, counts, with_yardsticks=with_yardsticks
-        )
+        return describe_dataset(folder, name, source, model, tokenizer, shard_tokens, counts)
 
 
 def describe_dataset(
@@ -95,14 +92,12 @@ def describe_dataset(
     shard_tokens: int,
     counts: dict[str, tuple[int, int]],
     *,
-    with_yardsticks: bool,
     count_train_bytes: bool = True,
 ) -> DatasetInfo:
     """Write the manifest of the finished shards in `folder`.
 
     Args:
         counts: split → number of documents, bytes of text.
-        with_yardsticks: measure `yardsticks` on the decoded tokens, which are exactly the text that evaluation scores.
         count_train_bytes: also count the normalized bytes of the training split (reads all its tokens).
     """
     tables = byte_tables(tokenizer, tokenizer.vocab_size())
@@ -123,14 +118,11 @@ def describe_dataset(
         shard_tokens=shard_tokens, train=splits["train"], val=splits["val"],
     )  # fmt: skip
     _write_manifest(folder, info)
-    if not with_yardsticks:
-        return info
-    print("comparison: gzip and xz compress the text (5 to 10 s; --no-yardsticks leaves them out)", flush=True)
-    return add_yardsticks(folder)
+    return info
 
 
-def add_yardsticks(path: str | Path) -> DatasetInfo:
-    """Measure `yardsticks` on the decoded tokens, which are exactly the scored text, and write them into the manifest.
+def measure_compressors(path: str | Path) -> DatasetInfo:
+    """Measure `compressor_bpb` on a dataset's decoded tokens, which are the scored text, and write it into the manifest.
 
     Raises:
         UserError: the folder `path` has no manifest.
@@ -142,9 +134,9 @@ def add_yardsticks(path: str | Path) -> DatasetInfo:
     tokenizer = load_tokenizer(folder / info.tokenizer, info.vocab_size)
     training, validation = (find_shards(folder, split) for split in ("train", "val"))
     # each token but BOS is at least one byte, so this many tokens are enough
-    before = np.concatenate(_last([read_shard(path) for path in training], YARDSTICK_TRAIN_BYTES))
-    text = read_shard(validation[0])[:YARDSTICK_VAL_BYTES]
-    measured = yardsticks(tokenizer.Decode(before.tolist()), tokenizer.Decode(text.tolist()))
+    before = np.concatenate(_last([read_shard(path) for path in training], COMPRESSED_TRAIN_BYTES))
+    text = read_shard(validation[0])[:COMPRESSED_VAL_BYTES]
+    measured = compressor_bpb(tokenizer.Decode(before.tolist()), tokenizer.Decode(text.tolist()))
     info = replace(info, yardsticks=measured)
     _write_manifest(folder, info)
     return info
@@ -181,7 +173,7 @@ def count_bytes(paths: Sequence[Path], tables: ByteTables) -> int:
     return total
 
 
-def yardsticks(train_text: str, val_text: str) -> dict[str, float]:
+def compressor_bpb(train_text: str, val_text: str) -> dict[str, float]:
     """Measure the bits per byte of `gzip -9` and `xz -9` on the validation text, primed with the training text.
 
     A compressor's score is (|compress(train + val)| - |compress(train)|) · 8 / |val|. `train` is the last 8 MB of
@@ -190,7 +182,7 @@ def yardsticks(train_text: str, val_text: str) -> dict[str, float]:
     Raises:
         UserError: the validation text is empty.
     """
-    before, text = train_text.encode()[-YARDSTICK_TRAIN_BYTES:], val_text.encode()[:YARDSTICK_VAL_BYTES]
+    before, text = train_text.encode()[-COMPRESSED_TRAIN_BYTES:], val_text.encode()[:COMPRESSED_VAL_BYTES]
     if not text:
         raise UserError("the validation text is empty: give at least one document with text in it")
     compressors = {

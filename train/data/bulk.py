@@ -107,7 +107,6 @@ def build_bulk(
     workers: int = 0,
     shard_tokens: int = SHARD_TOKENS,
     overwrite: bool = False,
-    with_yardsticks: bool = True,
 ) -> DatasetInfo:
     """Make a dataset from `.jsonl` files (also `.gz`, `.xz`). The first `val_docs` documents are the validation split.
 
@@ -169,10 +168,7 @@ def build_bulk(
                 pool.shutdown(cancel_futures=True)
         counts = {split: (state.documents[split], state.text_bytes[split]) for split in ("val", "train")}
         source = ", ".join(file.name for file in files)
-        info = describe_dataset(
-            work, name, source, model, tokenizer, shard_tokens, counts,
-            with_yardsticks=with_yardsticks, count_train_bytes=False,
-        )  # fmt: skip
+        info = describe_dataset(work, name, source, model, tokenizer, shard_tokens, counts, count_train_bytes=False)
         install_folder(work, out)
         for left in (STATE, LOCK):
             Path(out, left).unlink()

@@ -67,9 +67,7 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
 
             print("text: the Python standard library's sources and documentation; nothing is downloaded", flush=True)
             parts = split_documents(stdlib_documents())
-            build_dataset(
-                *parts, path, config.vocab_size, name="stdlib", source="Python standard library", with_yardsticks=False
-            )
+            build_dataset(*parts, path, config.vocab_size, name="stdlib", source="Python standard library")
         else:
             raise UserError(
                 f"data_path: {path} does not exist: make it with python -m train.data fineweb --variant sp{config.vocab_size} (its "
@@ -79,15 +77,15 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
     ranks.on_main(build)
 
 
-def start_yardsticks(config: Config) -> subprocess.Popen[bytes] | None:
-    """Measure gzip and xz for comparison, beside the training, on a text that `prepare_data` built.
+def start_compressors(config: Config) -> subprocess.Popen[bytes] | None:
+    """Start a process that measures gzip and xz during the training, on a text that `prepare_data` built.
 
-    Returns the process, at whose end the manifest has the results; None if there is nothing to measure.
+    The process writes the results into the manifest. Return None if there is nothing to measure.
     """
     info = read_manifest(config.data_path) if config.corpus else None
     if info is None or info.yardsticks:
         return None
     # a process, not a thread: decoding the text would hold the training's Python lock
-    command = "import os, sys; os.nice(10); from train.data.build import add_yardsticks; add_yardsticks(sys.argv[1])"
+    command = "import os, sys; os.nice(10); from train.data import build; build.measure_compressors(sys.argv[1])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen([sys.executable, "-c", command, config.data_path], env=environment)

@@ -34,7 +34,7 @@ class DatasetInfo:
     train: SplitInfo
     val: SplitInfo
     shard_tokens: int
-    # compressor → bits per byte, see `train.data.build.yardsticks`; empty: not measured
+    # compressor → bits per byte, see `train.data.build.compressor_bpb`; empty: not measured
     yardsticks: dict[str, float] = field(default_factory=dict)
 
 
