@@ -7,7 +7,7 @@ Each iteration applies an odd polynomial to every singular value σ of X `(m, n)
     X ← a·X + X·(b·A + c·A²)   with A = Xᵀ·X          (m > n, where this A is smaller)
 
 The polynomial σ ↦ a·σ + b·σ³ + c·σ⁵ moves every singular value towards 1. One call takes all matrices of a model.
-Matrices of equal shape are multiplied together in batches.
+On a GPU, matrices of equal shape are multiplied together in batches.
 """
 
 from __future__ import annotations
@@ -224,9 +224,10 @@ def _reference(
     matrices: Sequence[Tensor], coefficients: Sequence[float], eps: float, prescale: str, compute_dtype: torch.dtype
 ) -> list[Tensor]:
     _check(matrices, coefficients, prescale, compute_dtype)
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for index, matrix in enumerate(matrices):
-        groups.setdefault(tuple(matrix.shape[-2:]), []).append(index)
+        # a GPU multiplies matrices of equal shape together; a CPU is faster on one matrix that stays in its cache
+        groups.setdefault(index if matrix.is_cpu else tuple(matrix.shape[-2:]), []).append(index)
     results: list[Tensor] = [matrix.new_empty(0) for matrix in matrices]
     norm_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
     for indices in groups.values():
