@@ -138,8 +138,8 @@ def describe_text(facts: Mapping[str, Any]) -> str:
     lines.append(" ".join(f"{title:>{width}}" for _, title, width, _ in SCHEDULE_COLUMNS))
     lines += [
         " ".join(
-            f"{'-' if point[key] is None else format(point[key], form):>{width}}"
-            for key, _, width, form in SCHEDULE_COLUMNS
+            f"{'-' if point[key] is None else format(point[key], spec):>{width}}"
+            for key, _, width, spec in SCHEDULE_COLUMNS
         )
         for point in facts["schedule"]
     ]

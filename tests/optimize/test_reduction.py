@@ -80,7 +80,7 @@ def test_one_process_can_have_its_gradients_at_fixed_places() -> None:
             parameter.grad = one.clone()
         if step == 1:
             # what lies there already, and what is missing
-            parameters[0].grad = reduction._places[0].copy_(given[0])
+            parameters[0].grad = reduction._fixed_gradients[0].copy_(given[0])
             parameters[1].grad, given[1] = None, torch.zeros(5)
         reduction.reduce_gradients()
         assert all(torch.equal(p.grad, one) for p, one in zip(parameters, given, strict=True))

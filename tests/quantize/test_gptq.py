@@ -7,8 +7,8 @@ from torch import Tensor
 
 from golf_kernels import dispatch
 from train.quantize import gptq as module
-from train.quantize.gptq import gptq, rtn
-from train.quantize.row_scales import sdclip
+from train.quantize.gptq import gptq
+from train.quantize.row_scales import rtn, sdclip
 
 
 def problem(

@@ -17,9 +17,9 @@ from train.config import Config
 from train.model.gpt import GPT
 from train.model.linear import observe_inputs
 from train.quantize.calibrate import collect_hessians, second_moment
-from train.quantize.gptq import gptq, rtn
+from train.quantize.gptq import gptq
 from train.quantize.quantize_model import quantize_model
-from train.quantize.row_scales import percentile_candidates, quantile, row_max, sdclip
+from train.quantize.row_scales import percentile_candidates, quantile, row_max, rtn, sdclip
 from train.quantize.tensors import QuantizedTensor, dequantize_state, matrices_to_calibrate, stored_bits
 
 

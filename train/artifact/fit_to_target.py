@@ -119,7 +119,7 @@ def measure_factors(
 class Round:
     """A round of the search."""
 
-    places: list[int]  # each group's index in its grid of k
+    chosen: list[int]  # each group's index in its grid of k
     tensors: StoredTensors
     encoded: EncodedArtifact
     total_bytes: int  # artifact, code and paid prefix
@@ -161,32 +161,31 @@ def search_clips(
     # bytes besides the searched codes; the first round assumes that row scales and float16 tensors are not compressed
     other = float(_uncoded_bytes(model, curves) + counted_bytes)
     best: Round | None = None
-    places: list[int] = []
+    chosen: list[int] = []
     for _ in range(ROUNDS):
-        chosen = choose_sigmas(curves, factors, correction, target_bytes * (1 - TOLERANCE / 2) - other)
-        if chosen == places:
+        before, chosen = chosen, choose_sigmas(curves, factors, correction, target_bytes * (1 - TOLERANCE / 2) - other)
+        if chosen == before:
             break
-        places = chosen
         tensors = quantize(
-            {name: float(group.sigmas[p]) for group, p in zip(curves, places, strict=True) for name in group.tensors}
+            {name: float(group.sigmas[p]) for group, p in zip(curves, chosen, strict=True) for name in group.tensors}
         )
         encoded = encode(tensors)
         total = counted_bytes + len(encoded.data)
-        expected = sum(f * float(g.error[p]) for f, g, p in zip(factors, curves, places, strict=True))
+        expected = sum(f * float(g.error[p]) for f, g, p in zip(factors, curves, chosen, strict=True))
         note(f"fit:{total} of {target_bytes} bytes, expected loss +{expected:.5f}")
-        found = Round(places, tensors, encoded, total, expected)
+        found = Round(chosen, tensors, encoded, total, expected)
         best = found if best is None else min(best, found, key=lambda one: one.rank(target_bytes))
         if target_bytes * (1 - TOLERANCE) <= total <= target_bytes:
             break
         taken = _group_bytes(encoded)
         other = total - sum(taken[group.name] for group in curves)
-        for group, place in zip(curves, places, strict=True):
-            correction[group.name] = (taken[group.name] - float(group.size[place])) / group.elements
+        for group, index in zip(curves, chosen, strict=True):
+            correction[group.name] = (taken[group.name] - float(group.size[index])) / group.elements
     assert best is not None
     taken = _group_bytes(best.encoded)
-    for group, place in zip(curves, best.places, strict=True):
+    for group, index in zip(curves, best.chosen, strict=True):
         note(
-            f"fit:{group.name} int{group.bits} k {group.start:g} -> {float(group.sigmas[place]):.3f}: {taken[group.name]} bytes, "
+            f"fit:{group.name} int{group.bits} k {group.start:g} -> {float(group.sigmas[index]):.3f}: {taken[group.name]} bytes, "
             f"{8 * taken[group.name] / group.elements:.3f} bits per weight"
         )
     return best.tensors, best.encoded

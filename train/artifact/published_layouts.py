@@ -39,11 +39,11 @@ class Check:
     """Checks the contents of a published file. An error names the file, the format and the key."""
 
     path: Path
-    form: str
+    format: str
 
     def refuse(self, key: str, expected: str, found: str, remedy: str = "") -> NoReturn:
-        remedy = remedy or f"it is not a file of format {self.form}"
-        raise UserError(f"{self.path}: read as {self.form}: {key}: expected {expected}, found {found}: {remedy}")
+        remedy = remedy or f"it is not a file of format {self.format}"
+        raise UserError(f"{self.path}: read as {self.format}: {key}: expected {expected}, found {found}: {remedy}")
 
     def table(self, content: Mapping[str, Any], name: str, default: object = None) -> dict[str, Any]:
         """Return the dictionary `content[name]`, or refuse the file."""

@@ -36,15 +36,15 @@ _BEGINNINGS = {
 _BYTES_PER_TENSOR = 4096
 
 
-def read_published(path: Path, form: str, config: Config) -> StoredTensors:
-    """Read the stored tensors of a model with these settings, bit for bit, from a file in the published format `form`.
+def read_published(path: Path, format: str, config: Config) -> StoredTensors:
+    """Read the stored tensors of a model with these settings, bit for bit, from a file in the published format `format`.
 
     Raises:
         UserError: the file has another format or is damaged, or a tensor is missing, surplus or of a wrong shape; the
             message names the file, the format and the key, says what was expected, and what to do.
         MissingCodec: the codec's package is not installed.
     """
-    published, check = PUBLISHED_FORMATS[form], Check(path, form)
+    published, check = PUBLISHED_FORMATS[format], Check(path, format)
     parameters = published_parameters(config)
     elements = sum(parameter.numel() for parameter in parameters.values())
     content = _content(published, check, 6 * elements + _BYTES_PER_TENSOR * (len(parameters) + 1))
@@ -54,7 +54,7 @@ def read_published(path: Path, form: str, config: Config) -> StoredTensors:
             for name, other in PUBLISHED_FORMATS.items()
             if isinstance(content, dict) and other.codec == published.codec and other.layout.recognizes(content)
         ]
-        check.refuse("contents", f"the dictionary of {form}", "another", (others and f"try --from {others[0]}") or "")
+        check.refuse("contents", f"the dictionary of {format}", "another", (others and f"try --from {others[0]}") or "")
     return from_published(published.layout.read(content, parameters, check), config)
 
 
@@ -72,7 +72,7 @@ def _content(published: PublishedFormat, check: Check, limit: int) -> Any:
         if not archive.startswith(_ARCHIVE):
             raise CodecError(f"expected a torch.save file in the {published.codec} stream, found {archive[:4]!r}")
     except CodecError as error:
-        raise UserError(f"{check.path}: read as {check.form}: {error}: {_looks_like(data, check.form)}") from error
+        raise UserError(f"{check.path}: read as {check.format}: {error}: {_looks_like(data, check.format)}") from error
     return _unpickled(archive, check)
 
 
@@ -91,14 +91,14 @@ def _unpickled(archive: bytes, check: Check) -> Any:
         check.refuse("contents", "a torch.save file of tensors, numbers and names", f"another ({reason})")
 
 
-def _looks_like(data: bytes, form: str) -> str:
+def _looks_like(data: bytes, format: str) -> str:
     """The end of an error message: what the file seems to be, from its first bytes, and what to do."""
     for beginning, text in _BEGINNINGS.items():
-        if data.startswith(beginning) and f"--from {form}" not in text:
+        if data.startswith(beginning) and f"--from {format}" not in text:
             return f"this is {text}"
     for name, published in PUBLISHED_FORMATS.items():
         with suppress(CodecError, MissingCodec):
             first = bytes(CODECS[published.codec].decode_up_to(data, len(_ARCHIVE)))
-            if first.startswith(_SHUFFLED if published.stride else _ARCHIVE) and name != form:
+            if first.startswith(_SHUFFLED if published.stride else _ARCHIVE) and name != format:
                 return f"this is a {published.codec} stream: try --from {name}"
     return "the file is cut or damaged: copy it again"

@@ -127,9 +127,9 @@ def start_ranks(device: str = "auto") -> Iterator[Ranks]:
             f"RANK {rank}, LOCAL_RANK {local_rank}: expected a RANK in 0..{world_size - 1} for WORLD_SIZE {world_size} "
             "and a LOCAL_RANK from 0: let torchrun set them"
         )
-    place = choose_device(device, local_rank)
+    own_device = choose_device(device, local_rank)
     if world_size == 1:
-        yield Ranks(rank, local_rank, world_size, place)
+        yield Ranks(rank, local_rank, world_size, own_device)
         return
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
@@ -139,14 +139,14 @@ def start_ranks(device: str = "auto") -> Iterator[Ranks]:
     if not 0 <= _number("MASTER_PORT", None) < 65536:
         raise UserError(f"MASTER_PORT: expected 0 to 65535, found {os.environ['MASTER_PORT']}: let torchrun set it")
     # gloo lets ranks exchange CPU tensors without waiting for the GPU
-    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
             backend,
             timeout=TIMEOUT,
             rank=rank,
             world_size=world_size,
-            device_id=place if place.type == "cuda" else None,
+            device_id=own_device if own_device.type == "cuda" else None,
         )
     except dist.DistNetworkError as error:
         raise UserError(
@@ -154,7 +154,7 @@ def start_ranks(device: str = "auto") -> Iterator[Ranks]:
             f"join the others there ({error}): check the address, or choose a free port with torchrun --master_port"
         ) from error
     try:
-        yield Ranks(rank, local_rank, world_size, place, dist.group.WORLD)
+        yield Ranks(rank, local_rank, world_size, own_device, dist.group.WORLD)
     finally:
         dist.destroy_process_group()
 

@@ -33,7 +33,7 @@ _NO_PLACE = (
 
 
 # a missing module of these packages is a bug
-_HOUSE = ("benchmarks", "golf_kernels", "train")
+_OWN_PACKAGES = ("benchmarks", "golf_kernels", "train")
 
 
 def main_guard(main: Callable[[], int | None]) -> NoReturn:
@@ -46,7 +46,7 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
         code = _refuse(str(error))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if not package or package in _HOUSE:
+        if not package or package in _OWN_PACKAGES:
             raise
         code = _refuse(f"{package} is not installed: pip install {package}, or everything: pip install -e '.[train]'")
     except BrokenPipeError:

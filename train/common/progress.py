@@ -55,8 +55,8 @@ class Progress:
         self.next_line = now() + FIRST_LINE_SECONDS
         self.bar: tqdm | None = None
         if enabled and sys.stderr.isatty():
-            form = "{percentage:3.0f}%|{bar:20}| {desc}"
-            self.bar = tqdm(total=total, initial=done, bar_format=form, dynamic_ncols=True, leave=False)
+            parts = "{percentage:3.0f}%|{bar:20}| {desc}"
+            self.bar = tqdm(total=total, initial=done, bar_format=parts, dynamic_ncols=True, leave=False)
 
     @property
     def rate(self) -> float:

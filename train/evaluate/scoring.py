@@ -220,8 +220,8 @@ class _Scorer:
         if self.share_layer0 and rows_from:
             # windows that score only their last positions are one stride apart
             windows, stride = len(start), len(self.columns) - rows_from
-            places = start[0] + torch.arange((windows - 1) * stride + len(self.columns), device=start.device)
-            covered = self.text[places.clamp(max=last)].long()
+            positions = start[0] + torch.arange((windows - 1) * stride + len(self.columns), device=start.device)
+            covered = self.text[positions.clamp(max=last)].long()
             return self.overlapping_hidden(
                 covered, windows=windows, stride=stride, recurrence=self.recurrence, rows_from=rows_from
             )

@@ -72,5 +72,5 @@ def sample(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
     cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
     # rounding may make the last sum differ from 1: keep every draw below the last sum
     total = cumulative[:, -1]
-    places = torch.minimum(draws * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, places[:, None], right=True).squeeze(1)
+    below = torch.minimum(draws * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, below[:, None], right=True).squeeze(1)

@@ -56,6 +56,6 @@ class Documents(NamedTuple):
             f"document_masking: more than {most} documents in {batch} x {length} tokens, shorter than {MEAN_DOCUMENT_TOKENS} "
             "tokens on average: use an attention backend with a mask, ATTENTION=sdpa",
         )
-        places = torch.nonzero_static(flat, size=most, fill_value=flat.numel()).flatten()
+        offsets = torch.nonzero_static(flat, size=most, fill_value=flat.numel()).flatten()
         # F.pad works on the device; a constant from the host would synchronize in every layer
-        return F.pad(places, (0, 1), value=flat.numel()).int()
+        return F.pad(offsets, (0, 1), value=flat.numel()).int()

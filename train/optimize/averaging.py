@@ -64,8 +64,8 @@ class EMA(_Average):
         narrow = [i for i, shadow in enumerate(self._shadow) if shadow.dtype != self._parameters[i].dtype]
         self._narrow = [self._parameters[i] for i in narrow]
         self._widened = [torch.empty_like(self._shadow[i]) for i in narrow]
-        places = dict(zip(narrow, self._widened, strict=True))
-        self._sources = [places.get(i, parameter) for i, parameter in enumerate(self._parameters)]
+        widened = dict(zip(narrow, self._widened, strict=True))
+        self._sources = [widened.get(i, parameter) for i, parameter in enumerate(self._parameters)]
 
     @torch.no_grad()
     def update(self) -> None:

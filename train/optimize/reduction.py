@@ -56,7 +56,9 @@ class Reduction:
         self._gathering: dist.Work | None = None
         parameters = [*self._replicated, *self._matrices]
         self._square, self.norm = _buffer(parameters, 2).unbind()
-        self._places = [torch.empty_like(p, requires_grad=False) for p in parameters] if fixed and group is None else []
+        self._fixed_gradients = (
+            [torch.empty_like(p, requires_grad=False) for p in parameters] if fixed and group is None else []
+        )
         if group is not None:
             if len(owners) != len(self._matrices) or not all(0 <= owner < self._world_size for owner in owners):
                 raise ValueError(
@@ -68,7 +70,7 @@ class Reduction:
     def _allocate(self, owners: Sequence[int]) -> None:
         self._flat = _buffer(self._replicated, sum(p.numel() for p in self._replicated))
         self._flat_views = _views(self._flat, self._replicated)
-        self._flat_places = _places_for(self._flat_views, self._replicated)
+        self._flat_gradients = _mean_gradients(self._flat_views, self._replicated)
         pairs = list(zip(self._matrices, owners, strict=True))
         by_owner = [[matrix for matrix, owner in pairs if owner == rank] for rank in range(self._world_size)]
         self.owned = by_owner[self._rank]
@@ -83,7 +85,7 @@ class Reduction:
         self._own_gradients, self._own_weights = (_buffer(self._matrices, length) for _ in range(2))
         self._own_gradient_views = _views(self._own_gradients, self.owned)
         self._own_weight_views = _views(self._own_weights, self.owned)
-        self._own_places = _places_for(self._own_gradient_views, self.owned)
+        self._own_mean_gradients = _mean_gradients(self._own_gradient_views, self.owned)
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
@@ -97,8 +99,8 @@ class Reduction:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if self._group is None:
-            if self._places:
-                _set_gradients(parameters, _gradients(parameters), self._places)
+            if self._fixed_gradients:
+                _set_gradients(parameters, _gradients(parameters), self._fixed_gradients)
             return
         scattering = None
         # start the larger transfer first, so that the smaller one is packed during it
@@ -110,13 +112,13 @@ class Reduction:
             dist.all_reduce(self._flat, op=dist.ReduceOp.SUM, group=self._group)
             # sum and multiply, because not every backend can average; for 2^n ranks the product is exact
             self._flat.mul_(1 / self._world_size)
-            _set_gradients(self._replicated, self._flat_views, self._flat_places)
+            _set_gradients(self._replicated, self._flat_views, self._flat_gradients)
         if scattering is not None:
             scattering.wait()
             self._own_gradients.mul_(1 / self._world_size)
             for matrix in self._matrices:
                 matrix.grad = None
-            _set_gradients(self.owned, self._own_gradient_views, self._own_places)
+            _set_gradients(self.owned, self._own_gradient_views, self._own_mean_gradients)
 
     @property
     def exchanges(self) -> bool:
@@ -196,18 +198,19 @@ def _views(buffer: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     return [chunk.view(parameter.shape) for chunk, parameter in zip(chunks, parameters, strict=True)]
 
 
-def _places_for(views: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+def _mean_gradients(views: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
     # a gradient has its parameter's dtype, which may be narrower than the buffer's
     pairs = zip(views, parameters, strict=True)
     return [v if v.dtype == p.dtype else torch.empty_like(p, requires_grad=False) for v, p in pairs]
 
 
-def _set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor], places: Sequence[Tensor]) -> None:
-    moved = [(place, gradient) for place, gradient in zip(places, gradients, strict=True) if place is not gradient]
+def _set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Make each of `targets` the gradient of its parameter, with the values of `gradients`."""
+    moved = [(target, gradient) for target, gradient in zip(targets, gradients, strict=True) if target is not gradient]
     if moved:
-        torch._foreach_copy_([place for place, _ in moved], [gradient for _, gradient in moved])
-    for parameter, place in zip(parameters, places, strict=True):
-        parameter.grad = place
+        torch._foreach_copy_([target for target, _ in moved], [gradient for _, gradient in moved])
+    for parameter, target in zip(parameters, targets, strict=True):
+        parameter.grad = target
 
 
 def _reduce_scatter(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> dist.Work:

@@ -92,9 +92,9 @@ def group_curves(model: nn.Module, config: Config, hessians: Mapping[str, Tensor
             weight = parameters[name].detach().float()
             unit, floor, deviation = _row_units(name, weight, bits, config, hessians.get(name))
             scales = torch.maximum(sigmas[:, None] * unit, floor)
-            place = ((deviation / scales).clamp_min(1e-300).log() - table[0]) / (table[1] - table[0])
-            place = place.clamp(0, len(table) - 1.001)
-            low, part = place.long(), place.frac()
+            position = ((deviation / scales).clamp_min(1e-300).log() - table[0]) / (table[1] - table[0])
+            position = position.clamp(0, len(table) - 1.001)
+            low, part = position.long(), position.frac()
             size += weight.shape[1] / 8 * torch.lerp(entropies[low], entropies[low + 1], part).sum(1)
             relative = torch.lerp(errors[low], errors[low + 1], part)
             error += weight.shape[1] * (relative * scales.square()).sum(1)
@@ -157,8 +157,8 @@ def choose_sigmas(
     def picked(multiplier: float) -> list[int]:
         return [int((loss + multiplier * size).argmin()) for loss, size in zip(losses, sizes, strict=True)]
 
-    def taken(places: list[int]) -> float:
-        return sum(float(size[place]) for size, place in zip(sizes, places, strict=True))
+    def taken(chosen: list[int]) -> float:
+        return sum(float(size[index]) for size, index in zip(sizes, chosen, strict=True))
 
     # log2 λ: at the lower end only the loss counts, at the upper end only the bytes
     low, high = -100.0, 40.0

@@ -78,8 +78,10 @@ def generate_tokens(
                 decoder = Decoder(model, len(some), length, recurrence=recurrence)
                 some[:, 0] = (given[:, 0] * model.config.vocab_size).long()
                 bar.advance(len(some))
-                for place in range(1, length):
-                    some[:, place] = sample(decoder.step(some[:, place - 1 : place]), given[:, place], temperature)
+                for position in range(1, length):
+                    some[:, position] = sample(
+                        decoder.step(some[:, position - 1 : position]), given[:, position], temperature
+                    )
                     bar.advance(len(some))
     finally:
         model.train(was_training)

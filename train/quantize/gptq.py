@@ -10,8 +10,6 @@ from torch import Tensor
 from golf_kernels.gptq_block import gptq_block
 from train.quantize.row_scales import largest_code, rtn
 
-__all__ = ["DAMPING_STEPS", "GPTQResult", "gptq", "rtn"]
-
 DAMPING_STEPS = (1.0, 10.0, 100.0)
 """Factors by which the damping is multiplied, tried in this order until the Cholesky factorization succeeds."""
 

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from train.common.errors import UserError
-
-QUANTILE = 0.9999984
-"""The row quantile of |w| at which #122, #265 and #1392 clip."""
+from train.model.straight_through import QUANTILE
 
 SEARCH_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 """The row quantiles among which #1392 chooses."""

@@ -17,8 +17,8 @@ from train.common.files import read_json, write_json
 from train.common.values import ConfigError, format_value
 from train.config import BOOKKEEPING, CHANGEABLE, Config
 
-# settings that name a run; a resumed run keeps the stored ones
-PLACE = ("run_id", "runs_dir", "resume")
+# settings that say which run to resume, and whether to
+WHICH_RUN = ("run_id", "runs_dir", "resume")
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def create_run_folder(config: Config) -> RunFolder:
     if folder.path.exists():
         if config.resume == "never":
             raise UserError(
-                f"{folder.path}: this run folder exists: choose another RUN_ID, or resume it with RESUME=auto{_way_out(folder)}"
+                f"{folder.path}: this run folder exists: choose another RUN_ID, or resume it with RESUME=auto{_offer_to_delete(folder)}"
             )
         refuse_changes(folder, folder.read_config(), vars(config), {})
         return folder
@@ -243,11 +243,11 @@ def refuse_changes(folder: RunFolder, stored: Config, new: Mapping[str, Any], so
     if refused:
         raise UserError(
             f"{folder.path}: cannot resume with different settings: {', '.join(refused)}: leave "
-            f"{'it' if len(refused) == 1 else 'them'} out, or choose another RUN_ID{_way_out(folder)}"
+            f"{'it' if len(refused) == 1 else 'them'} out, or choose another RUN_ID{_offer_to_delete(folder)}"
         )
 
 
-def _way_out(folder: RunFolder) -> str:
+def _offer_to_delete(folder: RunFolder) -> str:
     if not folder.is_untrained:
         return ""
     # `held` raises an error if another process is about to train in the folder
@@ -264,7 +264,7 @@ def open_run_folder(config: Config) -> Iterator[RunFolder]:
     folder = create_run_folder(config)
     with folder.held():
         stored = folder.read_config()
-        changes = {name: getattr(config, name) for name in (BOOKKEEPING | CHANGEABLE).difference(PLACE)}
+        changes = {name: getattr(config, name) for name in (BOOKKEEPING | CHANGEABLE).difference(WHICH_RUN)}
         if stored.replace(**changes) != stored:
             folder.write_config(stored.replace(**changes))
         yield folder

@@ -9,7 +9,7 @@ from pathlib import Path
 from train.command_line import Override, given_settings, resolve
 from train.common.values import format_value
 from train.config import Config
-from train.run.folder import PLACE, RunFolder, refuse_changes
+from train.run.folder import WHICH_RUN, RunFolder, refuse_changes
 
 
 def resolve_run(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list[Override]]:
@@ -19,7 +19,7 @@ def resolve_run(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[C
         UserError: a setting of a resumed run is changed that may not, or see `resolve`.
     """
     given = given_settings(arguments, environ)
-    run_id, runs_dir, resume = (given[name].value if name in given else getattr(Config, name) for name in PLACE)
+    run_id, runs_dir, resume = (given[name].value if name in given else getattr(Config, name) for name in WHICH_RUN)
     folder = RunFolder(Path(runs_dir) / run_id)
     if resume == "never" or not run_id or not folder.path.exists():
         return resolve(arguments, environ)
@@ -29,6 +29,6 @@ def resolve_run(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[C
     changed = [
         replace(override, source=f"{override.source}, was {format_value(getattr(stored, name)) or 'empty'}")
         for name, override in given.items()
-        if name not in PLACE and override.value != getattr(stored, name)
+        if name not in WHICH_RUN and override.value != getattr(stored, name)
     ]
     return stored.replace(**{**values, "run_id": run_id, "runs_dir": runs_dir, "resume": resume}), changed

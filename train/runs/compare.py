@@ -64,11 +64,11 @@ def _rows(a: Run, b: Run, *, comparable: bool) -> list[tuple[str, ...]]:
     if any(labels):
         rows.append(("", *labels, ""))
     others = _numbers(b)
-    for name, (left, form) in _numbers(a).items():
+    for name, (left, spec) in _numbers(a).items():
         right, _ = others[name]
         shown = left is not None and right is not None and (comparable or not name.startswith("bpb"))
-        difference = format((left or 0) - (right or 0), f"+{form}") if shown else ""
-        rows.append((name, *("-" if value is None else format(value, form) for value in (left, right)), difference))
+        difference = format((left or 0) - (right or 0), f"+{spec}") if shown else ""
+        rows.append((name, *("-" if value is None else format(value, spec) for value in (left, right)), difference))
     changed = changed_settings(a.config, b.config)
     return rows + [(name, text_of(old), text_of(new), "") for name, old, new in changed]
 

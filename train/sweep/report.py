@@ -71,7 +71,7 @@ def plot(plan: Plan, points: list[dict[str, Any]]) -> Figure:
 def _panel(axis: Axes, name: str, plan: Plan, scored: list[dict[str, Any]]) -> None:
     values = plan.varied[name]
 
-    def place(point: dict[str, Any]) -> float:
+    def position(point: dict[str, Any]) -> float:
         value = point["settings"][name]
         # listed values stand at equal distances
         return float(values.index(value) if isinstance(values, list) else value)
@@ -79,13 +79,13 @@ def _panel(axis: Axes, name: str, plan: Plan, scored: list[dict[str, Any]]) -> N
     def others(point: dict[str, Any]) -> str:
         return str({key: value for key, value in point["settings"].items() if key != name})
 
-    ordered = sorted(scored, key=lambda point: (others(point), place(point)))
+    ordered = sorted(scored, key=lambda point: (others(point), position(point)))
     for _, joined in itertools.groupby(ordered, key=others):
         line = list(joined)
-        axis.plot([place(p) for p in line], [p["mean"] for p in line], color=FAINT, linewidth=1.2, zorder=1)
+        axis.plot([position(p) for p in line], [p["mean"] for p in line], color=FAINT, linewidth=1.2, zorder=1)
     for index, point in enumerate(scored):
         axis.errorbar(
-            place(point), point["mean"], yerr=point["std"], fmt="o", capsize=3, markersize=6, zorder=3,
+            position(point), point["mean"], yerr=point["std"], fmt="o", capsize=3, markersize=6, zorder=3,
             color=BLUE if index else VERMILION, label="best" if index == 0 else None,
         )  # fmt: skip
     if isinstance(values, list):

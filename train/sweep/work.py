@@ -207,8 +207,8 @@ def _train(plan: Plan, claim: Claim, processes: int, gpus: str, stop: threading.
     # a run ends with its worker, also with one that is killed
     ending = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
     # no file of the current folder is taken for the trainer
-    places = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
-    environ = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": places}
+    python_path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    environ = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": python_path}
     if gpus:
         environ["CUDA_VISIBLE_DEVICES"] = gpus
     with open(_output(plan.run(claim.number, claim.seed)), "ab") as file:
