@@ -116,7 +116,7 @@ def make_plan(
         raise ConfigError("--trials: expected a number of points with --sampler random or tpe, and none with grid")
     if not config.run_id:
         config = config.replace(run_id="_".join([config.recipe, *varied]))
-    # of a range, its ends
+    # check the two ends of a range, in all combinations with the other values
     ends = {name: [str(v.low), str(v.high)] if isinstance(v, Range) else v for name, v in varied.items()}
     combinations = _combinations(ends)
     for point in combinations:
@@ -133,9 +133,12 @@ def point_flags(point: Point) -> list[str]:
 
 
 def point_text(point: Point) -> str:
-    return " ".join(
-        f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}" for name, value in point.items()
-    )
+    return " ".join(f"{name}={value_text(value)}" for name, value in point.items())
+
+
+def value_text(value: Any) -> str:
+    """A value for people, who need no more than six digits of a number that a sampler drew."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _combinations(values: Mapping[str, list[str]]) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from train.common.files import atomic_write, atomic_writer, write_json
 from train.submission.plots import BLUE, DPI, FAINT, INK, VERMILION
-from train.sweep.plan import Plan
+from train.sweep.plan import Plan, value_text
 
 
 def write_report(plan: Plan, points: list[dict[str, Any]]) -> None:
@@ -40,7 +40,7 @@ def table(plan: Plan, points: list[dict[str, Any]]) -> str:
     heads = [*plan.varied, "val_bpb", "std", "seeds", "state"]
     rows = [heads]
     for point in _ranked(points):
-        cells = [_short(point["settings"][name]) for name in plan.varied]
+        cells = [value_text(point["settings"][name]) for name in plan.varied]
         scores = [f"{point[name]:.6f}" if point[name] is not None else "–" for name in ("mean", "std")]
         state = f"failed: {point['error']}" if point["state"] == "failed" else point["state"]
         rows.append([*cells, *scores, f"{len(point['val_bpb'])} of {len(plan.seeds)}", state])
@@ -51,8 +51,10 @@ def table(plan: Plan, points: list[dict[str, Any]]) -> str:
 
 
 def plot(plan: Plan, points: list[dict[str, Any]]) -> Figure:
-    """One panel per varied setting: the mean of each point with its standard deviation; lines join the points that
-    differ in this setting only."""
+    """Plot each point's mean and standard deviation, in one panel per varied setting.
+
+    Lines join the points that differ in this setting only.
+    """
     scored = [point for point in _ranked(points) if point["mean"] is not None]
     columns = min(len(plan.varied), 3)
     rows = -(-len(plan.varied) // columns)
@@ -107,7 +109,3 @@ def _ranked(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(
         points, key=lambda p: (order.index(p["state"]), math.inf if p["mean"] is None else p["mean"], p["number"])
     )
-
-
-def _short(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

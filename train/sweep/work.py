@@ -32,11 +32,8 @@ from train.submission.summary import Summary
 from train.sweep.plan import Plan, Point, Values, point_text
 from train.sweep.report import write_report
 
-# exit codes of a run that was ended from outside: it is no failure, and is resumed
-_INTERRUPTED = {
-    130,
-    *(-ended for ended in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)),
-}
+# exit codes of a run that was ended from outside; it has not failed, and is resumed
+_INTERRUPTED = {130, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR2}
 
 
 @dataclass(frozen=True)
@@ -102,12 +99,14 @@ def work(plan: Plan, processes: int, gpus: str, stop: threading.Event) -> None:
         with claim.lock:
             code = _train(plan, claim, processes, gpus, stop)
         run, score = plan.run(claim.number, claim.seed), _score(plan, claim.number, claim.seed, claim.point)
-        if score is None and (code in _INTERRUPTED or stop.is_set()):
+        if score is not None:
+            result = f"val_bpb {score:.8f}"
+        elif code in _INTERRUPTED or stop.is_set():
             raise UserError(f"{run.path.name}: interrupted: type the same command to continue")
-        if score is None:
+        else:
             error = _error_line(_output(run).read_text(errors="replace").splitlines())
             _fail(study, claim.number, f"{run.path.name}: {error}")
-        result = f"failed: {error}" if score is None else f"val_bpb {score:.8f}"
+            result = f"failed: {error}"
         print(f"{run.path.name}: {point_text(claim.point)}: {result}", file=sys.stderr, flush=True)
         with _locked(plan):
             write_report(plan, points(plan, study))
@@ -135,7 +134,10 @@ def points(plan: Plan, study: optuna.Study) -> list[dict[str, Any]]:
 
 
 def _claim(plan: Plan, study: optuna.Study) -> tuple[Claim | None, bool]:
-    """Claim the next run that nobody trains, if there is one, and say whether the whole sweep is done."""
+    """Claim the next run that nobody trains, if there is one. Return it, and whether every run is done.
+
+    This also closes each point whose runs have all finished.
+    """
     with _locked(plan):
         trials = study.get_trials(deepcopy=False)
         done = len(trials) >= plan.total
