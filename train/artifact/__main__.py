@@ -18,6 +18,7 @@ from train.artifact.difference import difference
 from train.artifact.export import PUBLISHED_FORMATS, export
 from train.artifact.read_published import read_published
 from train.artifact.storage import MODEL_FIELDS, build_model, read_artifact, write_artifact
+from train.common.argument_types import add_command
 from train.common.errors import UserError, main_guard
 from train.common.files import atomic_write, sha256_file
 from train.common.wording import counted
@@ -155,17 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     }
     made = {}
     for function, (about, example) in texts.items():
-        command = commands.add_parser(
-            function.__name__,
-            help=about,
-            description=f"{about[0].upper()}{about[1:]}.",
-            epilog=f"example:\n  python -m train.artifact {function.__name__} {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_argument("file", metavar="FILE", type=Path, help="the artifact, e.g. runs/RUN/model.golf")
-        command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-        command.set_defaults(run=function)
-        made[function] = command
+        made[function] = add_command(commands, parser.prog, function.__name__, about, example, function)
+        made[function].add_argument("file", metavar="FILE", type=Path, help="the artifact, e.g. runs/RUN/model.golf")
+        made[function].add_argument("--json", action="store_true", help="print one JSON object instead of text")
     made[diff].add_argument("other", metavar="OTHER", type=Path, help="the artifact to compare it with")
     formats = "; ".join(f"{name}: {published.about}" for name, published in PUBLISHED_FORMATS.items())
     made[convert].add_argument("--out", metavar="OUT", type=Path, required=True, help="the file to write")

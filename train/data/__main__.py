@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train.common.argument_types import at_least
+from train.common.argument_types import add_command, at_least
 from train.common.errors import main_guard
 from train.common.wording import counted
-from train.data.build import build_dataset, check_output, measure_compressors
+from train.data.build import build_dataset, build_stdlib, check_output, measure_compressors
 from train.data.bulk import VAL_DOCS, build_bulk
-from train.data.corpus import Document, split_documents, stdlib_documents, text_documents
+from train.data.corpus import split_documents, text_documents
 from train.data.hub import DEFAULT_PREFIX, DEFAULT_REPO, DEFAULT_TRAIN_SHARDS, FolderSource, HubSource, download
 from train.data.manifest import DatasetInfo
 from train.data.shards import SHARD_TOKENS
@@ -23,9 +24,8 @@ _VAL_BYTES = "bytes of validation text [5 %%, at least 32 kB, at most 200 kB]"
 
 def stdlib(arguments: argparse.Namespace) -> None:
     check_output(arguments.out, arguments.overwrite)
-    print("text: the Python standard library's sources and documentation; nothing is downloaded", flush=True)
-    split = split_documents(stdlib_documents(), arguments.val_bytes)
-    _build_small(arguments, split, "stdlib", "Python standard library")
+    info = build_stdlib(arguments.out, arguments.vocab, val_bytes=arguments.val_bytes, **_options(arguments))
+    _report(arguments, info)
 
 
 def text(arguments: argparse.Namespace) -> None:
@@ -35,7 +35,11 @@ def text(arguments: argparse.Namespace) -> None:
         split = list(text_documents(arguments.paths)), list(text_documents(arguments.val))
     else:
         split = split_documents(text_documents(arguments.paths), arguments.val_bytes)
-    _build_small(arguments, split, arguments.name, ", ".join(Path(path).name for path in arguments.paths))
+    source = ", ".join(Path(path).name for path in arguments.paths)
+    info = build_dataset(
+        *split, arguments.out, arguments.vocab, name=arguments.name, source=source, **_options(arguments)
+    )
+    _report(arguments, info)
 
 
 def fineweb(arguments: argparse.Namespace) -> None:
@@ -64,13 +68,6 @@ def build(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         **_options(arguments),
     )
-    _report(arguments, info)
-
-
-def _build_small(
-    arguments: argparse.Namespace, split: tuple[list[Document], list[Document]], name: str, source: str
-) -> None:
-    info = build_dataset(*split, arguments.out, arguments.vocab, name=name, source=source, **_options(arguments))
     _report(arguments, info)
 
 
@@ -105,36 +102,21 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(
-        name: str, run: Callable[[argparse.Namespace], None], summary: str, description: str, example: str
-    ) -> Any:
-        one = commands.add_parser(
-            name,
-            help=summary,
-            description=description,
-            epilog=f"example:\n  python -m train.data {name} {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        one.set_defaults(run=run)
-        return one
-
+    command = functools.partial(add_command, commands, root.prog)
     one = command(
         "stdlib",
-        stdlib,
-        "the Python standard library's text; no download",
-        "Make a dataset of the Python standard library's text. This downloads nothing.",
+        "make a dataset of the Python standard library's text; nothing is downloaded",
         "--vocab 1024 --out data/stdlib_1024",
+        stdlib,
     )
     _add_dataset_options(one, "stdlib", 1024)
     _option(one, "--val-bytes", 0, _VAL_BYTES, "N", at_least(0))
 
     one = command(
         "text",
-        text,
-        "your own text: .txt, .md, source code, .jsonl (.gz, .xz), folders",
-        "Make a dataset of your own text: .txt, .md, source code, .jsonl (.gz, .xz), folders.",
+        "make a dataset of your own text: .txt, .md, source code, .jsonl (.gz, .xz), folders",
         "notes.md books/ --vocab 2048 --out data/books",
+        text,
     )
     one.add_argument("paths", nargs="+", metavar="PATH", help='files and folders; .jsonl: one {"text": …} per line')
     one.add_argument("--val", nargs="+", default=[], metavar="PATH", help="validation text [part of PATH]")
@@ -144,10 +126,9 @@ def parser() -> argparse.ArgumentParser:
 
     one = command(
         "fineweb",
-        fineweb,
-        "published FineWeb shards from the Hugging Face Hub, or from a local copy",
-        "Get published FineWeb shards and their tokenizer from the Hugging Face Hub, or from a local copy.",
+        "get published FineWeb shards and their tokenizer from the Hugging Face Hub, or from a local copy",
         "--variant sp8192 --train-shards 80 --repo kevclark/parameter-golf --skip-manifest",
+        fineweb,
     )
     environ = os.environ.get
     repo = environ("MATCHED_FINEWEB_REPO_ID", DEFAULT_REPO)
@@ -166,10 +147,9 @@ def parser() -> argparse.ArgumentParser:
 
     one = command(
         "build",
-        build,
-        "many raw documents, tokenized in parallel; resumes after an interruption",
-        "Make a dataset of many raw documents. They are tokenized in parallel; the same command resumes after an interruption.",
+        "make a dataset of many raw documents, in parallel; after an interruption the same command resumes",
         "--docs docs_selected.jsonl --vocab 2048 --tokenizer-train-docs 100000 --workers 16 --out data/docs_2048",
+        build,
     )
     one.add_argument(
         "--docs", nargs="+", required=True, metavar="FILE", help='.jsonl files (.gz, .xz), one {"text": …} per line'

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
@@ -21,7 +22,7 @@ from sentencepiece import SentencePieceProcessor
 from train.common.errors import UserError
 from train.common.files import atomic_write, sha256_file
 from train.common.progress import Progress
-from train.data.corpus import Document, total_bytes
+from train.data.corpus import Document, split_documents, stdlib_documents, total_bytes
 from train.data.manifest import MANIFEST, DatasetInfo, SplitInfo, read_manifest
 from train.data.shards import BOS, SHARD_TOKENS, ShardWriter, check_shard, find_shards, read_shard
 from train.data.tokenizer import SETTINGS, ByteTables, byte_tables, load_tokenizer, train_tokenizer
@@ -37,6 +38,17 @@ _NOTES = {
     "yardsticks": "bits per byte of gzip -9 and xz -9, primed with the training text: (|train+val| - |train|) * 8 / val, of "
     f"the last {COMPRESSED_TRAIN_BYTES} normalized bytes of train and the first {COMPRESSED_VAL_BYTES} of val",
 }
+
+
+def build_stdlib(out: str | Path, vocab_size: int, *, val_bytes: int = 0, **options: Any) -> DatasetInfo:
+    """Make a dataset of the Python standard library's text. `options` are those of `build_dataset`.
+
+    Raises:
+        UserError: as `build_dataset`, or the interpreter has no readable library.
+    """
+    print("text: the Python standard library's sources and documentation; nothing is downloaded", flush=True)
+    parts = split_documents(stdlib_documents(), val_bytes)
+    return build_dataset(*parts, out, vocab_size, name="stdlib", source="Python standard library", **options)
 
 
 def build_dataset(

@@ -62,12 +62,9 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
         if path.exists():
             return
         if config.corpus:
-            from train.data.build import build_dataset
-            from train.data.corpus import split_documents, stdlib_documents
+            from train.data.build import build_stdlib
 
-            print("text: the Python standard library's sources and documentation; nothing is downloaded", flush=True)
-            parts = split_documents(stdlib_documents())
-            build_dataset(*parts, path, config.vocab_size, name="stdlib", source="Python standard library")
+            build_stdlib(path, config.vocab_size)
         else:
             raise UserError(
                 f"data_path: {path} does not exist: make it with python -m train.data fineweb --variant sp{config.vocab_size} (its "

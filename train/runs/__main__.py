@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import sys
 import webbrowser
 from pathlib import Path
 
+from train.common.argument_types import add_command
 from train.common.errors import UserError, main_guard
 from train.common.wording import counted
 from train.config import Config
@@ -29,7 +31,7 @@ def _list(arguments: argparse.Namespace) -> None:
 def _show(arguments: argparse.Namespace) -> None:
     from train.runs.table import run_page
 
-    print(run_page(read_run(_find(arguments.run))))
+    print(run_page(read_run(_find(arguments.name))))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -43,7 +45,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _remove(arguments: argparse.Namespace) -> None:
-    folders = [_find(name) for name in arguments.run]
+    folders = [_find(name) for name in arguments.names]
     for folder in folders:
         if folder.path.is_symlink():
             raise UserError(f"{folder.path}: is a link: delete the link and the folder that it names yourself")
@@ -104,52 +106,36 @@ def _parser() -> argparse.ArgumentParser:
         "`python -m train.runs COMMAND --help` explains a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(command=_list, folder=None)
-    commands = parser.add_subparsers(metavar="COMMAND")
-
-    def command(name: str, help: str, example: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name,
-            help=help,
-            description=f"{help[0].upper()}{help[1:]}.",
-            epilog=f"example:\n  python -m train.runs {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
+    parser.set_defaults(run=_list, folder=None)
+    command = functools.partial(add_command, parser.add_subparsers(metavar="COMMAND"), parser.prog)
     a_run = "name of a folder in runs/ (or RUNS_DIR), or path of a run folder"
-    one = command(
-        "list", "print score, text, steps, seconds, bytes and what differs from the recipe", "list runs/sweep"
-    )
+    about = "print score, text, steps, seconds, bytes and what differs from the recipe"
+    one = command("list", about, "runs/sweep", _list)
     one.add_argument("folder", metavar="FOLDER", type=Path, nargs="?", help="folder with run folders [runs]")
-    one.set_defaults(command=_list)
 
-    one = command("show", "print a run's numbers, the settings that differ from its recipe, and its files", "show mine")
-    one.add_argument("run", metavar="RUN", help=a_run)
-    one.set_defaults(command=_show)
+    about = "print a run's numbers, the settings that differ from its recipe, and its files"
+    one = command("show", about, "mine", _show)
+    one.add_argument("name", metavar="RUN", help=a_run)
 
-    one = command(
-        "compare", "print what differs between two runs, and draw their curves into a PNG", "compare mine seed42"
-    )
+    about = "print what differs between two runs, and draw their curves into a PNG"
+    one = command("compare", about, "mine seed42", _compare)
     one.add_argument("a", metavar="A", help=a_run)
     one.add_argument("b", metavar="B", help=a_run)
     one.add_argument("--out", type=Path, help="the PNG [A_vs_B.png beside A]")
-    one.set_defaults(command=_compare)
 
-    one = command("rm", "delete runs after a question; a run that a process uses is refused", "rm mine")
-    one.add_argument("run", metavar="RUN", nargs="+", help=a_run)
+    one = command("rm", "delete runs after a question; a run that a process uses is refused", "mine", _remove)
+    one.add_argument("names", metavar="RUN", nargs="+", help=a_run)
     one.add_argument("--yes", action="store_true", help="do not ask")
-    one.set_defaults(command=_remove)
 
-    one = command("open", "write the dashboard of all runs and open it in a browser", "open")
+    one = command("open", "write the dashboard of all runs and open it in a browser", "", _open)
     one.add_argument("folder", metavar="FOLDER", type=Path, nargs="?", help="folder with run folders [runs]")
-    one.set_defaults(command=_open)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command."""
     arguments = _parser().parse_args(argv)
-    arguments.command(arguments)
+    arguments.run(arguments)
     return 0
 
 
