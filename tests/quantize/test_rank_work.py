@@ -13,7 +13,7 @@ from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.quantize.calibrate import collect_hessians
 from train.quantize.quantize_model import quantize_model
-from train.quantize.rank_work import assign, gather, gptq_cost
+from train.quantize.rank_work import assign, gptq_cost
 from train.quantize.tensors import QuantizedTensor, StoredTensors, matrices_to_calibrate
 
 CLIPS = ("sdclip", "percentile_search")
@@ -73,7 +73,7 @@ def refuse(ranks: Ranks) -> str:
 
 def work(ranks: Ranks) -> dict[str, Any]:
     result = {clip: quantize(ranks, clip) for clip in CLIPS}
-    told = gather(ranks, lambda: f"from {ranks.rank}")
+    told = ranks.on_all(lambda: f"from {ranks.rank}")
     return {"result": result, "told": told, "refused": refuse(ranks)}
 
 

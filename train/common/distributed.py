@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -72,17 +72,16 @@ class Ranks:
         Raises:
             UserError: `work` raised it. Every rank raises it, so that no rank keeps waiting.
         """
-        done: list[T] = []
-        problem = None
-        if self.is_main:
-            try:
-                done.append(work())
-            except UserError as error:
-                problem = str(error)
-        done, problem = self.broadcast((done, problem))
-        if problem is not None:
-            raise UserError(problem)
-        return done[0]
+        return _results([self.broadcast(_attempt(work) if self.is_main else ([], ""))])[0]
+
+    def on_all(self, work: Callable[[], T]) -> list[T]:
+        """Run `work` on every rank. Return the small picklable results of all ranks, in rank order, on every rank.
+
+        Raises:
+            UserError: `work` raised it on some rank. Every rank raises that of the first such rank, so that no rank
+                keeps waiting.
+        """
+        return _results(self.gather(_attempt(work)))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` (any shape, dtype and device) over the ranks in place, and return it."""
@@ -180,6 +179,22 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _attempt(work: Callable[[], T]) -> tuple[list[T], str]:
+    """Call `work`. Return a list of its result and no text, or an empty list and the text of its UserError."""
+    try:
+        return [work()], ""
+    except UserError as error:
+        return [], str(error)
+
+
+def _results(attempts: Sequence[tuple[list[T], str]]) -> list[T]:
+    """Return the results of `_attempt`, or raise the first UserError."""
+    for done, problem in attempts:
+        if not done:
+            raise UserError(problem)
+    return [result for done, _ in attempts for result in done]
 
 
 def _number(name: str, default: int | None) -> int:

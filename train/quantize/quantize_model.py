@@ -14,7 +14,7 @@ from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.config import Config
 from train.quantize.gptq import gptq
-from train.quantize.rank_work import assign, gather, gptq_cost
+from train.quantize.rank_work import assign, gptq_cost
 from train.quantize.row_scales import ROW_SCALES, percentile_candidates, rtn, squared_error
 from train.quantize.tensors import (
     Clip,
@@ -103,7 +103,7 @@ def quantize_model(
             rounded.update(_gptq_batch(weights, given, job.bits, job.clip, config, notes.append))
         return notes
 
-    for notes in gather(ranks, round_own):
+    for notes in ranks.on_all(round_own):
         for text in notes:
             note(text)
     for source, names in enumerate(assigned):
