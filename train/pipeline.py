@@ -79,7 +79,7 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
                 log.line(override_line(override))
             with clock("train", found=folder.is_trained):
                 if folder.is_trained:
-                    log.line("training: finished before, weights.pt is taken")
+                    log.line("training: finished before; using weights.pt")
                     model = load_weights(folder).to(ranks.device)
                 else:
                     log.line(training_plan(config, data))

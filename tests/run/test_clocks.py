@@ -170,10 +170,10 @@ def test_on_a_gpu_the_host_waits_only_for_the_step_before(monkeypatch: pytest.Mo
     assert device["synchronized"] == 1
 
 
-def test_parts_before_the_first_step_follow_each_other_and_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_phases_before_the_first_step_follow_each_other_and_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clocks, "_IMPORTED", 100.0)
     start = StartUp(torch.device("cpu"), iter([108.0, 111.5, 160.0]).__next__)
     start.end("data and model")
     start.end("compilation and warm-up")
-    assert start.parts == {"start": 8.0, "data and model": 3.5, "compilation and warm-up": 48.5}
+    assert start.phases == {"start": 8.0, "data and model": 3.5, "compilation and warm-up": 48.5}
     assert str(start) == "first step after 60.0 s (start 8.0, data and model 3.5, compilation and warm-up 48.5)"

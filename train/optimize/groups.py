@@ -53,8 +53,8 @@ class Optimizers:
         adamw: torch.optim.AdamW | None,
         reduction: Reduction,
         *,
-        max_norm: float = 0.0,
-        process_group: dist.ProcessGroup | None = None,
+        max_norm: float,
+        process_group: dist.ProcessGroup | None,
         graph: GraphChoice,
     ) -> None:
         self.muon = muon
@@ -71,10 +71,10 @@ class Optimizers:
         matrices: list[_Work] = [functools.partial(reduction.scale_gradients, max_norm)] if max_norm > 0 else []
         matrices += [muon.step] if muon is not None else []
         others: list[_Work] = [adamw.step] if adamw is not None else []
-        self._measure = self._piece(measuring)
-        self._update_matrices = self._piece(matrices, muon)
-        self._update_others = self._piece(others, adamw)
-        self._update_all = self._piece([*measuring, *matrices, *others], muon, adamw)
+        self._measure = self._computation(measuring)
+        self._update_matrices = self._computation(matrices, muon)
+        self._update_others = self._computation(others, adamw)
+        self._update_all = self._computation([*measuring, *matrices, *others], muon, adamw)
         for group in self._groups if graph.on else ():
             # a CUDA graph reads learning rate and momentum from the device
             device = group["params"][0].device
@@ -82,9 +82,8 @@ class Optimizers:
             if "capturable" in group:
                 group["capturable"] = True
 
-    def _piece(self, work: Sequence[_Work], *stepped: torch.optim.Optimizer | None) -> Callable[[], None]:
-        """Return a function that calls the functions of `work` in order, or replays a CUDA graph of them if graphs are
-        on.
+    def _computation(self, work: Sequence[_Work], *stepped: torch.optim.Optimizer | None) -> Callable[[], None]:
+        """Return a function that calls the functions of `work` in order, or replays a CUDA graph of them.
 
         `stepped` are the optimizers whose parameters and moments the work uses. The returned function must not refer to
         `self`: the reference cycle would keep the process group alive after the interpreter's exit, where gloo aborts.

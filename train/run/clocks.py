@@ -93,9 +93,9 @@ class WallClock:
         self._events.append((self.steps, self._mark()))
         if len(self._events) > (self._device.type == "cuda"):
             steps, event = self._events.popleft()
-            self._agree(steps, self._base + self._seconds_until(event))
+            self._start_reduction(steps, self._base + self._seconds_until(event))
         while len(self._reductions) > (self._group is not None):
-            self._learn()
+            self._finish_reduction()
         return self.cap_seconds > 0 and self.elapsed_seconds >= self.cap_seconds
 
     def pause(self) -> float:
@@ -105,9 +105,9 @@ class WallClock:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._events.clear()
-        self._agree(self.steps, self._base + self._seconds_until(self._mark()))
+        self._start_reduction(self.steps, self._base + self._seconds_until(self._mark()))
         while self._reductions:
-            self._learn()
+            self._finish_reduction()
         self._start = None
         self._base = self._known[1]
         return self._base
@@ -125,14 +125,14 @@ class WallClock:
         mark.synchronize()
         return float(self._start.elapsed_time(mark)) / 1e3
 
-    def _agree(self, steps: int, seconds: float) -> None:
+    def _start_reduction(self, steps: int, seconds: float) -> None:
         number = torch.tensor([seconds], dtype=torch.float64)
         work = None
         if self._group is not None:
             work = dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._reductions.append((steps, number, work))
 
-    def _learn(self) -> None:
+    def _finish_reduction(self) -> None:
         steps, number, work = self._reductions.popleft()
         if work is not None:
             work.wait()
@@ -158,7 +158,7 @@ class StageClock:
 
     @contextmanager
     def __call__(self, name: str, *, found: bool = False) -> Iterator[None]:
-        """Time a stage. If an earlier process made its result (`found`), keep the saved seconds instead."""
+        """Time a stage. With `found`, an earlier process made the stage's result, so keep the saved seconds."""
         started = time.perf_counter()
         yield
         if not found:
@@ -179,18 +179,18 @@ class StartUp:
 
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
         self._device, self._now = device, now
-        self.parts = {"start": now() - _IMPORTED}
+        self.phases = {"start": now() - _IMPORTED}
 
     @property
     def seconds(self) -> float:
-        return sum(self.parts.values())
+        return sum(self.phases.values())
 
-    def end(self, part: str) -> None:
-        """End the phase `part`, which began when the previous phase ended."""
+    def end(self, phase: str) -> None:
+        """End a phase, which began when the previous phase ended."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self.parts[part] = self._now() - _IMPORTED - self.seconds
+        self.phases[phase] = self._now() - _IMPORTED - self.seconds
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.parts.items())
-        return f"first step after {self.seconds:.1f} s ({parts})"
+        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.phases.items())
+        return f"first step after {self.seconds:.1f} s ({phases})"

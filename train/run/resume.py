@@ -13,10 +13,12 @@ from train.run.folder import WHICH_RUN, RunFolder, refuse_changes
 
 
 def resolve_run(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list[Override]]:
-    """Return the settings, and those that differ from the recipe; of a run that is resumed, those that differ from its stored ones.
+    """Return the settings, and those given by flags and variables that differ from the recipe.
+
+    For a resumed run, return those that differ from its stored settings.
 
     Raises:
-        UserError: a setting of a resumed run is changed that may not, or see `resolve`.
+        UserError: a flag or variable changes a setting that a resumed run must keep, or `resolve` refuses the settings.
     """
     given = given_settings(arguments, environ)
     run_id, runs_dir, resume = (given[name].value if name in given else getattr(Config, name) for name in WHICH_RUN)
