@@ -93,7 +93,7 @@ def test_versions_agree_and_the_workflow_calls_make() -> None:
     assert [f"v{version}" for version in pinned] == re.findall(
         r"rev: (v\S+)", (ROOT / ".pre-commit-config.yaml").read_text()
     )
-    assert re.findall(r"^## (\S+)", TEXTS["CHANGELOG.md"], re.MULTILINE)[0] == golf_kernels.__version__
+    assert re.findall(r"^## (\d\S+)", TEXTS["CHANGELOG.md"], re.MULTILINE)[0] == golf_kernels.__version__
     (targets,) = re.findall(r"command: \[(.*)\]", (ROOT / ".github/workflows/tests.yml").read_text())
     assert targets.split(", ") == ["lint", "test"]
     assert all(

@@ -184,6 +184,14 @@ def test_no_test_imports_a_test():
     assert not {name for path in sources("tests") for name, _, _ in imports(path.read_text())} & tests
 
 
+def test_files_are_short():
+    # a kernel that is pasted into a script is one file
+    long = {"golf_kernels/newton_schulz_triton.py", "golf_kernels/leaky_relu2_mlp_triton.py"}
+    folders = ("golf_kernels", "train", "benchmarks", "examples", "tests")
+    lines = {path.relative_to(ROOT).as_posix(): path.read_text().count("\n") for f in folders for path in sources(f)}
+    assert {name for name, count in lines.items() if count > 400} == long
+
+
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 NEVER = re.compile(r"^((torch|ATen|c10|cutlass|cute|thrust|cub)/|cublas)")
 
