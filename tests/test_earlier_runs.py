@@ -14,7 +14,7 @@ import torch
 from pipeline_runs import command
 from torch import Tensor
 
-from train.artifact import load_model, read_artifact
+from train.artifact.storage import load_model, read_artifact
 from train.checkpoint import load_weights, read_tensors
 from train.common.retired import RETIRED
 from train.evaluate.scores import find_evaluation

@@ -13,8 +13,9 @@ import pytest
 import torch
 from pipeline_runs import Finished, flags, record, small
 
-from train.artifact import EncodedArtifact, encode_artifact, load_model, make
+from train.artifact import make
 from train.artifact.requantize import main as quantize
+from train.artifact.storage import EncodedArtifact, encode_artifact, load_model
 from train.checkpoint import load_weights, read_tensors
 from train.common.errors import UserError
 from train.common.files import write_json

@@ -10,9 +10,9 @@ import pytest
 import torch
 from artifact_example import ROOMY, assert_same, quantized, tiny
 
-from train.artifact import read_artifact, write_artifact
 from train.artifact.__main__ import main
 from train.artifact.codecs import CODECS
+from train.artifact.storage import read_artifact, write_artifact
 from train.common.errors import UserError
 from train.quantize.tensors import QuantizedTensor, StoredTensors
 

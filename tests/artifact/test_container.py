@@ -17,8 +17,8 @@ import torch
 from ans_reader import SecondReader
 from artifact_example import ROOMY, quantized, tiny
 
-from train.artifact import ArtifactError, read_artifact, write_artifact
-from train.artifact.container import MAGIC, PREAMBLE_BYTES
+from train.artifact.container import MAGIC, PREAMBLE_BYTES, ArtifactError
+from train.artifact.storage import read_artifact, write_artifact
 from train.config import Config
 from train.quantize.tensors import QuantizedTensor, StoredTensors, dequantize_state
 

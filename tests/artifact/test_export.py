@@ -9,11 +9,10 @@ import torch
 from artifact_example import ROOMY, quantized, tiny
 from published_tables import described, own_name, table, unpacked, weights
 
-from train.artifact import write_artifact
 from train.artifact.__main__ import main
 from train.artifact.export import PUBLISHED_FORMATS, export
 from train.artifact.published_names import published_parameters, to_published
-from train.artifact.storage import read_artifact
+from train.artifact.storage import read_artifact, write_artifact
 from train.common.errors import UserError
 from train.config import Config
 from train.model.gpt import GPT

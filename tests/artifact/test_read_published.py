@@ -19,9 +19,9 @@ from artifact_example import bits
 from published_tables import NARROW, own_name, packed, random_content, table, unpacked, weights
 from torch import Tensor
 
-from train.artifact import load_model, read_artifact
 from train.artifact.__main__ import main
 from train.artifact.export import PUBLISHED_FORMATS
+from train.artifact.storage import load_model, read_artifact
 from train.common.errors import UserError
 from train.quantize.tensors import QuantizedTensor
 

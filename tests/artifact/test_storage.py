@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from train.artifact import MODEL_FIELDS, ArtifactError, BudgetError, load_model, read_artifact, write_artifact
+from train.artifact.budget import BudgetError
 from train.artifact.codecs import CODECS
+from train.artifact.container import ArtifactError
+from train.artifact.storage import MODEL_FIELDS, load_model, read_artifact, write_artifact
 from train.common.errors import MissingCodec, UserError
 from train.config import Config, field_names
 from train.model.gpt import GPT

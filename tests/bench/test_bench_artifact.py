@@ -10,8 +10,8 @@ from untrained_run import make_untrained_run, run_truth
 
 from benchmarks import bench_artifact
 from benchmarks.measure.common import CheckFailed
-from train.artifact import write_artifact
 from train.artifact.codecs import CODECS
+from train.artifact.storage import write_artifact
 from train.checkpoint import load_weights
 from train.common.errors import UserError
 from train.config import Config

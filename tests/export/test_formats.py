@@ -12,7 +12,7 @@ import torch
 from model_systems import CASES, SHALLOW, narrow_config, random_ids, random_model
 from untrained_run import make_untrained_run
 
-from train.artifact import load_model
+from train.artifact.storage import load_model
 from train.checkpoint import load_weights
 from train.common.errors import UserError
 from train.config import Config

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from plain_evaluation import plain_score
 
-from train.artifact import load_model, write_artifact
+from train.artifact.storage import load_model, write_artifact
 from train.config import Config
 from train.data.shards import load_validation_tokens, write_shard
 from train.data.tokenizer import byte_tables, load_tokenizer, train_tokenizer

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from train.__main__ import main
-from train.artifact import encode_artifact
 from train.artifact.prune_to_target import prune
 from train.artifact.pruning import count_ones
+from train.artifact.storage import encode_artifact
 from train.command_line import resolve
 from train.common.distributed import Ranks
 from train.common.errors import UserError

@@ -10,39 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from train.artifact.budget import ArtifactInfo, BudgetError, BudgetRow, budget_table
-    from train.artifact.container import ArtifactError
-    from train.artifact.storage import (
-        MODEL_FIELDS,
-        Artifact,
-        EncodedArtifact,
-        encode_artifact,
-        load_model,
-        read_artifact,
-        write_artifact,
-    )
+    from train.artifact.storage import load_model, read_artifact
 
-__all__ = [
-    "MODEL_FIELDS",
-    "Artifact",
-    "ArtifactError",
-    "ArtifactInfo",
-    "BudgetError",
-    "BudgetRow",
-    "EncodedArtifact",
-    "budget_table",
-    "encode_artifact",
-    "load_model",
-    "read_artifact",
-    "write_artifact",
-]
+__all__ = ["load_model", "read_artifact"]
 
 
 def __getattr__(name: str) -> Any:
     # imported at first use: the commands in this package say something before torch takes seconds
     if name in __all__:
-        for module in ("budget", "container", "storage"):
-            found = importlib.import_module(f"{__name__}.{module}")
-            if hasattr(found, name):
-                return getattr(found, name)
+        return getattr(importlib.import_module("train.artifact.storage"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
