@@ -48,12 +48,12 @@ def parameter_table(model: GPT) -> list[ParameterRow]:
     ]
 
 
-def mflop_per_token(config: Config, *, recurrence: bool, seq_len: int | None = None) -> float:
+def mflop_per_token(config: Config, *, recurrence: bool) -> float:
     """MFLOP of one training token, forward and backward.
 
     That is 6 · (number of weights) + 6 · layer runs · T · d for causal attention. Weights count once per matrix
     product: those of a repeated layer once per run, those of the output head once, embedding lookups not at all. T is
-    `seq_len`; None: `train_seq_len`.
+    `train_seq_len`.
     """
     dim, runs = config.model_dim, len(virtual_order(config, recurrence=recurrence))
     block = 2 * dim * dim + 2 * config.kv_dim * dim + 2 * config.mlp_hidden * dim
@@ -62,5 +62,5 @@ def mflop_per_token(config: Config, *, recurrence: bool, seq_len: int | None = N
         weights += config.bigram_dim * dim
     if config.ve_dim and projects(config, config.ve_dim, config.kv_dim):
         weights += config.ve_dim * config.kv_dim
-    attention = runs * (seq_len or config.train_seq_len) * dim
+    attention = runs * config.train_seq_len * dim
     return 6 * (weights + attention) / 1e6

@@ -32,11 +32,10 @@ def gptq(
     *,
     damp: float = 0.01,
     block_size: int = 128,
-    act_order: bool = True,
 ) -> GPTQResult:
     """Round a matrix or a batch of matrices so that the products with typical inputs change little.
 
-    U is the upper Cholesky factor of (H + damp · mean(diag H) · I)⁻¹. For each column j, in order of falling H_jj:
+    U is the upper Cholesky factor of (H + damp · mean(diag H) · I)⁻¹. For each column j, in order of falling H_jj (ties from left to right):
     q_j = round(clamp(w_j / s)), e = (w_j − q_j s) / U_jj, w_k ← w_k − e U_jk for all columns k after j. If the input of
     a column was always zero (H_jj = 0), the column gets code 0. `golf_kernels.gptq_block` rounds the columns of a block
     one by one; then one matrix product updates all columns after the block.
@@ -52,7 +51,6 @@ def gptq(
         damp: damping, as a fraction of the Hessian's mean diagonal. If the factorization fails, 10 and 100 times
             max(damp, 0.001) are tried. If these fail, too, the matrix is rounded to nearest.
         block_size: columns per block. The C++ and CUDA backends take at most 128.
-        act_order: round the columns in order of falling H_jj (ties from left to right) instead of from left to right.
 
     Raises:
         ValueError: shapes do not match, or a scale is not positive.
@@ -75,11 +73,9 @@ def gptq(
     dead = diagonal == 0
     diagonal.masked_fill_(dead, 1)
 
-    order = torch.arange(columns, device=weight.device).expand(len(flat), columns)
-    if act_order:
-        order = diagonal.argsort(dim=1, descending=True, stable=True)
-        curvature = curvature.gather(1, order[:, :, None].expand_as(curvature))
-        curvature = curvature.gather(2, order[:, None, :].expand_as(curvature))
+    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    curvature = curvature.gather(1, order[:, :, None].expand_as(curvature))
+    curvature = curvature.gather(2, order[:, None, :].expand_as(curvature))
     factor, damping = _inverse_factor(curvature, damp)
 
     # transpose the weights, so that each column is contiguous
