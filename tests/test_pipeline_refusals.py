@@ -99,7 +99,7 @@ def test_a_library_that_only_the_record_wants_is_missed_before_training(dataset:
 
 
 @pytest.mark.parametrize("backends", ["newton_schulz=triton", "torch,newton_schulz=triton,muon_step=triton"])
-def test_a_back_end_forced_for_a_gpu_passes_the_check_before_a_run(
+def test_a_backend_forced_for_a_gpu_passes_the_check_before_a_run(
     backends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

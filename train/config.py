@@ -105,7 +105,9 @@ class Config:
     trigram: bool = setting(False, "also hash trigrams into the bigram table and add their rows")
     ve_dim: int = setting(0, "width of the shared value embedding; 0: none", low=0, high=65536)
     ve_layers: tuple[int, ...] = setting((), "layers that add the value embedding to their values")
-    embed_proj: str = setting("always", "project embeddings; needed: if widths differ", choices=("always", "needed"))
+    embed_proj: str = setting(
+        "always", "project embeddings; needed: only if widths differ", choices=("always", "needed")
+    )
     ve_proj_optimizer: str = setting("muon", "optimizer of the value embedding's projection", choices=("muon", "adamw"))
     skip_rows: int = setting(0, "largest number of weighted U-Net skips; 0: half of num_layers", low=0, high=1024)
     skip_gates: bool = setting(False, "sigmoid gates on the U-Net skips")
@@ -165,7 +167,7 @@ class Config:
     )
     swa_enabled: bool = setting(False, "average the weights over the end of training and score the average (SWA)")
     swa_every: int = setting(200, "steps between the weights that SWA averages", low=1)
-    swa_start_frac: float = setting(0.5, "fraction of the peak learning rate at which SWA starts", low=0.0, high=1.0)
+    swa_start_frac: float = setting(0.5, "SWA starts below this fraction of the peak learning rate", low=0.0, high=1.0)
     qat: bool = setting(False, "train with fake-quantized int6 matrices and straight-through gradients")
     qat_dtype: str = setting("float32", "dtype of the weights that qat rounds", choices=("float32", "compute"))
 
@@ -228,8 +230,7 @@ class Config:
         "", "file of validation tokens to score with loss 0, as #262 did; against the rules; empty: none"
     )
     logits_rounding: str = setting(
-        "none", "rounding of scored logits; bf16: before the softcap. bf16_capped (overlapping windows only): also after "
-        "the softcap; bf16_each (the same): after each operation of the softcap",
+        "none", "rounding of scored logits; bf16: before the softcap; bf16_capped: also after it; bf16_each: after each of its operations. The last two need overlapping windows",
         choices=("none", "bf16", "bf16_capped", "bf16_each"),
     )  # fmt: skip
 

@@ -109,7 +109,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
     resumed = load_checkpoint(folder.checkpoint, parts, ranks) if config.resume == "auto" else None
     step, seconds = (resumed["step"], resumed["seconds"]) if resumed else (0, 0.0)
     first = EvalResult(**resumed["first"]) if resumed else None
-    # even without a checkpoint: then the killed run starts again at step 0, and its logged figures no longer count
+    # log this even without a checkpoint: the run starts again at step 0, and what a killed process logged is void
     if log.resumed:
         log.resume(step, seconds * 1000)
     clock = WallClock(

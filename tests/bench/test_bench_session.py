@@ -331,7 +331,7 @@ def test_a_tiny_session_gives_each_process_one_thread(tmp_path: Path, monkeypatc
     assert threads == ["3", "1"]
 
 
-def test_back_ends_that_every_variant_would_refuse_are_refused_at_the_start(
+def test_backends_that_every_variant_would_refuse_are_refused_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GOLF_BACKEND", "xsa=triton")

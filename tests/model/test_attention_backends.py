@@ -196,7 +196,7 @@ def test_fewer_queries_on_a_gpu_are_the_last_ones() -> None:
 
 @pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_back_end_compiles_into_one_graph(name: str, masked: bool) -> None:
+def test_a_backend_compiles_into_one_graph(name: str, masked: bool) -> None:
     documents = Documents.of(torch.tensor([[1, 5, 1, 5, 5]] * 2)) if masked else None
     q, k, v = (heads(count, seed=seed, length=5).float() for seed, count in enumerate((4, 2, 2)))
 
@@ -270,7 +270,7 @@ def test_only_a_run_that_names_fa3_downloads_it_and_then_a_failure_is_an_error(m
     assert len(asked) == 2
 
 
-def test_unknown_back_end_is_named() -> None:
+def test_unknown_backend_is_named() -> None:
     q = heads(2, seed=0)
     with pytest.raises(ValueError, match=r"'flash9'.*sdpa"):
         causal_attention(q, q, q, backend="flash9")
@@ -286,7 +286,7 @@ def test_unknown_back_end_is_named() -> None:
         ("fa4", torch.bfloat16, 64, (9, 0), "pip install flash-attn-4"),
     ],
 )
-def test_what_a_gpu_back_end_needs(
+def test_what_a_gpu_backend_needs(
     name: str,
     dtype: torch.dtype,
     head_dim: int,
@@ -300,7 +300,7 @@ def test_what_a_gpu_back_end_needs(
 
 
 @pytest.mark.gpu
-def test_every_back_end_that_runs_agrees_with_the_formula_on_the_gpu() -> None:
+def test_every_backend_that_runs_agrees_with_the_formula_on_the_gpu() -> None:
     device = torch.device("cuda")
     config = Config(train_seq_len=512, device="cuda", document_masking=True)
     q, k, v = (

@@ -18,12 +18,12 @@ ON_CPU = {name for name, backend in BACKENDS.items() if backend.problem(CPU, tor
 
 
 @pytest.mark.parametrize("name", sorted(set(BACKENDS) - ON_CPU))
-def test_a_back_end_that_cannot_run_says_why_and_what_can(name: str) -> None:
+def test_a_backend_that_cannot_run_says_why_and_what_can(name: str) -> None:
     with pytest.raises(UserError, match=rf"attention: {name} cannot run: needs a CUDA GPU; these can: sdpa, math"):
         check_attention(Config(attention=name), CPU)
 
 
-def test_the_fastest_back_end_is_taken_and_the_others_are_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_backend_is_taken_and_the_others_are_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention_backends, "_library", lambda name, **_: ImportError("No module named 'x'"))
     seconds = {"sdpa": 2.0, "cudnn": 1.25, "flash": 2.5}
@@ -48,7 +48,7 @@ class Event:
         return 1.0
 
 
-def test_a_back_end_that_fails_at_these_shapes_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_fails_at_these_shapes_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     config = Config(model_dim=16, num_heads=2, num_kv_heads=1, train_seq_len=8)
     attend = attention_choice.causal_attention
@@ -95,7 +95,7 @@ def test_the_log_says_how_documents_are_kept_apart(name: str, how: str, monkeypa
     assert "documents" not in choose_attention(Config(attention=name), cuda, 1).reason
 
 
-def test_every_layer_gets_the_back_end() -> None:
+def test_every_layer_gets_the_backend() -> None:
     model = GPT(Config(num_layers=3, model_dim=16, num_heads=2, num_kv_heads=1))
     use_attention(model, "math")
     assert [module.backend for module in model.modules() if isinstance(module, Attention)] == ["math"] * 3

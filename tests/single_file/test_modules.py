@@ -94,7 +94,7 @@ def test_a_run_imports_nothing_that_its_script_lacks(traced: dict[str, tuple[Con
     assert {"train.artifact.fit_to_target"} & run == ({"train.artifact.fit_to_target"} if name == "plain" else set())
 
 
-def test_a_back_end_that_the_settings_force_is_forced(traced: dict[str, tuple[Config, set[str]]]) -> None:
+def test_a_backend_that_the_settings_force_is_forced(traced: dict[str, tuple[Config, set[str]]]) -> None:
     config, _ = traced["rare"]
     log = (Path(config.runs_dir) / config.run_id / f"train_seed{config.seed}.log").read_text()
     assert "gptq:column loop in torch (forced by GOLF_BACKEND)" in log

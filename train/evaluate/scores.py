@@ -60,20 +60,20 @@ def write_evaluation(folder: RunFolder, entry: dict[str, Any]) -> None:
     write_json(folder.evaluation, {**scores, _key(entry): entry})
 
 
-def find_evaluation(folder: RunFolder, config: Config, *, weights: str = "artifact") -> dict[str, Any]:
-    """Find the score of `weights` with exactly the settings of `config`.
+def find_evaluation(folder: RunFolder, config: Config) -> dict[str, Any]:
+    """Find the score of the artifact with exactly the settings of `config`.
 
     Raises:
         UserError: there is no such score.
     """
-    wanted = _settings(config, weights)
+    wanted = _settings(config, "artifact")
     for entry in read_evaluation(folder).values():
         if isinstance(entry, dict) and all(entry.get(name) == value for name, value in wanted.items()):
             if missing := _MEASURED - set(entry):
                 raise UserError(f"{folder.evaluation}: a score without {', '.join(sorted(missing))}: evaluate again")
             return entry
     raise UserError(
-        f"{folder.evaluation}: no score of the {weights} with {_key(wanted)}: run python -m train.evaluate {folder.path} "
+        f"{folder.evaluation}: no score of the artifact with {_key(wanted)}: run python -m train.evaluate {folder.path} "
         f"--stride {config.eval_stride}"
     )
 
