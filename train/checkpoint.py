@@ -14,7 +14,7 @@ import torch
 
 from train.common.distributed import Ranks
 from train.common.errors import UserError
-from train.common.files import atomic_write
+from train.common.files import atomic_write, refuse_device
 from train.config import Config
 from train.model.gpt import GPT
 from train.run.folder import RunFolder
@@ -75,6 +75,7 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
     Raises:
         UserError: the file is damaged, or `write_tensors` did not write it.
     """
+    refuse_device(path)
     try:
         # check the checksums that torch.save wrote, because torch.load does not
         with zipfile.ZipFile(path) as archive:

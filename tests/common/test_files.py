@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from train.checkpoint import read_tensors
 from train.common.errors import UserError
 from train.common.files import atomic_write, atomic_writer, read_json, sha256_file, write_json
+from train.run.log_grammar import parse_log
+from train.run.logger import read_metrics
 
 
 def test_a_file_appears_whole_and_follows_the_umask(tmp_path: Path) -> None:
@@ -96,3 +99,19 @@ def test_a_changed_object_says_how_to_keep_the_change(tmp_path: Path) -> None:
         read_json(path, "restore it")
     path.write_text(path.read_text().replace(path.read_text()[path.read_text().index(",") : -2], ""))
     assert read_json(path, "") == {"data_path": "there"}
+
+
+def test_a_pipe_or_a_device_is_not_read(tmp_path: Path) -> None:
+    """Reading waited for the pipe's writer, and never came to the end of /dev/zero."""
+    os.mkfifo(tmp_path / "config.json")
+    for path in (tmp_path / "config.json", Path("/dev/zero")):
+        for read in (read_metrics, parse_log, read_tensors, lambda path: read_json(path, "restore it")):
+            with pytest.raises(UserError, match="is a device or a pipe"):
+                read(path)
+
+
+def test_a_whole_number_beyond_reading_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"kind": "train", "step": {"9" * 5000}}}\n')
+    with pytest.raises(UserError, match="line 1: expected a JSON object"):
+        read_metrics(path)

@@ -28,8 +28,7 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(path)
     name = ""
     try:
-        if target.exists() and not (target.is_file() or target.is_dir()):
-            raise UserError(f"{target}: is a device or a pipe, expected a file name: choose another")
+        refuse_device(target)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -52,6 +51,18 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | memoryview | str) -
         file.write(data.encode() if isinstance(data, str) else data)
 
 
+def refuse_device(path: Path) -> None:
+    """Raise a UserError if `path` is a device, a pipe or a socket."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: is a device or a pipe, expected a file: choose another, or move it away")
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Read a file. A pipe, which would be waited for, and a device, which may never end, raise a UserError."""
+    refuse_device(Path(path))
+    return Path(path).read_bytes()
+
+
 def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
     """Write one JSON object atomically, with its checksum in the field `crc32`."""
     atomic_write(path, json.dumps({**values, _CHECKSUM: _checksum(values)}, indent=1) + "\n")
@@ -64,7 +75,7 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
         UserError: the file is missing, unreadable, not one JSON object, or changed since it was written.
     """
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(read_file(path).decode())
         expected = value.pop(_CHECKSUM, None) if isinstance(value, dict) else None
         # inside the try, because an object may be nested too deeply to be encoded again
         found = _checksum(value)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from train.common.errors import UserError
-from train.common.files import read_json, write_json
+from train.common.files import read_file, read_json, write_json
 from train.common.values import ConfigError, format_value
 from train.config import BOOKKEEPING, CHANGEABLE, Config
 
@@ -81,7 +81,7 @@ class RunFolder:
         """Whether the run has no training step yet."""
         if not self.config.exists() or self.checkpoint.exists() or self.weights.exists():
             return False
-        return not self.metrics.exists() or b'"kind": "train"' not in self.metrics.read_bytes()
+        return not self.metrics.exists() or b'"kind": "train"' not in read_file(self.metrics)
 
     @property
     def is_busy(self) -> bool:

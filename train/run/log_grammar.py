@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import Any, TypedDict
 
 from train.common.errors import UserError
+from train.common.files import read_file
 from train.common.wording import SEPARATOR
 
 _NUMBER = r"(?:\d+(?:\.\d+)?|nan|inf)"
@@ -77,7 +77,7 @@ class Log(TypedDict):
 def parse_log(path: str | os.PathLike[str]) -> Log:
     """Parse a log in the published grammar, from this or another program. A missing file raises a UserError."""
     try:
-        lines = Path(path).read_bytes().decode(errors="replace").split("\n")
+        lines = read_file(path).decode(errors="replace").split("\n")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such log") from error
     lines = lines[_header_length(lines) :]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tqdm import tqdm
 
 from train.common.errors import UserError
+from train.common.files import read_file
 from train.common.wording import SEPARATOR
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         UserError: the file is missing, or a complete line is not a JSON object with a `kind`.
     """
     try:
-        text = Path(path).read_bytes().decode(errors="replace")
+        text = read_file(path).decode(errors="replace")
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing: expected the metrics.jsonl of a run of python -m train") from error
     *whole, _torn = text.split("\n")
@@ -238,7 +239,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(whole, start=1):
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: line {number}: expected a JSON object, found {line[:40]!r}") from error
         if not isinstance(record, dict) or "kind" not in record:
             raise UserError(f"{path}: line {number}: expected an object with a kind, found {line[:40]!r}")
@@ -294,7 +295,7 @@ def _write_line(file: TextIO, text: str) -> None:
 def _open_for_lines(path: Path) -> TextIO:
     # remove an incomplete last line, because the next line would be appended to it
     if path.exists():
-        data = path.read_bytes()
+        data = read_file(path)
         if data and not data.endswith(b"\n"):
             os.truncate(path, data.rfind(b"\n") + 1)
     return open(path, "a", buffering=1, encoding="utf-8")

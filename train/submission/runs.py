@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train.common.errors import UserError
-from train.common.files import sha256_file
+from train.common.files import read_file, sha256_file
 from train.common.wording import SEPARATOR
 from train.config import Config
 from train.data.tokenizer import byte_tables, find_tokenizer, load_tokenizer
@@ -52,8 +52,8 @@ class FinishedRun:
     @property
     def published_log(self) -> bytes:
         """The log as records publish it: the source of the code comes first."""
-        log, source = self.log_path.read_bytes(), self.folder.source
-        return source.read_bytes() + f"{SEPARATOR}\n".encode() + log if source.exists() else log
+        log, source = read_file(self.log_path), self.folder.source
+        return read_file(source) + f"{SEPARATOR}\n".encode() + log if source.exists() else log
 
     @property
     def calibration_seconds(self) -> float | None:
