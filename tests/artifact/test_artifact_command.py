@@ -77,6 +77,8 @@ def test_convert_reports_json(file: Path, capsys: pytest.CaptureFixture[str]) ->
     [
         (["--out", "x"], "--codec: needed for format golf: one of .*ans"),
         (["--out", "x", "--format", "pr1471", "--codec", "ans"], "--codec: format pr1471 has its own"),
+        (["--out", "./model.golf", "--format", "pr1471"], "--out: model.golf would replace FILE by another format"),
+        (["--out", "model.golf", "--from", "pr122"], "--out: model.golf would replace FILE by another format"),
         (["--out", "none/x", "--codec", "ans"], "--out: the folder none does not exist: create it first"),
     ],
 )

@@ -13,6 +13,8 @@ from train.common.errors import UserError, main_guard
     ("error", "code", "said"),
     [
         (UserError("x.bin: truncated"), 2, "error: x.bin: truncated"),
+        (UserError("new\nline: no such run"), 2, "error: new line: no such run\n"),
+        (OSError(errno.EBUSY, "Device or resource busy", "."), 2, "error: .: Device or resource busy: choose another"),
         (
             OSError(errno.ENOSPC, "No space left on device", "runs/a/model.golf"),
             2,

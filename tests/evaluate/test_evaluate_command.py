@@ -241,6 +241,13 @@ def test_bad_runs_are_refused_and_leave_no_score(
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("wrong", ["--batch-seqs=0", "--batch-seqs=-1", "--max-tokens=-1"])
+def test_a_number_out_of_range_is_refused(untrained_run: Path, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([str(untrained_run), wrong])
+    assert f"argument {wrong.partition('=')[0]}: expected a whole number from" in capsys.readouterr().err
+
+
 def test_help_is_complete_and_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--help"])

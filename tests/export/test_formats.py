@@ -150,7 +150,11 @@ def test_what_cannot_be_written_is_refused(run: Path, tmp_path: Path, monkeypatc
     for arguments, problem in (
         ([run, "--to", "state_dict", "--out", tmp_path / "no" / "a.pt"], r"--out: the folder .*no does not exist"),
         ([run / "model.golf", "--to", "state_dict", "--weights", "master"], "--weights: .*: give the run folder"),
-        ([run, "--to", "hf", "--out", tmp_path], f"{tmp_path}: exists: delete it, or give another --out"),
+        ([run, "--to", "hf", "--out", tmp_path], f"--out: {tmp_path} exists: delete it, or choose another"),
+        (
+            [run, "--to", "state_dict", "--out", run / "config.json"],
+            "--out: .*config.json exists: delete it, or choose another",
+        ),
         ([run, "--to", "hf", "--tokenizer", tmp_path / "none"], "--tokenizer: .*none: no such file"),
     ):
         with pytest.raises(UserError, match=problem):

@@ -68,7 +68,14 @@ def test_a_run_whose_data_is_gone_needs_the_tokenizer(run: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--tokens", "0"], ["--temperature", "-1"], ["--temperature", "nan"], ["--window", "x"]]
+    "wrong",
+    [
+        ["--tokens", "0"],
+        ["--temperature", "-1"],
+        ["--temperature", "nan"],
+        ["--window", "x"],
+        ["--window", str(10**20)],
+    ],
 )
 def test_a_wrong_number_is_refused(run: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -1,5 +1,6 @@
 """Texts that grow token by token, against the whole forward pass, and their characters."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -128,3 +129,9 @@ def test_what_is_no_text_harms_no_terminal(tokenizer: SentencePieceProcessor, tm
         assert control in expected
         expected = expected.replace(control, "\ufffd")
     assert found == expected
+
+
+def test_the_number_of_tokens_takes_no_memory() -> None:
+    """All random numbers were drawn before the first token."""
+    endless = continue_text(GPT(quickstart()).eval(), [1], 10**20, window=8, temperature=1.0, seed=0)
+    assert len(list(itertools.islice(endless, 3))) == 3

@@ -93,4 +93,5 @@ def test_a_draw_falls_into_the_interval_of_its_token() -> None:
         assert (end[token - 1] if token else 0.0) <= draw + 1e-12 and draw < end[token] + 1e-12
     assert not np.isin(tokens, [0, 4]).any() and len(np.unique(tokens)) == 7
     torch.testing.assert_close(sample(logits, draws, 1e-6), logits.argmax(dim=1))
+    torch.testing.assert_close(sample(logits, draws, 5e-324), logits.argmax(dim=1))
     assert sample(logits, draws, 0.0).tolist() == logits.numpy().argmax(axis=1).tolist()

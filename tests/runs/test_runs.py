@@ -229,7 +229,8 @@ def test_texts_are_told_apart_by_their_manifests(others: tuple[int, int, str], s
 
 
 @pytest.mark.parametrize(
-    ("answer", "gone"), [("y", True), ("YES ", True), ("", False), ("n", False), ("x", False), (EOFError, False)]
+    ("answer", "gone"),
+    [("y", True), ("YES ", True), ("", False), ("n", False), ("x", False), (EOFError, False), (b"\xff", False)],
 )
 def test_a_run_is_deleted_after_a_question(
     answer: object, gone: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -241,7 +242,7 @@ def test_a_run_is_deleted_after_a_question(
         asked.append(question)
         if answer is EOFError:
             raise EOFError
-        return str(answer)
+        return answer.decode() if isinstance(answer, bytes) else str(answer)
 
     monkeypatch.setattr("builtins.input", reply)
     files = [path for path in FIXTURE.iterdir() if path.is_file()]
@@ -268,11 +269,18 @@ def test_what_is_no_idle_run_is_not_deleted(monkeypatch: pytest.MonkeyPatch) -> 
     ):
         with pytest.raises(UserError, match=said):
             main(["rm", name, "--yes"])
-    assert len(list(Path("runs").iterdir())) == 3 and len(list(folder.path.iterdir())) > 5
+    # transformers calls the settings of its models config.json, too
+    Path("runs/llama").mkdir()
+    Path("runs/llama/config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="runs/llama is no run folder"):
+        main(["rm", "llama", "--yes"])
+    assert len(list(Path("runs").iterdir())) == 4 and len(list(folder.path.iterdir())) > 5
     # a damaged one goes, too
     (folder.path / "config.json").write_text("{")
-    assert main(["rm", "mine", "--yes"]) == 0
-    assert not folder.path.exists()
+    place = folder.path.resolve()
+    monkeypatch.chdir(place)
+    assert main(["rm", ".", "--yes"]) == 0
+    assert not place.exists() and len(list(place.parent.iterdir())) == 3
 
 
 @pytest.mark.parametrize("found", [True, False])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from train.common.argument_types import add_command
 from train.common.errors import UserError, main_guard
+from train.common.files import read_json
 from train.common.wording import counted
 from train.config import Config
 from train.run.folder import RunFolder
@@ -47,6 +48,8 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _remove(arguments: argparse.Namespace) -> None:
     folders = [_find(name) for name in arguments.names]
     for folder in folders:
+        if not _is_run(folder):
+            raise UserError(f"{folder.config}: no recipe in it, so {folder.path} is no run folder: delete it yourself")
         if folder.path.is_symlink():
             raise UserError(f"{folder.path}: is a link: delete the link and the folder that it names yourself")
         # locked, so that no process trains it or scores it
@@ -57,10 +60,20 @@ def _remove(arguments: argparse.Namespace) -> None:
                 print(f"kept {folder.path}")
                 continue
             # renamed first: a kill leaves no run with half of its files
-            gone = folder.path.with_name(f".{folder.path.name}.{os.getpid()}.part")
-            os.rename(folder.path, gone)
+            # resolved, because "." has no name
+            path = folder.path.resolve()
+            gone = path.with_name(f".{path.name}.{os.getpid()}.part")
+            os.rename(path, gone)
             shutil.rmtree(gone)
         print(f"deleted {folder.path}")
+
+
+def _is_run(folder: RunFolder) -> bool:
+    """Whether the folder is a run, perhaps with a damaged config.json, and not that of another program."""
+    try:
+        return "recipe" in read_json(folder.config, "")
+    except UserError:
+        return not folder.config.is_dir()
 
 
 def _open(arguments: argparse.Namespace) -> None:
@@ -78,7 +91,7 @@ def _open(arguments: argparse.Namespace) -> None:
 def _confirmed(question: str) -> bool:
     try:
         return input(question).strip().lower() in ("y", "yes")
-    except EOFError:
+    except (EOFError, UnicodeDecodeError):
         print()
         return False
 
