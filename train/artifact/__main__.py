@@ -79,6 +79,9 @@ def convert(options: argparse.Namespace) -> None:
         )
     if not options.out.parent.is_dir():
         raise UserError(f"--out: the folder {options.out.parent} does not exist: create it first")
+    changes = options.source is not None or options.format != "golf"
+    if changes and options.out.exists() and options.file.exists() and options.out.samefile(options.file):
+        raise UserError(f"--out: {options.out} would replace FILE by another format: choose another file")
     config = _settings(options)
     if config is None:
         artifact = read_artifact(options.file)

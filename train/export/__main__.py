@@ -69,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         out = arguments.out or (path if path.is_dir() else path.parent) / f"{stem}{chosen.suffix}"
         if not out.parent.is_dir():
             raise UserError(f"--out: the folder {out.parent} does not exist: create it first")
+        if out.exists():
+            raise UserError(f"--out: {out} exists: delete it, or choose another")
         chosen.write(Exported(model, window, tokenizer), out)
     print(out)
     return 0

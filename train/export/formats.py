@@ -14,7 +14,6 @@ from torch import Tensor
 
 from train.artifact.storage import MODEL_FIELDS
 from train.checkpoint import write_tensors
-from train.common.errors import UserError
 from train.common.files import atomic_write
 from train.data.shards import BOS
 from train.model.gpt import GPT
@@ -63,13 +62,7 @@ def write_safetensors(exported: Exported, path: Path) -> None:
 
 
 def write_hf(exported: Exported, path: Path) -> None:
-    """Write a folder that transformers loads; it appears whole or not at all.
-
-    Raises:
-        UserError: the folder exists.
-    """
-    if path.exists():
-        raise UserError(f"{path}: exists: delete it, or give another --out")
+    """Write a folder that transformers loads; it appears whole or not at all."""
     assert exported.tokenizer is not None
     # a killed export leaves this folder; its name is none that a run folder clears as a file
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as work:
