@@ -31,8 +31,8 @@ def add_command(
     return parser
 
 
-def at_least(lowest: int, kind: type[int] | type[float] = int) -> Callable[[str], float]:
-    """Return an argparse type for finite numbers of at least `lowest`; `kind` int: only whole ones."""
+def at_least(lowest: int, kind: type[int] | type[float] = int, *, most: float = math.inf) -> Callable[[str], float]:
+    """Return an argparse type for finite numbers from `lowest` to `most`; `kind` int: only whole ones."""
     number = "a whole number" if kind is int else "a number"
 
     def parse(text: str) -> float:
@@ -40,8 +40,9 @@ def at_least(lowest: int, kind: type[int] | type[float] = int) -> Callable[[str]
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not lowest <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected {number} from {lowest}, got {text!r}")
+        if not lowest <= value <= most or value == math.inf:
+            limit = "" if most == math.inf else f" to {most}"
+            raise argparse.ArgumentTypeError(f"expected {number} from {lowest}{limit}, got {text!r}")
         return value
 
     return parse

@@ -28,7 +28,7 @@ class MissingCodec(UserError):
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_PLACE = (
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG, errno.EBUSY,
 )  # fmt: skip
 
 
@@ -62,8 +62,8 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
         if not _is_out_of_memory(error):
             raise
         code = _refuse(
-            f"out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}): lower TRAIN_BATCH_TOKENS or "
-            "the model's widths, or use more GPUs"
+            f"out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}): lower TRAIN_BATCH_TOKENS, "
+            "the window or the model's widths, or use more GPUs"
         )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -82,7 +82,8 @@ def check_text(text: str, source: str) -> None:
 
 
 def _refuse(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    # one line, also where a name that it quotes has several
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from train.common.errors import UserError
-from train.common.files import atomic_write
+from train.common.files import atomic_write, read_file
 from train.config import Config
 from train.data.shards import find_shards, read_shard
 
@@ -73,7 +73,7 @@ def read_prefix(path: str | os.PathLike[str], tokens: np.ndarray) -> PaidPrefix:
         UserError: the file is missing, or `decode_prefix` refuses it.
     """
     try:
-        blob = Path(path).read_bytes()
+        blob = read_file(path)
     except OSError as error:
         raise UserError(
             f"paid_prefix_file: {path}: {error.strerror}: build it with python -m train.submission.paid_prefix"

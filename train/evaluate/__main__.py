@@ -18,6 +18,7 @@ from golf_kernels.window_nll import LOGITS_ROUNDINGS
 from train.artifact.storage import MODEL_FIELDS, load_model, read_artifact
 from train.checkpoint import load_weights
 from train.command_line import check_backends, note_unread
+from train.common.argument_types import at_least
 from train.common.distributed import start_ranks
 from train.common.errors import main_guard
 from train.common.values import ConfigError
@@ -57,11 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rule", choices=RULES, help="which positions of a window are scored [the run's eval_rule]")
     parser.add_argument("--seq-len", type=int, help="window length in tokens [the run's eval_seq_len]")
-    parser.add_argument("--max-tokens", type=int, default=0, help="score only the first N tokens; 0: all [0]")
+    parser.add_argument("--max-tokens", type=at_least(0), default=0, help="score only the first N tokens; 0: all [0]")
     parser.add_argument(
         "--logits-rounding", choices=LOGITS_ROUNDINGS, help="round logits as published [the run's logits_rounding]"
     )
-    parser.add_argument("--batch-seqs", type=int, default=BATCH_SEQS, help=f"windows per forward pass [{BATCH_SEQS}]")
+    parser.add_argument(
+        "--batch-seqs", type=at_least(1), default=BATCH_SEQS, help=f"windows per forward pass [{BATCH_SEQS}]"
+    )
     parser.add_argument("--data-path", help="folder with the validation shards and the tokenizer [the run's data_path]")
     parser.add_argument(
         "--weights",

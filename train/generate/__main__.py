@@ -15,8 +15,8 @@ if __name__ == "__main__":
 
 from train.command_line import check_backends
 from train.common.argument_types import at_least
+from train.common.distributed import choose_device
 from train.common.errors import main_guard
-from train.common.hardware import auto_device
 from train.config import Config
 from train.data.tokenizer import load_tokenizer
 from train.generate.load import load, tokenizer_path
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--window",
-        type=at_least(1),
+        type=at_least(1, most=2**20),
         help="tokens that the model reads at once; beyond rope_train_seq_len the NTK rule raises the rotary base "
         "[that of the run's evaluation; of an artifact without a run: rope_train_seq_len]",
     )
@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     """Print the prompt and its continuation."""
     arguments = _parser().parse_args(argv)
     check_backends()
-    device = auto_device() if arguments.device == "auto" else arguments.device
-    model, window, run = load(arguments.path, device)
+    device = choose_device(arguments.device)
+    model, window, run = load(arguments.path, device.type)
     found = tokenizer_path(arguments.path, run, arguments.tokenizer)
     tokenizer = load_tokenizer(found, model.config.vocab_size)
     prompt = encode(tokenizer, arguments.prompt)

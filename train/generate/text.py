@@ -46,14 +46,15 @@ def continue_text(
     device = model.embedding.weight.device
     context = list(ids[-window:])
     decoder, unread = Decoder(model, 1, window, recurrence=recurrence), context
-    for draw in np.random.default_rng(seed).random(tokens):
+    random = np.random.default_rng(seed)
+    for _ in range(tokens):
         if decoder.past.length + len(unread) > window:
             context = context[-(window // 2) - 1 :]
             decoder, unread = Decoder(model, 1, window, recurrence=recurrence), context
         logits = decoder.step(torch.tensor([unread], device=device))
         if not logits.isfinite().all():
             raise UserError("the model's logits are not numbers: training diverged: lower MATRIX_LR and train again")
-        token = int(sample(logits, torch.tensor([draw], dtype=torch.float64, device=device), temperature))
+        token = int(sample(logits, torch.tensor([random.random()], dtype=torch.float64, device=device), temperature))
         if token == BOS:
             return
         yield token

@@ -69,7 +69,9 @@ def sample(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    # the largest becomes 0 first: divided by a tiny temperature, it would be infinite
+    below = logits.double() - logits.amax(dim=-1, keepdim=True)
+    cumulative = (below / temperature).softmax(dim=-1).cumsum(dim=-1)
     # rounding may make the last sum differ from 1: keep every draw below the last sum
     total = cumulative[:, -1]
     below = torch.minimum(draws * total, total.nextafter(torch.zeros_like(total)))
