@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,7 @@ optuna = pytest.importorskip("optuna")
 from train.common.errors import UserError  # noqa: E402
 from train.common.files import read_json  # noqa: E402
 from train.sweep import report  # noqa: E402
-from train.sweep.__main__ import main  # noqa: E402
+from train.sweep.__main__ import main, read_arguments  # noqa: E402
 
 HELPERS = ROOT / "tests/helpers"
 # the data must exist, and are not read
@@ -91,9 +92,47 @@ def test_the_same_command_trains_nothing_again_and_prints_the_table(
 
 
 def test_another_sweep_is_refused_in_its_folder(grid: tuple[Path, dict[str, Any]]) -> None:
-    for changed in ("--seeds=3", "--set=mlp_mult=6", "--train_seq_len=64"):
-        with pytest.raises(UserError, match=r"holds a sweep with other \w+: type the same command"):
+    for changed, what in (
+        ("--seeds=3", "seeds"), ("--set=mlp_mult=6", "varied"), ("--train_seq_len=64", r"settings \(train_seq_len\)"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=rf"holds a sweep with other {what}: type the same command"):
             sweep(grid[0], *GRID, changed)
+
+
+def test_a_cut_write_to_the_journal_is_forgotten_and_a_damaged_journal_refused(
+    grid: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    runs, found = grid
+    shutil.copytree(runs / "s", tmp_path / "s")
+    journal = tmp_path / "s/sweep.journal"
+    whole = journal.read_bytes()
+    # as a full disk leaves it: Optuna appended to the cut line, and never read the journal again
+    journal.write_bytes(whole[:-9])
+    again = sweep(tmp_path, *GRID)
+    assert all(point["state"] == "finished" for point in again["points"]) and sweep(tmp_path, *GRID) == again == found
+    assert starts(tmp_path) == starts(runs)
+    for damaged in (
+        whole + b"null\n",
+        whole + b"[1]\n",
+        whole + b'{"op_code": 99}\n',
+        b"\xff\n",
+    ):
+        journal.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"sweep\.journal: not readable \(.*\): delete it and start again"):
+            sweep(tmp_path, *GRID)
+
+
+def test_a_sweep_takes_no_folder_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/config.json").write_text("{}")
+    with pytest.raises(UserError, match="s: is the folder of a run: choose another --run_id"):
+        sweep(tmp_path, *GRID)
+    assert len(list((tmp_path / "s").iterdir())) == 1
+
+
+def test_equal_values_are_one_point_and_no_job_is_without_a_run(tmp_path: Path) -> None:
+    _, plan, groups = read_arguments(["--set=matrix_lr=0.1,0.10,0.2", "--set=matrix_lr=0.20", "--jobs=99999"])
+    assert plan.varied == {"matrix_lr": ["0.1", "0.2"]} and len(groups) == plan.total == 2
 
 
 def test_the_plot_has_a_panel_for_each_setting_with_all_points(grid: tuple[Path, dict[str, Any]]) -> None:
@@ -169,7 +208,13 @@ def wait_for(condition: Any) -> None:
         (["--set=matrix_lr=0.1", "--set=matrix_lr=0.1..1", "--sampler=tpe"], "--set matrix_lr: given twice"),
         (["--set=matrix_lr=0.1..0.2", "--sampler=tpe"], "--trials: expected a number of points"),
         (["--set=matrix_lr=0.1", "--trials=3"], "--trials: expected a number of points"),
-        (["--set=matrix_lr=0.1", "--seeds=0"], "--seeds: expected at least 1"),
+        (["--set=matrix_lr=0.1", "--seeds=0"], "--seeds: expected 1 to 1000"),
+        (["--set=matrix_lr=0.1", f"--seeds={10**15}"], "--seeds: expected 1 to 1000"),
+        (["--set=matrix_lr=0.1", f"--seed={2**63 - 2}", "--seeds=3"], "seed: must be at most"),
+        (["--set=matrix_lr=0.1", "--run_id=.."], "run_id: expected the name of a folder"),
+        (["--set=matrix_lr=0.1", "--gpus=3-1"], "--gpus: expected numbers such as 0-7 or 0,2"),
+        (["--set=matrix_lr=0.1", "--gpus=,"], "--gpus: expected numbers such as 0-7 or 0,2"),
+        (["--set=matrix_lr=0.1", f"--gpus=0-{10**12}"], "--gpus: expected numbers such as 0-7 or 0,2"),
         (["--set=matrix_lr=0.1", "--gpus=0-x"], "--gpus: expected numbers such as 0-7 or 0,2"),
         (["--set=matrix_lr=0.1", "--gpus=0-2", "--jobs=2", "--processes=2"], "--gpus: 2 × 2 processes need 4 different GPUs"),
         (["--set=matrix_lr=0.1", "--data_path=none", "--corpus="], "data_path: none does not exist"),
@@ -186,7 +231,7 @@ def test_wrong_input_is_refused_before_a_run_starts(arguments: list[str], said: 
 def test_runs_at_the_same_time_need_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.common.hardware.auto_device", lambda: "cuda")
     with pytest.raises(UserError, match="--jobs: 2 runs would share GPU 0"):
-        main([f"--runs_dir={tmp_path}", "--device=auto", "--set=matrix_lr=0.1", "--jobs=2"])
+        main([f"--runs_dir={tmp_path}", "--device=auto", "--set=matrix_lr=0.1,0.2", "--jobs=2"])
 
 
 def test_points_are_the_same_after_a_pause_and_within_their_ranges(tmp_path: Path) -> None:
@@ -245,8 +290,9 @@ def test_workers_of_submitit_divide_the_runs(tmp_path: Path) -> None:
     outputs = [path.read_text() for path in (tmp_path / "s/jobs").glob("*.err")]
     assert len(outputs) == 2 and sum(text.count(": val_bpb ") for text in outputs) == 4
     for wrong, said in (("nothing=1", "nothing"), ("x", "expected NAME=VALUE")):
-        with pytest.raises(UserError, match=f"--slurm: .*{said}"):
+        with pytest.raises(UserError, match=f"^--slurm: .*{said}.*$") as refused:
             main([f"--runs_dir={tmp_path}", "--run_id=t", *GRID, "--launcher=slurm", f"--slurm={wrong}"])
+        assert "\n" not in str(refused.value)
 
 
 def test_a_real_run_of_two_processes_scores_as_one_outside_a_sweep(

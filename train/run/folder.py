@@ -197,14 +197,19 @@ def new_run_id(config: Config) -> str:
     return config.run_id or f"{config.recipe}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
+def check_run_id(run_id: str) -> None:
+    """Raise a UserError if `run_id` is not the name of a folder."""
+    if not run_id.isprintable() or "/" in run_id or run_id in ("", ".", ".."):
+        raise UserError(f"run_id: expected the name of a folder, got {run_id!r}: choose another RUN_ID")
+
+
 def create_run_folder(config: Config) -> RunFolder:
     """Create the run folder with its config.json. With `resume=auto`, an existing folder is used again.
 
     Raises:
         UserError: `run_id` is not a folder name; or the folder exists, and `resume` is never or its settings differ.
     """
-    if not config.run_id.isprintable() or "/" in config.run_id or config.run_id in ("", ".", ".."):
-        raise UserError(f"run_id: expected the name of a folder, got {config.run_id!r}: choose another RUN_ID")
+    check_run_id(config.run_id)
     folder = RunFolder(Path(config.runs_dir) / config.run_id)
     if folder.path.exists():
         if config.resume == "never":

@@ -63,7 +63,9 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     """The command line, the checked plan, and the GPUs of each job."""
     arguments, flags = _parser().parse_known_args(argv)
     plan = make_plan(flags, arguments.set, arguments.seeds, arguments.sampler, arguments.trials, os.environ)
-    return arguments, plan, _gpu_groups(arguments.gpus, arguments.jobs, arguments.processes)
+    # more jobs than runs would only wait
+    groups = _gpu_groups(arguments.gpus, arguments.jobs, arguments.processes, plan.total * len(plan.seeds))
+    return arguments, plan, groups
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,24 +118,25 @@ def _run_here(plan: Plan, groups: list[str], processes: int) -> None:
             stop.set()
 
 
-def _gpu_groups(text: str, jobs: int, processes: int) -> list[str]:
-    """The GPUs of each job, such as ["0,1", "2,3"]; empty texts if `text` names none."""
+def _gpu_groups(text: str, jobs: int, processes: int, most: int) -> list[str]:
+    """The GPUs of each of at most `most` jobs, such as ["0,1", "2,3"]; empty texts if `text` names none."""
     gpus: list[int] = []
-    for item in filter(None, text.split(",")):
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
-        if not found:
+    for item in text.split(",") if text else ():
+        found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", item)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
             raise UserError(f"--gpus: expected numbers such as 0-7 or 0,2, got {text!r}")
-        gpus += range(int(found[1]), int(found[2] or found[1]) + 1)
+        gpus += range(first, last + 1)
     if jobs < 0 or processes < 1:
         raise UserError(f"--jobs, --processes: expected at least 1, got {jobs} and {processes}")
     if not gpus:
-        return [""] * (jobs or 1)
+        return [""] * min(jobs or 1, most)
     jobs = jobs or len(gpus) // processes
     if not jobs or jobs * processes > len(gpus) or len(set(gpus)) < len(gpus):
         raise UserError(
             f"--gpus: {jobs or 1} × {processes} processes need {(jobs or 1) * processes} different GPUs, got {text!r}"
         )
-    return [",".join(map(str, gpus[job * processes : (job + 1) * processes])) for job in range(jobs)]
+    return [",".join(map(str, gpus[job * processes : (job + 1) * processes])) for job in range(min(jobs, most))]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 from train.command_line import resolve
 from train.common.values import ConfigError, format_value
 from train.config import BOOKKEEPING, Config, field_names, field_type, nearest, parse_value
-from train.run.folder import RunFolder
+from train.run.folder import RunFolder, check_run_id
 
 Point = Mapping[str, Any]
 """Setting → its value, as a flag takes it."""
@@ -31,6 +31,8 @@ class Range:
 
 
 Values = list[str] | Range
+
+_MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,12 @@ def make_plan(
         known = varied.get(name)
         if known is not None and not (isinstance(known, list) and isinstance(values, list)):
             raise ConfigError(f"--set {name}: given twice: give one range, or lists of values")
-        varied[name] = list(dict.fromkeys([*known, *values])) if isinstance(known, list) else values  # type: ignore[misc]
+        varied[name] = _distinct(name, [*(known or []), *values]) if isinstance(values, list) else values
     if not varied:
         raise ConfigError("--set: nothing is varied: give a setting and its values, such as --set matrix_lr=0.02,0.04")
-    if seeds < 1:
-        raise ConfigError(f"--seeds: expected at least 1, got {seeds}")
+    if not 1 <= seeds <= _MOST_SEEDS:
+        raise ConfigError(f"--seeds: expected 1 to {_MOST_SEEDS}, got {seeds}")
+    config.replace(seed=config.seed + seeds - 1)
     ranges = [name for name, values in varied.items() if isinstance(values, Range)]
     if sampler == "grid" and ranges:
         raise ConfigError(f"--set {ranges[0]}: a range has no grid: list the values, or give --sampler random or tpe")
@@ -116,6 +119,7 @@ def make_plan(
         raise ConfigError("--trials: expected a number of points with --sampler random or tpe, and none with grid")
     if not config.run_id:
         config = config.replace(run_id="_".join([config.recipe, *varied]))
+    check_run_id(config.run_id)
     # check the two ends of a range, in all combinations with the other values
     ends = {name: [str(v.low), str(v.high)] if isinstance(v, Range) else v for name, v in varied.items()}
     combinations = _combinations(ends)
@@ -143,6 +147,14 @@ def value_text(value: Any) -> str:
 
 def _combinations(values: Mapping[str, list[str]]) -> list[dict[str, str]]:
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+def _distinct(name: str, texts: Sequence[str]) -> list[str]:
+    """The texts with different values: 0.1 and 0.10 are one."""
+    found: dict[Any, str] = {}
+    for text in texts:
+        found.setdefault(parse_value(name, text, name), text)
+    return list(found.values())
 
 
 def _parse_set(text: str) -> tuple[str, Values]:

@@ -53,7 +53,7 @@ def run_jobs(plan: Plan, jobs: int, processes: int, parameters: list[str]) -> No
     try:
         executor.update_parameters(**given)
     except (NameError, AssertionError) as error:
-        raise UserError(f"--slurm: {error}") from error
+        raise UserError(f"--slurm: {str(error).splitlines()[0]}") from error
     with executor.batch():
         started = [executor.submit(Worker(plan, processes)) for _ in range(jobs)]
     failed = [job for job in started if job.exception()]

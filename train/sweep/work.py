@@ -27,6 +27,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from train.command_line import resolve
 from train.common.errors import UserError
+from train.common.files import read_file
 from train.run.folder import RunFolder, changed_settings
 from train.submission.summary import Summary
 from train.sweep.plan import Plan, Point, Values, point_text
@@ -54,24 +55,45 @@ def open_study(plan: Plan) -> optuna.Study:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     journal = plan.folder / "sweep.journal"
+    if RunFolder(plan.folder).config.exists():
+        raise UserError(f"{plan.folder}: is the folder of a run: choose another --run_id for the sweep")
     plan.folder.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(plan):
+            if journal.exists():
+                _drop_torn_line(journal)
             storage = JournalStorage(JournalFileBackend(str(journal)))
             study = optuna.create_study(storage=storage, study_name="sweep", direction="minimize", load_if_exists=True)
             known = study.user_attrs.get("plan")
             if known is None:
                 study.set_user_attr("plan", plan.identity)
-    except (ValueError, KeyError) as error:
+        changed = _changed(known, plan.identity) if known is not None else []
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(
             f"{journal}: not readable ({error}): delete it and start again; finished runs of the same settings are kept"
         ) from error
-    changed = [name for name, value in plan.identity.items() if known is not None and known[name] != value]
     if changed:
         raise UserError(
             f"{plan.folder}: holds a sweep with other {', '.join(changed)}: type the same command, or choose another --run_id"
         )
     return study
+
+
+def _drop_torn_line(journal: Path) -> None:
+    """Remove the end of a write that a full disk or a kill cut: Optuna would append to it, and never read the journal again."""
+    data = read_file(journal)
+    if not data.endswith(b"\n"):
+        os.truncate(journal, data.rfind(b"\n") + 1)
+
+
+def _changed(known: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+    """The names of what differs between two identities of a sweep."""
+    changed = [name for name in identity if known[name] != identity[name]]
+    if "settings" in changed:
+        old, new = known["settings"], identity["settings"]
+        differ = [name for name in old.keys() | new.keys() if old.get(name) != new.get(name)]
+        changed[changed.index("settings")] = f"settings ({', '.join(sorted(differ))})"
+    return changed
 
 
 def work(plan: Plan, processes: int, gpus: str, stop: threading.Event) -> None:
@@ -105,7 +127,8 @@ def work(plan: Plan, processes: int, gpus: str, stop: threading.Event) -> None:
             raise UserError(f"{run.path.name}: interrupted: type the same command to continue")
         else:
             error = _error_line(_output(run).read_text(errors="replace").splitlines())
-            _fail(study, claim.number, f"{run.path.name}: {error}")
+            with _locked(plan):
+                _fail(study, claim.number, f"{run.path.name}: {error}")
             result = f"failed: {error}"
         print(f"{run.path.name}: {point_text(claim.point)}: {result}", file=sys.stderr, flush=True)
         with _locked(plan):
