@@ -1,4 +1,4 @@
-"""The grammar of Parameter Golf's logs: a regular expression per kind of line, and a parser of whole logs."""
+"""The grammar of Parameter Golf's logs: a table with a row per kind of line, and a parser of whole logs."""
 
 from __future__ import annotations
 
@@ -8,66 +8,91 @@ from typing import Any, TypedDict
 
 from train.common.errors import UserError
 from train.common.files import read_file
-from train.common.wording import SEPARATOR
 
-_NUMBER = r"(?:\d+(?:\.\d+)?|nan|inf)"
-_RESULT = rf"val_loss:(?P<val_loss>{_NUMBER}) val_bpb:(?P<val_bpb>{_NUMBER})"
+# bounded, because a foreign log may have numbers of thousands of digits
+_INT, _NUMBER = r"\d{1,18}", r"(?:\d{1,18}(?:\.\d{1,18})?(?:e[+-]?\d{1,3})?|nan|inf)"
+_STEP = rf"(?P<step>{_INT})/(?P<total>{_INT})\b"
+_LOSS, _BPB = rf"val_loss:(?P<val_loss>{_NUMBER})", rf"val_bpb:(?P<val_bpb>{_NUMBER})"
+_TIME = rf"{_NUMBER}(?:ms|s|min|m|h)"
+_CLOCK = rf"(?: .*?train_time:(?P<train_time>{_TIME})\b)?(?:.*? step_avg:(?P<step_avg_ms>{_NUMBER})ms\b)?"
 # how the weights are packed, such as int6+brotli or w6e16+zstd22
-_FORM = r"(?P<form>[a-z]\w*\+\S+)"
-_CLOCK = rf"train_time:(?P<train_time_ms>{_NUMBER})ms"
+_FORM = r"(?P<form>\w+\+[^\s:]+)"
 
-# patterns match from the start of a line
-GRAMMAR: dict[str, re.Pattern[str]] = {
-    "train_step": re.compile(
-        rf"step:(?P<step>\d+)/(?P<total>\d+) train_loss:(?P<train_loss>{_NUMBER}) {_CLOCK}"
-        rf" step_avg:(?P<step_avg_ms>{_NUMBER})ms\b"
-    ),
-    "val_step": re.compile(
-        rf"step:(?P<step>\d+)/(?P<total>\d+) {_RESULT} {_CLOCK} step_avg:(?P<step_avg_ms>{_NUMBER})ms\b"
-    ),
-    "warmup_step": re.compile(r"warmup_step:(?P<step>\d+)/(?P<total>\d+)\b"),
-    "stopping_early": re.compile(rf"stopping_early: wallclock_cap {_CLOCK} step:(?P<step>\d+)/(?P<total>\d+)\b"),
-    "peak_memory": re.compile(
-        r"peak memory allocated: (?P<allocated_mib>\d+) MiB reserved: (?P<reserved_mib>\d+) MiB\b"
-    ),
-    "size_raw": re.compile(r"Serialized model: (?P<bytes>\d+) bytes\b"),
-    "size_code": re.compile(r"Code size: (?P<bytes>\d+) bytes\b"),
-    "size_model": re.compile(rf"Serialized model {_FORM}: (?P<bytes>\d+) bytes\b"),
-    "size_total": re.compile(rf"Total submission size {_FORM}: (?P<bytes>\d+) bytes\b"),
-    "final": re.compile(
-        rf"final_(?P<name>\w+?) (?:stride:\d+ )?{_RESULT}(?: stride:(?P<stride>\d+))?(?: eval_time:(?P<eval_time_ms>{_NUMBER})ms)?"
-    ),
+# kind of line → its form. A blank stands for blanks, commas or bars; blanks may surround a colon, and `=` replace it.
+# The first row that matches the start of a line reads it. To read another form, add a row, or an alternative to a row.
+_TABLE = {
+    "train_step": rf"(?:step:?)?\s*{_STEP} (?:train_)?loss:(?P<train_loss>{_NUMBER}){_CLOCK}",
+    "val_step": rf"(?:step:?)?\s*{_STEP} {_LOSS} {_BPB}{_CLOCK}",
+    "warmup_step": rf"warmup_step:{_STEP}",
+    "stopping_early": rf"stopping_early:\s*\w+ train_time:(?P<train_time>{_TIME}) step:{_STEP}",
+    "peak_memory": rf"peak memory allocated:(?P<allocated_mib>{_INT}) MiB reserved:(?P<reserved_mib>{_INT}) MiB\b",
+    "size_raw": rf"Serialized model:(?P<bytes>{_INT}) bytes\b",
+    "size_model": rf"Serialized model {_FORM}[^:]*:(?P<bytes>{_INT}) bytes\b",
+    "size_total": rf"Total submission size {_FORM}[^:]*:(?P<bytes>{_INT}) bytes\b",
+    "size_code": rf"Code size:(?P<bytes>{_INT}) bytes\b",
+    "size_code_uncompressed": rf"Code size \(uncompressed\):(?P<bytes>{_INT}) bytes\b",
+    "size_code_compressed": rf"Code size \(compressed\):(?P<bytes>{_INT}) bytes\b",
+    "total_eval": rf"total_eval_time:(?P<total_eval_time>{_TIME})\b",
+    # a limit that the script itself states: `clock: 1121.067s (must be < 600.0)`
+    "limit": rf"(?P<what>\w+):(?P<value>{_NUMBER})s? \(must be <=?\s*(?P<limit>{_NUMBER})",
     # seconds for GPTQ's Hessians on training data, after the last step
-    "calibration": re.compile(
-        rf"(?i:gptq):\S*(?:loop-aware )?(?:calibrated|collected)\b.* in (?P<calibration_s>{_NUMBER})s\b"
-    ),
+    "calibration": rf"(?:gptq|GPTQ):\s*(?:loop-aware )?(?:calibrated|collected)\b.* in (?P<calibration_s>{_NUMBER})s\b",
     # seconds for losses on training data that choose the row clips, after calibration
-    "fitting": re.compile(rf"fit:measured on \d+ training tokens in (?P<fitting_s>{_NUMBER})s\b"),
-    "train_loader": re.compile(r"train_loader:dataset:(?P<dataset>\S+) train_shards:(?P<train_shards>\d+)\b"),
-    "model_params": re.compile(r"model_params:(?P<model_params>\d+)\b"),
-    "world_size": re.compile(r"world_size:(?P<world_size>\d+) grad_accum_steps:(?P<grad_accum_steps>\d+)\b"),
-    "seed": re.compile(r"seed:(?P<seed>\d+)\b"),
+    "fitting": rf"fit:measured on \d+ training tokens in (?P<fitting_s>{_NUMBER})s\b",
+    "train_loader": rf"train_loader:dataset:(?P<dataset>\S+) train_shards:(?P<train_shards>{_INT})\b",
+    "model_params": rf"model_params:(?P<model_params>{_INT})\b",
+    "world_size": rf"world_size:(?P<world_size>{_INT})\b(?: grad_accum_steps:(?P<grad_accum_steps>{_INT})\b)?",
+    "seed": rf"seed:(?P<seed>{_INT})\b",
+    # a score under any name; progress inside an evaluation, such as `batch 5/782`, is none
+    "final": rf"(?:final_)?(?P<name>[A-Za-z](?:[\w\s.:()+-]{{0,60}}?[\w)])?):?\s(?:\w+:[^\s/]+ )*?(?:{_LOSS} )?{_BPB}\b"
+    rf"(?:(?=.* stride:(?P<stride>{_INT}))|)(?:(?=.*(?:eval_time|elapsed|time):(?P<eval_time>{_TIME})\b)|).*",
+    # a line of an indented block of hyper-parameters
+    "setting": r"(?<=\s)(?P<key>[a-z_]\w*):(?P<text>\S.*)",
 }
 
+
+def _compiled(form: str) -> re.Pattern[str]:
+    return re.compile(r"\s*" + form.replace(" ", r"[\s,|]+").replace(":(?P<", r"\s*[:=]\s*(?P<"))
+
+
+# a pattern matches from the start of a line
+GRAMMAR: dict[str, re.Pattern[str]] = {kind: _compiled(form) for kind, form in _TABLE.items()}
+
+# what other programs put in front of each line: a Unix time stamp, a date and time, a rank
+_PREFIX = re.compile(
+    r"^\[?(?:\d{10}(?:\.\d+)?|\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?Z?|rank ?\d+)\]?:?(?:[ \t]|$)", re.MULTILINE
+)
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+# a row of the table that nvidia-smi prints
+_GPU = re.compile(r"^\|\s+\d+\s+([A-Z][\w .-]{2,40}?)\s+(?:On|Off|N/A)\s*\|", re.MULTILINE)
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_TIMES = frozenset({"train_time", "eval_time", "total_eval_time"})
 _WHOLE = frozenset(
     "step total stride allocated_mib reserved_mib bytes train_shards model_params world_size grad_accum_steps seed".split()
 )
-_TEXT = frozenset({"name", "form", "dataset"})
+_TEXT = frozenset({"name", "form", "dataset", "what", "key", "text"})
 
 
 Numbers = dict[str, float]
-"""The numbers of a line: group name in the line's pattern of `GRAMMAR` → number."""
+"""The numbers of a line: group name in the line's pattern of `GRAMMAR` → number. Times are in ms.
+
+If a time is given in another unit, `<name>_error_ms` is its largest rounding error.
+"""
 
 
 class Log(TypedDict):
-    """The contents of a log. A field is None if the log has no line for it."""
+    """The contents of a log. A field is None or empty if the log has no line for it."""
 
     steps: dict[int, Numbers]  # step → its training line
     vals: dict[int, Numbers]  # step → its validation line
-    finals: dict[str, Numbers]  # name, such as `int6_roundtrip_exact` → final score
-    sizes: dict[str, int]  # bytes of `raw`, `code`, `model`, `total`
+    finals: dict[str, Numbers]  # name without `final_`, such as `int6_roundtrip_exact` → score
+    final_lines: dict[str, int]  # the same names → number of the line in the file
+    sizes: dict[str, int]  # bytes of `raw`, `code`, `code_compressed`, `code_uncompressed`, `model`, `total`
     form: str | None  # such as `int6+brotli`
     facts: dict[str, Any]  # values of the key:value lines
+    settings: dict[str, str]  # the block of hyper-parameters
+    limits: dict[str, tuple[float, float]]  # name of a limit that the script states → value, limit
+    gpus: list[str]  # names in nvidia-smi's table
     lines: list[str]  # all lines after the header
     warmup_steps: int
     stopping_early: Numbers | None
@@ -77,38 +102,65 @@ class Log(TypedDict):
 def parse_log(path: str | os.PathLike[str]) -> Log:
     """Parse a log in the published grammar, from this or another program. A missing file raises a UserError."""
     try:
-        lines = read_file(path).decode(errors="replace").split("\n")
+        data = read_file(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such log") from error
-    lines = lines[_header_length(lines) :]
+    return parse_log_bytes(data)
+
+
+def parse_log_bytes(data: bytes) -> Log:
+    """Parse the bytes of a log. Any bytes are allowed."""
+    text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8", errors="replace")
+    text = _PREFIX.sub("", _ESCAPES.sub("", text) if "\x1b" in text else text)
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    versions, begin = _header(lines)
     found = Log(
-        steps={}, vals={}, finals={}, sizes={}, form=None, facts={}, lines=lines,
-        warmup_steps=0, stopping_early=None, peak_memory=None,
+        steps={}, vals={}, finals={}, final_lines={}, sizes={}, form=None, facts={}, settings={}, limits={},
+        gpus=_GPU.findall("\n".join(lines[versions:])), lines=lines[begin:], warmup_steps=0, stopping_early=None,
+        peak_memory=None,
     )  # fmt: skip
-    for line in lines:
-        for kind, pattern in GRAMMAR.items():
-            match = pattern.match(line)
-            if match:
-                _store(found, kind, {name: _number(name, text) for name, text in match.groupdict().items() if text})
-                break
+    # the block of hyper-parameters may stand before the versions
+    for line in _hyperparameters(lines[:begin]):
+        _read(found, line, 0)
+    for number, line in enumerate(found["lines"], begin + 1):
+        if ":" in line or "=" in line:
+            _read(found, line, number)
     return found
 
 
-def _store(found: Log, kind: str, values: dict[str, Any]) -> None:
+def _read(found: Log, line: str, number: int) -> None:
+    for kind, pattern in GRAMMAR.items():
+        match = pattern.match(line)
+        if match:
+            values: dict[str, Any] = {}
+            for name, text in match.groupdict().items():
+                if text:
+                    values |= _values(name, text)
+            _store(found, kind, values, number)
+            break
+
+
+def _store(found: Log, kind: str, values: dict[str, Any], number: int) -> None:
     match kind:
         case "train_step":
             found["steps"][values["step"]] = values
         case "val_step":
             found["vals"][values["step"]] = values
         case "final":
-            found["finals"][values.pop("name")] = values
+            name = " ".join(values.pop("name").split())
+            found["finals"][name] = values
+            found["final_lines"][name] = number
         case "warmup_step":
             found["warmup_steps"] = values["step"]
         case "stopping_early":
             found["stopping_early"] = values
         case "peak_memory":
             found["peak_memory"] = values
-        case "size_raw" | "size_code" | "size_model" | "size_total":
+        case "limit":
+            found["limits"][values["what"]] = values["value"], values["limit"]
+        case "setting":
+            found["settings"][values["key"]] = values["text"].strip()
+        case "size_raw" | "size_model" | "size_total" | "size_code" | "size_code_uncompressed" | "size_code_compressed":
             found["sizes"][kind.removeprefix("size_")] = values["bytes"]
             found["form"] = values.get("form", found["form"])
         case "fitting":
@@ -117,17 +169,47 @@ def _store(found: Log, kind: str, values: dict[str, Any]) -> None:
             found["facts"] |= values
 
 
-def _header_length(lines: list[str]) -> int:
-    # the source code in the header may contain lines that look like results, so parsing starts after the separator that
-    # follows the versions; if the file holds several runs, the last one counts
+def _header(lines: list[str]) -> tuple[int, int]:
+    """Return where the versions begin, and the first line after the header.
+
+    The source code in the header may contain lines that look like results, so parsing starts after the separator that
+    follows the versions; if the file holds several runs, the last one counts. Source that follows is left out, too.
+    """
     heads = [number for number, line in enumerate(lines) if line.startswith("Running Python ")]
-    versions = heads[-1] if heads else None
-    if versions is None or SEPARATOR not in lines[versions:]:
-        return 0
-    return lines.index(SEPARATOR, versions) + 1
+    versions = heads[-1] if heads else 0
+    begin = 0
+    if heads:
+        begin = next((n + 1 for n in range(versions, len(lines)) if _is_separator(lines[n])), 0)
+    mains = [number for number in range(begin, len(lines)) if lines[number].startswith("if __name__ ==")]
+    if mains:
+        begin = mains[-1] + 1
+        while begin < len(lines) and lines[begin][:1].isspace():
+            begin += 1
+    return versions, begin
 
 
-def _number(name: str, text: str) -> int | float | str:
+def _is_separator(line: str) -> bool:
+    return len(line) >= 20 and not line.rstrip().strip("=")
+
+
+def _hyperparameters(lines: list[str]) -> list[str]:
+    titles = [number for number, line in enumerate(lines) if re.fullmatch(r"hyper-?parameters:?\s*", line, re.I)]
+    begin = titles[-1] + 1 if titles else len(lines)
+    end = begin
+    while end < len(lines) and lines[end][:1].isspace():
+        end += 1
+    return lines[begin:end]
+
+
+def _values(name: str, text: str) -> dict[str, Any]:
     if name in _TEXT:
-        return text
-    return int(text) if name in _WHOLE else float(text)
+        return {name: text}
+    if name in _WHOLE:
+        return {name: int(text)}
+    if name not in _TIMES:
+        return {name: float(text)}
+    number = text.rstrip("minsh") if text[0].isdigit() else text[:3]
+    scale = 1000 * _SECONDS[text[len(number) :]]
+    value = {f"{name}_ms": float(number) * scale if scale != 1 else float(number)}
+    decimals = len(number.partition(".")[2])
+    return value if scale == 1 else value | {f"{name}_error_ms": 0.5 * scale * 10.0**-decimals}
