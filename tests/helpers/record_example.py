@@ -131,3 +131,7 @@ def verdicts(folder: Path, verdict: Verdict) -> dict[str, str]:
 
 def failures(folder: Path) -> dict[str, str]:
     return verdicts(folder, Verdict.FAILS)
+
+
+def notes(folder: Path) -> dict[str, str]:
+    return verdicts(folder, Verdict.NOTE)

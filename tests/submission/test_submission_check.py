@@ -16,6 +16,7 @@ from record_example import (
     log_text,
     loss_of,
     make_record,
+    notes,
     verdicts,
 )
 from sentencepiece import SentencePieceTrainer
@@ -33,11 +34,26 @@ def record(tmp_path: Path) -> Path:
 
 def test_a_sound_record_keeps_every_rule(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(record)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len([line for line in lines if line.startswith("ok ")]) == len(RULES)
-    assert "20 of 20 rules pass." in lines
-    assert any("15,981,300 (seed 42), 18,700 left  (limit: 16,000,000 bytes)" in line for line in lines)
-    assert any("590.127 + 9.5 = 599.6 s (seed 1337)" in line for line in lines)
+    output = capsys.readouterr().out
+    assert f"  breaks      no rule; keeps {len(RULES)} of {len(RULES)}\n" in output and "note" not in output
+    assert "  score       1.08655472 ± 0.00070236 bits per byte\n" in output
+    assert "  read from   int6_sliding_window in train_seed42.log, line 23, and 2 other logs\n" in output
+    assert "  also logged int6_roundtrip 1.1040946\n" in output
+    assert "  size        15,981,300 (seed 42, logged total), 18,700 left\n" in output
+    assert "590.127 + 9.5 = 599.6 s (seed 1337)\n" in output
+    assert "  evaluation  79.2 s (int6_sliding_window, seed 42)\n" in output
+    assert len(output.splitlines()) <= 40
+
+
+def test_notes_fail_only_where_they_are_meant_to(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_json(record, blurb="")
+    assert list(notes(record)) == ["keys of submission.json"]
+    assert (main(["check", str(record)]), main(["check", str(record), "--strict"])) == (0, 1)
+    capsys.readouterr()
+    assert main(["check", str(record), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["val_bpb"] == 1.08655472 and found["other_scores"]["int6_roundtrip"] == 1.1040946
+    assert {item["verdict"] for item in found["findings"]} == {"ok", "note"}
 
 
 def test_too_many_bytes(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,7 +63,7 @@ def test_too_many_bytes(record: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert failures(record) == {"total size": "16,525,754 (submission.json), 525,754 too many"}
     assert main(["check", str(record)]) == 1
     output = capsys.readouterr().out
-    assert "FAIL     total size" in output and "Failed: total size." in output
+    assert "BREAKS      total size: 16,525,754 (submission.json), 525,754 too many (rule: code and model have" in output
 
 
 def test_bytes_that_are_neither_model_nor_code(record: Path) -> None:
@@ -55,7 +71,7 @@ def test_bytes_that_are_neither_model_nor_code(record: Path) -> None:
     edit_json(record, bytes_total=15_975_388, bytes_model=11_667_026, bytes_code=67_890)
     source = record / "train_gpt.py"
     source.write_text(source.read_text()[:67_890])
-    found = failures(record)
+    found = notes(record)
     assert "submission.json: 15,975,388 is +4,240,472 from 11,667,026 + 67,890" in found["total = model + code"]
 
 
@@ -79,7 +95,7 @@ def test_validation_tokens_in_the_artifact(record: Path, file: str, text: str) -
         ("After training we fine-tune the model on validation data.", Verdict.FAILS),
         ("A val-only run.", Verdict.FAILS),
         ("It is never trained on validation data.", Verdict.PASSES),
-        ("Test-time training on validation tokens that were already scored.", Verdict.UNKNOWN),
+        ("Test-time training on validation tokens that were already scored.", Verdict.NOTE),
         ("Trained on the training set, scored on the validation set.", Verdict.PASSES),
     ],
 )
@@ -88,20 +104,22 @@ def test_validation_tokens_in_training(record: Path, text: str, verdict: Verdict
     assert "no training on validation tokens" in verdicts(record, verdict)
 
 
-@pytest.mark.parametrize(("clock", "fails"), [(600_100, False), (600_118, False), (601_000, True)])
+@pytest.mark.parametrize(("clock", "fails"), [(600_100, False), (600_237, False), (600_238, True)])
 def test_training_clock(record: Path, clock: int, fails: bool) -> None:
-    # a step of 118.86 ms that began at 599.99 s may end
+    # the loop begins one step of 118.86 ms too many, because it reads the clock before the device is done
     (record / "train_seed42.log").write_text(log_text("42", clock=clock, calibration=0.0))
-    assert list(failures(record)) == (["training time", "training and calibration time"] if fails else [])
-    if fails:
-        assert failures(record)["training time"] == "601.000 s (seed 42), 118.9 ms per step"
+    assert failures(record) == ({"training time": "600.238 s (seed 42), 118.9 ms per step"} if fails else {})
 
 
 def test_calibration_outside_the_clock(record: Path) -> None:
     # #1471: training ended at 590.04 s, the Hessians took 10.6 s more
     (record / "train_seed42.log").write_text(log_text("42", clock=590_040, calibration=10.6))
-    found = failures(record)
-    assert found == {"training and calibration time": "590.040 + 10.6 = 600.6 s (seed 42)"}
+    value = "590.040 + 10.6 = 600.6 s (seed 42)"
+    assert notes(record)["training and calibration time"] == f"{value}; up to 606.5 s was admitted" and not failures(
+        record
+    )
+    (record / "train_seed42.log").write_text(log_text("42", clock=596_040, calibration=10.6))
+    assert failures(record) == {"training and calibration time": value.replace("590", "596").replace("600.6", "606.6")}
 
 
 def test_calibration_that_nobody_timed_is_not_seen(record: Path) -> None:
@@ -117,7 +135,7 @@ def test_evaluation_clock(record: Path) -> None:
     results["42"]["eval_time_s"] = 601.0
     edit_json(record, seed_results=results)
     edit(record / "train_seed42.log", "eval_time:79200ms", "eval_time:601000ms")
-    assert failures(record) == {"evaluation time": "601.0 s (seed 42)"}
+    assert failures(record) == {"evaluation time": "601.0 s (int6_sliding_window, seed 42)"}
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -129,22 +147,22 @@ def test_too_few_seeds(tmp_path: Path, seeds: int) -> None:
         (record / f"train_seed{seed}.log").unlink()
         del submission["seed_results"][seed]
     edit_json(record, seeds=[int(seed) for seed in kept], seed_results=submission["seed_results"])
-    assert failures(record)["seeds"] == f"{seeds}: {', '.join(kept)}"
+    assert notes(record)["seeds"] == f"{seeds}: {', '.join(kept)}"
 
 
 def test_a_tail_that_is_scored_32_times(record: Path) -> None:
     # 31 windows of 64 tokens too many; the flat evaluation gives away what a token stands for
     (record / "train_seed42.log").write_text(log_text("42", tokens=TOKENS + 31 * 64, size=BYTES + 31 * 230))
-    found = failures(record)
-    assert "train_seed42.log: 3.7266246" in found["each token scored once"]
-    assert "3.7266311 with non-overlapping windows" in found["each token scored once"]
+    found = notes(record)["each token scored once"]
+    assert found == "3.7266246 bytes per token (seed 42), sp8192 has 3.7266311: the last tokens are scored again"
+    assert not failures(record)
 
 
 def test_a_tail_that_is_scored_32_times_in_a_published_record(tmp_path: Path) -> None:
     # #1019's first seed, of which the folder has no log
     values = {"seed_results": {"314": {"val_loss": 1.88276292, "val_bpb": 1.11508120}}}
     (tmp_path / "submission.json").write_text(json.dumps(values))
-    assert failures(tmp_path)["each token scored once"].endswith("sp1024 with its last 64 tokens scored 32 times")
+    assert "sp1024 has 2.4359301: the last tokens are scored again" in notes(tmp_path)["each token scored once"]
 
 
 def test_counts_in_the_json_decide(record: Path) -> None:
@@ -152,7 +170,7 @@ def test_counts_in_the_json_decide(record: Path) -> None:
     edit_json(record, evaluation=facts)
     assert not failures(record)
     edit_json(record, evaluation={**facts, "rule": "overlap_tail", "tokens": TOKENS + 1984})
-    assert failures(record)["each token scored once"] == "40,542,144 of 40,540,160 tokens, rule overlap_tail"
+    assert notes(record)["each token scored once"] == "40,542,144 of 40,540,160 tokens, rule overlap_tail"
     edit_json(record, evaluation={**facts, "tokens": 1000, "validation_tokens": 1000})
     assert failures(record) == {"validation text": "1,000 tokens: another text"}
 
@@ -181,7 +199,7 @@ def test_bytes_per_token_of_no_published_tokenizer_are_not_seen(record: Path) ->
 
 def test_hardware(record: Path) -> None:
     edit_json(record, hardware="4 cores of a laptop")
-    assert failures(record) == {"hardware": "4 cores of a laptop"}
+    assert failures(record) == {"hardware": "4 cores of a laptop (submission.json)"}
     edit_json(record, hardware="8 x H100 PCIe")
     assert list(failures(record)) == ["hardware"]
 
@@ -189,8 +207,8 @@ def test_hardware(record: Path) -> None:
 def test_code_that_is_counted_is_code_that_is_shipped(record: Path) -> None:
     with (record / "train_gpt.py").open("a") as stream:
         stream.write("#")
-    assert failures(record) == {
-        "bytes_code is the size of the script": f"{CODE:,} in submission.json, {CODE + 1:,} in the folder"
+    assert notes(record) == {
+        "bytes_code is the size of the code": f"{CODE:,} is the code of the log; the folder has {CODE + 1:,}"
     }
     # the runs of #1392 logged 143,667 bytes, the record ships 76,450
     (record / "train_gpt.py").unlink()
@@ -204,7 +222,7 @@ def test_code_that_is_counted_is_code_that_is_shipped(record: Path) -> None:
     for _, model, _, _ in RUNS.values():
         edit(record / "README.md", f"{model + CODE:,}", f"{model + 76_450:,}")
     assert not failures(record)
-    assert verdicts(record, Verdict.PASSES)["bytes_code is the size of the script"] == "76,450; logged: 83,119"
+    assert verdicts(record, Verdict.PASSES)["bytes_code is the size of the code"] == "76,450; logged: 83,119"
 
 
 # model, other parts, code, total of published records; #1392 with the code of its README and with the logged one
@@ -238,7 +256,7 @@ def test_published_totals_are_judged_from_their_parts(
     assert ("total size" in found) == (total > 16_000_000)
     # a prefix that nobody names is so many bytes too many
     (tmp_path / "submission.json").write_text(json.dumps({**values, "bytes_paid_prefix": 0, "bytes_total": total + 1}))
-    assert f"is {other + 1:+,} from" in failures(tmp_path)["total = model + code"]
+    assert f"is {other + 1:+,} from" in notes(tmp_path)["total = model + code"]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +276,7 @@ def test_published_pairs_name_their_validation_text(
     assert round(size / tokens, 7) == bytes_per_token
     (tmp_path / "submission.json").write_text(json.dumps({"val_loss": loss, "val_bpb": bpb}))
     held = verdicts(tmp_path, Verdict.PASSES)
-    assert held["validation text"].endswith(f"bytes per token: {name}")
+    assert held["validation text"].endswith(f"bytes per token (submission.json): {name}")
     assert name in held["each token scored once"] and name in held["tokenizer counts bytes correctly"]
 
 

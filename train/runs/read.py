@@ -14,7 +14,7 @@ from train.config import LOCAL, Config
 from train.recipes import load_recipe
 from train.run.folder import RunFolder, changed_settings
 from train.run.logger import read_metrics, series
-from train.submission.record_scores import is_number
+from train.submission.digits import is_number
 from train.submission.summary import Summary
 
 

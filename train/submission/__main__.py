@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.command_line import note_unread
-from train.common.errors import main_guard
+from train.common.errors import UserError, main_guard
 from train.common.progress import announce
 from train.common.wording import counted
 from train.run.folder import RunFolder
@@ -49,7 +49,7 @@ def _code(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from train.submission.record_scores import find_scores
+    from train.submission.bases import find_scores
     from train.submission.statistics import compare
 
     found = compare(find_scores(arguments.a), find_scores(arguments.b))
@@ -58,28 +58,50 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
+    from train.submission.bases import find_base
     from train.submission.build import build_record
-    from train.submission.check import apply_rules, exit_code, summary_lines
+    from train.submission.check import apply_rules, exit_code
     from train.submission.record_folder import read_record_folder
-    from train.submission.record_scores import find_base
+    from train.submission.report import summary_lines
 
     base, out = find_base(arguments.base) if arguments.base else None, arguments.out
     proof = build_record(arguments.runs, out, _details(arguments), single_file=arguments.single_file, base=base)
     record = read_record_folder(out)
     print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
-    print(f"code: {record.submission['bytes_code']:,} bytes. {proof}")
+    print(f"code: {record.claims.values['bytes_code']:,} bytes. {proof}")
     findings = apply_rules(record)
     print("\n".join(summary_lines(findings)))
     return exit_code(findings)
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from train.submission.check import apply_rules, check_text, exit_code
-    from train.submission.record_folder import read_record_folder
+    from train.submission.check import apply_rules, exit_code
+    from train.submission.record_folder import find_records, read_record_folder
+    from train.submission.report import screen, table, to_dict
 
-    findings = apply_rules(read_record_folder(arguments.folder))
-    print(check_text(findings))
-    return exit_code(findings)
+    # an unreadable record must not hide the others
+    checked, code, several = [], 0, False
+    folders = [folder for given in arguments.folder for folder in find_records(given)]
+    for folder in folders:
+        try:
+            record = read_record_folder(folder)
+        except UserError as error:
+            if len(folders) == 1:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            code = 1
+            continue
+        findings = apply_rules(record)
+        code = max(code, exit_code(findings, strict=arguments.strict))
+        if not arguments.json:
+            print("\n" * several + screen(record, findings))
+        several = True
+        checked.append((record, findings))
+    if arguments.json:
+        print(json.dumps([to_dict(*pair) for pair in checked], indent=1))
+    elif len(checked) > 1:
+        print(f"\n{table(checked)}")
+    return code
 
 
 def _dashboard(arguments: argparse.Namespace) -> int:
@@ -178,14 +200,21 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command(
         "check",
-        "check a record folder against the rules",
-        "Print a line per rule: verdict, rule, what the record shows, limit. Works on anyone's record folder. A rule is unknown "
-        "if README.md, submission.json and logs lack what it needs. Exit code: 0 if no rule fails, 1 if one does.",
+        "check record folders against the rules",
+        "Print a screen per record: the score and where it was read, size, clock, evaluation, seeds, and what the record "
+        "breaks, what cannot be seen, and notes. Several records get a table at the end. Works on anyone's record folders, "
+        "which are only read. Exit code: 0 if no rule is broken, 1 if one is.",
         "check records/mine",
     )
     one.add_argument(
-        "folder", metavar="FOLDER", type=Path, help="folder with README.md, submission.json, logs and script"
+        "folder",
+        metavar="FOLDER",
+        type=Path,
+        nargs="+",
+        help="record folder, with README.md, submission.json, logs and script; or a folder of record folders",
     )
+    one.add_argument("--strict", action="store_true", help="exit with 1 on notes, too")
+    one.add_argument("--json", action="store_true", help="print a JSON list with one object per record instead of text")
     one.set_defaults(run=_check)
 
     one = command(

@@ -20,9 +20,9 @@ from train.config import Config
 from train.data.validation import load_validation
 from train.single_file.pack import as_literal, pack, recipe_settings, script_modules, script_settings
 from train.single_file.sources import decoded
+from train.submission.bases import Base
 from train.submission.readme import record_readme
 from train.submission.record import RecordDetails, submission_json
-from train.submission.record_scores import Base
 from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
 
 # validation tokens that are scored to check the script

@@ -1,22 +1,23 @@
-"""The rules of Parameter Golf, applied to a record folder.
+"""The rules of Parameter Golf, applied to record folders.
 
-A rule is a function from `RecordFolder` to `Finding`. If the folder lacks what a rule needs, its verdict is "unknown".
-An unknown verdict is reported but does not fail the check.
+A rule is a function from `RecordFolder` to `Finding`, whose verdict has one of four weights: the record keeps the rule,
+breaks it, shows too little to judge it, or shows something worth a note.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from train.submission.record_folder import RecordFolder
-from train.submission.rules import agreement, clock, contents, scoring, size, validation
+from train.submission.rules import agreement, clock, contents, hardware, scoring, size, validation
 from train.submission.rules.finding import Finding, Verdict
 
 RULES: tuple[Callable[[RecordFolder], Finding], ...] = (
     contents.files,
+    contents.other_logs,
     contents.keys,
     contents.seeds,
-    contents.hardware,
+    hardware.hardware,
     contents.command,
     size.cap,
     size.code,
@@ -24,12 +25,13 @@ RULES: tuple[Callable[[RecordFolder], Finding], ...] = (
     clock.training,
     clock.calibration,
     clock.evaluation,
+    clock.own_limits,
     scoring.text,
     scoring.once,
     scoring.tokenizer,
     validation.artifact,
     validation.training,
-    agreement.logs,
+    agreement.score,
     agreement.json_and_logs,
     agreement.means,
     agreement.readme,
@@ -40,28 +42,11 @@ def apply_rules(record: RecordFolder) -> list[Finding]:
     return [rule(record) for rule in RULES]
 
 
-def check_text(findings: list[Finding]) -> str:
-    """Format the findings: one line per rule, then `summary_lines`."""
-    width = max(len(finding.rule) for finding in findings)
-    lines = [
-        f"{finding.verdict.value:<7}  {finding.rule:<{width}}  {finding.value}"
-        + (f"  (limit: {finding.limit})" if finding.limit else "")
-        for finding in findings
-    ]
-    return "\n".join([*lines, "", *summary_lines(findings)])
+def with_verdict(findings: Sequence[Finding], verdict: Verdict) -> list[Finding]:
+    return [item for item in findings if item.verdict is verdict]
 
 
-def summary_lines(findings: list[Finding]) -> list[str]:
-    """Say how many rules pass, which fail, and which cannot be checked."""
-    names = {verdict: [item.rule for item in findings if item.verdict is verdict] for verdict in Verdict}
-    lines = [f"{len(names[Verdict.PASSES])} of {len(findings)} rules pass."]
-    if names[Verdict.FAILS]:
-        lines.append(f"Failed: {'; '.join(names[Verdict.FAILS])}.")
-    if names[Verdict.UNKNOWN]:
-        lines.append(f"Could not be checked: {'; '.join(names[Verdict.UNKNOWN])}.")
-    return lines
-
-
-def exit_code(findings: list[Finding]) -> int:
-    """Return 1 if a rule fails, else 0."""
-    return int(any(item.verdict is Verdict.FAILS for item in findings))
+def exit_code(findings: Sequence[Finding], *, strict: bool = False) -> int:
+    """Return 1 if a rule is broken, or if `strict` and there is a note; else 0."""
+    failing = {Verdict.FAILS, Verdict.NOTE} if strict else {Verdict.FAILS}
+    return int(any(item.verdict in failing for item in findings))

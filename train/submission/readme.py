@@ -8,8 +8,9 @@ from typing import Any
 
 from train.common.wording import counted
 from train.config import LOCAL
+from train.submission.bases import Base
 from train.submission.record import artifact_format, describe_evaluation, table, title
-from train.submission.record_scores import Base, RecordScores, scored_text
+from train.submission.record_scores import RecordScores, scored_text
 from train.submission.runs import FinishedRun
 from train.submission.statistics import compare, incomparable
 from train.submission.summary import STAGES, resumed_note

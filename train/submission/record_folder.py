@@ -2,41 +2,60 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
+import statistics
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
 from train.common.errors import UserError
-from train.run.log_grammar import Log, Numbers, parse_log
-from train.submission.record_scores import exact_score, is_number
+from train.run.log_grammar import Numbers, parse_log_bytes
+from train.submission.claims import Claims
+from train.submission.digits import agree, is_number
+from train.submission.foreign_files import MOST_SOURCE_BYTES, Listing, list_files, read_object, source_text
+from train.submission.record_logs import LOG_DIGITS, Clock, Evaluation, LogFile, logged_numbers
+
+_LOG_ENDINGS = (".log", ".txt", ".out")
+# text files that are no logs
+_NO_LOGS = re.compile(r"requirements|license|notice|readme|manifest|vocab|prompt", re.IGNORECASE)
+_SOURCES = (".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".sh", ".rs", ".go")
 
 
 @dataclass(frozen=True)
-class LogFile:
-    """One training log.
+class SeedResult:
+    """What is known of one seed.
 
     Attributes:
-        path: the file.
-        seed: the seed that the log states, or else the file name; "" if neither states one.
-        log: the parsed log.
+        seed: the seed, or the log's name if nobody states it.
+        claimed: its numbers in submission.json.
+        log: the log that counts; None: there is none.
+        evaluation: the evaluation in this log that made the claimed score; None: no evaluation has this score.
     """
 
-    path: Path
     seed: str
-    log: Log
+    claimed: Numbers
+    log: LogFile | None
+    evaluation: Evaluation | None
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        """The seed's numbers; those of the log take precedence over submission.json."""
+        return self.claimed | (logged_numbers(self.log, self.evaluation) if self.log else {})
 
     @property
-    def score(self) -> Numbers | None:
-        return exact_score(self.log)
-
-    @property
-    def last_step(self) -> Numbers | None:
-        """The numbers of the last step's log line, such as step and train_time_ms; None if there is no such line."""
-        lines = {**self.log["steps"], **self.log["vals"]}
-        return lines[max(lines)] if lines else None
+    def clock(self) -> Clock | None:
+        """The training clock, from the log or from submission.json."""
+        if self.log and self.log.clock:
+            return self.log.clock
+        steps, average = self.claimed.get("steps", 0), self.claimed.get("step_avg_ms", 0.0)
+        seconds = self.claimed.get("train_time_s")
+        if seconds is not None:
+            return Clock(seconds, (average or 1000 * seconds / steps if steps else average) / 1000, int(steps))
+        if not (steps and average):
+            return None
+        error = 0.5 * 10.0 ** -len(str(average).partition(".")[2])
+        return Clock(steps * average / 1000, average / 1000, int(steps), steps * error / 1000)
 
 
 @dataclass(frozen=True)
@@ -44,119 +63,217 @@ class RecordFolder:
     """The contents of a record folder.
 
     Attributes:
-        path: the folder.
+        path: the folder, or a submission.json alone.
+        files: its files.
         readme: the text of README.md; "" if it is missing.
-        submission: the contents of submission.json; empty if it is missing or invalid.
-        problem: why submission.json is invalid; "" if it is valid or missing.
-        logs: the files in Parameter Golf's log format, sorted by path.
+        claims: the contents of submission.json.
+        logs: the files in Parameter Golf's log format, each content once.
+        copies: copies of logs, as `copy = log`.
+        unread: logs in an unknown form.
     """
 
     path: Path
+    files: Listing
     readme: str
-    submission: dict[str, Any]
-    problem: str
+    claims: Claims
     logs: tuple[LogFile, ...]
+    copies: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
 
     @cached_property
-    def seed_results(self) -> dict[str, Numbers]:
-        """Seed → its numbers in `seed_results` of submission.json; empty if that key is missing or invalid."""
-        results = self.submission.get("seed_results")
-        if not isinstance(results, dict):
-            return {}
-        return {
-            str(seed): {name: value for name, value in scores.items() if is_number(value)}
-            for seed, scores in results.items()
-            if isinstance(scores, dict)
-        }
+    def non_record(self) -> bool:
+        """Whether the record is in the track without limits of time and hardware."""
+        track = self.claims.string("track") or " ".join(self.path.resolve().parts[-3:])
+        return bool(re.search(r"non.?record|unlimited", track, re.IGNORECASE))
 
     @cached_property
-    def script(self) -> Path | None:
-        """train_gpt.py, or else the only Python file at the top of the folder; None if there is no such file."""
-        scripts = sorted(self.path.glob("*.py"))
-        named = [path for path in scripts if path.name == "train_gpt.py"]
-        return named[0] if named else scripts[0] if len(scripts) == 1 else None
+    def script(self) -> str:
+        """Name of the training script: train_gpt.py, or else the only Python file at the top, or the largest; or ""."""
+        top = [name for name in self.files.sizes if "/" not in name and name.endswith(".py")]
+        named = [name for name in top if name.startswith("train")] or top
+        return "train_gpt.py" if "train_gpt.py" in top else max(named, key=self.files.sizes.__getitem__, default="")
 
     @cached_property
-    def package(self) -> tuple[Path, ...]:
-        """Python files in subfolders, which are shipped with the script."""
-        return tuple(sorted(path for path in self.path.rglob("*.py") if path.parent != self.path))
+    def sources(self) -> dict[str, str]:
+        """The script, the source files that it names and those that these name, and packages: name → unpacked text."""
+        found: dict[str, str] = {}
+        others = [name for name in self.files.sizes if name.endswith(_SOURCES)]
+        waiting = [self.script] if self.script else []
+        while waiting and len(found) < 200:
+            name = waiting.pop()
+            found[name] = source_text(self.files.read(name, MOST_SOURCE_BYTES))
+            words = set(re.findall(r"\w+", found[name]))
+            waiting += [
+                other
+                for other in others
+                if other not in found and other not in waiting and ("/" in other or PurePosixPath(other).stem in words)
+            ]
+        return found
 
     @cached_property
-    def seeds(self) -> tuple[str, ...]:
-        """The seeds with numbers in submission.json or a final score in a log."""
-        logged = {log.seed for log in self.logs if log.seed and log.score}
-        return tuple(sorted(set(self.seed_results) | logged, key=lambda seed: (len(seed), seed)))
+    def score_name(self) -> str:
+        """Name of the evaluation whose mean over the logs is the headline; "" if there is none, or no headline."""
+        logs = [log for log in self.logs if log.evaluations]
+        if self.claims.val_bpb is None or not logs:
+            return ""
+        for name in reversed([one.name for one in logs[-1].evaluations]):
+            found = [log.find(None, name) for log in logs]
+            scores = [one.val_bpb for one in found if one]
+            if len(scores) == len(logs) and agree(self.claims.val_bpb, statistics.fmean(scores), digits=LOG_DIGITS):
+                return name
+        return ""
+
+    @cached_property
+    def results(self) -> tuple[SeedResult, ...]:
+        """One result per seed. Logs of other seeds than submission.json names do not count."""
+        claimed, by_seed = self.claims.seeds, self._logs_by_seed
+        wanted = list(dict.fromkeys([*self.claims.seed_names, *claimed])) or self._counted_seeds
+        return tuple(self._result(seed, claimed.get(seed, {}), by_seed.get(seed, [])) for seed in wanted)
+
+    @cached_property
+    def other_logs(self) -> tuple[str, ...]:
+        """Logs that do not count: of other seeds, or further ones of a seed."""
+        counted = {result.log.name for result in self.results if result.log}
+        return tuple(log.name for log in self.logs if log.name not in counted)
+
+    @cached_property
+    def scores(self) -> dict[str, float]:
+        """Seed → its score, if it is known."""
+        return {one.seed: one.numbers["val_bpb"] for one in self.results if "val_bpb" in one.numbers}
+
+    @cached_property
+    def val_bpb(self) -> float | None:
+        """The claimed score of the record, or else the mean of the seeds."""
+        if self.claims.val_bpb is not None:
+            return self.claims.val_bpb
+        return statistics.fmean(self.scores.values()) if self.scores else None
 
     @cached_property
     def texts(self) -> dict[str, str]:
-        """File name → text of README, submission.json and the logs. The source code in a log's header is left out."""
-        parts = {"README.md": self.readme, "submission.json": json.dumps(self.submission, indent=0, ensure_ascii=False)}
-        return parts | {log.path.name: "\n".join(log.log["lines"]) for log in self.logs}
+        """Name → text of README.md, submission.json and the counted logs, without the source in a log's header."""
+        parts = {"README.md": self.readme, "submission.json": self.claims.text}
+        return parts | {log.name: "\n".join(log.log["lines"]) for log in self.logs}
 
-    def find(self, pattern: str) -> list[tuple[str, str]]:
-        """Return (file name, line) for each line of `texts` that matches `pattern`, ignoring case."""
-        found = re.compile(pattern, re.IGNORECASE)
-        return [
-            (name, line.strip()) for name, text in self.texts.items() for line in text.split("\n") if found.search(line)
-        ]
+    def find(self, pattern: str, *, logs: bool = True) -> list[tuple[str, str]]:
+        """Return (file name, line) for each line of `texts` with a match of `pattern`, which is in lower case."""
+        form, found = re.compile(pattern), []
+        for name, text in self.texts.items():
+            if not logs and name not in ("README.md", "submission.json"):
+                continue
+            lowered = text.lower()
+            for match in form.finditer(lowered):
+                begin = lowered.rfind("\n", 0, match.start()) + 1
+                end = lowered.find("\n", match.end())
+                found.append((name, text[begin : end if end >= 0 else None].strip()))
+        return list(dict.fromkeys(found))
 
-    def number(self, *names: str) -> float | None:
-        """Return the first of these fields of submission.json that is a number, or None if none is."""
-        return next((value for name in names if is_number(value := self.submission.get(name))), None)
-
-    def result(self, seed: str) -> Numbers:
-        """Return a seed's numbers, such as val_bpb and steps. Its log takes precedence over submission.json."""
-        values = dict(self.seed_results.get(seed, {}))
+    @cached_property
+    def _logs_by_seed(self) -> dict[str, list[LogFile]]:
+        found: dict[str, list[LogFile]] = {}
+        claims = {seed: numbers.get("val_bpb") for seed, numbers in self.claims.seeds.items()}
         for log in self.logs:
-            if log.seed == seed:
-                values |= logged_numbers(log)
-        return values
+            alike = [seed for seed, score in claims.items() if score is not None and log.find(score)]
+            # a log without a seed belongs to the only seed, or to the one whose score it has
+            only = self.claims.seed_names[0] if len(self.claims.seed_names) == 1 else log.name
+            found.setdefault(log.seed or (alike[0] if len(alike) == 1 else only), []).append(log)
+        return found
+
+    @property
+    def _counted_seeds(self) -> list[str]:
+        """The seeds of the logs with a score; only those with the headline, if one log alone has it."""
+        scored = {
+            seed: logs for seed, logs in self._logs_by_seed.items() if any(log.evaluations or log.clock for log in logs)
+        }
+        if self.claims.val_bpb is not None and not self.score_name:
+            having = [seed for seed, logs in scored.items() if any(log.find(self.claims.val_bpb) for log in logs)]
+            if having:
+                return having
+        return sorted(scored, key=lambda seed: (len(seed), seed))
+
+    def _result(self, seed: str, claimed: Numbers, logs: list[LogFile]) -> SeedResult:
+        claim = claimed.get("val_bpb")
+        if claim is None and not self.score_name and len(self.logs) <= 1:
+            claim = self.claims.val_bpb
+        # of several logs of a seed, the one with the claimed score counts, or else the last one with a score
+        for log in reversed(logs):
+            if evaluation := log.find(claim, self.score_name):
+                return SeedResult(seed, claimed, log, evaluation)
+        for log in reversed(logs):
+            if claim is None and log.evaluations:
+                return SeedResult(seed, claimed, log, log.find(None))
+        return SeedResult(seed, claimed, logs[-1] if logs else None, None)
 
 
-def logged_numbers(log: LogFile) -> Numbers:
-    """Return the numbers of a log, under their names in `seed_results` of submission.json."""
-    values: Numbers = {}
-    if log.score:
-        values |= {name: log.score[name] for name in ("val_loss", "val_bpb")}
-        seconds = [final["eval_time_ms"] / 1000 for final in log.log["finals"].values() if "eval_time_ms" in final]
-        values |= {"eval_time_s": seconds[-1]} if seconds else {}
-    if log.last_step:
-        last = log.last_step
-        values |= {"steps": last["step"], "step_avg_ms": last["step_avg_ms"]}
-        values["train_time_s"] = last["train_time_ms"] / 1000
-    sizes = log.log["sizes"]
-    names = {"total": "artifact_bytes", "model": "bytes_model", "code": "bytes_code"}
-    values |= {name: sizes[size] for size, name in names.items() if size in sizes}
-    return {name: value for name, value in values.items() if is_number(value)}
+def is_record(path: Path) -> bool:
+    """Whether a folder looks like a record: it has a submission.json, or a README.md beside logs or a script."""
+    if not path.is_dir() or ((path / "config.json").is_file() and (path / "metrics.jsonl").is_file()):
+        return False
+    names = {item.name for item in path.iterdir()}
+    inside = any(name.endswith((".log", ".py")) or name.startswith("train") for name in names)
+    return "submission.json" in names or ("README.md" in names and inside) or any(n.endswith(".log") for n in names)
+
+
+def find_records(path: Path) -> list[Path]:
+    """Return the record folders among `path`, the folders in it, and those in these; `path` itself if there is none."""
+    if is_record(path) or not path.is_dir():
+        return [path]
+    for pattern in ("*", "*/*"):
+        found = sorted(item for item in path.glob(pattern) if not item.name.startswith(".") and is_record(item))
+        if found:
+            return found
+    return [path]
 
 
 def read_record_folder(path: Path) -> RecordFolder:
-    """Read a record folder.
+    """Read a record folder, or a submission.json alone.
 
     Raises:
-        UserError: the folder does not exist, or contains no README.md, no submission.json and no log.
+        UserError: there is no such folder, or it contains no README.md, no submission.json and no log.
     """
+    if path.is_file():
+        files = Listing(path.parent, {path.name: path.stat().st_size})
+        return RecordFolder(path, files, "", _claims(files, path.name), ())
     if not path.is_dir():
         raise UserError(f"{path}: no such folder: give a record folder, with README.md, submission.json and logs")
-    readme = path / "README.md"
-    submission, problem = _read_submission(path / "submission.json")
-    logs = []
-    for file in sorted([*path.glob("*.log"), *path.glob("*.txt"), *path.glob("logs/*")]):
-        log = parse_log(file) if file.is_file() else None
-        if log and (log["steps"] or log["vals"] or log["finals"]):
-            digits = re.search(r"(?:seed|_s)_?(\d+)", file.stem)
-            logs.append(LogFile(file, str(log["facts"].get("seed", digits[1] if digits else "")), log))
-    if not (readme.is_file() or submission or problem or logs):
+    files = list_files(path)
+    claims = _claims(files, "submission.json") if "submission.json" in files.sizes else Claims()
+    logs, copies, unread = _read_logs(files)
+    if not ("README.md" in files.sizes or claims.text or logs):
         raise UserError(f"{path}: not a record folder: no README.md, no submission.json and no log")
-    text = readme.read_text(errors="replace") if readme.is_file() else ""
-    return RecordFolder(path, text, submission, problem, tuple(logs))
+    readme = files.read("README.md", MOST_SOURCE_BYTES).decode(errors="replace") if "README.md" in files.sizes else ""
+    return RecordFolder(path, files, readme, claims, logs, copies, unread)
 
 
-def _read_submission(path: Path) -> tuple[dict[str, Any], str]:
-    if not path.is_file():
-        return {}, ""
-    try:
-        values = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        return {}, f"not valid JSON ({error})"
-    return (values, "") if isinstance(values, dict) else ({}, "not a JSON object")
+def _claims(files: Listing, name: str) -> Claims:
+    data = files.read(name, MOST_SOURCE_BYTES)
+    return Claims(*read_object(data), data.decode(errors="replace"))
+
+
+def _read_logs(files: Listing) -> tuple[tuple[LogFile, ...], tuple[str, ...], tuple[str, ...]]:
+    logs, copies, unread = [], [], []
+    seen: dict[bytes, str] = {}
+    for name in files.sizes:
+        path = PurePosixPath(name)
+        if path.suffix.lower() not in _LOG_ENDINGS or _NO_LOGS.search(path.name):
+            continue
+        data = files.read(name)
+        digest = hashlib.sha256(data).digest()
+        if digest in seen:
+            copies.append(f"{name} = {seen[digest]}")
+            continue
+        log = parse_log_bytes(data)
+        if log["steps"] or log["vals"] or log["finals"]:
+            logs.append(LogFile(name, log))
+            seen[digest] = name
+        elif path.suffix != ".txt" or re.search(r"log|train|run|seed", path.name.lower()):
+            unread.append(name)
+    return tuple(logs), tuple(copies), tuple(unread)
+
+
+def stated(numbers: Numbers, *names: str) -> float | None:
+    """Return the first of these numbers that is known."""
+    return next((numbers[name] for name in names if is_number(numbers.get(name))), None)

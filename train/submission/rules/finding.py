@@ -7,11 +7,12 @@ from enum import Enum
 
 
 class Verdict(Enum):
-    """Whether a record keeps a rule. `check` prints the value."""
+    """What a record shows of a rule. `check` prints the value."""
 
     PASSES = "ok"
-    FAILS = "FAIL"
-    UNKNOWN = "unknown"
+    FAILS = "breaks a rule"
+    UNKNOWN = "cannot be seen"
+    NOTE = "note"
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,18 @@ class Finding:
 
     Attributes:
         rule: name of the rule.
-        verdict: whether the record keeps it.
+        verdict: whether the record keeps it. A note is worth knowing, but breaks no rule.
         value: what the record shows.
-        limit: what the rule allows; empty if the rule's name says it.
+        limit: the rule's text; empty if the rule's name says it.
     """
 
     rule: str
     verdict: Verdict
     value: str
     limit: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.value}" + (f" (rule: {self.limit})" if self.limit else "")
 
 
 def passes(rule: str, value: str, limit: str = "") -> Finding:
@@ -43,5 +47,13 @@ def unknown(rule: str, why: str, limit: str = "") -> Finding:
     return Finding(rule, Verdict.UNKNOWN, why, limit)
 
 
+def note(rule: str, value: str, limit: str = "") -> Finding:
+    return Finding(rule, Verdict.NOTE, value, limit)
+
+
 def pass_if(good: bool, rule: str, value: str, limit: str = "") -> Finding:
     return (passes if good else fails)(rule, value, limit)
+
+
+def note_unless(good: bool, rule: str, value: str, limit: str = "") -> Finding:
+    return (passes if good else note)(rule, value, limit)

@@ -3,77 +3,137 @@
 from __future__ import annotations
 
 from train.common.wording import counted
-from train.submission.record_folder import RecordFolder
-from train.submission.rules.finding import Finding, fails, pass_if, passes, unknown
+from train.submission.digits import is_number
+from train.submission.record_folder import RecordFolder, SeedResult, stated
+from train.submission.rules.finding import Finding, fails, note, note_unless, passes, unknown
 
 CAP_BYTES = 16_000_000
+_LIMIT = "code and model have at most 16,000,000 bytes"
 
 
 def cap(record: RecordFolder) -> Finding:
-    rule, limit = "total size", f"{CAP_BYTES:,} bytes"
-    totals: dict[str, float | None] = {
-        f"seed {seed}": result.get("artifact_bytes") for seed, result in record.seed_results.items()
-    }
-    totals["submission.json"] = record.number("bytes_total")
-    for log in record.logs:
-        sizes = log.log["sizes"]
-        # the shipped script may have another size than the code that ran
-        shipped = record.number("bytes_code") or sizes.get("code")
-        known = "model" in sizes and shipped is not None
-        totals[log.path.name] = sizes["model"] + shipped if known and shipped else sizes.get("total")
-    stated = {source: int(size) for source, size in totals.items() if size is not None}
-    if not stated:
-        return unknown(rule, "no total in submission.json or in a log", limit)
-    source, largest = max(stated.items(), key=lambda item: item[1])
-    left = CAP_BYTES - largest
-    return pass_if(
-        left >= 0, rule, f"{largest:,} ({source}), {abs(left):,} {'left' if left >= 0 else 'too many'}", limit
-    )
+    """Check the total. A log's size is evidence; the record breaks the rule if no reading of it fits."""
+    rule = "total size"
+    readings = {result.seed: _totals(record, result) for result in record.results}
+    whole = stated_total(record)
+    if whole is not None:
+        readings["submission.json"] = {"submission.json": whole}
+    readings = {name: found for name, found in readings.items() if found}
+    if not readings:
+        return unknown(rule, "no total in submission.json or in a log", _LIMIT)
+    # the least favourable seed, read as favourably as its evidence allows
+    name = max(readings, key=lambda seed: min(readings[seed].values()))
+    source, least = min(readings[name].items(), key=lambda item: item[1])
+    where = source if name == "submission.json" else f"seed {name}, {source}"
+    left = CAP_BYTES - int(least)
+    value = f"{int(least):,} ({where}), {abs(left):,} {'left' if left >= 0 else 'too many'}"
+    if left < 0:
+        return fails(rule, value, _LIMIT)
+    over = [
+        f"seed {seed}: {int(size):,} with {source}"
+        for seed, found in readings.items()
+        for source, size in found.items()
+        if size > CAP_BYTES
+    ]
+    return note(rule, f"{value}; but {over[0]}", _LIMIT) if over else passes(rule, value, _LIMIT)
 
 
 def code(record: RecordFolder) -> Finding:
-    rule = "bytes_code is the size of the script"
-    stated = record.number("bytes_code", "code_bytes")
-    logged = sorted({log.log["sizes"]["code"] for log in record.logs if "code" in log.log["sizes"]})
+    """Tell which code `bytes_code` counts: the shipped script, with or without its helpers, or the code that a log counts."""
+    rule = "bytes_code is the size of the code"
+    given = record.claims.number("bytes_code")
+    logged = sorted({size for log in record.logs for name, size in log.log["sizes"].items() if name.startswith("code")})
     in_logs = f"; logged: {', '.join(f'{size:,}' for size in logged)}" if logged else ""
-    if stated is None:
-        return fails(rule, f"no bytes_code in submission.json{in_logs}")
-    if record.script is None:
-        if not logged:
-            return unknown(rule, f"{stated:,} in submission.json, but neither script nor logged size")
-        return pass_if(stated in logged, rule, f"{stated:,} in submission.json{in_logs}")
-    shipped = sum(path.stat().st_size for path in (record.script, *record.package))
-    if shipped != stated:
-        return fails(rule, f"{stated:,} in submission.json, {shipped:,} in the folder")
-    return passes(rule, f"{shipped:,}{in_logs if logged != [stated] else ''}")
+    shipped = {name: record.files.sizes[name] for name in record.sources}
+    total = sum(shipped.values())
+    helpers = [f"{name} {size:,}" for name, size in shipped.items() if name != record.script]
+    beside = f"; files that the script uses: {', '.join(helpers[:4])}" if helpers else ""
+    if given is None:
+        return note(rule, f"no bytes_code in submission.json{in_logs}{beside}")
+    if not shipped:
+        known = given in logged
+        return (passes if known else unknown)(rule, f"{int(given):,} in submission.json{in_logs}, no script")
+    if given == total:
+        return passes(rule, f"{int(given):,}{in_logs if logged != [given] else ''}")
+    if given == record.files.sizes[record.script]:
+        return note(rule, f"{int(given):,} is {record.script} alone{beside}")
+    kinds = {size: name for log in record.logs for name, size in log.log["sizes"].items() if name.startswith("code")}
+    if given in kinds:
+        what = {"code_compressed": "compressed code", "code_uncompressed": "uncompressed code"}.get(
+            kinds[int(given)], "code"
+        )
+        return note(rule, f"{int(given):,} is the {what} of the log; the folder has {total:,}{beside}")
+    return note(rule, f"{int(given):,} in submission.json, {total:,} in the folder{in_logs}{beside}")
 
 
 def parts(record: RecordFolder) -> Finding:
     """Check that model, paid prefix and code add up to the total, so that no other bytes are shipped."""
     rule = "total = model + code"
-    prefix = int(record.number("bytes_paid_prefix") or 0)
-    # source → total, model without prefix, code
-    sums: dict[str, tuple[float | None, float | None, float | None]] = {}
-    for seed in record.seeds:
-        result = record.result(seed)
-        total = record.seed_results.get(seed, {}).get("artifact_bytes", result.get("artifact_bytes"))
-        code_bytes = record.number("bytes_code") or result.get("bytes_code")
-        sums[f"seed {seed}"] = total, result.get("bytes_model"), code_bytes
-    for log in record.logs:
-        sizes = log.log["sizes"]
-        sums[log.path.name] = sizes.get("total"), sizes.get("model"), sizes.get("code")
-    number = record.number
-    sums["submission.json"] = number("bytes_total"), number("bytes_model"), number("bytes_code")
+    number = record.claims.number
+    prefix = int(number("bytes_paid_prefix") or 0)
+    sums: list[tuple[str, float | None, float | None, set[float]]] = []
+    for result in record.results:
+        if result.log:
+            sizes = result.log.log["sizes"]
+            sums.append((result.log.name, sizes.get("total"), sizes.get("model"), _codes(record, result)))
+        claimed = result.claimed
+        sums.append(
+            (
+                f"seed {result.seed}",
+                claimed.get("artifact_bytes"),
+                result.numbers.get("bytes_model"),
+                _codes(record, result),
+            )
+        )
+    codes = {value for value in (number("bytes_code"),) if value is not None}
+    sums.append(("submission.json", stated_total(record), number("bytes_model"), codes))
     known, wrong = 0, []
-    for source, (total, model, code_bytes) in sums.items():
-        if total is None or model is None or code_bytes is None:
+    for source, total, model, options in sums:
+        if total is None or model is None or not options:
             continue
         known += 1
-        difference = int(total) - int(model) - prefix - int(code_bytes)
-        if difference:
-            wrong.append(
-                f"{source}: {int(total):,} is {difference:+,} from {int(model) + prefix:,} + {int(code_bytes):,}"
-            )
+        if total == model:
+            wrong.append(f"{source}: artifact_bytes {int(total):,} is the model alone")
+        elif not any(total == model + prefix + size for size in options):
+            size = min(options, key=lambda size: abs(total - model - prefix - size))
+            difference = int(total - model - prefix - size)
+            wrong.append(f"{source}: {int(total):,} is {difference:+,} from {int(model) + prefix:,} + {int(size):,}")
     if not known:
         return unknown(rule, "no model size in submission.json or in a log")
-    return pass_if(not wrong, rule, "; ".join(wrong) or f"checked in {counted(known, 'place')}")
+    return note_unless(not wrong, rule, "; ".join(wrong) or f"checked in {counted(known, 'place')}")
+
+
+def stated_total(record: RecordFolder) -> float | None:
+    """Return the total of the whole record in submission.json."""
+    total = record.claims.values.get("bytes_total")
+    return total if is_number(total) else record.claims.number("artifact_bytes")
+
+
+def _codes(record: RecordFolder, result: SeedResult) -> set[float]:
+    """Every size of the code that anyone states, and the shipped one."""
+    sizes = result.log.log["sizes"] if result.log else {}
+    found: set[float] = {size for name, size in sizes.items() if name.startswith("code")}
+    found |= {value for value in (record.claims.number("bytes_code"), result.claimed.get("bytes_code")) if value}
+    return found | ({float(sum(record.files.sizes[name] for name in record.sources))} if record.script else set())
+
+
+def _totals(record: RecordFolder, result: SeedResult) -> dict[str, float]:
+    """Every reading of a seed's total: where it comes from → bytes."""
+    sizes = result.log.log["sizes"] if result.log else {}
+    found: dict[str, float] = {}
+    model = sizes.get("model")
+    if "total" in sizes:
+        found["logged total"] = sizes["total"]
+    if model is not None:
+        given = stated(result.claimed, "bytes_code") or record.claims.number("bytes_code")
+        found |= {"bytes_code of submission.json": model + given} if given else {}
+        shipped = sum(record.files.sizes[name] for name in record.sources)
+        found |= {"the code in the folder": model + shipped} if shipped else {}
+        found |= {
+            f"{name.replace('_', ' ')} of the log": model + size
+            for name, size in sizes.items()
+            if name.startswith("code_")
+        }
+    claimed = result.claimed.get("artifact_bytes")
+    # without a log, the claim is the only evidence; it may be the model alone
+    return found or ({"submission.json": claimed} if claimed is not None else {})
