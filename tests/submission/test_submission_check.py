@@ -38,7 +38,7 @@ def test_a_sound_record_keeps_every_rule(record: Path, capsys: pytest.CaptureFix
     assert f"  breaks      no rule; keeps {len(RULES)} of {len(RULES)}\n" in output and "note" not in output
     assert "  score       1.08655472 ± 0.00070236 bits per byte\n" in output
     assert "  read from   int6_sliding_window in train_seed42.log, line 23, and 2 other logs\n" in output
-    assert "  also logged int6_roundtrip 1.1040946\n" in output
+    assert "  also logged int6_roundtrip 1.10409460\n" in output
     assert "  size        15,981,300 (seed 42, logged total), 18,700 left\n" in output
     assert "590.127 + 9.5 = 599.6 s (seed 1337)\n" in output
     assert "  evaluation  79.2 s (int6_sliding_window, seed 42)\n" in output

@@ -35,7 +35,7 @@ def screen(record: RecordFolder, findings: Sequence[Finding]) -> str:
         *(("BREAKS", str(item)) for item in breaks),
         *([] if breaks else [("breaks", f"no rule; keeps {kept} of {len(findings)}")]),
         ("not seen", "; ".join(f"{item.rule} ({item.value})" for item in unseen)),
-        *(("note", str(item)) for item in notes),
+        *(("note", f"{item.rule}: {item.value}") for item in notes),
     ]
     lines = [_title(record)]
     for label, text in rows:
@@ -155,7 +155,7 @@ def _other_scores(record: RecordFolder) -> str:
     for result in record.results:
         if result.log:
             others = [one for one in result.log.evaluations if one is not result.evaluation]
-            return ", ".join(f"{one.name} {one.val_bpb:.8g}" for one in others)
+            return ", ".join(f"{one.name} {one.val_bpb:.8f}" for one in others)
     return ""
 
 
