@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline_runs import Finished, flags, record, small
+from pipeline_runs import Finished, flags, on_two_ranks, record, small
 
 from train.artifact import make
 from train.artifact.requantize import main as quantize
@@ -284,10 +284,7 @@ def test_a_stage_has_the_seconds_of_the_pass_that_counts(finished: Finished, tmp
 
 def test_two_ranks_train_like_one(finished: Finished, dataset: Path, tmp_path: Path) -> None:
     config = small(dataset, tmp_path, samples="end")
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "train", *flags(config)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    result = on_two_ranks("train", *flags(config))
     assert result.returncode == 0, result.stderr
     # one rank prints them
     samples = RunFolder(tmp_path / "run").samples.read_text()

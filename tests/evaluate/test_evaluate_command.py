@@ -4,13 +4,12 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from pipeline_runs import on_two_ranks
 from untrained_run import make_untrained_run, run_truth
 
 from train.artifact.__main__ import main as convert
@@ -168,17 +167,7 @@ def test_command_gives_the_same_score_on_two_ranks(untrained_run: Path, tmp_path
     shutil.copytree(untrained_run, run)
     main([str(run), "--json"])
     (alone,) = read_evaluation(RunFolder(run)).values()
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "train.evaluate",
-    ]
-    root = Path(__file__).parents[2]
-    result = subprocess.run([*command, str(run)], cwd=root, capture_output=True, text=True, check=False)
+    result = on_two_ranks("train.evaluate", run)
     assert result.returncode == 0, result.stderr
     (shared,) = read_evaluation(RunFolder(run)).values()
     assert shared["world_size"] == 2 and alone["world_size"] == 1

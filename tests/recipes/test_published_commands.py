@@ -1,9 +1,7 @@
 """The run commands of the four published systems: they start, and every variable in them takes effect."""
 
 import json
-import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pipeline_runs import on_two_ranks
 
 from train.__main__ import main
 from train.artifact.prune_to_target import prune
@@ -303,19 +302,8 @@ def log_of(run: Path) -> str:
 
 
 def test_1392_starts_on_two_ranks(dataset: Path, tmp_path: Path) -> None:
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", **variables("sp4096_recurrence"), **files(dataset)}
     flags = narrow_flags("sp4096_recurrence", runs_dir=tmp_path, run_id="run")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "train",
-        *flags,
-    ]
-    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    result = on_two_ranks("train", *flags, **variables("sp4096_recurrence"), **files(dataset))
     assert result.returncode == 0, result.stderr
     run = tmp_path / "run"
     assert run.joinpath("train_seed42.log").exists()
