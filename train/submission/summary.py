@@ -56,7 +56,7 @@ class Summary:
         parameters: number of values in the artifact's tensors.
         hardware: names and number of the devices.
         torch, python: versions of PyTorch and Python.
-        yardsticks: name of a compressor → its bits per byte on the validation text; see `train.data.build.yardsticks`.
+        yardsticks: name of a compressor → its bits per byte on the validation text; see `train.data.build.compressor_bpb`.
         model_groups: part of the model → bytes in the artifact; empty: not measured.
         target_bytes: total size that pruning aims at (TARGET_MB); 0: none.
         label: text shown with every score of a run that breaks the rules; empty: none.
