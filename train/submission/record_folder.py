@@ -68,7 +68,7 @@ class RecordFolder:
         readme: the text of README.md; "" if it is missing.
         claims: the contents of submission.json.
         logs: the files in Parameter Golf's log format, each content once.
-        copies: copies of logs, as `copy = log`.
+        copies: which log is a copy of which.
         unread: logs in an unknown form.
     """
 
@@ -87,7 +87,8 @@ class RecordFolder:
     @cached_property
     def non_record(self) -> bool:
         """Whether the record is in the track without limits of time and hardware."""
-        track = self.claims.string("track") or " ".join(self.path.resolve().parts[-3:])
+        parts = [part for part in self.path.resolve().parts[-3:] if part.startswith("track")]
+        track = self.claims.string("track") or " ".join(parts)
         return bool(re.search(r"non.?record|unlimited", track, re.IGNORECASE))
 
     @cached_property
@@ -263,7 +264,7 @@ def _read_logs(files: Listing) -> tuple[tuple[LogFile, ...], tuple[str, ...], tu
         data = files.read(name)
         digest = hashlib.sha256(data).digest()
         if digest in seen:
-            copies.append(f"{name} = {seen[digest]}")
+            copies.append(f"{name} is a copy of {seen[digest]}")
             continue
         log = parse_log_bytes(data)
         if log["steps"] or log["vals"] or log["finals"]:

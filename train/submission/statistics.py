@@ -16,6 +16,8 @@ from train.submission.record_scores import RecordScores, same_text
 
 REQUIRED_NATS = 0.005
 SIGNIFICANCE = 0.01
+# at its end, the leaderboard took a record with this p against the record before it, without a margin
+LEADERBOARD_P = 0.25
 # records share a tokenizer if their bytes per token differ by less, relatively; scoring rules change them by 1e-5
 _SAME_TOKENIZER = 1e-4
 
@@ -116,6 +118,11 @@ class Comparison:
         """Mean improvement of `a` over `b` in bits per byte."""
         return statistics.fmean(self.b.val_bpb) - statistics.fmean(self.a.val_bpb)
 
+    @property
+    def beats_leaderboard(self) -> bool:
+        """Whether `a` would have been taken by the leaderboard's rule at its end."""
+        return bool(self.plain.pvalue < LEADERBOARD_P)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the figures of `text` as a dictionary for JSON."""
         return {
@@ -126,6 +133,8 @@ class Comparison:
             **_statistics(self.plain),
             "required_nats": REQUIRED_NATS,
             "significance": SIGNIFICANCE,
+            "leaderboard_p": LEADERBOARD_P,
+            "leaderboard_passes": self.beats_leaderboard,
             "units": [
                 {"unit": unit.unit, "margin_bpb": unit.margin, **_statistics(unit.test), "passes": unit.passes}
                 for unit in self.units
@@ -154,9 +163,14 @@ class Comparison:
                 for unit in self.units
             ),
         ]
-        if not (self.a.bytes_per_token or self.b.bytes_per_token):
-            lines.append("  nats per token: unknown, as neither record gives both val_loss and val_bpb")
-        return "\n".join([*lines, "", _result(self.units)])
+        per_token = bool(self.a.bytes_per_token or self.b.bytes_per_token)
+        if not per_token:
+            lines.append("  nats per token: not tested, as neither record gives both val_loss and val_bpb")
+        leaderboard = (
+            f"The leaderboard's rule at its end, p < {LEADERBOARD_P} against the record before: "
+            f"{'passes' if self.beats_leaderboard else 'FAILS'} (p = {self.plain.pvalue:.5g})."
+        )
+        return "\n".join([*lines, "", leaderboard, _result(self.units, per_token=per_token)])
 
 
 def compare(ours: RecordScores, theirs: RecordScores) -> Comparison:
@@ -195,10 +209,13 @@ def _side(scores: RecordScores) -> str:
     return f"{mean} ± {statistics.stdev(scores.val_bpb):.8f}{loss} ({seeds})"
 
 
-def _result(tests: list[UnitTest]) -> str:
+def _result(tests: list[UnitTest], *, per_token: bool) -> str:
     passed, failed = ([test.unit for test in tests if test.passes is verdict] for verdict in (True, False))
     if not failed:
         return "Result: A is better by enough in every unit."
+    if not passed and not per_token:
+        # nats per token have the smallest margin
+        return "Result: not known: A is not better by enough in the units tested, and nats per token were not."
     if not passed:
         return "Result: A is not better by enough in any unit."
     return f"Result: A is better by enough in {', '.join(passed)}, but not in {', '.join(failed)}."

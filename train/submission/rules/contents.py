@@ -43,7 +43,7 @@ def other_logs(record: RecordFolder) -> Finding:
     """Tell the logs that do not count."""
     rule = "each log counts once"
     found = [f"{name} does not count" for name in record.other_logs]
-    found += [f"{name}: a copy" for name in record.copies]
+    found += list(record.copies)
     found += [f"{name}: a log in an unknown form" for name in record.unread]
     found += [f"{name} is not read" for name in record.files.skipped]
     more = f"; and {counted(len(found) - 8, 'other')}" if len(found) > 8 else ""
