@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline_runs import Finished, flags, on_two_ranks, record, small
+from pipeline_runs import Finished, command_on_two_ranks, flags, record, small
 
 from train.artifact import make
 from train.artifact.requantize import main as quantize
@@ -284,7 +284,7 @@ def test_a_stage_has_the_seconds_of_the_pass_that_counts(finished: Finished, tmp
 
 def test_two_ranks_train_like_one(finished: Finished, dataset: Path, tmp_path: Path) -> None:
     config = small(dataset, tmp_path, samples="end")
-    result = on_two_ranks("train", *flags(config))
+    result = command_on_two_ranks("train", *flags(config))
     assert result.returncode == 0, result.stderr
     # one rank prints them
     samples = RunFolder(tmp_path / "run").samples.read_text()

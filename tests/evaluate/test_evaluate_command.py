@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline_runs import on_two_ranks
+from pipeline_runs import command_on_two_ranks
 from untrained_run import make_untrained_run, run_truth
 
 from train.artifact.__main__ import main as convert
@@ -167,7 +167,7 @@ def test_command_gives_the_same_score_on_two_ranks(untrained_run: Path, tmp_path
     shutil.copytree(untrained_run, run)
     main([str(run), "--json"])
     (alone,) = read_evaluation(RunFolder(run)).values()
-    result = on_two_ranks("train.evaluate", run)
+    result = command_on_two_ranks("train.evaluate", run)
     assert result.returncode == 0, result.stderr
     (shared,) = read_evaluation(RunFolder(run)).values()
     assert shared["world_size"] == 2 and alone["world_size"] == 1

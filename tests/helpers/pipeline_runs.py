@@ -33,7 +33,7 @@ def command(module: str, *arguments: object, **environ: str) -> subprocess.Compl
     )  # fmt: skip
 
 
-def on_two_ranks(module: str, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
+def command_on_two_ranks(module: str, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
     launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
     return command(*launcher, module, *arguments, **environ)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_runs import on_two_ranks
+from pipeline_runs import command_on_two_ranks
 
 from train.__main__ import main
 from train.artifact.prune_to_target import prune
@@ -303,7 +303,7 @@ def log_of(run: Path) -> str:
 
 def test_1392_starts_on_two_ranks(dataset: Path, tmp_path: Path) -> None:
     flags = narrow_flags("sp4096_recurrence", runs_dir=tmp_path, run_id="run")
-    result = on_two_ranks("train", *flags, **variables("sp4096_recurrence"), **files(dataset))
+    result = command_on_two_ranks("train", *flags, **variables("sp4096_recurrence"), **files(dataset))
     assert result.returncode == 0, result.stderr
     run = tmp_path / "run"
     assert run.joinpath("train_seed42.log").exists()
