@@ -211,7 +211,7 @@ def choose(op: str, *args: Any, device: str | None = None) -> Choice:
     refused: list[str] = []
     if forced is not None:
         elsewhere = bool(args) and not _made_for(forced, device)
-        problem = _problem(op, forced, () if elsewhere else args)
+        problem = refusal(op, forced, *(() if elsewhere else args))
         if problem is not None:
             raise BackendError(
                 f"{ENVIRONMENT_VARIABLE} forces {forced} for {op}, which cannot run: {problem}; "
@@ -262,6 +262,20 @@ def describe() -> dict[str, dict[Backend, str]]:
     return answers
 
 
+def refusal(op: str, backend: Backend, *args: Any) -> str | None:
+    """Returns the reason why a backend cannot run an operator on this machine, or None if it can.
+
+    Without `args`, dtypes and shapes are not checked.
+    """
+    implementations = _implementations(op)
+    if backend not in implementations:
+        return f"{op} has no {backend} backend, only {', '.join(b for b in PREFERENCE if b in implementations)}"
+    unavailable = implementations[backend].supports()
+    if unavailable is not None or not args:
+        return unavailable
+    return implementations[backend].supports(*args)
+
+
 def may_run(op: str, backend: Backend, text: str) -> bool:
     """Whether `op` may run on this backend if `GOLF_BACKEND` is `text`. An `opt_in` backend must be forced."""
     return not _implementations(op)[backend].opt_in or _forced(op, text) == backend
@@ -289,16 +303,24 @@ def forced(text: str) -> Iterator[None]:
             os.environ[ENVIRONMENT_VARIABLE] = before
 
 
-def triton_problem() -> str | None:
-    """Returns the reason why this machine cannot run Triton kernels, as a phrase for `supports`, or None if it can."""
+def triton_problem(*, tma: bool = False) -> str | None:
+    """Returns the reason why this machine cannot run Triton kernels, as a phrase for `supports`, or None if it can.
+
+    Args:
+        tma: whether the kernels move tiles with TMA, which GPUs have from compute capability 9.0 on. The others run
+            from 8.0 on.
+    """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'triton>=3.6'"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA GPU"
-    major, minor = torch.cuda.get_device_capability()
-    return None if major == 9 else f"the Triton kernels are made for sm_90, this GPU is sm_{major}{minor}"
+    found, needed = torch.cuda.get_device_capability(), (9, 0) if tma else (8, 0)
+    if found >= needed:
+        return None
+    purpose = " for TMA" if tma else ""
+    return f"its Triton kernels need compute capability {needed[0]}.0{purpose}, this GPU has {found[0]}.{found[1]}"
 
 
 def elementwise_problem(name: str, tensor: Tensor) -> str | None:
@@ -336,16 +358,6 @@ def _made_for(backend: Backend, device: str) -> bool:
     # only Triton's interpreter runs a GPU backend on CPU tensors
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     return not _DEVICES[backend] or device in _DEVICES[backend] or interpreted
-
-
-def _problem(op: str, backend: Backend, args: tuple[Any, ...]) -> str | None:
-    implementations = _implementations(op)
-    if backend not in implementations:
-        return f"{op} has no {backend} backend, only {', '.join(b for b in PREFERENCE if b in implementations)}"
-    unavailable = implementations[backend].supports()
-    if unavailable is not None or not args:
-        return unavailable
-    return implementations[backend].supports(*args)
 
 
 def _forced(op: str, text: str | None = None) -> Backend | None:

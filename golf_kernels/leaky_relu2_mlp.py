@@ -287,11 +287,11 @@ def _triton_problem(x: Tensor, w_up: Tensor) -> str | None:
 
 
 def _triton_supports(*args: Any) -> str | None:
-    return dispatch.triton_problem() or (_triton_problem(args[0], args[1]) if args else None)
+    return dispatch.triton_problem(tma=True) or (_triton_problem(args[0], args[1]) if args else None)
 
 
 def _triton_backward_supports(*args: Any) -> str | None:
-    return dispatch.triton_problem() or (_triton_problem(args[1], args[2]) if args else None)
+    return dispatch.triton_problem(tma=True) or (_triton_problem(args[1], args[2]) if args else None)
 
 
 def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Triton kernels of the LeakyReLU² MLP for Hopper: four matrix products, whose epilogues compute the rest of the block.
+"""Triton kernels of the LeakyReLU² MLP for GPUs with TMA: four matrix products, whose epilogues compute the rest.
 
     up    post = leaky_relu(r ⊙ (x · w_upᵀ))², and one sign bit per element     (r = gain · rstd, one number per row)
     down  y = post · w_downᵀ + residual
@@ -302,6 +302,8 @@ TILES = {
     "dpre": {"wide": Tile(128, 256, 64, 8, 3, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
     "dx": {"wide": Tile(128, 256, 64, 8, 3, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
 }
+# a GPU of compute capability 12 has 99 KB of shared memory per block; the others with TMA have 227 KB
+SMALL_TILE = Tile(128, 128, 64, 4, 2, 1)
 INVERSE_RMS = {"BLOCK_M": 16, "BLOCK_K": 128}
 # most partial sums per row that the dx kernel adds without spilling registers
 MAX_PARTS = 16
@@ -387,10 +389,10 @@ def backward(
     dy, x, w_up, post = _laid_out(dy), _laid_out(x), _laid_out(w_up), _laid_out(post)
     columns = _laid_out(w_down if scale is None else scale.unsqueeze(1) * w_down)
     dpre, dx = torch.empty_like(post), torch.empty_like(x)
-    parts = triton.cdiv(hidden, choose_tile("dpre", hidden).n)
-    euler = rstd.new_empty((parts, rows) if norm else (0, 0))
     if rows:
         with torch.cuda.device_of(x):
+            parts = triton.cdiv(hidden, choose_tile("dpre", hidden).n)
+            euler = rstd.new_empty((parts, rows) if norm else (0, 0))
             numbers = (rows, hidden, width, gain, slope)
             arguments = (post, rstd, _words(sign), euler, *numbers)
             _launch("dpre", (dy, columns, post, dpre), *arguments, NORM=norm, LEAKY=slope > 0)
@@ -407,8 +409,13 @@ def backward(
 
 
 def choose_tile(product: str, columns: int) -> Tile:
-    """Returns a product's wide tile if its n divides the columns of the result, otherwise the narrow tile."""
+    """Returns the tile of a product on the current GPU; without a GPU, that of an H100.
+
+    It is the wide tile if its n divides the columns of the result, otherwise the narrow tile.
+    """
     tiles = TILES[product]
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 12:
+        return SMALL_TILE
     return tiles["narrow" if columns % tiles["wide"].n else "wide"]
 
 

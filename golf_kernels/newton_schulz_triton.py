@@ -1,4 +1,4 @@
-"""Triton kernels of Newton-Schulz orthogonalization for Hopper. Each launch takes a whole list of matrices.
+"""Triton kernels of Newton-Schulz orthogonalization. Each launch takes a whole list of matrices.
 
 This file imports only torch and triton, so it can be pasted into a single-file script:
 
@@ -43,8 +43,9 @@ ROWS, CHUNK = 16, 256
 # inner dimension of one step of a product; output tiles are square
 STEP = 64
 ELEMENTWISE = {"num_warps": 8}
+PRODUCT = {"num_warps": 8, "num_stages": 3}
 # two programs fit on an SM: one loads and stores while the other multiplies
-PRODUCT = {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
+TWO_PROGRAMS = {**PRODUCT, "maxnreg": 128}
 
 # each row of a table is one of these tuples; kernels read a field by its index
 # Matrix: size, leading dimension (ld) and start of X; first block and number of blocks; start and leading dimension of
@@ -473,6 +474,9 @@ class Workspace:
         self.factors = torch.empty(plan.factors, dtype=torch.float32, device=device)
         self.partials = torch.empty(plan.partials * plan.tile**2, dtype=torch.float32, device=device)
         self.counters = torch.zeros(plan.counters, dtype=torch.int32, device=device)
+        # other tensor cores than Hopper's need more registers, for operands or for a copy of the accumulators
+        other = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9
+        self.product_options = PRODUCT if other and dtype != torch.float32 else TWO_PROGRAMS
 
     def views(self, start: int) -> list[Tensor]:
         """Returns the matrices, without padding, of the buffer for X that begins at index `start` of `work`."""
@@ -490,7 +494,7 @@ class Workspace:
     def _symmetric(self, tiles: Tensor, source: int, target: int, ones: bool, b: float, c: float, gram: bool) -> None:
         symmetric_kernel[(len(tiles),)](
             self.work[source:], self.work[target:], tiles, self._scales(ones), self.partials, self.counters, b, c,
-            GRAM=gram, TILE=self.plan.tile, STEP=STEP, **PRODUCT,
+            GRAM=gram, TILE=self.plan.tile, STEP=STEP, **self.product_options,
         )  # fmt: skip
 
     def _scales(self, ones: bool) -> Tensor:
@@ -534,7 +538,7 @@ class Workspace:
                 self._symmetric(plan.square_tiles, gram, square, ones, b, c, False)
             product_kernel[(len(plan.product_tiles),)](
                 self.work, plan.product_tiles, self._scales(ones), x, square if c != 0.0 else gram, other,
-                a, 1.0 if c != 0.0 else b, TILE=plan.tile, STEP=STEP, **PRODUCT,
+                a, 1.0 if c != 0.0 else b, TILE=plan.tile, STEP=STEP, **self.product_options,
             )  # fmt: skip
             x, other = other, x
         return x

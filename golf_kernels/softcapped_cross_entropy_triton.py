@@ -135,8 +135,9 @@ def row_nll_kernel(
 
 
 ROW_BLOCKS = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}
+ROW_OPTIONS = {"num_warps": 8, "num_stages": 5}
 # two programs fit on an SM: one multiplies while the other computes exponentials
-ROW_OPTIONS = {"num_warps": 8, "num_stages": 5, "maxnreg": 128}
+TWO_PROGRAMS = {**ROW_OPTIONS, "maxnreg": 128}
 
 
 def loss_and_gradient(
@@ -193,9 +194,12 @@ def row_nll(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, rou
     picked = torch.empty_like(lse)
     if rows:
         with torch.cuda.device_of(hidden):
+            # other tensor cores than Hopper's need more registers, for operands
+            other = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9
+            options = ROW_OPTIONS if other else TWO_PROGRAMS
             row_nll_kernel[(tiles, parts)](
                 hidden, weight, targets, lse, picked, rows, width, vocabulary, span, softcap,
-                ROUND=rounding, **ROW_BLOCKS, **ROW_OPTIONS,
+                ROUND=rounding, **ROW_BLOCKS, **options,
             )  # fmt: skip
     return torch.logsumexp(lse, 0), picked.sum(0)
 

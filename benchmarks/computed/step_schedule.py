@@ -80,7 +80,7 @@ def planning(recorder: Recorder, plan: Callable[[list[Scheduled]], Callable[[], 
     with contextlib.ExitStack() as stack:
         stack.enter_context(fake_cuda.tensors_without_data())
         for owner, attribute, value in (
-            (dispatch, "triton_problem", lambda: None),
+            (dispatch, "triton_problem", lambda **_: None),
             (native, "problem", lambda part: None),
             (Captured, "__call__", lambda captured: captured.run()),
             (Tensor, "pin_memory", lambda tensor: tensor),

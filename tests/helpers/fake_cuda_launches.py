@@ -83,7 +83,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bool]]:
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stream["capturing"])
-    monkeypatch.setattr(dispatch, "triton_problem", lambda: None)
+    monkeypatch.setattr(dispatch, "triton_problem", lambda **_: None)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(Tensor, "data_ptr", address_of)
     for name in MODULES:

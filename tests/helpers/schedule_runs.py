@@ -188,7 +188,7 @@ def test_an_operation_counts_what_it_reads_and_writes() -> None:
 @contextlib.contextmanager
 def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     monkeypatch.setenv("GOLF_BACKEND", "triton,muon_step=torch")
-    monkeypatch.setattr(dispatch, "triton_problem", lambda: None)
+    monkeypatch.setattr(dispatch, "triton_problem", lambda **_: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: PROPERTIES)
     with tensors_without_data(), CUDA, torch.no_grad(), Recorder() as recorder:
         yield recorder

@@ -207,10 +207,17 @@ def test_what_keeps_triton_kernels_from_running(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert dispatch.triton_problem() == "PyTorch finds no CUDA GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert dispatch.triton_problem() == "the Triton kernels are made for sm_90, this GPU is sm_80"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert dispatch.triton_problem() is None
+    for capability, plain, with_tma in (
+        ((7, 5), "8.0", "9.0 for TMA"),
+        ((8, 0), None, "9.0 for TMA"),
+        ((8, 9), None, "9.0 for TMA"),
+        ((9, 0), None, None),
+        ((12, 0), None, None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        for tma, needed in ((False, plain), (True, with_tma)):
+            said = f"its Triton kernels need compute capability {needed}, this GPU has {capability[0]}.{capability[1]}"
+            assert dispatch.triton_problem(tma=tma) == (said if needed else None)
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'triton>=3.6'" in dispatch.triton_problem()
 

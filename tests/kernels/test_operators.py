@@ -23,6 +23,35 @@ def test_every_registered_operator_is_declared():
     assert all(o.called_by for o in declared.values() if "triton" in dispatch.available_backends(o.name))
 
 
+@pytest.mark.parametrize(
+    ("capability", "without"),
+    [
+        ((7, 5), {"newton_schulz", "muon_step", "softcapped_cross_entropy", "window_nll", "mix_rms_norm", "qk_norm_rope", "xsa", "leaky_relu2_mlp"}),
+        ((8, 0), {"leaky_relu2_mlp"}),
+        ((8, 9), {"leaky_relu2_mlp"}),
+        ((9, 0), set()),
+        ((10, 0), set()),
+        ((12, 0), set()),
+    ],
+)  # fmt: skip
+def test_each_gpu_has_the_triton_kernels_that_it_can_run(capability, without, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with_triton = {op for op, backend, _ in dispatch.registered() if backend == "triton"}
+    refused = {
+        name: dispatch.refusal(op, "triton")
+        for name in operators.declared()
+        for op in dispatch.members(name)
+        if op in with_triton
+    }
+    assert {name for name, reason in refused.items() if reason} == without
+    needed = "8.0" if capability < (8, 0) else "9.0 for TMA"
+    said = f"its Triton kernels need compute capability {needed}, this GPU has {capability[0]}.{capability[1]}"
+    assert {reason for name, reason in refused.items() if reason and name != "leaky_relu2_mlp"} <= {said}
+    assert refused["leaky_relu2_mlp"] in (None, said.replace("8.0,", "9.0 for TMA,"))
+
+
 def test_results_and_gradients_of_a_call():
     def function(x, pair, count):
         return x * pair[0] + count, pair[1].detach()
