@@ -1,15 +1,25 @@
-"""Compile every kernel for sm_90 without a GPU, and check the machine code: `python -m benchmarks.aot`.
+"""Compile every kernel for a GPU without having one, and check the machine code: `python -m benchmarks.aot`.
 
 `benchmarks.computed.launches` launches each Triton kernel on tensors without data, and Triton compiles the kernel
-instead of running it. The CUDA kernels are in `csrc/*.cu`. No kernel may spill registers, exceed Hopper's shared memory
-or serialize wgmma. Triton kernels with 16-bit products must use wgmma, and kernels with tensor descriptors must use
-TMA.
+instead of running it. The CUDA kernels are in `csrc/*.cu`: an sm_90 GPU runs their machine code, others compile their PTX
+for compute capability 8.0. `--arch` names the GPUs by their compute capability, 90 for 9.0.
+
+No kernel may spill registers or exceed the shared memory of its GPU. Triton kernels with 16-bit products must use the
+tensor cores, and kernels with tensor descriptors must use TMA. On sm_90 two more checks concern wgmma, which runs while
+the program goes on:
+
+- No wgmma may read its first operand from registers while a later one is pending, because the program may overwrite these
+  registers too early (Triton 3.6, triton-lang/triton#9433). A kernel that breaks this computes wrong results.
+- ptxas must not serialize wgmma, which only costs time. The first check comes first: a kernel must not end the waiting of
+  one wgmma for another by breaking it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -17,7 +27,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +35,13 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED_LIMIT_BYTES = 232_448
-ARCHITECTURE = "90a"
-NVCC_FLAGS = ["-O3", "-std=c++17", "-gencode", f"arch=compute_{ARCHITECTURE},code=sm_{ARCHITECTURE}"]
-INSTRUCTIONS = {"wgmma": "wgmma.mma_async.sync", "tma": "cp.async.bulk.tensor."}
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""GPU architectures, and the most shared memory of a block on each, in KiB (NVIDIA's CUDA C++ Programming Guide)."""
+NVCC_FLAGS = ["-O3", "-std=c++17"]
+TENSOR_CORES = {9: ("wgmma", "wgmma.mma_async.sync"), 10: ("tcgen05", "tcgen05.mma")}
+"""The products' instruction by major compute capability, in short and in PTX; the others use `MMA`."""
+MMA = ("mma", "mma.sync")
+TMA = "cp.async.bulk.tensor."
 
 EPILOG = "exit codes: 0 all checks passed, 1 a check failed, 2 a compiler is missing, so some kernels were not compiled"
 
@@ -42,26 +55,36 @@ class Compiled:
     """One compiled kernel in one configuration.
 
     Registers and spilled bytes (stores and loads) are per thread, shared bytes per block. For CUDA kernels the shared
-    bytes exclude dynamic memory. `wgmma` and `tma` count instructions in the PTX. `broken` lists the failed checks.
+    bytes exclude dynamic memory. `products` counts the PTX's tensor-core instructions, `tma` its TMA instructions.
+    `broken` lists the failed checks.
     """
 
+    arch: int
     file: str
     name: str
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    wgmma: int
+    products: int
     tma: int
     broken: tuple[str, ...]
 
 
 def judge(
-    file: str, name: str, ptx: str, log: str, shared_bytes: int | None = None, promises: Iterable[str] = ()
+    file: str,
+    name: str,
+    ptx: str,
+    log: str,
+    shared_bytes: int | None = None,
+    *,
+    arch: int = 90,
+    promises: Iterable[str] = (),
+    ttgir: str = "",
 ) -> Compiled:
-    """Check the PTX of a kernel and `log`, the output of `ptxas -v` for that kernel.
+    """Check the PTX of a kernel, its TTGIR (Triton only) and `log`, the output of `ptxas -v` for that kernel.
 
-    If `shared_bytes` is None, the static shared memory in `log` counts. `promises` names the `INSTRUCTIONS` that the
-    PTX must contain.
+    If `shared_bytes` is None, the static shared memory in `log` counts. `promises` names what the PTX must contain:
+    "products" on tensor cores, "tma".
     """
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
@@ -69,26 +92,89 @@ def judge(
     spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
     static = re.search(r"(\d+) bytes smem", log)
     shared = shared_bytes if shared_bytes is not None else int(static[1]) if static else 0
-    counts = {kind: ptx.count(instruction) for kind, instruction in INSTRUCTIONS.items()}
-    broken = [f"no {kind}" for kind in promises if not counts[kind]]
+    short, instruction = TENSOR_CORES.get(arch // 10, MMA)
+    counts = {"products": ptx.count(instruction), "tma": ptx.count(TMA)}
+    broken = [f"no {short if kind == 'products' else kind}" for kind in promises if not counts[kind]]
+    # a product whose first operand is a tensor, not a place in shared memory, and a wait that leaves products pending
+    if re.search(r"warp_group_dot %.* : tensor<", ttgir) and re.search(
+        r"warp_group_dot_wait .*pendings = [1-9]", ttgir
+    ):
+        broken.append("registers of a pending wgmma may be overwritten")
     # the text of a warning by ptxas
     if "wgmma.mma_async instructions are serialized" in log:
         broken.append("wgmma serialized")
     if spilled:
         broken.append(f"{spilled} spilled bytes")
-    if shared > SHARED_LIMIT_BYTES:
-        broken.append(f"{shared} bytes of shared memory, more than {SHARED_LIMIT_BYTES}")
-    return Compiled(file, name, int(registers[1]), spilled, shared, **counts, broken=tuple(broken))
+    if shared > (limit := SHARED_KIB[arch] << 10):
+        broken.append(f"{shared} bytes of shared memory, more than {limit}")
+    return Compiled(arch, file, name, int(registers[1]), spilled, shared, **counts, broken=tuple(broken))
 
 
-def compile_triton(paths: Sequence[Path]) -> list[Compiled]:
+@contextlib.contextmanager
+def _gpu(arch: int) -> Iterator[None]:
+    """Make torch and Triton take this machine for one with a GPU of an architecture."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        # Triton keeps compiled kernels by device
+        get_current_device=lambda: arch,
+        get_current_stream=lambda device: 0,
+    )
+    capability = mock.patch.multiple(
+        torch.cuda, is_available=lambda: True, get_device_capability=lambda device=None: divmod(arch, 10)
+    )
+    with mock.patch.object(triton.runtime.driver, "_active", driver), capability:
+        yield
+
+
+@contextlib.contextmanager
+def _ptxas_logs() -> Iterator[None]:
+    """Make Triton keep what `ptxas -v` prints with each compiled kernel, as `metadata.ptxas_log`."""
+    from triton import knobs
+
+    def keep_log(_backend: Any, stages: dict[str, Any], *_: Any) -> None:
+        make = stages["cubin"]
+
+        def make_with_log(ptx: str, metadata: dict[str, Any]) -> Any:
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                cubin = make(ptx, metadata)
+            metadata["ptxas_log"] = printed.getvalue()
+            return cubin
+
+        stages["cubin"] = make_with_log
+
+    with knobs.runtime.scope(), knobs.nvidia.scope(), knobs.cache.scope():
+        knobs.runtime.add_stages_inspection_hook = keep_log
+        knobs.nvidia.dump_ptxas_log = True
+        # kernels in the usual folder have no log
+        knobs.cache.dir = os.path.join(knobs.cache.dir, "aot")
+        yield
+
+
+def refused(arch: int) -> dict[str, str]:
+    """Each operator whose Triton kernels cannot run on an architecture, and why."""
+    from golf_kernels import dispatch, operators
+
+    with_triton = {op for op, backend, _ in dispatch.registered() if backend == "triton"}
+    with _gpu(arch):
+        reasons = {
+            name: dispatch.refusal(op, "triton")
+            for name in operators.declared()
+            for op in dispatch.members(name)
+            if op in with_triton
+        }
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def compile_triton(paths: Sequence[Path], arch: int = 90) -> list[Compiled]:
     """Compile the Triton kernels of these files, in every configuration that `benchmarks.computed.launches` uses."""
     if importlib.util.find_spec("triton") is None:
         raise Missing("triton is not installed: pip install 'triton==3.6.0'")
     if not paths:
         return []
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
     from benchmarks.computed import launches
@@ -102,31 +188,25 @@ def compile_triton(paths: Sequence[Path]) -> list[Compiled]:
             compiled = run(kernel, *arguments, grid=grid, warmup=True, **named)
             found[compiled.hash] = compiled
 
-    hopper = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-    )
-    driver = mock.patch.object(triton.runtime.driver, "_active", hopper)
-    with driver, mock.patch.object(JITFunction, "run", compile_alone):
-        launches.launch_everything()
+    without = refused(arch)
+    with _gpu(arch), _ptxas_logs(), mock.patch.object(JITFunction, "run", compile_alone):
+        launches.launch_everything(without)
     rows = []
     for file, path in kernels.items():
         own = [compiled for compiled in found.values() if compiled.src.fn.fn.__code__.co_filename == file]
         names = set(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
-        if idle := names - {compiled.src.fn.__name__ for compiled in own}:
+        idle = names - {compiled.src.fn.__name__ for compiled in own}
+        if idle and path.stem.removesuffix("_triton") not in without:
             raise SystemExit(
                 f"error: {path.name}: no recipe and no case of a declared operator launches {', '.join(sorted(idle))}: "
                 "add cases to its operators.declare"
             )
-        rows += [_judge_triton(path.name, compiled) for compiled in own]
+        rows += [_judge_triton(path.name, compiled, arch) for compiled in own]
     return rows
 
 
-def _judge_triton(file: str, compiled: Any) -> Compiled:
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    kernel, kinds, ptx = compiled.src.fn, " ".join(map(str, compiled.src.signature.values())), compiled.asm["ptx"]
+def _judge_triton(file: str, compiled: Any, arch: int) -> Compiled:
+    kernel, kinds = compiled.src.fn, " ".join(map(str, compiled.src.signature.values()))
     constants = {kernel.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
     parts = [kernel.__name__.removesuffix("_kernel"), *re.findall(r"bf16|fp16|fp32", kinds)[:1]]
     for name, value in constants.items():
@@ -136,12 +216,9 @@ def _judge_triton(file: str, compiled: Any) -> Compiled:
     promises = ["tma"] if "tensordesc" in kinds else []
     # float32 products do not use tensor cores
     if re.search(r"tt\.dot .*: tensor<\w+x(bf16|f16)> \*", compiled.asm["ttir"]):
-        promises.append("wgmma")
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder, "kernel.ptx")
-        text.write_text(ptx)
-        log = _run(get_ptxas(90).path, "-v", f"--gpu-name=sm_{ARCHITECTURE}", str(text), "-o", os.devnull)
-    return judge(file, " ".join(parts), ptx, log, compiled.metadata.shared, promises)
+        promises.append("products")
+    texts = {"ptx": compiled.asm["ptx"], "ttgir": compiled.asm["ttgir"], "log": compiled.metadata.ptxas_log}
+    return judge(file, " ".join(parts), shared_bytes=compiled.metadata.shared, arch=arch, promises=promises, **texts)
 
 
 def find_nvcc() -> str:
@@ -154,23 +231,25 @@ def find_nvcc() -> str:
     return nvcc
 
 
-def compile_cuda(paths: Sequence[Path]) -> list[Compiled]:
+def compile_cuda(paths: Sequence[Path], arch: int = 90) -> list[Compiled]:
     nvcc = find_nvcc()
+    # as setup.py does, and then the driver
+    code = "arch=compute_90a,code=sm_90a" if arch == 90 else f"arch=compute_80,code=sm_{arch}"
     found = []
     for path in paths:
         with tempfile.TemporaryDirectory() as folder:
             keep = ["--keep", "--keep-dir", folder, "-o", f"{folder}/out.cubin"]
-            log = _run(nvcc, *NVCC_FLAGS, "-cubin", "-Xptxas", "-v", *keep, str(path))
+            log = _run(nvcc, *NVCC_FLAGS, "-gencode", code, "-cubin", "-Xptxas", "-v", *keep, str(path))
             ptx = "".join(file.read_text() for file in Path(folder).glob("*.ptx"))
-        found += judge_cuda(path.name, ptx, log)
+        found += judge_cuda(path.name, ptx, log, arch)
     return found
 
 
-def judge_cuda(file: str, ptx: str, log: str) -> list[Compiled]:
+def judge_cuda(file: str, ptx: str, log: str, arch: int) -> list[Compiled]:
     """Apply `judge` to each kernel of one .cu file."""
     texts = dict(re.findall(r"\.entry\s+(\w+)(.*?)(?=\.entry\s|\Z)", ptx, re.DOTALL))
     parts = re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", log, re.DOTALL)
-    return [judge(file, _readable(name), texts[name], part) for name, part in parts]
+    return [judge(file, _readable(name), texts[name], part, arch=arch) for name, part in parts]
 
 
 def _readable(name: str) -> str:
@@ -186,25 +265,43 @@ def _run(*command: str) -> str:
     return result.stdout + result.stderr
 
 
-def render(rows: Sequence[Compiled]) -> str:
+def render(rows: Sequence[Compiled], without: Mapping[int, Mapping[str, str]]) -> str:
     width = max((len(row.name) for row in rows), default=0)
-    lines = [f"{'kernel':<{width}}  registers  spilled B  shared B  wgmma  tma  file"]
+    lines = [f"{'kernel':<{width}}  arch  registers  spilled B  shared B  products  tma  file"]
     for row in rows:
-        numbers = f"{row.registers:>9}  {row.spilled_bytes:>9}  {row.shared_bytes:>8}  {row.wgmma:>5}  {row.tma:>3}"
+        numbers = f"{row.registers:>9}  {row.spilled_bytes:>9}  {row.shared_bytes:>8}  {row.products:>8}  {row.tma:>3}"
         verdict = f"  BROKEN: {', '.join(row.broken)}" if row.broken else ""
-        lines.append(f"{row.name:<{width}}  {numbers}  {row.file}{verdict}")
+        lines.append(f"{row.name:<{width}}  {row.arch:>4}  {numbers}  {row.file}{verdict}")
+    for arch, reasons in without.items():
+        lines += [f"sm_{arch}: {name} refused: {reason}" for name, reason in reasons.items()]
     return "\n".join(lines)
+
+
+def _architectures(text: str) -> list[int]:
+    known = ", ".join(map(str, SHARED_KIB))
+    names = text.split(",")
+    if unknown := [name for name in names if name not in map(str, SHARED_KIB)]:
+        raise argparse.ArgumentTypeError(
+            f"expected architectures among {known}, separated by commas, found {unknown[0]!r}"
+        )
+    return [int(name) for name in names]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.aot",
-        description="Compile every Triton kernel in every configuration that is launched, and every CUDA kernel, for sm_90, "
-        "without a GPU. List registers, spills, shared memory, wgmma and TMA instructions, and check them.",
+        description="Compile every Triton kernel in every configuration that is launched, and every CUDA kernel, without a "
+        "GPU. List registers, spills, shared memory, tensor-core and TMA instructions, and check them.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="*", type=Path, help="*_triton.py and *.cu; default: all that ship")
+    parser.add_argument(
+        "--arch",
+        type=_architectures,
+        default=[90],
+        help=f"GPU architectures among {', '.join(map(str, SHARED_KIB))}; default: 90",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     options = parser.parse_args(arguments)
     # kernels imported with TRITON_INTERPRET=1 cannot be compiled
@@ -214,17 +311,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing: dict[str, str] = {}
     for part, suffix, compile_all in (("triton", ".py", compile_triton), ("cuda", ".cu", compile_cuda)):
         try:
-            rows += compile_all([file for file in files if file.suffix == suffix])
+            for arch in options.arch:
+                rows += compile_all([file for file in files if file.suffix == suffix], arch)
         except Missing as absence:
             missing[part] = str(absence)
+    without = {} if "triton" in missing else {arch: refused(arch) for arch in options.arch}
     if options.json:
-        print(json.dumps({"kernels": [asdict(row) for row in rows], "missing": missing}, indent=2))
+        report = {"kernels": [asdict(row) for row in rows], "refused": without, "missing": missing}
+        print(json.dumps(report, indent=2))
     else:
-        print(render(rows))
+        print(render(rows, without))
     for part, why in missing.items():
         print(f"{part}: not compiled: {why}", file=sys.stderr)
     broken = sum(bool(row.broken) for row in rows)
-    print(f"{len(rows)} kernels compiled for sm_{ARCHITECTURE}, {broken} with a failed check", file=sys.stderr)
+    names = ", ".join(f"sm_{arch}" for arch in options.arch)
+    print(f"{len(rows)} kernels compiled for {names}, {broken} with a failed check", file=sys.stderr)
     return 1 if broken else 2 if missing else 0
 
 

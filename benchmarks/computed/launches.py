@@ -6,7 +6,7 @@ The shapes are those of the recipes, and of the `cases` that each operator decla
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -36,12 +36,13 @@ class _Dispatched(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def on_backend(backend: dispatch.Backend) -> Iterator[None]:
-    """Run operators on `backend` if they have it, otherwise on PyTorch.
+def on_backend(backend: dispatch.Backend, without: Collection[str] = ()) -> Iterator[None]:
+    """Run operators on `backend` if they have it, otherwise on PyTorch. Operators in `without` run on PyTorch.
 
     This skips the check whether the backend can run on this machine.
     """
-    having = {op for op, backends in dispatch.describe().items() if backend in backends}
+    left_out = {op for name in without for op in dispatch.members(name)}
+    having = {op for op, name, _ in dispatch.registered() if name == backend} - left_out
 
     def call(op: str, *args: Any) -> Any:
         return dispatch.run_on(backend if op in having else "torch", op, *args)
@@ -59,14 +60,15 @@ def launch_case(operator: operators.Operator, case: Mapping[str, Any], make: ope
     return operators.run(operator.function, inputs, operators.upstream_gradients(operator.function, inputs, make))
 
 
-def launch_everything() -> None:
+def launch_everything(without: Collection[str] = ()) -> None:
+    """Launch the kernels of every recipe and every declared case, but not those of the operators in `without`."""
     with torch.device("meta"):
         for name in recipe_names():
-            launch_recipe(load_recipe(name).config(device="cuda"))
-    launch_cases()
+            launch_recipe(load_recipe(name).config(device="cuda"), without)
+    launch_cases(without)
 
 
-def launch_recipe(config: Config) -> None:
+def launch_recipe(config: Config, without: Collection[str] = ()) -> None:
     """Launch the kernels of one GPU's training step and evaluation.
 
     Both run without recurrence and, if the recipe has recurrence, once more with it.
@@ -78,9 +80,9 @@ def launch_recipe(config: Config) -> None:
     windows = torch.empty(count, config.window, dtype=torch.int64)
     text = torch.empty(config.window + (count - 1) * stride, dtype=torch.int64)
     for recurrence in sorted({False, bool(config.recur_layers)}):
-        with on_backend("triton"):
+        with on_backend("triton", without):
             model(ids, ids, recurrence=recurrence).backward()
-        with on_backend("triton"), torch.no_grad():
+        with on_backend("triton", without), torch.no_grad():
             states = [model.hidden(windows, recurrence=recurrence, rows_from=first) for first in {0, late}]
             if stride and model.overlap_problem is None:
                 states.append(
@@ -95,12 +97,12 @@ def launch_recipe(config: Config) -> None:
     for group in muon.param_groups:
         # the dtype that Muon uses on a GPU; the default depends on the device
         group["compute_dtype"] = torch.bfloat16
-    with on_backend("triton"):
+    with on_backend("triton", without):
         muon.step()
 
 
-def launch_cases() -> None:
-    with on_backend("triton"):
+def launch_cases(without: Collection[str] = ()) -> None:
+    with on_backend("triton", without):
         for operator in operators.declared().values():
             for case in operator.cases:
                 launch_case(operator, case, _empty)
