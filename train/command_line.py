@@ -41,7 +41,9 @@ class Override:
 
     name: str
     value: Any
-    source: str  # where the value was given: "command line" or "environment NAME"
+    source: (
+        str  # where the value was given: "command line", "environment NAME", or "the script" that was packed with it
+    )
 
 
 def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list[Override]]:

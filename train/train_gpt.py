@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from train.command_line import help_text, resolve
@@ -60,7 +61,9 @@ def main(settings: Mapping[str, str], left_out: Mapping[str, str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(f"{USAGE}\n{help_text()}")
         return 0
-    config, overrides = resolve(arguments, {**settings, **os.environ})
+    config, given = resolve(arguments, {**settings, **os.environ})
+    packed = {f"environment {name}" for name in settings if name not in os.environ}
+    overrides = [replace(item, source="the script") if item.source in packed else item for item in given]
     announce(f"train_gpt.py: recipe {config.recipe}; loading PyTorch")
     from train.single_file.conditions import holds
 

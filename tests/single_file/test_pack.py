@@ -64,6 +64,12 @@ def test_the_smallest_form_trains_alone_in_an_empty_folder_as_the_package_did(ru
     assert done.returncode == 0, done.stderr
     assert "not built" not in done.stderr
     assert "a packed script carries no compiled code; PyTorch gives the same values" in done.stderr
+    # what the script carries is told apart from what was set
+    told = re.findall(r"^setting:(\w+)=.* from:(.*)$", (tmp_path / "runs/again/train_seed42.log").read_text(), re.M)
+    sources = dict(told)
+    assert (sources["data_path"], sources["iterations"], sources["train_log_every"]) == (
+        "environment DATA_PATH", "the script", "command line",
+    )  # fmt: skip
     again = parse_log(tmp_path / "runs/again/train_seed42.log")
     before = parse_log(run / "train_seed42.log")
     for log in (again, before):

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -329,6 +331,31 @@ def test_a_script_that_scores_otherwise_stops_the_build(
     ):
         build_record(runs[:1], tmp_path / "mine", DETAILS)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_proof_sees_a_module_that_the_record_lacks(record: Path, runs: list[Path], tmp_path: Path) -> None:
+    # an editable install would serve it
+    lacking = Path(shutil.copytree(record, tmp_path / "lacking"))
+    (lacking / "golf_kernels/window_nll.py").unlink()
+    with pytest.raises(UserError, match=r"train_gpt\.py evaluate: could not score .*golf_kernels\.window_nll"):
+        build.script_score(lacking, read_run(runs[0]))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_modules_of_ours_must_lie_in_the_record(tmp_path: Path, inside: bool) -> None:
+    package = tmp_path / ("root/alone" if inside else "installed") / "golf_kernels"
+    for folder in (package, tmp_path / "root/alone"):
+        folder.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").touch()
+    (tmp_path / "installed").mkdir(exist_ok=True)
+    (tmp_path / "installed/any.pth").write_text("import sys; print('a .pth file was read')\n")
+    (tmp_path / "root/alone/train_gpt.py").write_text("import sys, golf_kernels\nprint(sys.argv[1:], __name__)\n")
+    command = [sys.executable, *build.alone_program(tmp_path / "root"), "train_gpt.py", "evaluate"]
+    environment = {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(command, cwd=tmp_path / "root/alone", env=environment, capture_output=True, text=True)
+    assert done.stdout == "['evaluate'] __main__\n" and done.returncode == (0 if inside else 1)
+    found = f"golf_kernels was found in {package / '__init__.py'}, not in the record\n"
+    assert done.stderr == ("" if inside else found)
 
 
 def test_bytes_are_counted_twice(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,18 @@ from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
 
 # validation tokens that are scored to check the script
 _CHECKED_TOKENS = 32_768
+# runs a script, then checks where its modules were found
+_RUNNER = """import runpy, sys
+root, *sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    ours = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()
+            if name.partition(".")[0] in ("train", "golf_kernels")}
+    for name, path in ours.items():
+        if not path.startswith(root):
+            sys.exit(f"{name} was found in {path or 'no file'}, not in the record")
+"""
 # codec → module that it imports by a name in a string, which `_imported` does not find
 _CODEC_PACKAGES = {"brotli": "brotli", "zstd": "zstandard", "ans": "constriction"}
 
@@ -142,14 +154,31 @@ def prove(folder: Path, run: FinishedRun) -> str:
 def package_score(run: FinishedRun) -> dict[str, Any]:
     """Score the run's artifact with this package, on the first validation tokens, on a CPU."""
     root = Path(__file__).resolve().parents[2]
-    return _score(["-m", "train.evaluate"], run, root, PYTHONPATH=str(root))
+    return _score("train.evaluate", ["-m", "train.evaluate"], run, root, PYTHONPATH=str(root))
 
 
 def script_score(folder: Path, run: FinishedRun) -> dict[str, Any]:
     """Score the run's artifact on the same tokens with the script, which runs in a copy of `folder`, on a CPU."""
     with tempfile.TemporaryDirectory() as name:
-        alone = Path(shutil.copytree(folder, Path(name) / "alone"))
-        return _score(["train_gpt.py", "evaluate"], run, alone)
+        root = Path(name).resolve()
+        alone = Path(shutil.copytree(folder, root / "alone"))
+        # a packed script unpacks its modules into the folder for temporary files
+        (root / "unpacked").mkdir()
+        program = [*alone_program(root), "train_gpt.py", "evaluate"]
+        environ = {"PYTHONPATH": os.pathsep.join(_package_folders()), "TMPDIR": str(root / "unpacked")}
+        return _score("train_gpt.py evaluate", program, run, alone, **environ)
+
+
+def alone_program(root: Path) -> list[str]:
+    """Return the start of a command that runs a script without `.pth` files and fails if a module of ours is not in `root`.
+
+    A `.pth` file, such as that of an editable install, would serve a module that the script lacks.
+    """
+    return ["-S", "-c", _RUNNER, str(root)]
+
+
+def _package_folders() -> list[str]:
+    return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
 
 
 def requirements(folder: Path, config: Config) -> str:
@@ -173,7 +202,7 @@ def _calibration(config: Config) -> str:
     return "training data" if config.gptq_calib_source == "train" else "text that the model wrote"
 
 
-def _score(program: list[str], run: FinishedRun, folder: Path, **environ: str) -> dict[str, Any]:
+def _score(title: str, program: list[str], run: FinishedRun, folder: Path, **environ: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         scored = Path(name)
         # a temporary run folder, because an evaluation writes its score into the run folder
@@ -196,7 +225,7 @@ def _score(program: list[str], run: FinishedRun, folder: Path, **environ: str) -
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{' '.join(program)}: could not score {run.folder.artifact}: {reason}")
+        raise UserError(f"{title}: could not score {run.folder.artifact}: {reason}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
