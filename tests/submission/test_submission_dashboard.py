@@ -15,7 +15,8 @@ from playwright.sync_api import Page, Route, sync_playwright
 
 from train.common.errors import UserError
 from train.submission.__main__ import main
-from train.submission.dashboard import MAX_POINTS, _thinned, collect, find_runs, page, speed
+from train.submission.dashboard import collect, find_shown, page
+from train.submission.dashboard_rows import MAX_POINTS, speed, thinned
 from train.submission.summary import Summary
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -66,7 +67,8 @@ def test_the_data_in_the_page_is_that_of_the_runs(html: Path) -> None:
     assert (unfinished["status"], unfinished["val_bpb"], unfinished["parts"]) == ("not finished", None, {})
     groups = {name: run["group_name"] for name, run in by_name.items()}
     assert groups["wide_42"] == groups["wide_314"] == "sp8192_sdclip, mlp_mult=3.0, muon_wd=0.0"
-    assert groups["large"] == "sp8192_sdclip, mlp_mult=4.0, muon_wd=0.0" and len(set(groups.values())) == 4
+    # four times the width is the recipe's
+    assert groups["large"] == "sp8192_sdclip, muon_wd=0.0" and len(set(groups.values())) == 4
     assert by_name["wide_42"]["varied"] == {"mlp_mult": 3.0, "muon_wd": 0.0}
     assert by_name["still_going"]["varied"] == {"mlp_mult": 2.0, "muon_wd": 0.5}
 
@@ -78,25 +80,25 @@ def test_the_page_asks_for_nothing_and_holds_its_library(html: Path) -> None:
 
 
 def test_names_cannot_break_out_of_the_data(runs: Path) -> None:
-    found, _ = collect(find_runs([runs / "base_42"]))
-    found[0]["id"] = "</script><b>"
-    assert "</script><b>" not in page(found, "x")
+    found, _ = collect(find_shown([runs / "base_42"]))
+    found[0]["id"] = "</script><b><!--<script"
+    assert not {"</script><b>", "<!--<script"} & set(re.findall(r"</script><b>|<!--<script", page(found, "x")))
 
 
 def test_speed_is_the_slope_of_the_clock_and_curves_are_thinned_to_their_end() -> None:
     assert speed([(10, 1.0, 9.0), (20, 1.5, 8.0), (21, 1.75, 7.0)]) == [(20, 1.5, 50.0), (21, 1.75, 250.0)]
     points = [(step, 0.1 * step, 1.0) for step in range(4 * MAX_POINTS + 2)]
-    thinned = _thinned(points)
-    assert len(thinned) <= MAX_POINTS + 1 and thinned[0] == points[0] and thinned[-1] == points[-1]
-    assert _thinned(points[:7]) == points[:7] and _thinned([]) == []
+    kept = thinned(points)
+    assert len(kept) <= MAX_POINTS + 1 and kept[0] == points[0] and kept[-1] == points[-1]
+    assert thinned(points[:7]) == points[:7] and thinned([]) == []
 
 
 def test_runs_of_a_sweep_are_found_in_its_folder_and_above_it(runs: Path, tmp_path: Path) -> None:
     for name in ("base_42", "wide_42"):
         shutil.copytree(runs / name, tmp_path / "runs/sweep" / name)
     shutil.copytree(runs / "large", tmp_path / "runs/large")
-    assert [run.path.name for run in find_runs([tmp_path / "runs"])] == ["large", "base_42", "wide_42"]
-    assert [run.path.name for run in find_runs([tmp_path / "runs/sweep"])] == ["base_42", "wide_42"]
+    assert [path.name for path in find_shown([tmp_path / "runs"])] == ["large", "base_42", "wide_42"]
+    assert [path.name for path in find_shown([tmp_path / "runs/sweep"])] == ["base_42", "wide_42"]
 
 
 def test_a_run_that_diverged_leaves_the_others_their_page(runs: Path, tmp_path: Path) -> None:
@@ -106,24 +108,27 @@ def test_a_run_that_diverged_leaves_the_others_their_page(runs: Path, tmp_path: 
     diverged = dataclasses.replace(Summary.read(summary), val_bpb=math.nan, val_loss=math.inf)
     diverged.write(summary)
     assert main(["dashboard", str(tmp_path)]) == 0
-    scores = {run["id"]: (run["val_bpb"], run["val_loss"]) for run in embedded(tmp_path / "dashboard.html")["runs"]}
-    assert scores["base_42"] == (None, None) and scores["base_314"][0] == pytest.approx(loss_at(STEPS, 0.01) / 2.58)
+    scores = {run["id"]: (run["val_bpb"], run["steps"]) for run in embedded(tmp_path / "dashboard.html")["runs"]}
+    assert scores["base_42"] == (None, STEPS) and scores["base_314"][0] == pytest.approx(loss_at(STEPS, 0.01) / 2.58)
 
 
 def test_what_cannot_be_shown_is_said(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"none: no such folder"):
-        find_runs([tmp_path / "none"])
-    with pytest.raises(UserError, match="no run in it"):
-        find_runs([tmp_path])
+        find_shown([tmp_path / "none"])
+    with pytest.raises(UserError, match="no run and no record in it"):
+        find_shown([tmp_path])
     for name in ("base_42", "large"):
         shutil.copytree(runs / name, tmp_path / "some" / name)
     (tmp_path / "some/large/summary.json").write_text("{")
+    shutil.copytree(runs / "wide_42", tmp_path / "some/bad")
+    (tmp_path / "some/bad/metrics.jsonl").write_text('{"kind": "train", "train_loss": 1.0}\n')
     with pytest.raises(UserError, match=r"--out: the folder .* does not exist"):
         main(["dashboard", str(tmp_path / "some"), "--out", str(tmp_path / "no/page.html")])
     assert main(["dashboard", str(tmp_path / "some")]) == 0
     output = capsys.readouterr().out
     assert "1 run: base_42" in output and re.search(r"not shown: \S+large/summary\.json: not readable as JSON", output)
     assert any("Not shown: " in note for note in embedded(tmp_path / "some/dashboard.html")["notes"])
+    assert "bad: damaged (KeyError: 'step')" in output
     (tmp_path / "some/base_42/config.json").write_text("{")
     with pytest.raises(UserError, match=r"base_42/config\.json"):
         main(["dashboard", str(tmp_path / "some")])
@@ -156,7 +161,8 @@ def browser_page(html: Path) -> Iterator[Page]:
 
 def rows(opened: Page) -> list[list[str]]:
     return opened.evaluate(
-        "[...document.querySelectorAll('#runs tbody tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+        """[...document.querySelectorAll('#runs tbody tr')].map(row => [...row.cells].map(cell =>
+            [...cell.childNodes].filter(node => node.nodeName !== 'SMALL').map(node => node.textContent).join('')))"""
     )
 
 
@@ -181,7 +187,7 @@ def test_the_table_shows_the_numbers_sorted_by_score(browser_page: Page) -> None
     assert [row[0] for row in table] == [
         "large NOT COMPLIANT", "wide_42", "wide_314", "wide_999", "base_42", "base_314", "base_999", "still_going (not finished)",
     ]  # fmt: skip
-    assert table[1][1] == f"{loss_at(STEPS, -0.06) / 2.58:.4f}" and table[0][4] == "16,281,300" and table[-1][1] == "–"
+    assert table[1][1] == f"{loss_at(STEPS, -0.06) / 2.58:.5f}" and table[0][6] == "16,281,300" and table[-1][1] == "–"
     groups = browser_page.evaluate("[...document.querySelectorAll('#groups tbody tr')].map(row => row.innerText)")
     scores = [loss_at(STEPS, -0.06 + 0.005 * index) / 2.58 for index in range(3)]
     mean = sum(scores) / 3
@@ -241,7 +247,7 @@ def test_bars_are_as_long_as_bytes_and_the_limit_stands_at_16_million(browser_pa
         "(() => { const box = document.querySelector('#chart-size .shapelayer path').getBoundingClientRect(); return box.x + box.width / 2; })()"
     )
     assert limit == pytest.approx(origin + scale * 16_000_000, abs=1.5)
-    assert "over" in browser_page.evaluate("document.querySelector('#runs tbody tr').cells[4].className")
+    assert "over" in browser_page.evaluate("document.querySelector('#runs tbody tr').cells[6].className")
 
 
 @needs_chromium
@@ -268,7 +274,7 @@ def test_filter_sort_and_axis_change_what_is_drawn(browser_page: Page) -> None:
     assert browser_page.inner_text("#summary").startswith("3 of 8 runs")
     browser_page.click("#runs th button:has-text('seed')")
     browser_page.click("#runs th button:has-text('seed')")
-    assert [row[3] for row in rows(browser_page)] == ["999", "314", "42"]
+    assert [row[5] for row in rows(browser_page)] == ["999", "314", "42"]
     assert browser_page.get_attribute("#runs th[data-key=seed]", "aria-sort") == "descending"
     browser_page.fill("#filter", "")
     browser_page.select_option("#order", "id")
@@ -337,8 +343,8 @@ def test_a_phone_shows_everything_without_sideways_scrolling(browser_page: Page)
     boxes = browser_page.evaluate(
         "[...document.querySelectorAll('.card')].map(card => { const box = card.getBoundingClientRect(); return [box.left, box.right]; })"
     )
-    assert len(boxes) == 7 and all(0 <= left < right <= 390 for left, right in boxes)
-    # name and score are seen first, without scrolling the table
+    assert len(boxes) == 8 and all(0 <= left < right <= 390 for left, right in boxes)
+    # name and score are seen first
     score = browser_page.evaluate("document.querySelector('#runs tbody tr').cells[1].getBoundingClientRect().right")
     assert score < 390
     sizes = browser_page.evaluate(

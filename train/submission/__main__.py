@@ -76,12 +76,12 @@ def _build(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from train.submission.check import apply_rules, exit_code
-    from train.submission.record_folder import find_records, read_record_folder
+    from train.submission.record_folder import found_folders, is_record, read_record_folder
     from train.submission.report import screen, table, to_dict
 
     # an unreadable record must not hide the others
     checked, code, several = [], 0, False
-    folders = [folder for given in arguments.folder for folder in find_records(given)]
+    folders = [folder for given in arguments.folder for folder in found_folders(given, is_record) or [given]]
     for folder in folders:
         try:
             record = read_record_folder(folder)
@@ -105,13 +105,15 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _dashboard(arguments: argparse.Namespace) -> int:
-    from train.submission.dashboard import write_dashboard
+    from train.submission.dashboard import default_out, write_dashboard
+    from train.submission.report import printable
 
-    out = arguments.out or arguments.runs[0] / "dashboard.html"
-    runs, problems = write_dashboard(arguments.runs, out)
-    print(f"{out}: {out.stat().st_size:,} bytes, {counted(len(runs), 'run')}: {', '.join(run['id'] for run in runs)}")
+    out = arguments.out or default_out(arguments.folders)
+    rows, problems = write_dashboard(arguments.folders, out)
+    names = list(dict.fromkeys(row["id"] for row in rows))
+    print(f"{out}: {out.stat().st_size:,} bytes, {counted(len(rows), 'run')}: {printable(', '.join(names))}")
     for problem in problems:
-        print(f"not shown: {problem}")
+        print(f"not shown: {printable(problem)}")
     return 0
 
 
@@ -219,14 +221,21 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command(
         "dashboard",
-        "make an HTML page of all runs in a folder",
-        "Write one HTML file, which needs no network: curves, step times, sizes and scores by seed of all runs in a folder.",
-        "dashboard runs --out runs.html",
+        "make an HTML page of runs and records",
+        "Write one HTML file, which needs no network: leaderboard, curves, step times, sizes, and scores before quantization, "
+        "after it and after test-time training, of runs and of anyone's record folders. Record folders are only read.",
+        "dashboard runs records --out runs.html",
     )
     one.add_argument(
-        "runs", metavar="RUNS", type=Path, nargs="+", help="run folders, or folders that contain run folders"
+        "folders",
+        metavar="FOLDER",
+        type=Path,
+        nargs="+",
+        help="run folders, record folders, or folders that contain them",
     )
-    one.add_argument("--out", type=Path, help="the file to write [RUNS/dashboard.html]")
+    one.add_argument(
+        "--out", type=Path, help="the file to write [dashboard.html in the first folder with runs, or here]"
+    )
     one.set_defaults(run=_dashboard)
     return parser
 

@@ -1,8 +1,7 @@
-"""Writes an HTML page with curves, step times, sizes and scores of all runs in a folder. The page needs no network."""
+"""Writes an HTML page of runs and record folders side by side: leaderboard, curves, step times, sizes. It needs no network."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,130 +11,107 @@ from plotly.offline import get_plotlyjs
 
 from train.common.errors import UserError
 from train.common.files import atomic_write
+from train.common.values import ConfigError
 from train.config import Config
+from train.recipes import load_recipe
 from train.run.folder import RunFolder, changed_settings
-from train.run.logger import finite, read_metrics, series
-from train.submission.summary import Summary
+from train.submission.dashboard_rows import MAX_POINTS, Row, record_rows, run_row
+from train.submission.record_folder import found_folders, is_record, is_run
 
 TEMPLATE = Path(__file__).with_name("dashboard.html")
-# longer curves are downsampled, because a screen cannot show more points
-MAX_POINTS = 1500
-NUMBERS = "val_bpb val_loss steps step_avg_ms train_seconds eval_seconds bytes_total parameters".split()
-_NAMED_SETTINGS = 3
 
 
-def write_dashboard(paths: Sequence[Path], out: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def write_dashboard(paths: Sequence[Path], out: Path) -> tuple[list[Row], list[str]]:
     """Write the HTML page.
 
     Args:
-        paths: run folders, or folders that contain run folders.
+        paths: run folders, record folders, or folders that contain them. Record folders are only read.
         out: the HTML file.
 
     Returns:
-        The data of each run, and a message for each run that cannot be shown.
+        A row per run and per seed of a record, and a message for each folder that cannot be shown.
 
     Raises:
-        UserError: no run can be shown.
+        UserError: nothing can be shown.
     """
     if not out.parent.is_dir():
         raise UserError(f"--out: the folder {out.parent} does not exist: create it first")
-    runs, problems = collect(find_runs(paths))
-    if not runs:
+    rows, problems = collect(find_shown(paths))
+    if not rows:
         raise UserError("; ".join(problems))
-    atomic_write(out, page(runs, ", ".join(map(str, paths)), problems))
-    return runs, problems
+    atomic_write(out, page(rows, ", ".join(map(str, paths)), problems))
+    return rows, problems
 
 
-def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
-    """Find the run folders among `paths`, inside them, and inside the sweeps in them, sorted by path.
+def find_shown(paths: Sequence[Path]) -> list[Path]:
+    """Find the run folders and record folders among `paths` and inside them, sorted by path.
 
     Raises:
-        UserError: a path is not a folder, or holds no run.
+        UserError: a path is not a folder, or contains neither.
     """
-    found = set()
+    found: set[Path] = set()
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path}: no such folder: give a run folder, or a folder that contains run folders")
-        inside = [path] if (path / "config.json").is_file() else [*path.glob("*"), *path.glob("*/*")]
-        runs = [item for item in inside if (item / "config.json").is_file() and (item / "metrics.jsonl").is_file()]
-        if not runs:
-            raise UserError(f"{path}: no run in it: python -m train makes one under runs/")
-        found |= set(runs)
-    return [RunFolder(path) for path in sorted(found)]
+            raise UserError(f"{path}: no such folder: give a run or record folder, or a folder that contains some")
+        inside = found_folders(path, lambda folder: is_run(folder) or is_record(folder))
+        if not inside:
+            raise UserError(f"{path}: no run and no record in it: python -m train makes a run under runs/")
+        found |= set(inside)
+    return sorted(found)
 
 
-def page(runs: list[dict[str, Any]], source: str, problems: Sequence[str] = ()) -> str:
+def default_out(paths: Sequence[Path]) -> Path:
+    """Return where the page is written: the first folder with runs of ours, as record folders are only read."""
+    own = (path for path in paths if path.is_dir() and not is_record(path) and found_folders(path, is_run))
+    return next(own, Path()) / "dashboard.html"
+
+
+def page(rows: list[Row], source: str, problems: Sequence[str] = ()) -> str:
     """Return the HTML page, with the data and the plotting library embedded."""
-    notes = [f"Colors: settings. Dash patterns: seeds. Curves of more than {MAX_POINTS:,} points are downsampled."]
+    notes = [
+        "Scores on another text, or on fewer tokens, are marked and listed below the others.",
+        f"Curves of more than {MAX_POINTS:,} points are downsampled.",
+    ]
     notes += [f"Not shown: {'; '.join(problems)}."] if problems else []
-    data = json.dumps({"runs": runs, "source": source, "notes": notes}, allow_nan=False)
-    # a "</script>" in a run's name must not end the script element
-    data = data.replace("</", "<\\/")
+    data = json.dumps({"runs": rows, "source": source, "notes": notes}, allow_nan=False)
+    # "<!--" or "</script>" in a name must not end the script element
+    data = data.replace("<", "\\u003c")
     return TEMPLATE.read_text().replace("/*PLOTLY*/", get_plotlyjs(), 1).replace("/*DATA*/", data, 1)
 
 
-def collect(folders: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Read the data of each run. Missing and non-finite numbers become None.
+def collect(folders: Sequence[Path]) -> tuple[list[Row], list[str]]:
+    """Read the rows of each folder. Missing and non-finite numbers become None.
 
     Returns:
-        The data of each run, and a message for each run that cannot be read.
+        The rows, and a message for each folder that cannot be read.
     """
-    configs: list[Config] = []
-    runs, problems = [], []
-    for folder in folders:
+    configs: dict[int, Config] = {}
+    rows, problems = [], []
+    for number, folder in enumerate(folders):
         try:
-            config = folder.read_config()
-            shown = _run(folder, config)
+            if not is_run(folder):
+                rows += [{**row, "group": number, "varied": {}} for row in record_rows(folder)]
+                continue
+            config = RunFolder(folder).read_config()
+            shown = run_row(RunFolder(folder), config)
         except UserError as error:
             problems.append(str(error))
             continue
-        configs.append(config)
-        # runs that differ only in their seed form a group; the group's number is the index of its first run
-        group = next(
-            index for index, other in enumerate(configs) if not changed_settings(other, config, free=("seed",))
-        )
-        runs.append({**shown, "group": group})
-    varied = varied_settings({run["group"]: configs[run["group"]] for run in runs})
-    for run in runs:
-        run["varied"] = varied[run["group"]]
-        run["group_name"] = _group_name(run["recipe"], run["varied"])
-    return runs, problems
-
-
-def speed(points: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
-    """Compute (step, seconds, ms per step) between neighbouring points; step and seconds are the later point's."""
-    return [
-        (after[0], after[1], 1000 * (after[1] - before[1]) / (after[0] - before[0]))
-        for before, after in itertools.pairwise(points)
-    ]
-
-
-def _run(folder: RunFolder, config: Config) -> dict[str, Any]:
-    records = read_metrics(folder.metrics)
-    loss, bpb = series(records, "train", "train_loss"), series(records, "val", "val_bpb")
-    curves = {"loss": loss, "bpb": bpb, "speed": speed(loss)}
-    summary = Summary.read(folder.summary) if folder.summary.exists() else None
-    numbers = summary.to_dict() if summary else {}
-    return {
-        "id": folder.path.name,
-        "recipe": config.recipe,
-        "seed": config.seed,
-        "date": numbers.get("date", "")[:10] or None,
-        "status": "finished" if summary else "not finished",
-        "hardware": numbers.get("hardware", ""),
-        "label": numbers.get("label", ""),
-        "max_bytes": config.max_artifact_bytes,
-        **{name: finite(numbers.get(name)) for name in NUMBERS},
-        "parts": summary.byte_parts if summary else {},
-        "series": {name: _thinned(points) for name, points in curves.items()},
-    }
-
-
-def _thinned(points: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
-    """Keep at most MAX_POINTS + 1 points, the last one always."""
-    stride = -(-len(points) // MAX_POINTS) or 1
-    kept = list(points[::stride])
-    return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            problems.append(f"{folder}: damaged ({type(error).__name__}: {str(error)[:60]})")
+            continue
+        # runs that differ only in their seed form a group; the group's number is that of its first run
+        alike = (index for index, other in configs.items() if not changed_settings(other, config, free=("seed",)))
+        group = next(alike, number)
+        configs.setdefault(group, config)
+        rows.append({**shown, "group": group})
+    varied = varied_settings(configs)
+    for row in rows:
+        if row["group"] in varied:
+            row["varied"] = varied[row["group"]]
+            row["group_name"] = _group_name(configs[row["group"]], row["varied"])
+    _rank(rows)
+    return rows, problems
 
 
 def varied_settings(groups: dict[int, Config]) -> dict[int, dict[str, Any]]:
@@ -148,7 +124,35 @@ def varied_settings(groups: dict[int, Config]) -> dict[int, dict[str, Any]]:
     return found
 
 
-def _group_name(recipe: str, varied: dict[str, Any]) -> str:
-    parts = [f"{name}={value}" for name, value in varied.items()]
-    more = f" and {len(parts) - _NAMED_SETTINGS} more" if len(parts) > _NAMED_SETTINGS else ""
-    return ", ".join([recipe, *parts[:_NAMED_SETTINGS]]) + more
+def _group_name(config: Config, varied: dict[str, Any]) -> str:
+    """Name the varied settings that are not the recipe's."""
+    try:
+        base = load_recipe(config.recipe).config().to_dict()
+    except ConfigError:
+        base = {}
+    changed = [f"{name}={value}" for name, value in varied.items() if name not in base or base[name] != value]
+    return ", ".join([config.recipe, *(changed or ["as the recipe"] if varied else [])])
+
+
+def _rank(rows: list[Row]) -> None:
+    """Mark the rows whose scores are not comparable with those on the whole text, which is the challenge's if any row has it."""
+    texts = [row["text"] for row in rows if row["text"]]
+    whole = next((text for text in texts if text["challenge"]), None) or max(
+        texts, key=lambda text: text["tokens"], default=None
+    )
+    for row in rows:
+        text = row["text"]
+        row["rank"], row["badge"] = 0, ""
+        if text is None:
+            row["badge"] = "text not stated" if row["val_bpb"] is not None else ""
+        elif not text["whole"] or (
+            whole
+            and not text["challenge"]
+            and text["name"] == whole["name"]
+            and text["tokens"] + text["window"] <= whole["tokens"]
+        ):
+            row["rank"], row["badge"] = 2, f"fewer tokens: {text['tokens']:,}"
+        elif (whole and text["challenge"] != whole["challenge"]) or (
+            whole and not whole["challenge"] and text["name"] != whole["name"]
+        ):
+            row["rank"], row["badge"] = 1, f"another text: {text['name']}"

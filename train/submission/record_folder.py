@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -209,24 +211,33 @@ class RecordFolder:
         return SeedResult(seed, claimed, logs[-1] if logs else None, None)
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run folder of `python -m train`."""
+    return (path / "config.json").is_file() and (path / "metrics.jsonl").is_file()
+
+
 def is_record(path: Path) -> bool:
-    """Whether a folder looks like a record: it has a submission.json, or a README.md beside logs or a script."""
-    if not path.is_dir() or ((path / "config.json").is_file() and (path / "metrics.jsonl").is_file()):
+    """Whether a folder looks like a record: it has a submission.json or logs, and is not a run folder."""
+    if not path.is_dir() or is_run(path):
         return False
-    names = {item.name for item in path.iterdir()}
-    inside = any(name.endswith((".log", ".py")) or name.startswith("train") for name in names)
-    return "submission.json" in names or ("README.md" in names and inside) or any(n.endswith(".log") for n in names)
+    names = [entry.name for entry in os.scandir(path) if entry.is_file(follow_symlinks=False)]
+    return "submission.json" in names or any(
+        name.endswith(".log") or ("README.md" in names and name.endswith(".txt") and "train" in name) for name in names
+    )
 
 
-def find_records(path: Path) -> list[Path]:
-    """Return the record folders among `path`, the folders in it, and those in these; `path` itself if there is none."""
-    if is_record(path) or not path.is_dir():
+def found_folders(path: Path, wanted: Callable[[Path], bool], levels: int = 3) -> list[Path]:
+    """Return the wanted folders: `path`, or else those inside, without links and hidden folders, sorted."""
+    if wanted(path):
         return [path]
-    for pattern in ("*", "*/*"):
-        found = sorted(item for item in path.glob(pattern) if not item.name.startswith(".") and is_record(item))
-        if found:
-            return found
-    return [path]
+    if not levels or not path.is_dir():
+        return []
+    inside = sorted(
+        entry.name
+        for entry in os.scandir(path)
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
+    )
+    return [found for name in inside for found in found_folders(path / name, wanted, levels - 1)]
 
 
 def read_record_folder(path: Path) -> RecordFolder:
