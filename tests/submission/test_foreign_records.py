@@ -1,8 +1,10 @@
 """Records of other programs: each fault of a real record folder, on a small record in the same layout."""
 
+import io
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from foreign_records import CODE, MODEL, RAW_CODE, SEEDS, log_lines, make_foreig
 from record_example import edit_json, failures, notes, verdicts
 
 from train.submission.__main__ import main
+from train.submission.check import apply_rules
 from train.submission.record_folder import read_record_folder
 from train.submission.rules.finding import Verdict
 
@@ -303,10 +306,29 @@ def test_a_bomb_is_unpacked_only_so_far(record: Path) -> None:
     import lzma
 
     for pack in (bz2.compress, lzma.compress):
-        bomb = base64.b85encode(pack(b"a" * 200_000_000)).decode()
+        bomb = base64.b85encode(pack(b"a" * 20_000_000)).decode()
         (record / "train_gpt.py").write_text(f'exec(L.decompress(B.b85decode("{bomb}")))')
         source = read_record_folder(record).sources["train_gpt.py"]
         assert len(source) <= 4_000_000 and set(source) == {"a"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "submission.json", "train_seed42.log"])
+def test_long_runs_of_one_character_take_no_time(record: Path, name: str) -> None:
+    lines = ["gptq:collected" + " " * 900, "8" + " " * 900, "a:" + "," * 900, "|" * 900, "#" * 900, "traintrain" * 90]
+    text = ("\n".join(lines) + "\n") * 30 + "\n" * 100_000 + "train on val " * 10_000 + "```\n    " * 1000
+    (record / name).write_text(text)
+    before = time.process_time()
+    read = read_record_folder(record)
+    apply_rules(read)
+    assert time.process_time() - before < 1.5
+
+
+def test_a_terminal_without_unicode_gets_escapes(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["check", str(record)]) == 0
+    stream.flush()
+    assert b"1.06123000 \\xb1 0.000" in stream.buffer.getvalue()
 
 
 def test_any_bytes_are_judged_without_a_traceback(record: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ _INT, _NUMBER = r"\d{1,18}", r"(?:\d{1,18}(?:\.\d{1,18})?(?:e[+-]?\d{1,3})?|nan|
 _STEP = rf"(?P<step>{_INT})/(?P<total>{_INT})\b"
 _LOSS, _BPB = rf"val_loss:(?P<val_loss>{_NUMBER})", rf"val_bpb:(?P<val_bpb>{_NUMBER})"
 _TIME = rf"{_NUMBER}(?:ms|s|min|m|h)"
-_CLOCK = rf"(?: .*?train_time:(?P<train_time>{_TIME})\b)?(?:.*? step_avg:(?P<step_avg_ms>{_NUMBER})ms\b)?"
+_CLOCK = rf"(?:.*?\btrain_time:(?P<train_time>{_TIME})\b)?(?:.*?\bstep_avg:(?P<step_avg_ms>{_NUMBER})ms\b)?"
 # how the weights are packed, such as int6+brotli or w6e16+zstd22
 _FORM = r"(?P<form>\w+\+[^\s:]+)"
 
@@ -36,7 +36,7 @@ _TABLE = {
     # a limit that the script itself states: `clock: 1121.067s (must be < 600.0)`
     "limit": rf"(?P<what>\w+):(?P<value>{_NUMBER})s? \(must be <=?\s*(?P<limit>{_NUMBER})",
     # seconds for GPTQ's Hessians on training data, after the last step
-    "calibration": rf"(?:gptq|GPTQ):\s*(?:loop-aware )?(?:calibrated|collected)\b.* in (?P<calibration_s>{_NUMBER})s\b",
+    "calibration": rf"(?:gptq|GPTQ):\s*(?:loop-aware )?(?:calibrated|collected)\b.*\bin (?P<calibration_s>{_NUMBER})s\b",
     # seconds for losses on training data that choose the row clips, after calibration
     "fitting": rf"fit:measured on \d+ training tokens in (?P<fitting_s>{_NUMBER})s\b",
     "train_loader": rf"train_loader:dataset:(?P<dataset>\S+) train_shards:(?P<train_shards>{_INT})\b",
@@ -44,8 +44,8 @@ _TABLE = {
     "world_size": rf"world_size:(?P<world_size>{_INT})\b(?: grad_accum_steps:(?P<grad_accum_steps>{_INT})\b)?",
     "seed": rf"seed:(?P<seed>{_INT})\b",
     # a score under any name; progress inside an evaluation, such as `batch 5/782`, is none
-    "final": rf"(?:final_)?(?P<name>[A-Za-z](?:[\w\s.:()+-]{{0,60}}?[\w)])?):?\s(?:\w+:[^\s/]+ )*?(?:{_LOSS} )?{_BPB}\b"
-    rf"(?:(?=.* stride:(?P<stride>{_INT}))|)(?:(?=.*(?:eval_time|elapsed|time):(?P<eval_time>{_TIME})\b)|).*",
+    "final": rf"(?:final_)?(?P<name>[A-Za-z](?:[\w\s.:()+-]{{0,60}}?[\w)])?):?\s+(?:\w+:[^\s/,|]+ )*?(?:{_LOSS} )?{_BPB}\b"
+    rf"(?:(?=.*\bstride:(?P<stride>{_INT}))|)(?:(?=.*\b(?:eval_time|elapsed|time):(?P<eval_time>{_TIME})\b)|).*",
     # a line of an indented block of hyper-parameters
     "setting": r"(?<=\s)(?P<key>[a-z_]\w*):(?P<text>\S.*)",
 }
@@ -62,9 +62,11 @@ GRAMMAR: dict[str, re.Pattern[str]] = {kind: _compiled(form) for kind, form in _
 _PREFIX = re.compile(
     r"^\[?(?:\d{10}(?:\.\d+)?|\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?Z?|rank ?\d+)\]?:?(?:[ \t]|$)", re.MULTILINE
 )
+# a result is shorter
+_LONGEST_LINE = 1000
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # a row of the table that nvidia-smi prints
-_GPU = re.compile(r"^\|\s+\d+\s+([A-Z][\w .-]{2,40}?)\s+(?:On|Off|N/A)\s*\|", re.MULTILINE)
+_GPU = re.compile(r"^\|[ ]+\d+[ ]+([A-Z][\w .-]{2,40}?)[ ]+(?:On|Off|N/A)[ ]*\|", re.MULTILINE)
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _TIMES = frozenset({"train_time", "eval_time", "total_eval_time"})
 _WHOLE = frozenset(
@@ -123,7 +125,7 @@ def parse_log_bytes(data: bytes) -> Log:
     for line in _hyperparameters(lines[:begin]):
         _read(found, line, 0)
     for number, line in enumerate(found["lines"], begin + 1):
-        if ":" in line or "=" in line:
+        if (":" in line or "=" in line) and len(line) <= _LONGEST_LINE:
             _read(found, line, number)
     return found
 

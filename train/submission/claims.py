@@ -31,6 +31,7 @@ _NUMBERS = (
 _ROWS = tuple((name, re.compile(form)) for name, form in _NUMBERS)
 _SEED = re.compile(r"(?:seed|s|run)?[_ -]?(\d{1,12})")
 _DEEPEST = 3
+_MOST_SEEDS = 50
 
 
 def number_name(field_name: str) -> str:
@@ -83,7 +84,7 @@ class Claims:
             listed = value if isinstance(value, list) else [value]
             found = [str(item) for item in listed if isinstance(item, (int, str)) and _SEED.fullmatch(str(item))]
             if found and len(found) == len(listed):
-                return tuple(_digits(item) for item in found)
+                return tuple(_digits(item) for item in found[:_MOST_SEEDS])
         return ()
 
     @cached_property
@@ -96,7 +97,7 @@ class Claims:
                 numbers = {str(key): value for key, value in _flat(entries) if is_number(value)}
                 if numbers:
                     found[seed] = numbers | found.get(seed, {})
-        return found
+        return dict(list(found.items())[:_MOST_SEEDS])
 
     @cached_property
     def seeds(self) -> dict[str, dict[str, float]]:

@@ -17,9 +17,11 @@ from typing import Any
 
 MOST_FILES = 2000
 MOST_LEVELS = 4
-# a record's largest log has a few MB
-MOST_BYTES = 32_000_000
+# far more than a record needs
+MOST_BYTES = 8_000_000
+MOST_TEXT_BYTES = 400_000
 MOST_SOURCE_BYTES = 4_000_000
+_MOST_PACKED_BYTES = 800_000
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def source_text(data: bytes) -> str:
     """
     text = data.decode(errors="replace")
     # parsing takes long, and only a packed script has such long lines
-    if not re.search("b85decode|b64decode|decompress", text) or len(text) < 150 * (text.count("\n") + 1):
+    short = len(text) < 150 * (text.count("\n") + 1) or len(data) > _MOST_PACKED_BYTES
+    if short or not re.search("b85decode|b64decode|decompress", text):
         return text
     try:
         constants = [node.value for node in walk(parse(data)) if isinstance(node, Constant)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import statistics
@@ -15,10 +16,18 @@ from train.common.errors import UserError
 from train.run.log_grammar import Numbers, parse_log_bytes
 from train.submission.claims import Claims
 from train.submission.digits import agree, is_number
-from train.submission.foreign_files import MOST_SOURCE_BYTES, Listing, list_files, read_object, source_text
+from train.submission.foreign_files import (
+    MOST_SOURCE_BYTES,
+    MOST_TEXT_BYTES,
+    Listing,
+    list_files,
+    read_object,
+    source_text,
+)
 from train.submission.record_logs import LOG_DIGITS, Clock, Evaluation, LogFile, logged_numbers
 
 _LOG_ENDINGS = (".log", ".txt", ".out")
+_MOST_LOGS = 60
 # text files that are no logs
 _NO_LOGS = re.compile(r"requirements|license|notice|readme|manifest|vocab|prompt", re.IGNORECASE)
 _SOURCES = (".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".sh", ".rs", ".go")
@@ -106,7 +115,7 @@ class RecordFolder:
         found: dict[str, str] = {}
         others = [name for name in self.files.sizes if name.endswith(_SOURCES)]
         waiting = [self.script] if self.script else []
-        while waiting and len(found) < 200:
+        while waiting and sum(map(len, found.values())) < MOST_SOURCE_BYTES:
             name = waiting.pop()
             found[name] = source_text(self.files.read(name, MOST_SOURCE_BYTES))
             words = set(re.findall(r"\w+", found[name]))
@@ -162,16 +171,17 @@ class RecordFolder:
         return parts | {log.name: "\n".join(log.log["lines"]) for log in self.logs}
 
     def find(self, pattern: str, *, logs: bool = True) -> list[tuple[str, str]]:
-        """Return (file name, line) for each line of `texts` with a match of `pattern`, which is in lower case."""
+        """Return (file name, excerpt of the line) for each match of `pattern`, which is in lower case, in `texts`."""
         form, found = re.compile(pattern), []
         for name, text in self.texts.items():
             if not logs and name not in ("README.md", "submission.json"):
                 continue
             lowered = text.lower()
-            for match in form.finditer(lowered):
-                begin = lowered.rfind("\n", 0, match.start()) + 1
-                end = lowered.find("\n", match.end())
-                found.append((name, text[begin : end if end >= 0 else None].strip()))
+            # a line may have any length
+            for match in itertools.islice(form.finditer(lowered), 100):
+                before = lowered[max(match.start() - 200, 0) : match.start()].rpartition("\n")[2]
+                after = lowered[match.end() : match.end() + 200].partition("\n")[0]
+                found.append((name, text[match.start() - len(before) : match.end() + len(after)].strip()))
         return list(dict.fromkeys(found))
 
     @cached_property
@@ -256,22 +266,27 @@ def read_record_folder(path: Path) -> RecordFolder:
     logs, copies, unread = _read_logs(files)
     if not ("README.md" in files.sizes or claims.text or logs):
         raise UserError(f"{path}: not a record folder: no README.md, no submission.json and no log")
-    readme = files.read("README.md", MOST_SOURCE_BYTES).decode(errors="replace") if "README.md" in files.sizes else ""
+    readme = files.read("README.md", MOST_TEXT_BYTES).decode(errors="replace") if "README.md" in files.sizes else ""
     return RecordFolder(path, files, readme, claims, logs, copies, unread)
 
 
 def _claims(files: Listing, name: str) -> Claims:
-    data = files.read(name, MOST_SOURCE_BYTES)
+    data = files.read(name, MOST_TEXT_BYTES)
     return Claims(*read_object(data), data.decode(errors="replace"))
 
 
 def _read_logs(files: Listing) -> tuple[tuple[LogFile, ...], tuple[str, ...], tuple[str, ...]]:
-    logs, copies, unread = [], [], []
+    logs: list[LogFile] = []
+    copies: list[str] = []
+    unread: list[str] = []
     seen: dict[bytes, str] = {}
     for name in files.sizes:
         path = PurePosixPath(name)
         if path.suffix.lower() not in _LOG_ENDINGS or _NO_LOGS.search(path.name):
             continue
+        if len(logs) + len(unread) >= _MOST_LOGS:
+            unread.append(f"{name} and further ones")
+            break
         data = files.read(name)
         digest = hashlib.sha256(data).digest()
         if digest in seen:

@@ -14,6 +14,7 @@ from train.submission.digits import agree, is_number
 _EXACT = "_exact"
 # logs print scores with at least so many decimals
 LOG_DIGITS = 4
+_MOST_EVALUATIONS = 100
 _BEFORE = re.compile(r"pre.?quant|post.?ema", re.IGNORECASE)
 # a file's name states the seed behind these words
 _NAMED_SEED = re.compile(r"(?:seed|_s|_log)[_-]?(\d{1,12})")
@@ -100,7 +101,7 @@ class LogFile:
                 None if milliseconds is None else milliseconds / 1000,
                 self.log["final_lines"][name],
             )
-        return tuple(found.values())
+        return tuple(found.values())[-_MOST_EVALUATIONS:]
 
     def find(self, claim: float | None, name: str = "") -> Evaluation | None:
         """Return the evaluation with the claimed score, or else of this name; without a claim, the last one."""

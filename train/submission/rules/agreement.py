@@ -143,7 +143,7 @@ def _judged(rule: str, text: str, stated: float) -> Finding:
 
 def _headline(text: str) -> str:
     """Return the score that a line of README.md claims as the record's own: the first `val_bpb: 1.23` or `Score 1.23`."""
-    form = rf"^[\s#*>|_-]*(?:final |mean |our |average |\d-seed mean )*(?:val[_ ]?bpb|score|bpb|result)\b[^\d\n]{{0,24}}{_BPB}"
+    form = rf"^[ \t#*>|_-]*(?:final |mean |our |average |\d-seed mean )*(?:val[_ ]?bpb|score|bpb|result)\b[^\d\n]{{0,24}}{_BPB}"
     found = re.search(form, text, re.IGNORECASE | re.MULTILINE)
     return found[1] if found else ""
 

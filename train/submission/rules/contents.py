@@ -79,22 +79,22 @@ def command(record: RecordFolder) -> Finding:
         return unknown(rule, "README.md has no training command with variables")
     if not record.script:
         return unknown(rule, f"{number}, but no script")
-    source = "\n".join(record.sources.values())
     if not record.sources[record.script]:
         return unknown(rule, f"{number}, but the script's compression is not recognized")
     # a settings dataclass has the name in lower case
-    ignored = [name for name in variables if not re.search(rf"\b({name}|{name.lower()})\b", source)]
+    words = {word for source in record.sources.values() for word in re.findall(r"\w+", source)}
+    ignored = [name for name in variables if not {name, name.lower()} & words]
     return note_unless(not ignored, rule, f"ignored: {', '.join(ignored)}" if ignored else number)
 
 
 def training_variables(readme: str) -> set[str]:
     """Return the variables that README's code blocks set for a training script: in front of it, or exported before."""
-    blocks = re.findall(r"```[^\n]*\n(.*?)```|^((?: {4}.*\n)+)", readme, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"```[^\n]*\n(.*?)```|^((?: {4}[^\n]*\n)+)", readme, re.DOTALL | re.MULTILINE)
     found: set[str] = set()
     for block in blocks:
         exported: set[str] = set()
-        for line in re.sub(r"\\\s*\n", " ", "".join(block)).split("\n"):
-            script = re.search(r"\S*train\w*\.py\b", line)
+        for line in re.sub(r"\\[ \t\r]*\n", " ", "".join(block)).split("\n"):
+            script = re.search(r"train\w{0,60}\.py\b", line)
             if line.strip().startswith("export "):
                 exported |= set(_ASSIGNED.findall(line))
             elif script:

@@ -12,7 +12,7 @@ _LIMIT = "trained on 8 × H100 SXM"
 _KEYS = ("hardware", "gpu", "gpus", "platform", "accelerator", "device")
 _MODEL = r"(?:NVIDIA\s+)?(?:GeForce\s+)?((?:[HABLV]\d{2,3}|GB\d{3}|MI\d{3}|RTX[ -]?(?:PRO|A)?[ -]?\d{4}|[345]090)\w*(?:[ -](?:SXM\d?|PCIe|NVL))?)"
 _OTHER = re.compile(r"\b(?:cpus?|cores?|laptop|apple|mps|tpu|epyc|xeon)\b", re.IGNORECASE)
-_COUNTED = re.compile(rf"(?<![\w.])(\d{{1,4}})\s*(?:[x×*]|GPUs?:?)?\s*{_MODEL}\b", re.IGNORECASE)
+_COUNTED = re.compile(rf"(?<![\w.])(\d{{1,4}})\s{{0,2}}(?:[x×*]|GPUs?:?)?\s{{0,2}}{_MODEL}\b", re.IGNORECASE)
 _ALONE = re.compile(rf"\b{_MODEL}\b", re.IGNORECASE)
 
 
