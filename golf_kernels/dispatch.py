@@ -12,36 +12,44 @@ A new kernel takes six files, tests and documentation included:
 6. `README.md`: a row in the table of operators.
 
 There are four backends: `torch` (the reference, for any device), `cpp` (for CPU tensors), `triton` and `cuda` (for CUDA
-tensors). A call takes the first one that can run, in the order cuda, triton, cpp, torch. A backend registered with
-`opt_in` runs only if it is forced. A fallback is logged once, with its reason.
+tensors). A call takes the first backend that can run, in this order:
 
-`GOLF_BACKEND` forces backends: `torch` for all operators, `newton_schulz=triton,int6=cuda` for single operators,
-`torch,int6=cpp` for int6 and for all others. A forced backend that cannot run raises an error. Forcing a backend does
-not affect tensors on devices that this backend does not take: they take the first other backend that can run.
+1. the backend that `GOLF_BACKEND` names;
+2. the backend that `python -m golf_kernels tune` chose on this machine, or that is shipped for its GPU
+   (`golf_kernels.tuned`);
+3. cuda, cpp, torch. Triton kernels run only if 1 or 2 names them.
+
+A fallback is logged once, with its reason.
+
+`GOLF_BACKEND` names backends: `torch` for all operators, `newton_schulz=triton,int6=cuda` for single operators,
+`torch,int6=cpp` for int6 and for all others. A named backend is forced: if it cannot run, the call raises an error. With
+a question mark, as in `newton_schulz=triton?`, the call takes the next backend instead. Naming a backend does not affect
+tensors on devices that this backend does not take: they take the first other backend that can run.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-Backend = Literal["cuda", "triton", "cpp", "torch"]
-PREFERENCE: tuple[Backend, ...] = get_args(Backend)
-ENVIRONMENT_VARIABLE = "GOLF_BACKEND"
+from golf_kernels import tuned
+from golf_kernels.backend_names import ENVIRONMENT_VARIABLE as ENVIRONMENT_VARIABLE
+from golf_kernels.backend_names import PREFERENCE as PREFERENCE
+from golf_kernels.backend_names import Backend as Backend
+from golf_kernels.backend_names import BackendError as BackendError
+from golf_kernels.backend_names import Named, nearest, read
+from golf_kernels.backend_names import forced as forced
+
 AVAILABLE = "available"
-# value of `opt_in` for a backend whose effect on the training step was not measured yet
-UNMEASURED = "not yet measured in a training step"
 
 # torch.library.Library carries no type hints
 _Library: Any = torch.library.Library
@@ -51,10 +59,6 @@ LIBRARY = _Library("golf", "FRAGMENT")
 _DEVICES: dict[Backend, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), "cpp": ("cpu",), "torch": ()}
 _logger = logging.getLogger("golf_kernels")
 _logged: set[tuple[str, str, str]] = set()
-
-
-class BackendError(RuntimeError):
-    """A forced backend cannot run, or `GOLF_BACKEND` names something that does not exist."""
 
 
 class Choice(NamedTuple):
@@ -68,7 +72,6 @@ class Choice(NamedTuple):
 class _Implementation:
     function: Callable[..., Any]
     supports: Callable[..., str | None]
-    opt_in: str
 
 
 _registry: dict[str, dict[Backend, _Implementation]] = {}
@@ -86,7 +89,6 @@ def register(
     fn: Callable[..., Any],
     *,
     supports: Callable[..., str | None] = _supports_everything,
-    opt_in: str = "",
 ) -> None:
     """Registers one implementation of an operator.
 
@@ -97,19 +99,15 @@ def register(
         supports: returns None if `fn` can run, otherwise the reason, as a phrase ("not built: no nvcc"). Called without
             arguments, it checks this machine: is the backend built, is it importable, is there a GPU? Called with the
             operator's arguments, it also checks their dtypes and shapes. It need not check their device.
-        opt_in: reason why the backend runs only if it is forced ("slower than torch in the step on H200"). An empty
-            string lifts this restriction.
     """
     if backend not in PREFERENCE:
         raise ValueError(f"backend of {op}: expected one of {', '.join(PREFERENCE)}, found {backend!r}")
-    _registry.setdefault(op, {})[backend] = _Implementation(fn, supports, opt_in)
-    _read.cache_clear()
+    _registry.setdefault(op, {})[backend] = _Implementation(fn, supports)
 
 
 def set_members(name: str, members: Sequence[str]) -> None:
     """Makes `name` select these operators in `GOLF_BACKEND` and in `available_backends`."""
     _members[name] = tuple(members)
-    _read.cache_clear()
 
 
 def members(name: str) -> tuple[str, ...]:
@@ -192,7 +190,7 @@ def run_on(backend: Backend, op: str, *args: Any) -> Any:
 
 
 def choose(op: str, *args: Any, device: str | None = None) -> Choice:
-    """Chooses the backend of a call: the forced backend, otherwise the first in `PREFERENCE` that can run.
+    """Chooses the backend of a call, by the order in this module's docstring.
 
     Args:
         op: name of the operator.
@@ -207,33 +205,41 @@ def choose(op: str, *args: Any, device: str | None = None) -> Choice:
     """
     implementations = _implementations(op)
     device = _device(args) if device is None else device
-    forced = _forced(op)
+    named, source = _named(op), ENVIRONMENT_VARIABLE
+    if named is None and device == "cuda":
+        named, source = _tuned(op)
     refused: list[str] = []
-    if forced is not None:
-        elsewhere = bool(args) and not _made_for(forced, device)
-        problem = refusal(op, forced, *(() if elsewhere else args))
-        if problem is not None:
+    if named is not None:
+        elsewhere = bool(args) and not _made_for(named.backend, device)
+        problem = refusal(op, named.backend, *(() if elsewhere else args))
+        if problem is not None and named.forced:
             raise BackendError(
-                f"{ENVIRONMENT_VARIABLE} forces {forced} for {op}, which cannot run: {problem}; "
+                f"{ENVIRONMENT_VARIABLE} forces {named.backend} for {op}, which cannot run: {problem}; "
                 f"unset it, or choose another with {ENVIRONMENT_VARIABLE}={op}=torch"
             )
-        if not elsewhere:
-            return Choice(forced, f"forced by {ENVIRONMENT_VARIABLE}")
-        problem = f"forced, but it takes tensors on {' or '.join(_DEVICES[forced])}, found {device}"
-        refused.append(f"{forced}: {problem}")
-        _log_once(op, forced, problem)
+        if elsewhere:
+            problem = f"takes tensors on {' or '.join(_DEVICES[named.backend])}, found {device}"
+        if problem is None:
+            verb = "forced" if named.forced else "preferred"
+            return Choice(named.backend, f"{verb} by {source}" if source == ENVIRONMENT_VARIABLE else source)
+        refused.append(f"{named.backend}: named, but {problem}")
+        _log_once(op, named.backend, problem)
     for backend in PREFERENCE:
         # skipping a backend that is made for another device is not logged as a fallback
         if backend not in implementations or (_DEVICES[backend] and device not in _DEVICES[backend]):
             continue
-        opt_in = implementations[backend].opt_in
-        problem = f"only when forced: {opt_in}" if opt_in else implementations[backend].supports(*args)
+        problem = implementations[backend].supports(*args)
+        if backend == "triton":
+            if problem is None and named is None:
+                tuned.tell()
+            if named is None or named.backend != "triton":
+                refused.append(f"triton: {problem or f'not chosen: {tuned.COMMAND}'}")
+            continue
         if problem is None:
             usual = "the only backend" if len(implementations) == 1 else f"first choice on {device}"
             return Choice(backend, "; ".join(refused) or usual)
         refused.append(f"{backend}: {problem}")
-        if not opt_in:
-            _log_once(op, backend, problem)
+        _log_once(op, backend, problem)
     raise BackendError(f"{op}: no backend runs on {device} ({'; '.join(refused) or 'none is registered'})")
 
 
@@ -277,8 +283,17 @@ def refusal(op: str, backend: Backend, *args: Any) -> str | None:
 
 
 def may_run(op: str, backend: Backend, text: str) -> bool:
-    """Whether `op` may run on this backend if `GOLF_BACKEND` is `text`. An `opt_in` backend must be forced."""
-    return not _implementations(op)[backend].opt_in or _forced(op, text) == backend
+    """Whether `op` may run on this backend if `GOLF_BACKEND` is `text` and there is no tuned file."""
+    if backend not in _implementations(op):
+        return False
+    named = _named(op, text)
+    return backend != "triton" or (named is not None and named.backend == "triton")
+
+
+def with_preferences(text: str, preferences: Mapping[str, str]) -> str:
+    """Adds `op=backend?` to a value of `GOLF_BACKEND` for each operator or group that the text does not decide."""
+    added = [f"{n}={b}?" for n, b in preferences.items() if all(_named(op, text) is None for op in members(n))]
+    return ",".join([*added, text] if text else added)
 
 
 def registered() -> Iterator[tuple[str, Backend, Callable[..., Any]]]:
@@ -287,20 +302,6 @@ def registered() -> Iterator[tuple[str, Backend, Callable[..., Any]]]:
         for backend, implementation in implementations.items():
             yield op, backend, implementation.function
             yield op, backend, implementation.supports
-
-
-@contextmanager
-def forced(text: str) -> Iterator[None]:
-    """Sets `GOLF_BACKEND` to `text` inside a `with` block."""
-    before = os.environ.get(ENVIRONMENT_VARIABLE)
-    os.environ[ENVIRONMENT_VARIABLE] = text
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[ENVIRONMENT_VARIABLE]
-        else:
-            os.environ[ENVIRONMENT_VARIABLE] = before
 
 
 def triton_problem(*, tma: bool = False) -> str | None:
@@ -339,19 +340,14 @@ def validate() -> None:
         BackendError: see `choose`.
     """
     for op in _registry:
-        if _forced(op) is not None:
+        if _named(op) is not None:
             choose(op)
 
 
 def _implementations(op: str) -> dict[Backend, _Implementation]:
     if op not in _registry:
-        raise BackendError(f"unknown operator {op!r}; {_nearest(op, sorted(_registry))}")
+        raise BackendError(f"unknown operator {op!r}; {nearest(op, sorted(_registry))}")
     return _registry[op]
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def _made_for(backend: Backend, device: str) -> bool:
@@ -360,35 +356,23 @@ def _made_for(backend: Backend, device: str) -> bool:
     return not _DEVICES[backend] or device in _DEVICES[backend] or interpreted
 
 
-def _forced(op: str, text: str | None = None) -> Backend | None:
-    return _read(op, os.environ.get(ENVIRONMENT_VARIABLE, "") if text is None else text)
-
-
-# cached, because a training step calls this about a hundred times
-@functools.lru_cache(maxsize=1024)
-def _read(op: str, text: str) -> Backend | None:
-    """The backend that `GOLF_BACKEND=text` forces for an operator; None if it forces none."""
-    default: Backend | None = None
-    by_name: dict[str, Backend] = {}
-    for entry in text.split(",") if text else ():
-        name, equals, value = (word.strip() for word in entry.rpartition("="))
-        matches = [backend for backend in PREFERENCE if backend == value]
-        if not matches or (equals and not name):
-            raise BackendError(
-                f"{ENVIRONMENT_VARIABLE}={text}: cannot read {entry!r}; expected a backend ({', '.join(PREFERENCE)}) "
-                "or operator=backend, separated by commas"
-            )
-        if equals:
-            by_name[name] = matches[0]
-        else:
-            default = matches[0]
-    known = sorted({*_registry, *_members})
-    for name in by_name:
-        if name not in known:
-            raise BackendError(f"{ENVIRONMENT_VARIABLE}: unknown operator {name!r}; {_nearest(name, known)}")
+def _named(op: str, text: str | None = None) -> Named | None:
+    """The backend that `GOLF_BACKEND`, or this value of it, names for an operator; None if it names none."""
+    text = os.environ.get(ENVIRONMENT_VARIABLE, "") if text is None else text
+    if not text:
+        return None
+    default, by_name = read(text, (*_registry, *_members))
     # an entry for the operator wins over an entry for its group
-    names = [op, *(name for name, members in _members.items() if op in members)]
-    return next((by_name[name] for name in names if name in by_name), default)
+    return next((by_name[name] for name in (op, *_groups(op)) if name in by_name), default)
+
+
+def _tuned(op: str) -> tuple[Named | None, str]:
+    found = tuned.of_calls((op, *_groups(op)))
+    return (Named(found[0], False), found[1]) if found else (None, "")
+
+
+def _groups(op: str) -> list[str]:
+    return [name for name, listed in _members.items() if op in listed]
 
 
 def _device(args: tuple[Any, ...]) -> str:

@@ -344,13 +344,12 @@ dispatch.define_backward(
     setup_context=_setup_context,
     backward=_backward,
 )
-dispatch.register("leaky_relu2_mlp", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
+dispatch.register("leaky_relu2_mlp", "triton", _triton, supports=_triton_supports)
 dispatch.register(
     "leaky_relu2_mlp_backward",
     "triton",
     _triton_backward,
     supports=_triton_backward_supports,
-    opt_in=dispatch.UNMEASURED,
 )
 operators.declare(
     operators.Operator(

@@ -165,10 +165,8 @@ dispatch.define_backward(
     setup_context=_setup_context,
     backward=_backward,
 )
-dispatch.register("mix_rms_norm", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
-dispatch.register(
-    "mix_rms_norm_backward", "triton", _triton_backward, supports=_triton_backward_supports, opt_in=dispatch.UNMEASURED
-)
+dispatch.register("mix_rms_norm", "triton", _triton, supports=_triton_supports)
+dispatch.register("mix_rms_norm_backward", "triton", _triton_backward, supports=_triton_backward_supports)
 operators.declare(
     operators.Operator(
         "mix_rms_norm",

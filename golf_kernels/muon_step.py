@@ -109,7 +109,7 @@ def _inputs(
     return {"weights": weights, "gradients": gradients, **options}
 
 
-dispatch.register("muon_step", "triton", _step_triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
+dispatch.register("muon_step", "triton", _step_triton, supports=_triton_supports)
 operators.declare(
     operators.Operator(
         "muon_step",

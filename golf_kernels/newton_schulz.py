@@ -311,7 +311,7 @@ dispatch.refuse_gradient(
     "newton_schulz",
     "golf::newton_schulz has no gradient, but an input requires one; call it under torch.no_grad(), or detach it",
 )
-dispatch.register("newton_schulz", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
+dispatch.register("newton_schulz", "triton", _triton, supports=_triton_supports)
 operators.declare(
     operators.Operator(
         "newton_schulz",

@@ -298,10 +298,8 @@ dispatch.define_backward(
     setup_context=_setup_context,
     backward=_backward,
 )
-dispatch.register("qk_norm_rope", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
-dispatch.register(
-    "qk_norm_rope_backward", "triton", _triton_backward, supports=_triton_backward_supports, opt_in=dispatch.UNMEASURED
-)
+dispatch.register("qk_norm_rope", "triton", _triton, supports=_triton_supports)
+dispatch.register("qk_norm_rope_backward", "triton", _triton_backward, supports=_triton_backward_supports)
 operators.declare(
     operators.Operator(
         "qk_norm_rope",

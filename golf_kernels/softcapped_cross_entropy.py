@@ -302,7 +302,6 @@ dispatch.register(
     "triton",
     _triton,
     supports=_triton_supports,
-    opt_in=dispatch.UNMEASURED,
 )
 operators.declare(
     operators.Operator(

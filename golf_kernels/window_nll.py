@@ -119,9 +119,7 @@ dispatch.refuse_gradient(
     "golf::window_nll has no gradient, but an input requires one; call it under torch.no_grad(), or train with "
     "golf_kernels.softcapped_cross_entropy",
 )
-dispatch.register(
-    "window_nll", "triton", _triton, supports=_triton_supports, opt_in="not yet measured in an evaluation"
-)
+dispatch.register("window_nll", "triton", _triton, supports=_triton_supports)
 operators.declare(
     operators.Operator(
         "window_nll",

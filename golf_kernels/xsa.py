@@ -192,8 +192,8 @@ dispatch.define_backward(
     setup_context=_setup_context,
     backward=_backward,
 )
-dispatch.register("xsa", "triton", _triton, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
-dispatch.register("xsa_backward", "triton", _triton_backward, supports=_triton_supports, opt_in=dispatch.UNMEASURED)
+dispatch.register("xsa", "triton", _triton, supports=_triton_supports)
+dispatch.register("xsa_backward", "triton", _triton_backward, supports=_triton_supports)
 operators.declare(
     operators.Operator(
         "xsa",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from golf_kernels import dispatch
+from golf_kernels import dispatch, tuned
 from golf_kernels.newton_schulz import coefficient_set
 from train.artifact.codecs import CODECS
 from train.artifact.make import make_artifact, quantize
@@ -51,7 +51,10 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
         UserError: there is a problem with the settings, the data or the disk that the user can fix.
     """
     preflight(config)
-    with dispatch.forced(config.golf_backend), start_ranks(config.device) as ranks, ExitStack() as held:
+    with start_ranks(config.device) as ranks, ExitStack() as held:
+        kernels, lines = ranks.broadcast(tuned_kernels(config, ranks.device))
+        config = config.replace(golf_backend=kernels)
+        held.enter_context(dispatch.forced(kernels))
         clock = StageClock()
         with clock("data", found=Path(config.data_path).exists()):
             prepare_data(config, ranks)
@@ -75,8 +78,8 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
             if ranks.is_main and not log.resumed:
                 atomic_write(folder.source, package_source() + "\n")
             log.line(f"run_id:{config.run_id} recipe:{config.recipe} device:{ranks.device}")
-            for override in overrides:
-                log.line(override_line(override))
+            for line in [*map(override_line, overrides), *lines]:
+                log.line(line)
             with clock("train", found=folder.is_trained):
                 if folder.is_trained:
                     log.line("training: finished before; using weights.pt")
@@ -112,6 +115,21 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
         # all ranks wait until the record is written, because torchrun counts a rank that exits as finished
         ranks.barrier()
     return folder
+
+
+def tuned_kernels(config: Config, device: torch.device) -> tuple[str, list[str]]:
+    """Return `golf_backend` with the kernels that `python -m golf_kernels tune` chose for a step, and their log lines.
+
+    What the setting names itself is kept. The result is stored with the run, so a resumed run, its stages and its
+    script take the same kernels.
+    """
+    found = tuned.load() if device.type == "cuda" else None
+    if found is None:
+        return config.golf_backend, []
+    chosen = found.preferences("step")
+    kernels = dispatch.with_preferences(config.golf_backend, chosen)
+    added = [op for op, backend in chosen.items() if f"{op}={backend}?" in kernels.split(",")]
+    return kernels, [f"kernel: {found.line(op, 'step')}" for op in added]
 
 
 def preflight(config: Config) -> None:

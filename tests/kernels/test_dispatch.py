@@ -16,13 +16,9 @@ def clean_registry(monkeypatch):
     monkeypatch.setattr(dispatch, "_registry", {})
     monkeypatch.setattr(dispatch, "_members", {})
     monkeypatch.setattr(dispatch, "_logged", set())
-    # what it read depends on the operators that are known
-    dispatch._read.cache_clear()
-    yield
-    dispatch._read.cache_clear()
 
 
-def register(op, backend, *, problem=None, opt_in="", only_dtype=None):
+def register(op, backend, *, problem=None, only_dtype=None):
     def supports(*args):
         if problem is not None:
             return problem
@@ -30,7 +26,7 @@ def register(op, backend, *, problem=None, opt_in="", only_dtype=None):
             return f"only {only_dtype}"
         return None
 
-    dispatch.register(op, backend, lambda *args: (backend, *args), supports=supports, opt_in=opt_in)
+    dispatch.register(op, backend, lambda *args: (backend, *args), supports=supports)
 
 
 def test_prefers_cpp_on_the_cpu_and_the_gpu_backends_on_cuda():
@@ -69,13 +65,27 @@ def test_a_backend_for_another_device_is_no_fallback(caplog):
     assert not caplog.records
 
 
-def test_an_opt_in_backend_runs_only_when_forced(monkeypatch, caplog):
+def test_a_triton_kernel_runs_only_where_it_is_named(monkeypatch, caplog):
+    for backend in ("torch", "triton"):
+        register("op", backend)
+    assert dispatch.choose("op", device="cuda") == ("torch", "triton: not chosen: python -m golf_kernels tune")
+    monkeypatch.setenv("GOLF_BACKEND", "op=triton")
+    assert dispatch.choose("op", device="cuda") == ("triton", "forced by GOLF_BACKEND")
+    monkeypatch.setenv("GOLF_BACKEND", "op=triton?")
+    assert dispatch.choose("op", device="cuda") == ("triton", "preferred by GOLF_BACKEND")
+
+
+def test_a_preferred_backend_that_cannot_run_is_left_for_the_next(monkeypatch, caplog):
     register("op", "torch")
-    register("op", "cpp", opt_in="slower in the step")
-    assert dispatch.choose("op", torch.zeros(1)) == ("torch", "cpp: only when forced: slower in the step")
-    assert not caplog.records
+    register("op", "cpp", only_dtype=torch.float32)
+    monkeypatch.setenv("GOLF_BACKEND", "op=cpp?")
+    assert dispatch.choose("op", torch.zeros(1)) == ("cpp", "preferred by GOLF_BACKEND")
+    wide = torch.zeros(1, dtype=torch.float64)
+    assert dispatch.choose("op", wide).backend == "torch"
+    assert "falling back from cpp: only torch.float32" in caplog.text
     monkeypatch.setenv("GOLF_BACKEND", "op=cpp")
-    assert dispatch.choose("op", torch.zeros(1)).backend == "cpp"
+    with pytest.raises(dispatch.BackendError, match=r"forces cpp for op, which cannot run: only torch\.float32"):
+        dispatch.choose("op", wide)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +150,8 @@ def test_forcing_a_gpu_backend_leaves_cpu_tensors_alone(monkeypatch, caplog):
     for forced in ("cuda", "triton"):
         monkeypatch.setenv("GOLF_BACKEND", f"op={forced}")
         backend, reason = dispatch.choose("op", torch.zeros(1))
-        assert backend == "cpp" and reason == f"{forced}: forced, but it takes tensors on cuda, found cpu"
-        assert f"op: falling back from {forced}: forced, but" in caplog.text
+        assert backend == "cpp" and reason == f"{forced}: named, but takes tensors on cuda, found cpu"
+        assert f"op: falling back from {forced}: takes tensors on cuda" in caplog.text
         assert dispatch.choose("op", device="cuda").backend == forced
 
 
@@ -222,13 +232,12 @@ def test_what_keeps_triton_kernels_from_running(monkeypatch):
     assert "pip install 'triton>=3.6'" in dispatch.triton_problem()
 
 
-def test_an_opt_in_may_run_only_where_it_is_forced():
-    register("op", "torch")
-    register("op", "triton", opt_in="slower in the step")
-    register("op", "cuda")
+def test_a_triton_kernel_may_run_only_where_it_is_named():
+    for backend in ("torch", "triton", "cuda"):
+        register("op", backend)
     answers = {
         text: [dispatch.may_run("op", backend, text) for backend in ("torch", "triton", "cuda")]
-        for text in ("", "triton", "op=triton", "op=cuda", "triton,op=torch")
+        for text in ("", "triton", "op=triton?", "op=cuda", "triton,op=torch")
     }
     # what is forced does not keep tensors elsewhere from the others
     usual, all_of_them = [True, False, True], [True, True, True]

@@ -192,7 +192,7 @@ def test_what_it_cannot_take_is_refused_by_name(monkeypatch):
         optimizer.step()
     monkeypatch.delenv("GOLF_BACKEND")
     choice = dispatch.choose("muon_step", device="cuda")
-    assert choice == ("torch", "triton: only when forced: not yet measured in a training step")
+    assert choice == ("torch", "triton: not chosen: python -m golf_kernels tune")
 
 
 @pytest.mark.gpu

@@ -270,7 +270,7 @@ def test_it_is_chosen_only_when_forced_and_says_what_it_cannot_take(monkeypatch)
         newton_schulz([torch.zeros(3, device=DEVICE)])
     monkeypatch.delenv("GOLF_BACKEND")
     choice = dispatch.choose("newton_schulz", device="cuda")
-    assert choice == ("torch", "triton: only when forced: not yet measured in a training step")
+    assert choice == ("torch", "triton: not chosen: python -m golf_kernels tune")
 
 
 def test_opcheck():

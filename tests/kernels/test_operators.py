@@ -111,7 +111,7 @@ dispatch.define_backward(
     backward=lambda ctx, dy: torch.ops.golf.halved_backward(dy.contiguous()),
 )
 for _op in ("halved", "halved_backward"):
-    dispatch.register(_op, "triton", _triton, supports=_supports, opt_in=dispatch.UNMEASURED)
+    dispatch.register(_op, "triton", _triton, supports=_supports)
 operators.declare(
     operators.Operator(
         "halved",

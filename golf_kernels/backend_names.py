@@ -1,0 +1,82 @@
+"""Reads `GOLF_BACKEND`, whose syntax `golf_kernels.dispatch` describes."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, get_args
+
+Backend = Literal["cuda", "triton", "cpp", "torch"]
+PREFERENCE: tuple[Backend, ...] = get_args(Backend)
+ENVIRONMENT_VARIABLE = "GOLF_BACKEND"
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot run, or `GOLF_BACKEND` names something that does not exist."""
+
+
+class Named(NamedTuple):
+    """A backend that `GOLF_BACKEND` or a tuned file names, and whether it is forced."""
+
+    backend: Backend
+    forced: bool
+
+
+# cached, because a training step calls this about a hundred times
+@functools.lru_cache(maxsize=64)
+def read(text: str, known: tuple[str, ...]) -> tuple[Named | None, Mapping[str, Named]]:
+    """Reads a value of `GOLF_BACKEND`.
+
+    Args:
+        text: the value, not empty.
+        known: names of all operators and groups.
+
+    Returns:
+        The backend of all operators, or None, and the backends of single operators and groups.
+
+    Raises:
+        BackendError: the text cannot be read.
+    """
+    default: Named | None = None
+    by_name: dict[str, Named] = {}
+    for entry in text.split(","):
+        name, equals, value = (word.strip() for word in entry.rpartition("="))
+        matches = [backend for backend in PREFERENCE if backend == value.removesuffix("?")]
+        if not matches or (equals and not name):
+            raise BackendError(
+                f"{ENVIRONMENT_VARIABLE}={text}: cannot read {entry!r}; expected a backend ({', '.join(PREFERENCE)}) "
+                "or operator=backend, separated by commas"
+            )
+        named = Named(matches[0], not value.endswith("?"))
+        if equals:
+            by_name[name] = named
+        else:
+            default = named
+    for name in by_name:
+        if name not in known:
+            raise BackendError(
+                f"{ENVIRONMENT_VARIABLE}: unknown operator {name!r}; {nearest(name, sorted(set(known)))}"
+            )
+    return default, by_name
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+@contextmanager
+def forced(text: str) -> Iterator[None]:
+    """Sets `GOLF_BACKEND` to `text` inside a `with` block."""
+    before = os.environ.get(ENVIRONMENT_VARIABLE)
+    os.environ[ENVIRONMENT_VARIABLE] = text
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENVIRONMENT_VARIABLE]
+        else:
+            os.environ[ENVIRONMENT_VARIABLE] = before

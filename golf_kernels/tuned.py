@@ -1,0 +1,194 @@
+"""Reads and writes what `python -m golf_kernels tune` has measured on this machine.
+
+There is one JSON file per GPU model, driver, torch, Triton and package version, in the folder `GOLF_CACHE`, otherwise in
+`golf_kernels` of the user's cache folder. `decisions` holds the backend of each operator, with the reason:
+
+    {"machine": {"gpu": …, "driver": …, "torch": …, "triton": …, "golf_kernels": …}, "tuned": "2026-12-01",
+     "findings": {…},
+     "decisions": {"leaky_relu2_mlp": {"call": {"backend": "triton", "reason": "1.62 x torch"},
+                                       "step": {"backend": "triton", "reason": "1.41 x in the step"}}}}
+
+Calls of the library take the decision `call`. The trainer takes `step`. A machine without such a file takes the file in
+`golf_kernels/shipped` for its GPU model, if there is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from golf_kernels.backend_names import PREFERENCE, Backend
+from golf_kernels.version import __version__
+
+Use = Literal["call", "step"]
+USES: tuple[Use, ...] = ("call", "step")
+COMMAND = "python -m golf_kernels tune"
+SHIPPED = Path(__file__).parent / "shipped"
+_logger = logging.getLogger("golf_kernels")
+_said: set[str] = set()
+
+
+class Tuned(NamedTuple):
+    """Decisions for this machine, and the file that holds them."""
+
+    path: Path
+    data: Mapping[str, Any]
+
+    def preferences(self, use: Use) -> dict[str, Backend]:
+        """Returns the backend that each operator prefers, by the operator's name in `GOLF_BACKEND`."""
+        return {op: decision[use]["backend"] for op, decision in self.data["decisions"].items() if use in decision}
+
+    def line(self, op: str, use: Use) -> str:
+        """Returns one line about a decision: backend, figures and date."""
+        decision = self.data["decisions"][op][use]
+        return f"{op}: {decision['backend']}, {decision['reason']}, tuned {self.data['tuned']}"
+
+
+def driver() -> str:
+    """Returns the version of NVIDIA's driver, or the CUDA version that the driver supports."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text()):
+            return found[1]
+    # torch for a CPU lacks this function
+    version: int = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
+    return f"cuda{version // 1000}.{version % 1000 // 10}"
+
+
+def machine() -> dict[str, str] | None:
+    """Returns what a tuned file is valid for: GPU model, driver and versions. None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "golf_kernels": __version__,
+    }
+
+
+def folder() -> Path:
+    """Returns the folder of tuned files: `GOLF_CACHE`, otherwise `golf_kernels` in the user's cache folder."""
+    chosen = os.environ.get("GOLF_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "golf_kernels")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def path_of(here: Mapping[str, str]) -> Path:
+    """Returns the path of the tuned file of a machine."""
+    rest = "_".join(f"{name}-{_slug(value)}" for name, value in here.items() if name != "gpu")
+    return folder() / f"tuned_{_slug(here['gpu'])}_{rest}.json"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Reads a tuned file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is damaged.
+    """
+    data = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = [
+            (decision[use]["backend"] in PREFERENCE, isinstance(decision[use]["reason"], str))
+            for decision in data["decisions"].values()
+            for use in USES
+            if use in decision
+        ]
+        fine = isinstance(data["machine"], dict) and isinstance(data["tuned"], str) and all(map(all, found))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"expected machine, tuned and decisions: {error!r}") from error
+    if not fine:
+        raise ValueError(f"expected the backends {', '.join(PREFERENCE)}, each with a reason")
+    return dict(data)
+
+
+def write(path: Path, data: Mapping[str, Any]) -> None:
+    """Replaces a tuned file. Readers see the old file or the whole new file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tuned_")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=2, ensure_ascii=False, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@functools.cache
+def load() -> Tuned | None:
+    """Returns the decisions for this machine, or None. Warns about files that it does not use. Reads files once."""
+    here = machine()
+    if here is None:
+        return None
+    wanted = path_of(here)
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            return Tuned(wanted, read(wanted))
+        except ValueError as error:
+            _logger.warning("%s is damaged (%s) and ignored: %s writes it again", wanted, error, COMMAND)
+        except PermissionError as error:
+            _logger.warning("%s cannot be read (%s): no kernel is chosen by it", wanted, error)
+    for other in sorted(wanted.parent.glob(f"tuned_{_slug(here['gpu'])}_*.json")):
+        if other != wanted:
+            differ = _differences(other, here)
+            _logger.warning("%s is for %s and not used: type %s", other, differ, COMMAND)
+    shipped = SHIPPED / f"{_slug(here['gpu'])}.json"
+    if shipped.is_file():
+        return Tuned(shipped, read(shipped))
+    return None
+
+
+def of_calls(names: Sequence[str]) -> tuple[Backend, str] | None:
+    """Returns the backend that library calls prefer, with its figures; None if none of the operator's names is decided.
+
+    Each decision is logged once.
+    """
+    found = load()
+    preferences = found.preferences("call") if found else {}
+    for name in names:
+        if found and name in preferences:
+            line = found.line(name, "call")
+            if line not in _said:
+                _said.add(line)
+                _logger.info("%s", line)
+            return preferences[name], line.partition(": ")[2]
+    return None
+
+
+@functools.cache
+def tell() -> None:
+    """Says once what to type on a GPU without a tuned file."""
+    if load() is None and (here := machine()):
+        _logger.warning("no kernel has been measured on this %s, so PyTorch runs: type %s", here["gpu"], COMMAND)
+
+
+def _differences(path: Path, here: Mapping[str, str]) -> str:
+    try:
+        found = read(path)["machine"]
+    except (OSError, ValueError):
+        return "another version"
+    return ", ".join(
+        f"{name} {found.get(name)} (here {value})" for name, value in here.items() if found.get(name) != value
+    )
