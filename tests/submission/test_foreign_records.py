@@ -271,3 +271,48 @@ def test_sixty_records_are_checked_in_one_call(tmp_path: Path, capsys: pytest.Ca
     assert lines[-1] == "3 records: 1 break a rule, 2 break none, 3 have notes."
     assert lines[-4].split() == ["2026-04-20_Phases", "1.06123000", "3", "15,921,500", "599.7", "455.5", "4", "-"]
     assert lines[-3].endswith("total size")
+
+
+def test_one_log_of_several_with_the_headline_counts(record: Path) -> None:
+    # versions of one seed, of which the first has the claimed score
+    for index, seed in enumerate(SEEDS):
+        log = record / f"train_seed{seed}.log"
+        (record / f"train_v{index}.txt").write_text(log.read_text().replace(f"seed: {seed}", "seed: 1337"))
+        log.unlink()
+    edit_json(record, val_bpb=TTT[0], seeds=None, seed_results=None)
+    (found,) = read_record_folder(record).results
+    assert found.log and (found.seed, found.log.name, found.numbers["val_bpb"]) == ("1337", "train_v0.txt", TTT[0])
+    assert notes(record)["each log counts once"] == "train_v1.txt does not count; train_v2.txt does not count"
+
+
+def test_the_name_of_a_file_tells_the_seed_where_its_log_has_a_default(record: Path) -> None:
+    for seed in SEEDS:
+        rewrite(record / f"train_seed{seed}.log", f"  seed: {seed}", "  seed: 1337")
+    found = read_record_folder(record).results
+    assert [(one.seed, one.numbers["val_bpb"]) for one in found] == list(zip(SEEDS, TTT, strict=True))
+
+
+def test_calibration_on_generated_text_is_no_training(record: Path) -> None:
+    write_logs(record, hessians_s=210.0)
+    assert "training and calibration time" in failures(record)
+    for seed in SEEDS:
+        rewrite(
+            record / f"train_seed{seed}.log", "GPTQ:collected", "gptq:generated 64 sequences in 190.0s\nGPTQ:collected"
+        )
+    assert "calibrated on generated text" in verdicts(record, Verdict.PASSES)["training and calibration time"]
+
+
+def test_a_mean_of_seeds_is_not_asked_of_a_single_log(record: Path) -> None:
+    # two logs are missing, and the claim is the mean of three
+    edit_json(record, seeds=None, seed_results=None)
+    for seed in ("314", "999"):
+        (record / f"train_seed{seed}.log").unlink()
+    assert not failures(record)
+    assert "which may be another seed's" in notes(record)["the score stands in a log"]
+
+
+def test_a_baseline_above_the_score_is_no_other_headline(record: Path) -> None:
+    rewrite(record / "README.md", "# Phases\n", "# Phases\n\n| bpb | 1.1154 (before) | 1.06123 |\n")
+    assert "README states the score of submission.json" in verdicts(record, Verdict.PASSES)
+    rewrite(record / "README.md", "| bpb | 1.1154 (before) | 1.06123 |", "Score before: 1.1154")
+    assert "README states the score of submission.json" in notes(record)

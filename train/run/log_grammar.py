@@ -29,9 +29,9 @@ _TABLE = {
     "size_raw": rf"Serialized model:(?P<bytes>{_INT}) bytes\b",
     "size_model": rf"Serialized model {_FORM}[^:]*:(?P<bytes>{_INT}) bytes\b",
     "size_total": rf"Total submission size {_FORM}[^:]*:(?P<bytes>{_INT}) bytes\b",
-    "size_code": rf"Code size:(?P<bytes>{_INT}) bytes\b",
     "size_code_uncompressed": rf"Code size \(uncompressed\):(?P<bytes>{_INT}) bytes\b",
     "size_code_compressed": rf"Code size \(compressed\):(?P<bytes>{_INT}) bytes\b",
+    "size_code": rf"Code size[^:]*:(?P<bytes>{_INT}) bytes\b",
     "total_eval": rf"total_eval_time:(?P<total_eval_time>{_TIME})\b",
     # a limit that the script itself states: `clock: 1121.067s (must be < 600.0)`
     "limit": rf"(?P<what>\w+):(?P<value>{_NUMBER})s? \(must be <=?\s*(?P<limit>{_NUMBER})",

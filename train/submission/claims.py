@@ -73,8 +73,8 @@ class Claims:
         """Return a number of the whole record; `name` is a field of the file, or a name in `_NUMBERS`."""
         if is_number(value := self.values.get(name)):
             return value
-        alike = (value for key, value in self.values.items() if number_name(key) == name and is_number(value))
-        return next((value for value in alike), None)
+        numbers = {str(key): value for key, value in self.values.items() if is_number(value)}
+        return next((_in_seconds(key, value) for key, value in numbers.items() if number_name(key) == name), None)
 
     @cached_property
     def seed_names(self) -> tuple[str, ...]:
@@ -121,7 +121,7 @@ class Claims:
         for key, value in numbers.items():
             name = number_name(key)
             if name in ("train_time_s", "eval_time_s"):
-                value = value / 1000 if key.endswith("_ms") else value * 60 if "min" in key else value
+                value = _in_seconds(key, value)
                 # an evaluation that trains takes longest, and is the one that counts
                 value = max(value, named.get(name, 0.0)) if name == "eval_time_s" else value
                 named[name] = value
@@ -150,6 +150,12 @@ class Claims:
                     yield name, dict(zip(named, value, strict=True))
                 elif len(value) == len(self.seed_names) and number_name(name):
                     yield name, dict(zip(self.seed_names, value, strict=True))
+
+
+def _in_seconds(key: str, value: float) -> float:
+    if number_name(key) not in ("train_time_s", "eval_time_s", "calibration_s"):
+        return value
+    return value / 1000 if key.endswith("_ms") else value * 60 if "min" in key else value
 
 
 def _seed_of(item: Any) -> str:

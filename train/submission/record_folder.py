@@ -192,7 +192,12 @@ class RecordFolder:
             alike = [seed for seed, score in claims.items() if score is not None and log.find(score)]
             # a log without a seed belongs to the only seed, or to the one whose score it has
             only = self.claims.seed_names[0] if len(self.claims.seed_names) == 1 else log.name
-            found.setdefault(log.seed or (alike[0] if len(alike) == 1 else only), []).append(log)
+            # the file's name may tell the seed where the log states the script's default
+            named = next(
+                (seed for seed in (log.seed, log.named_seed) if seed in claims or seed in self.claims.seed_names), ""
+            )
+            seed = named or log.seed or log.named_seed
+            found.setdefault(seed or (alike[0] if len(alike) == 1 else only), []).append(log)
         return found
 
     @property
@@ -209,15 +214,14 @@ class RecordFolder:
 
     def _result(self, seed: str, claimed: Numbers, logs: list[LogFile]) -> SeedResult:
         claim = claimed.get("val_bpb")
-        if claim is None and not self.score_name and len(self.logs) <= 1:
-            claim = self.claims.val_bpb
         # of several logs of a seed, the one with the claimed score counts, or else the last one with a score
-        for log in reversed(logs):
-            if evaluation := log.find(claim, self.score_name):
-                return SeedResult(seed, claimed, log, evaluation)
-        for log in reversed(logs):
-            if claim is None and log.evaluations:
-                return SeedResult(seed, claimed, log, log.find(None))
+        wanted: list[tuple[float | None, str]] = [(claim, "")]
+        if claim is None:
+            wanted = [(None, self.score_name)] if self.score_name else [(self.claims.val_bpb, ""), (None, "")]
+        for score, name in wanted:
+            for log in reversed(logs):
+                if evaluation := log.find(score, name):
+                    return SeedResult(seed, claimed, log, evaluation)
         return SeedResult(seed, claimed, logs[-1] if logs else None, None)
 
 
@@ -262,17 +266,17 @@ def read_record_folder(path: Path) -> RecordFolder:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder: give a record folder, with README.md, submission.json and logs")
     files = list_files(path)
-    claims = _claims(files, "submission.json") if "submission.json" in files.sizes else Claims()
+    claims = _claims(files, "submission.json")
     logs, copies, unread = _read_logs(files)
     if not ("README.md" in files.sizes or claims.text or logs):
         raise UserError(f"{path}: not a record folder: no README.md, no submission.json and no log")
-    readme = files.read("README.md", MOST_TEXT_BYTES).decode(errors="replace") if "README.md" in files.sizes else ""
+    readme = files.read("README.md", MOST_TEXT_BYTES).decode(errors="replace")
     return RecordFolder(path, files, readme, claims, logs, copies, unread)
 
 
 def _claims(files: Listing, name: str) -> Claims:
     data = files.read(name, MOST_TEXT_BYTES)
-    return Claims(*read_object(data), data.decode(errors="replace"))
+    return Claims(*read_object(data), data.decode(errors="replace")) if name in files.sizes else Claims()
 
 
 def _read_logs(files: Listing) -> tuple[tuple[LogFile, ...], tuple[str, ...], tuple[str, ...]]:

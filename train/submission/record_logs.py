@@ -75,10 +75,14 @@ class LogFile:
 
     @cached_property
     def seed(self) -> str:
-        """The seed that the log states, or else the file's name; "" if neither does."""
-        facts, settings = self.log["facts"], self.log["settings"]
-        named = _NAMED_SEED.search(self.name)
-        return str(facts.get("seed", settings.get("seed", named[1] if named else "")))
+        """The seed that the log states; "" if it states none."""
+        return str(self.log["facts"].get("seed", ""))
+
+    @property
+    def named_seed(self) -> str:
+        """The seed in the file's name; "" if there is none."""
+        found = _NAMED_SEED.search(self.name)
+        return found[1] if found else ""
 
     @cached_property
     def evaluations(self) -> tuple[Evaluation, ...]:

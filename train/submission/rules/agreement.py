@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Callable
 from decimal import Decimal
 
 from train.common.wording import counted
@@ -88,6 +89,9 @@ def means(record: RecordFolder) -> Finding:
     wrong: list[str] = []
     slips: list[str] = []
     compared = 0
+    if not record.claims.seeds:
+        # the rule that the score stands in a log judges the logs
+        return unknown(rule, "no scores per seed in submission.json")
     for name in ("val_bpb", "val_loss"):
         values = [result.numbers[name] for result in record.results if name in result.numbers]
         stated = record.claims.val_bpb if name == "val_bpb" else record.claims.number("val_loss")
@@ -98,7 +102,8 @@ def means(record: RecordFolder) -> Finding:
         if not agree(stated, mean):
             text = f"{name} is {stated}, the seeds give {mean:.8f}"
             one = next((f"{text}; it is a seed's alone" for value in values if agree(stated, value)), "")
-            far = name == "val_bpb" and abs(stated - mean) > _SLIP and not one
+            # a column of another name may be another evaluation's
+            far = record.claims.score_field == name == "val_bpb" and abs(stated - mean) > _SLIP and not one
             (wrong if far else slips).append(one or text)
         stated = record.claims.values.get(f"{name}_std")
         if deviation is not None and is_number(stated):
@@ -124,28 +129,35 @@ def readme(record: RecordFolder) -> Finding:
     if record.scores:
         scores.append(statistics.fmean(record.scores.values()))
     headline = _headline(record.readme)
-    if headline and not any(_stated(score, headline) for score in scores):
-        return _judged(rule, headline, stated)
     numbers = re.findall(_BPB, record.readme, re.IGNORECASE)
-    found = next((text for text in numbers if _stated(stated, text)), "")
+    found = next((text for text in [*headline, *numbers] if any(_stated(score, text) for score in scores)), "")
+    if headline and found not in headline:
+        # the first line with a score may be that of an earlier record
+        elsewhere = any(_stated(stated, text) for text in numbers)
+        return (note if elsewhere else _judge(headline[0], stated))(rule, _said(headline[0], stated), _README_LIMIT)
     if found:
         return passes(rule, f"val_bpb {found}")
     marked = [found[1] or found[2] for found in _MARKED.finditer(record.readme)]
     if not marked:
         return unknown(rule, f"no val_bpb {stated} in README.md")
-    return _judged(rule, min(marked, key=lambda text: abs(float(text) - stated)), stated)
+    nearest = min(marked, key=lambda text: abs(float(text) - stated))
+    return _judge(nearest, stated)(rule, _said(nearest, stated), _README_LIMIT)
 
 
-def _judged(rule: str, text: str, stated: float) -> Finding:
-    value = f"README.md says {text}, submission.json {stated}"
-    return (note if abs(float(text) - stated) <= _SLIP else fails)(rule, value, _README_LIMIT)
+def _judge(text: str, stated: float) -> Callable[[str, str, str], Finding]:
+    return note if abs(float(text) - stated) <= _SLIP else fails
 
 
-def _headline(text: str) -> str:
-    """Return the score that a line of README.md claims as the record's own: the first `val_bpb: 1.23` or `Score 1.23`."""
+def _said(text: str, stated: float) -> str:
+    return f"README.md says {text}, submission.json {stated}"
+
+
+def _headline(text: str) -> list[str]:
+    """Return the scores in the first line of README.md that begins as the record's own, such as `val_bpb: 1.23`."""
     form = rf"^[ \t#*>|_-]*(?:final |mean |our |average |\d-seed mean )*(?:val[_ ]?bpb|score|bpb|result)\b[^\d\n]{{0,24}}{_BPB}"
     found = re.search(form, text, re.IGNORECASE | re.MULTILINE)
-    return found[1] if found else ""
+    line = text[found.start(1) : found.start(1) + 200].partition("\n")[0] if found else ""
+    return re.findall(_BPB, line, re.IGNORECASE)
 
 
 def _stated(score: float, text: str) -> bool:

@@ -36,13 +36,16 @@ def training(record: RecordFolder) -> Finding:
 
 def calibration(record: RecordFolder) -> Finding:
     rule = "training and calibration time"
+    generated = record.find(r"gptq[^\n]{0,60}(?:generat|self-?gen|autoregress)")
+    if any(name != "README.md" and name != "submission.json" for name, _ in generated):
+        return passes(rule, f"calibrated on generated text (according to {generated[-1][0]})", _CALIBRATION_LIMIT)
     timed = [
         (result.seed, clock, result.numbers["calibration_s"])
         for result in record.results
         if (clock := result.clock) and "calibration_s" in result.numbers
     ]
     if not timed:
-        if generated := record.find(r"gptq:\s*generat|self-?gen"):
+        if generated := record.find(r"self-?gen", logs=False):
             return passes(rule, f"calibrated on generated text (according to {generated[0][0]})", _CALIBRATION_LIMIT)
         if record.claims.values.get("calibration") == "none":
             return passes(rule, "no calibration", _CALIBRATION_LIMIT)

@@ -12,7 +12,8 @@ _LIMIT = "trained on 8 × H100 SXM"
 _KEYS = ("hardware", "gpu", "gpus", "platform", "accelerator", "device")
 _MODEL = r"(?:NVIDIA\s+)?(?:GeForce\s+)?((?:[HABLV]\d{2,3}|GB\d{3}|MI\d{3}|RTX[ -]?(?:PRO|A)?[ -]?\d{4}|[345]090)\w*(?:[ -](?:SXM\d?|PCIe|NVL))?)"
 _OTHER = re.compile(r"\b(?:cpus?|cores?|laptop|apple|mps|tpu|epyc|xeon)\b", re.IGNORECASE)
-_COUNTED = re.compile(rf"(?<![\w.])(\d{{1,4}})\s{{0,2}}(?:[x×*]|GPUs?:?)?\s{{0,2}}{_MODEL}\b", re.IGNORECASE)
+_COUNTED = re.compile(rf"(?<![\w.])(\d{{1,2}})\s{{0,2}}(?:[x×*]|GPUs?:?)?\s{{0,2}}{_MODEL}\b", re.IGNORECASE)
+_BEHIND = re.compile(rf"\b{_MODEL}\s{{0,2}}[x×*]\s{{0,2}}(\d{{1,2}})\b", re.IGNORECASE)
 _ALONE = re.compile(rf"\b{_MODEL}\b", re.IGNORECASE)
 
 
@@ -53,6 +54,8 @@ def _of_log(log: LogFile) -> tuple[int, str, str]:
 def _named(text: str) -> tuple[int, str]:
     if found := _COUNTED.search(text):
         return int(found[1]), found[2]
+    if found := _BEHIND.search(text):
+        return int(found[2]), found[1]
     found = _ALONE.search(text)
     return 0, found[1] if found else ""
 

@@ -86,8 +86,12 @@ def once(record: RecordFolder) -> Finding:
             return passes(rule, value, _ONCE_LIMIT)
         return (note if scored >= whole else fails)(rule, value, _ONCE_LIMIT)
     found = [one for one in ratios(record) if one.error <= _PRECISE]
+    adapted = any(result.evaluation and result.evaluation.kind == "ttt" for result in record.results)
     for one in found:
         for name in one.names(_TAIL)[:1]:
+            if name not in one.names(0.0) and adapted:
+                why = f"{one}, {name} has {_published(name):.7f}: test-time training may score the end of the text, too"
+                return unknown(rule, why, _ONCE_LIMIT)
             if name not in one.names(0.0):
                 return note(
                     rule, f"{one}, {name} has {_published(name):.7f}: the last tokens are scored again", _ONCE_LIMIT
