@@ -11,7 +11,7 @@ TORCH := torch==2.13.0
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format bench doctor clean
+.PHONY: help run test lint format bench doctor tune clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 16
@@ -50,6 +50,9 @@ bench: $(READY)  ## run all benchmarks, write tables and plots (without a GPU: t
 
 doctor: $(READY)  ## show what was built and which backend each operator takes; self-check
 	$(BIN)/python -m golf_kernels
+
+tune: $(READY)  ## check and measure every kernel on this GPU, and remember which to use
+	$(BIN)/python -m golf_kernels tune
 
 clean:  ## delete .venv and everything built
 	rm -rf $(VENV) build golf_kernels/_C*.so golf_kernels/_build_info.json *.egg-info

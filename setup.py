@@ -209,7 +209,7 @@ class NativeDistribution(Distribution):
 setup(
     license="MIT",
     packages=["golf_kernels"],
-    package_data={"golf_kernels": ["py.typed"]},
+    package_data={"golf_kernels": ["py.typed", "shipped/*.json"]},
     include_package_data=False,
     distclass=NativeDistribution,
     cmdclass={"build": Build, "build_native": BuildNative, "build_apps": BuildApps},

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure on a GPU, compute a step's time without one, or make tables and plots of results."""
+"""`python -m benchmarks`: compute a step's time without a GPU, or make tables and plots of results."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ if __name__ == "__main__":
 from benchmarks.computed import fake_cuda
 from benchmarks.report import tables as report
 from benchmarks.report.results import RESULTS, ResultsError, read_results, relative
-from benchmarks.session import run_session
 from train.common.errors import main_guard
 
 EPILOG = """examples:
-  python -m benchmarks session --minutes 9    run the most important measurements on this GPU
   python -m benchmarks schedule --recipe sp8192_sdclip   ms/step by kernel, computed without a GPU
   python -m benchmarks report                 write the newest results to docs/benchmarks.md and benchmarks/plots/
 
 Single benchmarks: python -m benchmarks.bench_step, bench_newton_schulz, bench_leaky_relu2_mlp, … (each has --help);
-python -m benchmarks.aot compiles every kernel for sm_90 without a GPU.
+python -m golf_kernels tune measures which kernels to use on this GPU; python -m benchmarks.aot compiles every kernel for sm_90 without a GPU.
 """
 
 
@@ -39,15 +37,6 @@ def main() -> int:
     )
     reporting.add_argument("--page", type=Path, default=report.PAGE)
     reporting.add_argument("--plots", type=Path, default=RESULTS.parent / "plots")
-    measuring = verbs.add_parser("session", help="run the most important measurements on this GPU")
-    measuring.add_argument("--minutes", type=float, default=9.0, help="time limit; default 9")
-    measuring.add_argument(
-        "--out", type=Path, default=Path("session"), help="new folder for outputs, rows and summary.md; default session"
-    )
-    measuring.add_argument("--only", default="", metavar="NAME,…", help="run only these jobs; --list names them")
-    measuring.add_argument("--skip", default="", metavar="NAME,…", help="skip these jobs")
-    measuring.add_argument("--list", action="store_true", help="print what would run, in order, and exit")
-    measuring.add_argument("--tiny", action="store_true", help="small shapes on the CPU; the times mean nothing")
     verbs.add_parser(
         "schedule", add_help=False, help="list the kernels of a training step with computed times; needs no GPU"
     )
@@ -57,17 +46,6 @@ def main() -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        if arguments.verb == "session":
-            if arguments.results != RESULTS:
-                raise ValueError(f"--results: a session always appends to {RESULTS}: leave the option out")
-            return run_session(
-                arguments.out,
-                arguments.minutes,
-                arguments.only,
-                arguments.skip,
-                tiny=arguments.tiny,
-                listing=arguments.list,
-            )
         measurements = read_results(arguments.results)
         changed = report.write(measurements, arguments.page, arguments.plots)
         print(f"written: {', '.join(map(relative, changed)) or 'nothing (everything is up to date)'}")

@@ -286,10 +286,9 @@ stage_tune() {
     echo "nothing is measured"
     return
   fi
-  set_aside "$out/session"
   # training does not depend on it: kernels that were not measured stay off
-  python -m benchmarks session --minutes "$minutes" --out "$out/session" ||
-    echo "warning: not every measurement ended well: $out/session/summary.md says why"
+  python -m golf_kernels tune --minutes "$minutes" --recipe "$recipe" ||
+    echo "warning: not every measurement ended well: python -m golf_kernels tune --show says why"
 }
 
 stage_seed() {

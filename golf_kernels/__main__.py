@@ -9,24 +9,31 @@ import json
 import math
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from golf_kernels import dispatch, native, operators
+from golf_kernels import command, dispatch, native, operators
 from golf_kernels.version import __version__
 
 EXAMPLES = """examples:
   python -m golf_kernels              the report; exit code 1 if a check fails
   python -m golf_kernels --json       the report as data
+  python -m golf_kernels --only xsa=triton
+                                      the check of one operator on one backend
+  python -m golf_kernels tune         check and measure every kernel on this GPU, and remember which to use
   GOLF_BACKEND=int6=torch python -m golf_kernels
                                       what each operator runs on where the int6 operators are forced to PyTorch"""
 
 # largest relative error that passes; Newton-Schulz has the largest on a CPU: 1.5e-6 in float32, 2.5e-2 in bfloat16
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+# time limit of a check in a process of its own
+SECONDS = 120
 
 
 def versions() -> dict[str, str]:
@@ -70,8 +77,13 @@ def choices(devices: Sequence[str]) -> dict[str, Any]:
     return report
 
 
-def self_check(devices: Sequence[str]) -> list[dict[str, Any]]:
+def self_check(devices: Sequence[str], only: str = "") -> list[dict[str, Any]]:
     """Runs every operator on every backend of this machine and compares the results with PyTorch in float64 on the CPU.
+
+    Args:
+        devices: device types.
+        only: `OP=BACKEND` runs this check alone. Otherwise each check on a GPU runs in a process of its own, so that a
+            crash or a hang of one kernel is its own failed check.
 
     Returns:
         For each check a dictionary with op, backend, device, dtype, error, limit, passed and problem. `error` is the
@@ -83,8 +95,30 @@ def self_check(devices: Sequence[str]) -> list[dict[str, Any]]:
         for backend in dispatch.available_backends(operator.name, device):
             row: dict[str, Any] = {"op": operator.name, "backend": backend, "device": device}
             row |= {"dtype": str(dtype).removeprefix("torch."), "error": None, "limit": LIMITS[dtype]}
-            rows.append(row | _check(operator, backend, device, dtype))
-    return rows
+            if only in ("", f"{operator.name}={backend}"):
+                rows.append((operator, row, dtype))
+    alone = [bool(only) or row["device"] == "cpu" for _, row, _ in rows]
+    with ThreadPoolExecutor(4) as pool:
+        begun = [None if own else pool.submit(_check_apart, row) for own, (_, row, _) in zip(alone, rows, strict=True)]
+        return [
+            row | (future.result() if future else _check(operator, row["backend"], row["device"], dtype))
+            for future, (operator, row, dtype) in zip(begun, rows, strict=True)
+        ]
+
+
+def _check_apart(row: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "golf_kernels", "--only", f"{row['op']}={row['backend']}", "--json"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        checks = {check["device"]: check for check in json.loads(run.stdout)["checks"]}
+        return {name: checks[row["device"]][name] for name in ("error", "passed", "problem")}
+    except subprocess.TimeoutExpired:
+        problem = f"it was stopped after {SECONDS} s"
+    except (ValueError, KeyError):
+        problem = (
+            f"its process ended with code {run.returncode}: {(run.stderr.strip() or 'no output').splitlines()[-1]}"
+        )
+    return {"passed": False, "problem": problem}
 
 
 def _check(operator: operators.Operator, backend: dispatch.Backend, device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -112,10 +146,10 @@ def _relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.cpu().double() - wide).norm() / wide.norm())
 
 
-def report() -> dict[str, Any]:
-    """Runs all checks and returns the report as a dictionary."""
+def report(only: str = "") -> dict[str, Any]:
+    """Runs all checks, or the check `only`, and returns the report as a dictionary."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    checks, chosen = self_check(devices), choices(devices)
+    checks, chosen = self_check(devices, only), choices(devices)
     without = [op for op, entry in chosen.items() if any(c["backend"] is None for c in entry["chosen"].values())]
     information = native.build_info()
     return {
@@ -176,6 +210,10 @@ def render(data: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report. Returns 1 if a check failed or a forced backend cannot run, otherwise 0."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["tune"]:
+        sys.argv = ["golf tune", *arguments]
+        return command.main()
     parser = argparse.ArgumentParser(
         prog="python -m golf_kernels",
         description="Reports what is installed and built, the backend of each operator and the reason for it, and checks "
@@ -184,9 +222,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    parser.add_argument("--only", default="", metavar="OP=BACKEND", help="check one operator on one backend")
     options = parser.parse_args(arguments)
-    print("python -m golf_kernels: running every operator on every backend", file=sys.stderr, flush=True)
-    data = report()
+    known = [f"{op}={b}" for op in operators.declared() for b in dispatch.available_backends(op)]
+    if options.only and options.only not in known:
+        parser.error(f"--only {options.only}: expected one of {', '.join(known)}")
+    what = options.only or "every operator on every backend"
+    print(f"python -m golf_kernels: running {what}", file=sys.stderr, flush=True)
+    data = report(options.only)
     print(json.dumps(data, indent=2) if options.json else render(data))
     return 0 if data["passed"] else 1
 

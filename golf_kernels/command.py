@@ -44,6 +44,7 @@ def commands() -> dict[str, str]:
         **named,
         "bench": "benchmarks",
         "doctor": "golf_kernels",
+        "tune": "benchmarks.tune",
         "completion": "golf_kernels.completion",
     }
 

@@ -217,6 +217,13 @@ def choose(op: str, *args: Any, device: str | None = None) -> Choice:
                 f"{ENVIRONMENT_VARIABLE} forces {named.backend} for {op}, which cannot run: {problem}; "
                 f"unset it, or choose another with {ENVIRONMENT_VARIABLE}={op}=torch"
             )
+        if (
+            problem is None
+            and device == "cuda"
+            and not named.forced
+            and tuned.failed((op, *_groups(op)), named.backend)
+        ):
+            problem = "its check failed on this GPU"
         if elsewhere:
             problem = f"takes tensors on {' or '.join(_DEVICES[named.backend])}, found {device}"
         if problem is None:
@@ -371,8 +378,8 @@ def _tuned(op: str) -> tuple[Named | None, str]:
     return (Named(found[0], False), found[1]) if found else (None, "")
 
 
-def _groups(op: str) -> list[str]:
-    return [name for name, listed in _members.items() if op in listed]
+def _groups(op: str) -> tuple[str, ...]:
+    return tuple(name for name, listed in _members.items() if op in listed)
 
 
 def _device(args: tuple[Any, ...]) -> str:

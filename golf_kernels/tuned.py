@@ -1,10 +1,11 @@
 """Reads and writes what `python -m golf_kernels tune` has measured on this machine.
 
 There is one JSON file per GPU model, driver, torch, Triton and package version, in the folder `GOLF_CACHE`, otherwise in
-`golf_kernels` of the user's cache folder. `decisions` holds the backend of each operator, with the reason:
+`golf_kernels` of the user's cache folder. `decisions` holds the backend of each operator, with the reason, and `failed` the
+kernels whose check failed here:
 
     {"machine": {"gpu": …, "driver": …, "torch": …, "triton": …, "golf_kernels": …}, "tuned": "2026-12-01",
-     "findings": {…},
+     "findings": {…}, "failed": ["xsa=triton"],
      "decisions": {"leaky_relu2_mlp": {"call": {"backend": "triton", "reason": "1.62 x torch"},
                                        "step": {"backend": "triton", "reason": "1.41 x in the step"}}}}
 
@@ -22,7 +23,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -36,7 +37,6 @@ USES: tuple[Use, ...] = ("call", "step")
 COMMAND = "python -m golf_kernels tune"
 SHIPPED = Path(__file__).parent / "shipped"
 _logger = logging.getLogger("golf_kernels")
-_said: set[str] = set()
 
 
 class Tuned(NamedTuple):
@@ -85,7 +85,9 @@ def machine() -> dict[str, str] | None:
 def folder() -> Path:
     """Returns the folder of tuned files: `GOLF_CACHE`, otherwise `golf_kernels` in the user's cache folder."""
     chosen = os.environ.get("GOLF_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "golf_kernels")
+    return Path(
+        chosen or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "golf_kernels")
+    )
 
 
 def _slug(text: str) -> str:
@@ -143,38 +145,49 @@ def load() -> Tuned | None:
     if here is None:
         return None
     wanted = path_of(here)
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            return Tuned(wanted, read(wanted))
-        except ValueError as error:
-            _logger.warning("%s is damaged (%s) and ignored: %s writes it again", wanted, error, COMMAND)
-        except PermissionError as error:
-            _logger.warning("%s cannot be read (%s): no kernel is chosen by it", wanted, error)
+    try:
+        return Tuned(wanted, read(wanted))
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        _logger.warning("%s is damaged (%s) and ignored: %s writes it again", wanted, error, COMMAND)
+    except OSError as error:
+        _logger.warning("%s: the tuned file is ignored: set GOLF_CACHE to another folder", error)
     for other in sorted(wanted.parent.glob(f"tuned_{_slug(here['gpu'])}_*.json")):
         if other != wanted:
             differ = _differences(other, here)
             _logger.warning("%s is for %s and not used: type %s", other, differ, COMMAND)
     shipped = SHIPPED / f"{_slug(here['gpu'])}.json"
-    if shipped.is_file():
-        return Tuned(shipped, read(shipped))
-    return None
+    return Tuned(shipped, read(shipped)) if shipped.is_file() else None
 
 
-def of_calls(names: Sequence[str]) -> tuple[Backend, str] | None:
+@functools.cache
+def of_calls(names: tuple[str, ...]) -> tuple[Backend, str] | None:
     """Returns the backend that library calls prefer, with its figures; None if none of the operator's names is decided.
 
-    Each decision is logged once.
+    The decision is logged once.
     """
     found = load()
     preferences = found.preferences("call") if found else {}
     for name in names:
         if found and name in preferences:
             line = found.line(name, "call")
-            if line not in _said:
-                _said.add(line)
-                _logger.info("%s", line)
+            _log(line)
             return preferences[name], line.partition(": ")[2]
     return None
+
+
+# cached, so that an operator and its backward pass log their common line once
+@functools.cache
+def _log(line: str) -> None:
+    _logger.info("%s", line)
+
+
+@functools.cache
+def failed(names: tuple[str, ...], backend: str) -> bool:
+    """Whether the check of a kernel has failed on this machine."""
+    found = load()
+    return found is not None and any(f"{name}={backend}" in found.data.get("failed", ()) for name in names)
 
 
 @functools.cache
@@ -182,6 +195,12 @@ def tell() -> None:
     """Says once what to type on a GPU without a tuned file."""
     if load() is None and (here := machine()):
         _logger.warning("no kernel has been measured on this %s, so PyTorch runs: type %s", here["gpu"], COMMAND)
+
+
+def forget() -> None:
+    """Lets the next call read the files again."""
+    for cached in (load, of_calls, failed, tell, _log):
+        cached.cache_clear()
 
 
 def _differences(path: Path, here: Mapping[str, str]) -> str:

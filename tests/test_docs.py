@@ -253,7 +253,7 @@ def test_no_table_holds_a_command_that_no_document_has() -> None:
         "python -m train --recipe quickstart --mun_wd 1",
         "python -m train.submission build --single-file wraped --out x y",
         "python -m train.evaluate runs/mine --strid 3 --nothing",
-        "python -m benchmarks session --minuts 9 x",
+        "python -m golf_kernels tune --minuts 9",
         "torchrun --standalone --nproc_per_nod=8 --nothing -m train",
         "make rum",
         "golf evl runs/mine",

@@ -240,14 +240,14 @@ def test_a_node_that_does_not_do_is_refused_at_once(node: Node, environ: dict[st
 
 def test_a_node_without_flash_attention_or_measurements_still_trains(node: Node) -> None:
     (node.root / "fail_-c").write_text("1")
-    (node.root / "fail_session").write_text("1")
+    (node.root / "fail_tune").write_text("1")
     # venv's own check of the GPUs is another use of -c
     node.program("make", "#!/bin/bash\n")
     code, output = node.run("--only", "attention")
     assert code == 0 and "training takes the fastest of PyTorch's own backends" in output
     assert "python -m pip install --quiet kernels" in node.calls()
     code, output = node.run("--only", "tune")
-    assert code == 0 and "session/summary.md says why" in output
+    assert code == 0 and "tune --show says why" in output
     code, output = node.run("--only", "venv")
     assert code == 1
 

@@ -52,7 +52,7 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
     """
     preflight(config)
     with start_ranks(config.device) as ranks, ExitStack() as held:
-        kernels, lines = ranks.broadcast(tuned_kernels(config, ranks.device))
+        kernels, lines = ranks.on_main(lambda: tuned_kernels(config, ranks.device))
         config = config.replace(golf_backend=kernels)
         held.enter_context(dispatch.forced(kernels))
         clock = StageClock()

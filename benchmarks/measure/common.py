@@ -32,7 +32,7 @@ from benchmarks.report.results import RESULTS as RESULTS
 from benchmarks.report.results import ROOT as ROOT
 from benchmarks.report.results import Row as Row
 from benchmarks.report.results import append_rows as append_rows
-from benchmarks.report.results import check_columns, file_stem
+from benchmarks.report.results import check_columns, file_stem, relative
 
 # calls shorter than this are replayed as CUDA graphs; otherwise the measured time would be the host's
 GRAPH_BELOW_MS = 0.1
@@ -369,4 +369,4 @@ def report(rows: Sequence[Row], surroundings: Row, *, keep: bool = True) -> None
     """Print the rows as a table. On a GPU also store them, unless `keep` is false."""
     print(render(rows, surroundings["gpu"]))
     path = append_rows(rows, surroundings) if keep else None
-    print(f"-> {path.relative_to(ROOT)}\n" if path else "not stored: only full-size GPU results are stored\n")
+    print(f"-> {relative(path)}\n" if path else "not stored: only full-size GPU results are stored\n")

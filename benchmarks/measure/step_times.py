@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.measure import common
 from benchmarks.measure.step_variants import StepVariant
 from benchmarks.measure.tokens import Tokens, rank_sequences, token_source
+from benchmarks.report.results import relative
 from train.config import Config
 from train.describe import describe
 
@@ -71,7 +72,7 @@ class Bench:
         """Append the rows to the results file if `keep` is set. A later crash does not lose them."""
         path = common.append_rows(rows, self.surroundings) if self.keep else None
         if path:
-            print(f"-> {path.relative_to(common.ROOT)}", flush=True)
+            print(f"-> {relative(path)}", flush=True)
 
 
 def phase_name(recurrence: bool) -> str:

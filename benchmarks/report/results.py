@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.report.provenance import ROOT as ROOT
+from golf_kernels import tuned
 from train.common.errors import UserError
 
-RESULTS = ROOT / "benchmarks" / "results"
+# an installed package has no folder of its own for rows
+RESULTS = ROOT / "benchmarks" / "results" if (ROOT / "pyproject.toml").is_file() else tuned.folder() / "results"
 # p50, p20, p80 and floor are milliseconds per call; n is the number of measurements
 COLUMNS = (
     *("date", "commit", "dirty", "gpu", "driver", "cuda", "torch", "triton", "op", "impl", "mode", "shape", "dtype"),

@@ -35,12 +35,9 @@ def machine(monkeypatch, tmp_path):
         for backend in ("torch", "triton", "cuda"):
             dispatch.register(op, backend, lambda *args: None)
     dispatch.set_members("mlp", ["mlp", "mlp_backward"])
-    monkeypatch.setattr(tuned, "_said", set())
-    for cached in (tuned.load, tuned.tell):
-        cached.cache_clear()
+    tuned.forget()
     yield
-    for cached in (tuned.load, tuned.tell):
-        cached.cache_clear()
+    tuned.forget()
 
 
 def decided(call="triton", step="torch", **changes):
@@ -60,9 +57,26 @@ def test_library_calls_take_the_decision_of_calls_and_say_so_once(caplog):
     assert tuned.load().line("mlp", "step") == "mlp: torch, 0.97 x in the step, tuned 2026-12-01"
 
 
+def test_a_kernel_whose_check_failed_runs_only_where_it_is_forced(monkeypatch):
+    tuned.write(tuned.path_of(HERE), decided(call="torch", failed=["mlp=triton"]))
+    # what a run on another machine has stored
+    monkeypatch.setenv("GOLF_BACKEND", "mlp=triton?")
+    assert dispatch.choose("mlp_backward", device="cuda") == ("cuda", "triton: named, but its check failed on this GPU")
+    monkeypatch.setenv("GOLF_BACKEND", "mlp=triton")
+    assert dispatch.choose("mlp_backward", device="cuda").backend == "triton"
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: (path.parent.rmdir(), path.parent.touch())])
+def test_a_file_that_cannot_be_read_is_told_and_ignored(make, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("GOLF_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    make(tuned.path_of(HERE))
+    assert tuned.load() is None and "set GOLF_CACHE to another folder" in caplog.text
+
+
 def test_a_decision_for_pytorch_keeps_a_cuda_kernel_out():
     assert dispatch.choose("mlp", device="cuda").backend == "cuda"
-    tuned.load.cache_clear()
+    tuned.forget()
     tuned.write(tuned.path_of(HERE), decided(call="torch"))
     assert dispatch.choose("mlp", device="cuda").backend == "torch"
 
@@ -118,7 +132,7 @@ def test_a_file_of_another_version_is_told_and_not_used(field, caplog):
     )
     # of another GPU nothing is said
     tuned.path_of(other).rename(tuned.path_of(other | {"gpu": "NVIDIA A100"}))
-    tuned.load.cache_clear()
+    tuned.forget()
     caplog.clear()
     assert tuned.load() is None and not caplog.records
 
@@ -133,7 +147,7 @@ def test_a_damaged_file_is_told_ignored_and_can_be_written_again(text, caplog):
     assert tuned.load() is None
     assert "is damaged" in caplog.text and "python -m golf_kernels tune writes it again" in caplog.text
     tuned.write(path, decided())
-    tuned.load.cache_clear()
+    tuned.forget()
     assert tuned.load().data == decided()
 
 
@@ -142,7 +156,7 @@ def test_shipped_decisions_count_where_nothing_was_tuned(monkeypatch, tmp_path):
     tuned.write(tmp_path / "shipped" / "nvidia-h100-80gb-hbm3.json", decided(call="cuda"))
     assert tuned.load().preferences("call") == {"mlp": "cuda"}
     tuned.write(tuned.path_of(HERE), decided())
-    tuned.load.cache_clear()
+    tuned.forget()
     assert tuned.load().preferences("call") == {"mlp": "triton"}
 
 
