@@ -2,8 +2,10 @@
 
 One rank's step of each variant runs on a fake CUDA device, on tensors without data. Inductor plans the compiled graphs
 (`benchmarks.computed.inductor_plan`); all other launches are recorded (`benchmarks.computed.recorder`). A kernel takes
-max(bytes / bandwidth, FLOP / matrix rate), and no less than the shortest launch. `benchmarks.measure.devices` has the
-rates and their sources. Kernels do not overlap; the host and communication take no time.
+max(bytes / bandwidth, FLOP / matrix rate), and no less than the shortest launch. `benchmarks.measure.devices` has a fast
+and a slow value of each rate, and its source. So a step is a range: at the fast rates, kernels follow each other at
+once and communication is free; at the slow rates, there is a gap between kernels, and communication takes the time that
+`benchmarks.computed.communication` computes. Kernels do not overlap.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from torch import Tensor
 
 from benchmarks.computed import fake_cuda
 from benchmarks.computed.attention import stand_in
+from benchmarks.computed.communication import exchanged_bytes, link_ms
 from benchmarks.computed.inductor_plan import Scheduled, planning_for_an_absent_gpu
 from benchmarks.computed.recorder import Recorder, fused_muon_listed
 from benchmarks.measure.argument_types import parse_positive
-from benchmarks.measure.devices import DEVICES, REACHED, Device, Kernel
+from benchmarks.measure.devices import DEVICES, REACHED, Device, Kernel, Range, total
 from benchmarks.measure.step_variants import check_names, make_variants, step_config
 from benchmarks.measure.tokens import rank_sequences
 from golf_kernels import dispatch, native
@@ -37,14 +40,15 @@ from train.recipes import recipe_names
 from train.run.profiling import kernel_family
 
 CUDA = torch.device("cuda", 0)
-# milliseconds per step of the published runs on 8 H100, from their logs: before recurrence, then after its start. The
-# runs of the baseline and of #262 (sp1024_smear_bigram) used PyTorch's attention
+# milliseconds per step of published runs on 8 H100, from their logs: fastest and slowest run, before recurrence, then
+# after its start. The runs of the baseline and of #262 (sp1024_smear_bigram) used PyTorch's attention. sp8192_sdclip:
+# #1471, #1394 and #1493, which repeat different layers; 118.8 is the mean over a whole run of #1471
 PUBLISHED_MS = {
-    "baseline": (43.5,),
-    "sp1024_smear_bigram": (96.3,),
-    "sp2048_normuon": (53.9,),
-    "sp4096_recurrence": (95.3, 102.9),
-    "sp8192_sdclip": (102.3, 125.8),
+    "baseline": (Range(43.5, 43.5),),
+    "sp1024_smear_bigram": (Range(96.3, 96.3),),
+    "sp2048_normuon": (Range(53.9, 53.9),),
+    "sp4096_recurrence": (Range(95.3, 95.3), Range(102.9, 102.9)),
+    "sp8192_sdclip": (Range(101.9, 102.3), Range(118.8, 150.3)),
 }
 
 
@@ -52,7 +56,8 @@ class Step(NamedTuple):
     """The kernels of one step of a variant.
 
     `rest` has the kernels outside the compiled passes: clipping, optimizers and moving average. `waits` counts how
-    often the host waits for the device. `graphs` has Inductor's schedules of both passes.
+    often the host waits for the device. `graphs` has Inductor's schedules of both passes. `communication_ms` is the time
+    of the collectives.
     """
 
     variant: str
@@ -61,13 +66,15 @@ class Step(NamedTuple):
     rest: list[Kernel]
     waits: int
     graphs: list[list[Scheduled]]
+    communication_ms: float
 
     @property
     def kernels(self) -> list[Kernel]:
         return [*self.forward, *self.backward, *self.rest]
 
-    def ms(self, device: Device) -> float:
-        return sum(kernel.reached_ms(REACHED[device.name]) for kernel in self.kernels)
+    def ms(self, device: Device) -> Range:
+        kernels = [kernel.reached_ms(REACHED[device.name]) for kernel in self.kernels]
+        return total([*kernels, Range(0.0, self.communication_ms)])
 
 
 @contextlib.contextmanager
@@ -118,7 +125,8 @@ def step_kernels(config: Config, name: str, recurrence: bool) -> Step:
         with recorder:
             variant.run(tokens, recurrence)
     forward, backward = passes
-    return Step(name, forward, backward, recorder.kernels, recorder.waits, graphs)
+    sent = sum(exchanged_bytes(config).values())
+    return Step(name, forward, backward, recorder.kernels, recorder.waits, graphs, link_ms(sent))
 
 
 def described_flops(config: Config, recurrence: bool) -> float:
@@ -141,36 +149,47 @@ def check_complete(step: Step, flops: float) -> None:
         )
 
 
+def between(low: float, high: float, form: str = ".2f") -> str:
+    """Both ends of a range, or one number if they look the same."""
+    texts = list(dict.fromkeys(format(value, form) for value in sorted((low, high))))
+    return "–".join(texts)
+
+
 def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Device) -> str:
     """A text table of milliseconds per step: a row for each kernel family, a column for each variant, and totals."""
-    reached = REACHED[device.name]
+    peak = REACHED[device.name].tflops["cublas"].fast
     tokens = rank_sequences(config) * config.train_seq_len
     phase = f" {'after' if recurrence else 'before'} recurrence," if config.recur_layers else ""
     flops = described_flops(config, recurrence)
     times = [family_ms(step.kernels, device) for step in steps]
     totals = [step.ms(device) for step in steps]
+    order = Counter({family: ms.fast for found in times for family, ms in found.items()})
     rows: list[tuple[str, list[str]]] = [
-        (family, [f"{found[family]:.2f}" if family in found else "–" for found in times])
-        for family, _ in Counter({name: ms for found in times for name, ms in found.items()}).most_common()
+        (family, [between(*found[family]) if family in found else "–" for found in times])
+        for family, _ in order.most_common()
     ]
     rows += [
-        ("ms per step", [f"{total:.2f}" for total in totals]),
+        ("communication", [between(0.0, step.communication_ms) for step in steps]),
+        ("ms per step", [between(*ms) for ms in totals]),
         ("at peak rates", [f"{sum(kernel.floor_ms(device) for kernel in step.kernels):.2f}" for step in steps]),
         ("GB moved", [f"{sum(kernel.bytes for kernel in step.kernels) / 1e9:.1f}" for step in steps]),
         ("launches", [str(len(step.kernels)) for step in steps]),
         ("waits of the host", [str(step.waits) for step in steps]),
-        (f"tokens/s, {steps[0].variant} = 1", [f"{totals[0] / total:.2f}" for total in totals]),
         (
-            f"utilisation of {reached.tflops['cublas']:.0f} TFLOP/s",
-            [f"{flops / total / 1e9 / reached.tflops['cublas']:.0%}" for total in totals],
+            f"tokens/s, {steps[0].variant} = 1",
+            [between(totals[0].fast / ms.fast, totals[0].slow / ms.slow) for ms in totals],
+        ),
+        (
+            f"utilisation of {peak:.0f} TFLOP/s",
+            [between(flops / ms.slow / 1e9 / peak, flops / ms.fast / 1e9 / peak, ".0%") for ms in totals],
         ),
     ]
     published = PUBLISHED_MS.get(config.recipe, ())
     if len(published) > recurrence and device.name == "H100" and tokens > 10_000:
-        run_ms = published[recurrence]
-        rows.append((f"published run ({run_ms} ms) / computed", [f"{run_ms / total:.2f}" for total in totals]))
+        run = between(*published[recurrence], ".1f")
+        rows.append(("published run, from its log", [run if step.variant == "published" else "–" for step in steps]))
     width = max(len(name) for name, _ in rows)
-    widths = [max(12, len(step.variant) + 2) for step in steps]
+    widths = [max(15, len(step.variant) + 2) for step in steps]
     lines = [f"{config.recipe}, {tokens:,} tokens,{phase} {device.name}: computed, not measured"]
     lines += [
         f"{name:<{width}}" + "".join(f"{value:>{wide}}" for value, wide in zip(values, widths, strict=True))
@@ -179,17 +198,25 @@ def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Devic
     return "\n".join(lines)
 
 
-def family_ms(kernels: Sequence[Kernel], device: Device) -> dict[str, float]:
+def rates(device: Device) -> str:
+    """Lists the slow and the fast value of each rate, and its source."""
+    reached = REACHED[device.name]
+    listed = [(f"{name}, TFLOP/s", rate) for name, rate in reached.tflops.items()]
+    listed += [(f"{name}, GB/s", rate) for name, rate in reached.gbps.items()]
+    listed.append(("gap between kernels, µs", reached.gap_us))
+    return "\n".join(["rates:", *(f"{between(*rate[:2], '.0f'):>9}  {name}: {rate.source}" for name, rate in listed)])
+
+
+def family_ms(kernels: Sequence[Kernel], device: Device) -> dict[str, Range]:
     """Milliseconds of the kernels, by kernel family."""
-    found: dict[str, float] = {}
+    found: dict[str, list[Range]] = {}
     for kernel in kernels:
-        family = kernel_family(kernel.name)
-        found[family] = found.get(family, 0.0) + kernel.reached_ms(REACHED[device.name])
-    return found
+        found.setdefault(kernel_family(kernel.name), []).append(kernel.reached_ms(REACHED[device.name]))
+    return {family: total(times) for family, times in found.items()}
 
 
 def largest(step: Step, device: Device, count: int) -> str:
-    """Lists the `count` kernels that take longest.
+    """Lists the `count` kernels that take longest at the fast rates.
 
     Launches with the same pass, name and bytes are added up.
     """
@@ -198,7 +225,7 @@ def largest(step: Step, device: Device, count: int) -> str:
     for part in ("forward", "backward", "rest"):
         for kernel in getattr(step, part):
             key = (part, kernel.name, kernel.bytes)
-            times[key] += kernel.reached_ms(REACHED[device.name])
+            times[key] += kernel.reached_ms(REACHED[device.name]).fast
             launches[key] += 1
     lines = [f"largest of {step.variant}:"]
     for key, ms in times.most_common(count):
@@ -235,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(table(config, steps, recurrence, device), end="\n\n")
             for step in steps:
                 print(largest(step, device, arguments.largest), end="\n\n", flush=True)
+    print(rates(device))
     return 0
 
 

@@ -20,35 +20,84 @@ class Device(NamedTuple):
 DEVICES = (Device("H100", DATASHEET_TFLOPS["H100"], 3350.0), Device("H200", 790.0, 4300.0))
 
 
+class Rate(NamedTuple):
+    """The slowest and the fastest rate that is plausible for a kind of kernel, and where both numbers come from."""
+
+    slow: float
+    fast: float
+    source: str
+
+
 class Reached(NamedTuple):
-    """Rates that kernels reach on a GPU. The comments on `_TFLOPS` and `REACHED` name the sources.
+    """Rates that kernels reach on a GPU.
 
     `tflops` has four keys: "cublas", "triton" (this package's matrix products), "attention" and "attention backward".
     Both attention rates are for causal attention with head dimension 64 and 2,048 positions, and count the FLOPs of the
-    lower triangle only. `gbps` is the memory rate of a kernel that reads and writes large tensors. `launch_us` is the
-    time of the shortest kernel in microseconds.
+    lower triangle only. `gbps` is the memory rate of kernels that read and write large tensors: "triton" for this
+    package's kernels, "cublas" for all others. `launch_us` is the time of the shortest kernel in microseconds,
+    `gap_us` the time between two kernels.
     """
 
-    tflops: Mapping[str, float]
-    gbps: float
+    tflops: Mapping[str, Rate]
+    gbps: Mapping[str, Rate]
     launch_us: float
+    gap_us: Rate
 
 
 _TFLOPS = {
-    # a large matrix product on an H200, which has the H100's chip; products with an inner dimension of 512 are slower
-    "cublas": 790.0,
-    # an estimate, not measured: 65 % of the data sheet's rate
-    "triton": 643.0,
-    # FlashAttention 3 reaches 460 and 422 without a mask (arXiv:2407.08608). Both are multiplied by 521 / 625, the
-    # slowdown by a causal mask at head dimension 128
-    "attention": 383.0,
-    "attention backward": 352.0,
+    "cublas": Rate(
+        583.0,
+        790.0,
+        "slow: 65,536 x 1,024 x 1,024 on Hopper, facebookexperimental/triton #1038; fast: a large product on an H200, "
+        "which has the H100's chip",
+    ),
+    "triton": Rate(
+        564.0,
+        643.0,
+        "slow: a persistent, warp-specialized Triton kernel at 65,536 x 1,024 x 1,024, facebookexperimental/triton #1038; "
+        "fast: an estimate, 65 % of the data sheet",
+    ),
+    "attention": Rate(
+        371.0,
+        383.0,
+        "slow: FlashAttention 3, causal, head dimension 64, 2,048 positions, arXiv:2407.08608; fast: its 460 without a "
+        "mask times 521 / 625, the slowdown by a causal mask at head dimension 128",
+    ),
+    # the largest unknown of a step: no published causal rate was found, so both ends are equal
+    "attention backward": Rate(
+        352.0, 352.0, "FlashAttention 3's 422 without a mask, arXiv:2407.08608, times 521 / 625, as forward"
+    ),
 }
+
+
+def _memory(gbps: float, source: str) -> dict[str, Rate]:
+    return {
+        "triton": Rate(gbps, gbps, source),
+        "cublas": Rate(
+            gbps * 2700 / 3010, gbps, f"slow: 2,700 of 3,010 on an H100, a guess for Inductor; fast: {source}"
+        ),
+    }
+
+
+_GAP_US = Rate(1.0, 0.0, "slow: a guess; fast: the host is always ahead")
+_LAUNCH_US = 3.5  # the shortest kernel of the library quack
 REACHED = {
-    # `gbps`: norm and loss kernels of the library quack; `launch_us`: that library's shortest kernel
-    "H100": Reached(_TFLOPS, gbps=3010.0, launch_us=3.5),
-    "H200": Reached(_TFLOPS, gbps=4300.0, launch_us=3.5),
+    "H100": Reached(_TFLOPS, _memory(3010.0, "norm and loss kernels of the library quack"), _LAUNCH_US, _GAP_US),
+    "H200": Reached(_TFLOPS, _memory(4300.0, "measured on an H200"), _LAUNCH_US, _GAP_US),
 }
+
+
+class Range(NamedTuple):
+    """Milliseconds at the fast and at the slow rates."""
+
+    fast: float
+    slow: float
+
+
+def total(times: Iterable[Range]) -> Range:
+    """The sum of ranges: all kernels at the fast rates, and all at the slow rates."""
+    listed = list(times)
+    return Range(sum(time.fast for time in listed), sum(time.slow for time in listed))
 
 
 class Kernel(NamedTuple):
@@ -63,10 +112,16 @@ class Kernel(NamedTuple):
         """The least possible time in milliseconds, at the device's peak rates."""
         return max(self.flops / (device.tflops * 1e9), self.bytes / (device.gbps * 1e6))
 
-    def reached_ms(self, reached: Reached) -> float:
-        """Milliseconds at the rates that kernels of this kind reach."""
-        slowest = max(self.flops / (reached.tflops[self.rate] * 1e9), self.bytes / (reached.gbps * 1e6))
-        return max(slowest, reached.launch_us / 1e3)
+    def reached_ms(self, reached: Reached) -> Range:
+        """Milliseconds at the rates that kernels of this kind reach, with the gap before the next kernel."""
+        product, memory = reached.tflops[self.rate], reached.gbps["triton" if self.rate == "triton" else "cublas"]
+
+        def ms(tflops: float, gbps: float, gap_us: float) -> float:
+            slowest = max(self.flops / (tflops * 1e9), self.bytes / (gbps * 1e6))
+            return max(slowest, reached.launch_us / 1e3) + gap_us / 1e3
+
+        gap = reached.gap_us
+        return Range(ms(product.fast, memory.fast, gap.fast), ms(product.slow, memory.slow, gap.slow))
 
 
 def newton_schulz_flops(shapes: Iterable[tuple[int, int]], iterations: int) -> float:
