@@ -13,6 +13,7 @@ DOCUMENTS = [
     "docs/artifact.md",
     "docs/kernels.md",
     "docs/library.md",
+    "docs/tuning.md",
     "docs/benchmarks.md",
     "docs/8xh100.md",
 ]
