@@ -4,8 +4,9 @@ The build does not need torch. It compiles the C++ code if it finds a C++ compil
 code if it also finds nvcc. Without a compiler the package is pure Python. `golf_kernels/_build_info.json` records what
 was built, or why not. `python -m golf_kernels` prints this record.
 
-Environment variables: CXX (C++ compiler), CUDA_HOME (CUDA toolkit), GOLF_CUDA_ARCHS (GPU architectures, for example
-"80,90a"; default 90a), GOLF_SKIP_CUDA=1 (do not build CUDA), GOLF_FORCE_CUDA=1 (fail if CUDA cannot be built).
+Environment variables: CXX (C++ compiler), CUDA_HOME (CUDA toolkit), GOLF_CUDA_ARCHS (GPU architectures: "80,90a" for
+machine code, "compute_80" for PTX, which the driver compiles for any GPU from 8.0 on; default "90a,compute_80"),
+GOLF_SKIP_CUDA=1 (do not build CUDA), GOLF_FORCE_CUDA=1 (fail if CUDA cannot be built).
 """
 
 import json
@@ -81,17 +82,19 @@ def cpp_record(cxx):
 
 
 def cuda_record(nvcc, cxx):
-    archs = re.split(r"[,; ]+", os.environ.get("GOLF_CUDA_ARCHS", "90a").strip())
+    archs = re.split(r"[,; ]+", os.environ.get("GOLF_CUDA_ARCHS", "90a,compute_80").strip())
     for arch in archs:
-        if not re.fullmatch(r"\d{2,3}[af]?", arch):
-            raise PlatformError(f"GOLF_CUDA_ARCHS: expected architectures such as 90a or 80,90a, found {arch!r}")
+        if not re.fullmatch(r"\d{2,3}[af]?|compute_\d{2,3}", arch):
+            raise PlatformError(f"GOLF_CUDA_ARCHS: expected architectures such as 80,90a or compute_80, found {arch!r}")
     version = re.search(r"V(\d+\.\d+\.\d+)", output_of(nvcc, "--version"))
     # nvcc may be a wrapper outside the toolkit, so its dry run tells the toolkit's folder
     top = re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "-x", "cu", os.devnull), re.MULTILINE)
     toolkit = os.environ.get("CUDA_HOME") or (os.path.realpath(top[1].strip()) if top else None)
     # -ccbin takes one word; if the command has several (ccache g++), nvcc uses its default compiler
     flags = [*NVCC_FLAGS, *(["-ccbin", cxx[0]] if len(cxx) == 1 else [])]
-    flags += [word for arch in archs for word in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
+    for arch in archs:
+        code = f"arch={arch},code={arch}" if arch.startswith("compute_") else f"arch=compute_{arch},code=sm_{arch}"
+        flags += ["-gencode", code]
     known = {"version": version[1] if version else "unknown", "toolkit": toolkit, "archs": archs, "flags": flags}
     return {"built": True, "compiler": nvcc, **known}
 

@@ -178,7 +178,7 @@ def render(data: dict[str, Any]) -> str:
     for part, title in (("cpp", "C++"), ("cuda", "CUDA")):
         record = data["native"][part]
         if record["built"]:
-            targets = f" for sm_{', sm_'.join(record['archs'])}" if record.get("archs") else ""
+            targets = f" for {native.architectures(record)}" if "archs" in record else ""
             lines.append(f"  {title:<6}built{targets} by {record['compiler']} ({record['version']})")
             lines.append(f"        {' '.join(record['flags'])}")
             if record["problem"]:

@@ -45,6 +45,11 @@ def build_info() -> dict[str, Any]:
     return {"extension": None, "cpp": missing, "cuda": missing}
 
 
+def architectures(record: dict[str, Any]) -> str:
+    """Names the GPU architectures in the record of a CUDA build: `sm_90a` is machine code, `compute_80` is PTX."""
+    return ", ".join(arch if arch.startswith("compute_") else f"sm_{arch}" for arch in record["archs"])
+
+
 def extension() -> Any:
     """Returns the extension module.
 
@@ -90,10 +95,9 @@ def cuda_problem(device: int) -> str | None:
         with torch.cuda.device(device):
             extension().cuda_probe()
     except RuntimeError as error:
-        archs = ", ".join(build_info()["cuda"]["archs"])
         major, minor = torch.cuda.get_device_capability(device)
         return (
-            f"{error} (built for sm_{archs}, this GPU is sm_{major}{minor}); "
+            f"{error} (built for {architectures(build_info()['cuda'])}, this GPU is sm_{major}{minor}); "
             f"to build for it, run GOLF_CUDA_ARCHS={major}{minor} {REBUILD}"
         )
     return None

@@ -188,15 +188,16 @@ def test_forced_cuda_without_its_compiler_is_an_error(tree, fake_toolkit, enviro
 
 def test_cuda_is_compiled_for_the_named_architectures_and_linked_statically(tree, fake_toolkit):
     environment = {"CXX": str(fake_toolkit / "fakecxx"), "PATH": f"{fake_toolkit}:{os.environ['PATH']}"}
-    status, output, _ = build(tree, "build_wheel", GOLF_CUDA_ARCHS="80, 90a", **environment)
+    status, output, _ = build(tree, "build_wheel", GOLF_CUDA_ARCHS="80, 90a compute_89", **environment)
     assert status == 0, output
     cuda = build_info(tree / "out" / "site" / "golf_kernels")["cuda"]
-    assert cuda["version"] == "99.1.7" and cuda["archs"] == ["80", "90a"]
+    assert cuda["version"] == "99.1.7" and cuda["archs"] == ["80", "90a", "compute_89"]
     # the toolkit's own folder, and not the one of the wrapper on PATH
     assert cuda["toolkit"] == "/opt/somewhere/cuda"
     commands = (fake_toolkit / "log").read_text().splitlines()
     (compile_cu,) = [line for line in commands if "int6.cu " in line]
     assert "arch=compute_80,code=sm_80" in compile_cu and "arch=compute_90a,code=sm_90a" in compile_cu
+    assert "arch=compute_89,code=compute_89" in compile_cu
     (link,) = [line for line in commands if "-shared" in line]
     assert "-cudart static" in link and "--exclude-libs,ALL" in link and "int6.cu.o" in link
     assert "-L/opt/somewhere/cuda/lib " in link
@@ -212,7 +213,7 @@ def test_a_broken_nvcc_or_architecture_fails_the_installation(tree, fake_toolkit
     assert not list((tree / "golf_kernels").glob("_[Cb]*"))
     status, output, _ = build(tree, "build_editable", GOLF_CUDA_ARCHS="sm_90", **environment)
     assert status != 0
-    assert "GOLF_CUDA_ARCHS: expected architectures such as 90a or 80,90a, found 'sm_90'" in output
+    assert "GOLF_CUDA_ARCHS: expected architectures such as 80,90a or compute_80, found 'sm_90'" in output
 
 
 @pytest.mark.skipif(not HAS_CXX, reason="no C++ compiler")
@@ -232,11 +233,17 @@ def test_real_cuda_imports_without_a_driver_and_spills_nothing(compiled):
     assert status == 0, output
     package = tree / "out" / "site" / "golf_kernels"
     cuda = build_info(package)["cuda"]
-    assert cuda["archs"] == ["90a"]
+    assert cuda["archs"] == ["90a", "compute_80"]
+    from triton import knobs
+
+    (library,) = package.glob("_C*.so")
+    listed = subprocess.check_output([knobs.nvidia.cuobjdump.path, "-lelf", "-lptx", library], text=True)
+    # the machine code of an H100, and the PTX that a driver compiles for the others
+    assert set(re.findall(r"sm_\w+\.(?:cubin|ptx)", listed)) == {"sm_90.cubin", "sm_80.ptx"}
     assert ask_native(package.parent, "print(hasattr(native.extension(), 'int6_pack_cuda'))") == "True\n"
     kernels = {}
     for source in sorted((tree / "csrc").glob("*.cu")):
-        command = [cuda["compiler"], *cuda["flags"], "-Xptxas", "-v", "-cubin", source, "-o", os.devnull]
+        command = [cuda["compiler"], *cuda["flags"], "-Xptxas", "-v", "-fatbin", source, "-o", os.devnull]
         report = subprocess.run(command, check=True, text=True, capture_output=True).stderr
         found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
         assert set(found) == {("0", "0", "0")}, source

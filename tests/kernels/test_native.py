@@ -59,17 +59,17 @@ def test_a_gpu_that_the_kernels_were_not_built_for(monkeypatch):
     def cuda_probe():
         raise RuntimeError("CUDA error 209: no kernel image is available for execution on the device")
 
-    record(cpp={"built": True}, cuda={"built": True, "archs": ["90a"]})
+    record(cpp={"built": True}, cuda={"built": True, "archs": ["90a", "compute_80"]})
     monkeypatch.setattr(native, "_extension", types.SimpleNamespace(abi=native.ABI, cuda_probe=cuda_probe))
     assert native.missing("cuda") is None
     monkeypatch.setattr(native.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(native.torch.cuda, "current_device", lambda: 7)
     monkeypatch.setattr(native.torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(native.torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(native.torch.cuda, "get_device_capability", lambda device: (7, 5))
     native.cuda_problem.cache_clear()
     assert native.problem("cuda") == (
-        "CUDA error 209: no kernel image is available for execution on the device (built for sm_90a, this GPU is sm_80); "
-        "to build for it, run GOLF_CUDA_ARCHS=80 pip install --no-build-isolation --no-deps -e . in the source tree"
+        "CUDA error 209: no kernel image is available for execution on the device (built for sm_90a, compute_80, this GPU is sm_75); "
+        "to build for it, run GOLF_CUDA_ARCHS=75 pip install --no-build-isolation --no-deps -e . in the source tree"
     )
     native.cuda_problem.cache_clear()
 
