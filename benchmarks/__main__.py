@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: compute a step's time without a GPU, or make tables and plots of results."""
+"""`python -m benchmarks`: compute a step's time or compile without a GPU, or make tables and plots of results."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from train.common.progress import announce
 if __name__ == "__main__":
     announce("python -m benchmarks: loading PyTorch")
 
+from benchmarks import aot
 from benchmarks.computed import fake_cuda
 from benchmarks.report import tables as report
 from benchmarks.report.results import RESULTS, ResultsError, read_results, relative
@@ -18,10 +19,11 @@ from train.common.errors import main_guard
 
 EPILOG = """examples:
   python -m benchmarks schedule --recipe sp8192_sdclip   ms/step by kernel, computed without a GPU
+  python -m benchmarks aot --arch 80,90       compile every kernel for these GPUs, without one, and check it
   python -m benchmarks report                 write the newest results to docs/benchmarks.md and benchmarks/plots/
 
 Single benchmarks: python -m benchmarks.bench_step, bench_newton_schulz, bench_leaky_relu2_mlp, … (each has --help);
-python -m golf_kernels tune measures which kernels to use on this GPU; python -m benchmarks.aot compiles every kernel for sm_90 without a GPU.
+python -m golf_kernels tune measures which kernels to use on this GPU.
 """
 
 
@@ -40,7 +42,10 @@ def main() -> int:
     verbs.add_parser(
         "schedule", add_help=False, help="list the kernels of a training step with computed times; needs no GPU"
     )
+    verbs.add_parser("aot", add_help=False, help="compile every kernel and check the machine code; needs no GPU")
     arguments, rest = parser.parse_known_args()
+    if arguments.verb == "aot":
+        return aot.main(rest)
     if arguments.verb == "schedule":
         return fake_cuda.run_module("benchmarks.computed.step_schedule", rest)
     if rest:

@@ -1,4 +1,4 @@
-"""Compile every kernel for a GPU without having one, and check the machine code: `python -m benchmarks.aot`.
+"""Compile every kernel for a GPU without having one, and check the machine code: `python -m benchmarks aot`.
 
 `benchmarks.computed.launches` launches each Triton kernel on tensors without data, and Triton compiles the kernel
 instead of running it. The CUDA kernels are in `csrc/*.cu`: an sm_90 GPU runs their machine code, others compile their PTX
@@ -9,7 +9,7 @@ tensor cores, and kernels with tensor descriptors must use TMA. On sm_90 two mor
 the program goes on:
 
 - No wgmma may read its first operand from registers while a later one is pending, because the program may overwrite these
-  registers too early (Triton 3.6, triton-lang/triton#9433). A kernel that breaks this computes wrong results.
+  registers too early (Triton 3.6, triton-lang/triton#9433). PTX leaves the result of such a product undefined.
 - ptxas must not serialize wgmma, which only costs time. The first check comes first: a kernel must not end the waiting of
   one wgmma for another by breaking it.
 """
@@ -289,7 +289,7 @@ def _architectures(text: str) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.aot",
+        prog="python -m benchmarks aot",
         description="Compile every Triton kernel in every configuration that is launched, and every CUDA kernel, without a "
         "GPU. List registers, spills, shared memory, tensor-core and TMA instructions, and check them.",
         epilog=EPILOG,

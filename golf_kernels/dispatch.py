@@ -283,10 +283,8 @@ def refusal(op: str, backend: Backend, *args: Any) -> str | None:
     implementations = _implementations(op)
     if backend not in implementations:
         return f"{op} has no {backend} backend, only {', '.join(b for b in PREFERENCE if b in implementations)}"
-    unavailable = implementations[backend].supports()
-    if unavailable is not None or not args:
-        return unavailable
-    return implementations[backend].supports(*args)
+    supports = implementations[backend].supports
+    return supports() or (supports(*args) if args else None)
 
 
 def may_run(op: str, backend: Backend, text: str) -> bool:
@@ -314,9 +312,7 @@ def registered() -> Iterator[tuple[str, Backend, Callable[..., Any]]]:
 def triton_problem(*, tma: bool = False) -> str | None:
     """Returns the reason why this machine cannot run Triton kernels, as a phrase for `supports`, or None if it can.
 
-    Args:
-        tma: whether the kernels move tiles with TMA, which GPUs have from compute capability 9.0 on. The others run
-            from 8.0 on.
+    Kernels that move tiles with `tma` need compute capability 9.0, others 8.0.
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'triton>=3.6'"
@@ -324,11 +320,9 @@ def triton_problem(*, tma: bool = False) -> str | None:
         return None
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA GPU"
-    found, needed = torch.cuda.get_device_capability(), (9, 0) if tma else (8, 0)
-    if found >= needed:
-        return None
-    purpose = " for TMA" if tma else ""
-    return f"its Triton kernels need compute capability {needed[0]}.0{purpose}, this GPU has {found[0]}.{found[1]}"
+    found, (needed, name) = torch.cuda.get_device_capability(), (9, "9.0 for TMA") if tma else (8, "8.0")
+    reason = f"its Triton kernels need compute capability {name}, this GPU has {found[0]}.{found[1]}"
+    return reason if found[0] < needed else None
 
 
 def elementwise_problem(name: str, tensor: Tensor) -> str | None:

@@ -32,7 +32,7 @@ class Operator:
         function: the public function, or another function that calls the operator.
         inputs: `inputs(make, **case)` returns example keyword arguments for `function`. `make` creates the tensors.
             Tensors that need a gradient have `requires_grad` set. Without a case the shapes are small.
-        cases: keyword arguments for `inputs`. `benchmarks.aot` compiles the Triton kernels for each case. The cases
+        cases: keyword arguments for `inputs`. `benchmarks aot` compiles the Triton kernels for each case. The cases
             cover branches of the kernels that no recipe uses.
         members: names of the registered operators, for example the operator and its backward pass. If empty, `name` is
             the only one.

@@ -183,8 +183,9 @@ def parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if module == "pytest":
         assert all((ROOT / name).exists() for name in arguments)
         return
-    if (module, arguments[:1]) == ("benchmarks", ["schedule"]):
-        module, arguments = "benchmarks.computed.step_schedule", arguments[1:]
+    verbs = {"aot": "benchmarks.aot", "schedule": "benchmarks.computed.step_schedule"}
+    if module == "benchmarks" and arguments[0] in verbs:
+        module, arguments = verbs[arguments[0]], arguments[1:]
     if module == "train" and "--help" not in arguments:
         assert exit_code(module, [*(word for word in arguments if word != "--describe"), "--describe"]) == 0
         return

@@ -41,7 +41,7 @@ def _load(desc, batch, time, head, BLOCK_M: tl.constexpr, DIM: tl.constexpr):
 def _along(x, direction):
     return tl.sum(x * direction, axis=1)[:, None]
 
-# the forward kernel of an operator that was removed (xsa_linear, at 0af82ef), which gave wrong results on a GPU
+# the forward kernel of an operator that was removed for its race (xsa_linear, at 0af82ef)
 @triton.jit
 def xsa_linear_kernel(
     output_desc, value_desc, weight_desc, y_desc, length, columns, eps,
