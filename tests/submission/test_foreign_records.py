@@ -99,7 +99,7 @@ def test_sizes_are_told_by_what_they_count(record: Path) -> None:
 # 4: one step more is within the rule, and calibration is told
 def test_the_clock_allows_for_a_step_that_the_loop_began_too_early(record: Path) -> None:
     # two steps of about 119.96 ms
-    write_logs(record, clock_ms=600_050)
+    write_logs(record, clock_ms=600_200)
     assert not failures(record)
     write_logs(record, clock_ms=600_300)
     assert failures(record)["training time"].startswith("600.300 s (seed 42), 120.1 ms per step")
@@ -141,6 +141,7 @@ def test_hardware_is_what_the_log_says_not_the_first_words_of_the_readme(record:
 # 6: only variables in front of the training script, and another script that it executes
 def test_variables_of_a_download_are_no_settings(record: Path) -> None:
     rule = "script reads the variables of README's command"
+    rewrite(record / "README.md", "train_gpt.py\n", "train_gpt.py && LATER=1 upload\n")
     assert verdicts(record, Verdict.PASSES)[rule] == "2 variables"
     rewrite(record / "README.md", "NOISE=1 ", "NOISE=1 OTHER=2 ")
     assert notes(record)[rule] == "ignored: OTHER"

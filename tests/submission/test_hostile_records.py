@@ -1,17 +1,20 @@
 """Record folders that are hostile: pipes, links, bombs, long runs and any bytes cost little and end in no traceback."""
 
 import base64
+import bz2
 import io
 import lzma
 import os
+import random
 import sys
 import time
 import zlib
 from pathlib import Path
 
+import brotli
 import pytest
-from foreign_records import make_foreign
-from record_example import failures, notes
+from foreign_records import CODE, make_foreign
+from record_example import edit, failures, notes
 
 from train.submission.__main__ import main
 from train.submission.check import apply_rules
@@ -46,11 +49,18 @@ def test_pipes_links_and_devices_are_not_read(record: Path, tmp_path: Path, caps
 
 
 def test_a_bomb_is_unpacked_only_so_far(record: Path) -> None:
-    for pack in (zlib.compress, lzma.compress):
-        bomb = base64.b85encode(pack(b"a" * 20_000_000)).decode()
+    # the noise keeps the packed text longer than a short script
+    noise = random.Random(1).randbytes(300)
+    for pack in (zlib.compress, lzma.compress, bz2.compress, brotli.compress):
+        bomb = base64.b85encode(pack(noise + b"a" * 20_000_000)).decode()
         (record / "train_gpt.py").write_text(f'exec(L.decompress(B.b85decode("{bomb}")))')
         source = read_record_folder(record).sources["train_gpt.py"]
-        assert len(source) <= 4_000_000 and set(source) == {"a"}
+        assert len(source) < 5_000_000 and source.endswith("a" * 1_000_000)
+
+
+def test_a_number_of_thousands_of_digits_hides_no_other(record: Path) -> None:
+    edit(record / "submission.json", '"bytes_code": ', f'"more": {"9" * 5000}, "bytes_code": ')
+    assert read_record_folder(record).claims.values["bytes_code"] == CODE
 
 
 @pytest.mark.parametrize("name", ["README.md", "submission.json", "train_seed42.log"])

@@ -21,8 +21,8 @@ _FORM = r"(?P<form>\w+\+[^\s:]+)"
 # kind of line → its form. A blank stands for blanks, commas or bars; blanks may surround a colon, and `=` replace it.
 # The first row that matches the start of a line reads it. To read another form, add a row, or an alternative to a row.
 _TABLE = {
-    "train_step": rf"(?:step:?)?\s*{_STEP} (?:train_)?loss:(?P<train_loss>{_NUMBER}){_CLOCK}",
-    "val_step": rf"(?:step:?)?\s*{_STEP} {_LOSS} {_BPB}{_CLOCK}",
+    "train_step": rf"(?:step:?\s*)?{_STEP} (?:train_)?loss:(?P<train_loss>{_NUMBER}){_CLOCK}",
+    "val_step": rf"(?:step:?\s*)?{_STEP} {_LOSS} {_BPB}{_CLOCK}",
     "warmup_step": rf"warmup_step:{_STEP}",
     "stopping_early": rf"stopping_early:\s*\w+ train_time:(?P<train_time>{_TIME}) step:{_STEP}",
     "peak_memory": rf"peak memory allocated:(?P<allocated_mib>{_INT}) MiB reserved:(?P<reserved_mib>{_INT}) MiB\b",
