@@ -1,7 +1,9 @@
 """The doctor: its data, its text, and the exit code when something is broken."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import os
 import platform
@@ -22,13 +24,25 @@ def no_environment(monkeypatch):
     monkeypatch.delenv("GOLF_BACKEND", raising=False)
 
 
+@pytest.fixture(scope="module")
+def whole():
+    """The exit code, the data and the other words of a report of everything."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("GOLF_BACKEND", raising=False)
+        out, said = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
+            code = doctor.main(["--json"])
+    return code, json.loads(out.getvalue()), said.getvalue()
+
+
 def report(capsys, *arguments):
     code = doctor.main([*arguments, "--json"])
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_everything_is_reported_and_passes(capsys):
-    code, data = report(capsys)
+def test_everything_is_reported_and_passes(whole):
+    code, data, said = whole
+    assert said == "python -m golf_kernels: running every operator on every backend\n"
     assert code == 0 and data["passed"] is True
     assert data["versions"]["golf_kernels"] == __version__
     assert data["versions"]["python"] == platform.python_version()
@@ -39,8 +53,8 @@ def test_everything_is_reported_and_passes(capsys):
         assert data["native"][part]["runs"] == (native.problem(part) is None)
 
 
-def test_every_operator_is_checked_on_every_backend_that_can_run(capsys):
-    checks = report(capsys)[1]["checks"]
+def test_every_operator_is_checked_on_every_backend_that_can_run(whole):
+    checks = whole[1]["checks"]
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     expected = {
         (name, backend, device)
@@ -80,11 +94,8 @@ def test_a_wrong_result_fails(op, name, monkeypatch, capsys):
 
     backend = next(b for b in dispatch.available_backends(name, "cpu") if b != "torch")
     broken(monkeypatch, op, backend, wrong)
-    code, data = report(capsys)
-    assert code == 1 and data["passed"] is False and failures(data) == [(name, backend)]
-    assert doctor.main([]) == 1
-    text = capsys.readouterr().out
-    assert f"FAILED  {name}" in text and text.endswith(f"1 of {len(data['checks'])} checks failed.\n")
+    code, data = report(capsys, "--only", f"{name}={backend}")
+    assert code == 1 and data["passed"] is False and set(failures(data)) == {(name, backend)}
 
 
 def test_a_nan_and_an_exception_fail_and_the_data_stay_json(monkeypatch, capsys):
@@ -95,16 +106,19 @@ def test_a_nan_and_an_exception_fail_and_the_data_stay_json(monkeypatch, capsys)
     problems = {check["op"]: (check["error"], check["problem"]) for check in data["checks"] if not check["passed"]}
     assert problems["window_nll"] == (None, "the result is not finite")
     assert problems["xsa"] == (None, "ZeroDivisionError: division by zero")
+    text = doctor.render(data)
+    assert "FAILED  xsa" in text and text.endswith(f"2 of {len(data['checks'])} checks failed.")
 
 
 def test_a_forced_backend_that_cannot_run_is_reported(monkeypatch, capsys):
     monkeypatch.setenv("GOLF_BACKEND", "newton_schulz=cuda")
-    code, data = report(capsys)
+    only = "--only", "newton_schulz=triton"
+    code, data = report(capsys, *only)
     assert code == 1 and failures(data) == [] and data["without_backend"] == ["newton_schulz"]
     chosen = data["operators"]["newton_schulz"]["chosen"]["cpu"]
     assert chosen["backend"] is None and "newton_schulz has no cuda backend, only triton, torch" in chosen["reason"]
     assert os.environ["GOLF_BACKEND"] == "newton_schulz=cuda"
-    doctor.main([])
+    assert doctor.main(only) == 1
     text = capsys.readouterr().out
     assert "Operators (GOLF_BACKEND=newton_schulz=cuda)" in text
     assert text.endswith("checks passed.\nGOLF_BACKEND leaves no backend for newton_schulz.\n")
@@ -114,7 +128,7 @@ def test_the_text_says_what_was_not_built_and_what_to_type(monkeypatch, capsys):
     missing = {"built": False, "reason": "no nvcc: not on PATH", "remedy": "install a CUDA toolkit"}
     built = {"built": True, "compiler": "/usr/bin/g++", "version": "g++ 12.2.0", "flags": ["-O3", "-Wall"]}
     monkeypatch.setattr(native, "build_info", lambda: {"extension": "_C.so", "cpp": built, "cuda": missing})
-    doctor.main([])
+    assert doctor.main(["--only", "newton_schulz=torch"]) == 0
     text = capsys.readouterr().out
     assert "C++   built by /usr/bin/g++ (g++ 12.2.0)\n        -O3 -Wall" in text
     assert "CUDA  not built: no nvcc: not on PATH\n        to change that: install a CUDA toolkit" in text
@@ -122,11 +136,16 @@ def test_the_text_says_what_was_not_built_and_what_to_type(monkeypatch, capsys):
     assert re.search(r"\nAll \d+ checks passed\.\n$", text)
 
 
-def test_the_command_and_its_help():
-    run = subprocess.run([sys.executable, "-m", "golf_kernels", "--help"], capture_output=True, text=True, check=False)
-    assert run.returncode == 0 and "--json" in run.stdout and "examples:" in run.stdout
-    wrong = subprocess.run([sys.executable, "-m", "golf_kernels", "--jsn"], capture_output=True, text=True, check=False)
-    assert wrong.returncode == 2 and "unrecognized arguments: --jsn" in wrong.stderr
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [("--help", 0, ["--json", "examples:"]), ("--jsn", 2, ["unrecognized arguments: --jsn"])],
+)
+def test_the_command_explains_itself(arguments, code, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        doctor.main([arguments])
+    assert ended.value.code == code
+    said = "".join(capsys.readouterr())
+    assert all(word in said for word in words)
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly():
@@ -135,8 +154,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly():
     # as in a terminal: what is printed leaves at the end
     environment = {**os.environ, "PYTHONUNBUFFERED": ""}
     with open(pipe, "w") as closed:
-        run = subprocess.run(
-            [sys.executable, "-m", "golf_kernels"], env=environment, stdout=closed, stderr=subprocess.PIPE, check=False
-        )
-    said = b"python -m golf_kernels: running every operator on every backend\n"
+        command = [sys.executable, "-m", "golf_kernels", "--only", "newton_schulz=torch"]
+        run = subprocess.run(command, env=environment, stdout=closed, stderr=subprocess.PIPE, check=False)
+    said = b"python -m golf_kernels: running newton_schulz=torch\n"
     assert (run.returncode, run.stderr) == (141, said)
