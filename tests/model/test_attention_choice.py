@@ -62,7 +62,57 @@ def test_a_backend_that_fails_at_these_shapes_is_left_out_with_its_reason(monkey
     problems: dict[str, str | None] = {"sdpa": None, "cudnn": None}
     times = attention_choice._measure(list(problems), config, CPU, torch.float32, 1, problems)
     assert times == {"sdpa": 1.0}
-    assert problems == {"sdpa": None, "cudnn": "No available kernel. Aborting execution."}
+    assert problems == {"sdpa": None, "cudnn": "RuntimeError: No available kernel. Aborting execution."}
+
+
+@pytest.mark.parametrize("error", [AssertionError("head_dim\nand more"), ValueError("head_dim"), TypeError("head_dim")])
+def test_any_error_of_a_library_leaves_it_out(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    attend = attention_choice.causal_attention
+
+    def failing(*args: object, backend: str, **rest: object) -> torch.Tensor:
+        if backend == "fa3":
+            raise error
+        return attend(*args, backend="math", **rest)
+
+    monkeypatch.setattr(attention_choice, "causal_attention", failing)
+    problems: dict[str, str | None] = {"sdpa": None, "fa3": None}
+    config = Config(model_dim=16, num_heads=2, num_kv_heads=1, train_seq_len=8)
+    assert attention_choice._measure(["sdpa", "fa3"], config, CPU, torch.float32, 1, problems) == {"sdpa": 1.0}
+    assert problems["fa3"] == f"{type(error).__name__}: head_dim"
+
+
+def test_a_run_that_compiles_measures_compiled_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    options: list[dict[str, object]] = []
+
+    def compiled(form: object, **given: object) -> object:
+        options.append(given)
+
+        # what torch.compile says of a library that is no operator of PyTorch
+        def broken(*args: object) -> None:
+            raise torch._dynamo.exc.Unsupported("Attempted to call function marked as skipped\n  Explanation")
+
+        return broken if form.keywords["backend"] == "fa3" else form  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    config = Config(model_dim=16, num_heads=2, num_kv_heads=1, train_seq_len=8, compile="on")
+    problems: dict[str, str | None] = {"sdpa": None, "fa3": None}
+    assert attention_choice._measure(["sdpa", "fa3"], config, CPU, torch.float32, 1, problems) == {"sdpa": 1.0}
+    assert options == [{"dynamic": False, "fullgraph": True}] * 2
+    assert problems["fa3"] == "Unsupported: Attempted to call function marked as skipped"
+
+
+def test_flash_attention_4_runs_as_pytorchs_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", calls.append)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda: calls.append("own"))
+    monkeypatch.setattr(attention_backends, "_active", "")
+    for name in ("flash", "fa4", "fa4", "cudnn", "fa3"):
+        attention_backends.activate(name)
+    assert calls == ["FA4", "own"]
+    monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl")
+    assert "cannot run FlashAttention 4" in str(attention_backends._flash_attention_4())
 
 
 def test_a_choice_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

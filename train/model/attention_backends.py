@@ -1,6 +1,6 @@
 """The backends of causal attention: FlashAttention 3 and 4 if installed, and PyTorch's kernels.
 
-To keep attention inside documents, the backends fa3, fa4 and flash take each document as a sequence of its own length.
+To keep attention inside documents, the backends fa3 and flash take each document as a sequence of its own length.
 The other backends take a mask.
 """
 
@@ -120,6 +120,26 @@ def _flash_attention_3(download: bool) -> Any:
         return ImportError(f"{_HUB} cannot be loaded: {_first_line(error)}")
 
 
+def _flash_attention_4() -> Any:
+    """FlashAttention 4, whose functions are no operators of PyTorch: it runs as PyTorch's flash attention."""
+    if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+        return ImportError(f"torch {torch.__version__} cannot run FlashAttention 4 as its flash attention")
+    return _imported("flash_attn.cute")
+
+
+def activate(name: str) -> None:
+    """Make PyTorch's flash attention run on FlashAttention 4 for the backend fa4, and on its own kernels for others."""
+    global _active
+    wanted = "FA4" if name == "fa4" else ""
+    if wanted == _active:
+        return
+    if wanted:
+        torch.nn.attention.activate_flash_attention_impl(wanted)
+    else:
+        torch.nn.attention.restore_flash_attention_impl()
+    _active = wanted
+
+
 def _flash_attention_2(download: bool) -> Any:
     """PyTorch's FlashAttention 2 for sequences of different lengths."""
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
@@ -144,10 +164,12 @@ def _first_line(error: Exception) -> str:
 
 _FINDERS: dict[str, Callable[[bool], Any]] = {
     "fa3": _flash_attention_3,
-    "fa4": lambda download: _imported("flash_attn.cute"),
+    "fa4": lambda download: _flash_attention_4(),
     "flash": _flash_attention_2,
 }
 _libraries: dict[str, Any] = {}
+# the implementation of PyTorch's flash attention that `activate` has set; empty: PyTorch's own
+_active = ""
 
 
 def _library(name: str, download: bool = False) -> Any:
@@ -236,12 +258,12 @@ BACKENDS: dict[str, AttentionBackend] = {
             "install FlashAttention 3 (its wheel is flash_attn_3), or pip install kernels and set ATTENTION=fa3 to download it",
         ),
     ),
-    "fa4": AttentionBackend(_flash_library("fa4"), _with_library("fa4", "pip install flash-attn-4")),
+    "fa4": AttentionBackend(_sdpa_by(SDPBackend.FLASH_ATTENTION), _with_library("fa4", "pip install flash-attn-4")),
     "cudnn": AttentionBackend(_sdpa_by(SDPBackend.CUDNN_ATTENTION), _on_cuda),
     "flash": AttentionBackend(_flash, _on_cuda),
     "math": AttentionBackend(_sdpa_by(SDPBackend.MATH), _anywhere),
 }
 """All backends by name. "sdpa" lets PyTorch choose a kernel; "math" computes the formula step by step."""
 
-BY_LENGTH = ("fa3", "fa4", "flash")
+BY_LENGTH = ("fa3", "flash")
 """Names of the backends that take documents as sequences of different lengths; the others take a mask."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from train.common.errors import UserError
 from train.config import Config
 from train.model.attention import Attention
-from train.model.attention_backends import BACKENDS, BY_LENGTH, causal_attention, load_library
+from train.model.attention_backends import BACKENDS, BY_LENGTH, activate, causal_attention, load_library
+from train.model.compile import compiles
 from train.model.documents import Documents
 from train.model.gpt import resolve_compute_dtype
 
@@ -77,6 +80,7 @@ def _documents(config: Config, name: str) -> str:
 def use_attention(model: nn.Module, name: str) -> None:
     """Set the attention backend of every layer."""
     load_library(name)
+    activate(name)
     for module in model.modules():
         if isinstance(module, Attention):
             module.backend = name
@@ -90,9 +94,9 @@ def _measure(
     sequences: int,
     problems: dict[str, str | None],
 ) -> dict[str, float]:
-    """Measure the median milliseconds of one layer's attention, forward and backward. The backends take turns.
+    """Measure the median milliseconds of one layer's attention, forward and backward, compiled where the run compiles.
 
-    The result lacks a backend that fails; `problems` then gets the reason.
+    The backends take turns. The result lacks a backend that fails; `problems` then gets the reason.
     """
     generator = torch.Generator(device).manual_seed(0)
     shape = (sequences, config.train_seq_len)
@@ -105,19 +109,27 @@ def _measure(
         documents = Documents(torch.rand(shape, device=device, generator=generator) < 1 / 512)
     gradient = torch.randn(query.shape, device=device, dtype=dtype, generator=generator)
     rounds: dict[str, list[float]] = {name: [] for name in names}
+    forms: dict[str, Callable[..., Tensor]] = {
+        name: functools.partial(causal_attention, documents=documents, backend=name) for name in names
+    }
+    if compiles(config, device):
+        # the form that will run; a backend that cannot be compiled whole fails here and not in the first step
+        forms = {name: torch.compile(form, dynamic=False, fullgraph=True) for name, form in forms.items()}
     for _ in range(_ROUNDS + 1):
         for name, times in rounds.items():
             if problems[name] is not None:
                 continue
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
             try:
-                causal_attention(query, key, value, documents=documents, backend=name).backward(gradient)
-            except RuntimeError as error:
-                problems[name] = str(error).split("\n")[0]
+                activate(name)
+                begin.record()
+                forms[name](query, key, value).backward(gradient)
+                end.record()
+                end.synchronize()
+            # libraries refuse shapes by assertions, value errors and others, and the compiler by its own
+            except Exception as error:
+                problems[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
                 continue
-            end.record()
-            end.synchronize()
             times.append(begin.elapsed_time(end))
     # leave out the first round, which loads kernels and allocates memory
     return {name: sorted(times[1:])[_ROUNDS // 2] for name, times in rounds.items() if problems[name] is None}
