@@ -1,15 +1,21 @@
 """The training loop: no clock decides the quickstart's weights, and what is said where the time limit stops it."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from submission_runs import narrow
 
+from train.checkpoint import read_tensors
 from train.common.distributed import Ranks
+from train.common.errors import UserError
 from train.data.dataset import Dataset
-from train.loop import Speed, TrainResult, train
+from train.loop import Speed, TrainResult, train, training_step
+from train.model.gpt import GPT
+from train.optimize.groups import Optimizers
 from train.recipes import load_recipe
 from train.run.clocks import WallClock
 from train.run.folder import RunFolder
@@ -106,3 +112,31 @@ def test_the_speed_of_a_run_and_its_flops_utilization() -> None:
     assert speed.text(3.0, recurrence=True) == "3,072 tokens/s, MFU 60.0 % of 512 TFLOP/s"
     # half of the steps with recurrence: 2,048 tokens/s × 0.15 TFLOP on 2 GPUs
     assert speed.of_run(5.0) == "10 steps in 5 s, 2,048 tokens/s, MFU 30.0 % of 512 TFLOP/s"
+
+
+@pytest.mark.parametrize("bad", [11, 14], ids=["between log lines", "at the end"])
+def test_nan_weights_never_replace_a_good_checkpoint(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
+    steps = 0
+
+    def step(optimizers: Optimizers, *given: Any) -> torch.Tensor:
+        nonlocal steps
+        loss = training_step(optimizers, *given)
+        steps += 1
+        if steps == bad:
+            with torch.no_grad():
+                next(models[0].parameters()).view(-1)[0] = math.nan
+        return loss
+
+    models: list[torch.nn.Module] = []
+    monkeypatch.setattr("train.loop.GPT", lambda config: models.append(GPT(config)) or models[0])
+    monkeypatch.setattr("train.loop.training_step", step)
+    changes = {"iterations": 14, "checkpoint_every": 3, "train_log_every": 100, "ema_decay": 0.0, "warmup_steps": 0}
+    with pytest.raises(
+        UserError, match=rf"largest weight is nan at step {bad + 1 if bad == 11 else bad} .*checkpoint\.pt"
+    ):
+        trained(tmp_path / "run", dataset, **changes)
+    saved = read_tensors(tmp_path / "run" / "checkpoint.pt")
+    assert saved["step"] == (9 if bad == 11 else 12)
+    assert all(bool(weight.isfinite().all()) for weight in saved["parts"]["model"].values())

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -179,7 +180,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         if profiler:
             profiler.after(step)
         if step <= FIRST_LOGGED_STEPS or step % config.train_log_every == 0 or stop or step == config.iterations:
-            loss = log_step(log, config, ranks, step, batch_loss, clock, scale)
+            loss = log_step(log, config, ranks, step, batch_loss, clock, scale, folder.checkpoint)
             if not rose and step <= FIRST_LOGGED_STEPS and loss > first.val_loss + SHOCK_NATS:
                 rose = True
                 log.line("training: the loss rises in the first steps: this is normal at a high learning rate")
@@ -189,6 +190,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
             seconds = clock.pause()
             if profiler:
                 profiler.end(step, "a checkpoint follows")
+            check_finite(model, batch_loss, ranks, step, folder.checkpoint)
             extra = {"step": step, "seconds": seconds, "first": vars(first)}
             save_checkpoint(folder.checkpoint, parts, ranks, extra)
             clock.resume()
@@ -208,6 +210,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
     average = ema or (swa if swa and swa.count > 1 else None)
     if average:
         average.apply()
+    check_finite(model, torch.zeros((), device=ranks.device), ranks, step, folder.checkpoint)
     # restore the default, so that quantization computes the same in this process as in a later one
     write_out(model, frozenset())
     return TrainResult(model, step, seconds, recurrence, first, validate(recurrence))
@@ -303,7 +306,14 @@ class Speed:
 
 
 def log_step(
-    log: RunLogger, config: Config, ranks: Ranks, step: int, loss: Tensor, clock: WallClock, scale: float
+    log: RunLogger,
+    config: Config,
+    ranks: Ranks,
+    step: int,
+    loss: Tensor,
+    clock: WallClock,
+    scale: float,
+    checkpoint: Path,
 ) -> float:
     """Log the mean loss over all ranks, and return it.
 
@@ -314,8 +324,23 @@ def log_step(
     # the sum has already waited for the step, so reading the clock adds no wait
     log.train_step(step, config.iterations, mean, clock.read() * 1000, lr_scale=scale)
     if not math.isfinite(mean):
-        raise UserError(
-            f"training diverged: the loss is {mean} at step {step}: lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or set "
-            "GRAD_CLIP_NORM"
-        )
+        raise diverged(f"the loss is {mean}", step, checkpoint)
     return mean
+
+
+@torch.no_grad()
+def check_finite(model: GPT, loss: Tensor, ranks: Ranks, step: int, checkpoint: Path) -> None:
+    """Raise a UserError on every rank if a weight, or some rank's loss, is infinite or not a number."""
+    largest = torch.nn.utils.get_total_norm(list(model.parameters()), math.inf)
+    values = ranks.sum(torch.stack([largest.float(), loss.float()])).tolist()
+    for name, value in zip(("largest weight", "loss"), values, strict=True):
+        if not math.isfinite(value):
+            raise diverged(f"the {name} is {value}", step, checkpoint)
+
+
+def diverged(what: str, step: int, checkpoint: Path) -> UserError:
+    kept = f" ({checkpoint} of an earlier step is kept)" if checkpoint.exists() else ""
+    return UserError(
+        f"training diverged: {what} at step {step}{kept}: lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or set "
+        "GRAD_CLIP_NORM"
+    )
