@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import math
 import os
 import struct
 import tracemalloc
@@ -282,3 +283,16 @@ def test_newer_versions_and_foreign_files_are_refused(tmp_path: Path, file: Path
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ArtifactError, match="pipe: a pipe, not an artifact"):
         read_artifact(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_no_numbers_are_refused_when_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    path, bad = tmp_path / "bad", torch.ones(300)
+    bad[5] = value
+    with monkeypatch.context() as hostile:
+        hostile.setattr("train.artifact.storage._need_finite", lambda *_: None)
+        write_artifact(path, {"norm": bad}, Config(), **ROOMY)
+    with pytest.raises(ArtifactError, match="bad: tensor norm: 1 of 300 values are NaN or infinite"):
+        read_artifact(path)

@@ -258,3 +258,13 @@ def test_help_is_complete_and_shows_examples(capsys: pytest.CaptureFixture[str])
     }
     assert flags <= set(re.findall(r"--[a-z0-9-]+", text))
     assert "python -m train.evaluate runs/" in text and "torchrun --standalone" in text
+
+
+def test_a_score_that_is_no_number_is_never_written(untrained_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(untrained_run, tmp_path / "run"))
+    weights = torch.load(run / "weights.pt")
+    weights["embedding.weight"][7] = math.nan
+    torch.save(weights, run / "weights.pt")
+    with pytest.raises(UserError, match="master: the loss on the validation text is nan"):
+        main([str(run), "--weights", "master", "--max-tokens", "256"])
+    assert not (run / "evaluation.json").exists() and not (run / "metrics.jsonl").exists()

@@ -268,24 +268,26 @@ def plan_sections(tensors: Mapping[str, QuantizedTensor | Tensor]) -> tuple[list
     entries = []
     for name, tensor in tensors.items():
         group = tensor_group(name)
+        _check_values(name, tensor)
         if isinstance(tensor, QuantizedTensor):
-            _check_codes(name, tensor)
             section = append(group, f"int{tensor.bits}", tensor.codes)
             scales = append("row scales", "float16", tensor.scales)
             entries.append(TensorEntry(name, tuple(tensor.shape), section, scales))
             continue
-        if tensor.dtype not in _FLOAT_NAMES:
-            raise UserError(
-                f"{name}: expected {', '.join(_FLOAT_TYPES)}, got {tensor.dtype}: convert it before writing"
-            )
-        _need_finite(name, tensor)
         own = group if tensor.numel() >= _OWN_SECTION_ELEMENTS else "small tensors"
         section = append(own, _FLOAT_NAMES[tensor.dtype], tensor)
         entries.append(TensorEntry(name, tuple(tensor.shape), section, None))
     return list(plans.values()), entries
 
 
-def _check_codes(name: str, tensor: QuantizedTensor) -> None:
+def _check_values(name: str, tensor: QuantizedTensor | Tensor) -> None:
+    if not isinstance(tensor, QuantizedTensor):
+        if tensor.dtype not in _FLOAT_NAMES:
+            raise UserError(
+                f"{name}: expected {', '.join(_FLOAT_TYPES)}, got {tensor.dtype}: convert it before writing"
+            )
+        _need_finite(name, tensor)
+        return
     _need_finite(name, tensor.scales)
     if tensor.codes.numel():
         limit = largest_code(tensor.bits)
@@ -299,9 +301,7 @@ def _check_codes(name: str, tensor: QuantizedTensor) -> None:
 def _need_finite(name: str, tensor: Tensor) -> None:
     bad = int((~tensor.isfinite()).sum())
     if bad:
-        raise UserError(
-            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite: training diverged; nothing was written"
-        )
+        raise UserError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite: training diverged")
 
 
 def encode_section(plan: SectionPlan, content: bytes, codec: Codec) -> tuple[Section, bytes]:
@@ -336,12 +336,12 @@ def _tensors(source: Path, header: Header, contents: list[bytes | memoryview]) -
         values = take(entry.section, entry.shape)
         if entry.scales is None:
             tensors[entry.name] = values
-            continue
-        scales = take(entry.scales, entry.shape[:1])
-        bits = int(header.sections[entry.section].type.removeprefix("int"))
-        coded = tensors[entry.name] = QuantizedTensor(values, scales, bits)
+        else:
+            scales = take(entry.scales, entry.shape[:1])
+            bits = int(header.sections[entry.section].type.removeprefix("int"))
+            tensors[entry.name] = QuantizedTensor(values, scales, bits)
         try:
-            _check_codes(entry.name, coded)
+            _check_values(entry.name, tensors[entry.name])
         except UserError as error:
             raise ArtifactError(f"{source}: tensor {error}: write it anew with python -m train") from error
     return tensors

@@ -302,6 +302,8 @@ def score(
         progress=progress,
         description=description,
     )
+    if not (math.isfinite(result.val_loss) and math.isfinite(result.val_bpb)):
+        raise UserError(f"{weights}: the loss on the validation text is {result.val_loss}: train again at lower rates")
     entry = evaluation_entry(
         result, config, weights=weights, max_tokens=max_tokens, world_size=ranks.world_size, device=str(ranks.device)
     )
