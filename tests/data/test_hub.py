@@ -14,7 +14,6 @@ import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from train.common.errors import UserError
-from train.data import hub
 from train.data.corpus import stdlib_documents
 from train.data.hub import FolderSource, HubSource, Unreachable, download
 from train.data.shards import find_shards, read_shard, write_shard
@@ -216,18 +215,18 @@ def test_ranks_wait_for_each_other(tmp_path: Path, model: bytes, capsys: pytest.
     assert "waiting for another process" in capsys.readouterr().out
 
 
-def test_copies_where_the_file_system_has_no_links(
-    tmp_path: Path, model: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(18, "Invalid cross-device link")
-
-    monkeypatch.setattr(hub.os, "link", refuse)
-    folder, _ = download(
-        f"sp{VOCAB}", 1, tmp_path / "data", FolderSource(str(make_remote(tmp_path / "remote", model)), "datasets")
-    )
-    path = find_shards(folder, "train")[0]
-    assert read_shard(path).tolist() == list(range(100, 150)) and path.stat().st_nlink == 1
+def test_damage_to_a_downloaded_file_leaves_the_source_whole(tmp_path: Path, model: bytes) -> None:
+    remote = make_remote(tmp_path / "remote", model)
+    sources = {path.name: path for path in remote.rglob("*.*") if path.is_file()}
+    before = {name: path.read_bytes() for name, path in sources.items()}
+    folder, tokenizer = download(f"sp{VOCAB}", 1, tmp_path / "data", FolderSource(str(remote), "datasets"))
+    placed = [tokenizer, *folder.glob("*.bin")]
+    assert len(placed) == 4
+    for path in placed:
+        assert path.read_bytes() == before[path.name]
+        with path.open("r+b") as file:
+            file.write(b"damage")
+    assert {name: path.read_bytes() for name, path in sources.items()} == before
 
 
 class FakeHub:

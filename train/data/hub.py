@@ -10,10 +10,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import os
 import re
 import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -318,17 +316,7 @@ def _get(source: Source, path: str, target: Path) -> None:
 
 
 def _place(whole: Path, target: Path) -> None:
-    """Hard-link `whole` as `target`, or copy it if the file system cannot link."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".", suffix=".part") as work:
-        link = Path(work, target.name)
-        try:
-            os.link(whole, link)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EACCES):
-                raise
-        else:
-            os.replace(link, target)
-            return
+    """Copy `whole` to `target`. A hard link would let damage to one file damage the other."""
     with whole.open("rb") as file, atomic_writer(target) as copy:
         shutil.copyfileobj(file, copy, 1 << 22)
 
