@@ -156,6 +156,8 @@ Q = "blocks.0.attn.c_q.weight"
         ("baseline", without("scales", Q), rf"scales\['{Q}'\]: expected an entry, found none"),
         ("baseline", without("qmeta", Q), rf"qmeta\['{Q}'\]: expected an entry, found none"),
         ("baseline", without("passthrough", "skip_weights"), r"quantized or passthrough\['skip_weights'\]: expected an entry, found none"),
+        ("pr1471", lambda content: content.pop("w"), r"contents: expected a dictionary with 'w' and 'm', found one with \['m'\]"),
+        ("pr122", lambda content: content.pop("__quant_format__"), r"contents: expected .* '__quant_format__': 'w6_e16_clean_per_row_v1', found"),
         ("pr122", lambda content: content.pop("dtypes"), r"'dtypes': expected an entry, found none"),
         # surplus
         ("pr1471", with_value("w", "smear.gate", torch.zeros(16).half()), r"w\['smear.gate'\]: expected no such entry, found one"),

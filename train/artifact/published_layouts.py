@@ -86,6 +86,10 @@ class Check:
 class Layout(Protocol):
     """A layout of the dictionary. `parameters` has the names, shapes and dtypes of the script's parameters."""
 
+    @property
+    def mark(self) -> str:
+        """The keys by which `recognizes` tells the dictionary, in words."""
+
     def recognizes(self, content: Mapping[str, Any]) -> bool: ...
 
     def write(self, tensors: StoredTensors, parameters: Mapping[str, Tensor]) -> dict[str, Any]: ...
@@ -95,6 +99,8 @@ class Layout(Protocol):
 
 class Mixed:
     """The layout `Mixed` of the module's docstring."""
+
+    mark = "'w' and 'm'"
 
     def recognizes(self, content: Mapping[str, Any]) -> bool:
         return "w" in content and "m" in content
@@ -141,6 +147,10 @@ class PerRow:
 
     tag: str
     packed: bool = False
+
+    @property
+    def mark(self) -> str:
+        return f"'__quant_format__': {self.tag!r}"
 
     def recognizes(self, content: Mapping[str, Any]) -> bool:
         return _same(content.get("__quant_format__"), self.tag)

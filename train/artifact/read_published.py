@@ -54,7 +54,9 @@ def read_published(path: Path, format: str, config: Config) -> StoredTensors:
             for name, other in PUBLISHED_FORMATS.items()
             if isinstance(content, dict) and other.codec == published.codec and other.layout.recognizes(content)
         ]
-        check.refuse("contents", f"the dictionary of {format}", "another", (others and f"try --from {others[0]}") or "")
+        found = f"one with {repr(list(content))[:100]}" if isinstance(content, dict) else "none"
+        remedy = (others and f"try --from {others[0]}") or ""
+        check.refuse("contents", f"a dictionary with {published.layout.mark}", found, remedy)
     return from_published(published.layout.read(content, parameters, check), config)
 
 
