@@ -134,3 +134,20 @@ def test_bad_arguments_are_named() -> None:
         sdclip(torch.randn(2, 4), 6, floor="low")
     with pytest.raises(UserError, match="rows of one element"):
         sdclip(torch.randn(2, 1), 6)
+
+
+@pytest.mark.parametrize("deviation", [0.02, 0.3, 2.0])
+@pytest.mark.parametrize("clip", ["sdclip", "quantile"])
+def test_int8_codes_are_near_those_of_the_published_float32_scale(clip: str, deviation: float) -> None:
+    rows = torch.randn(2000, 128, generator=torch.Generator().manual_seed(0)) * deviation
+    wide = rows.double()
+    limit = 20 * wide.std(dim=1) if clip == "sdclip" else torch.quantile(wide.abs(), 0.9999984, dim=1)
+    scale = (limit / 127).clamp_min(1 / 127).float().double()[:, None]
+    published = torch.round(wide.clamp(-limit[:, None], limit[:, None]) / scale).clamp(-127, 127)
+    stored = ROW_SCALES[clip](rows, 8, sigmas=20.0)
+    found = rtn(rows, stored, 8).double()
+    # the recipes state these shares
+    assert (found - published).abs().max() <= 1
+    assert 0 < (found != published).double().mean() < (0.0005 if deviation == 0.02 else 0.007)
+    errors = [(wide - codes * stored.double()[:, None]).square().sum() for codes in (found, published)]
+    assert errors[0] <= errors[1]
