@@ -133,6 +133,7 @@ def test_rounded_tables_change_the_logits_by_some_percent(name: str, length: int
     def difference(rows: slice) -> float:
         return float((logits["bf16"][rows] - logits["exact"][rows]).norm() / logits["exact"][rows].norm())
 
+    # this depends on the model: from 2 to 40 % for other gains and weights, and 7.0 and 6.6 % in those of the published scripts
     assert 0.01 < difference(slice(None)) < 0.25
     assert difference(slice(256)) < 0.5 * difference(slice(length - 256, None))
 
