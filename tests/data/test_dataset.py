@@ -11,10 +11,12 @@ import pytest
 from pipeline_runs import small
 
 from train.common.distributed import Ranks
-from train.data.dataset import Dataset, start_compressors
+from train.common.errors import UserError
+from train.data.dataset import Dataset, prepare_data, start_compressors
 from train.data.manifest import read_manifest
 from train.data.shards import find_shards
 from train.pipeline import run_pipeline
+from train.recipes import load_recipe
 
 
 def test_a_whole_run_opens_every_shard_once(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,3 +66,19 @@ def test_what_is_not_asked_for_is_not_read(dataset: Path, tmp_path: Path) -> Non
             (tmp_path / "text" / path.name).symlink_to(path)
     # a score needs no training shards
     assert len(Dataset(small(tmp_path / "text", tmp_path)).validation.tokens) > 2048
+
+
+def test_a_misspelt_folder_is_never_replaced_by_the_recipe_s_text(tmp_path: Path) -> None:
+    (tmp_path / "books_1024").mkdir()
+    config = load_recipe("quickstart").config(data_path=str(tmp_path / "boks_1024"))
+    with pytest.raises(UserError, match=r"boks_1024 does not exist; did you mean .*/books_1024\?: make it with"):
+        prepare_data(config, Ranks())
+    assert [path.name for path in tmp_path.iterdir()] == ["books_1024"]
+
+
+def test_the_recipe_s_own_folder_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    built: list[tuple[Path, int]] = []
+    monkeypatch.setattr("train.data.build.build_stdlib", lambda *given: built.append(given))
+    prepare_data(load_recipe("quickstart").config(), Ranks())
+    assert built == [(Path("data/stdlib_1024"), 1024)]

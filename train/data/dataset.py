@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from train.data.manifest import read_manifest
 from train.data.paid_prefix import known_targets
 from train.data.shards import find_shards
 from train.data.validation import ValidationText, load_validation
+from train.recipes import load_recipe
 
 
 class Dataset:
@@ -49,10 +51,10 @@ class Dataset:
 
 
 def prepare_data(config: Config, ranks: Ranks) -> None:
-    """Build the shards if they do not exist and the recipe names a text (setting `corpus`).
+    """Build the shards if `data_path` is the recipe's own, does not exist, and the recipe names a text (setting `corpus`).
 
     Raises:
-        UserError: the shards do not exist and the recipe names no text.
+        UserError: the shards do not exist, and are not those that the recipe builds.
     """
     path = Path(config.data_path)
     if not config.data_path:
@@ -62,14 +64,19 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
         if path.exists():
             return
         if config.corpus:
-            from train.data.build import build_stdlib
+            own = load_recipe(config.recipe).config().data_path
+            if config.data_path == own:
+                from train.data.build import build_stdlib
 
-            build_stdlib(path, config.vocab_size)
-        else:
-            raise UserError(
-                f"data_path: {path} does not exist: make it with python -m train.data fineweb --variant sp{config.vocab_size} (its "
-                "--help lists repositories) or python -m train.data text PATH… (your own text), or set DATA_PATH"
-            )
+                build_stdlib(path, config.vocab_size)
+                return
+        beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f"; did you mean {path.parent / close[0]}?" if close else ""
+        raise UserError(
+            f"data_path: {path} does not exist{hint}: make it with python -m train.data fineweb --variant sp{config.vocab_size} (its "
+            "--help lists repositories) or python -m train.data text PATH… (your own text), or set DATA_PATH"
+        )
 
     ranks.on_main(build)
 
