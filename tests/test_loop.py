@@ -9,7 +9,7 @@ import pytest
 import torch
 from submission_runs import narrow
 
-from train.checkpoint import read_tensors
+from train.checkpoint import read_tensors, write_tensors
 from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.data.dataset import Dataset
@@ -140,3 +140,18 @@ def test_nan_weights_never_replace_a_good_checkpoint(
     saved = read_tensors(tmp_path / "run" / "checkpoint.pt")
     assert saved["step"] == (9 if bad == 11 else 12)
     assert all(bool(weight.isfinite().all()) for weight in saved["parts"]["model"].values())
+
+
+def test_a_resume_on_another_number_of_ranks_is_said(dataset: Path, tmp_path: Path) -> None:
+    changes = {"iterations": 4, "checkpoint_every": 3}
+    trained(tmp_path / "run", dataset, **changes)
+    path, said = tmp_path / "run" / "checkpoint.pt", "training: resumed on 1 rank, the checkpoint was written on 2: "
+    saved = read_tensors(path)
+    assert saved["world_size"] == 1
+    for name, values, times in (("same", saved, 0), ("other", {**saved, "world_size": 2}, 1)):
+        config = narrow(dataset, tmp_path / name, 1, val_loss_every=0, **changes).replace(resume="auto")
+        (tmp_path / name).mkdir()
+        write_tensors(tmp_path / name / "checkpoint.pt", values)
+        with RunLogger(tmp_path / name, config.seed) as log:
+            train(config, Dataset(config), RunFolder(tmp_path / name), Ranks(), log)
+        assert (tmp_path / name / "train_seed1.log").read_text().count(said) == times

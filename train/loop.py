@@ -113,6 +113,13 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
     # log this even without a checkpoint: the run starts again at step 0, and what a killed process logged is void
     if log.resumed:
         log.resume(step, seconds * 1000)
+    # earlier checkpoints do not say on how many ranks they were written
+    before = resumed.get("world_size", ranks.world_size) if resumed else ranks.world_size
+    if before != ranks.world_size:
+        log.line(
+            f"training: resumed on {counted(ranks.world_size, 'rank')}, the checkpoint was written on {before}: the result "
+            "differs from that of an unbroken run"
+        )
     clock = WallClock(
         config.training_seconds, group=ranks.group, device=ranks.device, elapsed_seconds=seconds, steps=step
     )
@@ -191,7 +198,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
             if profiler:
                 profiler.end(step, "a checkpoint follows")
             check_finite(model, batch_loss, ranks, step, folder.checkpoint)
-            extra = {"step": step, "seconds": seconds, "first": vars(first)}
+            extra = {"step": step, "seconds": seconds, "first": vars(first), "world_size": ranks.world_size}
             save_checkpoint(folder.checkpoint, parts, ranks, extra)
             clock.resume()
     seconds = clock.pause()
