@@ -65,7 +65,7 @@ class Config:
     # data
     data_path: str = setting("", "folder of the shards (*_train_*.bin, *_val_*.bin) and the tokenizer")
     tokenizer_path: str = setting("", "SentencePiece model; empty: the one in data_path")
-    corpus: str = setting("", "text to build data_path from; used if data_path does not exist", choices=("", "stdlib"))
+    corpus: str = setting("", "text to build the recipe's own data_path from, if it is missing", choices=("", "stdlib"))
     vocab_size: int = setting(1024, "tokens in the vocabulary", low=259, high=65536)
     train_seq_len: int = setting(1024, "tokens per training sequence", low=1)
     train_batch_tokens: int = setting(524288, "tokens per step, over all ranks", low=1, high=2**31)
