@@ -1,5 +1,6 @@
 """`python -m train.evaluate`: a run folder is scored from its artifact's bytes, alone and over ranks."""
 
+import hashlib
 import json
 import math
 import re
@@ -15,7 +16,7 @@ from untrained_run import make_untrained_run, run_truth
 from train.artifact.__main__ import main as convert
 from train.common.errors import UserError
 from train.evaluate.__main__ import _load, main
-from train.evaluate.scores import read_evaluation
+from train.evaluate.scores import find_evaluation, read_evaluation
 from train.evaluate.windows import plan_windows
 from train.model.gpt import GPT
 from train.run.folder import RunFolder
@@ -268,3 +269,13 @@ def test_a_score_that_is_no_number_is_never_written(untrained_run: Path, tmp_pat
     with pytest.raises(UserError, match="master: the loss on the validation text is nan"):
         main([str(run), "--weights", "master", "--max-tokens", "256"])
     assert not (run / "evaluation.json").exists() and not (run / "metrics.jsonl").exists()
+
+
+def test_a_score_belongs_to_the_bytes_of_its_artifact(untrained_run: Path, tmp_path: Path) -> None:
+    run = RunFolder(Path(shutil.copytree(untrained_run, tmp_path / "run")))
+    assert main([str(run.path)]) == 0
+    found = find_evaluation(run, run.read_config())
+    assert found["artifact_sha256"] == hashlib.sha256(run.artifact.read_bytes()).hexdigest()
+    run.artifact.write_bytes(run.artifact.read_bytes() + b"other")
+    with pytest.raises(UserError, match=r"evaluation\.json: the score of another model\.golf: evaluate again"):
+        find_evaluation(run, run.read_config())

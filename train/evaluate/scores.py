@@ -6,7 +6,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from train.common.errors import UserError
-from train.common.files import read_json, write_json
+from train.common.files import read_json, sha256_file, write_json
 from train.config import Config
 from train.data.paid_prefix import NOT_COMPLIANT
 from train.run.folder import RunFolder
@@ -57,6 +57,9 @@ def write_evaluation(folder: RunFolder, entry: dict[str, Any]) -> None:
     The caller must hold the run folder exclusively, or call this inside `RunFolder.writing`.
     """
     scores = read_evaluation(folder) if folder.evaluation.exists() else {}
+    if entry["weights"] == "artifact":
+        # a score belongs to these bytes; earlier files of scores have no digest
+        entry["artifact_sha256"] = sha256_file(folder.artifact)
     write_json(folder.evaluation, {**scores, _key(entry): entry})
 
 
@@ -69,6 +72,8 @@ def find_evaluation(folder: RunFolder, config: Config) -> dict[str, Any]:
     wanted = _settings(config, "artifact")
     for entry in read_evaluation(folder).values():
         if isinstance(entry, dict) and all(entry.get(name) == value for name, value in wanted.items()):
+            if entry.get("artifact_sha256") not in (None, sha256_file(folder.artifact)):
+                raise UserError(f"{folder.evaluation}: the score of another model.golf: evaluate again")
             if missing := _MEASURED - set(entry):
                 raise UserError(f"{folder.evaluation}: a score without {', '.join(sorted(missing))}: evaluate again")
             return entry
