@@ -79,7 +79,7 @@ def exact(given: Head, rows_at_once: int = 4096) -> list[Tensor]:
 def chunk_bytes(device: torch.device, size: int | None) -> Iterator[None]:
     """Let the operator use chunks of `size` bytes. None leaves the operator's default.
 
-    The operator counts a chunk's logits as float32.
+    The operator computes a chunk's size with 4 bytes per logit.
     """
     before = head.CHUNK_BYTES[device.type]
     head.CHUNK_BYTES[device.type] = size or before

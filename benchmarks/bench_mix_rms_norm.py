@@ -26,11 +26,11 @@ class Shape(NamedTuple):
 
 
 def traffic(shape: Shape) -> dict[str, dict[str, float]]:
-    """Bytes that each pass reads and writes. Column sums and row norms are under 1 % and not counted.
+    """Bytes that each pass reads and writes. The results of column sums and row norms, under 1 %, are not counted.
 
     Forward, both variants read x, x0 and write h, n. Backward, the Triton kernels read dh, dn, x, x0 and write dx, dx0.
-    Inductor's first kernel reads dh, dn, h and writes dx, dx0 and the gradient of h. For the column sums it then reads
-    that gradient, x and x0.
+    Inductor's first kernel reads dh, dn, h and writes dx, dx0 and the gradient of h. Its second kernel reads that
+    gradient, x and x0 to compute the column sums.
     """
     stream = 2.0 * shape.batch * shape.length * shape.width
     return {

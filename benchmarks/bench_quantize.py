@@ -140,9 +140,9 @@ def gptq_case(model: GPT, config: Config, names: Sequence[str]) -> common.Case:
 
 
 def agreement(model: GPT, config: Config, texts: Tensor) -> float:
-    """Fraction of the generated tokens that are drawn again from the logits of the finished texts.
+    """Fraction of generated tokens that stay the same if they are drawn from the logits of the finished texts.
 
-    Both draws use the same random numbers. The finished texts need no key-value cache, so this checks the cache.
+    Both draws use the same random numbers. The first draw uses the key-value cache and the second does not, so a low fraction shows an error of the cache.
     """
     rows, length = texts.shape
     draws = np.array([np.random.default_rng([config.seed, number]).random(length) for number in range(rows)])

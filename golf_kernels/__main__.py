@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from golf_kernels import command, dispatch, native, operators
+from golf_kernels import command, cpu, dispatch, native, operators
 from golf_kernels.version import __version__
 
 EXAMPLES = """examples:
@@ -94,14 +94,16 @@ def self_check(devices: Sequence[str], only: str = "") -> list[dict[str, Any]]:
         dtype = operator.gpu_dtype if device == "cuda" else torch.float32
         for backend in dispatch.available_backends(operator.name, device):
             row: dict[str, Any] = {"op": operator.name, "backend": backend, "device": device}
-            row |= {"dtype": str(dtype).removeprefix("torch."), "error": None, "limit": LIMITS[dtype]}
+            wide = device == "cuda" or not (operator.bfloat16_on_cpu and cpu.multiplies_bfloat16())
+            limit = LIMITS[dtype if wide else torch.bfloat16]
+            row |= {"dtype": str(dtype).removeprefix("torch."), "error": None, "limit": limit}
             if only in ("", f"{operator.name}={backend}"):
                 rows.append((operator, row, dtype))
     alone = [bool(only) or row["device"] == "cpu" for _, row, _ in rows]
     with ThreadPoolExecutor(4) as pool:
         begun = [None if own else pool.submit(_check_apart, row) for own, (_, row, _) in zip(alone, rows, strict=True)]
         return [
-            row | (future.result() if future else _check(operator, row["backend"], row["device"], dtype))
+            row | (future.result() if future else _check(operator, row, dtype))
             for future, (operator, row, dtype) in zip(begun, rows, strict=True)
         ]
 
@@ -121,15 +123,15 @@ def _check_apart(row: dict[str, Any]) -> dict[str, Any]:
     return {"passed": False, "problem": problem}
 
 
-def _check(operator: operators.Operator, backend: dispatch.Backend, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    make = operators.random_tensors(device, dtype)
+def _check(operator: operators.Operator, row: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    make = operators.random_tensors(row["device"], dtype)
     inputs = operator.inputs(make)
     try:
         with dispatch.forced("torch"):
             upstream = operators.upstream_gradients(operator.function, inputs, make)
             exact_inputs, exact_upstream = operators.exact([inputs, upstream], device="cpu")
             want = operators.run(operator.function, exact_inputs, exact_upstream)
-        with dispatch.forced(f"torch,{operator.name}={backend}"):
+        with dispatch.forced(f"torch,{operator.name}={row['backend']}"):
             got = operators.run(operator.function, inputs, upstream)
         errors = [_relative_error(g, w) for g, w in zip(got, want, strict=True)]
     # every exception of a broken kernel or compiler is a failed check
@@ -138,7 +140,7 @@ def _check(operator: operators.Operator, backend: dispatch.Backend, device: str,
     # JSON cannot hold NaN, and max() can overlook it
     if not all(math.isfinite(error) for error in errors):
         return {"passed": False, "problem": "the result is not finite"}
-    return {"error": max(errors), "passed": max(errors) <= LIMITS[dtype], "problem": None}
+    return {"error": max(errors), "passed": max(errors) <= row["limit"], "problem": None}
 
 
 def _relative_error(got: Tensor, want: Tensor) -> float:

@@ -243,7 +243,7 @@ def choose(op: str, *args: Any, device: str | None = None) -> Choice:
                 refused.append(f"triton: {problem or f'not chosen: {tuned.COMMAND}'}")
             continue
         if problem is None:
-            usual = "the only backend" if len(implementations) == 1 else f"first choice on {device}"
+            usual = "the only backend" if len(implementations) == 1 else f"default on {device}"
             return Choice(backend, "; ".join(refused) or usual)
         refused.append(f"{backend}: {problem}")
         _log_once(op, backend, problem)

@@ -121,5 +121,6 @@ operators.declare(
             for columns, dtype, extras in itertools.product((512, 333), (torch.bfloat16, torch.float32), (False, True))
         ],
         called_by="optimize",
+        bfloat16_on_cpu=True,
     )
 )

@@ -325,5 +325,6 @@ operators.declare(
             )
         ],
         called_by="optimize",
+        bfloat16_on_cpu=True,
     )
 )

@@ -38,6 +38,8 @@ class Operator:
             the only one.
         called_by: the folder of `train` that calls the operator: model, optimize, quantize, artifact or evaluate.
         gpu_dtype: dtype of the doctor's inputs on a GPU. On a CPU they are float32.
+        bfloat16_on_cpu: whether the operator multiplies float32 matrices in bfloat16 on a CPU that can
+            (`golf_kernels.cpu`).
         products: name of each Triton kernel that multiplies rows by a matrix → names of its arguments for the rows and
             for the matrix.
         in_place: name of each Triton kernel that reads a large tensor and then overwrites it → name of its argument for
@@ -51,6 +53,7 @@ class Operator:
     members: tuple[str, ...] = ()
     called_by: str = ""
     gpu_dtype: torch.dtype = torch.bfloat16
+    bfloat16_on_cpu: bool = False
     products: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     in_place: Mapping[str, str] = field(default_factory=dict)
 

@@ -65,7 +65,7 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
     assert re.search(
         r"gptq:calibrated \d+ matrices on 4 training batches in [\d.]+s, Hessians of the model that is scored", text
     )
-    assert re.search(r"gptq:column loop in (cpp|torch) \(\w", text)
+    assert re.search(r"gptq:inner loop on the backend (cpp|torch) \(\w", text)
     readme = (finished.folder.path / "README.md").read_text()
     assert f"{submission['val_bpb']:.8f}" in readme
     exact = [

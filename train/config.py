@@ -106,15 +106,15 @@ class Config:
     ve_dim: int = setting(0, "width of the shared value embedding; 0: none", low=0, high=65536)
     ve_layers: tuple[int, ...] = setting((), "layers that add the value embedding to their values")
     embed_proj: str = setting(
-        "always", "project embeddings; needed: only if widths differ", choices=("always", "needed")
+        "always", "project bigram and value embeddings; needed: only to another width", choices=("always", "needed")
     )
     ve_proj_optimizer: str = setting("muon", "optimizer of the value embedding's projection", choices=("muon", "adamw"))
     skip_rows: int = setting(0, "largest number of weighted U-Net skips; 0: half of num_layers", low=0, high=1024)
     skip_gates: bool = setting(False, "sigmoid gates on the U-Net skips")
     parallel_start_layer: int = setting(-1, "first layer with attention and MLP in parallel; -1: none", low=-1)
     parallel_form: str = setting(
-        "gptj", "gptj: parallel attention and MLP share their input; lanes: each has a residual stream, merged at the end; "
-        "routed: as lanes, but each lane adds both outputs",
+        "gptj", "gptj: parallel attention and MLP share their input; lanes: each has its own residual stream, merged at the end; "
+        "routed: as lanes, and both outputs are added to both streams",
         choices=("gptj", "lanes", "routed"),
     )  # fmt: skip
     recur_layers: tuple[int, ...] = setting((), "layers that run again")
@@ -223,7 +223,7 @@ class Config:
     eval_seq_len: int = setting(0, "window length of the final evaluation; 0: train_seq_len", low=0)
     eval_stride: int = setting(64, "new tokens per window; 0: windows do not overlap", low=0)
     eval_rule: str = setting(
-        "once", "tokens that a window scores; once: each token once; others: rules of older records",
+        "once", "once: windows score each token once; overlap_tail: last tokens several times; full_windows: first tokens never",
         choices=("once", "overlap_tail", "full_windows"),
     )  # fmt: skip
     paid_prefix_file: str = setting(

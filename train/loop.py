@@ -84,7 +84,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
     attention = ranks.on_main(lambda: choose_attention(config, ranks.device, micro_batch_sequences(config)))
     use_attention(model, attention.name)
     log.line(f"attention: {attention.name} ({attention.reason})")
-    start.end("attention")
+    start.end("choice of attention")
     if config.profile_steps:
         from train.run.profile_parts import name_compiled_kernels
 
@@ -153,7 +153,8 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         limit=config.training_seconds,
     )  # fmt: skip
     speed, seconds_before = Speed(config, ranks), seconds
-    loss, rose = first.val_loss, False
+    # the last training loss in the log, as text for the bar; a resumed run has none yet
+    shown, rose = "", False
     # whether it was on in the last step; once on it stays on, though the clock's estimates may fall
     recurrence = step > 0 and recurrence_on(step - 1, seconds, config)
     while True:
@@ -188,11 +189,12 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
             profiler.after(step)
         if step <= FIRST_LOGGED_STEPS or step % config.train_log_every == 0 or stop or step == config.iterations:
             loss = log_step(log, config, ranks, step, batch_loss, clock, scale, folder.checkpoint)
+            shown = f", loss {loss:.4f}"
             if not rose and step <= FIRST_LOGGED_STEPS and loss > first.val_loss + SHOCK_NATS:
                 rose = True
                 log.line("training: the loss rises in the first steps: this is normal at a high learning rate")
         speed.count(recurrence)
-        bar.advance(1, lambda: f"{speed.text(bar.rate, recurrence)}, loss {loss:.4f}")  # noqa: B023
+        bar.advance(1, lambda: f"{speed.text(bar.rate, recurrence)}{shown}")  # noqa: B023
         if config.checkpoint_every and step % config.checkpoint_every == 0 and not stop:
             seconds = clock.pause()
             if profiler:

@@ -78,6 +78,8 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
             if ranks.is_main and not log.resumed:
                 atomic_write(folder.source, package_source() + "\n")
             log.line(f"run_id:{config.run_id} recipe:{config.recipe} device:{ranks.device}")
+            if config.resume == "auto" and ranks.is_main and not log.resumed:
+                log.line(f"resume: there was no run {config.run_id} in {config.runs_dir}, so a new one begins")
             for line in [*map(override_line, overrides), *lines]:
                 log.line(line)
             with clock("train", found=folder.is_trained):

@@ -61,7 +61,7 @@ def test_falls_back_with_its_reason_and_logs_it_once(caplog):
 def test_a_backend_for_another_device_is_no_fallback(caplog):
     register("op", "torch")
     register("op", "cuda", problem="no GPU")
-    assert dispatch.choose("op", torch.zeros(1)) == ("torch", "first choice on cpu")
+    assert dispatch.choose("op", torch.zeros(1)) == ("torch", "default on cpu")
     assert not caplog.records
 
 
@@ -259,4 +259,4 @@ def test_forcing_for_a_while(monkeypatch, before):
         dispatch.choose("op", torch.zeros(1))
     assert os.environ.get("GOLF_BACKEND") == before
     with dispatch.forced(""):
-        assert dispatch.choose("op", torch.zeros(1)) == ("cpp", "first choice on cpu")
+        assert dispatch.choose("op", torch.zeros(1)) == ("cpp", "default on cpu")

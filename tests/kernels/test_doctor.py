@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from golf_kernels import __main__ as doctor
-from golf_kernels import dispatch, native, operators
+from golf_kernels import cpu, dispatch, native, operators
 from golf_kernels.version import __version__
 
 
@@ -66,6 +66,14 @@ def test_every_operator_is_checked_on_every_backend_that_can_run(whole):
     assert {backend for _, backend, _ in expected} >= {"torch", "triton"}
     for check in checks:
         assert check["passed"] and 0 < check["error"] <= check["limit"] and check["problem"] is None
+
+
+@pytest.mark.parametrize("op", ["newton_schulz", "muon_step"])
+def test_products_in_bfloat16_on_a_cpu_have_its_limit(op, monkeypatch):
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    (check,) = doctor.self_check(["cpu"], f"{op}=torch")
+    assert check["passed"] and 1e-5 < check["error"] <= check["limit"] == 5e-2
 
 
 def broken(monkeypatch, op, backend, function):
@@ -132,7 +140,7 @@ def test_the_text_says_what_was_not_built_and_what_to_type(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "C++   built by /usr/bin/g++ (g++ 12.2.0)\n        -O3 -Wall" in text
     assert "CUDA  not built: no nvcc: not on PATH\n        to change that: install a CUDA toolkit" in text
-    assert "newton_schulz               cpu   torch   first choice on cpu" in text
+    assert "newton_schulz               cpu   torch   default on cpu" in text
     assert re.search(r"\nAll \d+ checks passed\.\n$", text)
 
 

@@ -141,7 +141,7 @@ def test_the_page_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     add("finished", matrix_lr=0.5)
     add("killed", "summary.json", "weights.pt", "training.json", matrix_lr=0.5)
     text = printed(capsys, "show", "finished")
-    assert "\n  val_bpb    7.2412 bits per byte, scored from the artifact's bytes\n" in text
+    assert "\n  val_bpb    7.2412 bits per byte of text, by the model loaded from the artifact\n" in text
     assert "\n  status     finished\n" in text and "resume" not in text
     # a path names a run, too
     text = printed(capsys, "show", "runs/killed/")

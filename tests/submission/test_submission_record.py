@@ -179,7 +179,7 @@ def test_what_was_not_measured_is_not_written(tmp_path: Path) -> None:
 def test_summary_text_is_the_block_a_run_ends_with() -> None:
     assert summary_text(make_summary(), "runs/example").splitlines() == [
         "example (recipe sp8192_sdclip, seed 1337, 37,022,811 parameters)",
-        "  val_bpb    1.1041 bits per byte, scored from the artifact's bytes",
+        "  val_bpb    1.1041 bits per byte of text, by the model loaded from the artifact",
         "             1.1041 non-overlapping windows, 1.0874 before quantization, 3.4876 before training",
         "  comparison 1.9612 gzip -9 primed with the training text; 1.4012 xz -9 primed with the training text",
         "  size       code 83,119 + model 15,898,181 = 15,981,300 of 16,000,000 bytes (99.9%)",

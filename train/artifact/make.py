@@ -53,10 +53,12 @@ def quantize(
         )
     else:
         tensors = rounded({})
-    log.line(f"gptq:quantized {len(tensors)} tensors in {time.perf_counter() - started:.1f}s")
+    log.line(
+        f"gptq:quantized {len(tensors)} tensors, {len(names)} of them by GPTQ, in {time.perf_counter() - started:.1f}s"
+    )
     if names:
         backend, reason = dispatch.choose("gptq_block", device=ranks.device.type)
-        log.line(f"gptq:column loop in {backend} ({reason})")
+        log.line(f"gptq:inner loop on the backend {backend} ({reason})")
     return tensors, encoded
 
 

@@ -34,6 +34,8 @@ _NO_PLACE = (
 
 # a missing module of these packages is a bug
 _OWN_PACKAGES = ("benchmarks", "golf_kernels", "train")
+# the extra of pyproject.toml that has a package; all others are in `train`
+_EXTRAS = {"safetensors": "export", "optuna": "sweep", "submitit": "sweep", "constriction": "ans"}
 
 
 def main_guard(main: Callable[[], int | None]) -> NoReturn:
@@ -48,7 +50,10 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
         package = (error.name or "").partition(".")[0]
         if not package or package in _OWN_PACKAGES:
             raise
-        code = _refuse(f"{package} is not installed: pip install {package}, or everything: pip install -e '.[train]'")
+        extra = _EXTRAS.get(package, "train")
+        code = _refuse(
+            f"{package} is not installed: pip install {package}, or all of its kind: pip install -e '.[{extra}]'"
+        )
     except BrokenPipeError:
         # the reader, such as head, has closed the pipe; without this, Python fails again when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

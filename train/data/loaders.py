@@ -92,7 +92,7 @@ class Order(ABC):
 class Sequential(Order):
     """Takes the tokens in their order.
 
-    With L targets per micro-batch, micro-batch v of step s reads L + 1 tokens from token (8s + v)(L + 1) on.
+    A step has 8 micro-batches of L targets. Micro-batch v of step s reads L + 1 tokens, the first at (8s + v)(L + 1).
     Micro-batches do not overlap, so the first token of a micro-batch is never a target.
     """
 

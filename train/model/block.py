@@ -37,7 +37,7 @@ class Block(OperatorModule):
 
     routed (#1530): h = m₀⊙lane0 + m₁⊙x0; Y = a⊙Attn(n(h)); M = b⊙MLP(n(lane1)); laneᵢ ← rᵢ laneᵢ + p₀ᵢ Y + p₁ᵢ M
 
-    x is the residual stream, and n(x) = g · rms(x). With `ln_scale` g is 1/√(layer + 1), otherwise 1. m is `resid_mix`
+    x is the residual stream, and n(x) = g · rms_norm(x). With `ln_scale` g is 1/√(layer + 1), otherwise 1. m is `resid_mix`
     `(2, d)`, initially 1 and 0. a is `attn_scale` `(d,)` and b is `mlp_scale` `(d,)`, both initially 1.
     """
 
@@ -109,11 +109,11 @@ class Block(OperatorModule):
         return mixed, output
 
     def feed(self, x: Tensor, *, residual: Tensor) -> Tensor:
-        """Compute residual + b ⊙ MLP(g · rms(x))."""
+        """Compute residual + b ⊙ MLP(g · rms_norm(x))."""
         output: Tensor = self.mlp(x, residual, self.mlp_scale.to(x.dtype))
         return output
 
     def normed(self, x: Tensor) -> Tensor:
-        """Compute g · rms(x), the input of attention."""
+        """Compute g · rms_norm(x), the input of attention."""
         normed = rms_norm(x)
         return normed if self.gain == 1.0 else normed * self.gain

@@ -114,7 +114,7 @@ def loss_factors(
 ) -> list[float]:
     """Measure for each group how much the loss rises per squared rounding error, by rounding this group alone.
 
-    The group is rounded at `_PROBE` times the settings' k. `loss` returns the model's mean loss, the same on every
+    The group is clipped at `_PROBE` times the settings' number of standard deviations. `loss` returns the model's mean loss, the same on every
     rank. The model's parameters change during the measurement; then they are restored.
     """
     parameters = dict(model.named_parameters())

@@ -57,7 +57,7 @@ class RunFolder:
 
     @property
     def source(self) -> Path:
-        """All code of the program that started the run. Earlier runs lack the file: their logs begin with it."""
+        """All code of the program that started the run. Earlier runs have no such file; their logs begin with the code."""
         return self.path / "source.txt"
 
     @property

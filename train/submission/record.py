@@ -256,7 +256,7 @@ def run_readme(summary: Summary, config: Config, name: str) -> str:
             title(name, summary.val_bpb, summary.label),
             "",
             f"This is run `{summary.run_id}` of {summary.date}: recipe `{summary.recipe}`, seed {summary.seed}. "
-            "Scores are bits per byte of the normalized validation text.",
+            "Scores are bits per byte of the validation text after SentencePiece's normalization.",
             "",
             *table(
                 ("score", "bits per byte"),

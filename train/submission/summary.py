@@ -234,7 +234,7 @@ def summary_text(summary: Summary, run_dir: str | Path | None = None) -> str:
     ]
     lines = [
         ("label", summary.label),
-        ("val_bpb", f"{summary.val_bpb:.4f} bits per byte, scored from the artifact's bytes"),
+        ("val_bpb", f"{summary.val_bpb:.4f} bits per byte of text, by the model loaded from the artifact"),
         ("", ", ".join(f"{value:.4f} {label}" for value, label in others if value is not None)),
         ("comparison", "; ".join(f"{value:.4f} {name}" for name, value in summary.yardsticks.items())),
         ("size", size_line(summary)),
