@@ -5,7 +5,7 @@ import torch
 
 from train.config import Config
 from train.model.attention import Attention
-from train.model.straight_through import fake_quantize_copy, fake_quantize_rows, fake_quantize_scales
+from train.model.straight_through import fake_quantize_rows, fake_quantize_scales
 
 
 @pytest.mark.parametrize("columns", [2, 7, 512, 3000])
@@ -49,7 +49,7 @@ def test_the_published_rounding_is_that_of_the_bfloat16_copy() -> None:
     scale = torch.quantile(copy.double().abs(), 0.9999984, dim=1, keepdim=True).clamp_min(1e-8) / 31
     codes = torch.round(copy.double().clamp(-31 * scale, 31 * scale) / scale)
     expected = copy + ((codes * scale).bfloat16() - copy)
-    found = fake_quantize_copy(weight, torch.bfloat16)
+    found = fake_quantize_rows(weight.bfloat16())
     assert found.dtype == torch.bfloat16
     # a quotient of float32 may fall to the other side of a half
     assert (found != expected).sum() <= 2
@@ -62,13 +62,6 @@ def test_the_published_rounding_is_that_of_the_bfloat16_copy() -> None:
     assert torch.equal(weight.grad, upstream.float())
 
 
-def test_in_float32_the_copy_is_the_weight() -> None:
-    weight = torch.randn(6, 400, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(
-        fake_quantize_copy(weight, torch.float32), fake_quantize_rows(weight), rtol=1e-6, atol=1e-7
-    )
-
-
 @pytest.mark.parametrize("qat_dtype", ["float32", "compute"])
 def test_the_setting_chooses_what_is_rounded(qat_dtype: str) -> None:
     torch.manual_seed(0)
@@ -79,6 +72,6 @@ def test_the_setting_chooses_what_is_rounded(qat_dtype: str) -> None:
     # initial weights are bfloat16 values
     query.data += 1e-3 * torch.randn(64, 64)
     found = attention.project(x)[0].flatten(-2)[0].T
-    rounded = {"float32": fake_quantize_rows(query).bfloat16(), "compute": fake_quantize_copy(query, torch.bfloat16)}
+    rounded = {"float32": fake_quantize_rows(query).bfloat16(), "compute": fake_quantize_rows(query.bfloat16())}
     assert torch.equal(found, rounded.pop(qat_dtype)) and not torch.equal(found, rounded.popitem()[1])
     assert torch.equal(attention.eval().project(x)[0].flatten(-2)[0].T, query.bfloat16())

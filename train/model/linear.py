@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.model.straight_through import fake_quantize_copy, fake_quantize_rows
+from train.model.straight_through import fake_quantize_rows
 
 Callback = Callable[[str, Tensor], None]
 """Takes the parameter name of a matrix and the matrix's input `(..., in_features)`."""
@@ -55,11 +55,9 @@ def working_weight(
     parameter, "compute" its copy in `dtype`. Then the rows are multiplied by `scale` `(out_features,)`, and the result
     is cast.
     """
-    rows = weight
-    if fake_quantize == "compute":
-        rows = fake_quantize_copy(weight, dtype)
-    elif fake_quantize:
-        rows = fake_quantize_rows(weight)
+    rows = weight.to(dtype) if fake_quantize == "compute" else weight
+    if fake_quantize:
+        rows = fake_quantize_rows(rows)
     return (rows if scale is None else scale.unsqueeze(1) * rows).to(dtype)
 
 

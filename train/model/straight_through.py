@@ -35,15 +35,8 @@ def fake_quantize_scales(weight: Tensor) -> Tensor:
 
 
 def fake_quantize_rows(weight: Tensor) -> Tensor:
-    """Round each row to 63 int6 levels: w ← round(clamp(w/s, −31, 31)) · s. The gradient is the identity."""
-    return int6_fake_quantize(weight, fake_quantize_scales(weight))
+    """Round each row to 63 int6 levels: w ← round(clamp(w/s, −31, 31)) · s. The gradient is the identity.
 
-
-def fake_quantize_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round the rows of w, the weight's copy in `dtype`, as #122 does. Scales and codes come from the copy.
-
-    The result is w + (rounded − w), computed in `dtype`. The gradient is the identity.
+    #122 computes w + (rounded − w) in bfloat16. This is exact, because the rounded weight is 0 or within a factor 2 of w.
     """
-    copy = weight.to(dtype)
-    rounded = int6_fake_quantize(copy.detach(), fake_quantize_scales(copy))
-    return copy + (rounded - copy).detach()
+    return int6_fake_quantize(weight, fake_quantize_scales(weight))
