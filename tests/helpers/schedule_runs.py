@@ -83,7 +83,8 @@ def test_a_graph_copies_the_gradients_once_and_has_its_rates_from_the_device() -
     # what the passes compute is no matter here
     config = narrow(num_layers=2, recur_layers=(), parallel_start_layer=1, ve_layers=(1,), xsa_last_n=0)
     graph, eager = (
-        schedule.step_kernels(config, f"torch+optimizer_graph={form}", False).rest for form in ("on", "off")
+        schedule.step_kernels(config, f"golf-muon_step-newton_schulz+optimizer_graph={form}", False).rest
+        for form in ("on", "off")
     )
     with tensors_without_data():
         kinds = split_parameters(GPT(config), config)
