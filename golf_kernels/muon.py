@@ -25,30 +25,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from golf_kernels import dispatch
-from golf_kernels.newton_schulz import (
-    CoefficientSet,
-    coefficient_set,
-    default_compute_dtype,
-    newton_schulz,
-)
-from golf_kernels.sharding import orthogonalize_sharded
+from golf_kernels.muon_options import adopt, check_group, coefficients_of, resolved
+from golf_kernels.newton_schulz import default_compute_dtype, newton_schulz
+from golf_kernels.sharding import is_dtensor, orthogonalize_sharded, placed_as, replicated
 
-ADJUST_LR = ("original", "match_rms_adamw")
 _NORMUON_EPS = 1e-10
-# a parameter group, and its parameters that have a gradient and are on one device
+# a parameter group, and its parameters that have a gradient and are on one device and mesh
 Work = tuple[dict[str, Any], list[Tensor]]
-# options of a parameter group of torch.optim.Muon
-_OPTIONS = {"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"}
-# options that torch.optim.Muon lacks, and their defaults
-_EXTRAS: dict[str, Any] = {
-    "row_normalize": False,
-    "row_eps": 1e-7,
-    "normuon": False,
-    "normuon_beta2": 0.95,
-    "dampened": True,
-    "coefficients": "quintic",
-    "compute_dtype": None,
-}
 
 
 class Muon(torch.optim.Optimizer):
@@ -60,9 +43,11 @@ class Muon(torch.optim.Optimizer):
     device; each replay reads them.
 
     Args:
-        params: matrices `(rows, columns)` and banks of matrices `(b, rows, columns)`, or parameter groups of them.
+        params: matrices `(rows, columns)` and banks of matrices `(b, rows, columns)`, or parameter groups of them. DTensors
+            (FSDP2) on a mesh of one dimension work: one rank gathers and orthogonalizes each matrix. A Conv1d weight has
+            three dimensions too, but is no bank of matrices: give it to another optimizer.
         lr: learning rate; a float or a one-element tensor.
-        weight_decay: decoupled weight decay: w ← w·(1 − lr·weight_decay).
+        weight_decay: decoupled weight decay: w ← w·(1 − lr·weight_decay); a float or a one-element tensor.
         momentum: β; a float or a one-element tensor.
         nesterov: take the Nesterov direction u, which looks ahead by one momentum step, instead of u = m.
         ns_coefficients: (a, b, c) of every iteration, as in `torch.optim.Muon`; None takes `coefficients`.
@@ -99,8 +84,8 @@ class Muon(torch.optim.Optimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
+        weight_decay: float | Tensor = 0.1,
+        momentum: float | Tensor = 0.95,
         nesterov: bool = True,
         ns_coefficients: tuple[float, float, float] | None = None,
         eps: float = 1e-7,
@@ -140,10 +125,16 @@ class Muon(torch.optim.Optimizer):
         """Adds a parameter group with its own options. If an option or a parameter is wrong, it adds nothing."""
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1], self.process_group is not None)
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state. `torch.optim.Muon` can load it, but ignores options that it lacks."""
+        state = super().state_dict()
+        state["param_groups"] = [group | resolved(group) for group in state["param_groups"]]
+        return state
 
     def __getstate__(self) -> dict[str, Any]:
         # the state of torch.optim.Optimizer lacks the process group
@@ -151,14 +142,11 @@ class Muon(torch.optim.Optimizer):
         return {**super().__getstate__(), "process_group": group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for group in state["param_groups"]:
-            for name, value in _EXTRAS.items():
-                group.setdefault(name, value)
-            if missing := _OPTIONS - set(group):
-                raise ValueError(
-                    f"param_groups: no value for {', '.join(sorted(missing))}: expected the state of Muon or torch.optim.Muon"
-                )
-            _check_group(group)
+        # without own groups the optimizer is being unpickled, and its state is complete
+        own = self.__dict__.get("param_groups", state["param_groups"])
+        for group, mine in zip(state["param_groups"], own, strict=True):
+            adopt(group, mine)
+            check_group(group, self.__dict__.get("process_group") is not None)
         super().__setstate__(state)
         held = self.__dict__.setdefault("process_group", None)
         self.process_group = held.group if isinstance(held, _SameGroup) else held
@@ -185,8 +173,10 @@ class Muon(torch.optim.Optimizer):
                     raise RuntimeError(
                         f"Muon: expected real dense gradients, found {param.grad.dtype}, {param.grad.layout}"
                     )
-            devices = dict.fromkeys(param.device for param in params)
-            work += [(group, [param for param in params if param.device == device]) for device in devices]
+                if is_dtensor(param) and getattr(param.grad, "placements", None) != param.placements:
+                    raise RuntimeError(f"Muon: expected a gradient with the parameter's placements {param.placements}")
+            places = dict.fromkeys(map(_place, params))
+            work += [(group, [param for param in params if _place(param) == place]) for place in places]
         if work:
             dispatch.call("muon_step", [param for _, params in work for param in params], self, work)
         return loss
@@ -204,7 +194,7 @@ class Muon(torch.optim.Optimizer):
         """Applies momentum, Nesterov and row normalization. Returns the matrices for Newton-Schulz."""
         grads = [param.grad for param in params if param.grad is not None]
         buffers = [self.moment(param, "momentum_buffer", grad) for param, grad in zip(params, grads, strict=True)]
-        momentum = group["momentum"]
+        momentum = _traced(group["momentum"])
         if isinstance(momentum, Tensor):
             # β in float32 at least, because half precision would round it
             momentum = momentum.reshape(()).to(grads[0].device, _wide_dtype(grads[0]))
@@ -223,7 +213,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(buffers, grads)
             updates = list(torch._foreach_add(grads, buffers, alpha=momentum)) if group["nesterov"] else buffers
         if group["row_normalize"]:
-            updates = [_row_normalize(u, group["row_eps"]) for u in updates]
+            updates = [placed_as(_row_normalize(u, group["row_eps"]), u) for u in updates]
         return updates
 
     def moment(self, param: Tensor, name: str, like: Tensor) -> Tensor:
@@ -243,13 +233,12 @@ class Muon(torch.optim.Optimizer):
     def _apply(self, group: dict[str, Any], params: list[Tensor], orthogonal: list[Tensor]) -> None:
         """Applies NorMuon and weight decay, then subtracts the scaled updates from the weights."""
         if group["normuon"]:
-            rows = [_wide(o).square().mean(-1, keepdim=True).to(o.dtype) for o in orthogonal]
+            rows = [replicated(_wide(o).square().mean(-1, keepdim=True)).to(o.dtype) for o in orthogonal]
             moments = [self.moment(param, "second_moment", row) for param, row in zip(params, rows, strict=True)]
             torch._foreach_lerp_(moments, rows, 1 - group["normuon_beta2"])
-            orthogonal = [_normuon(o, moment) for o, moment in zip(orthogonal, moments, strict=True)]
-        lr, decay = group["lr"], group["weight_decay"]
-        if isinstance(lr, Tensor):
-            lr = lr.reshape(()).to(params[0].device)
+            orthogonal = [placed_as(_normuon(o, moment), o) for o, moment in zip(orthogonal, moments, strict=True)]
+        lr, decay = (_traced(group[name]) for name in ("lr", "weight_decay"))
+        lr, decay = (v.reshape(()).to(params[0].device) if isinstance(v, Tensor) else v for v in (lr, decay))
         _multiply(params, 1 - lr * decay)
         alike: dict[float, list[tuple[Tensor, Tensor]]] = {}
         for param, o in zip(params, orthogonal, strict=True):
@@ -278,6 +267,13 @@ class _SameGroup:
             "Muon: a process group cannot be pickled: expected state_dict() to be saved, which fits any world size, or "
             "process_group = None before"
         )
+
+
+def _traced(value: float | Tensor) -> float | Tensor:
+    """Makes a number a tensor while torch.compile traces the step: Inductor keeps the first values of some numbers."""
+    if torch.compiler.is_compiling() and not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=torch.float64)
+    return value
 
 
 def _multiply(tensors: list[Tensor], factor: float | Tensor) -> None:
@@ -324,46 +320,14 @@ def _normuon(orthogonal: Tensor, second_moment: Tensor) -> Tensor:
     return rescaled.to(orthogonal.dtype)
 
 
+def _place(param: Tensor) -> Any:
+    """Device and, of a DTensor, mesh: the tensors of one call have them in common."""
+    return param.device, getattr(param, "device_mesh", None)
+
+
 def _call_key(group: dict[str, Any], params: Sequence[Tensor]) -> Any:
     dtype = group["compute_dtype"] or default_compute_dtype(params)
-    return coefficients_of(group), group["ns_steps"], group["eps"], dtype, params[0].device
-
-
-def coefficients_of(group: dict[str, Any]) -> CoefficientSet:
-    triple = group["ns_coefficients"]
-    if triple is None:
-        return coefficient_set(group["coefficients"])
-    return CoefficientSet("ns_coefficients", (tuple(triple),), "the argument ns_coefficients")
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    for name in ("lr", "momentum", "weight_decay", "eps", "row_eps"):
-        value = group[name]
-        if isinstance(value, Tensor) and name in ("lr", "momentum"):
-            if value.numel() != 1:
-                raise ValueError(
-                    f"{name}: expected a float or a tensor of one element, found shape {tuple(value.shape)}"
-                )
-        elif not value >= 0.0:
-            raise ValueError(f"{name}: expected a number >= 0, found {value}")
-    if not 0.0 <= group["normuon_beta2"] < 1.0:
-        raise ValueError(f"normuon_beta2: expected 0 <= beta2 < 1, found {group['normuon_beta2']}")
-    if group["adjust_lr_fn"] not in (None, *ADJUST_LR):
-        raise ValueError(
-            f"adjust_lr_fn: expected None or one of {', '.join(ADJUST_LR)}, found {group['adjust_lr_fn']!r}"
-        )
-    if group["ns_coefficients"] is not None:
-        if len(group["ns_coefficients"]) != 3:
-            raise ValueError(f"ns_coefficients: expected three numbers, found {group['ns_coefficients']}")
-        if group["coefficients"] != "quintic":
-            raise ValueError("ns_coefficients and coefficients: expected one of them, found both")
-    coefficients_of(group).schedule(group["ns_steps"])
-    for index, param in enumerate(group["params"]):
-        if param.ndim not in (2, 3):
-            raise ValueError(
-                f"params[{index}]: expected a matrix or a bank of matrices, found shape {tuple(param.shape)}; "
-                "give other parameters to torch.optim.AdamW"
-            )
+    return coefficients_of(group), group["ns_steps"], group["eps"], dtype, _place(params[0])
 
 
 def _step_torch(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> None:

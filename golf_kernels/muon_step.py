@@ -15,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from golf_kernels import dispatch, operators
-from golf_kernels.muon import Muon, Work, coefficients_of, learning_rate_ratio
+from golf_kernels.muon import Muon, Work, learning_rate_ratio
+from golf_kernels.muon_options import coefficients_of
 from golf_kernels.newton_schulz import default_compute_dtype, triton_problem
+from golf_kernels.sharding import is_dtensor
 
 
 def _on_device(value: float | Tensor, device: torch.device) -> Tensor:
@@ -85,6 +87,10 @@ def _triton_supports(*args: Any) -> str | None:
     if optimizer.process_group is not None and dist.get_world_size(optimizer.process_group) > 1:
         return "process groups are not supported"
     for group, members in work:
+        if any(map(is_dtensor, members)):
+            return "DTensor parameters are not supported"
+        if isinstance(group["weight_decay"], Tensor):
+            return "the Triton kernels take weight_decay as a number, found a tensor"
         tensors = [tensor for p in members for tensor in (p, p.grad, *optimizer.state.get(p, {}).values())]
         if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in tensors):
             return "the Triton kernels take contiguous float32 weights, gradients and moments"

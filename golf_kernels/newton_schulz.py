@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from golf_kernels import cpu, dispatch, operators
+from golf_kernels.sharding import dtensor_problem, is_dtensor, orthogonalize_dtensors
 
 Triple = tuple[float, float, float]
 
@@ -164,6 +165,9 @@ def newton_schulz(
 ) -> list[Tensor]:
     """Orthogonalizes every matrix of a list: U·S·Vᵀ → U·f(S)·Vᵀ with f(S) close to 1.
 
+    DTensors (Shard or Replicate on a mesh of one dimension) come back as such: one rank gathers each whole matrix,
+    orthogonalizes it and sends every rank its shard. All ranks of the mesh must call with the same list.
+
     Args:
         matrices: matrices `(m, n)` and banks of matrices `(b, m, n)`, on one device. Shapes, floating dtypes and
             strides may differ. The inputs are not changed.
@@ -191,8 +195,21 @@ def newton_schulz(
     if not matrices:
         return []
     dtype = default_compute_dtype(matrices) if compute_dtype is None else compute_dtype
-    results: list[Tensor] = torch.ops.golf.newton_schulz(list(matrices), flat, eps, chosen.prescale, dtype)
-    return results
+
+    def run(whole: list[Tensor]) -> list[Tensor]:
+        results: list[Tensor] = torch.ops.golf.newton_schulz(whole, flat, eps, chosen.prescale, dtype)
+        return results
+
+    sharded = [matrix for matrix in matrices if is_dtensor(matrix)]
+    if not sharded:
+        return run(list(matrices))
+    if len(sharded) < len(matrices) or len({matrix.device_mesh for matrix in sharded}) > 1:
+        raise ValueError("matrices: expected plain tensors, or DTensors on one mesh, found a mixture")
+    for index, matrix in enumerate(sharded):
+        problem = dtensor_problem(matrix)
+        if problem is not None:
+            raise ValueError(f"matrices[{index}]: expected {problem}")
+    return orthogonalize_dtensors(sharded, run, dtype)
 
 
 def _check(

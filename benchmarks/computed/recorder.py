@@ -23,7 +23,8 @@ from torch.utils.flop_counter import flop_registry
 import golf_kernels
 from benchmarks.measure.devices import Kernel, newton_schulz_flops
 from golf_kernels import dispatch, int6_native, operators
-from golf_kernels.muon import Muon, Work, coefficients_of
+from golf_kernels.muon import Muon, Work
+from golf_kernels.muon_options import coefficients_of
 
 # allocations and views, which launch nothing
 _NOTHING = {

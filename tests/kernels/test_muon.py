@@ -236,17 +236,15 @@ def test_one_call_for_all_groups_that_agree():
 
 
 def test_parameters_of_a_group_may_lie_on_several_devices():
-    here, alone = parameters(), parameters()
-    # a second device that every machine has, if without numbers
-    there = torch.nn.Parameter(torch.empty(6, 10, device="meta"))
-    there.grad = torch.empty_like(there)
-    set_gradients(here, 0)
-    set_gradients(alone, 0)
-    optimizer = Muon([*here[:2], there, *here[2:]], lr=torch.tensor(0.02), normuon=True)
-    optimizer.step()
-    Muon(alone, lr=torch.tensor(0.02), normuon=True).step()
-    assert all(torch.equal(a, b) for a, b in zip(here, alone, strict=True))
-    assert optimizer.state[there]["momentum_buffer"].device.type == "meta"
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.empty(6, 10, device=device)) for device in ("cpu", "cuda", "cpu")]
+        for param in params:
+            param.grad = torch.empty_like(param)
+        optimizer = Muon(params, lr=torch.tensor(0.02), normuon=True)
+        with Launches() as launches:
+            optimizer.step()
+        assert launches.sizes == [2, 1]
+        assert [optimizer.state[param]["momentum_buffer"].device.type for param in params] == ["cpu", "cuda", "cpu"]
 
 
 def test_parameters_without_a_gradient_stay():
@@ -293,6 +291,11 @@ def test_the_step_never_waits_for_the_gpu():
         ((3,), {}, r"params\[0\]: expected a matrix or a bank of matrices, found shape \(3,\)"),
         ((2, 2, 2, 2), {}, r"expected a matrix or a bank"),
         ((2, 2), {"lr": -1.0}, "lr: expected a number >= 0, found -1.0"),
+        ((2, 2), {"lr": torch.tensor(-0.5)}, "lr: expected a number >= 0, found -0.5"),
+        ((2, 2), {"lr": torch.tensor(float("nan"))}, "lr: expected a number >= 0, found nan"),
+        ((2, 2), {"momentum": torch.tensor(-0.5)}, "momentum: expected a number >= 0, found -0.5"),
+        ((2, 2), {"weight_decay": torch.tensor([float("nan")])}, "weight_decay: expected a number >= 0, found nan"),
+        ((2, 2), {"compute_dtype": torch.int32}, "compute_dtype: expected a floating dtype, found torch.int32"),
         ((2, 2), {"lr": torch.zeros(2)}, "lr: expected a float or a tensor of one element"),
         ((2, 2), {"momentum": -0.1}, "momentum: expected"),
         ((2, 2), {"momentum": torch.zeros(2)}, "momentum: expected a float or a tensor of one element"),
@@ -308,6 +311,18 @@ def test_the_step_never_waits_for_the_gpu():
 def test_bad_options_are_refused(shape, options, message):
     with pytest.raises(ValueError, match=message):
         Muon([torch.nn.Parameter(torch.zeros(shape))], **options)
+
+
+@pytest.mark.parametrize(
+    ("param", "message"),
+    [
+        (torch.empty(2, 2, device="meta"), r"params\[0\]: expected data, found the device meta; call to_empty\(\)"),
+        (torch.zeros(2, 2, dtype=torch.complex64), r"params\[0\]: expected a floating dtype, found torch.complex64"),
+    ],
+)
+def test_parameters_that_no_step_can_take_are_refused_at_once(param, message):
+    with pytest.raises(ValueError, match=message):
+        Muon([torch.nn.Parameter(param)])
 
 
 def test_a_refused_group_leaves_no_trace_and_sparse_gradients_are_refused():

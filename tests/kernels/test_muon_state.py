@@ -13,7 +13,7 @@ from golf_kernels import Muon
 OPTIONS = {"lr": 0.02, "normuon": True, "row_normalize": True, "compute_dtype": torch.float64}
 
 
-def test_the_state_survives_a_file_and_torch_state_is_taken():
+def test_the_state_survives_a_file():
     straight = train(Muon(parameters(), **OPTIONS), steps=6)
     first = Muon(parameters(), **OPTIONS)
     weights = train(first, steps=3)
@@ -25,16 +25,55 @@ def test_the_state_survives_a_file_and_torch_state_is_taken():
     second.load_state_dict(torch.load(buffer, weights_only=True))
     assert_close(train(second, start=3, steps=3), straight, 1e-12)
 
+
+def test_the_state_goes_to_torch_and_back():
+    def moments(optimizer):
+        return [entry["momentum_buffer"] for entry in optimizer.state.values()]
+
+    # ns_steps and ns_coefficients are None here, which torch cannot read
+    ours = Muon(parameters(), lr=0.03, momentum=0.9, weight_decay=0.2)
+    weights = train(ours, steps=2)
+    theirs = torch.optim.Muon([torch.nn.Parameter(w) for w in weights])
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert theirs.param_groups[0]["lr"] == 0.03 and theirs.param_groups[0]["ns_steps"] == 5
+    after = train(theirs, start=2, steps=1)
+    expected = train(ours, start=2, steps=1)
+    assert_close(moments(theirs), moments(ours), 1e-12)
+    # torch multiplies in bfloat16
+    assert_close(after, expected, 1e-3)
+
+    back = Muon([torch.nn.Parameter(w) for w in expected])
+    back.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert back.param_groups[0]["lr"] == 0.03 and back.param_groups[0]["weight_decay"] == 0.2
+    assert_close(train(back, start=3, steps=2), train(ours, start=3, steps=2), 1e-12)
+
+
+KEPT = {
+    "row_normalize": True, "normuon": True, "dampened": False, "coefficients": "aol", "compute_dtype": torch.float64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("origin", ["torch", "KellerJordan"])
+def test_a_foreign_state_leaves_the_options_that_it_lacks(origin):
     theirs = torch.optim.Muon(parameters(), lr=0.03, momentum=0.9)
     train(theirs, steps=1)
-    ours = Muon(parameters())
-    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
-    assert ours.param_groups[0]["lr"] == 0.03 and ours.param_groups[0]["dampened"] is True
-    assert torch.equal(
-        ours.state[ours.param_groups[0]["params"][0]]["momentum_buffer"],
-        theirs.state[theirs.param_groups[0]["params"][0]]["momentum_buffer"],
-    )
+    state = copy.deepcopy(theirs.state_dict())
+    if origin == "KellerJordan":
+        # the parameter group of KellerJordan/Muon's class, whose momentum is torch's
+        group = state["param_groups"][0]
+        state["param_groups"] = [{name: group[name] for name in ("lr", "weight_decay", "momentum", "params")}]
+    ours = Muon(parameters(), **KEPT)
+    ours.load_state_dict(state)
+    group = ours.param_groups[0]
+    assert {name: group[name] for name in KEPT} == KEPT
+    assert (group["lr"], group["momentum"], group["weight_decay"], group["ns_steps"]) == (0.03, 0.9, 0.1, None)
+    for mine, other in zip(group["params"], theirs.param_groups[0]["params"], strict=True):
+        assert torch.equal(ours.state[mine]["momentum_buffer"], theirs.state[other]["momentum_buffer"])
     train(ours, steps=1)
+    # coefficients that torch was given are not replaced
+    state["param_groups"][0]["ns_coefficients"] = (2.0, -1.5, 0.5)
+    with pytest.raises(ValueError, match="ns_coefficients and coefficients: expected one of them, found both"):
+        Muon(parameters(), **KEPT).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -54,10 +93,10 @@ def test_a_state_with_bad_options_or_of_another_optimizer_changes_nothing(change
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(bad)
-    with pytest.raises(
-        ValueError, match=r"no value for adjust_lr_fn, momentum, .*: expected the state of Muon or torch"
-    ):
+    with pytest.raises(ValueError, match=r"no value for momentum: expected the state of Muon, torch.optim.Muon or"):
         optimizer.load_state_dict(other)
+    with pytest.raises(ValueError, match=r"the option dampening, as in torch.optim.SGD: expected the state of Muon"):
+        optimizer.load_state_dict(torch.optim.SGD(parameters(), momentum=0.9).state_dict())
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
     assert all(
         torch.equal(state["momentum_buffer"], before["state"][index]["momentum_buffer"])
