@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from golf_kernels import dispatch, operators
+from golf_kernels.autocast import as_autocast
 
 # factor that packs bits: it multiplies an int64 of eight bytes that are 0 or 1; the top byte of the product then has
 # them as bits, the first byte in the lowest bit
@@ -59,12 +60,21 @@ def leaky_relu2_mlp(
         scale: `(d,)` in the dtype of x: factor on each output channel. None: no factor.
 
     Returns:
-        `(..., d)` in the dtype of x. Matrix products use this dtype. Mean squares use float32 at least.
+        `(..., d)` in the dtype of x. Matrix products use this dtype. Mean squares use float32 at least. Under
+        `torch.autocast`, products use autocast's dtype, and scale and residual are applied in their own.
 
     Raises:
         ValueError: a wrong shape, dtype, device or number.
     """
-    tensors = [tensor for tensor in (x, w_up, w_down, residual, scale) if tensor is not None]
+    narrow, w_up, w_down = as_autocast(x, w_up, w_down)
+    extra = [tensor for tensor in (residual, scale) if tensor is not None]
+    autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    if autocast and any(tensor.dtype != narrow.dtype for tensor in (x, *extra)):
+        # autocast rounds the inputs of products, but neither the scale nor the residual
+        product = leaky_relu2_mlp(narrow, w_up, w_down, slope=slope, norm_eps=norm_eps, gain=gain)
+        product = product if scale is None else scale * product
+        return product if residual is None else residual + product
+    tensors = [x, w_up, w_down, *extra]
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     rows = x.reshape(-1, x.shape[-1]) if x.ndim and x.shape[-1] else x
     add_x = residual is x

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from golf_kernels import dispatch, operators
+from golf_kernels.autocast import as_autocast
 
 # bytes of a chunk's logits in float32: 16 MiB nearly fit in a CPU's caches, 256 MiB keep a GPU busy
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
@@ -43,7 +44,7 @@ def softcapped_cross_entropy(
 
     Args:
         hidden: `(M, d)`, any floating dtype: hidden states.
-        weight: `(V, d)` in the dtype of `hidden`: weight of the output projection.
+        weight: `(V, d)` in the dtype of `hidden`, or any dtype under `torch.autocast`: weight of the output projection.
         targets: `(M,)`, int64 or int32, in [0, V) or equal to `ignore_index`. Targets are checked on the CPU, but not
             on CUDA, where a check would wait for the GPU.
         softcap: bound on the magnitude of the logits, > 0.
@@ -60,6 +61,7 @@ def softcapped_cross_entropy(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', found {reduction!r}")
+    hidden, weight = as_autocast(hidden, weight)
     grad = torch.is_grad_enabled()
     loss: Tensor = torch.ops.golf.softcapped_cross_entropy(
         hidden,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from golf_kernels import dispatch, operators
+from golf_kernels.autocast import as_autocast
 from golf_kernels.softcapped_cross_entropy import (
     accumulation_dtype,
     check_head,
@@ -57,6 +58,7 @@ def window_nll(
     if logits_rounding not in LOGITS_ROUNDINGS:
         raise ValueError(f"logits_rounding: expected one of {', '.join(LOGITS_ROUNDINGS)}, found {logits_rounding!r}")
     rounding = LOGITS_ROUNDINGS.index(logits_rounding)
+    hidden, weight = as_autocast(hidden, weight)
     nll: Tensor = torch.ops.golf.window_nll(hidden, weight, targets, softcap, rounding)
     return nll
 
