@@ -177,14 +177,21 @@ def test_of_records_made_at_once_the_last_is_whole(
     assert (folder.path / "README.md").read_text().startswith("# second: ")
 
 
+@pytest.fixture(scope="module")
+def killed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run whose record was killed while it wrote a plot."""
+    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path_factory.mktemp("killed") / "run"))
+    end = "import os; from train.submission import __main__, plots; plots.Figure.savefig = lambda *_, **__: os.kill(os.getpid(), 9); "
+    program = [sys.executable, "-c", f"{end} __main__.main(['record', {str(folder.path)!r}])"]
+    assert subprocess.run(program, cwd=ROOT, capture_output=True, timeout=120, check=False).returncode == -9
+    return folder
+
+
 @pytest.mark.parametrize("arguments", [["evaluate", "--stride", "0"], ["submission", "record"]])
 def test_what_a_killed_record_was_writing_is_gone_after_the_next_command(
-    finished: Finished, tmp_path: Path, arguments: list[str]
+    killed: RunFolder, tmp_path: Path, arguments: list[str]
 ) -> None:
-    folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
-    killed = "import os; from train.submission import __main__, plots; plots.Figure.savefig = lambda *_, **__: os.kill(os.getpid(), 9); "
-    program = [sys.executable, "-c", f"{killed} __main__.main(['record', {str(folder.path)!r}])"]
-    assert subprocess.run(program, cwd=ROOT, capture_output=True, timeout=120, check=False).returncode == -9
+    folder = RunFolder(shutil.copytree(killed.path, tmp_path / "run"))
     assert len(list(folder.path.glob(".loss.png.*.part"))) == 1
     works = {"evaluate": evaluate, "submission": submission}
     assert works[arguments[0]]([*arguments[1:], str(folder.path)]) == 0
