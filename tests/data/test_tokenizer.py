@@ -163,6 +163,11 @@ def test_refuses_a_tokenizer_without_a_lone_space(model: Path, tmp_path: Path) -
         ({"bos_id": 2, "eos_id": 1}, "BOS as token 1, found 2"),
         ({"treat_whitespace_as_suffix": True}, "space after its first character"),
         ({"split_by_whitespace": False}, "space after its first character"),
+        # the four operators of CaseOps
+        (
+            {"user_defined_symbols": ["\ue001", "\ue002", "\ue003", "\ue004"]},
+            r"is an operator, and files of bytes per token",
+        ),
     ],
 )
 def test_refuses_a_tokenizer_that_miscounts(texts: list[str], tmp_path: Path, changes: dict, reason: str) -> None:

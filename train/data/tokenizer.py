@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +212,12 @@ def _check(tokenizer: SentencePieceProcessor, path: str | Path) -> None:
         if SPACE in tokenizer.IdToPiece(index)[1:]:
             raise refuse(
                 f"piece {index} {tokenizer.IdToPiece(index)!r} has a space after its first character, which counts 3 bytes"
+            )
+        # CaseOps' operators, for example: they stand for no byte of the text
+        if any(unicodedata.category(character) == "Co" for character in tokenizer.IdToPiece(index)):
+            raise refuse(
+                f"piece {index} {tokenizer.IdToPiece(index)!r} is an operator, and files of bytes per token "
+                "(fineweb_val_bytes_*.bin) are not read"
             )
     tables = byte_tables(tokenizer, tokenizer.vocab_size())
     for probe in _PROBES:
