@@ -144,6 +144,7 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
     assert first["clock"]["steps"] == 17 and first["clock"]["paused"] == pytest.approx(1.02)
 
 
+FULL = "run.log: No space left on device: free some space or choose another folder and run again"
 LEAVE_SCRIPT = """
 import sys
 from pathlib import Path
@@ -153,6 +154,9 @@ from train.common.errors import UserError
 def refuse():
     raise UserError("no")
 
+def fill():
+    raise OSError(28, "No space left on device", "run.log")
+
 def main(mode, out):
     with start_ranks("cpu") as ranks:
         import torch._dynamo
@@ -161,6 +165,10 @@ def main(mode, out):
             learned = ranks.on_main(refuse if mode == "refuse" else lambda: 7)
         except UserError as error:
             learned = str(error)
+            try:
+                ranks.on_main(fill)
+            except UserError as error:
+                learned += f"; {error}"
         (out / f"{ranks.rank}").write_text(str(learned))
         return ranks.rank
 
@@ -171,7 +179,7 @@ names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task")
 """
 
 
-@pytest.mark.parametrize(("mode", "said"), [("refuse", "no"), ("agree", "7")])
+@pytest.mark.parametrize(("mode", "said"), [("refuse", f"no; {FULL}"), ("agree", "7")])
 def test_every_rank_learns_what_the_first_one_did_and_leaves_no_thread(mode: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(LEAVE_SCRIPT)
     out = tmp_path / "out"

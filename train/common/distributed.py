@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.nn
 
 from train.common import hardware
-from train.common.errors import UserError
+from train.common.errors import UserError, file_error_text
 from train.common.wording import counted
 
 # micro-batches of a step, which 1, 2, 4 or 8 ranks divide
@@ -182,11 +182,17 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 def _attempt(work: Callable[[], T]) -> tuple[list[T], str]:
-    """Call `work`. Return a list of its result and no text, or an empty list and the text of its UserError."""
+    """Call `work`. Return a list of its result and no text, or an empty list and the text of an error for the user."""
     try:
         return [work()], ""
     except UserError as error:
         return [], str(error)
+    except OSError as error:
+        # such as a full disk: without this text, the other ranks would end in a traceback of the process group
+        text = file_error_text(error)
+        if text is None:
+            raise
+        return [], text
 
 
 def _results(attempts: Sequence[tuple[list[T], str]]) -> list[T]:

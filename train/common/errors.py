@@ -59,10 +59,10 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except OSError as error:
-        remedy = _remedy(error)
-        if remedy is None:
+        text = file_error_text(error)
+        if text is None:
             raise
-        code = _refuse(f"{error.filename or 'an output file'}: {error.strerror}: {remedy}")
+        code = _refuse(text)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -90,6 +90,12 @@ def _refuse(message: str) -> int:
     # one line, also where a name that it quotes has several
     print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     return 2
+
+
+def file_error_text(error: OSError) -> str | None:
+    """Return what is wrong with a file and what to do, or None if the user cannot fix this error."""
+    remedy = _remedy(error)
+    return None if remedy is None else f"{error.filename or 'an output file'}: {error.strerror}: {remedy}"
 
 
 def _remedy(error: OSError) -> str | None:
