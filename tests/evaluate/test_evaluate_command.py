@@ -91,6 +91,21 @@ def test_a_recipe_belongs_to_an_artifact_alone(untrained_run: Path, arguments: l
         main([str(untrained_run / arguments[0]), *arguments[1:]])
 
 
+def test_a_score_of_the_run_itself_is_in_its_log(untrained_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(untrained_run, run)
+    seed = json.loads((run / "config.json").read_text())["seed"]
+    data = f"--data-path={untrained_run.parent / 'data'}"
+    log = run / f"train_seed{seed}.log"
+    for arguments in (["--max-tokens", "150"], ["--stride", "0"], ["--weights", "master"]):
+        main([str(run), data, *arguments])
+        assert not log.exists()
+    main([str(run)])
+    seconds = find_evaluation(RunFolder(run), RunFolder(run).read_config())["seconds"]
+    first, exact = log.read_text().splitlines()
+    assert first.endswith(f"eval_time:{1000 * seconds:.0f}ms") and "_exact val_loss:" in exact
+
+
 def test_command_options_change_what_is_scored_and_scores_stand_side_by_side(
     untrained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
 from train.recipes import load_recipe, recipe_names
 from train.run.folder import RunFolder
-from train.run.logger import append_metric, final_lines
+from train.run.logger import RunLogger, append_metric, final_lines
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -175,11 +175,17 @@ def _score(folder: RunFolder | None, arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     if ranks.is_main:
+        final = final_lines(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=entry["stride"])
         if folder:
             with folder.writing():
                 write_evaluation(folder, entry)
                 append_metric(folder.metrics, "final", entry)
-        final = final_lines(entry["name"], result.val_loss, result.val_bpb, result.seconds, stride=entry["stride"])
+                # the score of the run itself: a record's log has to show the same seconds
+                own = arguments.weights == "artifact" and not arguments.max_tokens and config == folder.read_config()
+                if own:
+                    with RunLogger(folder.path, config.seed, echo=False) as log:
+                        for line in final:
+                            log.line(line)
         lines = [result.layer0_line, *final, *([entry["label"]] if "label" in entry else [])]
         print(json.dumps(entry) if arguments.json else "\n".join(lines))
     return 0
