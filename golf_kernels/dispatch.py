@@ -175,7 +175,8 @@ def call(op: str, *args: Any) -> Any:
         )
     function = _registry[op][choose(op, *args).backend].function
     device = _device(args)
-    if torch.is_autocast_enabled(device):
+    # PyTorch has no autocast for other devices, such as meta
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return function(*args)
     return function(*args)

@@ -330,7 +330,10 @@ def _call_key(group: dict[str, Any], params: Sequence[Tensor]) -> Any:
     return coefficients_of(group), group["ns_steps"], group["eps"], dtype, _place(params[0])
 
 
-def _step_torch(_params: list[Tensor], optimizer: Muon, work: list[Work]) -> None:
+def _step_torch(params: list[Tensor], optimizer: Muon, work: list[Work]) -> None:
+    if any(param.is_meta for param in params):
+        # not in the constructor: `benchmarks.aot` compiles the Triton step on such parameters
+        raise RuntimeError("Muon: expected data, found the device meta; call to_empty() before you make the optimizer")
     optimizer._step(work)
 
 

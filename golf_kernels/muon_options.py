@@ -109,8 +109,6 @@ def _parameter_problem(param: Tensor, divided: bool) -> str | None:
         )
     if not param.dtype.is_floating_point:
         return f"a floating dtype, found {param.dtype}"
-    if param.is_meta:
-        return "data, found the device meta; call to_empty() on the model before you make the optimizer"
     if is_dtensor(param):
         if divided:
             return "no DTensor beside process_group; leave process_group at None, a DTensor's mesh has its ranks"

@@ -29,13 +29,11 @@ def test_a_tokenizer_of_the_same_size_that_made_no_shard_is_refused(dataset: Pat
 
 
 @pytest.mark.parametrize(
-    ("run_id", "error", "said"),
-    [("a\nb", UserError, "expected the name of a folder"), ("x" * 300, OSError, "File name too long")],
+    ("run_id", "said"),
+    [("a\nb", "expected the name of a folder"), ("x" * 300, "File name too long: choose another path")],
 )
-def test_a_name_that_no_folder_has_is_refused(
-    dataset: Path, tmp_path: Path, run_id: str, error: type[Exception], said: str
-) -> None:
-    with pytest.raises(error, match=said):
+def test_a_name_that_no_folder_has_is_refused(dataset: Path, tmp_path: Path, run_id: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
         run_pipeline(small(dataset, tmp_path / "runs", run_id=run_id))
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
 
@@ -108,8 +106,8 @@ def test_a_backend_forced_for_a_gpu_passes_the_check_before_a_run(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     config = load_recipe("quickstart").config(golf_backend=backends)
     preflight(config)
-    capability = (8, 0)
-    with pytest.raises(UserError, match=r"GOLF_BACKEND forces triton .* this GPU is sm_80"):
+    capability = (7, 5)
+    with pytest.raises(UserError, match=r"GOLF_BACKEND forces triton .* this GPU has 7\.5"):
         preflight(config)
 
 

@@ -72,7 +72,7 @@ def find_evaluation(folder: RunFolder, config: Config) -> dict[str, Any]:
     wanted = _settings(config, "artifact")
     for entry in read_evaluation(folder).values():
         if isinstance(entry, dict) and all(entry.get(name) == value for name, value in wanted.items()):
-            if entry.get("artifact_sha256") not in (None, sha256_file(folder.artifact)):
+            if entry.get("artifact_sha256") not in (None, sha256_file(folder.need(folder.artifact, "python -m train"))):
                 raise UserError(f"{folder.evaluation}: the score of another model.golf: evaluate again")
             if missing := _MEASURED - set(entry):
                 raise UserError(f"{folder.evaluation}: a score without {', '.join(sorted(missing))}: evaluate again")
