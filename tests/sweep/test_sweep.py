@@ -166,7 +166,9 @@ def test_a_failed_point_is_recorded_and_the_others_are_trained(
     ]  # fmt: skip
     assert found["points"][1]["error"] == "s-000-seed1: mlp_mult: 5 does not fit"
     assert "s-000-seed2" not in starts(tmp_path)
-    capsys.readouterr()
+    # a run takes minutes, so its file is named at its start
+    begun = capsys.readouterr().err.splitlines()[1]
+    assert begun.endswith(f"training begins; its output is in {tmp_path}/s/s-000-seed1.txt")
     assert main([f"--runs_dir={tmp_path}", "--run_id=bad", "--data_path=.", "--set=mlp_mult=5", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["points"][0]["mean"] is None
 

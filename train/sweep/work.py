@@ -118,9 +118,12 @@ def work(plan: Plan, processes: int, gpus: str, stop: threading.Event) -> None:
         if claim is None:
             stop.wait(1.0)
             continue
+        run = plan.run(claim.number, claim.seed)
+        place = f"{run.path.name}: {point_text(claim.point)}"
+        print(f"{place}: training begins; its output is in {_output(run)}", file=sys.stderr, flush=True)
         with claim.lock:
             code = _train(plan, claim, processes, gpus, stop)
-        run, score = plan.run(claim.number, claim.seed), _score(plan, claim.number, claim.seed, claim.point)
+        score = _score(plan, claim.number, claim.seed, claim.point)
         if score is not None:
             result = f"val_bpb {score:.8f}"
         elif code in _INTERRUPTED or stop.is_set():
@@ -130,7 +133,7 @@ def work(plan: Plan, processes: int, gpus: str, stop: threading.Event) -> None:
             with _locked(plan):
                 _fail(study, claim.number, f"{run.path.name}: {error}")
             result = f"failed: {error}"
-        print(f"{run.path.name}: {point_text(claim.point)}: {result}", file=sys.stderr, flush=True)
+        print(f"{place}: {result}", file=sys.stderr, flush=True)
         with _locked(plan):
             write_report(plan, points(plan, study))
 
