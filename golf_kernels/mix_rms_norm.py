@@ -30,8 +30,8 @@ def mix_rms_norm(x: Tensor, x0: Tensor, mix: Tensor, *, eps: float, gain: float 
     Args:
         x: `(B, T, d)`, any floating dtype, any strides: the residual stream. B and T may be 0.
         x0: `(B, T, d)` in the dtype of x, any strides: the residual stream before the first layer. It may be x itself.
-        mix: `(2, d)`, float32 or the dtype of x: m₀ and m₁. The operator rounds mix to the dtype of x, but not its
-            gradient.
+        mix: `(2, d)`, float32 or the dtype of x: m₀ and m₁. The operator rounds mix to the dtype of x. It does
+            not round the gradient of mix.
         eps: epsilon of the norm.
         gain: constant factor on n.
 

@@ -113,7 +113,7 @@ class Kernel(NamedTuple):
         return max(self.flops / (device.tflops * 1e9), self.bytes / (device.gbps * 1e6))
 
     def reached_ms(self, reached: Reached) -> Range:
-        """Milliseconds at the rates that kernels of this kind reach, with the gap before the next kernel."""
+        """Milliseconds of the kernel at the rates in `reached`, plus the gap before the next kernel."""
         product, memory = reached.tflops[self.rate], reached.gbps["triton" if self.rate == "triton" else "cublas"]
 
         def ms(tflops: float, gbps: float, gap_us: float) -> float:

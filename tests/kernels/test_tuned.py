@@ -1,4 +1,4 @@
-"""The tuned file: which one counts, what it decides, and what is said about others."""
+"""Which tuned file is used, what it decides, and the warnings about files that are not used."""
 
 import json
 import logging

@@ -26,7 +26,7 @@ OTHER = {"rule": "once", "tokens": 12_288, "validation_tokens": 12_288, "window"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight runs, and nine records, of which one has fewer tokens and one another text; both have the best scores."""
+    """Eight runs and nine records. The two records with the best scores were scored on fewer tokens and on another text."""
     made = tmp_path_factory.mktemp("both")
     make_runs_folder(made / "runs")
     records = made / "other/records/track_10min_16mb"

@@ -30,7 +30,7 @@ def setting(
 
 
 def parse_text(kind: Any, text: str, source: str) -> Any:
-    """Convert the text of an environment variable or flag to type `kind`. Errors begin with `source`, its name.
+    """Convert the text of an environment variable or flag to type `kind`. Errors begin with `source`, the variable's or flag's name.
 
     Lists are comma-separated. Booleans are 0, 1, true, false, yes, no, on or off.
 

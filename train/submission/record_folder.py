@@ -79,7 +79,7 @@ class RecordFolder:
         readme: the text of README.md; "" if it is missing.
         claims: the contents of submission.json.
         logs: the files in Parameter Golf's log format, each content once.
-        copies: which log is a copy of which.
+        copies: a text for each log that is a copy of another: which log it copies.
         unread: logs in an unknown form.
     """
 

@@ -40,7 +40,7 @@ class Evaluation:
 
     @property
     def kind(self) -> str:
-        """When the score was measured: "before" quantization, "after" it, or after test-time training, "ttt"."""
+        """When the score was measured: before quantization ("before"), after it ("after"), or after training on it ("ttt")."""
         return "ttt" if "ttt" in self.name.lower() else "before" if _BEFORE.search(self.name) else "after"
 
 

@@ -47,7 +47,7 @@ def screen(record: RecordFolder, findings: Sequence[Finding]) -> str:
 
 
 def summary_lines(findings: Sequence[Finding]) -> list[str]:
-    """Say how many rules are kept, which are broken, which cannot be seen, and how many notes there are."""
+    """Say how many rules are kept, which are broken, which cannot be checked, and how many notes there are."""
     lines = [f"{len(with_verdict(findings, Verdict.PASSES))} of {counted(len(findings), 'rule')} kept."]
     for verdict, text in ((Verdict.FAILS, "Breaks"), (Verdict.UNKNOWN, "Cannot be seen"), (Verdict.NOTE, "Notes")):
         found = [item.rule for item in with_verdict(findings, verdict)]
