@@ -35,17 +35,17 @@ class Matrix(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One operation, which is applied to all matrices of a model.
+    """One int6 operation, which the benchmark applies to all matrices of a model.
 
-    `code_bytes` is the memory traffic per code, without the scales. `room(rows, columns)` allocates the result of one
-    matrix. `native` writes the results of all matrices to that memory. `reference` computes the result of one matrix in
-    PyTorch. `truth` gives the result to compare with.
+    `code_bytes` is the memory traffic per code, without the scales. `new_result(rows, columns)` allocates memory for the
+    result of one matrix. `native` writes the results of all matrices to that memory. `reference` computes the result of
+    one matrix in PyTorch. `truth` computes the correct result of one matrix.
     """
 
     op: str
     dtype: torch.dtype
     code_bytes: float
-    room: Callable[[int, int], Tensor]
+    new_result: Callable[[int, int], Tensor]
     truth: Callable[[Matrix], Tensor]
     native: Callable[[Sequence[Matrix]], Any]
     reference: Callable[[Matrix], Tensor]
@@ -64,10 +64,10 @@ def dequantize(dtype: torch.dtype) -> Operation:
     def exact(one: Matrix) -> Tensor:
         return one.codes.double() * one.scales.double()[:, None]
 
-    def room(rows: int, columns: int) -> Tensor:
+    def new_result(rows: int, columns: int) -> Tensor:
         return torch.zeros(rows, columns, dtype=dtype)
 
-    return Operation("int6_dequantize", dtype, 0.75 + dtype.itemsize, room, exact, native, reference)
+    return Operation("int6_dequantize", dtype, 0.75 + dtype.itemsize, new_result, exact, native, reference)
 
 
 def one_by_one(fill: Callable[[Matrix], Any]) -> Callable[[Sequence[Matrix]], Any]:
@@ -122,7 +122,7 @@ def make_model(
         codes = torch.randint(-31, 32, shape, generator=generator, dtype=torch.int8)
         scales = torch.rand(shape[0], generator=generator).add(0.01).half()
         weight = torch.randn(shape, generator=generator)
-        one = Matrix(weight, scales, codes, golf_kernels.int6_pack(codes), operation.room(*shape))
+        one = Matrix(weight, scales, codes, golf_kernels.int6_pack(codes), operation.new_result(*shape))
         model.append(Matrix(*(tensor.to(device) for tensor in one)))
     return model
 

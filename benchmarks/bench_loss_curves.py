@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     first, *rest = row_names([first, *rest], device)
     folder = common.RESULTS / "curves"
     if not arguments.tiny:
-        common.check_place(device, folder, COLUMNS)
+        common.check_results_file(device, folder, COLUMNS)
     if arguments.out:
         # an unusable folder raises an error before training
         arguments.out.mkdir(parents=True, exist_ok=True)

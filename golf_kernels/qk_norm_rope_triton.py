@@ -33,7 +33,7 @@ def _gain(gain_ptr, dtype: tl.constexpr, floor, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _places(position, positions, length, HEADS: tl.constexpr):
+def _indices_and_mask(position, positions, length, HEADS: tl.constexpr):
     # tiles are (position, head, dimension)
     PADDED: tl.constexpr = triton.next_power_of_2(HEADS)
     head = tl.arange(0, PADDED)
@@ -81,7 +81,7 @@ def _rotate_heads(
     DIM: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    head, batch, time, here = _places(position, positions, length, HEADS)
+    head, batch, time, here = _indices_and_mask(position, positions, length, HEADS)
     dim, partner = _dims(DIM, HALF)
     source = (x_ptr + (batch * stride_b + time * stride_t + head * stride_h))[:, :, None]
     row = position.to(tl.int64)[:, None]
@@ -117,7 +117,7 @@ def _unrotate_heads(
     HALF: tl.constexpr,
 ):
     # returns ⟨upstream, output / gain⟩ of each position and head
-    head, batch, time, here = _places(position, positions, length, HEADS)
+    head, batch, time, here = _indices_and_mask(position, positions, length, HEADS)
     dim, partner = _dims(DIM, HALF)
     source = (upstream_ptr + (batch * stride_b + time * stride_t + head * stride_h))[:, :, None]
     row = position.to(tl.int64)[:, None]

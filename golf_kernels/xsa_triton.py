@@ -21,7 +21,7 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _places(rows, length, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _indices_and_mask(rows, length, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     # there is a row for each position and value head; tiles are (row, dimension)
     PADDED: tl.constexpr = triton.next_power_of_2(DIM)
     row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
@@ -73,7 +73,7 @@ def xsa_kernel(
     BLOCK: tl.constexpr,
 ):
     """Computes y for BLOCK value vectors and all query heads that share them."""
-    row, batch, time, dim, inside = _places(rows, length, KV_HEADS, DIM, BLOCK)
+    row, batch, time, dim, inside = _indices_and_mask(rows, length, KV_HEADS, DIM, BLOCK)
     kv_head = row % KV_HEADS
     value_at = batch * value_stride_b + time * value_stride_t + kv_head * value_stride_h + dim * value_stride_d
     value = _load(value_ptr, value_at, inside)
@@ -113,7 +113,7 @@ def xsa_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """Computes dv of BLOCK value vectors, and do for all query heads that share them."""
-    row, batch, time, dim, inside = _places(rows, length, KV_HEADS, DIM, BLOCK)
+    row, batch, time, dim, inside = _indices_and_mask(rows, length, KV_HEADS, DIM, BLOCK)
     kv_head = row % KV_HEADS
     value_at = batch * value_stride_b + time * value_stride_t + kv_head * value_stride_h + dim * value_stride_d
     value = _load(value_ptr, value_at, inside)

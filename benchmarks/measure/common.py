@@ -293,7 +293,7 @@ def environment(device: torch.device) -> Row:
     }
 
 
-def check_place(device: torch.device, folder: Path = RESULTS, columns: Sequence[str] = COLUMNS) -> None:
+def check_results_file(device: torch.device, folder: Path = RESULTS, columns: Sequence[str] = COLUMNS) -> None:
     """Check, before anything is measured, that the results file of this GPU has the expected columns."""
     if device.type == "cuda":
         check_columns(folder / f"{file_stem(torch.cuda.get_device_name(device))}.csv", columns)
@@ -330,7 +330,7 @@ class _Parser(argparse.ArgumentParser):
             if getattr(given, name) is None:
                 setattr(given, name, _TINY[name] if given.tiny else value)
         if given.device.type == "cuda" and not given.tiny:
-            check_place(given.device)
+            check_results_file(given.device)
             code = provenance.code_version()
             if code.problem:
                 print(provenance.warning(code), file=sys.stderr, flush=True)

@@ -166,7 +166,7 @@ def test_a_file_of_other_columns_is_refused_before_anything_is_measured(bench, t
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Made GPU")
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    monkeypatch.setattr(common.check_place, "__defaults__", (tmp_path, common.COLUMNS))
+    monkeypatch.setattr(common.check_results_file, "__defaults__", (tmp_path, common.COLUMNS))
     folder = tmp_path / "curves" if bench is bench_loss_curves else tmp_path
     folder.mkdir(exist_ok=True)
     (folder / "Made_GPU.csv").write_text("p50,p20\n1,2\n")
