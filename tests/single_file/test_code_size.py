@@ -27,7 +27,7 @@ def test_a_packed_script_counts_itself_in_bytes(tmp_path: Path, monkeypatch: pyt
 
 def test_a_log_begins_with_all_sources() -> None:
     text = package_source()
-    for name in ("csrc/int6.cu", "golf_kernels/muon.py", "train/config.py"):
+    for name in ("csrc/int6.cu", "golf_kernels/muon.py", "train/config/settings.py"):
         assert f"# {name}\n{(ROOT / name).read_text()}" in text
     assert "\n# tests/" not in text and "\n# benchmarks/" not in text
 
