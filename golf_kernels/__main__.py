@@ -30,14 +30,14 @@ EXAMPLES = """examples:
   GOLF_BACKEND=int6=torch python -m golf_kernels
                                       what each operator runs on where the int6 operators are forced to PyTorch"""
 
-# largest relative error that passes; Newton-Schulz has the largest on a CPU: 1.5e-6 in float32, 2.5e-2 in bfloat16
+# largest relative error that passes; on a CPU, Newton-Schulz errs most: 1.5e-6 in float32, 2.5e-2 in bfloat16
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
-# time limit of a check in a process of its own
+# time limit of a check that runs in a process of its own
 SECONDS = 120
 
 
 def versions() -> dict[str, str]:
-    """Versions of golf_kernels, Python, torch, Triton and CUDA, or a note that one is missing."""
+    """Returns the versions of golf_kernels, Python, torch, Triton and CUDA, with a note in place of a missing one."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -52,7 +52,7 @@ def versions() -> dict[str, str]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Name, compute capability and memory of every GPU that torch sees."""
+    """Returns name, compute capability and memory of every GPU that torch sees."""
     found = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -82,8 +82,8 @@ def self_check(devices: Sequence[str], only: str = "") -> list[dict[str, Any]]:
 
     Args:
         devices: device types.
-        only: `OP=BACKEND` runs this check alone. Otherwise each check on a GPU runs in a process of its own, so that a
-            crash or a hang of one kernel is its own failed check.
+        only: `OP=BACKEND` runs this check alone, in this process. Otherwise each check on a GPU runs in its own
+            process, so that a kernel that crashes or hangs fails only its own check.
 
     Returns:
         For each check a dictionary with op, backend, device, dtype, error, limit, passed and problem. `error` is the
@@ -134,7 +134,7 @@ def _check(operator: operators.Operator, row: dict[str, Any], dtype: torch.dtype
         with dispatch.forced(f"torch,{operator.name}={row['backend']}"):
             got = operators.run(operator.function, inputs, upstream)
         errors = [_relative_error(g, w) for g, w in zip(got, want, strict=True)]
-    # every exception of a broken kernel or compiler is a failed check
+    # a broken kernel or compiler may raise any exception; the check has then failed
     except Exception as error:
         return {"passed": False, "problem": f"{type(error).__name__}: {error}"}
     # JSON cannot hold NaN, and max() can overlook it

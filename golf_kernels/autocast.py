@@ -1,4 +1,4 @@
-"""Makes an operator follow `torch.autocast` as the PyTorch lines that it replaces."""
+"""Casts an operator's inputs under `torch.autocast`, as it casts those of PyTorch's matrix products."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Returns the tensors as autocast gives them to a matrix product.
+    """Casts tensors as autocast casts the operands of a matrix product.
 
-    Where autocast is on for the first tensor's device, float32 and half-precision tensors get autocast's dtype. Float64
-    and integer tensors stay. Where it is off, all tensors are returned unchanged.
+    If autocast is on for the device of the first tensor, float32, bfloat16 and float16 tensors are cast to autocast's
+    dtype. Tensors of other dtypes stay unchanged. If autocast is off, all tensors stay unchanged.
     """
     device = tensors[0].device.type
     # asking whether autocast is on raises an error for devices that have none

@@ -1,4 +1,4 @@
-"""Reads `GOLF_BACKEND`, whose syntax `golf_kernels.dispatch` describes."""
+"""Parses the environment variable `GOLF_BACKEND`, which names backends. See `golf_kernels.dispatch` for its syntax."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ ENVIRONMENT_VARIABLE = "GOLF_BACKEND"
 
 
 class BackendError(RuntimeError):
-    """A forced backend cannot run, or `GOLF_BACKEND` names something that does not exist."""
+    """A forced backend cannot run, no backend can run, or `GOLF_BACKEND` is wrong."""
 
 
 class Named(NamedTuple):
-    """A backend that `GOLF_BACKEND` or a tuned file names, and whether it is forced."""
+    """A backend that `GOLF_BACKEND` or a tuned file names for an operator.
+
+    `forced`: if the backend cannot run, the call raises an error instead of taking another backend.
+    """
 
     backend: Backend
     forced: bool
@@ -32,10 +35,10 @@ def read(text: str, known: tuple[str, ...]) -> tuple[Named | None, Mapping[str, 
 
     Args:
         text: the value, not empty.
-        known: names of all operators and groups.
+        known: names of all operators, and of groups of operators such as `int6`.
 
     Returns:
-        The backend of all operators, or None, and the backends of single operators and groups.
+        The backend named for all operators (None if there is none), and a mapping operator or group → backend.
 
     Raises:
         BackendError: the text cannot be read.

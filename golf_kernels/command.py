@@ -1,6 +1,7 @@
-"""The command `golf`: runs the trainer and the benchmarks from any folder, without putting their packages on Python's path.
+"""The command `golf`, which runs the trainer and the benchmarks from any folder.
 
-A checkout has `train` and `benchmarks` beside golf_kernels. A wheel has them in golf_kernels/_apps.
+Their packages `train` and `benchmarks` are not on Python's path. A checkout has them beside golf_kernels, a wheel in
+golf_kernels/_apps.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from pathlib import Path
 
 _APPS = Path(__file__).with_name("_apps")
 ROOT = _APPS if _APPS.is_dir() else _APPS.parents[1]
-"""The folder of the packages `train` and `benchmarks`."""
+"""The folder that contains the packages `train` and `benchmarks`."""
 
-# folders of train with another name as a command
+# folder of train → name of its command, if that is different
 _SHORT = {"evaluate": "eval"}
-# commands whose work several processes can share
+# commands that take --processes
 _SHARED = ("run", "quantize", "eval")
 
 USAGE = """usage: golf COMMAND [ARGUMENT ...]
@@ -36,7 +37,7 @@ commands:
 
 
 def commands() -> dict[str, str]:
-    """Command → module."""
+    """Returns command → module that the command runs."""
     rooms = sorted(path.parent.name for path in (ROOT / "train").glob("*/__main__.py"))
     named = {_SHORT.get(room, room): f"train.{room}" for room in rooms}
     return {
@@ -50,7 +51,7 @@ def commands() -> dict[str, str]:
 
 
 def main() -> int:
-    """Run the command line's command as `__main__`; 2: there is no such command."""
+    """Runs the given command's module as `__main__`. Returns 2 if the command or an argument is wrong, otherwise 0."""
     found = commands()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
@@ -64,9 +65,9 @@ def main() -> int:
     module = found[name]
     if name == "bench" and arguments and (ROOT / "benchmarks" / f"{arguments[0]}.py").is_file():
         module = f"benchmarks.{arguments.pop(0)}"
-    # before all others: another train.py must not be taken for the trainer
+    # first in the path, so that another train.py is not imported instead of the trainer
     sys.path.insert(0, str(ROOT))
-    # for the processes that a command starts
+    # lets processes that the command starts import the same packages
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if name in _SHARED and "--processes" in arguments:
         place = arguments.index("--processes")
@@ -74,7 +75,7 @@ def main() -> int:
         if not number.isdecimal():
             return _refuse(f"--processes: expected a whole number, got {number!r}")
         del arguments[place : place + 2]
-        # -P: no file of the current folder is imported
+        # -P keeps Python from importing files of the current folder
         again = [sys.executable, "-u", "-P", "-m", "golf_kernels.command", name, *arguments]
         module = "torch.distributed.run"
         arguments = ["--standalone", f"--nproc_per_node={number}", "--no-python", *again]

@@ -1,4 +1,4 @@
-"""`golf completion bash|zsh`: print a script that completes commands, subcommands and flags of `golf`."""
+"""`golf completion bash|zsh`: prints a script that completes commands, subcommands and flags of `golf`."""
 
 from __future__ import annotations
 
@@ -26,21 +26,24 @@ _ZSH = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n"
 
 
 def script(shell: str) -> str:
-    """The completion script; without a word that fits, the shell completes file names."""
+    """Returns the completion script for a shell. If no word of `golf` fits, the shell completes file names."""
     found = [("", list(commands())), *(row for name, module in commands().items() for row in _words(name, module))]
-    # the first pattern that fits counts: a subcommand before its command
+    # the shell uses the first pattern that matches, so a subcommand comes before its command
     rows = [f'    {_pattern(before)}) words="{" ".join(words)}" ;;' for before, words in found]
     return _SCRIPT.format(start=_ZSH if shell == "zsh" else "", cases="\n".join(rows))
 
 
 def _pattern(before: str) -> str:
-    # the words before are a prefix, unless they end with a flag, whose value follows
+    # matches a line that begins with `before`; for `START*FLAG`, a line that begins with START and ends with FLAG
     start, star, flag = before.partition("*")
     return f'"{start}"*"{flag}"' if star else f'"{start}"{"*" if start else ""}'
 
 
 def _words(name: str, module: str) -> Iterator[tuple[str, list[str]]]:
-    """(words before, words that may follow) of a command, the longer first; from what its --help would print."""
+    """Yields pairs for one command: words on the line so far, and words that may come next.
+
+    The words are taken from the command's --help. Subcommands and flags with choices come before the command itself.
+    """
     shown: list[argparse.ArgumentParser] = []
     text = io.StringIO()
     with (
@@ -77,7 +80,7 @@ def _parser_words(name: str, parser: argparse.ArgumentParser) -> Iterator[tuple[
 
 
 def main() -> None:
-    """Print the script for one shell."""
+    """Prints the script for one shell."""
     parser = argparse.ArgumentParser(
         prog="golf completion",
         description="Print a script that completes commands, subcommands and flags of golf.",

@@ -1,4 +1,4 @@
-"""What the CPU can do."""
+"""Tells whether this CPU multiplies bfloat16 faster than float32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import torch
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the CPU has products in bfloat16 (AMX or AVX-512 BF16), which are faster than float32's: docs/log.md."""
+    """Whether the CPU has bfloat16 instructions (AMX or AVX-512 BF16).
+
+    With them, products in bfloat16 are faster than in float32; docs/log.md has the measurements.
+    """
     # Triton's interpreter cannot multiply bfloat16
     return _has_instructions() and os.environ.get("TRITON_INTERPRET") != "1"
 

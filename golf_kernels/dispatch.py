@@ -1,30 +1,25 @@
 """Registers the `golf::` operators and chooses a backend for each call.
 
-A new kernel takes six files, tests and documentation included:
-
-1. `golf_kernels/<op>.py`: the public function, with formula, shapes, dtypes and errors in its docstring; `define` with
-   the PyTorch reference and the fake implementation; `define_backward` for gradients; `register` for every other
-   backend; `operators.declare`, which the doctor, the benchmarks and the tests of all operators read.
-2. `golf_kernels/<op>_triton.py` or `csrc/<op>.cu`: the kernel. The Triton file imports only torch and triton.
-3. `golf_kernels/__init__.py`: the import of the function.
-4. `tests/kernels/test_<op>.py`: tests of every backend against float64, of gradients, odd shapes and errors.
-5. `benchmarks/bench_<op>.py`: a `Chain` (`benchmarks/measure/chains.py`) if the kernel replaces elementwise operations.
-6. `README.md`: a row in the table of operators.
+CONTRIBUTING.md lists the files of a new kernel.
 
 There are four backends: `torch` (the reference, for any device), `cpp` (for CPU tensors), `triton` and `cuda` (for CUDA
-tensors). A call takes the first backend that can run, in this order:
+tensors). A call uses the first backend that can run, in this order:
 
 1. the backend that `GOLF_BACKEND` names;
-2. the backend that `python -m golf_kernels tune` chose on this machine, or that is shipped for its GPU
-   (`golf_kernels.tuned`);
+2. on a GPU, the backend that this machine's tuned file names (`golf_kernels.tuned`);
 3. cuda, cpp, torch. Triton kernels run only if 1 or 2 names them.
 
-A fallback is logged once, with its reason.
+Each fallback is logged once, with the reason.
 
-`GOLF_BACKEND` names backends: `torch` for all operators, `newton_schulz=triton,int6=cuda` for single operators,
-`torch,int6=cpp` for int6 and for all others. A named backend is forced: if it cannot run, the call raises an error. With
-a question mark, as in `newton_schulz=triton?`, the call takes the next backend instead. Naming a backend does not affect
-tensors on devices that this backend does not take: they take the first other backend that can run.
+`GOLF_BACKEND` has entries separated by commas:
+
+    torch                  names the backend of all operators
+    int6=cuda              names the backend of a group of operators; overrides an entry for all operators
+    newton_schulz=triton   names the backend of one operator; overrides an entry for its group
+
+A named backend is forced: if it cannot run, the call raises an error. With a question mark, as in
+`newton_schulz=triton?`, the call uses the next backend in the order instead. If the named backend does not take tensors on
+the call's device, the call uses the first backend of item 3 that can run.
 """
 
 from __future__ import annotations
@@ -75,7 +70,7 @@ class _Implementation:
 
 
 _registry: dict[str, dict[Backend, _Implementation]] = {}
-# name in GOLF_BACKEND → its operators
+# name of a group of operators → its operators
 _members: dict[str, tuple[str, ...]] = {}
 
 
@@ -97,7 +92,7 @@ def register(
         backend: `cuda`, `triton`, `cpp` or `torch`.
         fn: takes the arguments of the operator's schema, in order, and returns what the schema says.
         supports: returns None if `fn` can run, otherwise the reason, as a phrase ("not built: no nvcc"). Called without
-            arguments, it checks this machine: is the backend built, is it importable, is there a GPU? Called with the
+            arguments, it checks this machine: is the backend built, can it be imported, is there a GPU? Called with the
             operator's arguments, it also checks their dtypes and shapes. It need not check their device.
     """
     if backend not in PREFERENCE:
@@ -106,17 +101,17 @@ def register(
 
 
 def set_members(name: str, members: Sequence[str]) -> None:
-    """Makes `name` select these operators in `GOLF_BACKEND` and in `available_backends`."""
+    """Defines a group: `name` stands for these operators in `GOLF_BACKEND` and in `available_backends`."""
     _members[name] = tuple(members)
 
 
 def members(name: str) -> tuple[str, ...]:
-    """Returns the operators that `set_members` recorded for `name`; without a record, `name` itself."""
+    """Returns the operators of the group `name`. If there is no such group, returns `name` itself as the only one."""
     return _members.get(name, (name,))
 
 
 def define(op: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Defines the PyTorch operator `golf::<op>`. Each call of it runs on the backend that `choose` returns.
+    """Defines the PyTorch operator `golf::<op>`. Each call runs on the backend that `choose` returns.
 
     Args:
         op: name of the operator.
@@ -196,7 +191,7 @@ def choose(op: str, *args: Any, device: str | None = None) -> Choice:
     Args:
         op: name of the operator.
         args: the operator's arguments. Without arguments, dtypes and shapes are not checked.
-        device: type of the tensors' device. None: the device of `args`; without `args`, CUDA if there is a GPU.
+        device: type of the tensors' device. None takes it from `args` or, without `args`, CUDA if there is a GPU.
 
     Returns:
         The backend and the reason.
@@ -233,7 +228,7 @@ def choose(op: str, *args: Any, device: str | None = None) -> Choice:
         refused.append(f"{named.backend}: named, but {problem}")
         _log_once(op, named.backend, problem)
     for backend in PREFERENCE:
-        # skipping a backend that is made for another device is not logged as a fallback
+        # a backend for other devices is skipped, which is not logged as a fallback
         if backend not in implementations or (_DEVICES[backend] and device not in _DEVICES[backend]):
             continue
         problem = implementations[backend].supports(*args)
@@ -256,7 +251,7 @@ def available_backends(name: str, device: str | None = None) -> list[Backend]:
 
     Args:
         name: name of an operator, or of a group of operators (`set_members`).
-        device: device type. Backends that do not take tensors on such a device are left out; None: no backend is.
+        device: device type. Backends that do not take tensors on it are left out. None: backends for any device.
     """
     found = [_implementations(op) for op in members(name)]
     return [
@@ -268,7 +263,7 @@ def available_backends(name: str, device: str | None = None) -> list[Backend]:
 
 
 def describe() -> dict[str, dict[Backend, str]]:
-    """Returns, for each backend of each operator, `available` or the reason why this machine cannot run the backend."""
+    """Returns operator → backend → `available`, or the reason why this machine cannot run the backend."""
     answers: dict[str, dict[Backend, str]] = {}
     for op, implementations in sorted(_registry.items()):
         order = [backend for backend in PREFERENCE if backend in implementations]
@@ -297,13 +292,13 @@ def may_run(op: str, backend: Backend, text: str) -> bool:
 
 
 def with_preferences(text: str, preferences: Mapping[str, str]) -> str:
-    """Adds `op=backend?` to a value of `GOLF_BACKEND` for each operator or group that the text does not decide."""
+    """Adds `name=backend?` to a value of `GOLF_BACKEND` for each operator or group for which it names no backend."""
     added = [f"{n}={b}?" for n, b in preferences.items() if all(_named(op, text) is None for op in members(n))]
     return ",".join([*added, text] if text else added)
 
 
 def registered() -> Iterator[tuple[str, Backend, Callable[..., Any]]]:
-    """Yields (operator, backend, function) twice for each registered backend: with `fn` and with `supports`."""
+    """Yields (operator, backend, function) for all functions that `register` got, `fn` as well as `supports`."""
     for op, implementations in sorted(_registry.items()):
         for backend, implementation in implementations.items():
             yield op, backend, implementation.function
@@ -313,7 +308,7 @@ def registered() -> Iterator[tuple[str, Backend, Callable[..., Any]]]:
 def triton_problem(*, tma: bool = False) -> str | None:
     """Returns the reason why this machine cannot run Triton kernels, as a phrase for `supports`, or None if it can.
 
-    Kernels that move tiles with `tma` need compute capability 9.0, others 8.0.
+    Kernels that use TMA (`tma`) need compute capability 9.0, others 8.0.
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'triton>=3.6'"
@@ -359,7 +354,7 @@ def _made_for(backend: Backend, device: str) -> bool:
 
 
 def _named(op: str, text: str | None = None) -> Named | None:
-    """The backend that `GOLF_BACKEND`, or this value of it, names for an operator; None if it names none."""
+    """Returns the backend that `text` names for an operator, or None. By default `text` is `GOLF_BACKEND`."""
     text = os.environ.get(ENVIRONMENT_VARIABLE, "") if text is None else text
     if not text:
         return None

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from golf_kernels import dispatch, operators
 from golf_kernels.autocast import as_autocast
 
-# factor that packs bits: it multiplies an int64 of eight bytes that are 0 or 1; the top byte of the product then has
-# them as bits, the first byte in the lowest bit
+# multiplies eight bytes that are 0 or 1, taken as an int64; the top byte of the product then has them as its bits, the
+# first byte in the lowest bit
 _GATHER_BITS = 0x0102040810204080
 
 
@@ -61,7 +61,7 @@ def leaky_relu2_mlp(
 
     Returns:
         `(..., d)` in the dtype of x. Matrix products use this dtype. Mean squares use float32 at least. Under
-        `torch.autocast`, products use autocast's dtype, and scale and residual are applied in their own.
+        `torch.autocast`, products use autocast's dtype, and scale and residual keep their dtypes.
 
     Raises:
         ValueError: a wrong shape, dtype, device or number.

@@ -295,7 +295,7 @@ class Tile(NamedTuple):
     programs: int
 
 
-# wide tiles read the fewest bytes; with narrow tiles two programs fit on an SM: one multiplies, one is in its epilogue
+# wide tiles read the fewest bytes; narrow tiles let two programs share an SM: one multiplies, one runs its epilogue
 TILES = {
     "up": {"wide": Tile(128, 256, 64, 8, 4, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
     "down": {"wide": Tile(128, 256, 64, 8, 3, 1), "narrow": Tile(128, 128, 64, 4, 2, 2)},
@@ -411,7 +411,7 @@ def backward(
 def choose_tile(product: str, columns: int) -> Tile:
     """Returns the tile of a product on the current GPU; without a GPU, that of an H100.
 
-    It is the wide tile if its n divides the columns of the result, otherwise the narrow tile.
+    If the n of the wide tile divides the columns of the result, the wide tile is returned, otherwise the narrow one.
     """
     tiles = TILES[product]
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 12:
@@ -420,7 +420,7 @@ def choose_tile(product: str, columns: int) -> Tile:
 
 
 def _blocks(product: str, tile: Tile) -> list[list[int]]:
-    """Block shapes of a kernel's tensor descriptors: two operands, then the half tiles of its epilogue."""
+    """Returns the block shapes of a kernel's tensor descriptors: two operands, then the half tiles of its epilogue."""
     halves = sum(name.endswith("_desc") for name in KERNELS[product].arg_names) - 2
     right = [tile.n, tile.k] if product in ("up", "down") else [tile.k, tile.n]
     return [[tile.m, tile.k], right, *([[tile.m, tile.n // 2]] * halves)]
@@ -444,6 +444,6 @@ def _words(sign: Tensor) -> Tensor:
 
 
 def _laid_out(tensor: Tensor) -> Tensor:
-    """Returns the tensor or a copy, contiguous and aligned to 16 bytes for TMA."""
+    """Returns the tensor if it is contiguous and aligned to 16 bytes, as TMA needs. Otherwise returns such a copy."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -2,8 +2,8 @@
 
     h = m₀ ⊙ x + m₁ ⊙ x0,  n = gain · h · r,  r = 1 / √(mean(h²) + eps) of each row of d numbers
 
-The norm uses h before h is rounded. The backward pass keeps x, x0 and the mix (m₀, m₁), and computes h and r again. It
-could not do without x and x0, because the mix's gradient needs them. With t, the total gradient of h, the gradients are
+The norm uses h before h is rounded. The backward pass keeps the mix (m₀, m₁) and, for the mix's gradient, x and x0. It
+computes h and r again. With t, the total gradient of h, the gradients are
 
     t = dh + gain · r · (dn − h · r² · ⟨dn, h⟩ / d)
     dx = m₀ ⊙ t,  dx0 = m₁ ⊙ t,  dm₀ = Σ t ⊙ x,  dm₁ = Σ t ⊙ x0  (sums over rows)
@@ -67,7 +67,7 @@ def _fake(x: Tensor, x0: Tensor, mix: Tensor, eps: float, gain: float) -> tuple[
 
 
 def _mixed(x: Tensor, x0: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the mix rounded to the dtype of x, and h before rounding, both as float32 at least."""
+    """Returns the mix rounded to the dtype of x, and h before rounding, both in float32 at least."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     rounded = mix.to(x.dtype).to(dtype)
     # in place, here and below, because allocating memory takes most of the time on a CPU

@@ -43,26 +43,27 @@ class Muon(torch.optim.Optimizer):
     device; each replay reads them.
 
     Args:
-        params: matrices `(rows, columns)` and banks of matrices `(b, rows, columns)`, or parameter groups of them. DTensors
-            (FSDP2) on a mesh of one dimension work: one rank gathers and orthogonalizes each matrix. A Conv1d weight has
-            three dimensions too, but is no bank of matrices: give it to another optimizer.
+        params: matrices `(rows, columns)` and banks of matrices `(b, rows, columns)`, or parameter groups of them.
+            DTensors (FSDP2) must be on a mesh of one dimension; each matrix is gathered and orthogonalized on one rank.
+            A Conv1d weight also has three dimensions, but is not a bank of matrices: give it to another optimizer.
         lr: learning rate; a float or a one-element tensor.
         weight_decay: decoupled weight decay: w ← w·(1 − lr·weight_decay); a float or a one-element tensor.
         momentum: β; a float or a one-element tensor.
         nesterov: take the Nesterov direction u, which looks ahead by one momentum step, instead of u = m.
         ns_coefficients: (a, b, c) of every iteration, as in `torch.optim.Muon`; None takes `coefficients`.
         eps: smallest divisor of an update: u / max(‖u‖_F, eps).
-        ns_steps: number of iterations; None takes that of the coefficient set, which is 5 for `quintic`.
+        ns_steps: number of iterations; None takes the default of the coefficient set, 5 for `quintic`.
         adjust_lr_fn: factor on the learning rate of a matrix. `original` or None: √max(1, rows / columns);
             `match_rms_adamw`: 0.2·√max(rows, columns).
         row_normalize: MuonEq-R: scales each row of the update to length 1 before Newton-Schulz.
         row_eps: number that `row_normalize` adds to a row's squared length. The published 1e-7 belongs to
             `dampened=False`; a dampened update is (1 − β) times as large. Submission #1471 divides by
             max(length, 1e-7); the corresponding row_eps is 1e-14. With 0, a row of zeros becomes NaN.
-        normuon: NorMuon: divides each row by the root of its running second moment after Newton-Schulz.
+        normuon: NorMuon: after Newton-Schulz, divides each row by the root of its running second moment.
         normuon_beta2: decay of this second moment, which starts at 0 and has no bias correction.
         dampened: True selects the first momentum formula of `golf_kernels.muon`, False the second. If β is constant,
-            the results differ by a factor, which Newton-Schulz removes. If β changes, old gradients get other weights.
+            both give updates u that differ only by a factor, which Newton-Schulz removes. If β changes, the formulas
+            weight old gradients differently.
         coefficients: a name in `golf_kernels.newton_schulz.COEFFICIENTS`.
         compute_dtype: dtype of the Newton-Schulz products. None: float64 for float64 parameters, otherwise bfloat16 on
             CUDA and on a CPU with bfloat16 products, else float32.
@@ -73,11 +74,12 @@ class Muon(torch.optim.Optimizer):
 
     Raises:
         ValueError: an option or the shape of a parameter is wrong.
-        RuntimeError: `step` finds a complex or sparse gradient.
+        RuntimeError: `step` finds a complex or sparse gradient, or a DTensor gradient with other placements than its
+            parameter.
 
     Source:
-        https://kellerjordan.github.io/posts/muon/; NorMuon arXiv:2510.05491; momentum and row norms: records of
-        Parameter Golf.
+        https://kellerjordan.github.io/posts/muon/; NorMuon arXiv:2510.05491; momentum and row norms:
+        submissions of Parameter Golf.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class Muon(torch.optim.Optimizer):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state. `torch.optim.Muon` can load it, but ignores options that it lacks."""
+        """Returns the state. `torch.optim.Muon` can load the state, but ignores options that only this class has."""
         state = super().state_dict()
         state["param_groups"] = [group | resolved(group) for group in state["param_groups"]]
         return state
@@ -142,7 +144,7 @@ class Muon(torch.optim.Optimizer):
         return {**super().__getstate__(), "process_group": group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # without own groups the optimizer is being unpickled, and its state is complete
+        # an optimizer that is being unpickled has no groups yet, and the groups in its state lack no option
         own = self.__dict__.get("param_groups", state["param_groups"])
         for group, mine in zip(state["param_groups"], own, strict=True):
             adopt(group, mine)
@@ -254,7 +256,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class _SameGroup:
-    """Holds the process group in an optimizer's state. A deep copy keeps the group; pickling raises TypeError."""
+    """Holds the process group in an optimizer's state. A deep copy holds the same group. Pickling raises TypeError."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -270,7 +272,7 @@ class _SameGroup:
 
 
 def _traced(value: float | Tensor) -> float | Tensor:
-    """Makes a number a tensor while torch.compile traces the step: Inductor keeps the first values of some numbers."""
+    """Converts a number to a tensor while torch.compile traces a step. Inductor would make some numbers constants."""
     if torch.compiler.is_compiling() and not isinstance(value, Tensor):
         return torch.tensor(value, dtype=torch.float64)
     return value
@@ -321,7 +323,7 @@ def _normuon(orthogonal: Tensor, second_moment: Tensor) -> Tensor:
 
 
 def _place(param: Tensor) -> Any:
-    """Device and, of a DTensor, mesh: the tensors of one call have them in common."""
+    """Returns a parameter's device and, for a DTensor, its mesh. Both must be the same for all tensors of one call."""
     return param.device, getattr(param, "device_mesh", None)
 
 
@@ -332,7 +334,7 @@ def _call_key(group: dict[str, Any], params: Sequence[Tensor]) -> Any:
 
 def _step_torch(params: list[Tensor], optimizer: Muon, work: list[Work]) -> None:
     if any(param.is_meta for param in params):
-        # not in the constructor: `benchmarks.aot` compiles the Triton step on such parameters
+        # the constructor accepts meta parameters, because `benchmarks.aot` compiles the Triton step on them
         raise RuntimeError("Muon: expected data, found the device meta; call to_empty() before you make the optimizer")
     optimizer._step(work)
 

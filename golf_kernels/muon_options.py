@@ -1,4 +1,4 @@
-"""The options of Muon's parameter groups: their checks, and their exchange with the states of other optimizers."""
+"""Checks the options of Muon's parameter groups, and converts them to and from the states of other Muon optimizers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from golf_kernels.sharding import dtensor_problem, is_dtensor
 
 ADJUST_LR = ("original", "match_rms_adamw")
 _NUMBERS = ("lr", "momentum", "weight_decay", "eps", "row_eps")
-# those of them that may be tensors
+# numbers that may also be given as tensors
 _TENSORS = ("lr", "momentum", "weight_decay")
-# options that the Muon of KellerJordan/Muon has in its parameter groups; torch.optim.Muon has them too
+# options that the states of torch.optim.Muon and of KellerJordan/Muon both have
 _REQUIRED = ("lr", "momentum", "weight_decay")
 _QUINTIC = coefficient_set("quintic").triples[0]
 
@@ -26,9 +26,10 @@ def coefficients_of(group: dict[str, Any]) -> CoefficientSet:
 
 
 def resolved(group: dict[str, Any]) -> dict[str, Any]:
-    """Returns `ns_steps` and `ns_coefficients` as `torch.optim.Muon` needs them: numbers in place of None.
+    """Returns a group's `ns_steps` and `ns_coefficients` as numbers, because `torch.optim.Muon` does not accept None.
 
-    If each iteration has coefficients of its own, `torch.optim.Muon` cannot continue, and the options stay.
+    Returns an empty dictionary if the coefficients differ between iterations, because `torch.optim.Muon` cannot use
+    such coefficients.
     """
     chosen = coefficients_of(group)
     if len(chosen.triples) > 1:
@@ -38,10 +39,14 @@ def resolved(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def adopt(group: dict[str, Any], own: dict[str, Any]) -> None:
-    """Completes a loaded group with the optimizer's own options, where the optimizer that saved it lacks them.
+    """Adds the options that a loaded group lacks, because another optimizer saved it. Their values come from `own`.
+
+    Args:
+        group: the loaded parameter group.
+        own: the parameter group of the optimizer that loads.
 
     Raises:
-        ValueError: the group is of another kind of optimizer.
+        ValueError: the optimizer that saved the group is not a Muon.
     """
     missing = [name for name in _REQUIRED if name not in group]
     if missing or "dampening" in group:
@@ -51,7 +56,7 @@ def adopt(group: dict[str, Any], own: dict[str, Any]) -> None:
         )
     triple = group.get("ns_coefficients")
     if triple is not None and tuple(triple) == _QUINTIC:
-        # torch's default, and what `resolved` writes for it
+        # torch.optim.Muon saves these numbers by default, and `resolved` saves them for `quintic`
         group["ns_coefficients"] = None
         if "coefficients" not in group and own["coefficients"] != "quintic":
             group["ns_steps"] = own["ns_steps"]
@@ -65,7 +70,7 @@ def check_group(group: dict[str, Any], divided: bool) -> None:
 
     Args:
         group: the group.
-        divided: the optimizer has a process group.
+        divided: whether the optimizer has a process group.
 
     Raises:
         ValueError: an option or a parameter is wrong.

@@ -165,8 +165,9 @@ def newton_schulz(
 ) -> list[Tensor]:
     """Orthogonalizes every matrix of a list: U·S·Vᵀ → U·f(S)·Vᵀ with f(S) close to 1.
 
-    DTensors (Shard or Replicate on a mesh of one dimension) come back as such: one rank gathers each whole matrix,
-    orthogonalizes it and sends every rank its shard. All ranks of the mesh must call with the same list.
+    For DTensors (Shard or Replicate on a mesh of one dimension) the results are DTensors with the same placements: one
+    rank gathers each matrix, orthogonalizes it and sends every rank its shard. All ranks of the mesh must call with the
+    same list.
 
     Args:
         matrices: matrices `(m, n)` and banks of matrices `(b, m, n)`, on one device. Shapes, floating dtypes and
@@ -270,7 +271,7 @@ def _prescale(stack: Tensor, eps: float, prescale: str) -> Tensor:
         return stack.div_(torch.maximum(norm, eps / largest))
     tall = stack.shape[-2] > stack.shape[-1]
     gram = stack.mT @ stack if tall else stack @ stack.mT
-    # eps is the bound of a norm, but the row sums of a Gram matrix are squares of norms
+    # eps bounds a norm, but the row sums of a Gram matrix are squares of norms
     factor = gram.abs().sum(dim=-1).clamp_min(eps**2).rsqrt()
     return stack.mul_(factor.unsqueeze(-2 if tall else -1))
 

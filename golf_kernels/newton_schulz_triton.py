@@ -187,7 +187,7 @@ def aol_sums_kernel(
         column = first + tl.arange(0, CHUNK)[None, :]
         value = tl.load(gram_ptr + start + at[:, None] * ld + column, mask=column < ld, other=0.0)
         sums += tl.sum(tl.abs(value.to(tl.float32)), axis=1)
-    # eps is the bound of a norm, but these sums are squares of norms
+    # eps bounds a norm, but these sums are squares of norms
     sums = tl.maximum(sums, eps * eps, propagate_nan=tl.PropagateNan.ALL)
     tl.store(factors_ptr + tl.load(layout + 9) + at, tl.rsqrt(sums))
 
@@ -463,7 +463,7 @@ def make_plan(shapes: tuple[tuple[int, int], ...], tile: int, device: torch.devi
 
 
 class Workspace:
-    """Device memory of one call. `work` holds two buffers for X, then A and B. The rest are norms and partial sums."""
+    """Device memory of one call. `work` holds two buffers for X, then A and B. The other tensors are norms and sums."""
 
     def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
         device = plan.layout.device
@@ -545,7 +545,7 @@ class Workspace:
 
 
 def processors_of(device: torch.device) -> int:
-    """Number of SMs of a GPU. In Triton's interpreter it is 132, the number of an H100."""
+    """Returns the number of SMs of a GPU. In Triton's interpreter it is 132, as on an H100."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 

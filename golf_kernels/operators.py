@@ -38,8 +38,8 @@ class Operator:
             the only one.
         called_by: the folder of `train` that calls the operator: model, optimize, quantize, artifact or evaluate.
         gpu_dtype: dtype of the doctor's inputs on a GPU. On a CPU they are float32.
-        bfloat16_on_cpu: whether the operator multiplies float32 matrices in bfloat16 on a CPU that can
-            (`golf_kernels.cpu`).
+        bfloat16_on_cpu: whether the operator multiplies float32 matrices in bfloat16 on a CPU with bfloat16
+            instructions (`golf_kernels.cpu`).
         products: name of each Triton kernel that multiplies rows by a matrix → names of its arguments for the rows and
             for the matrix.
         in_place: name of each Triton kernel that reads a large tensor and then overwrites it → name of its argument for
@@ -104,7 +104,7 @@ def run(function: Callable[..., Any], inputs: Inputs, upstream: Sequence[Tensor]
 
 
 def exact(inputs: Any, *, device: str | None = None, rounded_to: torch.dtype | None = None) -> Any:
-    """Converts floating-point inputs to float64. The converted tensors require gradients where the originals do.
+    """Converts floating-point inputs to float64. A converted tensor requires a gradient if its original does.
 
     Args:
         inputs: tensors, in nested lists and dictionaries. Integer tensors keep their dtype.

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from golf_kernels import dispatch, operators
 
 GAIN_FLOOR = {torch.float16: 2.0**-12}
-"""Smallest magnitude of a gain in float16: the smallest number is 2⁻²⁴, so a q̂ of size 2⁻¹² still has 12 bits."""
+"""Smallest magnitude of a gain in float16. The smallest positive float16 is 2⁻²⁴, so a q̂ of 2⁻¹² still has 12 bits."""
 _WIDE_FLOOR = 2.0**-60
 
 
@@ -60,7 +60,7 @@ def written_out(
 ) -> tuple[Tensor, Tensor]:
     """`qk_norm_rope` written with PyTorch's own operations for `torch.compile`, which cannot fuse a `golf::` operator.
 
-    The backward pass is written out too, because autograd's own would keep q and k and read them once more.
+    The backward pass is written out too, because autograd's own backward pass would keep q and k and read them again.
 
     Args:
         q, k, cosine, sine, gain, eps: see `qk_norm_rope`.
@@ -119,7 +119,7 @@ def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Returns R x for each head's vector x. With −sine it returns Rᵀ x."""
     half, dim = cosine.shape[-1], x.shape[-1]
     if torch.compiler.is_compiling():
-        # torch.compile writes each operand of cat in a separate pass, but needs only one pass for masked reads
+        # torch.compile would write each operand of cat in a separate pass; these operations need only one pass
         other = x[..., : 2 * half].unflatten(-1, (2, half)).flip(-2).flatten(-2) * torch.cat([sine, -sine], dim=-1)
         kept = F.pad(torch.cat([cosine, cosine], dim=-1), (0, dim - 2 * half), value=1.0)
         return x * kept + F.pad(other, (0, dim - 2 * half))

@@ -4,8 +4,8 @@
     unrotate   dq, dk and each program's partial sum of dg, from dq̂, q̂, dk̂, k̂ and rstd
 
 A program takes a block of positions with all their heads, so that it reads cosine and sine once for all heads. It reads
-the rotated dimensions twice: the second time in the order of their partners in the rotation, and from the cache. So
-threads need not exchange numbers.
+the rotated dimensions a second time, from the cache, in the order of their partners in the rotation. So threads need
+not exchange numbers.
 """
 
 # kernel arguments have no annotations, because Triton infers their types
@@ -309,6 +309,6 @@ def _blocks(q: Tensor, k: Tensor) -> tuple[int, int]:
 
 
 def choose_block(heads: int, dim: int) -> tuple[int, int]:
-    """Returns positions and warps per program, for 16 elements of a tensor per thread, padding included."""
+    """Returns a program's positions and warps, so that a thread has 16 elements of a tensor, padding included."""
     numbers = triton.next_power_of_2(heads) * triton.next_power_of_2(dim)
     return max(1, 2048 // numbers), max(4, numbers // 512)

@@ -18,7 +18,7 @@ Run = Callable[[list[Tensor]], list[Tensor]]
 
 
 def newton_schulz_cost(rows: int, columns: int) -> int:
-    """FLOPs of one Newton-Schulz iteration: 2·short²·long for X·Xᵀ, the same for B·X, and 2·short³ for A·A."""
+    """Returns the FLOPs of a Newton-Schulz iteration: 2·short²·long for X·Xᵀ, as many for B·X, and 2·short³ for A·A."""
     short, long = sorted((rows, columns))
     return 4 * short * short * long + 2 * short**3
 
@@ -58,7 +58,7 @@ def assign_costs(costs: Sequence[float], ranks: int) -> tuple[int, ...]:
 def orthogonalize_sharded(
     updates: Sequence[Tensor], run: Run, dtype: torch.dtype, group: dist.ProcessGroup
 ) -> list[Tensor]:
-    """Orthogonalizes matrices on all ranks: each rank takes the matrices assigned to it, then all exchange results.
+    """Orthogonalizes matrices on all ranks. Each rank takes the matrices assigned to it, then ranks exchange results.
 
     Args:
         updates: matrices `(m, n)` and banks of matrices `(k, m, n)`, with the same shapes on every rank.
@@ -96,12 +96,12 @@ def orthogonalize_sharded(
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Says whether a tensor is a DTensor, without importing torch.distributed.tensor, which takes long."""
+    """Says whether a tensor is a DTensor, without the slow import of torch.distributed.tensor."""
     return hasattr(tensor, "device_mesh")
 
 
 def dtensor_problem(tensor: DTensor) -> str | None:
-    """Returns what `orthogonalize_dtensors` expects of a DTensor that it cannot take, or None if it can."""
+    """Returns None if `orthogonalize_dtensors` can take a DTensor, otherwise a phrase that says what it expects."""
     mesh = tensor.device_mesh
     if mesh.ndim != 1:
         names = "" if mesh.mesh_dim_names is None else f" ({', '.join(mesh.mesh_dim_names)})"
@@ -113,7 +113,10 @@ def dtensor_problem(tensor: DTensor) -> str | None:
 
 
 def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """Gives a DTensor the placements of another one, which operations may have changed. Returns other tensors unchanged."""
+    """Gives a DTensor the placements of `like`, because an operation may have changed them.
+
+    Returns other tensors unchanged.
+    """
     return tensor.redistribute(placements=like.placements) if is_dtensor(tensor) and is_dtensor(like) else tensor
 
 
@@ -127,7 +130,7 @@ def replicated(tensor: Tensor) -> Tensor:
 
 
 def orthogonalize_dtensors(updates: Sequence[DTensor], run: Run, dtype: torch.dtype) -> list[Tensor]:
-    """Orthogonalizes DTensors: each matrix is gathered on one rank, which sends back every rank's shard of the result.
+    """Orthogonalizes DTensors. One rank gathers each matrix, orthogonalizes it and sends every rank its shard.
 
     Args:
         updates: DTensors `(m, n)` and `(k, m, n)` on one mesh of one dimension, with placement Shard or Replicate.
@@ -147,7 +150,7 @@ def orthogonalize_dtensors(updates: Sequence[DTensor], run: Run, dtype: torch.dt
     own = [index for index, owner in enumerate(owners) if owner == rank]
     dims = [getattr(update.placements[0], "dim", None) for update in updates]
     shapes = [_shard_shapes(update.shape, dim, ranks) for update, dim in zip(updates, dims, strict=True)]
-    # a replicated update is whole on its owner already
+    # a replicated update need not be sent, because its owner has all of it
     sent = [[i for i, owner in enumerate(owners) if owner == to and dims[i] is not None] for to in range(ranks)]
     wide = functools.reduce(torch.promote_types, (update.dtype for update in updates))
     received = _exchange(
@@ -183,7 +186,7 @@ def orthogonalize_dtensors(updates: Sequence[DTensor], run: Run, dtype: torch.dt
 
 
 def _shard_shapes(shape: torch.Size, dim: int | None, ranks: int) -> list[tuple[int, ...]]:
-    """Shape of each rank's local tensor. A DTensor is cut as by torch.chunk: the last ranks may have less, or nothing."""
+    """Returns the shape of each rank's local tensor. As with torch.chunk, the last ranks' may be smaller or empty."""
     if dim is None:
         return [tuple(shape)] * ranks
     size = -(-shape[dim] // ranks)
@@ -204,9 +207,13 @@ def _contiguous_stride(shape: torch.Size) -> tuple[int, ...]:
 def _exchange(
     sent: list[list[Tensor]], shapes: list[list[tuple[int, ...]]], like: Tensor, group: dist.ProcessGroup
 ) -> list[list[Tensor]]:
-    """Sends a list of tensors to each rank. Returns the list from each rank, whose tensors have the given shapes.
+    """Sends a list of tensors to each rank, and returns the lists received from all ranks.
 
-    The tensors travel in the dtype of `like` on its device.
+    Args:
+        sent: list of tensors for each rank.
+        shapes: shapes of the tensors from each rank.
+        like: the tensors are sent in the dtype of this tensor and arrive on its device.
+        group: process group of the ranks.
     """
     parts = [tensor.flatten().to(like.dtype) for row in sent for tensor in row]
     outgoing = torch.cat([like.new_empty(0), *parts])

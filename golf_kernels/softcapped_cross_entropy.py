@@ -3,8 +3,8 @@
     z = softcap · tanh(hidden · weightᵀ / softcap)
     loss = mean or sum over rows of  lse − z[target] + z_loss · lse²,  lse = logsumexp(z)
 
-The operator computes loss and gradients of one chunk of rows after another and never stores the logits of all rows. The
-logits of a chunk take at most `CHUNK_BYTES` of memory in float32.
+The operator computes loss and gradients for one chunk of rows at a time, and never stores the logits of all rows. The
+logits of a chunk in float32 take at most `CHUNK_BYTES` of memory.
 
 With p = softmax(z), e the one-hot target and w the row's weight (sum: 1, mean: 1 / count, ignored row: 0):
 
@@ -111,7 +111,7 @@ def check_targets(targets: Tensor, vocabulary: int, ignore_index: int | None) ->
 
 
 def chunk_rows(device: torch.device, vocabulary: int) -> int:
-    """Number of rows whose float32 logits fill one chunk."""
+    """Returns the number of rows whose float32 logits fill one chunk."""
     return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * max(1, vocabulary)))
 
 
@@ -131,7 +131,7 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _scale(kept: Tensor, mean: bool, dtype: torch.dtype) -> Tensor:
-    """Weight of a row that is not ignored, as a scalar on the device. Sum: 1; mean: 1 / number of such rows."""
+    """Returns the weight of a row that is not ignored, a scalar on the device. Sum: 1; mean: 1 / count of such rows."""
     count = kept.sum().clamp_min(1) if mean else kept.new_ones((), dtype=dtype)
     return count.to(dtype).reciprocal()
 

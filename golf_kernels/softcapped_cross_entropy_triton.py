@@ -27,8 +27,8 @@ MAX_VOCABULARY = 8192
 
 @triton.jit
 def _folded_tanh(x, softcap):
-    # s as the square of rsqrt, which takes two instructions; a quotient takes eight. If the power is infinite, s is 0,
-    # which is right
+    # s is the square of rsqrt, which takes two instructions; a quotient takes eight. If the power is infinite, s is
+    # correctly 0
     root = tl.rsqrt(1.0 + tl.exp2(x * (2.0 * LOG2_E / softcap)))
     return root * root
 
@@ -178,7 +178,7 @@ def row_nll(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, rou
         weight: `(V, d)` in the dtype of `hidden`.
         targets: `(M,)`, int32 or int64. The logit of a target outside [0, V) is 0.
         softcap: bound on the magnitude of the logits.
-        round_to_bf16: whether to round the logits to bfloat16 before the softcap.
+        rounding: index in `LOGITS_ROUNDINGS` of window_nll.py; 0 keeps the logits in float32.
 
     Returns:
         Two tensors `(M,)` float32.

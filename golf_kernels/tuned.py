@@ -1,16 +1,16 @@
-"""Reads and writes what `python -m golf_kernels tune` has measured on this machine.
+"""Reads and writes tuned files, which say which backend of each operator is the fastest on a machine.
 
-There is one JSON file per GPU model, driver, torch, Triton and package version, in the folder `GOLF_CACHE`, otherwise in
-`golf_kernels` of the user's cache folder. `decisions` holds the backend of each operator, with the reason, and `failed` the
-kernels whose check failed here:
+`python -m golf_kernels tune` measures the kernels and writes a tuned file. There is one file per GPU model, driver,
+torch, Triton and package version. The folder is `GOLF_CACHE`, by default `~/.cache/golf_kernels`. A tuned file is JSON:
 
     {"machine": {"gpu": …, "driver": …, "torch": …, "triton": …, "golf_kernels": …}, "tuned": "2026-12-01",
      "findings": {…}, "failed": ["xsa=triton"],
      "decisions": {"leaky_relu2_mlp": {"call": {"backend": "triton", "reason": "1.62 x torch"},
                                        "step": {"backend": "triton", "reason": "1.41 x in the step"}}}}
 
-Calls of the library take the decision `call`. The trainer takes `step`. A machine without such a file takes the file in
-`golf_kernels/shipped` for its GPU model, if there is one.
+`findings` has the result of each measurement. `failed` lists the kernels whose check failed. `decisions` has the chosen
+backend of each operator and the reason. The decision `step` is for the trainer, `call` for all other callers. If a
+machine has no tuned file, it uses the file for its GPU model in `golf_kernels/shipped`, if there is one.
 """
 
 from __future__ import annotations
@@ -40,33 +40,36 @@ _logger = logging.getLogger("golf_kernels")
 
 
 class Tuned(NamedTuple):
-    """Decisions for this machine, and the file that holds them."""
+    """A tuned file: its path and its contents."""
 
     path: Path
     data: Mapping[str, Any]
 
     def preferences(self, use: Use) -> dict[str, Backend]:
-        """Returns the backend that each operator prefers, by the operator's name in `GOLF_BACKEND`."""
+        """Returns operator → chosen backend. The operators have their names in `GOLF_BACKEND`."""
         return {op: decision[use]["backend"] for op, decision in self.data["decisions"].items() if use in decision}
 
     def line(self, op: str, use: Use) -> str:
-        """Returns one line about a decision: backend, figures and date."""
+        """Describes a decision in one line: operator, backend, reason and date."""
         decision = self.data["decisions"][op][use]
         return f"{op}: {decision['backend']}, {decision['reason']}, tuned {self.data['tuned']}"
 
 
 def driver() -> str:
-    """Returns the version of NVIDIA's driver, or the CUDA version that the driver supports."""
+    """Returns the version of NVIDIA's driver or, if that is unknown, the newest CUDA version that it supports."""
     with contextlib.suppress(OSError):
         if found := re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text()):
             return found[1]
-    # torch for a CPU lacks this function
+    # a torch built without CUDA lacks this function
     version: int = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
     return f"cuda{version // 1000}.{version % 1000 // 10}"
 
 
 def machine() -> dict[str, str] | None:
-    """Returns what a tuned file is valid for: GPU model, driver and versions. None without a GPU."""
+    """Returns this machine's GPU model, driver version and package versions; None without a GPU.
+
+    A tuned file is valid only on machines for which all of these are equal.
+    """
     if not torch.cuda.is_available():
         return None
     try:
@@ -83,7 +86,7 @@ def machine() -> dict[str, str] | None:
 
 
 def folder() -> Path:
-    """Returns the folder of tuned files: `GOLF_CACHE`, otherwise `golf_kernels` in the user's cache folder."""
+    """Returns the folder of tuned files: `GOLF_CACHE` if set, otherwise `golf_kernels` in the user's cache folder."""
     chosen = os.environ.get("GOLF_CACHE")
     return Path(
         chosen or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "golf_kernels")
@@ -95,7 +98,7 @@ def _slug(text: str) -> str:
 
 
 def path_of(here: Mapping[str, str]) -> Path:
-    """Returns the path of the tuned file of a machine."""
+    """Returns the path of the tuned file for a machine. `here` is a result of `machine`."""
     rest = "_".join(f"{name}-{_slug(value)}" for name, value in here.items() if name != "gpu")
     return folder() / f"tuned_{_slug(here['gpu'])}_{rest}.json"
 
@@ -124,7 +127,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, data: Mapping[str, Any]) -> None:
-    """Replaces a tuned file. Readers see the old file or the whole new file."""
+    """Replaces a tuned file in one step. Other processes read the old file or the complete new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tuned_")
     try:
@@ -140,7 +143,10 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
 
 @functools.cache
 def load() -> Tuned | None:
-    """Returns the decisions for this machine, or None. Warns about files that it does not use. Reads files once."""
+    """Returns the tuned file of this machine, otherwise the shipped file for its GPU, otherwise None.
+
+    Warns about a damaged file, and about files for the same GPU with other versions. Reads the files only once.
+    """
     here = machine()
     if here is None:
         return None
@@ -163,9 +169,12 @@ def load() -> Tuned | None:
 
 @functools.cache
 def of_calls(names: tuple[str, ...]) -> tuple[Backend, str] | None:
-    """Returns the backend that library calls prefer, with its figures; None if none of the operator's names is decided.
+    """Returns the backend that was chosen for calls of an operator, and the reason. None: nothing was chosen.
 
-    The decision is logged once.
+    The choice is logged once.
+
+    Args:
+        names: the operator's name and the names of its groups. The first name with a decision counts.
     """
     found = load()
     preferences = found.preferences("call") if found else {}
@@ -185,20 +194,20 @@ def _log(line: str) -> None:
 
 @functools.cache
 def failed(names: tuple[str, ...], backend: str) -> bool:
-    """Whether the check of a kernel has failed on this machine."""
+    """Whether an operator's kernel failed its check on this machine. `names` are the operator's name and its groups."""
     found = load()
     return found is not None and any(f"{name}={backend}" in found.data.get("failed", ()) for name in names)
 
 
 @functools.cache
 def tell() -> None:
-    """Says once what to type on a GPU without a tuned file."""
+    """Warns, at the first call only, if this GPU has no tuned file. The warning says what to type."""
     if load() is None and (here := machine()):
         _logger.warning("no kernel has been measured on this %s, so PyTorch runs: type %s", here["gpu"], COMMAND)
 
 
 def forget() -> None:
-    """Lets the next call read the files again."""
+    """Forgets what was read, so that the next call reads the files again."""
     for cached in (load, of_calls, failed, tell, _log):
         cached.cache_clear()
 

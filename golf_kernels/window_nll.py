@@ -2,7 +2,7 @@
 
     z = softcap · tanh(hidden · weightᵀ / softcap),  nll[i] = logsumexp(z[i]) − z[i, targets[i]]
 
-The operator has no gradient. It takes one chunk of rows after another and never stores the logits of all rows.
+The operator has no gradient. It never stores the logits of all rows at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from golf_kernels.softcapped_cross_entropy import (
 )
 
 LOGITS_ROUNDINGS = ("none", "bf16", "bf16_capped", "bf16_each")
-"""Values of `logits_rounding`; the operator takes a value's place."""
+"""Values of `logits_rounding`. The operator `golf::window_nll` takes a value's index."""
 _BEFORE, _CAPPED, _EACH = 1, 2, 3
 
 
@@ -46,7 +46,8 @@ def window_nll(
             wait for the GPU.
         softcap: bound on the magnitude of the logits, > 0.
         logits_rounding: `none` keeps the logits in float32 (float64 for float64 inputs). `bf16` rounds the logits to
-            bfloat16 before the softcap, as the published evaluations do.
+            bfloat16 before the softcap, as the published evaluations do. `bf16_capped` rounds them again after the
+            softcap. `bf16_each` rounds after the product and after each operation of the softcap.
 
     Returns:
         `(M,)` in nats, float32 (float64 for float64 inputs).

@@ -22,7 +22,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def _indices_and_mask(rows, length, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    # there is a row for each position and value head; tiles are (row, dimension)
+    # a row is a position and a value head; tiles are (row, dimension)
     PADDED: tl.constexpr = triton.next_power_of_2(DIM)
     row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
     dim = tl.arange(0, PADDED)[None, :]
@@ -175,5 +175,5 @@ def _sizes(output: Tensor, value: Tensor) -> dict[str, int]:
 
 
 def choose_block(dim: int) -> int:
-    """Returns the number of value vectors per program, for 16 elements of a tensor per thread, padding included."""
+    """Returns the value vectors per program, so that a thread has 16 elements of a tensor, padding included."""
     return int(max(1, 512 * NUM_WARPS // triton.next_power_of_2(dim)))
