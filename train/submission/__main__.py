@@ -30,7 +30,7 @@ def _record(arguments: argparse.Namespace) -> int:
     # the locks keep other processes from replacing the artifact or writing another record meanwhile
     with folder.held(shared=True), folder.writing():
         note_unread(folder.read_config(), os.environ, lambda line: print(line, file=sys.stderr))
-        # the summary is made again, because stages may have been repeated since the run wrote it
+        # make the summary again: the user may have repeated stages since the run wrote it
         summary = summarize(folder)
         paths = write_record(folder, summary, details)
     print(summary_text(summary, folder.path))
@@ -80,7 +80,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from train.submission.record_folder import found_folders, is_record, read_record_folder
     from train.submission.report import screen, table, to_dict
 
-    # an unreadable record must not hide the others
+    # an unreadable record must not prevent the check of the other records
     checked, code, several = [], 0, False
     folders = [folder for given in arguments.folder for folder in found_folders(given, is_record) or [given]]
     for folder in folders:
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command."""
     arguments = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
-        # names and scores of others have characters that the terminal may lack
+        # files of other authors may contain characters that the terminal cannot encode
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     announce(f"python -m train.submission {arguments.command}: loading libraries")

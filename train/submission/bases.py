@@ -1,4 +1,4 @@
-"""Finds the scores of a record by its name, and the base that a new record is compared with."""
+"""Finds the scores that a name on the command line refers to, and the base that a new record is compared with."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from train.submission.rules.scoring import ratios
 
 
 def find_scores(name: str) -> RecordScores:
-    """Find the scores of a record.
+    """Find the scores that `name` refers to.
 
     Args:
-        name: a record folder, a submission.json, the number of a published record, or a val_bpb such as 1.2193657. If
-            there are no scores per seed, the only score is the val_bpb in submission.json.
+        name: a record folder, a submission.json, the number of a published record, or a val_bpb such as 1.2193657.
+
+    Returns:
+        One score per seed. A record without scores per seed has one score, the val_bpb in submission.json.
 
     Raises:
         UserError: the record does not exist, or has no score.
@@ -41,7 +43,7 @@ def find_scores(name: str) -> RecordScores:
 
 
 def scores_of(record: RecordFolder, name: str) -> RecordScores:
-    """Return the scores of a record, one per seed; val_loss comes from the logs where submission.json has none.
+    """Return one score per seed. If the record has no scores per seed, return the val_bpb in submission.json.
 
     Raises:
         UserError: the record has no score.
@@ -62,7 +64,7 @@ def scores_of(record: RecordFolder, name: str) -> RecordScores:
 
 
 def _known_text(record: RecordFolder) -> ScoredText | None:
-    """The challenge's text, if the bytes per token are those of a published tokenizer."""
+    """Return the challenge's text if the record's bytes per token equal those of a published tokenizer, else None."""
     found = ratios(record)
     return ScoredText(challenge=True) if found and all(one.names(1e-4) for one in found) else None
 
@@ -72,9 +74,9 @@ class Base:
     """The recipe, run or record that a new record is compared with.
 
     Attributes:
-        name: its name in the README.
+        name: name of the base, as the new record's README shows it.
         settings: setting → value; None: not known, as for published records.
-        scores: its scores; None for a recipe, and for a folder without scores.
+        scores: scores of the base; None for a recipe or a folder without scores.
     """
 
     name: str

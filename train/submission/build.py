@@ -25,9 +25,9 @@ from train.submission.readme import record_readme
 from train.submission.record import RecordDetails, submission_json
 from train.submission.runs import FinishedRun, read_runs, tokenizer_facts
 
-# validation tokens that are scored to check the script
+# number of validation tokens on which the script's score is checked
 _CHECKED_TOKENS = 32_768
-# runs a script, then checks where its modules were found
+# program that runs a script, then checks that python found all modules of this project in the script's folder
 _RUNNER = """import runpy, sys
 root, *sys.argv = sys.argv[1:]
 try:
@@ -39,7 +39,7 @@ finally:
         if not path.startswith(root):
             sys.exit(f"{name} was found in {path or 'no file'}, not in the record")
 """
-# codec → module that it imports by a name in a string, which `_imported` does not find
+# codec → its module. `_imported` misses these modules, because the code imports them by a name in a string.
 _CODEC_PACKAGES = {"brotli": "brotli", "zstd": "zstandard", "ans": "constriction"}
 
 
@@ -56,9 +56,9 @@ def build_record(
     Args:
         paths: finished runs, one per seed.
         out: the folder, which must not exist.
-        details: facts that the author gives.
-        single_file: how train_gpt.py is packed, one of `train.single_file.pack.FORMS`; empty: not packed.
-        base: recipe or record that the README compares with; None: the recipe of the runs.
+        details: title, author and other facts that the author gives.
+        single_file: form of the packed train_gpt.py, one of `train.single_file.pack.FORMS`; empty: not packed.
+        base: recipe or record to which the README compares the new record; None: the recipe of the runs.
 
     Returns:
         A sentence that says how the script was checked.
@@ -94,7 +94,7 @@ def build_record(
 
 
 def record_json(runs: Sequence[FinishedRun], details: RecordDetails, code_bytes: int) -> dict[str, Any]:
-    """Make the contents of submission.json: the keys of `submission_json`, and further keys that `check` reads."""
+    """Return the contents of submission.json: those of `submission_json`, and further keys that `check` reads."""
     first = runs[0]
     submission = submission_json([run.summary for run in runs], first.config, details, code_bytes)
     for run in runs:
@@ -131,7 +131,7 @@ def write_script(folder: Path, config: Config, single_file: str) -> None:
 
 
 def prove(folder: Path, run: FinishedRun) -> str:
-    """Check that the script in `folder` and this package give the run's artifact the same score.
+    """Check that the script in `folder` and this package compute the same score of the run's artifact.
 
     Returns:
         A sentence that states the score.
@@ -152,13 +152,13 @@ def prove(folder: Path, run: FinishedRun) -> str:
 
 
 def package_score(run: FinishedRun) -> dict[str, Any]:
-    """Score the run's artifact with this package, on the first validation tokens, on a CPU."""
+    """Score the run's artifact with this package on a CPU, on the first `_CHECKED_TOKENS` validation tokens."""
     root = Path(__file__).resolve().parents[2]
     return _score("train.evaluate", ["-m", "train.evaluate"], run, root, PYTHONPATH=str(root))
 
 
 def script_score(folder: Path, run: FinishedRun) -> dict[str, Any]:
-    """Score the run's artifact on the same tokens with the script, which runs in a copy of `folder`, on a CPU."""
+    """Score the run's artifact with the script on a CPU, on the same tokens. The script runs in a copy of `folder`."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name).resolve()
         alone = Path(shutil.copytree(folder, root / "alone"))
@@ -170,9 +170,9 @@ def script_score(folder: Path, run: FinishedRun) -> dict[str, Any]:
 
 
 def alone_program(root: Path) -> list[str]:
-    """Return the start of a command that runs a script without `.pth` files and fails if a module of ours is not in `root`.
+    """Return the start of a command that runs a script and fails if a module of this project is not found in `root`.
 
-    A `.pth` file, such as that of an editable install, would serve a module that the script lacks.
+    The command ignores `.pth` files, by which an editable install would let python find missing modules elsewhere.
     """
     return ["-S", "-c", _RUNNER, str(root)]
 

@@ -1,7 +1,7 @@
 """The rules of Parameter Golf, applied to record folders.
 
-A rule is a function from `RecordFolder` to `Finding`, whose verdict has one of four weights: the record keeps the rule,
-breaks it, shows too little to judge it, or shows something worth a note.
+A rule is a function from `RecordFolder` to `Finding`. There are four verdicts: the record keeps the rule, the record
+breaks the rule, the record shows too little to judge, or the author should read a note.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads submission.json: what a record claims, as a whole and for each seed, whatever the layout of the file."""
+"""Reads the numbers of a record and of its seeds from submission.json, in the layouts of many submissions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from train.submission.digits import agree, is_number
 
-# name of a number → the names that submissions give it; the first row that matches a field's name counts. "other" is
-# no measurement of this record. To read another name, add a row.
+# our name of a number, and a pattern of its field names in submissions. The first row whose pattern matches gives the
+# name. "other" marks numbers that do not measure this record. To read another field name, extend a pattern.
 _NUMBERS = (
     ("other", r"std|stddev|delta|gain|improve|baseline|previous|prior|sota|limit|cap$|budget|max_|min_|target|p_value|count"),
     ("prequant_bpb", r"(pre_?q|pre_?ema|post_?ema|float).*bpb|bpb.*(pre_?q|post_?ema|float)"),
@@ -35,18 +35,18 @@ _MOST_SEEDS = 50
 
 
 def number_name(field_name: str) -> str:
-    """Return the name in `_NUMBERS` of a field; "" if it is none of them."""
+    """Return our name in `_NUMBERS` of a field in submission.json; "" if no row matches."""
     lowered = field_name.lower()
     return next((name for name, form in _ROWS if form.search(lowered)), "")
 
 
 @dataclass(frozen=True)
 class Claims:
-    """What submission.json says.
+    """The contents of submission.json.
 
     Attributes:
-        values: the object; empty if the file is missing or invalid.
-        problem: why the file is invalid; "" if it is valid or missing.
+        values: the JSON object; empty if the file is missing or invalid.
+        problem: the reason why the file is invalid; "" if the file is valid or missing.
         text: the file's text.
     """
 
@@ -55,13 +55,13 @@ class Claims:
     text: str = ""
 
     def string(self, *names: str) -> str:
-        """Return the first of these fields that holds a text, or a number."""
+        """Return, as text, the first of the fields `names` that holds a text or a number; "" if none does."""
         found = (self.values.get(name) for name in names)
         return next((str(value) for value in found if isinstance(value, (str, int, float)) and value != ""), "")
 
     @cached_property
     def val_bpb(self) -> float | None:
-        """The headline: the score of the whole record."""
+        """The score of the whole record, which other modules call the headline; None: not stated."""
         for name in ("val_bpb", "mean_val_bpb", "val_bpb_mean", "final_val_bpb", "bpb", "score"):
             value = self.values.get(name)
             value = value.get("mean") if isinstance(value, dict) else value
@@ -70,7 +70,7 @@ class Claims:
         return None
 
     def number(self, name: str) -> float | None:
-        """Return a number of the whole record; `name` is a field of the file, or a name in `_NUMBERS`."""
+        """Return a number of the whole record. `name` is a field of the file, or our name of a number."""
         if is_number(value := self.values.get(name)):
             return value
         numbers = {str(key): value for key, value in self.values.items() if is_number(value)}
@@ -78,7 +78,7 @@ class Claims:
 
     @cached_property
     def seed_names(self) -> tuple[str, ...]:
-        """The seeds that the file lists, in its order."""
+        """The seeds that the file lists in `seeds` or `seed`, in the file's order."""
         for name in ("seeds", "seed"):
             value = self.values.get(name)
             listed = value if isinstance(value, list) else [value]
@@ -89,7 +89,10 @@ class Claims:
 
     @cached_property
     def fields(self) -> dict[str, dict[str, float]]:
-        """Seed → field of the file → number, from objects by seed, lists of objects, and lists as long as `seeds`."""
+        """Seed → field of the file → number.
+
+        The file may have objects with seeds as keys, lists of objects with a `seed`, or lists of one number per seed.
+        """
         found: dict[str, dict[str, float]] = {}
         for name, by_seed in self._tables(self.values, 0):
             for seed, entry in by_seed.items():
@@ -101,12 +104,15 @@ class Claims:
 
     @cached_property
     def seeds(self) -> dict[str, dict[str, float]]:
-        """Seed → its numbers: the names in `_NUMBERS`, and the claimed score as `val_bpb` and `val_loss`."""
+        """Seed → our name → number. The claimed score of a seed has the names `val_bpb` and `val_loss`."""
         return {seed: self._named(numbers) for seed, numbers in self.fields.items()}
 
     @cached_property
     def score_field(self) -> str:
-        """The field of the seeds that holds the claimed score: its mean is the headline; "" if there is none."""
+        """Name of the bpb field whose mean over the seeds is the headline.
+
+        If no field has this mean: `val_bpb`, or else the first bpb field of all seeds; "" if there is none.
+        """
         rows = list(self.fields.values())
         common = [key for key in (rows[0] if rows else {}) if all(key in row for row in rows)]
         names = [key for key in common if number_name(key) == "bpb"]
@@ -122,7 +128,7 @@ class Claims:
             name = number_name(key)
             if name in ("train_time_s", "eval_time_s"):
                 value = _in_seconds(key, value)
-                # an evaluation that trains takes longest, and is the one that counts
+                # take the longest of several evaluations: test-time training gives the score and takes longest
                 value = max(value, named.get(name, 0.0)) if name == "eval_time_s" else value
                 named[name] = value
             elif name and name not in ("other", "bpb", "loss"):
@@ -168,7 +174,7 @@ def _digits(text: str) -> str:
 
 
 def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the fields of a seed, also of objects inside, such as `ttt: {bpb: …}`, under joined names."""
+    """Yield (name, value) for a seed's fields. The field `bpb` of an object `ttt` gets the name `ttt_bpb`."""
     for key, value in entries.items():
         if isinstance(value, Mapping):
             yield from ((f"{key}_{name}", inner) for name, inner in value.items())

@@ -1,4 +1,7 @@
-"""Writes an HTML page of runs and record folders side by side: leaderboard, curves, step times, sizes. It needs no network."""
+"""Writes an HTML page that compares runs and record folders: leaderboard, curves, step times, sizes.
+
+The page loads nothing from a network.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,14 @@ def write_dashboard(paths: Sequence[Path], out: Path) -> tuple[list[Row], list[s
     """Write the HTML page.
 
     Args:
-        paths: run folders, record folders, or folders that contain them. Record folders are only read.
+        paths: run folders, record folders, or folders that contain run or record folders. Record folders are only read.
         out: the HTML file.
 
     Returns:
-        A row per run and per seed of a record, and a message for each folder that cannot be shown.
+        One row per run and per seed of a record, and one message per folder that cannot be shown.
 
     Raises:
-        UserError: nothing can be shown.
+        UserError: no folder can be shown.
     """
     if not out.parent.is_dir():
         raise UserError(f"--out: the folder {out.parent} does not exist: create it first")
@@ -47,7 +50,7 @@ def find_shown(paths: Sequence[Path]) -> list[Path]:
     """Find the run folders and record folders among `paths` and inside them, sorted by path.
 
     Raises:
-        UserError: a path is not a folder, or contains neither.
+        UserError: a path is not a folder, or contains neither a run folder nor a record folder.
     """
     found: set[Path] = set()
     for path in paths:
@@ -61,7 +64,7 @@ def find_shown(paths: Sequence[Path]) -> list[Path]:
 
 
 def default_out(paths: Sequence[Path]) -> Path:
-    """Return where the page is written: the first folder with runs of ours, as record folders are only read."""
+    """Return the default path of the page: dashboard.html in the first folder that contains run folders."""
     own = (path for path in paths if path.is_dir() and not is_record(path) and found_folders(path, is_run))
     return next(own, Path()) / "dashboard.html"
 
@@ -83,7 +86,7 @@ def collect(folders: Sequence[Path]) -> tuple[list[Row], list[str]]:
     """Read the rows of each folder. Missing and non-finite numbers become None.
 
     Returns:
-        The rows, and a message for each folder that cannot be read.
+        The rows, and one message per folder that cannot be read.
     """
     configs: dict[int, Config] = {}
     rows, problems = [], []
@@ -100,7 +103,7 @@ def collect(folders: Sequence[Path]) -> tuple[list[Row], list[str]]:
         except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             problems.append(f"{folder}: damaged ({type(error).__name__}: {str(error)[:60]})")
             continue
-        # runs that differ only in their seed form a group; the group's number is that of its first run
+        # runs that differ only in their seed form a group; the group gets the number of its first run
         alike = (index for index, other in configs.items() if not changed_settings(other, config, free=("seed",)))
         group = next(alike, number)
         configs.setdefault(group, config)
@@ -115,7 +118,7 @@ def collect(folders: Sequence[Path]) -> tuple[list[Row], list[str]]:
 
 
 def varied_settings(groups: dict[int, Config]) -> dict[int, dict[str, Any]]:
-    """Find the settings that differ between groups of one recipe; return each group's values of them."""
+    """Return for each group its values of the settings that vary among the groups of the same recipe."""
     found = {}
     for number, config in groups.items():
         others = [other for other in groups.values() if other.recipe == config.recipe]
@@ -125,7 +128,7 @@ def varied_settings(groups: dict[int, Config]) -> dict[int, dict[str, Any]]:
 
 
 def _group_name(config: Config, varied: dict[str, Any]) -> str:
-    """Name the varied settings that are not the recipe's."""
+    """Return the recipe's name and the varied settings whose values are not the recipe's."""
     try:
         base = load_recipe(config.recipe).config().to_dict()
     except ConfigError:
@@ -135,7 +138,10 @@ def _group_name(config: Config, varied: dict[str, Any]) -> str:
 
 
 def _rank(rows: list[Row]) -> None:
-    """Mark the rows whose scores are not comparable with those on the whole text, which is the challenge's if any row has it."""
+    """Mark the rows whose scores cannot be compared with the scores on the reference text.
+
+    The reference text is the challenge's if any row was scored on it, else the text with the most tokens.
+    """
     texts = [row["text"] for row in rows if row["text"]]
     whole = next((text for text in texts if text["challenge"]), None) or max(
         texts, key=lambda text: text["tokens"], default=None

@@ -1,4 +1,4 @@
-"""The rows of the dashboard: what is known of a run, and of each seed of a record."""
+"""The rows of the dashboard: the numbers and curves of each run, and of each seed of a record."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Points = Sequence[tuple[int, float, float]]
 
 
 def run_row(folder: RunFolder, config: Config) -> Row:
-    """Describe a run of this program, finished or not."""
+    """Return the row of a run folder. The run may be unfinished."""
     records = read_metrics(folder.metrics)
     loss, bpb = series(records, "train", "train_loss"), series(records, "val", "val_bpb")
     summary = Summary.read(folder.summary) if folder.summary.exists() else None
@@ -53,10 +53,10 @@ def run_row(folder: RunFolder, config: Config) -> Row:
 
 
 def record_rows(path: Path) -> list[Row]:
-    """Describe each seed of a record folder, or the record as a whole if it has no seeds.
+    """Return one row per seed of a record folder, or one row for the record if it has no seeds.
 
     Raises:
-        UserError: the folder is not a record, or shows neither a score nor a curve.
+        UserError: the folder is not a record, or contains neither a score nor a curve.
     """
     record = read_record_folder(path)
     results = [result for result in record.results if "val_bpb" in result.numbers or result.log]
@@ -73,7 +73,7 @@ def _record_row(record: RecordFolder, result: SeedResult) -> Row:
     numbers, log = result.numbers, result.log
     loss = log.curve("train_loss") if log else []
     curves: dict[str, Points] = {"loss": loss, "bpb": log.curve("val_bpb") if log else []}
-    # a clock in minutes gives the time of many steps only
+    # a clock that is logged in minutes times only many steps together, not a single step
     error = log.clock.error_s if log and log.clock else 0.0
     curves["speed"] = speed(_spaced(loss, 20 * error))
     total = numbers.get("artifact_bytes", record.claims.number("artifact_bytes"))
@@ -123,7 +123,7 @@ def _text_of_run(config: Config, summary: Summary) -> Row:
 
 
 def _text_of_record(record: RecordFolder) -> Row | None:
-    """The scored text; None if neither counts nor bytes per token tell it."""
+    """Describe the scored text. None if neither token counts nor bytes per token identify the text."""
     text, facts = scored_text(record.claims.values), record.claims.values.get("evaluation")
     if text is not None and isinstance(facts, dict):
         whole = facts["validation_tokens"] - text.tokens < text.window
@@ -152,7 +152,7 @@ def _spaced(points: Points, seconds: float) -> Points:
 
 
 def thinned(points: Points) -> list[tuple[int, float, float]]:
-    """Keep at most MAX_POINTS + 1 points, the last one always."""
+    """Keep at most MAX_POINTS + 1 points, among them the last point."""
     stride = -(-len(points) // MAX_POINTS) or 1
     kept = list(points[::stride])
     return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]

@@ -5,21 +5,21 @@ from __future__ import annotations
 from decimal import MAX_PREC, ROUND_DOWN, ROUND_HALF_EVEN, ROUND_HALF_UP, Context, Decimal
 from typing import Any, TypeGuard
 
-# records print scores with this many decimals, and JSON drops the last zero
+# records print scores with this many decimals; a JSON number loses a zero at its end
 _SCORE_DECIMALS = 8
-# the default context keeps 28 digits, and a number may have more
+# the default context of `decimal` keeps only 28 digits
 _ANY_LENGTH = Context(prec=MAX_PREC)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value from a JSON file or log is a number of magnitude below 10¹⁸. NaN and booleans do not count."""
+    """Whether a value from a JSON file or log is a number below 10¹⁸ in magnitude. False for NaN and booleans."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e18
 
 
 def agree(stated: float, measured: float, tolerance: float = 0.0, digits: int = 0) -> bool:
-    """Whether two numbers are equal to the last digit of the one with fewer decimals, or within `tolerance`.
+    """Whether two numbers agree after rounding to the decimals of the number that has fewer, or within `tolerance`.
 
-    `measured` has at least `digits` decimals, even if its last ones are zero.
+    `measured` counts as having at least `digits` decimals, because a number read from a file has lost zeros at its end.
     """
     if abs(stated - measured) <= tolerance:
         return True
@@ -40,5 +40,5 @@ def rounds_to(value: Decimal, text: str) -> bool:
 
 
 def decimals(value: float) -> int:
-    """Number of decimals in which a number is written."""
+    """Number of decimals of a number when Python prints it."""
     return max(0, -int(Decimal(str(value)).as_tuple().exponent))

@@ -1,4 +1,4 @@
-"""Reads files of folders that others made: only regular files, only inside the folder, and only so many bytes."""
+"""Reads files of folders that other people made: only regular files, only inside the folder, and of limited size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 MOST_FILES = 2000
 MOST_LEVELS = 4
-# far more than a record needs
+# limit for one file; a record's files are far smaller
 MOST_BYTES = 8_000_000
 MOST_TEXT_BYTES = 400_000
 MOST_SOURCE_BYTES = 4_000_000
@@ -26,16 +26,19 @@ _MOST_PACKED_BYTES = 800_000
 
 @dataclass(frozen=True)
 class Listing:
-    """The regular files of a folder: relative path → bytes; and why others are left out."""
+    """The regular files of the folder `root`.
+
+    `sizes` maps each relative path to its size in bytes. `skipped` lists the other entries, each with a reason.
+    """
 
     root: Path
     sizes: dict[str, int]
     skipped: tuple[str, ...] = ()
 
     def read(self, name: str, limit: int = MOST_BYTES) -> bytes:
-        """Read a file of the listing; empty if it is larger than `limit`, or no longer a regular file."""
+        """Read a file of the listing. Return b"" if it is larger than `limit` or no longer a regular file."""
         try:
-            # a pipe that took the file's place would wait for a writer
+            # O_NONBLOCK: if a pipe has replaced the file, opening must not wait for a writer
             handle = os.open(self.root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             return b""
@@ -45,7 +48,7 @@ class Listing:
 
 
 def list_files(root: Path) -> Listing:
-    """List the regular files in a folder and its subfolders. No link is followed, no hidden folder entered."""
+    """List the regular files in a folder and its subfolders. Links and hidden folders are skipped."""
     sizes: dict[str, int] = {}
     skipped: list[str] = []
     folders = [(root, 0)]
@@ -90,7 +93,7 @@ def read_object(data: bytes) -> tuple[dict[str, Any], str]:
     """Read a JSON object. NaN, infinities and numbers of more than 18 digits become None.
 
     Returns:
-        The object, empty if there is none, and the reason; "" if there is one.
+        The object and "", or an empty object and the reason why there is none.
     """
     try:
         values = json.loads(data.decode("utf-8-sig"), parse_constant=lambda _: None, parse_int=_bounded)
@@ -104,12 +107,13 @@ def _bounded(text: str) -> int | None:
 
 
 def source_text(data: bytes) -> str:
-    """Return the source that a script runs, without executing it; "" if it is packed in an unknown way.
+    """Return the source code of a script, without executing the script.
 
-    If most of the script is one compressed string, that string is unpacked, up to `MOST_SOURCE_BYTES`.
+    If most of the script is one compressed string, return that string unpacked, up to `MOST_SOURCE_BYTES`; "" if its
+    compression is unknown.
     """
     text = data.decode(errors="replace")
-    # parsing takes long, and only a packed script has such long lines
+    # parse only scripts whose lines are long on average, because parsing is slow and packed scripts have long lines
     short = len(text) < 150 * (text.count("\n") + 1) or len(data) > _MOST_PACKED_BYTES
     if short or not re.search("b85decode|b64decode|decompress", text):
         return text
@@ -128,7 +132,7 @@ def source_text(data: bytes) -> str:
                 unpacked, ended = decompress(decode(inner))
             except (ImportError, OSError, ValueError, EOFError, lzma.LZMAError, zlib.error):
                 continue
-            # other bytes may begin like compressed ones
+            # accept only a complete stream: other data may begin like compressed data
             if ended or len(unpacked) >= MOST_SOURCE_BYTES:
                 return unpacked.decode(errors="replace")
     return ""

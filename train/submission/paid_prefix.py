@@ -9,7 +9,7 @@ from train.data.paid_prefix import NOT_COMPLIANT, build_prefix
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m train.submission.paid_prefix",
         description="Make the paid prefix of #262: a file of validation tokens that are not charged. The organisers ruled it out, "

@@ -1,4 +1,4 @@
-"""Draws the plots of a run: loss and bits per byte over steps and seconds, and the bytes of the submission."""
+"""Draws a run's plots: the loss and the bits per byte during training, and the submission's bytes."""
 
 from __future__ import annotations
 
@@ -96,13 +96,13 @@ def plot_runs(
     Args:
         path: the PNG.
         title: the title.
-        curves: name of a run → its validations during training; at least one has a point.
-        scores: the artifact's score of each run, a dotted line; None: no score.
+        curves: name of a run → its validations during training; at least one run has a validation.
+        scores: score of each run's artifact, drawn as a dotted line; None: no score.
     """
     figure, panels = _two_panels(title, "bits per byte")
     for axis, column in zip(panels, (0, 1), strict=True):
         for (name, points), score, color in zip(curves.items(), scores, (BLUE, VERMILION), strict=True):
-            # a dollar sign would begin a formula
+            # Matplotlib would read a dollar sign as the start of a formula
             label = name.replace("$", r"\$")
             if points:
                 _curve(axis, points, column, **MEASURED | {"color": color, "label": label})
@@ -115,7 +115,7 @@ def plot_runs(
 
 
 def plot_size_budget(path: str | os.PathLike[str], summary: Summary) -> None:
-    """Draw the bytes of code and model in two bars: the upper one against the cap, the lower one enlarged."""
+    """Draw the bytes of code and model as two bars. The upper bar shows the cap; the lower bar is enlarged."""
     palette = (BLUE, SKY, GREEN, PURPLE, VERMILION, "#F0E442", "#999999", ORANGE)
     parts = [
         (name, size, palette[index % len(palette)]) for index, (name, size) in enumerate(summary.byte_parts.items())

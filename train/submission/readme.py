@@ -31,8 +31,8 @@ def record_readme(
     Args:
         runs: one run per seed.
         submission: the contents of submission.json.
-        single_file: how train_gpt.py is packed, one of `train.single_file.pack.FORMS`; empty: not packed.
-        base: the recipe or record that this record is compared with.
+        single_file: form of the packed train_gpt.py, one of `train.single_file.pack.FORMS`; empty: not packed.
+        base: the recipe, run or record to which the README compares this record.
         proof: a sentence that says how the script was checked.
     """
     first, config = runs[0], runs[0].config

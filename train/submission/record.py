@@ -42,13 +42,13 @@ def git_setting(key: str) -> str:
 
 @dataclass(frozen=True)
 class RecordDetails:
-    """Facts about a record that its author gives.
+    """Facts about a record that only its author knows.
 
     Attributes:
-        author, github_id: the submitter's name and GitHub name; default: git's `user.name` and `github.user`.
-        name: the record's title; empty: the recipe's name.
-        blurb: one sentence about the record; empty: `submission_json` writes one from the numbers.
-        track: the leaderboard's track.
+        author, github_id: the author's name and GitHub name; default: `user.name` and `github.user` of git's settings.
+        name: the record's title; empty: use the recipe's name.
+        blurb: one sentence about the record; empty: `submission_json` writes a sentence from the numbers.
+        track: name of the leaderboard, such as `non-record-16mb`.
     """
 
     author: str = field(default_factory=lambda: git_setting("user.name"))
@@ -59,7 +59,7 @@ class RecordDetails:
 
 
 def record_run(folder: RunFolder) -> str:
-    """Write the summary and the record of a finished run. Return the text that the run prints last."""
+    """Write the summary and the record of a finished run. Return the text of the summary."""
     summary = summarize(folder)
     write_record(folder, summary)
     return summary_text(summary, folder.path)
@@ -78,7 +78,7 @@ def summarize(folder: RunFolder) -> Summary:
     score = find_evaluation(folder, config)
     flat = find_evaluation(folder, config.replace(eval_stride=0))
     artifact = read_artifact(folder.artifact)
-    # the code's size is read from the metrics: the sources may have changed since the artifact was written
+    # take the code's size from the metrics, because the sources may have changed since the artifact was written
     records = read_metrics(folder.metrics)
     sizes = [record for record in records if record["kind"] == "sizes" and isinstance(record.get("code_bytes"), int)]
     if not sizes:
@@ -86,7 +86,7 @@ def summarize(folder: RunFolder) -> Summary:
     stage_seconds = read_json(folder.stages, "delete it") if folder.stages.exists() else {}
     resumed = resumed_steps(records)
     if resumed:
-        # no single process measured the whole training stage
+        # several processes trained, so no process measured the whole stage
         stage_seconds["train"] = training["seconds"]
     bytes_code, bytes_prefix = sizes[-1]["code_bytes"], sizes[-1].get("prefix_bytes", 0)
     manifest = read_manifest(config.data_path)
@@ -134,7 +134,7 @@ def summarize(folder: RunFolder) -> Summary:
 
 
 def write_record(folder: RunFolder, summary: Summary, details: RecordDetails | None = None) -> list[Path]:
-    """Write the summary and the record of a finished run into its folder. Files that exist are replaced.
+    """Write the summary and the record of a finished run into its folder. Existing files are replaced.
 
     Returns:
         Paths of the record's files.
@@ -161,16 +161,16 @@ def write_record(folder: RunFolder, summary: Summary, details: RecordDetails | N
 def submission_json(
     summaries: Sequence[Summary], config: Config, details: RecordDetails, code_bytes: int
 ) -> dict[str, Any]:
-    """Make the contents of submission.json: the 14 keys of published records, then further keys.
+    """Return the contents of submission.json: the 14 keys of published records, then further keys.
 
     Args:
         summaries: one summary per seed.
         config: settings of the first run.
         details: facts that the author gives.
-        code_bytes: bytes of the shipped code. `artifact_bytes` is the sum of code, model and paid prefix.
+        code_bytes: bytes of the shipped code. The key `artifact_bytes` is the sum of code, model and paid prefix.
     """
     results = {str(summary.seed): _seed_result(summary, code_bytes) for summary in summaries}
-    # computed from the rounded scores, so that readers of the file get the same mean and deviation
+    # compute mean and deviation from the rounded scores, so that a reader of the file gets the same results
     bpb, bpb_std = mean_and_deviation([result["val_bpb"] for result in results.values()])
     loss, loss_std = mean_and_deviation([result["val_loss"] for result in results.values()])
     first, largest = summaries[0], max(summaries, key=lambda summary: summary.bytes_model)
@@ -294,7 +294,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def describe_evaluation(config: Config) -> str:
-    """Describe the windows of the final evaluation, and its rule if it is not "once"."""
+    """Describe the windows of the final evaluation. Name `eval_rule` unless it is "once"."""
     if config.eval_stride == 0:
         return f"non-overlapping windows of {config.window}"
     rule = "" if config.eval_rule == "once" else f", rule {config.eval_rule}"

@@ -1,4 +1,4 @@
-"""Reads a record folder that this or another program made: README.md, submission.json, logs and script."""
+"""Reads README.md, submission.json, logs and script of a record folder, which this or another program made."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from train.submission.record_logs import LOG_DIGITS, Clock, Evaluation, LogFile,
 
 _LOG_ENDINGS = (".log", ".txt", ".out")
 _MOST_LOGS = 60
-# text files that are no logs
+# names of text files that are not logs
 _NO_LOGS = re.compile(r"requirements|license|notice|readme|manifest|vocab|prompt", re.IGNORECASE)
 _SOURCES = (".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".sh", ".rs", ".go")
 
 
 @dataclass(frozen=True)
 class SeedResult:
-    """What is known of one seed.
+    """The numbers of one seed, from submission.json and from one log.
 
     Attributes:
-        seed: the seed, or the log's name if nobody states it.
-        claimed: its numbers in submission.json.
-        log: the log that counts; None: there is none.
-        evaluation: the evaluation in this log that made the claimed score; None: no evaluation has this score.
+        seed: the seed, or the log's name if neither submission.json nor the log states a seed.
+        claimed: the seed's numbers in submission.json.
+        log: the one log from which the seed's numbers are read; None: no log of this seed.
+        evaluation: the evaluation in `log` with the claimed score; None: no evaluation has this score.
     """
 
     seed: str
@@ -51,12 +51,12 @@ class SeedResult:
 
     @cached_property
     def numbers(self) -> Numbers:
-        """The seed's numbers; those of the log take precedence over submission.json."""
+        """The seed's numbers. A number in the log replaces the number in submission.json."""
         return self.claimed | (logged_numbers(self.log, self.evaluation) if self.log else {})
 
     @property
     def clock(self) -> Clock | None:
-        """The training clock, from the log or from submission.json."""
+        """The training time, from the log, or else from submission.json."""
         if self.log and self.log.clock:
             return self.log.clock
         steps, average = self.claimed.get("steps", 0), self.claimed.get("step_avg_ms", 0.0)
@@ -74,13 +74,13 @@ class RecordFolder:
     """The contents of a record folder.
 
     Attributes:
-        path: the folder, or a submission.json alone.
-        files: its files.
+        path: the record folder, or the path of a submission.json alone.
+        files: the regular files in the folder.
         readme: the text of README.md; "" if it is missing.
         claims: the contents of submission.json.
-        logs: the files in Parameter Golf's log format, each content once.
-        copies: a text for each log that is a copy of another: which log it copies.
-        unread: logs in an unknown form.
+        logs: the files in Parameter Golf's log format, without copies.
+        copies: one sentence per copied log, which names the copy and the original.
+        unread: names of logs in an unknown format.
     """
 
     path: Path
@@ -97,21 +97,27 @@ class RecordFolder:
 
     @cached_property
     def non_record(self) -> bool:
-        """Whether the record is in the track without limits of time and hardware."""
+        """Whether the record is in the non-record track, which limits neither time nor hardware."""
         parts = [part for part in self.path.resolve().parts[-3:] if part.startswith("track")]
         track = self.claims.string("track") or " ".join(parts)
         return bool(re.search(r"non.?record|unlimited", track, re.IGNORECASE))
 
     @cached_property
     def script(self) -> str:
-        """Name of the training script: train_gpt.py, or else the only Python file at the top, or the largest; or ""."""
+        """Name of the training script: train_gpt.py, or else the largest Python file at the top of the folder.
+
+        Files whose names begin with "train" come before other files. "" if there is no Python file.
+        """
         top = [name for name in self.files.sizes if "/" not in name and name.endswith(".py")]
         named = [name for name in top if name.startswith("train")] or top
         return "train_gpt.py" if "train_gpt.py" in top else max(named, key=self.files.sizes.__getitem__, default="")
 
     @cached_property
     def sources(self) -> dict[str, str]:
-        """The script, the source files that it names and those that these name, and packages: name → unpacked text."""
+        """File name → unpacked text of the script and the source files that it uses.
+
+        A source file is used if the text of a used file contains its name, or if it is in a subfolder.
+        """
         found: dict[str, str] = {}
         others = [name for name in self.files.sizes if name.endswith(_SOURCES)]
         waiting = [self.script] if self.script else []
@@ -128,7 +134,7 @@ class RecordFolder:
 
     @cached_property
     def score_name(self) -> str:
-        """Name of the evaluation whose mean over the logs is the headline; "" if there is none, or no headline."""
+        """Name of the evaluation whose mean over the logs is the headline of submission.json; "" if there is none."""
         logs = [log for log in self.logs if log.evaluations]
         if self.claims.val_bpb is None or not logs:
             return ""
@@ -141,43 +147,43 @@ class RecordFolder:
 
     @cached_property
     def results(self) -> tuple[SeedResult, ...]:
-        """One result per seed. Logs of other seeds than submission.json names do not count."""
+        """One result per seed. If submission.json names seeds, logs of other seeds are left out."""
         claimed, by_seed = self.claims.seeds, self._logs_by_seed
         wanted = list(dict.fromkeys([*self.claims.seed_names, *claimed])) or self._counted_seeds
         return tuple(self._result(seed, claimed.get(seed, {}), by_seed.get(seed, [])) for seed in wanted)
 
     @cached_property
     def other_logs(self) -> tuple[str, ...]:
-        """Logs that do not count: of other seeds, or further ones of a seed."""
+        """Names of the logs that no result uses: logs of other seeds, and further logs of a seed."""
         counted = {result.log.name for result in self.results if result.log}
         return tuple(log.name for log in self.logs if log.name not in counted)
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """Seed → its score, if it is known."""
+        """Seed → score. Seeds without a known score are left out."""
         return {one.seed: one.numbers["val_bpb"] for one in self.results if "val_bpb" in one.numbers}
 
     @cached_property
     def val_bpb(self) -> float | None:
-        """The claimed score of the record, or else the mean of the seeds."""
+        """The score of the record in submission.json, or else the mean of the seeds' scores; None: not known."""
         if self.claims.val_bpb is not None:
             return self.claims.val_bpb
         return statistics.fmean(self.scores.values()) if self.scores else None
 
     @cached_property
     def texts(self) -> dict[str, str]:
-        """Name → text of README.md, submission.json and the counted logs, without the source in a log's header."""
+        """File name → text of README.md, submission.json and the logs. Source code in a log's header is left out."""
         parts = {"README.md": self.readme, "submission.json": self.claims.text}
         return parts | {log.name: "\n".join(log.log["lines"]) for log in self.logs}
 
     def find(self, pattern: str, *, logs: bool = True) -> list[tuple[str, str]]:
-        """Return (file name, excerpt of the line) for each match of `pattern`, which is in lower case, in `texts`."""
+        """Search `texts` for `pattern`, written in lower case. Return (file name, excerpt of the line) per match."""
         form, found = re.compile(pattern), []
         for name, text in self.texts.items():
             if not logs and name not in ("README.md", "submission.json"):
                 continue
             lowered = text.lower()
-            # a line may have any length
+            # limit the matches and excerpts, because a file may have any number of matches and lines of any length
             for match in itertools.islice(form.finditer(lowered), 100):
                 before = lowered[max(match.start() - 200, 0) : match.start()].rpartition("\n")[2]
                 after = lowered[match.end() : match.end() + 200].partition("\n")[0]
@@ -190,9 +196,9 @@ class RecordFolder:
         claims = {seed: numbers.get("val_bpb") for seed, numbers in self.claims.seeds.items()}
         for log in self.logs:
             alike = [seed for seed, score in claims.items() if score is not None and log.find(score)]
-            # a log without a seed belongs to the only seed, or to the one whose score it has
+            # without a stated seed, the log belongs to the seed whose score it contains, or else to the only seed
             only = self.claims.seed_names[0] if len(self.claims.seed_names) == 1 else log.name
-            # the file's name may tell the seed where the log states the script's default
+            # some logs state the script's default seed; then the seed in the file's name counts, if the record has it
             named = next(
                 (seed for seed in (log.seed, log.named_seed) if seed in claims or seed in self.claims.seed_names), ""
             )
@@ -202,7 +208,10 @@ class RecordFolder:
 
     @property
     def _counted_seeds(self) -> list[str]:
-        """The seeds of the logs with a score; only those with the headline, if one log alone has it."""
+        """The seeds of the logs with a score or training time.
+
+        If the headline is no mean over the logs, return only the seeds of the logs that contain the headline, if any.
+        """
         scored = {
             seed: logs for seed, logs in self._logs_by_seed.items() if any(log.evaluations or log.clock for log in logs)
         }
@@ -214,7 +223,7 @@ class RecordFolder:
 
     def _result(self, seed: str, claimed: Numbers, logs: list[LogFile]) -> SeedResult:
         claim = claimed.get("val_bpb")
-        # of several logs of a seed, the one with the claimed score counts, or else the last one with a score
+        # if a seed has several logs, use the last log with the claimed score, or else the last log with a score
         wanted: list[tuple[float | None, str]] = [(claim, "")]
         if claim is None:
             wanted = [(None, self.score_name)] if self.score_name else [(self.claims.val_bpb, ""), (None, "")]
@@ -226,7 +235,7 @@ class RecordFolder:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run folder of `python -m train`."""
+    """Whether `python -m train` made this folder for a run."""
     return (path / "config.json").is_file() and (path / "metrics.jsonl").is_file()
 
 
@@ -241,7 +250,10 @@ def is_record(path: Path) -> bool:
 
 
 def found_folders(path: Path, wanted: Callable[[Path], bool], levels: int = 3) -> list[Path]:
-    """Return the wanted folders: `path`, or else those inside, without links and hidden folders, sorted."""
+    """Return `[path]` if `wanted` accepts it, else the accepted folders inside, sorted. Links are skipped.
+
+    Hidden folders are skipped too. The search goes `levels` folders deep.
+    """
     if wanted(path):
         return [path]
     if not levels or not path.is_dir():
@@ -306,5 +318,5 @@ def _read_logs(files: Listing) -> tuple[tuple[LogFile, ...], tuple[str, ...], tu
 
 
 def stated(numbers: Numbers, *names: str) -> float | None:
-    """Return the first of these numbers that is known."""
+    """Return the first known number among `names`, or None."""
     return next((numbers[name] for name in names if is_number(numbers.get(name))), None)

@@ -1,4 +1,4 @@
-"""One log of a record: its seed, evaluations, training clock and curves."""
+"""Reads one log of a record: seed, evaluations, training time and curves."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from train.run.log_grammar import Log, Numbers
 from train.submission.digits import agree, is_number
 
 _EXACT = "_exact"
-# logs print scores with at least so many decimals
+# logs print scores with at least this many decimals
 LOG_DIGITS = 4
 _MOST_EVALUATIONS = 100
 _BEFORE = re.compile(r"pre.?quant|post.?ema", re.IGNORECASE)
-# a file's name states the seed behind these words
+# a file's name may contain the seed, after one of these words
 _NAMED_SEED = re.compile(r"(?:seed|_s|_log)[_-]?(\d{1,12})")
 
 
@@ -25,8 +25,8 @@ class Evaluation:
     """A score in a log.
 
     Attributes:
-        name: such as `int6_sliding_window`; "exact" is left out.
-        val_bpb: bits per byte, with all digits that the log has.
+        name: name such as `int6_sliding_window`, without the ending `_exact`.
+        val_bpb: bits per byte, with all digits of the log.
         val_loss: nats per token; None: not stated.
         seconds: duration of this evaluation; None: not stated.
         line: number of the line in the file.
@@ -40,19 +40,19 @@ class Evaluation:
 
     @property
     def kind(self) -> str:
-        """When the score was measured: before quantization ("before"), after it ("after"), or after training on it ("ttt")."""
+        """Stage of the score: "before" quantization, "after" quantization, or "ttt" (with test-time training)."""
         return "ttt" if "ttt" in self.name.lower() else "before" if _BEFORE.search(self.name) else "after"
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Training time at the last step.
+    """The training time of a run.
 
     Attributes:
-        seconds: training clock after the last step.
+        seconds: training time after the last step, in seconds.
         step_s: average seconds per step.
         steps: number of steps.
-        error_s: largest error of `seconds`, which may be rounded to minutes or computed from a rounded average.
+        error_s: largest rounding error of `seconds`: a log may state minutes, or only a rounded average per step.
     """
 
     seconds: float
@@ -86,13 +86,13 @@ class LogFile:
 
     @cached_property
     def evaluations(self) -> tuple[Evaluation, ...]:
-        """The scores in the log's order; two lines of one score, with 4 and with 8 decimals, are one evaluation."""
+        """The scores, in the log's order. A score that is logged with 4 and with 8 decimals is one evaluation."""
         finals = self.log["finals"]
         found = {}
         for name, values in finals.items():
             base = name.removesuffix(_EXACT)
             exact = finals.get(base + _EXACT, values)
-            # a score that is not a positive number is none
+            # skip a score that is not a positive number
             if not (is_number(exact["val_bpb"]) and exact["val_bpb"] > 0):
                 continue
             other = finals.get(base, values)
@@ -108,7 +108,10 @@ class LogFile:
         return tuple(found.values())[-_MOST_EVALUATIONS:]
 
     def find(self, claim: float | None, name: str = "") -> Evaluation | None:
-        """Return the evaluation with the claimed score, or else of this name; without a claim, the last one."""
+        """Return the last evaluation with the score `claim`; without a claim, the evaluation `name`.
+
+        With neither, return the last evaluation after quantization, or else the last one. None if there is none.
+        """
         if claim is not None:
             return next(
                 (one for one in reversed(self.evaluations) if agree(claim, one.val_bpb, digits=LOG_DIGITS)), None
@@ -119,21 +122,24 @@ class LogFile:
         return scored[-1] if scored else self.evaluations[-1] if self.evaluations else None
 
     def stage_bpb(self, kind: str) -> float | None:
-        """Return the score before quantization, after it (non-overlapping windows if the log has them), or after TTT."""
+        """Return the bits per byte of the last evaluation whose `Evaluation.kind` is `kind`, or None.
+
+        For "after", an evaluation with non-overlapping windows takes precedence over a sliding window.
+        """
         scores = [one for one in self.evaluations if one.kind == kind]
         if kind == "after":
             scores.sort(key=lambda one: "sliding" not in one.name)
         if scores:
             return scores[-1].val_bpb
-        # the last validation during training is one before quantization
+        # if no evaluation was before quantization, take the last validation during training
         last = self.log["vals"][max(self.log["vals"])] if kind == "before" and self.log["vals"] else None
         return last["val_bpb"] if last and self.evaluations and is_number(last["val_bpb"]) else None
 
     @cached_property
     def clock(self) -> Clock | None:
-        """The training clock, from the line of the last step that has a time."""
+        """The training time, from the log line of the last step that has a time."""
         stopped = self.log["stopping_early"]
-        # of one step, the line that was logged last counts
+        # the order matters: of lines with the same step and precision, `max` takes the first
         lines = [*([stopped] if stopped else []), *self.log["vals"].values(), *self.log["steps"].values()]
         timed = [line for line in lines if is_number(line.get("train_time_ms"))]
         if not timed:
@@ -158,7 +164,7 @@ class LogFile:
 
 
 def _interpolated(times: Sequence[tuple[int, float]], step: int) -> float:
-    """Return the seconds at a step, on a line between its neighbours with a time."""
+    """Return the training time at a step, interpolated between the nearest steps with a time."""
     place = bisect.bisect_left(times, (step, -1.0))
     if place < len(times) and times[place][0] == step:
         return times[place][1]
@@ -169,13 +175,13 @@ def _interpolated(times: Sequence[tuple[int, float]], step: int) -> float:
 
 
 def logged_numbers(log: LogFile, evaluation: Evaluation | None) -> Numbers:
-    """Return the numbers of a log under the names that `claims` gives them; the score is that of `evaluation`."""
+    """Return a log's numbers, with the names of `train.submission.claims`. The score is the score of `evaluation`."""
     values: dict[str, float | None] = {}
     facts, sizes = log.log["facts"], log.log["sizes"]
     if evaluation:
         seconds = evaluation.seconds
         total = facts.get("total_eval_time_ms")
-        # the total includes what test-time training did before its last pass
+        # the total includes earlier passes of test-time training; `seconds` covers only the last pass
         if evaluation.kind == "ttt" and total is not None:
             seconds = max(seconds or 0.0, total / 1000)
         values |= {"val_loss": evaluation.val_loss, "val_bpb": evaluation.val_bpb, "eval_time_s": seconds}

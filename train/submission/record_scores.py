@@ -1,4 +1,4 @@
-"""The validation texts and scores of published records, and the scores of a record, one per seed."""
+"""The scores of a record, and the validation texts and scores of published records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from train.run.log_grammar import Log, Numbers
 from train.submission.digits import is_number
 
-# published tokenizer → scored tokens and bytes of the challenge's validation text, from the published logs
+# published tokenizer → tokens and bytes of the challenge's validation text that published logs state as scored
 TEXTS = {
     "sp1024": (62_021_632, 151_080_362),
     "sp1024, older export": (63_779_840, 155_769_746),
@@ -22,7 +22,7 @@ TEXTS = {
     "CaseOps sp8192": (47_851_520, 151_074_499),
     "CaseOps sp8192, untrimmed": (47_853_343, 151_080_644),
 }
-# published record → seeds, val_bpb per seed, val_loss per seed (empty: not given); from its files or logs
+# published record → seeds, val_bpb per seed, val_loss per seed (empty: not published); from the record's files or logs
 PUBLISHED: dict[str, tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...]]] = {
     "122": (
         ("41", "102", "1337"),
@@ -43,7 +43,7 @@ class ScoredText:
     Attributes:
         challenge: whether the text is the challenge's whole validation text.
         tokens: number of scored tokens; 0: not known.
-        window: window length of the evaluation, which may leave the tokens after the last full window unscored.
+        window: window length of the evaluation. The evaluation may skip the tokens after the last full window.
         tokenizer: SHA-256 of the tokenizer; empty: not known.
     """
 
@@ -57,7 +57,7 @@ class ScoredText:
 
 
 def same_text(a: ScoredText | None, b: ScoredText | None) -> bool | None:
-    """Whether two scored texts are the same text; None if that is not known."""
+    """Whether two records were scored on the same text. None: not known."""
     if a is None or b is None:
         return None
     if a.tokens and b.tokens and a.tokenizer and a.tokenizer == b.tokenizer:
@@ -74,8 +74,8 @@ class RecordScores:
     Attributes:
         name: the record's name in messages.
         seeds: the seeds; empty: not known.
-        val_bpb: bits per byte: one score per seed, or a single number.
-        val_loss: nats per token: one score per seed, or a single number; empty: not known.
+        val_bpb: bits per byte, one score per seed or a single number.
+        val_loss: nats per token, one score per seed or a single number; empty: not known.
         text: the scored text; None: not known.
     """
 
@@ -99,7 +99,7 @@ def is_score(values: Mapping[str, Any]) -> bool:
 
 
 def exact_score(log: Log) -> Numbers | None:
-    """Return a log's last final score with 8 decimals, or else its last final score; None if there is no valid one."""
+    """Return the last final score of a log, preferably among the scores with 8 decimals; None if it is not valid."""
     finals = [values for name, values in log["finals"].items() if name.endswith("_exact")]
     finals = finals or list(log["finals"].values())
     return finals[-1] if finals and is_score(finals[-1]) else None
@@ -119,5 +119,8 @@ def scored_text(submission: Mapping[str, Any]) -> ScoredText | None:
 
 
 def challenge_text(tokens: int, window: int) -> bool:
-    """Whether a text of so many scored tokens is the challenge's; the tokens after the last full window may be missing."""
+    """Whether the text is the challenge's, judged by its number of scored tokens.
+
+    Up to a window of tokens may be missing, because an evaluation may skip the tokens after the last full window.
+    """
     return any(abs(tokens - known) < window for known, _ in TEXTS.values())

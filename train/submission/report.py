@@ -1,4 +1,4 @@
-"""Writes what `check` found: a screen per record, a table of all records, or JSON."""
+"""Formats the findings of `check`: one screen per record, a table of all records, or JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN_SEEDS = 5
 
 
 def screen(record: RecordFolder, findings: Sequence[Finding]) -> str:
-    """Describe a record on one screen: score, size, clock, evaluation, seeds, what it breaks, and notes."""
+    """Describe a record on one screen: score, size, training time, evaluation, seeds, broken rules and notes."""
     values = {item.rule: item.value for item in findings}
     breaks, unseen, notes = (
         with_verdict(findings, verdict) for verdict in (Verdict.FAILS, Verdict.UNKNOWN, Verdict.NOTE)
@@ -47,7 +47,7 @@ def screen(record: RecordFolder, findings: Sequence[Finding]) -> str:
 
 
 def summary_lines(findings: Sequence[Finding]) -> list[str]:
-    """Say how many rules are kept, which are broken, which cannot be checked, and how many notes there are."""
+    """Count the kept rules. List the broken rules, the rules that cannot be judged, and the rules with a note."""
     lines = [f"{len(with_verdict(findings, Verdict.PASSES))} of {counted(len(findings), 'rule')} kept."]
     for verdict, text in ((Verdict.FAILS, "Breaks"), (Verdict.UNKNOWN, "Cannot be seen"), (Verdict.NOTE, "Notes")):
         found = [item.rule for item in with_verdict(findings, verdict)]
@@ -56,7 +56,7 @@ def summary_lines(findings: Sequence[Finding]) -> list[str]:
 
 
 def table(checked: Sequence[tuple[RecordFolder, Sequence[Finding]]]) -> str:
-    """List the records in one table, best score first, and count the verdicts."""
+    """List the records in one table, best score first. Count the records that break a rule or have notes."""
     rows = [("record", "val_bpb", "seeds", "bytes", "train s", "eval s", "notes", "breaks")]
     for record, findings in sorted(checked, key=lambda pair: pair[0].val_bpb or 99.0):
         numbers = [result.numbers for result in record.results]
@@ -97,7 +97,7 @@ def table(checked: Sequence[tuple[RecordFolder, Sequence[Finding]]]) -> str:
 
 
 def to_dict(record: RecordFolder, findings: Sequence[Finding]) -> dict[str, Any]:
-    """Return what `screen` shows as a dictionary for JSON."""
+    """Return the contents of `screen` as a dictionary for JSON."""
     return {
         "record": str(record.path),
         "track": "non-record" if record.non_record else "record",
@@ -115,7 +115,7 @@ def to_dict(record: RecordFolder, findings: Sequence[Finding]) -> dict[str, Any]
 
 
 def printable(text: str) -> str:
-    """The text without control characters and lone surrogates, as a terminal can show it."""
+    """Replace control characters and lone surrogates, which a terminal cannot show, by spaces or escapes."""
     return "".join(char if char.isprintable() else " " if char in "\n\t" else f"\\x{ord(char):02x}" for char in text)
 
 
@@ -151,7 +151,7 @@ def _source(record: RecordFolder) -> str:
 
 
 def _other_scores(record: RecordFolder) -> str:
-    """The scores of the first counted log that are not the claimed one."""
+    """Describe the scores, besides the claimed score, in the first log from which a seed's score was read."""
     for result in record.results:
         if result.log:
             others = [one for one in result.log.evaluations if one is not result.evaluation]

@@ -1,4 +1,4 @@
-"""Reads the finished runs of a record, one per seed, and checks that they differ in their seed only."""
+"""Reads the finished runs of a record, one per seed. Checks that the runs differ only in their seeds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FinishedRun:
         summary: the run's numbers.
         log_path: the log file.
         log: the parsed log.
-        evaluation: entry of the final score in evaluation.json.
+        evaluation: the entry in evaluation.json for the final score.
     """
 
     folder: RunFolder
@@ -51,7 +51,7 @@ class FinishedRun:
 
     @property
     def published_log(self) -> bytes:
-        """The log as records publish it: the source of the code comes first."""
+        """The log as records publish it, with the source code at its beginning."""
         log, source = read_file(self.log_path), self.folder.source
         return read_file(source) + f"{SEPARATOR}\n".encode() + log if source.exists() else log
 
@@ -118,7 +118,7 @@ def read_run(path: Path) -> FinishedRun:
 def tokenizer_facts(config: Config) -> dict[str, Any]:
     """Describe the tokenizer, and check its byte count on validation text.
 
-    The check counts the bytes of the first million validation tokens and compares them with those of the decoded text.
+    The check compares the byte count of the first million validation tokens with the bytes of their decoded text.
 
     Returns:
         File name, SHA-256 and vocabulary size of the tokenizer; `counts_bytes`: whether both counts are equal;
@@ -135,7 +135,7 @@ def tokenizer_facts(config: Config) -> dict[str, Any]:
     counted = decoded = 0
     for begin, end in itertools.pairwise([*begins, len(tokens)]):
         document = tokens[begin:end].astype(int)
-        # the last document may be cut inside a character
+        # the million tokens may end inside a character of the last document
         while end == len(tokens) and tokenizer.IsByte(int(document[-1])):
             document = document[:-1]
         counted += int(tables.count(document[:-1], document[1:]).sum())

@@ -1,4 +1,4 @@
-"""t-tests of whether one submission beats another, by any amount or by the 0.005 nats that a new record needs."""
+"""t-tests of whether one submission beats another: by any amount, and by the 0.005 nats that a new record needs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from train.submission.record_scores import RecordScores, same_text
 
 REQUIRED_NATS = 0.005
 SIGNIFICANCE = 0.01
-# at its end, the leaderboard took a record with this p against the record before it, without a margin
+# the leaderboard's last rule accepted a record if its p against the previous record, without a margin, was below this
 LEADERBOARD_P = 0.25
-# records share a tokenizer if their bytes per token differ by less, relatively; scoring rules change them by 1e-5
+# records share a tokenizer if their bytes per token differ by less than this fraction; scoring rules change the bytes
+# per token by 1e-5
 _SAME_TOKENIZER = 1e-4
 
 
 @dataclass(frozen=True)
 class UnitTest:
-    """The t-test of the required improvement, with "0.005 nats" taken in one unit.
+    """The t-test of the required improvement, for one reading of the unit of "0.005 nats".
 
     Attributes:
         unit: name of the unit, such as "nats per byte".
@@ -76,10 +77,10 @@ def nats_per_token_in_bpb(bytes_per_token: float) -> float:
 
 
 def unit_tests(ours: RecordScores, theirs: RecordScores) -> list[UnitTest]:
-    """Test the required improvement once for each unit that "0.005 nats" may mean.
+    """Test the required improvement once per unit, because the rules do not say per what "0.005 nats" are counted.
 
-    The scores are bits per byte. If both records share a tokenizer, val_loss = val_bpb · ln 2 · bytes per token, so a
-    test on val_loss would have the same t. If the tokenizers differ, nats per token are tested once for each tokenizer.
+    The tests compare bits per byte. If both records share a tokenizer, val_loss = val_bpb · ln 2 · bytes per token, so
+    a test of val_loss would have the same t. If the tokenizers differ, nats per token are tested once per tokenizer.
     """
     sizes = [(side.name, side.bytes_per_token) for side in (theirs, ours) if side.bytes_per_token]
     if len(sizes) == 2 and math.isclose(sizes[0][1], sizes[1][1], rel_tol=_SAME_TOKENIZER):
@@ -102,7 +103,10 @@ def incomparable(ours: RecordScores, theirs: RecordScores) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Tests of whether record `a` beats record `b`: `plain` by any amount, `units` by 0.005 nats in each unit."""
+    """Tests of whether record `a` beats record `b`.
+
+    `plain` tests an improvement by any amount. Each of `units` tests an improvement by 0.005 nats in one unit.
+    """
 
     a: RecordScores
     b: RecordScores
@@ -120,7 +124,7 @@ class Comparison:
 
     @property
     def beats_leaderboard(self) -> bool:
-        """Whether `a` would have been taken by the leaderboard's rule at its end."""
+        """Whether the leaderboard's last rule would have accepted `a` against `b`; see `LEADERBOARD_P`."""
         return bool(self.plain.pvalue < LEADERBOARD_P)
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,7 +146,7 @@ class Comparison:
         }
 
     def text(self) -> str:
-        """Describe both records' scores, the plain test, and the test in each unit."""
+        """Describe the scores of both records and the results of all tests."""
         lines = [f"A  {_side(self.a)}", f"B  {_side(self.b)}", ""]
         if self.a.text and not self.a.text.challenge:
             lines += [f"Both are scored on {self.a.text}, not on the challenge's validation text.", ""]
@@ -214,7 +218,7 @@ def _result(tests: list[UnitTest], *, per_token: bool) -> str:
     if not failed:
         return "Result: A is better by enough in every unit."
     if not passed and not per_token:
-        # nats per token have the smallest margin
+        # 0.005 nats per token are the smallest improvement of all units, and this test was not possible
         return "Result: not known: A is not better by enough in the units tested, and nats per token were not."
     if not passed:
         return "Result: A is not better by enough in any unit."

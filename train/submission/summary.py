@@ -1,4 +1,4 @@
-"""The numbers of one finished run, which summary.json stores, and lines of text made from them."""
+"""The numbers of one finished run, which summary.json stores, and lines of text that show these numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from train.artifact.budget import BudgetRow
 
 STAGES = ("data", "train", "quantize", "artifact", "evaluate")
-# substring of a tensor group's name → part of the model that the group belongs to
+# substring of the name of a group of tensors → part of the model to which the group belongs
 _PARTS = {
     ".attention.": "attention",
     ".mlp.": "MLP",
@@ -38,33 +38,33 @@ class Summary:
         date: date and time at which training ended, ISO 8601.
         steps: number of optimizer steps.
         step_avg_ms: `train_seconds` per step, in milliseconds.
-        train_seconds: training clock, which covers the steps alone.
-        stage_seconds: stage → wall-clock seconds; for a resumed run, `train` is the training clock.
+        train_seconds: training time in seconds, for the steps alone, without validation.
+        stage_seconds: stage → wall-clock seconds; for a resumed run, `train` equals `train_seconds`.
         step0_val_bpb: bits per byte before the first step, with non-overlapping windows.
         prequant_val_bpb: bits per byte of the trained weights before quantization, with non-overlapping windows.
         val_loss: nats per token of the reloaded artifact, with the run's evaluation settings.
-        val_bpb: bits per byte of the same evaluation.
+        val_bpb: bits per byte, from the evaluation that gave `val_loss`.
         flat_val_bpb: bits per byte of the reloaded artifact, with non-overlapping windows.
         eval_seconds: duration of the evaluation that gave `val_bpb`.
-        tokens: number of tokens that this evaluation scored.
-        bytes: bytes of the normalized text of these tokens.
+        tokens: number of tokens that the evaluation of `val_bpb` scored.
+        bytes: bytes of the scored text after SentencePiece's normalization.
         bytes_code: bytes of the submission's code.
         bytes_model: bytes of the artifact.
         bytes_prefix: bytes of the paid prefix; 0: none.
-        bytes_total: bytes of code, artifact and prefix together, which count against the cap.
-        max_bytes: the cap in bytes.
+        bytes_total: sum of the bytes of code, artifact and prefix; at most `max_bytes` are allowed.
+        max_bytes: largest allowed `bytes_total`.
         parameters: number of values in the artifact's tensors.
         hardware: names and number of the devices.
         torch, python: versions of PyTorch and Python.
         yardsticks: name of a compressor → its bits per byte on the validation text; see `train.data.build.compressor_bpb`.
         model_groups: part of the model → bytes in the artifact; empty: not measured.
-        target_bytes: total size that pruning aims at (TARGET_MB); 0: none.
+        target_bytes: `bytes_total` that pruning aims at (setting `target_mb`); 0: no pruning.
         label: text shown with every score of a run that breaks the rules; empty: none.
         resumed: steps at which training was resumed.
-        recurrence_missed: the first step with recurrence, or the fraction of training before it (below 1), if training
-            ended earlier; else 0.
-        steps_planned: planned number of steps, if the time limit ended training earlier; 0: it did not, or the recipe
-            trains until the limit.
+        recurrence_missed: 0 unless training ended before recurrence started. Then the step at which recurrence would
+            have started, or (a number below 1) the fraction of training before recurrence.
+        steps_planned: planned number of steps, if the time limit ended training earlier. 0: training did all its steps,
+            or the recipe trains until the time limit.
     """
 
     run_id: str
@@ -120,7 +120,7 @@ class Summary:
 
     @property
     def byte_parts(self) -> dict[str, int]:
-        """Bytes of each part of the submission that counts against the cap."""
+        """Name → bytes of each part of the submission: code, model and paid prefix."""
         prefix = {"paid prefix": self.bytes_prefix} if self.bytes_prefix else {}
         return {**(self.model_groups or {"model": self.bytes_model}), **prefix, "code": self.bytes_code}
 
@@ -170,7 +170,7 @@ class Summary:
 
 
 def group_bytes(rows: Iterable[BudgetRow]) -> dict[str, int]:
-    """Add up an artifact's byte budget for each part of the model, largest part first; see `Summary.model_groups`."""
+    """Return the artifact's bytes per part of the model, largest part first; see `Summary.model_groups`."""
     totals: dict[str, int] = {}
     for row in rows:
         part = next((part for name, part in _PARTS.items() if name in row.group), row.group)
@@ -184,7 +184,7 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
 
 
 def size_line(summary: Summary) -> str:
-    """State the bytes of code and model, their sum and the cap."""
+    """State the bytes of code and model, the sum, and the largest allowed sum."""
     prefix = f" + paid prefix {summary.bytes_prefix:,}" if summary.bytes_prefix else ""
     over = summary.bytes_total - summary.target_bytes
     missed = (
@@ -197,14 +197,14 @@ def size_line(summary: Summary) -> str:
 
 
 def stage_line(summary: Summary) -> str:
-    """State the seconds of each stage, and their sum."""
+    """State the seconds of each stage, and the sum."""
     parts = [f"{name} {summary.stage_seconds[name]:.1f}" for name in STAGES if name in summary.stage_seconds]
     note = f" ({note})" if (note := resumed_note(summary)) else ""
     return f"{', '.join(parts)}; total {sum(summary.stage_seconds.values()):.1f} s{note}"
 
 
 def resumed_note(summary: Summary) -> str:
-    """State the steps at which training was resumed; empty if it was not resumed."""
+    """State the steps at which training was resumed; "" if there are none."""
     if not summary.resumed:
         return ""
     steps = f"step{'s' if len(summary.resumed) > 1 else ''} {', '.join(f'{step:,}' for step in summary.resumed)}"
@@ -212,7 +212,7 @@ def resumed_note(summary: Summary) -> str:
 
 
 def recurrence_note(summary: Summary) -> str:
-    """State that training ended before recurrence started; empty if it did not."""
+    """State that training ended before recurrence started; "" if recurrence was not missed."""
     missed = summary.recurrence_missed
     if not missed:
         return ""
@@ -221,7 +221,7 @@ def recurrence_note(summary: Summary) -> str:
 
 
 def stopped_note(summary: Summary) -> str:
-    """State that the time limit ended training early; empty if it did not, or if the recipe trains until the limit."""
+    """State that the time limit ended training early; "" if `steps_planned` is 0."""
     return stopped_early(summary.steps, summary.steps_planned) if summary.steps_planned else ""
 
 

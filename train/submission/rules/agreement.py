@@ -1,4 +1,4 @@
-"""Rules: the numbers in logs, submission.json and README must agree to the last stated digit."""
+"""Rules: the numbers in logs, submission.json and README must agree in all digits that they state."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from train.submission.rules.finding import Finding, fails, note, note_unless, pa
 from train.submission.summary import mean_and_deviation
 
 _COMPARED = "val_loss artifact_bytes bytes_model steps step_avg_ms train_time_s eval_time_s".split()
-# tolerances, because submission.json may round a clock that had more digits than the log shows
+# allowed differences: submission.json may round a time from more digits than the log shows
 _CLOCKS = {"step_avg_ms": 0.01, "train_time_s": 0.001, "eval_time_s": 0.001}
-# the leaderboard prints four decimals, so a larger difference is another score
+# a larger difference is no rounding error: the leaderboard prints four decimals
 _SLIP = 0.000151
-# one seed may be so far from the mean of a record's seeds; the published deviations are below 0.0015
+# largest distance between a seed's score and the mean of a record's seeds; the published deviations are below 0.0015
 _ONE_SEED = 0.003
 _LOG_LIMIT = "a record's log shows its score"
 _README_LIMIT = "README and submission.json state one score"
@@ -30,7 +30,10 @@ _MARKED = re.compile(
 
 
 def score(record: RecordFolder) -> Finding:
-    """The claimed score must stand in a log. A seed's claim is compared with its log, a single claim with every log."""
+    """Check that the claimed scores are in the logs. A score of a seed must be in that seed's log.
+
+    Without scores per seed, the headline must be in any log, or be the mean of one evaluation over all logs.
+    """
     rule = "the score stands in a log"
     scored = [log for log in record.logs if log.evaluations]
     if not scored:
@@ -63,7 +66,7 @@ def score(record: RecordFolder) -> Finding:
 
 
 def json_and_logs(record: RecordFolder) -> Finding:
-    """Compare the numbers besides the score."""
+    """Compare the other numbers, such as steps and bytes, in submission.json with the logs."""
     rule = "submission.json agrees with the logs"
     compared, wrong = 0, []
     for result in record.results:
@@ -71,7 +74,7 @@ def json_and_logs(record: RecordFolder) -> Finding:
             continue
         measured = logged_numbers(result.log, result.evaluation)
         if measured.get("bytes_code") != record.claims.number("bytes_code"):
-            # the shipped script and the code that ran differ in size, and so do the totals; `size.parts` checks the sum
+            # the code that ran differs in size from the shipped script, so the totals differ; `size.parts` checks them
             measured.pop("artifact_bytes", None)
         for name in _COMPARED:
             if name in result.claimed and name in measured:
@@ -84,13 +87,16 @@ def json_and_logs(record: RecordFolder) -> Finding:
 
 
 def means(record: RecordFolder) -> Finding:
-    """Compare mean and deviation with the seeds' scores. The deviation may be the sample's or the population's."""
+    """Check that submission.json states the mean and deviation of the seeds' scores.
+
+    The deviation may be the sample's or the population's.
+    """
     rule = "the headline is the mean of the seeds"
     wrong: list[str] = []
     slips: list[str] = []
     compared = 0
     if not record.claims.seeds:
-        # the rule that the score stands in a log judges the logs
+        # the rule `score` compares a headline without scores per seed with the logs
         return unknown(rule, "no scores per seed in submission.json")
     for name in ("val_bpb", "val_loss"):
         values = [result.numbers[name] for result in record.results if name in result.numbers]
@@ -102,7 +108,7 @@ def means(record: RecordFolder) -> Finding:
         if not agree(stated, mean):
             text = f"{name} is {stated}, the seeds give {mean:.8f}"
             one = next((f"{text}; it is a seed's alone" for value in values if agree(stated, value)), "")
-            # a column of another name may be another evaluation's
+            # break the rule only for a field named val_bpb: a field of another name may belong to another evaluation
             far = record.claims.score_field == name == "val_bpb" and abs(stated - mean) > _SLIP and not one
             (wrong if far else slips).append(one or text)
         stated = record.claims.values.get(f"{name}_std")
@@ -119,12 +125,12 @@ def means(record: RecordFolder) -> Finding:
 
 
 def readme(record: RecordFolder) -> Finding:
-    """The headline of README.md must be the score of submission.json."""
+    """Check that the first score in README.md is the score in submission.json."""
     rule = "README states the score of submission.json"
     stated = record.claims.val_bpb
     if not record.readme or stated is None:
         return unknown(rule, "no val_bpb in submission.json" if record.readme else "no README.md")
-    # a seed's score may be the headline, too
+    # README may also state the score of one seed, or the mean of the seeds
     scores = [stated, *record.scores.values()]
     if record.scores:
         scores.append(statistics.fmean(record.scores.values()))
@@ -132,7 +138,7 @@ def readme(record: RecordFolder) -> Finding:
     numbers = re.findall(_BPB, record.readme, re.IGNORECASE)
     found = next((text for text in [*headline, *numbers] if any(_stated(score, text) for score in scores)), "")
     if headline and found not in headline:
-        # the first line with a score may be that of an earlier record
+        # the first score may belong to an earlier record; if the right score comes later, give only a note
         elsewhere = any(_stated(stated, text) for text in numbers)
         return (note if elsewhere else _judge(headline[0], stated))(rule, _said(headline[0], stated), _README_LIMIT)
     if found:
@@ -153,7 +159,7 @@ def _said(text: str, stated: float) -> str:
 
 
 def _headline(text: str) -> list[str]:
-    """Return the scores in the first line of README.md that begins as the record's own, such as `val_bpb: 1.23`."""
+    """Return the scores in the first line of README.md that begins like a result, such as `val_bpb: 1.23`."""
     form = rf"^[ \t#*>|_-]*(?:final |mean |our |average |\d-seed mean )*(?:val[_ ]?bpb|score|bpb|result)\b[^\d\n]{{0,24}}{_BPB}"
     found = re.search(form, text, re.IGNORECASE | re.MULTILINE)
     line = text[found.start(1) : found.start(1) + 200].partition("\n")[0] if found else ""
@@ -161,5 +167,5 @@ def _headline(text: str) -> list[str]:
 
 
 def _stated(score: float, text: str) -> bool:
-    """Whether `text` is the score, rounded or cut, or with more digits than the score has."""
+    """Whether `text` is the score, rounded, truncated or with more digits."""
     return rounds_to(Decimal(str(score)), text) or agree(score, float(text))

@@ -7,7 +7,7 @@ from train.submission.record_logs import Clock
 from train.submission.rules.finding import Finding, fails, note, note_unless, pass_if, passes, unknown
 
 LIMIT_SECONDS = 600.0
-# the longest training with calibration that the organisers admitted, #2135's
+# the longest time for training and calibration that the organisers accepted, in #2135
 _ADMITTED_SECONDS = 606.5
 _TRAINING_LIMIT = "at most 600 s of training; a step that began in time may finish"
 _CALIBRATION_LIMIT = "calibration on training data counts as training"
@@ -16,10 +16,10 @@ _NO_LIMIT = "not limited in the non-record track"
 
 
 def training(record: RecordFolder) -> Finding:
-    """Check the training clock.
+    """Check that training takes at most 600 s, plus two average steps.
 
-    The published loop reads the clock before the device has finished its step, so it begins one step too many: two
-    average steps may end after the limit.
+    The step that reaches the limit may finish. The published loop reads the clock before the device has finished a
+    step, so it may begin one more step after the limit.
     """
     rule = "training time"
     clocks = _clocks(record)
@@ -63,7 +63,7 @@ def calibration(record: RecordFolder) -> Finding:
 
 
 def evaluation(record: RecordFolder) -> Finding:
-    """Check the time of the evaluation that made the score, test-time training included."""
+    """Check the duration of the evaluation that gave the score, with test-time training."""
     rule = "evaluation time"
     known = [(_where(result), result.numbers["eval_time_s"]) for result in record.results if _timed(result)]
     stated = record.claims.number("eval_time_s")
@@ -79,7 +79,7 @@ def evaluation(record: RecordFolder) -> Finding:
 
 
 def own_limits(record: RecordFolder) -> Finding:
-    """Tell limits that the record's own script states in its log."""
+    """Note the limits that the record's script prints into its log and exceeds."""
     rule = "limits that the log states"
     found = [(log.name, name, *pair) for log in record.logs for name, pair in log.log["limits"].items()]
     over = [f"{name} {value} in {log}, must be < {limit}" for log, name, value, limit in found if value >= limit]
@@ -87,7 +87,10 @@ def own_limits(record: RecordFolder) -> Finding:
 
 
 def _excess(clock: Clock, extra_s: float = 0.0) -> float:
-    """Return how many seconds past the limit the first of the last two steps began, if `extra_s` is added."""
+    """Return the seconds between the limit and the start of the last step but one; positive: it began too late.
+
+    `extra_s` is added to the training time. The rounding error of the clock is subtracted.
+    """
     return clock.seconds + extra_s - 2 * clock.step_s - clock.error_s - LIMIT_SECONDS - 1e-9
 
 

@@ -1,4 +1,4 @@
-"""Rules on the contents of a record folder: its files and keys, the number of seeds and the command."""
+"""Rules on a record folder's files, the keys of submission.json, the number of seeds, and README's command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEYS = (
 SEEDS = 3
 _FILES_LIMIT = "a record has README.md, submission.json, a training log and the script"
 _ASSIGNED = re.compile(r"(?:^|[\s;])([A-Z][A-Z0-9_]+)=")
-# variables that the launcher and the libraries read, not the script
+# environment variables that the launcher or the libraries read; the script need not read them
 _LAUNCHER_VARIABLES = re.compile(
     r"^(NCCL|CUDA|OMP|MKL|TORCH|TORCHINDUCTOR|PYTORCH|PYTHON|HF|TRITON|MASTER|WORLD|RANK|LOCAL|LD|XDG)(_|$)|^(PATH|NPROC|HOME)$"
 )
@@ -40,7 +40,7 @@ def files(record: RecordFolder) -> Finding:
 
 
 def other_logs(record: RecordFolder) -> Finding:
-    """Tell the logs that do not count."""
+    """Note the logs that no seed's result uses: other seeds, copies, unknown formats, files that were not read."""
     rule = "each log counts once"
     found = [f"{name} does not count" for name in record.other_logs]
     found += list(record.copies)
@@ -71,7 +71,7 @@ def seeds(record: RecordFolder) -> Finding:
 
 
 def command(record: RecordFolder) -> Finding:
-    """The script must read each variable that the README's command sets, or the command reproduces another run."""
+    """Check that the script reads each variable that README's command sets; otherwise the command gives another run."""
     rule = "script reads the variables of README's command"
     variables = sorted(name for name in training_variables(record.readme) if not _LAUNCHER_VARIABLES.search(name))
     number = counted(len(variables), "variable")
@@ -81,14 +81,14 @@ def command(record: RecordFolder) -> Finding:
         return unknown(rule, f"{number}, but no script")
     if not record.sources[record.script]:
         return unknown(rule, f"{number}, but the script's compression is not recognized")
-    # a settings dataclass has the name in lower case
+    # a script with a settings dataclass has the variable's name in lower case
     words = {word for source in record.sources.values() for word in re.findall(r"\w+", source)}
     ignored = [name for name in variables if not {name, name.lower()} & words]
     return note_unless(not ignored, rule, f"ignored: {', '.join(ignored)}" if ignored else number)
 
 
 def training_variables(readme: str) -> set[str]:
-    """Return the variables that README's code blocks set for a training script: in front of it, or exported before."""
+    """Return the variables that README's code blocks set for a training script, on its line or by `export` before."""
     blocks = re.findall(r"```[^\n]*\n(.*?)```|^((?: {4}[^\n]*\n)+)", readme, re.DOTALL | re.MULTILINE)
     found: set[str] = set()
     for block in blocks:

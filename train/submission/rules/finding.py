@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Verdict(Enum):
-    """What a record shows of a rule. `check` prints the value."""
+    """Whether a record keeps a rule. `check` prints the value."""
 
     PASSES = "ok"
     FAILS = "breaks a rule"
@@ -21,9 +21,9 @@ class Finding:
 
     Attributes:
         rule: name of the rule.
-        verdict: whether the record keeps it. A note is worth knowing, but breaks no rule.
-        value: what the record shows.
-        limit: the rule's text; empty if the rule's name says it.
+        verdict: whether the record keeps the rule. `NOTE`: the rule is not broken, but a reader should know `value`.
+        value: the facts in the record that led to the verdict.
+        limit: text of the rule; empty if `rule` says everything.
     """
 
     rule: str

@@ -18,7 +18,7 @@ _ALONE = re.compile(rf"\b{_MODEL}\b", re.IGNORECASE)
 
 
 def hardware(record: RecordFolder) -> Finding:
-    """Read the GPUs from nvidia-smi's table in the counted logs, else from submission.json, else from README."""
+    """Check the GPUs, as named in nvidia-smi's table in the logs, else in submission.json, else in README."""
     rule = "hardware"
     known = [_of_log(result.log) for result in record.results if result.log and result.log.log["gpus"]]
     if known:
@@ -47,7 +47,7 @@ def hardware(record: RecordFolder) -> Finding:
 
 def _of_log(log: LogFile) -> tuple[int, str, str]:
     gpus = log.log["gpus"]
-    # the machine may have more GPUs than the run used
+    # take the world size if it is logged, because the machine may have more GPUs than the run used
     return int(log.log["facts"].get("world_size", len(gpus))), gpus[0] if gpus else "", f"nvidia-smi in {log.name}"
 
 

@@ -16,11 +16,11 @@ from train.submission.record_folder import RecordFolder
 from train.submission.record_scores import TEXTS, is_score
 from train.submission.rules.finding import Finding, fails, note, pass_if, passes, unknown
 
-# the bytes per token of two tokenizers differ by more than this, relatively
+# the bytes per token of any two tokenizers differ by more than this fraction
 _SIMILAR = 1e-4
-# windows that overlap at the end score the last 64 tokens 32 times, which changes the bytes per token by less than this
+# rule overlap_tail scores the last 64 tokens up to 32 times, which changes the bytes per token by a smaller fraction
 _TAIL = 3e-5
-# scores with fewer digits do not tell whether tokens are scored twice
+# a larger relative error of the bytes per token hides whether tokens were scored twice
 _PRECISE = 1e-6
 _TEXT_LIMIT = "scored on FineWeb's first 50,000 documents"
 _ONCE_LIMIT = "the whole validation text, once"
@@ -29,14 +29,14 @@ _MOST_MODEL_BYTES = 8_000_000
 
 @dataclass(frozen=True)
 class Ratio:
-    """Bytes per token of one score, and the largest relative error that comes from the score's digits."""
+    """Bytes per token of one score. `error` is the largest relative error that the rounding of the score causes."""
 
     source: str
     value: float
     error: float
 
     def names(self, tolerance: float) -> list[str]:
-        """Return the texts of `TEXTS` with these bytes per token, the nearest first."""
+        """Return the names in `TEXTS` with the same bytes per token, up to `tolerance` or `error`, nearest first."""
         off = {name: abs(self.value / (size / tokens) - 1) for name, (tokens, size) in TEXTS.items()}
         return sorted((name for name in off if off[name] <= max(tolerance, self.error)), key=off.__getitem__)
 
@@ -45,7 +45,7 @@ class Ratio:
 
 
 def ratios(record: RecordFolder) -> list[Ratio]:
-    """Compute the bytes per token of each seed, or else of submission.json, from val_loss and val_bpb."""
+    """Compute the bytes per token from val_loss and val_bpb of each seed, or else of submission.json."""
     pairs = {f"seed {result.seed}": result.numbers for result in record.results}
     pairs["submission.json"] = {name: value for name, value in record.claims.values.items() if is_number(value)}
     found = [_ratio(source, pair) for source, pair in pairs.items() if is_score(pair)]
@@ -54,7 +54,7 @@ def ratios(record: RecordFolder) -> list[Ratio]:
 
 def _ratio(source: str, pair: dict[str, float]) -> Ratio:
     loss, bpb = pair["val_loss"], pair["val_bpb"]
-    # a last zero may be missing
+    # count at least 4 decimals, because a JSON number loses zeros at its end
     error = sum(0.6 * 10.0 ** -max(decimals(value), 4) / value for value in (loss, bpb))
     return Ratio(source, loss / (bpb * math.log(2)), 3e-8 if min(decimals(loss), decimals(bpb)) >= 7 else error)
 
@@ -75,7 +75,7 @@ def text(record: RecordFolder) -> Finding:
 
 
 def once(record: RecordFolder) -> Finding:
-    """Check that each token is scored once. The last 64 tokens scored again are a note, for all that do it."""
+    """Check that each token is scored once. If only the last 64 tokens are scored again, give a note."""
     rule = "each token scored once"
     facts = record.claims.values.get("evaluation")
     names = ("tokens", "validation_tokens")
@@ -102,7 +102,7 @@ def once(record: RecordFolder) -> Finding:
 
 
 def _like_flat(record: RecordFolder, rule: str, found: list[Ratio]) -> Finding:
-    """Compare with the non-overlapping windows of the same log, where the text is not a published one."""
+    """Compare the bytes per token with those of the non-overlapping windows in the same log; for an unknown text."""
     for result in record.results:
         flat = [
             one
@@ -133,7 +133,7 @@ def tokenizer(record: RecordFolder) -> Finding:
         try:
             load_tokenizer(model, _vocab_size(record.files.read(name, _MOST_MODEL_BYTES)))
         except UserError as error:
-            # a tokenizer that needs a table of bytes beside it may be counted rightly
+            # the bytes may still be right: CaseOps tokenizers are used with a separate table of bytes
             judge = note if known and known[0].startswith("CaseOps") else fails
             return judge(rule, f"{name}: {str(error).partition(': ')[2]}")
     if models:
@@ -157,5 +157,5 @@ def _vocab_size(model: bytes) -> int:
     try:
         return int(SentencePieceProcessor(model_proto=model).vocab_size())
     except (OSError, RuntimeError):
-        # load_tokenizer will raise an error that says what is wrong
+        # return a wrong size, so that load_tokenizer raises an error that explains the problem
         return 0

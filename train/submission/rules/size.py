@@ -1,4 +1,4 @@
-"""Rules on size: code, model and any paid prefix together may have at most 16,000,000 bytes."""
+"""Rules on size: the sum of code, model and paid prefix may have at most 16,000,000 bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _LIMIT = "code and model have at most 16,000,000 bytes"
 
 
 def cap(record: RecordFolder) -> Finding:
-    """Check the total. A log's size is evidence; the record breaks the rule if no reading of it fits."""
+    """Check that the total size of each seed is at most 16,000,000 bytes.
+
+    Files may give different totals for a seed. The record breaks the rule only if all totals of a seed are too large.
+    """
     rule = "total size"
     readings = {result.seed: _totals(record, result) for result in record.results}
     whole = stated_total(record)
@@ -21,7 +24,7 @@ def cap(record: RecordFolder) -> Finding:
     readings = {name: found for name, found in readings.items() if found}
     if not readings:
         return unknown(rule, "no total in submission.json or in a log", _LIMIT)
-    # the least favourable seed, read as favourably as its evidence allows
+    # judge the largest seed by the smallest of its totals
     name = max(readings, key=lambda seed: min(readings[seed].values()))
     source, least = min(readings[name].items(), key=lambda item: item[1])
     where = source if name == "submission.json" else f"seed {name}, {source}"
@@ -39,7 +42,7 @@ def cap(record: RecordFolder) -> Finding:
 
 
 def code(record: RecordFolder) -> Finding:
-    """Tell which code `bytes_code` counts: the shipped script, with or without its helpers, or the code that a log counts."""
+    """Find the code whose size `bytes_code` is: the script with its modules, the script alone, or the code in a log."""
     rule = "bytes_code is the size of the code"
     given = record.claims.number("bytes_code")
     logged = sorted({size for log in record.logs for name, size in log.log["sizes"].items() if name.startswith("code")})
@@ -67,7 +70,7 @@ def code(record: RecordFolder) -> Finding:
 
 
 def parts(record: RecordFolder) -> Finding:
-    """Check that model, paid prefix and code add up to the total, so that no other bytes are shipped."""
+    """Check that the total is the sum of model, paid prefix and code, so that the record ships no other bytes."""
     rule = "total = model + code"
     number = record.claims.number
     prefix = int(number("bytes_paid_prefix") or 0)
@@ -104,13 +107,13 @@ def parts(record: RecordFolder) -> Finding:
 
 
 def stated_total(record: RecordFolder) -> float | None:
-    """Return the total of the whole record in submission.json."""
+    """Return the total size in bytes that submission.json states for the whole record."""
     total = record.claims.values.get("bytes_total")
     return total if is_number(total) else record.claims.number("artifact_bytes")
 
 
 def _codes(record: RecordFolder, result: SeedResult) -> set[float]:
-    """Every size of the code that anyone states, and the shipped one."""
+    """All sizes of the code in bytes: in the log, in submission.json, and of the shipped files."""
     sizes = result.log.log["sizes"] if result.log else {}
     found: set[float] = {size for name, size in sizes.items() if name.startswith("code")}
     found |= {value for value in (record.claims.number("bytes_code"), result.claimed.get("bytes_code")) if value}
@@ -118,7 +121,7 @@ def _codes(record: RecordFolder, result: SeedResult) -> set[float]:
 
 
 def _totals(record: RecordFolder, result: SeedResult) -> dict[str, float]:
-    """Every reading of a seed's total: where it comes from → bytes."""
+    """All totals of a seed: source of the numbers → bytes."""
     sizes = result.log.log["sizes"] if result.log else {}
     found: dict[str, float] = {}
     model = sizes.get("model")
@@ -135,5 +138,5 @@ def _totals(record: RecordFolder, result: SeedResult) -> dict[str, float]:
             if name.startswith("code_")
         }
     claimed = result.claimed.get("artifact_bytes")
-    # without a log, the claim is the only evidence; it may be the model alone
+    # use the claim only without a log, because artifact_bytes may be the size of the model alone
     return found or ({"submission.json": claimed} if claimed is not None else {})

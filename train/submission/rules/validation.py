@@ -32,7 +32,7 @@ def artifact(record: RecordFolder) -> Finding:
 
 
 def training(record: RecordFolder) -> Finding:
-    """Judge training on validation tokens. Test-time training on tokens that are already scored is allowed."""
+    """Check that the record does not train on validation tokens. Training on tokens after scoring them is allowed."""
     rule = "no training on validation tokens"
     adapted = sorted({one.name for log in record.logs for one in log.evaluations if one.kind == "ttt"})
     first = record.find(_SCORED_FIRST, logs=False)
@@ -65,7 +65,7 @@ def _nothing_found(record: RecordFolder, rule: str) -> Finding:
 
 
 def _affirmed(record: RecordFolder, pattern: str) -> list[tuple[str, str]]:
-    """Return (file name, line) for each line that matches, unless a word such as "no" stands shortly before or behind."""
+    """Return (file name, line) for each line that matches `pattern`, unless a word such as "no" is near the match."""
     found = []
     for name, line in record.find(pattern):
         lowered = line.lower()
