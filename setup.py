@@ -27,7 +27,7 @@ from setuptools.errors import CompileError, PlatformError
 ROOT = Path(__file__).resolve().parent
 EXTENSION = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 AGAIN = "then install golf_kernels again (pip install --no-build-isolation --no-deps -e .)"
-# -ffp-contract=off rounds a product before it is added, as PyTorch does
+# with -ffp-contract=off a product is rounded before it is added, as in PyTorch
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-trapping-math", "-ffp-contract=off"]
 CXX_FLAGS += ["-Wall", "-Wextra"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
@@ -87,7 +87,7 @@ def cuda_record(nvcc, cxx):
         if not re.fullmatch(r"\d{2,3}[af]?|compute_\d{2,3}", arch):
             raise PlatformError(f"GOLF_CUDA_ARCHS: expected architectures such as 80,90a or compute_80, found {arch!r}")
     version = re.search(r"V(\d+\.\d+\.\d+)", output_of(nvcc, "--version"))
-    # nvcc may be a wrapper outside the toolkit, so its dry run tells the toolkit's folder
+    # nvcc may be a wrapper outside the toolkit, so the toolkit's folder is read from its dry run
     top = re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "-x", "cu", os.devnull), re.MULTILINE)
     toolkit = os.environ.get("CUDA_HOME") or (os.path.realpath(top[1].strip()) if top else None)
     # -ccbin takes one word; if the command has several (ccache g++), nvcc uses its default compiler
@@ -100,7 +100,7 @@ def cuda_record(nvcc, cxx):
 
 
 def find_records():
-    """Returns the records of C++ and CUDA for _build_info.json: how each can be built here, or why not."""
+    """Returns the records of C++ and CUDA for _build_info.json: how each is built here, or why it cannot be."""
     cpp = cuda = None
     try:
         cxx = find_cxx()
@@ -186,7 +186,7 @@ class BuildNative(BuildStep):
 
 
 class BuildApps(BuildStep):
-    """Puts what `golf` runs into golf_kernels/_apps. An editable installation runs the checkout's."""
+    """Copies the packages that `golf` runs into golf_kernels/_apps. An editable installation uses the checkout's."""
 
     def run(self):
         for name in () if self.editable_mode else ("benchmarks", "csrc", "train"):

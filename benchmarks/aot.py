@@ -1,17 +1,17 @@
 """Compile every kernel for a GPU without having one, and check the machine code: `python -m benchmarks aot`.
 
 `benchmarks.computed.launches` launches each Triton kernel on tensors without data, and Triton compiles the kernel
-instead of running it. The CUDA kernels are in `csrc/*.cu`: an sm_90 GPU runs their machine code, others compile their PTX
-for compute capability 8.0. `--arch` names the GPUs by their compute capability, 90 for 9.0.
+instead of running it. The CUDA kernels are in `csrc/*.cu`: sm_90 GPUs run their machine code, and for other GPUs the
+driver compiles their PTX for compute capability 8.0. `--arch` names the GPUs by compute capability, 90 for 9.0.
 
 No kernel may spill registers or exceed the shared memory of its GPU. Triton kernels with 16-bit products must use the
-tensor cores, and kernels with tensor descriptors must use TMA. On sm_90 two more checks concern wgmma, which runs while
-the program goes on:
+tensor cores, and kernels with tensor descriptors must use TMA. On sm_90 two more checks concern wgmma
+instructions, which run asynchronously:
 
 - No wgmma may read its first operand from registers while a later one is pending, because the program may overwrite these
   registers too early (Triton 3.6, triton-lang/triton#9433). PTX leaves the result of such a product undefined.
-- ptxas must not serialize wgmma, which only costs time. The first check comes first: a kernel must not end the waiting of
-  one wgmma for another by breaking it.
+- ptxas must not serialize wgmma instructions. That is only slow, not wrong, so a kernel must not avoid it by breaking
+  the first rule.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """GPU architectures, and the most shared memory of a block on each, in KiB (NVIDIA's CUDA C++ Programming Guide)."""
 NVCC_FLAGS = ["-O3", "-std=c++17"]
 TENSOR_CORES = {9: ("wgmma", "wgmma.mma_async.sync"), 10: ("tcgen05", "tcgen05.mma")}
-"""The products' instruction by major compute capability, in short and in PTX; the others use `MMA`."""
+"""Major compute capability → the instruction of products, its short name and its PTX name. Other GPUs use `MMA`."""
 MMA = ("mma", "mma.sync")
 TMA = "cp.async.bulk.tensor."
 
@@ -95,12 +95,12 @@ def judge(
     short, instruction = TENSOR_CORES.get(arch // 10, MMA)
     counts = {"products": ptx.count(instruction), "tma": ptx.count(TMA)}
     broken = [f"no {short if kind == 'products' else kind}" for kind in promises if not counts[kind]]
-    # a product whose first operand is a tensor, not a place in shared memory, and a wait that leaves products pending
+    # a product whose first operand is in registers and not in shared memory, and a wait that leaves products pending
     if re.search(r"warp_group_dot %.* : tensor<", ttgir) and re.search(
         r"warp_group_dot_wait .*pendings = [1-9]", ttgir
     ):
         broken.append("registers of a pending wgmma may be overwritten")
-    # the text of a warning by ptxas
+    # the text of a warning from ptxas
     if "wgmma.mma_async instructions are serialized" in log:
         broken.append("wgmma serialized")
     if spilled:
@@ -112,14 +112,14 @@ def judge(
 
 @contextlib.contextmanager
 def _gpu(arch: int) -> Iterator[None]:
-    """Make torch and Triton take this machine for one with a GPU of an architecture."""
+    """Make torch and Triton work as if this machine had a GPU of an architecture."""
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
 
     driver = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
-        # Triton keeps compiled kernels by device
+        # Triton keeps compiled kernels per device
         get_current_device=lambda: arch,
         get_current_stream=lambda device: 0,
     )
@@ -149,13 +149,13 @@ def _ptxas_logs() -> Iterator[None]:
     with knobs.runtime.scope(), knobs.nvidia.scope(), knobs.cache.scope():
         knobs.runtime.add_stages_inspection_hook = keep_log
         knobs.nvidia.dump_ptxas_log = True
-        # kernels in the usual folder have no log
+        # kernels that are already in the usual cache folder have no log
         knobs.cache.dir = os.path.join(knobs.cache.dir, "aot")
         yield
 
 
 def refused(arch: int) -> dict[str, str]:
-    """Each operator whose Triton kernels cannot run on an architecture, and why."""
+    """Returns operator → why its Triton kernels cannot run on an architecture, for the operators that cannot."""
     from golf_kernels import dispatch, operators
 
     with_triton = {op for op, backend, _ in dispatch.registered() if backend == "triton"}
@@ -210,7 +210,7 @@ def _judge_triton(file: str, compiled: Any, arch: int) -> Compiled:
     constants = {kernel.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
     parts = [kernel.__name__.removesuffix("_kernel"), *re.findall(r"bf16|fp16|fp32", kinds)[:1]]
     for name, value in constants.items():
-        # name only constants in capitals, because Triton also turns integer arguments that equal 1 into constants
+        # the source's constants are in capitals; Triton also makes constants of integer arguments that equal 1
         if name.isupper() and value is not False:
             parts.append(name.lower() if value is True else f"{name.lower()}={value}")
     promises = ["tma"] if "tensordesc" in kinds else []
@@ -222,7 +222,7 @@ def _judge_triton(file: str, compiled: Any, arch: int) -> Compiled:
 
 
 def find_nvcc() -> str:
-    """The path of nvcc: in CUDA_HOME if that is set, otherwise in PATH or /usr/local/cuda."""
+    """Returns the path of nvcc: in CUDA_HOME if that is set, otherwise in PATH or /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME")
     places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
     nvcc = next(filter(None, map(shutil.which, places)), None)
@@ -233,7 +233,7 @@ def find_nvcc() -> str:
 
 def compile_cuda(paths: Sequence[Path], arch: int = 90) -> list[Compiled]:
     nvcc = find_nvcc()
-    # as setup.py does, and then the driver
+    # machine code for sm_90, as in setup.py; for others, the PTX of setup.py, compiled here instead of by the driver
     code = "arch=compute_90a,code=sm_90a" if arch == 90 else f"arch=compute_80,code=sm_{arch}"
     found = []
     for path in paths:

@@ -71,7 +71,7 @@ class CodecRow(NamedTuple):
 
 
 class CurvePoint(NamedTuple):
-    """The models quantized at one SDClip width k (`sigmas`).
+    """A model quantized at one SDClip width k (`sigmas`).
 
     `model_bytes` has the artifact's bytes under each codec. `matrix_bits` is the order-0 entropy per code of the
     matrices. `val_bpb` is scored with windows that do not overlap.
@@ -84,14 +84,14 @@ class CurvePoint(NamedTuple):
 
 
 def entropy_bytes(codes: bytes) -> float:
-    """Order-0 entropy in bytes: −Σ n log2(n/N) / 8. For each value, n counts its codes; N counts all codes."""
+    """Returns the order-0 entropy in bytes: −Σ n log2(n/N) / 8, with n codes of each value and N codes in all."""
     counts = np.bincount(np.frombuffer(codes, np.uint8))
     counts = counts[counts > 0]
     return float(-(counts * np.log2(counts / counts.sum())).sum() / 8) if len(counts) else 0.0
 
 
 def predicted_bits(bits: int, sigmas: float) -> float:
-    """Entropy in bits per code of a Gaussian row under SDClip: ½ log2(πe/2) + b − log2 k.
+    """Returns the entropy in bits per code of a Gaussian row under SDClip: ½ log2(πe/2) + b − log2 k.
 
     b is `bits`, the width k is `sigmas`. Source: #1394.
     """
@@ -99,7 +99,7 @@ def predicted_bits(bits: int, sigmas: float) -> float:
 
 
 def made_tensors(layers: int = 11, dim: int = 512, vocab_size: int = 8192) -> StoredTensors:
-    """The large tensors of a model, with random Gaussian rows, quantized by SDClip.
+    """Returns the large tensors of a model, with random Gaussian rows, quantized by SDClip.
 
     The matrices have 6 bits at k = 12.85, the embedding has 8 bits at k = 20.
     """
@@ -149,7 +149,7 @@ def codec_rows(tensors: StoredTensors, config: Config, codecs: Sequence[str]) ->
 
 
 def codec_table(rows: Sequence[CodecRow], codes: int) -> str:
-    """The rows as a text table. The first row is the entropy; `codes` is the number of codes."""
+    """Returns the rows as a text table. The first row is the entropy. `codes` is the number of codes."""
     entropy = rows[0].code_bytes
     lines = [
         f"{'codec':<8}  {'file bytes':>12}  {'bits/code':>9}  {'over entropy':>12}  {'encode s':>8}  {'read s':>7}"
@@ -162,7 +162,7 @@ def codec_table(rows: Sequence[CodecRow], codes: int) -> str:
 
 
 def group_table(rows: Sequence[CodecRow], codes: dict[str, int]) -> str:
-    """A text table of bits per code: a line for each group, a column for the entropy and for each codec.
+    """Returns a text table of bits per code: a line for each group, a column for the entropy and for each codec.
 
     `codes` maps a group to its number of codes.
     """
@@ -211,7 +211,7 @@ def curve(
 
 
 def curve_table(points: Sequence[CurvePoint], bits: int) -> str:
-    """The points as a text table, with the entropy predicted for Gaussian rows."""
+    """Returns the points as a text table, with the entropy predicted for Gaussian rows."""
     codecs = list(points[0].model_bytes)
     heads = "  ".join(f"{f'{name} bytes':>14}" for name in codecs)
     lines = [f"{'k':>6}  {'bits/code':>9}  {'predicted':>9}  {heads}  {'val_bpb':>10}"]

@@ -1,8 +1,9 @@
 """Milliseconds on a CPU: the trainer's step beside a plain one, and Muon beside torch.optim.Muon and heavyball.
 
-`plain` runs a step's micro-batches one by one, calls the operators and multiplies in float32. `trainer` is the step of
-`python -m train`. Both start from the same weights, read the same tokens and keep freed memory; a step is that of one
-process. Muon steps on the 18 matrices of three layers, before the process keeps freed memory.
+`plain` runs a step's micro-batches one by one, calls the `golf::` operators and multiplies in float32. `trainer` is the
+step of `python -m train` in one process. Both start from the same weights and read the same tokens. For both, the
+memory allocator keeps freed memory, as in the trainer; for the Muons it does not. The Muons step on the 18 matrices of
+three layers.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from train.optimize.groups import build_optimizers
 from train.recipes import recipe_names
 
 CPU = torch.device("cpu")
-# cosine between the first update of a Muon and that of torch.optim.Muon; other coefficients gave 0.98
+# least cosine between the first update of a Muon and that of torch.optim.Muon; other coefficients gave 0.98
 LEAST_COSINE = 0.9
 
 
 class MicroBatches:
-    """A loader of one step: its micro-batches, of whole sequences."""
+    """A loader for one step, which splits the step's tokens into micro-batches of `sequences` sequences."""
 
     def __init__(self, tokens: np.ndarray, sequences: int) -> None:
         self.rows = torch.from_numpy(tokens.view(np.int16)).split(sequences)
@@ -50,7 +51,7 @@ class MicroBatches:
 
 
 def step_variant(name: str, config: Config, sequences: int) -> StepVariant:
-    """The variant `plain` or `trainer`, on micro-batches of `sequences` sequences."""
+    """Returns the variant `plain` or `trainer`, with micro-batches of `sequences` sequences."""
     torch.manual_seed(config.seed)
     model = GPT(config)
     optimizers = build_optimizers(model, config)
@@ -94,12 +95,12 @@ def measure_step(bench: Bench, sequences: int, recurrence: bool) -> bool:
 
 
 def ratio(before: Sequence[float], after: Sequence[float]) -> float:
-    """Median of the ratios turn by turn, which a machine's other work changes least."""
+    """Returns the median of before / after over the turns, which other work on the machine changes little."""
     return statistics.median(b / a for b, a in zip(before, after, strict=True)) if before and after else math.nan
 
 
 def muons() -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
-    """The optimizers that are installed, with their own defaults."""
+    """Returns name → function that builds an optimizer with its own defaults, for those that are installed."""
     found: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
         "torch.optim.Muon": lambda weights: torch.optim.Muon(weights, lr=0.02, weight_decay=0.0),
         "golf_kernels.Muon": lambda weights: Muon(weights, lr=0.02, weight_decay=0.0),
@@ -131,7 +132,7 @@ def measure_muon(clock: common.Clock, shapes: Sequence[tuple[int, int]]) -> bool
         try:
             optimizer = build(parameters)
             times[name] = [step_ms(optimizer, gradients, clock)]
-        # an optimizer that compiles its step needs a compiler that fits
+        # some optimizers compile their step, which fails without a suitable compiler
         except Exception as error:
             print(f"{name} is left out: {str(error).strip().partition(chr(10))[0]}")
             continue
@@ -141,7 +142,7 @@ def measure_muon(clock: common.Clock, shapes: Sequence[tuple[int, int]]) -> bool
         turn = number % len(optimizers)
         for name in [*optimizers][turn:] + [*optimizers][:turn]:
             times[name].append(step_ms(optimizers[name], gradients, clock))
-    # the first steps allocate moments and memory
+    # drop the first two steps, which allocate memory
     times = {name: found[2:] for name, found in times.items()}
     first, *_ = optimizers
     fine = True
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens = arguments.tokens or config.train_batch_tokens
     if tokens % length:
         parser.error(f"--tokens: expected a multiple of {length}, found {tokens}")
-    # the benchmarks' batch is that of one of 8 ranks
+    # the benchmarks give one process an eighth of the batch, as on 8 ranks
     config = config.replace(train_seq_len=length, train_batch_tokens=MICRO_BATCHES * tokens)
     clock = common.Clock(CPU, warmup_ms=arguments.warmup_ms, rounds=arguments.rounds)
     fine = measure_muon(clock, model_shapes(3, 16, 2) if arguments.tiny else model_shapes(3))

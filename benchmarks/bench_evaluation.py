@@ -57,7 +57,7 @@ class Text(NamedTuple):
 
 
 def text_flops(model: GPT, config: Config, targets: int) -> float:
-    """FLOPs of scoring a text. If windows can share layer 0's projections, those count once per token."""
+    """Returns the FLOPs of scoring a text. Projections of layer 0 that windows share count once per token."""
     plan = plan_windows(targets, config.window, config.eval_stride, config.eval_rule)
     flops = len(plan.start) * window_flops(config, config.eval_stride)
     if model.overlap_problem is not None:
@@ -68,7 +68,7 @@ def text_flops(model: GPT, config: Config, targets: int) -> float:
 
 
 def make_text(vocab_size: int, count: int, seed: int) -> Text:
-    """A text of random tokens, Zipf-distributed as in real text. `count` of the tokens are to be predicted."""
+    """Returns random tokens, Zipf-distributed as in real text. `count` of the tokens are to be predicted."""
     random = np.random.default_rng(seed)
     tokens = np.minimum(random.zipf(1.2, count + 1), vocab_size - 1).astype(np.uint16)
     boundary = np.arange(vocab_size) < 3
@@ -140,7 +140,7 @@ class Processes:
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=_serve, args=(config, rank, count, store, theirs), daemon=True)
             process.start()
-            # close this process's copy, so that reading fails if the other process dies
+            # this process closes its copy of the other end, so that reading fails if the other process dies
             theirs.close()
             self._ends.append(ours)
             self._processes.append(process)
@@ -198,7 +198,7 @@ def make_case(model: GPT, config: Config, targets: int) -> common.Case:
 def describe_rows(
     rows: Sequence[common.Row], targets: int, limits: common.Ceilings, whole: int, *, on_gpu: bool
 ) -> list[str]:
-    """A line for each row: tokens per second, speed-up over the first row, and fraction of the measured matrix rate.
+    """Returns a line per row: tokens per second, speed-up over the first row, and fraction of the measured matrix rate.
 
     If `whole` is not 0, the line also has the seconds that 8 devices would take for `whole` tokens.
     """

@@ -12,7 +12,7 @@ from benchmarks.measure import common
 from golf_kernels import dispatch
 from train.common.errors import main_guard
 
-# (matrices of this shape, columns of a block, rows) of query and output, key and value, up, down
+# (number of matrices, columns of a block, rows) of query and output, key and value, up, down
 MODEL = ((22, 128, 512), (22, 128, 256), (11, 128, 2048), (11, 128, 512))
 TINY = ((2, 9, 21),)
 LIMIT = 31
@@ -30,7 +30,7 @@ def make_block(shape: tuple[int, int, int], device: torch.device, seed: int) -> 
 
 
 def make_case(shape: tuple[int, int, int], device: torch.device) -> common.Case:
-    """One block of each matrix of a shape. Results must equal the PyTorch backend's bit for bit."""
+    """Returns the case of one block of each matrix. Results must equal those of the PyTorch backend bit for bit."""
     batch, columns, rows = shape
     elements = batch * columns * rows
     return common.Case(

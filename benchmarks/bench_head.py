@@ -39,7 +39,7 @@ class Head(NamedTuple):
 
 
 def make_head(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: torch.device, seed: int) -> Head:
-    """Random hidden states of unit variance, weights that give logits of a few units, and random targets."""
+    """Returns random hidden states of unit variance, weights that give logits of a few units, and random targets."""
     generator = torch.Generator(device).manual_seed(seed)
     hidden = torch.randn(rows, width, device=device, generator=generator)
     weight = 2 * width**-0.5 * torch.randn(vocabulary, width, device=device, generator=generator)
@@ -48,21 +48,21 @@ def make_head(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device
 
 
 def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The loss as the published scripts compute it from hidden states."""
+    """Computes the loss from hidden states, as the published scripts do."""
     logits = F.linear(hidden, weight)
     capped = SOFTCAP * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / SOFTCAP)
     return F.cross_entropy(capped, targets)
 
 
 def with_gradients(loss_of: Callable[..., Tensor], given: Head) -> list[Tensor]:
-    """The loss, dx and dW; the gradients come from autograd."""
+    """Returns the loss, dx and dW. The gradients come from autograd."""
     hidden, weight = (tensor.detach().requires_grad_() for tensor in given[:2])
     loss = loss_of(hidden, weight, given.targets)
     return [loss.detach(), *torch.autograd.grad(loss, [hidden, weight])]
 
 
 def exact(given: Head, rows_at_once: int = 4096) -> list[Tensor]:
-    """The loss, dx and dW in float64, computed a few rows at a time."""
+    """Returns the loss, dx and dW in float64, computed a few rows at a time."""
     weight = given.weight.double().requires_grad_()
     losses, gradients = [], []
     for hidden, targets in zip(given.hidden.split(rows_at_once), given.targets.split(rows_at_once), strict=True):
@@ -77,10 +77,7 @@ def exact(given: Head, rows_at_once: int = 4096) -> list[Tensor]:
 
 @contextlib.contextmanager
 def chunk_bytes(device: torch.device, size: int | None) -> Iterator[None]:
-    """Let the operator use chunks of `size` bytes. None leaves the operator's default.
-
-    The operator computes a chunk's size with 4 bytes per logit.
-    """
+    """Let the operator use chunks of `size` bytes, with 4 bytes per logit. None leaves the operator's default."""
     before = head.CHUNK_BYTES[device.type]
     head.CHUNK_BYTES[device.type] = size or before
     try:
@@ -100,7 +97,7 @@ def golf_variant(impl: str, backend: dispatch.Backend, device: torch.device, siz
 
 
 def make_variants(device: torch.device) -> list[common.Variant]:
-    """The variants that can run here: `compile`, and each backend."""
+    """Returns the variants that can run here: `compile`, and each backend."""
     plain = functools.partial(with_gradients, common.compiled(plain_loss, device))
     variants = [common.Variant("compile", plain), golf_variant("torch", "torch", device)]
     if device.type == "cuda" and dispatch.triton_problem() is None:
@@ -112,7 +109,7 @@ def make_variants(device: torch.device) -> list[common.Variant]:
 
 
 def make_case(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> common.Case:
-    """The head at one shape. Its FLOPs are three products; its bytes leave out the logits, which need not be stored."""
+    """Returns the case of one shape. FLOPs count three products. Bytes exclude the logits, which need not be stored."""
     return common.Case(
         "softcapped_cross_entropy",
         f"{rows}x{width}x{vocabulary}",
@@ -127,7 +124,7 @@ def make_case(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device
 
 
 def verdict(times: Mapping[str, float], peaks_gb: Mapping[str, float], vocabulary: int) -> str:
-    """A line that compares this package's fastest backend with `compile` and with the goals."""
+    """Returns a line that compares this package's fastest backend with `compile` and with the goals."""
     chain = times["compile"]
     ours = min((name for name in times if name != "compile"), key=lambda name: times[name])
     speed, memory = GOALS.get(vocabulary, (None, None))

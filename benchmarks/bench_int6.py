@@ -75,7 +75,7 @@ def one_by_one(fill: Callable[[Matrix], Any]) -> Callable[[Sequence[Matrix]], An
 
 
 def nearest(one: Matrix) -> Tensor:
-    """Fake quantization in float64. The quotient is float32, so that ties are rounded as in the operator."""
+    """Fake-quantizes in float64. Only the quotient is float32, so that ties are rounded as in the operator."""
     steps = one.scales.float()[:, None]
     return (one.weight / steps).clamp(-31, 31).round().double() * steps
 
@@ -143,7 +143,7 @@ def make_case(operation: Operation, shapes: Sequence[tuple[int, int]], device: t
 
 
 def variants(operation: Operation, device: torch.device) -> list[common.Variant]:
-    """The variants that can run here: PyTorch, and the native backend if it is built."""
+    """Returns the variants that can run here: PyTorch, and the native backend if it is built."""
 
     def fill(model: Sequence[Matrix]) -> list[Tensor]:
         operation.native(model)
@@ -159,7 +159,7 @@ def variants(operation: Operation, device: torch.device) -> list[common.Variant]
 
 
 def copy_gbps(clock: common.Clock, traffic_bytes: float, pieces: int) -> float:
-    """GB/s of a copy in `pieces` pieces. `traffic_bytes` counts both reading and writing."""
+    """Returns the GB/s of a copy in `pieces` pieces. `traffic_bytes` counts the bytes read and the bytes written."""
     sources = torch.randint(0, 255, (pieces, int(traffic_bytes / 2 / pieces)), dtype=torch.uint8, device=clock.device)
     targets = torch.zeros_like(sources)
 

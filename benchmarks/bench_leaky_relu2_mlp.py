@@ -37,7 +37,7 @@ class Shape(NamedTuple):
 
 
 def kernels(shape: Shape) -> dict[str, list[Kernel]]:
-    """The launches of this package's block, by pass.
+    """Returns pass → kernel launches of this package's block.
 
     The launch `extra` is not part of the floor, because the kernel of the up product could do its work.
     """
@@ -56,7 +56,7 @@ def kernels(shape: Shape) -> dict[str, list[Kernel]]:
 
 
 def predict(shape: Shape) -> str:
-    """A text with the microseconds of each pass on each GPU, computed from memory traffic and FLOPs."""
+    """Returns a text with the microseconds of each pass on each GPU, computed from memory traffic and FLOPs."""
     lines = [f"computed, not measured: {shape.rows}x{shape.d}x{shape.hidden}, µs"]
     for device in DEVICES:
         passes = {name: sum(k.floor_ms(device) for k in group) for name, group in kernels(shape).items()}
@@ -105,7 +105,7 @@ PEERS = {"quack-kernels": quack, "liger-kernel": liger}
 
 
 def make_inputs(shape: Shape, device: torch.device, seed: int) -> Inputs:
-    """Random inputs, weights scaled as in a model, and `dy`, the gradient of the result."""
+    """Returns random inputs, weights scaled as in a model, and `dy`, the gradient of the result."""
     generator = torch.Generator(device).manual_seed(seed)
     rows, d, hidden = shape
     sizes = {"x": (rows, d), "w_up": (hidden, d), "w_down": (d, hidden), "scale": (d,), "dy": (rows, d)}
@@ -146,7 +146,7 @@ def make_case(shape: Shape, slope: float, device: torch.device) -> common.Case:
 
 
 def products_case(shape: Shape, device: torch.device) -> common.Case:
-    """The block's six products alone, on tensors of the same sizes."""
+    """Returns the case of the block's six products alone, on tensors of the same sizes."""
 
     def make(seed: int) -> Inputs:
         made = {name: tensor.detach() for name, tensor in make_inputs(shape, device, seed).items()}
@@ -167,7 +167,7 @@ def products_case(shape: Shape, device: torch.device) -> common.Case:
 
 
 def products(inputs: Inputs) -> list[Tensor]:
-    """The results of the products up, down, dpre, dx, dw_up and dw_down."""
+    """Returns the results of the products up, down, dpre, dx, dw_up and dw_down."""
     x, w_up, w_down, _, dy, post, dpre = inputs.values()
     return [x @ w_up.T, post @ w_down.T, dy @ w_down, dpre @ w_up, dpre.T @ x, dy.T @ post]
 
@@ -186,7 +186,7 @@ def narrow_tile(product: str, columns: int) -> Any:
 
 
 def cublas_down(post: Tensor, w_down: Tensor, residual: Tensor) -> Tensor:
-    """The down product in cuBLAS, which first copies the residual."""
+    """Computes the down product in cuBLAS, which first copies the residual."""
     return torch.addmm(residual, post, w_down.T)
 
 
@@ -206,7 +206,7 @@ def triton_variant(name: str, slope: float) -> common.Variant:
 
 
 def variants(slope: float, device: torch.device) -> list[common.Variant]:
-    """The variants that can run here. Prints why others cannot."""
+    """Returns the variants that can run here. Prints why others cannot."""
     made = []
     if "triton" in dispatch.available_backends("leaky_relu2_mlp"):
         made += [triton_variant(name, slope) for name in TRITON]
@@ -229,7 +229,7 @@ def variants(slope: float, device: torch.device) -> list[common.Variant]:
 
 
 def profile(variant: common.Variant, inputs: Inputs) -> str:
-    """The profiler's table of one call, with the time of each kernel."""
+    """Returns the profiler's table of one call, with the time of each kernel."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -259,9 +259,9 @@ def compare(shape: Shape, slope: float, clock: common.Clock, limits: common.Ceil
 
 
 def memory_lines(peaks: dict[str, int], hidden_bytes: int) -> list[str]:
-    """Lines with each variant's peak memory, and how much less the Triton kernels need than the compiled block.
+    """Returns lines with each variant's peak memory, and how much less the Triton kernels need than the compiled block.
 
-    The difference is given in hidden tensors, `(rows, hidden)` each.
+    The unit of the difference is a hidden tensor `(rows, hidden)`.
     """
     lines = [f"{name}: {peak / 1e6:.0f} MB at most beyond the inputs" for name, peak in peaks.items()]
     if {"triton", "compile"} <= set(peaks):

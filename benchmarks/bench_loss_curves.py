@@ -2,7 +2,7 @@
 
 The first of the `--variants` (`benchmarks.measure.step_variants`) trains from several seeds, the others from the first
 seed. All see the same tokens, an eighth of a batch per step. The losses are smoothed. The distance of two curves is
-their mean |difference|. The spread is the mean distance between the first variant's seeds. Every other variant's
+their mean |difference|. The spread is the mean distance between two seeds of the first variant. Every other variant's
 distance from the first variant with the same seed must be below the spread; otherwise the exit code is 1. The curves
 and a plot go to `--out`. Distances measured on a GPU go to `benchmarks/results/curves/`.
 """
@@ -51,7 +51,7 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean |difference| in nats of two curves after smoothing. Infinite if a loss is not finite."""
+    """Returns the mean |difference| of two smoothed curves, in nats; infinity if a loss is not finite."""
     found = float(np.abs(smoothed(one) - smoothed(other)).mean())
     return found if np.isfinite(found) else float("inf")
 

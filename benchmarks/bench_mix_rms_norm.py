@@ -26,9 +26,10 @@ class Shape(NamedTuple):
 
 
 def traffic(shape: Shape) -> dict[str, dict[str, float]]:
-    """Bytes that each pass reads and writes. The results of column sums and row norms, under 1 %, are not counted.
+    """Returns the bytes that each pass reads and writes, without the column sums and row norms, which are under 1 %.
 
-    Forward, both variants read x, x0 and write h, n. Backward, the Triton kernels read dh, dn, x, x0 and write dx, dx0.
+    In the forward pass both variants read x, x0 and write h, n. In the backward pass the Triton kernels read dh, dn, x,
+    x0 and write dx, dx0.
     Inductor's first kernel reads dh, dn, h and writes dx, dx0 and the gradient of h. Its second kernel reads that
     gradient, x and x0 to compute the column sums.
     """

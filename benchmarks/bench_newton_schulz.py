@@ -1,9 +1,9 @@
 """Newton-Schulz and the Muon step on the matrices of an 11-layer model: `python -m benchmarks.bench_newton_schulz`.
 
-Both are measured on all 66 matrices and on those of one rank of eight. The variants are torch.optim.Muon, the PyTorch
-backend, compiled products of banks (all matrices of one shape, stacked), gram-newton-schulz if it is installed, and the
-Triton kernels. Each runs eagerly and as a CUDA graph. Goals on a GPU: Newton-Schulz in 0.60 ms for all matrices and in
-0.12 ms for one rank's; a Muon step 6 times as fast as torch.optim.Muon's and 1.5 times as fast as the best other's.
+Both are measured on all 66 matrices, and on the matrices of one rank of eight. The variants are torch.optim.Muon, the
+PyTorch backend, compiled products of banks (all matrices of one shape, stacked), gram-newton-schulz if it is installed,
+and the Triton kernels. Each runs eagerly and as a CUDA graph. Goals on a GPU: Newton-Schulz in 0.60 ms for all matrices
+and in 0.12 ms for one rank's; a Muon step 6 times as fast as torch.optim.Muon's, and 1.5 times as fast as any other's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Bank = Callable[[Tensor], Tensor]
 
 
 def model_shapes(layers: int = 11, width: int = 512, mlp_mult: int = 4) -> Shapes:
-    """Shapes of all matrices: query and output, key and value, up and down of every layer.
+    """Returns the shapes of all matrices: query and output, key and value, up and down of every layer.
 
     Keys and values have half as many heads as queries.
     """
@@ -41,7 +41,7 @@ def model_shapes(layers: int = 11, width: int = 512, mlp_mult: int = 4) -> Shape
 
 
 def matrices_of_one_rank(shapes: Shapes) -> Shapes:
-    """Shapes of the matrices of one rank of eight: the rank with the most work."""
+    """Returns the shapes of the matrices of one rank: of the eight ranks, the one with the most work."""
     owners = assign(shapes, 8)
     shares = [tuple(s for s, owner in zip(shapes, owners, strict=True) if owner == rank) for rank in range(8)]
     return max(shares, key=lambda share: sum(newton_schulz_cost(*shape) for shape in share))
@@ -90,7 +90,7 @@ def by_banks(bank: Bank) -> Callable[[Any], Sequence[Tensor]]:
 
 
 def gram_bank() -> Bank | None:
-    """The library gram-newton-schulz with this package's coefficients, compiled.
+    """Returns the compiled function of the library gram-newton-schulz, with this package's coefficients.
 
     If the library is not installed, prints the reason to stderr and returns None.
     """
@@ -106,7 +106,7 @@ def gram_bank() -> Bank | None:
 
 
 def newton_schulz_variants(device: torch.device) -> dict[str, Callable[[Any], Sequence[Tensor]]]:
-    """The implementations of Newton-Schulz that can run here, by name."""
+    """Returns name → implementation of Newton-Schulz, for those that can run here."""
     found = {"torch.optim.Muon": torch_loop, "torch": orthogonalize("torch", torch.bfloat16)}
     if device.type != "cuda":
         return found | {"banks": by_banks(plain_bank)}
@@ -146,11 +146,11 @@ def muon_case(name: str, shapes: Shapes, device: torch.device) -> Case:
 
 
 def muon_step(build: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Callable[[Any], Sequence[Tensor]]:
-    """Returns a function that takes one optimizer step; each set of inputs has an optimizer of its own.
+    """Returns a function that makes one optimizer step. Each set of inputs has an optimizer of its own.
 
     The first call with a set of inputs returns the change of the weights, later calls return [].
     """
-    # inputs are identified by an address, so they are kept: no other tensor can then get that address
+    # inputs are recognized by an address, so they are kept: otherwise another tensor could get that address
     optimizers: dict[int, tuple[torch.optim.Optimizer, dict[str, list[Tensor]]]] = {}
 
     def run(given: dict[str, list[Tensor]]) -> list[Tensor]:
@@ -172,10 +172,10 @@ def muon_step(build: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Callabl
 
 
 class BankedMuon(torch.optim.Optimizer):
-    """Muon without weight decay on banks, which are stacks of matrices of one shape.
+    """Muon on banks, which are stacks of matrices of one shape, with learning rate 1 and without weight decay.
 
-    The weights become views of the banks. `step` takes a bank's weights, gradients and momenta, and a factor. The
-    learning rate is 1 times that factor.
+    The weights become views of the banks. `step(weights, gradients, momenta, ratio)` updates one bank. `ratio` is the
+    bank's factor on the learning rate.
     """
 
     def __init__(self, weights: list[Tensor], step: Callable[[Tensor, Tensor, Tensor, float], None]) -> None:
@@ -192,7 +192,7 @@ class BankedMuon(torch.optim.Optimizer):
                 weight.data = place
             self._banks.append((bank, gradient, torch.zeros_like(bank), max(1.0, shape[0] / shape[1]) ** 0.5))
 
-    # PyTorch's signature has a closure, which no benchmark uses
+    # PyTorch's signature has an argument `closure`, which no benchmark uses
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for bank in self._banks:
@@ -221,7 +221,7 @@ def forced(backend: dispatch.Backend) -> Callable[[list[Tensor]], torch.optim.Op
 
 
 def muon_variants(device: torch.device) -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
-    """Functions that build the optimizers that can run here, by name."""
+    """Returns name → function that builds an optimizer, for those that can run here."""
     found: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
         "torch.optim.Muon": lambda w: torch.optim.Muon(w, lr=1.0, weight_decay=0.0),
         "torch": forced("torch"),
@@ -240,7 +240,7 @@ def muon_variants(device: torch.device) -> dict[str, Callable[[list[Tensor]], to
 def variants_of(
     implementations: dict[str, Callable[[Any], Sequence[Tensor]]], case: Case, device: torch.device
 ) -> list[Variant]:
-    """Each implementation eagerly and, on a GPU, also as a CUDA graph.
+    """Returns each implementation as an eager variant and, on a GPU, also as a CUDA graph.
 
     An implementation outside golf_kernels that does not run is left out; its error is printed.
     """
@@ -250,7 +250,7 @@ def variants_of(
 
 
 def verdicts(rows: Sequence[Row], goal_ms: float) -> list[str]:
-    """Lines that compare the results with the goals. Empty if no Triton kernel ran."""
+    """Returns lines that compare the results with the goals, or no lines if no Triton kernel ran."""
     times = {row["impl"]: row["p50"] for row in rows}
     ours, others = ({k: v for k, v in times.items() if k.startswith("triton") is wanted} for wanted in (True, False))
     if not ours:

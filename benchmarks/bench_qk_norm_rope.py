@@ -31,7 +31,7 @@ class Shape(NamedTuple):
 
 
 def traffic(shape: Shape) -> dict[str, dict[str, float]]:
-    """Bytes that each pass reads and writes: each large tensor once, and the norms' factors (rstd).
+    """Returns the bytes that each pass reads and writes: each large tensor once, and the norms' factors (rstd).
 
     The cosine and sine tables stay in the cache.
     """

@@ -2,7 +2,7 @@
 
 Weights and tokens are random. Goals on one H100: calibration on 64 batches in 4 s, GPTQ of 67 matrices in 2 s. Goal on
 eight H100: 128 texts of 2,048 tokens, 16 on each GPU, in well under a minute. Floors count arithmetic and memory
-traffic, but what limits generation is the number of launches.
+traffic, but generation is limited by its many kernel launches.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STAGES = ("calibrate", "gptq", "generate")
 TEXTS = 16
 # number of batches checked in float64; checking all would take too long
 CHECKED_BATCHES = 2
-# sequences per forward pass in float64, where attention stores all scores
+# sequences per forward pass in float64, in which attention stores all scores
 EXACT_SEQUENCES = 4
 # the least `agreement` that the check accepts
 LEAST_AGREEMENT = 0.9
@@ -47,14 +47,14 @@ TINY = NARROW | {"train_seq_len": 64, "train_batch_tokens": 1024, "eval_seq_len"
 
 
 def make_batches(config: Config, count: int, device: torch.device) -> list[Tensor]:
-    """`count` micro-batches of random tokens."""
+    """Returns `count` micro-batches of random tokens."""
     generator = torch.Generator().manual_seed(config.seed)
     shape = (max(config.train_batch_tokens // 8 // config.train_seq_len, 1), config.train_seq_len)
     return [torch.randint(config.vocab_size, shape, generator=generator).to(device) for _ in range(count)]
 
 
 def calibration_flops(config: Config) -> float:
-    """FLOPs of calibration per token: the forward pass of all layers, and the second moments of the matrices' inputs.
+    """Returns FLOPs of calibration per token: the forward pass of all layers, and second moments of matrices' inputs.
 
     Second moments are symmetric, so only half of each counts. A layer has four inputs, because queries, keys and values
     share one. The tied embedding adds one input to the total.
@@ -77,7 +77,7 @@ def measure_calibration(
     parts = [part for ids in few for part in ids.split(EXACT_SEQUENCES)]
     truth = collect_hessians(exact, parts, names, recurrence=recurrence)
     found = collect_hessians(model, few, names, recurrence=recurrence)
-    # a Hessian is the mean over the batches in its list, and `parts` has more of them than `few`
+    # a Hessian is the mean over batches, and the same tokens are more batches in `parts` than in `few`
     whole = len(parts) / len(few)
     error = common.relative_error([found[name] for name in names], [truth[name] * whole for name in names])
     # bfloat16 errors add up over the layers
@@ -112,7 +112,7 @@ def make_hessians(model: GPT, names: Sequence[str], seed: int) -> dict[str, Tens
 
 
 def gptq_case(model: GPT, config: Config, names: Sequence[str]) -> common.Case:
-    """GPTQ of all matrices and embedding tables, from weights to codes and scales in host memory."""
+    """Returns the case GPTQ: all matrices and embedding tables, from weights to codes and scales in host memory."""
     parameters = dict(model.named_parameters())
 
     def truth(hessians: dict[str, Tensor]) -> list[Tensor]:
@@ -140,9 +140,10 @@ def gptq_case(model: GPT, config: Config, names: Sequence[str]) -> common.Case:
 
 
 def agreement(model: GPT, config: Config, texts: Tensor) -> float:
-    """Fraction of generated tokens that stay the same if they are drawn from the logits of the finished texts.
+    """Returns the fraction of generated tokens that stay the same if drawn again from the logits of the finished texts.
 
-    Both draws use the same random numbers. The first draw uses the key-value cache and the second does not, so a low fraction shows an error of the cache.
+    Both draws use the same random numbers. Only the first draw uses the key-value cache, so a low fraction shows an
+    error of the cache.
     """
     rows, length = texts.shape
     draws = np.array([np.random.default_rng([config.seed, number]).random(length) for number in range(rows)])

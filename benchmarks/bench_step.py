@@ -2,7 +2,7 @@
 
 A step does the work of one of 8 ranks; `benchmarks.measure.step_variants` defines the variants. All variants start from
 the same weights and read the same tokens. A variant writes no row if it fails, or if its loss or weight update differs
-from the first variant's. Each phase, recurrence off and on, writes its rows before the next phase begins.
+from the first variant's. The rows of the phase without recurrence are written before the phase with recurrence begins.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def profile_variant(variant: StepVariant, bench: Bench, recurrence: bool) -> tup
 
 
 def peak_mib(variant: StepVariant, bench: Bench, recurrence: bool) -> float | None:
-    """MiB that one step allocates at its peak, beyond what is allocated before it. None on a CPU."""
+    """Returns the MiB that one step allocates at its peak, beyond what was allocated before. None on a CPU."""
     device = bench.clock.device
     if device.type != "cuda":
         return None
@@ -110,7 +110,7 @@ def measure_phase(names: list[str], bench: Bench, recurrence: bool, traces: Path
 def cells(
     row: common.Row, base: common.Row, variant: StepVariant, bench: Bench, busy: float | None, peak: float | None
 ) -> list[str]:
-    """The cells of a variant's table line, in the order of `COLUMNS`."""
+    """Returns the cells of a variant's table line, in the order of `COLUMNS`."""
     sheet = datasheet_tflops(bench.surroundings["gpu"])
     found = [f"{row[name]:.2f}" for name in ("p20", "p50", "p80")]
     # a tiny step has no speed-up to show, because launches dominate its time
@@ -122,13 +122,13 @@ def cells(
 
 
 def comparison(name: str, before: common.Row, after: common.Row) -> str:
-    """A line with both milliseconds per step, their relative difference, and the verdict of `verdict_of`."""
+    """Returns a line: both milliseconds per step, their relative difference, and the verdict of `verdict_of`."""
     change = after["p50"] / before["p50"] - 1
     return f"{name:<40}{before['p50']:>9.2f} → {after['p50']:>9.2f}  {change:>+7.1%}  {verdict_of(before, after)}"
 
 
 def verdict_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """faster or SLOWER if the p20-to-p80 ranges of the two rows are disjoint; otherwise within the spread."""
+    """Returns faster or SLOWER if the ranges from p20 to p80 of both rows are disjoint, otherwise within the spread."""
     if min(before["n"], after["n"]) < VERDICT_ROUNDS:
         return "too few rounds"
     if after["p80"] < before["p20"] or after["p20"] > before["p80"]:

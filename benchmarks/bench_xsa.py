@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 
 
 def traffic(shape: Shape) -> dict[str, dict[str, float]]:
-    """Bytes that each pass reads and writes. o is attention's output, v the values, y the result.
+    """Returns the bytes that each pass reads and writes. o is attention's output, v the values, y the result.
 
     The forward pass reads o, v and writes y. The backward pass reads dy, o, v and writes do, dv.
     """

@@ -1,15 +1,16 @@
 """Plan the measurements of `python -m golf_kernels tune`, and decide from their findings which kernels run.
 
-Everything here is a function of the findings so far, a dictionary from a measurement's name to its result:
+The functions depend only on the findings so far, a dictionary from the name of a measurement to its finding. There are
+these measurements:
 
-    check OP BACKEND      an operator on one backend against float64
-    call OP               an operator at a recipe's shapes: PyTorch eagerly, compiled, and the kernel
-    step OP               the training step with one kernel alone, beside the step without kernels
-    step all              the step with all kernels that won, beside the step without kernels
-    step all without OP   the step with all of them, beside the step without one
+    check OP BACKEND      compares an operator on one backend with float64
+    call OP               times an operator: PyTorch eagerly, PyTorch compiled, and the kernel
+    step OP               times a training step without kernels, and with this kernel alone
+    step all              times a step without kernels, and with all kernels that were faster alone
+    step all without OP   times a step with all these kernels, and with all but one
 
-A finding has `verdict` (`ok` or the reason why not), and after a measurement `times`, from an implementation to its
-p20, p50 and p80 in milliseconds.
+A finding has a `verdict`: `ok`, or what went wrong. Findings of timings also have `times`, a dictionary from
+implementation to p20, p50 and p80 in milliseconds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ TORCH, COMPILE, ALL = "torch", "compile", "all"
 
 
 class Candidate(NamedTuple):
-    """A kernel that may run: its operator, its backend, and what can be measured of it."""
+    """A kernel to measure: an operator on a backend.
+
+    `in_step`: whether to measure it in the training step. `has_bench`: whether the operator has a benchmark of its own.
+    """
 
     op: str
     backend: Backend
@@ -34,7 +38,11 @@ class Candidate(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """What to measure next. `kernels` are in the step, `without` is taken out of it for comparison."""
+    """One measurement. `kind` is check, call or step.
+
+    A step runs with the kernels of the operators in `kernels`, and is compared with a step without the kernel of
+    `without`. If `without` is empty, it is compared with a step without kernels.
+    """
 
     name: str
     kind: str
@@ -54,7 +62,7 @@ def failed(candidate: Candidate, findings: Findings) -> bool:
 
 
 def _faster(finding: Mapping[str, Any], before: str, after: str) -> bool:
-    """Whether `after` is faster than `before`, by more than the spread of both."""
+    """Whether `after` is faster beyond the spread: its p80 is below the p20 of `before`."""
     return bool(finding["times"][after][2] < finding["times"][before][0])
 
 
@@ -63,7 +71,7 @@ def _speed(finding: Mapping[str, Any], before: str, after: str) -> float:
 
 
 def _best(finding: Mapping[str, Any]) -> str:
-    """The faster of PyTorch's two forms."""
+    """Returns the faster PyTorch variant, eager or compiled."""
     forms = [form for form in (TORCH, COMPILE) if form in finding["times"]]
     return min(forms, key=lambda form: finding["times"][form][1])
 
@@ -79,9 +87,10 @@ def _lost_as_call(candidate: Candidate, findings: Findings) -> bool:
 
 
 def next_measurements(candidates: Sequence[Candidate], findings: Findings) -> list[Measurement]:
-    """What to measure next, in order; an empty list if nothing is left.
+    """Returns the next measurements, in order. The list is empty if nothing is left to measure.
 
-    Measurements of one answer do not depend on each other, except that the steps with several kernels come one by one.
+    Measurements in the list do not depend on each other. A step with several kernels is alone in the list, because the
+    next one depends on its finding.
     """
     checks = [Measurement(f"check {c.op} {c.backend}", "check", c) for c in candidates]
     if left := [m for m in checks if m.name not in findings]:
@@ -103,7 +112,7 @@ def next_measurements(candidates: Sequence[Candidate], findings: Findings) -> li
     if not _fine(findings, together.name):
         return []
     kept = list(winners)
-    # the kernel that gained least alone is the first to be doubted
+    # begin with the kernel that gained least alone
     for op in reversed(winners):
         name = f"step all without {op}"
         if name not in findings:
@@ -119,12 +128,12 @@ def _by_gain(alone: Sequence[Candidate], findings: Findings) -> list[str]:
 
 
 def _dropped(findings: Findings, name: str) -> bool:
-    """Whether a kernel does not pay beside the others: the step without it is not slower beyond the spread."""
+    """Whether to drop a kernel, because the step with all kernels is not faster than the step without this one."""
     return _fine(findings, name) and not _faster(findings[name], "without", ALL)
 
 
 def decisions(candidates: Sequence[Candidate], findings: Findings) -> dict[str, dict[str, dict[str, str]]]:
-    """The backend of each operator for calls and for the step, with figures and reason. Unmeasured ones are left out."""
+    """Returns operator → `call` or `step` → backend and reason. What was not measured is left out."""
     decided: dict[str, dict[str, dict[str, str]]] = {}
     alone = [c for c in candidates if c.in_step and _fine(findings, f"check {c.op} {c.backend}")]
     winners = _by_gain([c for c in alone if not _lost_as_call(c, findings)], findings)

@@ -18,7 +18,7 @@ OK = "ok"
 
 
 class Job(NamedTuple):
-    """A measurement: its name, the arguments for Python, and its time limit in seconds."""
+    """A process to run: its name, Python's arguments, and its time limit in seconds."""
 
     name: str
     command: list[str]
@@ -26,7 +26,7 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a job ended: `ok` or the reason why not, its seconds, and its output."""
+    """How a job ended: its verdict (`ok`, or what went wrong), its duration in seconds, and its output."""
 
     verdict: str
     seconds: float
@@ -60,7 +60,7 @@ def _process(command: list[str], output: Path) -> Iterator[subprocess.Popen[byte
         process = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )  # fmt: skip
-        # a shell that kills the job when this process ends, for whatever reason
+        # this shell waits until the current process ends, for whatever reason, and then kills the job
         heir = subprocess.Popen(
             ["sh", "-c", f"read _; kill -KILL -{process.pid}"], stdin=subprocess.PIPE, start_new_session=True
         )

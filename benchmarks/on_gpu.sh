@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What to run first on a machine with a GPU: install, test each kernel, tune, time the step three ways.
+# What to run first on a machine with a GPU: installs, tests each kernel, tunes, and times three variants of the step.
 # Usage: bash benchmarks/on_gpu.sh [MINUTES [OUT]]     (9 minutes, folder on_gpu)
-# It needs no network: torch and Triton are there already. Each stage has a share of the time and may fail alone. Outputs, rows,
-# the tuned file and summary.md are in OUT after every stage.
+# It needs no network, but torch and Triton must be installed. Each stage has a time limit. A failed stage does not stop
+# the others. After every stage, OUT has all outputs and rows so far, the tuned file and summary.md.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 minutes=${1:-9} out=${2:-on_gpu} python=${PYTHON:-python3}

@@ -1,9 +1,9 @@
 """Check and measure every kernel on this GPU, and remember which ones to use: `python -m golf_kernels tune`.
 
-Each check and each measurement is a process of its own with a time limit, so a crash, a hang or a full memory ends only
-that one. Every finding is written at once to the tuned file of this machine (`golf_kernels.tuned`), with the decisions that
-follow from all findings so far. So tuning may be killed at any moment, and the next start continues.
-`benchmarks.decide` plans the measurements and decides.
+Each measurement runs in a process of its own with a time limit, so a crash, a hang or a full memory ends only that
+process. After each measurement, tuning writes the tuned file of this machine (`golf_kernels.tuned`): all findings so
+far, and the decisions that follow from them. So it may be killed at any moment, and the next start continues.
+`benchmarks.decide` chooses the next measurements and makes the decisions.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from golf_kernels import dispatch, operators, tuned
 from train.common.errors import UserError, main_guard
 from train.recipes import load_recipe, recipe_names
 
-# seconds that must be left for a measurement to start, and the time limit of each kind
+# a measurement starts only if this many seconds are left; its time limit in seconds depends on its kind
 SHORTEST_S = 15.0
 LIMITS_S = {"check": 120.0, "call": 120.0, "step": 240.0}
-# checks that run at once; each needs little of a GPU's memory
+# number of checks that run at the same time; each needs little of the GPU's memory
 CHECKS_AT_ONCE = 4
 ROUNDS = "15"
-# benchmark of an operator, if it is not bench_OPERATOR
+# operator → its benchmark, unless that is bench_OPERATOR
 BENCHES = {
     "softcapped_cross_entropy": "bench_head",
     "muon_step": "bench_newton_schulz",
@@ -54,7 +54,7 @@ def bench_of(op: str) -> str:
 
 
 def candidates() -> list[Candidate]:
-    """Every backend but PyTorch that can run on this machine's GPU."""
+    """Returns all kernels that can run on this GPU: each operator on each backend except PyTorch."""
     found = []
     for op, operator in operators.declared().items():
         for backend in dispatch.available_backends(op, "cuda"):
@@ -66,7 +66,7 @@ def candidates() -> list[Candidate]:
 
 
 def job_of(measurement: Measurement, recipe: str, limit_s: float) -> Job:
-    """The process that makes a measurement."""
+    """Returns the process to start for a measurement."""
     return Job(measurement.name, ["-m", *_command(measurement, recipe)], limit_s)
 
 
@@ -87,7 +87,7 @@ def _command(measurement: Measurement, recipe: str) -> list[str]:
 
 
 def finding_of(measurement: Measurement, outcome: Outcome, rows: Rows) -> dict[str, Any]:
-    """What a measurement found: verdict, seconds, and error or times."""
+    """Returns what is stored of a measurement: verdict, seconds, and a check's error or the measured times."""
     finding: dict[str, Any] = {"verdict": outcome.verdict, "seconds": round(outcome.seconds, 1)}
     if measurement.kind == "check":
         try:
@@ -117,7 +117,7 @@ def _step_times(measurement: Measurement, rows: Rows) -> dict[str, list[float]] 
 
 
 def _call_times(measurement: Measurement, rows: Rows) -> dict[str, list[float]] | None:
-    """Sums over the shapes that PyTorch and the kernel were both measured at."""
+    """Returns times of PyTorch and of the kernel, summed over the shapes at which all of them were measured."""
     assert measurement.candidate
     op, backend = measurement.candidate.op, measurement.candidate.backend
     by_form: dict[str, dict[tuple[str, str, str], Mapping[str, Any]]] = {}
@@ -138,10 +138,10 @@ def _quantiles(rows: Rows) -> list[float]:
 
 
 class Tuner:
-    """Makes the measurements, one after the other, and writes each finding at once.
+    """Makes all measurements and writes the tuned file after each.
 
-    `run(job, output)` makes a measurement, `rows(since)` returns the rows that benchmarks stored since a date, and `now`
-    is a clock in seconds.
+    `run(job, output)` runs a process and writes its output to a file. `rows(since)` returns the rows that benchmarks
+    stored since a date. `now()` returns a time in seconds.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Tuner:
             del self.findings[name]
 
     def _before(self) -> dict[str, dict[str, Any]]:
-        """The findings of an earlier tuning. Those of another recipe's step do not count."""
+        """Returns the findings of the tuned file, without those about the training step of another recipe."""
         try:
             data = tuned.read(self.path)
         except FileNotFoundError:
@@ -189,7 +189,7 @@ class Tuner:
         return [one for one in found if not self.only or one.name in self.only]
 
     def run(self) -> bool:
-        """Measure until nothing or no time is left. Returns whether all is measured."""
+        """Measures until the time is up or nothing is left to measure. Returns whether nothing is left."""
         self.save()
         while todo := self.todo():
             left = self._end - self._now()
@@ -207,7 +207,10 @@ class Tuner:
         return True
 
     def _measure(self, measurement: Measurement, left: float) -> bool:
-        """Make and keep a measurement. Returns False if it was stopped only because the tuning's time is up."""
+        """Makes a measurement and stores its finding.
+
+        Returns False, and stores nothing, if the measurement was stopped only because the time for all of them is up.
+        """
         limit = LIMITS_S[measurement.kind]
         since = datetime.datetime.now(datetime.UTC).strftime(DATE)
         job = job_of(measurement, self.recipe, min(limit, left))
@@ -233,14 +236,14 @@ def described(finding: Mapping[str, Any]) -> str:
 
 
 def stored_rows(since: str) -> list[dict[str, str]]:
-    """The rows of this GPU in benchmarks/results since a date."""
+    """Returns the rows that benchmarks stored for this GPU since a date."""
     path = RESULTS / f"{file_stem(torch.cuda.get_device_name())}.csv"
     text = rows_since(path, since).decode() if path.exists() else ""
     return list(csv.DictReader(text.splitlines()))
 
 
 def table(data: Mapping[str, Any]) -> str:
-    """The decisions and findings of a tuned file as text."""
+    """Returns the decisions and findings of a tuned file as text."""
     lines = [", ".join(f"{name} {value}" for name, value in data["machine"].items())]
     lines.append(f"tuned {data['tuned']} for {data.get('recipe', 'every recipe')}")
     for op, uses in sorted(data["decisions"].items()):

@@ -1,4 +1,4 @@
-// GPTQ's inner loop on one CPU core. It takes a tile of rows at a time, so that their errors stay in the L1 cache.
+// GPTQ's inner loop on one CPU core. It takes a tile of rows at a time, so that the tile's errors stay in the L1 cache.
 #include <cstring>
 
 #include "launchers.h"

@@ -162,7 +162,7 @@ GOLF_INLINE void fake_quantize(const float* __restrict weight, float scale, floa
     }
 }
 
-// the functions for one instruction set
+// the loops of int6 for one instruction set
 struct Loops {
     bool (*pack)(const int8_t*, uint8_t*, int64_t);
     void (*unpack)(const uint8_t*, int8_t*, int64_t);

@@ -29,7 +29,7 @@ static_assert(sizeof(Table) + 16 <= 4096, "kernel arguments are limited to 4 KB"
 
 int64_t blocks_of(int64_t count) { return (count + kChunk - 1) / kChunk; }
 
-// a chunk's packed bytes and one more quad, because the last group is read as two words
+// a chunk's packed bytes, and one more quad so that the last group, too, can be read as two words
 struct Staged {
     uint4 quads[kChunkBytes / 16 + 1];
     __device__ uint32_t* words() { return reinterpret_cast<uint32_t*>(quads); }

@@ -33,13 +33,13 @@ fail() {
   exit 2
 }
 
-# --- what the estimates are made of: seconds, and where each figure is from; none was measured here on a GPU ---
+# --- figures for the estimates: seconds with their sources; this project measured none of them on a GPU ---
 COMPILE_S=323     # from the built model to the first warm-up step, cold (published log of the record of 2026-04-13)
 QUANTIZE_S=77     # GPTQ 10.2 s and brotli 67.0 s (published log of the record of 2026-04-29)
 EVALUATE_S=134    # 24.4 s flat and 109.1 s with a sliding window (published log of the record of 2026-04-08)
 GENERATE_S=430    # calibration text that the model writes (#1392's own time; ours has a KV cache)
 QUICKSTART_S=240  # make run on two cores: docs/recipes.md
-DRIVER_S=10       # assumed, as are the next five
+DRIVER_S=10       # assumed, like the next four
 INSTALL_S=120
 ATTENTION_S=60
 BUILD_S=180
@@ -124,7 +124,7 @@ vocabulary=''
 data_mb=0
 [ -z "$vocabulary" ] || [ "$vocabulary" = 2048 ] || data_mb=$(((shards + 1) * SHARD_MB))
 
-# these functions answer in REPLY, because a subshell for each figure takes longer than the figure
+# these functions put their result in REPLY, because $(…) would start a subshell for each figure
 estimate() { # seconds of a stage
   REPLY=0
   case $1 in
@@ -190,7 +190,7 @@ if [ -n "$dry" ]; then
   exit 0
 fi
 
-# --- the stages; each runs in a shell of its own, which ends at the first command that fails ---
+# --- the stages; each runs in a shell of its own that ends at the first failed command ---
 
 stage_driver() {
   local name free need=$DISK_GB shm
@@ -224,7 +224,7 @@ check_gpus() {
     echo "warning: a record is made on 8 H100: check will refuse the hardware"
   fi
   driver=$(head -1 <<<"$found" | cut -d, -f2)
-  # make takes a torch that is there; otherwise it installs one for CUDA 13
+  # make uses an installed torch; otherwise it installs one for CUDA 13
   torch_cuda=$("$PYTHON" -c '
 import torch
 assert tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) >= (2, 11)
@@ -286,7 +286,7 @@ stage_tune() {
     echo "nothing is measured"
     return
   fi
-  # training does not depend on it: kernels that were not measured stay off
+  # training works without it: kernels that were not measured stay off
   python -m golf_kernels tune --minutes "$minutes" --recipe "$recipe" ||
     echo "warning: not every measurement ended well: python -m golf_kernels tune --show says why"
 }
@@ -297,7 +297,7 @@ stage_seed() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     device=(--device cpu)
   fi
-  # torchrun by its module: an image's own torch puts no command into .venv
+  # torchrun as a module, because the torch of the node's image puts no command into .venv
   python -m torch.distributed.run --standalone --nproc_per_node=$((gpus > 0 ? gpus : 1)) -m train --recipe "$recipe" \
     "${settings[@]}" --seed "$1" --run_id "seed$1" --runs_dir "$out/runs" --checkpoint_every 1000 --resume auto "${device[@]}"
 }
@@ -307,7 +307,7 @@ stage_build() {
   [ -z "$author" ] || names+=(--author "$author")
   [ -z "$github_id" ] || names+=(--github-id "$github_id")
   set_aside "$out/record"
-  # exit code 1: the record is there, and breaks a rule, which the next stage says again
+  # exit code 1: the record is written but breaks a rule; the stage check reports it again
   python -m train.submission build "${seed_list[@]/#/$out/runs/seed}" --out "$out/record" --single-file wrapped "${names[@]}" || code=$?
   [ $code -le 1 ] && [ -d "$out/record" ]
 }
@@ -318,7 +318,7 @@ stage_check() {
 
 set_aside() { [ ! -e "$1" ] || mv "$1" "$1.$(date +%Y%m%d-%H%M%S)"; }
 
-# --- running them ---
+# --- running the stages ---
 
 mkdir -p "$out"
 exec 9>"$out/.lock"
@@ -329,7 +329,7 @@ asked="gpus $gpus, recipe $recipe, seeds $seeds, shards $shards, settings ${sett
 echo "$asked" >"$out/asked"
 
 export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-# on one disk, the Hub's cache and data/ hold each shard once; compiled code outlives a process
+# the Hub's cache is on the disk of data/, so that each shard is stored once; compiled code is kept for later processes
 export HF_HOME=${HF_HOME:-$root/data/huggingface} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$(realpath "$out")/compiled}
 
 again=''
@@ -343,7 +343,7 @@ ended() { # note the seconds of an attempt
   printf '%s\t%s\t%s\n' "$name" "$spent" "$1" >>"$out/attempts.tsv"
 }
 
-# a stage is a process group of its own, so that nothing of it outlives this script
+# each stage is a process group, so that all its processes can be ended with this script
 set -m
 child=''
 stop() {

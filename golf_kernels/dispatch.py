@@ -18,8 +18,8 @@ Each fallback is logged once, with the reason.
     newton_schulz=triton   names the backend of one operator; overrides an entry for its group
 
 A named backend is forced: if it cannot run, the call raises an error. With a question mark, as in
-`newton_schulz=triton?`, the call uses the next backend in the order instead. If the named backend does not take tensors on
-the call's device, the call uses the first backend of item 3 that can run.
+`newton_schulz=triton?`, the call uses the next backend in the order instead. If the named backend does not take tensors
+on the call's device, the call uses the first backend of item 3 that can run.
 """
 
 from __future__ import annotations

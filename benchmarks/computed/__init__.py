@@ -1,1 +1,1 @@
-"""What is computed without a GPU: a step's kernels, their time, and the bytes that GPUs exchange."""
+"""Computes without a GPU which kernels a step runs, how long they take, and how many bytes GPUs exchange."""

@@ -50,28 +50,28 @@ torch.library.register_autograd(
 
 @register_flop_formula(torch.ops.fa3.attention)
 def forward_flops(q: Any, *_: Any, **__: Any) -> int:
-    """FLOPs of two products, counting their lower triangle only: 2 · B · H · T² · D."""
+    """Returns the FLOPs of two products, counting only their lower triangle: 2 · B · H · T² · D."""
     batch, length, heads, dim = map(int, q)
     return 2 * batch * heads * length**2 * dim
 
 
 @register_flop_formula(torch.ops.fa3.attention_backward)
 def backward_flops(dy: Any, *_: Any, **__: Any) -> int:
-    """FLOPs of five products: the backward pass also computes the scores again."""
+    """Returns the FLOPs of five products, because the backward pass computes the scores again."""
     return forward_flops(dy) * 5 // 2
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-    # the documents are ignored; masking them would only reduce the FLOPs
+    # document boundaries are ignored; masking them would only reduce the FLOPs
     found: Tensor = torch.ops.fa3.attention(query, key, value)[0]
     return found
 
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[str]:
-    """Replace the attention backend `fa3` by the fake one. Yields the backend's name."""
+    """Replace the attention backend `fa3` with the fake one. Yields the backend's name."""
     backend = attention_backends.AttentionBackend(_run, lambda device, dtype, head_dim, named: None)
-    # an entry for the library keeps it from being imported
+    # with an entry for the library, it is not imported
     library = mock.patch.dict(attention_backends._libraries, fa3=None)
     with mock.patch.dict(attention_backends.BACKENDS, fa3=backend), library:
         yield "fa3"

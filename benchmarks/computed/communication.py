@@ -15,7 +15,7 @@ from train.model.gpt import GPT
 from train.optimize.groups import split_parameters
 from train.recipes import load_recipe, recipe_names
 
-# GB/s of an H100 SXM's NVLink in one direction, and the fraction that collectives of tens of megabytes reach
+# GB/s of an H100 SXM's NVLink in one direction, and the fraction of it that collectives of tens of megabytes reach
 LINK_GBPS = 450.0
 REACHED = 0.75
 # bytes per number: gradients and weights are sent in float32
@@ -27,7 +27,7 @@ def link_ms(sent: float) -> float:
 
 
 def exchanged_bytes(config: Config, ranks: int = MICRO_BATCHES) -> dict[str, float]:
-    """The bytes that one of W ranks sends in a step, for each collective.
+    """Returns collective → the bytes that one of W ranks sends in a step.
 
     Reduce-scatter and all-gather send (W - 1) / W of a buffer, all-reduce twice as much.
     """
@@ -37,7 +37,7 @@ def exchanged_bytes(config: Config, ranks: int = MICRO_BATCHES) -> dict[str, flo
     sizes = [0] * ranks
     for (rows, columns), owner in zip(shapes, assign(shapes, ranks), strict=True):
         sizes[owner] += rows * columns
-    # every rank's shard of the buffer has the length of the longest shard
+    # all shards of the buffer are padded to the length of the longest one
     matrices = (ranks - 1) * max(sizes) * WIDTH
     rest = sum(parameter.numel() for kind in ("embedding", "scalar") for parameter in kinds[kind].values())
     return {

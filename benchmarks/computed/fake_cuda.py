@@ -25,9 +25,9 @@ class NoDevice(RuntimeError):
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Environment variables for a process that needs a CUDA device.
+    """Returns environment variables for a process that needs a CUDA device.
 
-    Without a real GPU, this function compiles the fake device into `folder`, and the variables load it.
+    Without a real GPU, this function compiles the fake device into `folder`, and the variables make a process load it.
     """
     if torch.cuda.is_available():
         return dict(os.environ)
@@ -56,8 +56,8 @@ def run_module(module: str, argv: Sequence[str]) -> int:
 
 def tensors_without_data() -> FakeTensorMode:
     """Returns a mode in which new tensors have a shape and a device but no data."""
-    # PyTorch has no meta kernel of fused AdamW whose learning rate is a tensor. The operation updates tensors in place
-    # and returns nothing, so this kernel does nothing
+    # PyTorch has no kernel of fused AdamW for tensors without data if the learning rate is a tensor. The operation
+    # returns nothing, so a kernel that does nothing suffices
     rated = "_fused_adamw_.tensor_lr"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{rated}", "Meta"):
         _LIBRARY.impl(rated, lambda *_, **__: None, "Meta")

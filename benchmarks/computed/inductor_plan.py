@@ -1,7 +1,7 @@
 """The kernels that torch.compile would generate for an H100, read from Inductor's schedule without a GPU.
 
-Inductor gets the properties of an H100 and plans as usual, from decompositions to fusion. Instead of compiled code the
-model gets a function that returns tensors without data. `benchmarks.computed.recorder` lists the kernels of
+Inductor gets the properties of an H100 and plans as usual, from decompositions to fusion. Then the model calls, instead
+of compiled code, a function that returns tensors without data. `benchmarks.computed.recorder` lists the kernels of
 golf_kernels' operators.
 """
 
@@ -69,8 +69,8 @@ def planning_for_an_absent_gpu(
 ) -> Iterator[None]:
     """Let torch.compile plan for an H100 on any machine.
 
-    `plan` gets the schedule of each compiled graph. It returns a function, which is called whenever the graph would
-    run.
+    `plan` gets the schedule of each compiled graph and returns a function. That function is called whenever the graph
+    would run.
     """
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import config
@@ -121,7 +121,7 @@ def _without_data(node: Any) -> Any:
 
 
 def read_schedule(graph: Any) -> list[Scheduled]:
-    """The nodes of a scheduled graph, in order.
+    """Returns the nodes of a scheduled graph, in order.
 
     A generated kernel reads each addressed element once, and writes the values that later kernels read. Values that
     stay inside a kernel do not count.
@@ -149,7 +149,7 @@ def _bytes(node: Any, elements: float | None = None) -> float:
 
 
 def _elements(dep: Any) -> int:
-    """Number of elements that a kernel addresses. An indirect index counts its lookups."""
+    """Returns the number of elements that a kernel addresses. For an indirect index, counts the lookups."""
     from torch._inductor.dependencies import MemoryDep
 
     if isinstance(dep, MemoryDep) and dep.is_indirect():
@@ -168,7 +168,7 @@ def _compiled(node: Any, graph: Any) -> Scheduled:
     addressed: dict[str, dict[Any, int]] = {}
     for dep in node.read_writes.reads:
         if dep.name not in own and not isinstance(dep, WeakDep):
-            # a buffer that the kernel accumulates in place is also read; its dependency has no index
+            # a buffer to which the kernel adds in place is also read; its dependency has no index
             index = dep.index if isinstance(dep, MemoryDep) else None
             addressed.setdefault(dep.name, {})[index] = _elements(dep)
     for name, indices in addressed.items():

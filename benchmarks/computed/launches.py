@@ -52,7 +52,7 @@ def on_backend(backend: dispatch.Backend, without: Collection[str] = ()) -> Iter
 
 
 def launch_case(operator: operators.Operator, case: Mapping[str, Any], make: operators.Make) -> list[Tensor]:
-    """Call an operator on inputs from `make`, once without gradients and once with them.
+    """Call an operator twice on inputs from `make`: without gradients, then with gradients.
 
     Returns the results and gradients of the second call.
     """

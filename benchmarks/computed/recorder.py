@@ -31,7 +31,7 @@ _NOTHING = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "_unsafe_view"),
     *("_reshape_alias", "is_pinned", "resize_", "record_stream"),
 }
-# operations that write their first argument without reading it
+# operations that overwrite their first argument without reading it
 _OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 _RATES = {"attention": "attention", "attention_backward": "attention backward"}
 _OPERATORS = operators.declared().values()
@@ -42,7 +42,7 @@ _IN_PLACE = {kernel: name for operator in _OPERATORS for kernel, name in operato
 
 
 def size_of(tensor: Tensor) -> float:
-    """Bytes of a tensor. Elements that an expanded view repeats count once."""
+    """Returns the bytes of a tensor. Elements that an expanded view repeats count once."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride or not size else 1
@@ -50,7 +50,7 @@ def size_of(tensor: Tensor) -> float:
 
 
 def on_gpu(values: Any) -> list[Tensor]:
-    """The CUDA tensors in nested arguments. Views of the same memory, such as a transpose, count once."""
+    """Returns the CUDA tensors in nested arguments. Of several views of the same memory, it returns one."""
     found: dict[Any, Tensor] = {}
     for leaf in pytree.tree_leaves(values):
         if isinstance(leaf, Tensor) and leaf.is_cuda:
@@ -87,7 +87,7 @@ class Recorder(TorchDispatchMode):
             with self:
                 return run_operator(name, self.kernels, *args)
         with self:
-            # this mode gets composite operations whole; decomposing them here records their parts
+            # a composite operation is decomposed here, so that its parts are recorded
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
@@ -162,7 +162,7 @@ def launches_listed(kernels: list[Kernel]) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(module, "KERNELS", replaced))
         stack.enter_context(mock.patch.object(int6_native, "fake_quantize", fake_quantize))
         stack.enter_context(mock.patch.object(torch.cuda, "device_of", return_value=contextlib.nullcontext()))
-        # an address aligned for TMA
+        # any address that is aligned for TMA
         stack.enter_context(mock.patch.object(Tensor, "data_ptr", return_value=512))
         yield
 
@@ -173,7 +173,7 @@ def run_operator(op: str, kernels: list[Kernel], *args: Any) -> Any:
 
 
 def operator_kernels(operator: Any, args: Iterable[Any]) -> list[Kernel]:
-    """The kernels that one call of an operator launches on tensors without data."""
+    """Returns the kernels that one call of an operator launches on tensors without data."""
     with Recorder() as recorder, torch.no_grad():
         operator(*args)
     found: list[Kernel] = recorder.kernels
@@ -181,7 +181,7 @@ def operator_kernels(operator: Any, args: Iterable[Any]) -> list[Kernel]:
 
 
 def muon_step_kernels(work: list[Work]) -> list[Kernel]:
-    """The kernels of Muon's fused step: two passes over the float32 state, with matrix products in between.
+    """Returns the kernels of Muon's fused step: two passes over the float32 state, and matrix products between them.
 
     The products' bfloat16 matrices are assumed to stay in the L2 cache. Only the first product's input and the last
     product's result count as memory traffic.
@@ -196,7 +196,7 @@ def muon_step_kernels(work: list[Work]) -> list[Kernel]:
         kernels.append(Kernel("momentum_kernel", 0.0, 14 * numbers, "triton"))
         kernels.append(Kernel("norm_kernel", 0.0, 0.0, "triton"))
         for name in ("symmetric_kernel", "symmetric_kernel", "product_kernel"):
-            # each of the three products counts a third of an iteration's FLOPs and traffic
+            # each of the three products counts as a third of an iteration's FLOPs and traffic
             product = Kernel(name, newton_schulz_flops(shapes, 1) / 3, 4 * numbers / 3 / iterations, "triton")
             kernels += [product] * iterations
         kernels += [Kernel("moments_kernel", 0.0, 2 * numbers, "triton")] * bool(group["normuon"])

@@ -3,8 +3,8 @@
 One rank's step of each variant runs on a fake CUDA device, on tensors without data. Inductor plans the compiled graphs
 (`benchmarks.computed.inductor_plan`); all other launches are recorded (`benchmarks.computed.recorder`). A kernel takes
 max(bytes / bandwidth, FLOP / matrix rate), and no less than the shortest launch. `benchmarks.measure.devices` has a fast
-and a slow value of each rate, and its source. So a step is a range: at the fast rates, kernels follow each other at
-once and communication is free; at the slow rates, there is a gap between kernels, and communication takes the time that
+and a slow value of each rate, with their sources. So a step's time is a range. Its fast end assumes no gaps between
+kernels and no time for communication. Its slow end has gaps, and communication takes the time that
 `benchmarks.computed.communication` computes. Kernels do not overlap.
 """
 
@@ -40,9 +40,9 @@ from train.recipes import recipe_names
 from train.run.profiling import kernel_family
 
 CUDA = torch.device("cuda", 0)
-# milliseconds per step of published runs on 8 H100, from their logs: fastest and slowest run, before recurrence, then
-# after its start. The runs of the baseline and of #262 (sp1024_smear_bigram) used PyTorch's attention. sp8192_sdclip:
-# #1471, #1394 and #1493, which repeat different layers; 118.8 is the mean over a whole run of #1471
+# milliseconds per step of published runs on 8 H100, from their logs: of the fastest and the slowest run, before
+# recurrence starts and after. The runs of the baseline and of #262 (sp1024_smear_bigram) used PyTorch's attention.
+# sp8192_sdclip: #1471, #1394 and #1493, which repeat different layers; 118.8 is the mean over a whole run of #1471
 PUBLISHED_MS = {
     "baseline": (Range(43.5, 43.5),),
     "sp1024_smear_bigram": (Range(96.3, 96.3),),
@@ -79,7 +79,7 @@ class Step(NamedTuple):
 
 @contextlib.contextmanager
 def planning(recorder: Recorder, plan: Callable[[list[Scheduled]], Callable[[], None]]) -> Iterator[str]:
-    """Run code on tensors without data and with the fake attention. `plan` gets the schedules of compiled graphs.
+    """Let code run on tensors without data and with the fake attention. `plan` gets the schedules of compiled graphs.
 
     A real or fake CUDA device must exist. Yields the name of the attention backend.
     """
@@ -130,7 +130,7 @@ def step_kernels(config: Config, name: str, recurrence: bool) -> Step:
 
 
 def described_flops(config: Config, recurrence: bool) -> float:
-    """FLOPs of one rank's forward and backward pass, as `python -m train --describe` counts them."""
+    """Returns the FLOPs of one rank's forward and backward pass, as `python -m train --describe` counts them."""
     phase = "after_recurrence" if recurrence else "before_recurrence"
     tokens = rank_sequences(config) * config.train_seq_len
     return float(1e6 * tokens * describe(config, {})["mflop_per_token"][phase])
@@ -150,13 +150,13 @@ def check_complete(step: Step, flops: float) -> None:
 
 
 def between(low: float, high: float, form: str = ".2f") -> str:
-    """Both ends of a range, or one number if they look the same."""
+    """Returns both ends of a range as text, or one number if both look the same."""
     texts = list(dict.fromkeys(format(value, form) for value in sorted((low, high))))
     return "–".join(texts)
 
 
 def table(config: Config, steps: Sequence[Step], recurrence: bool, device: Device) -> str:
-    """A text table of milliseconds per step: a row for each kernel family, a column for each variant, and totals."""
+    """Returns a text table of milliseconds per step: kernel families as rows, variants as columns, and totals."""
     peak = REACHED[device.name].tflops["cublas"].fast
     tokens = rank_sequences(config) * config.train_seq_len
     phase = f" {'after' if recurrence else 'before'} recurrence," if config.recur_layers else ""
@@ -208,7 +208,7 @@ def rates(device: Device) -> str:
 
 
 def family_ms(kernels: Sequence[Kernel], device: Device) -> dict[str, Range]:
-    """Milliseconds of the kernels, by kernel family."""
+    """Returns kernel family → milliseconds of its kernels."""
     found: dict[str, list[Range]] = {}
     for kernel in kernels:
         found.setdefault(kernel_family(kernel.name), []).append(kernel.reached_ms(REACHED[device.name]))
@@ -218,7 +218,7 @@ def family_ms(kernels: Sequence[Kernel], device: Device) -> dict[str, Range]:
 def largest(step: Step, device: Device, count: int) -> str:
     """Lists the `count` kernels that take longest at the fast rates.
 
-    Launches with the same pass, name and bytes are added up.
+    Launches with the same pass, name and bytes count as one kernel.
     """
     times: Counter[tuple[str, str, float]] = Counter()
     launches: Counter[tuple[str, str, float]] = Counter()

@@ -1,1 +1,1 @@
-"""Tools that the benchmarks share: inputs, timing, and the variants of a training step."""
+"""What the benchmarks share: inputs, timing, and the variants of a training step."""

@@ -1,7 +1,7 @@
 """Benchmarks of operators that replace a chain of elementwise operations on large tensors.
 
-There are three variants: `torch`, the chain in plain PyTorch; `compile`, the chain under torch.compile (on a CPU only
-traced); and `triton`, the operator on its Triton kernels.
+There are three variants. `torch` is the chain in plain PyTorch. `compile` is the chain under torch.compile, which only
+traces on a CPU. `triton` is the operator on its Triton kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Chain:
-    """The benchmark of one operator: which chain it replaces, and at which shapes both are timed.
+    """The benchmark of one operator: the chain that the operator replaces, and the shapes at which both are timed.
 
     `op` is the operator's name. `plain` computes the chain and takes the operator's keyword arguments. `traffic(shape)`
     gives the bytes that each pass of each variant reads and writes; the operator's variant comes first. A shape is a
@@ -41,13 +41,13 @@ class Chain:
         return operators.declared()[self.op]
 
     def inputs(self, shape: Any, device: torch.device, seed: int) -> dict[str, Any]:
-        """Random inputs by name. The entry `upstream` lists a gradient for each result."""
+        """Returns random inputs by name. The entry `upstream` lists an upstream gradient for each result."""
         make = operators.random_tensors(device, _dtype(device), seed)
         inputs = self.operator.inputs(make, **shape._asdict())
         return inputs | {"upstream": operators.upstream_gradients(self.operator.function, inputs, make)}
 
     def run(self, function: Function, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """The results of `function` and the gradients of its inputs. The operator uses its Triton kernels."""
+        """Returns the results of `function` and the gradients of its inputs. The operator uses its Triton kernels."""
         with dispatch.forced(f"{self.op}=triton"):
             own = dict(inputs)
             upstream = own.pop("upstream")
@@ -68,7 +68,7 @@ class Chain:
         )
 
     def variants(self, device: torch.device) -> list[common.Variant]:
-        """The variants that can run here. Prints the reason if the Triton kernels cannot."""
+        """Returns the variants that can run here. If the Triton kernels cannot run, prints the reason."""
         traced = {"backend": "aot_eager"} if device.type == "cpu" else {"dynamic": False}
         functions = {"triton": self.operator.function}
         if "triton" not in dispatch.available_backends(self.op):
@@ -81,7 +81,7 @@ class Chain:
         ]
 
     def kept_bytes(self, function: Function, inputs: Mapping[str, Any]) -> int:
-        """Bytes of the tensors that a forward pass saves for the backward pass, including inputs."""
+        """Returns the bytes of the tensors that a forward pass saves for the backward pass, including inputs."""
         kept: dict[int, int] = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ class Chain:
         return sum(kept.values())
 
     def predict(self, shape: Any) -> str:
-        """A text with the microseconds of each pass, computed from its memory traffic, for each GPU and variant."""
+        """Returns a text with the microseconds of each pass, computed from memory traffic, for each GPU and variant."""
         lines = [f"computed, not measured: {shape}, µs"]
         for device in DEVICES:
             for name, passes in self.traffic(shape).items():

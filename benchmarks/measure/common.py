@@ -34,7 +34,7 @@ from benchmarks.report.results import Row as Row
 from benchmarks.report.results import append_rows as append_rows
 from benchmarks.report.results import check_columns, file_stem, relative
 
-# calls shorter than this are replayed as CUDA graphs; otherwise the measured time would be the host's
+# shorter calls are replayed as CUDA graphs, because launching them takes the host longer than the GPU runs them
 GRAPH_BELOW_MS = 0.1
 NUMBERS = itertools.count()
 
@@ -47,7 +47,7 @@ class CheckFailed(Exception):
 class Case:
     """One operation on inputs of one shape.
 
-    `make(seed)` returns random inputs; on zeros a GPU would be faster. `truth(inputs)` returns the results in float64.
+    `make(seed)` returns random inputs, because a GPU is faster on zeros. `truth(inputs)` returns results in float64.
     `flops` and `bytes` are the arithmetic and the least memory traffic of one call. A variant fails if its
     ‖got − truth‖ / ‖truth‖ exceeds `max_rel_err`.
     """
@@ -141,7 +141,7 @@ def ceilings(clock: Clock) -> Ceilings:
 
 
 def relative_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """The largest ‖got − want‖ / ‖want‖ of the tensors, in float64. Infinite if a value is not finite."""
+    """Returns the largest ‖got − want‖ / ‖want‖ of the tensors, in float64; infinity if a value is not finite."""
     errors = []
     for one, other in zip(got, want, strict=True):
         exact = other.double()
@@ -159,7 +159,7 @@ def input_bytes(inputs: Any) -> int:
 
 
 def runs(variant: Variant, inputs: Any) -> bool:
-    """Whether a variant that uses another library runs here. Prints the error if it does not."""
+    """Whether a variant that uses another library runs here. If it does not, prints the error."""
     try:
         variant.run(inputs)
         if variant.graph and torch.cuda.is_available():
@@ -182,7 +182,7 @@ def measure(case: Case, variants: Sequence[Variant], clock: Clock, limits: Ceili
         CheckFailed: a result differs from the truth by more than `case.max_rel_err`.
     """
     inputs = [case.make(0)]
-    # two inputs suffice if they hold no tensors, as a text does
+    # inputs that hold no tensors, such as texts, need only two copies
     size = input_bytes(inputs[0])
     copies = math.ceil(3 * clock.cache_bytes / size) if size else 0
     inputs += [case.make(seed) for seed in range(1, max(2, copies))]
@@ -240,7 +240,7 @@ def _prepare(variant: Variant, inputs: Sequence[Any], clock: Clock) -> tuple[Cal
 
 
 def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
-    """p20, p50 and p80, interpolated between measurements."""
+    """Returns p20, p50 and p80, interpolated between measurements."""
     ordered = torch.tensor(sorted(times), dtype=torch.float64)
     p20, p50, p80 = torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
     return p20, p50, p80
@@ -274,7 +274,7 @@ def _output(*command: str) -> str:
 
 
 def environment(device: torch.device) -> Row:
-    """The columns that all rows of a run share: date, commit, device, driver and versions."""
+    """Returns the columns that are equal in all rows of a run: date, commit, device, driver and versions."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -294,7 +294,7 @@ def environment(device: torch.device) -> Row:
 
 
 def check_results_file(device: torch.device, folder: Path = RESULTS, columns: Sequence[str] = COLUMNS) -> None:
-    """Check, before anything is measured, that the results file of this GPU has the expected columns."""
+    """Check that the results file of this GPU, if there is one, has the expected columns."""
     if device.type == "cuda":
         check_columns(folder / f"{file_stem(torch.cuda.get_device_name(device))}.csv", columns)
 

@@ -1,4 +1,4 @@
-"""Arithmetic and memory rates of GPUs, from which the benchmarks compute a kernel's time."""
+"""Rates of arithmetic and memory of GPUs, from which the benchmarks compute the times of kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEVICES = (Device("H100", DATASHEET_TFLOPS["H100"], 3350.0), Device("H200", 790.
 
 
 class Rate(NamedTuple):
-    """The slowest and the fastest rate that is plausible for a kind of kernel, and where both numbers come from."""
+    """The slowest and the fastest plausible rate of a kind of kernel, and the sources of both numbers."""
 
     slow: float
     fast: float
@@ -34,8 +34,8 @@ class Reached(NamedTuple):
     `tflops` has four keys: "cublas", "triton" (this package's matrix products), "attention" and "attention backward".
     Both attention rates are for causal attention with head dimension 64 and 2,048 positions, and count the FLOPs of the
     lower triangle only. `gbps` is the memory rate of kernels that read and write large tensors: "triton" for this
-    package's kernels, "cublas" for all others. `launch_us` is the time of the shortest kernel in microseconds,
-    `gap_us` the time between two kernels.
+    package's kernels, "cublas" for all others. `launch_us` is the time of the shortest kernel,
+    `gap_us` the time between two kernels, both in microseconds.
     """
 
     tflops: Mapping[str, Rate]
@@ -63,7 +63,7 @@ _TFLOPS = {
         "slow: FlashAttention 3, causal, head dimension 64, 2,048 positions, arXiv:2407.08608; fast: its 460 without a "
         "mask times 521 / 625, the slowdown by a causal mask at head dimension 128",
     ),
-    # the largest unknown of a step: no published causal rate was found, so both ends are equal
+    # the least certain rate of a step: no published causal rate was found, so slow and fast are equal
     "attention backward": Rate(
         352.0, 352.0, "FlashAttention 3's 422 without a mask, arXiv:2407.08608, times 521 / 625, as forward"
     ),
@@ -88,14 +88,14 @@ REACHED = {
 
 
 class Range(NamedTuple):
-    """Milliseconds at the fast and at the slow rates."""
+    """Milliseconds computed at the fast rates, and at the slow rates."""
 
     fast: float
     slow: float
 
 
 def total(times: Iterable[Range]) -> Range:
-    """The sum of ranges: all kernels at the fast rates, and all at the slow rates."""
+    """Returns the sum of all fast times and the sum of all slow times."""
     listed = list(times)
     return Range(sum(time.fast for time in listed), sum(time.slow for time in listed))
 
@@ -109,11 +109,11 @@ class Kernel(NamedTuple):
     rate: str = "cublas"
 
     def floor_ms(self, device: Device) -> float:
-        """The least possible time in milliseconds, at the device's peak rates."""
+        """Returns the least possible time in milliseconds, at the device's peak rates."""
         return max(self.flops / (device.tflops * 1e9), self.bytes / (device.gbps * 1e6))
 
     def reached_ms(self, reached: Reached) -> Range:
-        """Milliseconds of the kernel at the rates in `reached`, plus the gap before the next kernel."""
+        """Returns the kernel's milliseconds at the rates in `reached`, plus the gap before the next kernel."""
         product, memory = reached.tflops[self.rate], reached.gbps["triton" if self.rate == "triton" else "cublas"]
 
         def ms(tflops: float, gbps: float, gap_us: float) -> float:
@@ -125,8 +125,8 @@ class Kernel(NamedTuple):
 
 
 def newton_schulz_flops(shapes: Iterable[tuple[int, int]], iterations: int) -> float:
-    """Least FLOPs of Newton-Schulz on matrices of these shapes.
+    """Returns the least FLOPs of Newton-Schulz on matrices of these shapes.
 
-    Two of the three products of an iteration have symmetric results, so half of each result suffices.
+    Two of the three products of an iteration have symmetric results, of which only half need be computed.
     """
     return float(sum(iterations * (3 * s * s * n + s**3) for s, n in (sorted(shape) for shape in shapes)))

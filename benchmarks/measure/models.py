@@ -8,7 +8,7 @@ from train.config import Config
 from train.model.gpt import GPT
 from train.model.order import make_plan
 
-# few narrow layers, so that most of the work is in the logits that sliding-window evaluation skips
+# few narrow layers, so that most of the work is the logits that this project's sliding-window evaluation skips
 NARROW = {
     "num_layers": 4,
     "recur_layers": (1,),
@@ -27,7 +27,7 @@ NARROW = {
 
 
 def window_flops(config: Config, rows: int) -> float:
-    """FLOPs of one evaluation window's forward pass, with recurrence if the model has it.
+    """Returns the FLOPs of the forward pass of one evaluation window, with recurrence if the model has it.
 
     The last layer and the head compute only `rows` positions. A product takes 2 FLOPs per weight and position.
     Attention takes 4 · model_dim FLOPs per query and visible key.

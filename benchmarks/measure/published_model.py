@@ -25,7 +25,7 @@ from train.model.rope import rotate
 
 
 class PublishedAttention(nn.Module):
-    """Attention with plain autograd and a product each for queries, keys and values. Shares the parameters of `own`."""
+    """Attention with plain autograd and separate products for query, key and value. Uses the parameters of `own`."""
 
     def __init__(self, own: Attention) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class PublishedAttention(nn.Module):
 def remove_value_direction(output: Tensor, value: Tensor) -> Tensor:
     """XSA (exclusive self-attention): y − (y·v̂) v̂, with v̂ = v/‖v‖₂.
 
-    The outputs y are `(B, T, H, D)`, the values v `(B, T, H_kv, D)`. H / H_kv heads share a value.
+    The outputs y are `(B, T, H, D)`, the values v `(B, T, H_kv, D)`. H / H_kv query heads share a value.
     """
     direction = F.normalize(value, dim=-1).unsqueeze(3)
     grouped = output.unflatten(2, (value.shape[2], -1))

@@ -1,8 +1,8 @@
 """The variant `published` of `benchmarks.bench_step`: a training step like those of the published scripts.
 
-The model is `benchmarks.measure.published_model` under torch.compile. As in the scripts, batches are int64 and
-pageable, and Muon updates one matrix at a time (in submission #1392 all matrices of one shape at once). Every step
-makes a new state_dict, updates the moving average tensor by tensor, and reads with `.item()` whether the time is up.
+The model is `benchmarks.measure.published_model` under torch.compile. As in the scripts, batches are int64 in
+pageable memory, and Muon updates one matrix at a time (in submission #1392 all matrices of one shape at once). Every
+step makes a new state_dict, updates the moving average tensor by tensor, and reads with `.item()` if the time is up.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def quintic(gradient: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -
 
 
 class PlainMuon:
-    """Muon, MuonEq-R or NorMuon, as the config says.
+    """Muon, MuonEq-R or NorMuon, depending on the config.
 
     Orthogonalizes one matrix at a time or, if `banked`, all matrices of one shape at once.
     """
@@ -81,10 +81,10 @@ class PlainMuon:
 
 
 class PublishedStep:
-    """One rank's step of a recipe.
+    """One rank's training step of a recipe.
 
-    `model` comes from `published_model`, and `compiled` returns its loss. Muon updates the matrices whose indices are
-    in `owned`.
+    `model` comes from `published_model`. `compiled` is its compiled loss function. Muon updates the matrices whose
+    indices are in `owned`.
     """
 
     def __init__(self, model: GPT, config: Config, owned: Sequence[int], compiled: Callable[..., Tensor]) -> None:

@@ -25,7 +25,7 @@ MAX_LOSS_ERROR = 0.02
 # correct variants gave 0.98 to 1.00. Variants without momentum or with half the learning rate gave 0.5 or less,
 # although their losses were close
 MAX_UPDATE_ERROR = 0.25
-# steps between two readings of the clock, so that the host can run ahead of the GPU as in training
+# steps between two readings of the clock; with several, the host can run ahead of the GPU as in training
 STEPS_PER_TURN = 4
 
 
@@ -34,8 +34,8 @@ class Bench:
     """The settings of one run of the benchmark.
 
     `warmup_steps` is the number of steps whose losses and weight updates are compared. `data` is a folder of shards;
-    None means random tokens. `surroundings` has the columns that all rows share. `keep` says whether rows are
-    stored.
+    None means random tokens. `surroundings` has the columns that are equal in all rows. `keep` says whether
+    rows are stored.
     """
 
     config: Config
@@ -80,7 +80,10 @@ def phase_name(recurrence: bool) -> str:
 
 
 def projected_update(update: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
-    """⟨update, wanted⟩ / ⟨wanted, wanted⟩ for each kind of weights: 1 if equal, 0 if not updated, -1 if opposite."""
+    """Returns ⟨update, wanted⟩ / ⟨wanted, wanted⟩ for each kind of weights.
+
+    It is 1 for equal updates, 0 for no update and -1 for the opposite update.
+    """
     return {kind: float(update[kind] @ other / (other @ other)) for kind, other in wanted.items()}
 
 
@@ -105,10 +108,10 @@ def measure_steps(
             losses = [float(variant.run(batches[0], recurrence))]
             variant.first_step_s = time.perf_counter() - started
             losses += [float(variant.run(batch, recurrence)) for batch in batches[1:]]
-            # kept in the host's memory, which an illegal access on the GPU cannot corrupt
+            # copied to the host's memory, which an illegal access on the GPU cannot corrupt
             updates[variant.name] = {kind: (now - before[kind]).cpu() for kind, now in variant.flat_weights().items()}
             means[variant.name] = statistics.fmean(losses)
-        # any error in a kernel or the compiler; the other variants are still measured
+        # a kernel or the compiler may raise any error; the other variants are still measured
         except Exception as error:
             traceback.print_exc()
             problems.append(error_line(variant, error))
@@ -139,7 +142,7 @@ def measure_steps(
                 variant.times_ms.append(bench.clock.once_ms(run) / steps)
             except Exception as error:
                 traceback.print_exc()
-                # after another variant's error, this error may be its consequence: keep this variant's earlier times
+                # if another variant failed before, this error may be its consequence: keep this variant's earlier times
                 if not problems:
                     del errors[variant.name]
                 problems.append(error_line(variant, error))

@@ -6,10 +6,10 @@
 * `golf-OPERATOR`: `golf` without the kernel of that operator.
 * `OPERATOR=BACKEND`: `torch` with one kernel, such as `muon_step=triton`.
 
-All but `published` may end in a changed setting, `+SETTING=VALUE`, such as `torch+optimizer_graph=on`.
+Every name except `published` may end in a changed setting, `+SETTING=VALUE`, such as `torch+optimizer_graph=on`.
 
-A step takes an eighth of the batch. Muon updates the matrices of one rank; where loss curves are compared, it updates
-all matrices. The ranks' communication is left out.
+A step takes an eighth of the batch. Muon updates the matrices of one rank (in `benchmarks.bench_loss_curves` all
+matrices). The ranks do not communicate.
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ class StepVariant:
 
 
 def all_kernels(without: Iterable[str] = ()) -> str:
-    """The value of GOLF_BACKEND that uses each operator's preferred kernel, except for operators in `without`."""
+    """Returns the value of GOLF_BACKEND that uses the preferred kernel of each operator that is not in `without`."""
     found = {op: dispatch.available_backends(op) for op in operators.declared() if op not in set(without)}
     return ",".join(["torch", *(f"{op}={backends[0]}" for op, backends in found.items() if backends[0] != "torch")])
 
 
 def kernel_problems() -> dict[str, str]:
-    """Why the Triton kernels of each operator of a training step cannot run here; an empty text if they can.
+    """Returns operator of a training step → why its Triton kernels cannot run here, or an empty text if they can.
 
     An operator's kernels include those of its backward pass. Operators without Triton kernels are left out.
     """
@@ -97,14 +97,14 @@ def kernel_problems() -> dict[str, str]:
 
 
 def step_kernels() -> list[str]:
-    """The operators of a training step whose Triton kernels can run here."""
+    """Returns the operators of a training step whose Triton kernels can run here."""
     return [op for op, problem in kernel_problems().items() if not problem]
 
 
 def reasons(problems: Mapping[str, str]) -> str:
-    """Join the problems into one text.
+    """Join the problems into one text: for each reason, the operators with this reason and the reason.
 
-    Each reason follows the operators that it concerns. If all operators have the same reason, the text is that reason.
+    If all operators have the same reason, the text is that reason alone.
     """
     operators: dict[str, list[str]] = {}
     for op, problem in problems.items():
@@ -163,7 +163,7 @@ def refuse_forced() -> None:
 
 
 def step_config(recipe: str, device: torch.device, *, tiny: bool, attention: str = "auto") -> Config:
-    """The recipe's settings with which its step is measured: compiled on a GPU, and narrow with `tiny`.
+    """Returns the settings for measuring a recipe's step: compiled on a GPU, and a narrow model with `tiny`.
 
     Raises:
         UserError: GOLF_BACKEND is set.
@@ -181,7 +181,7 @@ def step_config(recipe: str, device: torch.device, *, tiny: bool, attention: str
 def trainer_step(
     model: GPT, config: Config, owned: list[int], device: torch.device
 ) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
-    """Returns the trainer's step for one rank, and the moving average of each weight by name.
+    """Returns the trainer's step for one rank, and name of a weight → its moving average.
 
     The step updates the matrices whose indices are in `owned`.
     """
@@ -232,13 +232,13 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def backends_of(name: str) -> str:
-    """The value of GOLF_BACKEND for a variant, whose name comes without +SETTING=VALUE."""
+    """Returns the value of GOLF_BACKEND for a variant. `name` must not end in +SETTING=VALUE."""
     golf, *without = name.split("-")
     return all_kernels(without) if golf == "golf" else "torch" if name == "torch" else f"torch,{name}"
 
 
 def make_variants(config: Config, names: list[str], device: torch.device, *, whole: bool = False) -> list[StepVariant]:
-    """Build the variants. Each has its own model; all models have the same initial weights.
+    """Build the variants. Each has a model of its own. All models have the same initial weights.
 
     With `whole`, Muon updates all matrices in a step, otherwise the matrices of rank 0.
     """

@@ -17,12 +17,12 @@ CPU = torch.device("cpu")
 
 
 def rank_sequences(config: Config) -> int:
-    """Number of sequences that each of 8 ranks takes from a batch."""
+    """Returns the number of sequences that each of 8 ranks takes from a batch."""
     return config.train_batch_tokens // (MICRO_BATCHES * config.train_seq_len)
 
 
 def token_source(config: Config, data: Path | None, device: torch.device) -> Tokens:
-    """Returns a source of one rank's batches. They come from the shards in `data`; if that is None, they are random."""
+    """Returns a source of one rank's batches: the shards in the folder `data`, or random tokens if that is None."""
     return MadeTokens(config, device=device) if data is None else ShardTokens(config, data, device)
 
 
@@ -33,7 +33,7 @@ class Tokens(Protocol):
 
 
 class MadeTokens:
-    """Random tokens. Half of them are the previous token's image under a fixed permutation, half are Zipf-distributed.
+    """Random tokens. Half are Zipf-distributed. Half follow from the previous token by a fixed permutation.
 
     The permutation gives a model something to learn.
     """
@@ -67,7 +67,7 @@ class ShardTokens:
 
 
 def loaded(rows: np.ndarray, device: torch.device) -> np.ndarray:
-    """Returns the rows as the trainer's loader thread provides them: in pinned memory if the device is a GPU."""
+    """Returns the rows in pinned memory if the device is a GPU, as the trainer's loader thread does."""
     if device.type != "cuda":
         return rows
     return torch.from_numpy(rows.view(np.int16)).pin_memory().numpy().view(np.uint16)

@@ -25,14 +25,14 @@ EVALUATION = "evaluation"
 VARIANT_COLORS = {"published": "#999999", "torch": "#0072B2", "golf": "#D55E00"}
 COLORS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 REST = "#999999"
-# the largest number of rounds in which overlapping labels are moved apart
+# most rounds in which overlapping labels are moved apart
 PASSES = 300
-# speed-ups are relative to the fastest of these variants and the compiled ones
+# speed-ups are relative to the fastest of these variants and of the compiled variants
 PLAIN = ("torch", "published", "plain")
 
 
 def plots(measurements: Sequence[Measurement]) -> dict[str, bytes]:
-    """Returns PNGs by file name. Each GPU gets the plots for which it has data."""
+    """Returns file name → PNG. Each GPU gets the plots for which it has data."""
     drawn = {}
     for gpu in gpus(measurements):
         own = [m for m in measurements if m.subject.gpu == gpu and not m.subject.repeated]
@@ -104,7 +104,7 @@ def _evaluation(figure: Figure, measurements: list[Measurement]) -> str:
 
 
 def _targets(m: Measurement) -> int:
-    """Number of tokens that one measured call of the evaluation scores."""
+    """Returns the number of tokens that one measured call of the evaluation scores."""
     found = re.search(r"(\d+) targets", m.subject.shape)
     return int(found[1]) if found else 0
 
@@ -163,9 +163,9 @@ def _speedup(figure: Figure, measurements: list[Measurement]) -> str:
 
 
 def speedups(latest: dict[Subject, Measurement]) -> dict[str, float]:
-    """Speed-up of each kernel over the fastest PyTorch variant, by label.
+    """Returns label → speed-up of a kernel over the fastest PyTorch variant.
 
-    For training steps and evaluation: speed-up of `golf` over `published`.
+    For training steps and evaluation it is the speed-up of `golf` over `published`.
     """
     found = {}
     for subject, m in sorted(latest.items(), key=lambda item: not item[0].op.startswith(STEP)):
@@ -219,7 +219,7 @@ def _roofline(figure: Figure, measurements: list[Measurement]) -> str:
 
 
 def ceilings_of(points: Sequence[Measurement]) -> tuple[float, float]:
-    """The ceilings (TFLOP/s, GB/s) from which the floors of these rows were computed; infinite if unknown.
+    """Returns the ceilings (TFLOP/s, GB/s) from which the floors of these rows were computed; infinity if unknown.
 
     A floor is the longer of two times: arithmetic at the first ceiling, memory traffic at the second. So a ceiling is
     the largest rate that any row has at its floor, provided that some row is limited by it. The first ceiling limits

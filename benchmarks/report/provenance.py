@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-# paths of the measured code, and the output folders among them
+# paths of the measured code, and folders inside them that hold outputs
 SOURCES = ("csrc", "golf_kernels", "train", "benchmarks", "setup.py", "pyproject.toml")
 WRITTEN = ("benchmarks/results", "benchmarks/plots")
 SUFFIXES = (".py", ".cpp", ".cu", ".h", ".toml")
@@ -45,7 +45,7 @@ def _git(*arguments: str) -> str:
 
 
 def read_version() -> Version:
-    """The version of the sources on disk. Changed results, plots and documents do not count as changes."""
+    """Returns the version of the sources on disk. Changes of results, plots and documents do not count."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         # fails if this folder is untracked inside another repository
@@ -59,12 +59,12 @@ def read_version() -> Version:
 
 @functools.cache
 def code_version() -> Version:
-    """The version at the first call. This process runs that version even if the files change later."""
+    """Returns the version at the first call. This process runs that version even if the files change later."""
     return read_version()
 
 
 def warning(found: Version) -> str:
-    """A warning that no commit is known, with a remedy."""
+    """Returns a warning that no commit is known, with a remedy."""
     helps = "to have commits, measure in a clone of the repository"
     if "ownership" in found.problem:
         helps = f"to have commits, run: git config --global --add safe.directory {ROOT}"

@@ -17,7 +17,7 @@ from benchmarks.report.provenance import ROOT as ROOT
 from golf_kernels import tuned
 from train.common.errors import UserError
 
-# an installed package has no folder of its own for rows
+# an installed package has no folder benchmarks/results, so rows go to the user's cache folder
 RESULTS = ROOT / "benchmarks" / "results" if (ROOT / "pyproject.toml").is_file() else tuned.folder() / "results"
 # p50, p20, p80 and floor are milliseconds per call; n is the number of measurements
 COLUMNS = (
@@ -155,7 +155,7 @@ def _read_file(path: Path) -> list[Measurement]:
 
 
 def rows_since(path: Path, date: str) -> bytes:
-    """The header and the rows since `date`, as bytes. Empty if there is no such row."""
+    """Returns the header and the rows since `date`, as bytes; nothing if there is no such row."""
     header, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
     rows = [line for line in lines if re.match(rb"\d{4}-\d", line) and line[:20] >= date.encode()]
     return header + b"".join(rows) if rows else b""
@@ -198,7 +198,7 @@ def append_rows(
         size = file.seek(0, os.SEEK_END)
         torn = size and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n"
         head = "\r\n" if torn else "" if size else ",".join(columns) + "\r\n"
-        # one write, so that a kill cannot tear it
+        # a single write, so that a killed process does not leave half of the rows
         file.write((head + made.getvalue()).encode())
     return path
 
@@ -208,7 +208,7 @@ def gpus(measurements: Iterable[Measurement]) -> list[str]:
 
 
 def newest(measurements: Iterable[Measurement]) -> dict[Subject, Measurement]:
-    """The last row of each subject. The rows must be sorted by date.
+    """Returns subject → its last row. The rows must be sorted by date.
 
     The modes eager and graph count as one subject, because a call's duration decides between them.
     """
@@ -220,10 +220,10 @@ def newest(measurements: Iterable[Measurement]) -> dict[Subject, Measurement]:
 
 
 def codes_by_age(rows: Iterable[Measurement]) -> list[str]:
-    """Each `Measurement.code` once, in the order of the rows."""
+    """Returns each `Measurement.code` once, in the order of the rows."""
     return list(dict.fromkeys(row.code for row in rows))
 
 
 def relative(path: Path) -> str:
-    """The path as text, relative to the project's root if it is inside."""
+    """Returns the path as text, relative to the project's root if it is inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

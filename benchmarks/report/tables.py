@@ -15,7 +15,7 @@ NOTHING = "**Not measured on a GPU yet**: `benchmarks/results/` is empty, so the
 
 
 def tables(measurements: Sequence[Measurement]) -> str:
-    """Markdown tables of each GPU's newest measurements, or a sentence that nothing was measured."""
+    """Returns Markdown tables of each GPU's newest measurements, or a sentence that nothing was measured."""
     found = []
     for gpu in gpus(measurements):
         rows = [m for subject, m in newest(measurements).items() if subject.gpu == gpu and not subject.repeated]
@@ -38,7 +38,7 @@ def tables(measurements: Sequence[Measurement]) -> str:
 
 
 def new_page(path: Path, measurements: Sequence[Measurement]) -> str:
-    """The text of the page with new tables between the marks `BEGIN` and `END`."""
+    """Returns the text of the page with new tables between the marks `BEGIN` and `END`."""
     text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ResultsError(
