@@ -1,1 +1,1 @@
-"""A run's folder, log, clocks and profile."""
+"""The run folder, the log, the clocks and the profile of a run."""

@@ -1,4 +1,4 @@
-"""The clocks of a run: training time, seconds per stage, and time before the first step."""
+"""Measures a run's training time, the seconds of each stage, and the time before the first step."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ _IMPORTED = time.perf_counter()
 
 
 class WallClock:
-    """Measures the training time, one number for all ranks, without draining the GPU's queue.
+    """Measures the training time without draining the GPU's queue. All ranks get the same time.
 
-    The published scripts reduce a stop flag after every step and wait for it, so the host never runs ahead of the GPU.
-    This clock's measured time is one or two steps old instead:
+    The published scripts all-reduce a stop flag after every step and wait for the result, so the host never runs ahead
+    of the GPU. This clock does not wait for the current step. It measures the time of an earlier step:
 
-    * On CUDA an event marks the end of each step. `tick` waits for the previous step's event, which limits how far
-      the host runs ahead.
-    * With several ranks, each rank's time of that event goes into an asynchronous all-reduce (MAX) on the CPU. The next
-      `tick` waits for the result, so all ranks use the same number in the same step.
+    * On CUDA, an event marks the end of each step. `tick` waits for the event of the previous step, so the host runs
+      ahead of the GPU by at most one step.
+    * With several ranks, an asynchronous all-reduce (MAX) on the CPU takes each rank's time of that event. The next
+      `tick` waits for the result, so all ranks use the same time in the same step.
 
-    `elapsed_seconds` extrapolates the measured time to the present step, by the mean step time. A run therefore ends
-    with the first step that reaches the cap, as in the published scripts. A single process on a CPU measures without
-    delay. The learning rate also follows `elapsed_seconds`; in the published scripts, each rank uses its own clock.
+    `elapsed_seconds` extrapolates the measured time to the current step, with the mean step time. A run therefore ends
+    with the first step that reaches the cap, as in the published scripts. A single process on a CPU needs no
+    extrapolation. The learning rate also follows `elapsed_seconds`. In the published scripts it follows each rank's own
+    clock.
 
-    The clock starts paused. Pause it for everything that is not training, such as validation.
+    The clock starts paused. The caller pauses it for all work that is not training, such as validation.
 
     Args:
-        cap_seconds: training time after which training ends; 0: no cap.
+        cap_seconds: training time in seconds after which training ends; 0: no cap.
         group: process group that can reduce CPU tensors; None for one process.
         device: device on which the steps run.
-        elapsed_seconds, steps: training time and steps before this process, from a checkpoint.
-        now: function that returns the host's clock in seconds.
+        elapsed_seconds, steps: training time and number of steps so far, from a checkpoint.
+        now: function that returns the host's time in seconds.
     """
 
     def __init__(
@@ -66,12 +67,12 @@ class WallClock:
 
     @property
     def elapsed_seconds(self) -> float:
-        """Training time in seconds: extrapolated to the last `tick`, or exact after a `pause`."""
+        """Training time in seconds, extrapolated to the last `tick`. After `pause` it is exact."""
         steps, seconds = self._known
         return seconds * self.steps / steps if steps else seconds
 
     def read(self) -> float:
-        """Wait for the device, and return this rank's own training time in seconds."""
+        """Wait for the device. Return the training time in seconds as measured on this rank alone."""
         if self._start is None:
             return self._base
         return self._base + self._seconds_until(self._mark())
@@ -80,13 +81,13 @@ class WallClock:
         """Wait for the other ranks and start the clock. Work already queued on the device counts as training."""
         if self._start is not None:
             raise RuntimeError("the wall clock is running: pause it before resume")
-        # without this wait, the clocks would count the time in which one rank still writes a file
+        # without this wait, the other clocks would count the time in which one rank still writes a file
         if self._group is not None:
             dist.all_reduce(torch.zeros(1), group=self._group)
         self._start = self._mark()
 
     def tick(self) -> bool:
-        """Count one finished (on CUDA: queued) step. Return whether training ends now; all ranks return the same."""
+        """Count a finished step (on CUDA: a queued step). Return whether training ends now, the same on every rank."""
         if self._start is None:
             raise RuntimeError("the wall clock is paused: resume it before tick")
         self.steps += 1
@@ -140,14 +141,17 @@ class WallClock:
 
 
 class StageClock:
-    """Measures the seconds of each stage. A file in the run folder keeps them for a process that resumes the run."""
+    """Measures the seconds of each stage, and stores the seconds in a file, so that a resumed run has them."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.path: Path | None = None
 
     def keep_in(self, path: Path) -> None:
-        """Save the seconds in the file `path` from now on. Seconds of other stages in that file stay."""
+        """Save the seconds in the file `path` from now on.
+
+        Stages that are not timed again keep their seconds in the file.
+        """
         remedy = "delete it (only the seconds per stage are lost) and resume again"
         earlier = read_json(path, remedy) if path.exists() else {}
         if not all(type(seconds) in (int, float) for seconds in earlier.values()):
@@ -158,7 +162,7 @@ class StageClock:
 
     @contextmanager
     def __call__(self, name: str, *, found: bool = False) -> Iterator[None]:
-        """Time a stage. With `found`, an earlier process made the stage's result, so keep the saved seconds."""
+        """Time a stage inside the context. `found`: an earlier process did the stage, so keep the saved seconds."""
         started = time.perf_counter()
         yield
         if not found:
@@ -173,8 +177,8 @@ class StageClock:
 class StartUp:
     """Measures the seconds of each phase before the first training step.
 
-    The first phase, `start`, begins when this module is imported and ends when this object is made. Python's own start
-    is not counted.
+    The first phase, `start`, begins with the import of this module and ends when this object is made. The start of
+    Python itself is not counted.
     """
 
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
@@ -186,7 +190,7 @@ class StartUp:
         return sum(self.phases.values())
 
     def end(self, phase: str) -> None:
-        """End a phase, which began when the previous phase ended."""
+        """End the phase `phase`, which began when the previous phase ended."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.phases[phase] = self._now() - _IMPORTED - self.seconds

@@ -1,4 +1,4 @@
-"""The run folder, which holds the files of a run. Each stage can be repeated from these files."""
+"""The run folder, which holds all files of a run. A stage that is repeated reads these files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.common.files import read_file, read_json, write_json
 from train.common.values import ConfigError, format_value
 from train.config import BOOKKEEPING, CHANGEABLE, Config
 
-# settings that say which run to resume, and whether to
+# settings that say whether to resume a run, and which one
 WHICH_RUN = ("run_id", "runs_dir", "resume")
 
 
@@ -57,7 +57,10 @@ class RunFolder:
 
     @property
     def source(self) -> Path:
-        """All code of the program that started the run. Earlier runs have no such file; their logs begin with the code."""
+        """File with the source code of the program that started the run.
+
+        Older runs have the code in their log instead.
+        """
         return self.path / "source.txt"
 
     @property
@@ -78,14 +81,14 @@ class RunFolder:
 
     @property
     def is_untrained(self) -> bool:
-        """Whether the run has no training step yet."""
+        """Whether the run has not trained a step yet."""
         if not self.config.exists() or self.checkpoint.exists() or self.weights.exists():
             return False
         return not self.metrics.exists() or b'"kind": "train"' not in read_file(self.metrics)
 
     @property
     def is_busy(self) -> bool:
-        """Whether a process trains or quantizes the run now; False where the file system has no locks."""
+        """Whether a process trains or quantizes the run now. False if the file system has no locks."""
         try:
             with open(self.path / ".lock", "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -96,7 +99,7 @@ class RunFolder:
         return False
 
     def read_config(self) -> Config:
-        """Read the settings of the run. A setting that config.json lacks gets its default.
+        """Read the run's settings from config.json. A missing setting gets its default.
 
         Raises:
             UserError: the run does not exist, or its config.json cannot be read.
@@ -121,19 +124,19 @@ class RunFolder:
         write_json(self.config, config.to_dict())
 
     def drop_scores(self) -> None:
-        """Remove the scores of the artifact. Call this before the artifact is replaced by another."""
+        """Delete the stored scores of the artifact. Call this before another artifact replaces it."""
         for path in (self.evaluation, self.summary):
             path.unlink(missing_ok=True)
 
     @contextmanager
     def held(self, *, shared: bool = False) -> Iterator[None]:
-        """Lock the run until the block ends or this process dies. Several processes may hold shared locks at once.
+        """Lock the run until the context ends or this process dies. Several processes may hold shared locks at once.
 
         Raises:
             UserError: the run does not exist, another process has locked it, or its file system has no locks.
         """
         self.need_run()
-        # the lock is on a separate file, because replacing a locked file would end the lock
+        # lock a file of its own, because replacing a locked file would end the lock
         with open(self.path / ".lock", "ab") as file:
             try:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -152,19 +155,19 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Let only one process at a time change files. Use this inside a shared `held`."""
+        """Inside the context, be the only process that changes files of the run. Use this inside a shared `held`."""
         with open(self.path / ".writing.lock", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             self._clear()
             yield
 
     def _clear(self) -> None:
-        """Remove the unfinished files of an interrupted process. The caller must hold a lock."""
+        """Delete unfinished files of a process that was interrupted. The caller must hold a lock."""
         for part in self.path.glob(".*.part"):
             part.unlink()
 
     def read_training(self, **kinds: type) -> dict[str, Any]:
-        """Read training.json. `kinds` are the types of the fields that must be there.
+        """Read training.json. `kinds` gives the names and types of the required fields.
 
         Raises:
             UserError: training has not finished, or the file cannot be read.
@@ -179,12 +182,12 @@ class RunFolder:
         return values
 
     def trained_config(self) -> Config:
-        """Read the settings of the trained model, without recurrence if training ended before recurrence began."""
+        """Read the settings of the trained model. They have no recurrence if training ended before recurrence began."""
         config = self.read_config()
         return config if self.read_training(recurrence=bool)["recurrence"] else config.replace(recur_layers=())
 
     def need(self, path: Path, stage: str) -> Path:
-        """Return `path`. If it is not a file, raise a UserError that names the command `stage`."""
+        """Return `path`. If the file is missing, raise a UserError that names `stage`, the command that writes it."""
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: expected a file, found a folder: move it away and run {stage}")
         if not path.exists():
@@ -204,10 +207,11 @@ def check_run_id(run_id: str) -> None:
 
 
 def create_run_folder(config: Config) -> RunFolder:
-    """Create the run folder with its config.json. With `resume=auto`, an existing folder is used again.
+    """Create the run folder with its config.json. With `resume=auto`, use an existing folder.
 
     Raises:
-        UserError: `run_id` is not a folder name; or the folder exists, and `resume` is never or its settings differ.
+        UserError: `run_id` is not a folder name; or the folder exists, and `resume` is "never" or the settings in its
+            config.json differ.
     """
     check_run_id(config.run_id)
     folder = RunFolder(Path(config.runs_dir) / config.run_id)
@@ -219,7 +223,7 @@ def create_run_folder(config: Config) -> RunFolder:
         refuse_changes(folder, folder.read_config(), vars(config), {})
         return folder
     folder.path.parent.mkdir(parents=True, exist_ok=True)
-    # a rename creates the folder with its config.json: without that file, it could be neither resumed nor started again
+    # write config.json before renaming the folder: a folder without config.json could be neither resumed nor used again
     with tempfile.TemporaryDirectory(dir=folder.path.parent, prefix=f".{config.run_id}.", suffix=".part") as work:
         made = RunFolder(Path(work, config.run_id))
         made.path.mkdir()
@@ -229,7 +233,10 @@ def create_run_folder(config: Config) -> RunFolder:
 
 
 def refuse_changes(folder: RunFolder, stored: Config, new: Mapping[str, Any], sources: Mapping[str, str]) -> None:
-    """Raise a UserError that names the settings in `new` that a resumed run may not change, with their `sources`."""
+    """Raise a UserError if `new` changes a setting that a resumed run must keep.
+
+    The error names the settings and, from `sources`, where the user gave each of them.
+    """
     refused = []
     for name, value in new.items():
         before = getattr(stored, name)
@@ -255,16 +262,16 @@ def refuse_changes(folder: RunFolder, stored: Config, new: Mapping[str, Any], so
 def _offer_to_delete(folder: RunFolder) -> str:
     if not folder.is_untrained:
         return ""
-    # `held` raises an error if another process is about to train in the folder
+    # if another process is about to train in the folder, `held` raises an error
     with folder.held():
         return "; no step was trained, so you can delete the folder and use its RUN_ID again"
 
 
 @contextmanager
 def open_run_folder(config: Config) -> Iterator[RunFolder]:
-    """Create the run folder with `create_run_folder`, and hold its lock until the block ends.
+    """Call `create_run_folder`, and hold the folder's lock until the context ends.
 
-    The settings that a resumed run changes are stored.
+    If a resumed run changes settings, config.json gets the new values.
     """
     folder = create_run_folder(config)
     with folder.held():
@@ -276,6 +283,6 @@ def open_run_folder(config: Config) -> Iterator[RunFolder]:
 
 
 def changed_settings(old: Config, new: Config, *, free: Iterable[str] = ()) -> list[tuple[str, Any, Any]]:
-    """Return (name, old, new) for each setting that differs, except settings in BOOKKEEPING or `free`."""
+    """Return (name, old value, new value) of each differing setting, except settings in BOOKKEEPING or `free`."""
     before, after, skipped = old.to_dict(), new.to_dict(), BOOKKEEPING.union(free)
     return [(name, before[name], after[name]) for name in before if name not in skipped and before[name] != after[name]]

@@ -1,4 +1,4 @@
-"""The grammar of Parameter Golf's logs: a table with a row per kind of line, and a parser of whole logs."""
+"""The grammar of Parameter Golf's logs: a table with one row per kind of line, and a parser of whole logs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from train.common.errors import UserError
 from train.common.files import read_file
 
-# bounded, because a foreign log may have numbers of thousands of digits
+# limit the digits, because logs of other programs may have numbers of thousands of digits
 _INT, _NUMBER = r"\d{1,18}", r"(?:\d{1,18}(?:\.\d{1,18})?(?:e[+-]?\d{1,3})?|nan|inf)"
 _STEP = rf"(?P<step>{_INT})/(?P<total>{_INT})\b"
 _LOSS, _BPB = rf"val_loss:(?P<val_loss>{_NUMBER})", rf"val_bpb:(?P<val_bpb>{_NUMBER})"
@@ -18,8 +18,9 @@ _CLOCK = rf"(?:.*?\btrain_time:(?P<train_time>{_TIME})\b)?(?:.*?\bstep_avg:(?P<s
 # how the weights are packed, such as int6+brotli or w6e16+zstd22
 _FORM = r"(?P<form>\w+\+[^\s:]+)"
 
-# kind of line → its form. A blank stands for blanks, commas or bars; blanks may surround a colon, and `=` replace it.
-# The first row that matches the start of a line reads it. To read another form, add a row, or an alternative to a row.
+# kind of line → pattern. In a pattern, a blank matches blanks, commas and bars. A colon before a group matches `:` or
+# `=` with blanks around it. A line is read by the first row whose pattern matches the line's start. To read another
+# kind of line, add a row, or extend a pattern.
 _TABLE = {
     "train_step": rf"(?:step:?\s*)?{_STEP} (?:train_)?loss:(?P<train_loss>{_NUMBER}){_CLOCK}",
     "val_step": rf"(?:step:?\s*)?{_STEP} {_LOSS} {_BPB}{_CLOCK}",
@@ -33,20 +34,20 @@ _TABLE = {
     "size_code_compressed": rf"Code size \(compressed\):(?P<bytes>{_INT}) bytes\b",
     "size_code": rf"Code size[^:]*:(?P<bytes>{_INT}) bytes\b",
     "total_eval": rf"total_eval_time:(?P<total_eval_time>{_TIME})\b",
-    # a limit that the script itself states: `clock: 1121.067s (must be < 600.0)`
+    # a limit that the script states in its log: `clock: 1121.067s (must be < 600.0)`
     "limit": rf"(?P<what>\w+):(?P<value>{_NUMBER})s? \(must be <=?\s*(?P<limit>{_NUMBER})",
-    # seconds for GPTQ's Hessians on training data, after the last step
+    # seconds that GPTQ's Hessians took on training data, after the last step
     "calibration": rf"(?:gptq|GPTQ):\s*(?:loop-aware )?(?:calibrated|collected)\b.*\bin (?P<calibration_s>{_NUMBER})s\b",
-    # seconds for losses on training data that choose the row clips, after calibration
+    # seconds that the choice of row clips took to compute losses on training data, after calibration
     "fitting": rf"fit:measured on \d+ training tokens in (?P<fitting_s>{_NUMBER})s\b",
     "train_loader": rf"train_loader:dataset:(?P<dataset>\S+) train_shards:(?P<train_shards>{_INT})\b",
     "model_params": rf"model_params:(?P<model_params>{_INT})\b",
     "world_size": rf"world_size:(?P<world_size>{_INT})\b(?: grad_accum_steps:(?P<grad_accum_steps>{_INT})\b)?",
     "seed": rf"seed:(?P<seed>{_INT})\b",
-    # a score under any name; progress inside an evaluation, such as `batch 5/782`, is none
+    # a final score, which may have any name; a line about progress, such as `batch 5/782`, does not match
     "final": rf"(?:final_)?(?P<name>[A-Za-z](?:[\w\s.:()+-]{{0,60}}?[\w)])?):?\s+(?:\w+:[^\s/,|]+ )*?(?:{_LOSS} )?{_BPB}\b"
     rf"(?:(?=.*\bstride:(?P<stride>{_INT}))|)(?:(?=.*\b(?:eval_time|elapsed|time):(?P<eval_time>{_TIME})\b)|).*",
-    # a line of an indented block of hyper-parameters
+    # one line of the indented block of hyperparameters
     "setting": r"(?<=\s)(?P<key>[a-z_]\w*):(?P<text>\S.*)",
 }
 
@@ -55,14 +56,14 @@ def _compiled(form: str) -> re.Pattern[str]:
     return re.compile(r"\s*" + form.replace(" ", r"[\s,|]+").replace(":(?P<", r"\s*[:=]\s*(?P<"))
 
 
-# a pattern matches from the start of a line
+# compiled patterns, to be matched at the start of a line
 GRAMMAR: dict[str, re.Pattern[str]] = {kind: _compiled(form) for kind, form in _TABLE.items()}
 
-# what other programs put in front of each line: a Unix time stamp, a date and time, a rank
+# prefix that other programs put before each line: a Unix time stamp, a date and time, or a rank
 _PREFIX = re.compile(
     r"^\[?(?:\d{10}(?:\.\d+)?|\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?Z?|rank ?\d+)\]?:?(?:[ \t]|$)", re.MULTILINE
 )
-# a result is shorter
+# longer lines are not parsed: a result is shorter
 _LONGEST_LINE = 1000
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # a row of the table that nvidia-smi prints
@@ -83,7 +84,7 @@ If a time is given in another unit, `<name>_error_ms` is its largest rounding er
 
 
 class Log(TypedDict):
-    """The contents of a log. A field is None or empty if the log has no line for it."""
+    """The contents of a log. A field without a line in the log is None or empty."""
 
     steps: dict[int, Numbers]  # step → its training line
     vals: dict[int, Numbers]  # step → its validation line
@@ -102,7 +103,7 @@ class Log(TypedDict):
 
 
 def parse_log(path: str | os.PathLike[str]) -> Log:
-    """Parse a log in the published grammar, from this or another program. A missing file raises a UserError."""
+    """Parse a log of this or another program in the published grammar. A missing file raises a UserError."""
     try:
         data = read_file(path)
     except FileNotFoundError as error:
@@ -111,7 +112,7 @@ def parse_log(path: str | os.PathLike[str]) -> Log:
 
 
 def parse_log_bytes(data: bytes) -> Log:
-    """Parse the bytes of a log. Any bytes are allowed."""
+    """Parse the bytes of a log. Bytes in no known format are ignored."""
     text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8", errors="replace")
     text = _PREFIX.sub("", _ESCAPES.sub("", text) if "\x1b" in text else text)
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
@@ -121,7 +122,7 @@ def parse_log_bytes(data: bytes) -> Log:
         gpus=_GPU.findall("\n".join(lines[versions:])), lines=lines[begin:], warmup_steps=0, stopping_early=None,
         peak_memory=None,
     )  # fmt: skip
-    # the block of hyper-parameters may stand before the versions
+    # the block of hyperparameters may come before the versions
     for line in _hyperparameters(lines[:begin]):
         _read(found, line, 0)
     for number, line in enumerate(found["lines"], begin + 1):
@@ -172,10 +173,11 @@ def _store(found: Log, kind: str, values: dict[str, Any], number: int) -> None:
 
 
 def _header(lines: list[str]) -> tuple[int, int]:
-    """Return where the versions begin, and the first line after the header.
+    """Return the index of the line with the versions, and the index of the first line after the header.
 
-    The source code in the header may contain lines that look like results, so parsing starts after the separator that
-    follows the versions; if the file holds several runs, the last one counts. Source that follows is left out, too.
+    The header contains source code, which may have lines that look like results. The header ends with the separator
+    after the versions. If source code follows the separator, the header ends after that code. If the file holds several
+    runs, only the last run counts.
     """
     heads = [number for number, line in enumerate(lines) if line.startswith("Running Python ")]
     versions = heads[-1] if heads else 0

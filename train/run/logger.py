@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 
 class RunLogger:
-    """Writes a run's log and metrics line by line; an interruption loses at most the current line.
+    """Writes a run's log and metrics line by line. An interruption loses at most the current line.
 
-    If the files exist, the logger appends after their last whole line. On ranks other than 0, no file is written.
+    If the files exist, the logger appends after their last complete line. Only rank 0 writes files.
 
     Args:
         run_dir: the run folder, which must exist.
         seed: the run's seed, part of the log's name.
         rank: rank of this process.
         echo: also print each line.
-        sinks: further loggers that get the numbers of each metric, see `train.run.sinks`. `close` closes them too.
+        sinks: further loggers that get each metric, see `train.run.sinks`. `close` closes them too.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class RunLogger:
     def metric(self, kind: str, **values: Any) -> None:
         """Append the JSON object `{"kind": kind, **values}` to metrics.jsonl; NaN and infinities become null."""
         append_metric(self._metrics, kind, values)
-        # a metric without a step, such as the final score, gets the step of the metric before it
+        # a metric without a step, such as the final score, gets the step of the previous metric
         self._step = values.get("step", self._step)
         prefix = f"{kind}/{values['name']}" if "name" in values else kind
         numbers = {f"{prefix}/{name}": value for name, value in values.items() if name != "step" and _is_number(value)}
@@ -99,11 +99,11 @@ class RunLogger:
     def header(self, *, gpu_report: str | None = None) -> None:
         """Write the header: versions and the output of `nvidia-smi`. A resumed run gets no second header.
 
-        `gpu_report`, if given, replaces the output of `nvidia-smi`.
+        If `gpu_report` is given, the header contains it instead of the output of `nvidia-smi`.
         """
         if self._log is None or self.resumed:
             return
-        # imported here, because the commands that read runs need no torch, which takes seconds
+        # imported here, because importing torch takes seconds and the commands that read runs do not need it
         import torch
 
         for text in (
@@ -126,7 +126,7 @@ class RunLogger:
         self.line(f"warmup_step:{step}/{total}{note}")
 
     def train_step(self, step: int, total: int, train_loss: float, train_time_ms: float, **extra: Any) -> None:
-        """Log a step's training loss. `train_time_ms` is the training clock. The fields `extra` end the line."""
+        """Log the training loss of a step and the training time. The fields `extra` are appended to the line."""
         average = train_time_ms / max(step, 1)
         tail = "".join(f" {name}:{_format(value)}" for name, value in extra.items())
         self.line(
@@ -135,7 +135,7 @@ class RunLogger:
         self.metric("train", step=step, train_loss=train_loss, seconds=train_time_ms / 1000, **extra)
 
     def val_step(self, step: int, total: int, val_loss: float, val_bpb: float, train_time_ms: float) -> None:
-        """Log a validation after `step` steps. `train_time_ms` is the training clock, which excludes validation."""
+        """Log a validation after `step` steps. `train_time_ms` is the training time, without validation."""
         average = train_time_ms / max(step, 1)
         self.line(
             f"step:{step}/{total} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
@@ -144,7 +144,10 @@ class RunLogger:
         self.metric("val", step=step, val_loss=val_loss, val_bpb=val_bpb, seconds=train_time_ms / 1000)
 
     def resume(self, step: int, train_time_ms: float) -> None:
-        """Log that training resumes at `step`. Points that an earlier process logged for later steps are void."""
+        """Log that training resumes at `step`.
+
+        `series` then ignores metrics that were logged before for later steps.
+        """
         self.line(f"resumed: step:{step} train_time:{train_time_ms:.0f}ms")
         self.metric("resume", step=step, seconds=train_time_ms / 1000)
 
@@ -187,14 +190,14 @@ class RunLogger:
         stride: int = 0,
         facts: dict[str, Any] | None = None,
     ) -> None:
-        """Log a final score on two lines, with 4 and with 8 decimals.
+        """Log a final score in two lines, with 4 and with 8 decimals.
 
         Args:
             name: such as `int6_roundtrip`; the lines begin with `final_` and this name.
             val_loss: nats per token.
             val_bpb: bits per byte.
             seconds: duration of the evaluation.
-            stride: new tokens per window; 0: a flat evaluation, whose lines have no stride.
+            stride: new tokens per window; 0: windows do not overlap, and the lines have no stride.
             facts: further values for metrics.jsonl.
         """
         for text in final_lines(name, val_loss, val_bpb, seconds, stride=stride):
@@ -213,7 +216,7 @@ def final_lines(name: str, val_loss: float, val_bpb: float, seconds: float, *, s
 
 
 def append_metric(target: TextIO | str | os.PathLike[str] | None, kind: str, values: dict[str, Any]) -> None:
-    """Append one object to the metrics file `target`, an open file or a path. If `target` is None, do nothing."""
+    """Append one JSON object to `target`, an open metrics file or its path. If `target` is None, do nothing."""
     if target is None:
         return
     if isinstance(target, (str, os.PathLike)):
@@ -248,9 +251,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def series(records: list[dict[str, Any]], kind: str, field: str) -> list[tuple[int, float, float]]:
-    """Return the points (step, seconds, value) of the curve of `field` in metrics of one kind, sorted by step.
+    """Return the points (step, seconds, value) of the field `field` in the metrics of one kind, sorted by step.
 
-    Points without a value are left out, and so are points of an earlier process after the checkpoint that was resumed.
+    Points without a value are left out. If training resumed from a checkpoint, later points of the earlier process are
+    left out too.
     """
     points: dict[int, tuple[int, float, float]] = {}
     for record in records:
@@ -262,7 +266,10 @@ def series(records: list[dict[str, Any]], kind: str, field: str) -> list[tuple[i
 
 
 def resumed_steps(records: list[dict[str, Any]]) -> list[int]:
-    """Return the steps at which training resumed, sorted. Resuming at an earlier step removes later steps."""
+    """Return the steps at which training resumed, sorted.
+
+    Resuming at an earlier step removes later steps from the list.
+    """
     steps: list[int] = []
     for record in records:
         if record["kind"] == "resume":
@@ -275,7 +282,7 @@ def _is_number(value: Any) -> bool:
 
 
 def finite(value: Any) -> Any:
-    """Return the value, or None for NaN and infinities, which JSON lacks."""
+    """Return the value, or None for NaN and infinities, which JSON cannot store."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -293,7 +300,7 @@ def _write_line(file: TextIO, text: str) -> None:
 
 
 def _open_for_lines(path: Path) -> TextIO:
-    # remove an incomplete last line, because the next line would be appended to it
+    # remove an incomplete last line: the next line would be appended to it
     if path.exists():
         data = read_file(path)
         if data and not data.endswith(b"\n"):

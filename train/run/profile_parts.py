@@ -1,4 +1,4 @@
-"""Names the part of the model (eager or compiled) that launches each kernel, by ranges in a profiler's trace."""
+"""Puts ranges into a profiler's trace that name the part of the model that launches each kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from torch.profiler import record_function
 
 @contextlib.contextmanager
 def named_ranges(model: nn.Module) -> Iterator[None]:
-    """Put a range with the module's name around the forward pass of every module of a model that is not compiled."""
+    """Inside the context, put a range with the module's name around each module's forward pass.
+
+    `model` is not compiled.
+    """
     ranges: list[Any] = []
 
     def enter(name: str) -> Any:
@@ -44,7 +47,7 @@ def named_ranges(model: nn.Module) -> Iterator[None]:
 class KernelRanges:
     """Opens the trace ranges of one call of a compiled graph.
 
-    The compiled code makes and calls this object. Without a profiler it does nothing.
+    The compiled code makes and calls this object. If no profiler runs, the object does nothing.
     """
 
     def __init__(self) -> None:
@@ -62,13 +65,13 @@ class KernelRanges:
 
 @functools.cache
 def name_compiled_kernels(device: str) -> str | None:
-    """Make all graphs that this process compiles from now on, for one device type, open a range per part of the model.
+    """Make torch.compile add ranges, named after parts of the model, to the graphs that it compiles for a device type.
 
-    A range surrounds the launches of consecutive kernels of one part, in the forward or the backward pass. The kernels
-    do not change. The compile cache does not store this code.
+    This affects all graphs that this process compiles from now on. A range surrounds the launches of consecutive
+    kernels of one part, in the forward or backward pass. The kernels do not change. Graphs with ranges are not cached.
 
     Returns:
-        None, or why this version of torch is not supported.
+        None, or the reason why this version of torch is not supported.
     """
     # imported here, because only a profile of a compiled model needs these modules
     try:
@@ -109,7 +112,7 @@ def name_compiled_kernels(device: str) -> str | None:
 
         # Inductor calls this before it writes a kernel's call
         def write_provenance_debug_handle(self, kernel_name: str, debug_handle: int | None = None) -> None:
-            # looked up at each call, because Inductor replaces the table
+            # look the table up at each call, because Inductor replaces it
             made_of = debug._inductor_triton_kernel_to_post_grad_node_info.get(f"{kernel_name}:{debug_handle}", [])
             nodes = {node.name: node for node in V.graph.graph.nodes}
             name = part_of(nodes[node] for node in made_of if node in nodes)
@@ -136,10 +139,10 @@ def name_compiled_kernels(device: str) -> str | None:
 
 
 def part_of(nodes: Iterable[fx.Node]) -> str:
-    """Name the part of the model to which a kernel with these graph nodes belongs.
+    """Return the name of the model's part that a kernel computes. `nodes` are the graph nodes of the kernel.
 
-    Views count only if all nodes are views. "blocks.0" includes "blocks.0.mlp". A kernel of two parts gets both names.
-    A kernel of more parts gets the first name and the number of other parts. A kernel of no part gets "model".
+    Views count only if all nodes are views. "blocks.0" includes "blocks.0.mlp". If a kernel computes two parts, return
+    both names. For more parts, return the first name and the number of other parts. For none, return "model".
     """
     nodes = list(nodes)
     names = {module_of(node) for node in nodes if not getattr(node.target, "is_view", False)} - {""}
@@ -151,7 +154,7 @@ def part_of(nodes: Iterable[fx.Node]) -> str:
 
 
 def module_of(node: fx.Node) -> str:
-    """Name the module to whose forward or backward pass a graph node belongs; empty for the model itself."""
+    """Return the name of the module that a graph node belongs to, in the forward or backward pass; "" for the model."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     path = next((path for path, _ in reversed(stack.values())), "")
     return re.sub(r"^L\['\w+'\]\.?", "", path)

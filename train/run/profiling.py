@@ -24,8 +24,8 @@ from train.run.clocks import WallClock
 from train.run.logger import RunLogger
 from train.run.profile_parts import named_ranges
 
-# a kernel (on a CPU: an operator) belongs to the first family whose pattern matches its name; `^(…)_kernel` lists full
-# names of golf_kernels' Triton kernels
+# (family, pattern). A kernel (on a CPU: an operator) belongs to the first family whose pattern matches the kernel's
+# name. A pattern `^(…)_kernel` lists full names of golf_kernels' Triton kernels.
 _ELEMENTWISE = "elementwise and norms"
 FAMILIES: tuple[tuple[str, str], ...] = (
     # first, because Inductor's kernel names list all fused operations; triton_tem kernels are matrix products
@@ -44,7 +44,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     (_ELEMENTWISE, r"mix_rms_norm|^(mix|unmix)_kernel|fake_quantize|elementwise|vectorized|reduce_kernel|aten::[a-z]"),
 )
 OTHER = "other"
-# ranges of the training loop, not of the model
+# ranges that name phases of the training loop, not parts of the model
 LOOP_RANGES = ("forward", "backward")
 
 NO_KERNELS = (
@@ -66,12 +66,12 @@ def part_of_any_layer(part: str) -> str:
 def breakdown(
     events: Iterable[tuple[str, float]], steps: int, group: Callable[[str], str] = kernel_family
 ) -> dict[str, float]:
-    """Sum times for each group.
+    """Add up the times of each group of kernels.
 
     Args:
         events: (name, microseconds) of each kernel in `steps` steps.
         steps: number of steps.
-        group: function that gives the group of a name.
+        group: function that returns the group of a kernel's name.
 
     Returns:
         Group → milliseconds per step, largest first.
@@ -83,24 +83,23 @@ def breakdown(
 
 
 def kernel_times(trace: profile) -> list[tuple[str, float]]:
-    """Return (name, microseconds) of each kernel; on a CPU, of each operator, excluding the operators that it calls."""
-    # `trace.key_averages()` would take seconds
+    """Return (name, microseconds) of each kernel, or, on a CPU, of each operator without the operators that it calls."""
+    # not `trace.key_averages()`, which would take seconds
     if _of_gpu(trace):
         return [(e.name, e.self_device_time_total) for e in trace.events() if _is_kernel(e)]
     return [(e.name, e.self_cpu_time_total) for e in trace.events() if e.self_cpu_time_total > 0]
 
 
 def part_times(trace: profile) -> list[tuple[str, float]]:
-    """Return (part of the model, microseconds) for each operator that launches kernels (on a CPU: for each operator).
+    """Return (part of the model, microseconds) for each operator that launches kernels. On a CPU: for each operator.
 
-    The part is the innermost range around the operator. A backward operator belongs to the range of its forward
-    operator, with " backward" after the name. Kernels launched outside all ranges, or by a CUDA graph, belong to
-    "elsewhere".
+    The part is the name of the innermost range around the operator. A backward operator has the part of its forward
+    operator, followed by " backward". Kernels outside all ranges, and kernels of CUDA graphs, belong to "elsewhere".
     """
     events = [event for event in trace.events() if event.device_type.name == "CPU"]
     whole = sum(microseconds for _, microseconds in kernel_times(trace))
-    # autograd numbers its nodes per thread; an operator has the number of the next node, so the last operator with a
-    # number created the node with that number
+    # autograd numbers its nodes per thread. An operator's sequence_nr is the number of the next node, so the last
+    # operator with a number is the one that created this node.
     operators = [event for event in events if event.sequence_nr >= 0 and not event.fwd_thread]
     made_in = {(event.thread, event.sequence_nr): _part(event, {}) for event in operators}
     found = []
@@ -113,7 +112,7 @@ def part_times(trace: profile) -> list[tuple[str, float]]:
 
 
 def busy_ms(trace: profile, steps: int) -> float | None:
-    """Return for how many ms per step the GPU ran at least one kernel, or None if it ran no kernel."""
+    """Return the milliseconds per step in which the GPU ran at least one kernel, or None if it ran no kernel."""
     spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events() if _is_kernel(e))
     busy, until = 0.0, -math.inf
     for start, end in spans:
@@ -123,7 +122,7 @@ def busy_ms(trace: profile, steps: int) -> float | None:
 
 
 def _part(event: Any, made_in: Mapping[tuple[int, int], str]) -> str:
-    """Name the innermost range around an event, or around its forward operator; empty if there is no range."""
+    """Return the name of the innermost range around an event or its forward operator; "" if there is no range."""
     while event is not None and not _is_range(event):
         part = made_in.get((event.fwd_thread, event.sequence_nr), "")
         if part and part not in LOOP_RANGES:
@@ -137,22 +136,22 @@ def _of_gpu(trace: profile) -> bool:
 
 
 def _is_kernel(event: Any) -> bool:
-    # ranges of record_function also appear as GPU events
+    # exclude the ranges of record_function, which also appear as GPU events
     return event.device_type.name == "CUDA" and not event.is_user_annotation
 
 
 def _is_range(event: Any) -> bool:
-    # torch.compile's own ranges do not count: their names are checksums of the graph
+    # exclude torch.compile's own ranges, whose names are checksums of the graph
     return event.is_user_annotation and not event.name.startswith(("## Call", "Torch-Compiled Region"))
 
 
 class StepProfiler:
     """Profiles the steps `steps` of a run, counted from 0.
 
-    Every rank writes a trace to `<run>/profile/`; rank 0 also writes the breakdowns. Starting and writing the profile
-    do not count as training time. Training continues if a file cannot be written. The profile ends early before a
-    validation, a checkpoint, or the first step with recurrence. `parts` is the model, whose modules the trace names;
-    None if the model is compiled.
+    Every rank writes a trace to `<run>/profile/`. Rank 0 also writes tables of milliseconds per kernel family and part.
+    Starting and writing the profile do not count as training time. Training continues if a file cannot be written. The
+    profile ends early before a validation, a checkpoint, or the first step with recurrence. `parts` is the model if it
+    is not compiled; the trace then names its modules. None: the model is compiled.
     """
 
     def __init__(
@@ -160,7 +159,7 @@ class StepProfiler:
     ) -> None:
         self.steps = steps
         self.folder = folder / "profile"
-        # _settled: the profile began, or the log says why it will not begin
+        # _settled: the profile has begun, or the log says why it will not begin
         self._settled = self._recurrence = False
         self._ranks = ranks
         self._log = log
@@ -170,7 +169,10 @@ class StepProfiler:
         self._ranges = contextlib.ExitStack()
 
     def before(self, step: int, *, recurrence: bool) -> None:
-        """Call this before each step. It starts the profile at its first step, or logs that this step was done."""
+        """Start the profile before its first step. Call this before each step.
+
+        If an earlier process has done the first step already, log this.
+        """
         if not self._settled and step > self.steps.start:
             self._settled = True
             self._log.line(
@@ -181,7 +183,7 @@ class StepProfiler:
             with self._paused():
                 self.end(step, "recurrence begins")
         if step == self.steps.start:
-            # the pause waits for the queued work of earlier steps
+            # pausing the clock waits for the queued work of earlier steps
             with self._paused():
                 self._settled, self._recurrence = True, recurrence
                 self._trace = new_trace(self._ranks.device)
@@ -190,19 +192,19 @@ class StepProfiler:
                 self._trace.start()
 
     def after(self, done: int) -> None:
-        """Call this after each step with the number of finished steps. It ends the profile after its last step."""
+        """End the profile after its last step. Call this after each step, with the number of finished steps."""
         if self._trace is not None and done >= self.steps.stop:
             with self._paused():
                 self.end(done)
 
     def finish(self, done: int) -> None:
-        """Call this at the end of training, with the clock paused. It ends the profile, or logs why there is none."""
+        """End the profile, or log why there is none. Call this at the end of training, with the clock paused."""
         if not self._settled:
             self._log.line(f"profile:none, this process did not reach step {self.steps.start}")
         self.end(done, "training ends")
 
     def end(self, done: int, why: str = "") -> None:
-        """End and write the profile after `done` steps, if a profile runs. The clock must be paused."""
+        """If a profile runs, end it after `done` steps and write its files. The clock must be paused."""
         if self._trace is None:
             return
         trace, self._trace = self._trace, None
@@ -236,7 +238,7 @@ class StepProfiler:
 
 
 def new_trace(device: torch.device) -> profile:
-    """Make a profiler of operators and, on a GPU, of kernels. It is not started yet."""
+    """Make a profiler of operators and, on a GPU, of kernels. The caller starts it."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     return profile(activities=activities)
 

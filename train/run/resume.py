@@ -1,4 +1,4 @@
-"""The settings of a run that is started or resumed. A resumed run needs no flag: it has its stored settings."""
+"""Finds the settings of a run that is started or resumed. A resumed run takes its stored settings."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from train.run.folder import WHICH_RUN, RunFolder, refuse_changes
 
 
 def resolve_run(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list[Override]]:
-    """Return the settings, and those given by flags and variables that differ from the recipe.
+    """Return the settings of a run, and the settings that flags and variables change.
 
-    For a resumed run, return those that differ from its stored settings.
+    A new run's settings are compared with the recipe, a resumed run's with its stored settings.
 
     Raises:
         UserError: a flag or variable changes a setting that a resumed run must keep, or `resolve` refuses the settings.

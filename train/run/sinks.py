@@ -13,7 +13,7 @@ from train.common.errors import UserError
 
 
 class Sink(Protocol):
-    """Receives the numbers of a run."""
+    """A logger that receives the metrics of a run."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -44,7 +44,7 @@ class WeightsAndBiases:
         project = os.environ.get("WANDB_PROJECT", "golf_kernels")
         name, values = folder.name, dict(settings)
         try:
-            # one id per folder, so that a resumed run continues its curves
+            # the id is the folder's name, so that a resumed run continues its curves
             self._run = wandb.init(project=project, id=name, name=name, dir=str(folder), config=values, resume="allow")
         except wandb.errors.Error as error:
             raise UserError(
@@ -78,7 +78,7 @@ def check_sinks(text: str) -> None:
 
 
 def open_sinks(text: str, folder: Path, settings: Mapping[str, Any]) -> list[Sink]:
-    """Start the loggers that the setting `loggers` names. They also store the run's settings.
+    """Start the loggers named in the setting `loggers`. The loggers also store the run's settings.
 
     Raises:
         UserError: `check_sinks` refuses the setting, or Weights & Biases does not start.
