@@ -24,8 +24,8 @@ class WallClock:
     The published scripts all-reduce a stop flag after every step and wait for the result, so the host never runs ahead
     of the GPU. This clock does not wait for the current step. It measures the time of an earlier step:
 
-    * On CUDA, an event marks the end of each step. `tick` waits for the event of the previous step, so the host runs
-      ahead of the GPU by at most one step.
+    * On CUDA, an event marks the end of each step. `tick` waits for the event of the previous step, so the host cannot
+      run far ahead of the GPU.
     * With several ranks, an asynchronous all-reduce (MAX) on the CPU takes each rank's time of that event. The next
       `tick` waits for the result, so all ranks use the same time in the same step.
 

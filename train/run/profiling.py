@@ -83,7 +83,7 @@ def breakdown(
 
 
 def kernel_times(trace: profile) -> list[tuple[str, float]]:
-    """Return (name, microseconds) of each kernel, or, on a CPU, of each operator without the operators that it calls."""
+    """Return (name, microseconds) of each kernel; on a CPU, of each operator without the operators that it calls."""
     # not `trace.key_averages()`, which would take seconds
     if _of_gpu(trace):
         return [(e.name, e.self_device_time_total) for e in trace.events() if _is_kernel(e)]

@@ -1,1 +1,1 @@
-"""Lists, shows, compares and deletes runs."""
+"""`python -m train.runs` lists, shows, compares and deletes runs."""

@@ -52,15 +52,15 @@ def _remove(arguments: argparse.Namespace) -> None:
             raise UserError(f"{folder.config}: no recipe in it, so {folder.path} is no run folder: delete it yourself")
         if folder.path.is_symlink():
             raise UserError(f"{folder.path}: is a link: delete the link and the folder that it names yourself")
-        # locked, so that no process trains it or scores it
+        # lock the run, so that no process trains or scores it meanwhile
         with folder.held():
             sizes = [path.lstat().st_size for path in folder.path.rglob("*") if not path.is_dir()]
             question = f"delete {folder.path} ({counted(len(sizes), 'file')}, {sum(sizes):,} bytes)? [y/N] "
             if not arguments.yes and not _confirmed(question):
                 print(f"kept {folder.path}")
                 continue
-            # renamed first: a kill leaves no run with half of its files
-            # resolved, because "." has no name
+            # rename the folder before deleting it: if this process is killed, no run with half of its files is left.
+            # Resolve the path, because "." has no name.
             path = folder.path.resolve()
             gone = path.with_name(f".{path.name}.{os.getpid()}.part")
             os.rename(path, gone)
@@ -69,7 +69,7 @@ def _remove(arguments: argparse.Namespace) -> None:
 
 
 def _is_run(folder: RunFolder) -> bool:
-    """Whether the folder is a run, perhaps with a damaged config.json, and not that of another program."""
+    """Whether the folder is a run folder. A damaged config.json is allowed; another program's config.json is not."""
     try:
         return "recipe" in read_json(folder.config, "")
     except UserError:
@@ -101,7 +101,7 @@ def _runs_dir() -> Path:
 
 
 def _find(name: str) -> RunFolder:
-    """The run folder of this name in the folder of runs, or at this path."""
+    """Find the run `name` in the folder of runs, or else at the path `name`."""
     inside = _runs_dir() / name
     folder = RunFolder(inside if inside.is_dir() else Path(name))
     folder.need_run()

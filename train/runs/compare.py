@@ -1,4 +1,7 @@
-"""Compares two runs of one seed each: scores, settings and curves. Records of several seeds: train.submission compare."""
+"""Compares scores, settings and curves of two runs.
+
+`python -m train.submission compare` compares records of many seeds.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from train.submission.record_scores import ScoredText, challenge_text, same_text
 
 
 def compare_runs(a: Run, b: Run, picture: Path) -> str:
-    """Return a table of both runs, and draw their curves into the PNG `picture`, if one has a curve."""
+    """Return a table of both runs. If a run has a curve, draw the curves into the PNG `picture`."""
     same = same_scored_text(a, b)
     lines = [f"A  {a.folder.path} ({a.status}), text {a.text}", f"B  {b.folder.path} ({b.status}), text {b.text}", ""]
     rows = _rows(a, b, comparable=same is not False)
@@ -31,7 +34,7 @@ def compare_runs(a: Run, b: Run, picture: Path) -> str:
         lines.append("The scores are not comparable: the validation texts differ.")
     else:
         lines.append("One seed each, so a small difference may be chance; train.submission compare tests records.")
-    # a longer name leaves the curves no room
+    # shorten the names, so that the legend leaves room for the curves
     curves = {f"{letter}: {printable(run.folder.path.name)[:40]}": run.curve for letter, run in (("A", a), ("B", b))}
     if not any(curves.values()):
         return "\n".join([*lines, "No curves: neither run has a validation."])
@@ -44,7 +47,7 @@ def compare_runs(a: Run, b: Run, picture: Path) -> str:
 
 
 def _numbers(run: Run) -> dict[str, tuple[float | None, str]]:
-    """Name of each measured number → its value, None if it is not measured, and its format."""
+    """Name of a number in the table → its value (None: not measured) and its format."""
     summary = run.summary
     return {
         "bpb of the artifact": (summary.val_bpb if summary else None, ".4f"),
@@ -58,7 +61,7 @@ def _numbers(run: Run) -> dict[str, tuple[float | None, str]]:
 
 
 def _rows(a: Run, b: Run, *, comparable: bool) -> list[tuple[str, ...]]:
-    """The lines of the table: name, A, B, difference."""
+    """Return the lines of the table: name, value of A, value of B, difference."""
     rows: list[tuple[str, ...]] = [("", "A", "B", "A - B")]
     labels = [run.summary.label if run.summary else "" for run in (a, b)]
     if any(labels):
@@ -74,15 +77,15 @@ def _rows(a: Run, b: Run, *, comparable: bool) -> list[tuple[str, ...]]:
 
 
 def same_scored_text(a: Run, b: Run) -> bool | None:
-    """Whether two runs are scored on the same validation text; None: not known."""
+    """Whether two runs were scored on the same validation text. None: not known."""
     left, right = _manifest(a), _manifest(b)
     if left and right:
-        # also where the tokenizers differ
+        # this comparison holds even if the tokenizers differ
         return _counts(left.val) == _counts(right.val)
     same = same_text(_scored_text(a, left), _scored_text(b, right))
     if same is not None or not a.summary or not b.summary:
         return same
-    # at most one window at the end is not scored
+    # an evaluation leaves less than a window at the end unscored
     unscored = max(run.config.window * s.bytes / s.tokens for run, s in ((a, a.summary), (b, b.summary)))
     if abs(a.summary.bytes - b.summary.bytes) > unscored:
         return False
@@ -100,12 +103,15 @@ def _scored_text(run: Run, manifest: DatasetInfo | None) -> ScoredText:
 
 
 def _manifest(run: Run) -> DatasetInfo | None:
-    """The manifest of the run's dataset; None without one, and if the dataset was built again since."""
+    """Read the manifest of the run's dataset.
+
+    None if there is none, or if the dataset was built again after the run.
+    """
     try:
         manifest = read_manifest(run.config.data_path)
     except UserError:
         return None
-    # tokens after the last full window are not scored
+    # the run left less than a window of tokens unscored, unless the dataset has changed
     if manifest and run.summary and not 0 <= manifest.val.tokens - run.summary.tokens <= run.config.window:
         return None
     return manifest

@@ -1,4 +1,4 @@
-"""Reads what a table shows of a run, whatever state the run is in."""
+"""Reads settings, score, curve and status of a run, which may be unfinished or interrupted."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Run:
         folder: the run folder.
         config: the run's settings.
         status: "finished", "running" (a process trains or quantizes it), "trained" (but not scored) or "interrupted".
-        summary: its numbers; None: the artifact has no score.
+        summary: the contents of summary.json; None: the artifact has no score.
         curve: (step, seconds, bits per byte) of each validation during training.
-        steps: number of steps, the last logged one if training has not finished.
-        seconds: training clock at that step.
+        steps: number of trained steps; if training has not finished, the last logged step.
+        seconds: training time at step `steps`, in seconds.
     """
 
     folder: RunFolder
@@ -42,13 +42,13 @@ class Run:
 
     @property
     def text(self) -> str:
-        """Name of the dataset whose validation text is scored, and the scored bytes."""
+        """Name of the dataset, and number of bytes of validation text that were scored."""
         name = Path(self.config.data_path).name or "-"
         return f"{name} ({self.summary.bytes:,} B)" if self.summary else name
 
     @property
     def differences(self) -> list[str]:
-        """The settings that differ from the recipe, as `name=value`, the seed included."""
+        """The settings, as `name=value`, that differ from the recipe. The seed is included."""
         try:
             base = load_recipe(self.config.recipe).config()
         except ConfigError:
@@ -64,7 +64,7 @@ def read_run(folder: RunFolder) -> Run:
         UserError: a file is missing, unreadable or damaged; the message is one line.
     """
     try:
-        # a removed setting is no news here
+        # do not warn about removed settings in config.json
         with warnings.catch_warnings(action="ignore"):
             config = folder.read_config()
         summary = Summary.read(folder.summary) if folder.summary.exists() else None
@@ -94,7 +94,7 @@ def _progress(folder: RunFolder, records: list[dict[str, Any]]) -> tuple[list[tu
 
 
 def find_folders(path: Path) -> tuple[list[RunFolder], list[str]]:
-    """Find the run folders inside `path`, or `path` itself if it is one, and the names of other folders inside.
+    """Find run folders, and the names of other folders, inside `path`. If `path` is a run folder, return it alone.
 
     Raises:
         UserError: there is no such folder.
@@ -103,17 +103,17 @@ def find_folders(path: Path) -> tuple[list[RunFolder], list[str]]:
         raise UserError(f"{path}: no such folder: python -m train makes run folders below runs/")
     if (path / "config.json").exists():
         return [RunFolder(path)], []
-    # hidden folders are unfinished ones
+    # skip hidden folders, which are unfinished
     inside = sorted(item for item in path.iterdir() if item.is_dir() and not item.name.startswith("."))
     runs = [RunFolder(item) for item in inside if (item / "config.json").exists()]
     return runs, [printable(item.name) for item in inside if not (item / "config.json").exists()]
 
 
 def text_of(value: Any) -> str:
-    """A setting's value, as `Config.to_dict` returns it, as text."""
+    """Format a setting's value, as `Config.to_dict` returns it."""
     return format_value(tuple(value) if isinstance(value, list) else value) or "empty"
 
 
 def printable(text: str) -> str:
-    """The text, escaped if it does not fit on one line."""
+    """Return the text. If it contains line breaks or control characters, escape them."""
     return text if text.isprintable() else ascii(text)

@@ -1,4 +1,4 @@
-"""The table of runs, and the page of one run."""
+"""Formats the table of runs, and the page about one run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ _RIGHT = ("bpb", "steps", "seconds", "bytes")
 
 
 def runs_table(folders: Sequence[RunFolder], width: int | None) -> str:
-    """Return one line per run; a run that cannot be read has a line that says why.
+    """Return a table with one line per run. If a run cannot be read, its line says why.
 
-    `width` is the longest line; None: no limit.
+    Lines are cut to `width` characters; None: not cut.
     """
     rows: list[tuple[str, ...]] = [HEAD]
-    # the cells of a damaged run are empty; its line ends with the reason
     texts, validated = set(), False
     for folder in folders:
         try:
@@ -59,7 +58,7 @@ def _row(run: Run) -> tuple[str, ...]:
 
 
 def run_page(run: Run) -> str:
-    """Return a run's numbers, the settings that differ from its recipe, and its files."""
+    """Describe a run: numbers, settings that differ from the recipe, and files."""
     if run.summary:
         lines = [summary_text(run.summary, run.folder.path)]
     else:
@@ -83,7 +82,7 @@ def run_page(run: Run) -> str:
 
 
 def resume_command(run: Run) -> str:
-    """The command that goes on with a run."""
+    """Return the command that continues a run."""
     parent = run.folder.path.parent
     place = "" if str(parent) == "runs" else f" --runs_dir {parent}"
     return f"python -m train --run_id {run.folder.path.name}{place} --resume auto"

@@ -1,1 +1,1 @@
-"""Trains a recipe at many points of its settings, with several seeds each."""
+"""Trains a recipe at many points. A point gives values to the varied settings and is trained with several seeds."""

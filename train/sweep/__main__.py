@@ -1,4 +1,4 @@
-"""`python -m train.sweep`: train a recipe at many points of its settings, with several seeds each."""
+"""`python -m train.sweep` trains a recipe with many values of some settings, and with several seeds per combination."""
 
 from __future__ import annotations
 
@@ -60,18 +60,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Plan, list[str]]:
-    """The command line, the checked plan, and the GPUs of each job."""
+    """Read the command line. Return the arguments, the checked plan, and the GPUs of each job."""
     arguments, flags = _parser().parse_known_args(argv)
     plan = make_plan(flags, arguments.set, arguments.seeds, arguments.sampler, arguments.trials, os.environ)
-    # more jobs than runs would only wait
+    # start at most as many jobs as runs, because further jobs would have nothing to do
     groups = _gpu_groups(arguments.gpus, arguments.jobs, arguments.processes, plan.total * len(plan.seeds))
     return arguments, plan, groups
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a sweep, and print its table. Exit code: 1 if no point finished."""
+    """Run a sweep and print its table. Return the exit code: 1 if no point finished, else 0."""
     arguments, plan, groups = read_arguments(argv)
-    # imported late, so that an error in the settings does not wait for Optuna and Matplotlib
+    # imported after the check of the settings, because importing Optuna and Matplotlib takes seconds
     from train.common import hardware
     from train.common.distributed import Ranks
     from train.data.dataset import prepare_data
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--jobs: {len(groups)} runs would share GPU 0: give each its own, such as --gpus 0-{len(groups) - 1}"
         )
     if not {"recipe", "data_path"} & plan.varied.keys():
-        # before the first runs, which would all build it
+        # build the dataset before the first runs start: each of them would build it
         prepare_data(plan.config, Ranks())
     study = open_study(plan)
     print(
@@ -119,7 +119,7 @@ def _run_here(plan: Plan, groups: list[str], processes: int) -> None:
 
 
 def _gpu_groups(text: str, jobs: int, processes: int, most: int) -> list[str]:
-    """The GPUs of each of at most `most` jobs, such as ["0,1", "2,3"]; empty texts if `text` names none."""
+    """Divide the GPUs in `text` among at most `most` jobs, such as ["0,1", "2,3"]. Without GPUs, each job gets ""."""
     gpus: list[int] = []
     for item in text.split(",") if text else ():
         found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", item)

@@ -1,4 +1,7 @@
-"""What a sweep varies: its settings, points, seeds and folder."""
+"""The plan of a sweep: varied settings, points, seeds and folder.
+
+A point is one combination of values of the varied settings. Each point is trained once per seed.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from train.config import BOOKKEEPING, Config, field_names, field_type, nearest, 
 from train.run.folder import RunFolder, check_run_id
 
 Point = Mapping[str, Any]
-"""Setting → its value, as a flag takes it."""
+"""Varied setting → its value, as written in a flag."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """All numbers from `low` to `high`; `log`: drawn evenly on a logarithmic scale."""
+    """A range of numbers from which values are drawn, uniformly or (`log`) uniformly on a logarithmic scale."""
 
     low: float
     high: float
@@ -40,11 +43,11 @@ class Plan:
     """A sweep.
 
     Attributes:
-        config: the settings that its runs share; its folder is `runs_dir/run_id`.
-        flags: the flags of these settings, as they were typed.
-        varied: setting → the values it takes.
-        seeds: the seeds of each point.
-        sampler: "grid", "random" or "tpe".
+        config: the settings that all runs share. The sweep's folder is `runs_dir/run_id`.
+        flags: the command-line flags of these settings, as typed.
+        varied: varied setting → its values, or the range of its values.
+        seeds: the seeds with which each point is trained.
+        sampler: "grid", "random" or "tpe" (Optuna's TPE).
         total: number of points.
     """
 
@@ -61,20 +64,20 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a sweep cannot change when it is started again."""
+        """The parts of the plan that must stay the same when the sweep is started again."""
         settings = {name: value for name, value in self.config.to_dict().items() if name not in BOOKKEEPING}
         varied = {name: str(values) for name, values in self.varied.items()}
         return {"settings": settings, "varied": varied, "seeds": list(self.seeds), "sampler": self.sampler}
 
     def grid(self) -> list[dict[str, str]]:
-        """Every combination of the values."""
+        """All combinations of the listed values."""
         return _combinations({name: values for name, values in self.varied.items() if isinstance(values, list)})
 
     def run(self, number: int, seed: int) -> RunFolder:
         return RunFolder(self.folder / f"{self.config.run_id}-{number:03}-seed{seed}")
 
     def run_flags(self, number: int, seed: int, point: Point) -> list[str]:
-        """The flags of `python -m train` for one run."""
+        """Return the flags of `python -m train` for one run: point `number` with one seed."""
         # without checkpoints, an interrupted run would start again at step 0
         every = self.config.checkpoint_every or max(1, self.config.iterations // 20)
         return [
@@ -120,7 +123,7 @@ def make_plan(
     if not config.run_id:
         config = config.replace(run_id="_".join([config.recipe, *varied]))
     check_run_id(config.run_id)
-    # check the two ends of a range, in all combinations with the other values
+    # of a range check both ends, in all combinations with the other settings' values
     ends = {name: [str(v.low), str(v.high)] if isinstance(v, Range) else v for name, v in varied.items()}
     combinations = _combinations(ends)
     for point in combinations:
@@ -141,7 +144,7 @@ def point_text(point: Point) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value for people, who need no more than six digits of a number that a sampler drew."""
+    """Format a value for people: numbers that a sampler drew get six digits."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -150,7 +153,7 @@ def _combinations(values: Mapping[str, list[str]]) -> list[dict[str, str]]:
 
 
 def _distinct(name: str, texts: Sequence[str]) -> list[str]:
-    """The texts with different values: 0.1 and 0.10 are one."""
+    """Remove texts that state a value again: of 0.1 and 0.10, keep the first."""
     found: dict[Any, str] = {}
     for text in texts:
         found.setdefault(parse_value(name, text, name), text)
@@ -173,7 +176,7 @@ def _parse_set(text: str) -> tuple[str, Values]:
         if not low < high or (found[3] and low <= 0):
             raise ConfigError(f"{source}: expected LOW..HIGH with LOW < HIGH, and LOW > 0 for :log, got {values!r}")
         return name, Range(low, high, bool(found[3]))
-    # a list is one value of a setting that is a list: --set recur_layers=3,4 --set recur_layers=4,5
+    # if the setting is a list, the whole text is one value: --set recur_layers=3,4 --set recur_layers=4,5
     listed = [values] if kind == "int,…" else values.split(",")
     for value in listed:
         parse_value(name, value, source)

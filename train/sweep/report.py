@@ -1,4 +1,4 @@
-"""The table and the plot of a sweep: what was varied, and the scores."""
+"""Writes the table and the plot of a sweep: varied settings and scores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_report(plan: Plan, points: list[dict[str, Any]]) -> None:
 
 
 def report(plan: Plan, points: list[dict[str, Any]]) -> dict[str, Any]:
-    """The sweep as a dictionary for JSON, best point first."""
+    """Return the sweep as a dictionary for JSON, best point first."""
     varied = {name: values if isinstance(values, list) else str(values) for name, values in plan.varied.items()}
     return {
         "sweep": plan.config.run_id, "recipe": plan.config.recipe, "sampler": plan.sampler, "seeds": list(plan.seeds),
@@ -36,7 +36,7 @@ def report(plan: Plan, points: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(plan: Plan, points: list[dict[str, Any]]) -> str:
-    """One line per point, best first: settings, mean and standard deviation of val_bpb, seeds, state."""
+    """Return a table with one line per point, best first: settings, mean and deviation of val_bpb, seeds, state."""
     heads = [*plan.varied, "val_bpb", "std", "seeds", "state"]
     rows = [heads]
     for point in _ranked(points):
@@ -51,9 +51,9 @@ def table(plan: Plan, points: list[dict[str, Any]]) -> str:
 
 
 def plot(plan: Plan, points: list[dict[str, Any]]) -> Figure:
-    """Plot each point's mean and standard deviation, in one panel per varied setting.
+    """Plot mean and standard deviation of each point's scores, in one panel per varied setting.
 
-    Lines join the points that differ in this setting only.
+    In a panel, lines join the points that differ only in the panel's setting.
     """
     scored = [point for point in _ranked(points) if point["mean"] is not None]
     columns = min(len(plan.varied), 3)
@@ -75,7 +75,7 @@ def _panel(axis: Axes, name: str, plan: Plan, scored: list[dict[str, Any]]) -> N
 
     def position(point: dict[str, Any]) -> float:
         value = point["settings"][name]
-        # listed values stand at equal distances
+        # draw listed values at equal distances
         return float(values.index(value) if isinstance(values, list) else value)
 
     def others(point: dict[str, Any]) -> str:
@@ -104,7 +104,10 @@ def _panel(axis: Axes, name: str, plan: Plan, scored: list[dict[str, Any]]) -> N
 
 
 def _ranked(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Finished points by score, then those that are not finished, then the failed ones."""
+    """Sort points: finished ones first, then unfinished, then failed ones.
+
+    Points of the same state are sorted by score.
+    """
     order = ("finished", "not finished", "failed")
     return sorted(
         points, key=lambda p: (order.index(p["state"]), math.inf if p["mean"] is None else p["mean"], p["number"])

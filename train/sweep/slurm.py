@@ -1,4 +1,4 @@
-"""Starts workers of a sweep as Slurm jobs, by submitit."""
+"""Starts the workers of a sweep as Slurm jobs, with submitit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TIMEOUT_MINUTES = 24 * 60
 
 @dataclass(frozen=True)
 class Worker:
-    """The program of one job."""
+    """The program of one Slurm job: trains runs of the sweep until no run is left."""
 
     plan: Plan
     processes: int
@@ -27,18 +27,18 @@ class Worker:
         work(self.plan, self.processes, "", threading.Event())
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit puts into the queue when Slurm preempts the job: the same worker."""
+        """Return the job that submitit queues when Slurm preempts this job: the same worker again."""
         return DelayedSubmission(self)
 
 
 def run_jobs(plan: Plan, jobs: int, processes: int, parameters: list[str]) -> None:
-    """Start the jobs and wait for them.
+    """Start Slurm jobs, and wait until all of them end.
 
     Args:
         plan: the sweep.
         jobs: number of jobs.
-        processes: processes of each run.
-        parameters: texts NAME=VALUE, parameters of submitit's AutoExecutor.
+        processes: number of processes of each run.
+        parameters: parameters of submitit's AutoExecutor, as texts NAME=VALUE.
 
     Raises:
         UserError: a parameter is unknown, or a job failed.

@@ -1,4 +1,7 @@
-"""Trains the runs of a sweep. Any number of workers, on any machines with the same disk, may do so together."""
+"""Trains the runs of a sweep.
+
+Any number of workers may share the runs, on all machines that share the sweep's folder.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +36,13 @@ from train.submission.summary import Summary
 from train.sweep.plan import Plan, Point, Values, point_text
 from train.sweep.report import write_report
 
-# exit codes of a run that was ended from outside; it has not failed, and is resumed
+# exit codes of a run that was stopped from outside; such a run has not failed and will be resumed
 _INTERRUPTED = {130, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR2}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A run that this worker alone trains, for as long as `lock` is open."""
+    """A run that this worker trains. While the file `lock` is open, no other worker trains this run."""
 
     number: int
     seed: int
@@ -48,7 +51,7 @@ class Claim:
 
 
 def open_study(plan: Plan) -> optuna.Study:
-    """Open the sweep's study, or create it.
+    """Open the sweep's Optuna study, or create it.
 
     Raises:
         UserError: the folder holds another sweep, or its journal is damaged.
@@ -80,14 +83,17 @@ def open_study(plan: Plan) -> optuna.Study:
 
 
 def _drop_torn_line(journal: Path) -> None:
-    """Remove the end of a write that a full disk or a kill cut: Optuna would append to it, and never read the journal again."""
+    """Remove an incomplete last line, which a full disk or a kill left in Optuna's journal.
+
+    Optuna would append to this line and could not read the journal any more.
+    """
     data = read_file(journal)
     if not data.endswith(b"\n"):
         os.truncate(journal, data.rfind(b"\n") + 1)
 
 
 def _changed(known: dict[str, Any], identity: dict[str, Any]) -> list[str]:
-    """The names of what differs between two identities of a sweep."""
+    """Return the names of the parts that differ between two values of `Plan.identity`."""
     changed = [name for name in identity if known[name] != identity[name]]
     if "settings" in changed:
         old, new = known["settings"], identity["settings"]
@@ -97,15 +103,15 @@ def _changed(known: dict[str, Any], identity: dict[str, Any]) -> list[str]:
 
 
 def work(plan: Plan, processes: int, gpus: str, stop: threading.Event) -> None:
-    """Train the sweep's runs, one after another, until no run is left or `stop` is set.
+    """Train the sweep's runs, one after another, until all runs are done or `stop` is set.
 
-    A run that another worker trains is waited for, because that worker may be killed.
+    While other workers train the last runs, this worker waits: if another worker is killed, it takes over its run.
 
     Args:
         plan: the sweep.
         processes: number of processes of each run.
-        gpus: numbers of the GPUs of this worker's runs, separated by commas; empty: all.
-        stop: ends this worker and its run.
+        gpus: numbers of the GPUs that this worker's runs may use, separated by commas; empty: all GPUs.
+        stop: event that ends this worker and its run.
 
     Raises:
         UserError: a run was interrupted.
@@ -139,7 +145,7 @@ def work(plan: Plan, processes: int, gpus: str, stop: threading.Event) -> None:
 
 
 def points(plan: Plan, study: optuna.Study) -> list[dict[str, Any]]:
-    """The sweep's points so far: number, settings, state, and val_bpb by seed."""
+    """Return the points that were started so far: number, settings, state, and val_bpb per seed."""
     found = []
     states = {TrialState.COMPLETE: "finished", TrialState.FAIL: "failed"}
     for trial in study.get_trials(deepcopy=False):
@@ -160,9 +166,9 @@ def points(plan: Plan, study: optuna.Study) -> list[dict[str, Any]]:
 
 
 def _claim(plan: Plan, study: optuna.Study) -> tuple[Claim | None, bool]:
-    """Claim the next run that nobody trains, if there is one. Return it, and whether every run is done.
+    """Claim the next run that no worker trains. Return it, or None, and whether all runs are done.
 
-    This also closes each point whose runs have all finished.
+    A point whose runs have all finished gets its mean score in the study.
     """
     with _locked(plan):
         trials = study.get_trials(deepcopy=False)
@@ -183,7 +189,7 @@ def _claim(plan: Plan, study: optuna.Study) -> tuple[Claim | None, bool]:
                 if lock:
                     return Claim(trial.number, seed, trial.params, lock), False
         if len(trials) < plan.total:
-            # one write to the journal: a kill leaves no trial without its settings
+            # add the trial with its settings in one write, so that a kill leaves no trial without settings
             trial = _next_trial(plan, trials)
             study.add_trial(trial)
             lock = _try_lock(plan, len(trials), plan.seeds[0])
@@ -196,8 +202,8 @@ def _next_trial(plan: Plan, trials: list[FrozenTrial]) -> FrozenTrial:
     if plan.sampler == "grid":
         params: dict[str, Any] = dict(plan.grid()[len(trials)])
     else:
-        # a seed for each trial: random draws the same points on any number of workers, and after a kill; the points of tpe
-        # depend on the scores known so far
+        # each trial has a seed of its own, so "random" draws the same points with any number of workers and after a
+        # kill. The points of "tpe" also depend on the scores that are known when a point is drawn.
         seed = plan.config.seed + len(trials)
         sampler = TPESampler(seed=seed, constant_liar=True) if plan.sampler == "tpe" else RandomSampler(seed=seed)
         drawn = optuna.create_study(sampler=sampler)
@@ -220,7 +226,7 @@ def _fail(study: optuna.Study, number: int, error: str) -> None:
 
 
 def _score(plan: Plan, number: int, seed: int, point: Point) -> float | None:
-    """The val_bpb of a run that has finished with these settings."""
+    """Return the val_bpb of a run, or None if it has not finished with these settings."""
     run = plan.run(number, seed)
     if not run.summary.exists():
         return None
@@ -229,18 +235,18 @@ def _score(plan: Plan, number: int, seed: int, point: Point) -> float | None:
 
 
 def _train(plan: Plan, claim: Claim, processes: int, gpus: str, stop: threading.Event) -> int:
-    """Train one run, or continue it; return its exit code. Its output goes to a file beside the run folder."""
+    """Train or resume a run. Return its exit code. Its output goes to a file beside the run folder."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, "-m", "train", *plan.run_flags(claim.number, claim.seed, claim.point)]
-    # a run ends with its worker, also with one that is killed
+    # setpriv ends the run when this worker ends, even if the worker is killed
     ending = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-    # no file of the current folder is taken for the trainer
+    # keep python from importing files of the current folder instead of the trainer
     python_path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     environ = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": python_path}
     if gpus:
         environ["CUDA_VISIBLE_DEVICES"] = gpus
     with open(_output(plan.run(claim.number, claim.seed)), "ab") as file:
-        # the run inherits the lock, so that nobody starts it a second time before it has ended
+        # the run inherits the lock, so that no worker starts it a second time before it has ended
         process = subprocess.Popen(
             [*ending, *command], env=environ, stdin=subprocess.DEVNULL, stdout=file, stderr=file, pass_fds=[claim.lock.fileno()]
         )  # fmt: skip
@@ -253,9 +259,9 @@ def _train(plan: Plan, claim: Claim, processes: int, gpus: str, stop: threading.
 
 
 def _error_line(lines: list[str]) -> str:
-    """The line of a run's output that says why it failed."""
+    """Return the line of a run's output that says why the run failed."""
     said = [line for line in lines if line.startswith("error: ")]
-    # under torchrun, the last exception is only about the first one
+    # take the first exception, because torchrun's last exception only reports that a process failed
     raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
     last = [line for line in lines if line.strip()]
     return [*said[-1:], *raised[:1], *last[-1:], "no output"][0].removeprefix("error: ")
