@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# flags whose names differ from their settings'
+# flag → setting, where the two names differ
 _SETTINGS = {
     "stride": "eval_stride",
     "rule": "eval_rule",
@@ -96,7 +96,7 @@ _SETTINGS = {
 
 
 def _as_named(argument: str) -> str:
-    """Translate a flag that is written with underscores, or as the name of its setting, to the parser's flag."""
+    """Translate a flag to the parser's spelling: hyphens for underscores, short names for names of settings."""
     flag, equals, value = argument.partition("=")
     if not flag.startswith("--"):
         return argument
@@ -118,7 +118,7 @@ def _run_config(folder: RunFolder, arguments: argparse.Namespace) -> Config:
 
 
 def _file_config(arguments: argparse.Namespace) -> Config:
-    """Make the settings that score an artifact alone. The artifact's model and the flags override the recipe."""
+    """Return the settings that score an artifact file: those of the recipe, overridden by the artifact's and by flags."""
     if arguments.recipe is None:
         raise ConfigError(f"--recipe: needed to score an artifact alone: one of {', '.join(recipe_names())}")
     if arguments.weights != "artifact":
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.run.is_file():
         return _score(None, arguments)
     folder = RunFolder(arguments.run)
-    # no other process may replace the artifact meanwhile
+    # the lock keeps other processes from replacing the artifact
     with folder.held(shared=True):
         return _score(folder, arguments)
 
@@ -150,10 +150,10 @@ def main(argv: list[str] | None = None) -> int:
 def _score(folder: RunFolder | None, arguments: argparse.Namespace) -> int:
     config = _run_config(folder, arguments) if folder else _file_config(arguments)
     if folder and folder.evaluation.exists():
-        # fail before scoring if the file of scores is unreadable
+        # raise an error before scoring if evaluation.json is unreadable
         read_evaluation(folder)
     data = Dataset(config)
-    # find errors in the data and the run before the ranks wait for one another
+    # read the data and the model now, so that errors are raised before the ranks wait for one another
     _ = data.known_targets
     model = (_load(folder, config, arguments.weights) if folder else load_model(arguments.run, config)).eval()
     with start_ranks(config.device) as ranks:
@@ -162,7 +162,7 @@ def _score(folder: RunFolder | None, arguments: argparse.Namespace) -> int:
             note_unread(config, os.environ, lambda line: print(line, file=sys.stderr, flush=True), flags)
         model = model.to(ranks.device)
         use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, arguments.batch_seqs)).name)
-        # with --json show a bar on a terminal, but no plain progress lines
+        # with --json, show progress only as a bar on a terminal, not as lines
         progress = not arguments.json or sys.stderr.isatty()
         result, entry = score(
             model,
@@ -180,7 +180,7 @@ def _score(folder: RunFolder | None, arguments: argparse.Namespace) -> int:
             with folder.writing():
                 write_evaluation(folder, entry)
                 append_metric(folder.metrics, "final", entry)
-                # the score of the run itself: a record's log has to show the same seconds
+                # the run's log also gets its own score, because the log in a record must show the same seconds
                 own = arguments.weights == "artifact" and not arguments.max_tokens and config == folder.read_config()
                 if own:
                     with RunLogger(folder.path, config.seed, echo=False) as log:

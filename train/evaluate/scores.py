@@ -1,4 +1,4 @@
-"""Scores of a model, and evaluation.json, which stores the scores of a run."""
+"""The score of a model, and evaluation.json, which stores the scores of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class EvalResult:
 
     @property
     def layer0_line(self) -> str:
-        """The log line about `layer0`."""
+        """The log line that shows `layer0`."""
         return f"layer 0's QKV computed once for all windows: {self.layer0}"
 
     @property
@@ -37,7 +37,7 @@ class EvalResult:
 def evaluation_entry(
     result: EvalResult, config: Config, *, weights: str, max_tokens: int = 0, **facts: Any
 ) -> dict[str, Any]:
-    """Make the entry for evaluation.json and metrics.jsonl: a score with its settings, and `facts`."""
+    """Make the entry for evaluation.json and metrics.jsonl: the score, the settings that affect it, and `facts`."""
     stride = config.eval_stride
     prefix = f"int{config.matrix_bits}" if weights == "artifact" else "prequant"
     label = {"label": NOT_COMPLIANT} if config.paid_prefix_file else {}
@@ -52,22 +52,22 @@ def evaluation_entry(
 
 
 def write_evaluation(folder: RunFolder, entry: dict[str, Any]) -> None:
-    """Add a score to the run's evaluation.json. It replaces an earlier score with the same settings.
+    """Add a score to the run's evaluation.json. An earlier score with the same settings is replaced.
 
-    The caller must hold the run folder exclusively, or call this inside `RunFolder.writing`.
+    The caller must hold an exclusive lock on the run folder, or call this inside `RunFolder.writing`.
     """
     scores = read_evaluation(folder) if folder.evaluation.exists() else {}
     if entry["weights"] == "artifact":
-        # a score belongs to these bytes; earlier files of scores have no digest
+        # the digest identifies the scored artifact; evaluation.json files of earlier versions lack it
         entry["artifact_sha256"] = sha256_file(folder.artifact)
     write_json(folder.evaluation, {**scores, _key(entry): entry})
 
 
 def find_evaluation(folder: RunFolder, config: Config) -> dict[str, Any]:
-    """Find the score of the artifact with exactly the settings of `config`.
+    """Find the artifact's score in evaluation.json that was measured with the settings of `config`.
 
     Raises:
-        UserError: there is no such score.
+        UserError: there is no such score, or it belongs to an earlier artifact.
     """
     wanted = _settings(config, "artifact")
     for entry in read_evaluation(folder).values():
@@ -97,9 +97,10 @@ def _settings(config: Config, weights: str, max_tokens: int = 0) -> dict[str, An
 
 
 def rounding_of(config: Config, stride: int) -> str:
-    """The rounding of the logits in an evaluation.
+    """Return the rounding of the logits in an evaluation with this stride.
 
-    The published scripts score windows side by side by the training loss, which rounds before the softcap alone.
+    With stride 0, any rounding means "bf16". The published scripts score such windows with the training loss, which
+    rounds the logits only before the softcap.
     """
     return "bf16" if not stride and config.logits_rounding != "none" else config.logits_rounding
 
@@ -113,6 +114,6 @@ _KEY = ("weights", "rule", "seq_len", "stride", "max_tokens", "logits_rounding",
 
 
 def read_evaluation(folder: RunFolder) -> dict[str, dict[str, Any]]:
-    """Read evaluation.json: settings as text → entry of the score with these settings."""
+    """Read evaluation.json. The result maps settings, written as text, to the entry of the score."""
     path = folder.need(folder.evaluation, f"python -m train.evaluate {folder.path}")
     return read_json(path, "delete it and evaluate again")

@@ -1,11 +1,13 @@
-"""Scores a text in bits per byte, with windows that do not overlap (flat) or with a sliding window.
+"""Scores a text in bits per byte, with windows that do not overlap or with a sliding window.
 
 val_loss = Σ nll / tokens in nats per token; val_bpb = (Σ nll / ln 2) / Σ bytes. Sums are float64, counts are integers.
 
-The text and the index arrays of the windows are on the device, so no Python code runs per window. The last layer
-(except its keys and values), the head and the loss are computed only from a window's first scored position on. If the
-model allows it, layer 0's projections are computed once per token of a batch. All batches have one shape. On a GPU the
-compiled model is captured as a CUDA graph, which every batch replays. `COMPILE=off` prevents compilation and capture.
+To save time:
+- The text and the index arrays of the windows are on the device, so no Python code runs per window.
+- The last layer (except its keys and values), the head and the loss skip the positions before the first scored one.
+- If the model allows it, layer 0's queries, keys and values are computed once per token of a batch, not per window.
+- All batches have the same shape, so the compiled model is captured once as a CUDA graph, which every batch replays.
+  With `COMPILE=off` nothing is compiled or captured.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from train.evaluate.windows import WindowPlan, group_windows, plan_windows
 from train.model.compile import compiles, without_kernel, write_out
 
 NOTE_INTERVAL_SECONDS = 0.5
-# windows per forward pass
+# number of windows per forward pass
 BATCH_SEQS = 32
 
 
@@ -54,7 +56,7 @@ class Scorable(Protocol):
 
 
 class ByteCounter(Protocol):
-    """A counter of the bytes of each target, int64, given the token before it; for example `ByteTables`."""
+    """Counts the bytes of each target token, int64, given the previous token. An example is `ByteTables`."""
 
     def count(self, previous: Tensor, target: Tensor) -> Tensor: ...
 
@@ -84,17 +86,17 @@ def evaluate_model(
     Args:
         model: the model. Its `overlapping_hidden` is called only if its `overlap_problem` is None.
         tokens: `(T + 1,)` uint16, the first input and the T targets.
-        tables: counts the bytes of targets.
-        config: the settings. `stride`, `seq_len` and `rule`, if given, replace its values.
+        tables: counts the bytes of the targets.
+        config: the settings. The arguments `stride`, `seq_len` and `rule`, if given, replace values of `config`.
         stride: new tokens per window; 0: windows do not overlap.
-        seq_len: window length. Shorter windows are zero-padded at the end.
-        rule: which positions of a window are scored, see `plan_windows`.
-        batch_seqs: windows per forward pass.
-        max_tokens: number of targets to score, from the first on; 0: all.
-        share_layer0: compute embeddings and layer 0's projections once per token of a batch, if the model allows it.
+        seq_len: window length in tokens. Shorter windows at the end of the text are zero-padded.
+        rule: name of the rule that says which positions of a window are scored, see `plan_windows`.
+        batch_seqs: number of windows per forward pass.
+        max_tokens: score only the first `max_tokens` targets; 0: all.
+        share_layer0: compute embeddings and layer 0's queries, keys and values once per token of a batch, if possible.
         known: `(T,)` bool, true for targets of a paid prefix, which add bytes but no nats; None: no paid prefix.
-        rank, world_size: number of this rank, and number of ranks. The ranks divide the windows and add up their sums.
-        progress: whether to show progress, with this rank's bpb so far.
+        rank, world_size: this rank's number, and the number of ranks. The ranks divide the windows and add their sums.
+        progress: whether to show the progress and this rank's bits per byte so far.
         description: label of the progress bar.
 
     Returns:
@@ -139,7 +141,7 @@ def evaluate_model(
 
 
 def _sharing_problem(model: Scorable, share_layer0: bool, stride: int, seq_len: int) -> str | None:
-    """Return why windows do not share layer 0's queries, keys and values, or None if they do."""
+    """Return the reason why windows do not share layer 0's queries, keys and values, or None if they share them."""
     if stride in (0, seq_len):
         return "windows do not overlap"
     return model.overlap_problem if share_layer0 else "share_layer0 is off"
@@ -179,23 +181,23 @@ class _Scorer:
 
     def score(self, windows: WindowPlan, rows_from: int, batch_seqs: int) -> Iterator[int]:
         """Score windows in batches. Yield the number of scored positions of each batch."""
-        # batches of equal size: all have one shape, and the last one needs little padding
+        # choose the batch size so that all batches have one shape and the last batch needs little padding
         batches = -(-len(windows.start) // batch_seqs)
         batch = -(-len(windows.start) // batches)
-        # the padding consists of windows of length 0, which score nothing
+        # pad with windows of length 0, which score no position
         padded = np.pad(np.stack(windows), ((0, 0), (0, batches * batch - len(windows.start))))
         counts = (padded[1] - padded[2]).reshape(batches, batch).sum(1).tolist()
         parts = torch.from_numpy(padded).to(self.text.device).split(batch, dim=1)
         add: Callable[[Tensor, int], None] = self._add_batch
         for index, (part, count) in enumerate(zip(parts, counts, strict=True)):
-            # the first batch compiles and warms up; capturing pays only if more than one follows
+            # the first batch compiles the model; capture a graph only if at least two batches follow
             if index == 1 and batches > 2 and self.graphs:
                 add = self._capture(part, rows_from)
             add(part, rows_from)
             yield count
 
     def _add_batch(self, windows: Tensor, rows_from: int) -> None:
-        """Score a batch. `windows` is `(3, B)`: starts, lengths and first scored positions of B windows."""
+        """Score a batch of B windows. `windows` `(3, B)` has the starts, lengths and first scored positions."""
         start, length, score_from = windows[..., None]
         last = len(self.text) - 2
         hidden = self._rows(start, length, rows_from).flatten(0, 1)
@@ -218,7 +220,7 @@ class _Scorer:
         """Return the head's input at the positions from `rows_from` on, `(B, T - rows_from, d)`."""
         last = len(self.text) - 2
         if self.share_layer0 and rows_from:
-            # windows that score only their last positions are one stride apart
+            # windows that score only their last positions start one stride after each other
             windows, stride = len(start), len(self.columns) - rows_from
             positions = start[0] + torch.arange((windows - 1) * stride + len(self.columns), device=start.device)
             covered = self.text[positions.clamp(max=last)].long()
@@ -232,7 +234,7 @@ class _Scorer:
     def _capture(self, windows: Tensor, rows_from: int) -> Callable[[Tensor, int], None]:
         """Capture `_add_batch` as a CUDA graph. Return a function that replays it for windows of the same shape."""
         held, graph = windows.clone(), torch.cuda.CUDAGraph()
-        # another thread may copy training batches meanwhile
+        # thread_local, because another thread may copy training batches during the capture
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._add_batch(held, rows_from)
 
@@ -245,7 +247,7 @@ class _Scorer:
 
 @contextmanager
 def _evaluating(model: Scorable) -> Iterator[None]:
-    """Put the model into evaluation mode inside the context, and restore its training mode afterwards."""
+    """Put the model into evaluation mode inside the context, and restore the former mode afterwards."""
     trained = model if isinstance(model, nn.Module) and model.training else None
     if trained is not None:
         trained.eval()
@@ -284,10 +286,10 @@ def score(
     progress: bool = True,
     description: str = "evaluate",
 ) -> tuple[EvalResult, dict[str, Any]]:
-    """Score the validation text of `data`. Return the score and its entry for evaluation.json.
+    """Score the validation text of `data`. Return the score and the entry for evaluation.json.
 
-    Every rank must call this function. `weights` says from where `model` was loaded: "artifact", or "master" for the
-    weights before quantization. The other arguments are those of `evaluate_model`.
+    Every rank must call this function. `weights` says which weights `model` has: "artifact", or "master" for the
+    weights before quantization. For the other arguments see `evaluate_model`.
     """
     result = evaluate_model(
         model,
@@ -320,7 +322,7 @@ def flat_evaluation(
     rank: int = 0,
     world_size: int = 1,
 ) -> EvalResult:
-    """Validate during training, with windows of train_seq_len tokens that do not overlap."""
+    """Compute the validation score during training, with windows of train_seq_len tokens that do not overlap."""
     return evaluate_model(
         model,
         tokens,

@@ -1,4 +1,4 @@
-"""Index arrays of the windows of an evaluation, and of the positions that each window scores."""
+"""Plans the windows of an evaluation and the positions that each window scores, as index arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ RULES = ("once", "overlap_tail", "full_windows")
 
 
 class WindowPlan(NamedTuple):
-    """Windows over the targets 0 … T-1. Target t is the token after input t. All arrays are `(windows,)` int64."""
+    """The windows of an evaluation over the targets 0 … T-1. Target t is the token after input t.
+
+    All arrays are `(windows,)` int64.
+    """
 
     start: np.ndarray  # first input
     length: np.ndarray  # number of inputs, at most the window length
@@ -25,16 +28,16 @@ class WindowPlan(NamedTuple):
 
 
 class WindowGroup(NamedTuple):
-    """Windows of equal shape that go through the model together. No window scores a position before `rows_from`."""
+    """Windows of equal shape, which the model computes together. No window scores a position before `rows_from`."""
 
     windows: WindowPlan
     rows_from: int
 
 
 def group_windows(plan: WindowPlan, seq_len: int, stride: int) -> list[WindowGroup]:
-    """Separate the windows that score only their last `stride` positions (nearly all windows) from the others.
+    """Divide windows into those that score only their last `stride` positions (nearly all windows) and the others.
 
-    Return one or two groups; no group is empty. `seq_len` and `stride` are those of `plan_windows`.
+    Empty groups are left out. `seq_len` and `stride` are those of `plan_windows`.
     """
     late = plan.score_from >= seq_len - (stride or seq_len)
     groups = ((~late, 0), (late, seq_len - (stride or seq_len)))

@@ -1,1 +1,1 @@
-"""A trained model for other programs: `python -m train.export`."""
+"""`python -m train.export` writes a trained model in formats that other programs read."""

@@ -1,4 +1,4 @@
-"""`python -m train.export RUN|ARTIFACT --to FORMAT`: write a model for other programs."""
+"""`python -m train.export RUN|ARTIFACT --to FORMAT` writes a model in a format that other programs read."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the model and print where."""
+    """Write the model, and print the path of the written file or folder."""
     arguments = _parser().parse_args(argv)
     path, chosen = arguments.path, FORMATS[arguments.to]
     with ExitStack() as held:
         if path.is_dir():
-            # no other process may clear unfinished files meanwhile
+            # the lock keeps other processes from deleting the unfinished output
             held.enter_context(RunFolder(path).held(shared=True))
         if arguments.weights == "artifact":
             model, window, run = load(path)

@@ -1,4 +1,4 @@
-"""The formats of `python -m train.export`. Tensors are float32, under the names that they have in weights.pt."""
+"""The formats of `python -m train.export`. Tensors are float32 and have the same names as in weights.pt."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from train.data.shards import BOS
 from train.model.gpt import GPT
 
 _SOURCES = Path(__file__).parent
-# golf_inference.py has the formulas, the others adapt it to transformers
+# golf_inference.py computes the model; the other two files adapt it to the package transformers
 _HF_SOURCES = ("golf_inference.py", "modeling_golf.py", "tokenization_golf.py")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A model to be written, the length of its window, and its tokenizer, if the format needs one."""
+    """A model to be written. `window` is its window length in tokens. Only the format hf needs `tokenizer`."""
 
     model: GPT
     window: int
@@ -33,7 +33,7 @@ class Exported:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The settings that shape the model, and the window."""
+        """The settings that determine what the model computes, and the window length."""
         values = self.model.config.to_dict()
         return {name: values[name] for name in MODEL_FIELDS} | {"window": self.window}
 
@@ -44,7 +44,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """A format: its line in --help, the end of the output's name, and the function that writes it."""
+    """A format: description for --help, suffix of the output's name, and function that writes the model."""
 
     about: str
     suffix: str
@@ -62,9 +62,10 @@ def write_safetensors(exported: Exported, path: Path) -> None:
 
 
 def write_hf(exported: Exported, path: Path) -> None:
-    """Write a folder that transformers loads; it appears whole or not at all."""
+    """Write a folder that the package transformers loads. After an error there is no folder."""
     assert exported.tokenizer is not None
-    # a killed export leaves this folder; its name is none that a run folder clears as a file
+    # if this process is killed, the temporary folder stays. Its name must not end in .part, because `RunFolder` deletes
+    # files with such names and would fail on a folder.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as work:
         folder = Path(work, "hf")
         folder.mkdir()

@@ -1,10 +1,10 @@
-"""A model of golf_kernels in plain PyTorch. It needs this file and a file that `python -m train.export --to safetensors` wrote:
+"""A model of golf_kernels in plain PyTorch. It needs only this file and the output of `train.export --to safetensors`:
 
     model = load("model.safetensors")
     logits = model(ids)  # ids (B, T) int64, logits (B, T, vocab_size)
-    ids = model.generate(ids, 50)  # 50 tokens more, the likeliest ones
+    ids = model.generate(ids, 50)  # appends 50 tokens, each the likeliest one
 
-Every formula is written out, without kernels, backends or a cache; training and quantization are not in it.
+Every formula is written out. There are no kernels, no KV cache, no training and no quantization.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BOS = 1
 
 
 class Weights(nn.Module):
-    """Parameters by name, and modules that are added."""
+    """A module that holds uninitialized parameters: name → shape."""
 
     def __init__(self, **shapes: tuple[int, ...]) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Weights(nn.Module):
 
 
 class Golf(Weights):
-    """A model; `config` has the attributes that `python -m train.artifact inspect` lists, and `window`."""
+    """A model. `config` has the settings that `python -m train.artifact inspect` lists, and `window` as attributes."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -38,12 +38,15 @@ class Golf(Weights):
         add_weights(self, config)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits `(B, T, V)` of `ids` `(B, T)`."""
+        """Compute the softcapped logits `(B, T, V)`, float32, of token ids `(B, T)`."""
         return golf_logits(self, self.config, ids)
 
     @torch.no_grad()
     def generate(self, ids: Tensor, tokens: int, temperature: float = 0.0) -> Tensor:
-        """`ids` `(B, T)` with `tokens` more tokens; the last `window` of them decide the next one."""
+        """Append `tokens` tokens to each row of `ids` `(B, T)`. The model reads the last `window` tokens.
+
+        Temperature 0 takes the likeliest token. Otherwise a token is drawn from softmax(logits / temperature).
+        """
         for _ in range(tokens):
             logits = self(ids[:, -self.config.window :])[:, -1]
             if temperature:
@@ -55,7 +58,7 @@ class Golf(Weights):
 
 
 def load(path: str) -> Golf:
-    """The model in a safetensors file, whose metadata has its config."""
+    """Load the model from a safetensors file, whose metadata contains the config."""
     from types import SimpleNamespace
 
     from safetensors import safe_open
@@ -67,7 +70,7 @@ def load(path: str) -> Golf:
 
 
 def add_weights(model: nn.Module, c: Any) -> None:
-    """Give `model` all parameters of a config, with their names in a run's weights.pt; their values are arbitrary."""
+    """Add all parameters of config `c` to `model`, uninitialized, with the names that they have in weights.pt."""
     d, kv = c.model_dim, c.model_dim // c.num_heads * c.num_kv_heads
     model.embedding = Weights(weight=(c.vocab_size, d))
     if c.bigram_vocab_size:
@@ -106,7 +109,10 @@ def add_weights(model: nn.Module, c: Any) -> None:
 
 
 def golf_logits(model: Any, c: Any, ids: Tensor) -> Tensor:
-    """Softcapped logits `(B, T, V)`, float32, of `ids` `(B, T)`, at the rotary base of max(T, window) tokens."""
+    """Compute the softcapped logits `(B, T, V)`, float32, of token ids `(B, T)`.
+
+    The rotary base is that of a text of max(T, window) tokens.
+    """
     x0 = rms(embed(model, c, ids))
     if c.smear_gate != "off":
         before = F.pad(x0[:, :-1], (0, 0, 1, 0))
@@ -125,7 +131,7 @@ def golf_logits(model: Any, c: Any, ids: Tensor) -> Tensor:
     rotary = rotary_table(c, ids.shape[1], x0)
 
     def attended(x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """The layer's mixed input h, and attention's output."""
+        """Return the layer's mixed input h, and attn_scale ⊙ attention(h)."""
         block, extra = model.blocks[layer], None
         h = block.resid_mix[0] * x + block.resid_mix[1] * x0
         if values is not None and layer in c.ve_layers:
@@ -146,7 +152,7 @@ def golf_logits(model: Any, c: Any, ids: Tensor) -> Tensor:
         h, y = attended(x, layer)
         return h + y + mlp(h if parallel(layer, "gptj") else h + y, layer)
 
-    # the order of the layers: some run again, as a group, and the decoder begins in the middle
+    # order in which the layers run: "unroll" runs the group of repeated layers again; the decoder is the second half
     order, repeated = list(range(c.num_layers)), list(c.recur_layers)
     if repeated and c.recur_form == "unroll":
         order[repeated[-1] + 1 : repeated[-1] + 1] = repeated * c.num_loops
@@ -190,7 +196,7 @@ def golf_logits(model: Any, c: Any, ids: Tensor) -> Tensor:
 
 
 def embed(model: Any, c: Any, ids: Tensor) -> Tensor:
-    """The token embedding, with the embedding of bigrams and trigrams; their hashes ignore where documents begin."""
+    """Return the token embedding plus the bigram (and trigram) embedding. The hashes ignore document boundaries."""
     x: Tensor = model.embedding.weight[ids]
     if not c.bigram_vocab_size:
         return x
@@ -204,7 +210,7 @@ def embed(model: Any, c: Any, ids: Tensor) -> Tensor:
 
 
 def projection(c: Any, width: int, target: int) -> dict[str, tuple[int, ...]]:
-    """The shape of an embedding's projection, by its name, if there is one."""
+    """Return {"proj": shape} if an embedding of this width is projected to width `target`, else {}."""
     return {"proj": (target, width)} if c.embed_proj == "always" or width != target else {}
 
 
@@ -215,7 +221,10 @@ def projected(w: Any, rows: Tensor) -> Tensor:
 def attention(
     w: Any, c: Any, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, extra: Tensor | None, xsa: bool
 ) -> Tensor:
-    """Causal attention of `x` `(B, T, d)`; query heads share keys and values; `extra` is added to the values."""
+    """Compute causal grouped-query attention for the normed input `x` `(B, T, d)`, without the residual.
+
+    `mask` is true where a query sees a key. `extra` `(B, T, kv_dim)` is added to the values.
+    """
     query, key, value = F.linear(x, w.query), F.linear(x, w.key), F.linear(x, w.value)
     value = value if extra is None else value + extra
     query, key, value = (part.unflatten(-1, (-1, c.model_dim // c.num_heads)) for part in (query, key, value))
@@ -226,7 +235,7 @@ def attention(
     query, key, heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     y = F.scaled_dot_product_attention(query, key, heads, attn_mask=mask).transpose(1, 2)
     if xsa:
-        # exclusive: without the direction of the position's own value
+        # exclusive self-attention: remove the direction of the position's own value vector
         direction = F.normalize(value, dim=-1)
         y = y - (y * direction).sum(-1, keepdim=True) * direction
     if c.head_gate:
@@ -235,7 +244,10 @@ def attention(
 
 
 def rotary_table(c: Any, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `(length, 1, r/2)`; the NTK rule raises the base of texts longer than `rope_train_seq_len`."""
+    """Compute cosines and sines `(length, 1, r/2)` in the dtype of `like`.
+
+    For texts longer than `rope_train_seq_len`, the NTK rule raises the base.
+    """
     dims, longest = c.rope_dims or c.model_dim // c.num_heads, max(length, c.window)
     base, kind = c.rope_base, c.rotary_table
     if longest > c.rope_train_seq_len:
@@ -256,7 +268,7 @@ def rotary_table(c: Any, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first r dimensions of each head: halves (a, b) become (a cos + b sin, b cos - a sin)."""
+    """Rotate the first r dimensions of each head. Their halves (a, b) become (a cos + b sin, b cos - a sin)."""
     cosine, sine = rotary
     half = cosine.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
@@ -268,5 +280,5 @@ def rms(x: Tensor) -> Tensor:
 
 
 def gain(c: Any, layer: int) -> float:
-    """The factor after a layer's norms."""
+    """Return the factor on the output of a layer's norms."""
     return 1 / math.sqrt(layer + 1) if c.ln_scale else 1.0

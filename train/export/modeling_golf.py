@@ -1,4 +1,4 @@
-"""The model for transformers: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`."""
+"""The model as transformers loads it: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .golf_inference import add_weights, golf_logits
 
 
 class GolfConfig(PretrainedConfig):
-    """The settings that shape the model, under their own names; `window`: the rotary base is that of so many tokens."""
+    """The settings that determine what the model computes. The rotary base is that of a text of `window` tokens."""
 
     model_type = "golf"
     attribute_map = {  # noqa: RUF012
@@ -25,7 +25,7 @@ class GolfConfig(PretrainedConfig):
 
 
 class GolfForCausalLM(PreTrainedModel, GenerationMixin):
-    """A model of golf_kernels; it keeps no cache, so `generate` reads the whole text for each token."""
+    """A model of golf_kernels. It has no KV cache, so `generate` computes the whole text again for each token."""
 
     config_class = GolfConfig
 
@@ -43,7 +43,7 @@ class GolfForCausalLM(PreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> CausalLMOutput:
-        """Logits `(B, T, V)` of `input_ids` `(B, T)`."""
+        """Compute the softcapped logits `(B, T, V)` of `input_ids` `(B, T)`."""
         if attention_mask is not None and not attention_mask.all():
             raise ValueError("attention_mask: expected ones: the model reads no padding; give texts of one length")
         return CausalLMOutput(logits=golf_logits(self, self.config, input_ids))

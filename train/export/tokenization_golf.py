@@ -1,4 +1,4 @@
-"""The SentencePiece tokenizer for transformers: `AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)`."""
+"""The tokenizer as transformers loads it: `AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizer
 
 
 class GolfTokenizer(PreTrainedTokenizer):
-    """Calls SentencePiece, which normalizes the text; a text begins with BOS."""
+    """Encodes a text as BOS and the tokens of SentencePiece, which normalizes the text."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012

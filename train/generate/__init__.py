@@ -1,1 +1,1 @@
-"""Generates text with a trained model: `python -m train.generate`, and the sample texts of a run."""
+"""Generates text with a trained model, for `python -m train.generate` and for a run's sample texts."""

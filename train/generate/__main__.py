@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=arguments.seed,
     )
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # the terminal's encoding may lack a character of the text
+        # replace characters that the terminal cannot encode
         sys.stdout.reconfigure(errors="replace")
     for text in characters(tokenizer, itertools.chain(prompt, added)):
         print(text, end="", flush=True)

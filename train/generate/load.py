@@ -1,4 +1,4 @@
-"""Loads a model from a run folder or from an artifact alone, and finds its tokenizer and its window."""
+"""Loads a model from a run folder or from an artifact alone. Finds the model's tokenizer and window length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.run.folder import RunFolder
 
 
 class Loaded(NamedTuple):
-    """An artifact's model, in evaluation mode on the CPU, with its window and its run's settings."""
+    """The model in an artifact, in evaluation mode on the CPU."""
 
     model: GPT
     window: int  # number of tokens that the model reads at once
@@ -22,10 +22,10 @@ class Loaded(NamedTuple):
 
 
 def load(path: Path, device: str = "auto") -> Loaded:
-    """Load the artifact of a run folder, or an artifact file. `device` decides the compute dtype.
+    """Load the artifact of a run folder, or an artifact file. `device` determines the compute dtype.
 
-    The window is that of the run's evaluation. For an artifact outside a run folder the window is `rope_train_seq_len`,
-    the longest window for which the rotary base is not changed.
+    The window length is that of the run's evaluation. For an artifact outside a run folder it is `rope_train_seq_len`,
+    the longest window for which the NTK rule does not change the rotary base.
 
     Raises:
         UserError: the run is not finished, or the artifact cannot be read.
@@ -38,10 +38,10 @@ def load(path: Path, device: str = "auto") -> Loaded:
 
 
 def tokenizer_path(path: Path, run: Config | None, given: str = "") -> Path:
-    """Find the tokenizer for the run folder or artifact `path`: the file `given`, or else the tokenizer of the run.
+    """Find the tokenizer of the model in the run folder or artifact `path`: `given`, or else the run's tokenizer.
 
     Raises:
-        UserError: the tokenizer does not exist, or an artifact without a run needs `given`.
+        UserError: the tokenizer does not exist, or `given` is empty and the artifact is not in a run folder.
     """
     remedy = "give --tokenizer FILE, the .model file that made the shards"
     if given:

@@ -1,4 +1,4 @@
-"""Prints sample texts of a run, and stores them in samples.txt."""
+"""Prints texts that a run's model writes, and stores them in samples.txt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEMPERATURE = 0.8
 
 
 def sample_texts(config: Config, model: GPT, *, recurrence: bool) -> list[str]:
-    """Generate one text per prompt, reproducibly from the model and the run's seed. The model's mode is restored."""
+    """Generate one text per prompt. The random numbers depend on the run's seed. The model's mode is restored."""
     path = find_tokenizer(config.data_path, config.vocab_size, config.tokenizer_path)
     tokenizer = load_tokenizer(path, config.vocab_size)
     was_training, texts = model.training, []
@@ -39,9 +39,9 @@ def sample_texts(config: Config, model: GPT, *, recurrence: bool) -> list[str]:
 
 
 def write_samples(folder: RunFolder, config: Config, model: GPT, label: str, *, recurrence: bool = True) -> None:
-    """Print sample texts, and write them to samples.txt in place of earlier texts with this label.
+    """Print sample texts and write them to samples.txt. Earlier texts with the same label are replaced.
 
-    The log does not get the texts, because programs parse its lines.
+    The texts are not logged, because other programs parse the log's lines.
     """
     lines = [f"{label}: {text}" for text in sample_texts(config, model, recurrence=recurrence)]
     for line in lines:

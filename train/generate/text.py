@@ -1,4 +1,4 @@
-"""Continues a text token by token with a model, and decodes tokens to characters."""
+"""Continues a text token by token, and decodes tokens to characters."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def continue_text(
     seed: int | Sequence[int],
     recurrence: bool = True,
 ) -> Iterator[int]:
-    """Yield up to `tokens` tokens that continue the text `ids`. A BOS ends the text: it would begin another document.
+    """Yield up to `tokens` tokens that continue the text `ids`. Stop before a BOS, which would begin a new document.
 
-    Each token is drawn from softmax(logits / temperature), with random numbers from `np.random.default_rng(seed)`. At
-    temperature 0 the likeliest token is taken.
+    Each token is drawn from softmax(logits / temperature), with random numbers from `np.random.default_rng(seed)`.
+    Temperature 0 takes the likeliest token.
 
-    The model must be in evaluation mode. It reads up to `window` tokens, with the rotary base for `window` tokens, as
-    evaluation does. When the window is full, the first half is dropped, and the model reads the rest again as the
-    beginning of a text.
+    The model must be in evaluation mode. It reads at most `window` tokens, with the rotary base of a text of `window`
+    tokens, as in the evaluation. When the window is full, its first half is dropped, and the model reads the second
+    half again as the beginning of a text.
 
     Raises:
         UserError: a logit is NaN or infinite.
@@ -63,7 +63,10 @@ def continue_text(
 
 
 def characters(tokenizer: SentencePieceProcessor, ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text of the tokens `ids` as characters become complete. Invalid or unprintable characters become �."""
+    """Yield the text of each token in `ids`. A character of several byte tokens follows the last of these tokens.
+
+    Invalid or unprintable characters become �.
+    """
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     for index in ids:
         yield _printable(utf8.decode(_bytes(tokenizer, index)))
@@ -73,7 +76,7 @@ def characters(tokenizer: SentencePieceProcessor, ids: Iterable[int]) -> Iterato
 def _bytes(tokenizer: SentencePieceProcessor, index: int) -> bytes:
     piece: str = tokenizer.IdToPiece(index)
     if tokenizer.IsByte(index):
-        # the piece is written <0xNN>
+        # the name of a byte piece is <0xNN>
         return bytes.fromhex(piece[3:5])
     if tokenizer.IsControl(index) or tokenizer.IsUnknown(index) or tokenizer.IsUnused(index):
         return b""
@@ -81,5 +84,5 @@ def _bytes(tokenizer: SentencePieceProcessor, index: int) -> bytes:
 
 
 def _printable(text: str) -> str:
-    # a byte piece may be a control character, which could change the terminal
+    # replace control characters, which could change the terminal
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
