@@ -1,4 +1,4 @@
-"""`python -m train`: trains a model, quantizes it, writes and scores the artifact, and writes a record."""
+"""`python -m train` trains a model, quantizes it, writes and scores the artifact, and writes a record."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def main() -> int:
     announce(f"python -m train: recipe {config.recipe}, {what}; loading PyTorch")
     if wants:
         return print_description(config, as_json="--json" in wants)
-    # imported here, so that an error in the settings appears before torch is imported, which takes seconds
+    # imported here, because importing torch takes seconds and errors in the settings should appear before
     from train.pipeline import run_pipeline
 
     run_pipeline(config, overrides)

@@ -1,4 +1,4 @@
-"""Writes and reads checkpoints, from which a run resumes exactly, and the trained weights."""
+"""Writes and reads checkpoints and the trained weights. A run that resumes from a checkpoint continues exactly."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Stateful(Protocol):
 
 
 Parts = Mapping[str, Stateful | None]
-"""Name → the object whose state a checkpoint stores, or None if this run has no such object."""
+"""Name → object whose state the checkpoint stores; None: this run has no such object."""
 
 
 def save_checkpoint(path: Path, parts: Parts, ranks: Ranks, extra: Mapping[str, Any]) -> None:
-    """Write the states of `parts` and the plain values `extra`, such as the step, atomically.
+    """Atomically write the states of `parts`, and `extra`: plain values such as the step.
 
     Every rank must call this, because the optimizer's state is gathered from all ranks. Rank 0 writes the file.
     """
@@ -43,7 +43,7 @@ def save_checkpoint(path: Path, parts: Parts, ranks: Ranks, extra: Mapping[str, 
 
 
 def load_checkpoint(path: Path, parts: Parts, ranks: Ranks) -> dict[str, Any] | None:
-    """Load a checkpoint's states into `parts`. Returns its `extra` values, or None if there is no checkpoint.
+    """Load a checkpoint's states into `parts`. Return the checkpoint's `extra` values, or None if there is none.
 
     Raises:
         UserError: the file is damaged, or has states of other parts.
@@ -63,7 +63,7 @@ def load_checkpoint(path: Path, parts: Parts, ranks: Ranks) -> dict[str, Any] | 
 
 def write_tensors(path: Path, values: Mapping[str, Any]) -> None:
     """Write a dictionary of tensors and plain values atomically."""
-    # let torch.save write to memory, because it would hide the error of a full disk behind an error of its own
+    # let torch.save write to memory: on a full disk it would raise an error that hides the reason
     buffer = io.BytesIO()
     torch.save(dict(values), buffer)
     atomic_write(path, buffer.getbuffer())
@@ -77,7 +77,7 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
     """
     refuse_device(path)
     try:
-        # check the checksums that torch.save wrote, because torch.load does not
+        # check the checksums in the file here, because torch.load does not check them
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
@@ -103,7 +103,7 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
 
 
 def load_weights(folder: RunFolder, config: Config | None = None) -> GPT:
-    """Load the trained model of a run from weights.pt. If `config` is None, take the run's settings.
+    """Load the trained model of a run from weights.pt. If `config` is None, use the run's settings.
 
     Raises:
         UserError: training has not finished, or weights.pt does not fit the settings.

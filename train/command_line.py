@@ -1,6 +1,6 @@
-"""Reads the settings of a run from flags, environment variables (the name in upper case) and the recipe.
+"""Reads the settings of a run from flags, environment variables (names in upper case) and the recipe.
 
-A flag or variable that looks like a misspelt setting raises an error, which names the most similar setting.
+If a flag or variable looks like a misspelt setting, an error names the most similar setting.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from train.config import (
 )
 from train.recipes import load_recipe, recipe_names
 
-# an environment variable that begins with one of these words must be a setting, so MUON_MOMENTM is an error
+# an environment variable whose name begins with one of these words must be a setting: MUON_MOMENTM is an error
 _FAMILIES = frozenset(
     "ADAM BIGRAM COMPRESSOR EMA EMBED EVAL GPTQ LOGIT MATRIX MLP MUON NORMUON PAID PARALLEL QAT QK RECUR ROPE SCALAR SKIP SMEAR "
     "SWA TIED TIE TRAIN TRIGRAM TTT UNET VAL VE VOCAB WARMDOWN WARMUP WEIGHT XSA".split()
 )
 
-# names of settings in other published scripts → names here
+# name of a setting in other published scripts → its name here
 _ALIASES = {"weight_quantization_bits": "matrix_bits", "embed_quantization_bits": "embed_bits"}
 
 
@@ -41,18 +41,16 @@ class Override:
 
     name: str
     value: Any
-    source: (
-        str  # where the value was given: "command line", "environment NAME", or "the script" that was packed with it
-    )
+    source: str  # "command line", "environment NAME", or "the script" (a packed script that contains the value)
 
 
 def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list[Override]]:
-    """Read the settings from command line and environment.
+    """Read the settings from command line, environment and recipe.
 
-    A flag is `--name value` or `--name=value`. In the name, `-` means `_`.
+    A flag is written `--name value` or `--name=value`. In its name, `-` means `_`.
 
     Returns:
-        The configuration, and the settings that differ from the recipe.
+        The configuration, and the given settings that differ from the recipe.
 
     Raises:
         ConfigError: a name is unknown, a value has a wrong type or is out of range, or settings contradict each other.
@@ -65,7 +63,7 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Confi
 
 
 def given_settings(arguments: Sequence[str], environ: Mapping[str, str]) -> dict[str, Override]:
-    """Return the settings that flags and environment variables give, by name. A flag overrides a variable.
+    """Return name → setting for all settings that flags and environment variables give. A flag overrides a variable.
 
     Raises:
         ConfigError: a name is unknown or a value has a wrong type.
@@ -91,11 +89,11 @@ def given_settings(arguments: Sequence[str], environ: Mapping[str, str]) -> dict
 def note_unread(
     config: Config, environ: Mapping[str, str], note: Callable[[str], object], flags: Collection[str] = ()
 ) -> None:
-    """Warn about each environment variable that differs from the run's settings and has no effect on a single stage.
+    """Warn about each environment variable that differs from the run's settings, because a single stage ignores it.
 
-    `note` receives the warnings. `flags` are the settings for which the stage has flags.
+    `note` receives the warnings. `flags` are the settings for which the stage has a flag.
     """
-    # a stage does not ignore GOLF_BACKEND: a run may be trained with other kernels than it is scored with
+    # a stage reads GOLF_BACKEND, because training and scoring may use different kernels
     ignored = set(field_names()) - BOOKKEEPING - {"golf_backend"}
     for name, text in sorted(environ.items()):
         field = _field_of(name)
@@ -117,7 +115,7 @@ def check_backends() -> None:
     Raises:
         UserError: a forced backend does not exist or cannot run.
     """
-    # imported here, because it imports torch, which takes seconds
+    # imported here, because this module imports torch, which takes seconds
     from golf_kernels import dispatch
 
     try:

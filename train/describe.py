@@ -1,4 +1,4 @@
-"""`python -m train --recipe NAME --describe`: computes the figures of a configuration, without a GPU or data."""
+"""Computes the numbers that `python -m train --recipe NAME --describe` prints. This needs no GPU and no data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.quantize.tensors import stored_bits
 
 SCHEDULE_POINTS = 13
 
-# key, title, width and number format of each column
+# columns of the printed schedule: key, title, width, number format
 SCHEDULE_COLUMNS = (
     ("seconds", "seconds", 8, ".1f"),
     ("step", "step", 7, ","),
@@ -27,11 +27,11 @@ SCHEDULE_COLUMNS = (
 
 
 def describe(config: Config, published: Mapping[str, float]) -> dict[str, Any]:
-    """Compute parameters, bytes, layers and schedule of a configuration. All values of the result are JSON types.
+    """Compute parameters, bytes, layer order and schedule of a configuration, as a dictionary for JSON.
 
     `state_bytes` is the size of the trained weights in their own dtypes. `container_bytes` is the size of the quantized
     tensors before the codec, with one byte per code and float16 row scales. `packed_bytes` is the same with b/8 bytes
-    per b-bit code. `published` is the recipe's `PUBLISHED`; its `step_ms` converts the schedule's seconds to steps.
+    per b-bit code. `published` is the recipe's `PUBLISHED`. Its `step_ms`, if given, converts seconds to steps.
     """
     with torch.device("meta"):
         model = GPT(config)
@@ -73,7 +73,7 @@ def describe(config: Config, published: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _recurrence_step(config: Config, step_ms: float | None) -> int | None:
-    """The first step with recurrence; None if the clock decides and `step_ms` is not known."""
+    """Return the first step with recurrence; None if it depends on the time and `step_ms` is not known."""
     if not config.recur_start_frac:
         return config.recur_start_step
     cap = warmdown_seconds(config)
@@ -83,11 +83,11 @@ def _recurrence_step(config: Config, step_ms: float | None) -> int | None:
 
 
 def schedule(config: Config, step_ms: float | None) -> list[dict[str, float | None]]:
-    """Compute learning-rate scale and momentum at equidistant points of a run.
+    """Compute learning-rate scale and momentum at `SCHEDULE_POINTS` points of a run.
 
-    If the learning rate follows the time, the points are equidistant in time, and `step_ms` gives the step at each
-    point. Without `step_ms`, the step and all values that depend on it are then None. If the learning rate follows the
-    steps, the points are equidistant in steps.
+    If the learning rate follows the steps, the points are equidistant in steps. If it follows the time, they are
+    equidistant in time, and `step_ms` converts seconds to steps. If `step_ms` is None, all values that depend on the
+    step are None.
     """
     cap = warmdown_seconds(config)
     timed = bool(step_ms) or not cap
@@ -113,7 +113,7 @@ def schedule(config: Config, step_ms: float | None) -> list[dict[str, float | No
 
 
 def describe_text(facts: Mapping[str, Any]) -> str:
-    """Format the result of `describe` as text."""
+    """Format the result of `describe` for people."""
     order, flops = facts["virtual_order"], facts["mflop_per_token"]
     lines = [
         f"recipe {facts['recipe']}: {facts['parameters']:,} parameters",

@@ -36,9 +36,10 @@ from train.run.clocks import StartUp, WallClock
 from train.run.folder import RunFolder
 from train.run.logger import RunLogger
 
-# the first steps are logged one by one, as in the published logs
+# each of the first steps is logged, as in the published logs
 FIRST_LOGGED_STEPS = 10
-# a rise of the loss in these steps that a line explains
+# if the loss of a first step exceeds the initial validation loss by more than this (nats per token), a log line
+# explains the rise
 SHOCK_NATS = 0.1
 
 
@@ -61,10 +62,10 @@ def seed_everything(seed: int) -> None:
 
 
 def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: RunLogger) -> TrainResult:
-    """Train a model. With the setting `resume` "auto", continue from the run folder's checkpoint.
+    """Train a model. If the setting `resume` is "auto", continue from the run folder's checkpoint.
 
     Returns:
-        The trained model, with the same weights on every rank, and the figures of its training.
+        The trained model, with the same weights on every rank, and the numbers of the training.
 
     Raises:
         UserError: the data does not fit the settings, or the loss is infinite or not a number.
@@ -74,7 +75,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         keep_freed_memory()
     seed_everything(config.seed)
     model = GPT(config).to(ranks.device)
-    # all ranks take the weights of rank 0, because the initial weights may depend on the number of threads
+    # copy rank 0's weights to all ranks, because initial weights may depend on a process's number of threads
     ranks.copy_from(0, model.parameters())
     optimizers = build_optimizers(model, config, ranks.group)
     log.line(f"compute dtype: {str(model.compute_dtype).removeprefix('torch.')}")
@@ -110,10 +111,10 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
     resumed = load_checkpoint(folder.checkpoint, parts, ranks) if config.resume == "auto" else None
     step, seconds = (resumed["step"], resumed["seconds"]) if resumed else (0, 0.0)
     first = EvalResult(**resumed["first"]) if resumed else None
-    # log this even without a checkpoint: the run starts again at step 0, and what a killed process logged is void
+    # log this even without a checkpoint: training starts again at step 0, and all earlier metrics must be ignored
     if log.resumed:
         log.resume(step, seconds * 1000)
-    # earlier checkpoints do not say on how many ranks they were written
+    # checkpoints of earlier versions do not store the number of ranks
     before = resumed.get("world_size", ranks.world_size) if resumed else ranks.world_size
     if before != ranks.world_size:
         log.line(
@@ -153,9 +154,9 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         limit=config.training_seconds,
     )  # fmt: skip
     speed, seconds_before = Speed(config, ranks), seconds
-    # the last training loss in the log, as text for the bar; a resumed run has none yet
+    # shown: the last logged training loss, for the progress bar
     shown, rose = "", False
-    # whether it was on in the last step; once on it stays on, though the clock's estimates may fall
+    # whether recurrence was on in the last step. Once on, it stays on, even if the clock's estimate falls again.
     recurrence = step > 0 and recurrence_on(step - 1, seconds, config)
     while True:
         last = stop or step == config.iterations
@@ -165,7 +166,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
                 f"recurrence:activated at step {step}, layers {','.join(str(s.layer) for s in model.recurrent_plan)}"
                 " (the loss may rise for some steps: this is normal)"
             )
-        # step 0 was validated before the clock started
+        # not at step 0, which was validated before the clock started
         if not last and step and config.val_loss_every and step % config.val_loss_every == 0:
             seconds = clock.pause()
             if profiler:
@@ -215,12 +216,12 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
             log.line(f"training: {stopped_early(step, config.iterations)}")
     if ranks.device.type == "cuda":
         log.peak_memory(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
-    # from here on, the model has the averaged weights; SWA of a single step is no average (#198)
+    # give the model the averaged weights. Like #198, do not use SWA if it has added the weights of one step only.
     average = ema or (swa if swa and swa.count > 1 else None)
     if average:
         average.apply()
     check_finite(model, torch.zeros((), device=ranks.device), ranks, step, folder.checkpoint)
-    # restore the default, so that quantization computes the same in this process as in a later one
+    # call all operators again, so that quantization computes the same numbers in this process as in a later process
     write_out(model, frozenset())
     return TrainResult(model, step, seconds, recurrence, first, validate(recurrence))
 
@@ -233,7 +234,7 @@ def training_step(
     scale: float,
     momentum: float,
 ) -> Tensor:
-    """Do one optimizer step on this rank's micro-batches.
+    """Compute the gradients of this rank's micro-batches, and step the optimizers.
 
     Returns:
         The mean loss of the micro-batches, a scalar on the device.
@@ -260,9 +261,9 @@ def warm_up(
     config: Config,
     log: RunLogger,
 ) -> None:
-    """Run steps with and without recurrence, then restore the weights and reset the optimizers.
+    """Run warm-up steps with and without recurrence, then restore the weights and reset the optimizers.
 
-    This compiles both graphs of the model, so that no step on the training clock waits for the compiler.
+    The warm-up compiles both graphs of the model, so that no compilation counts as training time.
     """
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     graphs = sorted({recurrence_on(0, 0.0, config), bool(config.recur_layers)})
@@ -283,7 +284,7 @@ def warm_up(
 
 
 class Speed:
-    """Tokens per second, and on a known GPU the model FLOPs utilization (MFU), of this process's steps."""
+    """Computes the tokens per second and, on a known GPU, the model FLOPs utilization (MFU) of training."""
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
@@ -297,11 +298,11 @@ class Speed:
         self.mflop_of_steps += self.mflop[recurrence]
 
     def text(self, steps_per_second: float, recurrence: bool) -> str:
-        """The speed at this rate of steps."""
+        """Describe the speed at `steps_per_second`."""
         return self._text(steps_per_second * self.config.train_batch_tokens, self.mflop[recurrence])
 
     def of_run(self, seconds: float) -> str:
-        """The counted steps, their time and their mean speed."""
+        """Describe the counted steps, which took `seconds`, and their mean speed."""
         tokens = self.steps * self.config.train_batch_tokens / max(seconds, 1e-9)
         speed = self._text(tokens, self.mflop_of_steps / self.steps)
         return f"{counted(self.steps, 'step')} in {duration(seconds)}, {speed}"
@@ -324,13 +325,13 @@ def log_step(
     scale: float,
     checkpoint: Path,
 ) -> float:
-    """Log the mean loss over all ranks, and return it.
+    """Log the mean training loss of all ranks, and return it.
 
     Raises:
         UserError: the mean loss is infinite or not a number.
     """
     mean = float(ranks.sum(loss.float())) / ranks.world_size
-    # the sum has already waited for the step, so reading the clock adds no wait
+    # the sum has waited for the step, so reading the clock costs no further wait
     log.train_step(step, config.iterations, mean, clock.read() * 1000, lr_scale=scale)
     if not math.isfinite(mean):
         raise diverged(f"the loss is {mean}", step, checkpoint)
@@ -339,7 +340,7 @@ def log_step(
 
 @torch.no_grad()
 def check_finite(model: GPT, loss: Tensor, ranks: Ranks, step: int, checkpoint: Path) -> None:
-    """Raise a UserError on every rank if a weight, or some rank's loss, is infinite or not a number."""
+    """Raise a UserError on every rank if a weight, or the loss of a rank, is infinite or not a number."""
     largest = torch.nn.utils.get_total_norm(list(model.parameters()), math.inf)
     values = ranks.sum(torch.stack([largest.float(), loss.float()])).tolist()
     for name, value in zip(("largest weight", "loss"), values, strict=True):

@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 
 
 def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolder:
-    """Run all stages. Under torchrun the ranks divide the work and rank 0 writes. `overrides` are logged.
+    """Run all stages. Under torchrun the ranks divide the work, and rank 0 writes the files. `overrides` are logged.
 
     Raises:
-        UserError: there is a problem with the settings, the data or the disk that the user can fix.
+        UserError: the user must change the settings, the data or the disk.
     """
     preflight(config)
     with start_ranks(config.device) as ranks, ExitStack() as held:
@@ -92,7 +92,7 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
             trained = folder.trained_config()
             with clock("quantize"):
                 log.line(quantization_plan(config))
-                # not `trained`, whose recurrence may be off: the script that counts must be able to train again
+                # `config`, not `trained`, which may have no recurrence: the counted script must be able to train again
                 code_bytes = ranks.on_main(lambda: counted_code_bytes(config))
                 tensors, encoded = quantize(trained, model, data, ranks, log, code_bytes=code_bytes)
             with clock("artifact"):
@@ -114,16 +114,19 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
                 if compressors:
                     compressors.wait()
                 log.line(record_run(folder))
-        # all ranks wait until the record is written, because torchrun counts a rank that exits as finished
+        # wait until the record is written: if another rank exits before, torchrun takes that rank as finished
         ranks.barrier()
     return folder
 
 
 def tuned_kernels(config: Config, device: torch.device) -> tuple[str, list[str]]:
-    """Return `golf_backend` with the kernels that `python -m golf_kernels tune` chose for a step, and their log lines.
+    """Add the kernels that `python -m golf_kernels tune` chose for a training step to the setting `golf_backend`.
 
-    What the setting names itself is kept. The result is stored with the run, so a resumed run, its stages and its
-    script take the same kernels.
+    The kernels that the setting names are kept. The result is stored with the run, so a resumed run, single stages and
+    the run's script use the same kernels.
+
+    Returns:
+        The setting's new value, and a log line for each added kernel.
     """
     found = tuned.load() if device.type == "cuda" else None
     if found is None:
@@ -135,11 +138,12 @@ def tuned_kernels(config: Config, device: torch.device) -> tuple[str, list[str]]
 
 
 def preflight(config: Config) -> None:
-    """Check before training what would otherwise fail during or after training.
+    """Before training, find errors that would otherwise be raised during or after training.
 
     Raises:
-        UserError: a setting has no effect or contradicts another, a forced backend cannot run, the Newton-Schulz
-            coefficients do not fit `muon_backend_steps`, or the package of the codec or of a logger is not installed.
+        UserError: a setting has no effect or contradicts another setting, a forced backend cannot run, the
+        Newton-Schulz coefficients do not fit `muon_backend_steps`, or the package of the codec or of a logger is not
+        installed.
         ModuleNotFoundError: a package that the record needs is not installed.
     """
     if config.resume == "auto" and not config.run_id:
@@ -162,13 +166,13 @@ def preflight(config: Config) -> None:
         from train.run.sinks import check_sinks
 
         check_sinks(config.loggers)
-    # a packed script has no train.submission
+    # a packed script does not contain train.submission
     if importlib.util.find_spec("train.submission"):
         importlib.import_module("train.submission.record")
 
 
 def training_plan(config: Config, data: Dataset) -> str:
-    """Say what training will take."""
+    """Return a log line: steps, tokens, time limit and validation text of the training."""
     steps = f"{counted(config.iterations, 'step')} of {counted(config.train_batch_tokens, 'token')}"
     limit = f", at most {duration(config.training_seconds)}" if config.training_seconds else ""
     text = counted(len(data.validation.tokens) - 1, "token")
@@ -177,7 +181,7 @@ def training_plan(config: Config, data: Dataset) -> str:
 
 
 def quantization_plan(config: Config) -> str:
-    """Say what quantization will take."""
+    """Return a log line: quantizer, bits and calibration text of the quantization."""
     how = f"quantization: {config.quantizer}, int{config.matrix_bits} matrices and int{config.embed_bits} embeddings"
     if config.quantizer == "rtn":
         return how
@@ -207,7 +211,7 @@ def write_training(folder: RunFolder, result: TrainResult, ranks: Ranks) -> GPT:
 
 
 def evaluate(folder: RunFolder, config: Config, model: GPT, data: Dataset, ranks: Ranks, log: RunLogger) -> None:
-    """Score the artifact's model without overlap of the windows and, if `eval_stride` is set, with a sliding window."""
+    """Score the artifact's model with non-overlapping windows and, if `eval_stride` is set, with a sliding window."""
     use_attention(model, ranks.on_main(lambda: choose_attention(config, ranks.device, BATCH_SEQS)).name)
     text = counted(len(data.validation.tokens) - 1, "token")
     for stride in sorted({0, config.eval_stride}):

@@ -24,9 +24,9 @@ settings in this file, which override the defaults.
 
 
 class LeftOut(importlib.abc.MetaPathFinder):
-    """Raises a UserError when a module is imported that was not packed.
+    """Raises a UserError if a module is imported that is not in the packed script.
 
-    `conditions` maps the name of each such module to the condition on the settings under which the module is needed.
+    `conditions`: name of such a module → condition on the settings under which the module is needed.
     """
 
     def __init__(self, conditions: Mapping[str, str]) -> None:
@@ -46,7 +46,7 @@ def main(settings: Mapping[str, str], left_out: Mapping[str, str]) -> int:
 
     Args:
         settings: the packed settings, with names and values as in environment variables.
-        left_out: name of a module that was not packed → the condition on the settings under which it is imported.
+        left_out: name of a module that was not packed → condition on the settings under which it is imported.
 
     Raises:
         UserError: the settings need a module that was not packed.
@@ -67,7 +67,7 @@ def main(settings: Mapping[str, str], left_out: Mapping[str, str]) -> int:
     announce(f"train_gpt.py: recipe {config.recipe}; loading PyTorch")
     from train.single_file.conditions import holds
 
-    # import a needed module that was left out now, so that the error comes before training
+    # if the settings need a module that was left out, import it now, so that the error is raised before training
     for module, condition in left_out.items():
         if holds(condition, config):
             importlib.import_module(module)

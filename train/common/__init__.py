@@ -1,1 +1,1 @@
-"""Code that all of the trainer uses: errors, files, ranks, hardware, values, progress, wording."""
+"""Code that all parts of the trainer use: errors, files, ranks, hardware, values, progress, wording."""

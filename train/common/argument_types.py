@@ -1,4 +1,4 @@
-"""What the commands' argparse parsers share: subcommands with an example, and types of arguments."""
+"""Helpers for argparse: subcommands with an example in their help, and types of arguments."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 def add_command(
     commands: Any, program: str, name: str, about: str, example: str, run: Callable[[argparse.Namespace], object]
 ) -> argparse.ArgumentParser:
-    """Add a subcommand to `commands`, the result of `add_subparsers`, and return its parser.
+    """Add a subcommand and return its parser.
 
     Args:
-        program: such as `python -m train.data`.
-        name: the subcommand.
-        about: what it does, as a clause, for both help texts.
-        example: arguments of the subcommand, for its help.
-        run: called with the parsed arguments; they hold it as `run`.
+        commands: result of `add_subparsers`.
+        program: the command, such as `python -m train.data`.
+        name: name of the subcommand.
+        about: a clause that says what the subcommand does, for the help of the command and of the subcommand.
+        example: arguments of an example, for the subcommand's help.
+        run: function that runs the subcommand, stored as `run` in the parsed arguments.
     """
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -32,7 +33,7 @@ def add_command(
 
 
 def at_least(lowest: int, kind: type[int] | type[float] = int, *, most: float = math.inf) -> Callable[[str], float]:
-    """Return an argparse type for finite numbers from `lowest` to `most`; `kind` int: only whole ones."""
+    """Return an argparse type that accepts finite numbers from `lowest` to `most`. `kind` is int or float."""
     number = "a whole number" if kind is int else "a number"
 
     def parse(text: str) -> float:

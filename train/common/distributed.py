@@ -1,4 +1,4 @@
-"""The ranks (processes) of a run: their numbers, devices and process group."""
+"""The ranks (processes) of a run: numbers, devices, process group, and communication."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-# this module must be imported before a process group exists: default arguments of its functions would keep the group
-# alive past interpreter exit, where gloo aborts
+# import this before a process group exists: otherwise default arguments of its functions would keep the group alive
+# after the interpreter's exit, where gloo aborts
 import torch.distributed.nn
 
 from train.common import hardware
 from train.common.errors import UserError, file_error_text
 from train.common.wording import counted
 
-# micro-batches of a step, which 1, 2, 4 or 8 ranks divide
+# number of micro-batches per step; 1, 2, 4 or 8 ranks divide them
 MICRO_BATCHES = 8
 
 # compilation before the first step may take minutes
@@ -31,10 +31,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number, device and process group."""
+    """This process's rank, device and process group."""
 
     rank: int = 0
-    local_rank: int = 0  # rank on this machine, and number of the GPU
+    local_rank: int = 0  # rank on this machine, which is also the number of its GPU
     world_size: int = 1  # a divisor of 8
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     # process group of all ranks, with gloo for CPU tensors and NCCL for CUDA tensors; None for one process
@@ -42,7 +42,7 @@ class Ranks:
 
     @property
     def accumulation(self) -> int:
-        """Number of micro-batches of each rank per step."""
+        """Number of micro-batches per rank and step."""
         return MICRO_BATCHES // self.world_size
 
     @property
@@ -51,7 +51,7 @@ class Ranks:
         return self.rank == 0
 
     def broadcast(self, value: T, source: int = 0) -> T:
-        """Return rank `source`'s small picklable `value` on every rank."""
+        """Return the `value` of rank `source` on every rank. It must be small and picklable."""
         if self.group is None:
             return value
         box = [value]
@@ -59,7 +59,7 @@ class Ranks:
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Return the small picklable values of all ranks, in rank order, on every rank."""
+        """Return the `value` of each rank, in rank order, on every rank. The values must be small and picklable."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -67,19 +67,19 @@ class Ranks:
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 while the other ranks wait. Return its small picklable result on every rank.
+        """Run `work` on rank 0 while the other ranks wait. Return the result, small and picklable, on every rank.
 
         Raises:
-            UserError: `work` raised it. Every rank raises it, so that no rank keeps waiting.
+            UserError: `work` raised a UserError. Every rank raises it, so that no rank keeps waiting.
         """
         return _results([self.broadcast(_attempt(work) if self.is_main else ([], ""))])[0]
 
     def on_all(self, work: Callable[[], T]) -> list[T]:
-        """Run `work` on every rank. Return the small picklable results of all ranks, in rank order, on every rank.
+        """Run `work` on every rank. Return all results, small and picklable, in rank order, on every rank.
 
         Raises:
-            UserError: `work` raised it on some rank. Every rank raises that of the first such rank, so that no rank
-                keeps waiting.
+            UserError: `work` raised a UserError on some rank. Every rank raises the error of the first such rank, so
+                that no rank keeps waiting.
         """
         return _results(self.gather(_attempt(work)))
 
@@ -91,7 +91,7 @@ class Ranks:
 
     @torch.no_grad()
     def copy_from(self, source: int, tensors: Iterable[torch.Tensor]) -> None:
-        """Overwrite `tensors` with those of rank `source`. Shapes, dtypes and device types must match."""
+        """Overwrite `tensors` with the same tensors of rank `source`. Shapes, dtypes and device types must match."""
         if self.group is not None:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=source, group=self.group)
@@ -100,15 +100,16 @@ class Ranks:
         """Wait until every rank has called this method and its device is idle."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        # the sum of a CPU tensor always uses gloo; dist.barrier of a group with two backends may not
+        # sum a CPU tensor, which always uses gloo: dist.barrier may use NCCL if the group has both backends
         self.sum(torch.zeros(1))
 
 
 @contextmanager
 def start_ranks(device: str = "auto") -> Iterator[Ranks]:
-    """Join the process group that torchrun's environment variables describe, and destroy it at the end.
+    """Join the process group that torchrun's environment variables describe. Destroy it at the end of the context.
 
-    A single process needs no variables and gets no group. `device` is "auto" (cuda if there is a GPU), "cpu" or "cuda".
+    A process that was started without torchrun gets no group. `device` is "auto" (cuda if there is a GPU), "cpu" or
+    "cuda".
 
     Raises:
         UserError: a variable is missing or not a number, the world size does not divide 8, or the GPU does not exist.
@@ -182,13 +183,13 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 def _attempt(work: Callable[[], T]) -> tuple[list[T], str]:
-    """Call `work`. Return a list of its result and no text, or an empty list and the text of an error for the user."""
+    """Call `work`. Return ([result], ""), or ([], message) after an error that the user can fix."""
     try:
         return [work()], ""
     except UserError as error:
         return [], str(error)
     except OSError as error:
-        # such as a full disk: without this text, the other ranks would end in a traceback of the process group
+        # for example a full disk: without the message, the other ranks would end with a traceback of the process group
         text = file_error_text(error)
         if text is None:
             raise
@@ -196,7 +197,7 @@ def _attempt(work: Callable[[], T]) -> tuple[list[T], str]:
 
 
 def _results(attempts: Sequence[tuple[list[T], str]]) -> list[T]:
-    """Return the results of `_attempt`, or raise the first UserError."""
+    """Return the results of all attempts. If an attempt failed, raise a UserError with the first message."""
     for done, problem in attempts:
         if not done:
             raise UserError(problem)

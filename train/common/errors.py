@@ -1,6 +1,6 @@
 """Errors that the user can fix.
 
-For such an error a command prints one sentence without a traceback, and exits with code 2.
+If such an error is raised, the command prints one line without a traceback and exits with code 2.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """The user's input is wrong; the message says what is wrong, what was expected, and what to do."""
+    """The user's input is wrong. The message says what is wrong, what was expected, and what to do."""
 
 
 class CodecError(UserError):
@@ -24,7 +24,7 @@ class MissingCodec(UserError):
     """The library of a codec is not installed."""
 
 
-# file system errors that the user can fix; any other OSError is a bug and keeps its traceback
+# numbers of file system errors that the user can fix. Any other OSError is a bug and keeps its traceback.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_PLACE = (
@@ -32,14 +32,17 @@ _NO_PLACE = (
 )  # fmt: skip
 
 
-# a missing module of these packages is a bug
+# packages of this project: if one of their modules is missing, that is a bug
 _OWN_PACKAGES = ("benchmarks", "golf_kernels", "train")
-# the extra of pyproject.toml that has a package; all others are in `train`
+# package → the extra of pyproject.toml that installs it; all other packages are in the extra `train`
 _EXTRAS = {"safetensors": "export", "optuna": "sweep", "submitit": "sweep", "constriction": "ans"}
 
 
 def main_guard(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and exit with its code (None: 0), with 2 and `error: …` for bad input, or with 130 after Ctrl-C."""
+    """Run `main`, then exit with its return code (None: 0).
+
+    After an error that the user can fix, print `error: …` and exit with code 2. After Ctrl-C, exit with code 130.
+    """
     try:
         for argument in sys.argv[1:]:
             check_text(argument, "command line")
@@ -55,7 +58,7 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
             f"{package} is not installed: pip install {package}, or all of its kind: pip install -e '.[{extra}]'"
         )
     except BrokenPipeError:
-        # the reader, such as head, has closed the pipe; without this, Python fails again when it closes stdout
+        # the reader of the pipe, such as `head`, has closed it. Without the next line, closing stdout would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except OSError as error:
@@ -77,7 +80,7 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
 
 
 def check_text(text: str, source: str) -> None:
-    """Raise a UserError if a text from the operating system is not UTF-8, because no log or JSON file could hold it."""
+    """Raise a UserError if a text from the operating system is not UTF-8. A log or JSON file could not store it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -87,13 +90,13 @@ def check_text(text: str, source: str) -> None:
 
 
 def _refuse(message: str) -> int:
-    # one line, also where a name that it quotes has several
+    # print one line, even if a quoted name contains line breaks
     print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     return 2
 
 
 def file_error_text(error: OSError) -> str | None:
-    """Return what is wrong with a file and what to do, or None if the user cannot fix this error."""
+    """Return a message about a file error and its remedy, or None if the user cannot fix the error."""
     remedy = _remedy(error)
     return None if remedy is None else f"{error.filename or 'an output file'}: {error.strerror}: {remedy}"
 
@@ -103,14 +106,14 @@ def _remedy(error: OSError) -> str | None:
         return "free some space or choose another folder and run again"
     if error.errno in _NO_RIGHT:
         return "give this user the permission, or choose another folder and run again"
-    # an error without a file name is not about a path that the user gave
+    # without a file name, the error is not about a path that the user gave
     if error.errno in _NO_PLACE and error.filename:
         return "choose another path, or move what is there"
     return None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # by name, because torch may not be imported; without memory on the CPU, torch raises a RuntimeError
+    # compare the class's name, because torch may not be imported. On the CPU torch raises a RuntimeError.
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

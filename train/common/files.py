@@ -1,4 +1,4 @@
-"""Writes files atomically (temporary file, sync, rename), and writes and reads JSON with a checksum."""
+"""Writes files atomically (temporary file, sync, rename). Writes and reads JSON with a checksum."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CHECKSUM = "crc32"
 
 @contextmanager
 def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Yield a binary file that becomes `path` if the block succeeds and is removed if it fails.
+    """Yield a temporary binary file. At the end of the context it is renamed to `path`; after an error it is deleted.
 
     Raises:
         UserError: `path` is a device, a pipe or a socket, which the rename would replace.
@@ -34,7 +34,7 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file private, but results follow the user's umask
+        # mkstemp gives only the user access; give the access that the user's umask allows
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
     except BaseException as error:
@@ -46,7 +46,7 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | memoryview | str) -> None:
-    """Write `data` (text as UTF-8) to `path`. Readers see the old file or the whole new file."""
+    """Write `data` (text as UTF-8) to `path`. A reader sees the old file or the complete new file."""
     with atomic_writer(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
@@ -58,18 +58,18 @@ def refuse_device(path: Path) -> None:
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """Read a file. A pipe, which would be waited for, and a device, which may never end, raise a UserError."""
+    """Read a file. Raise a UserError for a pipe or a device: reading it might never end."""
     refuse_device(Path(path))
     return Path(path).read_bytes()
 
 
 def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
-    """Write one JSON object atomically, with its checksum in the field `crc32`."""
+    """Write a JSON object atomically, and add its checksum as field `crc32`."""
     atomic_write(path, json.dumps({**values, _CHECKSUM: _checksum(values)}, indent=1) + "\n")
 
 
 def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
-    """Read one JSON object. Check and remove its field `crc32`, if present. Errors end with the advice `remedy`.
+    """Read a JSON object. Check and remove its field `crc32`, if present. Error messages end with `remedy`.
 
     Raises:
         UserError: the file is missing, unreadable, not one JSON object, or changed since it was written.
@@ -77,7 +77,7 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
     try:
         value = json.loads(read_file(path).decode())
         expected = value.pop(_CHECKSUM, None) if isinstance(value, dict) else None
-        # inside the try, because an object may be nested too deeply to be encoded again
+        # inside the `try`: an object that is nested too deeply cannot be encoded again
         found = _checksum(value)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from error

@@ -11,11 +11,12 @@ import torch
 
 from train.common.wording import counted
 
-# of glibc's malloc.h
+# constants of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
-# substring of a GPU's name → dense bfloat16 TFLOP/s; the first match counts. Data sheets state twice these rates, for
-# sparse matrices: 1,978.9 for SXM (132 multiprocessors, 4,096 FLOP per cycle, 1.83 GHz), 1,513 for PCIe, 1,671 for NVL
+# substring of a GPU's name → TFLOP/s of dense bfloat16 products; the first match counts. Data sheets state twice these
+# rates, for sparse matrices: 1,978.9 for SXM (132 multiprocessors, 4,096 FLOP per cycle, 1.83 GHz), 1,513 for PCIe,
+# 1,671 for NVL
 DATASHEET_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "H200 NVL": 835.0, "H200": 989.4}
 
 
@@ -25,9 +26,9 @@ def auto_device() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep the memory that it frees, so that a training step on a CPU does not ask for it again.
+    """Make malloc keep freed memory, so that a training step on a CPU need not get it from the system again.
 
-    Without it, a twelfth of the quickstart's step is page faults. Only glibc has the switch.
+    Otherwise page faults take a twelfth of a step of the recipe quickstart. Only glibc has this option.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -36,7 +37,7 @@ def keep_freed_memory() -> None:
 
 
 def hardware(device: torch.device, world_size: int) -> str:
-    """Describe the GPUs or CPU cores of the run, as its record names them."""
+    """Describe the GPUs or CPU cores of the run, in the words of its record."""
     if device.type == "cuda":
         return f"{world_size} x {torch.cuda.get_device_name(device)}"
     return f"{counted(os.cpu_count() or 1, 'CPU core')} ({_cpu_name()}), {counted(world_size, 'process', 'processes')}"
@@ -51,5 +52,5 @@ def _cpu_name() -> str:
 
 
 def datasheet_tflops(gpu: str) -> float | None:
-    """A GPU's dense bfloat16 TFLOP/s from its data sheet. None for an unknown GPU or a MIG slice."""
+    """Return a GPU's TFLOP/s of dense bfloat16 products from its data sheet. None for an unknown GPU or a MIG slice."""
     return next((tflops for name, tflops in DATASHEET_TFLOPS.items() if name in gpu and "MIG" not in gpu), None)

@@ -1,4 +1,4 @@
-"""Signs of life: the first line of a command, and the progress of long work as a bar on a terminal, else as lines."""
+"""Shows what a command does: a first line, and the progress of long work as a bar on a terminal, else as lines."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from train.common.wording import duration
 
 FIRST_LINE_SECONDS = 5.0
 LINE_INTERVAL_SECONDS = 20.0
-# the rate is that of the last seconds
+# the rate is measured over this many last seconds
 RATE_SECONDS = 30.0
 
 
 def announce(text: str) -> None:
-    """Say on stderr what a command is about to do. Call it before torch is imported, which may take many seconds.
+    """Print on stderr what a command is about to do. Call this before importing torch, which may take many seconds.
 
-    Under torchrun only rank 0 says it.
+    Under torchrun only rank 0 prints.
     """
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """Progress of one task of `total` units, as a context manager.
+    """Shows the progress of one task of `total` units. A context manager.
 
     Args:
-        total, description, unit: as shown: `encoding train: 3/40 documents`.
-        enabled: False (on other ranks) shows nothing.
-        done: units that were done before.
-        now: the clock, in seconds.
-        limit: the task ends at this time of the clock; 0: no limit.
+        total, description, unit: shown as `encoding train: 3/40 documents`: description, finished units, total, unit.
+        enabled: False shows nothing; for ranks other than 0.
+        done: number of units that were finished before.
+        now: function that returns the time in seconds.
+        limit: the task ends when `now()` reaches this time; 0: no limit.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units per second, in the last seconds."""
+        """Units per second, over the last `RATE_SECONDS`."""
         (since, before), now = self.marks[0], self.now()
         return (self.done - before) / (now - since) if now > since else 0.0
 
@@ -70,7 +70,7 @@ class Progress:
         return max(min(left, self.limit - self.now()), 0.0) if self.limit else left
 
     def advance(self, amount: int = 1, note: str | Callable[[], str] = "") -> None:
-        """Add `amount` finished units. `note`, or what it returns, is shown in the bar or line."""
+        """Add `amount` finished units. The bar or line shows `note`, or the text that `note()` returns."""
         self.done += amount
         if not self.enabled:
             return
@@ -86,7 +86,7 @@ class Progress:
         self.marks.append((now, self.done))
 
     def text(self, note: str | Callable[[], str] = "") -> str:
-        """The line: what is done, rate, note and time left."""
+        """Return the text of the bar or line: finished units, rate, note and time left."""
         note = note if isinstance(note, str) else note()
         rate = f"{self.rate:,.0f}" if self.rate >= 100 else f"{self.rate:.3g}"
         return (

@@ -1,4 +1,4 @@
-"""Removed settings, which files of earlier versions still hold."""
+"""Removed settings, which files of earlier versions still contain."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ RETIRED: dict[str, tuple[Any, ...] | None] = {
     "val_batch_size": None,
     "val_max_tokens": (0,),
 }
-"""Settings removed in `REMOVED_IN`: name → values that match today's behaviour; None: every value matches.
+"""Settings removed in `REMOVED_IN`: name → values that this version can reproduce; None: the value does not matter.
 
-A config.json or artifact with another value loads with a warning, unless the setting is in `MODEL_RETIRED`.
+If a config.json or artifact has another value, loading it gives a warning, or an error if the setting is in
+`MODEL_RETIRED`.
 """
 MODEL_RETIRED = frozenset({"norm_eps", "unet_skips"})
-"""Removed settings whose other values would make the saved weights another model. Those values are refused."""
+"""Removed settings that change what the model computes from its weights. Files with other values are refused."""
 
 
 def check_retired(name: str, value: Any) -> None:
-    """Warn if a removed setting has a value other than today's. Raise a ConfigError for settings in `MODEL_RETIRED`."""
+    """Warn if this version cannot reproduce the value of a removed setting. In `MODEL_RETIRED`, raise a ConfigError."""
     supported = RETIRED[name]
     if supported is None or value in supported:
         return
@@ -49,6 +50,6 @@ def check_retired(name: str, value: Any) -> None:
 
 
 def refuse_retired(name: str, source: str) -> None:
-    """Raise a ConfigError if the setting `name` was removed; the error begins with `source`, such as `--name`."""
+    """Raise a ConfigError if the setting `name` was removed. The message begins with `source`, such as `--name`."""
     if name in RETIRED:
         raise ConfigError(f"{source}: {name} was removed in {REMOVED_IN}: leave it out")

@@ -23,16 +23,17 @@ class ConfigError(UserError):
 def setting(
     default: Any, help: str, *, choices: Sequence[Any] = (), low: float | None = None, high: float | None = None
 ) -> Any:
-    """Make a dataclass field for a setting, with its default, its line in `--help`, and its allowed values."""
+    """Make the dataclass field of a setting: default, line in `--help`, and allowed values."""
     return dataclasses.field(
         default=default, metadata={"help": help, "choices": tuple(choices), "low": low, "high": high}
     )
 
 
 def parse_text(kind: Any, text: str, source: str) -> Any:
-    """Convert the text of an environment variable or flag to type `kind`. Errors begin with `source`, the variable's or flag's name.
+    """Convert the text of an environment variable or flag to the type `kind`.
 
-    Lists are comma-separated. Booleans are 0, 1, true, false, yes, no, on or off.
+    Lists are comma-separated. Booleans are 0, 1, true, false, yes, no, on or off. Errors begin with `source`, the name
+    of the variable or flag.
 
     Raises:
         ConfigError: `text` is not of type `kind`.
@@ -56,7 +57,7 @@ def parse_text(kind: Any, text: str, source: str) -> Any:
 
 
 def format_value(value: Any) -> str:
-    """Format a value as on a command line."""
+    """Format a value as the user types it on a command line."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -67,7 +68,7 @@ def check_type(name: str, kind: Any, value: Any) -> None:
 
 
 def check_value(field: dataclasses.Field[Any], kind: Any, value: Any) -> None:
-    """Raise a ConfigError if the setting's type, choices or range exclude the value."""
+    """Raise a ConfigError if a value has the wrong type or is outside the setting's choices or range."""
     check_type(field.name, kind, value)
     choices, low, high = field.metadata["choices"], field.metadata["low"], field.metadata["high"]
     if isinstance(value, (int, float)) and not -_LARGEST <= value <= _LARGEST:
@@ -97,7 +98,7 @@ def _is_instance(value: Any, kind: Any) -> bool:
 
 
 def parse_steps(text: str) -> range:
-    """Parse `FIRST:END` to the steps FIRST, …, END - 1, and "" to no steps. Any other text raises a ConfigError."""
+    """Parse `FIRST:END` to the steps FIRST, …, END - 1. "" gives no steps. Any other text raises a ConfigError."""
     if not text:
         return range(0)
     match = re.fullmatch(r"(\d+):(\d+)", text)

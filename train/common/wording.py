@@ -8,12 +8,12 @@ SEPARATOR = "=" * 100
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """Write a count with its noun: `1 shard`, `2 shards`. `plural` is needed if it is not the noun plus s."""
+    """Format a count with its noun: `1 shard`, `2 shards`. `plural` is the noun's plural; empty: the noun plus s."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def duration(seconds: float) -> str:
-    """A time to wait: `45 s`, `12 min`, `3 h 20 min`; `unknown time` if it is infinite."""
+    """Format a duration: `45 s`, `12 min`, `3 h 20 min`; `unknown time` if it is infinite."""
     if not math.isfinite(seconds):
         return "unknown time"
     minutes = round(seconds / 60)
@@ -23,5 +23,5 @@ def duration(seconds: float) -> str:
 
 
 def stopped_early(steps: int, planned: int) -> str:
-    """Say that the time limit ended training before its planned number of steps."""
+    """Return a sentence: the time limit ended training before the planned number of steps."""
     return f"stopped by the time limit after {steps:,} of {planned:,} steps: the score is worse than after all planned steps"

@@ -1,4 +1,4 @@
-"""The configuration of a run: its settings, checked, and as text and JSON.
+"""The configuration of a run: checks the settings, and converts them to and from text and JSON.
 
 A flag (`--name value`) overrides an environment variable (the name in upper case), which overrides the recipe, which
 overrides the default.
@@ -28,7 +28,7 @@ class Config(Settings):
     """The settings of a run. `python -m train --help` lists them.
 
     Raises:
-        ConfigError: a setting has a wrong type or value, or two contradict each other.
+        ConfigError: a setting has a wrong type or value, or two settings contradict each other.
     """
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class Config(Settings):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """Undo `to_dict`. This also reads the settings of earlier versions.
+        """Make a configuration from the result of `to_dict`, of this or an earlier version.
 
         Raises:
             ConfigError: a name is unknown, a value is bad, or a removed setting has a value that is no longer supported.
@@ -58,7 +58,8 @@ class Config(Settings):
                 check_retired(name, typed)
                 continue
             if name == "code_form" and typed in ("minified", "sources"):
-                # these forms were removed in 0.2.0: if such a run is quantized again, its compressed script counts
+                # forms that were removed in 0.2.0. If such a run is quantized again, count the compressed script
+                # instead.
                 typed = "wrapped"
             if name not in _FIELDS:
                 raise ConfigError(f"{name}: no such setting{nearest(name)}")
@@ -76,7 +77,7 @@ def field_names() -> tuple[str, ...]:
 
 
 def field_help(name: str) -> str:
-    """Write a setting's meaning, choices and default in one line, for `--help`."""
+    """Return a setting's meaning, choices and default as one line for `--help`."""
     field = _FIELDS[name]
     choices = ", ".join(format_value(choice) or "empty" for choice in field.metadata["choices"])
     default = int(field.default) if isinstance(field.default, bool) else field.default
@@ -84,17 +85,20 @@ def field_help(name: str) -> str:
 
 
 def field_type(name: str) -> str:
-    """Write a setting's type, for `--help`."""
+    """Return the name of a setting's type, for `--help`."""
     return {bool: "0|1", int: "int", float: "float", str: "text"}.get(_TYPES[name], "int,…")
 
 
 def parse_value(name: str, text: str, source: str) -> Any:
-    """Parse a setting's value from the text of an environment variable or flag, named `source` in errors."""
+    """Parse a setting's value from the text of an environment variable or flag.
+
+    Errors begin with its name, `source`.
+    """
     return parse_text(_TYPES[name], text, source)
 
 
 def nearest(name: str) -> str:
-    """Suggest the setting with the most similar name, as the end of an error message. Empty if none is similar."""
+    """Return the end of an error message that suggests the most similar setting; "" if no setting is similar."""
     close = difflib.get_close_matches(name.lower(), field_names(), n=1, cutoff=0.6)
     return f"; did you mean {close[0].upper() if name.isupper() else close[0]}?" if close else ""
 

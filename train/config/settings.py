@@ -1,7 +1,8 @@
-"""The settings of a run: name, default, meaning and range of each.
+"""The settings of a run: each has a name, a default, a meaning and allowed values.
 
 Names follow Parameter Golf, so published run commands work unchanged. A new setting's default must reproduce the old
-behaviour, so that existing runs and artifacts stay valid. A removed setting gets a row in `train.common.retired.RETIRED`.
+behaviour, so that existing runs and artifacts stay valid. If you remove a setting, add it to
+`train.common.retired.RETIRED`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from dataclasses import dataclass
 
 from train.common.values import setting
 
-# settings that change no computed number of a run
+# settings that do not affect the model or its score
 BOOKKEEPING = frozenset(
     {"run_id", "runs_dir", "resume", "checkpoint_every", "train_log_every", "loggers", "profile_steps", "samples"}
 )
-# settings that a resumed run may change too: the kernels; and until training ends, its end and the steps that are validated
+# other settings that a resumed run may change: the kernels at any time, the other three until training ends
 CHANGEABLE = frozenset({"golf_backend", "iterations", "max_wallclock_seconds", "val_loss_every"})
-# settings that may differ between runs that count as runs of the same recipe
+# two runs are runs of the same recipe even if they differ in these settings
 LOCAL = BOOKKEEPING | {"recipe", "seed", "data_path", "tokenizer_path", "device", "code_form"}
 
 SECTIONS = {
@@ -235,7 +236,7 @@ class Settings:
 
     @property
     def fake_quantization(self) -> str | None:
-        """`qat_dtype` with `qat`, else None."""
+        """`qat_dtype` if `qat` is on, else None."""
         return self.qat_dtype if self.qat else None
 
     @property
@@ -244,7 +245,7 @@ class Settings:
 
     @property
     def window(self) -> int:
-        """Length in tokens of a window of the final evaluation."""
+        """Window length of the final evaluation, in tokens."""
         return self.eval_seq_len or self.train_seq_len
 
     @property
@@ -253,7 +254,7 @@ class Settings:
 
     @property
     def training_seconds(self) -> float:
-        """Limit of the training time in seconds: the wall-clock limit minus the reserve for GPTQ. 0: no limit."""
+        """Time limit of training in seconds: the wall-clock limit minus the reserve for GPTQ. 0: no limit."""
         return max(self.max_wallclock_seconds - self.gptq_reserve_seconds, 0.0)
 
     @property

@@ -118,7 +118,7 @@ def _run_config(folder: RunFolder, arguments: argparse.Namespace) -> Config:
 
 
 def _file_config(arguments: argparse.Namespace) -> Config:
-    """Return the settings that score an artifact file: those of the recipe, overridden by the artifact's and by flags."""
+    """Return the settings that score an artifact file: the recipe's, overridden by the artifact's and by flags."""
     if arguments.recipe is None:
         raise ConfigError(f"--recipe: needed to score an artifact alone: one of {', '.join(recipe_names())}")
     if arguments.weights != "artifact":

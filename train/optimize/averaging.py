@@ -1,4 +1,4 @@
-"""Averages of the weights during a run: exponential moving average (EMA) and stochastic weight averaging (SWA)."""
+"""Averages the weights during training: exponential moving average (EMA) and stochastic weight averaging (SWA)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.common.errors import UserError
 
 
 class _Average:
-    """Base class of both averages, which have one tensor for each parameter of the model."""
+    """Base class of EMA and SWA. An average has one tensor per parameter of the model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = [name for name, _ in model.named_parameters()]
@@ -43,10 +43,10 @@ class _Average:
 
 
 class EMA(_Average):
-    """Exponential moving average of every parameter, even of untrained ones. It starts from the current weights.
+    """Exponential moving average of every parameter, also of parameters that are not trained.
 
-    After each step average <- decay * average + (1 - decay) * weights, without bias correction. The average is float32
-    or wider, even for bfloat16 embeddings. `decay` is in [0, 1).
+    It starts with the current weights. After each step, average <- decay * average + (1 - decay) * weights, without
+    bias correction. The average is float32 or wider, even for bfloat16 embeddings. `decay` is in [0, 1).
 
     Source: submissions #1392 (0.997) and #1471 (0.9965).
     """
@@ -81,7 +81,7 @@ class EMA(_Average):
         return {"decay": self.decay, "average": self._named(self._shadow)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the result of `state_dict`, bit for bit.
+        """Restore a state that `state_dict` returned, bit for bit.
 
         Raises:
             UserError: the checkpoint has another decay or other parameters.
@@ -96,8 +96,8 @@ class EMA(_Average):
 class SWA(_Average):
     """Mean of the weights after every `every`-th step whose learning-rate scale is below `threshold`.
 
-    All parameters are averaged, even untrained ones. As published, a parameter's sum has the parameter's dtype, so
-    bfloat16 embeddings lose bits.
+    All parameters are averaged, also those that are not trained. As in the published scripts, the sum of a parameter
+    has the parameter's dtype, so sums of bfloat16 embeddings are rounded.
 
     Source: submission #198 (every 200, below 0.5), the parent of #262; #122 has the same rule.
     """
@@ -116,7 +116,7 @@ class SWA(_Average):
         """Add the current weights to the average if `step` is a multiple of `every` and `scale` is below `threshold`.
 
         Args:
-            step: number of finished steps, with the current one.
+            step: number of finished steps, including the current step.
             scale: learning-rate scale of the current step.
 
         Returns:
@@ -138,7 +138,7 @@ class SWA(_Average):
         return {"count": self.count, "sums": self._named(self._sums)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the result of `state_dict`, bit for bit.
+        """Restore a state that `state_dict` returned, bit for bit.
 
         Raises:
             UserError: the checkpoint has other parameters.

@@ -1,4 +1,4 @@
-"""Replays work as a CUDA graph as long as its tensors keep their addresses."""
+"""Replays a function as a CUDA graph, as long as its tensors keep their addresses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.config import Config
 
 
 class GraphChoice(NamedTuple):
-    """Whether the optimizer's step is replayed as CUDA graphs, and why."""
+    """Whether the optimizer's step is replayed as CUDA graphs, and the reason."""
 
     on: bool
     reason: str
@@ -24,7 +24,7 @@ class GraphChoice(NamedTuple):
 
 
 def choose_graph(config: Config, device: torch.device) -> GraphChoice:
-    """Resolve the setting `optimizer_graph`. The result is the same on every rank.
+    """Decide what the setting `optimizer_graph` means on this device. All ranks decide the same.
 
     Raises:
         UserError: the setting is `on`, but the device is not CUDA.
@@ -47,12 +47,12 @@ def choose_graph(config: Config, device: torch.device) -> GraphChoice:
 class Captured:
     """Calls a function; from the second call with the same tensors on, it replays a CUDA graph instead.
 
-    The first call with new tensors runs without a graph, compiles kernels and uploads tables. Numbers that change
-    between calls must be tensors on the device.
+    The first call with new tensors has no graph: it compiles kernels and uploads tables. Numbers that change between
+    calls must be tensors on the device.
 
     Args:
-        run: the function; it launches work on the current stream.
-        tensors: returns in a fixed order all tensors that `run` uses and that outlive a call.
+        run: the function, which launches kernels on the current stream.
+        tensors: function that returns, in a fixed order, all tensors that `run` uses and does not free.
     """
 
     def __init__(self, run: Callable[[], object], tensors: Callable[[], Iterable[Tensor]]) -> None:
@@ -66,7 +66,7 @@ class Captured:
         if addresses != self._addresses:
             self._graph = None
             self.run()
-            # an optimizer allocates its moments in its first step
+            # get the addresses after the call, because an optimizer allocates its moments in its first step
             self._addresses = tuple(tensor.data_ptr() for tensor in self._tensors())
             return
         if self._graph is None:

@@ -20,7 +20,7 @@ from train.optimize.reduction import Reduction
 
 KINDS = ("matrix", "embedding", "scalar")
 
-# all published scripts have these values
+# the values of all published scripts
 _ADAM_BETA1, _ADAM_EPS = 0.9, 1e-8
 
 Moments = Mapping[str, Mapping[str, Tensor]]
@@ -28,18 +28,19 @@ _Work = Callable[[], object]
 
 
 class Optimizers:
-    """All optimizers of a model, which step together. `build_optimizers` makes them.
+    """All optimizers of a model, which step together. `build_optimizers` makes this object.
 
-    A step reduces the gradients over ranks, computes the norm of this rank's gradients, clips them and runs Muon, and
-    runs AdamW, with collectives between these computations. Each of the last three may be a CUDA graph. A single
-    process has one graph for all three.
+    A step reduces the gradients over ranks. Then it has three computations: the norm of this rank's gradients, clipping
+    with Muon, and AdamW. There are collectives between the computations. With CUDA graphs, each computation is one
+    graph. A single process has one graph for all three.
 
     Args:
         model: the model whose gradients `zero_grad` clears.
         kinds: result of `split_parameters`.
-        muon: Muon on the matrices that this rank owns; None if it owns no matrix.
-        adamw: AdamW on embeddings and scalars, the same on every rank; None if the model has none.
-        reduction: the exchange with other ranks. With CUDA graphs it must keep gradients at fixed addresses.
+        muon: Muon for the matrices that this rank owns; None if it owns no matrix.
+        adamw: AdamW for embeddings and scalars, the same on every rank; None if the model has none.
+        reduction: exchanges gradients and matrices with other ranks. With CUDA graphs it must keep gradients at fixed
+            addresses.
         max_norm: largest L2 norm of the gradient over all parameters; 0: no clipping.
         process_group: the group of all ranks; None for one process.
         graph: whether to replay CUDA graphs.
@@ -83,10 +84,10 @@ class Optimizers:
                 group["capturable"] = True
 
     def _computation(self, work: Sequence[_Work], *stepped: torch.optim.Optimizer | None) -> Callable[[], None]:
-        """Return a function that calls the functions of `work` in order, or replays a CUDA graph of them.
+        """Return a function that calls the functions in `work` in order, or replays them as a CUDA graph.
 
-        `stepped` are the optimizers whose parameters and moments the work uses. The returned function must not refer to
-        `self`: the reference cycle would keep the process group alive after the interpreter's exit, where gloo aborts.
+        `stepped` are the optimizers whose parameters and moments `work` uses. The returned function must not refer to
+        `self`: a reference cycle would keep the process group alive after the interpreter's exit, where gloo aborts.
         """
         each_optimizer = self._each
 
@@ -114,8 +115,8 @@ class Optimizers:
             momentum: Muon's momentum.
 
         Returns:
-            The gradient's norm before clipping, a scalar on the device that the next step overwrites, or None without
-            clipping.
+            The norm of the gradient before clipping, a scalar on the device, which the next step overwrites. None if
+            gradients are not clipped.
         """
         norm = self.reduction.norm if self._max_norm > 0 else None
         self.reduction.reduce_gradients()
@@ -137,12 +138,12 @@ class Optimizers:
         return norm
 
     def zero_grad(self) -> None:
-        """Set all gradients of the model to None, even those of untrained parameters."""
+        """Set all gradients of the model to None, also those of parameters that are not trained."""
         for parameter in self._model.parameters():
             parameter.grad = None
 
     def reset(self) -> None:
-        """Set all moments and step counts to zero, their state before the first step."""
+        """Set all moments and step counts to zero, as before the first step."""
         # change the moments in place, because a CUDA graph uses these tensors
         for optimizer in self._each:
             for moments in optimizer.state.values():
@@ -151,8 +152,8 @@ class Optimizers:
     def state_dict(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """Collect the moments of all ranks, so that a run may resume on another number of ranks.
 
-        Every rank must call this. Rates, decays and momentum are not saved, because they follow from the settings and
-        the step.
+        Every rank must call this. Learning rates, weight decays and Muon's momentum are not saved, because they follow
+        from the settings and the step.
 
         Returns:
             Optimizer ("muon" or "adamw") -> parameter name -> name of the moment -> tensor.
@@ -170,13 +171,13 @@ class Optimizers:
         return {name: dict(state[parameter]) for name, parameter in self._named[key].items() if parameter in state}
 
     def load_state_dict(self, state: Mapping[str, Moments]) -> None:
-        """Restore the result of `state_dict`, bit for bit. Each rank restores the moments that it needs.
+        """Restore a state that `state_dict` returned, bit for bit. Each rank restores the moments that it needs.
 
         Raises:
             UserError: the checkpoint has the moments of other parameters.
         """
         for key, parameters in self._named.items():
-            # before the first step there are no moments
+            # a checkpoint before the first step has no moments
             odd = set(state[key]) ^ set(parameters) if state[key] else set()
             if odd:
                 name = min(odd)
@@ -209,13 +210,13 @@ def _load(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: Mapping[st
     if saved and own.keys() != saved.keys():
         optimizer.state[parameter] = {name: v.to(parameter.device, copy=True) for name, v in saved.items()}
         return
-    # copy in place, because a CUDA graph uses these tensors; before the first step the moments are zero
+    # copy in place, because a CUDA graph uses these tensors. Without saved moments, set them to zero.
     for name, value in own.items():
         value.copy_(saved[name] if saved else torch.zeros_like(value))
 
 
 def split_parameters(model: nn.Module, config: Config) -> dict[str, dict[str, nn.Parameter]]:
-    """Kind ("matrix", "embedding" or "scalar") -> parameter name -> trained parameter, in the model's order."""
+    """Return kind ("matrix", "embedding", "scalar") -> parameter name -> trained parameter, in the model's order."""
     kinds: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in KINDS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -233,15 +234,15 @@ def build_optimizers(
     """Build Muon and AdamW with the learning rates and weight decays of the settings.
 
     Muon updates matrices: p <- p (1 - lr wd) - lr sqrt(max(1, rows / columns)) update, with Nesterov momentum. AdamW
-    updates embeddings and scalars, which have a rate and a decoupled decay each. Moments have the parameter's dtype:
-    bfloat16 for bfloat16 embeddings, as published. Matrices are assigned to ranks so that all ranks take about the same
-    time for orthogonalization.
+    updates embeddings and scalars; the two kinds have separate learning rates and weight decays. Moments have the
+    parameter's dtype: bfloat16 for bfloat16 embeddings, as published. Matrices are assigned to ranks so that all ranks
+    take about the same time for orthogonalization.
 
     Args:
         model: the model on its final device, with the same weights on every rank.
         config: the settings.
         process_group: the group of all ranks; None for one process.
-        owned: indices of the only matrices to update, to measure the work of one rank in one process; None: all.
+        owned: indices of the matrices to update, in order to measure the work of one rank in one process; None: all.
 
     Raises:
         UserError: `optimizer_graph` is `on`, but the device is not CUDA.
@@ -291,7 +292,7 @@ def _build_muon(matrices: Sequence[Tensor], config: Config) -> Muon:
         row_normalize=config.muon_eq_r,
         row_eps=config.muon_row_eps,
         normuon=config.normuon,
-        # of the published scripts only #122, which has NorMuon, multiplies the gradient by 1 - momentum
+        # among the published scripts, only #122, the one with NorMuon, multiplies the gradient by 1 - momentum
         dampened=config.normuon,
         coefficients=config.muon_coefficients,
     )

@@ -1,4 +1,4 @@
-"""The collectives of a step: average the gradients, clip their norm, and send the updated matrices to all ranks."""
+"""The collectives of a step: averages and clips the gradients, and sends the updated matrices to all ranks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ _Collective = Callable[..., dist.Work]
 class Reduction:
     """Averages gradients over ranks before the optimizers run, and sends updated matrices to all ranks afterwards.
 
-    Every rank updates the replicated parameters: embeddings, vectors and scalars. One all-reduce averages their
-    gradients. Each matrix has an owner, the rank that updates it. One reduce-scatter gives the owners their mean
-    gradients; one all-gather sends the updated matrices to all ranks. The host never waits for a number from the
-    device.
+    Replicated parameters (embeddings, vectors and scalars) are updated by every rank. One all-reduce averages their
+    gradients. A matrix is updated by one rank, its owner. One reduce-scatter gives each owner the mean gradients of its
+    matrices. One all-gather sends the updated matrices to all ranks. The host never waits for a number from the device.
 
     The gradient of each micro-batch must already be divided by the number of micro-batches. A missing gradient counts
     as zero, so that weight decay does not depend on the number of ranks.
@@ -26,10 +25,11 @@ class Reduction:
     Args:
         replicated: parameters that every rank updates.
         matrices: parameters that only their owners update.
-        owners: the owner of each of `matrices`; ignored without a group.
+        owners: the owner of each matrix in `matrices`; ignored without a group.
         group: the group of all ranks; None for one process, which owns all matrices.
-        others: matrices that count in the norm but are not updated, to measure the work of one rank in one process.
-        fixed: keep the reduced gradients at the same addresses, as a CUDA graph needs. With a group they always are.
+        others: matrices whose gradients count in the norm but that are not updated. They serve to measure the work of
+        one rank in one process.
+        fixed: keep the reduced gradients at fixed addresses, as a CUDA graph needs. With a group they always are.
 
     Attributes:
         owned: the matrices that this rank updates.
@@ -75,13 +75,13 @@ class Reduction:
         by_owner = [[matrix for matrix, owner in pairs if owner == rank] for rank in range(self._world_size)]
         self.owned = by_owner[self._rank]
         self._by_owner = [matrix for matrices in by_owner for matrix in matrices]
-        # the collectives need slices of equal length: take that of the rank with most elements
+        # the collectives need slices of equal length: take the number of elements of the rank that owns most
         length = max(sum(matrix.numel() for matrix in matrices) for matrices in by_owner)
         # this buffer holds the gradients of all matrices, and later the updated matrices
         self._all = _buffer(self._matrices, self._world_size * length)
         rows = zip(self._all.view(self._world_size, length), by_owner, strict=True)
         self._all_views = [view for row, matrices in rows for view in _views(row, matrices)]
-        # gradients must stay readable after a step, so the updated matrices have a buffer of their own
+        # the updated matrices get a buffer of their own, because gradients must stay readable after a step
         self._own_gradients, self._own_weights = (_buffer(self._matrices, length) for _ in range(2))
         self._own_gradient_views = _views(self._own_gradients, self.owned)
         self._own_weight_views = _views(self._own_weights, self.owned)
@@ -89,10 +89,10 @@ class Reduction:
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
-        """Replace each `.grad` by its mean over ranks.
+        """Replace each `.grad` by the mean over all ranks.
 
-        A matrix gets its mean gradient only on its owner; on other ranks its `.grad` becomes None. The next call may
-        overwrite the mean gradients.
+        Only the owner of a matrix gets the mean gradient. On other ranks, the matrix's `.grad` becomes None. The next
+        call may overwrite the mean gradients.
         """
         parameters = [*self._replicated, *self._matrices]
         for parameter in parameters:
@@ -103,14 +103,14 @@ class Reduction:
                 _set_gradients(parameters, _gradients(parameters), self._fixed_gradients)
             return
         scattering = None
-        # start the larger transfer first, so that the smaller one is packed during it
+        # start with the larger transfer: the gradients for the smaller one are packed meanwhile
         if self._matrices:
             torch._foreach_copy_(self._all_views, _gradients(self._by_owner))
             scattering = _reduce_scatter(self._own_gradients, self._all, self._group)
         if self._replicated:
             torch._foreach_copy_(self._flat_views, _gradients(self._replicated))
             dist.all_reduce(self._flat, op=dist.ReduceOp.SUM, group=self._group)
-            # sum and multiply, because not every backend can average; for 2^n ranks the product is exact
+            # sum, then multiply, because not every backend can average. For 2^n ranks the product is exact.
             self._flat.mul_(1 / self._world_size)
             _set_gradients(self._replicated, self._flat_views, self._flat_gradients)
         if scattering is not None:
@@ -122,20 +122,20 @@ class Reduction:
 
     @property
     def exchanges(self) -> bool:
-        """Whether the norm includes gradients of parameters that this process does not update."""
+        """Whether the norm includes gradients of matrices that this process does not update."""
         return self._group is not None or bool(self._others)
 
     @torch.no_grad()
     def measure_gradients(self) -> None:
-        """Clipping, step 1 of 3: sum the squares of the reduced gradients that this rank counts."""
-        # the owner counts a matrix, rank 0 the replicated parameters
+        """Clipping, step 1 of 3: sum the squares of this rank's share of the reduced gradients."""
+        # each matrix counts on its owner, the replicated parameters on rank 0
         counted = [*self._replicated, *self.owned] if self._rank == 0 else self.owned
         self._square.zero_()
         self._add_squares(_gradients(counted))
 
     @torch.no_grad()
     def sum_squares(self) -> None:
-        """Clipping, step 2 of 3: add up the sums of squares of all ranks."""
+        """Clipping, step 2 of 3: add the sums of squares of all ranks."""
         if self._group is not None:
             dist.all_reduce(self._square, op=dist.ReduceOp.SUM, group=self._group)
         self._add_squares([matrix.grad for matrix in self._others if matrix.grad is not None])
@@ -150,8 +150,8 @@ class Reduction:
         """Clipping, step 3 of 3: multiply this rank's gradients by min(1, max_norm / (norm + 1e-6)).
 
         Returns:
-            The L2 norm of all ranks' gradients before clipping: a scalar on the device, float32 (float64 for float64
-            gradients). The next call overwrites it.
+            The L2 norm of the gradients of all ranks before clipping: a scalar on the device, float32 (float64 for
+            float64 gradients). The next call overwrites it.
 
         Source: the formula of `torch.nn.utils.clip_grad_norm_`.
         """
@@ -172,7 +172,7 @@ class Reduction:
 
     @torch.no_grad()
     def finish_gathering(self) -> None:
-        """Wait for the all-gather and copy the matrices into the model. Then all ranks hold the same bits."""
+        """Wait for the all-gather, and copy the matrices into the model. All ranks then have the same weights."""
         if self._gathering is not None:
             self._gathering.wait()
             torch._foreach_copy_(self._by_owner, self._all_views)
@@ -186,7 +186,7 @@ def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _buffer(parameters: Sequence[Tensor], size: int) -> Tensor:
-    # float32 or wider, so that a sum of bfloat16 gradients is rounded once, not once per rank
+    # float32 or wider, so that a sum of bfloat16 gradients is rounded once in all, not once per rank
     dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)
     device = parameters[0].device if parameters else None
     return torch.zeros(size, dtype=dtype, device=device)
@@ -205,7 +205,7 @@ def _mean_gradients(views: Sequence[Tensor], parameters: Sequence[Tensor]) -> li
 
 
 def _set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """Make each of `targets` the gradient of its parameter, with the values of `gradients`."""
+    """Copy each gradient into its tensor in `targets`, and make this tensor the parameter's `.grad`."""
     moved = [(target, gradient) for target, gradient in zip(targets, gradients, strict=True) if target is not gradient]
     if moved:
         torch._foreach_copy_([target for target, _ in moved], [gradient for _, gradient in moved])

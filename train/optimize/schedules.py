@@ -1,4 +1,4 @@
-"""Schedules of the learning rate, of Muon's momentum, and of recurrence."""
+"""Schedules of the learning rate and of Muon's momentum, and the start of recurrence."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from train.config import Config
 
 
 def lr_scale(step: int, elapsed_seconds: float, config: Config) -> float:
-    """Factor on every learning rate in the step after `step` finished steps.
+    """Return the factor on every learning rate in the step after `step` finished steps.
 
-    The factor is 1 before the warmdown, the end of training, and falls linearly to 0 in the warmdown. There are two
-    published schedules:
+    The factor is 1 until the warmdown, the last phase of training. In the warmdown it falls linearly to 0. There are
+    two published schedules:
 
-    - `warmdown_iters` = n: the warmdown is the last n steps. In it the factor is (iterations - step) / n. Under a time
-      cap the warmdown is the time of n steps at their mean duration so far. In it the factor is
-      remaining / (n * elapsed / step).
-    - `warmdown_frac` = f > 0 takes precedence. Let p be the finished fraction of the time cap, or of the steps without
-      a cap. The warmdown begins at p = 1 - f. In it the factor is (1 - p) / f.
+    - `warmdown_iters` = n: without a time cap, the warmdown is the last n steps, and its factor is
+      (iterations - step) / n. With a cap, the warmdown is the last D = n * elapsed / step seconds, the time of n steps
+      at their mean duration so far, and its factor is remaining / D.
+    - `warmdown_frac` = f > 0 takes precedence. p is the finished fraction of the time cap, or without a cap of the
+      steps. The warmdown begins at p = 1 - f, and its factor is (1 - p) / f.
 
-    Under a cap `iterations` does not matter. With `warmdown_by` "steps" there is no cap, so only `step` matters.
+    With a cap, `iterations` does not matter. If `warmdown_by` is "steps", there is no cap.
 
     Args:
         step: number of finished steps.
@@ -43,15 +43,15 @@ def lr_scale(step: int, elapsed_seconds: float, config: Config) -> float:
 
 
 def warmdown_seconds(config: Config) -> float:
-    """The time cap in seconds that the learning rate follows; 0: the learning rate follows the steps."""
+    """Return the time cap in seconds that the learning rate follows; 0: it follows the steps."""
     return 0.0 if config.warmdown_by == "steps" else config.training_seconds
 
 
 def recurrence_on(step: int, elapsed_seconds: float, config: Config) -> bool:
     """Whether the repeated layers run again in the step after `step` finished steps.
 
-    Recurrence starts after `recur_start_step` steps. With `recur_start_frac` = f > 0 it starts once the finished fraction
-    of training is f: of the time cap, or of the steps where the learning rate follows the steps.
+    Recurrence starts after `recur_start_step` steps. With `recur_start_frac` = f > 0, it starts when the fraction f of
+    the training has finished: of the time cap, or of the steps if the learning rate follows the steps.
 
     Source: submissions #1392 and #1471 (by steps), #1394 and #1493 (by fraction).
     """
@@ -68,9 +68,9 @@ def _finished(step: int, elapsed_seconds: float, config: Config) -> float:
 
 
 def muon_momentum(step: int, config: Config) -> float:
-    """Muon's momentum after `step` steps: start + (end - start) * min(step / warm-up steps, 1).
+    """Return Muon's momentum after `step` steps: start + (end - start) * min(step / warm-up steps, 1).
 
-    Without warm-up steps it is the end value.
+    Without warm-up steps, return `end`.
 
     Source: Parameter Golf's baseline. In submissions #1392, #122 and #1471 it rises from 0.92 to 0.99 over 1,500 steps.
     """
