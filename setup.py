@@ -186,7 +186,7 @@ class BuildNative(BuildStep):
 
 
 class BuildApps(BuildStep):
-    """Copies the packages that `golf` runs into golf_kernels/_apps. An editable installation uses the checkout's."""
+    """Copies the packages that `golf` runs into golf_kernels/_apps. An editable installation runs the checkout's."""
 
     def run(self):
         for name in () if self.editable_mode else ("benchmarks", "csrc", "train"):

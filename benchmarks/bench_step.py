@@ -128,7 +128,7 @@ def comparison(name: str, before: common.Row, after: common.Row) -> str:
 
 
 def verdict_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Returns faster or SLOWER if the ranges from p20 to p80 of both rows are disjoint, otherwise within the spread."""
+    """Returns "faster" or "SLOWER" if the rows' ranges from p20 to p80 are disjoint, otherwise "within the spread"."""
     if min(before["n"], after["n"]) < VERDICT_ROUNDS:
         return "too few rounds"
     if after["p80"] < before["p20"] or after["p20"] > before["p80"]:

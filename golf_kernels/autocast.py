@@ -1,4 +1,4 @@
-"""Casts an operator's inputs under `torch.autocast`, as it casts those of PyTorch's matrix products."""
+"""Casts an operator's inputs under `torch.autocast`, as PyTorch casts the operands of its matrix products."""
 
 from __future__ import annotations
 

@@ -292,13 +292,13 @@ def may_run(op: str, backend: Backend, text: str) -> bool:
 
 
 def with_preferences(text: str, preferences: Mapping[str, str]) -> str:
-    """Adds `name=backend?` to a value of `GOLF_BACKEND` for each operator or group for which it names no backend."""
+    """Adds `name=backend?` to a value of `GOLF_BACKEND` for each operator or group that it leaves undecided."""
     added = [f"{n}={b}?" for n, b in preferences.items() if all(_named(op, text) is None for op in members(n))]
     return ",".join([*added, text] if text else added)
 
 
 def registered() -> Iterator[tuple[str, Backend, Callable[..., Any]]]:
-    """Yields (operator, backend, function) for all functions that `register` got, `fn` as well as `supports`."""
+    """Yields (operator, backend, function) for all functions passed to `register`, both `fn` and `supports`."""
     for op, implementations in sorted(_registry.items()):
         for backend, implementation in implementations.items():
             yield op, backend, implementation.function

@@ -186,7 +186,7 @@ def orthogonalize_dtensors(updates: Sequence[DTensor], run: Run, dtype: torch.dt
 
 
 def _shard_shapes(shape: torch.Size, dim: int | None, ranks: int) -> list[tuple[int, ...]]:
-    """Returns the shape of each rank's local tensor. As with torch.chunk, the last ranks' may be smaller or empty."""
+    """Returns the shape of each rank's local tensor. As with torch.chunk, the last ones may be smaller or empty."""
     if dim is None:
         return [tuple(shape)] * ranks
     size = -(-shape[dim] // ranks)

@@ -1,10 +1,10 @@
 """Triton kernels of the output head with softcapped logits.
 
     loss_and_gradient   a program reads one row of logits into registers and overwrites the row with its gradient
-    row_nll             a program computes the logits of a block of rows, some columns at a time, keeps only a running
-                        logsumexp and the target's logit, and stores no other logits in memory
+    row_nll             a program computes the logits of a block of rows, some columns at a time, and keeps only a
+                        running logsumexp and the target's logit
 
-Both compute tanh(x) as 1 − 2s with s = 1 / (1 + e^2x), and its derivative as 4s(1 − s).
+Both kernels compute tanh(x) as 1 − 2s with s = 1 / (1 + e^2x), and its derivative as 4s(1 − s).
 """
 
 # kernel arguments have no annotations, because Triton infers their types

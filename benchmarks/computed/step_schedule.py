@@ -137,9 +137,9 @@ def described_flops(config: Config, recurrence: bool) -> float:
 
 
 def check_complete(step: Step, flops: float) -> None:
-    """Raise an error if the schedule of a step has fewer FLOPs than described.
+    """Raise an error if the kernels of a step have fewer FLOPs than `flops`.
 
-    Products are missing, for example, if Inductor nested one graph in another.
+    Kernels are missing, for example, if Inductor nested one graph in another.
     """
     found = sum(kernel.flops for kernel in (*step.forward, *step.backward))
     if found < (1 - 1e-9) * flops:
