@@ -204,7 +204,7 @@ def curve(
             loaded = load_model(path, clipped).to(ranks.device)
             recurrence = bool(config.recur_layers)
             result = evaluate_model(
-                loaded, text.tokens, text.tables, clipped, stride=0, max_tokens=max_tokens, recurrence=recurrence
+                loaded, text.tokens, text.target_bytes, clipped, stride=0, max_tokens=max_tokens, recurrence=recurrence
             )
             points.append(CurvePoint(k, sizes, bits, result.val_bpb))
     return points

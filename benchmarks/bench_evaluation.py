@@ -54,6 +54,7 @@ class Text(NamedTuple):
 
     tokens: np.ndarray
     tables: ByteTables
+    target_bytes: np.ndarray
 
 
 def text_flops(model: GPT, config: Config, targets: int) -> float:
@@ -73,7 +74,8 @@ def make_text(vocab_size: int, count: int, seed: int) -> Text:
     tokens = np.minimum(random.zipf(1.2, count + 1), vocab_size - 1).astype(np.uint16)
     boundary = np.arange(vocab_size) < 3
     base = np.where(boundary, 0, random.integers(1, 9, vocab_size)).astype(np.int16)
-    return Text(tokens, ByteTables(base, (random.random(vocab_size) < 0.4) & ~boundary, boundary))
+    tables = ByteTables(base, (random.random(vocab_size) < 0.4) & ~boundary, boundary)
+    return Text(tokens, tables, tables.count(tokens))
 
 
 def published_run(
@@ -121,7 +123,7 @@ def golf_run(
 
     def run(text: Text) -> list[Tensor]:
         found = evaluate_model(
-            model, text.tokens, text.tables, config, share_layer0=share_layer0, rank=rank, world_size=world_size
+            model, text.tokens, text.target_bytes, config, share_layer0=share_layer0, rank=rank, world_size=world_size
         )
         return [torch.tensor(found.val_loss * found.tokens), torch.tensor(float(found.bytes))]
 

@@ -174,7 +174,7 @@ def test_the_artifact_scores_what_the_quantized_model_in_memory_scores(finished:
     model.load_state_dict({name: state[name].to(parameter.dtype) for name, parameter in model.named_parameters()})
     validation = Dataset(config).validation
     scores = [
-        evaluate_model(candidate, validation.tokens, validation.tables, config)
+        evaluate_model(candidate, validation.tokens, validation.target_bytes, config)
         for candidate in (model, load_model(finished.folder.artifact))
     ]
     assert scores[0].val_bpb == pytest.approx(scores[1].val_bpb, abs=1e-9)

@@ -128,7 +128,13 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
     def validate(recurrence: bool) -> EvalResult:
         text = data.validation
         result = flat_evaluation(
-            model, text.tokens, text.tables, config, recurrence=recurrence, rank=ranks.rank, world_size=ranks.world_size
+            model,
+            text.tokens,
+            text.target_bytes,
+            config,
+            recurrence=recurrence,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
         )
         log.val_step(step, config.iterations, result.val_loss, result.val_bpb, seconds * 1000)
         if config.samples == "validations":

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import importlib
 import math
 
-import numpy as np
 import pytest
+import scoring_example
 import torch
 from host_traffic import NoHostTraffic
 from model_systems import CASES, SHALLOW, SYSTEMS, narrow_config, random_ids, random_model
 from plain_evaluation import plain_score
 
-from train.data.tokenizer import ByteTables
 from train.evaluate.scoring import _Scorer, evaluate_model
 from train.model.gpt import GPT
 from train.model.linear import observe_inputs
@@ -22,7 +22,7 @@ from train.recipes import load_recipe
 
 # the package's name of this module is the function
 nll_module = importlib.import_module("golf_kernels.window_nll")
-VOCAB = 259
+make_text = functools.partial(scoring_example.make_text, vocab_size=259)
 
 
 def narrow_model(system: str) -> GPT:
@@ -30,14 +30,6 @@ def narrow_model(system: str) -> GPT:
     model = random_model(narrow_config(system, qat=False)).float()
     model.compute_dtype = torch.float32
     return model.eval()
-
-
-def make_text(count: int) -> tuple[np.ndarray, ByteTables]:
-    random = np.random.default_rng(count)
-    boundary = np.arange(VOCAB) < 3
-    base = np.where(boundary, 0, random.integers(1, 9, VOCAB)).astype(np.int16)
-    space = (random.random(VOCAB) < 0.4) & ~boundary
-    return random.integers(0, VOCAB, count).astype(np.uint16), ByteTables(base, space, boundary)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +50,10 @@ def make_text(count: int) -> tuple[np.ndarray, ByteTables]:
 )
 @pytest.mark.parametrize("system", sorted(SYSTEMS))
 def test_pruned_evaluation_equals_the_plain_one(system: str, count: int, seq_len: int, stride: int, rule: str) -> None:
-    tokens, tables = make_text(count)
+    tokens, sizes = make_text(count)
     model = narrow_model(system)
-    nats, scored, size = plain_score(model, tokens, tables, seq_len, stride, rule, model.config.logit_softcap)
-    found = evaluate_model(model, tokens, tables, model.config, seq_len=seq_len, stride=stride, rule=rule, batch_seqs=7)
+    nats, scored, size = plain_score(model, tokens, sizes, seq_len, stride, rule, model.config.logit_softcap)
+    found = evaluate_model(model, tokens, sizes, model.config, seq_len=seq_len, stride=stride, rule=rule, batch_seqs=7)
     assert (found.tokens, found.bytes) == (scored, size)
     if stride in (0, seq_len):
         assert found.layer0 == "off (windows do not overlap)"
@@ -79,10 +71,10 @@ def test_pruned_evaluation_of_quickstart_equals_the_plain_one(changes: dict[str,
     config = load_recipe("quickstart").config(device="cpu", embed_dtype="float32", **changes)
     model = random_model(config).float().eval()
     model.compute_dtype = torch.float32
-    tokens, tables = make_text(150)
-    found = evaluate_model(model, tokens, tables, config)
+    tokens, sizes = make_text(150)
+    found = evaluate_model(model, tokens, sizes, config)
     options = (config.window, config.eval_stride, config.eval_rule, config.logit_softcap)
-    nats, scored, size = plain_score(model, tokens, tables, *options)
+    nats, scored, size = plain_score(model, tokens, sizes, *options)
     # bigrams read the token before the window
     assert 0 < config.eval_stride < config.window and (found.layer0 == "on") == bool(changes)
     assert (found.tokens, found.bytes) == (scored, size)
@@ -103,9 +95,9 @@ def test_a_cuda_graph_can_hold_a_batch(system: str, masking: bool, monkeypatch: 
             add(scorer, windows, rows_from)
 
     monkeypatch.setattr(_Scorer, "_add_batch", add_batch)
-    tokens, tables = make_text(100)
+    tokens, sizes = make_text(100)
     model = random_model(narrow_config(system, document_masking=masking, qat=False)).eval()
-    evaluate_model(model, tokens, tables, model.config, seq_len=32, stride=8, rule="once", batch_seqs=4)
+    evaluate_model(model, tokens, sizes, model.config, seq_len=32, stride=8, rule="once", batch_seqs=4)
     assert seen == {0: 1, 24: 3}
 
 
@@ -114,12 +106,12 @@ def test_a_compiled_evaluation_scores_the_same(monkeypatch: pytest.MonkeyPatch) 
     calls: list[dict[str, object]] = []
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: (calls.append(how), compile_(f, backend="eager", **how))[1])
-    tokens, tables = make_text(300)
+    tokens, sizes = make_text(300)
     model = random_model(narrow_config("sp8192", **SHALLOW["sp8192"])).eval()
     options = {"seq_len": 64, "stride": 16, "batch_seqs": 4}
-    wanted = evaluate_model(model, tokens, tables, model.config.replace(compile="off"), **options)
+    wanted = evaluate_model(model, tokens, sizes, model.config.replace(compile="off"), **options)
     assert calls == [] and not model.blocks[0].mlp.written_out
-    found = evaluate_model(model, tokens, tables, model.config.replace(compile="on"), **options)
+    found = evaluate_model(model, tokens, sizes, model.config.replace(compile="on"), **options)
     assert calls == [{"dynamic": False, "fullgraph": True}] * 2
     # the operator has no kernel here, so the compiler gets the formula
     assert "leaky_relu2_mlp" in model.blocks[0].mlp.written_out
@@ -130,13 +122,13 @@ def test_a_compiled_evaluation_scores_the_same(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("system", ["sp4096", "sp8192"])
 def test_compiled_and_replayed_evaluation_on_a_gpu_equals_the_cpu(system: str) -> None:
     torch._dynamo.reset()
-    tokens, tables = make_text(700)
+    tokens, sizes = make_text(700)
     model = random_model(narrow_config(system, **SHALLOW[system])).float().eval()
     model.compute_dtype = torch.float32
     # enough batches for a graph that is replayed, and a last one that is padded
     options = {"seq_len": 96, "stride": 16, "batch_seqs": 7}
-    wanted = evaluate_model(model, tokens, tables, model.config, **options)
-    found = evaluate_model(model.cuda(), tokens, tables, model.config, **options)
+    wanted = evaluate_model(model, tokens, sizes, model.config, **options)
+    found = evaluate_model(model.cuda(), tokens, sizes, model.config, **options)
     assert (found.tokens, found.bytes) == (wanted.tokens, wanted.bytes)
     assert found.val_loss == pytest.approx(wanted.val_loss, rel=1e-5)
 

@@ -155,14 +155,6 @@ def test_the_places_of_documents_are_on_the_gpu() -> None:
     assert Documents(empty(2, 70, dtype=torch.bool)).offsets().device == CUDA
 
 
-class Bytes:
-    """A byte counter that counts two bytes for every token."""
-
-    def count(self, previous: Tensor, target: Tensor) -> Tensor:
-        assert previous.device == target.device == CUDA
-        return torch.full_like(target, 2)
-
-
 @pytest.mark.parametrize(
     ("system", "stride", "known"),
     [("sp4096", 4, True), ("sp8192", 4, False), ("sp8192", 0, False), ("sp2048", 4, False)],
@@ -180,7 +172,9 @@ def test_an_evaluation_is_captured_once_per_shape_and_never_asks(
     tokens = np.full(203, 5, dtype=np.uint16)
     mask = np.zeros(202, dtype=bool) if known else None
     shares = stride > 0 and model.overlap_problem is None
-    scorer = scoring._Scorer(model, tokens, Bytes(), config, 16, bool(config.recur_layers), shares, mask)
+    scorer = scoring._Scorer(
+        model, tokens, np.full(202, 2, np.uint16), config, 16, bool(config.recur_layers), shares, mask
+    )
     assert scorer.graphs
     plan = plan_windows(202, 16, stride)
     groups = group_windows(plan, 16, stride)

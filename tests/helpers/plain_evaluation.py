@@ -1,5 +1,6 @@
 """A slow evaluation as the truth for tests: one window and one token at a time, from full logits."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -37,10 +38,22 @@ def plain_windows(total: int, length: int, stride: int, rule: str) -> Iterator[t
         start += stride
 
 
+def plain_bytes(tokens: np.ndarray, tables: ByteTables) -> np.ndarray:
+    """The bytes of each token but the first, by the published rule."""
+    sizes = []
+    for previous, target in itertools.pairwise(tokens.tolist()):
+        space = bool(tables.has_leading_space[target]) and not bool(tables.is_boundary[previous])
+        sizes.append(int(tables.base_bytes[target]) + int(space))
+    return np.array(sizes)
+
+
 def plain_score(
-    model: Any, tokens: np.ndarray, tables: ByteTables, length: int, stride: int, rule: str, softcap: float
+    model: Any, tokens: np.ndarray, sizes: np.ndarray, length: int, stride: int, rule: str, softcap: float
 ) -> tuple[float, int, int]:
-    """The nats, tokens and bytes of a text, scored one window and one token at a time from full logits."""
+    """The nats, tokens and bytes of a text, scored one window and one token at a time from full logits.
+
+    `sizes` are the bytes of each target.
+    """
     nats, count, size = 0.0, 0, 0
     total = len(tokens) - 1
     for start, scored in plain_windows(total, length, stride, rule):
@@ -51,10 +64,9 @@ def plain_score(
             logits = model.hidden(ids, recurrence=True)[0] @ model.head_weight.T
         z = (softcap * torch.tanh(logits / softcap)).double()
         for index in scored:
-            target, previous = int(tokens[index + 1]), int(tokens[index])
+            target = int(tokens[index + 1])
             row = z[index - start]
             nats += math.log(sum(math.exp(float(value)) for value in row)) - float(row[target])
             count += 1
-            size += int(tables.base_bytes[target])
-            size += int(bool(tables.has_leading_space[target]) and not bool(tables.is_boundary[previous]))
+            size += int(sizes[index])
     return nats, count, size

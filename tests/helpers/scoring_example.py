@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 from train.config import Config
-from train.data.tokenizer import ByteTables
 
 VOCAB = 37
 CONFIG = Config(vocab_size=259)
@@ -42,10 +41,7 @@ class StandIn(nn.Module):
         return torch.tanh((mean + self.place[: ids.shape[1]])[:, rows_from:] @ self.mix) * 2
 
 
-def make_text(count: int, seed: int = 0) -> tuple[np.ndarray, ByteTables]:
+def make_text(count: int, seed: int = 0, vocab_size: int = VOCAB) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens, and the bytes of each but the first."""
     random = np.random.default_rng(seed)
-    tokens = random.integers(0, VOCAB, count).astype(np.uint16)
-    boundary = np.arange(VOCAB) < 3
-    base = np.where(boundary, 0, random.integers(1, 9, VOCAB)).astype(np.int16)
-    space = (random.random(VOCAB) < 0.4) & ~boundary
-    return tokens, ByteTables(base, space, boundary)
+    return random.integers(0, vocab_size, count).astype(np.uint16), random.integers(1, 9, count - 1).astype(np.uint16)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from plain_evaluation import plain_score
+from plain_evaluation import plain_bytes, plain_score
 
 from train.artifact.storage import load_model, write_artifact
 from train.config import Config
@@ -61,4 +61,5 @@ def run_truth(run: Path, seq_len: int, stride: int, limit: int | None = None) ->
     config = RunFolder(run).read_config()
     tokens = load_validation_tokens(config.data_path, 32)[:limit]
     tables = byte_tables(load_tokenizer(Path(config.data_path) / "tiny_300_bpe.model", 300), 300)
-    return plain_score(load_model(run / "model.golf"), tokens, tables, seq_len, stride, "once", config.logit_softcap)
+    sizes = plain_bytes(tokens, tables)
+    return plain_score(load_model(run / "model.golf"), tokens, sizes, seq_len, stride, "once", config.logit_softcap)

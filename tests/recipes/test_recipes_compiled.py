@@ -15,11 +15,6 @@ from train.loop import warm_up
 from train.model.compile import compiled_loss
 
 
-class OneByteEach:
-    def count(self, previous: Tensor, target: Tensor) -> Tensor:
-        return torch.ones_like(target)
-
-
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tokens(tmp_path_factory.mktemp("tokens"))
@@ -65,7 +60,7 @@ def test_nothing_is_compiled_after_the_warm_up(
     assert all(torch.equal(tensor, run.model.state_dict()[key]) for key, tensor in before.items())
     run.run(2)
     validated = np.arange(2 * run.config.train_seq_len + 1) % 64
-    flat_evaluation(run.model, validated, OneByteEach(), run.config, recurrence=False)
+    flat_evaluation(run.model, validated, np.ones(len(validated) - 1, np.uint16), run.config, recurrence=False)
     compiled = len(graphs)
     # recurrence begins in their middle
     run.run(run.config.iterations - 2)

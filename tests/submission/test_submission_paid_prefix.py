@@ -50,16 +50,16 @@ def test_the_published_arithmetic_holds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rule", "stride"), [("once", 8), ("overlap_tail", 8), ("full_windows", 8), ("once", 0)])
 def test_known_targets_cost_no_nats_and_their_bytes_count(rule: str, stride: int) -> None:
-    tokens, tables = make_text(150)
+    tokens, sizes = make_text(150)
     arguments = {"stride": stride, "seq_len": 32, "rule": rule}
     known = np.random.default_rng(3).random(149) < 0.4
-    plain = evaluate_model(StandIn(), tokens, tables, CONFIG, **arguments)
-    paid = evaluate_model(StandIn(), tokens, tables, CONFIG, known=known, **arguments)
+    plain = evaluate_model(StandIn(), tokens, sizes, CONFIG, **arguments)
+    paid = evaluate_model(StandIn(), tokens, sizes, CONFIG, known=known, **arguments)
     # one target at a time: what it costs is what the sum loses
     each = []
     for target in np.flatnonzero(known):
         alone = np.arange(149) == target
-        score = evaluate_model(StandIn(), tokens, tables, CONFIG, known=alone, **arguments)
+        score = evaluate_model(StandIn(), tokens, sizes, CONFIG, known=alone, **arguments)
         each.append((plain.val_loss - score.val_loss) * plain.tokens)
     assert paid.val_loss * paid.tokens == pytest.approx(plain.val_loss * plain.tokens - math.fsum(each), abs=1e-4)
     assert max(each) > 1

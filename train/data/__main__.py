@@ -74,6 +74,7 @@ def build(arguments: argparse.Namespace) -> None:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "tokenizer_path": arguments.tokenizer,
+        "case_operators": arguments.case_operators,
         "shard_tokens": arguments.shard_tokens,
         "overwrite": arguments.overwrite,
     }
@@ -179,6 +180,9 @@ def _add_dataset_options(one: Any, folder: str, vocab: int) -> None:
     one.set_defaults(folder=folder)
     _option(one, "--vocab", vocab, "vocabulary size of the tokenizer", "V", _vocabulary)
     _option(one, "--tokenizer", "", "use this SentencePiece model instead of training one", "FILE")
+    one.add_argument(
+        "--case-operators", action="store_true", help="CaseOps: write capitals as operators, and count original bytes"
+    )
     _option(one, "--out", "", f"folder to make [data/{folder}_V]", "DIR")
     one.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     _option(one, "--shard-tokens", SHARD_TOKENS, "tokens per shard", "N", int)

@@ -22,10 +22,11 @@ from sentencepiece import SentencePieceProcessor
 from train.common.errors import UserError
 from train.common.files import atomic_write, sha256_file
 from train.common.progress import Progress
+from train.data.case_operators import OPERATORS, encode_with_bytes, restore, transform
 from train.data.corpus import Document, split_documents, stdlib_documents, total_bytes
 from train.data.manifest import MANIFEST, DatasetInfo, SplitInfo, read_manifest
-from train.data.shards import BOS, SHARD_TOKENS, ShardWriter, check_shard, find_shards, read_shard
-from train.data.tokenizer import SETTINGS, ByteTables, byte_tables, load_tokenizer, train_tokenizer
+from train.data.shards import BOS, SHARD_TOKENS, ShardWriter, check_shard, find_shards, read_shard, read_sidecar
+from train.data.tokenizer import SETTINGS, ByteTables, byte_tables, find_operator, load_tokenizer, train_tokenizer
 
 # bytes of text that the compressors get: xz -9 compresses 2 to 3 MB per second
 COMPRESSED_TRAIN_BYTES = 8_000_000
@@ -34,7 +35,8 @@ _BATCH_BYTES = 4_000_000
 _CHUNK_TOKENS = 1 << 22
 _NOTES = {
     "tokenizer_settings": SETTINGS,
-    "normalized_bytes": "bytes after the tokenizer's normalization; bits per byte use these",
+    "normalized_bytes": "bytes after the tokenizer's normalization; with case operators the bytes of the original text that "
+    "tokens stand for; bits per byte use these",
     "yardsticks": "bits per byte of gzip -9 and xz -9, primed with the training text: (|train+val| - |train|) * 8 / val, of "
     f"the last {COMPRESSED_TRAIN_BYTES} normalized bytes of train and the first {COMPRESSED_VAL_BYTES} of val",
 }
@@ -60,10 +62,13 @@ def build_dataset(
     name: str = "text",
     source: str = "",
     tokenizer_path: str | Path = "",
+    case_operators: bool = False,
     shard_tokens: int = SHARD_TOKENS,
     overwrite: bool = False,
 ) -> DatasetInfo:
     """Make a dataset in `out`: `<name>_<V>_bpe.model`, `<name>_train_*.bin`, `<name>_val_*.bin` and `manifest.json`.
+
+    With `case_operators` the tokens are those of the transformed text, and there is `<name>_val_bytes_*.bin`.
 
     The same documents give the same files. The tokenizer is trained on the training text only, or copied from
     `tokenizer_path`. The folder has a temporary name until it is complete. `source` describes the text in the manifest.
@@ -76,19 +81,28 @@ def build_dataset(
             raise UserError(f"the {split} text is empty: give at least one document with text in it")
     with _staged_folder(out, overwrite) as folder:
         model = folder / f"{name}_{vocab_size}_bpe.model"
-        tokenizer = prepare_tokenizer((document.text for document in train_docs), vocab_size, model, tokenizer_path)
+        training = (document.text for document in train_docs)
+        tokenizer = prepare_tokenizer(training, vocab_size, model, tokenizer_path, case_operators=case_operators)
+        written = transform if case_operators else str
         counts: dict[str, tuple[int, int]] = {}
         for split, documents in (("val", val_docs), ("train", train_docs)):
             size, started = total_bytes(documents), time.monotonic()
             counts[split] = len(documents), size
             with (
                 ShardWriter(folder, name, split, shard_tokens) as writer,
+                ShardWriter(folder, name, "val_bytes", shard_tokens) as sidecar,
                 Progress(size, f"encoding {split}", "bytes") as bar,
             ):
                 for batch in _batches(documents):
-                    texts = [document.text for document in batch]
-                    for ids in tokenizer.Encode(texts, num_threads=os.cpu_count() or 1):
-                        writer.add(ids)
+                    if case_operators and split == "val":
+                        for document in batch:
+                            tokens, sizes = encode_with_bytes(tokenizer, document.text, document.name)
+                            writer.extend(tokens)
+                            sidecar.extend(sizes)
+                    else:
+                        texts = [written(document.text) for document in batch]
+                        for ids in tokenizer.Encode(texts, num_threads=os.cpu_count() or 1):
+                            writer.add(ids)
                     bar.advance(total_bytes(batch))
             seconds = max(time.monotonic() - started, 1e-9)
             print(f"encoded {split}: {size:,} bytes of text at {size / seconds / 1e6:.1f} MB/s", flush=True)
@@ -110,15 +124,20 @@ def describe_dataset(
 
     Args:
         counts: split → number of documents, bytes of text.
-        count_train_bytes: also count the normalized bytes of the training split (reads all its tokens).
+        count_train_bytes: also count the normalized bytes of the training split (reads all its tokens); never done with
+            case operators.
     """
-    tables = byte_tables(tokenizer, tokenizer.vocab_size())
     paths = {split: find_shards(folder, split) for split in counts}
-    counted = {
-        split: count_bytes(paths[split], tables) if split == "val" or count_train_bytes else None for split in counts
-    }
+    counted: dict[str, int | None] = dict.fromkeys(counts)
+    if sidecar := read_sidecar(paths["val"]):
+        counted["val"] = sum(int(sizes.sum(dtype=np.int64)) for sizes in sidecar)
+    else:
+        tables = byte_tables(tokenizer, tokenizer.vocab_size())
+        for split in counts if count_train_bytes else ("val",):
+            counted[split] = count_bytes(paths[split], tables)
+    kept = "in its tokens" if sidecar else "after normalization"
     print(
-        f"validation text: {counts['val'][1]:,} bytes, {counted['val']:,} after normalization (bpb uses the latter)",
+        f"validation text: {counts['val'][1]:,} bytes, {counted['val']:,} {kept} (bpb uses the latter)",
         flush=True,
     )
     splits = {
@@ -143,12 +162,13 @@ def measure_compressors(path: str | Path) -> DatasetInfo:
     info = read_manifest(folder)
     if info is None:
         raise UserError(f"{folder}: no {MANIFEST}: build the dataset with python -m train.data")
-    tokenizer = load_tokenizer(folder / info.tokenizer, info.vocab_size)
+    tokenizer = load_tokenizer(folder / info.tokenizer, info.vocab_size, operators=True)
     training, validation = (find_shards(folder, split) for split in ("train", "val"))
     # each token but BOS is at least one byte, so this many tokens are enough
     before = np.concatenate(_last([read_shard(path) for path in training], COMPRESSED_TRAIN_BYTES))
     text = read_shard(validation[0])[:COMPRESSED_VAL_BYTES]
-    measured = compressor_bpb(tokenizer.Decode(before.tolist()), tokenizer.Decode(text.tolist()))
+    decoded = [tokenizer.Decode(tokens.tolist()) for tokens in (before, text)]
+    measured = compressor_bpb(*(map(restore, decoded) if find_operator(tokenizer) else decoded))
     info = replace(info, yardsticks=measured)
     _write_manifest(folder, info)
     return info
@@ -158,17 +178,29 @@ def _write_manifest(folder: Path, info: DatasetInfo) -> None:
     atomic_write(folder / MANIFEST, json.dumps(asdict(info) | {"notes": _NOTES}, indent=2) + "\n")
 
 
+def load_given_tokenizer(path: str | Path, vocab_size: int, *, case_operators: bool) -> SentencePieceProcessor:
+    """Load the tokenizer that a dataset shall use. It must have the four operators if `case_operators`, else none."""
+    tokenizer = load_tokenizer(path, vocab_size, operators=case_operators)
+    if case_operators and any(tokenizer.PieceToId(operator) == tokenizer.unk_id() for operator in OPERATORS):
+        raise UserError(
+            f"{path}: has no pieces for the case operators: leave out --case-operators, or --tokenizer to train one"
+        )
+    return tokenizer
+
+
 def prepare_tokenizer(
-    documents: Iterable[str], vocab_size: int, path: Path, existing: str | Path = ""
+    documents: Iterable[str], vocab_size: int, path: Path, existing: str | Path = "", *, case_operators: bool = False
 ) -> SentencePieceProcessor:
     """Copy the tokenizer `existing` to `path`. If `existing` is empty, train a tokenizer and write it to `path`."""
     if existing:
-        tokenizer = load_tokenizer(existing, vocab_size)
+        tokenizer = load_given_tokenizer(existing, vocab_size, case_operators=case_operators)
         atomic_write(path, Path(existing).read_bytes())
         return tokenizer
     started = time.monotonic()
     print(f"tokenizer: training {vocab_size} pieces", flush=True)
-    tokenizer = train_tokenizer(documents, vocab_size, path)
+    if case_operators:
+        documents = map(transform, documents)
+    tokenizer = train_tokenizer(documents, vocab_size, path, OPERATORS if case_operators else ())
     print(f"tokenizer: {vocab_size} pieces, trained in {time.monotonic() - started:.1f} s", flush=True)
     return tokenizer
 
@@ -179,9 +211,9 @@ def count_bytes(paths: Sequence[Path], tables: ByteTables) -> int:
     for path in paths:
         shard = read_shard(path)
         for start in range(0, len(shard), _CHUNK_TOKENS):
-            targets = np.asarray(shard[start : start + _CHUNK_TOKENS])
-            total += int(tables.count(np.concatenate((previous, targets[:-1])), targets).sum())
-            previous = targets[-1:]
+            tokens = np.concatenate((previous, shard[start : start + _CHUNK_TOKENS]))
+            total += int(tables.count(tokens).sum())
+            previous = tokens[-1:]
     return total
 
 

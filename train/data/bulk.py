@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -33,7 +33,8 @@ from train.common.errors import UserError
 from train.common.files import atomic_write, read_json, sha256_file
 from train.common.progress import Progress
 from train.common.wording import counted
-from train.data.build import check_output, describe_dataset, install_folder, prepare_tokenizer
+from train.data.build import check_output, describe_dataset, install_folder, load_given_tokenizer, prepare_tokenizer
+from train.data.case_operators import encode_with_bytes, transform
 from train.data.corpus import document_lines, parse_document
 from train.data.manifest import DatasetInfo
 from train.data.shards import SHARD_TOKENS, ShardWriter, Tokens
@@ -87,9 +88,13 @@ class Lines:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch's tokens, with BOS before each document; each document's length in tokens and size in bytes of text."""
+    """A batch's tokens, with BOS before each document; each document's length in tokens and size in bytes of text.
+
+    `token_bytes` has the bytes of each token, if they were asked for, else nothing.
+    """
 
     tokens: Tokens
+    token_bytes: Tokens
     lengths: Integers
     sizes: Integers
 
@@ -105,6 +110,7 @@ def build_bulk(
     val_docs: int = VAL_DOCS,
     max_train_tokens: int = 0,
     workers: int = 0,
+    case_operators: bool = False,
     shard_tokens: int = SHARD_TOKENS,
     overwrite: bool = False,
 ) -> DatasetInfo:
@@ -121,6 +127,7 @@ def build_bulk(
         tokenizer_path: SentencePiece model to use instead of training one.
         max_train_tokens: stop after this many training tokens; 0: all.
         workers: worker processes; 0: one per core.
+        case_operators: encode the transformed text, and write the sidecar of the validation split.
 
     Raises:
         UserError: a file or setting is invalid, or `<out>.partial` was started with other settings.
@@ -131,13 +138,15 @@ def build_bulk(
         if not file.is_file():
             raise UserError(f'{file}: no such file: --docs takes .jsonl files with one {{"text": …}} per line')
     if tokenizer_path:
-        load_tokenizer(tokenizer_path, vocab_size)
+        load_given_tokenizer(tokenizer_path, vocab_size, case_operators=case_operators)
     settings = {
         "files": [[str(file.resolve()), file.stat().st_size] for file in files],
         "tokenizer": sha256_file(tokenizer_path) if tokenizer_path else tokenizer_docs,
         "name": name, "vocab_size": vocab_size, "val_docs": val_docs,
         "max_train_tokens": max_train_tokens, "shard_tokens": shard_tokens,
     }  # fmt: skip
+    if case_operators:
+        settings["case_operators"] = True
     work = Path(f"{Path(out)}.partial")
     work.mkdir(parents=True, exist_ok=True)
     count = workers or os.cpu_count() or 1
@@ -146,11 +155,13 @@ def build_bulk(
         model = work / f"{name}_{vocab_size}_bpe.model"
         if not model.is_file():
             print(f"tokenizer: reading {counted(tokenizer_docs, 'document')} after the first {val_docs:,}", flush=True)
-            prepare_tokenizer(_texts(files, val_docs, tokenizer_docs), vocab_size, model, tokenizer_path)
-        tokenizer = load_tokenizer(model, vocab_size)
+            texts = _texts(files, val_docs, tokenizer_docs)
+            prepare_tokenizer(texts, vocab_size, model, tokenizer_path, case_operators=case_operators)
+        given = model, vocab_size, case_operators
+        tokenizer = load_tokenizer(model, vocab_size, operators=case_operators)
         context = get_context("spawn")
-        with ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(model, vocab_size)) as pool:
-            job = _Job(files, work, name, shard_tokens, pool, 2 * count + 2)
+        with ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=given) as pool:
+            job = _Job(files, work, name, shard_tokens, pool, 2 * count + 2, case_operators)
             try:
                 if state.split == "val":
                     job.write(state, "val", documents=val_docs)
@@ -185,10 +196,13 @@ class _Job:
     shard_tokens: int
     pool: ProcessPoolExecutor
     ahead: int
+    case_operators: bool
 
     def write(self, state: State, split: str, *, documents: int = 0, tokens: int = 0) -> None:
         """Write the rest of a split, up to `documents` documents or `tokens` tokens in total; both 0: all documents."""
         writer = ShardWriter(self.work, self.name, split, self.shard_tokens, first_shard=state.shards[split])
+        # stays empty unless bytes are counted
+        sidecar = ShardWriter(self.work, self.name, "val_bytes", self.shard_tokens, first_shard=state.shards[split])
         stored, bytes_before = state.shards[split] * self.shard_tokens, state.text_bytes[split]
         started = time.monotonic()
         if documents:
@@ -199,12 +213,13 @@ class _Job:
             total, unit = sum(file.stat().st_size for file in self.files[state.place.file :]), "bytes"
         batches = _batches(self.files, state.place, total if documents else None)
         with Progress(total, f"encoding {split}", unit) as bar:
-            for batch, encoded in self._encoded(batches):
+            for batch, encoded in self._encoded(batches, self.case_operators and split == "val"):
                 position, bounds = state.skip, np.concatenate(([0], np.cumsum(encoded.lengths)))
                 whole_documents, whole_bytes = state.documents[split], state.text_bytes[split]
                 while position < len(encoded.tokens) and (not tokens or stored < tokens):
                     room = min(self.shard_tokens - writer.pending, tokens - stored if tokens else self.shard_tokens)
                     piece = encoded.tokens[position : position + room]
+                    sidecar.extend(encoded.token_bytes[position : position + room])
                     writer.extend(piece)
                     stored, position = stored + len(piece), position + len(piece)
                     index = int(np.searchsorted(bounds, position, side="right")) - 1
@@ -220,6 +235,7 @@ class _Job:
                 if tokens and stored >= tokens:
                     break
         state.shards[split] += bool(writer.pending)
+        sidecar.flush()
         writer.flush()
         size, seconds = state.text_bytes[split] - bytes_before, max(time.monotonic() - started, 1e-9)
         print(f"encoded {split}: {size:,} bytes of text at {size / seconds / 1e6:.1f} MB/s", flush=True)
@@ -229,11 +245,11 @@ class _Job:
                 "give more documents, or choose a smaller --val-docs"
             )
 
-    def _encoded(self, batches: Iterator[Lines]) -> Iterator[tuple[Lines, Encoded]]:
+    def _encoded(self, batches: Iterator[Lines], count_bytes: bool) -> Iterator[tuple[Lines, Encoded]]:
         """Yield the encoded batches in order. At most `ahead` batches wait in the worker pool."""
         waiting: deque[tuple[Lines, Future[Encoded]]] = deque()
         for batch in batches:
-            waiting.append((batch, self.pool.submit(_encode, batch)))
+            waiting.append((batch, self.pool.submit(_encode, batch, count_bytes)))
             if len(waiting) >= self.ahead:
                 first, future = waiting.popleft()
                 yield first, future.result()
@@ -273,14 +289,17 @@ def _batches(files: Sequence[Path], place: Place, limit: int | None) -> Iterator
 
 
 _tokenizer: SentencePieceProcessor | None = None
+_written: Callable[[str], str] = str
 
 
-def _start_worker(model: Path, vocab_size: int) -> None:
-    global _tokenizer
+def _start_worker(model: Path, vocab_size: int, case_operators: bool) -> None:
+    global _tokenizer, _written
     # the parent handles Ctrl-C, and a worker ends when its parent ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _tokenizer = load_tokenizer(model, vocab_size)
+    _tokenizer = load_tokenizer(model, vocab_size, operators=case_operators)
+    if case_operators:
+        _written = transform
 
 
 def _end_with_parent() -> None:
@@ -290,16 +309,19 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(batch: Lines) -> Encoded:
+def _encode(batch: Lines, count_bytes: bool) -> Encoded:
     assert _tokenizer is not None
-    texts = [
-        parse_document(line, f"{batch.path}, line {batch.place.line + index}")
-        for index, line in enumerate(batch.lines, 1)
-    ]
-    # lists of Python integers would take 10 % longer
-    ids = [_tokenizer.EncodeAsNumpy(text, add_bos=True) for text in texts]
-    sizes = [len(text.encode()) for text in texts]
-    return Encoded(np.concatenate(ids).astype(np.uint16), np.array([len(one) for one in ids]), np.array(sizes))
+    places = [f"{batch.path}, line {batch.place.line + index}" for index in range(1, len(batch.lines) + 1)]
+    texts = list(map(parse_document, batch.lines, places))
+    if count_bytes:
+        both = [encode_with_bytes(_tokenizer, text, place) for text, place in zip(texts, places, strict=True)]
+        ids, token_bytes = [tokens for tokens, _ in both], np.concatenate([sizes for _, sizes in both])
+    else:
+        # lists of Python integers would take 10 % longer
+        ids = [_tokenizer.EncodeAsNumpy(_written(text), add_bos=True) for text in texts]
+        token_bytes = np.empty(0, np.uint16)
+    lengths, sizes = (np.array([len(one) for one in each]) for each in (ids, map(str.encode, texts)))
+    return Encoded(np.concatenate(ids).astype(np.uint16), token_bytes, lengths, sizes)
 
 
 def _load_state(work: Path, settings: dict[str, Any]) -> State:

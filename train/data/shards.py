@@ -3,6 +3,9 @@
 A shard has a header of 256 little-endian int32 (magic 20240520, version 1, token count, zeros), followed by tokens in
 little-endian uint16. A shard belongs to one split. A document begins with BOS, may continue in the next shard,
 and has no EOS.
+
+A validation shard `<name>_val_NNNNNN.bin` may have a sidecar `<name>_val_bytes_NNNNNN.bin`: a file of the same format
+with the bytes of the original text that each token stands for. Tokenizers whose pieces do not tell need one.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ MAX_VOCAB = 65536
 
 Tokens = npt.NDArray[np.uint16]
 
+SPLITS = ("train", "val", "val_bytes")
 _SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val)_\d{6}\.bin")
 _REMEDY = "download it again, or rebuild it with `python -m train.data`"
 
@@ -153,6 +157,24 @@ def load_validation_tokens(data_path: str | os.PathLike[str], seq_len: int, voca
     return tokens
 
 
+def read_sidecar(shards: Sequence[Path]) -> list[np.memmap]:
+    """Check and memory-map the sidecars of validation shards, each `(n,)` uint16; empty if no shard has one.
+
+    Raises:
+        UserError: a sidecar is missing, invalid, of another length than its shard, or gives a BOS bytes.
+    """
+    paths = [path.with_name(path.name[:-10] + "bytes_" + path.name[-10:]) for path in shards]
+    if not any(path.exists() for path in paths):
+        return []
+    sidecar = [read_shard(path) for path in paths]
+    for path, shard, sizes in zip(paths, map(read_shard, shards), sidecar, strict=True):
+        if len(sizes) != len(shard) or sizes[shard == BOS].any():
+            raise UserError(
+                f"{path}: not the sidecar of these {len(shard)} tokens: expected as many numbers, and 0 for each BOS: {_REMEDY}"
+            )
+    return sidecar
+
+
 class ShardWriter:
     """Writes the documents of one split as shards `<prefix>_<split>_NNNNNN.bin`.
 
@@ -171,8 +193,8 @@ class ShardWriter:
         shard_tokens: int = SHARD_TOKENS,
         first_shard: int = 0,
     ) -> None:
-        if split not in ("train", "val"):
-            raise ValueError(f"split must be 'train' or 'val', got {split!r}")
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
         if not 0 < shard_tokens < 2**31:
             raise UserError(f"shard_tokens: expected 1 to 2^31 - 1, got {shard_tokens}")
         self.folder, self.prefix, self.split, self.first_shard = Path(folder), prefix, split, first_shard

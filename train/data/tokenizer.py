@@ -6,14 +6,13 @@ byte are measured on the normalized text.
 
 from __future__ import annotations
 
-import functools
 import io
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +21,6 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from train.common.errors import UserError
 from train.common.files import atomic_write
 from train.data.shards import BOS
-
-if TYPE_CHECKING:
-    import torch
 
 SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
@@ -52,11 +48,13 @@ _PROBES = (
 )
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path) -> SentencePieceProcessor:
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, path: str | Path, operators: Sequence[str] = ()
+) -> SentencePieceProcessor:
     """Train a BPE tokenizer with the published settings, deterministically.
 
     Documents longer than 4,192 bytes are split at whitespace, because SentencePiece's trainer would drop them.
-    `vocab_size` includes 4 special pieces and 256 byte pieces.
+    `vocab_size` includes 4 special pieces, the `operators`, each a piece of its own, and 256 byte pieces.
 
     Raises:
         UserError: the text is empty, or too short for `vocab_size` pieces.
@@ -66,7 +64,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path)
     try:
         SentencePieceTrainer.train(
             sentence_iterator=feed, model_writer=model, vocab_size=vocab_size, minloglevel=2,
-            max_sentence_length=MAX_SENTENCE_BYTES, **SETTINGS,
+            max_sentence_length=MAX_SENTENCE_BYTES, user_defined_symbols=list(operators), **SETTINGS,
         )  # fmt: skip
     except RuntimeError as error:
         if feed.failure is not None:
@@ -84,13 +82,16 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path)
         raise UserError(
             f"tokenizer: the text yields only {found} pieces, not {vocab_size}: give more text, or --vocab {found}"
         )
-    _check(SentencePieceProcessor(model_proto=data), path)
+    _check(SentencePieceProcessor(model_proto=data), path, operators=bool(operators))
     atomic_write(path, data)
-    return load_tokenizer(path, vocab_size)
+    return load_tokenizer(path, vocab_size, operators=bool(operators))
 
 
-def load_tokenizer(path: str | Path, vocab_size: int) -> SentencePieceProcessor:
+def load_tokenizer(path: str | Path, vocab_size: int, *, operators: bool = False) -> SentencePieceProcessor:
     """Load a SentencePiece model and check that `byte_tables` counts its bytes correctly.
+
+    Args:
+        operators: whether pieces may be operators, whose bytes `byte_tables` miscounts (see `find_operator`).
 
     Raises:
         UserError: the file is missing, is no SentencePiece model or has another vocabulary size, or a count is wrong.
@@ -109,8 +110,14 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> SentencePieceProcessor:
         raise UserError(
             f"{file}: has {tokenizer.vocab_size()} pieces, but vocab_size is {vocab_size}: set VOCAB_SIZE={tokenizer.vocab_size()}, or choose the matching tokenizer"
         )
-    _check(tokenizer, file)
+    _check(tokenizer, file, operators=operators)
     return tokenizer
+
+
+def find_operator(tokenizer: SentencePieceProcessor) -> str:
+    """Return the first piece of a private-use character: an operator, which stands for no byte of the text. "": none."""
+    pieces = map(tokenizer.IdToPiece, range(tokenizer.vocab_size()))
+    return next((piece for piece in pieces if any(unicodedata.category(one) == "Co" for one in piece)), "")
 
 
 def find_tokenizer(data_path: str | Path, vocab_size: int, tokenizer_path: str | Path = "") -> Path:
@@ -149,28 +156,11 @@ class ByteTables:
     has_leading_space: npt.NDArray[np.bool_]
     is_boundary: npt.NDArray[np.bool_]
 
-    def count(self, previous: Any, targets: Any) -> Any:
-        """Return the bytes of each target, int64.
-
-        Args:
-            previous: the token before each target.
-            targets: the targets; `previous` and `targets` are tensors or NumPy arrays of one shape.
-        """
-        if isinstance(targets, np.ndarray):
-            charged = self.base_bytes[targets].astype(np.int64)
-            return charged + (self.has_leading_space[targets] & ~self.is_boundary[previous])
-        base, space, boundary = _tensors(self, targets.device)
-        previous, targets = previous.long(), targets.long()
-        return base[targets].long() + (space[targets] & ~boundary[previous]).long()
-
-
-@functools.lru_cache(maxsize=16)
-def _tensors(tables: ByteTables, device: torch.device) -> list[torch.Tensor]:
-    # imported here, because worker processes that only encode text do not need torch
-    import torch
-
-    arrays = (tables.base_bytes, tables.has_leading_space, tables.is_boundary)
-    return [torch.from_numpy(array).to(device) for array in arrays]
+    def count(self, tokens: npt.NDArray[np.integer]) -> npt.NDArray[np.uint16]:
+        """Return the bytes of each target, `(T,)` uint16. `tokens` is `(T + 1,)`: the first input and the T targets."""
+        charged: npt.NDArray[np.uint16] = self.base_bytes[tokens[1:]].astype(np.uint16)
+        charged += self.has_leading_space[tokens[1:]] & ~self.is_boundary[tokens[:-1]]
+        return charged
 
 
 def byte_tables(tokenizer: SentencePieceProcessor, vocab_size: int) -> ByteTables:
@@ -195,7 +185,7 @@ def byte_tables(tokenizer: SentencePieceProcessor, vocab_size: int) -> ByteTable
     return ByteTables(base, space, boundary)
 
 
-def _check(tokenizer: SentencePieceProcessor, path: str | Path) -> None:
+def _check(tokenizer: SentencePieceProcessor, path: str | Path, *, operators: bool) -> None:
     def refuse(reason: str) -> UserError:
         return UserError(
             f"{path}: this tokenizer would miscount bytes: {reason}; train one with `python -m train.data`"
@@ -206,6 +196,11 @@ def _check(tokenizer: SentencePieceProcessor, path: str | Path) -> None:
     # without this piece, a lone space becomes three byte tokens and counts 3 bytes (openai/parameter-golf issue 897)
     if tokenizer.PieceToId(SPACE) == tokenizer.unk_id():
         raise refuse(f"it has no piece {SPACE!r} for a lone space")
+    if not operators and (operator := find_operator(tokenizer)):
+        raise UserError(
+            f"{path}: piece {operator!r} is an operator, which stands for no byte of the text: its dataset needs the sidecar "
+            "*_val_bytes_*.bin, which python -m train.data build --case-operators makes"
+        )
     if sum(tokenizer.IsByte(index) for index in range(tokenizer.vocab_size())) != 256:
         raise refuse("expected 256 byte pieces, without which unknown text counts 0 bytes")
     for index in range(tokenizer.vocab_size()):
@@ -213,16 +208,10 @@ def _check(tokenizer: SentencePieceProcessor, path: str | Path) -> None:
             raise refuse(
                 f"piece {index} {tokenizer.IdToPiece(index)!r} has a space after its first character, which counts 3 bytes"
             )
-        # CaseOps' operators, for example: they stand for no byte of the text
-        if any(unicodedata.category(character) == "Co" for character in tokenizer.IdToPiece(index)):
-            raise refuse(
-                f"piece {index} {tokenizer.IdToPiece(index)!r} is an operator, and files of bytes per token "
-                "(fineweb_val_bytes_*.bin) are not read"
-            )
     tables = byte_tables(tokenizer, tokenizer.vocab_size())
     for probe in _PROBES:
         ids = np.array([BOS, *tokenizer.Encode(probe)])
-        counted, length = int(tables.count(ids[:-1], ids[1:]).sum()), len(tokenizer.Decode(ids[1:].tolist()).encode())
+        counted, length = int(tables.count(ids).sum()), len(tokenizer.Decode(ids[1:].tolist()).encode())
         if counted != length:
             raise refuse(f"{probe!r} is {length} bytes when normalized, its tokens count {counted}")
 

@@ -55,17 +55,11 @@ class Scorable(Protocol):
     ) -> Tensor: ...
 
 
-class ByteCounter(Protocol):
-    """Counts the bytes of each target token, int64, given the previous token. An example is `ByteTables`."""
-
-    def count(self, previous: Tensor, target: Tensor) -> Tensor: ...
-
-
 @torch.no_grad()
 def evaluate_model(
     model: Scorable,
     tokens: np.ndarray,
-    tables: ByteCounter,
+    target_bytes: np.ndarray,
     config: Config,
     *,
     stride: int | None = None,
@@ -86,7 +80,7 @@ def evaluate_model(
     Args:
         model: the model. Its `overlapping_hidden` is called only if its `overlap_problem` is None.
         tokens: `(T + 1,)` uint16, the first input and the T targets.
-        tables: counts the bytes of the targets.
+        target_bytes: `(T,)` uint16, the bytes of text that each target stands for.
         config: the settings. The arguments `stride`, `seq_len` and `rule`, if given, replace values of `config`.
         stride: new tokens per window; 0: windows do not overlap.
         seq_len: window length in tokens. Shorter windows at the end of the text are zero-padded.
@@ -115,7 +109,9 @@ def evaluate_model(
     problem = _sharing_problem(model, share_layer0, stride, seq_len)
     with _evaluating(model), Progress(own.scored, description, "tokens", enabled=progress and rank == 0) as bar:
         settings = config.replace(logits_rounding=rounding_of(config, stride))
-        scorer = _Scorer(model, tokens[: total + 1], tables, settings, seq_len, recurrence, problem is None, known)
+        scorer = _Scorer(
+            model, tokens[: total + 1], target_bytes[:total], settings, seq_len, recurrence, problem is None, known
+        )
         shown, done, noted = 0, 0, time.monotonic()
         for windows_of_shape, rows_from in group_windows(own, seq_len, stride):
             for scored in scorer.score(windows_of_shape, rows_from, batch_seqs):
@@ -154,7 +150,7 @@ class _Scorer:
         self,
         model: Scorable,
         tokens: np.ndarray,
-        tables: ByteCounter,
+        target_bytes: np.ndarray,
         config: Config,
         seq_len: int,
         recurrence: bool,
@@ -165,7 +161,9 @@ class _Scorer:
         device = self.head.device
         self.text = _resident(tokens, self.head.shape[0], device)
         self.unknown = None if known is None else torch.from_numpy(~known).to(device)
-        self.tables, self.config, self.recurrence = tables, config, recurrence
+        # torch has little arithmetic for uint16
+        self.target_bytes = torch.from_numpy(target_bytes.astype(np.int32)).to(device)
+        self.config, self.recurrence = config, recurrence
         self.columns = torch.arange(seq_len, device=device)
         self.nll_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.byte_sum = torch.zeros((), dtype=torch.int64, device=device)
@@ -204,7 +202,7 @@ class _Scorer:
         positions = self.columns[rows_from:]
         scored = ((positions >= score_from) & (positions < length)).flatten()
         at = (start + positions).clamp(max=last).flatten()
-        previous, target = self.text[at].long(), self.text[at + 1].long()
+        target = self.text[at + 1].long()
         nll = window_nll(
             hidden,
             self.head,
@@ -214,7 +212,7 @@ class _Scorer:
         )
         charged = scored if self.unknown is None else scored & self.unknown[at]
         self.nll_sum += torch.where(charged, nll, 0.0).sum(dtype=torch.float64)
-        self.byte_sum += torch.where(scored, self.tables.count(previous, target), 0).sum()
+        self.byte_sum += torch.where(scored, self.target_bytes[at], 0).sum()
 
     def _rows(self, start: Tensor, length: Tensor, rows_from: int) -> Tensor:
         """Return the head's input at the positions from `rows_from` on, `(B, T - rows_from, d)`."""
@@ -294,7 +292,7 @@ def score(
     result = evaluate_model(
         model,
         data.validation.tokens,
-        data.validation.tables,
+        data.validation.target_bytes,
         config,
         batch_seqs=batch_seqs,
         max_tokens=max_tokens,
@@ -315,7 +313,7 @@ def score(
 def flat_evaluation(
     model: Scorable,
     tokens: np.ndarray,
-    tables: ByteCounter,
+    target_bytes: np.ndarray,
     config: Config,
     *,
     recurrence: bool = True,
@@ -326,7 +324,7 @@ def flat_evaluation(
     return evaluate_model(
         model,
         tokens,
-        tables,
+        target_bytes,
         config,
         stride=0,
         seq_len=config.train_seq_len,

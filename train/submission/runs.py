@@ -138,7 +138,7 @@ def tokenizer_facts(config: Config) -> dict[str, Any]:
         # the million tokens may end inside a character of the last document
         while end == len(tokens) and tokenizer.IsByte(int(document[-1])):
             document = document[:-1]
-        counted += int(tables.count(document[:-1], document[1:]).sum())
+        counted += int(tables.count(document).sum())
         decoded += len(tokenizer.Decode(document[1:].tolist()).encode())
     return {
         "file": path.name,

@@ -1,0 +1,100 @@
+"""CaseOps: writes the case of ASCII letters as operators, and counts the original bytes of each token.
+
+Published as `lossless_caps_caseops_v1`. A word is a maximal run of ASCII letters. All other characters stay.
+
+    word                             written as
+    hello                            hello
+    HELLO (two letters or more)      ALLCAPS hello
+    Hello, H                         TITLE hello, TITLE h
+    heLLo                            he CAPNEXT l CAPNEXT lo
+    HeLlo                            TITLE he CAPNEXT llo
+    an operator in the text          ESC and that operator
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+
+from train.common.errors import UserError
+from train.data.shards import BOS, MAX_VOCAB, Tokens
+
+OPERATORS = TITLE, ALLCAPS, CAPNEXT, ESC = "\ue001", "\ue002", "\ue003", "\ue004"
+_OPERATOR_BYTES = 3
+
+# a word with a capital, or an operator; the possessive quantifier keeps long words linear
+_CHANGED = re.compile(f"((?<![A-Za-z])[a-z]*+[A-Z][A-Za-z]*|[{TITLE}-{ESC}])")
+_CAPITAL = re.compile("([A-Z])")
+_WRITTEN = re.compile(f"{ESC}([{TITLE}-{ESC}])|{ALLCAPS}([A-Za-z]+)|[{TITLE}{CAPNEXT}]([A-Za-z])")
+# an operator of transformed UTF-8 text; the operator after ESC is text
+_ACTING = re.compile(rb"\xee\x80\x84\xee\x80[\x81-\x84]|\xee\x80[\x81-\x83]")
+
+
+def transform(text: str) -> str:
+    """Write capitals as operators. `inverse` restores the text exactly."""
+    parts = _CHANGED.split(text)
+    parts[1::2] = map(_write, parts[1::2])
+    return "".join(parts)
+
+
+@functools.lru_cache(1 << 16)
+def _write(word: str) -> str:
+    if word in OPERATORS:
+        return ESC + word
+    if len(word) > 1 and word.isupper():
+        return ALLCAPS + word.lower()
+    # a capital inside the word
+    first, rest = word[0], _CAPITAL.sub(rf"{CAPNEXT}\1", word[1:])
+    return (TITLE if first.isupper() else "") + (first + rest).lower()
+
+
+def inverse(transformed: str) -> str:
+    """Restore the text that `transform` was given.
+
+    Raises:
+        UserError: `transform` writes no such text: an operator is in a wrong place, or a letter is a capital.
+    """
+    text = restore(transformed)
+    written = transform(text)
+    if written != transformed:
+        pairs = enumerate(itertools.zip_longest(written, transformed))
+        at = next(index for index, (expected, found) in pairs if expected != found)
+        raise UserError(
+            f"character {at} of the transformed text: an operator in a wrong place or a capital: {transformed[at : at + 20]!r}: "
+            "expected text that case operators were written into"
+        )
+    return text
+
+
+def restore(transformed: str) -> str:
+    """Restore capitals as `inverse` does, but leave operators in a wrong place as they are."""
+    return _WRITTEN.sub(lambda match: match[1] or (match[2] or match[3]).upper(), transformed)
+
+
+def encode_with_bytes(tokenizer: SentencePieceProcessor, text: str, place: str) -> tuple[Tokens, Tokens]:
+    """Encode a document: BOS, then the tokens of its transformed text. An error names the document as `place`.
+
+    Returns:
+        The tokens, and the number of original bytes of each. A token has the bytes of the characters that it was made
+        from; of a character that several byte tokens spell, the last has all bytes. BOS and acting operators have 0.
+
+    Raises:
+        UserError: a token has more than 65,535 bytes, such as one for a very long run of spaces.
+    """
+    data = transform(text).encode()
+    encoded = tokenizer.Encode(data, return_type="offset_mapping")
+    begins, ends = np.array(encoded["offsets"], dtype=np.int64).reshape(-1, 2).T
+    operators = np.array([match.start() for match in _ACTING.finditer(data)], dtype=np.int64)
+    acting = np.searchsorted(operators, ends) - np.searchsorted(operators, begins)
+    sizes = ends - begins - _OPERATOR_BYTES * acting
+    if len(sizes) and int(sizes.max()) >= MAX_VOCAB:
+        raise UserError(
+            f"{place}: a token stands for {int(sizes.max()):,} bytes, more than the 65,535 that a sidecar stores: shorten the "
+            "run of whitespace"
+        )
+    ids = np.array([BOS, *encoded["ids"]], dtype=np.uint16)
+    return ids, np.concatenate(([0], sizes)).astype(np.uint16)
