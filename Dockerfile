@@ -11,6 +11,7 @@ RUN apt-get update \
 WORKDIR /golf_kernels
 COPY Makefile pyproject.toml setup.py MANIFEST.in README.md LICENSE ./
 COPY csrc csrc
+COPY golf golf
 COPY golf_kernels golf_kernels
 COPY train train
 COPY benchmarks benchmarks

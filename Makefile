@@ -22,7 +22,7 @@ PROCESSES = $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c GPU); [ $$n -gt 0 ]
 
 run: $(READY)  ## train, quantize and score a small model on the standard library's text (4 minutes)
 	@echo "quickstart on $(PROCESSES) processes: about four minutes on two quiet cores; PyTorch loads first"
-	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(PROCESSES) -m train --recipe quickstart --samples end
+	OMP_NUM_THREADS=1 $(BIN)/golf run --processes $(PROCESSES) --recipe quickstart --samples end
 
 # one process per core, one thread each: on small tensors more threads only wait for each other
 test: $(TESTABLE)  ## run all tests and list the 15 slowest

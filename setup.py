@@ -211,7 +211,7 @@ class NativeDistribution(Distribution):
 
 setup(
     license="MIT",
-    packages=["golf_kernels"],
+    packages=["golf", "golf_kernels"],
     package_data={"golf_kernels": ["py.typed", "shipped/*.json"]},
     include_package_data=False,
     distclass=NativeDistribution,

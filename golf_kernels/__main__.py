@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from golf_kernels import command, cpu, dispatch, native, operators
+from golf_kernels import cpu, dispatch, native, operators
 from golf_kernels.version import __version__
 
 EXAMPLES = """examples:
@@ -214,8 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report. Returns 1 if a check failed or a forced backend cannot run, otherwise 0."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["tune"]:
-        sys.argv = ["golf tune", *arguments]
-        return command.main()
+        # the tuner is above this package, so it is run by name
+        sys.argv = ["golf", *arguments]
+        runpy.run_module("golf", run_name="__main__")
+        return 0
     parser = argparse.ArgumentParser(
         prog="python -m golf_kernels",
         description="Reports what is installed and built, the backend of each operator and the reason for it, and checks "

@@ -38,7 +38,7 @@ def copy_of_the_tree(folder):
     shutil.copytree(
         ROOT / "golf_kernels", folder / "golf_kernels", ignore=shutil.ignore_patterns("_*.so", "_*.json", "__pycache__")
     )
-    for name in ("train", "benchmarks"):
+    for name in ("train", "benchmarks", "golf"):
         (folder / name).mkdir()
         (folder / name / "__init__.py").touch()
     return folder
@@ -103,7 +103,7 @@ def fake_toolkit(tmp_path):
 def test_a_compiler_gives_a_wheel_with_the_extension_and_nothing_else_on_top(compiled):
     tree, wheel = compiled
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"golf_kernels", "golf_kernels-0.2.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"golf", "golf_kernels", "golf_kernels-0.2.0.dist-info"}
     assert "golf_kernels/py.typed" in names and "none-any" not in wheel.name
     assert {"train/__init__.py", "benchmarks/__init__.py", "csrc/int6.cpp"} <= {
         name.removeprefix("golf_kernels/_apps/") for name in names

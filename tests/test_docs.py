@@ -20,7 +20,7 @@ from pipeline_runs import flags
 from submission_runs import narrow
 from torch.distributed.run import get_args_parser
 
-from golf_kernels.command import commands as golf_commands
+from golf.command import commands as golf_commands
 from train.common.values import ConfigError
 from train.config import Config
 from train.sweep.__main__ import read_arguments
@@ -143,7 +143,7 @@ def parse_golf(arguments: list[str]) -> list[str]:
     """The command that `golf` with these arguments runs."""
     name, *rest = arguments
     if name == "--help":
-        return ["python", "-m", "golf_kernels.command", *arguments]
+        return ["python", "-m", "golf", *arguments]
     rest = rest[: rest.index(">")] if ">" in rest else rest
     if name == "bench" and rest[0].startswith("bench_"):
         return ["python", "-m", f"benchmarks.{rest[0]}", *rest[1:]]

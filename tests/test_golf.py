@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +14,22 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from golf_kernels import command, completion
+from golf import command, completion
+from golf_kernels.version import __version__
 from train.recipes import load_recipe
 from train.single_file.modules import find_modules
 from train.single_file.sources import package_source
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def failure(exitcode: int) -> ProcessFailure:
+    return ProcessFailure(local_rank=1, pid=1, exitcode=exitcode, error_file="none")
+
+
 # without the folders above the tests, and without what the tests' own interpreter finds
 CLEAN = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "GOLF_FORCE_CUDA")}
 
@@ -39,7 +50,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     folder = tmp_path_factory.mktemp("golf")
     tree = folder / "tree"
     ignored = shutil.ignore_patterns("__pycache__", "_C*", "_build_info.json")
-    for name in ("benchmarks", "csrc", "golf_kernels", "train"):
+    for name in ("benchmarks", "csrc", "golf", "golf_kernels", "train"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):
         shutil.copy(ROOT / name, tree / name)
@@ -57,14 +68,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
     # a user's own files, with the packages' names
-    for name in ("train", "benchmarks", "golf_kernels"):
+    for name in ("train", "benchmarks", "golf", "golf_kernels"):
         (elsewhere / f"{name}.py").write_text("raise SystemExit('the wrong file')\n")
     return Installed(python.with_name("golf"), python, packages, elsewhere)
 
 
 def test_a_wheel_puts_neither_train_nor_benchmarks_on_top(installed: Installed) -> None:
     on_top = {path.name.split("-")[0] for path in installed.packages.iterdir()} - {"libraries.pth", "__pycache__"}
-    assert on_top == {"golf_kernels"}
+    assert on_top == {"golf", "golf_kernels"}
 
 
 def test_several_processes_run_the_same_command(installed: Installed) -> None:
@@ -132,6 +143,42 @@ def test_help_lists_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     for words in ([], ["--help"]):
         assert golf(*words, monkeypatch=monkeypatch) == 0
         assert "\n  eval         python -m train.evaluate\n" in capsys.readouterr().out
+    assert golf("bench", monkeypatch=monkeypatch) == 0
+    listed = capsys.readouterr().out
+    assert "\n  bench_gptq             GPTQ's inner loop on an 11-layer model: one block" in listed
+    assert set(re.findall(r"^  (bench_\w+)", listed, re.MULTILINE)) == {
+        path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")
+    }
+
+
+def test_help_and_version_come_without_torch() -> None:
+    # as installed, torch would be imported by golf_kernels
+    program = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['golf', {!r}]; runpy.run_module('golf', run_name='__main__')"
+    for word, said in (("--help", "usage: golf COMMAND"), ("--version", f"golf {__version__}\n"), ("bench", "usage: ")):
+        done = subprocess.run(
+            [sys.executable, "-c", program.format(word)], cwd=ROOT, env=CLEAN, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stdout.startswith(said), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (SignalException("signal", signal.SIGINT), 130, ""),
+        (ChildFailedError("golf", {1: failure(exitcode=2)}), 2, ""),
+        (ChildFailedError("golf", {1: failure(exitcode=-9)}), 2, "error: process 1 was ended by SIGKILL\n"),
+    ],
+)
+def test_processes_that_end_give_no_traceback(
+    error: Exception, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def torchrun(words: list[str]) -> None:
+        assert words[1] == "--nproc_per_node=2" and words[-3:] == ["golf", "run", "--describe"]
+        raise error
+
+    monkeypatch.setattr("torch.distributed.run.main", torchrun)
+    assert golf("run", "--processes", "2", "--describe", monkeypatch=monkeypatch) == code
+    assert capsys.readouterr().err == f"golf run: starting 2 processes\n{said}"
 
 
 def test_a_library_that_is_missing_is_named(
@@ -152,6 +199,7 @@ def test_a_shell_completes_commands_subcommands_flags_and_choices(tmp_path: Path
     cases = {
         "golf ev": "eval",
         "golf submission c": "code compare check",
+        "golf bench bench_g": "bench_gptq",
         "golf artifact convert --form": "--format",
         "golf run --muon_w": "--muon_wd",
         "golf run --seed 3 --recipe qu": "quickstart",

@@ -6,14 +6,17 @@ golf_kernels/_apps.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
-_APPS = Path(__file__).with_name("_apps")
-ROOT = _APPS if _APPS.is_dir() else _APPS.parents[1]
+_KERNELS = Path(__file__).parents[1] / "golf_kernels"
+_APPS = _KERNELS / "_apps"
+ROOT = _APPS if _APPS.is_dir() else _KERNELS.parent
 """The folder that contains the packages `train` and `benchmarks`."""
 
 # folder of train → name of its command, if that is different
@@ -29,7 +32,9 @@ examples:
   golf run --recipe quickstart
   golf run --processes 8 --recipe sp8192_sdclip --seed 42
   golf eval runs/mine --stride 32
+  golf bench              list the benchmarks
   golf completion bash    print a script that completes commands and flags
+  golf --version
 
 commands:
 {commands}
@@ -46,8 +51,14 @@ def commands() -> dict[str, str]:
         "bench": "benchmarks",
         "doctor": "golf_kernels",
         "tune": "benchmarks.tune",
-        "completion": "golf_kernels.completion",
+        "completion": "golf.completion",
     }
+
+
+def benchmarks() -> dict[str, str]:
+    """Returns benchmark → the first line of its documentation."""
+    texts = {path.stem: path.read_text() for path in sorted((ROOT / "benchmarks").glob("bench_*.py"))}
+    return {name: (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0] for name, text in texts.items()}
 
 
 def main() -> int:
@@ -58,33 +69,43 @@ def main() -> int:
         listed = "\n".join(f"  {command:<12} python -m {module}" for command, module in found.items())
         print(USAGE.format(shared=", ".join(_SHARED), commands=listed), end="")
         return 0
+    if name == "--version":
+        print(f"golf {runpy.run_path(str(_KERNELS / 'version.py'))['__version__']}")
+        return 0
     if name not in found:
         close = difflib.get_close_matches(name, found, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return _refuse(f"{name}: no such command{hint} (there are: {', '.join(found)})")
     module = found[name]
-    if name == "bench" and arguments and (ROOT / "benchmarks" / f"{arguments[0]}.py").is_file():
+    if name == "bench" and not arguments:
+        print(
+            "usage: golf bench BENCHMARK [ARGUMENT ...]; also golf bench schedule, aot or report, see golf bench --help\n"
+        )
+        print("\n".join(f"  {benchmark:<22} {about}" for benchmark, about in benchmarks().items()))
+        return 0
+    if name == "bench" and (ROOT / "benchmarks" / f"{arguments[0]}.py").is_file():
         module = f"benchmarks.{arguments.pop(0)}"
     # first in the path, so that another train.py is not imported instead of the trainer
     sys.path.insert(0, str(ROOT))
     # lets processes that the command starts import the same packages
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    if name in _SHARED and "--processes" in arguments:
-        place = arguments.index("--processes")
-        number = "".join(arguments[place + 1 : place + 2])
-        if not number.isdecimal():
-            return _refuse(f"--processes: expected a whole number, got {number!r}")
-        del arguments[place : place + 2]
-        # -P keeps Python from importing files of the current folder
-        again = [sys.executable, "-u", "-P", "-m", "golf_kernels.command", name, *arguments]
-        module = "torch.distributed.run"
-        arguments = ["--standalone", f"--nproc_per_node={number}", "--no-python", *again]
-    sys.argv = [name, *arguments]
     try:
+        if name in _SHARED and "--processes" in arguments:
+            place = arguments.index("--processes")
+            number = "".join(arguments[place + 1 : place + 2])
+            if not number.isdecimal():
+                return _refuse(f"--processes: expected a whole number, got {number!r}")
+            del arguments[place : place + 2]
+            return _share(int(number), [name, *arguments])
+        sys.argv = [name, *arguments]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:
+        # while a library is imported
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package in ("", "train", "benchmarks", "golf_kernels"):
+        if package in ("", "train", "benchmarks", "golf", "golf_kernels"):
             raise
         return _refuse(
             f"{package} is not installed: install golf_kernels again with what the trainer needs: '.[train]'"
@@ -92,10 +113,28 @@ def main() -> int:
     return 0
 
 
+def _share(processes: int, words: list[str]) -> int:
+    """Runs a command of `golf` in several processes by torchrun. Returns the exit code, without torchrun's traceback."""
+    print(f"golf {words[0]}: starting {processes} processes", file=sys.stderr, flush=True)
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    # -P keeps Python from importing files of the current folder
+    command = [sys.executable, "-u", "-P", "-m", "golf", *words]
+    try:
+        torchrun(["--standalone", f"--nproc_per_node={processes}", "--no-python", *command])
+    except SignalException as error:
+        return 128 + error.sigval
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        # a process that ends by itself has said why
+        if failure.exitcode < 0:
+            return _refuse(f"process {rank} was ended by {failure.signal_name()}")
+        return failure.exitcode
+    return 0
+
+
 def _refuse(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from unittest import mock
 
-from golf_kernels.command import commands
+from golf.command import benchmarks, commands
 
 _SCRIPT = """{start}_golf() {{
   local words
@@ -28,6 +28,7 @@ _ZSH = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n"
 def script(shell: str) -> str:
     """Returns the completion script for a shell. If no word of `golf` fits, the shell completes file names."""
     found = [("", list(commands())), *(row for name, module in commands().items() for row in _words(name, module))]
+    found = [(before, [*words, *benchmarks()] if before == "bench" else words) for before, words in found]
     # the shell uses the first pattern that matches, so a subcommand comes before its command
     rows = [f'    {_pattern(before)}) words="{" ".join(words)}" ;;' for before, words in found]
     return _SCRIPT.format(start=_ZSH if shell == "zsh" else "", cases="\n".join(rows))

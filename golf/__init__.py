@@ -1,0 +1,1 @@
+"""The command `golf`. It imports no torch, so that help and errors appear at once."""
