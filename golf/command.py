@@ -90,12 +90,14 @@ def main() -> int:
     # lets processes that the command starts import the same packages
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     try:
-        if name in _SHARED and "--processes" in arguments:
-            place = arguments.index("--processes")
-            number = "".join(arguments[place + 1 : place + 2])
+        if name in _SHARED and (given := [word for word in arguments if word.partition("=")[0] == "--processes"]):
+            place = arguments.index(given[0])
+            _, equals, number = arguments.pop(place).partition("=")
+            if not equals:
+                number = "".join(arguments[place : place + 1])
+                del arguments[place : place + 1]
             if not number.isdecimal():
                 return _refuse(f"--processes: expected a whole number, got {number!r}")
-            del arguments[place : place + 2]
             return _share(int(number), [name, *arguments])
         sys.argv = [name, *arguments]
         runpy.run_module(module, run_name="__main__", alter_sys=True)

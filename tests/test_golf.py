@@ -177,8 +177,9 @@ def test_processes_that_end_give_no_traceback(
         raise error
 
     monkeypatch.setattr("torch.distributed.run.main", torchrun)
-    assert golf("run", "--processes", "2", "--describe", monkeypatch=monkeypatch) == code
-    assert capsys.readouterr().err == f"golf run: starting 2 processes\n{said}"
+    for flag in (["--processes", "2"], ["--processes=2"]):
+        assert golf("run", *flag, "--describe", monkeypatch=monkeypatch) == code
+        assert capsys.readouterr().err == f"golf run: starting 2 processes\n{said}"
 
 
 def test_a_library_that_is_missing_is_named(

@@ -186,6 +186,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
             profiler.before(step, recurrence=recurrence)
         batch_loss = training_step(optimizers, loss_of, loader, recurrence, scale, muon_momentum(step, config))
         step += 1
+        log.step = step
         with record_function("average"):
             if ema:
                 ema.update()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 import importlib
 import importlib.util
+import os
 import platform
-from collections.abc import Sequence
-from contextlib import ExitStack
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,7 +75,7 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
             from train.run.sinks import open_sinks
 
             ranks.on_main(lambda: sinks.extend(open_sinks(config.loggers, folder.path, config.to_dict())))
-        with RunLogger(folder.path, config.seed, ranks.rank, sinks=sinks) as log:
+        with RunLogger(folder.path, config.seed, ranks.rank, sinks=sinks) as log, say_how_to_resume(folder, ranks, log):
             log.header()
             if ranks.is_main and not log.resumed:
                 atomic_write(folder.source, package_source() + "\n")
@@ -169,6 +171,30 @@ def preflight(config: Config) -> None:
     # a packed script does not contain train.submission
     if importlib.util.find_spec("train.submission"):
         importlib.import_module("train.submission.record")
+
+
+@contextmanager
+def say_how_to_resume(folder: RunFolder, ranks: Ranks, log: RunLogger) -> Iterator[None]:
+    """Let a KeyboardInterrupt say where the run was interrupted, and the command that resumes it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        # a packed script has no train.submission
+        program = "-m train" if importlib.util.find_spec("train.submission") else "train_gpt.py"
+        launcher = "python"
+        if ranks.world_size > 1:
+            one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+            launcher = (
+                f"torchrun {f'--standalone --nproc_per_node={ranks.world_size}' if one_machine else '(as before)'}"
+            )
+        command = f"{launcher} {program} --run_id {shlex.quote(folder.path.name)} --resume auto"
+        runs_dir = str(folder.path.parent)
+        if runs_dir != Config.runs_dir:
+            command += f" --runs_dir {shlex.quote(runs_dir)}"
+        where = "after training" if folder.is_trained else f"at step {log.step}"
+        saved = folder.is_trained or folder.checkpoint.exists()
+        again = "resume" if saved else "without a checkpoint (CHECKPOINT_EVERY) it begins again at step 0"
+        raise KeyboardInterrupt(f"interrupted {where}; {again}: {command}") from None
 
 
 def training_plan(config: Config, data: Dataset) -> str:

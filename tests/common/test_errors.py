@@ -1,6 +1,8 @@
 """train/common/errors.py: commands end with an error in one sentence, defects with their traceback."""
 
 import errno
+import os
+import signal
 import sys
 
 import pytest
@@ -45,6 +47,30 @@ def test_bad_input_ends_a_command_with_a_sentence(
         main_guard(main)
     assert caught.value.code == code
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "interrupted at step 3\n"), ("1", "")])
+def test_the_first_of_several_processes_says_once_that_it_was_interrupted(
+    rank: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+
+    def main() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            # torchrun's, which comes after the terminal's
+            os.kill(os.getpid(), signal.SIGINT)
+            raise KeyboardInterrupt("interrupted at step 3") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main_guard(main)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert caught.value.code == 130 and capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(

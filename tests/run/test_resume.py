@@ -1,12 +1,14 @@
 """train/run/resume.py: a resumed run has its stored settings; changed ones are refused by name, except a few."""
 
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pipeline_runs import small
 
-from train import pipeline
-from train.common.errors import UserError
+from train import loop, pipeline
+from train.common.errors import UserError, main_guard
 from train.common.values import ConfigError
 from train.config import BOOKKEEPING, CHANGEABLE, Config
 from train.loop import TrainResult
@@ -109,9 +111,39 @@ def test_the_settings_that_may_change_are_settings() -> None:
     assert set(vars(Config())) >= CHANGEABLE and not CHANGEABLE & BOOKKEEPING
 
 
+SHALLOW = {"num_layers": 2, "recur_layers": (), "ve_layers": (1,), "xsa_last_n": 1, "parallel_start_layer": 1}
+
+
+@pytest.mark.parametrize(("every", "again"), [(2, "resume"), (0, "without a checkpoint (CHECKPOINT_EVERY) it begins")])
+def test_ctrl_c_says_how_to_resume(
+    every: int,
+    again: str,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = small(dataset, tmp_path, iterations=9, warmup_steps=0, checkpoint_every=every, run_id="my run", **SHALLOW)
+    steps = iter(range(4))
+    real = loop.training_step
+
+    def training_step(*arguments: Any) -> Any:
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "training_step", training_step)
+    with pytest.raises(SystemExit) as ended:
+        main_guard(lambda: bool(run_pipeline(config)))
+    said, _, command = capsys.readouterr().err.splitlines()[-1].partition(": ")
+    assert ended.value.code == 130 and said.startswith(f"interrupted at step 3; {again}")
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "train"]
+    assert resolve_run(words[3:], {})[0] == config.replace(resume="auto")
+
+
 def test_a_run_goes_on_for_more_steps(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shallow = {"num_layers": 2, "recur_layers": (), "ve_layers": (1,), "xsa_last_n": 1, "parallel_start_layer": 1}
-    config = small(dataset, tmp_path, iterations=2, checkpoint_every=2, run_id="mine", **shallow)
+    config = small(dataset, tmp_path, iterations=2, checkpoint_every=2, run_id="mine", **SHALLOW)
     steps: list[int] = []
 
     class Killed(BaseException):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -43,6 +44,8 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
 
     After an error that the user can fix, print `error: …` and exit with code 2. After Ctrl-C, exit with code 130.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt_once)
     try:
         for argument in sys.argv[1:]:
             check_text(argument, "command line")
@@ -73,10 +76,18 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
             f"out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}): lower TRAIN_BATCH_TOKENS, "
             "the window or the model's widths, or use more GPUs"
         )
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as error:
+        # of several processes the first one speaks
+        if os.environ.get("RANK", "0") == "0":
+            print(str(error) or "interrupted", file=sys.stderr, flush=True)
         code = 130
     sys.exit(code)
+
+
+def _interrupt_once(*_: object) -> NoReturn:
+    """Interrupt this process. Terminal and torchrun both send SIGINT; a second one would break the clean-up of the first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def check_text(text: str, source: str) -> None:

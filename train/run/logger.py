@@ -52,7 +52,8 @@ class RunLogger:
         self.metrics_path = Path(run_dir) / "metrics.jsonl"
         self.echo = echo
         self.sinks = tuple(sinks)
-        self._step = 0
+        # the last finished step
+        self.step = 0
         self._log: TextIO | None = None
         self._metrics: TextIO | None = None
         self.resumed = False
@@ -90,11 +91,11 @@ class RunLogger:
         """Append the JSON object `{"kind": kind, **values}` to metrics.jsonl; NaN and infinities become null."""
         append_metric(self._metrics, kind, values)
         # a metric without a step, such as the final score, gets the step of the previous metric
-        self._step = values.get("step", self._step)
+        self.step = values.get("step", self.step)
         prefix = f"{kind}/{values['name']}" if "name" in values else kind
         numbers = {f"{prefix}/{name}": value for name, value in values.items() if name != "step" and _is_number(value)}
         for sink in self.sinks:
-            sink.scalars(self._step, numbers)
+            sink.scalars(self.step, numbers)
 
     def header(self, *, gpu_report: str | None = None) -> None:
         """Write the header: versions and the output of `nvidia-smi`. A resumed run gets no second header.

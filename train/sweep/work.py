@@ -36,8 +36,9 @@ from train.submission.summary import Summary
 from train.sweep.plan import Plan, Point, Values, point_text
 from train.sweep.report import write_report
 
+_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # exit codes of a run that was stopped from outside; such a run has not failed and will be resumed
-_INTERRUPTED = {130, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR2}
+_INTERRUPTED = {code for number in _SIGNALS for code in (-number, 128 + number)}
 
 
 @dataclass(frozen=True)
@@ -236,8 +237,8 @@ def _score(plan: Plan, number: int, seed: int, point: Point) -> float | None:
 
 def _train(plan: Plan, claim: Claim, processes: int, gpus: str, stop: threading.Event) -> int:
     """Train or resume a run. Return its exit code. Its output goes to a file beside the run folder."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "train", *plan.run_flags(claim.number, claim.seed, claim.point)]
+    program = ["golf", "run", f"--processes={processes}"] if processes > 1 else ["train"]
+    command = [sys.executable, "-m", *program, *plan.run_flags(claim.number, claim.seed, claim.point)]
     # setpriv ends the run when this worker ends, even if the worker is killed
     ending = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
     # keep python from importing files of the current folder instead of the trainer
