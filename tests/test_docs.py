@@ -161,6 +161,9 @@ def parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     variables, words = split(command)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    if words == ["golf", "bench"]:
+        # tests/test_golf.py runs it
+        return
     if words[0] == "golf":
         words = parse_golf(words[1:])
     if words[0] == "make":

@@ -8,15 +8,12 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from train.common.errors import main_guard
 from train.common.progress import announce
 from train.common.values import ConfigError
 from train.config import Config, field_help, parse_value
-
-if TYPE_CHECKING:
-    from train.run.folder import RunFolder
+from train.run.folder import RunFolder, find_run
 
 SETTINGS = (
     "quantizer", "matrix_bits", "embed_bits", "tied_embed_bits", "matrix_clip", "matrix_clip_sigmas", "embed_clip",
@@ -40,7 +37,6 @@ def main(argv: list[str] | None = None) -> int:
     from train.common.distributed import start_ranks
     from train.data.dataset import Dataset
     from train.model.gpt import GPT
-    from train.run.folder import RunFolder
     from train.run.logger import RunLogger
     from train.single_file.code_size import counted_code_bytes
 
@@ -69,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         path = arguments.out or folder.artifact
         # count the script of a complete run: it has recurrence, even if this run ended before recurrence began
         code_bytes = ranks.on_main(lambda: counted_code_bytes(folder.read_config().replace(**changes)))
-        tensors, encoded = quantize(config, model, Dataset(config), ranks, log, code_bytes=code_bytes)
+        data = Dataset(folder.find_data(config).replace(**changes))
+        tensors, encoded = quantize(config, model, data, ranks, log, code_bytes=code_bytes)
         make_artifact(
             path, config, model, tensors, encoded, ranks, log, code_bytes=code_bytes, before_replacing=make_room
         )
@@ -101,9 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "  torchrun --standalone --nproc_per_node=2 -m train.quantize runs/quickstart_20260101-120000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "run", metavar="RUN", type=Path, help="run folder with config.json, training.json and weights.pt"
-    )
+    parser.add_argument("run", metavar="RUN", type=find_run, help="run folder, or its name in runs/ (or RUNS_DIR)")
     parser.add_argument("--out", type=Path, help="write the artifact here instead of RUN/model.golf")
     for name in SETTINGS:
         spellings = {f"--{name}", f"--{name.replace('_', '-')}"}

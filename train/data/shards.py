@@ -102,6 +102,15 @@ def check_tokens(tokens: Tokens, vocab_size: int, name: str | os.PathLike[str]) 
         )
 
 
+def need_data(data_path: str | os.PathLike[str]) -> Path:
+    """Return the folder of shards. Raise a UserError if there is none."""
+    if not data_path or not Path(data_path).is_dir():
+        raise UserError(
+            f"data_path {str(data_path)!r}: no such folder: make it with `python -m train.data stdlib|text|fineweb`, or give --data_path"
+        )
+    return Path(data_path)
+
+
 def find_shards(data_path: str | os.PathLike[str], split: str) -> list[Path]:
     """Find the shards `<name>_<split>_NNNNNN.bin` in a folder, sorted. `split` is `train` or `val`.
 
@@ -110,11 +119,7 @@ def find_shards(data_path: str | os.PathLike[str], split: str) -> list[Path]:
     """
     if split not in ("train", "val"):
         raise ValueError(f"split must be 'train' or 'val', got {split!r}")
-    folder = Path(data_path)
-    if not data_path or not folder.is_dir():
-        raise UserError(
-            f"data_path {str(data_path)!r}: no such folder: make it with `python -m train.data stdlib|text|fineweb`, or set DATA_PATH"
-        )
+    folder = need_data(data_path)
     named = [
         (match["name"], path)
         for path in sorted(folder.iterdir())
@@ -122,7 +127,7 @@ def find_shards(data_path: str | os.PathLike[str], split: str) -> list[Path]:
     ]
     if not named:
         raise UserError(
-            f"{folder}: no *_{split}_NNNNNN.bin shard in it: make it with `python -m train.data stdlib|text|fineweb`, or set DATA_PATH"
+            f"{folder}: no *_{split}_NNNNNN.bin shard in it: make it with `python -m train.data stdlib|text|fineweb`, or give --data_path"
         )
     names = sorted({name for name, _ in named})
     # mixed shards of two tokenizers would train without an error, on nonsense

@@ -20,7 +20,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from train.common.errors import UserError
 from train.common.files import atomic_write
-from train.data.shards import BOS
+from train.data.shards import BOS, need_data
 
 SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
@@ -128,7 +128,7 @@ def find_tokenizer(data_path: str | Path, vocab_size: int, tokenizer_path: str |
     """
     if tokenizer_path:
         return Path(tokenizer_path)
-    folder = Path(data_path)
+    folder = need_data(data_path)
     beside = folder.resolve().parent.parent / "tokenizers" / f"fineweb_{vocab_size}_bpe.model"
     inside = sorted(folder.glob("*.model"))
     if len(inside) > 1:

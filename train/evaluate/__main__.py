@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from train.common.progress import announce
@@ -32,7 +31,7 @@ from train.model.attention_backends import BACKENDS
 from train.model.attention_choice import choose_attention, use_attention
 from train.model.gpt import GPT
 from train.recipes import load_recipe, recipe_names
-from train.run.folder import RunFolder
+from train.run.folder import RunFolder, find_run
 from train.run.logger import RunLogger, append_metric, final_lines
 
 
@@ -50,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "run", metavar="RUN", type=Path, help="run folder: config.json and model.golf (or weights.pt); or an artifact"
+        "run", metavar="RUN", type=find_run, help="run folder, or its name in runs/ (or RUNS_DIR); or an artifact"
     )
     parser.add_argument("--recipe", help="recipe whose settings score an artifact alone")
     parser.add_argument(
@@ -78,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"file of targets that count as known ({NOT_COMPLIANT}); '': none [the run's paid_prefix_file]",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="device to score on [the run's device]")
-    parser.add_argument("--attention", choices=sorted(BACKENDS), help="attention backend [the run's attention]")
+    parser.add_argument(
+        "--attention", choices=("auto", *sorted(BACKENDS)), help="attention backend [the run's attention]"
+    )
     parser.add_argument(
         "--compile", choices=("auto", "on", "off"), help="torch.compile, and on a GPU a CUDA graph [the run's compile]"
     )
@@ -152,7 +153,7 @@ def _score(folder: RunFolder | None, arguments: argparse.Namespace) -> int:
     if folder and folder.evaluation.exists():
         # raise an error before scoring if evaluation.json is unreadable
         read_evaluation(folder)
-    data = Dataset(config)
+    data = Dataset(folder.find_data(config).replace(**_given(arguments)) if folder else config)
     # read the data and the model now, so that errors are raised before the ranks wait for one another
     _ = data.known_targets
     model = (_load(folder, config, arguments.weights) if folder else load_model(arguments.run, config)).eval()

@@ -16,7 +16,7 @@ from train.common.errors import UserError, main_guard
 from train.data.tokenizer import load_tokenizer
 from train.export.formats import FORMATS, Exported
 from train.generate.load import load, tokenizer_path
-from train.run.folder import RunFolder
+from train.run.folder import RunFolder, find_run
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,7 +31,12 @@ def _parser() -> argparse.ArgumentParser:
         "golf_inference.py, a file without golf_kernels.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("path", metavar="RUN|ARTIFACT", type=Path, help="run folder with model.golf, or an artifact")
+    parser.add_argument(
+        "path",
+        metavar="RUN|ARTIFACT",
+        type=find_run,
+        help="run folder, or its name in runs/ (or RUNS_DIR); or an artifact",
+    )
     parser.add_argument("--to", choices=FORMATS, required=True, help=formats)
     parser.add_argument("--out", metavar="OUT", type=Path, help="file, for hf folder, to write [beside the model]")
     parser.add_argument(
@@ -57,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.weights == "artifact":
             model, window, run = load(path)
         elif path.is_dir():
-            run = RunFolder(path).trained_config()
+            run = RunFolder(path).find_data(RunFolder(path).trained_config())
             model, window = load_weights(RunFolder(path), run), run.window
         else:
             raise UserError(f"--weights: an artifact holds no weights before rounding: give the run folder, not {path}")

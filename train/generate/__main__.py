@@ -6,7 +6,6 @@ import argparse
 import io
 import itertools
 import sys
-from pathlib import Path
 
 from train.common.progress import announce
 
@@ -21,6 +20,7 @@ from train.config import Config
 from train.data.tokenizer import load_tokenizer
 from train.generate.load import load, tokenizer_path
 from train.generate.text import characters, continue_text, encode
+from train.run.folder import find_run
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,7 +35,12 @@ def _parser() -> argparse.ArgumentParser:
         "window is full, its first half is dropped and the rest is read again.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("path", metavar="RUN|ARTIFACT", type=Path, help="run folder with model.golf, or an artifact")
+    parser.add_argument(
+        "path",
+        metavar="RUN|ARTIFACT",
+        type=find_run,
+        help="run folder, or its name in runs/ (or RUNS_DIR); or an artifact",
+    )
     parser.add_argument("--prompt", default="", help="beginning of the text [empty]")
     parser.add_argument("--tokens", type=at_least(1), default=200, help="largest number of tokens to add [200]")
     parser.add_argument(

@@ -31,7 +31,7 @@ def load(path: Path, device: str = "auto") -> Loaded:
         UserError: the run is not finished, or the artifact cannot be read.
     """
     folder = RunFolder(path if path.is_dir() else path.parent)
-    run = folder.read_config() if path.is_dir() or folder.config.exists() else None
+    run = folder.find_data(folder.read_config()) if path.is_dir() or folder.config.exists() else None
     artifact = folder.need(folder.artifact, "python -m train") if path.is_dir() else path
     model = load_model(artifact, (run or Config()).replace(device=device))
     return Loaded(model, run.window if run else model.config.rope_train_seq_len, run)

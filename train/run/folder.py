@@ -120,6 +120,19 @@ class RunFolder:
         if not self.config.exists():
             raise UserError(f"{self.config}: missing: {self.path} is not a run folder of python -m train")
 
+    def find_data(self, config: Config) -> Config:
+        """Return `config` with absolute paths of data. Relative ones begin at the folder in which the run was started.
+
+        That folder is known where `runs_dir` is relative to it, too. Otherwise `config` is returned as it is.
+        """
+        path = Path(os.path.abspath(self.path))
+        parts, tail = path.parts, Path(config.runs_dir, path.name).parts
+        start = Path(*parts[: -len(tail)])
+        if parts[-len(tail) :] != tail or start == Path.cwd():
+            return config
+        paths = {name: getattr(config, name) for name in ("data_path", "tokenizer_path", "paid_prefix_file")}
+        return config.replace(**{name: str(start / path) for name, path in paths.items() if path})
+
     def write_config(self, config: Config) -> None:
         write_json(self.config, config.to_dict())
 
@@ -193,6 +206,17 @@ class RunFolder:
         if not path.exists():
             raise UserError(f"{path}: missing: run {stage} first")
         return path
+
+
+def default_runs_dir() -> Path:
+    return Path(os.environ.get("RUNS_DIR") or Config.runs_dir)
+
+
+def find_run(given: str) -> Path:
+    """Return the path of a run folder or artifact that the command line gives as a path, or as a name in `default_runs_dir`."""
+    path, named = Path(given), default_runs_dir() / given
+    is_run = path.is_file() or (path / "config.json").exists()
+    return named if named.is_dir() and not is_run else path
 
 
 def new_run_id(config: Config) -> str:

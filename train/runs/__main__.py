@@ -14,17 +14,16 @@ from train.common.argument_types import add_command
 from train.common.errors import UserError, main_guard
 from train.common.files import read_json
 from train.common.wording import counted
-from train.config import Config
-from train.run.folder import RunFolder
+from train.run.folder import RunFolder, default_runs_dir, find_run
 from train.runs.read import find_folders, read_run
 
 
 def _list(arguments: argparse.Namespace) -> None:
     from train.runs.table import runs_table
 
-    folders, others = find_folders(arguments.folder or _runs_dir())
+    folders, others = find_folders(arguments.folder or default_runs_dir())
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(runs_table(folders, width) if folders else f"{arguments.folder or _runs_dir()}: no run in it")
+    print(runs_table(folders, width) if folders else f"{arguments.folder or default_runs_dir()}: no run in it")
     if others:
         print(f"folders without a config.json: {', '.join(others)}")
 
@@ -79,7 +78,7 @@ def _is_run(folder: RunFolder) -> bool:
 def _open(arguments: argparse.Namespace) -> None:
     from train.submission.dashboard import write_dashboard
 
-    folder = arguments.folder or _runs_dir()
+    folder = arguments.folder or default_runs_dir()
     out = folder / "dashboard.html"
     runs, problems = write_dashboard([folder], out)
     for problem in problems:
@@ -96,14 +95,8 @@ def _confirmed(question: str) -> bool:
         return False
 
 
-def _runs_dir() -> Path:
-    return Path(os.environ.get("RUNS_DIR") or Config.runs_dir)
-
-
 def _find(name: str) -> RunFolder:
-    """Find the run `name` in the folder of runs, or else at the path `name`."""
-    inside = _runs_dir() / name
-    folder = RunFolder(inside if inside.is_dir() else Path(name))
+    folder = RunFolder(find_run(name))
     folder.need_run()
     return folder
 
@@ -121,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(run=_list, folder=None)
     command = functools.partial(add_command, parser.add_subparsers(metavar="COMMAND"), parser.prog)
-    a_run = "name of a folder in runs/ (or RUNS_DIR), or path of a run folder"
+    a_run = "run folder, or its name in runs/ (or RUNS_DIR)"
     about = "print score, text, steps, seconds, bytes and what differs from the recipe"
     one = command("list", about, "runs/sweep", _list)
     one.add_argument("folder", metavar="FOLDER", type=Path, nargs="?", help="folder with run folders [runs]")

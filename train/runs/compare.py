@@ -98,7 +98,7 @@ def _counts(text: SplitInfo) -> tuple[int | None, ...]:
 
 def _scored_text(run: Run, manifest: DatasetInfo | None) -> ScoredText:
     tokens = run.summary.tokens if run.summary else manifest.val.tokens if manifest else 0
-    digest = manifest.tokenizer_sha256 if manifest else _tokenizer_digest(run.config)
+    digest = manifest.tokenizer_sha256 if manifest else _tokenizer_digest(run.folder.find_data(run.config))
     return ScoredText(challenge_text(tokens, run.config.window), tokens, run.config.window, digest)
 
 
@@ -108,7 +108,7 @@ def _manifest(run: Run) -> DatasetInfo | None:
     None if there is none, or if the dataset was built again after the run.
     """
     try:
-        manifest = read_manifest(run.config.data_path)
+        manifest = read_manifest(run.folder.find_data(run.config).data_path)
     except UserError:
         return None
     # the run left less than a window of tokens unscored, unless the dataset has changed

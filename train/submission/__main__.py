@@ -14,10 +14,12 @@ from train.command_line import note_unread
 from train.common.errors import UserError, main_guard
 from train.common.progress import announce
 from train.common.wording import counted
-from train.run.folder import RunFolder
+from train.run.folder import RunFolder, find_run
 
 if TYPE_CHECKING:
     from train.submission.record import RecordDetails
+
+_A_RUN = "run folder, or its name in runs/ (or RUNS_DIR)"
 
 # each command imports only what it needs, because importing PyTorch, SciPy or Plotly takes seconds
 
@@ -152,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         "those that are there.",
         'record runs/quickstart_20260101-120000 --author "Ada Lovelace" --github-id ada',
     )
-    one.add_argument("run_folder", metavar="RUN", type=Path, help="run folder of python -m train")
+    one.add_argument("run_folder", metavar="RUN", type=find_run, help=_A_RUN)
     _add_details(one)
     one.set_defaults(run=_record)
 
@@ -164,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         "checked. Exit code: 0 if it passes, 1 if it fails a rule, 2 if no folder was made.",
         "build runs/seed1 runs/seed2 runs/seed3 --out records/mine --single-file wrapped --base 1019",
     )
-    one.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="finished run folders, one per seed")
+    one.add_argument("runs", metavar="RUN", type=find_run, nargs="+", help=f"one finished run per seed: {_A_RUN}")
     one.add_argument("--out", type=Path, required=True, help="the record folder to make")
     one.add_argument(
         "--single-file",

@@ -107,7 +107,7 @@ def record_json(runs: Sequence[FinishedRun], details: RecordDetails, code_bytes:
             "window": first.evaluation["seq_len"],
             "validation_tokens": len(load_validation(first.config).tokens) - 1,
         },
-        "tokenizer": tokenizer_facts(first.config),
+        "tokenizer": tokenizer_facts(first.folder.find_data(first.config)),
     }
 
 
@@ -218,7 +218,7 @@ def _score(title: str, program: list[str], run: FinishedRun, folder: Path, **env
             "--paid-prefix",
             "",
         ]
-        arguments += ["--data-path", str(Path(run.config.data_path).resolve())]
+        arguments += ["--data-path", str(Path(run.folder.find_data(run.config).data_path).resolve())]
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment = {**inherited, "CUDA_VISIBLE_DEVICES": "", **environ}
         command = [sys.executable, *program, *arguments]

@@ -48,7 +48,7 @@ def run_row(folder: RunFolder, config: Config) -> Row:
         "eval_s": finite(numbers.get("eval_seconds")),
         **{name: finite(numbers.get(name)) for name in "steps step_avg_ms bytes_total bytes_model bytes_code".split()},
         "parts": summary.byte_parts if summary else {},
-        "text": _text_of_run(config, summary) if summary else None,
+        "text": _text_of_run(folder.find_data(config), summary) if summary else None,
     }
 
 

@@ -89,7 +89,7 @@ def summarize(folder: RunFolder) -> Summary:
         # several processes trained, so no process measured the whole stage
         stage_seconds["train"] = training["seconds"]
     bytes_code, bytes_prefix = sizes[-1]["code_bytes"], sizes[-1].get("prefix_bytes", 0)
-    manifest = read_manifest(config.data_path)
+    manifest = read_manifest(folder.find_data(config).data_path)
     return Summary(
         run_id=folder.path.name,
         recipe=config.recipe,
