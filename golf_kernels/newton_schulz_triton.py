@@ -287,7 +287,7 @@ def symmetric_kernel(
     # offsets within a tile fit in 32 bits, which saves registers
     ld, steps = tl.multiple_of(tl.load(entry + 4).to(tl.int32), 16), tl.load(entry + 5).to(tl.int32)
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
-    # the accumulators of two loops must not share a variable, or each wgmma waits for the previous one
+    # each branch stores its own accumulator; a variable of both branches would make each wgmma wait for the previous one
     if GRAM and tall != 0:
         total = add_columns_product(total, in_ptr + left, in_ptr + right, ld, steps, TILE, STEP)
         store_symmetric(
