@@ -112,7 +112,7 @@ def make_hessians(model: GPT, names: Sequence[str], seed: int) -> dict[str, Tens
 
 
 def gptq_case(model: GPT, config: Config, names: Sequence[str]) -> common.Case:
-    """Returns the case GPTQ: all matrices and embedding tables, from weights to codes and scales in host memory."""
+    """Returns the case of GPTQ on all matrices and embedding tables, from weights to codes and scales on the host."""
     parameters = dict(model.named_parameters())
 
     def truth(hessians: dict[str, Tensor]) -> list[Tensor]:

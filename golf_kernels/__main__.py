@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report. Returns 1 if a check failed or a forced backend cannot run, otherwise 0."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["tune"]:
-        # the tuner is above this package, so it is run by name
+        # golf_kernels must not import the tuner, so the tuner is run by the name of its command
         sys.argv = ["golf", *arguments]
         runpy.run_module("golf", run_name="__main__")
         return 0

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from golf_kernels import dispatch, operators
 from golf_kernels.autocast import as_autocast
 
-# multiplies eight bytes that are 0 or 1, taken as an int64; the top byte of the product then has them as its bits, the
-# first byte in the lowest bit
+# factor for eight bytes that are 0 or 1, taken as an int64: the top byte of the product has these bytes as its bits,
+# the first byte as the lowest bit
 _GATHER_BITS = 0x0102040810204080
 
 

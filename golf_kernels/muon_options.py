@@ -39,7 +39,7 @@ def resolved(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def adopt(group: dict[str, Any], own: dict[str, Any]) -> None:
-    """Adds the options that a loaded group lacks, because another optimizer saved it. Their values come from `own`.
+    """Adds the options that a loaded group lacks because another kind of Muon saved it. The values come from `own`.
 
     Args:
         group: the loaded parameter group.

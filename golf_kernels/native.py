@@ -90,7 +90,7 @@ def problem(backend: Literal["cpp", "cuda"]) -> str | None:
 
 @functools.cache
 def cuda_problem(device: int) -> str | None:
-    """Returns the reason why the CUDA kernels cannot run on a GPU (such as its driver), or None if they can."""
+    """Returns the reason why the CUDA kernels cannot run on a GPU, such as an old driver, or None if they can."""
     try:
         with torch.cuda.device(device):
             extension().cuda_probe()

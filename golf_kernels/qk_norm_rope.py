@@ -271,7 +271,7 @@ def _inputs(
     }
 
 
-# heads, kv_heads, dim and rotary, up to the most that the kernels take
+# heads, kv_heads, dim and rotary, up to the largest numbers that the kernels take
 _CASES = (
     (8, 8, 64, 0),
     (8, 4, 64, 16),

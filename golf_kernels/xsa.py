@@ -97,7 +97,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _grouped(x: Tensor, value: Tensor) -> Tensor:
-    """Reshapes `(B, T, H, D)` to `(B, T, H_kv, H / H_kv, D)`, as float32 at least."""
+    """Reshapes `(B, T, H, D)` to `(B, T, H_kv, H / H_kv, D)`, in float32 at least."""
     batch, length, heads, dim = x.shape
     return _wide(x).reshape(batch, length, value.shape[2], heads // value.shape[2], dim)
 

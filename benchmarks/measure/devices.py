@@ -127,6 +127,6 @@ class Kernel(NamedTuple):
 def newton_schulz_flops(shapes: Iterable[tuple[int, int]], iterations: int) -> float:
     """Returns the least FLOPs of Newton-Schulz on matrices of these shapes.
 
-    Two of the three products of an iteration have symmetric results, of which only half need be computed.
+    Two of the three products of an iteration have symmetric results, so only half of each must be computed.
     """
     return float(sum(iterations * (3 * s * s * n + s**3) for s, n in (sorted(shape) for shape in shapes)))

@@ -69,7 +69,7 @@ class Bench:
         )
 
     def store(self, rows: Sequence[common.Row]) -> None:
-        """Append the rows to the results file if `keep` is set. A later crash does not lose them."""
+        """Append the rows to the results file if `keep` is set. After that, a crash cannot lose the rows."""
         path = common.append_rows(rows, self.surroundings) if self.keep else None
         if path:
             print(f"-> {relative(path)}", flush=True)

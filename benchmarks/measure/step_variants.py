@@ -84,9 +84,10 @@ def all_kernels(without: Iterable[str] = ()) -> str:
 
 
 def kernel_problems() -> dict[str, str]:
-    """Returns operator of a training step → why its Triton kernels cannot run here, or an empty text if they can.
+    """Returns operator → why its Triton kernels cannot run here, or an empty text if they can.
 
-    An operator's kernels include those of its backward pass. Operators without Triton kernels are left out.
+    Only operators of a training step that have Triton kernels are included. An operator's kernels include those of its
+    backward pass.
     """
     backends, problems = dispatch.describe(), {}
     for op, operator in operators.declared().items():
@@ -102,7 +103,7 @@ def step_kernels() -> list[str]:
 
 
 def reasons(problems: Mapping[str, str]) -> str:
-    """Join the problems into one text: for each reason, the operators with this reason and the reason.
+    """Join the problems into one text, which names each reason after the operators that it concerns.
 
     If all operators have the same reason, the text is that reason alone.
     """
@@ -154,7 +155,7 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_forced() -> None:
-    """Raise an error if GOLF_BACKEND is set, because each variant sets it itself."""
+    """Raise an error if GOLF_BACKEND is set, because each variant sets this variable."""
     if text := os.environ.get(dispatch.ENVIRONMENT_VARIABLE):
         raise UserError(
             f"{dispatch.ENVIRONMENT_VARIABLE}={text} is set, but each variant has its own backends: unset it, and name a "
@@ -181,7 +182,7 @@ def step_config(recipe: str, device: torch.device, *, tiny: bool, attention: str
 def trainer_step(
     model: GPT, config: Config, owned: list[int], device: torch.device
 ) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
-    """Returns the trainer's step for one rank, and name of a weight → its moving average.
+    """Returns the trainer's step for one rank, and a dictionary from each weight's name to its moving average.
 
     The step updates the matrices whose indices are in `owned`.
     """
