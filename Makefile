@@ -11,7 +11,7 @@ TORCH := torch==2.13.0
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format bench doctor tune clean
+.PHONY: help run test attack lint format bench doctor tune clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 16
@@ -27,6 +27,10 @@ run: $(READY)  ## train, quantize and score a small model on the standard librar
 # one process per core, one thread each: on small tensors more threads only wait for each other
 test: $(TESTABLE)  ## run all tests and list the 15 slowest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=15
+
+MINUTES ?= 5
+attack: $(TESTABLE)  ## damage files, kill commands, give odd input for MINUTES=5; count what held and broke
+	PYTHONPATH=.:tests:tests/helpers OMP_NUM_THREADS=1 CODE_FORM=plain $(BIN)/python -m attack --minutes $(MINUTES)
 
 lint: $(TESTABLE)  ## check with ruff and mypy
 	$(BIN)/python -m ruff check .
