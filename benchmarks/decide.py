@@ -5,6 +5,7 @@ these measurements:
 
     check OP BACKEND      compares an operator on one backend with float64
     call OP               times an operator: PyTorch eagerly, PyTorch compiled, and the kernel
+    attention BATCH       times one layer's attention on each backend, on the training batch or the evaluation batch
     step OP               times a training step without kernels, and with this kernel alone
     step all              times a step without kernels, and with all kernels that were faster alone
     step all without OP   times a step with all these kernels, and with all but one
@@ -23,6 +24,8 @@ from golf_kernels.dispatch import Backend
 
 Findings = Mapping[str, Mapping[str, Any]]
 TORCH, COMPILE, ALL = "torch", "compile", "all"
+# the batches of `benchmarks.bench_attention`
+BATCHES = ("training", "evaluation")
 
 
 class Candidate(NamedTuple):
@@ -99,6 +102,10 @@ def next_measurements(candidates: Sequence[Candidate], findings: Findings) -> li
     calls = [Measurement(f"call {c.op}", "call", c) for c in sound if c.has_bench]
     if left := [m for m in calls if m.name not in findings]:
         return left
+    # before the steps, which take its result
+    attention = [Measurement(f"attention {batch}", "attention") for batch in BATCHES]
+    if left := [m for m in attention if m.name not in findings]:
+        return left
     alone = [c for c in sound if c.in_step and not _lost_as_call(c, findings)]
     steps = [Measurement(f"step {c.op}", "step", c, (c.op,)) for c in alone]
     if left := [m for m in steps if m.name not in findings]:
@@ -153,6 +160,21 @@ def decisions(candidates: Sequence[Candidate], findings: Findings) -> dict[str, 
         if step:
             uses["step"] = step
     return {op: uses for op, uses in decided.items() if uses}
+
+
+def attention_decisions(findings: Findings) -> dict[str, dict[str, str]]:
+    """The fastest attention backend for each measured batch, with figures, by the batch's shape."""
+    decided = {}
+    for batch in BATCHES:
+        finding = findings.get(f"attention {batch}", {})
+        if finding.get("verdict") == OK:
+            medians = sorted((quantiles[1], name) for name, quantiles in finding["times"].items())
+            figures = ", ".join(f"{name} {median:.3f}" for median, name in medians)
+            decided[finding["shape"]] = {
+                "backend": medians[0][1],
+                "reason": f"fastest, ms forward + backward: {figures}",
+            }
+    return decided
 
 
 def _call_decision(c: Candidate, findings: Findings) -> dict[str, str] | None:

@@ -36,7 +36,7 @@ from train.recipes import load_recipe, recipe_names
 
 # a measurement starts only if this many seconds are left; its time limit in seconds depends on its kind
 SHORTEST_S = 15.0
-LIMITS_S = {"check": 120.0, "call": 120.0, "step": 240.0}
+LIMITS_S = {"check": 120.0, "call": 120.0, "attention": 120.0, "step": 240.0}
 # number of checks that run at the same time; each needs little of the GPU's memory
 CHECKS_AT_ONCE = 4
 ROUNDS = "15"
@@ -76,6 +76,9 @@ def _command(measurement: Measurement, recipe: str) -> list[str]:
         return ["golf_kernels", "--only", f"{candidate.op}={candidate.backend}", "--json"]
     if measurement.kind == "call" and candidate:
         return [f"benchmarks.{bench_of(candidate.op)}", "--rounds", ROUNDS]
+    if measurement.kind == "attention":
+        batch = measurement.name.removeprefix("attention ")
+        return ["benchmarks.bench_attention", "--recipe", recipe, "--batches", batch, "--rounds", ROUNDS]
     if candidate:
         variants = f"torch,{candidate.op}={candidate.backend}"
     else:
@@ -100,6 +103,12 @@ def finding_of(measurement: Measurement, outcome: Outcome, rows: Rows) -> dict[s
         return finding | {"error": check["error"], "limit": check["limit"]}
     if outcome.verdict != OK:
         return finding
+    if measurement.kind == "attention":
+        found = [row for row in rows if row["op"] == "attention" and not row["impl"].endswith(" again")]
+        if not found:
+            return finding | {"verdict": "it ended without rows"}
+        shape = f"{found[0]['shape']} {found[0]['dtype']}"
+        return finding | {"shape": shape, "times": {row["impl"]: _quantiles([row]) for row in found}}
     times = _step_times(measurement, rows) if measurement.kind == "step" else _call_times(measurement, rows)
     if times is None:
         return finding | {"verdict": "it ended without rows"}
@@ -160,29 +169,35 @@ class Tuner:
         self.path, self.here, self.candidates, self.recipe, self.only = path, dict(here), found, recipe, only
         self._run, self._now, self._rows = run, now, rows or stored_rows
         self._end, self._lock = now() + limit_s, threading.Lock()
-        self.findings: dict[str, dict[str, Any]] = self._before()
+        self.findings: dict[str, dict[str, Any]] = {}
+        # of other recipes' batches, too
+        self.attention: dict[str, dict[str, str]] = {}
+        self._read()
         for name in [name for name in self.findings if name in only]:
             del self.findings[name]
 
-    def _before(self) -> dict[str, dict[str, Any]]:
-        """Returns the findings of the tuned file, without those about the training step of another recipe."""
+    def _read(self) -> None:
+        """Take the findings of an earlier tuning. Those of another recipe's step and attention do not count."""
         try:
             data = tuned.read(self.path)
         except FileNotFoundError:
-            return {}
+            return
         except ValueError as error:
             print(f"{self.path} is damaged ({error}) and written again", flush=True)
-            return {}
-        findings: dict[str, dict[str, Any]] = data.get("findings", {})
+            return
         same = data.get("recipe") == self.recipe
-        return {name: found for name, found in findings.items() if same or not name.startswith("step ")}
+        for name, found in data.get("findings", {}).items():
+            if same or not name.startswith(("step ", "attention ")):
+                self.findings[name] = found
+        self.attention = data.get("attention", {})
 
     def save(self) -> None:
         date = datetime.datetime.now(datetime.UTC).date().isoformat()
         decided = decide.decisions(self.candidates, self.findings)
         data = {"machine": self.here, "tuned": date, "recipe": self.recipe, "findings": self.findings}
         failed = [f"{c.op}={c.backend}" for c in self.candidates if decide.failed(c, self.findings)]
-        tuned.write(self.path, data | {"failed": failed, "decisions": decided})
+        self.attention |= decide.attention_decisions(self.findings)
+        tuned.write(self.path, data | {"failed": failed, "decisions": decided, "attention": self.attention})
 
     def todo(self) -> list[Measurement]:
         found = decide.next_measurements(self.candidates, self.findings)
@@ -249,6 +264,8 @@ def table(data: Mapping[str, Any]) -> str:
     for op, uses in sorted(data["decisions"].items()):
         for use, decision in uses.items():
             lines.append(f"  {op:<28}{use:<6}{decision['backend']:<8}{decision['reason']}")
+    for shape, decision in sorted(data.get("attention", {}).items()):
+        lines.append(f"  attention {shape}: {decision['backend']}, {decision['reason']}")
     lines += ["findings:", *(f"  {name}: {described(found)}" for name, found in data.get("findings", {}).items())]
     return "\n".join(lines)
 

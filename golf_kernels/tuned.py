@@ -6,7 +6,8 @@ torch, Triton and package version. The folder is `GOLF_CACHE`, by default `~/.ca
     {"machine": {"gpu": …, "driver": …, "torch": …, "triton": …, "golf_kernels": …}, "tuned": "2026-12-01",
      "findings": {…}, "failed": ["xsa=triton"],
      "decisions": {"leaky_relu2_mlp": {"call": {"backend": "triton", "reason": "1.62 x torch"},
-                                       "step": {"backend": "triton", "reason": "1.41 x in the step"}}}}
+                                       "step": {"backend": "triton", "reason": "1.41 x in the step"}}},
+     "attention": {"48x2048x8/4x64 bfloat16": {"backend": "cudnn", "reason": "fastest, ms forward + backward: …"}}}
 
 `findings` has the result of each measurement. `failed` lists the kernels whose check failed. `decisions` has the chosen
 backend of each operator and the reason. The decision `step` is for the trainer, `call` for all other callers. If a
@@ -117,6 +118,10 @@ def read(path: Path) -> dict[str, Any]:
             for decision in data["decisions"].values()
             for use in USES
             if use in decision
+        ]
+        found += [
+            (isinstance(one["backend"], str), isinstance(one["reason"], str))
+            for one in data.get("attention", {}).values()
         ]
         fine = isinstance(data["machine"], dict) and isinstance(data["tuned"], str) and all(map(all, found))
     except (KeyError, TypeError, AttributeError) as error:

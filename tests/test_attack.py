@@ -19,7 +19,7 @@ from train.common.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("names", [["artifact", "run-files", "record", "settings", "native"], ["checkpoint", "shards", "text", "kill"]])  # fmt: skip
+@pytest.mark.parametrize("names", [["artifact", "run-files", "record", "settings"], ["shards", "text", "native"]])
 def test_the_first_cases_of_each_campaign_hold(names: list[str], tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "attack", "--cases", "4", "--only", *names, "--json", tmp_path / "counts.json"],

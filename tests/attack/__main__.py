@@ -63,8 +63,9 @@ def work(campaign: type[Campaign], first: int, last: int | None, seconds: float,
     try:
         (root / "base").mkdir()
         tries = campaign(root / "base")
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        # data, not address space, which the heaps of a library's threads reserve without using it
+        used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY, used + MEMORY))
         signal.signal(signal.SIGALRM, _too_slow)
         begin, number = time.monotonic(), first
         while number != last and (last is not None or time.monotonic() - begin < seconds):

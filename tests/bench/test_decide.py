@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.decide import Candidate, decisions, failed, next_measurements
+from benchmarks.decide import Candidate, attention_decisions, decisions, failed, next_measurements
 
 FAST, SLOW_IN_STEP, WRONG, LOSER = (
     Candidate(name, "triton", in_step=True, has_bench=True) for name in ("fast", "slow_in_step", "wrong", "loser")
@@ -29,12 +29,18 @@ CALLS = {
 STEPS = {"step fast": times(torch=100.0, fast=90.0), "step slow_in_step": times(torch=100.0, slow_in_step=104.0)}
 
 
+ATTENTION = {
+    f"attention {batch}": {"verdict": "ok", "shape": batch, "times": {}} for batch in ("training", "evaluation")
+}
+
+
 def test_checks_come_first_then_calls_then_steps_of_what_won() -> None:
     assert names({}) == [f"check {c.op} {c.backend}" for c in ALL]
     assert names(CHECKS) == ["call fast", "call slow_in_step", "call loser", "call native"]
     # a kernel whose check failed is not measured, and one that lost as a call is not tried in the step
-    assert names(CHECKS | CALLS) == ["step fast", "step slow_in_step"]
-    assert names(CHECKS | CALLS | STEPS) == []
+    assert names(CHECKS | CALLS) == [*ATTENTION]
+    assert names(CHECKS | CALLS | ATTENTION) == ["step fast", "step slow_in_step"]
+    assert names(CHECKS | CALLS | ATTENTION | STEPS) == []
     # what was interrupted comes again
     assert names(CHECKS | {name: CALLS[name] for name in CALLS if name != "call loser"}) == ["call loser"]
 
@@ -64,6 +70,15 @@ def test_nothing_is_decided_that_was_not_measured() -> None:
     assert "step" not in decisions(ALL, CHECKS | CALLS)["fast"]
 
 
+def test_attention_is_the_fastest_backend_of_each_batch() -> None:
+    findings = {
+        "attention training": times(cudnn=1.25, sdpa=2.0) | {"shape": "48x2048 bfloat16"},
+        "attention evaluation": {"verdict": "stopped after 120 s"},
+    }
+    reason = "fastest, ms forward + backward: cudnn 1.250, sdpa 2.000"
+    assert attention_decisions(findings) == {"48x2048 bfloat16": {"backend": "cudnn", "reason": reason}}
+
+
 def test_a_measurement_that_crashed_or_hung_leaves_pytorch() -> None:
     findings = CHECKS | CALLS | {"call native": {"verdict": "killed by SIGSEGV: no output"}}
     assert decisions(ALL, findings)["native"]["call"] == {
@@ -84,7 +99,7 @@ def test_a_difference_within_the_spread_is_no_win() -> None:
 
 def test_winners_are_measured_together_and_one_that_does_not_pay_is_dropped() -> None:
     steps = STEPS | {"step slow_in_step": times(torch=100.0, slow_in_step=95.0)}
-    found = CHECKS | CALLS | steps
+    found = CHECKS | CALLS | ATTENTION | steps
     (together,) = next_measurements(ALL, found)
     assert together.name == "step all" and together.kernels == ("fast", "slow_in_step")
     found |= {"step all": times(torch=100.0, all=91.0)}

@@ -22,6 +22,9 @@ XSA = Candidate("xsa", "triton", in_step=True, has_bench=True)
 INT6 = Candidate("int6", "cuda", in_step=False, has_bench=True)
 
 
+ATTENTION = ["attention training", "attention evaluation"]
+
+
 class Machine:
     """Runs made jobs: each takes 10 seconds. `verdicts` has those that do not end well."""
 
@@ -41,7 +44,9 @@ class Machine:
         return Outcome(verdict, 10.0, f"doctor: running\n{json.dumps(report, indent=2)}")
 
     def rows(self, since: str) -> list[dict[str, Any]]:
-        kind, op = self.ran[-1].split()[:2]
+        kind, op = (self.ran or ATTENTION)[-1].split()[:2]
+        if kind == "attention":
+            return [row(kind, form, ms, op) for form, ms in (("sdpa", 2), ("cudnn", 1), ("sdpa again", 1))]
         if kind == "step":
             return [row("step sp8192_sdclip", "torch", 100), row("step sp8192_sdclip", f"{op}=triton", 80)]
         backend = "triton" if op == "xsa" else "cuda"
@@ -74,7 +79,7 @@ def test_everything_is_measured_and_remembered(path: Path) -> None:
     machine = Machine()
     assert tuner(path, machine).run()
     assert sorted(machine.ran[:2]) == ["check int6 cuda", "check xsa triton"]
-    assert machine.ran[2:] == ["call xsa", "call int6", "step xsa"]
+    assert machine.ran[2:] == ["call xsa", "call int6", *ATTENTION, "step xsa"]
     data = tuned.read(path)
     assert data["decisions"]["xsa"] == {
         "call": {"backend": "triton", "reason": "3.00 x torch"},
@@ -84,6 +89,8 @@ def test_everything_is_measured_and_remembered(path: Path) -> None:
     assert data["findings"]["call xsa"]["times"] == {"torch": [5.4, 6.0, 6.6], "triton": [1.8, 2.0, 2.2]}
     assert data["findings"]["check xsa triton"] == {"verdict": "ok", "seconds": 10.0, "error": 1e-3, "limit": 5e-2}
     assert "xsa                         step  triton  1.25 x in the step" in tune.table(data)
+    assert data["attention"]["training bf16"]["backend"] == "cudnn"
+    assert "attention training bf16: cudnn, fastest, ms forward + backward: cudnn 1.000, sdpa 2.000" in tune.table(data)
     again = Machine()
     assert tuner(path, again).run() and again.ran == []
 
@@ -106,7 +113,7 @@ def test_each_finding_is_kept_at_once_and_the_next_start_goes_on(
     assert set(tuned.read(path)["findings"]) == {"check xsa triton", "check int6 cuda", "call xsa"}
     assert "the time is up before call int6: type python -m golf_kernels tune again" in capsys.readouterr().out
     rest = Machine()
-    assert tuner(path, rest).run() and rest.ran == ["call int6", "step xsa"]
+    assert tuner(path, rest).run() and rest.ran == ["call int6", *ATTENTION, "step xsa"]
 
 
 def test_what_the_end_of_the_time_has_stopped_is_no_finding(path: Path) -> None:
@@ -124,7 +131,11 @@ def test_a_measurement_is_repeated_by_name_and_steps_belong_to_a_recipe(path: Pa
     again = Machine()
     assert tuner(path, again, only=["call xsa"]).run() and again.ran == ["call xsa"]
     other = Machine()
-    assert [one.name for one in tuner(path, other, recipe="sp4096_recurrence").todo()] == ["step xsa"]
+    todo = tuner(path, other, recipe="sp4096_recurrence")
+    assert [one.name for one in todo.todo()] == ATTENTION
+    # but what was decided for the first recipe's batches stays
+    todo.save()
+    assert set(tuned.read(path)["attention"]) == {"training bf16", "evaluation bf16"}
 
 
 def test_a_damaged_file_is_told_and_written_again(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +174,17 @@ def test_the_commands_are_those_of_the_benchmarks(monkeypatch: pytest.MonkeyPatc
     assert tune.job_of(without, "baseline", 9).command[-1] == "golf-mix_rms_norm,golf-mix_rms_norm-xsa"
     alone = tune.job_of(Measurement("step xsa", "step", XSA, ("xsa",)), "baseline", 9).command
     assert alone == ["-m", "benchmarks.bench_step", "--recipe", "baseline", "--phase", "before", "--rounds", "15", "--variants", "torch,xsa=triton"]  # fmt: skip
+    attention = tune.job_of(Measurement("attention training", "attention"), "baseline", 9).command
+    assert attention == [
+        "-m",
+        "benchmarks.bench_attention",
+        "--recipe",
+        "baseline",
+        "--batches",
+        "training",
+        "--rounds",
+        "15",
+    ]
     folder = Path(tune.__file__).parent
     assert all((folder / f"{tune.bench_of(op)}.py").is_file() for op in (*tune.BENCHES, "xsa", "int6", "newton_schulz"))
 

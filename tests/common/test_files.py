@@ -115,3 +115,11 @@ def test_a_whole_number_beyond_reading_is_refused(tmp_path: Path) -> None:
     path.write_text(f'{{"kind": "train", "step": {"9" * 5000}}}\n')
     with pytest.raises(UserError, match="line 1: expected a JSON object"):
         read_metrics(path)
+
+
+def test_a_number_that_no_float_holds_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(f'{{"seconds": 1{"0" * 400}}}')
+    with pytest.raises(UserError, match=r"a\.json: not readable as JSON \(OverflowError\): write it again"):
+        read_json(tmp_path / "a.json", "write it again")
+    (tmp_path / "a.json").write_text(f'{{"seconds": 1{"0" * 300}}}')
+    assert read_json(tmp_path / "a.json", "write it again") == {"seconds": 10**300}

@@ -14,6 +14,7 @@ DOCUMENTS = [
     "docs/kernels.md",
     "docs/library.md",
     "docs/tuning.md",
+    "docs/reliability.md",
     "docs/benchmarks.md",
     "docs/8xh100.md",
 ]

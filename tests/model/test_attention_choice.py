@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from golf_kernels import tuned
 from train.common.errors import UserError
 from train.config import Config
 from train.model import attention_backends, attention_choice
@@ -60,7 +63,7 @@ def test_a_backend_that_fails_at_these_shapes_is_left_out_with_its_reason(monkey
 
     monkeypatch.setattr(attention_choice, "causal_attention", failing)
     problems: dict[str, str | None] = {"sdpa": None, "cudnn": None}
-    times = attention_choice._measure(list(problems), config, CPU, torch.float32, 1, problems)
+    times = attention_choice._measure(list(problems), config, CPU, 1, problems)
     assert times == {"sdpa": 1.0}
     assert problems == {"sdpa": None, "cudnn": "RuntimeError: No available kernel. Aborting execution."}
 
@@ -78,7 +81,7 @@ def test_any_error_of_a_library_leaves_it_out(error: Exception, monkeypatch: pyt
     monkeypatch.setattr(attention_choice, "causal_attention", failing)
     problems: dict[str, str | None] = {"sdpa": None, "fa3": None}
     config = Config(model_dim=16, num_heads=2, num_kv_heads=1, train_seq_len=8)
-    assert attention_choice._measure(["sdpa", "fa3"], config, CPU, torch.float32, 1, problems) == {"sdpa": 1.0}
+    assert attention_choice._measure(["sdpa", "fa3"], config, CPU, 1, problems) == {"sdpa": 1.0}
     assert problems["fa3"] == f"{type(error).__name__}: head_dim"
 
 
@@ -98,7 +101,7 @@ def test_a_run_that_compiles_measures_compiled_attention(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "compile", compiled)
     config = Config(model_dim=16, num_heads=2, num_kv_heads=1, train_seq_len=8, compile="on")
     problems: dict[str, str | None] = {"sdpa": None, "fa3": None}
-    assert attention_choice._measure(["sdpa", "fa3"], config, CPU, torch.float32, 1, problems) == {"sdpa": 1.0}
+    assert attention_choice._measure(["sdpa", "fa3"], config, CPU, 1, problems) == {"sdpa": 1.0}
     assert options == [{"dynamic": False, "fullgraph": True}] * 2
     assert problems["fa3"] == "Unsupported: Attempted to call function marked as skipped"
 
@@ -143,6 +146,27 @@ def test_the_log_says_how_documents_are_kept_apart(name: str, how: str, monkeypa
         said = choose_attention(Config(attention=attention, document_masking=True), cuda, 1).reason
         assert said.endswith(f"; documents as {how}")
     assert "documents" not in choose_attention(Config(attention=name), cuda, 1).reason
+
+
+def test_a_tuned_choice_is_taken_for_its_shape_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, cuda = (
+        Config(device="cuda", model_dim=64, num_heads=2, num_kv_heads=1, train_seq_len=8),
+        torch.device("cuda"),
+    )
+    shape = attention_choice.batch_shape(config, 4)
+    assert shape.startswith("4x8x2/1x32 ")
+    decided = {"backend": "cudnn", "reason": "cudnn 1.250, sdpa 2.000 ms forward + backward"}
+    known = tuned.Tuned(Path("x"), {"tuned": "2026-12-01", "attention": {shape: decided}})
+    problems: dict[str, str | None] = {"sdpa": None, "cudnn": None}
+    monkeypatch.setattr(tuned, "load", lambda: known)
+    monkeypatch.setattr(attention_choice, "check_attention", lambda *_: dict(problems))
+    monkeypatch.setattr(attention_choice, "_measure", lambda *_: {"sdpa": 1.0})
+    assert choose_attention(config, cuda, 4) == ("cudnn", f"{decided['reason']}, tuned 2026-12-01")
+    # another shape, another form and a backend that is gone are measured
+    assert choose_attention(config, cuda, 5).name == "sdpa"
+    assert choose_attention(config.replace(compile="off"), cuda, 4).name == "sdpa"
+    problems["cudnn"] = "no such library"
+    assert choose_attention(config, cuda, 4).name == "sdpa"
 
 
 def test_every_layer_gets_the_backend() -> None:

@@ -75,13 +75,13 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
         UserError: the file is missing, unreadable, not one JSON object, or changed since it was written.
     """
     try:
-        value = json.loads(read_file(path).decode())
+        value = json.loads(read_file(path).decode(), parse_int=_whole_number)
         expected = value.pop(_CHECKSUM, None) if isinstance(value, dict) else None
         # inside the `try`: an object that is nested too deeply cannot be encoded again
         found = _checksum(value)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({type(error).__name__}): {remedy}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}: {remedy}")
@@ -96,6 +96,13 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
 def sha256_file(path: str | os.PathLike[str]) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _whole_number(digits: str) -> int:
+    number = int(digits)
+    # raises an OverflowError for a number that no float holds, and with which no arithmetic can be done
+    float(number)
+    return number
 
 
 def _checksum(values: Any) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from golf_kernels import tuned
 from train.common.errors import UserError
 from train.config import Config
 from train.model.attention import Attention
@@ -47,7 +48,8 @@ def check_attention(config: Config, device: torch.device) -> dict[str, str | Non
 def choose_attention(config: Config, device: torch.device, sequences: int) -> AttentionChoice:
     """Choose the backend that `config.attention` names. "auto" means "sdpa" on a CPU and the fastest backend on a GPU.
 
-    To find the fastest, this times forward and backward on the run's micro-batches of `sequences` sequences.
+    `python -m golf_kernels tune` may have measured which is fastest for batches of `sequences` sequences. Otherwise this
+    times forward and backward on such a batch.
 
     Raises:
         UserError: the named backend cannot run here, or no backend can.
@@ -57,8 +59,15 @@ def choose_attention(config: Config, device: torch.device, sequences: int) -> At
         return AttentionChoice(config.attention, "as set" + _documents(config, config.attention))
     if device.type != "cuda":
         return AttentionChoice("sdpa", f"PyTorch chooses the kernel on {device.type}{_documents(config, 'sdpa')}")
+    if (found := tuned.load()) and compiles(config, device):
+        decision = found.data.get("attention", {}).get(batch_shape(config, sequences))
+        if decision and problems.get(decision["backend"], "unknown") is None:
+            return AttentionChoice(
+                decision["backend"],
+                f"{decision['reason']}, tuned {found.data['tuned']}{_documents(config, decision['backend'])}",
+            )
     names = [name for name, problem in problems.items() if problem is None and name != "math"]
-    times = _measure(names, config, device, resolve_compute_dtype(config), sequences, problems)
+    times = _measure(names, config, device, sequences, problems)
     if not times:
         reasons = "; ".join(f"{name}: {problems[name]}" for name in names)
         raise UserError(
@@ -68,6 +77,39 @@ def choose_attention(config: Config, device: torch.device, sequences: int) -> At
     measured = ", ".join(f"{name} {time:.3f}" for name, time in sorted(times.items(), key=lambda item: item[1]))
     absent = "".join(f"; {name}: {problem}" for name, problem in problems.items() if problem is not None)
     return AttentionChoice(fastest, f"fastest, ms forward + backward: {measured}{absent}{_documents(config, fastest)}")
+
+
+def batch_shape(config: Config, sequences: int) -> str:
+    """Describe what attention gets: a measured choice is valid for one such text."""
+    heads = f"{config.num_heads}/{config.num_kv_heads}x{config.head_dim}"
+    dtype = str(resolve_compute_dtype(config)).removeprefix("torch.")
+    return f"{sequences}x{config.train_seq_len}x{heads}{' documents' if config.document_masking else ''} {dtype}"
+
+
+def attention_inputs(
+    config: Config, sequences: int, device: torch.device, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Documents | None, Tensor]:
+    """Make random queries, keys, values, documents (if the settings mask them) and the gradient of the output."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shape, dtype = (sequences, config.train_seq_len), resolve_compute_dtype(config)
+    query, key, value = (
+        torch.randn(*shape, heads, config.head_dim, device=device, dtype=dtype, generator=generator).requires_grad_()
+        for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    )
+    documents = None
+    if config.document_masking:
+        documents = Documents(torch.rand(shape, device=device, generator=generator) < 1 / 512)
+    gradient = torch.randn(query.shape, device=device, dtype=dtype, generator=generator)
+    return query, key, value, documents, gradient
+
+
+def attention_form(
+    name: str, config: Config, device: torch.device, documents: Documents | None
+) -> Callable[..., Tensor]:
+    """Return a backend's attention as the run calls it: compiled if the run compiles."""
+    form: Callable[..., Tensor] = functools.partial(causal_attention, documents=documents, backend=name)
+    # the form that will run; a backend that cannot be compiled whole fails here and not in the first step
+    return torch.compile(form, dynamic=False, fullgraph=True) if compiles(config, device) else form
 
 
 def _documents(config: Config, name: str) -> str:
@@ -87,34 +129,15 @@ def use_attention(model: nn.Module, name: str) -> None:
 
 
 def _measure(
-    names: list[str],
-    config: Config,
-    device: torch.device,
-    dtype: torch.dtype,
-    sequences: int,
-    problems: dict[str, str | None],
+    names: list[str], config: Config, device: torch.device, sequences: int, problems: dict[str, str | None]
 ) -> dict[str, float]:
     """Measure the median milliseconds of one layer's attention, forward and backward, compiled where the run compiles.
 
     The backends take turns. The result lacks a backend that fails; `problems` then gets the reason.
     """
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (sequences, config.train_seq_len)
-    query, key, value = (
-        torch.randn(*shape, heads, config.head_dim, device=device, dtype=dtype, generator=generator).requires_grad_()
-        for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    )
-    documents = None
-    if config.document_masking:
-        documents = Documents(torch.rand(shape, device=device, generator=generator) < 1 / 512)
-    gradient = torch.randn(query.shape, device=device, dtype=dtype, generator=generator)
+    query, key, value, documents, gradient = attention_inputs(config, sequences, device, 0)
     rounds: dict[str, list[float]] = {name: [] for name in names}
-    forms: dict[str, Callable[..., Tensor]] = {
-        name: functools.partial(causal_attention, documents=documents, backend=name) for name in names
-    }
-    if compiles(config, device):
-        # the form that will run; a backend that cannot be compiled whole fails here and not in the first step
-        forms = {name: torch.compile(form, dynamic=False, fullgraph=True) for name, form in forms.items()}
+    forms = {name: attention_form(name, config, device, documents) for name in names}
     for _ in range(_ROUNDS + 1):
         for name, times in rounds.items():
             if problems[name] is not None:
