@@ -108,7 +108,7 @@ def test_forms_fall_in_size_and_are_counted(capsys: pytest.CaptureFixture[str]) 
     assert sizes == {form: counted_code_bytes(config.replace(code_form=form)) for form in FORMS}
     text = (Path(__file__).parents[2] / "docs" / "artifact.md").read_text()
     for form, said in (
-        ("wrapped", r"one compressed script, (\d+) to (\d+) kB"),
+        ("wrapped", r"It takes (\d+) to\s(\d+) kB"),
         ("raw", r"or (\d+) to (\d+) kB in the form `raw`"),
     ):
         smallest, largest = map(int, re.search(said, text).groups())
