@@ -19,7 +19,8 @@ Each fallback is logged once, with the reason.
 
 A named backend is forced: if it cannot run, the call raises an error. With a question mark, as in
 `newton_schulz=triton?`, the call uses the next backend in the order instead. If the named backend does not take tensors
-on the call's device, the call uses the first backend of item 3 that can run.
+on the call's device, the call uses the first backend of item 3 that can run. `newton_schulz=torch?` is a choice for CUDA
+tensors only.
 """
 
 from __future__ import annotations
@@ -204,6 +205,9 @@ def choose(op: str, *args: Any, device: str | None = None) -> Choice:
     named, source = _named(op), ENVIRONMENT_VARIABLE
     if named is None and device == "cuda":
         named, source = _tuned(op)
+    if named == Named("torch", forced=False) and device != "cuda":
+        # on a GPU the kernel lost against PyTorch, which says nothing about the C++ backend
+        named = None
     refused: list[str] = []
     if named is not None:
         elsewhere = bool(args) and not _made_for(named.backend, device)

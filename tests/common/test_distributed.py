@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -34,6 +35,7 @@ def test_one_process_needs_no_group(variables: dict[str, str], monkeypatch: pyte
         assert (ranks.rank, ranks.local_rank, ranks.world_size, ranks.accumulation) == (0, 0, 1, 8)
         assert ranks.device == torch.device("cpu") and ranks.is_main and ranks.group is None
         assert not dist.is_initialized()
+    assert logging.getLogger("golf_kernels").isEnabledFor(logging.WARNING)
         assert ranks.broadcast({"a": 1}) == {"a": 1}
         assert ranks.sum(torch.tensor([2.0])).item() == 2.0
         ranks.barrier()
@@ -109,6 +111,8 @@ def check_clock(rank: int, group: dist.ProcessGroup) -> dict[str, object]:
 
 def use(ranks: Ranks, folder: str) -> None:
     assert (ranks.world_size, ranks.accumulation, ranks.is_main) == (2, 4, ranks.rank == 0)
+    # both find the same fault in the tuned file, and one of them says so
+    assert logging.getLogger("golf_kernels").isEnabledFor(logging.WARNING) == ranks.is_main
     box = ranks.broadcast(f"from {ranks.rank}", source=1)
     total = ranks.sum(torch.tensor([ranks.rank + 1], dtype=torch.int64)).item()
     if ranks.is_main:

@@ -88,6 +88,16 @@ def test_a_preferred_backend_that_cannot_run_is_left_for_the_next(monkeypatch, c
         dispatch.choose("op", wide)
 
 
+def test_a_kernel_that_lost_on_the_gpu_does_not_keep_cpp_from_cpu_tensors(monkeypatch):
+    for backend in ("torch", "cpp", "cuda"):
+        register("op", backend)
+    monkeypatch.setenv("GOLF_BACKEND", "op=torch?")
+    assert dispatch.choose("op", torch.zeros(1)) == ("cpp", "default on cpu")
+    assert dispatch.choose("op", device="cuda") == ("torch", "preferred by GOLF_BACKEND")
+    monkeypatch.setenv("GOLF_BACKEND", "op=torch")
+    assert dispatch.choose("op", torch.zeros(1)).backend == "torch"
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [

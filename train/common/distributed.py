@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -153,9 +154,15 @@ def start_ranks(device: str = "auto") -> Iterator[Ranks]:
             f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}: rank {rank} cannot "
             f"join the others there ({error}): check the address, or choose a free port with torchrun --master_port"
         ) from error
+    kernels = logging.getLogger("golf_kernels")
+    level = kernels.level
+    if rank:
+        # rank 0 gives the same warnings about kernels
+        kernels.setLevel(logging.ERROR)
     try:
         yield Ranks(rank, local_rank, world_size, own_device, dist.group.WORLD)
     finally:
+        kernels.setLevel(level)
         dist.destroy_process_group()
 
 
