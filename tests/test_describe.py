@@ -19,6 +19,7 @@ from train.recipes import load_recipe, recipe_names
         ("sp2048_normuon", 19_941_440, 77_668_608, None, 16_384_256 - 2 * 18_496),
         ("sp4096_recurrence", 34_400_347, 132_358_508, 34_566_326, 26_636_470),
         ("sp8192_sdclip", 37_022_812, 137_605_488, 37_206_200, 29_276_344),
+        ("sp8192_frontier", 35_945_673, 135_394_084, None, None),
     ],
 )
 def test_parameters_and_bytes_are_the_published_ones(
@@ -40,6 +41,7 @@ def test_parameters_and_bytes_are_the_published_ones(
         ("sp2048_normuon", 5_836_374_016),
         ("sp4096_recurrence", 4_508_614_656),
         ("sp8192_sdclip", 3_903_848_448),
+        ("sp8192_frontier", 3_844_079_616),
     ],
 )
 def test_published_steps_saw_the_published_tokens(name: str, tokens: int) -> None:
@@ -54,7 +56,7 @@ def test_the_frontiers_counts_are_reached_by_settings_alone() -> None:
         {"parallel_form": "gptj"},  # #1493
         {"parallel_start_layer": 8, "parallel_form": "routed"},  # #1530
         {"head_gate": True},  # #1787
-        {"smear_gate": "document"},  # #1855
+        {"smear_gate": "embedding"},  # #1855
         {"softcap_params": 2},  # #1945, #1953, #2014, #2135
     ):
         settings |= more
@@ -88,7 +90,8 @@ def test_arithmetic_and_order_are_the_published_ones(name: str, before: float, a
 
 
 @pytest.mark.parametrize(
-    ("name", "matrices"), [("sp4096_recurrence", 66), ("sp8192_sdclip", 66), ("sp2048_normuon", 48)]
+    ("name", "matrices"),
+    [("sp4096_recurrence", 66), ("sp8192_sdclip", 66), ("sp8192_frontier", 66), ("sp2048_normuon", 48)],
 )
 def test_as_many_matrices_as_published_are_int6(name: str, matrices: int) -> None:
     facts = describe(load_recipe(name).config(), {})
@@ -144,11 +147,11 @@ def test_the_command_prints_json() -> None:
 @pytest.mark.parametrize(
     ("changes", "step_ms", "step", "begin"),
     [
-        ({}, 118.86, 2000, "from step 2,000 layers"),
+        ({}, 118.86, 2000, "from step 2,000: encoder"),
         # 0.35 of 590 s
-        ({"recur_start_frac": 0.35}, 100.0, 2065, "from step 2,065 layers"),
-        ({"recur_start_frac": 0.35}, None, None, "from 0.35 of training layers"),
-        ({"recur_start_frac": 0.35, "warmdown_by": "steps", "iterations": 1001}, None, 351, "from step 351 layers"),
+        ({"recur_start_frac": 0.35}, 100.0, 2065, "from step 2,065: encoder"),
+        ({"recur_start_frac": 0.35}, None, None, "from 0.35 of training: encoder"),
+        ({"recur_start_frac": 0.35, "warmdown_by": "steps", "iterations": 1001}, None, 351, "from step 351: encoder"),
     ],
 )
 def test_recurrence_is_described_from_its_step_or_fraction(

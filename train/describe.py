@@ -10,7 +10,7 @@ import torch
 
 from train.config import Config
 from train.model.gpt import GPT
-from train.model.order import virtual_order
+from train.model.order import split_order, virtual_order
 from train.model.parameters import mflop_per_token, parameter_table
 from train.optimize.schedules import lr_scale, muon_momentum, warmdown_seconds
 from train.quantize.tensors import stored_bits
@@ -60,6 +60,8 @@ def describe(config: Config, published: Mapping[str, float]) -> dict[str, Any]:
         "virtual_order": {
             "before_recurrence": list(virtual_order(config, recurrence=False)),
             "after_recurrence": list(virtual_order(config, recurrence=True)),
+            "encoder_runs_before_recurrence": len(split_order(config, recurrence=False)[0]),
+            "encoder_runs_after_recurrence": len(split_order(config, recurrence=True)[0]),
             "recurrence_from_step": _recurrence_step(config, published.get("step_ms")) if config.recur_layers else None,
             "recurrence_from_fraction": config.recur_start_frac if config.recur_layers else None,
         },
@@ -112,6 +114,11 @@ def schedule(config: Config, step_ms: float | None) -> list[dict[str, float | No
     return points
 
 
+def _runs(order: Mapping[str, Any], when: str) -> str:
+    layers, middle = [str(layer) for layer in order[when]], order[f"encoder_runs_{when}"]
+    return f"encoder ({' '.join(layers[:middle])}), decoder ({' '.join(layers[middle:])})"
+
+
 def describe_text(facts: Mapping[str, Any]) -> str:
     """Format the result of `describe` for people."""
     order, flops = facts["virtual_order"], facts["mflop_per_token"]
@@ -122,15 +129,12 @@ def describe_text(facts: Mapping[str, Any]) -> str:
     ]
     if facts["published"]:
         lines.append("  published: " + ", ".join(f"{name} {value:,}" for name, value in facts["published"].items()))
-    lines.append(
-        f"  layers {' '.join(map(str, order['before_recurrence']))}: {flops['before_recurrence']:.1f} MFLOP per token"
-    )
+    lines.append(f"  layers: {_runs(order, 'before_recurrence')}: {flops['before_recurrence']:.1f} MFLOP per token")
     if order["after_recurrence"] != order["before_recurrence"]:
         step, fraction = order["recurrence_from_step"], order["recurrence_from_fraction"]
         begin = f"{fraction:.4g} of training" if step is None else f"step {step:,}"
         lines.append(
-            f"  from {begin} layers {' '.join(map(str, order['after_recurrence']))}: "
-            f"{flops['after_recurrence']:.1f} MFLOP per token"
+            f"  from {begin}: {_runs(order, 'after_recurrence')}: {flops['after_recurrence']:.1f} MFLOP per token"
         )
     lines.append("")
     if facts["schedule"][0]["step"] is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ class PublishedAttention(nn.Module):
     def __init__(self, own: Attention) -> None:
         super().__init__()
         self.query, self.key, self.value, self.output = own.query, own.key, own.value, own.output
-        self.q_gain = own.q_gain
+        self.q_gain, self.gate = own.q_gain, own.gate
         self.head_dim, self.xsa = own.head_dim, own.xsa
         self.qat, self.backend = own.qat, own.backend
 
@@ -58,6 +59,9 @@ class PublishedAttention(nn.Module):
         output = causal_attention(query, key, value, documents=documents, backend=self.backend)
         if self.xsa:
             output = remove_value_direction(output, value)
+        if self.gate is not None:
+            gates = torch.sigmoid(0.5 * F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)))
+            output = output * gates[..., None]
         return scale.to(x.dtype) * self.product(output.flatten(-2), self.output)
 
 

@@ -1,7 +1,7 @@
 """The variant `published` of `benchmarks.bench_step`: a training step like those of the published scripts.
 
 The model is `benchmarks.measure.published_model` under torch.compile. As in the scripts, batches are int64 in
-pageable memory, and Muon updates one matrix at a time (in submission #1392 all matrices of one shape at once). Every
+pageable memory, and Muon updates one matrix at a time (in some scripts all matrices of one shape at once). Every
 step makes a new state_dict, updates the moving average tensor by tensor, and reads with `.item()` if the time is up.
 """
 
@@ -14,25 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from golf_kernels.newton_schulz import Triple, coefficient_set
 from train.config import Config
 from train.model.gpt import GPT
 from train.optimize.groups import split_parameters
 
-# recipes whose published script, #1392, stacked the matrices of one shape in a bank and orthogonalized each bank at
-# once
-BANKED = ("sp4096_recurrence",)
+# recipes whose published script stacked the matrices of one shape in a bank and orthogonalized each bank at once
+BANKED = ("sp4096_recurrence", "sp8192_frontier")
 
 
-def quintic(gradient: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Newton-Schulz in `dtype` with Keller Jordan's coefficients, on a matrix `(m, n)` or k matrices `(k, m, n)`."""
+def orthogonalize(gradient: Tensor, coefficients: Sequence[Triple], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Newton-Schulz in `dtype` on a matrix `(m, n)` or k matrices `(k, m, n)`, with (a, b, c) of each iteration."""
     x = gradient.to(dtype)
     norm: Tensor = x.norm(dim=(-2, -1), keepdim=True)
     x = x / (norm + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    for _ in range(steps):
+    for a, b, c in coefficients:
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
 
 
@@ -67,10 +67,10 @@ class PlainMuon:
                 if config.muon_eq_r:
                     update = update / (update.square().sum(-1, keepdim=True) + config.muon_row_eps).sqrt()
                 updates.append(update)
-            steps = config.muon_backend_steps
-            results = quintic(torch.stack(updates), steps, self.dtype).unbind() if len(bank) > 1 else None
+            triples = coefficient_set(config.muon_coefficients).schedule(config.muon_backend_steps)
+            results = orthogonalize(torch.stack(updates), triples, self.dtype).unbind() if len(bank) > 1 else None
             for number, (matrix, second) in enumerate(zip(bank, seconds, strict=True)):
-                result = (results[number] if results else quintic(updates[number], steps, self.dtype)).float()
+                result = (results[number] if results else orthogonalize(updates[number], triples, self.dtype)).float()
                 if config.normuon:
                     before = result.norm()
                     second.lerp_(result.square().mean(-1, keepdim=True), 0.05)

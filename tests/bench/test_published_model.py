@@ -60,8 +60,9 @@ def test_mlp_is_bit_for_bit_the_scripts_straight_line() -> None:
         assert [torch.equal(*pair) for pair in zip(found, want, strict=True)] == [layer is published] * len(want)
 
 
-def test_the_whole_model_has_the_trainers_names_weights_and_loss() -> None:
-    model = random_model(narrow_config("sp8192"))
+@pytest.mark.parametrize("system", ["sp8192", "frontier"])
+def test_the_whole_model_has_the_trainers_names_weights_and_loss(system: str) -> None:
+    model = random_model(narrow_config(system))
     published = published_model(model)
     assert list(published.state_dict()) == list(model.state_dict())
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in published.state_dict().items())

@@ -14,10 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import bench_loss_curves, bench_step
 from benchmarks.measure import step_variants
-from benchmarks.measure.published_step import quintic
+from benchmarks.measure.published_step import orthogonalize
 from benchmarks.measure.step_variants import StepVariant, all_kernels, make_variants, step_kernels
 from benchmarks.measure.tokens import MadeTokens, OneBatch, ShardTokens, token_source
 from golf_kernels import dispatch
+from golf_kernels.newton_schulz import coefficient_set
 from train.common.errors import UserError
 from train.config import Config
 from train.data.shards import write_shard
@@ -67,7 +68,9 @@ def test_kernels_in_the_interpreter_train_like_the_reference() -> None:
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 16, 32)])
 def test_the_plain_orthogonalization_brings_singular_values_near_one(shape: tuple[int, ...]) -> None:
-    values = torch.linalg.svdvals(quintic(torch.randn(shape, generator=torch.Generator().manual_seed(0)), 5).float())
+    triples = coefficient_set("quintic").schedule(5)
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalize(gradient, triples).float())
     assert float(values.min()) > 0.6 and float(values.max()) < 1.25
 
 

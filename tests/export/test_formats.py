@@ -45,7 +45,7 @@ CONFIGS = {
     "few learnt repeats": narrow_config("sp4096", recur_layers=(2, 3, 4), recur_scale_params=1),
     "one layer": narrow_config("baseline", num_layers=1),
     "three passes, eight skips": narrow_config("sp8192", num_loops=2, skip_rows=8),
-    "routed lanes, head gates": narrow_config("sp8192", parallel_start_layer=8, parallel_form="routed", head_gate=True, softcap_params=2),
+    "frontier, leaky smear gate": narrow_config("frontier", smear_gate_bos_fix=False),
     "no projections": narrow_config("sp8192", bigram_vocab_size=41, bigram_dim=32, ve_dim=16),
     "rounded frequencies": narrow_config("sp8192", rotary_table="bf16_frequencies", recur_layers=()),
 }  # fmt: skip

@@ -17,6 +17,7 @@ _RECIPES = {
     "sp2048": "sp2048_normuon",
     "sp4096": "sp4096_recurrence",
     "sp8192": "sp8192_sdclip",
+    "frontier": "sp8192_frontier",
 }
 SYSTEMS = {system: load_recipe(recipe).settings for system, recipe in _RECIPES.items()}
 """System → the settings of its recipe, unchanged, so that tests cover what is trained."""
@@ -38,6 +39,7 @@ _NARROW_BY_SYSTEM: dict[str, dict[str, object]] = {
     "sp2048": {"rope_train_seq_len": 16},
     "sp4096": {"rope_train_seq_len": 8, "rope_dims": 4, "ve_dim": 12},
     "sp8192": {"rope_train_seq_len": 16, "rope_dims": 4, "ve_dim": 12},
+    "frontier": {"rope_train_seq_len": 8, "rope_dims": 4},
 }
 
 _FOUR = {"num_layers": 4, "recur_layers": (1,), "parallel_start_layer": 3, "ve_layers": (2, 3), "xsa_last_n": 4}
@@ -47,11 +49,12 @@ SHALLOW: dict[str, dict[str, Any]] = {
     "sp2048": {"num_layers": 2},
     "sp4096": _FOUR,
     "sp8192": _FOUR,
+    "frontier": {name: value for name, value in _FOUR.items() if name != "ve_layers"},
 }
 """System → changed settings that leave it few layers but all of its features."""
 
 CASES = [("baseline", False), ("sp1024", False), ("sp2048", False)] + [
-    (system, recurrence) for system in ("sp4096", "sp8192") for recurrence in (False, True)
+    (system, recurrence) for system in ("sp4096", "sp8192", "frontier") for recurrence in (False, True)
 ]
 """(system, whether recurrence is on), for every state that a system has."""
 

@@ -42,9 +42,8 @@ def test_every_steps_logits_are_those_of_the_whole_text(system: str, recurrence:
         {"document_masking": True, "smear_gate": "published"},
         {"bigram_vocab_size": 41, "bigram_dim": 12, "trigram": True, "smear_gate": "published"},
         {"parallel_start_layer": 9, "recur_layers": (8, 9)},
-        {"parallel_start_layer": 8, "parallel_form": "routed", "head_gate": True, "num_loops": 2, "skip_rows": 8},
     ],
-    ids=["documents", "documents, published gate", "trigrams behind the gate", "a repeat in the decoder", "frontier"],
+    ids=["documents", "documents, published gate", "trigrams behind the gate", "a repeat in the decoder"],
 )
 def test_parts_that_no_recipe_combines(changes: dict[str, object]) -> None:
     config = narrow_config("sp8192", **changes)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from train.model.smear import DocumentSmearGate, SmearGate, predecessor
+from train.model.smear import PositionSmearGate, SmearGate, predecessor
 
 STARTS = torch.tensor([[True, False, False, True, False], [False, True, False, False, False]])
 
@@ -33,7 +33,7 @@ def test_published_gate_equals_the_formula_with_and_without_documents() -> None:
 
 
 def test_document_gate_starts_as_the_identity_and_can_be_trained() -> None:
-    x, gate = values(), DocumentSmearGate(16).double()
+    x, gate = values(), PositionSmearGate(16).double()
     assert torch.equal(gate(x, STARTS), x)
     gate(x, STARTS).square().sum().backward()
     assert gate.scale.grad.abs() > 0
@@ -41,7 +41,7 @@ def test_document_gate_starts_as_the_identity_and_can_be_trained() -> None:
 
 def test_document_gate_equals_the_formula_and_never_looks_into_the_document_before() -> None:
     torch.manual_seed(0)
-    x, gate = values(), DocumentSmearGate(16).double()
+    x, gate = values(), PositionSmearGate(16).double()
     gate.gate.data.normal_()
     gate.scale.data.fill_(0.7)
     assert gate.gate.shape == (1, 12)
@@ -54,7 +54,7 @@ def test_document_gate_equals_the_formula_and_never_looks_into_the_document_befo
 
 
 def test_narrow_models_gate_on_what_they_have() -> None:
-    assert DocumentSmearGate(8).gate.shape == (1, 8)
+    assert PositionSmearGate(8).gate.shape == (1, 8)
 
 
 def test_predecessor_is_zero_where_documents_begin() -> None:
@@ -65,7 +65,7 @@ def test_predecessor_is_zero_where_documents_begin() -> None:
 
 def test_gates_pass_gradcheck() -> None:
     x = values(4).requires_grad_()
-    published, document = SmearGate(4).double(), DocumentSmearGate(4).double()
+    published, document = SmearGate(4).double(), PositionSmearGate(4).double()
     gate, scale = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.tensor(0.4, dtype=torch.float64)
     scale.requires_grad_()
     call = torch.func.functional_call

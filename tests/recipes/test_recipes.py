@@ -145,7 +145,8 @@ def test_every_trained_parameter_has_an_optimizer(name: str, tokens: Path) -> No
     ]
     assert len(held) == len(set(held))
     missing = {key for key, parameter in model.named_parameters() if id(parameter) not in held}
-    assert missing == ({"recur_scales"} if config.recur_scale_params else set())
+    untrained = {"recur_scales": config.recur_scale_params, "softcaps": config.softcap_params}
+    assert missing == {key for key, count in untrained.items() if count}
     muon = {id(p) for group in optimizers.muon.param_groups for p in group["params"]}
     kinds = {key: classify(key, config) for key, _ in model.named_parameters()}
     assert {key for key, p in model.named_parameters() if id(p) in muon} == {

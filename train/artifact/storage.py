@@ -42,7 +42,16 @@ _HEADER_FIELDS = (
     "parallel_start_layer", "parallel_form", "recur_layers", "recur_form", "recur_scale_params",
 )  # fmt: skip
 # settings of 0.2.0: the header has them only if they differ from the default, so that older artifacts keep their bytes
-_ADDED_FIELDS = ("rotary_table", "embed_proj", "skip_rows", "num_loops", "head_gate", "softcap_params")
+_ADDED_FIELDS = (
+    "rotary_table",
+    "embed_proj",
+    "skip_rows",
+    "num_loops",
+    "head_gate",
+    "softcap_params",
+    "rope_scaling",
+    "smear_gate_bos_fix",
+)
 # former settings: the header still has them, each with the only value that is left
 _FIXED_FIELDS = {"norm_eps": NORM_EPS, "unet_skips": True}
 

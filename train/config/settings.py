@@ -80,6 +80,7 @@ class Settings:
     rope_train_seq_len: int = setting(
         1024, "longest sequence that uses rope_base as it is; for longer ones NTK scaling raises the base", low=1
     )
+    rope_scaling: str = setting("ntk", "none: use rope_base at every length", choices=("ntk", "none"))
     rotary_table: str = setting("exact", "rounding of the cos/sin table", choices=("exact", "bf16", "bf16_frequencies"))
     qk_gain_init: float = setting(1.5, "initial gain of each query head, after the QK norm")
     logit_softcap: float = setting(30.0, "cap of the logits: they become cap * tanh(logits / cap)", low=1e-3)
@@ -89,9 +90,10 @@ class Settings:
     xsa_last_n: int = setting(0, "last n layers subtract the value direction from attention's output (XSA)", low=0)
     head_gate: bool = setting(False, "sigmoid gates on attention's heads, computed from 12 channels (#1787)")
     smear_gate: str = setting(
-        "off", "blend each token with the previous one; document: only inside documents",
-        choices=("off", "published", "document"),
+        "off", "blend each token with the previous one; document: only inside documents; embedding: before the norm (#1667)",
+        choices=("off", "published", "document", "embedding"),
     )  # fmt: skip
+    smear_gate_bos_fix: bool = setting(True, "smear_gate embedding does not blend a document's first token")
     bigram_vocab_size: int = setting(0, "rows of the hashed bigram embedding; 0: none", low=0, high=2**24)
     bigram_dim: int = setting(128, "width of the hashed bigram embedding", low=1, high=65536)
     trigram: bool = setting(False, "also hash trigrams into the bigram table and add their rows")

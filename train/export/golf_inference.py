@@ -79,7 +79,7 @@ def add_weights(model: nn.Module, c: Any) -> None:
         )
     if c.smear_gate == "published":
         model.smear = Weights(gate=(d,))
-    elif c.smear_gate == "document":
+    elif c.smear_gate != "off":
         model.smear = Weights(gate=(1, min(12, d)), scale=())
     if c.ve_dim:
         layers = len(c.ve_layers)
@@ -113,16 +113,8 @@ def golf_logits(model: Any, c: Any, ids: Tensor) -> Tensor:
 
     The rotary base is that of a text of max(T, window) tokens.
     """
-    x0 = rms(embed(model, c, ids))
-    if c.smear_gate != "off":
-        before = F.pad(x0[:, :-1], (0, 0, 1, 0))
-        if c.document_masking or c.smear_gate == "document":
-            before = before * (ids != BOS)[..., None]
-        if c.smear_gate == "published":
-            x0 = x0 + torch.sigmoid(model.smear.gate) * (before - x0)
-        else:
-            width = model.smear.gate.shape[1]
-            x0 = x0 + model.smear.scale * torch.sigmoid(F.linear(x0[..., :width], model.smear.gate)) * before
+    x0 = embed(model, c, ids)
+    x0 = rms(smeared(model, c, ids, x0)) if c.smear_gate == "embedding" else smeared(model, c, ids, rms(x0))
     mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()[None, None]
     if c.document_masking:
         document = (ids == BOS).cumsum(1)
@@ -209,6 +201,22 @@ def embed(model: Any, c: Any, ids: Tensor) -> Tensor:
     return x.add(model.bigram.scale * projected(model.bigram, found))
 
 
+def smeared(model: Any, c: Any, ids: Tensor, x: Tensor) -> Tensor:
+    """The smear gate: blends each token's embedding in `x` `(B, T, d)` with the previous token's."""
+    if c.smear_gate == "off":
+        return x
+    before = F.pad(x[:, :-1], (0, 0, 1, 0))
+    masked = {"published": c.document_masking, "document": True, "embedding": c.smear_gate_bos_fix}
+    if masked[c.smear_gate]:
+        before = before * (ids != BOS)[..., None]
+    if c.smear_gate == "published":
+        gate = torch.sigmoid(model.smear.gate)
+        return x + gate * (before - x)
+    gate = torch.sigmoid(F.linear(x[..., : model.smear.gate.shape[1]], model.smear.gate))
+    y: Tensor = x + model.smear.scale * gate * before
+    return y
+
+
 def projection(c: Any, width: int, target: int) -> dict[str, tuple[int, ...]]:
     """Return {"proj": shape} if an embedding of this width is projected to width `target`, else {}."""
     return {"proj": (target, width)} if c.embed_proj == "always" or width != target else {}
@@ -246,11 +254,11 @@ def attention(
 def rotary_table(c: Any, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Compute cosines and sines `(length, 1, r/2)` in the dtype of `like`.
 
-    For texts longer than `rope_train_seq_len`, the NTK rule raises the base.
+    For texts longer than `rope_train_seq_len`, the NTK rule raises the base, unless `rope_scaling` is "none".
     """
     dims, longest = c.rope_dims or c.model_dim // c.num_heads, max(length, c.window)
     base, kind = c.rope_base, c.rotary_table
-    if longest > c.rope_train_seq_len:
+    if c.rope_scaling == "ntk" and longest > c.rope_train_seq_len:
         kind = "exact"
         if dims > 2:
             base = base * (longest / c.rope_train_seq_len) ** (dims / (dims - 2))

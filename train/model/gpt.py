@@ -22,7 +22,7 @@ from train.model.norm import rms_norm
 from train.model.order import Step, make_plan, skip_count
 from train.model.rope import ntk_base, rotary_table
 from train.model.skips import UNetSkips
-from train.model.smear import DocumentSmearGate, SmearGate
+from train.model.smear import PositionSmearGate, SmearGate
 
 _BLEND = 0.5
 _LANE_RESID = 1.1
@@ -79,7 +79,7 @@ class GPT(nn.Module):
                 project=projects(config, config.bigram_dim, dim), orthogonal=orthogonal, dtype=tables, qat=qat, trigram=config.trigram,
             )  # fmt: skip
         if config.smear_gate != "off":
-            self.smear = SmearGate(dim) if config.smear_gate == "published" else DocumentSmearGate(dim)
+            self.smear = SmearGate(dim) if config.smear_gate == "published" else PositionSmearGate(dim)
         if config.ve_dim:
             self.ve = ValueEmbedding(
                 config.vocab_size, config.ve_dim, config.kv_dim, config.ve_layers,
@@ -190,7 +190,9 @@ class GPT(nn.Module):
         return None
 
     def embed(self, ids: Tensor, length: int | None = None) -> Shared:
-        """Compute what the layers share: x0 = smear(rms(E[ids] + bigram)), the rotary table, and the value embedding.
+        """Compute what the layers share: x0, the rotary table, and the value embedding.
+
+        x0 = smear(rms(E[ids] + bigram)), or with `smear_gate` "embedding" rms(smear(E[ids] + bigram)).
 
         Args:
             ids: `(B, T)` int64 token ids.
@@ -200,14 +202,18 @@ class GPT(nn.Module):
         x = self.embedding(ids, dtype)
         if self.bigram is not None:
             x = x + self.bigram(ids, dtype)
-        x = rms_norm(x)
-        if self.smear is not None:
+        if self.smear is not None and config.smear_gate == "embedding":
+            x = rms_norm(self.smear(x, document_starts(ids) if config.smear_gate_bos_fix else None))
+        elif self.smear is not None:
             masked = config.document_masking or config.smear_gate == "document"
-            x = self.smear(x, document_starts(ids) if masked else None)
+            x = self.smear(rms_norm(x), document_starts(ids) if masked else None)
+        else:
+            x = rms_norm(x)
         length, rotary_dims = length or ids.shape[1], config.rope_dims or config.head_dim
-        base = ntk_base(config.rope_base, rotary_dims, length, config.rope_train_seq_len)
-        # beyond the training length the published scripts compute new frequencies, in float32
-        kind = config.rotary_table if length <= config.rope_train_seq_len else "exact"
+        base, kind = config.rope_base, config.rotary_table
+        if config.rope_scaling == "ntk" and length > config.rope_train_seq_len:
+            # beyond the training length the published scripts compute new frequencies, in float32
+            base, kind = ntk_base(base, rotary_dims, length, config.rope_train_seq_len), "exact"
         rotary = rotary_table(length, rotary_dims, base, kind=kind, dtype=dtype, device=ids.device)
         documents = Documents.of(ids) if config.document_masking else None
         values = None if self.ve is None else self.ve(ids, dtype)

@@ -71,5 +71,13 @@ def virtual_order(config: Config, *, recurrence: bool) -> tuple[int, ...]:
     return tuple(step.layer for step in make_plan(config, recurrence=recurrence))
 
 
+def split_order(config: Config, *, recurrence: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`virtual_order`, divided into encoder and decoder."""
+    order = virtual_order(config, recurrence=recurrence)
+    # only the encoder has blended repeats
+    middle = len(order) - len(halves(config, recurrence=recurrence)[1])
+    return order[:middle], order[middle:]
+
+
 def _is_parallel(config: Config, layer: int) -> bool:
     return 0 <= config.parallel_start_layer <= layer

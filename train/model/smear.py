@@ -1,4 +1,4 @@
-"""SmearGate: mixes each token's embedding with the previous token's, in two published variants."""
+"""SmearGate: adds the previous token's embedding to each token's, in two published variants."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class SmearGate(nn.Module):
         return torch.lerp(x, predecessor(x, starts), torch.sigmoid(self.gate).to(x.dtype))
 
 
-class DocumentSmearGate(nn.Module):
-    """The variant of #1851, which does not cross document boundaries: y[t] = x[t] + λ σ(w · x[t, :12]) x[t−1].
+class PositionSmearGate(nn.Module):
+    """The variant of #1667, with one gate per position: y[t] = x[t] + λ σ(w · x[t, :12]) x[t−1].
 
     λ and w `(1, 12)` are initially 0, so initially y = x. If d < 12, the gate reads all d channels.
     """
@@ -43,7 +43,7 @@ class DocumentSmearGate(nn.Module):
         self.gate = constant(0.0, 1, min(_GATE_CHANNELS, dim))
         self.scale = constant(0.0)
 
-    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
-        """Smear `x` `(B, T, d)`. `starts` `(B, T)` bool says where documents begin."""
+    def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Smear `x` `(B, T, d)`. `starts` as for `predecessor`."""
         gate = torch.sigmoid(F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)))
         return x + self.scale.to(x.dtype) * gate * predecessor(x, starts)
