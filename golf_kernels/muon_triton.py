@@ -1,4 +1,4 @@
-"""Triton kernels: a step of Muon before and after Newton-Schulz. Each launch takes all matrices.
+"""Triton kernels for the parts of a Muon step before and after Newton-Schulz. Each launch takes all matrices.
 
     momentum  m ← β·m + g (dampened: m + (1 − β)·(g − m)); u = m or the Nesterov direction, with or without normalized
               rows; stores u as X in the workspace of newton_schulz_triton.py, with the largest entry and the sum of
