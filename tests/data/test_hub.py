@@ -14,9 +14,10 @@ import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from train.common.errors import UserError
+from train.data.case_operators import OPERATORS, transform
 from train.data.corpus import stdlib_documents
-from train.data.hub import FolderSource, HubSource, Unreachable, download
-from train.data.shards import find_shards, read_shard, write_shard
+from train.data.hub import FolderSource, HubSource, Unreachable, default_repo, download
+from train.data.shards import find_shards, read_shard, read_sidecar, write_shard
 from train.data.tokenizer import find_tokenizer, train_tokenizer
 
 VOCAB = 400
@@ -30,20 +31,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-def make_remote(root: Path, model: bytes, *, prefix: str = "datasets", manifest: bool = True, first: int = 100) -> Path:
+def make_remote(
+    root: Path, model: bytes, *, prefix: str = "datasets", manifest: bool = True, first: int = 100, name: str = ""
+) -> Path:
     """A repository as published: two validation and four training shards."""
     base = root / prefix
-    shards = base / "datasets" / f"fineweb10B_sp{VOCAB}"
+    dataset, tokenizer_file = f"fineweb10B_sp{VOCAB}{name}", f"fineweb_{VOCAB}_bpe{name}.model"
+    shards = base / "datasets" / dataset
     shards.mkdir(parents=True)
     for split, count in (("val", 2), ("train", 4)):
         for index in range(count):
             write_shard(shards / f"fineweb_{split}_{index:06d}.bin", np.arange(first + index, first + index + 50))
     (shards / "fineweb_val_bytes_000000.bin").write_bytes(b"sidecar")
     (base / "tokenizers").mkdir()
-    (base / "tokenizers" / f"fineweb_{VOCAB}_bpe.model").write_bytes(model)
+    (base / "tokenizers" / tokenizer_file).write_bytes(model)
     if manifest:
         entry = {
-            "name": f"fineweb10B_sp{VOCAB}",
+            "name": dataset,
             "tokenizer_name": "bpe",
             "vocab_size": VOCAB,
             "bos_id": 1,
@@ -52,7 +56,7 @@ def make_remote(root: Path, model: bytes, *, prefix: str = "datasets", manifest:
         entry["stats"] = {"files_train": 4, "files_val": 2, "tokens_train": 200, "tokens_val": 100}
         tokenizer = {
             "name": "bpe",
-            "model_path": f"tokenizers/fineweb_{VOCAB}_bpe.model",
+            "model_path": f"tokenizers/{tokenizer_file}",
             "vocab_path": "tokenizers/none.vocab",
         }
         (base / "manifest.json").write_text(json.dumps({"datasets": [entry], "tokenizers": [tokenizer]}))
@@ -78,6 +82,32 @@ def test_both_layouts_arrive_where_the_run_commands_look(
     for index, path in enumerate(find_shards(folder, "train")):
         assert read_shard(path).tolist() == list(range(100 + index, 150 + index))
     assert not [path.name for path in folder.iterdir() if "bytes" in path.name or "part" in path.name]
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_tokenizer_with_operators_brings_the_bytes_of_the_validation_tokens(tmp_path: Path, manifest: bool) -> None:
+    name = "_lossless_caps_caseops_v1_reserved"
+    documents = [transform(document.text) for document, _ in zip(stdlib_documents(), range(3), strict=False)]
+    train_tokenizer(documents, VOCAB, tmp_path / "t.model", OPERATORS)
+    remote = make_remote(tmp_path / "remote", (tmp_path / "t.model").read_bytes(), manifest=manifest, name=name)
+    shards = remote / "datasets" / "datasets" / f"fineweb10B_sp{VOCAB}{name}"
+    for index in range(2):
+        write_shard(shards / f"fineweb_val_bytes_{index:06d}.bin", np.arange(50) + index)
+    source, root = FolderSource(str(remote), "datasets"), tmp_path / "data"
+    folder, tokenizer = download(f"sp{VOCAB}{name}", 1, root, source, skip_manifest=not manifest)
+    assert folder == root / "datasets" / f"fineweb10B_sp{VOCAB}{name}"
+    assert find_tokenizer(folder, VOCAB).resolve() == tokenizer.resolve()
+    assert tokenizer == root / "tokenizers" / f"fineweb_{VOCAB}_bpe{name}.model"
+    sidecar = [sizes.tolist() for sizes in read_sidecar(find_shards(folder, "val"))]
+    assert sidecar == [list(range(50)), list(range(1, 51))]
+    (shards / "fineweb_val_bytes_000001.bin").unlink()
+    with pytest.raises(UserError, match=r"has no datasets/datasets/.*/fineweb_val_bytes_000001\.bin"):
+        download(f"sp{VOCAB}{name}", 1, tmp_path / "again", source, skip_manifest=not manifest)
+
+
+def test_each_variant_has_its_repository() -> None:
+    assert default_repo("sp8192") == "willdepueoai/parameter-golf"
+    assert default_repo("sp8192_lossless_caps_caseops_v1_reserved") == "romeerp/parameter-golf-caseops-v1"
 
 
 def test_goes_on_where_it_was_stopped(tmp_path: Path, model: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from train.common.wording import counted
 from train.data.build import build_dataset, build_stdlib, check_output, measure_compressors
 from train.data.bulk import VAL_DOCS, build_bulk
 from train.data.corpus import split_documents, text_documents
-from train.data.hub import DEFAULT_PREFIX, DEFAULT_REPO, DEFAULT_TRAIN_SHARDS, FolderSource, HubSource, download
+from train.data.hub import DEFAULT_PREFIX, DEFAULT_TRAIN_SHARDS, FolderSource, HubSource, default_repo, download
 from train.data.manifest import DatasetInfo
 from train.data.shards import SHARD_TOKENS
 
@@ -46,12 +46,13 @@ def fineweb(arguments: argparse.Namespace) -> None:
     if arguments.source:
         source: FolderSource | HubSource = FolderSource(arguments.source, arguments.prefix)
     else:
-        print(f"fineweb: asking the Hub for {arguments.repo}", flush=True)
-        source = HubSource(arguments.repo, arguments.prefix)
+        repo = arguments.repo or default_repo(arguments.variant)
+        print(f"fineweb: asking the Hub for {repo}", flush=True)
+        source = HubSource(repo, arguments.prefix)
     folder, tokenizer = download(
         arguments.variant, arguments.train_shards, arguments.out, source, skip_manifest=arguments.skip_manifest
     )
-    vocab_size = arguments.variant.removeprefix("sp")
+    vocab_size = arguments.variant.removeprefix("sp").partition("_")[0]
     print(f"done: {folder} and {tokenizer}")
     print(f"next: python -m train --data_path {folder} --tokenizer_path {tokenizer} --vocab_size {vocab_size}")
 
@@ -132,11 +133,19 @@ def parser() -> argparse.ArgumentParser:
         fineweb,
     )
     environ = os.environ.get
-    repo = environ("MATCHED_FINEWEB_REPO_ID", DEFAULT_REPO)
+    repo = environ("MATCHED_FINEWEB_REPO_ID", "")
     prefix = environ("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", DEFAULT_PREFIX)
-    _option(one, "--variant", "sp1024", "tokenizer: sp1024, sp2048, sp4096, sp8192, …", "V")
+    _option(
+        one, "--variant", "sp1024", "tokenizer: sp1024, sp8192, …, or sp8192_lossless_caps_caseops_v1_reserved", "V"
+    )
     _option(one, "--train-shards", DEFAULT_TRAIN_SHARDS, "training shards of 10^8 tokens, 200 MB each", "N", int)
-    _option(one, "--repo", repo, "dataset repository; environment: MATCHED_FINEWEB_REPO_ID", "REPO")
+    _option(
+        one,
+        "--repo",
+        repo,
+        "dataset repository, by default the variant's; environment: MATCHED_FINEWEB_REPO_ID",
+        "REPO",
+    )
     _option(one, "--prefix", prefix, "folder in the repository; environment: MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "DIR")
     _option(
         one, "--source", "", "local copy of the repository (folder or file:// URL) to use instead of the Hub", "DIR"

@@ -1,8 +1,10 @@
 """Downloads the published FineWeb shards: the validation split, the first N training shards and the tokenizer.
 
-A repository has `manifest.json`, `datasets/fineweb10B_sp<V>/fineweb_{train,val}_NNNNNN.bin` and
+A repository has `manifest.json`, `datasets/fineweb10B_<variant>/fineweb_{train,val}_NNNNNN.bin` and
 `tokenizers/fineweb_<V>_bpe.model` in a folder, called the prefix. The local folder has the same layout without the
-prefix. The published run commands expect this layout.
+prefix. The published run commands expect this layout. A variant is `sp<V>`, or `sp<V>_NAME` with the tokenizer
+`fineweb_<V>_bpe_NAME.model`. Where the tokenizer has operators, `fineweb_val_bytes_NNNNNN.bin` lies beside each
+validation shard.
 """
 
 from __future__ import annotations
@@ -24,15 +26,21 @@ from train.common.errors import UserError
 from train.common.files import atomic_write, atomic_writer
 from train.common.progress import Progress
 from train.data.shards import check_shard
-from train.data.tokenizer import load_tokenizer
+from train.data.tokenizer import find_operator, load_tokenizer, published_tokenizer
 
 DEFAULT_REPO = "willdepueoai/parameter-golf"
+CASE_OPERATORS_REPO = "romeerp/parameter-golf-caseops-v1"
 DEFAULT_PREFIX = "datasets"
 DEFAULT_TRAIN_SHARDS = 80
 ORIGIN = "source.json"
 
-_VARIANT = re.compile(r"sp(\d+)")
+_VARIANT = re.compile(r"sp(\d+)(_\w+)?", re.ASCII)
 _LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+
+
+def default_repo(variant: str) -> str:
+    """Return the repository that publishes a variant."""
+    return CASE_OPERATORS_REPO if "_caseops_" in variant else DEFAULT_REPO
 
 
 class Unreachable(UserError):
@@ -166,9 +174,9 @@ def download(
     If several processes call this function at once, one downloads and the others wait.
 
     Args:
-        variant: the tokenizer's name, `sp<V>` for V pieces.
+        variant: the tokenizer's name, `sp<V>` for V pieces, or `sp<V>_NAME`.
         train_shards: number of training shards, of 10^8 tokens each.
-        out: local folder for `datasets/fineweb10B_sp<V>`, `tokenizers` and the manifest.
+        out: local folder for `datasets/fineweb10B_<variant>`, `tokenizers` and the manifest.
         source: the repository.
         skip_manifest: list the repository's files instead of reading its manifest.
 
@@ -181,29 +189,33 @@ def download(
     """
     match = _VARIANT.fullmatch(variant)
     if not match:
-        raise UserError(f"--variant {variant}: expected sp<V>, such as sp1024 or sp8192")
+        raise UserError(f"--variant {variant}: expected sp<V> or sp<V>_NAME, such as sp1024 or sp8192")
     if train_shards < 0:
         raise UserError(f"--train-shards {train_shards}: expected 0 or more")
     vocab_size, root = int(match[1]), Path(out)
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root / ".download.lock"):
         make = _plan_by_names if skip_manifest else _plan_by_manifest
-        plan = make(source, root, vocab_size, train_shards)
+        plan = make(source, root, variant, train_shards)
         folder = root / "datasets" / plan.dataset
         _claim(folder, source)
         tokenizer = root / "tokenizers" / PurePosixPath(plan.tokenizer).name
         _get(source, plan.tokenizer, tokenizer)
-        load_tokenizer(tokenizer, vocab_size)
-        with Progress(len(plan.shards), f"downloading {plan.dataset}", "shards") as bar:
-            for path in plan.shards:
+        shards = plan.shards
+        if find_operator(load_tokenizer(tokenizer, vocab_size, operators=True)):
+            shards = [
+                path.replace("/fineweb_val_", "/fineweb_val_bytes_") for path in shards if "/fineweb_val_" in path
+            ] + shards
+        with Progress(len(shards), f"downloading {plan.dataset}", "shards") as bar:
+            for path in shards:
                 _get(source, path, folder / PurePosixPath(path).name)
                 bar.advance(1, PurePosixPath(path).name)
     return folder, tokenizer
 
 
-def _plan_by_manifest(source: Source, root: Path, vocab_size: int, train_shards: int) -> Plan:
+def _plan_by_manifest(source: Source, root: Path, variant: str, train_shards: int) -> Plan:
     manifest = _manifest(source, root)
-    dataset = f"fineweb10B_sp{vocab_size}"
+    dataset = f"fineweb10B_{variant}"
     place = f"{source.name}, {source.remote('manifest.json')}"
     entries = {entry["name"]: entry for entry in manifest["datasets"]}
     if dataset not in entries:
@@ -222,8 +234,8 @@ def _plan_by_manifest(source: Source, root: Path, vocab_size: int, train_shards:
     return Plan(dataset, models[0], [f"datasets/{dataset}/{name}" for name in names])
 
 
-def _plan_by_names(source: Source, root: Path, vocab_size: int, train_shards: int) -> Plan:
-    dataset = f"fineweb10B_sp{vocab_size}"
+def _plan_by_names(source: Source, root: Path, variant: str, train_shards: int) -> Plan:
+    dataset = f"fineweb10B_{variant}"
     names = sorted(source.names(f"datasets/{dataset}"))
     val, train = (
         [name for name in names if re.fullmatch(rf"fineweb_{split}_\d{{6}}\.bin", name)] for split in ("val", "train")
@@ -235,7 +247,7 @@ def _plan_by_names(source: Source, root: Path, vocab_size: int, train_shards: in
     _check_count(source, dataset, train_shards, len(train))
     return Plan(
         dataset,
-        f"tokenizers/fineweb_{vocab_size}_bpe.model",
+        f"tokenizers/{published_tokenizer(variant)}",
         [f"datasets/{dataset}/{name}" for name in val + train[:train_shards]],
     )
 

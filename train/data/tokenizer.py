@@ -129,7 +129,9 @@ def find_tokenizer(data_path: str | Path, vocab_size: int, tokenizer_path: str |
     if tokenizer_path:
         return Path(tokenizer_path)
     folder = need_data(data_path)
-    beside = folder.resolve().parent.parent / "tokenizers" / f"fineweb_{vocab_size}_bpe.model"
+    named = re.fullmatch(rf"fineweb10B_(sp{vocab_size}_\w+)", folder.resolve().name)
+    published = published_tokenizer(named[1] if named else f"sp{vocab_size}")
+    beside = folder.resolve().parent.parent / "tokenizers" / published
     inside = sorted(folder.glob("*.model"))
     if len(inside) > 1:
         raise UserError(
@@ -138,6 +140,12 @@ def find_tokenizer(data_path: str | Path, vocab_size: int, tokenizer_path: str |
     if not inside and not beside.is_file():
         raise UserError(f"{folder}: no tokenizer (*.model) in it, nor {beside}: set TOKENIZER_PATH")
     return inside[0] if inside else beside
+
+
+def published_tokenizer(variant: str) -> str:
+    """Return the file name of a published variant's tokenizer: `fineweb_<V>_bpe.model`, `fineweb_<V>_bpe_NAME.model`."""
+    pieces, _, name = variant.removeprefix("sp").partition("_")
+    return f"fineweb_{pieces}_bpe{'_' * bool(name)}{name}.model"
 
 
 @dataclass(frozen=True, eq=False)
