@@ -148,6 +148,9 @@ def test_too_few_seeds(tmp_path: Path, seeds: int) -> None:
         del submission["seed_results"][seed]
     edit_json(record, seeds=[int(seed) for seed in kept], seed_results=submission["seed_results"])
     assert notes(record)["seeds"] == f"{seeds}: {', '.join(kept)}"
+    # one seed has no deviation, which the line about seeds already says
+    edit_json(record, val_bpb_std=None)
+    assert ("keys of submission.json" in notes(record)) == (seeds > 1)
 
 
 def test_a_tail_that_is_scored_32_times(record: Path) -> None:
