@@ -111,9 +111,13 @@ def test_the_schedule_of_sdclip_is_the_published_one() -> None:
 
 def test_steps_are_not_told_where_no_step_time_is_known() -> None:
     quickstart = load_recipe("quickstart").config()
-    assert [point["step"] for point in describe(quickstart, {})["schedule"]][::6] == [
+    facts = describe(quickstart, {})
+    assert [point["step"] for point in facts["schedule"]][::6] == [
         0, quickstart.iterations // 2, quickstart.iterations,
     ]  # fmt: skip
+    # its schedule follows the steps, so no second is known
+    assert all(point["seconds"] is None for point in facts["schedule"])
+    assert "  training ends after 1,400 steps or 1200 s, whichever comes first\n" in describe_text(facts)
     config = quickstart.replace(warmdown_by="clock")
     points = describe(config, {})["schedule"]
     assert all(point["step"] is None and point["muon_momentum"] is None for point in points)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from train.common.wording import counted
 from train.config import Config
 from train.model.gpt import GPT
 from train.model.order import split_order, virtual_order
@@ -69,6 +70,7 @@ def describe(config: Config, published: Mapping[str, float]) -> dict[str, Any]:
             "before_recurrence": mflop_per_token(config, recurrence=False),
             "after_recurrence": mflop_per_token(config, recurrence=True),
         },
+        "training_ends": {"steps": config.iterations, "seconds": config.training_seconds or None},
         "schedule": schedule(config, published.get("step_ms")),
         "tensors": tensors,
     }
@@ -105,7 +107,7 @@ def schedule(config: Config, step_ms: float | None) -> list[dict[str, float | No
             step, seconds = int(done * config.iterations), done * cap
         points.append(
             {
-                "seconds": seconds,
+                "seconds": seconds if cap else None,
                 "step": step if timed else None,
                 "lr_scale": lr_scale(step, seconds, config) if rate_known else None,
                 "muon_momentum": muon_momentum(step, config) if momentum_known else None,
@@ -136,7 +138,9 @@ def describe_text(facts: Mapping[str, Any]) -> str:
         lines.append(
             f"  from {begin}: {_runs(order, 'after_recurrence')}: {flops['after_recurrence']:.1f} MFLOP per token"
         )
-    lines.append("")
+    steps, seconds = facts["training_ends"]["steps"], facts["training_ends"]["seconds"]
+    limit = f" or {seconds:g} s, whichever comes first" if seconds else ""
+    lines += [f"  training ends after {counted(steps, 'step')}{limit}", ""]
     if facts["schedule"][0]["step"] is None:
         lines.append("no published step time: values that depend on the step are shown as -")
     lines.append(" ".join(f"{title:>{width}}" for _, title, width, _ in SCHEDULE_COLUMNS))

@@ -1,20 +1,24 @@
 """The search for row clips that fit a target, with real encodes."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from model_systems import narrow_config, random_ids, random_model
 
-from train.artifact.fit_to_target import TOLERANCE, search_clips
+from train.artifact.fit_to_target import TOLERANCE, fit_to_target, search_clips
 from train.artifact.storage import EncodedArtifact, encode_artifact
+from train.common.distributed import Ranks
+from train.common.errors import UserError
 from train.config import Config
+from train.data.dataset import Dataset
 from train.model.gpt import GPT
 from train.quantize.calibrate import collect_hessians
 from train.quantize.clip_curves import group_curves, loss_factors
 from train.quantize.quantize_model import quantize_model
 from train.quantize.tensors import StoredTensors, matrices_to_calibrate
+from train.run.logger import RunLogger
 
 WIDE: dict[str, Any] = {"model_dim": 128, "num_heads": 4, "passthrough_max_elements": 1024, "scale_floor": "none"}
 CODE_BYTES = 777
@@ -80,6 +84,14 @@ def test_the_fitted_model_is_just_below_the_target(
     assert target * (1 - TOLERANCE) <= CODE_BYTES + len(encoded.data) <= target
     assert sum(f" of {target} bytes" in line for line in notes) <= 5
     assert any(line.startswith("fit:blocks.*.mlp.up int6 k 12.85 -> ") for line in notes)
+
+
+def test_a_target_below_the_code_is_refused_before_the_search(model: GPT, config: Config) -> None:
+    data, log = cast(Dataset, None), cast(RunLogger, None)
+    with pytest.raises(UserError, match=r"^target_bytes: 777 leaves no byte for the model, because the code takes 777: raise it$"):
+        fit_to_target(
+            config.replace(target_bytes=777), model, {}, pytest.fail, data, Ranks(), log, counted_bytes=CODE_BYTES
+        )
 
 
 def test_a_target_out_of_reach_gives_the_smallest_and_a_generous_one_the_most_exact(

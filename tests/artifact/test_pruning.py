@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from train.artifact.budget import ArtifactInfo
-from train.artifact.pruning import count_ones, prune_ones, prunes_needed
+from train.artifact.pruning import count_ones, prune_ones, prunes_needed, warn_of_large_part
 from train.artifact.storage import EncodedArtifact
 from train.quantize.tensors import QuantizedTensor, StoredTensors
 
@@ -60,6 +60,15 @@ def test_the_smallest_rows_go_first(tensors: StoredTensors, count: int) -> None:
     assert count_ones(pruned) == max(count_ones(tensors) - count, 0)
 
 
+def test_pruning_more_than_a_tenth_of_all_codes_gives_a_warning(tensors: StoredTensors) -> None:
+    # 77 + 25 + 54 codes
+    for count, warning in ((15, ""), (16, "10 %"), (78, "50 %")):
+        notes: list[str] = []
+        warn_of_large_part(tensors, count, notes.append)
+        assert len(notes) == bool(warning) and all(f"sets {warning} of all codes to 0" in line for line in notes)
+    warn_of_large_part({"half": torch.ones(2)}, 0, pytest.fail)
+
+
 def test_nothing_to_prune_is_no_error() -> None:
     assert prune_ones({"half": torch.ones(2)}, 5).keys() == {"half"}
     assert count_ones({}) == 0
@@ -75,7 +84,13 @@ def encode(tensors: StoredTensors) -> EncodedArtifact:
 def test_the_search_finds_what_just_fits_and_returns_its_bytes(tensors: StoredTensors) -> None:
     encoded = [encode(prune_ones(tensors, count)).data for count in range(count_ones(tensors) + 1)]
     target = (len(encoded[0]) + len(encoded[-1])) // 2
-    count, found = prunes_needed(tensors, target, encode)
+    notes: list[str] = []
+    count, found = prunes_needed(tensors, target, encode, note=notes.append)
+    # a line per attempt, the first with every code ±1 pruned
+    assert notes[0].startswith(
+        f"prune:tried {len(encoded) - 1} codes ±1: model of {len(encoded[-1])} bytes, at most {target} fit, "
+    )
+    assert any(line.startswith(f"prune:tried {count} codes ±1: model of {len(found.data)} bytes") for line in notes[1:])
     assert 0 < count < len(encoded) - 1
     assert len(encoded[count]) <= target < len(encoded[count - 1])
     assert found.data == encoded[count]

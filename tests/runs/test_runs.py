@@ -60,7 +60,9 @@ def test_each_state_of_a_run_has_a_line(capsys: pytest.CaptureFixture[str]) -> N
     add("trained", "summary.json")
     (add("damaged").path / "config.json").write_text("{")
     create_run_folder(load_recipe("baseline").config(run_id="new", matrix_lr=0.5, seed=7, checkpoint_every=3))
-    (Path("runs") / "sweep").mkdir()
+    for name in ("records", "sweep"):
+        (Path("runs") / name).mkdir()
+    (Path("runs") / "sweep" / "sweep.journal").touch()
     (Path("runs") / ".half.part").mkdir()
     summarized(add("paid"), label=NOT_COMPLIANT)
     with add("at work").held():
@@ -80,10 +82,11 @@ def test_each_state_of_a_run_has_a_line(capsys: pytest.CaptureFixture[str]) -> N
         rows["damaged"][2]
         == "runs/damaged/config.json: not readable as JSON (JSONDecodeError): restore it or train again"
     )
-    assert text.splitlines()[-3:] == [
+    assert text.splitlines()[-4:] == [
         "~ the last validation during training, before quantization; not the artifact's score",
         "scores on different texts are not comparable",
-        "folders without a config.json: sweep",
+        "sweep sweep: python -m train.runs list runs/sweep",
+        "folders without a config.json: records",
     ]
     assert ".half" not in text
     # a path lists another folder, and a folder that is a run is the list

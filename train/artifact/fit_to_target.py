@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from train.artifact.pruning import count_ones, prune_ones, prunes_needed
+from train.artifact.pruning import count_ones, prune_ones, prunes_needed, warn_of_large_part
 from train.artifact.storage import EncodedArtifact, encode_artifact
 from train.common.distributed import Ranks
+from train.common.errors import UserError
+from train.common.progress import Progress
 from train.config import Config
 from train.data.dataset import Dataset
 from train.model.gpt import GPT
@@ -64,6 +66,12 @@ def fit_to_target(
     def encode(tensors: StoredTensors) -> EncodedArtifact:
         return encode_artifact(tensors, config)
 
+    left = config.target_bytes - counted_bytes
+    if left <= 0:
+        raise UserError(
+            f"target_bytes: {config.target_bytes:,} leaves no byte for the model, because the code takes {counted_bytes:,}: raise it"
+        )
+    log.line(f"fit:a search for {config.target_bytes} bytes begins, in at most {ROUNDS} rounds")
     curves = group_curves(model, config, hessians)
     factors = measure_factors(config, model, curves, hessians, data, ranks, log)
     tensors, encoded = search_clips(
@@ -76,11 +84,11 @@ def fit_to_target(
         encode=lambda tensors: ranks.on_main(lambda: encode(tensors)),
         note=log.line,
     )
-    left = config.target_bytes - counted_bytes
     if len(encoded.data) <= left:
         return tensors, encoded
-    count, encoded = ranks.on_main(lambda: prunes_needed(tensors, left, encode, encoded))
+    count, encoded = ranks.on_main(lambda: prunes_needed(tensors, left, encode, encoded, log.line))
     log.line(f"prune:{count} of {count_ones(tensors)} codes ±1, because no row clip fits")
+    warn_of_large_part(tensors, count, log.line)
     return prune_ones(tensors, count), encoded
 
 
@@ -100,14 +108,22 @@ def measure_factors(
     while sum(inputs.numel() for inputs, _ in batches) < FIT_TOKENS:
         batches += loader.next_batch()
     recurrence = bool(config.recur_layers)
+    # `loss_factors` measures the model as it is, and with each group rounded
+    bar = Progress((1 + len(curves)) * len(batches), "fit", "batches", enabled=ranks.is_main)
+
+    def batch_loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        measured = model.loss(inputs, targets, recurrence=recurrence)
+        bar.advance()
+        return measured
 
     def loss() -> float:
-        mean = torch.stack([model.loss(*batch, recurrence=recurrence) for batch in batches]).double().mean()
+        mean = torch.stack([batch_loss(*batch) for batch in batches]).double().mean()
         return float(ranks.sum(mean)) / ranks.world_size
 
     training = model.training
     model.eval()
-    factors = loss_factors(model, config, curves, hessians, loss)
+    with bar:
+        factors = loss_factors(model, config, curves, hessians, loss)
     model.train(training)
     tokens = ranks.world_size * sum(inputs.numel() for inputs, _ in batches)
     # reading training data counts as training time, so log how long it took
@@ -166,13 +182,16 @@ def search_clips(
         before, chosen = chosen, choose_sigmas(curves, factors, correction, target_bytes * (1 - TOLERANCE / 2) - other)
         if chosen == before:
             break
+        started = time.perf_counter()
         tensors = quantize(
             {name: float(group.sigmas[p]) for group, p in zip(curves, chosen, strict=True) for name in group.tensors}
         )
+        quantized = time.perf_counter()
         encoded = encode(tensors)
+        took = f"quantized in {quantized - started:.1f}s, encoded in {time.perf_counter() - quantized:.1f}s"
         total = counted_bytes + len(encoded.data)
         expected = sum(f * float(g.error[p]) for f, g, p in zip(factors, curves, chosen, strict=True))
-        note(f"fit:{total} of {target_bytes} bytes, expected loss +{expected:.5f}")
+        note(f"fit:{total} of {target_bytes} bytes, expected loss +{expected:.5f}, {took}")
         found = Round(chosen, tensors, encoded, total, expected)
         best = found if best is None else min(best, found, key=lambda one: one.rank(target_bytes))
         if target_bytes * (1 - TOLERANCE) <= total <= target_bytes:

@@ -38,10 +38,13 @@ def quantize(
         from train.quantize.calibrate import calibrate
 
         hessians = calibrate(config, model, names, data, ranks, log.line) if names else {}
-    started = time.perf_counter()
+    seconds: list[float] = []
 
     def rounded(sigmas: Mapping[str, float]) -> StoredTensors:
-        return quantize_model(model, config, hessians, ranks=ranks, note=log.line, sigmas=sigmas)
+        started = time.perf_counter()
+        made = quantize_model(model, config, hessians, ranks=ranks, note=log.line, sigmas=sigmas)
+        seconds.append(time.perf_counter() - started)
+        return made
 
     encoded = None
     if config.target_bytes:
@@ -53,9 +56,8 @@ def quantize(
         )
     else:
         tensors = rounded({})
-    log.line(
-        f"gptq:quantized {len(tensors)} tensors, {len(names)} of them by GPTQ, in {time.perf_counter() - started:.1f}s"
-    )
+    rounds = f", in {len(seconds)} rounds" if len(seconds) > 1 else ""
+    log.line(f"gptq:quantized {len(tensors)} tensors, {len(names)} of them by GPTQ, in {sum(seconds):.1f}s{rounds}")
     if names:
         backend, reason = dispatch.choose("gptq_block", device=ranks.device.type)
         log.line(f"gptq:inner loop on the backend {backend} ({reason})")

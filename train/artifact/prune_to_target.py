@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from train.artifact.pruning import count_ones, prune_ones, prunes_needed
+from train.artifact.pruning import count_ones, prune_ones, prunes_needed, warn_of_large_part
 from train.artifact.storage import EncodedArtifact, encode_artifact
 from train.common.distributed import Ranks
 from train.common.wording import counted
@@ -43,8 +43,9 @@ def prune(
                 "the pruned model may exceed the cap"
             )
         before, known = tensors, encoded
-        count, encoded = ranks.on_main(lambda: prunes_needed(before, target - counted_bytes, encode, known))
+        count, encoded = ranks.on_main(lambda: prunes_needed(before, target - counted_bytes, encode, known, log.line))
         log.line(f"prune:{count} of {count_ones(tensors)} codes ±1 for a target of {target} bytes")
+        warn_of_large_part(tensors, count, log.line)
         tensors = prune_ones(tensors, count) if count else tensors
         reached = counted_bytes + len(encoded.data)
         if reached > target:
@@ -61,6 +62,7 @@ def prune(
             ones = count_ones(matrices)
             count = min(config.prune_excess * excess, ones)
             log.line(f"prune:{count} of {ones} codes ±1 for a model {counted(excess, 'byte')} over the cap")
+            warn_of_large_part(tensors, count, log.line)
             if count:
                 tensors, encoded = {**tensors, **prune_ones(matrices, count)}, None
     return tensors, encoded

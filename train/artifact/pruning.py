@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -11,6 +12,8 @@ from train.quantize.tensors import QuantizedTensor, StoredTensors
 
 # the search steps by 1/4096 of all codes ±1
 _RESOLUTION = 4096
+# pruning a larger part of all codes gives a warning
+_LARGE_PART = 0.1
 
 
 def count_ones(tensors: Mapping[str, object]) -> int:
@@ -52,31 +55,52 @@ def prunes_needed(
     max_bytes: int,
     encode: Callable[[StoredTensors], EncodedArtifact],
     encoded: EncodedArtifact | None = None,
+    note: Callable[[str], object] = lambda _: None,
 ) -> tuple[int, EncodedArtifact]:
     """The number of codes ±1 to prune so that the artifact takes at most `max_bytes`, and the artifact after pruning.
 
     The number is 0 if the artifact fits already. If pruning every code ±1 does not suffice, it is the number of all
     codes ±1. Otherwise bisection finds it, rounded up to a step of 1/4096 of all codes ±1.
 
-    `encoded` is the artifact of `tensors`, if already made.
+    `encoded` is the artifact of `tensors`, if already made. `note` receives a line per attempt.
     """
+
+    def attempt(count: int) -> EncodedArtifact:
+        started = time.perf_counter()
+        made = encode(prune_ones(tensors, count))
+        note(
+            f"prune:tried {count} codes ±1: model of {len(made.data)} bytes, at most {max_bytes} fit, encoded in "
+            f"{time.perf_counter() - started:.1f}s"
+        )
+        return made
+
     encoded = encoded or encode(tensors)
     if len(encoded.data) <= max_bytes:
         return 0, encoded
     total = count_ones(tensors)
     step = max(total // _RESOLUTION, 1)
     over, fits = 0, -(-total // step)
-    encoded = encode(prune_ones(tensors, total))
+    encoded = attempt(total)
     if len(encoded.data) > max_bytes:
         return total, encoded
     while fits - over > 1:
         middle = (over + fits) // 2
-        tried = encode(prune_ones(tensors, middle * step))
+        tried = attempt(middle * step)
         if len(tried.data) <= max_bytes:
             fits, encoded = middle, tried
         else:
             over = middle
     return min(fits * step, total), encoded
+
+
+def warn_of_large_part(tensors: Mapping[str, object], count: int, note: Callable[[str], object]) -> None:
+    """Give `note` a warning if pruning `count` codes sets a large part of all codes to 0."""
+    part = count / max(sum(tensor.codes.numel() for tensor in _coded(tensors).values()), 1)
+    if part > _LARGE_PART:
+        note(
+            f"warning: pruning sets {100 * part:.0f} % of all codes to 0, so the score may be much worse: raise the target, or "
+            "train a smaller model"
+        )
 
 
 def _coded(tensors: Mapping[str, object]) -> dict[str, QuantizedTensor]:

@@ -21,9 +21,12 @@ from train.runs.read import find_folders, read_run
 def _list(arguments: argparse.Namespace) -> None:
     from train.runs.table import runs_table
 
-    folders, others = find_folders(arguments.folder or default_runs_dir())
+    path = arguments.folder or default_runs_dir()
+    folders, sweeps, others = find_folders(path)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(runs_table(folders, width) if folders else f"{arguments.folder or default_runs_dir()}: no run in it")
+    print(runs_table(folders, width) if folders else f"{path}: no run in it")
+    for sweep in sweeps:
+        print(f"sweep {sweep}: python -m train.runs list {path / sweep}")
     if others:
         print(f"folders without a config.json: {', '.join(others)}")
 

@@ -93,8 +93,8 @@ def _progress(folder: RunFolder, records: list[dict[str, Any]]) -> tuple[list[tu
     return series(records, "val", "val_bpb"), step, seconds
 
 
-def find_folders(path: Path) -> tuple[list[RunFolder], list[str]]:
-    """Find run folders, and the names of other folders, inside `path`. If `path` is a run folder, return it alone.
+def find_folders(path: Path) -> tuple[list[RunFolder], list[str], list[str]]:
+    """Find run folders inside `path`, and the names of sweeps and of other folders. If `path` is a run folder, return it alone.
 
     Raises:
         UserError: there is no such folder.
@@ -102,11 +102,15 @@ def find_folders(path: Path) -> tuple[list[RunFolder], list[str]]:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder: python -m train makes run folders below runs/")
     if (path / "config.json").exists():
-        return [RunFolder(path)], []
+        return [RunFolder(path)], [], []
     # skip hidden folders, which are unfinished
     inside = sorted(item for item in path.iterdir() if item.is_dir() and not item.name.startswith("."))
     runs = [RunFolder(item) for item in inside if (item / "config.json").exists()]
-    return runs, [printable(item.name) for item in inside if not (item / "config.json").exists()]
+    others: dict[bool, list[str]] = {True: [], False: []}
+    for item in inside:
+        if not (item / "config.json").exists():
+            others[(item / "sweep.journal").exists()].append(printable(item.name))
+    return runs, others[True], others[False]
 
 
 def text_of(value: Any) -> str:

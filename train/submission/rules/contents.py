@@ -57,7 +57,9 @@ def keys(record: RecordFolder) -> Finding:
     # one seed has no deviation; the rule `seeds` says how many there are
     needed = [key for key in KEYS if key != "val_bpb_std" or len(record.scores) != 1]
     missing = [key for key in needed if record.claims.values.get(key) in (None, "", [], {})]
-    return note_unless(not missing, rule, f"missing or empty: {', '.join(missing)}" if missing else f"all {len(needed)}")
+    return note_unless(
+        not missing, rule, f"missing or empty: {', '.join(missing)}" if missing else f"all {len(needed)}"
+    )
 
 
 def seeds(record: RecordFolder) -> Finding:
