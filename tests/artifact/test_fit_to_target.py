@@ -88,7 +88,9 @@ def test_the_fitted_model_is_just_below_the_target(
 
 def test_a_target_below_the_code_is_refused_before_the_search(model: GPT, config: Config) -> None:
     data, log = cast(Dataset, None), cast(RunLogger, None)
-    with pytest.raises(UserError, match=r"^target_bytes: 777 leaves no byte for the model, because the code takes 777: raise it$"):
+    with pytest.raises(
+        UserError, match=r"^target_bytes: 777 leaves no byte for the model, because the code takes 777: raise it$"
+    ):
         fit_to_target(
             config.replace(target_bytes=777), model, {}, pytest.fail, data, Ranks(), log, counted_bytes=CODE_BYTES
         )
