@@ -63,9 +63,9 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
     assert text.startswith("Running Python ")
     assert (finished.folder.path / "source.txt").read_text().startswith("# csrc/")
     assert re.search(
-        r"gptq:calibrated \d+ matrices on 4 training batches in [\d.]+s, Hessians of the model that is scored", text
+        r"gptq:calibrated \d+ matrices on 4 training batches in [\d.]+s, Hessians of the trained model\n", text
     )
-    assert re.search(r"gptq:inner loop on the backend (cpp|torch) \(\w", text)
+    assert re.search(r"gptq:inner loop computed by backend (cpp|torch) \(\w", text)
     readme = (finished.folder.path / "README.md").read_text()
     assert f"{submission['val_bpb']:.8f}" in readme
     exact = [
@@ -88,12 +88,12 @@ def test_each_stage_says_what_it_takes_before_it_starts(finished: Finished) -> N
     tokens = len(Dataset(finished.config).validation.tokens) - 1
     stages = [
         (f"training: 12 steps of 1,024 tokens; validation: {tokens:,} tokens, every 6 steps", "warmup_step:1/"),
-        ("warm-up: 2 steps that the clock does not count", "warmup_step:1/"),
+        ("warm-up: 2 steps, not counted as training time", "warmup_step:1/"),
         (
-            "quantization: gptq, int6 matrices and int8 embeddings, calibrated on 4 batches of train text",
+            "quantization: gptq, int6 matrices and int8 embeddings, calibrated on 4 training batches",
             "gptq:calibrated",
         ),
-        ("artifact: brotli, at most 16,000,000 bytes with the code", "Serialized model: "),
+        ("artifact: codec brotli, at most 16,000,000 bytes including the code", "Serialized model: "),
         (f"evaluation: {tokens:,} tokens, windows without overlap", "final_int6_roundtrip "),
         (f"evaluation: {tokens:,} tokens, stride 32", "final_int6_sliding_window "),
     ]
@@ -101,7 +101,7 @@ def test_each_stage_says_what_it_takes_before_it_starts(finished: Finished) -> N
         first = next(number for number, line in enumerate(lines) if line.startswith(done))
         assert said in lines[:first], said
     assert re.fullmatch(r"training: 12 steps in \d+ s, [\d,]+ tokens/s", next(x for x in lines if "tokens/s" in x))
-    assert lines[-1] == "record: plots, README and submission.json" or "  folder     " in lines[-1]
+    assert lines[-1] == "record: writing plots, README.md and submission.json" or "  folder     " in lines[-1]
 
 
 def test_a_run_keeps_samples_of_its_validations_and_its_artifact(finished: Finished) -> None:

@@ -79,7 +79,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
     ranks.copy_from(0, model.parameters())
     optimizers = build_optimizers(model, config, ranks.group)
     log.line(f"compute dtype: {str(model.compute_dtype).removeprefix('torch.')}")
-    log.line(f"optimizer graph: {optimizers.graph}")
+    log.line(f"CUDA graph of the optimizer: {optimizers.graph}")
     loader = data.loader(ranks)
     start.end("data and model")
     attention = ranks.on_main(lambda: choose_attention(config, ranks.device, micro_batch_sequences(config)))
@@ -278,7 +278,7 @@ def warm_up(
     compiling = (
         ", each graph compiles first, which may take minutes" if compiles(config, model.embedding.weight.device) else ""
     )
-    log.line(f"warm-up: {counted(total, 'step')} that the clock does not count{compiling}")
+    log.line(f"warm-up: {counted(total, 'step')}, not counted as training time{compiling}")
     note = f" ({config.warmup_steps} without recurrence, {config.warmup_steps} with it)" if len(graphs) > 1 else ""
     for number in range(total):
         training_step(optimizers, loss_of, loader, graphs[number // config.warmup_steps], 1.0, 0.0)

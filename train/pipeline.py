@@ -98,7 +98,9 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
                 code_bytes = ranks.on_main(lambda: counted_code_bytes(config))
                 tensors, encoded = quantize(trained, model, data, ranks, log, code_bytes=code_bytes)
             with clock("artifact"):
-                log.line(f"artifact: {config.codec}, at most {config.max_artifact_bytes:,} bytes with the code")
+                log.line(
+                    f"artifact: codec {config.codec}, at most {config.max_artifact_bytes:,} bytes including the code"
+                )
                 model = make_artifact(
                     folder.artifact, trained, model, tensors, encoded, ranks, log,
                     code_bytes=code_bytes, before_replacing=folder.drop_scores,
@@ -112,7 +114,7 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
             if ranks.is_main and importlib.util.find_spec("train.submission"):
                 from train.submission.record import record_run
 
-                log.line("record: plots, README and submission.json")
+                log.line("record: writing plots, README.md and submission.json")
                 if compressors:
                     compressors.wait()
                 log.line(record_run(folder))
@@ -211,8 +213,10 @@ def quantization_plan(config: Config) -> str:
     how = f"quantization: {config.quantizer}, int{config.matrix_bits} matrices and int{config.embed_bits} embeddings"
     if config.quantizer == "rtn":
         return how
-    batches = counted(config.gptq_calib_batches, "batch", "batches")
-    return f"{how}, calibrated on {batches} of {config.gptq_calib_source} text"
+    number = config.gptq_calib_batches
+    if config.gptq_calib_source == "generated":
+        return f"{how}, calibrated on {counted(number, 'generated sequence')}"
+    return f"{how}, calibrated on {counted(number, 'training batch', 'training batches')}"
 
 
 def write_training(folder: RunFolder, result: TrainResult, ranks: Ranks) -> GPT:

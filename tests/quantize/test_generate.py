@@ -88,8 +88,10 @@ def test_hessians_of_generated_text_are_those_of_the_texts(graph: str) -> None:
     for name in NAMES:
         torch.testing.assert_close(hessians[name], want[name], rtol=1e-12, atol=1e-12)
     assert len(notes) == 1
-    said = "model that is scored" if graph == "evaluated" else "plain model"
-    assert notes[0].startswith(f"gptq:generated 5 sequences of {LENGTH} tokens, 3 Hessians of the {said} in ")
+    plain = " without recurrence and parallel layers" if graph == "plain" else ""
+    assert notes[0].startswith(
+        f"gptq:generated 5 sequences of {LENGTH} tokens, 3 Hessians of the trained model{plain} in "
+    )
 
 
 def work(ranks: Ranks) -> dict[str, torch.Tensor]:

@@ -97,7 +97,7 @@ def test_a_run_imports_nothing_that_its_script_lacks(traced: dict[str, tuple[Con
 def test_a_backend_that_the_settings_force_is_forced(traced: dict[str, tuple[Config, set[str]]]) -> None:
     config, _ = traced["rare"]
     log = (Path(config.runs_dir) / config.run_id / f"train_seed{config.seed}.log").read_text()
-    assert "gptq:inner loop on the backend torch (forced by GOLF_BACKEND)" in log
+    assert "gptq:inner loop computed by backend torch (forced by GOLF_BACKEND)" in log
 
 
 def test_a_script_with_rare_settings_trains_as_the_package_did(
@@ -113,7 +113,7 @@ def test_a_script_with_rare_settings_trains_as_the_package_did(
     assert {kind: final["val_bpb"] for kind, final in alone["finals"].items()} == {
         kind: final["val_bpb"] for kind, final in before["finals"].items()
     }
-    assert "gptq:inner loop on the backend torch (forced by GOLF_BACKEND)" in alone["lines"]
+    assert "gptq:inner loop computed by backend torch (forced by GOLF_BACKEND)" in alone["lines"]
 
 
 def test_every_recipe_carries_all_it_imports_and_no_kernel() -> None:

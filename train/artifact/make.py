@@ -60,7 +60,7 @@ def quantize(
     log.line(f"gptq:quantized {len(tensors)} tensors, {len(names)} of them by GPTQ, in {sum(seconds):.1f}s{rounds}")
     if names:
         backend, reason = dispatch.choose("gptq_block", device=ranks.device.type)
-        log.line(f"gptq:inner loop on the backend {backend} ({reason})")
+        log.line(f"gptq:inner loop computed by backend {backend} ({reason})")
     return tensors, encoded
 
 

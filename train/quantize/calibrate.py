@@ -44,14 +44,14 @@ def calibrate(
         model, recurrence = plain_graph(model), False
     hessians = collect_hessians(model, batches, names, recurrence=recurrence, all_reduce=ranks.sum)
     seconds = f"in {time.perf_counter() - started:.1f}s"
-    graph = "model that is scored" if config.gptq_calib_graph == "evaluated" else "plain model"
+    plain = " without recurrence and parallel layers" if config.gptq_calib_graph == "plain" else ""
     if config.gptq_calib_source == "generated":
         texts = f"{counted(config.gptq_calib_batches, 'sequence')} of {config.train_seq_len} tokens"
-        note(f"gptq:generated {texts}, {counted(len(hessians), 'Hessian')} of the {graph} {seconds}")
+        note(f"gptq:generated {texts}, {counted(len(hessians), 'Hessian')} of the trained model{plain} {seconds}")
     else:
         matrices = counted(len(hessians), "matrix", "matrices")
         read = counted(len(batches) * ranks.world_size, "training batch", "training batches")
-        note(f"gptq:calibrated {matrices} on {read} {seconds}, Hessians of the {graph}")
+        note(f"gptq:calibrated {matrices} on {read} {seconds}, Hessians of the trained model{plain}")
     return hessians
 
 
