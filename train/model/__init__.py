@@ -1,1 +1,1 @@
-"""The model. Each file has one component; `train.model.gpt.GPT` assembles the components."""
+"""The model. Each file defines one component. `train.model.gpt.GPT` assembles them."""

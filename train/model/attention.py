@@ -21,7 +21,7 @@ from train.model.norm import NORM_EPS, rms_norm
 from train.model.rope import rotate
 
 Rotary = tuple[Tensor, Tensor]
-# channels of the normed input that the head gates read, and the factor on their sum (#1787)
+# number of channels of the normed input that the head gates read, and the factor on the weighted sum (#1787)
 _GATE_CHANNELS = 12
 _GATE_SCALE = 0.5
 
@@ -32,8 +32,8 @@ Heads = tuple[Tensor, Tensor, Tensor]
 class KeyValues:
     """The KV cache for generation. `keys` and `values` are `(runs, B, T, H_kv, D)`.
 
-    `runs` is the number of layer runs in a forward pass; a layer that runs again counts again. A forward pass over new
-    positions calls `extend` once for each layer run, in order. `length` is the number of positions in the cache.
+    `runs` is the number of layer runs in a forward pass. A repeated layer counts once per run. A forward pass over new
+    positions calls `extend` once per layer run, in order. `length` is the number of positions in the cache.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class KeyValues:
 
 
 class Attention(OperatorModule):
-    """The attention of one layer, from the normed input to the output projection.
+    """The attention of one layer. Computes the output projection's result from the normed input.
 
     After the projections: q ← rms(q) and k ← rms(k) per head; RoPE; q ← q · q_gain[head]; causal attention; XSA in the
     last `xsa_last_n` layers; with `head_gate` y ← σ(0.5 G x[:12]) · y per head; output projection. G `(H, 12)` is
@@ -87,7 +87,7 @@ class Attention(OperatorModule):
         self.backend = "sdpa"
 
     def project(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
-        """Compute queries, keys and values before norm and rotation. Arguments as for `heads`."""
+        """Compute queries, keys and values before norm and rotation. For the arguments see `heads`."""
         fake_quantize = self.qat if self.training else None
         weights = (self.query, self.key, self.value)
         if not rows_from:
@@ -108,7 +108,7 @@ class Attention(OperatorModule):
         Args:
             x: `(B, T, d)`, normed input.
             extra_value: `(B, T, kv_dim)`, added to the values.
-            rows_from: first position that gets a query.
+            rows_from: first position for which a query is computed.
         """
         query, key, value = self.project(x, extra_value, rows_from)
         return rms_norm(query), rms_norm(key), value
@@ -122,9 +122,10 @@ class Attention(OperatorModule):
         scale: Tensor | None = None,
         gating: Tensor | None = None,
     ) -> Tensor:
-        """Rotate the result of `heads`, attend, apply XSA, head gates and the output projection. Returns `(B, R, d)`.
+        """Rotate queries and keys, attend, and apply XSA, head gates and the output projection. Return `(B, R, d)`.
 
-        `gating` `(B, R, d)` is the normed input, from which the head gates are computed. Other arguments as for `forward`.
+        `heads` is the result of the method `heads`. `gating` `(B, R, d)` is the normed input, from which the head gates
+        are computed. For the other arguments see `forward`.
         """
         query, key, value = heads
         (cosine, sine), first = rotary, key.shape[1] - query.shape[1]
@@ -139,7 +140,10 @@ class Attention(OperatorModule):
         scale: Tensor | None = None,
         gating: Tensor | None = None,
     ) -> Tensor:
-        """The steps of `attend` after the rotation. The queries of `heads` are rotated and multiplied by the gain."""
+        """Do the steps of `attend` after the rotation.
+
+        Queries and keys in `heads` are already rotated, and queries are multiplied by the gain.
+        """
         query, key, value = heads
         keys, values = (key, value) if past is None else past.extend(key, value)
         output = causal_attention(query, keys, values, documents=documents, backend=self.backend)
@@ -163,18 +167,18 @@ class Attention(OperatorModule):
         past: KeyValues | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """Compute the layer's attention output `(B, T - rows_from, d)`, without the residual.
+        """Compute the attention output of the layer, `(B, T - rows_from, d)`, without the residual.
 
         Args:
             x: `(B, T, d)`, normed input.
             rotary: result of `rotary_table` for the T positions, in the dtype of `x`.
             extra_value: `(B, T, kv_dim)`, added to the values.
             documents: if given, attention stays inside each document.
-            rows_from: first position to compute. Earlier positions only provide keys and values.
+            rows_from: first position whose output is computed. Earlier positions only provide keys and values.
             past: the KV cache for generation; the new keys and values are appended to it.
             scale: `(d,)`, factor on each output channel; None: 1.
         """
-        # the operator rotates queries and keys by the same table, so both must cover the same positions
+        # the operator rotates queries and keys with the same table, so both must cover the same positions
         if rows_from:
             return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past, scale, x[:, rows_from:])
         query, key, value = self.project(x, extra_value)

@@ -1,7 +1,7 @@
 """The backends of causal attention: FlashAttention 3 and 4 if installed, and PyTorch's kernels.
 
-To keep attention inside documents, the backends fa3 and flash take each document as a sequence of its own length.
-The other backends take a mask.
+To keep attention inside documents, the backends fa3 and flash get each document as a sequence of its own. The other
+backends get a mask.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from train.common.errors import UserError
 from train.model.documents import Documents
 
-# on shorter sequences PyTorch's kernel, with its backward pass, is slower in bfloat16 than in float32: docs/log.md
+# on a CPU, for sequences shorter than this, attention is computed in float32, which is faster than bfloat16
+# (docs/log.md)
 _LONG_ON_CPU = 512
-# FlashAttention 3 on Hugging Face's hub. A commit, because a branch would run code that nobody has seen
+# FlashAttention 3 on the Hugging Face Hub. The revision is a commit, because the code of a branch could change.
 _HUB = "kernels-community/flash-attn3"
 _HUB_REVISION = "9542c462013476380ce4b395b9ddc0e8118161ee"
 
@@ -33,8 +34,8 @@ class AttentionBackend(NamedTuple):
     """A backend of causal attention."""
 
     run: Core
-    # says why the backend cannot run on a device, with a compute dtype and a head dimension; None: it can run. The last
-    # argument: whether the settings name the backend, which allows it to download its library
+    # function of device, compute dtype, head dimension, and whether the backend may download its library. Returns the
+    # reason why the backend cannot run; None: it can run.
     problem: Callable[[torch.device, torch.dtype, int, bool], str | None]
 
 
@@ -69,10 +70,10 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
     rows, length, heads = query.shape[1], key.shape[1], query.shape[2]
     mask = None if documents is None else documents.mask()[:, :, length - rows :]
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    # a single query needs no mask: it is the last position, which sees every key
+    # a single query needs no mask, because it is the last position, which sees all keys
     if mask is None and 1 < rows < length:
-        # is_causal aligns the first query with the first key, but here the last query belongs to the last key. The
-        # flash kernel aligns the last ones; torch.compile cannot trace its public name, causal_lower_right
+        # here the last query belongs to the last key, but is_causal aligns the first query with the first key. The
+        # flash kernel aligns the last ones. torch.compile cannot trace its public name, causal_lower_right.
         if (
             query.is_cuda
             and _on_cuda(query.device, query.dtype, query.shape[-1], True) is None
@@ -82,7 +83,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
             return flash.transpose(1, 2)
         mask = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
     if mask is not None and query.is_cuda:
-        # PyTorch's memory-efficient kernel takes a mask, but only as many key heads as query heads
+        # PyTorch's memory-efficient kernel accepts a mask, but needs as many key heads as query heads
         key, value = repeat_heads(key, heads), repeat_heads(value, heads)
     dtype = query.dtype
     if query.is_cpu and dtype == torch.bfloat16 and length < _LONG_ON_CPU:
@@ -94,13 +95,13 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
 
 
 def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
-    """Repeat each head of keys or values `(B, H_kv, T, D)` for all its query heads: `(B, heads, T, D)`."""
+    """Repeat each head of keys or values `(B, H_kv, T, D)` for all query heads that share it: `(B, heads, T, D)`."""
     return tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
 
 
 def _sdpa_by(kernel: SDPBackend) -> Core:
     def run(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-        # not every kernel takes a mask: let PyTorch choose a kernel that does
+        # some kernels accept no mask, so let PyTorch choose the kernel
         if documents is not None or query.shape[1] < key.shape[1]:
             return _sdpa(query, key, value, documents)
         with sdpa_kernel(kernel):
@@ -115,20 +116,23 @@ def _flash_attention_3(download: bool) -> Any:
         return library
     try:
         return hub.get_kernel(_HUB, revision=_HUB_REVISION)
-    # without a network or with another torch, any error is possible
+    # without a network, or with another version of torch, any error is possible
     except Exception as error:
         return ImportError(f"{_HUB} cannot be loaded: {_first_line(error)}")
 
 
 def _flash_attention_4() -> Any:
-    """FlashAttention 4, whose functions are no operators of PyTorch: it runs as PyTorch's flash attention."""
+    """Import FlashAttention 4.
+
+    It replaces PyTorch's flash attention, because its functions are no PyTorch operators.
+    """
     if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
         return ImportError(f"torch {torch.__version__} cannot run FlashAttention 4 as its flash attention")
     return _imported("flash_attn.cute")
 
 
 def activate(name: str) -> None:
-    """Make PyTorch's flash attention run on FlashAttention 4 for the backend fa4, and on its own kernels for others."""
+    """Let PyTorch's flash attention call FlashAttention 4 if the backend is fa4, else PyTorch's own kernels."""
     global _active
     wanted = "FA4" if name == "fa4" else ""
     if wanted == _active:
@@ -141,9 +145,9 @@ def activate(name: str) -> None:
 
 
 def _flash_attention_2(download: bool) -> Any:
-    """PyTorch's FlashAttention 2 for sequences of different lengths."""
+    """Return PyTorch's FlashAttention 2 for sequences of different lengths."""
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    # from torch 2.13 on, grouped heads need an argument. Check here, because torch.compile cannot trace the check
+    # since torch 2.13, grouped heads need an argument. Check this here, because torch.compile cannot trace the check.
     grouped = "enable_gqa" in inspect.signature(attend).parameters
     return functools.partial(attend, enable_gqa=True) if grouped else attend
 
@@ -153,7 +157,7 @@ def _imported(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         return error
-    # a library built for another torch may raise any error while it loads its native code
+    # a library that was built for another version of torch may raise any error while it loads its native code
     except Exception as error:
         return ImportError(f"{module} cannot be loaded: {_first_line(error)}")
 
@@ -173,9 +177,9 @@ _active = ""
 
 
 def _library(name: str, download: bool = False) -> Any:
-    """Import an optional attention library, once. If the import fails, return the error.
+    """Import an optional attention library, only once. Return the library, or the error if the import fails.
 
-    With `download`, a library that is not installed may be downloaded.
+    `download` allows downloading a library that is not installed.
     """
     if name not in _libraries or (download and isinstance(_libraries[name], ImportError)):
         _libraries[name] = _FINDERS[name](download)
@@ -183,7 +187,9 @@ def _library(name: str, download: bool = False) -> Any:
 
 
 def load_library(name: str) -> None:
-    """Import the library of the chosen backend, if it has one. Call this before torch.compile, which cannot trace it.
+    """Import the library of the chosen backend, if the backend needs one.
+
+    Call this before torch.compile, which cannot trace the import.
 
     Raises:
         UserError: the library cannot be imported.
@@ -196,7 +202,7 @@ def _flash_library(name: str) -> Core:
     def run(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         library = _library(name)
         if documents is not None and query.shape[1] < key.shape[1]:
-            # document offsets apply to queries and keys alike, but here only the last positions have queries
+            # document offsets need a query at each position, but here only the last positions have queries
             return _sdpa(query, key, value, documents)
         if documents is None:
             # if there are fewer queries than keys, the library aligns the last query with the last key
@@ -215,12 +221,12 @@ def _flash_library(name: str) -> Core:
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-    # FlashAttention 2 takes head dimensions up to 256
+    # FlashAttention 2 supports head dimensions up to 256
     if documents is None or query.shape[1] < key.shape[1] or query.shape[-1] > 256:
         return _sdpa_by(SDPBackend.FLASH_ATTENTION)(query, key, value, documents)
     offsets, longest = documents.offsets(), query.shape[1]
     flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
-    # a window of all earlier keys and no later key is causal attention
+    # window_size (-1, 0): all earlier keys and no later keys, that is, causal attention
     attended: Tensor = _library("flash")(*flat, offsets, offsets, longest, longest, window_size=(-1, 0))
     return attended.view_as(query)
 
@@ -266,4 +272,4 @@ BACKENDS: dict[str, AttentionBackend] = {
 """All backends by name. "sdpa" lets PyTorch choose a kernel; "math" computes the formula step by step."""
 
 BY_LENGTH = ("fa3", "flash")
-"""Names of the backends that take documents as sequences of different lengths; the others take a mask."""
+"""Names of the backends that get documents as sequences of different lengths. The other backends get a mask."""

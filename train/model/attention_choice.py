@@ -1,4 +1,4 @@
-"""Chooses the attention backend of a run: the backend that the settings name, or the fastest for the run's shapes."""
+"""Chooses the attention backend of a run: the backend in the settings, or the fastest one for the run's shapes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _ROUNDS = 5
 
 
 class AttentionChoice(NamedTuple):
-    """A backend's name and why it was chosen."""
+    """The name of the chosen backend, and the reason for the choice."""
 
     name: str
     reason: str
 
 
 def check_attention(config: Config, device: torch.device) -> dict[str, str | None]:
-    """Map the name of each backend to the reason why it cannot run here, or to None if it can.
+    """Return backend → reason why it cannot run on this machine; None: it can run.
 
     Raises:
         UserError: `config.attention` names a backend that cannot run here.
@@ -48,11 +48,11 @@ def check_attention(config: Config, device: torch.device) -> dict[str, str | Non
 def choose_attention(config: Config, device: torch.device, sequences: int) -> AttentionChoice:
     """Choose the backend that `config.attention` names. "auto" means "sdpa" on a CPU and the fastest backend on a GPU.
 
-    `python -m golf_kernels tune` may have measured which is fastest for batches of `sequences` sequences. Otherwise this
-    times forward and backward on such a batch.
+    If `python -m golf_kernels tune` has measured the fastest backend for batches of `sequences` sequences, it is used.
+    Otherwise the forward and backward passes of each backend are timed on such a batch.
 
     Raises:
-        UserError: the named backend cannot run here, or no backend can.
+        UserError: the named backend cannot run on this machine, or no backend can run.
     """
     problems = check_attention(config, device)
     if config.attention != "auto":
@@ -80,7 +80,7 @@ def choose_attention(config: Config, device: torch.device, sequences: int) -> At
 
 
 def batch_shape(config: Config, sequences: int) -> str:
-    """Describe what attention gets: a measured choice is valid for one such text."""
+    """Describe the shapes and dtype of attention's inputs. A measured choice is valid only for the same description."""
     heads = f"{config.num_heads}/{config.num_kv_heads}x{config.head_dim}"
     dtype = str(resolve_compute_dtype(config)).removeprefix("torch.")
     return f"{sequences}x{config.train_seq_len}x{heads}{' documents' if config.document_masking else ''} {dtype}"
@@ -106,14 +106,14 @@ def attention_inputs(
 def attention_form(
     name: str, config: Config, device: torch.device, documents: Documents | None
 ) -> Callable[..., Tensor]:
-    """Return a backend's attention as the run calls it: compiled if the run compiles."""
+    """Return the attention function of a backend, compiled if the run compiles."""
     form: Callable[..., Tensor] = functools.partial(causal_attention, documents=documents, backend=name)
-    # the form that will run; a backend that cannot be compiled whole fails here and not in the first step
+    # compile here, so that a backend that cannot be compiled fails now, not in the first step
     return torch.compile(form, dynamic=False, fullgraph=True) if compiles(config, device) else form
 
 
 def _documents(config: Config, name: str) -> str:
-    """Say, for the log, how this backend keeps attention inside documents."""
+    """Return the end of a log line: how this backend keeps attention inside documents."""
     if not config.document_masking:
         return ""
     return f"; documents as {'sequences of different lengths' if name in BY_LENGTH else 'a mask'}"
@@ -131,9 +131,10 @@ def use_attention(model: nn.Module, name: str) -> None:
 def _measure(
     names: list[str], config: Config, device: torch.device, sequences: int, problems: dict[str, str | None]
 ) -> dict[str, float]:
-    """Measure the median milliseconds of one layer's attention, forward and backward, compiled where the run compiles.
+    """Measure the median milliseconds of one layer's attention with each backend, forward and backward.
 
-    The backends take turns. The result lacks a backend that fails; `problems` then gets the reason.
+    Attention is compiled if the run compiles. The backends take turns. If a backend fails, `problems` gets the reason,
+    and the result does not contain the backend.
     """
     query, key, value, documents, gradient = attention_inputs(config, sequences, device, 0)
     rounds: dict[str, list[float]] = {name: [] for name in names}
@@ -149,10 +150,10 @@ def _measure(
                 forms[name](query, key, value).backward(gradient)
                 end.record()
                 end.synchronize()
-            # libraries refuse shapes by assertions, value errors and others, and the compiler by its own
+            # libraries and the compiler raise many kinds of errors for shapes that they do not support
             except Exception as error:
                 problems[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
                 continue
             times.append(begin.elapsed_time(end))
-    # leave out the first round, which loads kernels and allocates memory
+    # ignore the first round, which loads kernels and allocates memory
     return {name: sorted(times[1:])[_ROUNDS // 2] for name, times in rounds.items() if problems[name] is None}

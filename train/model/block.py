@@ -18,7 +18,7 @@ from train.model.norm import NORM_EPS, layer_scale, rms_norm
 
 
 class BlockInputs(NamedTuple):
-    """A layer's inputs besides the residual stream."""
+    """The inputs of a layer other than the residual stream."""
 
     x0: Tensor  # (B, T, d), the embedding, which every layer mixes into its input
     rotary: Rotary
@@ -29,7 +29,8 @@ class BlockInputs(NamedTuple):
 
 
 class Block(OperatorModule):
-    """One layer in one of four published variants:
+    """One layer, in one of four published variants. In "lanes" and "routed" there are two residual streams, called lanes:
+    attention reads lane0, the MLP reads lane1.
 
     serial: h = m₀⊙x + m₁⊙x0; u = h + a⊙Attn(n(h)); x ← u + b⊙MLP(n(u))
     gptj (#1392): h = m₀⊙x + m₁⊙x0; x ← h + a⊙Attn(n(h)) + b⊙MLP(n(h))
@@ -37,8 +38,9 @@ class Block(OperatorModule):
 
     routed (#1530): h = m₀⊙lane0 + m₁⊙x0; Y = a⊙Attn(n(h)); M = b⊙MLP(n(lane1)); laneᵢ ← rᵢ laneᵢ + p₀ᵢ Y + p₁ᵢ M
 
-    x is the residual stream, and n(x) = g · rms_norm(x). With `ln_scale` g is 1/√(layer + 1), otherwise 1. m is `resid_mix`
-    `(2, d)`, initially 1 and 0. a is `attn_scale` `(d,)` and b is `mlp_scale` `(d,)`, both initially 1.
+    x is the residual stream and x0 the embedding. n(x) = g · rms_norm(x), where g = 1/√(layer + 1) with `ln_scale`,
+    else 1. m is `resid_mix` `(2, d)`, initially 1 and 0. a is `attn_scale` `(d,)` and b is `mlp_scale` `(d,)`, both
+    initially 1.
     """
 
     def __init__(self, config: Config, layer: int) -> None:
@@ -51,7 +53,7 @@ class Block(OperatorModule):
         self.mlp_scale = parameter(torch.ones(config.model_dim))
 
     def forward(self, x: Tensor, inputs: BlockInputs, *, form: str, rows_from: int = 0) -> Tensor:
-        """Run the layer in the variant `form`, "serial" or "gptj", on `x` `(B, T, d)`. Returns `(B, T - rows_from, d)`.
+        """Run the variant `form`, "serial" or "gptj", on `x` `(B, T, d)`. Return `(B, T - rows_from, d)`.
 
         Positions before `rows_from` only provide keys and values.
         """
@@ -62,7 +64,7 @@ class Block(OperatorModule):
     def run_lanes(
         self, attention_lane: Tensor, mlp_lane: Tensor, inputs: BlockInputs, *, rows_from: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Run the variant "lanes" on two lanes `(B, T, d)`. `rows_from` as for `forward`."""
+        """Run the variant "lanes" on two lanes `(B, T, d)`. For `rows_from` see `forward`."""
         rows = mlp_lane[:, rows_from:]
         mixed, output = self.attend(attention_lane, inputs, rows_from)
         return mixed[:, rows_from:] + output, self.feed(rows, residual=rows)
@@ -70,7 +72,10 @@ class Block(OperatorModule):
     def run_routed(
         self, lanes: tuple[Tensor, Tensor], routes: tuple[Tensor, Tensor], inputs: BlockInputs, *, rows_from: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Run the variant "routed" on two lanes `(B, T, d)`, with r `(2,)` and p `(2, 2)`. `rows_from` as for `forward`."""
+        """Run the variant "routed" on two lanes `(B, T, d)`.
+
+        `routes` are r `(2,)` and p `(2, 2)`. For `rows_from` see `forward`.
+        """
         output = self.attend(lanes[0], inputs, rows_from)[1]
         first, second = (lane[:, rows_from:] for lane in lanes)
         fed = self.feed(second, residual=torch.zeros_like(second))
@@ -96,7 +101,7 @@ class Block(OperatorModule):
         """Compute h = m₀ ⊙ x + m₁ ⊙ x0 at all positions, and a ⊙ Attn(g · rms(h)) from position `rows_from` on."""
         x0, rotary, extra_value, documents, heads, past = inputs
         if heads is not None:
-            # these queries and keys are normed already
+            # queries and keys in `inputs.heads` are normed already
             mixed = self.mix(x, x0)
             gating = None if self.attention.gate is None else self.normed(mixed)
             output = self.attention.attend(heads, rotary, documents, past, self.attn_scale, gating)

@@ -1,8 +1,8 @@
 """Compiles the model with torch.compile.
 
-The compiler cannot fuse an operator of golf_kernels with the code around it. So a compiled model calls an operator only
-if the operator has a kernel on this device. Otherwise the model computes the operator's formula with PyTorch functions.
-An uncompiled model on a CPU does so, too, because operators without a kernel spend time there to save memory.
+The compiler cannot fuse an operator of golf_kernels with the code around it. Therefore a compiled model calls an
+operator only if the operator has a kernel for the device. Otherwise it computes the operator's formula with PyTorch
+functions. So does an uncompiled model on a CPU: operators without a kernel save memory, but are slower.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from torch import Tensor, nn
 from golf_kernels import dispatch
 from train.config import Config
 
-# operators whose PyTorch reference saves memory, because it never holds all logits, at no cost of time
+# operators whose PyTorch reference saves memory and is not slower: it never holds all logits
 _MEMORY_SAVERS = frozenset({"softcapped_cross_entropy"})
 
 
 class OperatorModule(nn.Module):
-    """A module that calls operators of golf_kernels, but computes those in `written_out` with PyTorch functions."""
+    """A module that calls operators of golf_kernels. Operators in `written_out` are computed with PyTorch functions."""
 
     written_out: frozenset[str] = frozenset()
 
 
 def compiles(config: Config, device: torch.device) -> bool:
-    """Whether the setting `compile` compiles the model. "auto" compiles it on a GPU only."""
+    """Whether the setting `compile` says to compile the model. "auto" means: only on a GPU."""
     return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
 
 
 def compiled_loss(model: nn.Module, config: Config, device: torch.device) -> Callable[..., Tensor]:
-    """Return a function that computes the model's loss, compiled if `compiles` is true.
+    """Return a function that computes the model's loss, compiled if `compiles` returns True.
 
-    A compiled model has one static graph with recurrence and one without.
+    A compiled model has one static graph with recurrence and another without.
     """
     if not compiles(config, device):
         if device.type == "cpu":
@@ -45,12 +45,12 @@ def compiled_loss(model: nn.Module, config: Config, device: torch.device) -> Cal
 
 
 def without_kernel(device: torch.device) -> frozenset[str]:
-    """Names of the operators that have no kernel on `device`, where they run their PyTorch reference."""
+    """Return the names of the operators without a kernel for `device`. They run their PyTorch reference."""
     return frozenset(op for op in dispatch.describe() if dispatch.choose(op, device=device.type).backend == "torch")
 
 
 def write_out(model: nn.Module, operators: frozenset[str]) -> None:
-    """Make `model` compute the formulas of these operators with PyTorch functions, and call all other operators."""
+    """Make `model` compute the formulas of `operators` with PyTorch functions, and call all other operators."""
     for module in model.modules():
         if isinstance(module, OperatorModule):
             module.written_out = operators

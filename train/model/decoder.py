@@ -12,16 +12,17 @@ from train.model.documents import Documents
 from train.model.gpt import GPT, Shared
 from train.model.head import head_logits
 
-# a token's embedding depends on this many tokens before it: the smear gate reads one, whose trigram reads two more
+# a token's embedding depends on this many earlier tokens: the smear gate reads the previous embedding, whose trigram
+# reads two more tokens
 _PREDECESSORS = 3
 
 
 class Decoder:
-    """Feeds `rows` texts to a model in evaluation mode, some tokens at a time. Finished texts have `length` tokens.
+    """Feeds `rows` texts to a model in evaluation mode, some tokens per step. The complete texts have `length` tokens.
 
-    Each step returns the same logits as `GPT.logits` for the finished texts, because every step uses the rotary base of
-    `length`. (#1392 has no cache: for each token it computes the whole text again, with the rotary base of the current
-    length. This takes 430 s.)
+    Each step returns the logits that `GPT.logits` returns for the complete texts, because every step uses the rotary
+    base of `length` tokens. (#1392 has no cache: for each token it computes the whole text again, with the rotary base
+    of the current length. This takes 430 s.)
     """
 
     def __init__(self, model: GPT, rows: int, length: int, *, recurrence: bool) -> None:
@@ -51,7 +52,7 @@ class Decoder:
         return head_logits(hidden[:, -1], model.head_weight, model.config.logit_softcap)
 
     def _shared(self, position: int, end: int) -> Shared:
-        """The result of `GPT.embed` for positions `position` to `end`, from these tokens and a few before them."""
+        """Compute the result of `GPT.embed` for positions `position` to `end`. This also needs a few earlier tokens."""
         begin, new = max(position - _PREDECESSORS, 0), end - position
         window = self.model.embed(self.ids[:, begin:end], self.ids.shape[1])
         cosine, sine = window.inputs.rotary
@@ -62,17 +63,18 @@ class Decoder:
 
 
 def sample(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
-    """Draw a token for each row by inversion: the first token at which the cumulative probability exceeds the draw.
+    """Draw a token for each row of logits, by inversion of the cumulative distribution.
 
-    The probabilities are softmax(logits / temperature). Temperature 0 takes the most likely token, or the first of
-    several. `logits` is `(B, V)`. `draws` is `(B,)` float64 in [0, 1). The result is `(B,)` int64.
+    The token is the first one at which the cumulative sum of softmax(logits / temperature) exceeds the row's draw.
+    Temperature 0 takes the most likely token (the first of several). `logits` is `(B, V)`. `draws` is `(B,)` float64 in
+    [0, 1). The result is `(B,)` int64.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # the largest becomes 0 first: divided by a tiny temperature, it would be infinite
+    # subtract the largest logit first: a logit divided by a tiny temperature could be infinite
     below = logits.double() - logits.amax(dim=-1, keepdim=True)
     cumulative = (below / temperature).softmax(dim=-1).cumsum(dim=-1)
-    # rounding may make the last sum differ from 1: keep every draw below the last sum
+    # by rounding, the last sum may be below 1: keep every draw below the last sum
     total = cumulative[:, -1]
     below = torch.minimum(draws * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, below[:, None], right=True).squeeze(1)

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from train.data.shards import BOS
 
-# a batch whose documents are shorter on average is an error; web documents are far longer
+# smallest allowed mean length of a batch's documents; web documents are far longer
 MEAN_DOCUMENT_TOKENS = 32
 
 
 def document_starts(ids: Tensor) -> Tensor:
-    """`(B, T)` bool, True where a document begins, that is, where ids = BOS."""
+    """Return `(B, T)` bool: True where a document begins, that is, where the token is BOS."""
     return ids == BOS
 
 
 class Documents(NamedTuple):
-    """The documents of a batch. An attention backend takes them as a mask or as offsets."""
+    """The documents of a batch, for attention backends: as a mask or as offsets."""
 
     starts: Tensor  # (B, T) bool, True where a document begins
 
@@ -30,7 +30,10 @@ class Documents(NamedTuple):
         return cls(document_starts(ids))
 
     def mask(self) -> Tensor:
-        """`(B, 1, T, T)` bool, True where a query (row) sees a key (column): key ≤ query, both in the same document."""
+        """Return `(B, 1, T, T)` bool: True where a query (row) sees a key (column).
+
+        A query sees the keys of its document at its own and earlier positions.
+        """
         document = self.starts.cumsum(dim=1)
         same = document[:, :, None] == document[:, None, :]
         length = self.starts.shape[1]
@@ -38,10 +41,10 @@ class Documents(NamedTuple):
         return (same & causal)[:, None]
 
     def offsets(self) -> Tensor:
-        """Offsets of the documents in the flattened batch, `(B + ⌈B T / 32⌉ + 1,)` int32 from 0 to B · T.
+        """Return the offsets of the documents in the flattened batch, `(B + ⌈B T / 32⌉ + 1,)` int32 from 0 to B · T.
 
-        A document is cut at the end of its row. A static graph needs a fixed number of offsets, so surplus offsets
-        repeat the last one and mean empty sequences.
+        A document ends at the end of its row. A static graph needs a fixed number of offsets, so surplus offsets repeat
+        the last offset, which means empty sequences.
 
         Raises:
             RuntimeError: there are too many documents. A GPU raises the error asynchronously.

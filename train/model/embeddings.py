@@ -18,19 +18,19 @@ _VALUE_DEVIATION = 0.01
 
 
 def projects(config: Config, width: int, target: int) -> bool:
-    """Whether an embedding of this width is projected before it is added to a tensor of width `target`."""
+    """Whether an embedding of width `width` is projected before it is added to a tensor of width `target`."""
     return config.embed_proj == "always" or width != target
 
 
 def lookup(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Look up rows of a table `(rows, width)`: `(*ids.shape, width)` in `dtype`, the compute dtype."""
-    # a row's gradient sums over all its tokens: add it up in the wider dtype
+    # the gradient of a row is a sum over all its tokens: compute the sum in the wider dtype
     wide = table.to(torch.promote_types(table.dtype, dtype))
     return F.embedding(ids, wide).to(dtype)
 
 
 class TokenEmbedding(nn.Module):
-    """The tied embedding E `(V, d)`, initially N(0, 0.005²). Its rows are the input; hidden · Eᵀ are the logits."""
+    """The tied embedding E `(V, d)`, initially N(0, 0.005²). The input is rows of E. The logits are hidden · Eᵀ."""
 
     def __init__(self, vocab_size: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -99,11 +99,11 @@ class BigramHash(nn.Module):
 
 
 class ValueEmbedding(nn.Module):
-    """A token embedding that some layers add to their values: layer_scales[i] · h, h = scale · W · table[ids].
+    """A token embedding that some layers add to their values: layer_scales[i] · h, where h = scale · W · table[ids].
 
-    i is a layer's index in `layers`, the physical layers that have this embedding. Initially the table `(V, width)` is
-    N(0, 0.01²), the scale is 0.1, and each layer scale is 1. W `(kv_dim, width)` is orthogonal, or zero without
-    `orthogonal`. With `qat`, W is fake-quantized in training.
+    `layers` lists the physical layers that add the embedding, and i is a layer's index in this list. Initially the
+    table `(V, width)` is N(0, 0.01²), the scale is 0.1, each layer scale is 1, and W `(kv_dim, width)` is orthogonal,
+    or zero without `orthogonal`. With `qat`, W is fake-quantized in training.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class ValueEmbedding(nn.Module):
         return self.scale.to(dtype) * _projected(rows, self.proj, self.qat if self.training else None)
 
     def of_layer(self, layer: int, shared: Tensor) -> Tensor | None:
-        """Compute what a physical layer adds to its values from h = `shared`. None if the layer is not in `layers`."""
+        """Compute what a physical layer adds to its values, from h = `shared`. None if the layer is not in `layers`."""
         if layer not in self.layers:
             return None
         return self.layer_scales[self.layers.index(layer)].to(shared.dtype) * shared

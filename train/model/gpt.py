@@ -1,4 +1,4 @@
-"""The complete model, built from the settings."""
+"""The complete model, as the settings describe it."""
 
 from __future__ import annotations
 
@@ -26,28 +26,31 @@ from train.model.smear import PositionSmearGate, SmearGate
 
 _BLEND = 0.5
 _LANE_RESID = 1.1
-# from this width on, a step on a CPU with bfloat16 products is faster in bfloat16
+# from this model width on, training on a CPU with bfloat16 products is faster in bfloat16 than in float32
 _WIDE = 128
 
 
 class Lanes(NamedTuple):
-    """The residual stream `(B, T, d)` between two layers. Where layers run in lanes, x is the lane of attention."""
+    """The residual stream x `(B, T, d)` between two layers.
+
+    Where layers run in lanes (see `Block`), x is the lane of attention and `mlp_lane` the lane of the MLP.
+    """
 
     x: Tensor
     mlp_lane: Tensor | None = None
 
 
 class Shared(NamedTuple):
-    """What all layers of a forward pass share: inputs without extra values, and the result of `ValueEmbedding`."""
+    """Tensors that all layers of a forward pass share: `inputs` without extra values, and the value embedding h."""
 
     inputs: BlockInputs
     values: Tensor | None
 
 
 def resolve_compute_dtype(config: Config) -> torch.dtype:
-    """The dtype of the forward pass, bfloat16 or float32.
+    """Return the dtype of the forward pass, bfloat16 or float32.
 
-    It is bfloat16 on a GPU, and for wide models on a CPU that has bfloat16 products.
+    It is bfloat16 on a GPU, and on a CPU that has bfloat16 products if the model is wide.
     """
     device = hardware.auto_device() if config.device == "auto" else config.device
     if device == "cuda":
@@ -58,8 +61,8 @@ def resolve_compute_dtype(config: Config) -> torch.dtype:
 class GPT(nn.Module):
     """A Parameter Golf transformer with tied embeddings.
 
-    Weights are float32, and embeddings have the dtype `config.embed_dtype`. The forward pass casts both to
-    `compute_dtype`. If the argument `recurrence` of a method is True, the repeated layers run again. It is a Python
+    Weights are float32. Embeddings have the dtype `config.embed_dtype`. The forward pass casts both to `compute_dtype`.
+    If the argument `recurrence` of a method is True, the layers in `recur_layers` run again. `recurrence` is a Python
     bool, so a compiled model has two static graphs.
     """
 
@@ -87,14 +90,14 @@ class GPT(nn.Module):
             )  # fmt: skip
         if skip_count(config):
             self.skips = UNetSkips(skip_count(config), dim, gated=config.skip_gates)
-        # nn.ModuleList has no element type
+        # cast, because nn.ModuleList does not know the type of its elements
         self.blocks = cast(Sequence[Block], nn.ModuleList(Block(config, layer) for layer in range(config.num_layers)))
         self.head = Head(config.logit_softcap)
         lanes = any(step.form == "lanes" for step in self.plan)
         self.lane_mix = constant(0.5) if lanes else None
         self.lane_resid = self.lane_post = None
         if any(step.form == "routed" for step in self.plan):
-            # as published, layers before the lanes have rows, too
+            # as in the published script, layers before the lanes have rows too
             self.lane_resid = constant(_LANE_RESID, config.num_layers, 2)
             self.lane_post = constant(1.0, config.num_layers, 2, 2)
         # #1945 stores these caps, but never trains them
@@ -110,7 +113,7 @@ class GPT(nn.Module):
         return self.embedding.weight.to(self.compute_dtype)
 
     def forward(self, ids: Tensor, targets: Tensor, *, recurrence: bool) -> Tensor:
-        """Compute the training loss, as `loss` does."""
+        """Compute `loss`."""
         return self.loss(ids, targets, recurrence=recurrence)
 
     def loss(self, ids: Tensor, targets: Tensor, *, recurrence: bool) -> Tensor:
@@ -128,7 +131,7 @@ class GPT(nn.Module):
         return head_logits(self.hidden(ids, recurrence=recurrence), self.head_weight, self.config.logit_softcap)
 
     def hidden(self, ids: Tensor, *, recurrence: bool, rows_from: int = 0) -> Tensor:
-        """Compute the output head's input for `ids` `(B, T)`: `(B, T - rows_from, d)` in the compute dtype.
+        """Compute the input of the output head for `ids` `(B, T)`: `(B, T - rows_from, d)` in the compute dtype.
 
         In the last layer, positions before `rows_from` only provide keys and values.
         """
@@ -154,7 +157,7 @@ class GPT(nn.Module):
         query, key, value = block.attention.heads(block.mix_and_norm(inputs.x0, inputs.x0)[1], inputs.extra_value)
 
         def in_windows(x: Tensor) -> Tensor:
-            # the result is a view: overlapping windows share memory
+            # return a view, so that overlapping windows share memory
             return x[0].unfold(0, length, stride).movedim(-1, 1)
 
         documents = None if inputs.documents is None else Documents(in_windows(inputs.documents.starts))
@@ -164,9 +167,9 @@ class GPT(nn.Module):
         return self.hidden_of(shared, recurrence=recurrence, rows_from=rows_from, heads=heads)
 
     def hidden_of(self, shared: Shared, *, recurrence: bool, rows_from: int = 0, heads: Heads | None = None) -> Tensor:
-        """Compute `hidden` from the result of `embed`.
+        """Compute `hidden` from `shared`, the result of `embed`.
 
-        `heads` is layer 0's result of `Attention.heads`, if already computed.
+        `heads` is the result of `Attention.heads` for layer 0, if already computed.
         """
         plan = self.recurrent_plan if recurrence else self.plan
         lanes = Lanes(shared.inputs.x0)
@@ -182,7 +185,7 @@ class GPT(nn.Module):
 
     @property
     def overlap_problem(self) -> str | None:
-        """The reason why `overlapping_hidden` would differ from `hidden`, or None if the two agree."""
+        """The reason why `overlapping_hidden` would differ from `hidden`; None: they agree."""
         if self.smear is not None or self.bigram is not None:
             return "smear gate and bigrams read the previous token, which a window's first token lacks"
         if self.plan[0].form in ("lanes", "routed") or len(self.plan) == 1:
@@ -190,7 +193,7 @@ class GPT(nn.Module):
         return None
 
     def embed(self, ids: Tensor, length: int | None = None) -> Shared:
-        """Compute what the layers share: x0, the rotary table, and the value embedding.
+        """Compute x0, the rotary table and the value embedding, which all layers share.
 
         x0 = smear(rms(E[ids] + bigram)), or with `smear_gate` "embedding" rms(smear(E[ids] + bigram)).
 
@@ -220,9 +223,9 @@ class GPT(nn.Module):
         return Shared(BlockInputs(x, rotary, None, documents), values)
 
     def _enter(self, step: Step, lanes: Lanes, saved: dict[int, Tensor]) -> Lanes:
-        """Add the step's skip. At the first layer that runs in lanes, start the MLP's lane as a copy of the stream.
+        """Add the U-Net skip of the step. Before the first layer in lanes, copy the residual stream to the MLP's lane.
 
-        The copy is taken after the skip for "lanes" (#1471), and before it for "routed" (#1530).
+        "lanes" copies after adding the skip (#1471), "routed" before (#1530).
         """
         x, mlp_lane = lanes
         if step.form == "routed" and mlp_lane is None:
@@ -255,7 +258,7 @@ class GPT(nn.Module):
         if lanes.mlp_lane is not None:
             return Lanes(*block.run_lanes(lanes.x, lanes.mlp_lane, inputs, rows_from=rows_from))
         output = block(lanes.x, inputs, form=step.form, rows_from=rows_from)
-        # only encoder steps are blended, and rows_from is 0 for them
+        # blending x with the output needs all rows: only encoder layers are blended, and their rows_from is 0
         if step.blend is not None:
             output = torch.lerp(lanes.x, output, self._blend_weight(step.blend, output.dtype))
         return Lanes(output)

@@ -25,7 +25,7 @@ def head_logits(hidden: Tensor, weight: Tensor, cap: float) -> Tensor:
 
 
 class Head(OperatorModule):
-    """The loss of softcapped logits. It has no parameters: its weight is the tied embedding."""
+    """The loss of softcapped logits. This module has no parameters, because its weight is the tied embedding."""
 
     def __init__(self, cap: float) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ def constant(value: float, *shape: int) -> nn.Parameter:
 
 
 def normal_table(rows: int, columns: int, deviation: float, dtype: torch.dtype) -> nn.Parameter:
-    """Make an embedding table `(rows, columns)`, drawn from N(0, deviation²)."""
+    """Make an embedding table `(rows, columns)` with values drawn from N(0, deviation²)."""
     return parameter(torch.empty(rows, columns).normal_(0.0, deviation), dtype)
 
 
@@ -42,5 +42,8 @@ def matrix(rows: int, columns: int, *, orthogonal: bool, gain: float = 1.0) -> n
 
 
 def zero_matrix(rows: int, columns: int) -> nn.Parameter:
-    """Make a float32 weight `(rows, columns)` of zeros. As output projection it makes a block's initial output zero."""
+    """Make a float32 weight `(rows, columns)` of zeros.
+
+    With zero output projections, a block initially adds nothing.
+    """
     return parameter(torch.zeros(rows, columns))

@@ -1,4 +1,4 @@
-"""Products with weight matrices. GPTQ's calibration can observe the inputs of these products."""
+"""Products with weight matrices. GPTQ's calibration observes the inputs of these products."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from train.model.straight_through import fake_quantize_rows
 
 Callback = Callable[[str, Tensor], None]
-"""Takes the parameter name of a matrix and the matrix's input `(..., in_features)`."""
+"""A function of a matrix's parameter name and the input `(..., in_features)` that the matrix multiplies."""
 
 
 class _Observation(NamedTuple):
@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, fake_quant
     """Compute y = scale ⊙ (x Wᵀ) `(..., out_features)` for x `(..., in_features)`, in the dtype of x.
 
     The scale multiplies the rows of W instead of y, so that its gradient is a sum over the weight, not over all tokens.
-    Other arguments as for `working_weight`.
+    For the other arguments see `working_weight`.
     """
     observe(weight, x)
     return F.linear(x, working_weight(weight, x.dtype, scale=scale, fake_quantize=fake_quantize))
@@ -37,7 +37,8 @@ def linear(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, fake_quant
 def joint_linear(x: Tensor, weights: Sequence[Tensor], *, fake_quantize: str | None = None) -> tuple[Tensor, ...]:
     """Compute y_i = x W_iᵀ for several weights `(rows_i, in_features)` in one product.
 
-    The y_i are views `(..., rows_i)`. The gradient of x is one product, too: the sum over all weights is rounded once.
+    The y_i are views `(..., rows_i)`. The gradient of x is also one product, so the sum over all weights is rounded
+    once.
     """
     for weight in weights:
         observe(weight, x)
@@ -51,9 +52,9 @@ def working_weight(
 ) -> Tensor:
     """Prepare the weight `(out_features, in_features)` for a product, in `dtype`.
 
-    With `fake_quantize` the weight is rounded to int6 rows (`train.model.straight_through`): "float32" rounds the
-    parameter, "compute" its copy in `dtype`. Then the rows are multiplied by `scale` `(out_features,)`, and the result
-    is cast.
+    With `fake_quantize`, the weight is first rounded to int6 rows (see `train.model.straight_through`): "float32"
+    rounds the parameter itself, "compute" rounds its copy in `dtype`. Then the rows are multiplied by `scale`
+    `(out_features,)`, and the result is cast to `dtype`.
     """
     rows = weight.to(dtype) if fake_quantize == "compute" else weight
     if fake_quantize:
@@ -62,22 +63,26 @@ def working_weight(
 
 
 def observe(weight: Tensor, x: Tensor) -> None:
-    """Report a matrix's input to the callback of `observe_inputs`, if that context is active."""
+    """If `observe_inputs` is active, report the input `x` of the matrix `weight` to its callback."""
     if _observation is not None and (name := _observation.names.get(id(weight))) is not None:
         _observation.callback(name, x.detach())
 
 
 def observing() -> bool:
-    """Whether `observe_inputs` is active. Then do not call a fused operator that hides the input of a matrix."""
+    """Whether `observe_inputs` is active.
+
+    If so, the caller must not use a fused operator that hides a matrix's input.
+    """
     return _observation is not None
 
 
 @contextmanager
 def observe_inputs(model: nn.Module, callback: Callback) -> Iterator[None]:
-    """Inside the context, call `callback` for every product with a matrix, with the matrix's name and detached input.
+    """Inside the context, call `callback(name, input)` for every product with a matrix. The input is detached.
 
-    The model must not be compiled. Query, key and value are reported one after the other, with the same input. A layer
-    that runs twice reports twice. The tied embedding is reported as `embedding.weight`, with the output head's input.
+    The model must not be compiled. The query, key and value matrices are reported one after another, with the same
+    input. A layer that runs twice is reported twice. The tied embedding is reported as `embedding.weight`, with the
+    input of the output head.
 
     Raises:
         RuntimeError: another `observe_inputs` is active.

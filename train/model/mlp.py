@@ -14,7 +14,7 @@ from train.model.norm import NORM_EPS, rms_norm
 
 
 class MLP(OperatorModule):
-    """y = residual + scale ⊙ (leaky_relu(g · rms(x) W_upᵀ)² W_downᵀ). g is `gain`. With slope 0 it is a ReLU² MLP."""
+    """Computes y = residual + scale ⊙ (leaky_relu(g · rms(x) W_upᵀ)² W_downᵀ). g is `gain`. Slope 0 gives ReLU²."""
 
     def __init__(self, config: Config, gain: float) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class MLP(OperatorModule):
     def forward(self, x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
         """Compute y `(B, T, d)` from x `(B, T, d)`, residual `(B, T, d)` and scale `(d,)`, all of the same dtype."""
         fake_quantize = self.qat if self.training else None
-        # calibration needs the input of W_down, which the operator hides
+        # do not call the fused operator if calibration observes the input of W_down, which the operator hides
         if observing() or "leaky_relu2_mlp" in self.written_out:
             normed = rms_norm(x) * self.gain
             hidden = F.leaky_relu(linear(normed, self.up, fake_quantize=fake_quantize), self.slope).square()

@@ -1,4 +1,4 @@
-"""RMS norm without gain, and the LN scale, a factor per layer by which some recipes multiply the norm's output."""
+"""RMS norm without gain, and the LN scale: a factor per layer on the norm's output, which some recipes use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-# float32's epsilon; explicit, because torch's default depends on torch's version and the input's dtype
+# epsilon of float32. torch's default would depend on its version and on the input's dtype.
 NORM_EPS = 2.0**-23
 
 
@@ -17,5 +17,5 @@ def rms_norm(x: Tensor, eps: float = NORM_EPS) -> Tensor:
 
 
 def layer_scale(layer: int) -> float:
-    """The LN scale g = 1/√(layer + 1) of a physical layer, counted from 0. It multiplies the outputs of both norms."""
+    """Return g = 1/√(layer + 1), the factor on both norms of a physical layer. Layers are counted from 0."""
     return 1.0 / math.sqrt(layer + 1)

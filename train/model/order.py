@@ -1,4 +1,7 @@
-"""The order in which layers run: encoder and decoder, repeated layers, U-Net skips, and the first layer in lanes."""
+"""The order in which layers run: encoder and decoder halves, repeated layers, U-Net skips, and layers in lanes.
+
+A physical layer has weights. It may run several times in one forward pass.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,19 @@ class Step(NamedTuple):
     form: str  # "serial", "gptj", "lanes" or "routed", see `train.model.block.Block`
     skip: tuple[int, int] | None = None  # (row of the skip weights, step whose output is added before the layer runs)
     saves: bool = False  # whether a later step adds this step's output
-    blend: int | None = None  # index of a blended repeat, whose output is averaged with its input (#1392)
+    blend: int | None = None  # for a blended repeat: its index; the repeat's output is averaged with its input (#1392)
 
 
 def skip_count(config: Config) -> int:
-    """Number of U-Net skips that have weights, with and without recurrence: `skip_rows`, or ⌊layers / 2⌋ if it is 0."""
+    """Return the largest number of U-Net skips: `skip_rows`, or ⌊layers / 2⌋ if `skip_rows` is 0."""
     return config.skip_rows or config.num_layers // 2
 
 
 def halves(config: Config, *, recurrence: bool) -> tuple[list[int], list[int]]:
-    """The physical layers of the encoder and those of the decoder, in order, without blended repeats.
+    """Return the physical layers of the encoder and of the decoder, in order, without blended repeats.
 
-    `recur_form` "unroll" (#1471) runs `recur_layers` another `num_loops` times after their first run, then splits the
-    longer order in the middle. "blend" (#1392) does not change the two halves.
+    `recur_form` "unroll" (#1471) repeats the group `recur_layers` `num_loops` times after its first run, and then
+    splits the longer order in the middle. "blend" (#1392) does not change the halves.
     """
     order = list(range(config.num_layers))
     if recurrence and config.recur_layers and config.recur_form == "unroll":
@@ -39,9 +42,10 @@ def halves(config: Config, *, recurrence: bool) -> tuple[list[int], list[int]]:
 def make_plan(config: Config, *, recurrence: bool) -> tuple[Step, ...]:
     """List all layer runs of a forward pass, in order.
 
-    The decoder's n-th layer adds the output of the encoder's n-th layer from the end, as long as there are skip
-    weights. After the first layer with `parallel_form` "lanes" there are no more skips (#1471). Only encoder layers have
-    blended repeats; a skip adds the layer's output before its repeat (#1392).
+    The first layer of the decoder adds the output of the last layer of the encoder, the second layer the output of the
+    last but one, and so on, as long as there are skip weights. After the first layer with `parallel_form` "lanes" there
+    are no more skips (#1471). Only encoder layers have blended repeats. A skip adds a layer's output before the layer's
+    blended repeat (#1392).
     """
     encoder, decoder = halves(config, recurrence=recurrence)
     blends = recurrence and config.recur_form == "blend"
@@ -67,7 +71,7 @@ def make_plan(config: Config, *, recurrence: bool) -> tuple[Step, ...]:
 
 
 def virtual_order(config: Config, *, recurrence: bool) -> tuple[int, ...]:
-    """The physical layers in the order in which they run, with repeats."""
+    """Return the physical layers in the order in which they run, with repeats."""
     return tuple(step.layer for step in make_plan(config, recurrence=recurrence))
 
 

@@ -1,4 +1,4 @@
-"""Lists a model's parameters with their optimizer classes, and counts its FLOP per token."""
+"""Lists a model's parameters with their optimizer classes, and computes the model's FLOP per token."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class ParameterRow:
 
 
 def classify(name: str, config: Config) -> str:
-    """A parameter's optimizer class: "matrix" (Muon), "embedding" (AdamW) or "scalar" (AdamW with other rates).
+    """Return a parameter's optimizer class: "matrix" (Muon), "embedding" (AdamW) or "scalar" (AdamW with other rates).
 
-    "scalar" includes vectors.
+    Vectors belong to "scalar".
     """
     parts = name.split(".")
     if name in ("embedding.weight", "bigram.embedding", "ve.embedding"):
@@ -49,11 +49,11 @@ def parameter_table(model: GPT) -> list[ParameterRow]:
 
 
 def mflop_per_token(config: Config, *, recurrence: bool) -> float:
-    """MFLOP of one training token, forward and backward.
+    """Return the MFLOP of one training token, forward and backward.
 
-    That is 6 · (number of weights) + 6 · layer runs · T · d for causal attention. Weights count once per matrix
-    product: those of a repeated layer once per run, those of the output head once, embedding lookups not at all. T is
-    `train_seq_len`.
+    FLOP = 6 · weights + 6 · layer runs · T · d. The second term is causal attention. T is `train_seq_len`. `weights` is
+    the number of weights in matrix products: a repeated layer counts once per run, the output head once, and embedding
+    lookups do not count.
     """
     dim, runs = config.model_dim, len(virtual_order(config, recurrence=recurrence))
     block = 2 * dim * dim + 2 * config.kv_dim * dim + 2 * config.mlp_hidden * dim

@@ -1,4 +1,4 @@
-"""Rotary position embeddings on the first r dimensions of a head. The NTK rule adapts them to longer texts."""
+"""Rotary position embeddings of the first r dimensions of a head. The NTK rule adapts the base to longer texts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def ntk_base(base: float, rotary_dims: int, length: int, train_length: int) -> float:
-    """The base of the rotary frequencies by the NTK rule, for r = `rotary_dims`.
+    """Return the base of the rotary frequencies by the NTK rule, for r = `rotary_dims`.
 
     It is base · (length / train_length)^(r / (r − 2)) if `length` exceeds `train_length`, otherwise `base`. With r = 2
-    the only frequency is base⁰, so the base does not matter.
+    the only frequency is base⁰ = 1, so the base does not matter.
     """
     if length <= train_length or rotary_dims <= 2:
         return base
@@ -23,12 +23,12 @@ def rotary_table(
 ) -> tuple[Tensor, Tensor]:
     """Compute cosines and sines `(length, 1, r/2)` of angle[t, i] = t · base^(−2i/r). r = `rotary_dims` is even.
 
-    The middle dimension broadcasts over heads. The published scripts cast their buffer of frequencies to bfloat16 with
-    the model. `kind` says what is rounded to bfloat16:
+    The middle dimension broadcasts over heads. Some published scripts round the table to bfloat16, because they cast
+    the whole model. `kind` says what is rounded to bfloat16:
 
     exact: nothing
     bf16_frequencies (#2135): the frequencies base^(−2i/r)
-    bf16 (#1471, #122, baseline): frequencies, cosines and sines, and positions t, which from 256 to 511 become even, …
+    bf16 (#1471, #122, baseline): positions t, frequencies, cosines and sines; for example t = 257 becomes 256
     """
     # angles of large positions need the precision of float64
     frequencies = base ** -(torch.arange(0, rotary_dims, 2, dtype=torch.float64, device=device) / rotary_dims)
@@ -59,7 +59,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 def _rounded(x: Tensor) -> Tensor:
     """Round float64 to bfloat16: to nearest, ties to even. The result is float64.
 
-    This changes bits, because the compiler drops a cast to bfloat16 that is followed by a cast back.
+    The bits are changed directly, because the compiler removes a cast to bfloat16 that is followed by a cast back.
     """
     bits = x.float().view(torch.int32)
     kept = bits + 0x7FFF + (bits >> 16 & 1) & -0x10000

@@ -1,4 +1,4 @@
-"""U-Net skips: decoder layers add the outputs of encoder layers."""
+"""U-Net skips: layers in the second half of the model add outputs of layers in the first half."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from train.model.init import constant
 
 
 class UNetSkips(nn.Module):
-    """Adds an encoder output s to the residual stream x: x + w ⊙ s. With gates it is w ⊙ s + σ(g) ⊙ (x − w ⊙ s).
+    """Adds an encoder layer's output s to the residual stream x: x + w ⊙ s. With gates: w ⊙ s + σ(g) ⊙ (x − w ⊙ s).
 
-    The weights w `(count, d)` are initially 1. The gates g `(count, d)` are initially 0, which gives the mean of x and
-    w ⊙ s.
+    The weights w `(count, d)` are initially 1. The gates g `(count, d)` are initially 0, so the result is initially the
+    mean of x and w ⊙ s.
     """
 
     def __init__(self, count: int, dim: int, *, gated: bool) -> None:

@@ -12,9 +12,9 @@ _GATE_CHANNELS = 12
 
 
 def predecessor(x: Tensor, starts: Tensor | None = None) -> Tensor:
-    """Shift `x` `(B, T, d)` by one position: x[t−1] at each t, zero at t = 0 and where a document begins.
+    """Shift `x` `(B, T, d)` by one position. The result at t is x[t−1]; it is zero at t = 0 and where a document begins.
 
-    `starts` `(B, T)` bool says where documents begin; None ignores document boundaries.
+    `starts` `(B, T)` bool is True where a document begins; None ignores document boundaries.
     """
     shifted = F.pad(x[:, :-1], (0, 0, 1, 0))
     return shifted if starts is None else shifted.masked_fill(starts[..., None], 0.0)
@@ -28,7 +28,7 @@ class SmearGate(nn.Module):
         self.gate = constant(0.0, dim)
 
     def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Smear `x` `(B, T, d)`. `starts` as for `predecessor`; None, as published, smears across documents."""
+        """Compute y for `x` `(B, T, d)`. For `starts` see `predecessor`. The published script has no `starts`."""
         return torch.lerp(x, predecessor(x, starts), torch.sigmoid(self.gate).to(x.dtype))
 
 
@@ -44,6 +44,6 @@ class PositionSmearGate(nn.Module):
         self.scale = constant(0.0)
 
     def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Smear `x` `(B, T, d)`. `starts` as for `predecessor`."""
+        """Compute y for `x` `(B, T, d)`. For `starts` see `predecessor`."""
         gate = torch.sigmoid(F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)))
         return x + self.scale.to(x.dtype) * gate * predecessor(x, starts)

@@ -1,4 +1,4 @@
-"""Quantization-aware training with int6 rows (#122). The forward pass rounds weights, the gradient ignores this."""
+"""Quantization-aware training with int6 rows (#122). The forward pass rounds weights. The backward pass does not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from torch import Tensor
 from golf_kernels.int6 import int6_fake_quantize
 
 QUANTILE = 0.9999984
-"""Row quantile of |w| at which #122, #265 and #1392 clip. In a row of up to 625,000 weights it lies between the two largest |w|."""
+"""Quantile of |w| at which #122, #265 and #1392 clip a row.
+
+In a row of up to 625,000 weights, this quantile lies between the two largest |w|.
+"""
 
 _LARGEST_CODE = 31
 _SMALLEST_CLIP = 1e-8
@@ -17,12 +20,12 @@ _SMALLEST_CLIP = 1e-8
 def fake_quantize_scales(weight: Tensor) -> Tensor:
     """Compute row scales for training: s = max(quantile(|w|, 0.9999984), 1e-8) / 31.
 
-    The artifact's row scales also have a floor. `weight` is `(rows, columns)`. The result `(rows,)` is
-    float32, or float64 for float64, and has no gradient. The quantile is interpolated between the row's two largest
-    magnitudes, so no row is sorted.
+    `weight` is `(rows, columns)`. The result `(rows,)` is float32 (float64 for float64 weights) and has no gradient.
+    The quantile is interpolated between the two largest magnitudes of the row, so no row is sorted. Unlike the row
+    scales in the artifact, these have no floor besides 1e-8 / 31.
 
     Raises:
-        ValueError: there is one column, or so many that the quantile lies below the two largest magnitudes.
+        ValueError: the weight has one column, or so many that the quantile is below the second largest magnitude.
     """
     columns = weight.shape[-1]
     position = (columns - 1) * QUANTILE
