@@ -1,4 +1,4 @@
-"""Inspect, verify, compare and convert artifacts: `python -m train.artifact inspect|verify|diff|convert FILE …`."""
+"""`python -m train.artifact inspect|verify|diff|convert FILE …` shows, checks, compares and converts artifacts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def verify(options: argparse.Namespace) -> None:
-    """Check an artifact's checksums, decode every section, and build the model."""
+    """Check an artifact: compare its checksums, decode every section, and build the model."""
     artifact = read_artifact(options.file)
     model, info = build_model(options.file, artifact), artifact.info
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -111,7 +111,7 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace) -> Config | None:
-    """The settings of the model in a published file, from recipe and flags. None: the file is an artifact."""
+    """Return the settings of the model in a published file, from recipe and flags; None if the file is an artifact."""
     given = {name: text for name in ("recipe", *MODEL_FIELDS) if (text := getattr(options, name)) is not None}
     if options.source is None:
         if given:

@@ -1,19 +1,19 @@
 """Entropy coding of byte matrices with asymmetric numeral systems (ANS).
 
-The encoder divides the bytes into classes of similar magnitude, and each class has its own table of symbol weights. A
-byte's class is the label of its row plus the label of its column. A row may also be stored as its difference from the
-row above.
+The encoder divides the bytes into classes of similar magnitude. Each class has its own table of symbol weights. The
+class of a byte is the label of its row plus the label of its column. A row may also be stored as the difference from
+the row above.
 
 A stream is a header and W words of one ANS coder, all little-endian.
 
     offset   bytes  content
-    0        1      uint8  A, the number of row labels: the labels are 0 … A−1, A ≥ 2. A = 0: every row has label 0
+    0        1      uint8  A, the number of row labels 0 … A−1, at least 2. A = 0: every row has label 0
     1        1      uint8  B, the number of column labels, with the same rules
     2        1      uint8  1 if rows may be differences, otherwise 0
     3        1      int8   lowest symbol
     4        1      int8   highest symbol; the alphabet has n = highest − lowest + 1 ≥ 2 symbols
-    5        0 / 8  uint32 R, uint32 C: the data are L matrices of R rows and C columns, one after the other, row by
-                    row; absent if the first three bytes are 0
+    5        0 / 8  uint32 R, uint32 C: the data are L matrices of R rows and C columns, one after another, row by row;
+                    absent if the first three bytes are 0
     5 / 13   4      uint32 CRC-32 of all earlier bytes of the header followed by the decoded data
     9 / 17   4 · W  uint32 words of the coder
 
@@ -21,11 +21,11 @@ The decoder reads from the coder, in this order:
 
     1. if A > 0: a table of A symbols, then L·R row labels coded with this table
     2. if B > 0: a table of B symbols, then L·C column labels coded with this table, matrix by matrix
-    3. if rows may be differences: a table of 2 symbols, then L·R flags coded with this table; 1 marks a difference
-    4. K = max(A, 1) + max(B, 1) − 1 ≤ 256 tables of n symbols, one for each class
-    5. the bytes, each coded with its class's table. The data are divided into blocks of 2²⁰ bytes. In each block all
-       bytes of class 0 come first, in the order of their positions, then all bytes of class 1, and so on. Symbol s is
-       the byte (lowest + s) mod 256.
+    3. if rows may be differences: a table of 2 symbols, then L·R flags coded with this table; 1: the row is a
+    difference 4. K = max(A, 1) + max(B, 1) − 1 ≤ 256 tables of n symbols, one for each class 5. the bytes, each coded
+    with its class's table. The data are divided into blocks of 2²⁰ bytes. In each block all bytes of class 0 come
+    first, in the order of their positions, then all bytes of class 1, and so on. Symbol s is the byte (lowest + s) mod
+    256.
 
 Then the decoder goes from top to bottom and adds to each flagged row the row above, mod 256. The row above a matrix's
 first row is the last row of the previous matrix, and zeros for the first matrix. A stream may have any labels; this
@@ -70,13 +70,13 @@ _PRECISION = 24
 _STEP_WEIGHTS = (1 << 20) // (np.arange(256) + 6) ** 2
 _STEP_BITS = -np.log2(_STEP_WEIGHTS / _STEP_WEIGHTS.sum())
 
-# label steps per factor 2 of magnitude; finer steps cost more label bits than they save, coarser steps mix unlike rows
+# number of labels per factor 2 of magnitude. More labels cost more bits than they save, fewer labels mix unlike rows.
 _CLASSES_PER_OCTAVE = (2, 4, 8)
 _MOST_LABELS = 32
 _BLOCK_BYTES = 1 << 20
-# plans are compared on a sample of this many bytes
+# size in bytes of the sample on which plans are compared
 _SAMPLE_BYTES = 1 << 20
-# in a row or column shorter than this, a label or flag costs more bits than it can save
+# rows and columns shorter than this get no label or flag, which would cost more bits than it can save
 _LEAST_LABELLED = 16
 
 _Bytes = NDArray[np.uint8]
@@ -85,7 +85,7 @@ _Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Plan:
-    """The encoder's choice of row labels, column labels and difference flags. None: the stream has no such list."""
+    """The encoder's choice: row labels, column labels, and flags of rows that are differences. None: not used."""
 
     rows: _Integers | None = None
     columns: _Integers | None = None
@@ -97,9 +97,9 @@ class _Plan:
 
 
 def ans_encode(data: bytes, shape: tuple[int, int] | None = None) -> bytes:
-    """Encode bytes, read as two's-complement numbers, to a stream as the module's docstring describes it.
+    """Encode bytes, which represent two's-complement numbers, to the stream that the module's docstring describes.
 
-    `shape`: rows and columns of the matrices that `data` consists of; None if `data` has no rows.
+    `shape`: number of rows and columns of the matrices in `data`; None if `data` contains no matrices.
 
     Raises:
         MissingCodec: constriction is not installed.
@@ -143,7 +143,7 @@ def ans_encode(data: bytes, shape: tuple[int, int] | None = None) -> bytes:
 
 
 def ans_decode(data: bytes, size: int) -> bytes:
-    """Decode a stream to `size` bytes. Memory is proportional to `size`, even for a malicious stream.
+    """Decode a stream to `size` bytes. The memory used is proportional to `size`, even for a malicious stream.
 
     Raises:
         MissingCodec: constriction is not installed.
@@ -188,7 +188,7 @@ def ans_decode(data: bytes, size: int) -> bytes:
         decoded[block][order] = np.concatenate(symbols)
     decoded += np.uint8(low % 256)
     result = (decoded if flags is None else _sums(decoded.reshape(height, columns), flags)).tobytes()
-    # the coder reads past its end without an error, so an empty coder does not prove a complete stream
+    # check the CRC, because the coder raises no error if it reads beyond the end of a stream
     found = zlib.crc32(result, zlib.crc32(data[:begin]))
     if not coder.is_empty() or (found,) != _CRC.unpack_from(data, begin):
         raise CodecError(f"codec ans: the stream does not hold {size:,} bytes with its checksum: it is damaged")
@@ -204,7 +204,7 @@ def _library() -> ModuleType:
 
 
 def _choose(matrices: NDArray[np.int8]) -> _Plan:
-    """The plan with the fewest estimated bits, of all plans of `_candidates` with and without difference flags."""
+    """Return the plan with the fewest estimated bits among `_candidates`, with and without difference flags."""
     if not matrices.size:
         return _Plan()
     height, columns = matrices.shape[0] * matrices.shape[1], matrices.shape[2]
@@ -219,7 +219,7 @@ def _choose(matrices: NDArray[np.int8]) -> _Plan:
             plans += [replace(plan, flags=flags.reshape(-1)) for plan in _candidates(mixed)]
     if len(plans) == 1:
         return plans[0]
-    # sample rows at equal distances
+    # take sample rows at equal distances
     sample = np.unique(np.linspace(0, height - 1, min(max(_SAMPLE_BYTES // columns, 1), height)).astype(np.int64))
     flat = matrices.reshape(height, columns)
     shown = flat[sample]
@@ -268,7 +268,7 @@ def _compact(labels: _Integers) -> _Integers:
 
 
 def _bits(counts: NDArray[Any]) -> float:
-    """Estimated bits of symbols and their tables, from the symbols' counts `(tables, symbols)`."""
+    """Estimate the bits of symbols and of their tables, from the symbols' counts `(tables, symbols)`."""
     used = np.flatnonzero(counts.any(0))
     if not len(used):
         return 0.0
@@ -280,7 +280,7 @@ def _bits(counts: NDArray[Any]) -> float:
 
 
 def _blocks(classes: _Bytes, count: int) -> Iterator[tuple[slice, _Integers, _Integers]]:
-    """Yield each block's slice, the coding order of its bytes, and where classes 1, 2, … begin in that order."""
+    """Yield for each block: its slice, the coding order of its bytes, and where classes 1, 2, … begin in this order."""
     flat = classes.reshape(-1)
     for begin in range(0, len(flat), _BLOCK_BYTES):
         block = flat[begin : begin + _BLOCK_BYTES]
@@ -290,7 +290,7 @@ def _blocks(classes: _Bytes, count: int) -> Iterator[tuple[slice, _Integers, _In
 
 
 def _class_map(plan: _Plan, shape: tuple[int, int], rows: int, chosen: _Integers | None = None) -> _Bytes:
-    """The class of each byte, `(height, columns)`; if `chosen` is given, only of these rows."""
+    """Return the class of each byte, `(height, columns)`. If `chosen` is given, only for these rows."""
     lines = np.arange(shape[0]) if chosen is None else chosen
     classes = np.zeros((len(lines), shape[1]), np.uint8)
     if plan.columns is not None:
@@ -305,7 +305,7 @@ def _labels(labels: _Integers | None) -> int:
 
 
 def _magnitude(matrices: NDArray[np.int8]) -> _Bytes:
-    # np.abs(−128) is −128 in int8; its bits are 128 in uint8
+    # view as uint8, because np.abs(−128) is −128 in int8, and the same bits are 128 in uint8
     return np.abs(matrices).view(np.uint8)
 
 
@@ -315,7 +315,7 @@ def _differences(matrices: NDArray[np.int8]) -> NDArray[np.int8]:
 
 
 def _sums(differences: _Bytes, flags: _Integers) -> _Bytes:
-    """Undo `_differences` on flagged rows: sum each run of flagged rows cumulatively, from the row before the run."""
+    """Undo `_differences`: from top to bottom, add to each flagged row the row above."""
     total = np.cumsum(differences, axis=0, dtype=np.uint8)
     start = np.maximum.accumulate(np.where(flags > 0, 0, np.arange(len(flags))))
     before = np.where(start[:, None] > 0, total[start - 1], np.uint8(0))
@@ -324,11 +324,11 @@ def _sums(differences: _Bytes, flags: _Integers) -> _Bytes:
 
 
 def _small_floats(counts: _Integers) -> _Integers:
-    """Round 16 · counts to the nearest 8-bit floats, which have 5 bits of exponent and 3 bits of mantissa."""
+    """Round 16 · counts to the nearest 8-bit floats, with 5 bits of exponent and 3 bits of mantissa."""
     values = 16 * counts
     exponents = np.maximum(np.frexp(values.astype(np.float64))[1] - 4, 0)
     mantissas = np.rint(values / 2.0**exponents).astype(np.int64)
-    # a mantissa that rounds up to 16 needs no care: the sum below makes it mantissa 8 of the next exponent
+    # a mantissa that is rounded up to 16 is correct in this sum: it becomes mantissa 8 of the next exponent
     return np.where(counts > 0, np.minimum(8 * exponents + mantissas - 8, 255), 0)
 
 
@@ -343,7 +343,7 @@ def _steps(floats: _Integers) -> _Integers:
 
 
 def _model(stream: ModuleType, weights: _Integers) -> Any:
-    """constriction's model with these weights. constriction itself adds 1 to each frequency."""
+    """Return constriction's model with these weights. constriction adds 1 to each frequency."""
     weights = weights if weights.any() else np.ones_like(weights)
     free = (1 << _PRECISION) - len(weights)
     frequencies = weights * free // weights.sum()

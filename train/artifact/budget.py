@@ -1,4 +1,4 @@
-"""The size budget of a submission: the bytes of each tensor group, and the check against the cap on the total size."""
+"""The size budget of a submission: bytes per tensor group, and the check that the total size is at most the cap."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from train.common.wording import counted
 
 
 class BudgetError(UserError):
-    """Code and model together exceed the cap."""
+    """The submission is larger than the cap."""
 
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """Sizes of one section of an artifact, or of its header."""
+    """The sizes of one section of an artifact, or of its header."""
 
     group: str  # the section's group, or "header"
     type: str  # e.g. "int6"
@@ -28,13 +28,13 @@ class BudgetRow:
 
     @property
     def bits_per_element(self) -> float:
-        """Bits in the file per value; 0 if the row has no values."""
+        """Bits per value in the file; 0 if the section has no values."""
         return 8 * self.packed_bytes / self.elements if self.elements else 0.0
 
 
 @dataclass(frozen=True)
 class ArtifactInfo:
-    """Sizes of an artifact."""
+    """The sizes of an artifact and its parts."""
 
     version: int  # version of the container format
     model_bytes: int  # size of the file
@@ -44,7 +44,7 @@ class ArtifactInfo:
     tensors: int  # number of tensors
 
     def rows(self) -> list[BudgetRow]:
-        """The budget's rows, largest first. Their packed bytes add up to `model_bytes`."""
+        """Return the rows of the budget, largest first. The sum of their packed bytes is `model_bytes`."""
         rows = [
             BudgetRow(part.group, part.type, part.codec, part.elements, part.unpacked_bytes, part.packed_bytes)
             for part in self.sections
@@ -88,10 +88,10 @@ def budget_table(rows: Sequence[BudgetRow]) -> str:
 
 
 def check_budget(where: str, info: ArtifactInfo, code_bytes: int, max_bytes: int, prefix_bytes: int = 0) -> None:
-    """Check that code, paid prefix and model take at most `max_bytes` together.
+    """Check that the sum of code, paid prefix and model is at most `max_bytes`.
 
     Raises:
-        BudgetError: they take more; the message has the budget, the excess and the largest group.
+        BudgetError: the sum is larger. The message contains the budget, the excess and the largest group.
     """
     total = code_bytes + prefix_bytes + info.model_bytes
     if total <= max_bytes:

@@ -1,8 +1,8 @@
-"""Lossless byte codecs by name, and a byte shuffle after which some codecs pack the data smaller.
+"""Lossless byte codecs, and a byte shuffle that helps some codecs to compress floats.
 
-A stream that ends early, continues past its end or decodes to another size than expected raises a `CodecError`. The
-codecs brotli, zstd and ans need one package each; if it is missing, the error names it. Only ans (`train.artifact.ans`)
-uses the rows and columns of the data.
+If a stream ends early, has bytes after its end or decodes to an unexpected size, decoding raises a `CodecError`. The
+codecs brotli, zstd and ans need one package each. If the package is missing, the error names it. Only ans
+(`train.artifact.ans`) uses the rows and columns of the data.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ class Codec:
     """A lossless byte codec."""
 
     name: str
-    max_bits: int  # every byte must be a two's-complement number of at most this many bits
+    max_bits: int  # bits of the largest two's-complement number that a byte may contain
     _encode: Callable[..., bytes]
     _decode: Callable[[Any, int], bytes | memoryview]
-    shaped: bool = False  # True if the encoder uses the shape of the data's matrices
+    shaped: bool = False  # whether the encoder uses the shape of the matrices in the data
 
     def encode(self, data: bytes, shape: tuple[int, int] | None = None) -> bytes:
-        """Encode `data`; the same data give the same bytes.
+        """Encode `data`. The same data give the same bytes.
 
-        `shape`: rows and columns of the matrices that `data` consists of; None if `data` has no rows.
+        `shape`: number of rows and columns of the matrices in `data`; None if `data` contains no matrices.
 
         Raises:
-            MissingCodec: the codec's package is not installed; the message names it.
+            MissingCodec: the codec's package is not installed. The message names the package.
             CodecError: a byte exceeds `max_bits`.
         """
         return self._encode(data, shape) if self.shaped else self._encode(data)
@@ -59,8 +59,9 @@ class Codec:
         """Decode `data` to exactly `size` bytes. The codec `raw` returns `data` itself.
 
         Raises:
-            MissingCodec: the codec's package is not installed; the message names it.
-            CodecError: `data` is no stream of this codec, is cut, has bytes after its end, or decodes to another size.
+            MissingCodec: the codec's package is not installed. The message names the package.
+            CodecError: `data` is no stream of this codec, is truncated, has bytes after its end, or has another size
+            when decoded.
         """
         decoded = self._decode(data, size)
         if len(decoded) != size:
@@ -69,18 +70,18 @@ class Codec:
         return decoded
 
     def decode_up_to(self, data: bytes | memoryview, limit: int) -> bytes | memoryview:
-        """Decode a stream of unknown size; if it has more than `limit` bytes, the result may be cut after limit + 1.
+        """Decode a stream of unknown size. If it has more than `limit` bytes, the result may end after limit + 1 bytes.
 
-        Raises as `decode`.
+        Raises the errors of `decode`.
         """
         return self._decode(data, limit)
 
 
 def byte_shuffle(data: bytes, stride: int = 2) -> bytes:
-    """Reorder the bytes of numbers of `stride` bytes (1 to 255): every number's byte 0, then every number's byte 1, ….
+    """Reorder the bytes of numbers that have `stride` bytes each (1 to 255): first all bytes 0, then all bytes 1, ….
 
-    The result is `BSHF`, the stride as one byte, data[0::stride], data[1::stride], …: 5 bytes more than `data`. The
-    last number may be incomplete.
+    The result is `BSHF`, the stride as one byte, data[0::stride], data[1::stride], …, which is 5 bytes more than
+    `data`. The last number may be incomplete.
 
     Raises:
         ValueError: `stride` is out of range.
@@ -120,7 +121,7 @@ def _library(codec: str, module: str, package: str) -> ModuleType:
 
 def _brotli() -> ModuleType:
     brotli = _library("brotli", "brotli", "brotli>=1.2")
-    # older versions cannot limit the size of the decoded data
+    # older versions of brotli cannot limit the size of the decoded data
     if not hasattr(brotli.Decompressor, "can_accept_more_data"):
         raise MissingCodec(
             f"codec brotli: brotli {brotli.__version__} is too old: pip install --upgrade 'brotli>=1.2', or set CODEC=lzma"
@@ -161,7 +162,7 @@ def _zstd_decode(data: bytes, size: int) -> bytes:
     zstandard = _library("zstd", "zstandard", "zstandard")
     decoder = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
     try:
-        # the library allocates the size that the frame states, and decodes at most that many bytes
+        # check the size that the frame states, because the library allocates so much memory. It decodes no more bytes.
         promised = zstandard.frame_content_size(data)
         if not 0 <= promised <= size:
             raise CodecError(f"codec zstd: expected a frame of {size:,} decoded bytes at most, found {promised:,}")
@@ -172,7 +173,7 @@ def _zstd_decode(data: bytes, size: int) -> bytes:
 
 
 def _lzma_encode(data: bytes) -> bytes:
-    # the encoder takes ten times the dictionary's size in memory, and a dictionary larger than the data saves no bytes
+    # a dictionary larger than the data saves no bytes, and the encoder needs ten times the dictionary's size in memory
     dictionary = min(max(len(data), _LZMA_LEAST_DICTIONARY), _LZMA_LARGEST_DICTIONARY)
     chain = [{"id": lzma.FILTER_LZMA2, "preset": _LZMA_PRESET, "dict_size": dictionary}]
     return lzma.compress(data, lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=chain)
@@ -205,7 +206,7 @@ def _zlib_decode(data: bytes, size: int) -> bytes:
     return _decompress("zlib", "a zlib stream", zlib.decompressobj(), zlib.error, data, size)
 
 
-# a packed script has the imports inside these functions only if the condition holds
+# function → condition under which a packed script contains the module that the function imports
 IMPORTED_IF = {"_ans_encode": "config.codec == 'ans'", "_ans_decode": "config.codec == 'ans'"}
 
 

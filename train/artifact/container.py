@@ -3,8 +3,8 @@
 All numbers are little-endian. There is no alignment and no padding.
 
     offset   bytes  content
-    0        8      magic 89 47 4F 4C 46 0D 0A 1A ("\\x89GOLF\\r\\n\\x1a"; any transfer as text damages it)
-    8        2      uint16  version of the format from offset 22 on, now 1; the preamble is the same in every version
+    0        8      magic 89 47 4F 4C 46 0D 0A 1A ("\\x89GOLF\\r\\n\\x1a"; a transfer as text would change it)
+    8        2      uint16  version of the format from offset 22 on, now 1. All versions have the same preamble.
     10       4      uint32  H, bytes of the header in the file
     14       4      uint32  J, bytes of the header's JSON, at most 2^24
     18       4      uint32  CRC-32 (that of zlib and PNG) of bytes 0..17 followed by the H bytes of the header
@@ -18,8 +18,8 @@ The JSON is one object:
      "tensors": [[name, [dimension, …], section, scales], …]}
 
 config     the fields of `train.config.Config` that determine what the model computes
-           (`train.artifact.storage.MODEL_FIELDS`), and two former settings. Tuples are written as lists. A field that
-           the file lacks has its default.
+           (`train.artifact.storage.MODEL_FIELDS`), and two removed settings. Tuples are written as lists. A missing
+           field has its default.
 sections   group: the tensor group, for display. type: "int2" … "int8" (one signed byte per code, for any number of
            bits), "float16", "bfloat16" or "float32". codec: a name in `train.artifact.codecs.CODECS`: "brotli" (RFC
            7932), "zstd" (RFC 8878, one frame that states its content size), "lzma" (.xz, one stream), "zlib" (RFC
@@ -32,9 +32,10 @@ tensors    name and shape of a parameter, up to 4 dimensions. section: index of 
            index of the float16 section that holds one scale per row, filled in the same order; null for floats. A
            weight is its code times its row's scale, in float32.
 
-To read: check magic, CRC and version; inflate the header; check that the sections' packed sizes add up to the file's
-size, and that each section's unpacked size is that of its tensors; check each section's CRC before decoding it. The
-reader executes and unpickles nothing. It maps the file into memory and allocates memory for decoded sections only.
+To read a file: check magic, CRC and version. Inflate the header. Check that the packed sizes of the sections add up to
+the size of the file, and that the unpacked size of each section is the size of its tensors. Check the CRC of each
+section before decoding it. The reader executes and unpickles nothing. It maps the file into memory and allocates memory
+only for decoded sections.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ _FIELDS = struct.Struct("<8sHII")
 _CRC = struct.Struct("<I")
 
 ITEM_BYTES = {**{f"int{bits}": 1 for bits in range(2, 9)}, "float16": 2, "bfloat16": 2, "float32": 4}
-"""Section type → bytes of one value before the codec."""
+"""Section type → bytes per value before the codec."""
 
 
 class ArtifactError(UserError):
@@ -72,7 +73,7 @@ class ArtifactError(UserError):
 
 @dataclass(frozen=True)
 class Section:
-    """The header's entry for one section; the module's docstring explains the fields."""
+    """The entry for one section in the header. The module's docstring explains the fields."""
 
     group: str
     type: str
@@ -89,7 +90,7 @@ class Section:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """The header's entry for one tensor; the module's docstring explains the fields."""
+    """The entry for one tensor in the header. The module's docstring explains the fields."""
 
     name: str
     shape: tuple[int, ...]
@@ -106,7 +107,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """An artifact's header; the module's docstring explains the three tables."""
+    """The header of an artifact. The module's docstring explains the three tables."""
 
     config: dict[str, Any]
     sections: list[Section]
@@ -146,11 +147,11 @@ def pack(header: Header, payloads: list[bytes]) -> Packed:
 
 
 def unpack(path: Path) -> Unpacked:
-    """Read an artifact's header and sections. Sections are decoded and unshuffled.
+    """Read the header and sections of an artifact. Decode and unshuffle the sections.
 
     Raises:
-        ArtifactError: the file is missing, cut, damaged or inconsistent, has another version, or is no artifact; the
-            message names the file and the damaged section or entry, says what was expected, and what to do.
+        ArtifactError: the file is missing, truncated, damaged or inconsistent, has another version, or is no artifact.
+            The message names the file and the damaged section or entry, and says what was expected and what to do.
         MissingCodec: the package of a section's codec is not installed.
     """
     data = _map(path)
@@ -170,7 +171,7 @@ def unpack(path: Path) -> Unpacked:
 
 def _map(path: Path) -> memoryview:
     try:
-        # opening a pipe would wait for its writer
+        # refuse a pipe: opening it would wait for its writer
         if path.is_fifo():
             raise ArtifactError(f"{path}: a pipe, not an artifact: give the file, model.golf")
         with open(path, "rb") as file:
@@ -181,7 +182,7 @@ def _map(path: Path) -> memoryview:
                     f"{path}: not an artifact: expected it to begin with {MAGIC.hex(' ')}, found "
                     f"{start[: len(MAGIC)].hex(' ') or 'nothing'}: give a model.golf that python -m train wrote"
                 )
-            # the mapping ends when the last view of it is freed
+            # the file stays mapped until the last view of the mapping is freed
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: no such file: give a model.golf that python -m train wrote") from error

@@ -1,4 +1,4 @@
-"""Compares two artifacts: their model fields, tensors, codes and weights, and the bytes of each tensor group."""
+"""Compares two artifacts: model fields, tensors, codes, weights, and bytes per tensor group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.quantize.tensors import QuantizedTensor
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """A tensor that differs. Both errors are None if its shapes differ or if one artifact lacks the tensor."""
+    """A tensor that differs. Both errors are None if the shapes differ or one artifact lacks the tensor."""
 
     name: str
     first: str  # type and shape in the first artifact; "none": the artifact lacks this tensor
@@ -45,7 +45,7 @@ class Difference:
         return {"same": self.same, **asdict(self)}
 
     def text(self, first: str, second: str) -> str:
-        """The report that `diff` prints; `first` and `second` are the files' names."""
+        """Return the report that `diff` prints. `first` and `second` are the names of the files."""
         lines = [
             f"first   {first}: {self.model_bytes[0]:,} bytes",
             f"second  {second}: {self.model_bytes[1]:,} bytes",
@@ -69,7 +69,7 @@ class Difference:
 
 
 def difference(first: Artifact, second: Artifact) -> Difference:
-    """Compare two artifacts; their codecs may differ."""
+    """Compare the contents of two artifacts, which may have different codecs."""
     fields = {
         name: (getattr(first.config, name), getattr(second.config, name))
         for name in MODEL_FIELDS
@@ -112,7 +112,7 @@ def _compare(
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
-    # compare the bits, because −0 == 0 as numbers
+    # compare bits, because the numbers −0 and 0 are equal
     return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
 
 

@@ -1,7 +1,7 @@
-"""Exports an artifact to the file format of a published submission, so that the submission's script can load the model.
+"""Converts an artifact to the file format of a published submission, so that the submission's script can load it.
 
-Such a file is a dictionary (`train.artifact.published_layouts`), serialized by `torch.save`, byte-shuffled in some
-formats, and compressed. The weights are exactly the artifact's.
+Such a file is a dictionary (see `train.artifact.published_layouts`), serialized by `torch.save`, in some formats
+byte-shuffled, and compressed. The weights are exactly the weights in the artifact.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def export(tensors: Mapping[str, QuantizedTensor | Tensor], name: str, config: C
     """Convert a model's stored tensors to the published format `name`, a key of `PUBLISHED_FORMATS`.
 
     Raises:
-        UserError: the format cannot hold a tensor's codes, or the tensors are not those of a model with these settings.
+        UserError: the format cannot store a tensor's codes, or the tensors are not those of a model with these
+        settings.
         MissingCodec: the codec's package is not installed.
     """
     published, renamed, parameters = PUBLISHED_FORMATS[name], to_published(tensors), published_parameters(config)

@@ -1,8 +1,8 @@
-"""Searches row clips with which artifact and code just fit the target of the setting `target_bytes`.
+"""Searches row clips with which artifact and code take at most, and nearly, the bytes in the setting `target_bytes`.
 
-Each tensor group has its own k, the row clip in standard deviations of the row (SDClip). In each round
-`train.quantize.clip_curves` chooses the k that should fit with the least loss. The model is quantized and encoded with
-these k, and the measured bytes of each group correct the predicted bytes of the next round.
+Each tensor group has its own k: SDClip clips a row at k standard deviations. In each round,
+`train.quantize.clip_curves` chooses the values of k that should meet the target with the least loss. Then the model is
+quantized and encoded with these values, and the measured bytes of each group correct the prediction for the next round.
 """
 
 from __future__ import annotations
@@ -45,22 +45,23 @@ def fit_to_target(
     *,
     counted_bytes: int,
 ) -> tuple[StoredTensors, EncodedArtifact]:
-    """Search row clips so that artifact and code take at most `target_bytes`. If no row clip fits, prune codes ±1.
+    """Search row clips so that artifact and code take at most `target_bytes`. If none is found, set codes ±1 to 0.
 
     Every rank must call this.
 
     Args:
         config: the settings. The loss is measured at a multiple of their k.
         model: its parameters change while the loss is measured; then they are restored.
-        hessians: the Hessian of each matrix by parameter name; only the row clip `hessian_sdclip` reads them.
-        quantize: takes the k of each searched tensor by parameter name, and returns the quantized model.
-        data: its training batches measure the loss.
+        hessians: parameter name → Hessian; only the row clip `hessian_sdclip` reads them.
+        quantize: function that takes parameter name → k, and returns the quantized model.
+        data: the dataset, whose training batches serve to measure the loss.
         ranks: the ranks of the run.
         log: receives one line per round and the results.
-        counted_bytes: bytes of code and of a paid prefix, which count against the target, too.
+        counted_bytes: bytes of code and paid prefix, which also count.
 
     Returns:
-        The tensors and their artifact, the same on every rank. They exceed the target if even pruning does not suffice.
+        The tensors and their artifact, the same on every rank. If even pruning does not suffice, they exceed the
+        target.
     """
 
     def encode(tensors: StoredTensors) -> EncodedArtifact:
@@ -101,7 +102,7 @@ def measure_factors(
     ranks: Ranks,
     log: RunLogger,
 ) -> list[float]:
-    """Call `loss_factors` with the mean loss of all ranks on training batches. Layers repeat as in evaluation."""
+    """Call `loss_factors` with the mean loss of all ranks on training batches, with recurrence as in the evaluation."""
     started = time.perf_counter()
     loader = data.loader(ranks)
     batches: list[tuple[Tensor, Tensor]] = []
@@ -133,7 +134,7 @@ def measure_factors(
 
 @dataclass(frozen=True)
 class Round:
-    """A round of the search."""
+    """One round of the search."""
 
     chosen: list[int]  # each group's index in its grid of k
     tensors: StoredTensors
@@ -142,7 +143,7 @@ class Round:
     expected_loss: float  # expected rise of the loss
 
     def rank(self, target_bytes: int) -> tuple[bool, float]:
-        """Sort key: rounds that fit come first, by expected loss; then the others, by size."""
+        """Return a sort key: first rounds that fit, sorted by expected loss, then the others, sorted by size."""
         over = self.total_bytes > target_bytes
         return over, self.total_bytes if over else self.expected_loss
 
@@ -158,23 +159,23 @@ def search_clips(
     encode: Callable[[StoredTensors], EncodedArtifact],
     note: Callable[[str], None],
 ) -> tuple[StoredTensors, EncodedArtifact]:
-    """Search the k of least expected loss with which the artifact and `counted_bytes` take at most `target_bytes`.
+    """Search the values of k with the least expected loss such that artifact and code take at most `target_bytes`.
 
     Args:
-        model: the model whose uncoded tensors are counted before the first round.
+        model: the model, whose tensors outside `curves` are counted before the first round.
         curves: result of `group_curves`.
         factors: result of `loss_factors`.
         target_bytes: the target.
-        counted_bytes: bytes of code and of a paid prefix, which count against the target, too.
-        quantize: takes the k of each searched tensor by parameter name, and returns the quantized model.
-        encode: encodes a quantized model.
-        note: receives each log line.
+        counted_bytes: bytes of code and paid prefix, which also count.
+        quantize: function that takes parameter name → k, and returns the quantized model.
+        encode: function that encodes a quantized model.
+        note: function that receives each log line.
 
     Returns:
         The tensors and the artifact of the best round that fits, or of the smallest round if no round fits.
     """
     correction: dict[str, float] = {}
-    # bytes besides the searched codes; the first round assumes that row scales and float16 tensors are not compressed
+    # all bytes except those of the searched codes. The first round assumes that these bytes are not compressed.
     other = float(_uncoded_bytes(model, curves) + counted_bytes)
     best: Round | None = None
     chosen: list[int] = []
@@ -211,11 +212,11 @@ def search_clips(
 
 
 def _group_bytes(encoded: EncodedArtifact) -> dict[str, int]:
-    """Tensor group → bytes of the group's codes in the artifact."""
+    """Return tensor group → bytes of the group's codes in the artifact."""
     return {part.group: part.packed_bytes for part in encoded.info.sections if part.type.startswith("int")}
 
 
 def _uncoded_bytes(model: nn.Module, curves: Sequence[Curves]) -> int:
-    """Bytes of the tensors outside `curves`, in float16, and of the row scales of those in `curves`."""
+    """Return the bytes of tensors outside `curves`, in float16, and of the row scales of tensors in `curves`."""
     coded = {name for group in curves for name in group.tensors}
     return sum(2 * (len(weight) if name in coded else weight.numel()) for name, weight in model.named_parameters())

@@ -24,13 +24,13 @@ from train.run.logger import RunLogger
 def quantize(
     config: Config, model: GPT, data: Dataset, ranks: Ranks, log: RunLogger, *, code_bytes: int
 ) -> tuple[StoredTensors, EncodedArtifact | None]:
-    """Calibrate and quantize a trained model. With `target_bytes`, search row clips that fit.
+    """Calibrate and quantize a trained model. If `target_bytes` is set, search row clips that meet it.
 
     Every rank must call this. `data` is read only to calibrate on training batches or to search row clips. `code_bytes`
-    is the size of the counted code.
+    is the size of the submission's code.
 
     Returns:
-        The stored tensors, the same on every rank, and the artifact if `target_bytes` is set, otherwise None.
+        The stored tensors, the same on every rank, and their artifact if `target_bytes` is set, otherwise None.
     """
     names = matrices_to_calibrate(model, config)
     hessians: dict[str, Tensor] = {}
@@ -81,19 +81,19 @@ def make_artifact(
     Args:
         path: the file to write.
         config: the settings.
-        model: the trained model; only its size is used, for the log.
+        model: the trained model, whose size is logged.
         tensors, encoded: result of `quantize`.
         ranks: the ranks of the run.
         log: receives the sizes.
-        code_bytes: size of the counted code.
-        before_replacing: called on the first rank once the artifact fits, before it replaces an earlier file.
+        code_bytes: size of the submission's code.
+        before_replacing: function that rank 0 calls before the artifact replaces an earlier file.
 
     Returns:
         The model that was read back, on the ranks' device.
 
     Raises:
-        BudgetError: code and model exceed the cap; nothing is written.
-        RuntimeError: a weight that was read back differs from the quantized tensor.
+        BudgetError: the submission is larger than the cap. Nothing is written.
+        RuntimeError: a weight of the model that was read back differs from the quantized tensor.
     """
     paid = prefix_bytes(config)
     if config.target_mb or config.prune_excess:

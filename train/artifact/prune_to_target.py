@@ -1,4 +1,4 @@
-"""Prunes codes so that the artifact fits the target of the setting `target_mb` or `prune_excess`."""
+"""Sets codes ±1 to 0 so that the artifact becomes smaller, for the settings `target_mb` and `prune_excess`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def prune(
     *,
     counted_bytes: int,
 ) -> tuple[StoredTensors, EncodedArtifact | None]:
-    """Prune codes ±1 as `target_mb` and `prune_excess` demand. Every rank must call this.
+    """Set codes ±1 to 0 according to `target_mb` and `prune_excess`. Every rank must call this.
 
-    With `target_mb` (#1392), search how many codes to prune. If even pruning every code ±1 does not reach the target,
-    log a warning. With `prune_excess` (#1471), prune that many codes per byte over the cap, once, from matrices only.
+    With `target_mb` (#1392), search how many codes must be set to 0. If even all codes ±1 do not suffice, log a
+    warning. With `prune_excess` (#1471), set this many codes to 0 per byte over the cap, once, and only in matrices.
 
     `encoded` is the artifact of `tensors`, or None. `counted_bytes` is the size of code and paid prefix.
 

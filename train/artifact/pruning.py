@@ -1,4 +1,4 @@
-"""Prunes an artifact that is too large: sets codes ±1 to 0, first in the rows of smallest scale (#1392, #1471)."""
+"""Prunes an artifact that is too large: sets codes ±1 to 0, first in rows with small scales (#1392, #1471)."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 from train.artifact.storage import EncodedArtifact
 from train.quantize.tensors import QuantizedTensor, StoredTensors
 
-# the search steps by 1/4096 of all codes ±1
+# number of steps of the search: each is 1/4096 of all codes ±1
 _RESOLUTION = 4096
 # pruning a larger part of all codes gives a warning
 _LARGE_PART = 0.1
 
 
 def count_ones(tensors: Mapping[str, object]) -> int:
-    """Number of codes that are 1 or −1, over all tensors."""
+    """Return the number of codes 1 and −1 in all tensors."""
     return sum(int((tensor.codes.abs() == 1).sum()) for tensor in _coded(tensors).values())
 
 
 def prune_ones(tensors: StoredTensors, count: int) -> StoredTensors:
-    """Set to 0 the `count` codes ±1 that add the least squared error, scale² per code. Returns a copy.
+    """Set `count` of the codes ±1 to 0, first those that add the least squared error, scale² per code. Return a copy.
 
-    Among rows of equal scale, the tensors' order decides; within a row, codes are pruned from the left.
+    Rows of equal scale are pruned in the order of the tensors. Within a row, codes are pruned from left to right.
 
-    Source: #1392, which prunes its int8 embeddings, too; they come first, because their scales are smaller. #1471 has
+    Source: #1392, which also prunes its int8 embeddings; they come first, because their scales are smaller. #1471 has
     the same order, but prunes no embeddings.
     """
     coded = _coded(tensors)
@@ -38,7 +38,7 @@ def prune_ones(tensors: StoredTensors, count: int) -> StoredTensors:
     order = scales.argsort(stable=True)
     before = torch.empty_like(per_row)
     before[order] = per_row[order].cumsum(0) - per_row[order]
-    # a row prunes what the rows before it leave of `count`
+    # number of codes to prune in each row: the part of `count` that the earlier rows have not used
     quota = (count - before).clamp(min=0)
     pruned = dict(tensors)
     first = 0
@@ -57,12 +57,15 @@ def prunes_needed(
     encoded: EncodedArtifact | None = None,
     note: Callable[[str], object] = lambda _: None,
 ) -> tuple[int, EncodedArtifact]:
-    """The number of codes ±1 to prune so that the artifact takes at most `max_bytes`, and the artifact after pruning.
+    """Find how many codes ±1 must be pruned so that the artifact takes at most `max_bytes`.
 
-    The number is 0 if the artifact fits already. If pruning every code ±1 does not suffice, it is the number of all
-    codes ±1. Otherwise bisection finds it, rounded up to a step of 1/4096 of all codes ±1.
+    The number is 0 if the artifact is small enough already, and the number of all codes ±1 if even this does not
+    suffice. Otherwise it is found by bisection, rounded up to a multiple of 1/4096 of all codes ±1.
 
-    `encoded` is the artifact of `tensors`, if already made. `note` receives a line per attempt.
+    `encoded` is the artifact of `tensors`, if already made. `note` receives one line per attempt.
+
+    Returns:
+        The number, and the artifact after pruning.
     """
 
     def attempt(count: int) -> EncodedArtifact:

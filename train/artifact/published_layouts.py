@@ -1,4 +1,4 @@
-"""Writes and reads the dictionaries in which published submissions store a model. There are two layouts:
+"""Writes and reads the dictionaries in which published submissions store a model. A dictionary has one of two layouts:
 
     Mixed   {"w": {NAME.q: int8, NAME.scale: float16, NAME: float16}, "m": {NAME: {"type": "int6"} or "passthrough"}}
     PerRow  {"__quant_format__": TAG, "quantized": {NAME: int8}, "scales": {NAME: float16}, "dtypes": {NAME: "float32"},
@@ -7,8 +7,8 @@
             If packed, each entry of "quantized" is a vector of uint8 with 6 bits per code, and each entry of "qmeta"
             also has "num_bits": 6, "packed": True, "shape": [rows, columns].
 
-`dtypes` and `passthrough_orig_dtypes` name the parameters' dtypes in training. If `qmeta` or `passthrough_orig_dtypes`
-is empty, the dictionary lacks it.
+`dtypes` and `passthrough_orig_dtypes` name the dtypes of the parameters in training. An empty `qmeta` or
+`passthrough_orig_dtypes` is left out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SETTINGS = "give the settings of the model in the file: --recipe NAME --SETTING
 
 @dataclass(frozen=True)
 class Check:
-    """Checks the contents of a published file. An error names the file, the format and the key."""
+    """Checks the contents of a published file. Errors name the file, the format and the key."""
 
     path: Path
     format: str
@@ -46,7 +46,7 @@ class Check:
         raise UserError(f"{self.path}: read as {self.format}: {key}: expected {expected}, found {found}: {remedy}")
 
     def table(self, content: Mapping[str, Any], name: str, default: object = None) -> dict[str, Any]:
-        """Return the dictionary `content[name]`, or refuse the file."""
+        """Return the dictionary `content[name]`. Refuse the file if it is not a dictionary."""
         table = content.get(name, default)
         if not isinstance(table, dict):
             self.refuse(name, "a dictionary", _described(table))
@@ -55,7 +55,7 @@ class Check:
     def names(
         self, table: str, found: Collection[str], needed: Collection[str], optional: Collection[str] = ()
     ) -> None:
-        """Refuse the file if `found` lacks a name of `needed` or has a name outside `needed` and `optional`."""
+        """Refuse the file if `found` lacks a name in `needed`, or has a name in neither `needed` nor `optional`."""
         for name in needed:
             if name not in found:
                 self.refuse(_key(table, name), "an entry", "none", _SETTINGS)
@@ -66,12 +66,12 @@ class Check:
     def tensor(
         self, table: str, content: Mapping[str, Any], name: str, dtype: torch.dtype, shape: torch.Size
     ) -> Tensor:
-        """Return the tensor `content[name]`, or refuse the file if the tensor has another dtype or shape."""
+        """Return the tensor `content[name]`. Refuse the file if the tensor has another dtype or shape."""
         found = content.get(name)
         plain = type(found) is Tensor and found.layout == torch.strided and found.device.type == "cpu"
         if isinstance(found, Tensor) and plain and found.dtype == dtype and found.shape == shape:
             return found
-        # a wrong dtype means another format; a wrong shape means a model of other settings
+        # for the error message: a wrong dtype means another format, a wrong shape means other settings
         other_model = found is None or (plain and found.dtype == dtype)
         self.refuse(_key(table, name), _kind(dtype, shape), _described(found), _SETTINGS if other_model else "")
 
@@ -84,11 +84,14 @@ class Check:
 
 
 class Layout(Protocol):
-    """A layout of the dictionary. `parameters` has the names, shapes and dtypes of the script's parameters."""
+    """A layout of the dictionary.
+
+    In all methods, `parameters` has the names, shapes and dtypes of the script's model.
+    """
 
     @property
     def mark(self) -> str:
-        """The keys by which `recognizes` tells the dictionary, in words."""
+        """Description of the keys by which `recognizes` identifies the layout."""
 
     def recognizes(self, content: Mapping[str, Any]) -> bool: ...
 
@@ -128,7 +131,7 @@ class Mixed:
                 tensors[name] = check.tensor("w", weights, name, torch.float16, shape)
                 read.append(name)
                 continue
-            # some scripts name the quantizer as "method" or in the type's name; their loaders ignore the name
+            # some scripts also state the quantizer, as "method" or in the type's name; their loaders ignore it
             bits = re.match(r"int([2-8])(?!\d)", str(kind.get("type"))) if isinstance(kind, dict) else None
             if bits is None or len(shape) != 2:
                 coded = " or {'type': 'int2'} … {'type': 'int8'}" if len(shape) == 2 else ", as it is no matrix"
@@ -238,7 +241,7 @@ def _key(table: str, name: object) -> str:
 
 
 def _same(found: object, expected: object) -> bool:
-    """Whether two values have the same JSON: 1 differs from True, a tuple equals a list, a tensor equals nothing."""
+    """Whether two values have the same JSON. 1 differs from True, a tuple equals a list, a tensor equals nothing."""
     try:
         return json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)
     except (TypeError, ValueError, RecursionError):

@@ -30,19 +30,19 @@ _NAMES = {
     "mlp.up": "mlp.fc.weight",
     "mlp.down": "mlp.proj.weight",
 }
-# the published scripts have a list of parameters instead, one per row: ve_layer_scales.0, ve_layer_scales.1, …
+# parameters for which the published scripts have one parameter per row: ve_layer_scales.0, ve_layer_scales.1, …
 _LISTS = {"ve.layer_scales": "ve_layer_scales", "recur_scales": "recur_scales"}
 
 
 def published_name(name: str) -> str:
-    """A parameter's name in the published scripts, or its name here if the scripts have no other name for it."""
+    """Return a parameter's name in the published scripts, which may be the same as here."""
     block = re.fullmatch(r"(blocks\.\d+\.)(.+)", name)
     prefix, rest = block.groups() if block else ("", name)
     return prefix + _NAMES.get(rest, rest)
 
 
 def to_published(tensors: Mapping[str, QuantizedTensor | Tensor]) -> StoredTensors:
-    """Rename stored tensors to their published names. A tensor that is published as a list is split into its rows."""
+    """Give stored tensors their published names. A tensor in `_LISTS` is split into its rows."""
     published: StoredTensors = {}
     for name, tensor in tensors.items():
         if name in _LISTS and isinstance(tensor, Tensor):
@@ -54,11 +54,11 @@ def to_published(tensors: Mapping[str, QuantizedTensor | Tensor]) -> StoredTenso
 
 
 def from_published(published: Mapping[str, QuantizedTensor | Tensor], config: Config) -> StoredTensors:
-    """Undo `to_published` for all parameters of a model with these settings, in the order of `published`."""
+    """Undo `to_published` for all parameters of a model with these settings. The order is that of `published`."""
     names: dict[str, str] = {}
     shapes: dict[str, torch.Size] = {}
     for name, parameter in _parameters(config).items():
-        # a tensor that is published as a list takes the place of the list's first parameter
+        # a tensor in `_LISTS` takes the place of its first row
         key = f"{_LISTS[name]}.0" if name in _LISTS else published_name(name)
         names[key], shapes[name] = name, parameter.shape
     tensors: StoredTensors = {}
@@ -74,11 +74,11 @@ def from_published(published: Mapping[str, QuantizedTensor | Tensor], config: Co
 
 
 def published_parameters(config: Config) -> dict[str, Tensor]:
-    """The parameters that a published script has with these settings, on the meta device: names, shapes and dtypes."""
+    """Return the parameters of a published script with these settings: name → tensor on the meta device."""
     return {key: tensor for key, tensor in to_published(_parameters(config)).items() if isinstance(tensor, Tensor)}
 
 
 def _parameters(config: Config) -> dict[str, Tensor]:
-    # on the meta device a model has no memory and draws no weights
+    # on the meta device, making a model takes no memory and draws no weights
     with torch.device("meta"):
         return dict(GPT(config).named_parameters())

@@ -1,4 +1,4 @@
-"""Reads the model file of a published submission. The file has no settings, so the caller gives them.
+"""Reads the model file of a published submission. The file contains no settings, so the caller gives them.
 
 The file is not trusted. The reader decodes at most as many bytes as a model of these settings needs. It refuses
 archives with compressed or overlapping entries or wrong checksums. `torch.load` reads only tensors and plain values.
@@ -32,7 +32,7 @@ _BEGINNINGS = {
     b"\xfd7zXZ\0": "an xz stream, which none of these formats is",
 }
 
-# a parameter takes up to 4 bytes per element, 2 per row, and less than this for its names and archive entries
+# most bytes that a tensor's names and archive entries take, besides 4 bytes per element and 2 bytes per row
 _BYTES_PER_TENSOR = 4096
 
 
@@ -40,8 +40,8 @@ def read_published(path: Path, format: str, config: Config) -> StoredTensors:
     """Read the stored tensors of a model with these settings, bit for bit, from a file in the published format `format`.
 
     Raises:
-        UserError: the file has another format or is damaged, or a tensor is missing, surplus or of a wrong shape; the
-            message names the file, the format and the key, says what was expected, and what to do.
+        UserError: the file has another format or is damaged, or a tensor is missing, unexpected or has a wrong shape.
+        The message names the file, the format and the key, and says what was expected and what to do.
         MissingCodec: the codec's package is not installed.
     """
     published, check = PUBLISHED_FORMATS[format], Check(path, format)
@@ -88,13 +88,13 @@ def _unpickled(archive: bytes, check: Check) -> Any:
                 raise ValueError(f"a wrong checksum in {damaged}")
         return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except Exception as error:
-        # the unpickler may raise any exception on a damaged or hostile file
+        # for a damaged or hostile file, the unpickler may raise any exception
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         check.refuse("contents", "a torch.save file of tensors, numbers and names", f"another ({reason})")
 
 
 def _looks_like(data: bytes, format: str) -> str:
-    """The end of an error message: what the file seems to be, from its first bytes, and what to do."""
+    """Return the end of an error message: what the file seems to be, judged by its first bytes, and what to do."""
     for beginning, text in _BEGINNINGS.items():
         if data.startswith(beginning) and f"--from {format}" not in text:
             return f"this is {text}"

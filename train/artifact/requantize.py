@@ -1,4 +1,4 @@
-"""`python -m train.quantize RUN`: remakes a run's artifact, or quantizes the run's weights with other settings."""
+"""`python -m train.quantize RUN` makes a run's artifact again, or quantizes the run's weights with other settings."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SETTINGS = (
     "target_mb", "prune_excess", "max_artifact_bytes", "data_path", "device",
 )  # fmt: skip
 
-# these settings may change without --out, because the artifact still belongs to the run
+# settings that may change without --out, because the artifact still belongs to the run
 BUDGET = frozenset({"target_bytes", "target_mb", "prune_excess"})
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Calibrate, quantize and encode the weights of a run folder. Under torchrun the ranks divide the work."""
+    """Calibrate, quantize and encode the weights in a run folder. Under torchrun the ranks divide the work."""
     arguments = _parser().parse_args(argv)
     announce(f"python -m train.quantize: {arguments.run}; loading PyTorch")
-    # imported after parsing, because importing torch takes seconds and --help should not wait for it
+    # imported after parsing, because importing torch takes seconds and --help should appear before
     from train.artifact.make import make_artifact, quantize
     from train.checkpoint import load_weights
     from train.command_line import check_backends, note_unread
@@ -49,21 +49,21 @@ def main(argv: list[str] | None = None) -> int:
             return
         folder.drop_scores()
         if changes:
-            # if the process is killed between these two lines, the run has no artifact instead of a wrong one
+            # delete the artifact before its settings change: if the process is killed, the run has no wrong artifact
             folder.artifact.unlink(missing_ok=True)
             folder.write_config(folder.read_config().replace(**changes))
 
     with start_ranks(config.device) as ranks, tempfile.TemporaryDirectory() as elsewhere, ExitStack() as held:
         if arguments.out is None:
             ranks.on_main(lambda: held.enter_context(folder.held()))
-            # another process may have changed the settings before the lock
+            # read the settings again, because another process may have changed them before this process got the lock
             config, changes = _settings(arguments, folder)
-        # the run's log describes only the run's own artifact
+        # with --out, write another log: the run's log describes only the run's own artifact
         log = RunLogger(elsewhere if arguments.out else folder.path, config.seed, ranks.rank)
         note_unread(config, os.environ, log.line, SETTINGS)
         model: GPT = load_weights(folder).to(ranks.device)
         path = arguments.out or folder.artifact
-        # count the script of a complete run: it has recurrence, even if this run ended before recurrence began
+        # count the script of a complete run, which has recurrence, even if this run ended before recurrence began
         code_bytes = ranks.on_main(lambda: counted_code_bytes(folder.read_config().replace(**changes)))
         data = Dataset(folder.find_data(config).replace(**changes))
         tensors, encoded = quantize(config, model, data, ranks, log, code_bytes=code_bytes)
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _settings(arguments: argparse.Namespace, folder: RunFolder) -> tuple[Config, dict[str, object]]:
-    """The run's settings changed by the command line, and the settings that the command line changes."""
+    """Return the run's settings with the changes of the command line, and these changes alone."""
     config = folder.trained_config()
     given = {name: text for name in SETTINGS if (text := getattr(arguments, name)) is not None}
     values = {name: parse_value(name, text, f"--{name}") for name, text in given.items()}

@@ -41,7 +41,8 @@ _HEADER_FIELDS = (
     "smear_gate", "bigram_vocab_size", "bigram_dim", "trigram", "ve_dim", "ve_layers", "unet_skips", "skip_gates",
     "parallel_start_layer", "parallel_form", "recur_layers", "recur_form", "recur_scale_params",
 )  # fmt: skip
-# settings of 0.2.0: the header has them only if they differ from the default, so that older artifacts keep their bytes
+# settings added in 0.2.0 or later. The header contains them only if they differ from the default, so that models
+# without them give the same bytes as before.
 _ADDED_FIELDS = (
     "rotary_table",
     "embed_proj",
@@ -52,19 +53,19 @@ _ADDED_FIELDS = (
     "rope_scaling",
     "smear_gate_bos_fix",
 )
-# former settings: the header still has them, each with the only value that is left
+# removed settings, which the header still contains, with the only values that are supported now
 _FIXED_FIELDS = {"norm_eps": NORM_EPS, "unet_skips": True}
 
 MODEL_FIELDS = tuple(name for name in (*_HEADER_FIELDS, *_ADDED_FIELDS) if name not in _FIXED_FIELDS)
-"""The settings that an artifact stores: they determine what the model computes from its weights."""
+"""Names of the settings that an artifact stores, which determine what the model computes from its weights."""
 
-# float tensors with fewer elements share a section
+# float tensors with fewer elements than this share a section
 _OWN_SECTION_ELEMENTS = 4096
 
 _FLOAT_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _FLOAT_TYPES = {name: dtype for dtype, name in _FLOAT_NAMES.items()}
 
-# most sections encoded at the same time: brotli needs several hundred MB for each
+# largest number of sections that are encoded at the same time, because brotli needs several hundred MB for each
 _THREADS = 8
 
 
@@ -72,13 +73,13 @@ _THREADS = 8
 class Artifact:
     """The contents of an artifact."""
 
-    config: Config  # `MODEL_FIELDS` from the file, defaults for the other settings
+    config: Config  # `MODEL_FIELDS` as in the file; the other settings have their defaults
     tensors: StoredTensors
     info: ArtifactInfo
 
 
 class EncodedArtifact(NamedTuple):
-    """An artifact in memory: the bytes of its file, and its sizes."""
+    """An artifact in memory: bytes of the file, and sizes."""
 
     data: bytes
     info: ArtifactInfo
@@ -100,16 +101,16 @@ def write_artifact(
     Args:
         path: the file to write.
         tensors: result of `quantize_model`.
-        config: the settings; the artifact stores `MODEL_FIELDS` and is encoded by `codec`.
-        code_bytes: size of the counted code; it counts against the cap.
-        prefix_bytes: size of the paid prefix; it counts against the cap, too.
-        max_bytes: cap on model, code and paid prefix together; None takes `config.max_artifact_bytes`.
+        config: the settings. The artifact stores `MODEL_FIELDS` and is encoded with `codec`.
+        code_bytes: size of the submission's code.
+        prefix_bytes: size of the paid prefix.
+        max_bytes: the cap: largest sum of model, code and paid prefix. None: `config.max_artifact_bytes`.
         encoded: result of `encode_artifact` for these tensors, if already made.
-        before_replacing: called once the artifact fits, before it replaces an earlier file.
+        before_replacing: function that is called before the artifact replaces an earlier file.
 
     Raises:
-        BudgetError: code, paid prefix and model exceed the cap; nothing is written.
-        UserError: as `encode_artifact`, or the folder of `path` does not exist.
+        BudgetError: the sum exceeds the cap. Nothing is written.
+        UserError: `encode_artifact` raises it, or the folder of `path` does not exist.
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -125,12 +126,12 @@ def write_artifact(
 def encode_artifact(tensors: Mapping[str, QuantizedTensor | Tensor], config: Config) -> EncodedArtifact:
     """Encode a quantized model as an artifact. The same tensors and settings give the same bytes.
 
-    The same matrix of all layers forms one section, so that the codec packs similar data together. Threads encode the
-    sections. brotli takes seconds per million codes.
+    A section contains the same matrix of all layers, so that the codec compresses similar data together. Threads encode
+    the sections. brotli takes seconds per million codes.
 
     Raises:
-        UserError: a tensor holds NaN or infinity, codes outside its bits or a dtype that the format does not have, or
-            the codec's package is not installed.
+        UserError: a tensor contains NaN or infinity, contains codes outside its bits or has a dtype that the format
+        does not support, or the codec's package is not installed.
     """
     if config.codec not in CODECS:
         raise UserError(f"codec: expected one of {', '.join(CODECS)}, got {config.codec!r}")
@@ -153,11 +154,11 @@ def encode_artifact(tensors: Mapping[str, QuantizedTensor | Tensor], config: Con
 
 
 def read_artifact(path: str | os.PathLike[str]) -> Artifact:
-    """Read an artifact, checking every byte.
+    """Read an artifact. Every byte is checked.
 
     Raises:
-        ArtifactError: the file is missing, cut or damaged, has another version, or is no artifact; the message names
-            the file and the damaged section or entry, says what was expected, and what to do.
+        ArtifactError: the file is missing, truncated or damaged, has another version, or is no artifact. The message
+            names the file and the damaged section or entry, and says what was expected and what to do.
         MissingCodec: the package of a section's codec is not installed.
     """
     source = Path(path)
@@ -182,19 +183,19 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
 def load_model(path: str | os.PathLike[str], config: Config | None = None) -> GPT:
     """Load the model from an artifact, in evaluation mode, on the CPU. Its weights are exactly the dequantized tensors.
 
-    `config` provides the settings that the artifact does not store, such as `device`; None takes the defaults.
+    `config` gives the settings that the artifact does not store, such as `device`; None: the defaults.
 
     Raises:
-        ArtifactError: as `read_artifact`, or the tensors do not match the model's fields.
+        ArtifactError: `read_artifact` raises it, or the tensors do not match the model fields.
     """
     return build_model(path, read_artifact(path), config)
 
 
 def build_model(path: str | os.PathLike[str], artifact: Artifact, config: Config | None = None) -> GPT:
-    """Build the model as `load_model` does, from the result of `read_artifact`. `path` is for error messages."""
+    """Build the model from the result of `read_artifact`, as `load_model` does. Errors name `path`."""
     shape = {name: getattr(artifact.config, name) for name in MODEL_FIELDS}
     _check_size(path, artifact)
-    # on the meta device the model draws no weights: this is quick and does not advance the random generators
+    # on the meta device the model draws no weights, which is fast and does not change the random generators
     with torch.device("meta"):
         model = GPT((config or artifact.config).replace(**shape))
     state = dequantize_state(artifact.tensors)
@@ -212,7 +213,7 @@ def build_model(path: str | os.PathLike[str], artifact: Artifact, config: Config
 
 
 def _check_size(path: str | os.PathLike[str], artifact: Artifact) -> None:
-    """Refuse model fields that need a far larger model than the tensors can fill, before the model is built."""
+    """Before the model is built, refuse model fields that describe a far larger model than the tensors can fill."""
     config, count = artifact.config, len(artifact.tensors)
     elements = sum(tensor.shape.numel() for tensor in artifact.tensors.values())
     widths = [
@@ -240,7 +241,7 @@ class SectionPlan:
     group: str
     type: str
     parts: list[bytes] = field(default_factory=list)  # bytes of each tensor, in order
-    shapes: set[tuple[int, ...]] = field(default_factory=set)  # shapes of all these tensors
+    shapes: set[tuple[int, ...]] = field(default_factory=set)  # different shapes of these tensors
 
     @property
     def floats(self) -> bool:
@@ -248,9 +249,9 @@ class SectionPlan:
 
     @property
     def byte_shape(self) -> tuple[int, int] | None:
-        """Rows and columns of the section's byte matrices, as `Codec.encode` takes them.
+        """Number of rows and columns of the section's byte matrices, for `Codec.encode`.
 
-        None: the tensors' shapes differ. Floats are one matrix: each float is a row of 2 or 4 bytes.
+        None: the shapes of the tensors differ. Floats form one matrix, in which each float is a row of 2 or 4 bytes.
         """
         if self.floats:
             return sum(map(len, self.parts)) // ITEM_BYTES[self.type], ITEM_BYTES[self.type]
@@ -261,10 +262,11 @@ class SectionPlan:
 def plan_sections(tensors: Mapping[str, QuantizedTensor | Tensor]) -> tuple[list[SectionPlan], list[TensorEntry]]:
     """Divide tensors into sections. Codes and large float tensors have one section per tensor group and type.
 
-    All row scales share one section. All small float tensors of one dtype share one section.
+    All row scales share one section. All small float tensors of the same dtype share one section.
 
     Raises:
-        UserError: a tensor holds NaN or infinity, codes outside its bits or a dtype that the format does not have.
+        UserError: a tensor contains NaN or infinity, contains codes outside its bits, or has a dtype that the format
+        does not support.
     """
     plans: dict[tuple[str, str], SectionPlan] = {}
 
@@ -314,15 +316,16 @@ def _need_finite(name: str, tensor: Tensor) -> None:
 
 
 def encode_section(plan: SectionPlan, content: bytes, codec: Codec) -> tuple[Section, bytes]:
-    """Encode a section by the smallest of these methods; if sizes are equal, the first.
+    """Encode a section with the method that gives the fewest bytes; of equal ones, the first.
 
-    Raw; the codec, if it can encode the section's type; for floats, byte shuffle and codec (lzma for a shaped codec).
+    The methods are: raw; the codec, if it can encode the section's type; for floats, byte shuffle and then the codec
+    (lzma if the codec is shaped).
     """
     choices = [("raw", 0, content)]
     if codec.max_bits == 8 or (not plan.floats and int(plan.type.removeprefix("int")) <= codec.max_bits):
         choices.append((codec.name, 0, codec.encode(content, plan.byte_shape)))
     if plan.floats and codec.max_bits == 8:
-        # a shaped codec separates the bytes of floats itself, but finds no repetitions: try lzma after the shuffle
+        # a shaped codec separates the bytes of floats itself, but does not find repetitions: try lzma after the shuffle
         shuffler = CODECS["lzma"] if codec.shaped else codec
         stride = ITEM_BYTES[plan.type]
         choices.append((shuffler.name, stride, shuffler.encode(byte_shuffle(content, stride))))
@@ -356,7 +359,7 @@ def _tensors(source: Path, header: Header, contents: list[bytes | memoryview]) -
     return tensors
 
 
-# little-endian on every machine; numpy has no bfloat16, so int16 holds the bits of bfloat16
+# little-endian on every machine. NumPy has no bfloat16, so its bits are stored as int16.
 _NUMPY = {"float16": "<f2", "float32": "<f4", "bfloat16": "<i2"}
 
 

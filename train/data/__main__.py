@@ -201,7 +201,7 @@ def _add_dataset_options(one: Any, folder: str, vocab: int) -> None:
 
 
 def _vocabulary(text: str) -> int:
-    # 4 special pieces and 256 byte pieces are always there; shards store tokens in 16 bits
+    # a vocabulary always has 4 special pieces and 256 byte pieces; shards store tokens in 16 bits
     if not text.isdecimal() or not 260 < int(text) <= 65536:
         raise argparse.ArgumentTypeError(f"expected a vocabulary size from 261 to 65536, got {text}")
     return int(text)

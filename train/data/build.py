@@ -1,4 +1,4 @@
-"""Builds a dataset folder (tokenizer, shards, manifest) from documents. A failure leaves no files."""
+"""Builds a dataset folder (tokenizer, shards, manifest) from documents. After an error, no files are left."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from train.data.manifest import MANIFEST, DatasetInfo, SplitInfo, read_manifest
 from train.data.shards import BOS, SHARD_TOKENS, ShardWriter, check_shard, find_shards, read_shard, read_sidecar
 from train.data.tokenizer import SETTINGS, ByteTables, byte_tables, find_operator, load_tokenizer, train_tokenizer
 
-# bytes of text that the compressors get: xz -9 compresses 2 to 3 MB per second
+# limits of the text that compressors get, in bytes, because xz -9 compresses only 2 to 3 MB per second
 COMPRESSED_TRAIN_BYTES = 8_000_000
 COMPRESSED_VAL_BYTES = 2_000_000
 _BATCH_BYTES = 4_000_000
@@ -46,7 +46,7 @@ def build_stdlib(out: str | Path, vocab_size: int, *, val_bytes: int = 0, **opti
     """Make a dataset of the Python standard library's text. `options` are those of `build_dataset`.
 
     Raises:
-        UserError: as `build_dataset`, or the interpreter has no readable library.
+        UserError: `build_dataset` raises it, or the interpreter's library cannot be read.
     """
     print("text: the Python standard library's sources and documentation; nothing is downloaded", flush=True)
     parts = split_documents(stdlib_documents(), val_bytes)
@@ -66,12 +66,13 @@ def build_dataset(
     shard_tokens: int = SHARD_TOKENS,
     overwrite: bool = False,
 ) -> DatasetInfo:
-    """Make a dataset in `out`: `<name>_<V>_bpe.model`, `<name>_train_*.bin`, `<name>_val_*.bin` and `manifest.json`.
+    """Make a dataset in the folder `out`: tokenizer, training shards, validation shards and manifest.
 
-    With `case_operators` the tokens are those of the transformed text, and there is `<name>_val_bytes_*.bin`.
+    The files are `<name>_<V>_bpe.model`, `<name>_train_*.bin`, `<name>_val_*.bin` and `manifest.json`. The same
+    documents give the same files. The tokenizer is trained on the training text only, or copied from `tokenizer_path`.
+    The folder has a temporary name until it is complete. `source` describes the text in the manifest.
 
-    The same documents give the same files. The tokenizer is trained on the training text only, or copied from
-    `tokenizer_path`. The folder has a temporary name until it is complete. `source` describes the text in the manifest.
+    With `case_operators`, the tokens are those of the transformed text, and the files `<name>_val_bytes_*.bin` are added.
 
     Raises:
         UserError: a text is empty, `out` exists, or the tokenizer cannot be trained or loaded.
@@ -124,8 +125,8 @@ def describe_dataset(
 
     Args:
         counts: split → number of documents, bytes of text.
-        count_train_bytes: also count the normalized bytes of the training split (reads all its tokens); never done with
-            case operators.
+        count_train_bytes: also count the normalized bytes of the training split. This reads all its tokens. With case
+            operators these bytes are never counted.
     """
     paths = {split: find_shards(folder, split) for split in counts}
     counted: dict[str, int | None] = dict.fromkeys(counts)
@@ -153,7 +154,7 @@ def describe_dataset(
 
 
 def measure_compressors(path: str | Path) -> DatasetInfo:
-    """Measure `compressor_bpb` on a dataset's decoded tokens, which are the scored text, and write it into the manifest.
+    """Measure `compressor_bpb` on the text of a dataset's tokens, and write the results into the manifest.
 
     Raises:
         UserError: the folder `path` has no manifest.
@@ -164,7 +165,7 @@ def measure_compressors(path: str | Path) -> DatasetInfo:
         raise UserError(f"{folder}: no {MANIFEST}: build the dataset with python -m train.data")
     tokenizer = load_tokenizer(folder / info.tokenizer, info.vocab_size, operators=True)
     training, validation = (find_shards(folder, split) for split in ("train", "val"))
-    # each token but BOS is at least one byte, so this many tokens are enough
+    # each token except BOS has at least one byte, so this many tokens are enough
     before = np.concatenate(_last([read_shard(path) for path in training], COMPRESSED_TRAIN_BYTES))
     text = read_shard(validation[0])[:COMPRESSED_VAL_BYTES]
     decoded = [tokenizer.Decode(tokens.tolist()) for tokens in (before, text)]
@@ -220,8 +221,9 @@ def count_bytes(paths: Sequence[Path], tables: ByteTables) -> int:
 def compressor_bpb(train_text: str, val_text: str) -> dict[str, float]:
     """Measure the bits per byte of `gzip -9` and `xz -9` on the validation text, primed with the training text.
 
-    A compressor's score is (|compress(train + val)| - |compress(train)|) · 8 / |val|. `train` is the last 8 MB of
-    training text, `val` the first 2 MB of validation text, both in UTF-8. With more text xz would take minutes.
+    "Primed" means that the compressor has read the training text before. Its score is
+    (|compress(train + val)| - |compress(train)|) · 8 / |val|, where `train` is the last 8 MB of training text and `val`
+    the first 2 MB of validation text, both in UTF-8. With more text xz would take minutes.
 
     Raises:
         UserError: the validation text is empty.
@@ -230,7 +232,7 @@ def compressor_bpb(train_text: str, val_text: str) -> dict[str, float]:
     if not text:
         raise UserError("the validation text is empty: give at least one document with text in it")
     compressors = {
-        # the difference of two sizes cancels gzip's 18 bytes of header and trailer
+        # gzip's header and trailer of 18 bytes cancel in the difference of the two sizes
         "gzip -9": lambda data: len(gzip.compress(data, 9)),
         "xz -9": lambda data: len(lzma.compress(data, preset=9)),
     }
@@ -243,7 +245,7 @@ def compressor_bpb(train_text: str, val_text: str) -> dict[str, float]:
 
 
 def check_output(out: str | Path, overwrite: bool) -> None:
-    """Raise a UserError if `out` exists, unless it is empty or a dataset that may be overwritten."""
+    """Raise a UserError if `out` exists, unless it is an empty folder or a dataset that may be overwritten."""
     folder = Path(out)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -256,7 +258,7 @@ def check_output(out: str | Path, overwrite: bool) -> None:
 
 
 def install_folder(folder: Path, out: str | Path) -> None:
-    """Rename a finished folder to `out`, and delete the folder that was there before."""
+    """Rename a finished folder to `out`. Delete the earlier folder `out`, if there is one."""
     target = Path(out)
     old = None
     if target.exists():

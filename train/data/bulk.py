@@ -1,9 +1,9 @@
 """Builds datasets larger than memory from `.jsonl` files, in parallel. An interrupted build can be resumed.
 
-Shards are written to the folder `<out>.partial`, which is renamed to `<out>` at the end. After each shard, `state.json`
-in that folder records the next document and the next token of that document. The same command resumes there. Worker
-processes encode batches of lines. Their results are joined in document order, so the shards do not depend on the number
-of workers.
+Shards are written to the folder `<out>.partial`, which is renamed to `<out>` at the end. After each shard, the file
+`state.json` in that folder stores the next document and the next token in that document. The same command resumes at
+this place. Worker processes encode batches of lines. The results are joined in document order, so the shards do not
+depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Place:
-    """Start of a document: index of the file, byte in the uncompressed file, and line. All count from 0."""
+    """The start of a document: index of the file, byte offset in the uncompressed file, and line. All count from 0."""
 
     file: int = 0
     byte: int = 0
@@ -59,7 +59,7 @@ class Place:
 
 @dataclass
 class State:
-    """Progress of a build: all documents before `place`, and the first `skip` tokens of the next, are stored."""
+    """The progress of a build: shards contain all documents before `place` and the first `skip` tokens at `place`."""
 
     settings: dict[str, Any]  # the settings that determine the shards; a resumed build must have the same settings
     split: str = "val"  # the split that is being written
@@ -75,7 +75,7 @@ class State:
 
 @dataclass(frozen=True)
 class Lines:
-    """A batch of lines of one file. `place` is the first line's place, `read` the number of bytes read from disk."""
+    """A batch of lines of one file. `place` is that of the first line, `read` the number of bytes read from disk."""
 
     path: Path
     place: Place
@@ -88,9 +88,9 @@ class Lines:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch's tokens, with BOS before each document; each document's length in tokens and size in bytes of text.
+    """The tokens of a batch, with BOS before each document, and each document's number of tokens and bytes of text.
 
-    `token_bytes` has the bytes of each token, if they were asked for, else nothing.
+    `token_bytes` has the number of bytes of each token, or is empty if these were not requested.
     """
 
     tokens: Tokens
@@ -114,10 +114,10 @@ def build_bulk(
     shard_tokens: int = SHARD_TOKENS,
     overwrite: bool = False,
 ) -> DatasetInfo:
-    """Make a dataset from `.jsonl` files (also `.gz`, `.xz`). The first `val_docs` documents are the validation split.
+    """Make a dataset from `.jsonl` files, which may be compressed (`.gz`, `.xz`).
 
-    A document with empty text becomes a single BOS, as in the published shards. The tokenizer is trained on the first
-    documents after the validation split.
+    The first `val_docs` documents are the validation split. The tokenizer is trained on the documents after them. A
+    document with empty text becomes a single BOS, as in the published shards.
 
     Args:
         paths: the files, read in this order.
@@ -199,7 +199,7 @@ class _Job:
     case_operators: bool
 
     def write(self, state: State, split: str, *, documents: int = 0, tokens: int = 0) -> None:
-        """Write the rest of a split, up to `documents` documents or `tokens` tokens in total; both 0: all documents."""
+        """Write the rest of a split. It ends after `documents` documents or `tokens` tokens in total; 0: no limit."""
         writer = ShardWriter(self.work, self.name, split, self.shard_tokens, first_shard=state.shards[split])
         # stays empty unless bytes are counted
         sidecar = ShardWriter(self.work, self.name, "val_bytes", self.shard_tokens, first_shard=state.shards[split])
@@ -246,7 +246,7 @@ class _Job:
             )
 
     def _encoded(self, batches: Iterator[Lines], count_bytes: bool) -> Iterator[tuple[Lines, Encoded]]:
-        """Yield the encoded batches in order. At most `ahead` batches wait in the worker pool."""
+        """Yield the encoded batches in order. The worker pool holds at most `ahead` batches."""
         waiting: deque[tuple[Lines, Future[Encoded]]] = deque()
         for batch in batches:
             waiting.append((batch, self.pool.submit(_encode, batch, count_bytes)))
@@ -294,7 +294,7 @@ _written: Callable[[str], str] = str
 
 def _start_worker(model: Path, vocab_size: int, case_operators: bool) -> None:
     global _tokenizer, _written
-    # the parent handles Ctrl-C, and a worker ends when its parent ends
+    # ignore Ctrl-C, which the parent handles: a worker ends when its parent ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer = load_tokenizer(model, vocab_size, operators=case_operators)
@@ -317,7 +317,7 @@ def _encode(batch: Lines, count_bytes: bool) -> Encoded:
         both = [encode_with_bytes(_tokenizer, text, place) for text, place in zip(texts, places, strict=True)]
         ids, token_bytes = [tokens for tokens, _ in both], np.concatenate([sizes for _, sizes in both])
     else:
-        # lists of Python integers would take 10 % longer
+        # NumPy arrays, because lists of Python integers would take 10 % longer
         ids = [_tokenizer.EncodeAsNumpy(_written(text), add_bos=True) for text in texts]
         token_bytes = np.empty(0, np.uint16)
     lengths, sizes = (np.array([len(one) for one in each]) for each in (ids, map(str.encode, texts)))
@@ -343,7 +343,7 @@ def _load_state(work: Path, settings: dict[str, Any]) -> State:
                 "use the same settings, or delete that folder"
             )
     state = State(**fields | {"place": Place(**fields["place"])})
-    # a killed process left these files; the lock keeps other processes from writing here
+    # delete files that a killed process left. The lock keeps other processes from writing here.
     for part in work.glob(".*.part"):
         part.unlink()
     print(f"resuming with {counted(sum(state.shards.values()), 'finished shard')} in {work}", flush=True)

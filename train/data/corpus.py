@@ -1,6 +1,6 @@
 """Reads documents to train on: the Python standard library's sources and documentation, or the user's text files.
 
-This module does not change the text. The tokenizer later replaces each run of whitespace by one space.
+This module does not change the text. The tokenizer later replaces consecutive whitespace by one space.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from typing import Any
 
 from train.common.errors import UserError
 
-# tests, character tables, and packages that some distributions omit; all other files depend only on the Python version
+# skipped folders: tests, character tables, and packages that some distributions omit. All other files depend only on
+# the Python version.
 STDLIB_SKIPPED_FOLDERS = frozenset(
     "__pycache__ site-packages dist-packages test tests idle_test encodings idlelib lib2to3 distutils ensurepip tkinter turtledemo macholib".split()
 )
-# files that the machine or the distribution generates
+# prefixes of skipped files, which are generated on the machine or by the distribution
 STDLIB_SKIPPED_PREFIXES = ("_sysconfigdata", "sitecustomize", "usercustomize", "_distutils_system_mod")
 STDLIB_SUFFIXES = (".py", ".txt")
 TEXT_SUFFIXES = frozenset(
@@ -37,7 +38,7 @@ JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
 
 @dataclass(frozen=True)
 class Document:
-    """One document. Its name does not depend on the machine."""
+    """A document. Its name is the same on every machine."""
 
     name: str
     text: str
@@ -46,8 +47,8 @@ class Document:
 def stdlib_documents(root: str | Path | None = None) -> Iterator[Document]:
     """Yield the standard library's sources and documentation, one document per file.
 
-    `root` is the library's folder; None: this interpreter's. Files are sorted by the SHA-256 of their names, so that
-    neighbours are unrelated.
+    `root` is the library's folder; None: the library of this interpreter. Files are sorted by the SHA-256 of their
+    names, so that neighbouring documents are unrelated.
 
     Raises:
         UserError: the folder has no sources, as in a zipped or stripped installation.
@@ -98,12 +99,12 @@ def text_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
 
 
 def split_documents(documents: Iterable[Document], val_bytes: int = 0) -> tuple[list[Document], list[Document]]:
-    """Split documents into training and validation; the split depends only on names and sizes.
+    """Split documents into training and validation. The split depends only on the names and sizes of the documents.
 
-    Documents are sorted by the SHA-256 of their names. The first documents become validation text, until that has
-    `val_bytes` UTF-8 bytes; documents longer than a quarter of `val_bytes` are passed over. If that gives less than
-    half of `val_bytes`, the end of the sorted text becomes the validation text instead. A `val_bytes` of 0 means
-    5 % of the text, but at most 200 kB and at least 32 kB (or a quarter of the text, if that is less).
+    Documents are sorted by the SHA-256 of their names. Documents from the beginning become the validation text, until
+    it has `val_bytes` UTF-8 bytes. Documents longer than a quarter of `val_bytes` are skipped. If the result has less
+    than half of `val_bytes`, the end of the sorted text becomes the validation text instead. If `val_bytes` is 0, it is
+    5 % of the text, but at most 200 kB, and at least 32 kB or a quarter of the text, whichever is less.
 
     Returns:
         Training and validation documents.
@@ -128,7 +129,7 @@ def split_documents(documents: Iterable[Document], val_bytes: int = 0) -> tuple[
         taken += size if fits else 0
     if taken >= wanted // 2 and train:
         return train, val
-    # the documents are too few or too long, so the end of the text is cut off
+    # there are too few documents, or they are too long: cut off the end of the text
     train, held, missing = list(ordered), [], wanted
     while missing > 0:
         last = train.pop()
@@ -143,7 +144,7 @@ def split_documents(documents: Iterable[Document], val_bytes: int = 0) -> tuple[
 
 
 def document_lines(path: Path, start_byte: int = 0) -> Iterator[tuple[bytes, int]]:
-    """Yield each line of a `.jsonl` file (also `.gz`, `.xz`) and the number of bytes read from disk so far.
+    """Yield each line of a `.jsonl` file (also `.gz`, `.xz`), with the number of bytes read from disk so far.
 
     Reading begins at `start_byte` of the uncompressed text.
 
@@ -162,7 +163,7 @@ def document_lines(path: Path, start_byte: int = 0) -> Iterator[tuple[bytes, int
 
 
 def parse_document(line: bytes, place: str) -> str:
-    """Return the `text` of one line of a `.jsonl` file. Lone surrogates become U+FFFD. Errors name the line as `place`.
+    """Return the field `text` of one line of a `.jsonl` file. Lone surrogates become U+FFFD. Errors begin with `place`.
 
     Raises:
         UserError: the line is not UTF-8, not a JSON object, or has no string `text`.
@@ -210,7 +211,7 @@ def _read_source(path: Path) -> str:
 
 def _stdlib_files(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
-        # os.walk does not enter folders removed here: installed packages can be a hundred times larger than the library
+        # os.walk does not enter folders that are removed here, such as installed packages, which may be very large
         folders[:] = [name for name in folders if name not in STDLIB_SKIPPED_FOLDERS and not name.startswith("config-")]
         for name in files:
             if name.endswith(STDLIB_SUFFIXES) and not name.startswith(STDLIB_SKIPPED_PREFIXES):
@@ -226,7 +227,7 @@ def _rank(name: str) -> bytes:
 
 
 def _cut(text: str, tail_bytes: int) -> tuple[str, str]:
-    """Split a text before its last `tail_bytes` bytes, or up to 1,000 bytes earlier if there is whitespace."""
+    """Split a text before its last `tail_bytes` bytes, at whitespace if there is any up to 1,000 bytes earlier."""
     data = text.encode()
     place = len(data) - tail_bytes
     blank = max(data.rfind(b"\n", 0, place), data.rfind(b" ", 0, place))

@@ -1,4 +1,4 @@
-"""The data of a run: training shards and validation text, each opened once."""
+"""The data of a run: training shards and validation text. Each is opened once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from train.recipes import load_recipe
 
 
 class Dataset:
-    """The dataset in `config.data_path`. Training shards and validation text are opened at first use."""
+    """The dataset in `config.data_path`. Training shards and validation text are opened when they are first used."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -41,20 +41,20 @@ class Dataset:
         return known_targets(self.config, self.validation.tokens)
 
     def loader(self, ranks: Ranks) -> Loader:
-        """Make a loader that begins with the first training batch; see `make_loader`."""
+        """Make a loader of training batches, which begins with the first batch; see `make_loader`."""
         return make_loader(self.training, self.config, ranks)
 
     def check(self) -> None:
-        """Raise a UserError if shards, tokenizer or manifest are missing, are damaged or have another vocabulary."""
+        """Raise a UserError if shards, tokenizer or manifest are missing or damaged, or have another vocabulary."""
         _ = self.known_targets
         self.loader(Ranks())
 
 
 def prepare_data(config: Config, ranks: Ranks) -> None:
-    """Build the shards if `data_path` is the recipe's own, does not exist, and the recipe names a text (setting `corpus`).
+    """If `data_path` does not exist, but is the recipe's own, build it from the text that the setting `corpus` names.
 
     Raises:
-        UserError: the shards do not exist, and are not those that the recipe builds.
+        UserError: `data_path` does not exist and cannot be built.
     """
     path = Path(config.data_path)
     if not config.data_path:
@@ -82,14 +82,14 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
 
 
 def start_compressors(config: Config) -> subprocess.Popen[bytes] | None:
-    """Start a process that measures gzip and xz during the training, on a text that `prepare_data` built.
+    """Start a process that measures gzip and xz during training, on a dataset that `prepare_data` built.
 
     The process writes the results into the manifest. Return None if there is nothing to measure.
     """
     info = read_manifest(config.data_path) if config.corpus else None
     if info is None or info.yardsticks:
         return None
-    # a process, not a thread: decoding the text would hold the training's Python lock
+    # a process, not a thread: decoding the text would hold the Python lock (GIL) that training needs
     command = "import os, sys; os.nice(10); from train.data import build; build.measure_compressors(sys.argv[1])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen([sys.executable, "-c", command, config.data_path], env=environment)

@@ -1,9 +1,9 @@
 """Downloads the published FineWeb shards: the validation split, the first N training shards and the tokenizer.
 
-A repository has `manifest.json`, `datasets/fineweb10B_<variant>/fineweb_{train,val}_NNNNNN.bin` and
-`tokenizers/fineweb_<V>_bpe.model` in a folder, called the prefix. The local folder has the same layout without the
-prefix. The published run commands expect this layout. A variant is `sp<V>`, or `sp<V>_NAME` with the tokenizer
-`fineweb_<V>_bpe_NAME.model`. Where the tokenizer has operators, `fineweb_val_bytes_NNNNNN.bin` lies beside each
+A repository has a folder, called the prefix, with `manifest.json`, `tokenizers/fineweb_<V>_bpe.model` and
+`datasets/fineweb10B_<variant>/fineweb_{train,val}_NNNNNN.bin`. The local folder has the same layout without the prefix.
+The published run commands expect this layout. A variant is `sp<V>`, or `sp<V>_NAME` with the tokenizer
+`fineweb_<V>_bpe_NAME.model`. If the tokenizer has operators, there is a file `fineweb_val_bytes_NNNNNN.bin` for each
 validation shard.
 """
 
@@ -71,7 +71,7 @@ class Source(ABC):
 
 
 class HubSource(Source):
-    """A dataset repository on the Hugging Face Hub. The Hub's client resumes and caches downloads."""
+    """A dataset repository on the Hugging Face Hub. huggingface_hub resumes and caches downloads."""
 
     def __init__(self, repo: str, prefix: str) -> None:
         super().__init__(prefix)
@@ -111,7 +111,7 @@ class HubSource(Source):
             from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
         except ImportError as error:
             raise UserError(f"huggingface_hub is needed to download ({error}): pip install huggingface_hub") from None
-        # the base classes of HfHubHTTPError are errors of an HTTP library, which depends on huggingface_hub's version
+        # the base classes of HfHubHTTPError belong to an HTTP library; which one, depends on huggingface_hub's version
         bases = (base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
         transport: tuple[type[Exception], ...] = (OSError, *bases)
         try:
@@ -133,7 +133,7 @@ class HubSource(Source):
 
 
 class FolderSource(Source):
-    """A copy of a repository in a local folder, given by path or `file://` URL."""
+    """A copy of a repository in a local folder."""
 
     def __init__(self, folder: str, prefix: str) -> None:
         super().__init__(prefix)
@@ -171,21 +171,21 @@ def download(
 ) -> tuple[Path, Path]:
     """Download a variant's tokenizer, validation shards and first training shards. Valid local files are kept.
 
-    If several processes call this function at once, one downloads and the others wait.
+    If several processes call this function at the same time, one downloads and the others wait.
 
     Args:
-        variant: the tokenizer's name, `sp<V>` for V pieces, or `sp<V>_NAME`.
-        train_shards: number of training shards, of 10^8 tokens each.
+        variant: name of the tokenizer, `sp<V>` for V pieces, or `sp<V>_NAME`.
+        train_shards: number of training shards to download, each with 10^8 tokens.
         out: local folder for `datasets/fineweb10B_<variant>`, `tokenizers` and the manifest.
         source: the repository.
-        skip_manifest: list the repository's files instead of reading its manifest.
+        skip_manifest: list the files in the repository instead of reading its manifest.
 
     Returns:
         The dataset's folder and the tokenizer's file.
 
     Raises:
-        UserError: the repository cannot be reached, lacks the variant, has too few shards or an invalid file; or `out`
-            has this variant from another repository.
+        UserError: the repository cannot be reached, lacks the variant, or has too few shards or an invalid file; or
+        `out` already has this variant from another repository.
     """
     match = _VARIANT.fullmatch(variant)
     if not match:
@@ -287,11 +287,11 @@ def _manifest(source: Source, root: Path) -> dict[str, Any]:
 
 
 def _claim(folder: Path, source: Source) -> None:
-    """Record the repository's name in the folder, so that the folder never mixes shards of two repositories."""
+    """Write the repository's name into the folder, so that the folder never gets shards of another repository."""
     tokenizers = folder.parent.parent / "tokenizers"
     for place in (folder, tokenizers):
         place.mkdir(parents=True, exist_ok=True)
-        # a killed process left these files; the lock keeps other processes from writing here
+        # delete files that a killed process left. The lock keeps other processes from writing here.
         for part in place.glob(".*.part"):
             shutil.rmtree(part) if part.is_dir() else part.unlink()
     record = folder / ORIGIN
@@ -320,7 +320,7 @@ def _get(source: Source, path: str, target: Path) -> None:
     fetched = source.fetch(path)
     if fetched is None:
         raise UserError(f"{source.name}: has no {source.remote(path)}: choose another --variant, --repo or --prefix")
-    # the Hub's cache returns symbolic links
+    # resolve the path, because the cache of huggingface_hub returns symbolic links
     whole = fetched.resolve()
     if is_shard:
         check_shard(whole)
@@ -328,7 +328,7 @@ def _get(source: Source, path: str, target: Path) -> None:
 
 
 def _place(whole: Path, target: Path) -> None:
-    """Copy `whole` to `target`. A hard link would let damage to one file damage the other."""
+    """Copy `whole` to `target`. This is no hard link, so that damage to one file does not affect the other."""
     with whole.open("rb") as file, atomic_writer(target) as copy:
         shutil.copyfileobj(file, copy, 1 << 22)
 

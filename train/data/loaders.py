@@ -1,7 +1,7 @@
 """Loads training tokens in an order that does not depend on the number of ranks.
 
-A step is 8 equal micro-batches, because the published runs have 8 ranks. Rank r of W takes micro-batches r, r + W, …
-Every step therefore sees the same tokens at any W, and W = 8 gives exactly the published order.
+A step has 8 equal micro-batches, because the published runs have 8 ranks. Rank r of W ranks takes micro-batches r, r +
+W, … Therefore every step has the same tokens for any W, and W = 8 gives exactly the published order.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ from train.common.errors import UserError
 from train.config import Config
 from train.data.shards import Tokens, check_tokens, read_shard
 
-# a larger batch is no faster, and the activations of these need at most 2 GB in a published model
+# largest joined batch on a CPU. Larger batches are not faster. This size needs at most 2 GB in a published model.
 CPU_BATCH_TOKENS = 4096
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 State = dict[str, Any]
 Integers = npt.NDArray[np.int64]
 Start = tuple[int, int]
-"""Where a window starts: the number of its shard, and the offset of its first token in the shard."""
+"""The start of a window: number of the shard, and offset of the window's first token in the shard."""
 
 
 class TrainingShards:
-    """A dataset's training shards, memory-mapped and addressed as one sequence. Tokens are checked as they are read."""
+    """A dataset's training shards, memory-mapped and addressed as one sequence.
+
+    Tokens are checked when they are read.
+    """
 
     def __init__(self, paths: list[Path], vocab_size: int) -> None:
         self.paths, self.vocab_size = paths, vocab_size
@@ -46,7 +49,7 @@ class TrainingShards:
         return int(self.ends[-1])
 
     def span(self, start: int, length: int) -> Tokens:
-        """Return `(length,)` tokens from position `start` on. After the last token the first follows again."""
+        """Return `(length,)` tokens from position `start` on. The first token follows the last token."""
         parts, position = [], start % self.total
         while length:
             shard = int(np.searchsorted(self.ends, position, side="right"))
@@ -57,14 +60,18 @@ class TrainingShards:
         return np.concatenate(parts)
 
     def window(self, shard: int, offset: int, length: int) -> Tokens:
-        """Return the `(length,)` tokens of one shard from `offset` on."""
+        """Return `(length,)` tokens of one shard from `offset` on."""
         tokens = self.tokens[shard][offset : offset + length]
         check_tokens(tokens, self.vocab_size, self.paths[shard])
         return tokens
 
 
 class Order(ABC):
-    """Chooses the tokens of each micro-batch: `sequences` rows of `seq_len` + 1 tokens, for inputs and next tokens."""
+    """Chooses the tokens of each micro-batch.
+
+    A micro-batch has `sequences` rows of `seq_len` + 1 tokens. The inputs are all but the last token of a row, the
+    targets all but the first.
+    """
 
     def __init__(self, shards: TrainingShards, seq_len: int, sequences: int, seed: int) -> None:
         self.shards, self.seq_len, self.sequences, self.seed = shards, seq_len, sequences, seed
@@ -72,7 +79,7 @@ class Order(ABC):
 
     @abstractmethod
     def next_rows(self, micro_batches: range) -> list[Tokens]:
-        """Return the next step's rows: `(sequences, seq_len + 1)` uint16 for each of `micro_batches`."""
+        """Return the rows of the next step: `(sequences, seq_len + 1)` uint16 for each number in `micro_batches`."""
 
     def state_dict(self) -> State:
         return {"step": self.step, "tokens": self.shards.total}
@@ -90,9 +97,9 @@ class Order(ABC):
 
 
 class Sequential(Order):
-    """Takes the tokens in their order.
+    """Takes the tokens in the order of the shards.
 
-    A step has 8 micro-batches of L targets. Micro-batch v of step s reads L + 1 tokens, the first at (8s + v)(L + 1).
+    A step has 8 micro-batches of L targets. Micro-batch v of step s has L + 1 tokens, from position (8s + v)(L + 1) on.
     Micro-batches do not overlap, so the first token of a micro-batch is never a target.
     """
 
@@ -109,8 +116,8 @@ class Sequential(Order):
 class Shuffled(Order):
     """Takes every window of every shard once per epoch, in a random order.
 
-    Epoch e seeds PCG64 with (seed, e), then draws the offset of each shard's first window and a permutation of all
-    windows. The micro-batches of a step take its windows in turn.
+    For epoch e, PCG64 is seeded with (seed, e). It draws the offset of the first window of each shard, and then a
+    permutation of all windows. The micro-batches of a step take the step's windows in turn.
     """
 
     def __init__(self, shards: TrainingShards, seq_len: int, sequences: int, seed: int) -> None:
@@ -121,7 +128,7 @@ class Shuffled(Order):
 
     def next_rows(self, micro_batches: range) -> list[Tokens]:
         first = self.step * MICRO_BATCHES * self.sequences
-        # the last step of an epoch also takes windows of the next epoch
+        # keep the current epoch and later ones: the last step of an epoch also takes windows of the next epoch
         self.epochs = {epoch: drawn for epoch, drawn in self.epochs.items() if epoch >= first // int(self.ends[-1])}
         windows = range(first, first + MICRO_BATCHES * self.sequences)
         self.step += 1
@@ -147,18 +154,19 @@ class Shuffled(Order):
 
 
 class Coprime(Order):
-    """Takes windows in the order of #1471: many shards per step, in each shard a stride coprime to its window count.
+    """Takes windows in the order of #1471: many shards per step, each with a stride coprime to its window count.
 
     A shard has `blocks` windows. Window i starts at phase + ((start + i·stride) mod blocks)·seq_len. Phase, start and
-    stride are drawn, in this order, when the shard is first needed and again after its last window.
+    stride are drawn, in this order, before the shard's first window is taken, and again after its last window.
 
     A step draws 8 + 56 p shards without replacement, where p = min(step / 1800, 1). With fewer than 64 shards, the
-    number rises from 8 to all shards. The probability of a shard is ∝ remaining^(0.9 - 0.4 p), where `remaining` counts
-    its windows that are not taken yet. Each drawn shard gives one window, and a multinomial draw distributes the step's
-    other windows over the drawn shards. Then the drawn shards are permuted, and the windows of each shard.
+    number rises from 8 to all shards. The probability of a shard is proportional to remaining^(0.9 - 0.4 p), where
+    `remaining` is the number of its windows that are not taken yet. Each drawn shard gives one window. A multinomial
+    draw distributes the other windows of the step over the drawn shards. Then the drawn shards are permuted, and so are
+    the windows of each shard.
 
-    The windows are interleaved in rounds. Each round permutes the shards of the previous round, and takes the last
-    window of every shard that still has windows. Micro-batch v takes windows v, v + 8, … of the result.
+    The windows are then interleaved in rounds. A round permutes the shards of the previous round, and takes the last
+    remaining window of every shard that has one. Micro-batch v takes windows v, v + 8, … of the result.
 
     All draws are those of the published code at 8 ranks, with one difference. PCG64 is seeded here with a hash of the
     shards' names, and in the published code with a hash of their paths, which changes with the folder. In both, the
@@ -174,7 +182,7 @@ class Coprime(Order):
         self.names_seed = names_seed([path.name for path in shards.paths])
         self.random = np.random.Generator(np.random.PCG64(self.names_seed))
         self.eligible = np.flatnonzero((shards.lengths - 1) // seq_len > 0)
-        # of each shard; 0 blocks: not drawn yet
+        # one cursor per shard; 0 blocks: phase, start and stride are not drawn yet
         self.cursors = np.zeros(len(shards.tokens), self.CURSOR)
 
     def next_rows(self, micro_batches: range) -> list[Tokens]:
@@ -184,7 +192,7 @@ class Coprime(Order):
 
     def state_dict(self) -> State:
         inner = self.random.bit_generator.state
-        # not every serializer can store 128-bit integers
+        # as text, because not every serializer can store 128-bit integers
         words = {name: str(value) for name, value in inner["state"].items()}
         rest = {name: int(inner[name]) for name in ("has_uint32", "uinteger")}
         return super().state_dict() | {
@@ -195,7 +203,7 @@ class Coprime(Order):
 
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)
-        # earlier versions drew in another order, and saved no names_seed
+        # refuse states of earlier versions, which drew in another order and saved no names_seed
         if state.get("names_seed") != str(self.names_seed):
             raise UserError(
                 "the checkpoint holds the coprime order of other shard names, or of an earlier version of golf_kernels: resume with "
@@ -233,7 +241,7 @@ class Coprime(Order):
         return starts
 
     def _take(self, shard: int, count: int) -> list[Start]:
-        """Take the next windows of a shard, and permute them."""
+        """Take the next `count` windows of a shard, and permute them."""
         offsets = []
         for _ in range(count):
             if self.cursors["taken"][shard] >= self.cursors["blocks"][shard]:
@@ -256,7 +264,7 @@ class Coprime(Order):
 
 
 def names_seed(names: list[str]) -> int:
-    """Hash names to the seed of `Coprime`: x = 0, then x ← (x XOR byte) · 1099511628211 mod 2⁶⁴ for each byte."""
+    """Hash names to the seed of `Coprime`. x is 0 at first; for each byte, x ← (x XOR byte) · 1099511628211 mod 2⁶⁴."""
     value = 0
     for byte in "".join(names).encode():
         value = (value ^ byte) * 1099511628211 % 2**64
@@ -264,13 +272,13 @@ def names_seed(names: list[str]) -> int:
 
 
 class BatchSource(Protocol):
-    """Gives each training step its batches."""
+    """An object that returns the batches of each training step."""
 
     def next_batch(self) -> list[Batch]: ...
 
 
 class Loader:
-    """Gives one rank its micro-batches, while a thread prepares those of the next step.
+    """Returns the micro-batches of one rank, while a thread prepares those of the next step.
 
     Batches go to a CUDA device asynchronously, as 16-bit integers from pinned memory.
     """
@@ -289,11 +297,11 @@ class Loader:
         return [unpack(row, self.device) for row in rows]
 
     def state_dict(self) -> State:
-        """Return the order's state after the last batch that was returned, as numbers, strings and lists."""
+        """Return the state of the order after the last returned batch, as numbers, strings and lists."""
         return self.state
 
     def load_state_dict(self, state: State) -> None:
-        """Continue exactly where `state_dict` was taken, even inside a shard."""
+        """Continue exactly after the batch at which `state_dict` was called."""
         if self.pending is not None:
             self.pending.result()
             self.pending = None
@@ -308,9 +316,10 @@ class Loader:
 
 
 def join_micro_batches(batches: list[Batch]) -> list[Batch]:
-    """The same sequences in fewer, equal batches: on a CPU up to `CPU_BATCH_TOKENS` each, on a GPU the micro-batches.
+    """On a CPU, join micro-batches into equal batches of up to `CPU_BATCH_TOKENS` tokens. On a GPU, do nothing.
 
-    All batches have the same number of tokens, so the mean of their losses is that of the micro-batches.
+    All batches have the same number of tokens, so the mean of their losses equals the mean of the micro-batches'
+    losses.
     """
     inputs, count = batches[0][0], len(batches)
     fitting = CPU_BATCH_TOKENS // inputs.numel() if inputs.is_cpu else 1
@@ -322,8 +331,8 @@ def join_micro_batches(batches: list[Batch]) -> list[Batch]:
 
 
 def unpack(row: torch.Tensor, device: torch.device) -> Batch:
-    """Turn `(sequences, seq_len + 1)` int16 into inputs and targets, `(sequences, seq_len)` int64 on the device."""
-    # torch has little arithmetic for uint16, so the tokens travel as int16; the mask removes the sign
+    """Convert rows `(sequences, seq_len + 1)` int16 to inputs and targets `(sequences, seq_len)` int64 on `device`."""
+    # torch supports few operations on uint16, so the tokens are sent as int16. The mask removes the sign.
     ids = row.to(device, non_blocking=True).to(torch.int64) & 0xFFFF
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -350,10 +359,10 @@ def check_batch(config: Config) -> None:
 
 
 def make_loader(shards: TrainingShards, config: Config, ranks: Ranks) -> Loader:
-    """Make a loader in the order that `config.loader` names. It begins with the first batch.
+    """Make a loader with the order that `config.loader` names. It begins with the first batch.
 
     Raises:
-        UserError: the shards hold less than one sequence, or `check_batch` refuses.
+        UserError: the shards contain less than one sequence, or `check_batch` raises it.
     """
     check_batch(config)
     longest = shards.total if config.loader == "sequential" else int(shards.lengths.max())

@@ -1,4 +1,4 @@
-"""Reads manifest.json, which says from which text and with which tokenizer a dataset was built."""
+"""Reads manifest.json, which names the text and the tokenizer of a dataset."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class SplitInfo:
     """The size of a split (training or validation)."""
 
     documents: int
-    text_bytes: int  # before normalization
+    text_bytes: int  # bytes of the text before normalization
     normalized_bytes: int | None  # the denominator of bits per byte; None: not counted
-    tokens: int  # BOS tokens included
+    tokens: int  # number of tokens, including BOS
     shards: int
 
 

@@ -1,10 +1,10 @@
 """The paid prefix of #262: validation targets stored in the artifact, which the organisers ruled out.
 
-A paid-prefix file holds the first N targets (tokens 1 … N) as little-endian uint16 in one .xz stream of preset 6. The
-setting PAID_PREFIX_FILE names it. A target that the file states correctly costs no nats, but its bytes of text still
-count. The file's size counts against the cap. This code only checks the published arithmetic: no recipe uses a paid
-prefix, and every score made with one is labelled `NOT_COMPLIANT`. `python -m train.submission.paid_prefix` builds the
-file.
+A paid-prefix file contains the first N targets (tokens 1 … N) as little-endian uint16 in one .xz stream of preset 6.
+The setting PAID_PREFIX_FILE names the file. A target that the file states correctly costs no nats, but its bytes of
+text still count. The file's size counts as part of the submission. This code only serves to check published numbers: no
+recipe uses a paid prefix, and every score with a paid prefix is labelled `NOT_COMPLIANT`. `python -m
+train.submission.paid_prefix` builds such a file.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class PaidPrefix:
     """The tokens of a paid-prefix file, compared with a validation text."""
 
     blob_bytes: int  # size of the file
-    targets: int  # in the file
-    known: np.ndarray  # (T,) bool: whether the file states target t correctly
+    targets: int  # number of targets in the file
+    known: np.ndarray  # (T,) bool: True if the file states target t correctly
 
     @property
     def coverage(self) -> float:
@@ -88,7 +88,7 @@ def read_prefix(path: str | os.PathLike[str], tokens: np.ndarray) -> PaidPrefix:
 
 
 def known_targets(config: Config, tokens: np.ndarray) -> np.ndarray | None:
-    """Return which targets cost no nats, `(T,)` bool; None if `config` has no paid prefix."""
+    """Return `(T,)` bool: True for targets that cost no nats. None if `config` has no paid prefix."""
     return read_prefix(config.paid_prefix_file, tokens).known if config.paid_prefix_file else None
 
 

@@ -36,7 +36,7 @@ _REMEDY = "download it again, or rebuild it with `python -m train.data`"
 
 
 def write_shard(path: str | os.PathLike[str], tokens: npt.ArrayLike) -> None:
-    """Write one shard atomically. `tokens` are `(n,)` integers with 0 <= token < 65,536 and 0 < n < 2^31.
+    """Write one shard atomically. `tokens` `(n,)` are integers with 0 <= token < 65,536 and 0 < n < 2^31.
 
     Raises:
         UserError: `tokens` has another shape or length, or a token does not fit 16 bits.
@@ -58,7 +58,7 @@ def write_shard(path: str | os.PathLike[str], tokens: npt.ArrayLike) -> None:
 
 
 def check_shard(path: str | os.PathLike[str]) -> int:
-    """Check a shard's header and size; return its token count.
+    """Check a shard's header and size. Return the number of tokens.
 
     Raises:
         UserError: the file is missing, not a shard, empty, truncated or too long, or has another version.
@@ -130,7 +130,7 @@ def find_shards(data_path: str | os.PathLike[str], split: str) -> list[Path]:
             f"{folder}: no *_{split}_NNNNNN.bin shard in it: make it with `python -m train.data stdlib|text|fineweb`, or give --data_path"
         )
     names = sorted({name for name, _ in named})
-    # mixed shards of two tokenizers would train without an error, on nonsense
+    # refuse a mixture: training on shards of two tokenizers would raise no error, but make no sense
     if len(names) > 1:
         raise UserError(f"{folder}: holds shards of several datasets ({', '.join(names)}): move all but one elsewhere")
     return [path for _, path in named]
@@ -181,9 +181,9 @@ def read_sidecar(shards: Sequence[Path]) -> list[np.memmap]:
 
 
 class ShardWriter:
-    """Writes the documents of one split as shards `<prefix>_<split>_NNNNNN.bin`.
+    """Writes the documents of one split to shards `<prefix>_<split>_NNNNNN.bin`.
 
-    As a context manager, it writes the last shard at the end, unless an error occurred.
+    At the end of the context, the last shard is written, unless there was an error.
 
     Attributes:
         paths: paths of the shards that have been written.
@@ -221,7 +221,7 @@ class ShardWriter:
         self.extend(np.concatenate((np.array([BOS], dtype=np.uint16), values.astype(np.uint16))))
 
     def extend(self, tokens: Tokens) -> None:
-        """Add tokens as they are, without adding a BOS."""
+        """Add tokens unchanged, without a BOS."""
         while len(tokens):
             taken = tokens[: len(self.buffer) - self.pending]
             self.buffer[self.pending : self.pending + len(taken)] = taken
@@ -231,14 +231,14 @@ class ShardWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Write the pending tokens, if there are any, as a shard.
+        """Write the pending tokens, if there are any, to a shard.
 
         Raises:
             UserError: the split already has a million shards.
         """
         if self.pending:
             number = self.first_shard + len(self.paths)
-            # shard numbers have six digits
+            # the number in a shard's name has six digits
             if number > 999_999:
                 raise UserError(
                     f"{self.folder}: a split has at most 1,000,000 shards, too few at {len(self.buffer)} tokens each: "
@@ -253,6 +253,6 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # after an error the last document may be incomplete
+        # not after an error, because the last document may be incomplete
         if kind is None:
             self.flush()

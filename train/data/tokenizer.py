@@ -1,7 +1,7 @@
-"""SentencePiece BPE with Parameter Golf's settings, and tables that give the number of bytes of each token.
+"""SentencePiece BPE with Parameter Golf's settings, and tables with the number of bytes of each token.
 
-The normalization (nmt_nfkc) is lossy: it replaces each run of whitespace by one space and strips the document. Bits per
-byte are measured on the normalized text.
+The normalization (nmt_nfkc) is lossy: it replaces consecutive whitespace by one space, and removes whitespace at the
+beginning and end of a document. Bits per byte are measured on the normalized text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "unk_id": 3,
     "hard_vocab_limit": False,
 }
-# SentencePiece's trainer silently drops longer sentences
+# longest sentence in bytes: SentencePiece's trainer drops longer sentences without a warning
 MAX_SENTENCE_BYTES = 4192
 SPACE = "▁"
 _PROBES = (
@@ -51,7 +51,7 @@ _PROBES = (
 def train_tokenizer(
     documents: Iterable[str], vocab_size: int, path: str | Path, operators: Sequence[str] = ()
 ) -> SentencePieceProcessor:
-    """Train a BPE tokenizer with the published settings, deterministically.
+    """Train a BPE tokenizer with the published settings. The same documents give the same tokenizer.
 
     Documents longer than 4,192 bytes are split at whitespace, because SentencePiece's trainer would drop them.
     `vocab_size` includes 4 special pieces, the `operators`, each a piece of its own, and 256 byte pieces.
@@ -88,13 +88,14 @@ def train_tokenizer(
 
 
 def load_tokenizer(path: str | Path, vocab_size: int, *, operators: bool = False) -> SentencePieceProcessor:
-    """Load a SentencePiece model and check that `byte_tables` counts its bytes correctly.
+    """Load a SentencePiece model, and check that `byte_tables` counts the bytes of its pieces correctly.
 
     Args:
         operators: whether pieces may be operators, whose bytes `byte_tables` miscounts (see `find_operator`).
 
     Raises:
-        UserError: the file is missing, is no SentencePiece model or has another vocabulary size, or a count is wrong.
+        UserError: the file is missing, is no SentencePiece model or has another vocabulary size, or a byte count would
+        be wrong.
     """
     file = Path(path)
     if not file.is_file():
@@ -121,7 +122,7 @@ def find_operator(tokenizer: SentencePieceProcessor) -> str:
 
 
 def find_tokenizer(data_path: str | Path, vocab_size: int, tokenizer_path: str | Path = "") -> Path:
-    """Find a dataset's tokenizer: `tokenizer_path`, else a file in `data_path`, else in `data_path/../../tokenizers`.
+    """Find a dataset's tokenizer: `tokenizer_path`, or a file in `data_path`, or one in `data_path/../../tokenizers`.
 
     Raises:
         UserError: there is no tokenizer, or `data_path` has several.
@@ -150,7 +151,7 @@ def published_tokenizer(variant: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class ByteTables:
-    """Bytes of normalized text per token.
+    """Tables from which the bytes of normalized text of each token are computed.
 
     bytes(target | previous) = base_bytes[target] + (has_leading_space[target] and not is_boundary[previous])
 
@@ -201,7 +202,7 @@ def _check(tokenizer: SentencePieceProcessor, path: str | Path, *, operators: bo
 
     if tokenizer.bos_id() != BOS:
         raise refuse(f"expected BOS as token {BOS}, found {tokenizer.bos_id()}")
-    # without this piece, a lone space becomes three byte tokens and counts 3 bytes (openai/parameter-golf issue 897)
+    # without a space piece, a lone space becomes three byte tokens and counts 3 bytes (openai/parameter-golf issue 897)
     if tokenizer.PieceToId(SPACE) == tokenizer.unk_id():
         raise refuse(f"it has no piece {SPACE!r} for a lone space")
     if not operators and (operator := find_operator(tokenizer)):
@@ -225,7 +226,10 @@ def _check(tokenizer: SentencePieceProcessor, path: str | Path, *, operators: bo
 
 
 class _Feed(Iterator[str]):
-    """Iterates over sentences, and keeps an exception that SentencePiece's trainer replaces by a RuntimeError."""
+    """Iterates over sentences.
+
+    It stores an exception, because SentencePiece's trainer replaces it by a RuntimeError.
+    """
 
     def __init__(self, documents: Iterable[str]) -> None:
         self.source = (sentence for document in documents for sentence in _sentences(document))
@@ -252,7 +256,7 @@ def _sentences(text: str) -> Iterator[str]:
         if end < len(data):
             blank = max(data.rfind(b" ", start + 1, end), data.rfind(b"\n", start + 1, end))
             end = blank if blank > 0 else end
-            # do not cut inside a character
+            # do not cut a character
             while data[end] & 0xC0 == 0x80:
                 end -= 1
         yield data[start:end].decode()

@@ -33,7 +33,7 @@ def load_validation(config: Config) -> ValidationText:
     """
     path = find_tokenizer(config.data_path, config.vocab_size, config.tokenizer_path)
     manifest = read_manifest(config.data_path)
-    # another tokenizer of the same size would miscount the bytes without an error
+    # a different tokenizer of the same size would give wrong byte counts without an error
     if manifest is not None and path.is_file() and sha256_file(path) != manifest.tokenizer_sha256:
         raise UserError(
             f"{path}: not the tokenizer that made the shards in {config.data_path}, which is {manifest.tokenizer}: unset "

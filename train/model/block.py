@@ -29,8 +29,9 @@ class BlockInputs(NamedTuple):
 
 
 class Block(OperatorModule):
-    """One layer, in one of four published variants. In "lanes" and "routed" there are two residual streams, called lanes:
-    attention reads lane0, the MLP reads lane1.
+    """One layer, in one of four published variants.
+
+    "lanes" and "routed" have two residual streams, called lanes: attention reads lane0, the MLP reads lane1.
 
     serial: h = m₀⊙x + m₁⊙x0; u = h + a⊙Attn(n(h)); x ← u + b⊙MLP(n(u))
     gptj (#1392): h = m₀⊙x + m₁⊙x0; x ← h + a⊙Attn(n(h)) + b⊙MLP(n(h))

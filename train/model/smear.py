@@ -12,7 +12,7 @@ _GATE_CHANNELS = 12
 
 
 def predecessor(x: Tensor, starts: Tensor | None = None) -> Tensor:
-    """Shift `x` `(B, T, d)` by one position. The result at t is x[t−1]; it is zero at t = 0 and where a document begins.
+    """Shift `x` `(B, T, d)` by one position: the result is x[t−1], or zero at t = 0 and where a document begins.
 
     `starts` `(B, T)` bool is True where a document begins; None ignores document boundaries.
     """

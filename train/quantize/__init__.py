@@ -1,1 +1,1 @@
-"""Quantizes trained weights: computes row scales and GPTQ's Hessians, and rounds weights to nearest or by GPTQ."""
+"""Quantizes trained weights. Computes row scales and GPTQ's Hessians, and rounds weights to nearest or by GPTQ."""

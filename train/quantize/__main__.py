@@ -1,4 +1,4 @@
-"""`python -m train.quantize RUN` runs `train.artifact.requantize` by name: this package may not import that one."""
+"""`python -m train.quantize RUN` runs `train.artifact.requantize`, which this package must not import."""
 
 import runpy
 

@@ -1,4 +1,4 @@
-"""Computes GPTQ's Hessians: second moments of each matrix's inputs, on training batches or on generated text."""
+"""Computes GPTQ's Hessians, the second moments of each matrix's inputs, on training batches or on generated text."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from train.model.linear import observe_inputs
 def calibrate(
     config: Config, model: GPT, names: Sequence[str], data: Dataset, ranks: Ranks, note: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """Compute the Hessians of the matrices `names` with `collect_hessians`, over the batches of all ranks.
+    """Compute the Hessians of the matrices `names` with `collect_hessians`, on the batches of all ranks.
 
     Every rank must call this. `note` receives one log line. Two settings choose the batches and the model:
 
     - `gptq_calib_source`: "train" reads training batches. "generated" reads no data: the model writes
       `gptq_calib_batches` texts, divided among the ranks.
-    - `gptq_calib_graph`: "evaluated" runs the model as evaluation does. "plain" runs the same weights without repeated
-      and parallel layers, as #1392 did.
+    - `gptq_calib_graph`: "evaluated" runs the model as in the evaluation. "plain" runs the same weights without
+    repeated and parallel layers, as #1392 did.
 
     Raises:
-        UserError: as `collect_hessians`, or there are fewer texts than ranks.
+        UserError: `collect_hessians` raises it, or there are fewer texts than ranks.
     """
     started = time.perf_counter()
     recurrence = bool(config.recur_layers)
@@ -56,11 +56,11 @@ def calibrate(
 
 
 def plain_graph(model: GPT) -> GPT:
-    """A model without repeated and parallel layers that shares the weights of `model`."""
+    """Return a model without repeated and parallel layers, which shares the weights of `model`."""
     with torch.device("meta"):
         plain = GPT(model.config.replace(recur_layers=(), parallel_start_layer=-1))
     plain.compute_dtype = model.compute_dtype
-    # the plain model has no parameters of lanes
+    # leave out the parameters of lanes, which the plain model does not have
     own = {name for name, _ in plain.named_parameters()}
     state = {name: tensor for name, tensor in model.state_dict().items() if name in own}
     plain.load_state_dict(state, assign=True)
@@ -87,17 +87,17 @@ def collect_hessians(
 ) -> dict[str, Tensor]:
     """Compute each matrix's Hessian for GPTQ: H = Σ Xᵀ X / (number of batches).
 
-    X `(tokens, in_features)` is the matrix's input for one batch. If a layer runs again, each input counts. H grows
-    with the tokens per batch, but GPTQ ignores a constant factor.
+    X `(tokens, in_features)` is the input of the matrix for one batch. If a layer runs again, both inputs count. H is
+    proportional to the number of tokens per batch, but GPTQ ignores constant factors.
 
     Args:
-        model: must not be compiled. It runs in evaluation mode; then its former mode is restored.
+        model: the model, which must not be compiled. It runs in evaluation mode; then its former mode is restored.
         batches: token ids `(B, T)` int64, on the model's device.
-        names: names of the matrices. The input of `embedding.weight` is the final norm's output, because the output
-            head multiplies by this matrix.
-        recurrence: whether the repeated layers run again.
-        all_reduce: replaces a tensor by its sum over the ranks, in place. Every rank must then call `collect_hessians`
-            with the same names and its own batches. None for one process.
+        names: names of the matrices. The input of `embedding.weight` is the output of the final norm, because the
+        output head multiplies it by this matrix.
+        recurrence: whether the layers in `recur_layers` run again.
+        all_reduce: function that replaces a tensor by its sum over the ranks, in place; None for one process. Every
+        rank must call `collect_hessians` with the same names and its own batches.
 
     Returns:
         Name → H `(in_features, in_features)`, float32 (float64 for a float64 model), on the model's device.
@@ -117,8 +117,8 @@ def collect_hessians(
     def accumulate(name: str, inputs: Tensor) -> None:
         if name not in wanted:
             return
-        # query, key and value get the same input tensor: multiply once. `last` keeps the tensor alive, so that no other
-        # tensor gets its memory
+        # query, key and value have the same input tensor, so compute its second moment once. `last` keeps the tensor
+        # alive, so that no other tensor gets the same memory.
         if not (last and _same_memory(last[0], inputs)):
             last[:], product[:] = [inputs], [second_moment(inputs.flatten(0, -2))]
         if name in sums:
@@ -153,7 +153,7 @@ def collect_hessians(
 def second_moment(rows: Tensor) -> Tensor:
     """Compute Xᵀ X `(in_features, in_features)` of X `(tokens, in_features)`, in float32 (in float64 for float64)."""
     if rows.is_cuda and rows.dtype == torch.bfloat16:
-        # products of bfloat16 are exact in float32, and tensor cores sum in float32 ten times as fast
+        # bfloat16 inputs: their products are exact in float32, and tensor cores sum them in float32 ten times as fast
         return torch.mm(rows.mT, rows, out_dtype=torch.float32)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return rows.mT @ rows

@@ -1,14 +1,14 @@
 """Chooses each tensor group's k from predicted bytes and predicted loss. SDClip clips a row at k standard deviations.
 
-A larger k makes coarser codes, which take fewer bytes and raise the loss. A group is the same matrix of all layers, or
-one embedding. The chosen k minimize (rise of the loss) + λ · (bytes), with one λ for all groups.
-`train.artifact.fit_to_target` corrects the predicted bytes by measured bytes.
+A larger k gives coarser codes, which take fewer bytes and raise the loss. A tensor group is the same matrix of all
+layers, or one embedding. The chosen values of k minimize (rise of the loss) + λ · (bytes), with one λ for all groups.
+`train.artifact.fit_to_target` later corrects the predicted bytes by measured bytes.
 
-bytes   the weights of a row are taken as normally distributed with deviation σ. Rounded to multiples of the row's scale
-        s = kσ / (2^(bits-1) - 1), they take as many bits as the entropy of this discrete distribution: for large σ / s
-        about ½ log2(2πe (σ²/s² + 1/12)) bits per weight.
-loss    the rise is proportional to the group's squared rounding error. `loss_factors` measures the factor: it rounds
-        this group alone.
+bytes   Assume that the weights of a row are normally distributed with deviation σ. Rounded to multiples of the row's
+        scale s = kσ / (2^(bits-1) - 1), they take as many bits as the entropy of the resulting discrete distribution.
+        For large σ / s these are about ½ log2(2πe (σ²/s² + 1/12)) bits per weight.
+loss    Assume that the rise is proportional to the squared rounding error of the group. `loss_factors` measures the
+        factor by rounding this group alone.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from train.quantize.row_scales import ROW_SCALES, largest_code, rtn
 from train.quantize.tensors import clip_settings, stored_bits, tensor_group
 
 SEARCHED_CLIPS = ("sdclip", "hessian_sdclip")
-"""The row clips that depend on k."""
+"""Names of the row clips that depend on k."""
 
 _GRID = 800
 _SMALLEST_SIGMAS = 2.0
-# `loss_factors` rounds at this multiple of the settings' k, so that the rise of the loss exceeds the noise
+# `loss_factors` rounds with this multiple of the settings' k, so that the rise of the loss exceeds the noise
 _PROBE = 2.0
-# scales are computed at this k and divided by it, because float16 scales at k = 1 would lose bits below 2^-14
+# scales are computed with this k and then divided by it: float16 scales with k = 1 would lose bits below 2^-14
 _UNIT_SIGMAS = 1024.0
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Predictions for one tensor group over a grid of k."""
+    """Predictions for one tensor group, for each k in a grid."""
 
     name: str  # the group
     tensors: tuple[str, ...]  # parameter names
@@ -51,7 +51,7 @@ class Curves:
 
 
 def gaussian_codes(ratio: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Entropy in bits per code, and mean squared error / s², of N(0, σ²) values rounded to codes of scale s.
+    """Return the entropy in bits per code, and mean squared error / s², of N(0, σ²) values rounded to multiples of s.
 
     `ratio` is σ / s, positive float64 of any shape. Both results have the shape of `ratio`.
     """
@@ -61,7 +61,7 @@ def gaussian_codes(ratio: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     below = torch.special.ndtr(bounds)
     density = torch.exp(-0.5 * bounds.square()) / math.sqrt(2 * math.pi)
     nothing, everything = torch.zeros_like(below[..., :1]), torch.ones_like(below[..., :1])
-    # moments of order 0, 1 and 2 of the standard normal distribution between the bounds
+    # moments of order 0, 1 and 2 of the standard normal distribution between the rounding bounds of each code
     mass = torch.cat([nothing, below, everything], -1).diff()
     first = -torch.cat([nothing, density, nothing], -1).diff()
     second = mass - torch.cat([nothing, bounds * density, nothing], -1).diff()
@@ -73,7 +73,7 @@ def gaussian_codes(ratio: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def group_curves(model: nn.Module, config: Config, hessians: Mapping[str, Tensor]) -> list[Curves]:
-    """Predict the curves of all tensor groups that are stored as codes and have a row clip in `SEARCHED_CLIPS`."""
+    """Predict bytes and error of all tensor groups that are stored as codes with a row clip in `SEARCHED_CLIPS`."""
     members: dict[tuple[str, int], list[str]] = defaultdict(list)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -85,7 +85,7 @@ def group_curves(model: nn.Module, config: Config, hessians: Mapping[str, Tensor
         limit = largest_code(bits)
         sigmas = torch.logspace(math.log10(_SMALLEST_SIGMAS), math.log10(2 * limit), _GRID, dtype=torch.float64)
         size, error = torch.zeros(_GRID, dtype=torch.float64), torch.zeros(_GRID, dtype=torch.float64)
-        # interpolate in a table over log(σ / s), because exact sums over codes are slow
+        # interpolate in a table over log(σ / s), because exact sums over all codes are slow
         table = torch.linspace(-7.0, 9.0, 1601, dtype=torch.float64)
         entropies, errors = gaussian_codes(table.exp(), bits)
         for name in names:
@@ -112,9 +112,9 @@ def loss_factors(
     hessians: Mapping[str, Tensor],
     loss: Callable[[], float],
 ) -> list[float]:
-    """Measure for each group how much the loss rises per squared rounding error, by rounding this group alone.
+    """Measure, for each group, the rise of the loss per squared rounding error, by rounding this group alone.
 
-    The group is clipped at `_PROBE` times the settings' number of standard deviations. `loss` returns the model's mean loss, the same on every
+    The group is clipped at `_PROBE` times the settings' k. `loss` returns the model's mean loss, the same on every
     rank. The model's parameters change during the measurement; then they are restored.
     """
     parameters = dict(model.named_parameters())
@@ -135,7 +135,7 @@ def loss_factors(
         factors.append((loss() - before) / error if error else 0.0)
         for name, weight in kept.items():
             parameters[name].copy_(weight)
-    # noise may hide the effect of a group, but no rounding error is free of loss
+    # noise may hide the effect of a group, but rounding always costs some loss: use a smallest factor
     least = 0.01 * max([*factors, 1e-12])
     return [max(factor, least) for factor in factors]
 
@@ -143,13 +143,13 @@ def loss_factors(
 def choose_sigmas(
     curves: Sequence[Curves], factors: Sequence[float], correction: Mapping[str, float], budget: float
 ) -> list[int]:
-    """Choose each group's k: least expected loss with at most `budget` predicted bytes for all codes.
+    """Choose each group's k so that the expected loss is least and all codes take at most `budget` predicted bytes.
 
-    `factors` is the result of `loss_factors`. `correction` has the bytes per weight to add to a group's prediction. If
-    no choice meets the budget, take the fewest predicted bytes.
+    `factors` is the result of `loss_factors`. `correction`: group → bytes per weight to add to the prediction. If no
+    choice meets the budget, choose the fewest predicted bytes.
 
     Returns:
-        Each group's index in its grid of k.
+        For each group, the index of the chosen k in the group's grid.
     """
     sizes = [group.size + correction.get(group.name, 0.0) * group.elements for group in curves]
     losses = [factor * group.error for factor, group in zip(factors, curves, strict=True)]
@@ -160,7 +160,7 @@ def choose_sigmas(
     def taken(chosen: list[int]) -> float:
         return sum(float(size[index]) for size, index in zip(sizes, chosen, strict=True))
 
-    # log2 λ: at the lower end only the loss counts, at the upper end only the bytes
+    # bounds of log2 λ: at the lower end only the loss matters, at the upper end only the bytes
     low, high = -100.0, 40.0
     if taken(picked(2.0**low)) <= budget:
         return picked(2.0**low)
@@ -176,7 +176,7 @@ def choose_sigmas(
 def _row_units(
     name: str, weight: Tensor, bits: int, config: Config, hessian: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's scale at k = 1 without a floor, the scale's floor, and the row's deviation: float64, on the CPU."""
+    """Return for each row the scale with k = 1 and no floor, the scale's floor, and the deviation: float64, CPU."""
     clip = clip_settings(name, config)
     scales = ROW_SCALES[clip.name]
     unit = scales(weight, bits, sigmas=_UNIT_SIGMAS, floor="none", hessian=hessian).cpu().double() / _UNIT_SIGMAS

@@ -15,9 +15,9 @@ from train.config import Config
 from train.model.decoder import Decoder, sample
 from train.model.gpt import GPT
 
-# largest KV cache of the texts that are generated together: 2 GiB
+# largest KV cache, 2 GiB, which limits how many texts are generated together
 _CACHE_BYTES = 1 << 31
-# sampling temperature and texts per calibration batch of #1392
+# sampling temperature and number of texts per calibration batch, from #1392
 TEMPERATURE = 0.8
 _GENERATED_BATCH = 8
 
@@ -57,11 +57,14 @@ def generate_tokens(
     recurrence: bool,
     progress: bool = False,
 ) -> Tensor:
-    """Generate a text of `length` tokens for each of `numbers`: `(len(numbers), length)` int64, on the model's device.
+    """Generate texts of `length` tokens, one for each text number in `numbers`.
 
     The first token is drawn uniformly from the vocabulary, each later token from softmax(logits / temperature). Text i
     takes its random numbers from a generator with the seed (seed, i), so ranks and batches change only the rounding of
     the logits. The model must not be compiled. It runs in evaluation mode; then its former mode is restored.
+
+    Returns:
+        `(len(numbers), length)` int64, on the model's device.
     """
     device = model.embedding.weight.device
     draws = np.array([np.random.default_rng([seed, number]).random(length) for number in numbers])

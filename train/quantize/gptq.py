@@ -1,4 +1,4 @@
-"""GPTQ: rounds a matrix column by column and spreads each column's rounding error over the columns not yet rounded."""
+"""GPTQ: rounds a matrix column by column. The remaining columns compensate each column's rounding error."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from golf_kernels.gptq_block import gptq_block
 from train.quantize.row_scales import largest_code, rtn
 
 DAMPING_STEPS = (1.0, 10.0, 100.0)
-"""Factors by which the damping is multiplied, tried in this order until the Cholesky factorization succeeds."""
+"""Factors on the damping. They are tried in this order until the Cholesky factorization succeeds."""
 
-# the factors 10 and 100 multiply at least this damping
+# smallest damping that the factors 10 and 100 multiply
 _LEAST_RAISED_DAMPING = 0.001
 
 
@@ -21,7 +21,7 @@ class GPTQResult(NamedTuple):
     """Result of `gptq`."""
 
     codes: Tensor  # (..., rows, columns) int8
-    damping: list[float | None]  # used for each matrix; None: every damping failed, and it was rounded to nearest
+    damping: list[float | None]  # damping of each matrix; None: all failed, and the matrix was rounded to nearest
 
 
 def gptq(
@@ -33,15 +33,15 @@ def gptq(
     damp: float = 0.01,
     block_size: int = 128,
 ) -> GPTQResult:
-    """Round a matrix or a batch of matrices so that the products with typical inputs change little.
+    """Round a matrix, or a batch of matrices, so that products with typical inputs change little.
 
-    U is the upper Cholesky factor of (H + damp · mean(diag H) · I)⁻¹. For each column j, in order of falling H_jj (ties from left to right):
-    q_j = round(clamp(w_j / s)), e = (w_j − q_j s) / U_jj, w_k ← w_k − e U_jk for all columns k after j. If the input of
-    a column was always zero (H_jj = 0), the column gets code 0. `golf_kernels.gptq_block` rounds the columns of a block
-    one by one; then one matrix product updates all columns after the block.
+    U is the upper Cholesky factor of (H + damp · mean(diag H) · I)⁻¹. Columns j are rounded in order of falling H_jj
+    (ties from left to right): q_j = round(clamp(w_j / s)), e = (w_j − q_j s) / U_jj, w_k ← w_k − e U_jk for all columns
+    k after j. If the input of a column was always zero (H_jj = 0), its codes are 0. `golf_kernels.gptq_block` rounds
+    the columns of a block one by one. Then one matrix product updates all columns after the block.
 
     All backends give the same codes on the same machine. A CPU and a GPU round the factorization and the products
-    differently. If one weight gets another code because of this, the later weights of its row may change, too.
+    differently. If one weight gets another code because of this, the later weights of its row may change too.
 
     Args:
         weight: `(..., rows, columns)`, float32 or float64. The arithmetic has the same dtype.
@@ -49,7 +49,7 @@ def gptq(
         scales: `(..., rows)`, positive.
         bits: bits of the codes, 2 to 8.
         damp: damping, as a fraction of the Hessian's mean diagonal. If the factorization fails, 10 and 100 times
-            max(damp, 0.001) are tried. If these fail, too, the matrix is rounded to nearest.
+            max(damp, 0.001) are tried. If these also fail, the matrix is rounded to nearest.
         block_size: columns per block. The C++ and CUDA backends take at most 128.
 
     Raises:
@@ -78,7 +78,7 @@ def gptq(
     curvature = curvature.gather(2, order[:, None, :].expand_as(curvature))
     factor, damping = _inverse_factor(curvature, damp)
 
-    # transpose the weights, so that each column is contiguous
+    # transpose the weights, so that each column is contiguous in memory
     work = flat.masked_fill(dead[:, None, :], 0).mT.gather(1, order[:, :, None].expand(-1, -1, rows))
     ordered = _round_columns(work, factor, steps, largest_code(bits), block_size)
     codes = torch.empty_like(ordered).scatter_(1, order[:, :, None].expand_as(ordered), ordered).mT.contiguous()
@@ -89,11 +89,11 @@ def gptq(
 
 
 def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, list[float | None]]:
-    """Damp Hessians H `(batch, n, n)` and return U, upper triangular with UᵀU = H⁻¹, and each damping used.
+    """Damp Hessians H `(batch, n, n)`. Return U, upper triangular with UᵀU = H⁻¹, and the damping of each Hessian.
 
-    If the factorization of a Hessian fails at every damping, its U is the identity and its damping None.
+    If the factorization of a Hessian fails with every damping, its U is the identity and its damping is None.
     """
-    # flip H in both dimensions, factorize it into L Lᵀ, and flip L⁻¹: the result is U, without an explicit inverse
+    # flip H in both dimensions, factorize it into L Lᵀ, and flip L⁻¹: this gives U without the inverse of H
     reversed_hessian = hessian.flip(1, 2)
     mean = hessian.diagonal(dim1=1, dim2=2).mean(dim=1)
     identity = torch.eye(hessian.shape[1], dtype=hessian.dtype, device=hessian.device)
@@ -117,7 +117,10 @@ def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, list[float | 
 
 
 def _round_columns(work: Tensor, factor: Tensor, scales: Tensor, limit: int, block_size: int) -> Tensor:
-    """Round transposed matrices `(batch, columns, rows)` column by column to int8 codes. Overwrites `work`."""
+    """Round transposed matrices `work` `(batch, columns, rows)` column by column to int8 codes.
+
+    `work` is overwritten.
+    """
     columns = work.shape[1]
     codes = torch.empty(work.shape, dtype=torch.int8, device=work.device)
     for start in range(0, columns, block_size):

@@ -25,7 +25,7 @@ from train.quantize.tensors import (
     stored_bits,
 )
 
-# on a GPU matrices of equal shape form a batch; its Hessians have at most this many elements: 128 MiB
+# limit for batches of equal matrices on a GPU: number of elements of a batch's Hessians (128 MiB)
 _BATCH_ELEMENTS = 1 << 25
 
 
@@ -45,28 +45,29 @@ def quantize_model(
     note: Callable[[str], None] = warnings.warn,
     sigmas: Mapping[str, float] | None = None,
 ) -> StoredTensors:
-    """Quantize a model to the tensors that its artifact stores, in the bits of `stored_bits`.
+    """Quantize a model to the tensors that its artifact stores. `stored_bits` gives the bits of each tensor.
 
-    The setting `quantizer` rounds matrices by GPTQ or to nearest, with scales from the row clip `matrix_clip`.
-    Embeddings are rounded to nearest with `embed_clip`, or by GPTQ if `hessians` has their names. With GPTQ,
-    `percentile_search` rounds a matrix once per candidate clip and keeps the result of least squared error (#1392).
+    Matrices are rounded by GPTQ or to nearest (setting `quantizer`), with scales from the row clip `matrix_clip`.
+    Embeddings are rounded to nearest with `embed_clip`, or by GPTQ if `hessians` contains their names. If GPTQ rounds a
+    matrix with `percentile_search`, it does so once per candidate clip and keeps the least squared error (#1392).
 
-    The ranks divide the matrices that GPTQ rounds, and exchange the results. On a CPU matrices are not batched, so that
-    the codes do not depend on the number of ranks.
+    The ranks divide the matrices that GPTQ rounds, and exchange the results. On a CPU, matrices are not batched, so
+    that the codes do not depend on the number of ranks.
 
     Args:
         model: the trained model, the same on every rank.
         config: the quantization settings.
-        hessians: parameter name → Hessian, the same on every rank; needs every name of `matrices_to_calibrate`.
-        ranks: the ranks that divide the matrices; every rank must call this. None for one process.
-        note: receives a sentence about each matrix that needed more damping or was rounded to nearest instead of GPTQ.
-        sigmas: parameter name → SDClip's k, which replaces the settings' k.
+        hessians: parameter name → Hessian, the same on every rank, for every name of `matrices_to_calibrate`.
+        ranks: the ranks that divide the matrices; None for one process. Every rank must call this function.
+        note: receives a sentence about each matrix that needed more damping, or was rounded to nearest because GPTQ
+            failed.
+        sigmas: parameter name → SDClip's k, instead of the settings' k.
 
     Returns:
         Parameter name → `QuantizedTensor` or float16 tensor, on the CPU, in the model's order.
 
     Raises:
-        UserError: a tensor holds NaN or infinity or does not fit float16, a Hessian is missing or holds NaN, or a
+        UserError: a tensor contains NaN or infinity or does not fit float16, a Hessian is missing or contains NaN, or a
             setting is out of range. The message names the tensor or the setting.
     """
     ranks = ranks or Ranks()
@@ -163,7 +164,7 @@ def _gptq_batch(
         found = {name: [_scales(name, weights[name], hessians[name], bits, clip)] for name in weights}
     candidates = {name: torch.cat([_fitting(name, one) for one in scales]) for name, scales in found.items()}
     repeats = len(next(iter(found.values())))
-    # rows are rounded independently: repeat them for each candidate, so that one factorization serves all candidates
+    # repeat the rows for each candidate clip, so that one factorization serves all: rows are rounded independently
     codes, damping = gptq(
         torch.stack([weight.repeat(repeats, 1) for weight in weights.values()]),
         torch.stack([*hessians.values()]),

@@ -1,4 +1,4 @@
-"""Computes row scales. Each row of a matrix is clipped at a value c of |w|, and its codes are multiples of a scale s.
+"""Computes row scales. The weights of a row are clipped to |w| ≤ c and rounded to multiples of the row's scale s.
 
 Every function in `ROW_SCALES` has the same arguments and returns one float16 scale per row,
 s = max(c / (2^(bits−1) − 1), floor). A weight w becomes the code round(clamp(w / s)) within ±(2^(bits−1) − 1).
@@ -16,12 +16,12 @@ from train.common.errors import UserError
 from train.model.straight_through import QUANTILE
 
 SEARCH_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-"""The row quantiles among which #1392 chooses."""
+"""Quantiles of |w| in a row, from which #1392 chooses its clip."""
 
 HESSIAN_STRENGTH = 0.175
 """λ of the Hessian-aware SDClip (#1412)."""
 
-# the least scale, because float16(1e-10) is zero and weights are divided by the scale
+# smallest scale: float16(1e-10) would be zero, and weights are divided by the scale
 _SMALLEST_SCALE = 2.0**-24
 
 # torch.quantile refuses more than 2^24 elements at once
@@ -29,7 +29,10 @@ _QUANTILE_ELEMENTS = 1 << 22
 
 
 class RowScales(Protocol):
-    """A function that returns a matrix's row scales. Arguments as for `sdclip`; a function may ignore some of them."""
+    """A function that returns the row scales of a matrix.
+
+    For the arguments see `sdclip`; some functions ignore some.
+    """
 
     def __call__(
         self, rows: Tensor, bits: int, *, sigmas: float = ..., floor: str = ..., hessian: Tensor | None = None
@@ -37,7 +40,7 @@ class RowScales(Protocol):
 
 
 def largest_code(bits: int) -> int:
-    """The largest code, 2^(bits−1) − 1: 31 for int6, 127 for int8. Rounding gives no code below its negative.
+    """Return the largest code, 2^(bits−1) − 1: 31 for int6, 127 for int8. The smallest code is its negative.
 
     Raises:
         UserError: `bits` is outside 2..8.
@@ -59,28 +62,29 @@ def rtn(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
 def row_max(
     rows: Tensor, bits: int, *, sigmas: float = 0.0, floor: str = "published", hessian: Tensor | None = None
 ) -> Tensor:
-    """Clip at the largest magnitude: c = max |w| (#262). Arguments as for `sdclip`."""
+    """Clip a row at its largest magnitude: c = max |w| (#262). For the arguments see `sdclip`."""
     return _to_scales(rows.abs().amax(dim=1), bits, floor)
 
 
 def quantile(
     rows: Tensor, bits: int, *, sigmas: float = 0.0, floor: str = "published", hessian: Tensor | None = None
 ) -> Tensor:
-    """Clip at the 0.9999984 quantile of |w| (#122). Arguments as for `sdclip`."""
+    """Clip a row at the 0.9999984 quantile of |w| (#122). For the arguments see `sdclip`."""
     return _to_scales(_row_quantiles(rows, (QUANTILE,))[0], bits, floor)
 
 
 def percentile_candidates(rows: Tensor, bits: int, *, floor: str = "published") -> list[Tensor]:
-    """The row scales of each of `percentile_search`'s five candidate clips, so that GPTQ can choose after rounding."""
+    """Return the row scales of each candidate clip of `percentile_search`, so that GPTQ can choose after rounding."""
     return [_to_scales(clip, bits, floor) for clip in _row_quantiles(rows, SEARCH_QUANTILES)]
 
 
 def percentile_search(
     rows: Tensor, bits: int, *, sigmas: float = 0.0, floor: str = "published", hessian: Tensor | None = None
 ) -> Tensor:
-    """Clip all rows at that of `SEARCH_QUANTILES` with the least Σ (w − ŵ)² over the matrix. Arguments as for `sdclip`.
+    """Clip each row at a quantile of |w|. All rows have the same quantile, the best one of `SEARCH_QUANTILES`.
 
-    ŵ is the weight w after rounding to nearest. On a tie the smaller quantile wins.
+    The best quantile has the least Σ (w − ŵ)² over the matrix, where ŵ is w after rounding to nearest; of equal ones it
+    is the smallest. For the arguments see `sdclip`.
 
     Source: #1392.
     """
@@ -90,14 +94,14 @@ def percentile_search(
 
 
 def squared_error(rows: Tensor, codes: Tensor, scales: Tensor) -> float:
-    """The squared rounding error Σ (w − q s)² of a matrix, summed in float64."""
+    """Return the squared rounding error Σ (w − q s)² of a matrix, summed in float64."""
     return (rows - codes * scales.to(rows.dtype).unsqueeze(-1)).double().square().sum().item()
 
 
 def sdclip(
     rows: Tensor, bits: int, *, sigmas: float = 12.85, floor: str = "published", hessian: Tensor | None = None
 ) -> Tensor:
-    """Clip at a number of standard deviations of the row: c = k σ, s = max(k σ / (2^(bits−1) − 1), floor).
+    """Clip a row at k of its standard deviations σ: c = k σ, s = max(k σ / (2^(bits−1) − 1), floor).
 
     Args:
         rows: `(rows, columns)`, float32 or float64.
@@ -120,13 +124,13 @@ def sdclip(
 def hessian_sdclip(
     rows: Tensor, bits: int, *, sigmas: float = 12.85, floor: str = "published", hessian: Tensor | None = None
 ) -> Tensor:
-    """SDClip with a larger clip for rows that have large weights on strong inputs. Arguments as for `sdclip`.
+    """SDClip with a larger clip for rows that have large weights on strong inputs. For the arguments see `sdclip`.
 
-    Row i is clipped at c_i = k σ_i (1 + λ (r_i − 1)), λ = 0.175. r_i is mean_j |w_ij| h_j divided by its mean over all
-    rows, with h_j = H_jj / mean(diag H).
+    Row i is clipped at c_i = k σ_i (1 + λ (r_i − 1)) with λ = 0.175. r_i is mean_j |w_ij| h_j divided by its mean over
+    all rows, where h_j = H_jj / mean(diag H).
 
     Raises:
-        UserError: as `sdclip`, or `hessian` is None.
+        UserError: `sdclip` raises it, or `hessian` is None.
 
     Source: #1412.
     """
@@ -134,7 +138,7 @@ def hessian_sdclip(
         raise UserError("hessian_sdclip: needs the matrix's Hessian: choose sdclip for a matrix that has none")
     diagonal = hessian.diagonal().to(rows.dtype).clamp_min(1e-8)
     importance = (rows.abs() * (diagonal / diagonal.mean())).mean(dim=1)
-    # a matrix of zeros would divide by zero
+    # avoid a division by zero if all weights are zero
     relative = importance / importance.mean().clamp_min(torch.finfo(rows.dtype).tiny)
     adjusted = 1 + HESSIAN_STRENGTH * (relative - 1)
     return _to_scales(sigmas * _row_deviations(rows) * adjusted, bits, floor)
@@ -172,7 +176,7 @@ def _row_deviations(rows: Tensor) -> Tensor:
 
 
 def _row_quantiles(rows: Tensor, fractions: Sequence[float]) -> Tensor:
-    """Quantiles of |w| in each row, `(fractions, rows)`. Each row is sorted once for all fractions."""
+    """Return quantiles of |w| in each row, `(fractions, rows)`. Each row is sorted once for all fractions."""
     if not len(rows):
         return rows.new_empty(len(fractions), 0)
     step = max(_QUANTILE_ELEMENTS // rows.shape[1], 1)

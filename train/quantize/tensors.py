@@ -16,7 +16,7 @@ from train.quantize.row_scales import largest_code
 
 
 class Clip(NamedTuple):
-    """The settings that clip a tensor's rows."""
+    """How the rows of a tensor are clipped."""
 
     name: str  # a name in `ROW_SCALES`
     sigmas: float  # SDClip's k
@@ -42,7 +42,7 @@ class QuantizedTensor:
 
     @classmethod
     def empty(cls, shape: torch.Size, bits: int) -> QuantizedTensor:
-        """A tensor of the given shape with uninitialized codes and scales."""
+        """Make a tensor of the given shape with uninitialized codes and scales."""
         return cls(torch.empty(shape, dtype=torch.int8), torch.empty(shape[0], dtype=torch.float16), bits)
 
     @property
@@ -55,14 +55,15 @@ class QuantizedTensor:
 
 
 StoredTensors = dict[str, QuantizedTensor | Tensor]
-"""Parameter name → the stored tensor of a model."""
+"""Parameter name → stored tensor."""
 
 
 def stored_bits(name: str, parameter: Tensor, config: Config) -> int:
-    """Bits per stored value of a parameter: 2 to 8 for codes with row scales, 16 for float16.
+    """Return the bits per stored value of a parameter: 2 to 8 for codes with row scales, 16 for float16.
 
-    Tensors of at most `passthrough_max_elements` elements are float16. Larger matrices get `matrix_bits`, larger
-    embeddings `embed_bits`, and the tied embedding `tied_embed_bits` if this is set. All other tensors are float16.
+    Tensors of at most `passthrough_max_elements` elements are stored in float16. Larger matrices have `matrix_bits`,
+    larger embeddings `embed_bits`, and the tied embedding `tied_embed_bits` if this is set. All other tensors are
+    stored in float16.
     """
     if parameter.ndim != 2 or parameter.numel() <= config.passthrough_max_elements:
         return 16
@@ -73,9 +74,9 @@ def stored_bits(name: str, parameter: Tensor, config: Config) -> int:
 
 
 def matrices_to_calibrate(model: nn.Module, config: Config) -> list[str]:
-    """Names of the matrices for which `quantize_model` needs a Hessian. The list is empty if `quantizer` is not GPTQ.
+    """Return the names of the matrices for which `quantize_model` needs a Hessian. Empty if `quantizer` is not "gptq".
 
-    With `gptq_tied_embed` it includes the tied embedding, whose inputs are the final norm's outputs (#1394).
+    With `gptq_tied_embed`, the tied embedding is included. Its inputs are the outputs of the final norm (#1394).
     """
     if config.quantizer != "gptq":
         return []
@@ -88,7 +89,7 @@ def matrices_to_calibrate(model: nn.Module, config: Config) -> list[str]:
 
 
 def dequantize_state(tensors: Mapping[str, QuantizedTensor | Tensor]) -> dict[str, Tensor]:
-    """Convert stored tensors to a state dict for `GPT.load_state_dict`. Every tensor becomes float32."""
+    """Convert stored tensors to a state dict for `GPT.load_state_dict`. All tensors become float32."""
     return {
         name: tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor.float()
         for name, tensor in tensors.items()
@@ -96,12 +97,12 @@ def dequantize_state(tensors: Mapping[str, QuantizedTensor | Tensor]) -> dict[st
 
 
 def tensor_group(name: str) -> str:
-    """The tensor group of a parameter: its name with * for the layer's number, e.g. `blocks.*.mlp.up`."""
+    """Return a parameter's tensor group: its name with * for the layer's number, such as `blocks.*.mlp.up`."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def clip_settings(name: str, config: Config) -> Clip:
-    """The row clip that the settings give to a tensor stored as codes."""
+    """Return the row clip that the settings give to a tensor that is stored as codes."""
     if classify(name, config) == "embedding":
         return Clip(config.embed_clip, config.embed_clip_sigmas, config.scale_floor)
     return Clip(config.matrix_clip, config.matrix_clip_sigmas, config.scale_floor)

@@ -1,8 +1,8 @@
 """Recipes: named settings, one file each.
 
-A recipe's docstring says what the recipe reproduces. `SETTINGS` maps the names of settings to their values, if they
-differ from the defaults. `PUBLISHED` has the figures of a published result, if there is one. To add a recipe, add a
-file here: `--recipe`, `--help`, `--describe` and the tests find it by its name.
+The docstring of a recipe's module says which result the recipe reproduces. `SETTINGS` maps names of settings to values
+that differ from the defaults. `PUBLISHED` has the numbers of a published result, if there is one. To add a recipe, add
+a file here: `--recipe`, `--help`, `--describe` and the tests find it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Recipe:
     name: str
     about: str  # the module's docstring
     settings: dict[str, Any]
-    published: dict[str, float]  # such as `step_ms`; empty if there is no published run
+    published: dict[str, float]  # numbers such as `step_ms`; empty if there is no published run
 
     def config(self, **changes: Any) -> Config:
-        """The settings of the recipe, overridden by `changes`."""
+        """Return the recipe's settings, overridden by `changes`."""
         return Config(**{**self.settings, "recipe": self.name, **changes})
 
 
@@ -39,7 +39,7 @@ def load_recipe(name: str) -> Recipe:
     """Load the recipe with this name.
 
     Raises:
-        ConfigError: there is no such recipe. The message lists all recipes.
+        ConfigError: the recipe does not exist. The message lists all recipes.
     """
     names = recipe_names()
     if name not in names:

@@ -1,1 +1,1 @@
-"""Packs the modules that a run needs into the single script that a record ships, and counts its bytes."""
+"""Packs the modules that a run needs into one script, which a record contains, and counts the bytes of this script."""

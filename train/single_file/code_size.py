@@ -1,4 +1,4 @@
-"""Counts the bytes of a submission's code. Code and model together must not exceed the cap."""
+"""Counts the bytes of a submission's code, which count together with the model's bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from train.single_file.sources import SCRIPT, read_source
 
 
 def counted_code_bytes(config: Config) -> int:
-    """Count the bytes of the packed script that is running, or of the script that these sources would be packed into.
+    """Return the bytes of the packed script that is running, or else of the script that `pack` would make.
 
     Raises:
         UserError: `check_code_form` refuses the settings.
@@ -18,14 +18,14 @@ def counted_code_bytes(config: Config) -> int:
     check_code_form(config)
     if SCRIPT is not None:
         return len(read_source(SCRIPT))
-    # imported here, because a packed script does not contain this module
+    # imported here, because a packed script does not contain the module `pack`
     from train.single_file.pack import pack, script_settings
 
     return len(pack(config.recipe, script_settings(config), config.code_form))
 
 
 def check_code_form(config: Config) -> None:
-    """Check before a run that the bytes of its code can be counted.
+    """Before a run, check that the bytes of its code can be counted.
 
     Raises:
         UserError: `code_form` needs python-minifier, which is not installed.

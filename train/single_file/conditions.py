@@ -1,4 +1,4 @@
-"""Evaluates the conditions on which a packed script needs a module."""
+"""Evaluates the conditions under which a packed script needs a module."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from train.config import Config
 
 
 def holds(condition: str, config: Config) -> bool:
-    """Whether the settings meet a condition, a Python expression in `config` and `golf_kernels.dispatch.may_run`.
+    """Whether the settings meet a condition: a Python expression of `config` and `golf_kernels.dispatch.may_run`.
 
     Raises:
         UserError: the setting `golf_backend` is invalid.

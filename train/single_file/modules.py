@@ -1,6 +1,6 @@
 """Finds the modules that a packed script contains: all modules that a run with its settings may import.
 
-The search follows imports from `ENTRY`, inside functions too. The settings can rule out three kinds of imports:
+The search follows imports from `ENTRY`, also inside functions. Three kinds of imports depend on the settings:
 
     if config.loggers:                                        imports under an `if` that tests only settings, and
         from train.run.sinks import open_sinks                under its `else`
@@ -10,9 +10,9 @@ The search follows imports from `ENTRY`, inside functions too. The settings can 
         from train.artifact.ans import …
 
     register("xsa", "triton", …)                              imports in a function that implements an opt-in
-                                                              backend, if `golf_backend` does not force it
-The script also gets a list of the modules that it lacks, each with the condition of its import. With this list it can
-refuse settings that need a missing module.
+                                                              backend: only if `golf_backend` forces it
+The script also contains a list of the modules that it lacks, each with the condition of its import. With this list it
+refuses settings that need a missing module.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from train.single_file.sources import FOLDERS
 
 PROJECT = ("golf_kernels", "train")
 ENTRY = ("train.train_gpt", "train.pipeline", "train.evaluate.__main__")
-# modules that pack a script or prepare a record; a packed script does not need them
+# modules that a packed script does not need: they pack a script or prepare a record
 EXCLUDED = ("train.single_file.pack", "train.submission")
 
 
 class Modules(NamedTuple):
-    """The modules that a packed script contains, and those that it lacks."""
+    """The modules that a packed script contains, and the modules that it lacks."""
 
     sources: dict[str, str]  # path → source of each module that the script contains
-    left_out: dict[str, str]  # missing module → the condition on which it would be imported, see `conditions.holds`
+    left_out: dict[str, str]  # missing module → condition under which it would be imported, see `conditions.holds`
 
 
 def find_modules(config: Config) -> Modules:
@@ -56,7 +56,7 @@ def find_modules(config: Config) -> Modules:
         if path is None:
             continue
         found[module] = path
-        # importing a module imports its packages
+        # importing a module also imports the packages that contain it
         waiting += [module.rpartition(".")[0]] if "." in module else []
         for name, conditions in imports(path.read_text(), backends.get(module, {})):
             if all(holds(condition, config) for condition in conditions):
@@ -68,7 +68,7 @@ def find_modules(config: Config) -> Modules:
 
 
 def module_path(module: str) -> Path | None:
-    """Return the file of a module of this project, or None for an excluded module or any other name."""
+    """Return the file of a module of this project; None for an excluded module or any other name."""
     if module.partition(".")[0] not in PROJECT or any(
         module == name or module.startswith(f"{name}.") for name in EXCLUDED
     ):
@@ -86,9 +86,9 @@ def _name(module: str, path: Path) -> str:
 
 
 def imports(source: str, chosen: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield each name that a module may import (arguments of import_module too), with the conditions of the import.
+    """Yield each name that a module may import, also by import_module, with the conditions of the import.
 
-    `chosen` maps functions to the conditions on which they are called, in addition to the module's own `IMPORTED_IF`.
+    `chosen`: function → condition under which it is called, in addition to the module's own `IMPORTED_IF`.
     """
     body = ast.parse(source).body
     yield from _imports(body, {**chosen, **_imported_if(body)}, ())
@@ -131,7 +131,7 @@ def _names(node: ast.AST) -> Iterator[str]:
 
 
 def _condition(test: ast.expr) -> str:
-    """Return the test as text for `holds` if it reads only settings, else ""."""
+    """If the test of an `if` reads only settings, return it as text for `holds`, else ""."""
     return ast.unparse(test) if all(map(_reads_settings, ast.walk(test))) else ""
 
 
@@ -146,10 +146,10 @@ def _reads_settings(node: ast.AST) -> bool:
 
 
 def _backends() -> dict[str, dict[str, str]]:
-    """Return, for each module, its functions that implement a backend, each with the condition on which it may run."""
+    """Return module → function that implements a backend → condition under which the function may run."""
     found: dict[str, dict[str, list[str]]] = {}
     for op, backend, function in dispatch.registered():
-        # callables that are not functions import nothing
+        # skip callables that are not functions, because they import nothing
         if hasattr(function, "__qualname__"):
             condition = f"may_run({op!r}, {backend!r}, config.golf_backend)"
             found.setdefault(function.__module__, {}).setdefault(function.__qualname__, []).append(condition)

@@ -1,7 +1,7 @@
-"""Packs a run's code into one train_gpt.py, as it is or minified and compressed.
+"""Packs a run's code into one train_gpt.py, in one of three forms.
 
-    plain     every module as it is
-    wrapped   modules without comments, help and annotations, compressed, as base85 text
+    plain     all modules, unchanged
+    wrapped   modules without comments, help texts and annotations, compressed, as base85 text
     raw       like wrapped, but as bytes: a fifth smaller, but not UTF-8
 
 The script writes its modules into a temporary folder and imports them from there. The modules therefore keep their
@@ -90,7 +90,7 @@ def pack(recipe: str, settings: Mapping[str, str], form: str) -> bytes:
     """Pack the modules that a recipe with these settings needs into the bytes of one train_gpt.py.
 
     Args:
-        recipe: name of the recipe; the script gets it as `RECIPE`.
+        recipe: name of the recipe, which becomes the setting RECIPE of the script.
         settings: the settings that differ from the defaults: name in upper case → value as text.
         form: one of `FORMS`.
 
@@ -108,14 +108,14 @@ def pack(recipe: str, settings: Mapping[str, str], form: str) -> bytes:
     files = [f"FILES[{name!r}]={_literal(minify(name, source))}\n" for name, source in carried.sources.items()]
     text = "".join([minify("head", head), "\n", *files, minify("tail", _TAIL), "\n"])
     packed = bz2.compress(text.encode())
-    # the payload has a line of its own, which tracebacks do not show
+    # put the payload on a line of its own, so that tracebacks do not show it
     if form == "wrapped":
         return _LOADER % (b"base64,bz2", b'"%b"' % base64.b85encode(packed), b"base64.b85decode(P)")
     return LATIN1 + _LOADER % (b"bz2", _latin1_literal(packed), b'P.encode("latin1")')
 
 
 def script_modules(recipe: str, settings: Mapping[str, str]) -> Modules:
-    """Find the modules of a script with these settings. The arguments are those of `pack`.
+    """Find the modules of a script with these settings. For the arguments see `pack`.
 
     Raises:
         UserError: the recipe or a setting does not exist.
@@ -124,15 +124,15 @@ def script_modules(recipe: str, settings: Mapping[str, str]) -> Modules:
 
 
 def as_literal(values: Mapping[str, str]) -> str:
-    """Write a dictionary as Python source, with one line per name."""
+    """Return a dictionary as Python source, with one line per name."""
     return "".join(["{\n", *(f"    {name!r}: {value!r},\n" for name, value in values.items()), "}"])
 
 
 @functools.cache
 def minify(name: str, source: str) -> str:
-    """Remove comments, docstrings, annotations and help texts of settings and flags; shorten local names.
+    """Remove comments, docstrings, annotations and help texts of settings and flags. Shorten local names.
 
-    The result is kept in the user's cache folder, because the modules of a recipe take seconds.
+    The result is stored in the user's cache folder, because minifying the modules of a recipe takes seconds.
 
     Annotations in classes stay, because dataclasses need them. Modules of Triton kernels keep all names and
     annotations, because Triton reads annotations such as `tl.constexpr`.
@@ -170,22 +170,23 @@ def _minified(python_minifier: ModuleType, name: str, source: str) -> str:
         remove_literal_statements=True,
         rename_locals=not kernels,
         rename_globals=False,
-        # hoisted literals would be globals, which a Triton kernel must not read; repeated literals compress well anyway
+        # do not replace literals by global names: a Triton kernel must not read globals, and repeated literals compress
+        # well
         hoist_literals=False,
     )
     return small
 
 
 def _cached(inputs: Sequence[str], make: Callable[[], str]) -> str:
-    """Return `make()`, which nothing but the `inputs` decides, from the user's cache folder if it is there."""
+    """Return `make()`, or its earlier result from the user's cache folder. The result must depend only on `inputs`."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "golf_kernels")
     path = folder / f"{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()}.json"
     try:
         return str(read_json(path, "delete it")["text"])
     except (UserError, KeyError):
-        # missing or damaged
+        # the cached file is missing or damaged
         text = make()
-    # without a writable folder it is made each time
+    # ignore errors: without a writable folder, `make` is called each time
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"text": text})
@@ -193,7 +194,7 @@ def _cached(inputs: Sequence[str], make: Callable[[], str]) -> str:
 
 
 def recipe_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that differ from the defaults or from the recipe, except those in `LOCAL` (seed, paths)."""
+    """Return the settings that differ from the defaults or from the recipe, except those in `LOCAL`, such as paths."""
     defaults, recipe = vars(Config()), vars(load_recipe(config.recipe).config())
     return {
         name: value
@@ -203,12 +204,12 @@ def recipe_settings(config: Config) -> dict[str, Any]:
 
 
 def script_settings(config: Config) -> dict[str, str]:
-    """Return `recipe_settings` as a script contains them: name in upper case → value as text."""
+    """Return `recipe_settings` in the form that a script contains: name in upper case → value as text."""
     return {name.upper(): format_value(value) for name, value in recipe_settings(config).items()}
 
 
 def form_bytes(recipe: str) -> dict[str, int]:
-    """Return the size of a recipe's script in each form: form → bytes.
+    """Return form → size in bytes of a recipe's script in this form.
 
     Raises:
         UserError: `pack` refuses the recipe.
@@ -218,7 +219,7 @@ def form_bytes(recipe: str) -> dict[str, int]:
 
 
 def _literal(source: str) -> str:
-    """Write source code as a string literal, if possible a raw one, so that people can read it."""
+    """Return source code as a Python string literal, if possible a raw one, so that people can read it."""
     for quotes in ("'" * 3, '"' * 3):
         text = f"r{quotes}{source}{quotes}"
         try:
@@ -231,7 +232,7 @@ def _literal(source: str) -> str:
 
 
 def _latin1_literal(data: bytes) -> bytes:
-    """Write bytes as a string literal for a latin-1 source, with only the necessary escapes."""
+    """Return bytes as a string literal for a latin-1 source, with only the necessary escapes."""
     text = data.replace(b"\\", rb"\\").replace(b"\r", rb"\r")
     text = re.sub(rb"\0(?![0-7])", rb"\\0", text).replace(b"\0", rb"\x00")
     # escape a quote before another quote or at the end

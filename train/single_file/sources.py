@@ -1,4 +1,4 @@
-"""Reads the source files of this program: the files of a checkout, or the packed script."""
+"""Reads the source files of this program, or the packed script."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 import golf_kernels
 from train.common.errors import UserError
 
-# the packed script that is running; None: the program runs from a checkout
+# path of the packed script that is running; None: the program runs from its source files
 SCRIPT: Path | None = getattr(sys.modules.get("__main__"), "PACKED_SCRIPT", None)
-# the first line of a script that is not UTF-8, which tells Python the encoding
+# first line of a script that is not UTF-8: it tells Python the encoding
 LATIN1 = b"# coding: latin-1\n"
 _ROOT = Path(__file__).resolve().parents[2]
-# a wheel has csrc and train inside golf_kernels
+# name → folder with the sources; in a wheel, csrc and train are inside golf_kernels
 FOLDERS = {
     "csrc": _ROOT / "csrc",
     "golf_kernels": Path(golf_kernels.__file__).resolve().parent,
@@ -23,14 +23,14 @@ SUFFIXES = frozenset({".py", ".cpp", ".cu", ".cuh", ".h"})
 
 
 def package_source() -> str:
-    """Return all code of this program, each file after its name. A run keeps it in source.txt."""
+    """Return all source files of this program, each after a line with its name. A run stores this in source.txt."""
     if SCRIPT is not None:
         paths = {SCRIPT.name: SCRIPT}
     else:
         paths = {
             f"{name}/{path.relative_to(folder).as_posix()}": path
             for name, folder in FOLDERS.items()
-            # golf_kernels has no folders of its own
+            # of golf_kernels, read only the files at the top: it has no subfolders of its own
             for path in sorted(folder.glob("*") if name == "golf_kernels" else folder.rglob("*"))
             if path.suffix in SUFFIXES and path.is_file()
         }
@@ -38,7 +38,7 @@ def package_source() -> str:
 
 
 def decoded(source: bytes) -> str:
-    """Decode a source file from UTF-8, or a script that was packed as `raw` from latin-1.
+    """Decode a source file: from latin-1 if it is a script in the form `raw`, else from UTF-8.
 
     Raises:
         UnicodeDecodeError: the file is not UTF-8.
