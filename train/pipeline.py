@@ -146,8 +146,8 @@ def preflight(config: Config) -> None:
 
     Raises:
         UserError: a setting has no effect or contradicts another setting, a forced backend cannot run, the
-        Newton-Schulz coefficients do not fit `muon_backend_steps`, or the package of the codec or of a logger is not
-        installed.
+            Newton-Schulz coefficients do not fit `muon_backend_steps`, or the package of the codec or of a logger is
+            not installed.
         ModuleNotFoundError: a package that the record needs is not installed.
     """
     if config.resume == "auto" and not config.run_id:

@@ -61,7 +61,7 @@ class Codec:
         Raises:
             MissingCodec: the codec's package is not installed. The message names the package.
             CodecError: `data` is no stream of this codec, is truncated, has bytes after its end, or has another size
-            when decoded.
+                when decoded.
         """
         decoded = self._decode(data, size)
         if len(decoded) != size:
@@ -189,7 +189,7 @@ def _decompress(codec: str, kind: str, decoder: Any, failure: type[Exception], d
         decoded: bytes = decoder.decompress(data, size + 1)
     except failure as error:
         raise CodecError(f"codec {codec}: not {kind}, or a damaged one ({error})") from error
-    # the caller refuses a result longer than `size`
+    # the caller refuses a result that is longer than `size`
     if len(decoded) <= size:
         if not decoder.eof:
             raise CodecError(f"codec {codec}: the stream ends early")

@@ -47,7 +47,7 @@ def export(tensors: Mapping[str, QuantizedTensor | Tensor], name: str, config: C
 
     Raises:
         UserError: the format cannot store a tensor's codes, or the tensors are not those of a model with these
-        settings.
+            settings.
         MissingCodec: the codec's package is not installed.
     """
     published, renamed, parameters = PUBLISHED_FORMATS[name], to_published(tensors), published_parameters(config)

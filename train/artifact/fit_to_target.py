@@ -1,4 +1,4 @@
-"""Searches row clips with which artifact and code take at most, and nearly, the bytes in the setting `target_bytes`.
+"""Searches row clips with which artifact and code take almost `target_bytes`, but not more.
 
 Each tensor group has its own k: SDClip clips a row at k standard deviations. In each round,
 `train.quantize.clip_curves` chooses the values of k that should meet the target with the least loss. Then the model is
@@ -127,7 +127,7 @@ def measure_factors(
         factors = loss_factors(model, config, curves, hessians, loss)
     model.train(training)
     tokens = ranks.world_size * sum(inputs.numel() for inputs, _ in batches)
-    # reading training data counts as training time, so log how long it took
+    # log the duration, because reading training data counts as training time
     log.line(f"fit:measured on {tokens} training tokens in {time.perf_counter() - started:.1f}s")
     return factors
 

@@ -41,7 +41,7 @@ def read_published(path: Path, format: str, config: Config) -> StoredTensors:
 
     Raises:
         UserError: the file has another format or is damaged, or a tensor is missing, unexpected or has a wrong shape.
-        The message names the file, the format and the key, and says what was expected and what to do.
+            The message names the file, the format and the key, and says what was expected and what to do.
         MissingCodec: the codec's package is not installed.
     """
     published, check = PUBLISHED_FORMATS[format], Check(path, format)

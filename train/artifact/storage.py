@@ -131,7 +131,7 @@ def encode_artifact(tensors: Mapping[str, QuantizedTensor | Tensor], config: Con
 
     Raises:
         UserError: a tensor contains NaN or infinity, contains codes outside its bits or has a dtype that the format
-        does not support, or the codec's package is not installed.
+            does not support, or the codec's package is not installed.
     """
     if config.codec not in CODECS:
         raise UserError(f"codec: expected one of {', '.join(CODECS)}, got {config.codec!r}")
@@ -266,7 +266,7 @@ def plan_sections(tensors: Mapping[str, QuantizedTensor | Tensor]) -> tuple[list
 
     Raises:
         UserError: a tensor contains NaN or infinity, contains codes outside its bits, or has a dtype that the format
-        does not support.
+            does not support.
     """
     plans: dict[tuple[str, str], SectionPlan] = {}
 

@@ -185,7 +185,7 @@ def download(
 
     Raises:
         UserError: the repository cannot be reached, lacks the variant, or has too few shards or an invalid file; or
-        `out` already has this variant from another repository.
+            `out` already has this variant from another repository.
     """
     match = _VARIANT.fullmatch(variant)
     if not match:

@@ -95,7 +95,7 @@ def load_tokenizer(path: str | Path, vocab_size: int, *, operators: bool = False
 
     Raises:
         UserError: the file is missing, is no SentencePiece model or has another vocabulary size, or a byte count would
-        be wrong.
+            be wrong.
     """
     file = Path(path)
     if not file.is_file():

@@ -63,9 +63,9 @@ def continue_text(
 
 
 def characters(tokenizer: SentencePieceProcessor, ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text of each token in `ids`. A character of several byte tokens follows the last of these tokens.
+    """Yield the text of each token in `ids`. Invalid or unprintable characters become �.
 
-    Invalid or unprintable characters become �.
+    If a character consists of several byte tokens, it is yielded with the last of them.
     """
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     for index in ids:

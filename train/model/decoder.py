@@ -66,8 +66,8 @@ def sample(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
     """Draw a token for each row of logits, by inversion of the cumulative distribution.
 
     The token is the first one at which the cumulative sum of softmax(logits / temperature) exceeds the row's draw.
-    Temperature 0 takes the most likely token (the first of several). `logits` is `(B, V)`. `draws` is `(B,)` float64 in
-    [0, 1). The result is `(B,)` int64.
+    Temperature 0 takes the most likely token, or the first of equally likely tokens. `logits` is `(B, V)`. `draws` is
+    `(B,)` float64 in [0, 1). The result is `(B,)` int64.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)

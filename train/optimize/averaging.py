@@ -19,7 +19,10 @@ class _Average:
         self._parameters: list[Tensor] = [parameter for _, parameter in model.named_parameters()]
 
     def average(self) -> dict[str, Tensor]:
-        """Parameter name → averaged weights, in the average's own dtype. The caller must not change them."""
+        """Return parameter name → averaged weights, in the dtype of the average.
+
+        The caller must not change the tensors.
+        """
         raise NotImplementedError
 
     @torch.no_grad()

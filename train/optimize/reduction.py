@@ -28,7 +28,7 @@ class Reduction:
         owners: the owner of each matrix in `matrices`; ignored without a group.
         group: the group of all ranks; None for one process, which owns all matrices.
         others: matrices whose gradients count in the norm but that are not updated. They serve to measure the work of
-        one rank in one process.
+            one rank in one process.
         fixed: keep the reduced gradients at fixed addresses, as a CUDA graph needs. With a group they always are.
 
     Attributes:

@@ -27,7 +27,7 @@ def calibrate(
     - `gptq_calib_source`: "train" reads training batches. "generated" reads no data: the model writes
       `gptq_calib_batches` texts, divided among the ranks.
     - `gptq_calib_graph`: "evaluated" runs the model as in the evaluation. "plain" runs the same weights without
-    repeated and parallel layers, as #1392 did.
+      repeated and parallel layers, as #1392 did.
 
     Raises:
         UserError: `collect_hessians` raises it, or there are fewer texts than ranks.
@@ -94,10 +94,10 @@ def collect_hessians(
         model: the model, which must not be compiled. It runs in evaluation mode; then its former mode is restored.
         batches: token ids `(B, T)` int64, on the model's device.
         names: names of the matrices. The input of `embedding.weight` is the output of the final norm, because the
-        output head multiplies it by this matrix.
+            output head multiplies it by this matrix.
         recurrence: whether the layers in `recur_layers` run again.
         all_reduce: function that replaces a tensor by its sum over the ranks, in place; None for one process. Every
-        rank must call `collect_hessians` with the same names and its own batches.
+            rank must call `collect_hessians` with the same names and its own batches.
 
     Returns:
         Name → H `(in_features, in_features)`, float32 (float64 for a float64 model), on the model's device.

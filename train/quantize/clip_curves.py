@@ -6,7 +6,7 @@ layers, or one embedding. The chosen values of k minimize (rise of the loss) + �
 
 bytes   Assume that the weights of a row are normally distributed with deviation σ. Rounded to multiples of the row's
         scale s = kσ / (2^(bits-1) - 1), they take as many bits as the entropy of the resulting discrete distribution.
-        For large σ / s these are about ½ log2(2πe (σ²/s² + 1/12)) bits per weight.
+        For large σ / s this is about ½ log2(2πe (σ²/s² + 1/12)) bits per weight.
 loss    Assume that the rise is proportional to the squared rounding error of the group. `loss_factors` measures the
         factor by rounding this group alone.
 """

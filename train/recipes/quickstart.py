@@ -1,9 +1,10 @@
 """A small model with all techniques of sp8192_sdclip except recurrence, trained in 1,400 steps on CPU cores.
 
 The techniques are those of #1471: partial RoPE, QK gain, XSA, layer-scaled norms, gated U-Net skips, shared value
-embeddings, two parallel lanes, MuonEq-R, EMA, SDClip and GPTQ. In so few steps recurrence costs time and gains nothing;
-a table of hashed bigrams and trigrams gains most. docs/log.md lists what was tried. The training text is the sources and the
-documentation of Python's standard library, so the score cannot be compared with a published one.
+embeddings, two parallel lanes, MuonEq-R, EMA, SDClip and GPTQ. Recurrence is left out, because it costs time and does
+not improve the score in so few steps. A table of hashed bigrams and trigrams is added, which improves the score most.
+docs/log.md lists what was tried. The training text is the sources and the documentation of Python's standard library,
+so the score cannot be compared with published scores.
 """
 
 SETTINGS = {
@@ -11,7 +12,8 @@ SETTINGS = {
     "corpus": "stdlib",
     "vocab_size": 1024,
     "train_seq_len": 128,
-    # the model learns faster from batches of the whole text than from sequential batches, which hold text of few files
+    # the model learns faster from batches of the whole text than from sequential batches, which contain text of few
+    # files
     "loader": "coprime",
     "train_batch_tokens": 2048,
     "num_layers": 3,
@@ -35,7 +37,8 @@ SETTINGS = {
     "parallel_start_layer": 2,
     "parallel_form": "lanes",
     "embed_dtype": "float32",
-    # the steps end training, so a busy machine gets the same score; the limit only stops a hopeless one
+    # training ends after these steps, so a busy machine gets the same score; the time limit only stops very slow
+    # machines
     "iterations": 1400,
     "max_wallclock_seconds": 1200.0,
     "warmup_steps": 2,
@@ -55,12 +58,13 @@ SETTINGS = {
     "grad_clip_norm": 0.3,
     "ema_decay": 0.9,
     "gptq_calib_batches": 8,
-    # the artifact is far below the cap, so finer steps cost nothing: 0.004 bits per byte are lost, published clips lose 0.019
+    # the artifact is far below the cap, so small clips, which give fine codes, cost nothing: quantization loses 0.004
+    # bits per byte, with published clips 0.019
     "matrix_clip_sigmas": 5.0,
     "embed_clip_sigmas": 8.0,
-    # the published threshold of 65,536 elements would store every matrix in float16
+    # with the published limit of 65,536 elements, all matrices would be stored in float16
     "passthrough_max_elements": 4096,
-    # the published floor of 1/31 would round all weights to zero, because their deviations are smaller
+    # with the published floor of 1/31, all weights would be rounded to zero, because they are smaller
     "scale_floor": "none",
     "val_loss_every": 200,
     "train_log_every": 25,

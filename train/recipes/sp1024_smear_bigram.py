@@ -1,9 +1,9 @@
 """Submission #262 without its paid prefix: vocabulary 1024, 8 layers, SmearGate, BigramHash, SWA, int6 rows, zstd.
 
 Published (8 × H100): 6,231 steps of 96.3 ms, a model of 11,667,026 bytes, 19,745,345 parameters; a flat val_bpb of
-1.1822 before and 1.1924 after quantization. The published score of 1.0539 also counts 6.2 million validation tokens
-that the submission carries; the organisers ruled this out. In a derivative, the same model without these tokens scored
-1.1693. Details that #262 does not give are those of its parent, #198.
+1.1822 before and 1.1924 after quantization. In the published score of 1.0539, 6.2 million validation tokens cost
+nothing, because the submission contains them; the organisers ruled this out. Another submission scored 1.1693 with the
+same model without these tokens. Details that #262 does not give are taken from its parent, #198.
 
 As in the published script:
 - Windows of 2,048 tokens exceed the 1,024 positions of the rotary table, so NTK scaling computes an exact table.
@@ -11,8 +11,8 @@ As in the published script:
 
 Deviations:
 - The rule for the 6 averaged checkpoints is not published. Here SWA averages every 200 steps once the learning rate is
-  below 0.4 of its peak, which gives 6, too.
-- The tied embedding is int8, as in #198. By #262's README it is float16 (TIED_EMBED_BITS=16).
+  below 0.4 of its peak, which also gives 6.
+- The tied embedding is int8, as in #198. According to #262's README it is float16 (TIED_EMBED_BITS=16).
 - int8 codes of embeddings are rounded with the stored float16 scale of their row. The published script rounds them with
   the float32 scale. At most 0.05 % of the codes differ in the compared models, 0.7 % in tables of large weights.
 - Newton-Schulz divides by max(norm, 1e-7). The published script divides by norm + 1e-7.
@@ -32,7 +32,7 @@ SETTINGS = {
     "mlp_slope": 0.0,
     "rope_train_seq_len": 1024,
     "orthogonal_init": True,
-    # as published, the gate mixes the last token of a document into the next document
+    # as published, the gate mixes the last token of a document into the first token of the next document
     "smear_gate": "published",
     "bigram_vocab_size": 2048,
     "bigram_dim": 128,

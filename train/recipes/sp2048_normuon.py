@@ -8,7 +8,7 @@ As in the published script:
 - The evaluation rule full_windows never scores the first 4,032 tokens.
 - The rotary table is rounded to bfloat16: positions, frequencies, cosines and sines (ROTARY_TABLE=bf16).
 - Fake quantization rounds the bfloat16 copies of the weights (QAT_DTYPE=compute).
-- Windows are scored without a compiler, which rounds every operation of the softcap to bfloat16
+- Windows are scored by an uncompiled model, so every operation of the softcap is rounded to bfloat16
   (LOGITS_ROUNDING=bf16_each).
 
 Deviations:
@@ -42,7 +42,7 @@ SETTINGS = {
     "swa_enabled": True,
     "swa_every": 200,
     "swa_start_frac": 0.5,
-    # as published, row scales have a floor in the artifact but none in training
+    # as published, row scales have a floor in the artifact but not in training
     "qat": True,
     "qat_dtype": "compute",
     "quantizer": "rtn",
@@ -50,7 +50,7 @@ SETTINGS = {
     "embed_bits": 16,
     "codec": "zstd",
     "eval_seq_len": 4096,
-    # as published, windows are scored without a compiler, which rounds after every operation
+    # as published, windows are scored by an uncompiled model, which rounds after every operation
     "logits_rounding": "bf16_each",
     "eval_rule": "full_windows",
 }

@@ -14,8 +14,8 @@ As in the published script:
 
 As in the published script, for calibration:
 - The trained model generates the 128 calibration sequences. This reads no training data and is outside the 600 seconds.
-- The Hessians come from the model without recurrence and parallel layers. GPTQ_CALIB_GRAPH=evaluated takes the model
-  that is scored.
+- The Hessians come from the model without recurrence and parallel layers. GPTQ_CALIB_GRAPH=evaluated computes them with
+  recurrence and parallel layers, as in the evaluation.
 
 Deviations:
 - Generation caches keys and values and always uses the rotary base for 2,048 tokens, as the evaluation does. The
@@ -36,7 +36,7 @@ Deviations:
 - The artifact has this project's own container.
 """
 
-# val_bpb is the mean over the seeds, the other figures are those of the first seed
+# val_bpb is the mean over the seeds; the other numbers are from the first seed
 PUBLISHED = {"val_bpb": 1.1020347333, "steps": 5733, "step_ms": 104.67, "artifact_bytes": 15_824_545}
 
 SETTINGS = {
@@ -48,7 +48,7 @@ SETTINGS = {
     "mlp_mult": 4.0,
     "mlp_slope": 0.5,
     "rope_dims": 16,
-    # as published, rotary tables are made for 1,024 positions, so 2,048 use NTK scaling
+    # as published, rotary tables have 1,024 positions, so windows of 2,048 tokens use NTK scaling
     "rope_train_seq_len": 1024,
     "qk_gain_init": 5.0,
     "orthogonal_init": True,
@@ -61,11 +61,11 @@ SETTINGS = {
     "ve_proj_optimizer": "adamw",
     "parallel_start_layer": 7,
     "parallel_form": "gptj",
-    # layer 5 runs only once: it is in the decoder, whose layers the published loop does not repeat
+    # layer 5 runs only once: it is in the decoder half, whose layers the published loop does not repeat
     "recur_layers": (4, 5),
     "recur_form": "blend",
     "recur_start_step": 3000,
-    # these parameters are counted and saved, but no optimizer updates them: all values stay 0.5
+    # these parameters count and are saved, but no optimizer updates them: all values stay 0.5
     "recur_scale_params": 2,
     "warmdown_iters": 4000,
     "matrix_lr": 0.02,
@@ -84,7 +84,7 @@ SETTINGS = {
     "gptq_calib_source": "generated",
     "gptq_calib_graph": "plain",
     "gptq_calib_batches": 128,
-    # in MiB; beyond the cap, so nothing is ever pruned
+    # in MiB; larger than the cap, so nothing is pruned
     "target_mb": 15.9,
     "eval_seq_len": 2048,
     "logits_rounding": "bf16_capped",

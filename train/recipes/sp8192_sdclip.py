@@ -4,15 +4,16 @@ Published (8 × H100): val_bpb 1.0866 (seeds 42, 1337, 2024: 1.08725556, 1.08655
 118.8 ms, 15,975,819 to 15,981,300 bytes, 37,022,812 parameters.
 
 As in the published script:
-- U-Net skips have no effect once the two lanes have begun.
+- After the first layer in lanes, U-Net skips have no effect.
 - The scale floor of 1/31 replaces the scale of every row with a standard deviation below 0.078.
 - The rotary table is rounded to bfloat16: positions, frequencies, cosines and sines (ROTARY_TABLE=bf16).
-- The loader draws the same windows at any number of ranks: those of the script at 8 ranks.
+- With any number of ranks, the loader draws the windows that the script draws with 8 ranks.
 - The capped logits of overlapping windows are rounded to bfloat16, too (LOGITS_ROUNDING=bf16_capped).
 
 Deviations:
 - The Hessians are summed over ranks. The published script uses the 64 batches of rank 0.
-- If the Cholesky factorization of a matrix fails, it is tried again with more damping before rounding to nearest.
+- If the Cholesky factorization for a matrix fails, it is tried again with more damping. If it still fails, the matrix
+  is rounded to nearest.
 - int8 codes of embeddings are rounded with the stored float16 scale of their row. The published script rounds them with
   the float32 scale. At most 0.05 % of the codes differ in the compared models, 0.7 % in tables of large weights.
 - Newton-Schulz divides by max(norm, 1e-7). The published script divides by norm + 1e-7.
@@ -21,7 +22,7 @@ Deviations:
 - The artifact has this project's own container.
 """
 
-# val_bpb is the mean over the seeds, the other figures are those of the first seed
+# val_bpb is the mean over the seeds; the other numbers are from the first seed
 PUBLISHED = {"val_bpb": 1.0865547233, "steps": 4964, "step_ms": 118.86, "artifact_bytes": 15_981_300}
 
 SETTINGS = {
@@ -59,7 +60,7 @@ SETTINGS = {
     "muon_momentum_warmup_start": 0.92,
     "muon_momentum_warmup_steps": 1500,
     "muon_eq_r": True,
-    # published as max(norm, 1e-7)
+    # the published script divides by max(norm, 1e-7)
     "muon_row_eps": 1e-14,
     "muon_wd": 0.095,
     "embed_wd": 0.095,

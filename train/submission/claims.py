@@ -11,8 +11,8 @@ from typing import Any
 
 from train.submission.digits import agree, is_number
 
-# our name of a number, and a pattern of its field names in submissions. The first row whose pattern matches gives the
-# name. "other" marks numbers that do not measure this record. To read another field name, extend a pattern.
+# (name of a number in this project, pattern of its field names in submissions). The first row whose pattern matches a
+# field gives the name. "other" marks numbers that do not measure this record. To read another field, extend a pattern.
 _NUMBERS = (
     ("other", r"std|stddev|delta|gain|improve|baseline|previous|prior|sota|limit|cap$|budget|max_|min_|target|p_value|count"),
     ("prequant_bpb", r"(pre_?q|pre_?ema|post_?ema|float).*bpb|bpb.*(pre_?q|post_?ema|float)"),
@@ -35,7 +35,7 @@ _MOST_SEEDS = 50
 
 
 def number_name(field_name: str) -> str:
-    """Return our name in `_NUMBERS` of a field in submission.json; "" if no row matches."""
+    """Return the name in `_NUMBERS` for a field of submission.json; "" if no row matches."""
     lowered = field_name.lower()
     return next((name for name, form in _ROWS if form.search(lowered)), "")
 
@@ -70,7 +70,7 @@ class Claims:
         return None
 
     def number(self, name: str) -> float | None:
-        """Return a number of the whole record. `name` is a field of the file, or our name of a number."""
+        """Return a number of the whole record. `name` is a field of the file, or a name in `_NUMBERS`."""
         if is_number(value := self.values.get(name)):
             return value
         numbers = {str(key): value for key, value in self.values.items() if is_number(value)}
@@ -104,7 +104,7 @@ class Claims:
 
     @cached_property
     def seeds(self) -> dict[str, dict[str, float]]:
-        """Seed → our name → number. The claimed score of a seed has the names `val_bpb` and `val_loss`."""
+        """Seed → name in `_NUMBERS` → number. The claimed score of a seed has the names `val_bpb` and `val_loss`."""
         return {seed: self._named(numbers) for seed, numbers in self.fields.items()}
 
     @cached_property

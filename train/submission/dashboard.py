@@ -118,7 +118,7 @@ def collect(folders: Sequence[Path]) -> tuple[list[Row], list[str]]:
 
 
 def varied_settings(groups: dict[int, Config]) -> dict[int, dict[str, Any]]:
-    """Return for each group its values of the settings that vary among the groups of the same recipe."""
+    """Find the settings that vary among the groups of a recipe. Return group → setting → value."""
     found = {}
     for number, config in groups.items():
         others = [other for other in groups.values() if other.recipe == config.recipe]

@@ -250,9 +250,9 @@ def is_record(path: Path) -> bool:
 
 
 def found_folders(path: Path, wanted: Callable[[Path], bool], levels: int = 3) -> list[Path]:
-    """Return `[path]` if `wanted` accepts it, else the accepted folders inside, sorted. Links are skipped.
+    """Return `[path]` if `wanted` accepts it, else the accepted folders inside, sorted.
 
-    Hidden folders are skipped too. The search goes `levels` folders deep.
+    The search goes `levels` folders deep. It skips links and hidden folders.
     """
     if wanted(path):
         return [path]

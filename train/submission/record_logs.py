@@ -110,7 +110,8 @@ class LogFile:
     def find(self, claim: float | None, name: str = "") -> Evaluation | None:
         """Return the last evaluation with the score `claim`; without a claim, the evaluation `name`.
 
-        With neither, return the last evaluation after quantization, or else the last one. None if there is none.
+        Without claim and name, return the last evaluation after quantization, or else the last evaluation. None if
+        there is none.
         """
         if claim is not None:
             return next(

@@ -56,7 +56,7 @@ def t_test(ours: Sequence[float], theirs: Sequence[float], margin: float = 0.0) 
         SciPy's result: statistic, df, pvalue.
 
     Raises:
-        UserError: `ours` has fewer than two scores, `theirs` has none, or the scores of neither vary.
+        UserError: `ours` has fewer than two scores, `theirs` has none, or the scores vary on neither side.
     """
     if len(ours) < 2:
         raise UserError(f"A: {counted(len(ours), 'seed')}: a t-test needs at least two, a record three")

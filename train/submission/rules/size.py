@@ -121,7 +121,7 @@ def _codes(record: RecordFolder, result: SeedResult) -> set[float]:
 
 
 def _totals(record: RecordFolder, result: SeedResult) -> dict[str, float]:
-    """All totals of a seed: source of the numbers → bytes."""
+    """All total sizes of a seed that its log and submission.json state or imply: source → bytes."""
     sizes = result.log.log["sizes"] if result.log else {}
     found: dict[str, float] = {}
     model = sizes.get("model")
