@@ -177,11 +177,11 @@ def preflight(config: Config) -> None:
 
 @contextmanager
 def say_how_to_resume(folder: RunFolder, ranks: Ranks, log: RunLogger) -> Iterator[None]:
-    """Let a KeyboardInterrupt say where the run was interrupted, and the command that resumes it."""
+    """Inside the context, give a KeyboardInterrupt a message: the step, and the command that resumes the run."""
     try:
         yield
     except KeyboardInterrupt:
-        # a packed script has no train.submission
+        # a packed script does not contain train.submission
         program = "-m train" if importlib.util.find_spec("train.submission") else "train_gpt.py"
         launcher = "python"
         if ranks.world_size > 1:

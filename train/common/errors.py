@@ -85,7 +85,10 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _interrupt_once(*_: object) -> NoReturn:
-    """Interrupt this process. Terminal and torchrun both send SIGINT; a second one would break the clean-up of the first."""
+    """Raise a KeyboardInterrupt and ignore further SIGINT signals.
+
+    The terminal and torchrun both send SIGINT. The second signal would interrupt the clean-up after the first.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 

@@ -92,7 +92,7 @@ def field_type(name: str) -> str:
 def parse_value(name: str, text: str, source: str) -> Any:
     """Parse a setting's value from the text of an environment variable or flag.
 
-    Errors begin with its name, `source`.
+    Errors begin with `source`, the name of the variable or flag.
     """
     return parse_text(_TYPES[name], text, source)
 

@@ -1,6 +1,7 @@
-"""CaseOps: writes the case of ASCII letters as operators, and counts the original bytes of each token.
+"""CaseOps: replaces capital ASCII letters by operators and small letters, and counts the original bytes of each token.
 
-Published as `lossless_caps_caseops_v1`. A word is a maximal run of ASCII letters. All other characters stay.
+Published as `lossless_caps_caseops_v1`. An operator is one private-use character. A word is a maximal sequence of ASCII
+letters. All other characters stay unchanged.
 
     word                             written as
     hello                            hello
@@ -8,7 +9,7 @@ Published as `lossless_caps_caseops_v1`. A word is a maximal run of ASCII letter
     Hello, H                         TITLE hello, TITLE h
     heLLo                            he CAPNEXT l CAPNEXT lo
     HeLlo                            TITLE he CAPNEXT llo
-    an operator in the text          ESC and that operator
+    an operator in the text          ESC and the same operator
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from train.data.shards import BOS, MAX_VOCAB, Tokens
 OPERATORS = TITLE, ALLCAPS, CAPNEXT, ESC = "\ue001", "\ue002", "\ue003", "\ue004"
 _OPERATOR_BYTES = 3
 
-# a word with a capital, or an operator; the possessive quantifier keeps long words linear
+# a word with a capital, or an operator. The possessive quantifier makes the time linear in the length of a word.
 _CHANGED = re.compile(f"((?<![A-Za-z])[a-z]*+[A-Z][A-Za-z]*|[{TITLE}-{ESC}])")
 _CAPITAL = re.compile("([A-Z])")
 _WRITTEN = re.compile(f"{ESC}([{TITLE}-{ESC}])|{ALLCAPS}([A-Za-z]+)|[{TITLE}{CAPNEXT}]([A-Za-z])")
-# an operator of transformed UTF-8 text; the operator after ESC is text
+# an operator in transformed UTF-8 text; ESC and the operator after it are one match
 _ACTING = re.compile(rb"\xee\x80\x84\xee\x80[\x81-\x84]|\xee\x80[\x81-\x83]")
 
 
 def transform(text: str) -> str:
-    """Write capitals as operators. `inverse` restores the text exactly."""
+    """Replace capitals by operators and small letters. `inverse` restores the text exactly."""
     parts = _CHANGED.split(text)
     parts[1::2] = map(_write, parts[1::2])
     return "".join(parts)
@@ -47,16 +48,17 @@ def _write(word: str) -> str:
         return ESC + word
     if len(word) > 1 and word.isupper():
         return ALLCAPS + word.lower()
-    # a capital inside the word
+    # mark capitals inside the word
     first, rest = word[0], _CAPITAL.sub(rf"{CAPNEXT}\1", word[1:])
     return (TITLE if first.isupper() else "") + (first + rest).lower()
 
 
 def inverse(transformed: str) -> str:
-    """Restore the text that `transform` was given.
+    """Restore the original text from the result of `transform`.
 
     Raises:
-        UserError: `transform` writes no such text: an operator is in a wrong place, or a letter is a capital.
+        UserError: `transform` cannot return this text: an operator is in a wrong place, or the text has a capital
+        letter.
     """
     text = restore(transformed)
     written = transform(text)
@@ -71,19 +73,19 @@ def inverse(transformed: str) -> str:
 
 
 def restore(transformed: str) -> str:
-    """Restore capitals as `inverse` does, but leave operators in a wrong place as they are."""
+    """Restore capitals like `inverse`, but keep operators that are in a wrong place."""
     return _WRITTEN.sub(lambda match: match[1] or (match[2] or match[3]).upper(), transformed)
 
 
 def encode_with_bytes(tokenizer: SentencePieceProcessor, text: str, place: str) -> tuple[Tokens, Tokens]:
-    """Encode a document: BOS, then the tokens of its transformed text. An error names the document as `place`.
+    """Encode a document: BOS, then the tokens of its transformed text. Errors begin with `place`.
 
     Returns:
-        The tokens, and the number of original bytes of each. A token has the bytes of the characters that it was made
-        from; of a character that several byte tokens spell, the last has all bytes. BOS and acting operators have 0.
+        The tokens, and each token's number of bytes in the original text. If several byte tokens encode a character,
+        the last of them has all bytes. BOS and operators have 0 bytes, except operators that follow ESC.
 
     Raises:
-        UserError: a token has more than 65,535 bytes, such as one for a very long run of spaces.
+        UserError: a token has more than 65,535 bytes, for example a token for a very long sequence of spaces.
     """
     data = transform(text).encode()
     encoded = tokenizer.Encode(data, return_type="offset_mapping")

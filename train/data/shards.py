@@ -5,7 +5,7 @@ little-endian uint16. A shard belongs to one split. A document begins with BOS, 
 and has no EOS.
 
 A validation shard `<name>_val_NNNNNN.bin` may have a sidecar `<name>_val_bytes_NNNNNN.bin`: a file of the same format
-with the bytes of the original text that each token stands for. Tokenizers whose pieces do not tell need one.
+with each token's number of bytes in the original text. It is needed if the tokenizer's pieces do not tell this number.
 """
 
 from __future__ import annotations
@@ -163,10 +163,10 @@ def load_validation_tokens(data_path: str | os.PathLike[str], seq_len: int, voca
 
 
 def read_sidecar(shards: Sequence[Path]) -> list[np.memmap]:
-    """Check and memory-map the sidecars of validation shards, each `(n,)` uint16; empty if no shard has one.
+    """Check and memory-map the sidecars of validation shards, each `(n,)` uint16. Empty if no shard has a sidecar.
 
     Raises:
-        UserError: a sidecar is missing, invalid, of another length than its shard, or gives a BOS bytes.
+        UserError: a sidecar is missing or invalid, has another length than its shard, or states bytes for a BOS.
     """
     paths = [path.with_name(path.name[:-10] + "bytes_" + path.name[-10:]) for path in shards]
     if not any(path.exists() for path in paths):

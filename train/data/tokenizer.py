@@ -116,7 +116,7 @@ def load_tokenizer(path: str | Path, vocab_size: int, *, operators: bool = False
 
 
 def find_operator(tokenizer: SentencePieceProcessor) -> str:
-    """Return the first piece of a private-use character: an operator, which stands for no byte of the text. "": none."""
+    """Return the first piece that contains an operator, a private-use character without bytes in the text; "": none."""
     pieces = map(tokenizer.IdToPiece, range(tokenizer.vocab_size()))
     return next((piece for piece in pieces if any(unicodedata.category(one) == "Co" for one in piece)), "")
 

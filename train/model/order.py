@@ -76,7 +76,7 @@ def virtual_order(config: Config, *, recurrence: bool) -> tuple[int, ...]:
 
 
 def split_order(config: Config, *, recurrence: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """`virtual_order`, divided into encoder and decoder."""
+    """Return the result of `virtual_order`, divided into encoder and decoder."""
     order = virtual_order(config, recurrence=recurrence)
     # only the encoder has blended repeats
     middle = len(order) - len(halves(config, recurrence=recurrence)[1])

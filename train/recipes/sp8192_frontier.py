@@ -1,31 +1,33 @@
 """Submission #2014: case operators, three passes over layers 3 to 5, routed lanes, head gates, SmearGate before the norm.
 
-Published (8 × H100): val_bpb 1.0576 after adaptation to each document (seeds 42, 314, 0), 1.0686 before it, on the
-quantized model and windows without overlap; 4,882 to 4,888 steps of 122 ms, 15,981,122 to 15,984,387 bytes,
-35,945,673 parameters.
+Published (8 × H100): val_bpb 1.0576 with adaptation to each document (seeds 42, 314, 0); val_bpb 1.0686 without
+adaptation, for the quantized model and windows without overlap; 4,882 to 4,888 steps of 122 ms, 15,981,122 to
+15,984,387 bytes, 35,945,673 parameters.
 
 As in the published script:
-- Before recurrence the skip weights of rows 5 to 7 have a zero gradient, so weight decay shrinks them from 1 to 0.45.
-- The two softcaps are counted and stored, but get no gradient.
-- The rotary table's frequencies are rounded to bfloat16; their base is the same at every length.
-- All groups of AdamW decay.
+- Before recurrence starts, rows 5 to 7 of the skip weights have a zero gradient, so weight decay shrinks them from 1 to
+  0.45.
+- Two softcaps count as parameters and are stored, but get no gradient.
+- The frequencies of the rotary table are rounded to bfloat16. Their base is the same for every length.
+- All parameters of AdamW have weight decay.
 
 Deviations:
 - The model does not adapt to the documents that it scores.
-- Training sequences are consecutive, and attention and SmearGate end where a document begins. In the published script a
-  row of 98,304 tokens has whole documents, cut at the training length.
+- Training sequences are consecutive tokens. Attention and SmearGate do not cross document boundaries. In the published
+  script, a row of 98,304 tokens contains whole documents, which are cut at the training length.
 - Training sequences have 2,048 tokens. In the published script they grow from 1,024 to 3,072.
 - The learning rate falls to 0. In the published script its lowest factor is 0.1.
-- Matrices are clipped at 12 standard deviations. In the published script it is 13 for attention and 11.5 for MLPs.
-- Quantization has no low-rank correction (LQER) and no int8 columns (AWQ). Head gates are float16, published int8.
+- Matrices are clipped at 12 standard deviations. The published script clips at 13 for attention and 11.5 for MLPs.
+- Quantization has no low-rank correction (LQER) and no int8 columns (AWQ). Head gates are float16. The published ones
+are int8.
 - The Hessians are summed over ranks. The published script uses the batches of rank 0.
 - Gradients are clipped after the reduction over ranks. In the published script each rank clips its own.
-- Gradients and momentum are float32, published bfloat16. Momentum is reset after the warm-up.
+- Gradients and momentum are float32. The published ones are bfloat16. The momentum is reset after the warm-up.
 - All ranks follow one clock. In the published script the learning rate of each rank follows the rank's own clock.
 - The artifact has this project's own container.
 """
 
-# val_bpb is the mean over the seeds, with adaptation; the other figures are those of the first seed
+# val_bpb is the mean over the seeds, with adaptation; the other numbers are from the first seed
 PUBLISHED = {"val_bpb": 1.05759252, "steps": 4888, "step_ms": 121.93, "artifact_bytes": 15_981_945}
 
 SETTINGS = {
@@ -65,7 +67,7 @@ SETTINGS = {
     "muon_momentum_warmup_steps": 1500,
     "muon_coefficients": "polar_express",
     "muon_eq_r": True,
-    # published as max(norm, 1e-7)
+    # the published script divides by max(norm, 1e-7)
     "muon_row_eps": 1e-14,
     "muon_wd": 0.095,
     "beta2": 0.99,

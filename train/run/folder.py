@@ -121,9 +121,10 @@ class RunFolder:
             raise UserError(f"{self.config}: missing: {self.path} is not a run folder of python -m train")
 
     def find_data(self, config: Config) -> Config:
-        """Return `config` with absolute paths of data. Relative ones begin at the folder in which the run was started.
+        """Return `config` with absolute paths of data, if the folder in which the run was started is known.
 
-        That folder is known where `runs_dir` is relative to it, too. Otherwise `config` is returned as it is.
+        Relative paths begin at this folder. It can be computed from a relative `runs_dir`. Otherwise return `config`
+        unchanged.
         """
         path = Path(os.path.abspath(self.path))
         parts, tail = path.parts, Path(config.runs_dir, path.name).parts
@@ -213,7 +214,7 @@ def default_runs_dir() -> Path:
 
 
 def find_run(given: str) -> Path:
-    """Return the path of a run folder or artifact that the command line gives as a path, or as a name in `default_runs_dir`."""
+    """Return the path of a run folder or artifact. `given` is a path, or the name of a folder in `default_runs_dir`."""
     path, named = Path(given), default_runs_dir() / given
     is_run = path.is_file() or (path / "config.json").exists()
     return named if named.is_dir() and not is_run else path

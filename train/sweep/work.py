@@ -106,7 +106,7 @@ def _changed(known: dict[str, Any], identity: dict[str, Any]) -> list[str]:
 def work(plan: Plan, processes: int, gpus: str, stop: threading.Event) -> None:
     """Train the sweep's runs, one after another, until all runs are done or `stop` is set.
 
-    While other workers train the last runs, this worker waits: if another worker is killed, it takes over its run.
+    While other workers train the last runs, this worker waits. If one of them is killed, this worker resumes its run.
 
     Args:
         plan: the sweep.

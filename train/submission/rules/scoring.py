@@ -102,7 +102,10 @@ def once(record: RecordFolder) -> Finding:
 
 
 def _like_flat(record: RecordFolder, rule: str, found: list[Ratio]) -> Finding:
-    """Compare the bytes per token with those of the non-overlapping windows in the same log; for an unknown text."""
+    """Compare the bytes per token with those of the non-overlapping windows in the same log.
+
+    This judges records whose validation text is not a published one.
+    """
     for result in record.results:
         flat = [
             one
