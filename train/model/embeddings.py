@@ -52,7 +52,7 @@ def bigram_hash(ids: Tensor, rows: int) -> Tensor:
 
 
 def trigram_hash(ids: Tensor, rows: int) -> Tensor:
-    """Hash each token and its two predecessors to a row of the bigram table. Shapes as for `bigram_hash`.
+    """Hash each token and its two predecessors to a row of the bigram table. For the shapes see `bigram_hash`.
 
     index[0] = index[1] = rows − 1; index[t] = (36313 · ids[t] XOR 27191 · ids[t−1] XOR 51497 · ids[t−2]) mod (rows − 1)
 

@@ -77,7 +77,7 @@ def nats_per_token_in_bpb(bytes_per_token: float) -> float:
 
 
 def unit_tests(ours: RecordScores, theirs: RecordScores) -> list[UnitTest]:
-    """Test the required improvement once per unit, because the rules do not say per what "0.005 nats" are counted.
+    """Test the required improvement once per unit, because the rules do not say what "0.005 nats" are divided by.
 
     The tests compare bits per byte. If both records share a tokenizer, val_loss = val_bpb · ln 2 · bytes per token, so
     a test of val_loss would have the same t. If the tokenizers differ, nats per token are tested once per tokenizer.

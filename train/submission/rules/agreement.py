@@ -32,7 +32,7 @@ _MARKED = re.compile(
 def score(record: RecordFolder) -> Finding:
     """Check that the claimed scores are in the logs. A score of a seed must be in that seed's log.
 
-    Without scores per seed, the headline must be in any log, or be the mean of one evaluation over all logs.
+    Without scores per seed, the headline must be in one of the logs, or be the mean of one evaluation over all logs.
     """
     rule = "the score stands in a log"
     scored = [log for log in record.logs if log.evaluations]
