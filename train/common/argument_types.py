@@ -9,7 +9,13 @@ from typing import Any
 
 
 def add_command(
-    commands: Any, program: str, name: str, about: str, example: str, run: Callable[[argparse.Namespace], object]
+    commands: Any,
+    program: str,
+    name: str,
+    about: str,
+    example: str,
+    run: Callable[[argparse.Namespace], object],
+    details: str = "",
 ) -> argparse.ArgumentParser:
     """Add a subcommand and return its parser.
 
@@ -20,11 +26,12 @@ def add_command(
         about: a clause that says what the subcommand does, for the help of the command and of the subcommand.
         example: arguments of an example, for the subcommand's help.
         run: function that runs the subcommand, stored as `run` in the parsed arguments.
+        details: further sentences for the subcommand's help.
     """
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=about,
-        description=f"{about[0].upper()}{about[1:]}.",
+        description=f"{about[0].upper()}{about[1:]}. {details}".rstrip(),
         epilog=f"example:\n  {program} {name} {example}".rstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

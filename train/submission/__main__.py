@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.command_line import note_unread
+from train.common.argument_types import add_command
 from train.common.errors import UserError, main_guard
 from train.common.progress import announce
 from train.common.wording import counted
@@ -138,33 +140,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, help: str, description: str, example: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name,
-            help=help,
-            description=description,
-            epilog=f"example:\n  python -m train.submission {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
+    command = functools.partial(add_command, commands, parser.prog)
     one = command(
         "record",
         "write a run's submission.json, README.md and plots",
-        "Write submission.json, README.md, loss.png, bpb.png and size_budget.png into the folder of a finished run, replacing "
-        "those that are there.",
-        'record runs/quickstart_20260101-120000 --author "Ada Lovelace" --github-id ada',
+        'runs/quickstart_20260101-120000 --author "Ada Lovelace" --github-id ada',
+        _record,
+        "The plots are loss.png, bpb.png and size_budget.png. The files that are there are replaced.",
     )
     one.add_argument("run_folder", metavar="RUN", type=find_run, help=_A_RUN)
     _add_details(one)
-    one.set_defaults(run=_record)
 
     one = command(
         "build",
         "make a record folder from one run per seed",
-        "Make a record folder: README.md, submission.json, logs, requirements.txt and train_gpt.py. Before the folder appears, "
+        "runs/seed1 runs/seed2 runs/seed3 --out records/mine --single-file wrapped --base 1019",
+        _build,
+        "It has README.md, submission.json, logs, requirements.txt and train_gpt.py. Before the folder appears, "
         "the script must score the artifact exactly as this package does, on a CPU and from an empty folder. Then the record is "
         "checked. Exit code: 0 if it passes, 1 if it fails a rule, 2 if no folder was made.",
-        "build runs/seed1 runs/seed2 runs/seed3 --out records/mine --single-file wrapped --base 1019",
     )
     one.add_argument("runs", metavar="RUN", type=find_run, nargs="+", help=f"one finished run per seed: {_A_RUN}")
     one.add_argument("--out", type=Path, required=True, help="the record folder to make")
@@ -178,38 +172,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--base", help="recipe, run, record or published record to compare with [the recipe]")
     _add_details(one)
-    one.set_defaults(run=_build)
 
     one = command(
         "code",
         "print the size of a recipe's code in each form",
-        "Pack the modules that a recipe uses into one train_gpt.py in each form, and print its size.",
-        "code sp8192_sdclip",
+        "sp8192_sdclip",
+        _code,
+        "The code is one train_gpt.py with the modules that the recipe uses.",
     )
     one.add_argument("recipe", metavar="RECIPE", help="a name in train/recipes")
-    one.set_defaults(run=_code)
 
     one = command(
         "compare",
-        "test whether record A is better than B",
-        "Test whether record A is better than B, and by the 0.005 nats that a new record needs: by Welch's t-test on the seeds, "
-        "or by a one-sample t-test if B is one number. A and B are record folders, submission.json files, or published records "
+        "test whether record A is better than B, and by the 0.005 nats that a new record needs",
+        "records/mine 1019",
+        _compare,
+        "The test is Welch's t-test on the seeds, or a one-sample t-test if B is one number. A and B are record folders, submission.json files, or published records "
         "(122, 549, 1019, 1392, 1471); B may be a val_bpb, such as 1.2193657. Exit code: 0 if they were compared, even if A is "
         "not better; 2 if they cannot be: different texts, fewer than two seeds of A, no scores.",
-        "compare records/mine 1019",
     )
     one.add_argument("a", metavar="A", help="the new record")
     one.add_argument("b", metavar="B", help="the record or the val_bpb to beat")
     one.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    one.set_defaults(run=_compare)
 
     one = command(
         "check",
         "check record folders against the rules",
+        "records/mine",
+        _check,
         "Print a screen per record: the score and where it was read, size, clock, evaluation, seeds, and what the record "
         "breaks, what cannot be seen, and notes. Several records get a table at the end. Works on anyone's record folders, "
         "which are only read. Exit code: 0 if no rule is broken, 1 if one is.",
-        "check records/mine",
     )
     one.add_argument(
         "folder",
@@ -220,14 +213,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--strict", action="store_true", help="exit with 1 on notes, too")
     one.add_argument("--json", action="store_true", help="print a JSON list with one object per record instead of text")
-    one.set_defaults(run=_check)
 
     one = command(
         "dashboard",
         "make an HTML page of runs and records",
-        "Write one HTML file, which needs no network: leaderboard, curves, step times, sizes, and scores before quantization, "
+        "runs records --out runs.html",
+        _dashboard,
+        "The page is one file, which needs no network: leaderboard, curves, step times, sizes, and scores before quantization, "
         "after it and after test-time training, of runs and of anyone's record folders. Record folders are only read.",
-        "dashboard runs records --out runs.html",
     )
     one.add_argument(
         "folders",
@@ -239,7 +232,6 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--out", type=Path, help="the file to write [dashboard.html in the first folder with runs, or here]"
     )
-    one.set_defaults(run=_dashboard)
     return parser
 
 
