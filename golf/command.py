@@ -100,6 +100,9 @@ def main() -> int:
                 return _refuse(f"--processes: expected a whole number, got {number!r}")
             return _share(int(number), [name, *arguments])
         sys.argv = [name, *arguments]
+        if module.startswith(("benchmarks.", "golf_kernels")):
+            # these import PyTorch, which takes seconds, before they can say anything; the others speak first
+            print(f"golf {name}: loading PyTorch", file=sys.stderr, flush=True)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except KeyboardInterrupt:
         # while a library is imported

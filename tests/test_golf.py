@@ -182,6 +182,15 @@ def test_processes_that_end_give_no_traceback(
         assert capsys.readouterr().err == f"golf run: starting 2 processes\n{said}"
 
 
+def test_a_command_says_something_before_it_loads_pytorch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runpy, "run_module", lambda *_, **__: None)
+    for words in (["bench", "bench_gptq"], ["doctor"], ["tune"]):
+        assert golf(*words, monkeypatch=monkeypatch) == 0
+        assert capsys.readouterr().err == f"golf {words[0]}: loading PyTorch\n"
+
+
 def test_a_library_that_is_missing_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
