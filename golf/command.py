@@ -12,6 +12,7 @@ import os
 import runpy
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 _KERNELS = Path(__file__).parents[1] / "golf_kernels"
@@ -23,6 +24,7 @@ ROOT = _APPS if _APPS.is_dir() else _KERNELS.parent
 _SHORT = {"evaluate": "eval"}
 # commands that take --processes
 _SHARED = ("run", "quantize", "eval")
+_PROCESSES = ("1", "2", "4", "8")
 
 USAGE = """usage: golf COMMAND [ARGUMENT ...]
 
@@ -73,9 +75,7 @@ def main() -> int:
         print(f"golf {runpy.run_path(str(_KERNELS / 'version.py'))['__version__']}")
         return 0
     if name not in found:
-        close = difflib.get_close_matches(name, found, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return _refuse(f"{name}: no such command{hint} (there are: {', '.join(found)})")
+        return _refuse(f"{name}: no such command{_hint(name, found)} (there are: {', '.join(found)})")
     module = found[name]
     if name == "bench" and not arguments:
         print(
@@ -83,8 +83,13 @@ def main() -> int:
         )
         print("\n".join(f"  {benchmark:<22} {about}" for benchmark, about in benchmarks().items()))
         return 0
-    if name == "bench" and (ROOT / "benchmarks" / f"{arguments[0]}.py").is_file():
-        module = f"benchmarks.{arguments.pop(0)}"
+    if name == "bench" and arguments[0].isidentifier():
+        if (ROOT / "benchmarks" / f"{arguments[0]}.py").is_file():
+            module = f"benchmarks.{arguments.pop(0)}"
+        elif arguments[0].startswith("bench"):
+            return _refuse(
+                f"{arguments[0]}: no such benchmark{_hint(arguments[0], benchmarks())} (golf bench lists them)"
+            )
     # first in the path, so that another train.py is not imported instead of the trainer
     sys.path.insert(0, str(ROOT))
     # lets processes that the command starts import the same packages
@@ -96,8 +101,8 @@ def main() -> int:
             if not equals:
                 number = "".join(arguments[place : place + 1])
                 del arguments[place : place + 1]
-            if not number.isdecimal():
-                return _refuse(f"--processes: expected a whole number, got {number!r}")
+            if number not in _PROCESSES:
+                return _refuse(f"--processes: expected one of {', '.join(_PROCESSES)}, got {number!r}")
             return _share(int(number), [name, *arguments])
         sys.argv = [name, *arguments]
         if module.startswith(("benchmarks.", "golf_kernels")):
@@ -138,6 +143,11 @@ def _share(processes: int, words: list[str]) -> int:
             return _refuse(f"process {rank} was ended by {failure.signal_name()}")
         return failure.exitcode
     return 0
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _refuse(message: str) -> int:

@@ -127,8 +127,10 @@ def test_every_room_with_a_command_and_the_benchmarks_are_commands() -> None:
     [
         (["evla"], "error: evla: no such command; did you mean eval? (there are: run, artifact"),
         (["xyz"], "error: xyz: no such command (there are: run, artifact"),
-        (["run", "--processes"], "error: --processes: expected a whole number, got ''"),
-        (["run", "--processes", "two"], "error: --processes: expected a whole number, got 'two'"),
+        (["run", "--processes"], "error: --processes: expected one of 1, 2, 4, 8, got ''"),
+        (["run", "--processes", "two"], "error: --processes: expected one of 1, 2, 4, 8, got 'two'"),
+        (["eval", "--processes=0", "mine"], "error: --processes: expected one of 1, 2, 4, 8, got '0'"),
+        (["bench", "bench_gtpq"], "error: bench_gtpq: no such benchmark; did you mean bench_gptq? (golf bench"),
     ],
 )
 def test_a_wrong_command_is_refused(

@@ -50,7 +50,7 @@ def test_an_artifact_alone_needs_its_tokenizer(run: Path, tmp_path: Path, capsys
     for arguments, problem in (
         ([alone], r"alone\.golf: an artifact holds no tokenizer, .*: give --tokenizer FILE"),
         ([alone, "--tokenizer", tmp_path / "none"], r"--tokenizer: .*none: no such file: give --tokenizer FILE"),
-        ([tmp_path / "none"], "no such file: give a model.golf"),
+        ([tmp_path / "none"], "no such run or artifact: give a run folder, its name in runs/, or a model.golf"),
         ([tmp_path], "config.json: missing"),
     ):
         with pytest.raises(UserError, match=problem):

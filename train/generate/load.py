@@ -30,6 +30,8 @@ def load(path: Path, device: str = "auto") -> Loaded:
     Raises:
         UserError: the run is not finished, or the artifact cannot be read.
     """
+    if not path.exists():
+        raise UserError(f"{path}: no such run or artifact: give a run folder, its name in runs/, or a model.golf")
     folder = RunFolder(path if path.is_dir() else path.parent)
     run = folder.find_data(folder.read_config()) if path.is_dir() or folder.config.exists() else None
     artifact = folder.need(folder.artifact, "python -m train") if path.is_dir() else path

@@ -116,7 +116,9 @@ class RunFolder:
     def need_run(self) -> None:
         """Raise a UserError if the folder does not exist or has no config.json."""
         if not self.path.is_dir():
-            raise UserError(f"{self.path}: no such run folder (python -m train makes one under runs/)")
+            raise UserError(
+                f"{self.path}: no such run folder (python -m train makes one under runs/, python -m train.runs lists them)"
+            )
         if not self.config.exists():
             raise UserError(f"{self.config}: missing: {self.path} is not a run folder of python -m train")
 

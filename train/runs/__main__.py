@@ -15,7 +15,7 @@ from train.common.errors import UserError, main_guard
 from train.common.files import read_json
 from train.common.wording import counted
 from train.run.folder import RunFolder, default_runs_dir, find_run
-from train.runs.read import find_folders, read_run
+from train.runs.read import find_folders, need_folder, read_run
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -82,6 +82,7 @@ def _open(arguments: argparse.Namespace) -> None:
     from train.submission.dashboard import write_dashboard
 
     folder = arguments.folder or default_runs_dir()
+    need_folder(folder)
     out = folder / "dashboard.html"
     runs, problems = write_dashboard([folder], out)
     for problem in problems:

@@ -93,14 +93,18 @@ def _progress(folder: RunFolder, records: list[dict[str, Any]]) -> tuple[list[tu
     return series(records, "val", "val_bpb"), step, seconds
 
 
+def need_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder: python -m train makes run folders below runs/")
+
+
 def find_folders(path: Path) -> tuple[list[RunFolder], list[str], list[str]]:
     """Find run folders inside `path`, and the names of sweeps and of other folders. If `path` is a run folder, return it alone.
 
     Raises:
         UserError: there is no such folder.
     """
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder: python -m train makes run folders below runs/")
+    need_folder(path)
     if (path / "config.json").exists():
         return [RunFolder(path)], [], []
     # skip hidden folders, which are unfinished
