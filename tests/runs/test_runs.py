@@ -297,7 +297,7 @@ def test_the_dashboard_is_opened(
         return found
 
     monkeypatch.setattr(webbrowser, "open", browse)
-    with pytest.raises(UserError, match="^nowhere: no such folder: python -m train makes run folders below runs/$"):
+    with pytest.raises(UserError, match=r"^nowhere: no such folder: python -m train makes run folders below runs/$"):
         main(["open", "nowhere"])
     add("good")
     (add("bad").path / "config.json").write_text("{")
