@@ -15,7 +15,7 @@ KERNELS_MAY = {"torch", "golf_kernels", "triton"}
 TRAIN_MAY_NOT = {"triton", "benchmarks", "tests", "setup"}
 # the rooms of train from the lowest to the highest: a folder, or a file at its top; none imports from a higher one
 ROOMS = (
-    "common", "config", "recipes", "command_line", "single_file", "run", "data", "model", "optimize", "checkpoint", "quantize",
+    "common", "config", "recipes", "data", "command_line", "single_file", "run", "model", "optimize", "checkpoint", "quantize",
     "artifact", "evaluate", "generate", "export", "loop", "describe", "submission", "runs", "pipeline", "train_gpt", "sweep", "__main__",
 )  # fmt: skip
 MOST_AT_THE_TOP = 9

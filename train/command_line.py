@@ -23,6 +23,7 @@ from train.config import (
     nearest,
     parse_value,
 )
+from train.data.manifest import read_manifest
 from train.recipes import load_recipe, recipe_names
 
 # an environment variable whose name begins with one of these words must be a setting: MUON_MOMENTM is an error
@@ -41,13 +42,14 @@ class Override:
 
     name: str
     value: Any
-    source: str  # "command line", "environment NAME", or "the script" (a packed script that contains the value)
+    source: str  # "command line", "environment NAME", "the script" (a packed script that contains the value), or the manifest
 
 
 def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list[Override]]:
     """Read the settings from command line, environment and recipe.
 
-    A flag is written `--name value` or `--name=value`. In its name, `-` means `_`.
+    A flag is written `--name value` or `--name=value`. In its name, `-` means `_`. If neither gives `vocab_size`, the
+    manifest of the data does, if there is one.
 
     Returns:
         The configuration, and the given settings that differ from the recipe.
@@ -57,8 +59,13 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[Confi
     """
     given = given_settings(arguments, environ)
     recipe = load_recipe(given.pop("recipe").value if "recipe" in given else Config.recipe)
-    config = recipe.config(**{name: override.value for name, override in given.items()})
     base = recipe.config()
+    if "vocab_size" not in given:
+        data_path = given["data_path"].value if "data_path" in given else base.data_path
+        manifest = read_manifest(data_path) if data_path else None
+        if manifest is not None:
+            given["vocab_size"] = Override("vocab_size", manifest.vocab_size, f"the manifest in {data_path}")
+    config = recipe.config(**{name: override.value for name, override in given.items()})
     return config, [override for name, override in given.items() if getattr(base, name) != override.value]
 
 

@@ -1,15 +1,12 @@
-"""Which files become documents, in which order, how they are split, and what is refused."""
+"""Which files of the standard library become documents, and how documents are split."""
 
-import gzip
 import hashlib
-import json
-import lzma
 from pathlib import Path
 
 import pytest
 
 from train.common.errors import UserError
-from train.data.corpus import Document, parse_document, split_documents, stdlib_documents, text_documents, total_bytes
+from train.data.corpus import Document, split_documents, stdlib_documents, total_bytes
 
 
 def write(path: Path, data: str | bytes) -> Path:
@@ -55,66 +52,6 @@ def test_this_interpreters_library_is_several_megabytes_and_steady() -> None:
 def test_a_library_without_sources_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.data text"):
         list(stdlib_documents(tmp_path))
-
-
-def test_text_files_folders_and_jsonl_in_order(tmp_path: Path) -> None:
-    one = write(tmp_path / "one.unknown", "\ufeffBOM and text")
-    folder = tmp_path / "folder"
-    write(folder / "b.md", "bee")
-    write(folder / "a" / "z.py", "zed = 1")
-    write(folder / "picture.png", b"\x89PNG")
-    lines = "".join(json.dumps({"id": index, "text": f"text {index} ü"}) + "\n" for index in range(3))
-    write(folder / "c.jsonl", lines)
-    packed = write(tmp_path / "p.jsonl.gz", gzip.compress(lines.encode()))
-    dense = write(tmp_path / "q.jsonl.xz", lzma.compress(lines.encode()))
-    found = [(document.name, document.text) for document in text_documents([one, folder, packed, dense])]
-    three = [f"text {index} ü" for index in range(3)]
-    assert found == [
-        ("one.unknown", "BOM and text"),
-        ("a/z.py", "zed = 1"),
-        ("b.md", "bee"),
-        *((f"c.jsonl:{index}", text) for index, text in enumerate(three, 1)),
-        *((f"p.jsonl.gz:{index}", text) for index, text in enumerate(three, 1)),
-        *((f"q.jsonl.xz:{index}", text) for index, text in enumerate(three, 1)),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "message"),
-    [
-        ("a.txt", b"", r"a\.txt: the text is empty"),
-        ("a.txt", b" \n\t ", r"a\.txt: the text is empty"),
-        ("a.txt", b"fine\nna\xefve\n", r"a\.txt, line 2: not UTF-8 \(byte 0xef\)"),
-        ("a.jsonl", b"", r"a\.jsonl: the text is empty"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "  "}\n', r"a\.jsonl, line 2: 'text' is empty"),
-        ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', r"a\.jsonl, line 2: no string field 'text', .*\['txt'\]"),
-        ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, line 1: no string field 'text'"),
-        ("a.jsonl", b'["text"]\n', r"a\.jsonl, line 1: .*found a list"),
-        ("a.jsonl", b'{"text": "x"}\n\n', r"a\.jsonl, line 2: not JSON"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl, line 2: not UTF-8 \(byte 0xff\)"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999, mtime=0)[:-20], r"a\.jsonl\.gz: damaged"),
-        ("a.jsonl", b"[" * 200_000, r"a\.jsonl, line 1: not JSON"),
-        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: damaged"),
-        ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 999)[:-20], r"a\.jsonl\.xz: damaged"),
-        ("a.jsonl.gz", gzip.compress(b"x", mtime=0)[:10] + b"\xff" * 40, r"a\.jsonl\.gz: damaged"),
-        ("a.jsonl.xz", b"no xz", r"a\.jsonl\.xz: damaged"),
-        ("folder/a.png", b"x", r"folder: no text file"),
-    ],
-)
-def test_bad_text_is_refused_with_its_place(tmp_path: Path, name: str, data: bytes, message: str) -> None:
-    path = write(tmp_path / name, data)
-    with pytest.raises(UserError, match=message):
-        list(text_documents([path.parent if name.startswith("folder") else path]))
-
-
-def test_a_missing_path_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.txt: no such file or folder"):
-        list(text_documents([tmp_path / "none.txt"]))
-
-
-def test_lone_surrogates_become_valid_text() -> None:
-    text = parse_document(b'{"text": "a\\ud800b \\ud83d\\ude42"}', "here")
-    assert text == "a\ufffdb \U0001f642" and text.encode()
 
 
 def test_the_split_depends_on_names_and_sizes_alone() -> None:

@@ -195,9 +195,13 @@ def test_bulk_is_the_documents_in_order(documents: list[Document], tmp_path: Pat
     texts = [document.text for document in documents]
     # an empty document is a lone BOS, as published
     texts[20] = ""
+    # a file of text is one document
+    book = tmp_path / "book.txt"
+    book.write_text(texts[24], newline="")
     files = [
         write_docs(tmp_path / "a.jsonl", texts[:9]),
-        write_docs(tmp_path / "b.jsonl.xz", texts[9:25]),
+        write_docs(tmp_path / "b.jsonl.xz", texts[9:24]),
+        book,
         write_docs(tmp_path / "c.jsonl.gz", texts[25:]),
     ]
     info = build_bulk(
@@ -218,7 +222,7 @@ def test_bulk_is_the_documents_in_order(documents: list[Document], tmp_path: Pat
     assert info.val.normalized_bytes == sum(len(" ".join(text.split()).encode()) for text in texts[:12])
     assert all(path.stat().st_size == 1024 + 14_000 for path in sorted(folder.glob("docs_train_*.bin"))[:-1])
     assert {path.suffix for path in folder.iterdir()} == {".bin", ".model", ".json"} and read_manifest(folder) == info
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl.xz", "c.jsonl.gz", "d"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl.xz", "book.txt", "c.jsonl.gz", "d"]
 
 
 def bulk_command(docs: Path, out: Path, workers: int) -> list[str]:
@@ -267,14 +271,35 @@ def test_bulk_work_whose_state_is_damaged_is_refused(documents: list[Document], 
             build_bulk([docs], tmp_path / "d", VOCAB, val_docs=3, workers=1)
 
 
+def test_bulk_skips_blank_lines_and_leaves_nothing_of_a_damaged_file(
+    documents: list[Document], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [document.text for document in documents]
+    lines = write_docs(tmp_path / "docs.jsonl", texts).read_bytes()
+    packed = gzip.compress(b"\n" + lines.replace(b"\n", b"\n \n"))
+    (tmp_path / "blank.jsonl.gz").write_bytes(packed)
+    (tmp_path / "cut.jsonl.gz").write_bytes(packed[:-9])
+    options = {"val_docs": 5, "tokenizer_docs": 20, "workers": 1, "tokenizer_path": tmp_path / "t" / "x_384_bpe.model"}
+    small(documents, tmp_path / "t")
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=r"cut\.jsonl\.gz: damaged or truncated"):
+        build_bulk([tmp_path / "cut.jsonl.gz"], tmp_path / "d", VOCAB, **options)
+    assert {path.name for path in tmp_path.iterdir()} == before
+    info = build_bulk([tmp_path / "blank.jsonl.gz"], tmp_path / "d", VOCAB, **options)
+    assert (info.val.documents, info.train.documents) == (5, 35)
+    assert stream(tmp_path / "d", "train") == encoded(options["tokenizer_path"], texts[5:])
+    assert "skipped: 41 blank lines\n" in capsys.readouterr().out
+
+
 def test_bulk_work_of_other_settings_is_not_mixed_in(documents: list[Document], tmp_path: Path) -> None:
-    docs = write_docs(tmp_path / "docs.jsonl", [document.text for document in documents] + ["{"])
+    docs = write_docs(tmp_path / "docs.jsonl", [document.text for document in documents] * 4 + ["{"])
     broken = docs.read_bytes().replace(b'{"text": "{"}', b'{"txt": 1}')
     docs.write_bytes(broken)
     options = {"val_docs": 3, "tokenizer_docs": 20, "workers": 1, "shard_tokens": 3000}
-    with pytest.raises(UserError, match=r"docs\.jsonl, line 41: no string field 'text'"):
+    with pytest.raises(UserError, match=r"docs\.jsonl, line 161: no string field 'text'"):
         build_bulk([docs], tmp_path / "d", VOCAB, **options)
     assert not (tmp_path / "d").exists()
+    # its first shards are finished
     with pytest.raises(UserError, match=r"d\.partial: started with val_docs 3, this command has 4"):
         build_bulk([docs], tmp_path / "d", VOCAB, **options | {"val_docs": 4})
 
@@ -298,7 +323,7 @@ def test_bulk_needs_more_documents_than_validation_takes(
         model = str(tmp_path / "t" / "x_384_bpe.model")
     with pytest.raises(UserError, match=message):
         build_bulk([docs], tmp_path / "d", VOCAB, val_docs=val_docs, tokenizer_path=model, workers=1)
-    with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
+    with pytest.raises(UserError, match=r"none\.jsonl: no such file or folder"):
         build_bulk([tmp_path / "none.jsonl"], tmp_path / "e", VOCAB)
 
 

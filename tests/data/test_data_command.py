@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from train.command_line import override_line, resolve
 from train.common.errors import UserError, main_guard
+from train.config import Config
 from train.data.__main__ import main, parser
 from train.data.corpus import stdlib_documents
 from train.data.loaders import TrainingShards
 from train.data.manifest import read_manifest
 from train.data.shards import find_shards, load_validation_tokens, read_shard
-from train.data.tokenizer import find_tokenizer, load_tokenizer
+from train.data.tokenizer import find_tokenizer, load_tokenizer, train_tokenizer
+from train.data.validation import load_validation
 
 COMMANDS = ("stdlib", "text", "fineweb", "build")
 
@@ -25,6 +28,7 @@ COMMANDS = ("stdlib", "text", "fineweb", "build")
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["train.data", *map(str, arguments)])
+        monkeypatch.setattr("train.common.progress.FIRST_LINE_SECONDS", 0.0)
         main()
         return capsys.readouterr().out
 
@@ -75,7 +79,13 @@ def test_text_makes_a_dataset_that_can_be_trained_on(run, texts: list[str], tmp_
     assert info and f"{info.train.tokens:,} tokens" in printed and "MB/s" in printed
     assert f"{info.val.text_bytes:,} bytes, {info.val.normalized_bytes:,} after normalization" in printed
     assert f"gzip -9 {info.yardsticks['gzip -9']:.2f}, xz -9 {info.yardsticks['xz -9']:.2f}" in printed
-    assert f"python -m train --data_path {out} --vocab_size 400" in printed
+    assert printed.endswith(f"python -m train --data_path {out}\n")
+    # long work says its rate, what is done, and the time left
+    for pattern in (
+        r"reading: [\d,]+/[\d,]+ bytes \(\d+ %\), \S+ bytes/s, 0 documents, (\d+ s|unknown time) left",
+        rf"encoding train: .* \(100 %\), [\d,]+ bytes/s, {info.train.tokens:,} tokens, 0 s left",
+    ):
+        assert re.search(f"^{pattern}$", printed, re.MULTILINE)
     load_tokenizer(find_tokenizer(out, 400), 400)
     assert TrainingShards(find_shards(out, "train"), 400).total == info.train.tokens
     assert info.train.documents + info.val.documents >= 25 and info.source == "mine"
@@ -85,9 +95,11 @@ def test_text_makes_a_dataset_that_can_be_trained_on(run, texts: list[str], tmp_
 def test_validation_text_of_ones_own(run, texts: list[str], tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:20]))
     (tmp_path / "val.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[20:]))
-    run(
+    (tmp_path / "empty.md").touch()
+    printed = run(
         "text",
         tmp_path / "train.jsonl",
+        tmp_path / "empty.md",
         "--val",
         tmp_path / "val.jsonl",
         "--vocab",
@@ -98,10 +110,32 @@ def test_validation_text_of_ones_own(run, texts: list[str], tmp_path: Path) -> N
     )
     info = read_manifest(tmp_path / "d")
     assert info and (info.train.documents, info.val.documents, info.yardsticks) == (20, 5, {})
+    assert "skipped: 1 empty file\n" in printed
     tokenizer = load_tokenizer(find_tokenizer(tmp_path / "d", 400), 400)
     assert read_shard(find_shards(tmp_path / "d", "val")[0]).tolist() == [
         token for text in texts[20:] for token in (1, *tokenizer.Encode(text))
     ]
+
+
+def test_a_tokenizer_gives_its_vocabulary(run, texts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "docs.txt").write_text("\n".join(texts[:5]))
+    model = tmp_path / "own.model"
+    train_tokenizer(["one two three four five six seven " * 9, *map(chr, range(97, 123))], 300, model)
+    options = ["--tokenizer", model, "--out", tmp_path / "d", "--no-yardsticks"]
+    with pytest.raises(UserError, match=r"^--vocab 400: .*own\.model has 300 pieces: leave --vocab out$"):
+        run("text", tmp_path / "docs.txt", "--vocab", 400, *options)
+    run("text", tmp_path / "docs.txt", *options)
+    info = read_manifest(tmp_path / "d")
+    assert info and info.vocab_size == 300 and (tmp_path / "d" / info.tokenizer).read_bytes() == model.read_bytes()
+    # training takes the vocabulary from there, unless it is told another
+    flags = ["--data_path", str(tmp_path / "d")]
+    config, given = resolve(flags, {})
+    assert config.vocab_size == 300
+    assert override_line(given[1]) == f"setting:vocab_size=300 from:the manifest in {tmp_path / 'd'}"
+    config, _ = resolve(flags, {"VOCAB_SIZE": "512"})
+    with pytest.raises(UserError, match="has 300 pieces, but vocab_size is 512"):
+        load_validation(config)
+    assert resolve(["--data_path", str(tmp_path)], {})[0].vocab_size == Config.vocab_size
 
 
 def test_build_reports_what_it_made(run, texts: list[str], tmp_path: Path) -> None:
@@ -120,6 +154,7 @@ def test_build_reports_what_it_made(run, texts: list[str], tmp_path: Path) -> No
     )
     assert [path.name for path in find_shards(tmp_path / "d", "train")] == ["fineweb_train_000000.bin"]
     assert f"{info.val.text_bytes:,} bytes, {info.val.normalized_bytes:,} after normalization" in printed
+    assert re.search(r"^encoding train: .*/s, \S+ MB/s of text, 3,000 tokens, 0 s left$", printed, re.MULTILINE)
     assert "val: 5 documents, " in printed and printed.count(" tokens, 1 shard\n") == 2
 
 
@@ -157,7 +192,10 @@ def test_bad_input_ends_with_2_and_a_sentence(ended: Ended, tmp_path: Path) -> N
     empty = tmp_path / "empty.txt"
     empty.touch()
     code, message = ended("text", empty, "--out", tmp_path / "d")
-    assert code == 2 and message == f"error: {empty}: the text is empty: leave the file out\n"
+    assert (
+        code == 2
+        and message == f"error: {empty}: the text is empty (skipped: 1 empty file): give files with text in them\n"
+    )
     code, message = ended("build", "--docs", tmp_path / "none.jsonl", "--out", tmp_path / "d")
     assert code == 2 and message.startswith(f"error: {tmp_path / 'none.jsonl'}: no such file")
     code, message = ended("fineweb", "--source", tmp_path / "none")

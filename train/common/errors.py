@@ -36,7 +36,7 @@ _NO_PLACE = (
 # packages of this project: if one of their modules is missing, that is a bug
 _OWN_PACKAGES = ("benchmarks", "golf_kernels", "train")
 # package → the extra of pyproject.toml that installs it; all other packages are in the extra `train`
-_EXTRAS = {"safetensors": "export", "optuna": "sweep", "submitit": "sweep", "constriction": "ans"}
+_EXTRAS = {"safetensors": "export", "pyarrow": "parquet", "optuna": "sweep", "submitit": "sweep", "constriction": "ans"}
 
 
 def main_guard(main: Callable[[], int | None]) -> NoReturn:

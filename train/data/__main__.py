@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train.common.argument_types import add_command, at_least
-from train.common.errors import main_guard
+from train.common.errors import UserError, main_guard
 from train.common.wording import counted
 from train.data.build import build_dataset, build_stdlib, check_output, measure_compressors
 from train.data.bulk import VAL_DOCS, build_bulk
@@ -18,8 +18,11 @@ from train.data.corpus import split_documents, text_documents
 from train.data.hub import DEFAULT_PREFIX, DEFAULT_TRAIN_SHARDS, FolderSource, HubSource, default_repo, download
 from train.data.manifest import DatasetInfo
 from train.data.shards import SHARD_TOKENS
+from train.data.text_files import Skipped, skipped_text
+from train.data.tokenizer import load_tokenizer
 
 _VAL_BYTES = "bytes of validation text [5 %%, at least 32 kB, at most 200 kB]"
+_DOCUMENTS = 'a document is a line {"text": …} of .jsonl, a row of .parquet (column text), or any other file'
 
 
 def stdlib(arguments: argparse.Namespace) -> None:
@@ -31,10 +34,13 @@ def stdlib(arguments: argparse.Namespace) -> None:
 def text(arguments: argparse.Namespace) -> None:
     check_output(arguments.out, arguments.overwrite)
     print(f"text: reading {', '.join(arguments.paths)}", flush=True)
+    skipped = Skipped()
     if arguments.val:
-        split = list(text_documents(arguments.paths)), list(text_documents(arguments.val))
+        split = list(text_documents(arguments.paths, skipped)), list(text_documents(arguments.val, skipped))
     else:
-        split = split_documents(text_documents(arguments.paths), arguments.val_bytes)
+        split = split_documents(text_documents(arguments.paths, skipped), arguments.val_bytes)
+    if skipped:
+        print(f"skipped: {skipped_text(skipped)}", flush=True)
     source = ", ".join(Path(path).name for path in arguments.paths)
     info = build_dataset(
         *split, arguments.out, arguments.vocab, name=arguments.name, source=source, **_options(arguments)
@@ -92,7 +98,7 @@ def _report(arguments: argparse.Namespace, info: DatasetInfo) -> None:
     if info.yardsticks:
         scores = ", ".join(f"{name} {bits:.2f}" for name, bits in info.yardsticks.items())
         print(f"for comparison, bits per byte of compressors primed with the training text: {scores}")
-    print(f"done: {out}\nnext: python -m train --data_path {out} --vocab_size {info.vocab_size}")
+    print(f"done: {out}\nnext: python -m train --data_path {out}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -116,11 +122,11 @@ def parser() -> argparse.ArgumentParser:
 
     one = command(
         "text",
-        "make a dataset of your own text: .txt, .md, source code, .jsonl (.gz, .xz), folders",
+        "make a dataset of your own text: .txt, .md, source code, .jsonl (each also .gz, .xz, .zst), .parquet, folders",
         "notes.md books/ --vocab 2048 --out data/books",
         text,
     )
-    one.add_argument("paths", nargs="+", metavar="PATH", help='files and folders; .jsonl: one {"text": …} per line')
+    one.add_argument("paths", nargs="+", metavar="PATH", help=f"files and folders; {_DOCUMENTS}")
     one.add_argument("--val", nargs="+", default=[], metavar="PATH", help="validation text [part of PATH]")
     _option(one, "--name", "text", "prefix of the shards' names", "NAME", _name)
     _add_dataset_options(one, "text", 1024)
@@ -162,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
         build,
     )
     one.add_argument(
-        "--docs", nargs="+", required=True, metavar="FILE", help='.jsonl files (.gz, .xz), one {"text": …} per line'
+        "--docs", nargs="+", required=True, metavar="PATH", help=f"files and folders, as for text; {_DOCUMENTS}"
     )
     _option(one, "--val-docs", VAL_DOCS, "the first N documents are the validation split", "N", at_least(1))
     _option(one, "--tokenizer-train-docs", 100_000, "the next N documents train the tokenizer", "N", at_least(1))
@@ -186,8 +192,8 @@ def _option(one: Any, flag: str, default: Any, help: str, metavar: str, kind: Ca
 
 
 def _add_dataset_options(one: Any, folder: str, vocab: int) -> None:
-    one.set_defaults(folder=folder)
-    _option(one, "--vocab", vocab, "vocabulary size of the tokenizer", "V", _vocabulary)
+    one.set_defaults(folder=folder, own_vocab=vocab)
+    _option(one, "--vocab", 0, f"vocabulary size of the tokenizer [{vocab}, or that of --tokenizer]", "V", _vocabulary)
     _option(one, "--tokenizer", "", "use this SentencePiece model instead of training one", "FILE")
     one.add_argument(
         "--case-operators", action="store_true", help="CaseOps: write capitals as operators, and count original bytes"
@@ -207,6 +213,15 @@ def _vocabulary(text: str) -> int:
     return int(text)
 
 
+def _vocabulary_of(arguments: argparse.Namespace) -> int:
+    if not arguments.tokenizer:
+        return int(arguments.vocab or arguments.own_vocab)
+    pieces = load_tokenizer(arguments.tokenizer, operators=True).vocab_size()
+    if arguments.vocab and arguments.vocab != pieces:
+        raise UserError(f"--vocab {arguments.vocab}: {arguments.tokenizer} has {pieces} pieces: leave --vocab out")
+    return pieces
+
+
 def _name(text: str) -> str:
     if not text or "/" in text or not text.isprintable():
         raise argparse.ArgumentTypeError(f"expected a prefix for file names, got {text!r}")
@@ -215,7 +230,9 @@ def _name(text: str) -> str:
 
 def main() -> None:
     arguments = parser().parse_args()
-    arguments.out = arguments.out or f"data/{arguments.folder}_{arguments.vocab}"
+    if arguments.command != "fineweb":
+        arguments.vocab = _vocabulary_of(arguments)
+        arguments.out = arguments.out or f"data/{arguments.folder}_{arguments.vocab}"
     arguments.run(arguments)
 
 

@@ -97,14 +97,15 @@ def build_dataset(
                 for batch in _batches(documents):
                     if case_operators and split == "val":
                         for document in batch:
-                            tokens, sizes = encode_with_bytes(tokenizer, document.text, document.name)
-                            writer.extend(tokens)
+                            encoded, sizes = encode_with_bytes(tokenizer, document.text, document.name)
+                            writer.extend(encoded)
                             sidecar.extend(sizes)
                     else:
                         texts = [written(document.text) for document in batch]
                         for ids in tokenizer.Encode(texts, num_threads=os.cpu_count() or 1):
                             writer.add(ids)
-                    bar.advance(total_bytes(batch))
+                    tokens = len(writer.paths) * shard_tokens + writer.pending
+                    bar.advance(total_bytes(batch), f"{tokens:,} tokens")
             seconds = max(time.monotonic() - started, 1e-9)
             print(f"encoded {split}: {size:,} bytes of text at {size / seconds / 1e6:.1f} MB/s", flush=True)
         return describe_dataset(folder, name, source, model, tokenizer, shard_tokens, counts)

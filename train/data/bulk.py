@@ -1,9 +1,9 @@
-"""Builds datasets larger than memory from `.jsonl` files, in parallel. An interrupted build can be resumed.
+"""Builds datasets larger than memory, in parallel. An interrupted build can be resumed.
 
 Shards are written to the folder `<out>.partial`, which is renamed to `<out>` at the end. After each shard, the file
 `state.json` in that folder stores the next document and the next token in that document. The same command resumes at
-this place. Worker processes encode batches of lines. The results are joined in document order, so the shards do not
-depend on the number of workers.
+this place. Worker processes encode batches of documents. The results are joined in document order, so the shards do
+not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -35,22 +36,25 @@ from train.common.progress import Progress
 from train.common.wording import counted
 from train.data.build import check_output, describe_dataset, install_folder, load_given_tokenizer, prepare_tokenizer
 from train.data.case_operators import encode_with_bytes, transform
-from train.data.corpus import document_lines, parse_document
 from train.data.manifest import DatasetInfo
 from train.data.shards import SHARD_TOKENS, ShardWriter, Tokens
+from train.data.text_files import Record, Skipped, TextFile, find_files, skipped_text
 from train.data.tokenizer import load_tokenizer
 
 VAL_DOCS = 50_000
 STATE = "state.json"
 LOCK = ".lock"
-_BATCH_BYTES = 1_000_000
+# small, so that the workers end at almost the same time
+_BATCH_BYTES = 250_000
+# batches that wait for each worker: the parent reads on while the workers start
+_AHEAD = 40
 
 Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Place:
-    """The start of a document: index of the file, byte offset in the uncompressed file, and line. All count from 0."""
+    """The start of a document: index of the file, byte offset in the unpacked file, and line or row. All count from 0."""
 
     file: int = 0
     byte: int = 0
@@ -74,16 +78,19 @@ class State:
 
 
 @dataclass(frozen=True)
-class Lines:
-    """A batch of lines of one file. `place` is that of the first line, `read` the number of bytes read from disk."""
+class Batch:
+    """Documents of one file. `place` is that of the first, `read` the number of bytes read from disk for all."""
 
-    path: Path
+    file: TextFile
     place: Place
-    lines: list[bytes]
+    records: list[Record]
     read: int
 
     def place_of(self, index: int) -> Place:
-        return Place(self.place.file, self.place.byte + sum(map(len, self.lines[:index])), self.place.line + index)
+        if not index:
+            return self.place
+        before = self.records[index - 1]
+        return Place(self.place.file, before.end, before.number)
 
 
 @dataclass(frozen=True)
@@ -114,13 +121,13 @@ def build_bulk(
     shard_tokens: int = SHARD_TOKENS,
     overwrite: bool = False,
 ) -> DatasetInfo:
-    """Make a dataset from `.jsonl` files, which may be compressed (`.gz`, `.xz`).
+    """Make a dataset from text files, such as `find_files` finds.
 
     The first `val_docs` documents are the validation split. The tokenizer is trained on the documents after them. A
     document with empty text becomes a single BOS, as in the published shards.
 
     Args:
-        paths: the files, read in this order.
+        paths: files and folders, read in this order.
         out: folder to make.
         name: prefix of the file names.
         tokenizer_docs: number of documents to train the tokenizer on.
@@ -130,17 +137,16 @@ def build_bulk(
         case_operators: encode the transformed text, and write the sidecar of the validation split.
 
     Raises:
-        UserError: a file or setting is invalid, or `<out>.partial` was started with other settings.
+        UserError: a file or setting is invalid, or `<out>.partial` was started with other settings. Finished shards
+            are kept.
     """
     check_output(out, overwrite)
-    files = [Path(path) for path in paths]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f'{file}: no such file: --docs takes .jsonl files with one {{"text": …}} per line')
+    skipped = Skipped()
+    files = find_files(paths, skipped)
     if tokenizer_path:
         load_given_tokenizer(tokenizer_path, vocab_size, case_operators=case_operators)
     settings = {
-        "files": [[str(file.resolve()), file.stat().st_size] for file in files],
+        "files": [[str(file.path.resolve()), file.path.stat().st_size] for file in files],
         "tokenizer": sha256_file(tokenizer_path) if tokenizer_path else tokenizer_docs,
         "name": name, "vocab_size": vocab_size, "val_docs": val_docs,
         "max_train_tokens": max_train_tokens, "shard_tokens": shard_tokens,
@@ -152,33 +158,36 @@ def build_bulk(
     count = workers or os.cpu_count() or 1
     with _locked(work):
         state = _load_state(work, settings)
-        model = work / f"{name}_{vocab_size}_bpe.model"
-        if not model.is_file():
-            print(f"tokenizer: reading {counted(tokenizer_docs, 'document')} after the first {val_docs:,}", flush=True)
-            texts = _texts(files, val_docs, tokenizer_docs)
-            prepare_tokenizer(texts, vocab_size, model, tokenizer_path, case_operators=case_operators)
-        given = model, vocab_size, case_operators
-        tokenizer = load_tokenizer(model, vocab_size, operators=case_operators)
-        context = get_context("spawn")
-        with ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=given) as pool:
-            job = _Job(files, work, name, shard_tokens, pool, 2 * count + 2, case_operators)
-            try:
-                if state.split == "val":
-                    job.write(state, "val", documents=val_docs)
-                    state.split = "train"
-                    state.save(work)
-                job.write(state, "train", tokens=max_train_tokens)
-                if not state.shards["train"]:
-                    raise UserError(f"{files[-1]}: no document is left for training: choose a smaller --val-docs")
-            except BrokenProcessPool:
-                raise UserError(
-                    f"{work}: a worker process died, possibly out of memory: run the same command again with fewer "
-                    "--workers; finished shards are kept"
-                ) from None
-            finally:
-                pool.shutdown(cancel_futures=True)
+        try:
+            model = work / f"{name}_{vocab_size}_bpe.model"
+            if not model.is_file():
+                if not tokenizer_path:
+                    wanted = counted(tokenizer_docs, "document")
+                    print(f"tokenizer: reading {wanted} after the first {val_docs:,}", flush=True)
+                texts = _texts(files, val_docs, tokenizer_docs)
+                prepare_tokenizer(texts, vocab_size, model, tokenizer_path, case_operators=case_operators)
+            given = model, vocab_size, case_operators
+            tokenizer = load_tokenizer(model, vocab_size, operators=case_operators)
+            context = get_context("spawn")
+            with ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=given) as pool:
+                job = _Job(files, work, name, shard_tokens, pool, _AHEAD * count, case_operators, skipped)
+                try:
+                    job.write_splits(state, val_docs, max_train_tokens)
+                finally:
+                    pool.shutdown(cancel_futures=True)
+        except BrokenProcessPool:
+            raise UserError(
+                f"{work}: a worker process died, possibly out of memory: run the same command again with fewer "
+                "--workers; finished shards are kept"
+            ) from None
+        except UserError:
+            if not state.shards["train"]:
+                shutil.rmtree(work)
+            raise
+        if skipped:
+            print(f"skipped: {skipped_text(skipped)}", flush=True)
         counts = {split: (state.documents[split], state.text_bytes[split]) for split in ("val", "train")}
-        source = ", ".join(file.name for file in files)
+        source = ", ".join(Path(path).name for path in paths)
         info = describe_dataset(work, name, source, model, tokenizer, shard_tokens, counts, count_train_bytes=False)
         install_folder(work, out)
         for left in (STATE, LOCK):
@@ -190,15 +199,30 @@ def build_bulk(
 class _Job:
     """Encodes documents in worker processes, writes shards, and saves the state after each shard."""
 
-    files: list[Path]
+    files: list[TextFile]
     work: Path
     name: str
     shard_tokens: int
     pool: ProcessPoolExecutor
     ahead: int
     case_operators: bool
+    skipped: Skipped
 
-    def write(self, state: State, split: str, *, documents: int = 0, tokens: int = 0) -> None:
+    def write_splits(self, state: State, val_docs: int, max_train_tokens: int) -> None:
+        """Write the rest of both splits."""
+        left = val_docs - state.documents["val"]
+        encoded = self._encoded(_batches(self.files, state.place, left, self.skipped), left)
+        if left:
+            self.write(encoded, state, "val", documents=val_docs)
+        state.split = "train"
+        state.save(self.work)
+        self.write(encoded, state, "train", tokens=max_train_tokens)
+        if not state.shards["train"]:
+            raise UserError(f"{self.files[-1].path}: no document is left for training: choose a smaller --val-docs")
+
+    def write(
+        self, batches: Iterator[tuple[Batch, Encoded]], state: State, split: str, *, documents: int = 0, tokens: int = 0
+    ) -> None:
         """Write the rest of a split. It ends after `documents` documents or `tokens` tokens in total; 0: no limit."""
         writer = ShardWriter(self.work, self.name, split, self.shard_tokens, first_shard=state.shards[split])
         # stays empty unless bytes are counted
@@ -210,12 +234,12 @@ class _Job:
         elif tokens:
             total, unit = tokens - stored, "tokens"
         else:
-            total, unit = sum(file.stat().st_size for file in self.files[state.place.file :]), "bytes"
-        batches = _batches(self.files, state.place, total if documents else None)
+            total, unit = sum(file.path.stat().st_size for file in self.files[state.place.file :]), "bytes"
         with Progress(total, f"encoding {split}", unit) as bar:
-            for batch, encoded in self._encoded(batches, self.case_operators and split == "val"):
+            for batch, encoded in batches:
                 position, bounds = state.skip, np.concatenate(([0], np.cumsum(encoded.lengths)))
                 whole_documents, whole_bytes = state.documents[split], state.text_bytes[split]
+                stored_before = stored
                 while position < len(encoded.tokens) and (not tokens or stored < tokens):
                     room = min(self.shard_tokens - writer.pending, tokens - stored if tokens else self.shard_tokens)
                     piece = encoded.tokens[position : position + room]
@@ -230,9 +254,9 @@ class _Job:
                         state.shards[split] += 1
                         state.save(self.work)
                 rate = (state.text_bytes[split] - bytes_before) / 1e6 / (time.monotonic() - started)
-                done = {"documents": len(batch.lines), "tokens": len(encoded.tokens), "bytes": batch.read}[unit]
-                bar.advance(done, f"{rate:.1f} MB/s of text")
-                if tokens and stored >= tokens:
+                done = {"documents": len(batch.records), "tokens": stored - stored_before, "bytes": batch.read}[unit]
+                bar.advance(done, f"{rate:.1f} MB/s of text, {stored:,} tokens")
+                if (tokens and stored >= tokens) or (documents and state.documents[split] >= documents):
                     break
         state.shards[split] += bool(writer.pending)
         sidecar.flush()
@@ -241,14 +265,19 @@ class _Job:
         print(f"encoded {split}: {size:,} bytes of text at {size / seconds / 1e6:.1f} MB/s", flush=True)
         if documents and state.documents[split] < documents:
             raise UserError(
-                f"{self.files[-1]}: the files have {counted(state.documents[split], 'document')}, the validation split needs {documents}: "
+                f"{self.files[-1].path}: the files have {counted(state.documents[split], 'document')}, the validation split needs {documents}: "
                 "give more documents, or choose a smaller --val-docs"
             )
 
-    def _encoded(self, batches: Iterator[Lines], count_bytes: bool) -> Iterator[tuple[Lines, Encoded]]:
-        """Yield the encoded batches in order. The worker pool holds at most `ahead` batches."""
-        waiting: deque[tuple[Lines, Future[Encoded]]] = deque()
+    def _encoded(self, batches: Iterator[Batch], val_docs: int) -> Iterator[tuple[Batch, Encoded]]:
+        """Yield the encoded batches in order. The worker pool holds at most `ahead` batches.
+
+        The first `val_docs` documents are of the validation split, whose bytes a sidecar may count.
+        """
+        waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
         for batch in batches:
+            count_bytes = self.case_operators and val_docs > 0
+            val_docs -= len(batch.records)
             waiting.append((batch, self.pool.submit(_encode, batch, count_bytes)))
             if len(waiting) >= self.ahead:
                 first, future = waiting.popleft()
@@ -257,35 +286,32 @@ class _Job:
             yield first, future.result()
 
 
-def _texts(files: Sequence[Path], first: int, count: int) -> Iterator[str]:
-    lines = ((file, number, line) for file in files for number, (line, _) in enumerate(document_lines(file), 1))
+def _texts(files: Sequence[TextFile], first: int, count: int) -> Iterator[str]:
+    records = ((file, record) for file in files for record in file.records(Skipped()))
     file = None
-    for file, number, line in itertools.islice(lines, first, first + count):
-        yield parse_document(line, f"{file}, line {number}")
+    for file, record in itertools.islice(records, first, first + count):
+        yield file.text(record)
     if file is None:
         raise UserError(
-            f"{files[-1]}: no document after the first {first}, which form the validation split: choose a smaller --val-docs"
+            f"{files[-1].path}: no document after the first {first}, which form the validation split: choose a smaller --val-docs"
         )
 
 
-def _batches(files: Sequence[Path], place: Place, limit: int | None) -> Iterator[Lines]:
+def _batches(files: Sequence[TextFile], place: Place, first: int, skipped: Skipped) -> Iterator[Batch]:
+    """Yield the documents from `place` on. One batch ends after the first `first` documents; 0: after any number."""
     for number in range(place.file, len(files)):
-        if limit == 0:
-            return
         file, start = files[number], place if number == place.file else Place(number)
-        lines: list[bytes] = []
-        size, before, position = 0, 0 if file.suffix in (".gz", ".xz") else start.byte, 0
-        for line, position in itertools.islice(document_lines(file, start.byte), limit):
-            lines.append(line)
-            size += len(line)
-            if size >= _BATCH_BYTES:
-                yield Lines(file, start, lines, position - before)
-                start = Place(number, start.byte + size, start.line + len(lines))
-                limit = None if limit is None else limit - len(lines)
-                lines, size, before = [], 0, position
-        if lines:
-            yield Lines(file, start, lines, position - before)
-            limit = None if limit is None else limit - len(lines)
+        records: list[Record] = []
+        size, before = 0, 0 if file.packed else start.byte
+        for record in file.records(skipped, start.byte, start.line):
+            records.append(record)
+            size, first = size + len(record.data), first - 1
+            if size >= _BATCH_BYTES or not first:
+                yield Batch(file, start, records, record.read - before)
+                start, before = Place(number, record.end, record.number), record.read
+                records, size = [], 0
+        if records:
+            yield Batch(file, start, records, records[-1].read - before)
 
 
 _tokenizer: SentencePieceProcessor | None = None
@@ -309,11 +335,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(batch: Lines, count_bytes: bool) -> Encoded:
+def _encode(batch: Batch, count_bytes: bool) -> Encoded:
     assert _tokenizer is not None
-    places = [f"{batch.path}, line {batch.place.line + index}" for index in range(1, len(batch.lines) + 1)]
-    texts = list(map(parse_document, batch.lines, places))
+    texts = [batch.file.text(record) for record in batch.records]
     if count_bytes:
+        places = map(batch.file.place, batch.records)
         both = [encode_with_bytes(_tokenizer, text, place) for text, place in zip(texts, places, strict=True)]
         ids, token_bytes = [tokens for tokens, _ in both], np.concatenate([sizes for _, sizes in both])
     else:

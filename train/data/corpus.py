@@ -5,22 +5,18 @@ This module does not change the text. The tokenizer later replaces consecutive w
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
-import json
-import lzma
 import os
 import sysconfig
 import tokenize
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from train.common.errors import UserError
+from train.common.progress import Progress
+from train.data.text_files import Skipped, find_files, no_text
 
 # skipped folders: tests, character tables, and packages that some distributions omit. All other files depend only on
 # the Python version.
@@ -30,10 +26,6 @@ STDLIB_SKIPPED_FOLDERS = frozenset(
 # prefixes of skipped files, which are generated on the machine or by the distribution
 STDLIB_SKIPPED_PREFIXES = ("_sysconfigdata", "sitecustomize", "usercustomize", "_distutils_system_mod")
 STDLIB_SUFFIXES = (".py", ".txt")
-TEXT_SUFFIXES = frozenset(
-    ".txt .md .rst .py .pyi .c .h .cc .cpp .cu .cuh .hpp .js .ts .java .go .rs .tex .html".split()
-)
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
 
 
 @dataclass(frozen=True)
@@ -66,36 +58,31 @@ def stdlib_documents(root: str | Path | None = None) -> Iterator[Document]:
             yield Document(name, text)
 
 
-def text_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
-    """Yield the documents of the user's files, in the given order. The files of a folder are sorted by name.
+def text_documents(paths: Sequence[str | Path], skipped: Skipped) -> Iterator[Document]:
+    """Yield the documents of the user's files and count what is skipped; see `find_files`.
 
-    Each line of a `.jsonl` file (also `.jsonl.gz` and `.jsonl.xz`) is a JSON object whose string `text` is a document.
-    Any other file is one document of UTF-8 text. Files in folders are read only if their suffix is known.
+    A line of a `.jsonl` file and a row of a `.parquet` file is a document, its string `text`. Any other file is one
+    document. Documents without a word are skipped.
 
     Raises:
-        UserError: a file is missing, empty, not UTF-8 or not valid JSON; the message names file and line.
+        UserError: a file is missing, damaged or not UTF-8, a line is not valid JSON, or no document is left.
     """
-    for given in paths:
-        path = Path(given)
-        if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_text(file)]
-            if not files:
-                raise UserError(
-                    f"{path}: no text file in this folder: expected {' '.join(sorted(TEXT_SUFFIXES))} or {' '.join(JSONL_SUFFIXES)}"
-                )
-        elif path.is_file():
-            files = [path]
-        else:
-            raise UserError(f"{path}: no such file or folder: give text files, .jsonl files or folders of them")
+    files = find_files(paths, skipped)
+    found = 0
+    with Progress(sum(file.path.stat().st_size for file in files), "reading", "bytes") as bar:
         for file in files:
-            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-            if file.name.endswith(JSONL_SUFFIXES):
-                yield from _jsonl_documents(file, name)
-            else:
-                text = _decode(file.read_bytes(), f"{file}")
-                if not text.strip():
-                    raise UserError(f"{file}: the text is empty: leave the file out")
-                yield Document(name, text)
+            read = 0
+            for record in file.records(skipped):
+                text = file.text(record)
+                bar.advance(record.read - read, f"{found:,} documents")
+                read = record.read
+                if text.strip():
+                    found += 1
+                    yield Document(f"{file.name}:{record.number}" if file.format.unit else file.name, text)
+                else:
+                    skipped["empty document"] += 1
+    if not found:
+        raise no_text(paths, skipped)
 
 
 def split_documents(documents: Iterable[Document], val_bytes: int = 0) -> tuple[list[Document], list[Document]]:
@@ -143,66 +130,6 @@ def split_documents(documents: Iterable[Document], val_bytes: int = 0) -> tuple[
     return train, held[::-1]
 
 
-def document_lines(path: Path, start_byte: int = 0) -> Iterator[tuple[bytes, int]]:
-    """Yield each line of a `.jsonl` file (also `.gz`, `.xz`), with the number of bytes read from disk so far.
-
-    Reading begins at `start_byte` of the uncompressed text.
-
-    Raises:
-        UserError: the compressed file is damaged.
-    """
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    opener = openers.get(path.suffix, nullcontext)
-    try:
-        with path.open("rb") as raw, opener(raw) as stream:
-            stream.seek(start_byte)
-            for line in stream:
-                yield line, raw.tell()
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: damaged or truncated ({error}): copy it again") from None
-
-
-def parse_document(line: bytes, place: str) -> str:
-    """Return the field `text` of one line of a `.jsonl` file. Lone surrogates become U+FFFD. Errors begin with `place`.
-
-    Raises:
-        UserError: the line is not UTF-8, not a JSON object, or has no string `text`.
-    """
-    try:
-        record = json.loads(_decode(line, place))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f'{place}: not JSON ({error}): expected one object per line, such as {{"text": "…"}}') from None
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        found = f"fields {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-        raise UserError(
-            f'{place}: no string field \'text\', found {found}: expected one object per line, such as {{"text": "…"}}'
-        )
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def _jsonl_documents(path: Path, name: str) -> Iterator[Document]:
-    number = 0
-    for number, (line, _) in enumerate(document_lines(path), 1):
-        text = parse_document(line, f"{path}, line {number}")
-        if not text.strip():
-            raise UserError(f"{path}, line {number}: 'text' is empty: remove the line")
-        yield Document(f"{name}:{number}", text)
-    if not number:
-        raise UserError(f"{path}: the text is empty: expected one JSON object with 'text' per line")
-
-
-def _decode(data: bytes, place: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        where = place if ", line " in place else f"{place}, line {line}"
-        raise UserError(
-            f"{where}: not UTF-8 (byte 0x{data[error.start]:02x}): convert it, e.g. `iconv -f latin1 -t utf8`"
-        ) from None
-
-
 def _read_source(path: Path) -> str:
     data = path.read_bytes()
     encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0] if path.suffix == ".py" else "utf-8"
@@ -216,10 +143,6 @@ def _stdlib_files(folder: Path) -> Iterator[Path]:
         for name in files:
             if name.endswith(STDLIB_SUFFIXES) and not name.startswith(STDLIB_SKIPPED_PREFIXES):
                 yield Path(parent, name)
-
-
-def _is_text(path: Path) -> bool:
-    return path.suffix in TEXT_SUFFIXES or path.name.endswith(JSONL_SUFFIXES)
 
 
 def _rank(name: str) -> bytes:

@@ -20,7 +20,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from train.common.errors import UserError
 from train.common.files import atomic_write
-from train.data.shards import BOS, need_data
+from train.data.shards import BOS, MAX_VOCAB, need_data
 
 SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
@@ -87,10 +87,11 @@ def train_tokenizer(
     return load_tokenizer(path, vocab_size, operators=bool(operators))
 
 
-def load_tokenizer(path: str | Path, vocab_size: int, *, operators: bool = False) -> SentencePieceProcessor:
+def load_tokenizer(path: str | Path, vocab_size: int = 0, *, operators: bool = False) -> SentencePieceProcessor:
     """Load a SentencePiece model, and check that `byte_tables` counts the bytes of its pieces correctly.
 
     Args:
+        vocab_size: the expected number of pieces; 0: any that shards can store.
         operators: whether pieces may be operators, whose bytes `byte_tables` miscounts (see `find_operator`).
 
     Raises:
@@ -99,18 +100,19 @@ def load_tokenizer(path: str | Path, vocab_size: int, *, operators: bool = False
     """
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"{file}: no such tokenizer: set TOKENIZER_PATH to the .model file that made the shards")
+        raise UserError(f"{file}: no such tokenizer: expected the SentencePiece .model file that made the shards")
     tokenizer = SentencePieceProcessor()
     try:
         tokenizer.LoadFromSerializedProto(file.read_bytes())
     except RuntimeError:
+        raise UserError(f"{file}: not a SentencePiece model: expected the .model file that made the shards") from None
+    pieces = tokenizer.vocab_size()
+    if vocab_size and pieces != vocab_size:
         raise UserError(
-            f"{file}: not a SentencePiece model: set TOKENIZER_PATH to the .model file that made the shards"
-        ) from None
-    if tokenizer.vocab_size() != vocab_size:
-        raise UserError(
-            f"{file}: has {tokenizer.vocab_size()} pieces, but vocab_size is {vocab_size}: set VOCAB_SIZE={tokenizer.vocab_size()}, or choose the matching tokenizer"
+            f"{file}: has {pieces} pieces, but vocab_size is {vocab_size}: set VOCAB_SIZE={pieces}, or choose the matching tokenizer"
         )
+    if pieces > MAX_VOCAB:
+        raise UserError(f"{file}: has {pieces} pieces, expected at most {MAX_VOCAB}: choose a smaller tokenizer")
     _check(tokenizer, file, operators=operators)
     return tokenizer
 
