@@ -70,6 +70,7 @@ NEEDS_NETWORK = {
     "python -m train.export runs/mine --to safetensors": "needs safetensors; tests/export runs it where it is installed",
     "python -m train.export runs/mine --to hf": "needs safetensors; tests/export runs it where transformers is installed",
     "pip install 'golf-kernels[loggers]'": "downloads tensorboard and wandb",
+    "pip install 'golf-kernels[parquet]'": "downloads pyarrow",
     "pip install 'golf-kernels[sweep]'": "downloads Optuna and submitit",
     "pip install '.[train]'": "downloads what the trainer needs",
     "docker build -t golf_kernels .": "downloads CUDA and torch; tests/test_rent.py checks what the Dockerfile names",

@@ -66,7 +66,9 @@ class Settings:
         "", "stdlib: if the recipe's own data_path does not exist, build it from Python's standard library",
         choices=("", "stdlib"),
     )  # fmt: skip
-    vocab_size: int = setting(1024, "tokens in the vocabulary", low=259, high=65536)
+    vocab_size: int = setting(
+        1024, "tokens in the vocabulary; not given: as the data's manifest says", low=259, high=65536
+    )
     train_seq_len: int = setting(1024, "tokens per training sequence", low=1)
     train_batch_tokens: int = setting(524288, "tokens per step, over all ranks", low=1, high=2**31)
     loader: str = setting(
