@@ -27,8 +27,9 @@ from train.data.shards import BOS, MAX_VOCAB, Tokens
 OPERATORS = TITLE, ALLCAPS, CAPNEXT, ESC = "\ue001", "\ue002", "\ue003", "\ue004"
 _OPERATOR_BYTES = 3
 
-# a word with a capital, or an operator. The possessive quantifier makes the time linear in the length of a word.
-_CHANGED = re.compile(f"((?<![A-Za-z])[a-z]*+[A-Z][A-Za-z]*|[{TITLE}-{ESC}])")
+_OPERATOR = re.compile(f"([{TITLE}-{ESC}])")
+# a word with a capital. The possessive quantifier makes the time linear in the length of a word.
+_WORD = re.compile("((?<![A-Za-z])[a-z]*+[A-Z][A-Za-z]*)")
 _CAPITAL = re.compile("([A-Z])")
 _WRITTEN = re.compile(f"{ESC}([{TITLE}-{ESC}])|{ALLCAPS}([A-Za-z]+)|[{TITLE}{CAPNEXT}]([A-Za-z])")
 # an operator in transformed UTF-8 text; ESC and the operator after it are one match
@@ -37,15 +38,16 @@ _ACTING = re.compile(rb"\xee\x80\x84\xee\x80[\x81-\x84]|\xee\x80[\x81-\x83]")
 
 def transform(text: str) -> str:
     """Replace capitals by operators and small letters. `inverse` restores the text exactly."""
-    parts = _CHANGED.split(text)
+    # looking for single characters is much faster than a regular expression
+    if any(operator in text for operator in OPERATORS):
+        text = _OPERATOR.sub(rf"{ESC}\1", text)
+    parts = _WORD.split(text)
     parts[1::2] = map(_write, parts[1::2])
     return "".join(parts)
 
 
 @functools.lru_cache(1 << 16)
 def _write(word: str) -> str:
-    if word in OPERATORS:
-        return ESC + word
     if len(word) > 1 and word.isupper():
         return ALLCAPS + word.lower()
     # mark capitals inside the word
