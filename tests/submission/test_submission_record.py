@@ -184,7 +184,7 @@ def test_summary_text_is_the_block_a_run_ends_with() -> None:
         "  comparison 1.9612 gzip -9 primed with the training text; 1.4012 xz -9 primed with the training text",
         "  size       code 83,119 + model 15,898,181 = 15,981,300 of 16,000,000 bytes (99.9%)",
         "  training   4,964 steps, 118.87 ms per step, 590.1 s",
-        "  evaluation 40,540,160 tokens, 151,078,222 bytes of normalized text, 81.5 s",
+        "  evaluation 40,540,160 tokens, 151,078,222 bytes of text, 81.5 s",
         "  stages     data 3.5, train 610.2, quantize 20.1, evaluate 90.0; total 723.9 s",
         "  folder     runs/example",
     ]

@@ -117,10 +117,14 @@ def load_tokenizer(path: str | Path, vocab_size: int = 0, *, operators: bool = F
     return tokenizer
 
 
+def is_operator(piece: str) -> bool:
+    """Whether a piece has a private-use character, as CaseOps' operators are: it stands for no byte of the text."""
+    return any(unicodedata.category(character) == "Co" for character in piece)
+
+
 def find_operator(tokenizer: SentencePieceProcessor) -> str:
-    """Return the first piece that contains an operator, a private-use character without bytes in the text; "": none."""
-    pieces = map(tokenizer.IdToPiece, range(tokenizer.vocab_size()))
-    return next((piece for piece in pieces if any(unicodedata.category(one) == "Co" for one in piece)), "")
+    """Return the tokenizer's first operator, or "" if it has none."""
+    return next(filter(is_operator, map(tokenizer.IdToPiece, range(tokenizer.vocab_size()))), "")
 
 
 def find_tokenizer(data_path: str | Path, vocab_size: int, tokenizer_path: str | Path = "") -> Path:

@@ -20,6 +20,7 @@ class ValidationText:
 
     tokens: Tokens  # (T + 1,) uint16: the first input and the T targets
     target_bytes: Tokens  # (T,) uint16: the bytes of each target
+    has_sidecar: bool  # whether `target_bytes` are from the sidecar, else from the tokenizer's pieces
 
 
 def load_validation(config: Config) -> ValidationText:
@@ -44,5 +45,7 @@ def load_validation(config: Config) -> ValidationText:
     seq_len = max(config.train_seq_len, config.window)
     tokens = load_validation_tokens(config.data_path, seq_len, config.vocab_size)
     if sidecar:
-        return ValidationText(tokens, np.concatenate(sidecar)[1 : len(tokens)].astype(np.uint16, copy=False))
-    return ValidationText(tokens, byte_tables(tokenizer, config.vocab_size).count(tokens))
+        target_bytes = np.concatenate(sidecar)[1 : len(tokens)].astype(np.uint16, copy=False)
+    else:
+        target_bytes = byte_tables(tokenizer, config.vocab_size).count(tokens)
+    return ValidationText(tokens, target_bytes, bool(sidecar))

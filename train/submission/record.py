@@ -238,7 +238,7 @@ def run_readme(summary: Summary, config: Config, name: str) -> str:
         ("val_loss (nats per token)", f"{summary.val_loss:.8f}"),
         (
             "evaluation",
-            f"{summary.tokens:,} tokens, {summary.bytes:,} bytes of normalized text, {summary.eval_seconds:.1f} s",
+            f"{summary.tokens:,} tokens, {summary.bytes:,} bytes of text, {summary.eval_seconds:.1f} s",
         ),
         ("training steps", stopped_note(summary) or f"{summary.steps:,}"),
         *((("recurrence", note),) if (note := recurrence_note(summary)) else ()),
@@ -256,7 +256,7 @@ def run_readme(summary: Summary, config: Config, name: str) -> str:
             title(name, summary.val_bpb, summary.label),
             "",
             f"This is run `{summary.run_id}` of {summary.date}: recipe `{summary.recipe}`, seed {summary.seed}. "
-            "Scores are bits per byte of the validation text after SentencePiece's normalization.",
+            "Scores are bits per byte of the validation text after SentencePiece's normalization; with case operators, of the original text.",
             "",
             *table(
                 ("score", "bits per byte"),

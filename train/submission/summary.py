@@ -47,7 +47,7 @@ class Summary:
         flat_val_bpb: bits per byte of the reloaded artifact, with non-overlapping windows.
         eval_seconds: duration of the evaluation that gave `val_bpb`.
         tokens: number of tokens that the evaluation of `val_bpb` scored.
-        bytes: bytes of the scored text after SentencePiece's normalization.
+        bytes: bytes of the scored text after SentencePiece's normalization; with a sidecar, of the original text.
         bytes_code: bytes of the submission's code.
         bytes_model: bytes of the artifact.
         bytes_prefix: bytes of the paid prefix; 0: none.
@@ -246,7 +246,7 @@ def summary_text(summary: Summary, run_dir: str | Path | None = None) -> str:
         ("recurrence", recurrence_note(summary)),
         (
             "evaluation",
-            f"{summary.tokens:,} tokens, {summary.bytes:,} bytes of normalized text, {summary.eval_seconds:.1f} s",
+            f"{summary.tokens:,} tokens, {summary.bytes:,} bytes of text, {summary.eval_seconds:.1f} s",
         ),
         ("stages", stage_line(summary)),
         ("folder", str(run_dir or "")),
