@@ -162,11 +162,19 @@ def test_parquet_rows_are_documents(tmp_path: Path) -> None:
 
 def test_bad_parquet_is_refused_in_one_line(tmp_path: Path) -> None:
     good = write_rows(tmp_path / "good.parquet", [NOISE.hex(), "b"], compression="zstd").read_bytes()
+    summed = bytearray(
+        write_rows(
+            tmp_path / "summed.parquet", ["plain"], compression="none", use_dictionary=False, write_page_checksum=True,
+            write_statistics=False,
+        ).read_bytes()
+    )  # fmt: skip
+    summed[summed.index(b"plain")] ^= 1
     foreign = write_rows(tmp_path / "numbers.parquet", [1, 2], kind=None)
     for name, data, message in (
         ("cut.parquet", good[:-30], "damaged or truncated"),
         ("bad.parquet", good[:200] + bytes(800) + good[1000:], "damaged or truncated"),
         ("text.parquet", b"no parquet", "damaged or truncated"),
+        ("summed.parquet", bytes(summed), "damaged or truncated"),
         (foreign.name, foreign.read_bytes(), r"no column of strings named 'text', found id \(int64\), text \(int64\)"),
         ("empty.parquet", b"", r"the text is empty \(skipped: 1 empty file\)"),
     ):

@@ -263,7 +263,7 @@ def _parquet(path: Path) -> Iterator[Any]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path) as file:
+        with ParquetFile(path, page_checksum_verification=True) as file:
             yield file
     except (ArrowException, OSError) as error:
         raise _damaged(path, error) from None
