@@ -1,6 +1,7 @@
 """The training loop: no clock decides the quickstart's weights, and what is said where the time limit stops it."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,31 @@ def test_swa_needs_two_checkpoints(dataset: Path, tmp_path: Path) -> None:
         states[name] = result.model.state_dict()
     assert all(torch.equal(states["one"][name], weight) for name, weight in states["last"].items())
     assert not torch.equal(states["two"]["embedding.weight"], states["last"]["embedding.weight"])
+
+
+def test_sequences_grow_and_no_token_is_skipped(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def recorded(optimizers: Any, loss_of: Any, *others: Any, **named: Any) -> torch.Tensor:
+        def loss(inputs: torch.Tensor, targets: torch.Tensor, **state: bool) -> torch.Tensor:
+            found.append((inputs.shape[1], inputs.flatten(), targets.flatten()))
+            return loss_of(inputs, targets, **state)
+
+        return training_step(optimizers, loss, *others, **named)
+
+    monkeypatch.setattr("train.loop.training_step", recorded)
+    trained(tmp_path / "fixed", dataset, loader="sequential")
+    fixed = found[-4:]
+    changes = {"loader": "sequential", "train_seq_schedule": "16@0.25,32@0.5,64@1", "seq_change_warmup_steps": 2}
+    trained(tmp_path / "growing", dataset, warmdown_frac=0.0, warmdown_iters=0, **changes)
+    growing = found[-4:]
+    assert [length for length, _, _ in fixed + growing] == [64] * 4 + [16, 16, 32, 64]
+    for (_, inputs, targets), (_, same, following) in zip(fixed, growing, strict=True):
+        assert torch.equal(inputs, same) and torch.equal(targets, following)
+    log = (tmp_path / "growing" / "train_seed1.log").read_text()
+    for length, step in ((32, 2), (64, 3)):
+        assert f"\ntraining: sequences of {length} tokens from step {step} on\n" in log
+    assert re.findall(r" lr_scale:(\S+)", log) == ["1", "1", "0.5", "0.5"]
 
 
 def test_recurrence_starts_at_a_fraction_and_stays_on(

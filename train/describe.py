@@ -13,7 +13,7 @@ from train.config import Config
 from train.model.gpt import GPT
 from train.model.order import split_order, virtual_order
 from train.model.parameters import mflop_per_token, parameter_table
-from train.optimize.schedules import lr_scale, muon_momentum, warmdown_seconds
+from train.optimize.schedules import ContextGrowth, lr_scale, muon_momentum, warmdown_seconds
 from train.quantize.tensors import stored_bits
 
 SCHEDULE_POINTS = 13
@@ -24,6 +24,7 @@ SCHEDULE_COLUMNS = (
     ("step", "step", 7, ","),
     ("lr_scale", "lr scale", 9, ".4f"),
     ("muon_momentum", "momentum", 9, ".4f"),
+    ("seq_len", "sequence", 8, ","),
 )
 
 
@@ -87,7 +88,7 @@ def _recurrence_step(config: Config, step_ms: float | None) -> int | None:
 
 
 def schedule(config: Config, step_ms: float | None) -> list[dict[str, float | None]]:
-    """Compute learning-rate scale and momentum at `SCHEDULE_POINTS` points of a run.
+    """Compute learning-rate scale, momentum and sequence length at `SCHEDULE_POINTS` points of a run.
 
     If the learning rate follows the steps, the points are equidistant in steps. If it follows the time, they are
     equidistant in time, and `step_ms` converts seconds to steps. If `step_ms` is None, all values that depend on the
@@ -97,7 +98,8 @@ def schedule(config: Config, step_ms: float | None) -> list[dict[str, float | No
     timed = bool(step_ms) or not cap
     rate_known = timed or config.warmdown_frac > 0 or config.warmdown_iters == 0
     momentum_known = timed or config.muon_momentum_warmup_steps == 0
-    points = []
+    points: list[dict[str, float | None]] = []
+    context = ContextGrowth(config)
     for index in range(SCHEDULE_POINTS):
         done = index / (SCHEDULE_POINTS - 1)
         if cap and step_ms:
@@ -105,12 +107,14 @@ def schedule(config: Config, step_ms: float | None) -> list[dict[str, float | No
             step = int(seconds * 1000 / step_ms)
         else:
             step, seconds = int(done * config.iterations), done * cap
+        context.grow(step, seconds)
         points.append(
             {
                 "seconds": seconds if cap else None,
                 "step": step if timed else None,
                 "lr_scale": lr_scale(step, seconds, config) if rate_known else None,
                 "muon_momentum": muon_momentum(step, config) if momentum_known else None,
+                "seq_len": context.length,
             }
         )
     return points

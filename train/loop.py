@@ -31,7 +31,7 @@ from train.model.gpt import GPT
 from train.model.parameters import mflop_per_token
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
-from train.optimize.schedules import lr_scale, muon_momentum, recurrence_on
+from train.optimize.schedules import ContextGrowth, lr_scale, muon_momentum, recurrence_on, training_graphs
 from train.run.clocks import StartUp, WallClock
 from train.run.folder import RunFolder
 from train.run.logger import RunLogger
@@ -106,7 +106,16 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
     start.end("compilation and warm-up")
     ema = EMA(model, config.ema_decay) if config.ema_decay else None
     swa = SWA(model, config.swa_every, config.swa_start_frac) if config.swa_enabled else None
-    parts: Parts = {"model": model, "optimizers": optimizers, "loader": loader, "ema": ema, "swa": swa}
+    context = ContextGrowth(config)
+    grown = context if config.train_seq_schedule else None
+    parts: Parts = {
+        "model": model,
+        "optimizers": optimizers,
+        "loader": loader,
+        "ema": ema,
+        "swa": swa,
+        "context": grown,
+    }
 
     resumed = load_checkpoint(folder.checkpoint, parts, ranks) if config.resume == "auto" else None
     step, seconds = (resumed["step"], resumed["seconds"]) if resumed else (0, 0.0)
@@ -172,6 +181,8 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
                 f"recurrence:activated at step {step}, layers {','.join(str(s.layer) for s in model.recurrent_plan)}"
                 " (the loss may rise for some steps: this is normal)"
             )
+        if not last and context.grow(step, clock.elapsed_seconds):
+            log.line(f"training: sequences of {context.length} tokens from step {step} on")
         # not at step 0, which was validated before the clock started
         if not last and step and config.val_loss_every and step % config.val_loss_every == 0:
             seconds = clock.pause()
@@ -181,10 +192,11 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
             clock.resume()
         if last:
             break
-        scale = lr_scale(step, clock.elapsed_seconds, config)
+        scale = lr_scale(step, clock.elapsed_seconds, config) * context.lr_factor(step)
         if profiler:
             profiler.before(step, recurrence=recurrence)
-        batch_loss = training_step(optimizers, loss_of, loader, recurrence, scale, muon_momentum(step, config))
+        momentum = muon_momentum(step, config)
+        batch_loss = training_step(optimizers, loss_of, loader, recurrence, scale, momentum, length=context.length)
         step += 1
         log.step = step
         with record_function("average"):
@@ -201,8 +213,9 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
             if not rose and step <= FIRST_LOGGED_STEPS and loss > first.val_loss + SHOCK_NATS:
                 rose = True
                 log.line("training: the loss rises in the first steps: this is normal at a high learning rate")
-        speed.count(recurrence)
-        bar.advance(1, lambda: f"{speed.text(bar.rate, recurrence)}{shown}")  # noqa: B023
+        graph = recurrence, context.length
+        speed.count(graph)
+        bar.advance(1, lambda: f"{speed.text(bar.rate, graph)}{shown}")  # noqa: B023
         if config.checkpoint_every and step % config.checkpoint_every == 0 and not stop:
             seconds = clock.pause()
             if profiler:
@@ -240,8 +253,12 @@ def training_step(
     recurrence: bool,
     scale: float,
     momentum: float,
+    *,
+    length: int | None = None,
 ) -> Tensor:
     """Compute the gradients of this rank's micro-batches, and step the optimizers.
+
+    With `length`, the consecutive tokens of each micro-batch are divided into sequences of this length.
 
     Returns:
         The mean loss of the micro-batches, a scalar on the device.
@@ -249,6 +266,8 @@ def training_step(
     losses = []
     batches = join_micro_batches(loader.next_batch())
     for inputs, targets in batches:
+        if length:
+            inputs, targets = inputs.view(-1, length), targets.view(-1, length)
         with record_function("forward"):
             loss = loss_of(inputs, targets, recurrence=recurrence)
         with record_function("backward"):
@@ -268,20 +287,24 @@ def warm_up(
     config: Config,
     log: RunLogger,
 ) -> None:
-    """Run warm-up steps with and without recurrence, then restore the weights and reset the optimizers.
+    """Run warm-up steps with every graph of the model, then restore the weights and reset the optimizers.
 
-    The warm-up compiles both graphs of the model, so that no compilation counts as training time.
+    The warm-up compiles all graphs: with and without recurrence, and for each length of the sequences. So no
+    compilation counts as training time.
     """
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    graphs = sorted({recurrence_on(0, 0.0, config), bool(config.recur_layers)})
+    graphs = training_graphs(config)
     total = config.warmup_steps * len(graphs)
     compiling = (
         ", each graph compiles first, which may take minutes" if compiles(config, model.embedding.weight.device) else ""
     )
     log.line(f"warm-up: {counted(total, 'step')}, not counted as training time{compiling}")
     note = f" ({config.warmup_steps} without recurrence, {config.warmup_steps} with it)" if len(graphs) > 1 else ""
+    if len(config.seq_lengths) > 1:
+        note = f" ({config.warmup_steps} with each of {len(graphs)} graphs)"
     for number in range(total):
-        training_step(optimizers, loss_of, loader, graphs[number // config.warmup_steps], 1.0, 0.0)
+        recurrence, length = graphs[number // config.warmup_steps]
+        training_step(optimizers, loss_of, loader, recurrence, 1.0, 0.0, length=length)
         if number < FIRST_LOGGED_STEPS or number + 1 == total:
             log.warmup_step(number + 1, total, note)
     with torch.no_grad():
@@ -295,18 +318,21 @@ class Speed:
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
-        self.mflop = {flag: mflop_per_token(config, recurrence=flag) for flag in (False, True)}
+        graphs = [(flag, length) for flag in (False, True) for length, _ in config.seq_lengths]
+        self.mflop = {
+            (flag, length): mflop_per_token(config, recurrence=flag, length=length) for flag, length in graphs
+        }
         self.peak = datasheet_tflops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
         self.steps, self.mflop_of_steps = 0, 0.0
 
-    def count(self, recurrence: bool) -> None:
-        """Count a finished step."""
+    def count(self, graph: tuple[bool, int]) -> None:
+        """Count a finished step. `graph` is whether recurrence was on, and the length of the sequences."""
         self.steps += 1
-        self.mflop_of_steps += self.mflop[recurrence]
+        self.mflop_of_steps += self.mflop[graph]
 
-    def text(self, steps_per_second: float, recurrence: bool) -> str:
-        """Describe the speed at `steps_per_second`."""
-        return self._text(steps_per_second * self.config.train_batch_tokens, self.mflop[recurrence])
+    def text(self, steps_per_second: float, graph: tuple[bool, int]) -> str:
+        """Describe the speed at `steps_per_second`. `graph` as for `count`."""
+        return self._text(steps_per_second * self.config.train_batch_tokens, self.mflop[graph])
 
     def of_run(self, seconds: float) -> str:
         """Describe the counted steps, which took `seconds`, and their mean speed."""

@@ -49,7 +49,7 @@ SHALLOW: dict[str, dict[str, Any]] = {
     "sp2048": {"num_layers": 2},
     "sp4096": _FOUR,
     "sp8192": _FOUR,
-    "frontier": {name: value for name, value in _FOUR.items() if name != "ve_layers"},
+    "frontier": {"num_layers": 3, "recur_layers": (1,), "parallel_start_layer": 2, "xsa_last_n": 3},
 }
 """System → changed settings that leave it few layers but all of its features."""
 

@@ -17,7 +17,7 @@ from train.loop import training_step
 from train.model.gpt import GPT
 from train.optimize.averaging import EMA, SWA
 from train.optimize.groups import Optimizers, build_optimizers
-from train.optimize.schedules import lr_scale, muon_momentum, recurrence_on
+from train.optimize.schedules import ContextGrowth, lr_scale, muon_momentum, recurrence_on
 from train.recipes import load_recipe
 
 STEPS = 20
@@ -52,6 +52,7 @@ def narrow_recipe(name: str, tokens: Path, **changes: object) -> Config:
         "rope_dims": 8 if full.rope_dims else 0,
         "rope_train_seq_len": SEQ_LEN * full.rope_train_seq_len // full.train_seq_len,
         "train_seq_len": SEQ_LEN,
+        "train_seq_schedule": "16@0.1,32@0.7,64@1" if full.train_seq_schedule else "",
         "train_batch_tokens": 16 * SEQ_LEN,
         "bigram_vocab_size": min(full.bigram_vocab_size, 128),
         "bigram_dim": 16,
@@ -78,6 +79,7 @@ class Training:
     loader: Loader
     average: EMA | SWA | None
     loss_of: Callable[..., Tensor]
+    context: ContextGrowth
     step: int = 0
 
     @classmethod
@@ -90,19 +92,33 @@ class Training:
         average = EMA(model, config.ema_decay) if config.ema_decay else None
         swa = SWA(model, config.swa_every, config.swa_start_frac) if config.swa_enabled else None
         loader = Dataset(config).loader(ranks)
-        return cls(config, ranks, model, build_optimizers(model, config, ranks.group), loader, average or swa, model)
+        return cls(
+            config,
+            ranks,
+            model,
+            build_optimizers(model, config, ranks.group),
+            loader,
+            average or swa,
+            model,
+            ContextGrowth(config),
+        )
 
     @property
     def parts(self) -> dict[str, object]:
-        return {"model": self.model, "optimizers": self.optimizers, "loader": self.loader, "average": self.average}
+        parts = {"model": self.model, "optimizers": self.optimizers, "loader": self.loader, "average": self.average}
+        return {**parts, "context": self.context}
 
     def run(self, until: int) -> list[float]:
         losses = []
         while self.step < until:
-            scale = lr_scale(self.step, 0.0, self.config)
+            self.context.grow(self.step, 0.0)
+            scale = lr_scale(self.step, 0.0, self.config) * self.context.lr_factor(self.step)
             momentum = muon_momentum(self.step, self.config)
             on = recurrence_on(self.step, 0.0, self.config)
-            losses.append(float(training_step(self.optimizers, self.loss_of, self.loader, on, scale, momentum)))
+            options = {"length": self.context.length}
+            losses.append(
+                float(training_step(self.optimizers, self.loss_of, self.loader, on, scale, momentum, **options))
+            )
             self.step += 1
             if isinstance(self.average, EMA):
                 self.average.update()

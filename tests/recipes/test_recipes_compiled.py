@@ -41,7 +41,12 @@ def graphs(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> I
 @pytest.mark.parametrize("graphs", ["eager"], indirect=True)
 @pytest.mark.parametrize(
     ("name", "system", "graphs_needed"),
-    [("sp2048_normuon", "sp2048", 1), ("sp4096_recurrence", "sp4096", 2), ("sp8192_sdclip", "sp8192", 2)],
+    [
+        ("sp2048_normuon", "sp2048", 1),
+        ("sp4096_recurrence", "sp4096", 2),
+        ("sp8192_sdclip", "sp8192", 2),
+        ("sp8192_frontier", "frontier", 4),
+    ],
 )
 def test_nothing_is_compiled_after_the_warm_up(
     name: str, system: str, graphs_needed: int, tokens: Path, graphs: list[torch.fx.GraphModule]

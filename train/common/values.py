@@ -97,6 +97,23 @@ def _is_instance(value: Any, kind: Any) -> bool:
     return type(value) is kind
 
 
+def parse_lengths(text: str) -> tuple[tuple[int, float], ...]:
+    """Parse `LENGTH@END,…` to pairs of a length and the finished fraction of training up to which it holds.
+
+    Lengths and fractions rise, and the last fraction is 1. "" gives no pairs. Any other text raises a ConfigError.
+    """
+    parts = [re.fullmatch(r"\s*(\d{1,9})@(\d*\.?\d+)\s*", part) for part in text.split(",")] if text else []
+    pairs = [(int(part[1]), float(part[2])) for part in parts if part]
+    lengths, ends = [0, *(length for length, _ in pairs)], [0.0, *(end for _, end in pairs)]
+    rise = all(values == sorted(set(values)) for values in (lengths, ends))
+    if len(pairs) < len(parts) or not rise or (pairs and ends[-1] != 1):
+        raise ConfigError(
+            f"train_seq_schedule: expected LENGTH@END,… with rising lengths and ends, the last end 1, such as "
+            f"1024@0.1,2048@0.7,3072@1, got {text!r}"
+        )
+    return tuple(pairs)
+
+
 def parse_steps(text: str) -> range:
     """Parse `FIRST:END` to the steps FIRST, …, END - 1. "" gives no steps. Any other text raises a ConfigError."""
     if not text:

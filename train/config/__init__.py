@@ -113,6 +113,7 @@ def _check_together(c: Config) -> None:
     Raises:
         ConfigError: two settings contradict each other.
     """
+    growing = len(c.seq_lengths) > 1
     last, recurring, profiled = c.num_layers - 1, c.recur_layers, parse_steps(c.profile_steps)
     contradictions = {
         f"model_dim {c.model_dim} is not a multiple of num_heads {c.num_heads}": c.model_dim % c.num_heads,
@@ -135,6 +136,12 @@ def _check_together(c: Config) -> None:
         ),
         f"train_batch_tokens {c.train_batch_tokens} is not a multiple of train_seq_len {c.train_seq_len}": (
             c.train_batch_tokens % c.train_seq_len
+        ),
+        f"train_seq_schedule divides consecutive tokens, but loader is {c.loader}: set LOADER=sequential": (
+            growing and c.loader != "sequential"
+        ),
+        "seq_change_warmup_steps needs sequences that grow: set TRAIN_SEQ_SCHEDULE, or SEQ_CHANGE_WARMUP_STEPS=0": (
+            c.seq_change_warmup_steps and not growing
         ),
         "matrix_clip hessian_sdclip needs Hessians, which only quantizer gptq has": (
             c.matrix_clip == "hessian_sdclip" and c.quantizer != "gptq"

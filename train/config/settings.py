@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from train.common.values import setting
+from train.common.values import parse_lengths, setting
 
 # settings that do not affect the model or its score
 BOOKKEEPING = frozenset(
@@ -70,6 +70,10 @@ class Settings:
         1024, "tokens in the vocabulary; not given: as the data's manifest says", low=259, high=65536
     )
     train_seq_len: int = setting(1024, "tokens per training sequence", low=1)
+    train_seq_schedule: str = setting(
+        "",
+        "growing training sequences, LENGTH@END,…: 1024@0.1,2048@1 has 1024 tokens until 0.1 of training; empty: train_seq_len",
+    )
     train_batch_tokens: int = setting(524288, "tokens per step, over all ranks", low=1, high=2**31)
     loader: str = setting(
         "sequential",
@@ -152,6 +156,10 @@ class Settings:
     warmdown_iters: int = setting(1200, "steps of the final learning-rate decay", low=0)
     warmdown_frac: float = setting(
         0.0, "fraction of training with learning-rate decay; 0: use warmdown_iters", low=0.0, high=1.0
+    )
+    min_lr: float = setting(0.0, "smallest factor on the learning rates in their decay", low=0.0, high=1.0)
+    seq_change_warmup_steps: int = setting(
+        0, "steps in which the learning rate rises again after the sequences of train_seq_schedule grew", low=0
     )
     warmdown_by: str = setting(
         "clock", "clock: schedules follow the training time, if it has a limit, else the steps; steps: always the steps",
@@ -285,6 +293,11 @@ class Settings:
     def window(self) -> int:
         """Window length of the final evaluation, in tokens."""
         return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def seq_lengths(self) -> tuple[tuple[int, float], ...]:
+        """Lengths of the training sequences, each with the finished fraction of training up to which it holds."""
+        return parse_lengths(self.train_seq_schedule) or ((self.train_seq_len, 1.0),)
 
     @property
     def embedding_decay(self) -> float:

@@ -356,6 +356,12 @@ def check_batch(config: Config) -> None:
             f"train_batch_tokens {config.train_batch_tokens} is not a multiple of {MICRO_BATCHES} · train_seq_len {config.train_seq_len} "
             f"= {tokens}: a step is {MICRO_BATCHES} micro-batches of whole sequences; change TRAIN_BATCH_TOKENS or TRAIN_SEQ_LEN"
         )
+    for length, _ in config.seq_lengths:
+        if config.train_batch_tokens % (MICRO_BATCHES * length):
+            raise UserError(
+                f"train_seq_schedule: {MICRO_BATCHES} micro-batches of train_batch_tokens {config.train_batch_tokens} are no whole "
+                f"sequences of {length} tokens: change TRAIN_BATCH_TOKENS or TRAIN_SEQ_SCHEDULE"
+            )
 
 
 def make_loader(shards: TrainingShards, config: Config, ranks: Ranks) -> Loader:

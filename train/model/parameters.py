@@ -48,12 +48,12 @@ def parameter_table(model: GPT) -> list[ParameterRow]:
     ]
 
 
-def mflop_per_token(config: Config, *, recurrence: bool) -> float:
+def mflop_per_token(config: Config, *, recurrence: bool, length: int | None = None) -> float:
     """Return the MFLOP of one training token, forward and backward.
 
-    FLOP = 6 · weights + 6 · layer runs · T · d. The second term is causal attention. T is `train_seq_len`. `weights` is
-    the number of weights in matrix products: a repeated layer counts once per run, the output head once, and embedding
-    lookups do not count.
+    FLOP = 6 · weights + 6 · layer runs · T · d. The second term is causal attention. T is `length`, or `train_seq_len`
+    if it is None. `weights` is the number of weights in matrix products: a repeated layer counts once per run, the
+    output head once, and embedding lookups do not count.
     """
     dim, runs = config.model_dim, len(virtual_order(config, recurrence=recurrence))
     block = 2 * dim * dim + 2 * config.kv_dim * dim + 2 * config.mlp_hidden * dim
@@ -62,5 +62,5 @@ def mflop_per_token(config: Config, *, recurrence: bool) -> float:
         weights += config.bigram_dim * dim
     if config.ve_dim and projects(config, config.ve_dim, config.kv_dim):
         weights += config.ve_dim * config.kv_dim
-    attention = runs * config.train_seq_len * dim
+    attention = runs * (length or config.train_seq_len) * dim
     return 6 * (weights + attention) / 1e6

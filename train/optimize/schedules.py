@@ -1,6 +1,8 @@
-"""Schedules of the learning rate and of Muon's momentum, and the start of recurrence."""
+"""Schedules of the learning rate, of Muon's momentum and of the training sequences, and the start of recurrence."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from train.config import Config
 
@@ -8,8 +10,8 @@ from train.config import Config
 def lr_scale(step: int, elapsed_seconds: float, config: Config) -> float:
     """Return the factor on every learning rate in the step after `step` finished steps.
 
-    The factor is 1 until the warmdown, the last phase of training. In the warmdown it falls linearly to 0. There are
-    two published schedules:
+    The factor is 1 until the warmdown, the last phase of training. In the warmdown it falls linearly to 0, but not
+    below `min_lr`. There are two published schedules:
 
     - `warmdown_iters` = n: without a time cap, the warmdown is the last n steps, and its factor is
       (iterations - step) / n. With a cap, the warmdown is the last D = n * elapsed / step seconds, the time of n steps
@@ -27,8 +29,12 @@ def lr_scale(step: int, elapsed_seconds: float, config: Config) -> float:
     Returns:
         A number in [0, 1].
 
-    Source: Parameter Golf's baseline (by steps or time) and submission #1471 (by fraction).
+    Source: Parameter Golf's baseline (by steps or time), submissions #1471 (by fraction) and #1787 (`min_lr`).
     """
+    return max(_warmdown(step, elapsed_seconds, config), config.min_lr)
+
+
+def _warmdown(step: int, elapsed_seconds: float, config: Config) -> float:
     cap = warmdown_seconds(config)
     if config.warmdown_frac > 0:
         done = _finished(step, elapsed_seconds, config)
@@ -60,6 +66,56 @@ def recurrence_on(step: int, elapsed_seconds: float, config: Config) -> bool:
     if config.recur_start_frac > 0:
         return _finished(step, elapsed_seconds, config) >= config.recur_start_frac
     return step >= config.recur_start_step
+
+
+class ContextGrowth:
+    """The length of the training sequences by `train_seq_schedule`, and the warm-up of the learning rate after growth.
+
+    A length holds while the finished fraction of training is at most its end. Once grown, the length stays, even if the
+    clock's estimate falls again. In the k-th of `seq_change_warmup_steps` = n steps after growth, the learning rates
+    have the factor k / n.
+
+    Source: submission #2014 (1,024, 2,048 and 3,072 tokens, n = 32).
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.length = config.seq_lengths[0][0]
+        self.grown_at = 0  # step of the last growth; 0: none yet
+
+    def grow(self, step: int, elapsed_seconds: float) -> bool:
+        """Whether the sequences are longer from this step on."""
+        done = _finished(step, elapsed_seconds, self.config)
+        lengths = [length for length, end in self.config.seq_lengths if done <= end]
+        length = lengths[0] if lengths else self.config.seq_lengths[-1][0]
+        if length <= self.length:
+            return False
+        self.length, self.grown_at = length, step
+        return True
+
+    def lr_factor(self, step: int) -> float:
+        """Return the factor on every learning rate in the step after `step` finished steps."""
+        steps = self.config.seq_change_warmup_steps
+        return min((step - self.grown_at + 1) / steps, 1.0) if steps and self.grown_at else 1.0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"length": self.length, "grown_at": self.grown_at}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Restore the result of `state_dict`."""
+        self.length, self.grown_at = state["length"], state["grown_at"]
+
+
+def training_graphs(config: Config) -> list[tuple[bool, int]]:
+    """The pairs (recurrence, length of the sequences) that training passes through, each a graph of the model."""
+    begin, pairs = 0.0, set()
+    start = config.recur_start_frac
+    for length, end in config.seq_lengths:
+        for recurrence in {recurrence_on(0, 0.0, config), bool(config.recur_layers)}:
+            if not start or not config.recur_layers or (end >= start if recurrence else begin < start):
+                pairs.add((recurrence, length))
+        begin = end
+    return sorted(pairs)
 
 
 def _finished(step: int, elapsed_seconds: float, config: Config) -> float:

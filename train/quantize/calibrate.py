@@ -72,7 +72,8 @@ def _training_batches(config: Config, data: Dataset, ranks: Ranks) -> list[Tenso
     count = -(-config.gptq_calib_batches // ranks.world_size)
     batches: list[Tensor] = []
     while len(batches) < count:
-        batches += [inputs for inputs, _ in loader.next_batch()]
+        # with the last length of the training sequences
+        batches += [inputs.view(-1, config.seq_lengths[-1][0]) for inputs, _ in loader.next_batch()]
     return batches[:count]
 
 

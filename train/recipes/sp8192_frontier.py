@@ -10,13 +10,14 @@ As in the published script:
 - Two softcaps count as parameters and are stored, but get no gradient.
 - The frequencies of the rotary table are rounded to bfloat16. Their base is the same for every length.
 - All parameters of AdamW have weight decay.
+- Training sequences grow with the time. After each growth the learning rate rises again in 32 steps.
 
 Deviations:
 - The model does not adapt to the documents that it scores.
 - Training sequences are consecutive tokens. Attention and SmearGate do not cross document boundaries. In the published
-  script, a row of 98,304 tokens contains whole documents, which are cut at the training length.
-- Training sequences have 2,048 tokens. In the published script they grow from 1,024 to 3,072.
-- The learning rate falls to 0. In the published script its lowest factor is 0.1.
+  script, a row of 98,304 tokens contains whole documents, which are cut at the length of the training
+  sequences.
+- No token is skipped when the training sequences grow. In the published script the tokens of two steps are skipped.
 - Matrices are clipped at 12 standard deviations. The published script clips at 13 for attention and 11.5 for MLPs.
 - Quantization has no low-rank correction (LQER) and no int8 columns (AWQ). Head gates are float16. The published ones
 are int8.
@@ -33,7 +34,10 @@ PUBLISHED = {"val_bpb": 1.05759252, "steps": 4888, "step_ms": 121.93, "artifact_
 SETTINGS = {
     "data_path": "data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
     "vocab_size": 8192,
+    # windows of the validation; the speed and the arithmetic per token are computed for this length
     "train_seq_len": 2048,
+    "train_seq_schedule": "1024@0.1,2048@0.7,3072@1",
+    "seq_change_warmup_steps": 32,
     "train_batch_tokens": 786432,
     "document_masking": True,
     "num_layers": 11,
@@ -59,6 +63,7 @@ SETTINGS = {
     "softcap_params": 2,
     "gptq_reserve_seconds": 4.0,
     "warmdown_frac": 0.85,
+    "min_lr": 0.1,
     "matrix_lr": 0.026,
     "tied_embed_lr": 0.03,
     "scalar_lr": 0.02,
