@@ -44,7 +44,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> I
     [
         ("sp2048_normuon", "sp2048", 1),
         ("sp4096_recurrence", "sp4096", 2),
-        ("sp8192_sdclip", "sp8192", 2),
         ("sp8192_frontier", "frontier", 4),
     ],
 )

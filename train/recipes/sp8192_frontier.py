@@ -15,12 +15,11 @@ As in the published script:
 Deviations:
 - The model does not adapt to the documents that it scores.
 - Training sequences are consecutive tokens. Attention and SmearGate do not cross document boundaries. In the published
-  script, a row of 98,304 tokens contains whole documents, which are cut at the length of the training
-  sequences.
+  script, a row of 98,304 tokens contains whole documents, which are cut at the length of the training sequences.
 - No token is skipped when the training sequences grow. In the published script the tokens of two steps are skipped.
 - Matrices are clipped at 12 standard deviations. The published script clips at 13 for attention and 11.5 for MLPs.
 - Quantization has no low-rank correction (LQER) and no int8 columns (AWQ). Head gates are float16. The published ones
-are int8.
+  are int8.
 - The Hessians are summed over ranks. The published script uses the batches of rank 0.
 - Gradients are clipped after the reduction over ranks. In the published script each rank clips its own.
 - Gradients and momentum are float32. The published ones are bfloat16. The momentum is reset after the warm-up.
