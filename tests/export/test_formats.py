@@ -1,9 +1,12 @@
 """Exported models: plain PyTorch, torch.save, safetensors and transformers compute what the model computes."""
 
 import ast
+import fcntl
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +22,7 @@ from train.config import Config
 from train.data.tokenizer import load_tokenizer
 from train.export import formats, golf_inference
 from train.export.__main__ import main
-from train.export.formats import Exported
+from train.export.formats import FORMATS, Exported
 from train.generate.load import load
 from train.model.gpt import GPT
 from train.recipes import load_recipe
@@ -144,6 +147,31 @@ def test_a_state_dict_holds_the_artifacts_weights_or_the_trained_ones(run: Path,
     assert main([str(run / "model.golf"), "--to", "state_dict", "--out", str(tmp_path / "a.pt")]) == 0
     again = torch.load(tmp_path / "a.pt", weights_only=True)
     assert again.keys() == found.keys() and all(torch.equal(again[name], found[name]) for name in found)
+
+
+def test_a_killed_export_is_cleared_and_a_running_one_is_not(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("*.pt"))
+    killed = (run / ".model_hf.abc.part", run / ".model_state_dict.pt.abc.part")
+    found: list[bool] = []
+
+    def write(_: Exported, path: Path) -> None:
+        # `writing` deletes unfinished files, so another process must not enter it now
+        with open(run / ".writing.lock", "ab") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found.extend(part.exists() for part in killed)
+
+    monkeypatch.setitem(FORMATS, "state_dict", replace(FORMATS["state_dict"], write=write))
+    for model in (run, run / "model.golf"):
+        (killed[0] / "hf").mkdir(parents=True)
+        killed[1].touch()
+        assert main([str(model), "--to", "state_dict"]) == 0
+    assert found == [False] * 4
+    # an output elsewhere needs no lock, and so no right to write into the run folder
+    monkeypatch.setattr(RunFolder, "held", lambda *_, **__: pytest.fail("locked"))
+    monkeypatch.setitem(FORMATS, "state_dict", replace(FORMATS["state_dict"], write=lambda *_: None))
+    assert main([str(run), "--to", "state_dict", "--out", str(tmp_path / "a.pt")]) == 0
 
 
 def test_what_cannot_be_written_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,15 +55,13 @@ def main(argv: list[str] | None = None) -> int:
     """Write the model, and print the path of the written file or folder."""
     arguments = _parser().parse_args(argv)
     path, chosen = arguments.path, FORMATS[arguments.to]
+    folder = RunFolder(path if path.is_dir() else path.parent)
     with ExitStack() as held:
-        if path.is_dir():
-            # the lock keeps other processes from deleting the unfinished output
-            held.enter_context(RunFolder(path).held(shared=True))
         if arguments.weights == "artifact":
             model, window, run = load(path)
         elif path.is_dir():
-            run = RunFolder(path).find_data(RunFolder(path).trained_config())
-            model, window = load_weights(RunFolder(path), run), run.window
+            run = folder.find_data(folder.trained_config())
+            model, window = load_weights(folder, run), run.window
         else:
             raise UserError(f"--weights: an artifact holds no weights before rounding: give the run folder, not {path}")
         tokenizer = None
@@ -71,11 +69,15 @@ def main(argv: list[str] | None = None) -> int:
             tokenizer = tokenizer_path(path, run, arguments.tokenizer)
             load_tokenizer(tokenizer, model.config.vocab_size)
         stem = "weights" if arguments.weights == "master" else "model" if path.is_dir() else path.stem
-        out = arguments.out or (path if path.is_dir() else path.parent) / f"{stem}{chosen.suffix}"
+        out = arguments.out or folder.path / f"{stem}{chosen.suffix}"
         if not out.parent.is_dir():
             raise UserError(f"--out: the folder {out.parent} does not exist: create it first")
         if out.exists():
             raise UserError(f"--out: {out} exists: delete it, or choose another")
+        if run and out.parent.samefile(folder.path):
+            # the locks keep other processes from deleting the unfinished output
+            held.enter_context(folder.held(shared=True))
+            held.enter_context(folder.writing())
         chosen.write(Exported(model, window, tokenizer), out)
     print(out)
     return 0

@@ -64,9 +64,7 @@ def write_safetensors(exported: Exported, path: Path) -> None:
 def write_hf(exported: Exported, path: Path) -> None:
     """Write a folder that the package transformers loads. After an error there is no folder."""
     assert exported.tokenizer is not None
-    # if this process is killed, the temporary folder stays. Its name must not end in .part, because `RunFolder` deletes
-    # files with such names and would fail on a folder.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as work:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".part") as work:
         folder = Path(work, "hf")
         folder.mkdir()
         write_safetensors(exported, folder / "model.safetensors")

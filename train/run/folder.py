@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -180,7 +181,7 @@ class RunFolder:
     def _clear(self) -> None:
         """Delete unfinished files of a process that was interrupted. The caller must hold a lock."""
         for part in self.path.glob(".*.part"):
-            part.unlink()
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
 
     def read_training(self, **kinds: type) -> dict[str, Any]:
         """Read training.json. `kinds` gives the names and types of the required fields.
