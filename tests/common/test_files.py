@@ -11,7 +11,7 @@ import pytest
 
 from train.checkpoint import read_tensors
 from train.common.errors import UserError
-from train.common.files import atomic_write, atomic_writer, read_json, sha256_file, write_json
+from train.common.files import atomic_write, atomic_writer, open_lock, read_json, sha256_file, write_json
 from train.run.log_grammar import parse_log
 from train.run.logger import read_metrics
 
@@ -105,7 +105,7 @@ def test_a_pipe_or_a_device_is_not_read(tmp_path: Path) -> None:
     """Reading waited for the pipe's writer, and never came to the end of /dev/zero."""
     os.mkfifo(tmp_path / "config.json")
     for path in (tmp_path / "config.json", Path("/dev/zero")):
-        for read in (read_metrics, parse_log, read_tensors, lambda path: read_json(path, "restore it")):
+        for read in (read_metrics, parse_log, read_tensors, open_lock, lambda path: read_json(path, "restore it")):
             with pytest.raises(UserError, match="is a device or a pipe"):
                 read(path)
 

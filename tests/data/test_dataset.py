@@ -1,6 +1,7 @@
 """The data of a run is opened once, however many of its stages read it."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -82,3 +83,29 @@ def test_the_recipe_s_own_folder_is_built(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("train.data.build.build_stdlib", lambda *given: built.append(given))
     prepare_data(load_recipe("quickstart").config(), Ranks())
     assert built == [(Path("data/stdlib_1024"), 1024)]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *((("yardsticks",), value) for value in ("x", [1], None, {"gzip": "x"}, {"gzip": float("nan")})),
+        (("val", "normalized_bytes"), "x"), (("train", "tokens"), 1.5), (("tokenizer_sha256",), 3), (("name",), []),
+    ],
+)  # fmt: skip
+def test_a_manifest_with_a_value_of_another_type_is_refused_at_the_start(
+    dataset: Path, tmp_path: Path, place: tuple[str, ...], value: object
+) -> None:
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (manifest if len(place) == 1 else manifest[place[0]])[place[-1]] = value
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"not a dataset's manifest.*{place[-1]}"):
+        Dataset(small(copy, tmp_path)).check()
+
+
+def test_a_pipe_for_a_manifest_is_not_taken_for_none(dataset: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    (copy / "manifest.json").unlink()
+    os.mkfifo(copy / "manifest.json")
+    with pytest.raises(UserError, match=r"manifest\.json: is a device or a pipe"):
+        read_manifest(copy)

@@ -1,5 +1,6 @@
 """Which settings two runs may differ in, and what becomes of a name that a run has already."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,12 @@ def test_a_folder_in_which_nothing_was_trained_may_be_deleted(
     folder.config.unlink()
     if not again:
         assert "delete" not in refusal()
+
+
+@pytest.mark.parametrize("name", [".lock", ".writing.lock"])
+def test_a_pipe_for_a_lock_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    folder = create_run_folder(Config(run_id="a", runs_dir=str(tmp_path)))
+    os.mkfifo(folder.path / name)
+    with pytest.raises(UserError, match=f"{name}: is a device or a pipe"), folder.held(shared=True), folder.writing():
+        pass
+    assert not folder.is_busy

@@ -57,6 +57,12 @@ def refuse_device(path: Path) -> None:
         raise UserError(f"{path}: is a device or a pipe, expected a file: choose another, or move it away")
 
 
+def open_lock(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file to lock it. It is created if it does not exist; a pipe, which would be waited for, raises a UserError."""
+    refuse_device(Path(path))
+    return open(path, "ab")
+
+
 def read_file(path: str | os.PathLike[str]) -> bytes:
     """Read a file. Raise a UserError for a pipe or a device: reading it might never end."""
     refuse_device(Path(path))

@@ -114,6 +114,20 @@ def parse_lengths(text: str) -> tuple[tuple[int, float], ...]:
     return tuple(pairs)
 
 
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value from a JSON file is of a dataclass field's type `kind`. NaN and infinities are no numbers."""
+    inner = typing.get_args(kind)
+    if types.NoneType in inner:
+        return value is None or any(fits(value, one) for one in inner if one is not types.NoneType)
+    if typing.get_origin(kind) is dict:
+        return isinstance(value, dict) and all(isinstance(k, str) and fits(v, inner[1]) for k, v in value.items())
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def parse_steps(text: str) -> range:
     """Parse `FIRST:END` to the steps FIRST, …, END - 1. "" gives no steps. Any other text raises a ConfigError."""
     if not text:

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from sentencepiece import SentencePieceProcessor
 
 from train.common.errors import UserError
-from train.common.files import atomic_write, read_json, sha256_file
+from train.common.files import atomic_write, open_lock, read_json, sha256_file
 from train.common.progress import Progress
 from train.common.wording import counted
 from train.data.build import check_output, describe_dataset, install_folder, load_given_tokenizer, prepare_tokenizer
@@ -378,7 +378,7 @@ def _load_state(work: Path, settings: dict[str, Any]) -> State:
 
 @contextmanager
 def _locked(work: Path) -> Iterator[None]:
-    with (work / LOCK).open("w") as file:
+    with open_lock(work / LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -15,15 +15,14 @@ import json
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 from urllib.parse import unquote, urlparse
 
 from train.common.errors import UserError
-from train.common.files import atomic_write, atomic_writer
+from train.common.files import atomic_write, atomic_writer, open_lock, read_file, read_json
 from train.common.progress import Progress
 from train.data.shards import check_shard
 from train.data.tokenizer import find_operator, load_tokenizer, published_tokenizer
@@ -34,6 +33,8 @@ DEFAULT_PREFIX = "datasets"
 DEFAULT_TRAIN_SHARDS = 80
 ORIGIN = "source.json"
 
+# shard numbers have six digits
+_MOST_SHARDS = 1_000_000
 _VARIANT = re.compile(r"sp(\d+)(_\w+)?", re.ASCII)
 _LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
@@ -200,7 +201,7 @@ def download(
         folder = root / "datasets" / plan.dataset
         _claim(folder, source)
         tokenizer = root / "tokenizers" / PurePosixPath(plan.tokenizer).name
-        _get(source, plan.tokenizer, tokenizer)
+        _get(source, plan.tokenizer, tokenizer, lambda path: load_tokenizer(path, vocab_size, operators=True))
         shards = plan.shards
         if find_operator(load_tokenizer(tokenizer, vocab_size, operators=True)):
             shards = [
@@ -208,30 +209,26 @@ def download(
             ] + shards
         with Progress(len(shards), f"downloading {plan.dataset}", "shards") as bar:
             for path in shards:
-                _get(source, path, folder / PurePosixPath(path).name)
+                _get(source, path, folder / PurePosixPath(path).name, check_shard)
                 bar.advance(1, PurePosixPath(path).name)
     return folder, tokenizer
 
 
 def _plan_by_manifest(source: Source, root: Path, variant: str, train_shards: int) -> Plan:
-    manifest = _manifest(source, root)
+    datasets = _manifest(source, root)
     dataset = f"fineweb10B_{variant}"
     place = f"{source.name}, {source.remote('manifest.json')}"
-    entries = {entry["name"]: entry for entry in manifest["datasets"]}
-    if dataset not in entries:
+    if dataset not in datasets:
         raise UserError(
-            f"{place}: has no {dataset}, only {', '.join(sorted(entries)) or 'nothing'}: choose another --variant or --repo"
+            f"{place}: has no {dataset}, only {', '.join(sorted(datasets)) or 'nothing'}: choose another --variant or --repo"
         )
-    entry = entries[dataset]
-    _check_count(source, dataset, train_shards, int(entry["stats"]["files_train"]))
-    models = [item["model_path"] for item in manifest["tokenizers"] if item["name"] == entry["tokenizer_name"]]
-    if not models or ".." in PurePosixPath(models[0]).parts or PurePosixPath(models[0]).is_absolute():
-        raise UserError(
-            f"{place}: has no usable model_path for tokenizer {entry['tokenizer_name']!r}: try --skip-manifest"
-        )
-    names = [f"fineweb_val_{index:06d}.bin" for index in range(int(entry["stats"]["files_val"]))]
+    entry = datasets[dataset]
+    _check_count(source, dataset, train_shards, entry.files_train)
+    if not entry.tokenizer:
+        raise UserError(f"{place}: has no usable model_path for the tokenizer of {dataset}: try --skip-manifest")
+    names = [f"fineweb_val_{index:06d}.bin" for index in range(entry.files_val)]
     names += [f"fineweb_train_{index:06d}.bin" for index in range(train_shards)]
-    return Plan(dataset, models[0], [f"datasets/{dataset}/{name}" for name in names])
+    return Plan(dataset, entry.tokenizer, [f"datasets/{dataset}/{name}" for name in names])
 
 
 def _plan_by_names(source: Source, root: Path, variant: str, train_shards: int) -> Plan:
@@ -259,7 +256,17 @@ def _check_count(source: Source, dataset: str, wanted: int, there: int) -> None:
         )
 
 
-def _manifest(source: Source, root: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Entry:
+    """A dataset of a repository's manifest."""
+
+    tokenizer: str  # path of its tokenizer's model; empty: none that can be used
+    files_train: int
+    files_val: int
+
+
+def _manifest(source: Source, root: Path) -> dict[str, _Entry]:
+    """Read the repository's manifest: the datasets by name. A copy is kept in `root` for the time without network."""
     kept = root / f"manifest.{re.sub(r'[^A-Za-z0-9]+', '-', source.name).strip('-')}.json"
     try:
         fetched = source.fetch("manifest.json")
@@ -272,18 +279,43 @@ def _manifest(source: Source, root: Path) -> dict[str, Any]:
         raise UserError(
             f"{source.name}: has no {source.remote('manifest.json')}: give --skip-manifest, which lists the files instead, or another --prefix"
         )
-    data = fetched.read_bytes()
+    data = read_file(fetched)
     try:
-        manifest: dict[str, Any] = json.loads(data)
-        for entry in manifest["datasets"]:
-            _ = entry["name"], entry["tokenizer_name"], int(entry["stats"]["files_train"] + entry["stats"]["files_val"])
-        _ = [item["name"] for item in manifest["tokenizers"]]
-    except (ValueError, TypeError, KeyError) as error:
+        manifest = json.loads(data)
+        models = {_text(item["name"]): item.get("model_path") for item in manifest["tokenizers"]}
+        entries = {
+            _text(entry["name"]): _Entry(
+                _inside(models.get(_text(entry["tokenizer_name"]))),
+                _count(entry["stats"]["files_train"], 0),
+                _count(entry["stats"]["files_val"], 1),
+            )
+            for entry in manifest["datasets"]
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{source.name}, manifest.json: not a manifest of shards ({error!r}): try --skip-manifest"
         ) from None
     atomic_write(kept, data)
-    return manifest
+    return entries
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError(f"expected a name, found {ascii(value)[:80]}")
+    return value
+
+
+def _count(value: object, lowest: int) -> int:
+    if type(value) is not int or not lowest <= value <= _MOST_SHARDS:
+        raise ValueError(f"expected {lowest} to {_MOST_SHARDS:,} shards, found {str(value)[:80]}")
+    return value
+
+
+def _inside(path: object) -> str:
+    """The path of a file below the prefix, or "" if it is none."""
+    if not isinstance(path, str) or not path.isprintable() or path.startswith("/"):
+        return ""
+    return path if PurePosixPath(path).name and ".." not in PurePosixPath(path).parts else ""
 
 
 def _claim(folder: Path, source: Source) -> None:
@@ -295,8 +327,11 @@ def _claim(folder: Path, source: Source) -> None:
         for part in place.glob(".*.part"):
             shutil.rmtree(part) if part.is_dir() else part.unlink()
     record = folder / ORIGIN
-    if record.is_file():
-        origin = json.loads(record.read_text())["source"]
+    if record.exists():
+        remedy = "delete it, or that folder if its shards may be from another repository"
+        origin = read_json(record, remedy).get("source")
+        if not isinstance(origin, str):
+            raise UserError(f"{record}: expected the name of a source, found {origin!r}: {remedy}")
         if origin != source.name:
             raise UserError(
                 f"{folder}: its files are from {origin}, not from {source.name}: choose another --out, or delete that folder"
@@ -307,13 +342,11 @@ def _claim(folder: Path, source: Source) -> None:
     atomic_write(record, json.dumps({"source": source.name}) + "\n")
 
 
-def _get(source: Source, path: str, target: Path) -> None:
-    is_shard = target.suffix == ".bin"
+def _get(source: Source, path: str, target: Path, check: Callable[[Path], object]) -> None:
+    """Download a file unless `target` is already valid. `check` raises a UserError for an invalid file."""
     if target.is_file():
-        if not is_shard:
-            return
         try:
-            check_shard(target)
+            check(target)
             return
         except UserError as error:
             print(f"downloading it again: {error}", flush=True)
@@ -322,8 +355,8 @@ def _get(source: Source, path: str, target: Path) -> None:
         raise UserError(f"{source.name}: has no {source.remote(path)}: choose another --variant, --repo or --prefix")
     # resolve the path, because the cache of huggingface_hub returns symbolic links
     whole = fetched.resolve()
-    if is_shard:
-        check_shard(whole)
+    # an invalid file is never placed
+    check(whole)
     _place(whole, target)
 
 
@@ -335,7 +368,7 @@ def _place(whole: Path, target: Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+    with open_lock(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

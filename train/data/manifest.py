@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from train.common.errors import UserError
+from train.common.files import read_file
+from train.common.values import fits
 
 MANIFEST = "manifest.json"
 
@@ -45,13 +48,23 @@ def read_manifest(data_path: str | Path) -> DatasetInfo | None:
         UserError: the file is not a manifest.
     """
     path = Path(data_path) / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(read_file(path))
         del fields["notes"]
-        return DatasetInfo(**fields | {split: SplitInfo(**fields[split]) for split in ("train", "val")})
+        splits = {split: SplitInfo(**fields[split]) for split in ("train", "val")}
+        info = DatasetInfo(**fields | splits)
+        for part in (*splits.values(), info):
+            _check_kinds(part)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
             f"{path}: not a dataset's manifest ({error!r}): build the dataset again with --overwrite"
         ) from None
+    return info
+
+
+def _check_kinds(part: Any) -> None:
+    for name, kind in get_type_hints(type(part)).items():
+        if not fits(value := getattr(part, name), kind):
+            raise ValueError(f"{name}: {ascii(value)[:80]}")

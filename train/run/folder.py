@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from train.common.errors import UserError
-from train.common.files import read_file, read_json, write_json
+from train.common.files import open_lock, read_file, read_json, refuse_device, write_json
 from train.common.values import ConfigError, format_value
 from train.config import BOOKKEEPING, CHANGEABLE, Config
 
@@ -91,7 +91,7 @@ class RunFolder:
     def is_busy(self) -> bool:
         """Whether a process trains or quantizes the run now. False if the file system has no locks."""
         try:
-            with open(self.path / ".lock", "rb") as file:
+            with open(os.open(self.path / ".lock", os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -154,7 +154,7 @@ class RunFolder:
         """
         self.need_run()
         # lock a file of its own, because replacing a locked file would end the lock
-        with open(self.path / ".lock", "ab") as file:
+        with open_lock(self.path / ".lock") as file:
             try:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -173,7 +173,7 @@ class RunFolder:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Inside the context, be the only process that changes files of the run. Use this inside a shared `held`."""
-        with open(self.path / ".writing.lock", "ab") as file:
+        with open_lock(self.path / ".writing.lock") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             self._clear()
             yield
@@ -205,7 +205,8 @@ class RunFolder:
 
     def need(self, path: Path, stage: str) -> Path:
         """Return `path`. If the file is missing, raise a UserError that names `stage`, the command that writes it."""
-        if path.exists() and not path.is_file():
+        refuse_device(path)
+        if path.is_dir():
             raise UserError(f"{path}: expected a file, found a folder: move it away and run {stage}")
         if not path.exists():
             raise UserError(f"{path}: missing: run {stage} first")

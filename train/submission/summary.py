@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.common.errors import UserError
 from train.common.files import read_json, write_json
+from train.common.values import fits
 from train.common.wording import counted, stopped_early
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Summary:
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
-            if not _fits(value := getattr(self, name), kind):
+            if not fits(value := getattr(self, name), kind):
                 raise UserError(f"{name}: expected {_type_name(kind)}, got {value!r}")
         if self.model_groups and sum(self.model_groups.values()) != self.bytes_model:
             raise UserError(
@@ -253,21 +254,6 @@ def summary_text(summary: Summary, run_dir: str | Path | None = None) -> str:
     ]
     title = f"{summary.run_id} (recipe {summary.recipe}, seed {summary.seed}, {summary.parameters:,} parameters)"
     return "\n".join([title, *(f"  {label:<10} {text}" for label, text in lines if text)])
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if isinstance(value, bool):
-        return False
-    if kind is float:
-        return isinstance(value, (int, float))
-    if typing.get_origin(kind) is dict:
-        _, inner = typing.get_args(kind)
-        return isinstance(value, dict) and all(isinstance(k, str) and _fits(v, inner) for k, v in value.items())
-    if typing.get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
-    if type(None) in typing.get_args(kind):
-        return value is None or _fits(value, float)
-    return isinstance(value, kind)
 
 
 def _type_name(kind: Any) -> str:

@@ -30,7 +30,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from train.command_line import resolve
 from train.common.errors import UserError
-from train.common.files import read_file
+from train.common.files import open_lock, read_file
 from train.run.folder import RunFolder, changed_settings
 from train.submission.summary import Summary
 from train.sweep.plan import Plan, Point, Values, point_text
@@ -274,14 +274,14 @@ def _output(run: RunFolder) -> Path:
 
 @contextmanager
 def _locked(plan: Plan) -> Iterator[None]:
-    with open(plan.folder / ".sweep.lock", "ab") as file:
+    with open_lock(plan.folder / ".sweep.lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _try_lock(plan: Plan, number: int, seed: int) -> BinaryIO | None:
     run = plan.run(number, seed)
-    file = open(run.path.with_name(f".{run.path.name}.lock"), "ab")  # noqa: SIM115
+    file = open_lock(run.path.with_name(f".{run.path.name}.lock"))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
