@@ -6,15 +6,16 @@ import io
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from train.common.distributed import Ranks
-from train.common.errors import UserError
+from train.common.errors import UserError, is_out_of_memory
 from train.common.files import atomic_write, refuse_device
+from train.common.values import fits
 from train.config import Config
 from train.model.gpt import GPT
 from train.run.folder import RunFolder
@@ -32,33 +33,82 @@ Parts = Mapping[str, Stateful | None]
 """Name → object whose state the checkpoint stores; None: this run has no such object."""
 
 
-def save_checkpoint(path: Path, parts: Parts, ranks: Ranks, extra: Mapping[str, Any]) -> None:
-    """Atomically write the states of `parts`, and `extra`: plain values such as the step.
+class Reached(NamedTuple):
+    """How far a run had come."""
+
+    step: int  # number of finished steps
+    seconds: float  # time on the training clock
+    first: Mapping[str, Any]  # figures of the validation before the first step
+    world_size: int | None  # number of ranks; None: an earlier version wrote the checkpoint, and did not say
+
+
+def save_checkpoint(path: Path, parts: Parts, ranks: Ranks, reached: Reached) -> None:
+    """Write the states of `parts` and the progress, atomically.
 
     Every rank must call this, because the optimizer's state is gathered from all ranks. Rank 0 writes the file.
     """
     states = {name: part.state_dict() for name, part in parts.items() if part is not None}
     if ranks.is_main:
-        write_tensors(path, {"parts": states, **extra})
+        write_tensors(path, {"parts": states, **reached._asdict()})
 
 
-def load_checkpoint(path: Path, parts: Parts, ranks: Ranks) -> dict[str, Any] | None:
-    """Load a checkpoint's states into `parts`. Return the checkpoint's `extra` values, or None if there is none.
+def load_checkpoint(path: Path, parts: Parts, ranks: Ranks, iterations: int) -> Reached | None:
+    """Load a checkpoint's states into `parts`. Return its progress, or None if there is no checkpoint.
 
     Raises:
-        UserError: the file is damaged, or has states of other parts.
+        UserError: the file is damaged, has states of other parts, or is beyond the last of `iterations` steps.
     """
     if not path.exists():
         return None
     saved = read_tensors(path, ranks.device)
-    states = saved.pop("parts", None)
+    reached = _reached(path, saved)
+    states = saved.get("parts")
     wanted = {name: part for name, part in parts.items() if part is not None}
     if not isinstance(states, dict) or set(states) != set(wanted):
         found = sorted(states) if isinstance(states, dict) else "none"
         raise UserError(f"{path}: expected the state of {sorted(wanted)}, found {found}: delete it to start over")
+    if reached.step > iterations:
+        raise UserError(
+            f"{path}: is at step {reached.step}, but iterations is {iterations}: set ITERATIONS to at least {reached.step}"
+        )
     for name in sorted(wanted):
-        wanted[name].load_state_dict(states[name])
-    return saved
+        if not all(tensor.isfinite().all() for tensor in _tensors(states[name])):
+            raise UserError(f"{path}: the state of {name} holds NaN or infinity: delete it to start over")
+        try:
+            wanted[name].load_state_dict(states[name])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            # the file may be good
+            if is_out_of_memory(error) or "CUDA" in str(error):
+                raise
+            reason = str(error).splitlines()[-1].strip() if str(error) else type(error).__name__
+            raise UserError(
+                f"{path}: the state of {name} is not that of this run ({reason}): delete it to start over"
+            ) from error
+    return reached
+
+
+def _reached(path: Path, saved: Mapping[str, Any]) -> Reached:
+    values: dict[str, Any] = {name: saved.get(name) for name in Reached._fields}
+    step, seconds, first, world_size = values.values()
+    loader = saved["parts"].get("loader") if isinstance(saved.get("parts"), dict) else None
+    problems = {
+        "step": not fits(step, int) or step < 0 or (isinstance(loader, dict) and loader.get("step") != step),
+        "seconds": not fits(seconds, float) or seconds < 0,
+        "first": not isinstance(first, dict),
+        "world_size": world_size is not None and (not fits(world_size, int) or world_size < 1),
+    }
+    wrong = [f"{name} {str(values[name])[:80]}" for name, bad in problems.items() if bad]
+    if wrong:
+        raise UserError(f"{path}: not a checkpoint of a run ({', '.join(wrong)}): delete it to start over")
+    return Reached(step, seconds, first, world_size)
+
+
+def _tensors(state: Any) -> Iterator[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            yield from _tensors(value)
 
 
 def write_tensors(path: Path, values: Mapping[str, Any]) -> None:
@@ -91,6 +141,9 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
         zipfile.BadZipFile,
         pickle.UnpicklingError,
     ) as error:
+        # the file may be good
+        if is_out_of_memory(error) or "CUDA" in str(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path}: damaged or not written by this program ({reason}): delete it and train again"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from train.checkpoint import Parts, load_checkpoint, save_checkpoint
+from train.checkpoint import Parts, Reached, load_checkpoint, save_checkpoint
 from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.common.hardware import datasheet_tflops, keep_freed_memory
@@ -117,15 +117,13 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         "context": grown,
     }
 
-    resumed = load_checkpoint(folder.checkpoint, parts, ranks) if config.resume == "auto" else None
-    step, seconds = (resumed["step"], resumed["seconds"]) if resumed else (0, 0.0)
-    first = EvalResult(**resumed["first"]) if resumed else None
-    # log this even without a checkpoint: training starts again at step 0, and all earlier metrics must be ignored
+    resumed = load_checkpoint(folder.checkpoint, parts, ranks, config.iterations) if config.resume == "auto" else None
+    step, seconds, before = (resumed.step, resumed.seconds, resumed.world_size) if resumed else (0, 0.0, None)
+    first = EvalResult.read(resumed.first, f"{folder.checkpoint}, first validation") if resumed else None
+    # log this even without a checkpoint: the run starts again at step 0, and what a killed process logged is void
     if log.resumed:
         log.resume(step, seconds * 1000)
-    # checkpoints of earlier versions do not store the number of ranks
-    before = resumed.get("world_size", ranks.world_size) if resumed else ranks.world_size
-    if before != ranks.world_size:
+    if before not in (None, ranks.world_size):
         log.line(
             f"training: resumed on {counted(ranks.world_size, 'rank')}, the checkpoint was written on {before}: the result "
             "differs from that of an unbroken run"
@@ -221,8 +219,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
             if profiler:
                 profiler.end(step, "a checkpoint follows")
             check_finite(model, batch_loss, ranks, step, folder.checkpoint)
-            extra = {"step": step, "seconds": seconds, "first": vars(first), "world_size": ranks.world_size}
-            save_checkpoint(folder.checkpoint, parts, ranks, extra)
+            save_checkpoint(folder.checkpoint, parts, ranks, Reached(step, seconds, vars(first), ranks.world_size))
             clock.resume()
     seconds = clock.pause()
     if profiler:

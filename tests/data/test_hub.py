@@ -11,6 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
+from hub_remote import VOCAB, make_model, make_remote
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from train.common.errors import UserError
@@ -20,47 +21,10 @@ from train.data.hub import FolderSource, HubSource, Unreachable, default_repo, d
 from train.data.shards import find_shards, read_shard, read_sidecar, write_shard
 from train.data.tokenizer import find_tokenizer, train_tokenizer
 
-VOCAB = 400
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("hub") / "t.model"
-    documents = (document.text for document, _ in zip(stdlib_documents(), range(20), strict=False))
-    train_tokenizer(documents, VOCAB, path)
-    return path.read_bytes()
-
-
-def make_remote(
-    root: Path, model: bytes, *, prefix: str = "datasets", manifest: bool = True, first: int = 100, name: str = ""
-) -> Path:
-    """A repository as published: two validation and four training shards."""
-    base = root / prefix
-    dataset, tokenizer_file = f"fineweb10B_sp{VOCAB}{name}", f"fineweb_{VOCAB}_bpe{name}.model"
-    shards = base / "datasets" / dataset
-    shards.mkdir(parents=True)
-    for split, count in (("val", 2), ("train", 4)):
-        for index in range(count):
-            write_shard(shards / f"fineweb_{split}_{index:06d}.bin", np.arange(first + index, first + index + 50))
-    (shards / "fineweb_val_bytes_000000.bin").write_bytes(b"sidecar")
-    (base / "tokenizers").mkdir()
-    (base / "tokenizers" / tokenizer_file).write_bytes(model)
-    if manifest:
-        entry = {
-            "name": dataset,
-            "tokenizer_name": "bpe",
-            "vocab_size": VOCAB,
-            "bos_id": 1,
-            "eos_id": 2,
-        }
-        entry["stats"] = {"files_train": 4, "files_val": 2, "tokens_train": 200, "tokens_val": 100}
-        tokenizer = {
-            "name": "bpe",
-            "model_path": f"tokenizers/{tokenizer_file}",
-            "vocab_path": "tokenizers/none.vocab",
-        }
-        (base / "manifest.json").write_text(json.dumps({"datasets": [entry], "tokenizers": [tokenizer]}))
-    return root
+    return make_model(tmp_path_factory.mktemp("hub") / "t.model")
 
 
 @pytest.mark.parametrize(("prefix", "manifest"), [("datasets", True), ("", True), ("some/export", False)])
@@ -257,57 +221,6 @@ def test_damage_to_a_downloaded_file_leaves_the_source_whole(tmp_path: Path, mod
         with path.open("r+b") as file:
             file.write(b"damage")
     assert {name: path.read_bytes() for name, path in sources.items()} == before
-
-
-@pytest.mark.parametrize(
-    ("place", "value"),
-    [
-        *((("datasets", 0, "stats", name), value) for name in ("files_val", "files_train") for value in (10**12, -1, 1.5, "2", None, float("inf"))),
-        (("datasets", 0, "stats", "files_val"), 0),
-        *((("datasets", 0, name), value) for name in ("name", "tokenizer_name", "stats") for value in (5, None, [], "a\x1b[31m")),
-        *((("tokenizers", 0, "model_path"), value) for value in (5, None, [], "", "/etc/passwd", "tokenizers/\x00")),
-        (("datasets", 0), []), (("tokenizers",), 5), ((), "[" * 200_000), ((), "\ud800"),
-    ],
-)  # fmt: skip
-def test_a_manifest_of_wrong_values_is_refused_at_once(
-    tmp_path: Path, model: bytes, place: tuple[str | int, ...], value: object
-) -> None:
-    remote = make_remote(tmp_path / "remote", model)
-    manifest = remote / "datasets" / "manifest.json"
-    values = json.loads(manifest.read_text())
-    inner = values
-    for key in place[:-1]:
-        inner = inner[key]
-    if place:
-        inner[place[-1]] = value
-    manifest.write_bytes((json.dumps(values) if place else str(value)).encode(errors="surrogatepass"))
-    with pytest.raises(UserError, match="--skip-manifest") as refused:
-        download(f"sp{VOCAB}", 1, tmp_path / "data", FolderSource(str(remote), "datasets"))
-    assert str(refused.value).isprintable()
-    assert not (tmp_path / "data" / "datasets").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"source": 5}', b"\xff", b"[" * 200_000])
-def test_a_damaged_note_of_the_source_is_named(tmp_path: Path, model: bytes, content: bytes) -> None:
-    source = FolderSource(str(make_remote(tmp_path / "remote", model)), "datasets")
-    folder, _ = download(f"sp{VOCAB}", 1, tmp_path / "data", source)
-    (folder / "source.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"source\.json: .*: delete it"):
-        download(f"sp{VOCAB}", 1, tmp_path / "data", source)
-
-
-def test_a_broken_tokenizer_is_not_placed_and_a_damaged_one_is_replaced(tmp_path: Path, model: bytes) -> None:
-    remote = make_remote(tmp_path / "remote", model)
-    source = FolderSource(str(remote), "datasets")
-    served = remote / "datasets" / "tokenizers" / f"fineweb_{VOCAB}_bpe.model"
-    served.write_bytes(model[:1000])
-    with pytest.raises(UserError, match="not a SentencePiece model"):
-        download(f"sp{VOCAB}", 1, tmp_path / "data", source)
-    assert not list((tmp_path / "data").rglob("*.model"))
-    served.write_bytes(model)
-    placed = download(f"sp{VOCAB}", 1, tmp_path / "data", source)[1]
-    placed.write_bytes(model[:1000])
-    assert download(f"sp{VOCAB}", 1, tmp_path / "data", source)[1].read_bytes() == model
 
 
 class FakeHub:

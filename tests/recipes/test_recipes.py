@@ -13,7 +13,7 @@ from recipe_training import SEQ_LEN, STEPS, Training, narrow_recipe, write_token
 from torch import Tensor
 from two_ranks import on_two_ranks
 
-from train.checkpoint import load_checkpoint, save_checkpoint
+from train.checkpoint import Reached, load_checkpoint, save_checkpoint
 from train.common.distributed import Ranks
 from train.model.gpt import GPT
 from train.model.parameters import classify
@@ -48,7 +48,7 @@ def finished(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         training = Training.begin(narrow_recipe(name, tokens))
         # recurrence and SWA begin before it for half of the recipes, after it for the others
         losses = training.run((8, 16)[recipe_names().index(name) % 2])
-        save_checkpoint(folder / f"{name}.pt", training.parts, Ranks(), {"step": training.step})
+        save_checkpoint(folder / f"{name}.pt", training.parts, Ranks(), Reached(training.step, 0.0, {}, 1))
         return Finished(training, losses + training.run(STEPS), folder / f"{name}.pt")
 
     return run
@@ -77,7 +77,7 @@ def test_a_resumed_run_is_bit_equal(name: str, finished: Callable[[str], Finishe
     with torch.no_grad():
         for parameter in resumed.model.parameters():
             parameter.fill_(math.nan)
-    resumed.step = load_checkpoint(finished(name).checkpoint, resumed.parts, Ranks())["step"]
+    resumed.step = load_checkpoint(finished(name).checkpoint, resumed.parts, Ranks(), STEPS).step
     assert 0 < resumed.step < STEPS
     resumed.run(STEPS)
     found = resumed.weights()

@@ -70,7 +70,7 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
             raise
         code = _refuse(text)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         code = _refuse(
             f"out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}): lower TRAIN_BATCH_TOKENS, "
@@ -126,8 +126,9 @@ def _remedy(error: OSError) -> str | None:
     return None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    # compare the class's name, because torch may not be imported. On the CPU torch raises a RuntimeError.
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the error says that the CPU or the GPU has too little memory."""
+    # by name, because torch may not be imported; without memory on the CPU, torch raises a RuntimeError
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

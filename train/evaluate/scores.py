@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from train.common.errors import UserError
 from train.common.files import read_json, sha256_file, write_json
+from train.common.values import fits
 from train.config import Config
 from train.data.paid_prefix import NOT_COMPLIANT
 from train.run.folder import RunFolder
@@ -23,6 +25,19 @@ class EvalResult:
     windows: int  # number of windows of all ranks
     seconds: float  # duration on this rank
     layer0: str = ""  # "on" if windows share layer 0's queries, keys and values; else "off" and the reason
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], source: str) -> EvalResult:
+        """Make the score of stored values. Errors begin with `source`.
+
+        Raises:
+            UserError: a value is missing, or is of another type.
+        """
+        kinds = get_type_hints(cls)
+        values = {"layer0": "", **values}
+        if values.keys() != kinds.keys() or not all(fits(values[name], kind) for name, kind in kinds.items()):
+            raise UserError(f"{source}: not a score: {ascii(dict(values))[:200]}")
+        return cls(**values)
 
     @property
     def layer0_line(self) -> str:

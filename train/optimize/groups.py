@@ -190,8 +190,11 @@ class Optimizers:
                 continue
             held = set(_parameters(optimizer))
             for name, parameter in self._named[key].items():
-                if parameter in held:
-                    _load(optimizer, parameter, state[key].get(name, {}))
+                if parameter not in held:
+                    continue
+                if state[key]:
+                    _check_moments(optimizer, name, parameter, state[key][name])
+                _load(optimizer, parameter, state[key].get(name, {}))
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -203,6 +206,23 @@ def _set(group: dict[str, Any], name: str, value: float) -> None:
         group[name].fill_(value)
     else:
         group[name] = value
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, saved: Any) -> None:
+    """Raise a UserError if `saved` is not what the optimizer keeps for the parameter."""
+    whole = tuple(parameter.shape)
+    expected = {"step": (), "exp_avg": whole, "exp_avg_sq": whole}
+    if isinstance(optimizer, Muon):
+        group = next(group for group in optimizer.param_groups if any(parameter is one for one in group["params"]))
+        second = {"second_moment": (*whole[:-1], 1)} if group["normuon"] else {}
+        expected = {"momentum_buffer": whole, **second}
+    found = saved
+    if isinstance(saved, Mapping):
+        found = {key: tuple(value.shape) if isinstance(value, Tensor) else value for key, value in saved.items()}
+    if found != expected:
+        raise UserError(
+            f"checkpoint, optimizer state of {name}: expected {expected}, found {found}: resume with the settings that wrote the checkpoint"
+        )
 
 
 def _load(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: Mapping[str, Tensor]) -> None:
