@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from submission_runs import narrow
 
+from train.common.errors import UserError
 from train.config import Config
 from train.data.build import build_dataset
 from train.data.corpus import split_documents, stdlib_documents
 from train.data.shards import find_shards, load_validation_tokens, read_shard, write_shard
 from train.evaluate.__main__ import main as evaluate
 from train.evaluate.scores import read_evaluation
+from train.export.__main__ import main as export
 from train.pipeline import run_pipeline
 from train.run.folder import RunFolder
 from train.run.log_grammar import parse_log
@@ -26,7 +28,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Confi
     root = tmp_path_factory.mktemp("sidecar")
     documents = [document for document, _ in zip(stdlib_documents(), range(12), strict=False)]
     build_dataset(*split_documents(documents, 6000), root / "data", 512, case_operators=True)
-    config = narrow(root / "data", root, 1, iterations=2, recur_start_step=1, quantizer="rtn")
+    config = narrow(root / "data", root, 1, iterations=2, recur_start_step=1, quantizer="rtn", samples="end")
     return run_pipeline(config), config
 
 
@@ -50,6 +52,16 @@ def test_training_and_the_final_score_count_the_sidecar(finished: tuple[RunFolde
     for entry in entries:
         assert (entry["tokens"], entry["bytes"]) == (len(sizes), sum(sizes))
         assert entry["val_bpb"] == pytest.approx(entry["val_loss"] * per_loss, rel=1e-9)
+
+
+def test_samples_have_capitals_again(finished: tuple[RunFolder, Config]) -> None:
+    # the prompts are import, def and The
+    assert "artifact: The" in finished[0].samples.read_text()
+
+
+def test_hugging_face_s_format_is_refused(finished: tuple[RunFolder, Config], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--to hf: .*_512_bpe\.model needs case operators"):
+        export([str(finished[0].path), "--to", "hf", "--out", str(tmp_path / "hf")])
 
 
 def test_evaluate_counts_the_sidecar(finished: tuple[RunFolder, Config], capsys: pytest.CaptureFixture[str]) -> None:

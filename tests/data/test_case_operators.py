@@ -14,7 +14,7 @@ from train.common.errors import UserError
 from train.config import Config
 from train.data.build import build_dataset
 from train.data.bulk import build_bulk
-from train.data.case_operators import OPERATORS, encode_with_bytes, inverse, restore, transform
+from train.data.case_operators import OPERATORS, encode_with_bytes, inverse, restore, restore_parts, transform
 from train.data.corpus import Document, stdlib_documents
 from train.data.manifest import read_manifest
 from train.data.shards import find_shards, read_shard, read_sidecar, write_shard
@@ -130,6 +130,18 @@ def test_any_text_comes_back() -> None:
         written = transform(text)
         assert written == plain_transform(text)
         assert inverse(written) == restore(written) == text
+
+
+def test_text_in_parts_comes_back_as_soon_as_it_is_known() -> None:
+    cut = random.Random(1)
+    for text in random_texts(1000):
+        written = transform(text)
+        places = sorted(cut.randrange(len(written) + 1) for _ in range(4))
+        parts = [written[begin:end] for begin, end in itertools.pairwise([0, *places, len(written)])]
+        assert "".join(restore_parts(parts)) == text
+    assert list(restore_parts([f"a {T}", "b", f" {A}c", "d", " e"])) == ["a ", "B", " ", "", "CD e", ""]
+    # what a model writes may be wrong
+    assert "".join(restore_parts([f"{T}{A}", f" {C}", ""])) == f"{T}{A} {C}"
 
 
 def test_capitals_in_every_position_come_back() -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
@@ -32,6 +33,11 @@ _OPERATOR = re.compile(f"([{TITLE}-{ESC}])")
 _WORD = re.compile("((?<![A-Za-z])[a-z]*+[A-Z][A-Za-z]*)")
 _CAPITAL = re.compile("([A-Z])")
 _WRITTEN = re.compile(f"{ESC}([{TITLE}-{ESC}])|{ALLCAPS}([A-Za-z]+)|[{TITLE}{CAPNEXT}]([A-Za-z])")
+# text up to an operator whose effect depends on what follows
+_CLOSED = re.compile(
+    f"(?:[^{TITLE}-{ESC}]|{ESC}[{TITLE}-{ESC}]|[{TITLE}{CAPNEXT}{ESC}](?=.)|{ALLCAPS}[A-Za-z]*(?=[^A-Za-z]))*",
+    re.DOTALL,
+)
 # an operator in transformed UTF-8 text; ESC and the operator after it are one match
 _ACTING = re.compile(rb"\xee\x80\x84\xee\x80[\x81-\x84]|\xee\x80[\x81-\x83]")
 
@@ -77,6 +83,18 @@ def inverse(transformed: str) -> str:
 def restore(transformed: str) -> str:
     """Restore capitals like `inverse`, but keep operators that are in a wrong place."""
     return _WRITTEN.sub(lambda match: match[1] or (match[2] or match[3]).upper(), transformed)
+
+
+def restore_parts(parts: Iterable[str]) -> Iterator[str]:
+    """Yield the restored text of a transformed text that comes in parts, each as soon as no later part can change it."""
+    held = ""
+    for part in parts:
+        held += part
+        match = _CLOSED.match(held)
+        end = match.end() if match else 0
+        yield restore(held[:end])
+        held = held[end:]
+    yield restore(held)
 
 
 def encode_with_bytes(tokenizer: SentencePieceProcessor, text: str, place: str) -> tuple[Tokens, Tokens]:

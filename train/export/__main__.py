@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 from train.checkpoint import load_weights
 from train.common.errors import UserError, main_guard
-from train.data.tokenizer import load_tokenizer
+from train.data.tokenizer import find_operator, load_tokenizer
 from train.export.formats import FORMATS, Exported
 from train.generate.load import load, tokenizer_path
 from train.run.folder import RunFolder, find_run
@@ -67,7 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = None
         if arguments.to == "hf":
             tokenizer = tokenizer_path(path, run, arguments.tokenizer)
-            load_tokenizer(tokenizer, model.config.vocab_size)
+            if find_operator(load_tokenizer(tokenizer, model.config.vocab_size, operators=True)):
+                raise UserError(
+                    f"--to hf: {tokenizer} needs case operators, which hf can't write: give --to safetensors"
+                )
         stem = "weights" if arguments.weights == "master" else "model" if path.is_dir() else path.stem
         out = arguments.out or folder.path / f"{stem}{chosen.suffix}"
         if not out.parent.is_dir():

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     device = choose_device(arguments.device)
     model, window, run = load(arguments.path, device.type)
     found = tokenizer_path(arguments.path, run, arguments.tokenizer)
-    tokenizer = load_tokenizer(found, model.config.vocab_size)
+    tokenizer = load_tokenizer(found, model.config.vocab_size, operators=True)
     prompt = encode(tokenizer, arguments.prompt)
     added = continue_text(
         model.to(device),

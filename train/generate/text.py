@@ -10,15 +10,16 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 from train.common.errors import UserError
+from train.data.case_operators import restore_parts, transform
 from train.data.shards import BOS
-from train.data.tokenizer import SPACE
+from train.data.tokenizer import SPACE, find_operator
 from train.model.decoder import Decoder, sample
 from train.model.gpt import GPT
 
 
 def encode(tokenizer: SentencePieceProcessor, prompt: str) -> list[int]:
     """Encode the beginning of a document: BOS, then the tokens of `prompt`, which the tokenizer normalizes."""
-    return [BOS, *tokenizer.Encode(prompt)]
+    return [BOS, *tokenizer.Encode(transform(prompt) if find_operator(tokenizer) else prompt)]
 
 
 def continue_text(
@@ -67,10 +68,15 @@ def characters(tokenizer: SentencePieceProcessor, ids: Iterable[int]) -> Iterato
 
     If a character consists of several byte tokens, it is yielded with the last of them.
     """
+    parts = _decoded(tokenizer, ids)
+    yield from map(_printable, restore_parts(parts) if find_operator(tokenizer) else parts)
+
+
+def _decoded(tokenizer: SentencePieceProcessor, ids: Iterable[int]) -> Iterator[str]:
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     for index in ids:
-        yield _printable(utf8.decode(_bytes(tokenizer, index)))
-    yield _printable(utf8.decode(b"", final=True))
+        yield utf8.decode(_bytes(tokenizer, index))
+    yield utf8.decode(b"", final=True)
 
 
 def _bytes(tokenizer: SentencePieceProcessor, index: int) -> bytes:
