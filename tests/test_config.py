@@ -100,6 +100,21 @@ def test_other_scripts_names_for_a_setting_are_taken() -> None:
     config, overrides = resolve(["--embed-quantization-bits", "16"], {"WEIGHT_QUANTIZATION_BITS": "5"})
     assert (config.matrix_bits, config.embed_bits) == (5, 16)
     assert override_line(overrides[0]) == "setting:matrix_bits=5 from:environment WEIGHT_QUANTIZATION_BITS"
+    # what #2014's command would say of the settings that its recipe has
+    command = (
+        "VOCAB_SIZE=8192 NUM_LOOPS=2 LOOP_START=3 LOOP_END=5 ENABLE_LOOPING_AT=0.35 PARALLEL_START_LAYER=8 PARALLEL_FINAL_LANE=mean "
+        "SPARSE_ATTN_GATE_ENABLED=1 GATE_WINDOW=12 SMEAR_GATE_ENABLED=1 SMEAR_GATE_BOS_FIX=1 SKIP_GATES_ENABLED=1 ROPE_YARN=0 MIN_LR=0.1 "
+        "ASYM_LOGIT_RESCALE=1 BETA2=0.99 MUON_ROW_NORMALIZE=1 GPTQ_CALIBRATION_BATCHES=16 TRAIN_SEQ_SCHEDULE=1024@0.1,2048@0.7,3072@1 "
+        "SEQ_CHANGE_WARMUP_STEPS=32 QK_GAIN_INIT=5.25 EMBED_BITS=7 GPTQ_RESERVE_SECONDS=4.0 WARMDOWN_FRAC=0.85 EVAL_SEQ_LEN=3072"
+    )
+    environ = dict(word.split("=") for word in command.split())
+    assert resolve(["--recipe", "sp8192_frontier"], environ)[1] == []
+    changed, _ = resolve(
+        ["--recipe", "sp8192_frontier", "--smear-gate-enabled", "0"], {"LOOP_START": "4", "LOOP_END": "5"}
+    )
+    assert (changed.smear_gate, changed.recur_layers) == ("off", (4, 5))
+    with pytest.raises(ConfigError, match="PARALLEL_FINAL_LANE: expected mean, got 'attn'"):
+        resolve([], {"PARALLEL_FINAL_LANE": "attn"})
 
 
 def test_embeddings_decay_with_the_rest_of_adamw_unless_they_have_their_own() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from train.common.errors import UserError
 from train.common.retired import refuse_retired
-from train.common.values import ConfigError, format_value
+from train.common.values import ConfigError, format_value, parse_text
 from train.config import (
     BOOKKEEPING,
     SECTIONS,
@@ -33,7 +33,19 @@ _FAMILIES = frozenset(
 )
 
 # name of a setting in other published scripts → its name here
-_ALIASES = {"weight_quantization_bits": "matrix_bits", "embed_quantization_bits": "embed_bits"}
+_ALIASES = {
+    "weight_quantization_bits": "matrix_bits", "embed_quantization_bits": "embed_bits", "gptq_calibration_batches": "gptq_calib_batches",
+    "muon_row_normalize": "muon_eq_r", "skip_gates_enabled": "skip_gates", "sparse_attn_gate_enabled": "head_gate",
+    "enable_looping_at": "recur_start_frac", "smear_gate_enabled": "smear_gate", "asym_logit_rescale": "softcap_params",
+    "parallel_final_lane": "parallel_form", "rope_yarn": "rope_scaling",
+}  # fmt: skip
+# name in other published scripts → {value there: value here}, if the values differ
+_VALUES = {
+    "smear_gate_enabled": {"0": "off", "1": "embedding"},
+    "asym_logit_rescale": {"0": "0", "1": "2"},
+    "parallel_final_lane": {"mean": "routed"},
+    "rope_yarn": {"0": "none"},
+}
 
 
 @dataclass(frozen=True)
@@ -82,12 +94,17 @@ def given_settings(arguments: Sequence[str], environ: Mapping[str, str]) -> dict
         field = _field_of(name)
         refuse_retired(field, f"environment variable {name}")
         if field in field_names():
-            given[field] = Override(field, parse_value(field, text, name), f"environment {name}")
+            given[field] = Override(field, parse_value(field, _value_of(name, text), name), f"environment {name}")
         elif _looks_like_setting(name):
             raise ConfigError(
                 f"{name}: this environment variable looks like a setting, but no setting has this name{nearest(name)} "
                 "(unset it, or see python -m train --help)"
             )
+    if {"LOOP_START", "LOOP_END"} <= environ.keys():
+        first, last = (parse_text(int, environ[name], name) for name in ("LOOP_START", "LOOP_END"))
+        given["recur_layers"] = Override(
+            "recur_layers", tuple(range(first, last + 1)), "environment LOOP_START and LOOP_END"
+        )
     for name, text in _flags(arguments):
         given[name] = Override(name, parse_value(name, text, f"--{name}"), "command line")
     return given
@@ -108,7 +125,7 @@ def note_unread(
             continue
         value = getattr(config, field)
         try:
-            if parse_value(field, text, name) == value:
+            if parse_value(field, _value_of(name, text), name) == value:
                 continue
         except ConfigError:
             pass
@@ -154,8 +171,9 @@ def _flags(arguments: Sequence[str]) -> list[tuple[str, str]]:
         flag = remaining.pop(0)
         if not flag.startswith("--"):
             raise ConfigError(f"{flag!r}: expected --NAME VALUE; see python -m train --help")
-        name, equals, text = flag[2:].partition("=")
-        name = _field_of(name.replace("-", "_"))
+        spelled, equals, text = flag[2:].partition("=")
+        spelled = spelled.replace("-", "_")
+        name = _field_of(spelled)
         refuse_retired(name, f"--{name}")
         if name not in field_names():
             raise ConfigError(f"{flag.partition('=')[0]}: no such setting{nearest(name)}")
@@ -163,12 +181,22 @@ def _flags(arguments: Sequence[str]) -> list[tuple[str, str]]:
             if not remaining:
                 raise ConfigError(f"{flag}: a value is missing")
             text = remaining.pop(0)
-        pairs.append((name, text))
+        pairs.append((name, _value_of(spelled, text)))
     return pairs
 
 
 def _field_of(name: str) -> str:
     return _ALIASES.get(name.lower(), name.lower())
+
+
+def _value_of(name: str, text: str) -> str:
+    """Translate the value of a setting that has another name here."""
+    values = _VALUES.get(name.lower())
+    if values is None:
+        return text
+    if text not in values:
+        raise ConfigError(f"{name}: expected {' or '.join(values)}, got {text!r}")
+    return values[text]
 
 
 def _looks_like_setting(name: str) -> bool:
