@@ -20,6 +20,7 @@ from train.recipes import load_recipe, recipe_names
         ("sp4096_recurrence", 34_400_347, 132_358_508, 34_566_326, 26_636_470),
         ("sp8192_sdclip", 37_022_812, 137_605_488, 37_206_200, 29_276_344),
         ("sp8192_frontier", 35_945_673, 135_394_084, None, None),
+        ("sp8192_ngram_tilt", 35_945_673, 135_394_084, None, None),
     ],
 )
 def test_parameters_and_bytes_are_the_published_ones(
@@ -42,6 +43,7 @@ def test_parameters_and_bytes_are_the_published_ones(
         ("sp4096_recurrence", 4_508_614_656),
         ("sp8192_sdclip", 3_903_848_448),
         ("sp8192_frontier", 3_844_079_616),
+        ("sp8192_ngram_tilt", 3_932_946_432),
     ],
 )
 def test_published_steps_saw_the_published_tokens(name: str, tokens: int) -> None:

@@ -20,7 +20,7 @@ from train.model.gpt import GPT
 from train.optimize.groups import split_parameters
 
 # recipes whose published script stacked the matrices of one shape in a bank and orthogonalized each bank at once
-BANKED = ("sp4096_recurrence", "sp8192_frontier")
+BANKED = ("sp4096_recurrence", "sp8192_frontier", "sp8192_ngram_tilt")
 
 
 def orthogonalize(gradient: Tensor, coefficients: Sequence[Triple], dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -193,7 +193,7 @@ def test_the_base_is_the_same_at_every_length() -> None:
     assert {"rope_scaling", "smear_gate_bos_fix", "smear_gate"} <= set(MODEL_FIELDS)
 
 
-@pytest.mark.parametrize(("script", "name"), [("B", "sp8192_frontier")])
+@pytest.mark.parametrize(("script", "name"), [("A", "sp8192_ngram_tilt"), ("B", "sp8192_frontier")])
 def test_initial_values(script: str, name: str) -> None:
     expected, recipe = ORACLES["9_initial_values"][script], load_recipe(name)
     torch.manual_seed(0)

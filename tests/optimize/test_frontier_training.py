@@ -29,12 +29,7 @@ ORACLES: dict[str, Any] = json.loads(
 )
 SCHEDULES = ORACLES["5_schedules"]
 RECIPE = load_recipe("sp8192_frontier").config(device="cpu")
-CONFIGS = {
-    "A": RECIPE.replace(
-        gptq_reserve_seconds=0.5, matrix_lr=0.028, train_seq_schedule="", seq_change_warmup_steps=0, qk_gain_init=5.0
-    ),
-    "B": RECIPE,
-}
+CONFIGS = {"A": load_recipe("sp8192_ngram_tilt").config(device="cpu"), "B": RECIPE}
 
 
 @pytest.mark.parametrize("script", ["A", "B"])
