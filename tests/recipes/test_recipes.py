@@ -23,6 +23,9 @@ from train.recipes import recipe_names
 # a whole schedule in few steps, for what need not learn: constant, recurrent, falling, averaged
 SHORT = {"iterations": 6, "recur_start_step": 3, "warmdown_iters": 4, "swa_every": 1}
 
+# sp8192_ngram_tilt differs from sp8192_frontier in numbers and switches alone
+TRAINED = [name for name in recipe_names() if name != "sp8192_ngram_tilt"]
+
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -63,14 +66,14 @@ def test_the_loss_begins_at_ln_vocab(name: str, tokens: Path) -> None:
     assert float(loss.detach()) == pytest.approx(math.log(config.vocab_size), abs=0.012)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", TRAINED)
 def test_training_lowers_the_loss(name: str, finished: Callable[[str], Finished]) -> None:
     losses = finished(name).losses
     assert len(losses) == STEPS
     assert np.mean(losses[-3:]) < losses[0] - 0.3
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_resumed_run_is_bit_equal(name: str, finished: Callable[[str], Finished]) -> None:
     expected = finished(name).training.weights()
     resumed = Training.begin(finished(name).training.config)
@@ -114,7 +117,7 @@ def test_dead_skips_of_sdclip_get_no_gradient(tokens: Path) -> None:
 def short_runs(tokens: Path, ranks: Ranks) -> dict[str, dict[str, Tensor]]:
     """The weights at the end of each recipe's short run, in float64."""
     weights = {}
-    for name in recipe_names():
+    for name in TRAINED:
         run = Training.begin(narrow_recipe(name, tokens, **SHORT), ranks, double=True)
         run.run(run.config.iterations)
         weights[name] = run.weights()
