@@ -39,7 +39,8 @@ class Operation(NamedTuple):
 
     `code_bytes` is the memory traffic per code, without the scales. `new_result(rows, columns)` allocates memory for the
     result of one matrix. `native` writes the results of all matrices to that memory. `reference` computes the result of
-    one matrix in PyTorch. `truth` computes the correct result of one matrix.
+    one matrix with the PyTorch backend, as a second candidate. `truth` computes the result in float64, with which the
+    candidates' results are compared.
     """
 
     op: str

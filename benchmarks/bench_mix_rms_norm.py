@@ -41,7 +41,7 @@ def traffic(shape: Shape) -> dict[str, dict[str, float]]:
 
 
 def plain(x: Tensor, x0: Tensor, mix: Tensor, *, eps: float, gain: float) -> tuple[Tensor, Tensor]:
-    """The chain in plain PyTorch."""
+    """Residual mix and norm in plain PyTorch."""
     first, second = mix.to(x.dtype).unbind()
     h = torch.addcmul(first * x, second, x0)
     return h, F.rms_norm(h, h.shape[-1:], eps=eps) * gain

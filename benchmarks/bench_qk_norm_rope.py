@@ -41,7 +41,7 @@ def traffic(shape: Shape) -> dict[str, dict[str, float]]:
 
 
 def plain(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-    """The chain in plain PyTorch."""
+    """QK-norm, RoPE and query gain in plain PyTorch."""
     half = cosine.shape[-1]
 
     def turned(x: Tensor) -> Tensor:

@@ -192,7 +192,10 @@ def _call_decision(c: Candidate, findings: Findings) -> dict[str, str] | None:
 
 def _step_decision(c: Candidate, findings: Findings, winners: Sequence[str]) -> dict[str, str] | None:
     if _lost_as_call(c, findings):
-        return {"backend": "torch", "reason": f"{c.backend} lost as a call, so the step was not measured"}
+        return {
+            "backend": "torch",
+            "reason": f"{c.backend} was not faster in a single call, so the step was not measured",
+        }
     finding = findings.get(f"step {c.op}")
     if finding is None:
         return None

@@ -63,7 +63,8 @@ def test_a_run_leaves_its_whole_record(finished: Finished) -> None:
     assert text.startswith("Running Python ")
     assert (finished.folder.path / "source.txt").read_text().startswith("# csrc/")
     assert re.search(
-        r"gptq:calibrated \d+ matrices on 4 training batches in [\d.]+s, Hessians of the trained model\n", text
+        r"gptq:calibrated \d+ matrices: computed their Hessians on 4 training batches with the trained model in [\d.]+s\n",
+        text,
     )
     assert re.search(r"gptq:inner loop computed by backend (cpp|torch) \(\w", text)
     readme = (finished.folder.path / "README.md").read_text()
@@ -105,9 +106,9 @@ def test_each_stage_says_what_it_takes_before_it_starts(finished: Finished) -> N
 
 
 def test_a_run_keeps_samples_of_its_validations_and_its_artifact(finished: Finished) -> None:
-    labels = [label for label in ("step 0", "step 6", "step 12", "artifact") for _ in PROMPTS]
+    labels = [label for label in ("at step 0", "at step 6", "at step 12", "of the artifact") for _ in PROMPTS]
     lines = finished.folder.samples.read_text().splitlines()
-    assert [line.partition(": ")[0] for line in lines] == labels
+    assert [line.partition(": ")[0] for line in lines] == [f"sample text {label}" for label in labels]
     config, model = finished.folder.trained_config(), load_model(finished.folder.artifact)
     assert [line.partition(": ")[2] for line in lines[-3:]] == sample_texts(config, model, recurrence=True)
     # programs read the log, and the rules of a record search it
@@ -265,7 +266,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert "resumed: step:4" in (output := capsys.readouterr().out)
     clock = folder.read_training()["seconds"]
     assert summarize(folder).stage_seconds["train"] == clock
-    assert re.search(rf"stages +train {clock:.1f}, .* s \(resumed at step 4, so train is the training clock\)", output)
+    assert re.search(rf"stages +train {clock:.1f}, .* s \(resumed at step 4, so train is the training time\)", output)
     expected, found = (read_tensors(folder.weights) for folder in (finished.folder, folder))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -147,7 +147,9 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         if config.samples == "validations":
             from train.generate.samples import write_samples
 
-            ranks.on_main(lambda: write_samples(folder, config, model, f"step {step}", recurrence=recurrence))
+            ranks.on_main(
+                lambda: write_samples(folder, config, model, f"sample text at step {step}", recurrence=recurrence)
+            )
         return result
 
     if first is None:

@@ -110,7 +110,7 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
             if config.samples != "off":
                 from train.generate.samples import write_samples
 
-                ranks.on_main(lambda: write_samples(folder, config, model, "artifact"))
+                ranks.on_main(lambda: write_samples(folder, config, model, "sample text of the artifact"))
             if ranks.is_main and importlib.util.find_spec("train.submission"):
                 from train.submission.record import record_run
 

@@ -45,7 +45,7 @@ def _git(*arguments: str) -> str:
 
 
 def read_version() -> Version:
-    """Returns the version of the sources on disk. Changes of results, plots and documents do not count."""
+    """Returns the version of the sources on disk: the commit and whether files differ from it; without git, a checksum."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         # fails if this folder is untracked inside another repository

@@ -183,7 +183,7 @@ def test_bytes_are_those_of_the_characters_behind_each_token(model: Path) -> Non
 def test_a_token_of_more_bytes_than_16_bits_hold_is_refused(model: Path) -> None:
     tokenizer = load_tokenizer(model, VOCAB, operators=True)
     assert int(encode_with_bytes(tokenizer, f"a{' ' * 65_534}b", "x")[1].max()) >= 65_534
-    with pytest.raises(UserError, match=r"a\.jsonl, line 3: a token stands for 65,53\d bytes, more than the 65,535"):
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3: a token has 65,53\d bytes, more than the 65,535"):
         encode_with_bytes(tokenizer, f"a{' ' * 65_537}b", "a.jsonl, line 3")
 
 

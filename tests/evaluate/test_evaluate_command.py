@@ -147,7 +147,7 @@ def test_the_score_says_whether_windows_share_layer_0(
         (["--stride", "0"], "off (windows do not overlap)"),
     ):
         main([str(run), "--max-tokens", "100", *arguments])
-        line = f"sharing of layer 0's QKV between windows: {said}"
+        line = f"reuse of layer 0's queries, keys and values in overlapping windows: {said}"
         assert capsys.readouterr().out.splitlines()[-3] == line
         assert read_metrics(run / "metrics.jsonl")[-1]["layer0"] == said
 

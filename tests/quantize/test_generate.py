@@ -90,7 +90,7 @@ def test_hessians_of_generated_text_are_those_of_the_texts(graph: str) -> None:
     assert len(notes) == 1
     plain = " without recurrence and parallel layers" if graph == "plain" else ""
     assert notes[0].startswith(
-        f"gptq:generated 5 sequences of {LENGTH} tokens, 3 Hessians of the trained model{plain} in "
+        f"gptq:generated 5 sequences of {LENGTH} tokens, computed 3 Hessians with the trained model{plain} in "
     )
 
 

@@ -176,4 +176,6 @@ def test_phases_before_the_first_step_follow_each_other_and_add_up(monkeypatch: 
     start.end("data and model")
     start.end("compilation and warm-up")
     assert start.phases == {"start": 8.0, "data and model": 3.5, "compilation and warm-up": 48.5}
-    assert str(start) == "first step after 60.0 s (start 8.0, data and model 3.5, compilation and warm-up 48.5)"
+    assert (
+        str(start) == "time before the first step: 60.0 s (start 8.0, data and model 3.5, compilation and warm-up 48.5)"
+    )

@@ -58,11 +58,11 @@ def test_one_digit_between_json_and_log(record: Path, seed: str) -> None:
     bpb = f"{RUNS[seed][0]:.8f}"
     other = bpb[:-1] + str((int(bpb[-1]) + 1) % 10)
     edit(record / f"train_seed{seed}.log", f"val_bpb:{bpb}", f"val_bpb:{other}")
-    found = notes(record)["the score stands in a log"]
+    found = notes(record)["the score is in a log"]
     near = f"{float(other)} (int6_sliding_window in train_seed{seed}.log)"
     assert found == f"seed {seed}: {float(bpb)} is in no log; the nearest is {near}"
     edit(record / f"train_seed{seed}.log", f"val_bpb:{other}", "val_bpb:1.09000000")
-    assert "the nearest is 1.09 (" in failures(record)["the score stands in a log"]
+    assert "the nearest is 1.09 (" in failures(record)["the score is in a log"]
 
 
 def test_one_digit_beside_a_lost_zero(record: Path) -> None:
@@ -70,7 +70,7 @@ def test_one_digit_beside_a_lost_zero(record: Path) -> None:
     results = json.loads((record / "submission.json").read_text())["seed_results"]
     results["42"]["val_bpb"] = 1.08725550
     edit_json(record, seed_results=results)
-    assert "the score stands in a log" in notes(record)
+    assert "the score is in a log" in notes(record)
 
 
 def test_mean_that_is_not_the_mean(record: Path) -> None:
@@ -125,14 +125,14 @@ def test_missing_keys_and_files(record: Path) -> None:
 def test_a_log_that_was_cut(record: Path) -> None:
     path = record / "train_seed1337.log"
     path.write_text(path.read_text()[:900])
-    assert notes(record)["the score stands in a log"] == "seed 1337: no log with its score"
+    assert notes(record)["the score is in a log"] == "seed 1337: no log with its score"
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "0.00000000"])
 def test_a_log_that_ends_without_a_sound_score(record: Path, number: str) -> None:
     edit(record / "train_seed1337.log", f"val_bpb:{RUNS['1337'][0]:.8f}", f"val_bpb:{number}")
     # the nearest score is that of the other windows
-    assert "seed 1337: 1.08655776 is in no log" in failures(record)["the score stands in a log"]
+    assert "seed 1337: 1.08655776 is in no log" in failures(record)["the score is in a log"]
     # what stands in the json is then what is judged
     assert read_record_folder(record).results[1].numbers["val_bpb"] == RUNS["1337"][0]
 

@@ -127,8 +127,8 @@ def test_the_readme_says_which_runs_were_resumed(runs: list[Path]) -> None:
     first, second, third = read_runs(runs)
     resumed = [replace(run, summary=replace(run.summary, resumed=[2, 3])) for run in (second, third)]
     note = readme._times([first, *resumed])[-1]
-    said = "resumed at steps 2, 3, so train is the training clock."
-    clock = "Times in seconds. The training clock covers the steps; calibration on training data follows it and counts as training too."
+    said = "resumed at steps 2, 3, so train is the training time."
+    clock = "Times in seconds. The training time covers the steps; calibration on training data follows and counts as training too."
     assert note == f"{clock} Seed 314: {said} Seed 999: {said}"
     assert readme._times([*resumed, first])[-1] == note and readme._times([first])[-1] == clock
 

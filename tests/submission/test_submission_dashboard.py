@@ -280,7 +280,7 @@ def test_filter_sort_and_axis_change_what_is_drawn(browser_page: Page) -> None:
     browser_page.select_option("#order", "id")
     assert [row[0] for row in rows(browser_page)][:2] == ["base_42", "base_314"]
     browser_page.select_option("#axis", "1")
-    assert browser_page.text_content("#chart-loss .xtitle") == "training clock (s)"
+    assert browser_page.text_content("#chart-loss .xtitle") == "training time (s)"
     scale, origin = ticks(browser_page, "chart-bpb", "x")
     last = browser_page.evaluate(
         "(() => { const marks = document.querySelectorAll('#chart-bpb .scatterlayer .trace')[1].querySelectorAll('.points path');"

@@ -61,7 +61,7 @@ def test_loss_shows_each_measured_point_over_steps_and_over_seconds(
     assert over_seconds["training (batch)"] == [(record["seconds"], record["train_loss"]) for record in train]
     assert over_steps["validation"] == [(0, 9.0), (100, 2.95)]
     assert over_seconds["validation"] == [(0.0, 9.0), (12.0, 2.95)]
-    assert [axis.get_xlabel() for axis in drawn[0].axes] == ["step", "training clock (seconds)"]
+    assert [axis.get_xlabel() for axis in drawn[0].axes] == ["step", "training time (seconds)"]
     assert drawn[0].axes[0].get_ylabel() == "loss (nats per token)"
 
 

@@ -146,7 +146,7 @@ class Mixed:
 
 @dataclass(frozen=True)
 class PerRow:
-    """The layout `PerRow` of the module's docstring, whose "__quant_format__" is `tag`."""
+    """The layout `PerRow`, shown in the module's docstring. Its files store `tag` under the key "__quant_format__"."""
 
     tag: str
     packed: bool = False

@@ -126,12 +126,13 @@ def write_artifact(
 def encode_artifact(tensors: Mapping[str, QuantizedTensor | Tensor], config: Config) -> EncodedArtifact:
     """Encode a quantized model as an artifact. The same tensors and settings give the same bytes.
 
-    A section contains the same matrix of all layers, so that the codec compresses similar data together. Threads encode
-    the sections. brotli takes seconds per million codes.
+    One section of the artifact contains the query matrices of all layers, another their key matrices, and so on, because
+    the codec compresses similar data better together. Several threads encode the sections. The codec brotli takes
+    seconds per million weights.
 
     Raises:
-        UserError: a tensor contains NaN or infinity, contains codes outside its bits or has a dtype that the format
-            does not support, or the codec's package is not installed.
+        UserError: a tensor contains NaN or infinity, contains codes outside the range of its bit width or has a dtype
+            that the format does not support, or the codec's package is not installed.
     """
     if config.codec not in CODECS:
         raise UserError(f"codec: expected one of {', '.join(CODECS)}, got {config.codec!r}")
@@ -265,8 +266,8 @@ def plan_sections(tensors: Mapping[str, QuantizedTensor | Tensor]) -> tuple[list
     All row scales share one section. All small float tensors of the same dtype share one section.
 
     Raises:
-        UserError: a tensor contains NaN or infinity, contains codes outside its bits, or has a dtype that the format
-            does not support.
+        UserError: a tensor contains NaN or infinity, contains codes outside the range of its bit width, or has a dtype
+            that the format does not support.
     """
     plans: dict[tuple[str, str], SectionPlan] = {}
 

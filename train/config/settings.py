@@ -63,11 +63,11 @@ class Settings:
     data_path: str = setting("", "folder of the shards (*_train_*.bin, *_val_*.bin) and the tokenizer")
     tokenizer_path: str = setting("", "SentencePiece model; empty: the one in data_path")
     corpus: str = setting(
-        "", "stdlib: if the recipe's own data_path does not exist, build it from Python's standard library",
+        "", "stdlib: if data_path does not exist and is the folder that the recipe names, build it from Python's standard library",
         choices=("", "stdlib"),
     )  # fmt: skip
     vocab_size: int = setting(
-        1024, "tokens in the vocabulary; not given: as the data's manifest says", low=259, high=65536
+        1024, "tokens in the vocabulary; a manifest in data_path overrides recipe and default", low=259, high=65536
     )
     train_seq_len: int = setting(1024, "tokens per training sequence", low=1)
     train_seq_schedule: str = setting(
@@ -110,10 +110,13 @@ class Settings:
     xsa_last_n: int = setting(
         0, "number of last layers that remove the token's own value direction from attention's output (XSA)", low=0
     )
-    head_gate: bool = setting(False, "a sigmoid gate on each attention head, computed from 12 channels (#1787)")
+    head_gate: bool = setting(
+        False, "multiply each attention head by a sigmoid gate, computed from 12 channels of attention's input (#1787)"
+    )
     smear_gate: str = setting(
-        "off", "blend each token's embedding with the previous token's; published: across documents too; document: only inside a document; "
-        "embedding: before the norm (#1667)",
+        "off", "blend each token's embedding with the previous token's; published: after the norm, one gate per channel, across documents unless "
+        "document_masking is on; document: after the norm, one gate per token, not across documents; embedding (#1667): before the norm, "
+        "one gate per token, across documents only if smear_gate_bos_fix is off",
         choices=("off", "published", "document", "embedding"),
     )  # fmt: skip
     smear_gate_bos_fix: bool = setting(True, "with smear_gate embedding, do not blend the first token of a document")
@@ -162,7 +165,7 @@ class Settings:
         0, "steps in which the learning rate rises again after the sequences of train_seq_schedule grew", low=0
     )
     warmdown_by: str = setting(
-        "clock", "clock: schedules follow the training time, if it has a limit, else the steps; steps: always the steps",
+        "clock", "clock: schedules follow the training time, or the steps if the time has no limit; steps: schedules always follow the steps",
         choices=("clock", "steps"),
     )  # fmt: skip
     matrix_lr: float = setting(0.04, "learning rate of the matrices (Muon)", low=0.0)
@@ -210,16 +213,18 @@ class Settings:
         0, "bits per weight of the tied embedding; 0: same as embed_bits", choices=(0, 2, 3, 4, 5, 6, 7, 8, 16)
     )
     matrix_clip: str = setting(
-        "sdclip", "rule that chooses the largest magnitude of a matrix row, at which its weights are clipped",
+        "sdclip", "rule for the threshold at which the weights of a matrix row are clipped",
         choices=("sdclip", "hessian_sdclip", "row_max", "quantile", "percentile_search"),
     )  # fmt: skip
     matrix_clip_sigmas: float = setting(12.85, "SDClip clips matrix rows at this many standard deviations", low=0.1)
     embed_clip_sigmas: float = setting(20.0, "SDClip clips embedding rows at this many standard deviations", low=0.1)
     embed_clip: str = setting(
-        "sdclip", "the same rule for embedding rows (see matrix_clip)", choices=("sdclip", "row_max", "quantile")
+        "sdclip", "like matrix_clip, but for embedding rows", choices=("sdclip", "row_max", "quantile")
     )
     scale_floor: str = setting(
-        "published", "smallest row scale; published: 1/(2^(bits-1) - 1); none: 1e-10", choices=("published", "none")
+        "published",
+        "smallest row scale; published: 1/(2^(bits-1) - 1); none: 2^-24, the smallest float16 above 0",
+        choices=("published", "none"),
     )
     gptq_calib_source: str = setting(
         "train", "text from which GPTQ computes its Hessians; generated: text that the model writes",
@@ -259,8 +264,8 @@ class Settings:
     eval_seq_len: int = setting(0, "window length of the final evaluation; 0: train_seq_len", low=0)
     eval_stride: int = setting(64, "stride in tokens of the final evaluation's windows; 0: they do not overlap", low=0)
     eval_rule: str = setting(
-        "once", "tokens that overlapping windows score; once: each token once; overlap_tail: the last tokens several times; "
-        "full_windows: all but the first tokens",
+        "once", "how often overlapping windows score a token; once: each token once; overlap_tail: the text's last tokens several times, the others "
+        "once; full_windows: some tokens at the text's start and end never, the others once",
         choices=("once", "overlap_tail", "full_windows"),
     )  # fmt: skip
     paid_prefix_file: str = setting(
@@ -268,7 +273,7 @@ class Settings:
     )
     logits_rounding: str = setting(
         "none", "rounding of the scored logits to bfloat16; bf16: before the softcap; bf16_capped: also after the softcap; "
-        "bf16_each: also after each operation of the softcap. Non-overlapping windows use bf16 for all three",
+        "bf16_each: also after each operation of the softcap. With eval_stride 0, all three mean bf16",
         choices=("none", "bf16", "bf16_capped", "bf16_each"),
     )  # fmt: skip
 

@@ -115,7 +115,7 @@ def encode_with_bytes(tokenizer: SentencePieceProcessor, text: str, place: str) 
     sizes = ends - begins - _OPERATOR_BYTES * acting
     if len(sizes) and int(sizes.max()) >= MAX_VOCAB:
         raise UserError(
-            f"{place}: a token stands for {int(sizes.max()):,} bytes, more than the 65,535 that a sidecar stores: shorten the "
+            f"{place}: a token has {int(sizes.max()):,} bytes, more than the 65,535 that a sidecar stores: shorten the "
             "run of whitespace"
         )
     ids = np.array([BOS, *encoded["ids"]], dtype=np.uint16)

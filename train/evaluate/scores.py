@@ -42,7 +42,7 @@ class EvalResult:
     @property
     def layer0_line(self) -> str:
         """The log line that shows `layer0`."""
-        return f"sharing of layer 0's QKV between windows: {self.layer0}"
+        return f"reuse of layer 0's queries, keys and values in overlapping windows: {self.layer0}"
 
     @property
     def tokens_per_second(self) -> float:

@@ -47,11 +47,13 @@ def calibrate(
     plain = " without recurrence and parallel layers" if config.gptq_calib_graph == "plain" else ""
     if config.gptq_calib_source == "generated":
         texts = f"{counted(config.gptq_calib_batches, 'sequence')} of {config.train_seq_len} tokens"
-        note(f"gptq:generated {texts}, {counted(len(hessians), 'Hessian')} of the trained model{plain} {seconds}")
+        note(
+            f"gptq:generated {texts}, computed {counted(len(hessians), 'Hessian')} with the trained model{plain} {seconds}"
+        )
     else:
         matrices = counted(len(hessians), "matrix", "matrices")
         read = counted(len(batches) * ranks.world_size, "training batch", "training batches")
-        note(f"gptq:calibrated {matrices} on {read} {seconds}, Hessians of the trained model{plain}")
+        note(f"gptq:calibrated {matrices}: computed their Hessians on {read} with the trained model{plain} {seconds}")
     return hessians
 
 

@@ -1,7 +1,7 @@
-"""Submission #2014: case operators, three passes over layers 3 to 5, routed lanes, head gates, SmearGate before the norm.
+"""Submission #2014: tokens that mark capital letters (CaseOps), three passes over layers 3 to 5, routed lanes, head gates, SmearGate before the norm.
 
-Published (8 × H100): val_bpb 1.0576 with adaptation to each document (seeds 42, 314, 0); val_bpb 1.0686 without
-adaptation, for the quantized model and windows without overlap; 4,882 to 4,888 steps of 122 ms, 15,981,122 to
+Published (8 × H100): val_bpb 1.0576 with test-time training on each document (seeds 42, 314, 0); val_bpb 1.0686 without,
+for the quantized model and windows without overlap; 4,882 to 4,888 steps of 122 ms, 15,981,122 to
 15,984,387 bytes, 35,945,673 parameters.
 
 As in the published script:
@@ -13,7 +13,7 @@ As in the published script:
 - Training sequences grow with the time. After each growth the learning rate rises again in 32 steps.
 
 Deviations:
-- The model does not adapt to the documents that it scores.
+- There is no test-time training on the documents that the model scores.
 - Training sequences are consecutive tokens. Attention and SmearGate do not cross document boundaries. In the published
   script, a row of 98,304 tokens contains whole documents, which are cut at the length of the training sequences.
 - No token is skipped when the training sequences grow. In the published script the tokens of two steps are skipped.
@@ -27,7 +27,7 @@ Deviations:
 - The artifact has this project's own container.
 """
 
-# val_bpb is the mean over the seeds, with adaptation; the other numbers are from the first seed
+# val_bpb is the mean over the seeds, with test-time training; the other numbers are from the first seed
 PUBLISHED = {"val_bpb": 1.05759252, "steps": 4888, "step_ms": 121.93, "artifact_bytes": 15_981_945}
 
 SETTINGS = {

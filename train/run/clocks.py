@@ -197,4 +197,4 @@ class StartUp:
 
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.phases.items())
-        return f"first step after {self.seconds:.1f} s ({phases})"
+        return f"time before the first step: {self.seconds:.1f} s ({phases})"

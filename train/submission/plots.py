@@ -166,7 +166,7 @@ def _two_panels(title: str, quantity: str) -> tuple[Figure, list[Axes]]:
     panels = list(figure.subplots(1, 2, sharey=True))
     panels[0].set_ylabel(quantity)
     panels[0].set_xlabel("step")
-    panels[1].set_xlabel("training clock (seconds)")
+    panels[1].set_xlabel("training time (seconds)")
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     for axis in panels:
         axis.grid(color=FAINT, linewidth=0.6)

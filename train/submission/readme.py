@@ -153,7 +153,7 @@ def _sizes(runs: Sequence[FinishedRun], submission: dict[str, Any]) -> list[str]
 
 def _times(runs: Sequence[FinishedRun]) -> list[str]:
     stages = [stage for stage in STAGES if any(stage in run.summary.stage_seconds for run in runs)]
-    head = ("seed", "training clock", "calibration", "evaluation", *(f"{stage} stage" for stage in stages))
+    head = ("seed", "training time", "calibration", "evaluation", *(f"{stage} stage" for stage in stages))
     rows = []
     for run in runs:
         calibration = "none" if run.calibration_seconds is None else f"{run.calibration_seconds:.1f}"
@@ -161,7 +161,7 @@ def _times(runs: Sequence[FinishedRun]) -> list[str]:
         rows.append(
             (run.seed, f"{run.summary.train_seconds:.3f}", calibration, f"{run.summary.eval_seconds:.3f}", *seconds)
         )
-    note = "Times in seconds. The training clock covers the steps; calibration on training data follows it and counts as training too."
+    note = "Times in seconds. The training time covers the steps; calibration on training data follows and counts as training too."
     resumed = [f" Seed {run.seed}: {said}." for run in runs if (said := resumed_note(run.summary))]
     return [*table(head, rows), "", note + "".join(resumed)]
 

@@ -243,7 +243,7 @@ def run_readme(summary: Summary, config: Config, name: str) -> str:
         ("training steps", stopped_note(summary) or f"{summary.steps:,}"),
         *((("recurrence", note),) if (note := recurrence_note(summary)) else ()),
         ("ms per step", f"{summary.step_avg_ms:.2f}"),
-        ("training clock (s)", f"{summary.train_seconds:.1f}"),
+        ("training time (s)", f"{summary.train_seconds:.1f}"),
         ("seconds per stage", stage_line(summary)),
         ("size", size_line(summary)),
         *((f"bytes of {group}", f"{size:,}") for group, size in summary.model_groups.items()),

@@ -209,7 +209,7 @@ def resumed_note(summary: Summary) -> str:
     if not summary.resumed:
         return ""
     steps = f"step{'s' if len(summary.resumed) > 1 else ''} {', '.join(f'{step:,}' for step in summary.resumed)}"
-    return f"resumed at {steps}, so train is the training clock"
+    return f"resumed at {steps}, so train is the training time"
 
 
 def recurrence_note(summary: Summary) -> str:

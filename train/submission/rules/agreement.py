@@ -34,7 +34,7 @@ def score(record: RecordFolder) -> Finding:
 
     Without scores per seed, the headline must be in one of the logs, or be the mean of one evaluation over all logs.
     """
-    rule = "the score stands in a log"
+    rule = "the score is in a log"
     scored = [log for log in record.logs if log.evaluations]
     if not scored:
         why = f"a log in an unknown form: {', '.join(record.unread)}" if record.unread else "no log with a score"

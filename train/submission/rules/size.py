@@ -14,7 +14,8 @@ _LIMIT = "code and model have at most 16,000,000 bytes"
 def cap(record: RecordFolder) -> Finding:
     """Check that the total size of each seed is at most 16,000,000 bytes.
 
-    Files may give different totals for a seed. The record breaks the rule only if all totals of a seed are too large.
+    The record's files may state different totals for one seed. The record breaks the rule only if all of them are too
+    large.
     """
     rule = "total size"
     readings = {result.seed: _totals(record, result) for result in record.results}
