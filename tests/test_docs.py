@@ -83,6 +83,7 @@ NEEDS_NETWORK |= {
         ("sp1024", ""),
         ("sp4096", " --repo kevclark/parameter-golf --skip-manifest"),
         ("sp8192", " --repo kevclark/parameter-golf --skip-manifest"),
+        ("sp8192_lossless_caps_caseops_v1_reserved", ""),
     ]
 }
 

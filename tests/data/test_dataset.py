@@ -77,6 +77,13 @@ def test_a_misspelt_folder_is_never_replaced_by_the_recipe_s_text(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["books_1024"]
 
 
+def test_a_missing_variant_is_named() -> None:
+    name = "sp8192_lossless_caps_caseops_v1_reserved"
+    config = load_recipe("baseline").config(data_path=f"none/fineweb10B_{name}")
+    with pytest.raises(UserError, match=rf"train\.data fineweb --variant {name} \(its"):
+        prepare_data(config, Ranks())
+
+
 def test_the_recipe_s_own_folder_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     built: list[tuple[Path, int]] = []

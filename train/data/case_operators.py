@@ -54,9 +54,11 @@ def transform(text: str) -> str:
 
 @functools.lru_cache(1 << 16)
 def _write(word: str) -> str:
-    if len(word) > 1 and word.isupper():
-        return ALLCAPS + word.lower()
-    # mark capitals inside the word
+    small = word.lower()
+    if word[1:] == small[1:]:
+        return TITLE + small
+    if word.isupper():
+        return ALLCAPS + small
     first, rest = word[0], _CAPITAL.sub(rf"{CAPNEXT}\1", word[1:])
     return (TITLE if first.isupper() else "") + (first + rest).lower()
 

@@ -73,8 +73,11 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
         beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, beside, n=1)
         hint = f"; did you mean {path.parent / close[0]}?" if close else ""
+        variant = (
+            path.name.removeprefix("fineweb10B_") if path.name.startswith("fineweb10B_sp") else f"sp{config.vocab_size}"
+        )
         raise UserError(
-            f"data_path: {path} does not exist{hint}: make it with python -m train.data fineweb --variant sp{config.vocab_size} (its "
+            f"data_path: {path} does not exist{hint}: make it with python -m train.data fineweb --variant {variant} (its "
             "--help lists repositories) or python -m train.data text PATH… (your own text), or set DATA_PATH"
         )
 
