@@ -127,10 +127,10 @@ def test_ctrl_c_says_how_to_resume(
     steps = iter(range(4))
     real = loop.training_step
 
-    def training_step(*arguments: Any) -> Any:
+    def training_step(*arguments: Any, **options: Any) -> Any:
         if next(steps) == 3:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(loop, "training_step", training_step)
     with pytest.raises(SystemExit) as ended:
