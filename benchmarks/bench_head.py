@@ -1,17 +1,15 @@
 """The output head of a training step, forward and backward: loss, dx and dW for 98,304 rows of width 512.
 
 `compile` is the head in plain PyTorch under torch.compile (on a CPU only traced). `torch` and `triton` are the backends
-of `golf::softcapped_cross_entropy`, which computes the logits in chunks. The chunks of `triton, 32 MiB` fit in the L2
-cache; `triton, 512 MiB` has few large chunks. Goals on a GPU: 1.3 times as fast as `compile` with 1.5 GB less peak
+of `golf::softcapped_cross_entropy`, which computes the logits in chunks; `triton/32MiB` has chunks of another size. Goals on a GPU: 1.3 times as fast as `compile` with 1.5 GB less peak
 memory at vocabulary 8,192, and not slower at 1,024.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +25,6 @@ head = importlib.import_module("golf_kernels.softcapped_cross_entropy")
 
 ROWS, WIDTH, SOFTCAP = 98_304, 512, 30.0
 VOCABULARIES = (1024, 2048, 4096, 8192)
-OTHER_CHUNKS_MIB = (32, 512)
 # vocabulary → goals: speed-up over `compile`, and GB of peak memory saved
 GOALS = {1024: (1.0, 0.0), 8192: (1.3, 1.5)}
 
@@ -75,36 +72,19 @@ def exact(given: Head, rows_at_once: int = 4096) -> list[Tensor]:
     return [torch.stack(losses).sum(), torch.cat(gradients), weight.grad]
 
 
-@contextlib.contextmanager
-def chunk_bytes(device: torch.device, size: int | None) -> Iterator[None]:
-    """Let the operator use chunks of `size` bytes, with 4 bytes per logit. None leaves the operator's default."""
-    before = head.CHUNK_BYTES[device.type]
-    head.CHUNK_BYTES[device.type] = size or before
-    try:
-        yield
-    finally:
-        head.CHUNK_BYTES[device.type] = before
-
-
-def golf_variant(impl: str, backend: dispatch.Backend, device: torch.device, size: int | None = None) -> common.Variant:
+def golf_variant(backend: dispatch.Backend) -> common.Variant:
     def run(given: Head) -> list[Tensor]:
-        with chunk_bytes(device, size):
-            return list(
-                dispatch.run_on(backend, "softcapped_cross_entropy", *given, SOFTCAP, True, -100, 0.0, True, True)
-            )
+        return list(dispatch.run_on(backend, "softcapped_cross_entropy", *given, SOFTCAP, True, -100, 0.0, True, True))
 
-    return common.Variant(impl, run)
+    return common.Variant(backend, run)
 
 
 def make_variants(device: torch.device) -> list[common.Variant]:
     """Returns the variants that can run here: `compile`, and each backend."""
     plain = functools.partial(with_gradients, common.compiled(plain_loss, device))
-    variants = [common.Variant("compile", plain), golf_variant("torch", "torch", device)]
+    variants = [common.Variant("compile", plain), golf_variant("torch")]
     if device.type == "cuda" and dispatch.triton_problem() is None:
-        variants.append(golf_variant("triton", "triton", device))
-        for mib in OTHER_CHUNKS_MIB:
-            # the chunk size counts logits as float32, but the logits here are bfloat16
-            variants.append(golf_variant(f"triton, {mib} MiB", "triton", device, 2 * mib << 20))
+        variants += [golf_variant(backend) for backend in ("triton", *(f"triton/{name}" for name in head.CHUNKS))]
     return variants
 
 

@@ -8,6 +8,7 @@ from the first variant's. The rows of the phase without recurrence are written b
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def measure_phase(names: list[str], bench: Bench, recurrence: bool, traces: Path
             continue
         print("    " + (", ".join(f"{family} {ms:.2f}" for family, ms in families.items()) or NO_KERNELS), flush=True)
         if traces:
-            stem = f"{config.recipe}_{phase_name(recurrence).partition('_')[0]}_{variant.name.replace('=', '_')}"
+            stem = f"{config.recipe}_{phase_name(recurrence).partition('_')[0]}_{re.sub('[=/]', '_', variant.name)}"
             write_trace(traces / f"{stem}_rank0.json.gz", trace)
             title = f"{config.recipe}, {variant.name}, {gpu} ({row['p50']:.1f} ms of wall time without the profiler)"
             write_breakdowns(traces, f"{stem}_", trace, PROFILED_STEPS, title)

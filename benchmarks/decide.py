@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.jobs import OK
-from golf_kernels.dispatch import Backend
+from golf_kernels.backend_names import Backend, without_variant
 
 Findings = Mapping[str, Mapping[str, Any]]
 TORCH, COMPILE, ALL = "torch", "compile", "all"
@@ -79,6 +79,13 @@ def _best(finding: Mapping[str, Any]) -> str:
     return min(forms, key=lambda form: finding["times"][form][1])
 
 
+def fastest_variant(candidate: Candidate, findings: Findings) -> str:
+    """The backend of a candidate, or its variant that was fastest as a call."""
+    times = findings.get(f"call {candidate.op}", {}).get("times", {})
+    forms = [form for form in times if without_variant(form) == candidate.backend]
+    return min(forms, key=lambda form: times[form][1], default=candidate.backend)
+
+
 def _won_alone(candidate: Candidate, findings: Findings) -> bool:
     name = f"step {candidate.op}"
     return _fine(findings, name) and _faster(findings[name], TORCH, candidate.op)
@@ -86,7 +93,7 @@ def _won_alone(candidate: Candidate, findings: Findings) -> bool:
 
 def _lost_as_call(candidate: Candidate, findings: Findings) -> bool:
     finding = findings.get(f"call {candidate.op}", {})
-    return finding.get("verdict") == OK and not _faster(finding, _best(finding), candidate.backend)
+    return finding.get("verdict") == OK and not _faster(finding, _best(finding), fastest_variant(candidate, findings))
 
 
 def next_measurements(candidates: Sequence[Candidate], findings: Findings) -> list[Measurement]:
@@ -107,6 +114,7 @@ def next_measurements(candidates: Sequence[Candidate], findings: Findings) -> li
     if left := [m for m in attention if m.name not in findings]:
         return left
     alone = [c for c in sound if c.in_step and not _lost_as_call(c, findings)]
+    alone = [c._replace(backend=fastest_variant(c, findings)) for c in alone]
     steps = [Measurement(f"step {c.op}", "step", c, (c.op,)) for c in alone]
     if left := [m for m in steps if m.name not in findings]:
         return left
@@ -183,11 +191,11 @@ def _call_decision(c: Candidate, findings: Findings) -> dict[str, str] | None:
         return None
     if finding["verdict"] != OK:
         return {"backend": "torch", "reason": f"{c.backend} was not measured: {finding['verdict']}"}
-    best = _best(finding)
-    figures = f"{_speed(finding, best, c.backend):.2f} x {'torch.compile' if best == COMPILE else 'torch'}"
-    if _faster(finding, best, c.backend):
-        return {"backend": c.backend, "reason": figures}
-    return {"backend": "torch", "reason": f"{c.backend} is {figures}"}
+    best, kernel = _best(finding), fastest_variant(c, findings)
+    figures = f"{_speed(finding, best, kernel):.2f} x {'torch.compile' if best == COMPILE else 'torch'}"
+    if _faster(finding, best, kernel):
+        return {"backend": kernel, "reason": figures}
+    return {"backend": "torch", "reason": f"{kernel} is {figures}"}
 
 
 def _step_decision(c: Candidate, findings: Findings, winners: Sequence[str]) -> dict[str, str] | None:
@@ -210,4 +218,4 @@ def _step_decision(c: Candidate, findings: Findings, winners: Sequence[str]) -> 
     if _dropped(findings, without):
         ratio = _speed(findings[without], "without", ALL)
         return {"backend": "torch", "reason": f"{c.backend} is {figures} alone, {ratio:.2f} x beside the others"}
-    return {"backend": c.backend, "reason": figures}
+    return {"backend": fastest_variant(c, findings), "reason": figures}

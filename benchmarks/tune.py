@@ -31,6 +31,7 @@ from benchmarks.jobs import OK, Job, Outcome, run_job
 from benchmarks.measure.step_variants import kernel_problems, refuse_forced
 from benchmarks.report.results import DATE, RESULTS, file_stem, read_results, rows_since
 from golf_kernels import dispatch, operators, tuned
+from golf_kernels.backend_names import without_variant
 from train.common.errors import UserError, main_guard
 from train.recipes import load_recipe, recipe_names
 
@@ -134,12 +135,13 @@ def _call_times(measurement: Measurement, rows: Rows) -> dict[str, list[float]] 
         if row["op"] == op or row["op"].startswith((f"{op},", f"{op}_")):
             by_form.setdefault(row["impl"], {})[row["op"], row["shape"], row["dtype"]] = row
     forms = [form for form in (decide.TORCH, decide.COMPILE) if form in by_form]
-    if not forms or backend not in by_form:
+    kernels = [form for form in by_form if without_variant(form) == backend and not form.endswith(" again")]
+    if not forms or not kernels:
         return None
-    shapes = set.intersection(*(set(by_form[form]) for form in (*forms, backend)))
+    shapes = set.intersection(*(set(by_form[form]) for form in (*forms, *kernels)))
     if not shapes:
         return None
-    return {form: _quantiles([by_form[form][shape] for shape in shapes]) for form in (*forms, backend)}
+    return {form: _quantiles([by_form[form][shape] for shape in shapes]) for form in (*forms, *kernels)}
 
 
 def _quantiles(rows: Rows) -> list[float]:

@@ -7,10 +7,11 @@ import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
-Backend = Literal["cuda", "triton", "cpp", "torch"]
-PREFERENCE: tuple[Backend, ...] = get_args(Backend)
+Backend = str
+"""A name of `PREFERENCE`, or a variant of such a backend: `triton/32MiB`."""
+PREFERENCE: tuple[Backend, ...] = ("cuda", "triton", "cpp", "torch")
 ENVIRONMENT_VARIABLE = "GOLF_BACKEND"
 
 
@@ -26,6 +27,11 @@ class Named(NamedTuple):
 
     backend: Backend
     forced: bool
+
+
+def without_variant(backend: Backend) -> Backend:
+    """Returns `triton` for `triton/32MiB`."""
+    return backend.partition("/")[0]
 
 
 # cached, because a training step calls this about a hundred times
@@ -47,13 +53,12 @@ def read(text: str, known: tuple[str, ...]) -> tuple[Named | None, Mapping[str, 
     by_name: dict[str, Named] = {}
     for entry in text.split(","):
         name, equals, value = (word.strip() for word in entry.rpartition("="))
-        matches = [backend for backend in PREFERENCE if backend == value.removesuffix("?")]
-        if not matches or (equals and not name):
+        if without_variant(value.removesuffix("?")) not in PREFERENCE or (equals and not name):
             raise BackendError(
                 f"{ENVIRONMENT_VARIABLE}={text}: cannot read {entry!r}; expected a backend ({', '.join(PREFERENCE)}) "
                 "or operator=backend, separated by commas"
             )
-        named = Named(matches[0], not value.endswith("?"))
+        named = Named(value.removesuffix("?"), not value.endswith("?"))
         if equals:
             by_name[name] = named
         else:

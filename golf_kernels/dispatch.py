@@ -20,7 +20,8 @@ Each fallback is logged once, with the reason.
 A named backend is forced: if it cannot run, the call raises an error. With a question mark, as in
 `newton_schulz=triton?`, the call uses the next backend in the order instead. If the named backend does not take tensors
 on the call's device, the call uses the first backend of item 3 that can run. `newton_schulz=torch?` is a choice for CUDA
-tensors only.
+tensors only. A backend may have variants, which compute the same with other sizes:
+`softcapped_cross_entropy=triton/32MiB`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +44,7 @@ from golf_kernels.backend_names import ENVIRONMENT_VARIABLE as ENVIRONMENT_VARIA
 from golf_kernels.backend_names import PREFERENCE as PREFERENCE
 from golf_kernels.backend_names import Backend as Backend
 from golf_kernels.backend_names import BackendError as BackendError
-from golf_kernels.backend_names import Named, nearest, read
+from golf_kernels.backend_names import Named, nearest, read, without_variant
 from golf_kernels.backend_names import forced as forced
 
 AVAILABLE = "available"
@@ -85,6 +87,7 @@ def register(
     fn: Callable[..., Any],
     *,
     supports: Callable[..., str | None] = _supports_everything,
+    variants: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
 ) -> None:
     """Registers one implementation of an operator.
 
@@ -95,10 +98,12 @@ def register(
         supports: returns None if `fn` can run, otherwise the reason, as a phrase ("not built: no nvcc"). Called without
             arguments, it checks this machine: is the backend built, can it be imported, is there a GPU? Called with the
             operator's arguments, it also checks their dtypes and shapes. It need not check their device.
+        variants: other functions like `fn`, by name. `GOLF_BACKEND` selects one as `op=triton/NAME`.
     """
     if backend not in PREFERENCE:
         raise ValueError(f"backend of {op}: expected one of {', '.join(PREFERENCE)}, found {backend!r}")
-    _registry.setdefault(op, {})[backend] = _Implementation(fn, supports)
+    named = {backend: fn} | {f"{backend}/{name}": function for name, function in variants.items()}
+    _registry.setdefault(op, {}).update({name: _Implementation(run, supports) for name, run in named.items()})
 
 
 def set_members(name: str, members: Sequence[str]) -> None:
@@ -221,11 +226,11 @@ def choose(op: str, *args: Any, device: str | None = None) -> Choice:
             problem is None
             and device == "cuda"
             and not named.forced
-            and tuned.failed((op, *_groups(op)), named.backend)
+            and tuned.failed((op, *_groups(op)), without_variant(named.backend))
         ):
             problem = "its check failed on this GPU"
         if elsewhere:
-            problem = f"takes tensors on {' or '.join(_DEVICES[named.backend])}, found {device}"
+            problem = f"takes tensors on {' or '.join(_DEVICES[without_variant(named.backend)])}, found {device}"
         if problem is None:
             verb = "forced" if named.forced else "preferred"
             return Choice(named.backend, f"{verb} by {source}" if source == ENVIRONMENT_VARIABLE else source)
@@ -239,7 +244,7 @@ def choose(op: str, *args: Any, device: str | None = None) -> Choice:
         if backend == "triton":
             if problem is None and named is None:
                 tuned.tell()
-            if named is None or named.backend != "triton":
+            if named is None or without_variant(named.backend) != "triton":
                 refused.append(f"triton: {problem or f'not chosen: {tuned.COMMAND}'}")
             continue
         if problem is None:
@@ -282,7 +287,7 @@ def refusal(op: str, backend: Backend, *args: Any) -> str | None:
     """
     implementations = _implementations(op)
     if backend not in implementations:
-        return f"{op} has no {backend} backend, only {', '.join(b for b in PREFERENCE if b in implementations)}"
+        return f"{op} has no {backend} backend, only {', '.join(implementations)}"
     supports = implementations[backend].supports
     return supports() or (supports(*args) if args else None)
 
@@ -292,7 +297,7 @@ def may_run(op: str, backend: Backend, text: str) -> bool:
     if backend not in _implementations(op):
         return False
     named = _named(op, text)
-    return backend != "triton" or (named is not None and named.backend == "triton")
+    return backend != "triton" or (named is not None and without_variant(named.backend) == "triton")
 
 
 def with_preferences(text: str, preferences: Mapping[str, str]) -> str:
@@ -353,8 +358,9 @@ def _implementations(op: str) -> dict[Backend, _Implementation]:
 
 def _made_for(backend: Backend, device: str) -> bool:
     # only Triton's interpreter runs a GPU backend on CPU tensors
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return not _DEVICES[backend] or device in _DEVICES[backend] or interpreted
+    kind = without_variant(backend)
+    interpreted = kind == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return not _DEVICES[kind] or device in _DEVICES[kind] or interpreted
 
 
 def _named(op: str, text: str | None = None) -> Named | None:

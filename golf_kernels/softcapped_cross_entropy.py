@@ -4,7 +4,9 @@
     loss = mean or sum over rows of  lse − z[target] + z_loss · lse²,  lse = logsumexp(z)
 
 The operator computes loss and gradients for one chunk of rows at a time, and never stores the logits of all rows. The
-logits of a chunk in float32 take at most `CHUNK_BYTES` of memory.
+logits of a chunk in float32 take at most `CHUNK_BYTES` of memory. The Triton backend has variants with other
+chunks, such as `triton/32MiB`, the bytes of its logits. Small chunks stay in a GPU's L2 cache; large ones keep all of
+the GPU busy.
 
 With p = softmax(z), e the one-hot target and w the row's weight (sum: 1, mean: 1 / count, ignored row: 0):
 
@@ -14,6 +16,7 @@ With p = softmax(z), e the one-hot target and w the row's weight (sum: 1, mean: 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -25,6 +28,8 @@ from golf_kernels.autocast import as_autocast
 
 # bytes of a chunk's logits in float32: 16 MiB nearly fit in a CPU's caches, 256 MiB keep a GPU busy
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
+# bytes of a chunk's logits in their own dtype; an H100 has 50 MiB of L2 cache. 32 MiB are 2,048 rows of 8,192 in bfloat16
+CHUNKS = {"16MiB": 1 << 24, "32MiB": 1 << 25, "512MiB": 1 << 29}
 
 
 def softcapped_cross_entropy(
@@ -120,6 +125,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left · right to `total`, which is in `accumulation_dtype`."""
+    if left.is_cuda and left.dtype != total.dtype:
+        # one product that reads and writes the total, instead of a product and a sum
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += wide_product(left, right)
+
+
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
     """Returns left · right in `accumulation_dtype`, without rounding the result to the operands' dtype."""
     dtype = accumulation_dtype(left.dtype)
@@ -193,7 +207,7 @@ def _reference(
         if need_hidden:
             torch.mm(d_logits, weight, out=d_hidden[rows])
         if need_weight:
-            d_weight += wide_product(d_logits.T, hidden[rows])
+            add_product(d_weight, d_logits.T, hidden[rows])
     return loss, d_hidden, d_weight.to(weight.dtype)
 
 
@@ -207,6 +221,8 @@ def _triton(
     z_loss: float,
     need_hidden: bool,
     need_weight: bool,
+    *,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from golf_kernels import softcapped_cross_entropy_triton as kernels
 
@@ -222,7 +238,8 @@ def _triton(
         return losses.sum(), d_hidden, d_weight.to(weight.dtype)
     (count, vocabulary), targets = (hidden.shape[0], weight.shape[0]), targets.contiguous()
     losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
-    step = chunk_rows(hidden.device, vocabulary)
+    in_bytes = chunk_bytes and max(1, chunk_bytes // (hidden.element_size() * vocabulary))
+    step = in_bytes or chunk_rows(hidden.device, vocabulary)
     chunk = hidden.new_empty((min(step, count), vocabulary))
     for start in range(0, count, step):
         rows = slice(start, start + step)
@@ -231,7 +248,7 @@ def _triton(
         if need_hidden:
             torch.mm(logits, weight, out=d_hidden[rows])
         if need_weight:
-            d_weight += wide_product(logits.T, hidden[rows])
+            add_product(d_weight, logits.T, hidden[rows])
     return losses.sum(), d_hidden, d_weight.to(weight.dtype)
 
 
@@ -304,6 +321,7 @@ dispatch.register(
     "triton",
     _triton,
     supports=_triton_supports,
+    variants={name: functools.partial(_triton, chunk_bytes=size) for name, size in CHUNKS.items()},
 )
 operators.declare(
     operators.Operator(

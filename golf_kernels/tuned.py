@@ -30,7 +30,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from golf_kernels.backend_names import PREFERENCE, Backend
+from golf_kernels.backend_names import PREFERENCE, Backend, without_variant
 from golf_kernels.version import __version__
 
 Use = Literal["call", "step"]
@@ -114,7 +114,7 @@ def read(path: Path) -> dict[str, Any]:
     data = json.loads(path.read_text(encoding="utf-8"))
     try:
         found = [
-            (decision[use]["backend"] in PREFERENCE, isinstance(decision[use]["reason"], str))
+            (without_variant(decision[use]["backend"]) in PREFERENCE, isinstance(decision[use]["reason"], str))
             for decision in data["decisions"].values()
             for use in USES
             if use in decision

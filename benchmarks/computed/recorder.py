@@ -1,7 +1,8 @@
 """Record the kernels that PyTorch and golf_kernels launch on tensors without data.
 
 A PyTorch operation counts as one kernel that reads each input once and writes each output once. An operator of
-golf_kernels counts as its Triton kernels and the PyTorch operations between them.
+golf_kernels counts as its Triton kernels and the PyTorch operations between them. What such an operator has just read
+or written is in the L2 cache.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _NOTHING = {
 # operations that overwrite their first argument without reading it
 _OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 _RATES = {"attention": "attention", "attention_backward": "attention backward"}
+# of an H100 and an H200
+L2_BYTES = 50 << 20
 _OPERATORS = operators.declared().values()
 # Triton kernel that multiplies matrices → its arguments with the rows and with the matrix
 _PRODUCTS = {kernel: names for operator in _OPERATORS for kernel, names in operator.products.items()}
@@ -59,6 +62,27 @@ def on_gpu(values: Any) -> list[Tensor]:
     return list(found.values())
 
 
+class L2Cache:
+    """The tensors that an L2 cache of `L2_BYTES` holds. It drops those that were not used for longest."""
+
+    def __init__(self) -> None:
+        # the tensors themselves are kept, so that no other tensor gets their storage
+        self._held: dict[Any, tuple[float, Tensor]] = {}
+
+    def traffic(self, tensors: Iterable[Tensor]) -> tuple[float, float]:
+        """Reads or writes the tensors, in order. Returns the bytes from or to memory, and those found in the cache."""
+        memory = cached = 0.0
+        for tensor in tensors:
+            key, size = (tensor.untyped_storage()._cdata, tensor.storage_offset()), size_of(tensor)
+            held, _ = self._held.pop(key, (0.0, None))
+            cached += min(held, size)
+            memory += size - min(held, size)
+            self._held[key] = (size, tensor)
+            while sum(size for size, _ in self._held.values()) > L2_BYTES:
+                del self._held[next(iter(self._held))]
+        return memory, cached
+
+
 class Recorder(TorchDispatchMode):
     """A mode that lists the kernels launched in it, and counts how often the host waits for the device."""
 
@@ -66,6 +90,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.kernels: list[Kernel] = []
         self.waits = 0
+        # of the operator of golf_kernels that runs
+        self._cache: L2Cache | None = None
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -84,8 +110,11 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "prim":
             return func(*args, **kwargs)
         if func.namespace == "golf":
-            with self:
-                return run_operator(name, self.kernels, *args)
+            self._cache = L2Cache()
+            with self, launches_listed(self.kernels, self._cache):
+                found = dispatch.run_on(dispatch.choose(name, *args).backend, name, *args)
+            self._cache = None
+            return found
         with self:
             # a composite operation is decomposed here, so that its parts are recorded
             parts = func.decompose(*args, **kwargs)
@@ -93,12 +122,16 @@ class Recorder(TorchDispatchMode):
             return parts
         result = func(*args, **kwargs)
         if not (func.is_view or name in _NOTHING):
-            self.kernels += [eager_kernel(func, args, kwargs, result)] if on_gpu((args, kwargs, result)) else []
+            self.kernels += (
+                [eager_kernel(func, args, kwargs, result, self._cache)] if on_gpu((args, kwargs, result)) else []
+            )
         return result
 
 
-def eager_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Kernel:
-    """Describes a PyTorch operation as one kernel."""
+def eager_kernel(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, cache: L2Cache | None = None
+) -> Kernel:
+    """Describes a PyTorch operation as one kernel. None: the cache holds nothing."""
     name = func._overloadpacket.__name__
     given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
     changed = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
@@ -108,8 +141,12 @@ def eager_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resul
     if not changed:
         writes = on_gpu(result)
     count = flop_registry.get(func._overloadpacket)
-    flops = float(count(*args, **kwargs, out_val=result)) if count else 0.0
-    return Kernel(f"{func.namespace}::{name}", flops, sum(map(size_of, (*reads, *writes))), _RATES.get(name, "cublas"))
+    # PyTorch's count for addmm does not know `out_dtype`
+    shapes = (arg for arg in args if not isinstance(arg, torch.dtype))
+    flops = float(count(*shapes, **kwargs, out_val=result)) if count else 0.0
+    touched = (*reads, *writes)
+    memory, cached = cache.traffic(touched) if cache else (sum(map(size_of, touched)), 0.0)
+    return Kernel(f"{func.namespace}::{name}", flops, memory, _RATES.get(name, "cublas"), cached)
 
 
 class Launch:
@@ -118,8 +155,8 @@ class Launch:
     Each tensor argument counts as read or written once; an argument overwritten in place counts twice.
     """
 
-    def __init__(self, kernel: Any, kernels: list[Kernel]) -> None:
-        self.name, self.arg_names, self.kernels = kernel.__name__, kernel.arg_names, kernels
+    def __init__(self, kernel: Any, kernels: list[Kernel], cache: L2Cache) -> None:
+        self.name, self.arg_names, self.kernels, self.cache = kernel.__name__, kernel.arg_names, kernels, cache
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*arguments: Any, **named: Any) -> None:
@@ -130,8 +167,9 @@ class Launch:
             if self.name in _PRODUCTS:
                 rows, matrix = (values[name] for name in _PRODUCTS[self.name])
                 flops = 2.0 * rows.numel() / rows.shape[-1] * matrix.numel()
-            again = size_of(given[_IN_PLACE[self.name]]) if self.name in _IN_PLACE else 0.0
-            self.kernels.append(Kernel(self.name, flops, sum(map(size_of, tensors)) + again, "triton"))
+            again = [given[_IN_PLACE[self.name]]] if self.name in _IN_PLACE else []
+            memory, cached = self.cache.traffic([*tensors, *again])
+            self.kernels.append(Kernel(self.name, flops, memory, "triton", cached))
 
         return launch
 
@@ -143,7 +181,7 @@ def _kernel_modules() -> list[Any]:
 
 
 @contextlib.contextmanager
-def launches_listed(kernels: list[Kernel]) -> Iterator[None]:
+def launches_listed(kernels: list[Kernel], cache: L2Cache) -> Iterator[None]:
     """Append launches to `kernels` instead of running them.
 
     This covers every Triton kernel of golf_kernels and the CUDA kernel of int6's fake quantization.
@@ -156,20 +194,15 @@ def launches_listed(kernels: list[Kernel]) -> Iterator[None]:
         for module in _kernel_modules():
             for name, kernel in list(vars(module).items()):
                 if name.endswith("_kernel") and hasattr(kernel, "arg_names"):
-                    stack.enter_context(mock.patch.object(module, name, Launch(kernel, kernels)))
+                    stack.enter_context(mock.patch.object(module, name, Launch(kernel, kernels, cache)))
             if hasattr(module, "KERNELS"):
-                replaced = {product: Launch(kernel, kernels) for product, kernel in module.KERNELS.items()}
+                replaced = {product: Launch(kernel, kernels, cache) for product, kernel in module.KERNELS.items()}
                 stack.enter_context(mock.patch.object(module, "KERNELS", replaced))
         stack.enter_context(mock.patch.object(int6_native, "fake_quantize", fake_quantize))
         stack.enter_context(mock.patch.object(torch.cuda, "device_of", return_value=contextlib.nullcontext()))
         # any address that is aligned for TMA
         stack.enter_context(mock.patch.object(Tensor, "data_ptr", return_value=512))
         yield
-
-
-def run_operator(op: str, kernels: list[Kernel], *args: Any) -> Any:
-    with launches_listed(kernels):
-        return dispatch.run_on(dispatch.choose(op, *args).backend, op, *args)
 
 
 def operator_kernels(operator: Any, args: Iterable[Any]) -> list[Kernel]:

@@ -34,8 +34,8 @@ class Reached(NamedTuple):
     `tflops` has four keys: "cublas", "triton" (this package's matrix products), "attention" and "attention backward".
     Both attention rates are for causal attention with head dimension 64 and 2,048 positions, and count the FLOPs of the
     lower triangle only. `gbps` is the memory rate of kernels that read and write large tensors: "triton" for this
-    package's kernels, "cublas" for all others. `launch_us` is the time of the shortest kernel,
-    `gap_us` the time between two kernels, both in microseconds.
+    package's kernels, "cublas" for all others, "l2" for data that is still in the L2 cache. `launch_us` is the time of the
+    shortest kernel, `gap_us` the time between two kernels, both in microseconds.
     """
 
     tflops: Mapping[str, Rate]
@@ -76,6 +76,7 @@ def _memory(gbps: float, source: str) -> dict[str, Rate]:
         "cublas": Rate(
             gbps * 2700 / 3010, gbps, f"slow: 2,700 of 3,010 on an H100, a guess for Inductor; fast: {source}"
         ),
+        "l2": Rate(gbps, 5500.0, "slow: as memory; fast: an estimate"),
     }
 
 
@@ -101,12 +102,17 @@ def total(times: Iterable[Range]) -> Range:
 
 
 class Kernel(NamedTuple):
-    """One kernel launch: its FLOPs, its bytes of memory traffic, and the key of its rate in `Reached.tflops`."""
+    """One kernel launch.
+
+    It has its FLOPs, its bytes of memory traffic, the key of its rate in `Reached.tflops`, and the bytes that it finds in
+    the L2 cache.
+    """
 
     name: str
     flops: float
     bytes: float
     rate: str = "cublas"
+    cached: float = 0.0
 
     def floor_ms(self, device: Device) -> float:
         """Returns the least possible time in milliseconds, at the device's peak rates."""
@@ -115,13 +121,16 @@ class Kernel(NamedTuple):
     def reached_ms(self, reached: Reached) -> Range:
         """Returns the kernel's milliseconds at the rates in `reached`, plus the gap before the next kernel."""
         product, memory = reached.tflops[self.rate], reached.gbps["triton" if self.rate == "triton" else "cublas"]
+        cache = reached.gbps["l2"]
 
-        def ms(tflops: float, gbps: float, gap_us: float) -> float:
-            slowest = max(self.flops / (tflops * 1e9), self.bytes / (gbps * 1e6))
+        def ms(tflops: float, gbps: float, cached_gbps: float, gap_us: float) -> float:
+            slowest = max(self.flops / (tflops * 1e9), self.bytes / (gbps * 1e6) + self.cached / (cached_gbps * 1e6))
             return max(slowest, reached.launch_us / 1e3) + gap_us / 1e3
 
         gap = reached.gap_us
-        return Range(ms(product.fast, memory.fast, gap.fast), ms(product.slow, memory.slow, gap.slow))
+        return Range(
+            ms(product.fast, memory.fast, cache.fast, gap.fast), ms(product.slow, memory.slow, cache.slow, gap.slow)
+        )
 
 
 def newton_schulz_flops(shapes: Iterable[tuple[int, int]], iterations: int) -> float:

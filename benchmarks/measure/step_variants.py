@@ -28,7 +28,8 @@ from torch import Tensor
 from benchmarks.measure.published_model import published_model
 from benchmarks.measure.published_step import PublishedStep
 from benchmarks.measure.tokens import OneBatch, rank_sequences
-from golf_kernels import dispatch, operators
+from golf_kernels import dispatch, operators, tuned
+from golf_kernels.backend_names import without_variant
 from golf_kernels.sharding import assign
 from train.common.distributed import MICRO_BATCHES
 from train.common.errors import UserError
@@ -78,9 +79,19 @@ class StepVariant:
 
 
 def all_kernels(without: Iterable[str] = ()) -> str:
-    """Returns the value of GOLF_BACKEND that uses the preferred kernel of each operator that is not in `without`."""
-    found = {op: dispatch.available_backends(op) for op in operators.declared() if op not in set(without)}
-    return ",".join(["torch", *(f"{op}={backends[0]}" for op, backends in found.items() if backends[0] != "torch")])
+    """Returns the value of GOLF_BACKEND that uses the preferred kernel of each operator that is not in `without`.
+
+    Of a kernel with variants it names the one that `python -m golf_kernels tune` prefers on this machine.
+    """
+    decided = tuned.load()
+    preferred = decided.preferences("call") if decided else {}
+    kernels = []
+    for op in operators.declared():
+        kernel = dispatch.available_backends(op)[0]
+        if op not in set(without) and kernel != "torch":
+            named = preferred.get(op, kernel)
+            kernels.append(f"{op}={named if without_variant(named) == kernel else kernel}")
+    return ",".join(["torch", *kernels])
 
 
 def kernel_problems() -> dict[str, str]:

@@ -64,6 +64,18 @@ def test_each_decision_has_its_reason() -> None:
     assert [c.op for c in ALL if failed(c, CHECKS)] == ["wrong"]
 
 
+def test_the_fastest_variant_of_a_kernel_goes_on() -> None:
+    call = {"call fast": times(torch=3.0, compile=2.0, triton=2.5)}
+    call["call fast"]["times"] |= {"triton/big": [0.9, 1.0, 1.1], "triton/small": [1.1, 1.2, 1.3]}
+    (step, *_) = next_measurements([FAST], CHECKS | call)
+    assert step.name == "step fast" and step.candidate == FAST._replace(backend="triton/big")
+    decided = decisions([FAST], CHECKS | call | STEPS)["fast"]
+    assert decided == {
+        "call": {"backend": "triton/big", "reason": "2.00 x torch.compile"},
+        "step": {"backend": "triton/big", "reason": "1.11 x in the step"},
+    }
+
+
 def test_nothing_is_decided_that_was_not_measured() -> None:
     assert decisions(ALL, {}) == {}
     assert set(decisions(ALL, CHECKS)) == {"wrong"}

@@ -17,7 +17,7 @@ from benchmarks.measure import step_variants
 from benchmarks.measure.published_step import orthogonalize
 from benchmarks.measure.step_variants import StepVariant, all_kernels, make_variants, step_kernels
 from benchmarks.measure.tokens import MadeTokens, OneBatch, ShardTokens, token_source
-from golf_kernels import dispatch
+from golf_kernels import dispatch, tuned
 from golf_kernels.newton_schulz import coefficient_set
 from train.common.errors import UserError
 from train.config import Config
@@ -53,6 +53,15 @@ def trained(variant: StepVariant, config: Config, steps: int, recurrence: bool) 
     tokens, before = MadeTokens(config), variant.flat_weights()
     losses = [float(variant.run(tokens.next(), recurrence)) for _ in range(steps)]
     return np.array(losses), {kind: now - before[kind] for kind, now in variant.flat_weights().items()}
+
+
+def test_all_kernels_have_the_variants_that_tuning_prefers(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = {"softcapped_cross_entropy": "triton/32MiB", "leaky_relu2_mlp": "torch"}
+    decisions = {op: {"call": {"backend": backend, "reason": ""}} for op, backend in backends.items()}
+    monkeypatch.setattr(tuned, "load", lambda: tuned.Tuned(Path("tuned.json"), {"decisions": decisions}))
+    text = all_kernels(without=["xsa"]).split(",")
+    assert {"softcapped_cross_entropy=triton/32MiB", "leaky_relu2_mlp=triton", "mix_rms_norm=triton"} <= set(text)
+    assert not any(entry.startswith("xsa=") for entry in text)
 
 
 def test_kernels_in_the_interpreter_train_like_the_reference() -> None:

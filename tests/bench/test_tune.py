@@ -159,6 +159,9 @@ def test_rows_that_are_missing_and_reports_without_a_check_are_no_success() -> N
     call, fine = Measurement("call xsa", "call", XSA), Outcome("ok", 1.0, "")
     assert tune.finding_of(call, fine, [row("xsa", "torch", 1)])["verdict"] == "it ended without rows"
     assert tune.finding_of(Measurement("step xsa", "step", XSA), fine, [])["verdict"] == "it ended without rows"
+    # the kernel's variants are measured with it, repetitions are not
+    rows = [row("xsa", form, 1) for form in ("torch", "triton", "triton/big", "triton/big again")]
+    assert set(tune.finding_of(call, fine, rows)["times"]) == {"torch", "triton", "triton/big"}
     check = Measurement("check xsa triton", "check", XSA)
     assert tune.finding_of(check, fine, ())["verdict"] == "no check in the doctor's report"
     report = {"checks": [{"passed": False, "problem": None, "error": 0.3, "limit": 0.05}]}
@@ -185,6 +188,8 @@ def test_the_commands_are_those_of_the_benchmarks(monkeypatch: pytest.MonkeyPatc
         "--rounds",
         "15",
     ]
+    big = XSA._replace(backend="triton/big")
+    assert tune.job_of(Measurement("step xsa", "step", big), "baseline", 9).command[-1] == "torch,xsa=triton/big"
     folder = Path(tune.__file__).parent
     assert all((folder / f"{tune.bench_of(op)}.py").is_file() for op in (*tune.BENCHES, "xsa", "int6", "newton_schulz"))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from benchmarks import bench_leaky_relu2_mlp
 from benchmarks.computed import step_schedule as schedule
 from benchmarks.computed.fake_cuda import tensors_without_data
 from benchmarks.computed.inductor_plan import PROPERTIES, Scheduled, planning_for_an_absent_gpu
-from benchmarks.computed.recorder import Recorder
+from benchmarks.computed.recorder import Recorder, operator_kernels
 from benchmarks.measure.chains import Chain
 from benchmarks.measure.devices import Kernel
 from benchmarks.measure.step_variants import all_kernels
@@ -76,7 +77,7 @@ def test_a_variant_has_its_own_kernels_and_only_the_published_one_waits(step: sc
     assert names >= ours if step.variant == "golf" else not names & ours
     assert {"fa3::attention", "fa3::attention_backward"} <= names
     assert step.waits == (step.variant == "published")
-    assert all(kernel.bytes > 0 or kernel.name == "norm_kernel" for kernel in step.kernels)
+    assert all(kernel.bytes + kernel.cached > 0 or kernel.name == "norm_kernel" for kernel in step.kernels)
 
 
 def test_a_graph_copies_the_gradients_once_and_has_its_rates_from_the_device() -> None:
@@ -97,6 +98,31 @@ def test_a_graph_copies_the_gradients_once_and_has_its_rates_from_the_device() -
     assert copies == [2 * gradients]
     # these operations set two numbers of Muon, and one for each group of AdamW
     assert [sum(kernel.name == "aten::fill_" for kernel in kernels) for kernels in (graph, eager)] == [4, 0]
+
+
+def test_small_chunks_of_the_head_stay_in_the_cache() -> None:
+    found = {}
+    for backend in ("triton", "triton/32MiB"):
+        with tensors_without_data(), dispatch.forced(f"softcapped_cross_entropy={backend}"):
+            hidden, weight = empty(98304, 512), empty(8192, 512)
+            targets = empty(98304, dtype=torch.int64)
+            with mock.patch.object(dispatch, "triton_problem", return_value=None):
+                found[backend] = operator_kernels(
+                    torch.ops.golf.softcapped_cross_entropy,
+                    (hidden, weight, targets, 30.0, True, -100, 0.0, True, True),
+                )
+    passes = {name: [k for k in kernels if k.name == "loss_and_gradient_kernel"] for name, kernels in found.items()}
+    # 12 chunks of 134 MB are read and written in memory; 48 of 34 MB in the cache
+    for (name, kernels), count, logits in zip(
+        passes.items(), (12, 48), (8192 * 8192 * 2, 2048 * 8192 * 2), strict=True
+    ):
+        assert len(kernels) == count
+        moved, cached = {kernel.bytes for kernel in kernels}, {kernel.cached for kernel in kernels}
+        assert all(
+            at_least == pytest.approx(2 * logits, rel=1e-2) for at_least in (moved if name == "triton" else cached)
+        )
+        assert max(cached if name == "triton" else moved) < 1e-2 * logits
+    assert len({sum(kernel.flops for kernel in kernels) for kernels in found.values()}) == 1
 
 
 def planned(function: Callable[..., Any], *inputs: Tensor) -> list[list[Scheduled]]:

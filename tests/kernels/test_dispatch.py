@@ -75,6 +75,25 @@ def test_a_triton_kernel_runs_only_where_it_is_named(monkeypatch, caplog):
     assert dispatch.choose("op", device="cuda") == ("triton", "preferred by GOLF_BACKEND")
 
 
+def test_a_variant_of_a_backend_runs_only_where_it_is_named(monkeypatch):
+    register("op", "torch")
+    dispatch.register("op", "triton", lambda *args: "usual", variants={"big": lambda *args: "big"})
+    assert dispatch.available_backends("op", "cuda") == ["triton", "torch"]
+    monkeypatch.setenv("GOLF_BACKEND", "op=triton/big")
+    assert dispatch.choose("op", device="cuda") == ("triton/big", "forced by GOLF_BACKEND")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert dispatch.choose("op", torch.zeros(1)) == ("torch", "triton/big: named, but takes tensors on cuda, found cpu")
+    assert dispatch.run_on("triton/big", "op") == "big" and dispatch.run_on("triton", "op") == "usual"
+    assert dispatch.may_run("op", "triton", "op=triton/big?")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.call("op", torch.zeros(1)) == "big"
+    monkeypatch.setenv("GOLF_BACKEND", "op=triton/small")
+    with pytest.raises(dispatch.BackendError, match="no triton/small backend, only torch, triton, triton/big"):
+        dispatch.choose("op", device="cuda")
+    monkeypatch.setenv("GOLF_BACKEND", "op=triton/small?")
+    assert dispatch.choose("op", device="cuda").backend == "torch"
+
+
 def test_a_preferred_backend_that_cannot_run_is_left_for_the_next(monkeypatch, caplog):
     register("op", "torch")
     register("op", "cpp", only_dtype=torch.float32)

@@ -100,6 +100,22 @@ def test_errs_no_more_than_the_plain_chain(vocabulary):
     assert (found <= torch.tensor([1.01, 1.001, 1.001]) * plain).all(), (found, plain)
 
 
+def test_a_variant_has_chunks_of_its_bytes_of_logits(monkeypatch):
+    tensors = head(rows=11, vocabulary=40, ignored=(2, 7))
+    want = run(formula, *exactly(*tensors))
+    rows = []
+    kernels = importlib.import_module("golf_kernels.softcapped_cross_entropy_triton")
+    given = kernels.loss_and_gradient
+    monkeypatch.setattr(kernels, "loss_and_gradient", lambda *a: rows.append(len(a[0])) or given(*a))
+    arguments = [*(tensor.detach() for tensor in tensors), 30.0, True, -100, 0.0, True, True]
+    size = tensors[0].element_size()
+    assert max(errors(module._triton(*arguments, chunk_bytes=4 * 40 * size), want)) < ROUNDING[DTYPES[0]]
+    assert rows == [4, 4, 3]
+    dispatch.run_on("triton/32MiB", "softcapped_cross_entropy", *arguments)
+    # 2,048 rows of 8,192 logits in bfloat16, and all 11 of this batch
+    assert rows.pop() == 11 and module.CHUNKS["32MiB"] == 2048 * 8192 * 2
+
+
 def test_logits_at_the_cap():
     hidden, weight, targets = head(dtype=DTYPES[-1], spread=100.0)
     got, want = (

@@ -57,6 +57,22 @@ def test_library_calls_take_the_decision_of_calls_and_say_so_once(caplog):
     assert tuned.load().line("mlp", "step") == "mlp: torch, 0.97 x in the step, tuned 2026-12-01"
 
 
+def test_a_variant_is_decided_and_kept_like_its_backend():
+    variants = {"big": lambda *args: None}
+    for op in ("mlp", "mlp_backward"):
+        dispatch.register(op, "triton", lambda *args: None, variants=variants)
+    tuned.write(tuned.path_of(HERE), decided(call="triton/big", step="triton/big"))
+    assert dispatch.choose("mlp", device="cuda").backend == "triton/big"
+    stored, _ = tuned_kernels(load_recipe("quickstart").config(), torch.device("cuda"))
+    assert stored == "mlp=triton/big?"
+    with dispatch.forced(stored):
+        assert dispatch.choose("mlp_backward", device="cuda").backend == "triton/big"
+    tuned.write(tuned.path_of(HERE), decided(call="triton/big", failed=["mlp=triton"]))
+    tuned.forget()
+    with dispatch.forced(stored):
+        assert dispatch.choose("mlp", device="cuda").backend == "cuda"
+
+
 def test_a_kernel_whose_check_failed_runs_only_where_it_is_forced(monkeypatch):
     tuned.write(tuned.path_of(HERE), decided(call="torch", failed=["mlp=triton"]))
     # what a run on another machine has stored
