@@ -297,7 +297,7 @@ def may_run(op: str, backend: Backend, text: str) -> bool:
     if backend not in _implementations(op):
         return False
     named = _named(op, text)
-    return backend != "triton" or (named is not None and without_variant(named.backend) == "triton")
+    return without_variant(backend) != "triton" or (named is not None and without_variant(named.backend) == "triton")
 
 
 def with_preferences(text: str, preferences: Mapping[str, str]) -> str:

@@ -84,7 +84,7 @@ def test_a_variant_of_a_backend_runs_only_where_it_is_named(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert dispatch.choose("op", torch.zeros(1)) == ("torch", "triton/big: named, but takes tensors on cuda, found cpu")
     assert dispatch.run_on("triton/big", "op") == "big" and dispatch.run_on("triton", "op") == "usual"
-    assert dispatch.may_run("op", "triton", "op=triton/big?")
+    assert dispatch.may_run("op", "triton", "op=triton/big?") and not dispatch.may_run("op", "triton/big", "")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert dispatch.call("op", torch.zeros(1)) == "big"
     monkeypatch.setenv("GOLF_BACKEND", "op=triton/small")
