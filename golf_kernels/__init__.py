@@ -21,6 +21,7 @@ from golf_kernels.mix_rms_norm import mix_rms_norm
 from golf_kernels.muon import Muon
 from golf_kernels.newton_schulz import COEFFICIENTS, CoefficientSet, newton_schulz
 from golf_kernels.qk_norm_rope import qk_norm_rope
+from golf_kernels.qkv_norm_rope import qkv_norm_rope
 from golf_kernels.softcapped_cross_entropy import softcapped_cross_entropy
 from golf_kernels.version import __version__
 from golf_kernels.window_nll import window_nll
@@ -41,6 +42,7 @@ __all__ = [
     "mix_rms_norm",
     "newton_schulz",
     "qk_norm_rope",
+    "qkv_norm_rope",
     "softcapped_cross_entropy",
     "window_nll",
     "xsa",

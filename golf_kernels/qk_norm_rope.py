@@ -100,17 +100,20 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _fake(
-    q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def fake(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     _check(q, k, cosine, sine, gain, eps)
     rstd = q.new_empty((*q.shape[:2], q.shape[2] + k.shape[2]), dtype=_wide(q.dtype))
     return q.new_empty(q.shape), k.new_empty(k.shape), rstd
 
 
+def gain_floor(dtype: torch.dtype) -> float:
+    """Returns the smallest magnitude of a gain for queries of this dtype."""
+    return GAIN_FLOOR.get(dtype, _WIDE_FLOOR)
+
+
 def _floored(gain: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the gain as `(H, 1)`, rounded to dtype. Its magnitude is at least the floor."""
-    floor = GAIN_FLOOR.get(dtype, _WIDE_FLOOR)
+    floor = gain_floor(dtype)
     rounded = gain.to(dtype).to(_wide(dtype)).unsqueeze(1)
     return torch.where(rounded.abs() < floor, torch.where(rounded < 0, -floor, floor), rounded)
 
@@ -127,7 +130,7 @@ def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat([first * cosine + second * sine, second * cosine - first * sine, rest], dim=-1)
 
 
-def _reference(
+def reference(
     q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, gain: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(q, k, cosine, sine, gain, eps)
@@ -160,7 +163,7 @@ def _backward_fake(
     return q_hat.new_empty(q_hat.shape), k_hat.new_empty(k_hat.shape), gain.new_empty(gain.shape)
 
 
-def _backward_reference(
+def backward_reference(
     dq_hat: Tensor,
     dk_hat: Tensor,
     q_hat: Tensor,
@@ -204,18 +207,18 @@ def _backward(ctx: Any, dq_hat: Tensor, dk_hat: Tensor, unused: Any) -> tuple[An
 
 
 class _WrittenOut(torch.autograd.Function):
-    forward = staticmethod(_reference)
+    forward = staticmethod(reference)
     setup_context = staticmethod(_setup_context)
 
     # like the operator, this function has no second derivative
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq_hat: Tensor, dk_hat: Tensor, unused: Any) -> tuple[Any, ...]:
-        dq, dk, dgain = _backward_reference(dq_hat, dk_hat, *ctx.saved_tensors)
+        dq, dk, dgain = backward_reference(dq_hat, dk_hat, *ctx.saved_tensors)
         return dq, dk, None, None, dgain, None
 
 
-def _triton_problem(q: Tensor, k: Tensor) -> str | None:
+def triton_problem(q: Tensor, k: Tensor) -> str | None:
     unfit = dispatch.elementwise_problem("q", q)
     if unfit is not None:
         return unfit
@@ -226,26 +229,26 @@ def _triton_problem(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
-def _triton_supports(*args: Any) -> str | None:
+def triton_supports(*args: Any) -> str | None:
     fits = args and all(tensor.ndim == 4 for tensor in args[:2])
-    return dispatch.triton_problem() or (_triton_problem(*args[:2]) if fits else None)
+    return dispatch.triton_problem() or (triton_problem(*args[:2]) if fits else None)
 
 
 def _triton_backward_supports(*args: Any) -> str | None:
-    return dispatch.triton_problem() or (_triton_problem(*args[2:4]) if args else None)
+    return dispatch.triton_problem() or (triton_problem(*args[2:4]) if args else None)
 
 
-def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def triton_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from golf_kernels import qk_norm_rope_triton
 
     _check(*args)
-    return qk_norm_rope_triton.forward(*args, floor=GAIN_FLOOR.get(args[0].dtype, _WIDE_FLOOR))
+    return qk_norm_rope_triton.forward(*args, floor=gain_floor(args[0].dtype))
 
 
 def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from golf_kernels import qk_norm_rope_triton
 
-    return qk_norm_rope_triton.backward(*args, floor=GAIN_FLOOR.get(args[2].dtype, _WIDE_FLOOR))
+    return qk_norm_rope_triton.backward(*args, floor=gain_floor(args[2].dtype))
 
 
 def _inputs(
@@ -286,19 +289,19 @@ dispatch.define(
     "qk_norm_rope",
     "(Tensor q, Tensor k, Tensor cosine, Tensor sine, Tensor gain, float eps) "
     "-> (Tensor q_hat, Tensor k_hat, Tensor rstd)",
-    reference=_reference,
-    fake=_fake,
+    reference=reference,
+    fake=fake,
 )
 dispatch.define_backward(
     "qk_norm_rope",
     "(Tensor dq_hat, Tensor dk_hat, Tensor q_hat, Tensor k_hat, Tensor cosine, Tensor sine, Tensor gain, Tensor rstd) "
     "-> (Tensor dq, Tensor dk, Tensor dgain)",
-    reference=_backward_reference,
+    reference=backward_reference,
     fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,
 )
-dispatch.register("qk_norm_rope", "triton", _triton, supports=_triton_supports)
+dispatch.register("qk_norm_rope", "triton", triton_forward, supports=triton_supports)
 dispatch.register("qk_norm_rope_backward", "triton", _triton_backward, supports=_triton_backward_supports)
 operators.declare(
     operators.Operator(

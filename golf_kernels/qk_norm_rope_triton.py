@@ -1,7 +1,8 @@
 """Triton kernels of QK-norm, rotary embedding and query gain. Each kernel makes one pass over queries and keys.
 
     rotate     q̂ = g · R n(q), k̂ = R n(k), and rstd of each head and position
-    unrotate   dq, dk and each program's partial sum of dg, from dq̂, q̂, dk̂, k̂ and rstd
+    unrotate   dq, dk and each program's partial sum of dg, from dq̂, q̂, dk̂, k̂ and rstd; also dv, the sum of the
+               gradients of one or two users of the values
 
 A program takes a block of positions with all their heads, so that it reads cosine and sine once for all heads. It reads
 the rotated dimensions a second time, from the cache, in the order of their partners in the rotation. So threads need
@@ -12,6 +13,8 @@ not exchange numbers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -111,6 +114,7 @@ def _unrotate_heads(
     stride_t,
     stride_h,
     stride_d,
+    gradient_stride,
     HEADS: tl.constexpr,
     ALL_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -135,8 +139,14 @@ def _unrotate_heads(
         other = _load(source, stride_d, partner, turning) - coefficient * _load(output_ptr + place, 1, partner, turning)
         gradient = cosine * gradient - sine * other
     gradient *= (rstd * gain)[:, :, None]
-    tl.store(gradient_ptr + place + dim, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+    target = (gradient_ptr + (row * gradient_stride + head * DIM))[:, :, None]
+    tl.store(target + dim, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
     return along
+
+
+@triton.jit
+def _load_heads(x_ptr, head, batch, time, dim, inside, stride_b, stride_t, stride_h, stride_d):
+    return _load((x_ptr + (batch * stride_b + time * stride_t + head * stride_h))[:, :, None], stride_d, dim, inside)
 
 
 @triton.jit
@@ -198,8 +208,11 @@ def unrotate_kernel(
     sine_ptr,
     gain_ptr,
     rstd_ptr,
+    first_ptr,
+    second_ptr,
     dq_ptr,
     dk_ptr,
+    dv_ptr,
     partial_ptr,
     positions,
     length,
@@ -212,15 +225,28 @@ def unrotate_kernel(
     k_stride_t,
     k_stride_h,
     k_stride_d,
+    first_stride_b,
+    first_stride_t,
+    first_stride_h,
+    first_stride_d,
+    second_stride_b,
+    second_stride_t,
+    second_stride_h,
+    second_stride_d,
+    dq_stride,
+    dk_stride,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
+    USES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Computes dq and dk of BLOCK positions, and a partial sum of dg over these positions.
 
-    `partial` `(programs, HEADS)` holds the partial sums of all programs.
+    `partial` `(programs, HEADS)` holds the partial sums of all programs. Positions of dq and of dk are `dq_stride` and
+    `dk_stride` apart. With USES, dv is `first`, or the sum of `first` and `second`, and its positions are as far apart
+    as those of dk.
     """
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ALL: tl.constexpr = HEADS + KV_HEADS
@@ -232,7 +258,7 @@ def unrotate_kernel(
         gain = _gain(gain_ptr, q_hat_ptr.dtype.element_ty, floor, HEADS)
         along = _unrotate_heads(
             dq_hat_ptr, q_hat_ptr, dq_ptr, rstd_ptr, gain, cosine, sine, position, positions, length,
-            q_stride_b, q_stride_t, q_stride_h, q_stride_d, HEADS, ALL, DIM, HALF,
+            q_stride_b, q_stride_t, q_stride_h, q_stride_d, dq_stride, HEADS, ALL, DIM, HALF,
         )  # fmt: skip
         head = tl.arange(0, triton.next_power_of_2(HEADS))
         tl.store(partial_ptr + tl.program_id(0) * HEADS + head, tl.sum(along, axis=0), mask=head < HEADS)
@@ -240,8 +266,23 @@ def unrotate_kernel(
         one = tl.full((1, triton.next_power_of_2(KV_HEADS)), 1.0, tl.float32)
         _unrotate_heads(
             dk_hat_ptr, k_hat_ptr, dk_ptr, rstd_ptr + HEADS, one, cosine, sine, position, positions, length,
-            k_stride_b, k_stride_t, k_stride_h, k_stride_d, KV_HEADS, ALL, DIM, HALF,
+            k_stride_b, k_stride_t, k_stride_h, k_stride_d, dk_stride, KV_HEADS, ALL, DIM, HALF,
         )  # fmt: skip
+        if USES > 0:
+            head, batch, time, here = _indices_and_mask(position, positions, length, KV_HEADS)
+            dim, _partner = _dims(DIM, HALF)
+            inside = here[:, :, None] & (dim < DIM)
+            dv = _load_heads(
+                first_ptr, head, batch, time, dim, inside,
+                first_stride_b, first_stride_t, first_stride_h, first_stride_d,
+            )  # fmt: skip
+            if USES == 2:
+                dv += _load_heads(
+                    second_ptr, head, batch, time, dim, inside,
+                    second_stride_b, second_stride_t, second_stride_h, second_stride_d,
+                )  # fmt: skip
+            target = (dv_ptr + (position.to(tl.int64)[:, None] * dk_stride + head * DIM))[:, :, None]
+            tl.store(target + dim, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
 def forward(
@@ -283,21 +324,66 @@ def backward(
     floor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implements `golf::qk_norm_rope_backward`: returns dq, dk and dgain. dgain is always summed in the same order."""
-    q_hat, k_hat, rstd = q_hat.contiguous(), k_hat.contiguous(), rstd.contiguous()
-    dq, dk = torch.empty_like(q_hat), torch.empty_like(k_hat)
+    dq, dk = q_hat.new_empty(q_hat.shape), k_hat.new_empty(k_hat.shape)
+    dgain = _unrotate(dq_hat, dk_hat, [], q_hat, k_hat, cosine, sine, gain, rstd, (dq, dk, dk), floor)
+    return dq, dk, dgain
+
+
+def joint_backward(
+    dq_hat: Tensor,
+    dk_hat: Tensor,
+    dvs: Sequence[Tensor],
+    q_hat: Tensor,
+    k_hat: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    gain: Tensor,
+    rstd: Tensor,
+    *,
+    floor: float,
+) -> tuple[Tensor, Tensor]:
+    """Implements `golf::qkv_norm_rope_backward`: returns dqkv `(B, T, (H + 2 H_kv) · D)` and dgain.
+
+    `dvs` has one or two gradients of the values, `(B, T, H_kv, D)`. They and the other gradients may have any strides.
+    """
+    (batch, length, heads, dim), kv_heads = q_hat.shape, k_hat.shape[2]
+    joint = q_hat.new_empty((batch, length, heads + 2 * kv_heads, dim))
+    parts = joint.split([heads, kv_heads, kv_heads], dim=2)
+    return joint.flatten(2), _unrotate(dq_hat, dk_hat, dvs, q_hat, k_hat, cosine, sine, gain, rstd, parts, floor)
+
+
+def _unrotate(
+    dq_hat: Tensor,
+    dk_hat: Tensor,
+    dvs: Sequence[Tensor],
+    q_hat: Tensor,
+    k_hat: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    gain: Tensor,
+    rstd: Tensor,
+    results: Sequence[Tensor],
+    floor: float,
+) -> Tensor:
+    """Writes dq, dk and, with `dvs`, dv into `results`, whose positions are evenly spaced. Returns dgain."""
     if not rstd.numel():
-        return dq, dk, torch.zeros_like(gain)
+        return torch.zeros_like(gain)
+    q_hat, k_hat, rstd = q_hat.contiguous(), k_hat.contiguous(), rstd.contiguous()
     block, warps = _blocks(q_hat, k_hat)
     positions, length = q_hat.shape[0] * q_hat.shape[1], q_hat.shape[1]
     programs = triton.cdiv(positions, block)
     partial = rstd.new_empty((programs, q_hat.shape[2]))
     tables = (cosine.contiguous(), sine.contiguous(), gain.contiguous())
+    # a kernel without values gets another tensor in their place
+    first, second = (*dvs, dk_hat, dk_hat)[:2]
     with torch.cuda.device_of(q_hat):
         unrotate_kernel[(programs,)](
-            dq_hat, dk_hat, q_hat, k_hat, *tables, rstd, dq, dk, partial, positions, length, floor,
-            *dq_hat.stride(), *dk_hat.stride(), **_sizes(q_hat, k_hat, cosine), BLOCK=block, num_warps=warps,
+            dq_hat, dk_hat, q_hat, k_hat, *tables, rstd, first, second, *results, partial, positions, length, floor,
+            *dq_hat.stride(), *dk_hat.stride(), *first.stride(), *second.stride(),
+            results[0].stride(1), results[1].stride(1),
+            **_sizes(q_hat, k_hat, cosine), USES=len(dvs), BLOCK=block, num_warps=warps,
         )  # fmt: skip
-    return dq, dk, partial.sum(dim=0).to(gain.dtype)
+    return partial.sum(dim=0).to(gain.dtype)
 
 
 def _sizes(q: Tensor, k: Tensor, cosine: Tensor) -> dict[str, int]:

@@ -26,7 +26,7 @@ def test_every_registered_operator_is_declared():
 @pytest.mark.parametrize(
     ("capability", "without"),
     [
-        ((7, 5), {"newton_schulz", "muon_step", "softcapped_cross_entropy", "window_nll", "mix_rms_norm", "qk_norm_rope", "xsa", "leaky_relu2_mlp"}),
+        ((7, 5), {"newton_schulz", "muon_step", "softcapped_cross_entropy", "window_nll", "mix_rms_norm", "qk_norm_rope", "qkv_norm_rope", "xsa", "leaky_relu2_mlp"}),
         ((8, 0), {"leaky_relu2_mlp"}),
         ((8, 9), {"leaky_relu2_mlp"}),
         ((9, 0), set()),

@@ -55,7 +55,12 @@ def test_a_scale_joins_the_weight_and_errs_no_more_than_one_after_the_product(dt
 
 def joined(x: torch.Tensor, weights: list[torch.Tensor], upstream: list[torch.Tensor], *, joint: bool):
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, *weights)]
-    parts = joint_linear(leaves[0], leaves[1:]) if joint else [linear(leaves[0], weight) for weight in leaves[1:]]
+    rows = [len(weight) for weight in leaves[1:]]
+    parts = (
+        joint_linear(leaves[0], leaves[1:]).split(rows, -1)
+        if joint
+        else [linear(leaves[0], weight) for weight in leaves[1:]]
+    )
     return [part.detach() for part in parts] + list(torch.autograd.grad(parts, leaves, upstream))
 
 

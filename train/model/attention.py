@@ -8,6 +8,7 @@ from torch import Tensor
 
 from golf_kernels.qk_norm_rope import qk_norm_rope
 from golf_kernels.qk_norm_rope import written_out as qk_norm_rope_formula
+from golf_kernels.qkv_norm_rope import qkv_norm_rope
 from golf_kernels.xsa import written_out as xsa_formula
 from golf_kernels.xsa import xsa
 from train.common.wording import counted
@@ -86,13 +87,17 @@ class Attention(OperatorModule):
         self.qat = config.fake_quantization
         self.backend = "sdpa"
 
+    def joint_project(self, x: Tensor) -> Tensor:
+        """Compute queries, keys and values in one product, `(B, T, d + 2 kv_dim)`."""
+        return joint_linear(x, (self.query, self.key, self.value), fake_quantize=self.qat if self.training else None)
+
     def project(self, x: Tensor, extra_value: Tensor | None = None, rows_from: int = 0) -> Heads:
         """Compute queries, keys and values before norm and rotation. For the arguments see `heads`."""
-        fake_quantize = self.qat if self.training else None
         weights = (self.query, self.key, self.value)
         if not rows_from:
-            query, key, value = joint_linear(x, weights, fake_quantize=fake_quantize)
+            query, key, value = self.joint_project(x).split([len(weight) for weight in weights], dim=-1)
         else:
+            fake_quantize = self.qat if self.training else None
             rows = (x[:, rows_from:], x, x)
             query, key, value = (
                 linear(part, weight, fake_quantize=fake_quantize) for part, weight in zip(rows, weights, strict=True)
@@ -139,17 +144,19 @@ class Attention(OperatorModule):
         past: KeyValues | None = None,
         scale: Tensor | None = None,
         gating: Tensor | None = None,
+        own_value: Tensor | None = None,
     ) -> Tensor:
         """Do the steps of `attend` after the rotation.
 
         Queries and keys in `heads` are already rotated, and queries are multiplied by the gain.
+        `own_value` are the values for XSA. None: those of `heads`.
         """
         query, key, value = heads
         keys, values = (key, value) if past is None else past.extend(key, value)
         output = causal_attention(query, keys, values, documents=documents, backend=self.backend)
         fake_quantize = self.qat if self.training else None
         if self.xsa:
-            own = value[:, key.shape[1] - query.shape[1] :]
+            own = (value if own_value is None else own_value)[:, key.shape[1] - query.shape[1] :]
             output = xsa_formula(output, own) if "xsa" in self.written_out else xsa(output, own)
         if self.gate is not None and gating is not None:
             logits = F.linear(gating[..., : self.gate.shape[1]], self.gate.to(gating.dtype))
@@ -181,6 +188,15 @@ class Attention(OperatorModule):
         # the operator rotates queries and keys with the same table, so both must cover the same positions
         if rows_from:
             return self.attend(self.heads(x, extra_value, rows_from), rotary, documents, past, scale, x[:, rows_from:])
+        if "qkv_norm_rope" in self.replacements:
+            uses = 2 if self.xsa and extra_value is None else 1
+            query, key, value, *again = qkv_norm_rope(
+                self.joint_project(x), *rotary, self.q_gain,
+                kv_heads=len(self.key) // self.head_dim, dim=self.head_dim, eps=NORM_EPS, uses=uses,
+            )  # fmt: skip
+            if extra_value is not None:
+                value = value + extra_value.unflatten(-1, (-1, self.head_dim))
+            return self.output_of((query, key, value), documents, past, scale, x, *again)
         query, key, value = self.project(x, extra_value)
         norm_and_rotate = qk_norm_rope_formula if "qk_norm_rope" in self.written_out else qk_norm_rope
         query, key = norm_and_rotate(query, key, *rotary, self.q_gain, eps=NORM_EPS)

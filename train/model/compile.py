@@ -15,14 +15,20 @@ from torch import Tensor, nn
 from golf_kernels import dispatch
 from train.config import Config
 
+# operators that do the work of other operators or of PyTorch functions; a model calls them only if their kernels run
+_REPLACEMENTS = frozenset({"qkv_norm_rope"})
 # operators whose PyTorch reference saves memory and is not slower: it never holds all logits
 _MEMORY_SAVERS = frozenset({"softcapped_cross_entropy"})
 
 
 class OperatorModule(nn.Module):
-    """A module that calls operators of golf_kernels. Operators in `written_out` are computed with PyTorch functions."""
+    """A module that calls operators of golf_kernels. Operators in `written_out` are computed with PyTorch functions.
+
+    Operators that replace others are called only if they are in `replacements`.
+    """
 
     written_out: frozenset[str] = frozenset()
+    replacements: frozenset[str] = frozenset()
 
 
 def compiles(config: Config, device: torch.device) -> bool:
@@ -54,3 +60,4 @@ def write_out(model: nn.Module, operators: frozenset[str]) -> None:
     for module in model.modules():
         if isinstance(module, OperatorModule):
             module.written_out = operators
+            module.replacements = _REPLACEMENTS - operators

@@ -34,17 +34,15 @@ def linear(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, fake_quant
     return F.linear(x, working_weight(weight, x.dtype, scale=scale, fake_quantize=fake_quantize))
 
 
-def joint_linear(x: Tensor, weights: Sequence[Tensor], *, fake_quantize: str | None = None) -> tuple[Tensor, ...]:
-    """Compute y_i = x W_iᵀ for several weights `(rows_i, in_features)` in one product.
+def joint_linear(x: Tensor, weights: Sequence[Tensor], *, fake_quantize: str | None = None) -> Tensor:
+    """Compute y_i = x W_iᵀ for several weights `(rows_i, in_features)` in one product `(..., Σ rows_i)`.
 
-    The y_i are views `(..., rows_i)`. The gradient of x is also one product, so the sum over all weights is rounded
-    once.
+    The gradient of x is also one product, so the sum over all weights is rounded once.
     """
     for weight in weights:
         observe(weight, x)
     rows = [working_weight(weight, x.dtype, fake_quantize=fake_quantize) for weight in weights]
-    found: tuple[Tensor, ...] = F.linear(x, torch.cat(rows)).split([len(weight) for weight in weights], dim=-1)
-    return found
+    return F.linear(x, torch.cat(rows))
 
 
 def working_weight(
