@@ -287,7 +287,8 @@ def refusal(op: str, backend: Backend, *args: Any) -> str | None:
     """
     implementations = _implementations(op)
     if backend not in implementations:
-        return f"{op} has no {backend} backend, only {', '.join(implementations)}"
+        known = sorted(implementations, key=lambda name: PREFERENCE.index(without_variant(name)))
+        return f"{op} has no {backend} backend, only {', '.join(known)}"
     supports = implementations[backend].supports
     return supports() or (supports(*args) if args else None)
 

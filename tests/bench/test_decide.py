@@ -67,7 +67,7 @@ def test_each_decision_has_its_reason() -> None:
 def test_the_fastest_variant_of_a_kernel_goes_on() -> None:
     call = {"call fast": times(torch=3.0, compile=2.0, triton=2.5)}
     call["call fast"]["times"] |= {"triton/big": [0.9, 1.0, 1.1], "triton/small": [1.1, 1.2, 1.3]}
-    (step, *_) = next_measurements([FAST], CHECKS | call)
+    (step, *_) = next_measurements([FAST], CHECKS | ATTENTION | call)
     assert step.name == "step fast" and step.candidate == FAST._replace(backend="triton/big")
     decided = decisions([FAST], CHECKS | call | STEPS)["fast"]
     assert decided == {
