@@ -1,6 +1,7 @@
 """Records of other programs: each fault of a real record folder, on a small record in the same layout."""
 
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from record_example import edit_json, failures, notes, verdicts
 
 from train.submission.__main__ import main
 from train.submission.record_folder import read_record_folder
+from train.submission.record_scores import TEXTS
 from train.submission.rules.finding import Verdict
 
 TTT = [ttt for _, _, ttt in SEEDS.values()]
@@ -183,6 +185,13 @@ def test_both_caseops_pairs_are_known(tmp_path: Path, tokens: int, size: int) ->
     more = 1.05759252 * 0.6931471805599453 * (size + 31 * 230) / (tokens + 31 * 64)
     (tmp_path / "submission.json").write_text(json.dumps({**values, "val_loss": round(more, 8)}))
     assert notes(tmp_path)[rule].endswith("the last tokens are scored again")
+
+
+def test_the_bytes_of_the_caseops_text_give_the_published_scores() -> None:
+    tokens, size = TEXTS["CaseOps sp8192, untrimmed"]
+    assert round(size / tokens, 7) == 3.1571597
+    for loss, bpb in ((2.31115900, 1.05610947), (2.31265572, 1.05679341)):
+        assert loss / math.log(2) * tokens / size == pytest.approx(bpb, abs=1e-8)
 
 
 # 10: README against json

@@ -178,6 +178,17 @@ def test_counts_in_the_json_decide(record: Path) -> None:
     assert failures(record) == {"validation text": "1,000 tokens: another text"}
 
 
+@pytest.mark.parametrize(
+    ("window", "tokens"), [(2048, 47_851_520), (2560, 47_851_520), (2816, 47_852_288), (3072, 47_852_544)]
+)
+def test_whole_windows_of_the_caseops_text_are_the_text(record: Path, window: int, tokens: int) -> None:
+    facts = {"rule": "once", "tokens": tokens, "validation_tokens": tokens, "window": window}
+    edit_json(record, evaluation=facts)
+    assert f"{tokens:,} tokens: CaseOps sp8192" in verdicts(record, Verdict.PASSES)["validation text"]
+    edit_json(record, evaluation={**facts, "tokens": tokens - window, "validation_tokens": tokens - window})
+    assert "validation text" in failures(record)
+
+
 def test_a_tokenizer_without_a_piece_for_the_space(record: Path, tmp_path: Path) -> None:
     # no space in the text, no piece for it
     text = tmp_path / "text.txt"

@@ -64,6 +64,11 @@ def text(record: RecordFolder) -> Finding:
     facts = record.claims.values.get("evaluation")
     if isinstance(facts, dict) and is_number(tokens := facts.get("validation_tokens")):
         names = [name for name, (known, _) in TEXTS.items() if known == tokens]
+        window = facts.get("window")
+        # an evaluation may leave out the tokens after the last full window
+        whole = TEXTS["CaseOps sp8192, untrimmed"][0]
+        if is_number(window) and window >= 1 and tokens == whole // int(window) * int(window):
+            names.append("CaseOps sp8192")
         return pass_if(bool(names), rule, f"{tokens:,} tokens: {names[0] if names else 'another text'}", _TEXT_LIMIT)
     found = ratios(record)
     if not found:
