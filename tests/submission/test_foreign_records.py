@@ -190,6 +190,7 @@ def test_both_caseops_pairs_are_known(tmp_path: Path, tokens: int, size: int) ->
 def test_the_bytes_of_the_caseops_text_give_the_published_scores() -> None:
     tokens, size = TEXTS["CaseOps sp8192, untrimmed"]
     assert round(size / tokens, 7) == 3.1571597
+    tokens, size = TEXTS["CaseOps sp8192"]
     for loss, bpb in ((2.31115900, 1.05610947), (2.31265572, 1.05679341)):
         assert loss / math.log(2) * tokens / size == pytest.approx(bpb, abs=1e-8)
 
