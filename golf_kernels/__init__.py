@@ -17,6 +17,7 @@ from golf_kernels.int6 import (
     int6_unpack,
 )
 from golf_kernels.leaky_relu2_mlp import leaky_relu2_mlp
+from golf_kernels.linear_residual import linear_residual
 from golf_kernels.mix_rms_norm import mix_rms_norm
 from golf_kernels.muon import Muon
 from golf_kernels.newton_schulz import COEFFICIENTS, CoefficientSet, newton_schulz
@@ -39,6 +40,7 @@ __all__ = [
     "int6_pack",
     "int6_unpack",
     "leaky_relu2_mlp",
+    "linear_residual",
     "mix_rms_norm",
     "newton_schulz",
     "qk_norm_rope",

@@ -363,7 +363,7 @@ def down(post: Tensor, w_down: Tensor, residual: Tensor | None) -> Tensor:
         with torch.cuda.device_of(y):
             residual = _laid_out(residual)
             numbers = (y.shape[0], post.shape[1], y.shape[1])
-            _launch("down", (post, _laid_out(w_down), residual, y), residual, *numbers)
+            _launch("down", (_laid_out(post), _laid_out(w_down), residual, y), residual, *numbers)
     return y
 
 

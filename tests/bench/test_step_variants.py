@@ -214,12 +214,13 @@ def test_only_the_published_variant_has_three_products_and_autograds_own_backwar
     # three layers run four times; the values' embedding and the head have a product each, too
     assert found["published"] == (4 * 6 + 2, {})
     assert found["torch"] == (4 * 4 + 2, {"_WrittenOutBackward": 4})
-    # those of its MLP and head are in operators
+    # those of its MLP, head and output projection are in operators
     for name, calls_of_xsa in (("golf", 4), ("golf-xsa", 0)):
         products, own = found[name]
-        assert products == 4 * 2 + 1 and "_WrittenOutBackward" not in own
+        assert products == 4 * 1 + 1 and "_WrittenOutBackward" not in own
         calls = Counter({name.rpartition("golf_")[2].partition("_default")[0]: count for name, count in own.items()})
         assert own["_JointBackward"] == 4 and "qk_norm_rope" not in calls and calls["xsa"] == calls_of_xsa, own
+        assert calls["linear_residual"] == 4, own
 
 
 def test_a_setting_behind_a_variant_is_that_variants_alone(monkeypatch: pytest.MonkeyPatch) -> None:

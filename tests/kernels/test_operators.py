@@ -26,9 +26,9 @@ def test_every_registered_operator_is_declared():
 @pytest.mark.parametrize(
     ("capability", "without"),
     [
-        ((7, 5), {"newton_schulz", "muon_step", "softcapped_cross_entropy", "window_nll", "mix_rms_norm", "qk_norm_rope", "qkv_norm_rope", "xsa", "leaky_relu2_mlp"}),
-        ((8, 0), {"leaky_relu2_mlp"}),
-        ((8, 9), {"leaky_relu2_mlp"}),
+        ((7, 5), {"newton_schulz", "muon_step", "softcapped_cross_entropy", "window_nll", "mix_rms_norm", "qk_norm_rope", "qkv_norm_rope", "xsa", "leaky_relu2_mlp", "linear_residual"}),
+        ((8, 0), {"leaky_relu2_mlp", "linear_residual"}),
+        ((8, 9), {"leaky_relu2_mlp", "linear_residual"}),
         ((9, 0), set()),
         ((10, 0), set()),
         ((12, 0), set()),
@@ -48,8 +48,9 @@ def test_each_gpu_has_the_triton_kernels_that_it_can_run(capability, without, mo
     assert {name for name, reason in refused.items() if reason} == without
     needed = "8.0" if capability < (8, 0) else "9.0 for TMA"
     said = f"its Triton kernels need compute capability {needed}, this GPU has {capability[0]}.{capability[1]}"
-    assert {reason for name, reason in refused.items() if reason and name != "leaky_relu2_mlp"} <= {said}
-    assert refused["leaky_relu2_mlp"] in (None, said.replace("8.0,", "9.0 for TMA,"))
+    with_tma = ("leaky_relu2_mlp", "linear_residual")
+    assert {reason for name, reason in refused.items() if reason and name not in with_tma} <= {said}
+    assert all(refused[name] in (None, said.replace("8.0,", "9.0 for TMA,")) for name in with_tma)
 
 
 def test_results_and_gradients_of_a_call():

@@ -145,11 +145,12 @@ class Attention(OperatorModule):
         scale: Tensor | None = None,
         gating: Tensor | None = None,
         own_value: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Do the steps of `attend` after the rotation.
 
         Queries and keys in `heads` are already rotated, and queries are multiplied by the gain.
-        `own_value` are the values for XSA. None: those of `heads`.
+        `own_value` are the values for XSA. None: those of `heads`. `residual` `(B, R, d)` is added to the result.
         """
         query, key, value = heads
         keys, values = (key, value) if past is None else past.extend(key, value)
@@ -161,7 +162,7 @@ class Attention(OperatorModule):
         if self.gate is not None and gating is not None:
             logits = F.linear(gating[..., : self.gate.shape[1]], self.gate.to(gating.dtype))
             output = output * torch.sigmoid(_GATE_SCALE * logits)[..., None]
-        return linear(output.flatten(-2), self.output, scale=scale, fake_quantize=fake_quantize)
+        return linear(output.flatten(-2), self.output, scale=scale, fake_quantize=fake_quantize, residual=residual)
 
     def forward(
         self,
@@ -173,8 +174,9 @@ class Attention(OperatorModule):
         rows_from: int = 0,
         past: KeyValues | None = None,
         scale: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """Compute the attention output of the layer, `(B, T - rows_from, d)`, without the residual.
+        """Compute the attention output of the layer, `(B, T - rows_from, d)`.
 
         Args:
             x: `(B, T, d)`, normed input.
@@ -184,6 +186,7 @@ class Attention(OperatorModule):
             rows_from: first position whose output is computed. Earlier positions only provide keys and values.
             past: the KV cache for generation; the new keys and values are appended to it.
             scale: `(d,)`, factor on each output channel; None: 1.
+            residual: `(B, T, d)`, added to the result by `linear_residual`; not with `rows_from`.
         """
         # the operator rotates queries and keys with the same table, so both must cover the same positions
         if rows_from:
@@ -196,8 +199,9 @@ class Attention(OperatorModule):
             )  # fmt: skip
             if extra_value is not None:
                 value = value + extra_value.unflatten(-1, (-1, self.head_dim))
-            return self.output_of((query, key, value), documents, past, scale, x, *again)
+            own = again[0] if again else None
+            return self.output_of((query, key, value), documents, past, scale, x, own, residual)
         query, key, value = self.project(x, extra_value)
         norm_and_rotate = qk_norm_rope_formula if "qk_norm_rope" in self.written_out else qk_norm_rope
         query, key = norm_and_rotate(query, key, *rotary, self.q_gain, eps=NORM_EPS)
-        return self.output_of((query, key, value), documents, past, scale, x)
+        return self.output_of((query, key, value), documents, past, scale, x, residual=residual)

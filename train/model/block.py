@@ -58,8 +58,7 @@ class Block(OperatorModule):
 
         Positions before `rows_from` only provide keys and values.
         """
-        mixed, output = self.attend(x, inputs, rows_from)
-        attended = mixed[:, rows_from:] + output
+        mixed, attended = self.attend_and_add(x, inputs, rows_from)
         return self.feed(mixed[:, rows_from:] if form == "gptj" else attended, residual=attended)
 
     def run_lanes(
@@ -67,8 +66,8 @@ class Block(OperatorModule):
     ) -> tuple[Tensor, Tensor]:
         """Run the variant "lanes" on two lanes `(B, T, d)`. For `rows_from` see `forward`."""
         rows = mlp_lane[:, rows_from:]
-        mixed, output = self.attend(attention_lane, inputs, rows_from)
-        return mixed[:, rows_from:] + output, self.feed(rows, residual=rows)
+        _, attended = self.attend_and_add(attention_lane, inputs, rows_from)
+        return attended, self.feed(rows, residual=rows)
 
     def run_routed(
         self, lanes: tuple[Tensor, Tensor], routes: tuple[Tensor, Tensor], inputs: BlockInputs, *, rows_from: int = 0
@@ -97,6 +96,19 @@ class Block(OperatorModule):
             mixed = self.mix(x, x0)
             return mixed, self.normed(mixed)
         return mix_rms_norm(x, x0, self.resid_mix, eps=NORM_EPS, gain=self.gain)
+
+    def attend_and_add(self, x: Tensor, inputs: BlockInputs, rows_from: int = 0) -> tuple[Tensor, Tensor]:
+        """Compute h at all positions, and h + a ⊙ Attn(g · rms(h)) from position `rows_from` on. See `attend`."""
+        if "linear_residual" in self.replacements and inputs.heads is None and not rows_from:
+            mixed, normed = self.mix_and_norm(x, inputs.x0)
+            attended = self.attention(
+                normed, inputs.rotary,
+                extra_value=inputs.extra_value, documents=inputs.documents, past=inputs.past,
+                scale=self.attn_scale, residual=mixed,
+            )  # fmt: skip
+            return mixed, attended
+        mixed, output = self.attend(x, inputs, rows_from)
+        return mixed, mixed[:, rows_from:] + output
 
     def attend(self, x: Tensor, inputs: BlockInputs, rows_from: int = 0) -> tuple[Tensor, Tensor]:
         """Compute h = m₀ ⊙ x + m₁ ⊙ x0 at all positions, and a ⊙ Attn(g · rms(h)) from position `rows_from` on."""

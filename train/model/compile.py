@@ -16,7 +16,7 @@ from golf_kernels import dispatch
 from train.config import Config
 
 # operators that do the work of other operators or of PyTorch functions; a model calls them only if their kernels run
-_REPLACEMENTS = frozenset({"qkv_norm_rope"})
+_REPLACEMENTS = frozenset({"linear_residual", "qkv_norm_rope"})
 # operators whose PyTorch reference saves memory and is not slower: it never holds all logits
 _MEMORY_SAVERS = frozenset({"softcapped_cross_entropy"})
 

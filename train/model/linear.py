@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from golf_kernels.linear_residual import linear_residual
 from train.model.straight_through import fake_quantize_rows
 
 Callback = Callable[[str, Tensor], None]
@@ -24,14 +25,22 @@ class _Observation(NamedTuple):
 _observation: _Observation | None = None
 
 
-def linear(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, fake_quantize: str | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    scale: Tensor | None = None,
+    fake_quantize: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """Compute y = scale ⊙ (x Wᵀ) `(..., out_features)` for x `(..., in_features)`, in the dtype of x.
 
     The scale multiplies the rows of W instead of y, so that its gradient is a sum over the weight, not over all tokens.
     For the other arguments see `working_weight`.
     """
     observe(weight, x)
-    return F.linear(x, working_weight(weight, x.dtype, scale=scale, fake_quantize=fake_quantize))
+    rows = working_weight(weight, x.dtype, scale=scale, fake_quantize=fake_quantize)
+    return F.linear(x, rows) if residual is None else linear_residual(x, rows, residual)
 
 
 def joint_linear(x: Tensor, weights: Sequence[Tensor], *, fake_quantize: str | None = None) -> Tensor:
