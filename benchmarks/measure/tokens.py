@@ -10,7 +10,8 @@ import torch
 
 from train.common.distributed import MICRO_BATCHES
 from train.config import Config
-from train.data.loaders import Batch, TrainingShards, unpack
+from train.data.loaders import Batch, unpack
+from train.data.orders import TrainingShards
 from train.data.shards import find_shards
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from train.common.errors import UserError, main_guard
 from train.config import Config
 from train.data.__main__ import main, parser
 from train.data.corpus import stdlib_documents
-from train.data.loaders import TrainingShards
 from train.data.manifest import read_manifest
+from train.data.orders import TrainingShards
 from train.data.shards import find_shards, load_validation_tokens, read_shard
 from train.data.tokenizer import find_tokenizer, load_tokenizer, train_tokenizer
 from train.data.validation import load_validation

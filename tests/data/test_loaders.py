@@ -14,7 +14,8 @@ from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.config import Config
 from train.data.dataset import Dataset
-from train.data.loaders import LOADERS, Coprime, Loader, TrainingShards
+from train.data.loaders import Loader
+from train.data.orders import LOADERS, Coprime, TrainingShards
 from train.data.shards import find_shards, write_shard
 
 SEQ = 8

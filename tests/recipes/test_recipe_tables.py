@@ -9,7 +9,7 @@ from golf_kernels import COEFFICIENTS
 from golf_kernels.window_nll import LOGITS_ROUNDINGS
 from train.artifact.codecs import CODECS
 from train.config import Config
-from train.data.loaders import LOADERS
+from train.data.orders import LOADERS
 from train.describe import describe
 from train.evaluate.windows import RULES
 from train.model.rope import ntk_base

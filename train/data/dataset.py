@@ -14,8 +14,9 @@ import numpy as np
 from train.common.distributed import Ranks
 from train.common.errors import UserError
 from train.config import Config
-from train.data.loaders import Loader, TrainingShards, make_loader
+from train.data.loaders import Loader, make_loader
 from train.data.manifest import read_manifest
+from train.data.orders import TrainingShards
 from train.data.paid_prefix import known_targets
 from train.data.shards import find_shards
 from train.data.validation import ValidationText, load_validation
