@@ -106,7 +106,7 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
     start.end("compilation and warm-up")
     ema = EMA(model, config.ema_decay) if config.ema_decay else None
     swa = SWA(model, config.swa_every, config.swa_start_frac) if config.swa_enabled else None
-    context = ContextGrowth(config)
+    context, packed = ContextGrowth(config), config.loader == "packed"
     grown = context if config.train_seq_schedule else None
     parts: Parts = {
         "model": model,
@@ -196,7 +196,9 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
         if profiler:
             profiler.before(step, recurrence=recurrence)
         momentum = muon_momentum(step, config)
-        batch_loss = training_step(optimizers, loss_of, loader, recurrence, scale, momentum, length=context.length)
+        batch_loss = training_step(
+            optimizers, loss_of, loader, recurrence, scale, momentum, length=context.length, packed=packed
+        )
         step += 1
         log.step = step
         with record_function("average"):
@@ -254,10 +256,12 @@ def training_step(
     momentum: float,
     *,
     length: int | None = None,
+    packed: bool = False,
 ) -> Tensor:
     """Compute the gradients of this rank's micro-batches, and step the optimizers.
 
-    With `length`, the consecutive tokens of each micro-batch are divided into sequences of this length.
+    With `length`, the consecutive tokens of each micro-batch are divided into sequences of this length. With `packed`
+    they stay in one row, and each document is cut to this length.
 
     Returns:
         The mean loss of the micro-batches, a scalar on the device.
@@ -265,10 +269,11 @@ def training_step(
     losses = []
     batches = join_micro_batches(loader.next_batch())
     for inputs, targets in batches:
-        if length:
+        if length and not packed:
             inputs, targets = inputs.view(-1, length), targets.view(-1, length)
         with record_function("forward"):
-            loss = loss_of(inputs, targets, recurrence=recurrence)
+            options = {"longest": length} if packed else {}
+            loss = loss_of(inputs, targets, recurrence=recurrence, **options)
         with record_function("backward"):
             (loss / len(batches)).backward()
         losses.append(loss.detach())
@@ -292,7 +297,7 @@ def warm_up(
     compilation counts as training time.
     """
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    graphs = training_graphs(config)
+    graphs, packed = training_graphs(config), config.loader == "packed"
     total = config.warmup_steps * len(graphs)
     compiling = (
         ", each graph compiles first, which may take minutes" if compiles(config, model.embedding.weight.device) else ""
@@ -303,7 +308,7 @@ def warm_up(
         note = f" ({config.warmup_steps} with each of {len(graphs)} graphs)"
     for number in range(total):
         recurrence, length = graphs[number // config.warmup_steps]
-        training_step(optimizers, loss_of, loader, recurrence, 1.0, 0.0, length=length)
+        training_step(optimizers, loss_of, loader, recurrence, 1.0, 0.0, length=length, packed=packed)
         if number < FIRST_LOGGED_STEPS or number + 1 == total:
             log.warmup_step(number + 1, total, note)
     with torch.no_grad():

@@ -31,10 +31,9 @@ def data(tmp_path: Path) -> Path:
 
 
 def config(data: Path, **changes: object) -> Config:
-    # two sequences per micro-batch
-    return Config(data_path=str(data), vocab_size=65536, train_seq_len=SEQ, train_batch_tokens=16 * SEQ).replace(
-        **changes
-    )
+    # two sequences per micro-batch; loader packed needs the settings of the model
+    made = {"data_path": str(data), "vocab_size": 65536, "train_seq_len": SEQ, "train_batch_tokens": 16 * SEQ}
+    return Config(**{**made, "document_masking": True, "rope_scaling": "none", **changes})
 
 
 def loader_of(settings: Config, rank: int, world_size: int, device: str = "cpu") -> Loader:

@@ -39,7 +39,7 @@ _NARROW_BY_SYSTEM: dict[str, dict[str, object]] = {
     "sp2048": {"rope_train_seq_len": 16},
     "sp4096": {"rope_train_seq_len": 8, "rope_dims": 4, "ve_dim": 12},
     "sp8192": {"rope_train_seq_len": 16, "rope_dims": 4, "ve_dim": 12},
-    "frontier": {"rope_train_seq_len": 8, "rope_dims": 4},
+    "frontier": {"rope_train_seq_len": 8, "rope_dims": 4, "loader": "sequential"},
 }
 
 _FOUR = {"num_layers": 4, "recur_layers": (1,), "parallel_start_layer": 3, "ve_layers": (2, 3), "xsa_last_n": 4}

@@ -115,9 +115,13 @@ class Training:
             scale = lr_scale(self.step, 0.0, self.config) * self.context.lr_factor(self.step)
             momentum = muon_momentum(self.step, self.config)
             on = recurrence_on(self.step, 0.0, self.config)
-            options = {"length": self.context.length}
+            length, packed = self.context.length, self.config.loader == "packed"
             losses.append(
-                float(training_step(self.optimizers, self.loss_of, self.loader, on, scale, momentum, **options))
+                float(
+                    training_step(
+                        self.optimizers, self.loss_of, self.loader, on, scale, momentum, length=length, packed=packed
+                    )
+                )
             )
             self.step += 1
             if isinstance(self.average, EMA):

@@ -138,7 +138,10 @@ def _check_together(c: Config) -> None:
             c.train_batch_tokens % c.train_seq_len
         ),
         f"train_seq_schedule divides consecutive tokens, but loader is {c.loader}: set LOADER=sequential": (
-            growing and c.loader != "sequential"
+            growing and c.loader not in ("sequential", "packed")
+        ),
+        "loader packed joins documents in a row: set DOCUMENT_MASKING=1 and ROPE_SCALING=none": (
+            c.loader == "packed" and not (c.document_masking and c.rope_scaling == "none")
         ),
         "seq_change_warmup_steps needs sequences that grow: set TRAIN_SEQ_SCHEDULE, or SEQ_CHANGE_WARMUP_STEPS=0": (
             c.seq_change_warmup_steps and not growing

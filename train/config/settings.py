@@ -77,8 +77,8 @@ class Settings:
     train_batch_tokens: int = setting(524288, "tokens per step, over all ranks", low=1, high=2**31)
     loader: str = setting(
         "sequential",
-        "order of the training tokens; coprime: step through each shard with a stride coprime to its length",
-        choices=("sequential", "shuffled", "coprime"),
+        "order of the training tokens; coprime: step through each shard with a stride coprime to its length; packed: in order, a micro-batch is one row with whole documents",
+        choices=("sequential", "shuffled", "coprime", "packed"),
     )
     document_masking: bool = setting(False, "attention and SmearGate see only the token's own document")
 

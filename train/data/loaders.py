@@ -15,7 +15,7 @@ import torch
 from train.common.distributed import MICRO_BATCHES, Ranks
 from train.common.errors import UserError
 from train.config import Config
-from train.data.orders import LOADERS, Order, State, TrainingShards
+from train.data.orders import LOADERS, Order, Packed, State, TrainingShards
 
 # largest joined batch on a CPU. Larger batches are not faster. This size needs at most 2 GB in a published model.
 CPU_BATCH_TOKENS = 4096
@@ -123,4 +123,9 @@ def make_loader(shards: TrainingShards, config: Config, ranks: Ranks) -> Loader:
             "choose a smaller TRAIN_SEQ_LEN, or build the dataset with more text"
         )
     order = LOADERS[config.loader](shards, config.train_seq_len, micro_batch_sequences(config), config.seed)
+    if isinstance(order, Packed) and not order.ends[-1]:
+        raise UserError(
+            f"{config.data_path}: no training shard holds {MICRO_BATCHES * order.row} tokens after its first document, which a step of "
+            "loader packed needs: set LOADER=sequential, choose a smaller TRAIN_BATCH_TOKENS, or build the dataset with more text"
+        )
     return Loader(order, ranks)

@@ -208,7 +208,7 @@ def _flash_library(name: str) -> Core:
             # if there are fewer queries than keys, the library aligns the last query with the last key
             output = library.flash_attn_func(query, key, value, causal=True)
         else:
-            offsets, longest = documents.offsets(), query.shape[1]
+            offsets, longest = documents.offsets(), documents.longest or query.shape[1]
             flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
             output = library.flash_attn_varlen_func(
                 *flat, cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=longest, max_seqlen_k=longest, causal=True
@@ -224,7 +224,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents | Non
     # FlashAttention 2 supports head dimensions up to 256
     if documents is None or query.shape[1] < key.shape[1] or query.shape[-1] > 256:
         return _sdpa_by(SDPBackend.FLASH_ATTENTION)(query, key, value, documents)
-    offsets, longest = documents.offsets(), query.shape[1]
+    offsets, longest = documents.offsets(), documents.longest or query.shape[1]
     flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
     # window_size (-1, 0): all earlier keys and no later keys, that is, causal attention
     attended: Tensor = _library("flash")(*flat, offsets, offsets, longest, longest, window_size=(-1, 0))

@@ -23,11 +23,17 @@ class Documents(NamedTuple):
     """The documents of a batch, for attention backends: as a mask or as offsets."""
 
     starts: Tensor  # (B, T) bool, True where a document begins
+    longest: int = 0  # no document is longer; 0: no document is longer than a row
 
     @classmethod
-    def of(cls, ids: Tensor) -> Documents:
-        """Find the documents of `ids` `(B, T)`."""
-        return cls(document_starts(ids))
+    def of(cls, ids: Tensor, longest: int = 0) -> Documents:
+        """Find the documents of `ids` `(B, T)`. If `longest` is not 0, longer documents are cut into several ones."""
+        starts = document_starts(ids)
+        if not longest:
+            return cls(starts)
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        begins = torch.where(starts, positions, 0).cummax(dim=1).values
+        return cls((positions - begins) % longest == 0, longest)
 
     def mask(self) -> Tensor:
         """Return `(B, 1, T, T)` bool: True where a query (row) sees a key (column).

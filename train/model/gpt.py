@@ -112,17 +112,17 @@ class GPT(nn.Module):
         """The tied embedding `(V, d)` in the compute dtype."""
         return self.embedding.weight.to(self.compute_dtype)
 
-    def forward(self, ids: Tensor, targets: Tensor, *, recurrence: bool) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor, *, recurrence: bool, longest: int = 0) -> Tensor:
         """Compute `loss`."""
-        return self.loss(ids, targets, recurrence=recurrence)
+        return self.loss(ids, targets, recurrence=recurrence, longest=longest)
 
-    def loss(self, ids: Tensor, targets: Tensor, *, recurrence: bool) -> Tensor:
+    def loss(self, ids: Tensor, targets: Tensor, *, recurrence: bool, longest: int = 0) -> Tensor:
         """Compute the mean cross-entropy of the softcapped logits, in nats per token.
 
         `ids` `(B, T)` int64 are the input tokens, `targets` `(B, T)` the tokens to predict. The result is a float32
-        scalar (float64 if the compute dtype is float64).
+        scalar (float64 if the compute dtype is float64). `longest` as for `embed`.
         """
-        hidden = self.hidden(ids, recurrence=recurrence).flatten(0, 1)
+        hidden = self.hidden_of(self.embed(ids, longest=longest), recurrence=recurrence).flatten(0, 1)
         loss: Tensor = self.head(hidden, self.head_weight, targets.flatten())
         return loss
 
@@ -192,7 +192,7 @@ class GPT(nn.Module):
             return "layer 0 is the first in lanes, or the last"
         return None
 
-    def embed(self, ids: Tensor, length: int | None = None) -> Shared:
+    def embed(self, ids: Tensor, length: int | None = None, longest: int = 0) -> Shared:
         """Compute x0, the rotary table and the value embedding, which all layers share.
 
         x0 = smear(rms(E[ids] + bigram)), or with `smear_gate` "embedding" rms(smear(E[ids] + bigram)).
@@ -200,6 +200,7 @@ class GPT(nn.Module):
         Args:
             ids: `(B, T)` int64 token ids.
             length: number of positions in the rotary table; None: T.
+            longest: with `document_masking`, documents are cut to at most this many tokens; 0: they are not.
         """
         config, dtype = self.config, self.compute_dtype
         x = self.embedding(ids, dtype)
@@ -218,7 +219,7 @@ class GPT(nn.Module):
             # beyond the training length the published scripts compute new frequencies, in float32
             base, kind = ntk_base(base, rotary_dims, length, config.rope_train_seq_len), "exact"
         rotary = rotary_table(length, rotary_dims, base, kind=kind, dtype=dtype, device=ids.device)
-        documents = Documents.of(ids) if config.document_masking else None
+        documents = Documents.of(ids, longest) if config.document_masking else None
         values = None if self.ve is None else self.ve(ids, dtype)
         return Shared(BlockInputs(x, rotary, None, documents), values)
 

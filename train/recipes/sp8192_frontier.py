@@ -10,12 +10,12 @@ As in the published script:
 - Two softcaps count as parameters and are stored, but get no gradient.
 - The frequencies of the rotary table are rounded to bfloat16. Their base is the same for every length.
 - All parameters of AdamW have weight decay.
+- A row of 98,304 consecutive tokens has many documents, which are cut to the length of the training sequences. Attention
+  and SmearGate do not cross document boundaries.
 - Training sequences grow with the time. After each growth the learning rate rises again in 32 steps.
 
 Deviations:
 - There is no test-time training on the documents that the model scores.
-- Training sequences are consecutive tokens. Attention and SmearGate do not cross document boundaries. In the published
-  script, a row of 98,304 tokens contains whole documents, which are cut at the length of the training sequences.
 - No token is skipped when the training sequences grow. In the published script the tokens of two steps are skipped.
 - Matrices are clipped at 12 standard deviations. The published script clips at 13 for attention and 11.5 for MLPs.
 - Quantization has no low-rank correction (LQER) and no int8 columns (AWQ). Head gates are float16. The published ones
@@ -38,6 +38,7 @@ SETTINGS = {
     "train_seq_schedule": "1024@0.1,2048@0.7,3072@1",
     "seq_change_warmup_steps": 32,
     "train_batch_tokens": 786432,
+    "loader": "packed",
     "document_masking": True,
     "num_layers": 11,
     "mlp_mult": 4.0,
