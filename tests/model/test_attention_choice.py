@@ -36,6 +36,18 @@ def test_the_fastest_backend_is_taken_and_the_others_are_accounted_for(monkeypat
     assert "cudnn 1.250, sdpa 2.000, flash 2.500" in reason and "fa4: No module named 'x': pip install" in reason
 
 
+def test_packed_rows_are_too_long_for_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention_backends, "_library", lambda name, **_: ImportError("No module named 'x'"))
+    packed = Config(device="cuda", loader="packed", document_masking=True, rope_scaling="none")
+    problems = check_attention(packed, torch.device("cuda"))
+    assert {name for name, problem in problems.items() if problem is None} == {"flash"}
+    with pytest.raises(
+        UserError, match="sdpa cannot run: the document mask of a packed row is too large; these can: flash"
+    ):
+        check_attention(packed.replace(attention="sdpa"), torch.device("cuda"))
+
+
 class Event:
     """A fake CUDA event: one millisecond lies between any two."""
 

@@ -39,6 +39,9 @@ def check_attention(config: Config, device: torch.device) -> dict[str, str | Non
         name: backend.problem(device, dtype, config.head_dim, name == config.attention)
         for name, backend in BACKENDS.items()
     }
+    if config.loader == "packed" and device.type == "cuda":
+        masked = [name for name in problems if name not in BY_LENGTH]
+        problems |= dict.fromkeys(masked, "the document mask of a packed row is too large")
     if (problem := problems.get(config.attention)) is not None:
         able = ", ".join(name for name, other in problems.items() if other is None)
         raise UserError(f"attention: {config.attention} cannot run: {problem}; these can: {able}")
