@@ -128,14 +128,14 @@ def test_the_first_rise_of_the_loss_is_explained_once(dataset: Path, tmp_path: P
 def test_the_speed_of_a_run_and_its_flops_utilization() -> None:
     config = load_recipe("quickstart").config(train_batch_tokens=1024)
     speed = Speed(config, Ranks(world_size=2))
-    speed.mflop = {False: 100e3, True: 200e3}
+    speed.mflop = {(False, 1024): 100e3, (True, 1024): 200e3}
     for step in range(10):
-        speed.count(recurrence=step >= 5)
-    assert speed.text(3.0, recurrence=True) == "3,072 tokens/s"
+        speed.count((step >= 5, 1024))
+    assert speed.text(3.0, (True, 1024)) == "3,072 tokens/s"
     assert speed.of_run(5.0) == "10 steps in 5 s, 2,048 tokens/s"
     speed.peak = 512.0
     # 3,072 tokens/s × 0.2 TFLOP on 2 GPUs
-    assert speed.text(3.0, recurrence=True) == "3,072 tokens/s, MFU 60.0 % of 512 TFLOP/s"
+    assert speed.text(3.0, (True, 1024)) == "3,072 tokens/s, MFU 60.0 % of 512 TFLOP/s"
     # half of the steps with recurrence: 2,048 tokens/s × 0.15 TFLOP on 2 GPUs
     assert speed.of_run(5.0) == "10 steps in 5 s, 2,048 tokens/s, MFU 30.0 % of 512 TFLOP/s"
 
@@ -146,9 +146,9 @@ def test_nan_weights_never_replace_a_good_checkpoint(
 ) -> None:
     steps = 0
 
-    def step(optimizers: Optimizers, *given: Any) -> torch.Tensor:
+    def step(optimizers: Optimizers, *given: Any, **named: Any) -> torch.Tensor:
         nonlocal steps
-        loss = training_step(optimizers, *given)
+        loss = training_step(optimizers, *given, **named)
         steps += 1
         if steps == bad:
             with torch.no_grad():
