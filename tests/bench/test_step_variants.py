@@ -138,7 +138,8 @@ def test_golf_without_an_operator_has_all_other_kernels() -> None:
         assert {dispatch.choose(op).backend for op in left} == {"torch"}
         assert {dispatch.choose(op).backend for op in ("muon_step", "mix_rms_norm_backward")} == {"triton"}
     with pytest.raises(
-        UserError, match=r"'golf-no_such': .* golf has no kernel of no_such, only of leaky_relu2_mlp, mix"
+        UserError,
+        match=r"'golf-no_such': .* golf has no kernel of no_such, only of leaky_relu2_mlp, linear_residual, mix",
     ):
         step_variants.check_names(["torch", "golf-no_such"])
     # a backward pass alone is not left out
