@@ -157,7 +157,7 @@ def test_every_setting_that_the_model_reads_is_stored_or_of_no_matter() -> None:
         and "config" in (getattr(node.value, "id", ""), getattr(node.value, "attr", ""))
     }
     initial = {"orthogonal_init", "qk_gain_init"}
-    callers = {"attention", "compile", "device", "qat", "ve_proj_optimizer", "train_seq_len"}
+    callers = {"attention", "compile", "device", "loader", "qat", "ve_proj_optimizer", "train_seq_len"}
     read &= set(field_names())
     assert read - initial - callers <= set(MODEL_FIELDS)
     # computed from, not read by name
