@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,15 @@ import pytest
 
 from train.checkpoint import read_tensors
 from train.common.errors import UserError
-from train.common.files import atomic_write, atomic_writer, open_lock, read_json, sha256_file, write_json
+from train.common.files import (
+    atomic_write,
+    atomic_writer,
+    open_lock,
+    read_json,
+    sha256_file,
+    temporary_folder,
+    write_json,
+)
 from train.run.log_grammar import parse_log
 from train.run.logger import read_metrics
 
@@ -123,3 +132,24 @@ def test_a_number_that_no_float_holds_is_refused(tmp_path: Path) -> None:
         read_json(tmp_path / "a.json", "write it again")
     (tmp_path / "a.json").write_text(f'{{"seconds": 1{"0" * 300}}}')
     assert read_json(tmp_path / "a.json", "write it again") == {"seconds": 10**300}
+
+
+def test_the_next_write_deletes_what_a_kill_left_and_nothing_that_is_held(tmp_path: Path) -> None:
+    target = tmp_path / "a[1].bin"
+    killed = "import os, sys; from train.common import files; files.os.replace = lambda *_: os._exit(9); files.atomic_write(sys.argv[1], b'x')"
+    subprocess.run([sys.executable, "-c", killed, target], check=False, cwd=Path(__file__).parents[2])
+    (tmp_path / ".a[1].bin.folder.part").mkdir()
+    (tmp_path / ".a[1].bin.folder.part" / "file").touch()
+    other = tmp_path / ".other.bin.x.part"
+    other.touch()
+    assert len(list(tmp_path.glob(".a*.part"))) == 2
+    with atomic_writer(target) as first:
+        # of two that write the same file, each keeps its own part
+        first.write(b"first")
+        atomic_write(target, b"second")
+        assert len(list(tmp_path.glob(".a*.part"))) == 1 and target.read_bytes() == b"second"
+    assert target.read_bytes() == b"first"
+    with temporary_folder(target) as folder:
+        atomic_write(target, b"third")
+        assert list(folder.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"a[1].bin", other.name}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,20 +32,68 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     name = ""
     try:
         refuse_device(target)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+        with _beside(target) as (prefix, suffix):
+            handle, name = tempfile.mkstemp(dir=target.parent, prefix=prefix, suffix=suffix)
+            _hold(handle)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp gives only the user access; give the access that the user's umask allows
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
+            # mkstemp gives only the user access; give the access that the user's umask allows
+            os.chmod(name, 0o666 & ~_umask())
+            # before the file is closed, which releases it to `_beside` of other processes
+            os.replace(name, target)
     except BaseException as error:
         if name and os.path.exists(name):
             os.unlink(name)
         if isinstance(error, OSError):
             error.filename, error.filename2 = str(target), None
         raise
+
+
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target`, which is deleted at the end of the context."""
+    with _beside(target) as (prefix, suffix):
+        folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix, suffix=suffix)
+        handle = os.open(folder.name, os.O_RDONLY)
+        _hold(handle)
+    try:
+        with folder as name:
+            yield Path(name)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[tuple[str, str]]:
+    """Yield prefix and suffix for the name of a temporary file or folder beside `target`.
+
+    Before that, delete what killed processes left under such names: files and folders that no process holds. Meanwhile no
+    other process creates one in the same folder.
+    """
+    prefix, suffix = f".{target.name}.", ".part"
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        _hold(folder, wait=True)
+        for left in target.parent.glob(f"{glob.escape(prefix)}*{suffix}"):
+            # another user's, or held by the process that writes it
+            with suppress(OSError):
+                handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                finally:
+                    os.close(handle)
+        yield prefix, suffix
+    finally:
+        os.close(folder)
+
+
+def _hold(handle: int, *, wait: bool = False) -> None:
+    # a file system without locks cannot tell what is held; then leftovers stay, because `_beside` gets no lock either
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | memoryview | str) -> None:

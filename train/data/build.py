@@ -20,7 +20,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from train.common.errors import UserError
-from train.common.files import atomic_write, sha256_file
+from train.common.files import atomic_write, sha256_file, temporary_folder
 from train.common.progress import Progress
 from train.data.case_operators import OPERATORS, encode_with_bytes, restore, transform
 from train.data.corpus import Document, split_documents, stdlib_documents, total_bytes
@@ -275,8 +275,8 @@ def _staged_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
     check_output(out, overwrite)
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".part") as work:
-        folder = Path(work, target.name)
+    with temporary_folder(target) as work:
+        folder = work / target.name
         folder.mkdir()
         yield folder
         install_folder(folder, target)

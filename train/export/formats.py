@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from train.artifact.storage import MODEL_FIELDS
 from train.checkpoint import write_tensors
-from train.common.files import atomic_write
+from train.common.files import atomic_write, temporary_folder
 from train.data.shards import BOS
 from train.model.gpt import GPT
 
@@ -64,8 +63,8 @@ def write_safetensors(exported: Exported, path: Path) -> None:
 def write_hf(exported: Exported, path: Path) -> None:
     """Write a folder that the package transformers loads. After an error there is no folder."""
     assert exported.tokenizer is not None
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".part") as work:
-        folder = Path(work, "hf")
+    with temporary_folder(path) as work:
+        folder = work / "hf"
         folder.mkdir()
         write_safetensors(exported, folder / "model.safetensors")
         special = {"bos_token_id": BOS, "eos_token_id": BOS, "pad_token_id": 0}
