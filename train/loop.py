@@ -41,6 +41,8 @@ FIRST_LOGGED_STEPS = 10
 # if the loss of a first step exceeds the initial validation loss by more than this (nats per token), a log line
 # explains the rise
 SHOCK_NATS = 0.1
+# steps that #2014 has prefetched when its training sequences grow
+PREFETCHED_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,11 @@ def train(config: Config, data: Dataset, folder: RunFolder, ranks: Ranks, log: R
                 " (the loss may rise for some steps: this is normal)"
             )
         if not last and context.grow(step, clock.elapsed_seconds):
-            log.line(f"training: sequences of {context.length} tokens from step {step} on")
+            note = ""
+            if packed:
+                # as published: the script drops the batches that it has prefetched
+                note = f" ({loader.skip(PREFETCHED_STEPS):,} tokens are skipped, as in the published script)"
+            log.line(f"training: sequences of {context.length} tokens from step {step} on{note}")
         # not at step 0, which was validated before the clock started
         if not last and step and config.val_loss_every and step % config.val_loss_every == 0:
             seconds = clock.pause()

@@ -60,6 +60,11 @@ class Loader:
         self.order.load_state_dict(state)
         self.state = self.order.state_dict()
 
+    def skip(self, steps: int) -> int:
+        """Leave out the batches of the next steps. Returns the number of their tokens."""
+        self.load_state_dict({**self.state, "step": self.state["step"] + steps})
+        return steps * MICRO_BATCHES * (self.order.sequences * self.order.seq_len + 1)
+
     def _prepare(self) -> tuple[list[torch.Tensor], State]:
         rows = [torch.from_numpy(np.array(row).view(np.int16)) for row in self.order.next_rows(self.micro_batches)]
         if self.device.type == "cuda":

@@ -12,11 +12,11 @@ As in the published script:
 - All parameters of AdamW have weight decay.
 - A row of 98,304 consecutive tokens has many documents, which are cut to the length of the training sequences. Attention
   and SmearGate do not cross document boundaries.
-- Training sequences grow with the time. After each growth the learning rate rises again in 32 steps.
+- Training sequences grow with the time. At each growth the tokens of two steps are skipped, and the learning rate rises
+  again in 32 steps.
 
 Deviations:
 - There is no test-time training on the documents that the model scores.
-- No token is skipped when the training sequences grow. In the published script the tokens of two steps are skipped.
 - Matrices are clipped at 12 standard deviations. The published script clips at 13 for attention and 11.5 for MLPs.
 - Quantization has no low-rank correction (LQER) and no int8 columns (AWQ). Head gates are float16. The published ones
   are int8.
