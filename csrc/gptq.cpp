@@ -68,7 +68,8 @@ GOLF_ALWAYS_INLINE void round_tile(const Block& block, int64_t first, int64_t co
         std::memcpy(kept + j * kVectors, error, sizeof(error));
         std::memcpy(errors + j * block.rows, error, count * sizeof(Value));
         int8_t* codes = block.codes + j * block.rows + first;
-        for (int r = 0; r < count; ++r) codes[r] = static_cast<int8_t>(rounded[r]);
+        // the conversion of NaN is undefined; its error is NaN
+        for (int r = 0; r < count; ++r) codes[r] = static_cast<int8_t>(rounded[r] == rounded[r] ? rounded[r] : 0);
     }
     static_assert(sizeof(Vector) == kLanes * sizeof(Value));
 }

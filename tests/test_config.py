@@ -247,3 +247,17 @@ def test_help_names_every_setting_and_recipe_by_section() -> None:
     assert "  beta2                      float  decay of AdamW's second moments [0.95]\n" in text
     assert re.search(r"^  resume +text +.* \(never, auto\) \[never\]$", text, re.M)
     assert re.search(r"^  qat +0\|1 .* \[0\]$", text, re.M)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ"),
+    [
+        (["--seed", "1", "--seed", "2"], {}),
+        (["--matrix-lr=1", "--matrix_lr=2"], {}),
+        (["--matrix_bits=6", "--weight_quantization_bits=5"], {}),
+        ([], {"MATRIX_BITS": "6", "WEIGHT_QUANTIZATION_BITS": "5"}),
+    ],
+)
+def test_a_setting_given_twice_is_refused(arguments: list[str], environ: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"given twice|MATRIX_BITS sets matrix_bits, too"):
+        resolve(arguments, environ)

@@ -124,3 +124,15 @@ def test_a_graph_without_a_gpu_leaves_no_run_folder(dataset: Path, tmp_path: Pat
     with pytest.raises(UserError, match="optimizer_graph: on needs a CUDA GPU"):
         run_pipeline(small(dataset, tmp_path / "runs", optimizer_graph="on"))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("limit", [{"max_artifact_bytes": 5000}, {"target_bytes": 5000}, {"target_mb": 0.001}])
+def test_a_limit_below_the_code_is_found_before_training(
+    dataset: Path, tmp_path: Path, limit: dict[str, float]
+) -> None:
+    (name,) = limit
+    with pytest.raises(
+        UserError, match=f"{name}: code and paid prefix alone take [0-9,]+ bytes, expected fewer than .* raise"
+    ):
+        run_pipeline(small(dataset, tmp_path / "runs", **limit))
+    assert not (tmp_path / "runs").exists()

@@ -91,9 +91,11 @@ def given_settings(arguments: Sequence[str], environ: Mapping[str, str]) -> dict
     for name, text in environ.items():
         if not name.isupper():
             continue
-        field = _field_of(name)
+        field = field_of(name)
         refuse_retired(field, f"environment variable {name}")
         if field in field_names():
+            if field in given:
+                raise ConfigError(f"{name}: {given[field].source} sets {field}, too: unset one of them")
             given[field] = Override(field, parse_value(field, _value_of(name, text), name), f"environment {name}")
         elif _looks_like_setting(name):
             raise ConfigError(
@@ -105,7 +107,10 @@ def given_settings(arguments: Sequence[str], environ: Mapping[str, str]) -> dict
         given["recur_layers"] = Override(
             "recur_layers", tuple(range(first, last + 1)), "environment LOOP_START and LOOP_END"
         )
-    for name, text in _flags(arguments):
+    flags = _flags(arguments)
+    for name, text in flags:
+        if [other for other, _ in flags].count(name) > 1:
+            raise ConfigError(f"--{name}: given twice: leave one out")
         given[name] = Override(name, parse_value(name, text, f"--{name}"), "command line")
     return given
 
@@ -120,7 +125,7 @@ def note_unread(
     # a stage reads GOLF_BACKEND, because training and scoring may use different kernels
     ignored = set(field_names()) - BOOKKEEPING - {"golf_backend"}
     for name, text in sorted(environ.items()):
-        field = _field_of(name)
+        field = field_of(name)
         if not name.isupper() or field not in ignored:
             continue
         value = getattr(config, field)
@@ -173,7 +178,7 @@ def _flags(arguments: Sequence[str]) -> list[tuple[str, str]]:
             raise ConfigError(f"{flag!r}: expected --NAME VALUE; see python -m train --help")
         spelled, equals, text = flag[2:].partition("=")
         spelled = spelled.replace("-", "_")
-        name = _field_of(spelled)
+        name = field_of(spelled)
         refuse_retired(name, f"--{name}")
         if name not in field_names():
             raise ConfigError(f"{flag.partition('=')[0]}: no such setting{nearest(name)}")
@@ -185,7 +190,8 @@ def _flags(arguments: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _field_of(name: str) -> str:
+def field_of(name: str) -> str:
+    """Return the setting that a flag or an environment variable of this name sets, if there is such a setting."""
     return _ALIASES.get(name.lower(), name.lower())
 
 

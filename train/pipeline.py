@@ -18,6 +18,7 @@ import torch
 
 from golf_kernels import dispatch, tuned
 from golf_kernels.newton_schulz import coefficient_set
+from train.artifact.budget import check_room
 from train.artifact.codecs import CODECS
 from train.artifact.make import make_artifact, quantize
 from train.checkpoint import load_weights, write_tensors
@@ -30,6 +31,7 @@ from train.common.wording import counted, duration
 from train.config import Config
 from train.data.dataset import Dataset, prepare_data, start_compressors
 from train.data.loaders import check_batch
+from train.data.paid_prefix import prefix_bytes
 from train.evaluate.scores import write_evaluation
 from train.evaluate.scoring import BATCH_SEQS, score
 from train.loop import TrainResult, train
@@ -67,6 +69,8 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
         ranks.on_main(data.check)
         ranks.on_main(lambda: check_attention(config, ranks.device))
         ranks.on_main(lambda: choose_graph(config, ranks.device))
+        code_bytes = ranks.on_main(lambda: counted_code_bytes(config))
+        check_room(config, code_bytes + prefix_bytes(config))
         folder = ranks.on_main(lambda: held.enter_context(open_run_folder(config)))
         if ranks.is_main:
             clock.keep_in(folder.stages)
@@ -94,8 +98,6 @@ def run_pipeline(config: Config, overrides: Sequence[Override] = ()) -> RunFolde
             trained = folder.trained_config()
             with clock("quantize"):
                 log.line(quantization_plan(config))
-                # `config`, not `trained`, which may have no recurrence: the counted script must be able to train again
-                code_bytes = ranks.on_main(lambda: counted_code_bytes(config))
                 tensors, encoded = quantize(trained, model, data, ranks, log, code_bytes=code_bytes)
             with clock("artifact"):
                 log.line(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from train.command_line import help_text, resolve
+from train.command_line import field_of, help_text, resolve
 from train.common.errors import UserError
 from train.common.progress import announce
 
@@ -61,8 +61,10 @@ def main(settings: Mapping[str, str], left_out: Mapping[str, str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(f"{USAGE}\n{help_text()}")
         return 0
-    config, given = resolve(arguments, {**settings, **os.environ})
-    packed = {f"environment {name}" for name in settings if name not in os.environ}
+    named = {field_of(name) for name in os.environ}
+    carried = {name: text for name, text in settings.items() if field_of(name) not in named}
+    config, given = resolve(arguments, {**carried, **os.environ})
+    packed = {f"environment {name}" for name in carried}
     overrides = [replace(item, source="the script") if item.source in packed else item for item in given]
     announce(f"train_gpt.py: recipe {config.recipe}; loading PyTorch")
     from train.single_file.conditions import holds

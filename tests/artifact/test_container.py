@@ -234,8 +234,39 @@ def test_a_header_bomb_and_a_section_bomb_do_not_go_off(tmp_path: Path, file: Pa
         table["tensors"] = [["x", [1 << 19, 1 << 19], 0, None]]
 
     path.write_bytes(rewritten(data, huge))
-    with pytest.raises(ArtifactError, match="header: expected at most 4,294,967,296 bytes of tensors"):
+    with pytest.raises(ArtifactError, match="header: expected at most 134,217,728 bytes of tensors"):
         read_artifact(path)
+
+
+@pytest.mark.parametrize("unpacked", [1 << 28, 1 << 30, 1 << 32])
+def test_a_small_file_cannot_ask_for_much_memory(tmp_path: Path, file: Path, unpacked: int) -> None:
+    def claim(table: dict[str, Any]) -> None:
+        section, name = len(table["sections"]), "claim"
+        table["sections"].append(["claim", "float32", "brotli", 0, unpacked, 0, 0])
+        table["tensors"].append([name, [unpacked // 4], section, None])
+
+    target = tmp_path / "claim.golf"
+    target.write_bytes(rewritten(file.read_bytes(), claim))
+    with pytest.raises(ArtifactError, match="expected at most 134,217,728 bytes of tensors in a file of"):
+        read_artifact(target)
+
+
+def test_a_header_cannot_list_tensors_for_minutes(tmp_path: Path, file: Path) -> None:
+    target = tmp_path / "many.golf"
+    many = [[f"t{i}", [0], 0, None] for i in range(20_000)]
+    target.write_bytes(rewritten(file.read_bytes(), lambda table: table["tensors"].extend(many)))
+    with pytest.raises(ArtifactError, match="expected at most 16,384 tensors, found 20,0"):
+        read_artifact(target)
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31m", "a\ud800", "a\nb", "\u202ea"])
+@pytest.mark.parametrize("part", ["tensors", "sections"])
+def test_a_name_that_is_not_text_is_refused(tmp_path: Path, file: Path, name: str, part: str) -> None:
+    target = tmp_path / "name.golf"
+    target.write_bytes(rewritten(file.read_bytes(), lambda table: corrupted(table, part, 0, 0, name)))
+    with pytest.raises(ArtifactError, match="expected .*name") as refused:
+        read_artifact(target)
+    assert str(refused.value).isprintable()
 
 
 def test_the_file_is_mapped_not_copied(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """train/common/errors.py: commands end with an error in one sentence, defects with their traceback."""
 
 import errno
+import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -98,3 +100,44 @@ def test_an_argument_that_is_not_utf8_is_refused_before_any_work(
         main_guard(lambda: pytest.fail("went on"))
     assert caught.value.code == 2
     assert r"'x\udcff' is not UTF-8" in capsys.readouterr().err
+
+
+def guarded(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main_guard(run)
+    return caught.value.code
+
+
+def test_a_terminal_without_utf8_shows_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert guarded(lambda: print("lauf-nº-1 → é", flush=True), monkeypatch) == 0
+    assert written.getvalue() == b"lauf-n\\xba-1 \\u2192 \\xe9\n"
+
+
+def test_a_name_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise UserError("tensor \x1b[31ma\x07\u202e\ud800: damaged")
+
+    assert guarded(main, monkeypatch) == 2
+    assert capsys.readouterr().err == "error: tensor \\x1b[31ma\\x07\\u202e\\ud800: damaged\n"
+
+
+def test_a_utf8_name_where_names_are_ascii_is_no_other_encoding(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    assert (
+        guarded(lambda: pytest.fail("went on"), monkeypatch, os.fsencode("é").decode("ascii", "surrogateescape")) == 2
+    )
+    assert "is UTF-8, but this Python reads names as ascii: set PYTHONUTF8=1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--vocab", "1", "--vocab=2"], ["--json", "--json"]])
+def test_a_flag_given_twice_is_refused(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert guarded(lambda: pytest.fail("went on"), monkeypatch, *arguments) == 2
+    assert f"error: {arguments[0]}: given twice" in capsys.readouterr().err
+    assert guarded(lambda: 0, monkeypatch, "--set", "a=1", "--set", "b=2") == 0

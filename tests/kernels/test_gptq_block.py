@@ -1,6 +1,10 @@
 """GPTQ's inner loop against the formula in numpy, bit for bit, on every backend that this machine has."""
 
 import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,3 +136,23 @@ def test_the_numbers_of_the_extension_are_those_of_the_python_code(backend):
         return
     extension = native.extension()
     assert (extension.gptq_max_columns, extension.float32, extension.float64) == (MAX_COLUMNS, *_DTYPES.values())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_nan_is_never_converted_to_a_code(tmp_path, backend):
+    """The conversion is undefined in C++. The sanitizer ends the process where it happens."""
+    if backend != "cpp":
+        return
+    root, library = Path(__file__).resolve().parents[2], tmp_path / "gptq.so"
+    checks = ["-fsanitize=float-cast-overflow", "-fno-sanitize-recover=all", "-static-libubsan"]
+    flags = ["-std=c++17", "-fPIC", "-shared", *checks, f"-I{root / 'csrc'}"]
+    subprocess.run(["g++", *flags, root / "csrc/gptq.cpp", "-o", library], check=True)
+    call = """if True:
+        import ctypes, sys
+        cells = [ctypes.create_string_buffer(fill * size) for fill, size in
+                 ((bytes([0, 0, 192, 127]), 80), (bytes([0, 0, 128, 63]), 4), (bytes([0, 0, 128, 63]), 40), (bytes([7]), 80), (bytes(4), 80))]
+        sizes = [ctypes.c_int64(size) for size in (1, 2, 40)]
+        print(ctypes.CDLL(sys.argv[1]).golf_gptq_block_cpu(*cells, *sizes, 31, 0), set(cells[3].raw[:80]))
+    """
+    found = subprocess.run([sys.executable, "-c", call, library], capture_output=True, text=True, check=False)
+    assert (found.stdout, found.stderr) == ("0 {0}\n", "")

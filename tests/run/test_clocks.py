@@ -57,6 +57,21 @@ def test_validation_does_not_count() -> None:
     assert clock.pause() == pytest.approx(2.0)
 
 
+def test_a_clock_that_jumps_back_does_not_keep_training_from_ending() -> None:
+    hand = Hand()
+    clock = WallClock(1.0, now=hand)
+    hand.seconds = 1e6
+    clock.resume()
+    stops = []
+    for _ in range(5):
+        hand.seconds += 0.3
+        stops.append(clock.tick())
+        # 0.3 s are lost, a day is not waited for
+        hand.seconds -= 86_400 * (len(stops) == 2)
+    assert stops == [False, False, False, False, True]
+    assert clock.pause() == pytest.approx(1.2)
+
+
 def test_no_cap_never_stops_and_a_checkpoint_goes_on() -> None:
     hand = Hand()
     clock = WallClock(0.0, now=hand)

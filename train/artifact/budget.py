@@ -9,6 +9,7 @@ from typing import Any
 from train.artifact.container import Section
 from train.common.errors import UserError
 from train.common.wording import counted
+from train.config import Config
 
 
 class BudgetError(UserError):
@@ -85,6 +86,24 @@ def budget_table(rows: Sequence[BudgetRow]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def check_room(config: Config, counted_bytes: int) -> None:
+    """Check that code and paid prefix, `counted_bytes`, leave room for a model.
+
+    Raises:
+        BudgetError: they alone reach the cap or a target of the settings.
+    """
+    limits = {
+        "max_artifact_bytes": config.max_artifact_bytes,
+        "target_bytes": config.target_bytes,
+        "target_mb": config.pruning_target_bytes,
+    }
+    for name, limit in limits.items():
+        if 0 < limit <= counted_bytes:
+            raise BudgetError(
+                f"{name}: code and paid prefix alone take {counted_bytes:,} bytes, expected fewer than {limit:,}: raise {name.upper()}"
+            )
 
 
 def check_budget(where: str, info: ArtifactInfo, code_bytes: int, max_bytes: int, prefix_bytes: int = 0) -> None:

@@ -55,7 +55,9 @@ MAGIC = b"\x89GOLF\r\n\x1a"
 VERSION = 1
 PREAMBLE_BYTES = 22
 MAX_HEADER_BYTES = 1 << 24
-MAX_UNPACKED_BYTES = 1 << 32
+# far more than a model needs; a file larger than 4 MiB may take 32 times its size
+MAX_UNPACKED_BYTES = 1 << 27
+MAX_TENSORS = 1 << 14
 MAX_DIMENSIONS = 4
 
 _AGAIN = "the file is damaged: copy it again, or write it anew with python -m train"
@@ -157,6 +159,9 @@ def unpack(path: Path) -> Unpacked:
     data = _map(path)
     header, begin, json_bytes = _unpack_header(path, data)
     header_bytes = begin
+    limit = max(MAX_UNPACKED_BYTES, 32 * len(data))
+    if sum(section.unpacked_bytes for section in header.sections) > limit:
+        _damaged(path, "header", f"at most {limit:,} bytes of tensors in a file of {len(data):,}", "more")
     _check_length(path, header, begin, len(data))
     contents = []
     for index, section in enumerate(header.sections):
@@ -228,6 +233,8 @@ def _parse(path: Path, table: Any) -> Header:
         raise ArtifactError(
             f"{path}: header: expected config, sections and tensors, found other JSON ({error})"
         ) from error
+    if max(len(header.sections), len(header.tensors)) > MAX_TENSORS:
+        _damaged(path, "header", f"at most {MAX_TENSORS:,} tensors", f"{len(header.tensors):,}")
     for index, section in enumerate(header.sections):
         _check_section(path, index, section)
     filled = [0] * len(header.sections)
@@ -246,18 +253,17 @@ def _parse(path: Path, table: Any) -> Header:
             )
     if len({entry.name for entry in header.tensors}) != len(header.tensors):
         _damaged(path, "header", "each tensor once", "a name twice")
-    if sum(section.unpacked_bytes for section in header.sections) > MAX_UNPACKED_BYTES:
-        _damaged(path, "header", f"at most {MAX_UNPACKED_BYTES:,} bytes of tensors", "more")
     return header
 
 
 def _check_section(path: Path, index: int, section: Section) -> None:
     where = f"section {index}"
     texts = (section.group, section.type, section.codec)
+    named = isinstance(section.group, str) and section.group.isprintable()
     numbers = (section.stride, section.unpacked_bytes, section.packed_bytes, section.crc32)
-    sound = all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
+    sound = named and all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
     if not sound or min(numbers) < 0:
-        _damaged(path, where, "three names and four whole numbers", repr(astuple(section)))
+        _damaged(path, where, "three names and four whole numbers", ascii(astuple(section))[:200])
     if section.type not in ITEM_BYTES or section.stride > 255:
         _damaged(path, where, f"one of {', '.join(ITEM_BYTES)} and a stride up to 255", repr(astuple(section)))
     if section.codec not in CODECS:
@@ -268,11 +274,12 @@ def _check_section(path: Path, index: int, section: Section) -> None:
 
 
 def _check_entry(path: Path, sections: list[Section], entry: TensorEntry) -> None:
-    where = f"tensor {entry.name}"
+    where = f"tensor {ascii(entry.name)[:200]}"
+    named = isinstance(entry.name, str) and entry.name.isprintable()
     indices = [entry.section] if entry.scales is None else [entry.section, entry.scales]
-    sizes = all(type(size) is int and 0 <= size <= MAX_UNPACKED_BYTES for size in entry.shape)
-    if not isinstance(entry.name, str) or not sizes or len(entry.shape) > MAX_DIMENSIONS:
-        _damaged(path, where, "a name and a shape", repr(astuple(entry))[:200])
+    sizes = all(type(size) is int and 0 <= size < 1 << 32 for size in entry.shape)
+    if not named or not sizes or len(entry.shape) > MAX_DIMENSIONS:
+        _damaged(path, where, "a name and a shape", ascii(astuple(entry))[:200])
     if not all(type(index) is int and 0 <= index < len(sections) for index in indices):
         _damaged(path, where, f"sections 0 to {len(sections) - 1}", repr(indices))
     coded = sections[entry.section].type.startswith("int")

@@ -31,11 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     announce(f"python -m train.quantize: {arguments.run}; loading PyTorch")
     # imported after parsing, because importing torch takes seconds and --help should appear before
+    from train.artifact.budget import check_room
     from train.artifact.make import make_artifact, quantize
     from train.checkpoint import load_weights
     from train.command_line import check_backends, note_unread
     from train.common.distributed import start_ranks
     from train.data.dataset import Dataset
+    from train.data.paid_prefix import prefix_bytes
     from train.model.gpt import GPT
     from train.run.logger import RunLogger
     from train.single_file.code_size import counted_code_bytes
@@ -65,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         path = arguments.out or folder.artifact
         # count the script of a complete run, which has recurrence, even if this run ended before recurrence began
         code_bytes = ranks.on_main(lambda: counted_code_bytes(folder.read_config().replace(**changes)))
+        check_room(config, code_bytes + prefix_bytes(config))
         data = Dataset(folder.find_data(config).replace(**changes))
         tensors, encoded = quantize(config, model, data, ranks, log, code_bytes=code_bytes)
         make_artifact(

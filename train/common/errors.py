@@ -6,10 +6,11 @@ If such an error is raised, the command prints one line without a traceback and 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 
@@ -39,6 +40,10 @@ _OWN_PACKAGES = ("benchmarks", "golf_kernels", "train")
 _EXTRAS = {"safetensors": "export", "pyarrow": "parquet", "optuna": "sweep", "submitit": "sweep", "constriction": "ans"}
 
 
+# flags of train.sweep that add to a list
+_MAY_REPEAT = ("--set", "--slurm")
+
+
 def main_guard(main: Callable[[], int | None]) -> NoReturn:
     """Run `main`, then exit with its return code (None: 0).
 
@@ -46,9 +51,14 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
     """
     if os.environ.get("WORLD_SIZE", "1") != "1" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt_once)
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal that is not UTF-8 shows an escape for a character that it lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         for argument in sys.argv[1:]:
             check_text(argument, "command line")
+        _refuse_repeated(sys.argv[1:])
         code = main() or 0
     except UserError as error:
         code = _refuse(str(error))
@@ -93,19 +103,42 @@ def _interrupt_once(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _refuse_repeated(arguments: Sequence[str]) -> None:
+    """Raise a UserError if a flag is given twice, as the last one would count without a word."""
+    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1 and flag not in _MAY_REPEAT:
+            raise UserError(f"{flag}: given twice: leave one out")
+
+
 def check_text(text: str, source: str) -> None:
     """Raise a UserError if a text from the operating system is not UTF-8. A log or JSON file could not store it."""
     try:
         text.encode()
     except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        if encoding != "utf-8" and _is_utf8(os.fsencode(text)):
+            raise UserError(
+                f"{source}: {text!r} is UTF-8, but this Python reads names as {encoding}: set PYTHONUTF8=1, or a locale such as "
+                "LC_ALL=C.UTF-8"
+            ) from None
         raise UserError(
             f"{source}: {text!r} is not UTF-8: expected text; rename the file or folder, or type it again"
         ) from None
 
 
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _refuse(message: str) -> int:
-    # print one line, even if a quoted name contains line breaks
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+    # print one line without a terminal's commands, even if a quoted name contains some
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.splitlines()))
+    print(f"error: {line}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -59,6 +60,8 @@ class WallClock:
         self._group = group
         self._device = torch.device(device)
         self._now = now
+        self._host_seconds = 0.0
+        self._host_mark = -math.inf
         self._base = elapsed_seconds
         self._known = (steps, elapsed_seconds)
         self._start: Any = None
@@ -115,7 +118,11 @@ class WallClock:
 
     def _mark(self) -> Any:
         if self._device.type != "cuda":
-            return self._now()
+            # a clock that jumps back, as after a migration of a virtual machine, must not keep training from ending
+            mark, now = self._host_mark, self._now()
+            self._host_seconds += max(now - mark, 0.0) if mark > -math.inf else 0.0
+            self._host_mark = now
+            return self._host_seconds
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
