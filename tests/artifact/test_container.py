@@ -264,7 +264,7 @@ def test_a_header_cannot_list_tensors_for_minutes(tmp_path: Path, file: Path) ->
 def test_a_name_that_is_not_text_is_refused(tmp_path: Path, file: Path, name: str, part: str) -> None:
     target = tmp_path / "name.golf"
     target.write_bytes(rewritten(file.read_bytes(), lambda table: corrupted(table, part, 0, 0, name)))
-    with pytest.raises(ArtifactError, match="expected .*name") as refused:
+    with pytest.raises(ArtifactError, match=r"expected .*name") as refused:
         read_artifact(target)
     assert str(refused.value).isprintable()
 
