@@ -219,7 +219,9 @@ def workspace(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
                     inner.setenv(name, value)
                 if words[1] == "-m":
                     first = small if words[2] == "train" and not {"--describe", "--resume"} & {*words} else []
-                    codes[command] = exit_code(words[2], [*first, *words[3:]])
+                    given = {word.partition("=")[0] for word in words}
+                    own = [flag for flag in first if flag.partition("=")[0] not in given]
+                    codes[command] = exit_code(words[2], [*own, *words[3:]])
                 else:
                     script = ROOT / words[1] if (ROOT / words[1]).exists() else folder / words[1]
                     inner.setenv("PYTHONPATH", str(ROOT))

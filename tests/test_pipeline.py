@@ -241,7 +241,10 @@ def test_resuming_with_other_settings_is_refused(finished: Finished) -> None:
 
 def test_an_artifact_over_the_cap_is_not_written(finished: Finished, tmp_path: Path) -> None:
     cap = json.loads(finished.folder.summary.read_text())["bytes_total"] - 1000
-    for limit, said in ((cap, f"expected at most {cap:,} .*: [0-9,]+ bytes over"), (1000, "code and paid prefix alone take")):
+    for limit, said in (
+        (cap, f"expected at most {cap:,} .*: [0-9,]+ bytes over"),
+        (1000, "code and paid prefix alone take"),
+    ):
         with pytest.raises(UserError, match=said):
             quantize([str(finished.folder.path), "--max_artifact_bytes", str(limit), "--out", str(tmp_path / "a.golf")])
     assert list(tmp_path.iterdir()) == []

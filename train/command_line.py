@@ -107,7 +107,7 @@ def given_settings(arguments: Sequence[str], environ: Mapping[str, str]) -> dict
         given["recur_layers"] = Override(
             "recur_layers", tuple(range(first, last + 1)), "environment LOOP_START and LOOP_END"
         )
-    flags = _flags(arguments)
+    flags = read_flags(arguments)
     for name, text in flags:
         if [other for other, _ in flags].count(name) > 1:
             raise ConfigError(f"--{name}: given twice: leave one out")
@@ -169,7 +169,12 @@ def override_line(override: Override) -> str:
     return f"setting:{override.name}={format_value(override.value)} from:{override.source}"
 
 
-def _flags(arguments: Sequence[str]) -> list[tuple[str, str]]:
+def read_flags(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the setting and the text of each flag, in their order.
+
+    Raises:
+        ConfigError: a flag is no setting, or its value is missing.
+    """
     pairs = []
     remaining = list(arguments)
     while remaining:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.command_line import resolve
+from train.command_line import read_flags, resolve
 from train.common.values import ConfigError, format_value
 from train.config import BOOKKEEPING, Config, field_names, field_type, nearest, parse_value
 from train.run.folder import RunFolder, check_run_id
@@ -80,10 +80,12 @@ class Plan:
         """Return the flags of `python -m train` for one run: point `number` with one seed."""
         # without checkpoints, an interrupted run would start again at step 0
         every = self.config.checkpoint_every or max(1, self.config.iterations // 20)
-        return [
-            *self.flags, *point_flags(point), f"--seed={seed}", f"--runs_dir={self.folder}",
+        own = [
+            *point_flags(point), f"--seed={seed}", f"--runs_dir={self.folder}",
             f"--run_id={self.run(number, seed).path.name}", "--resume=auto", f"--checkpoint_every={every}",
         ]  # fmt: skip
+        named = {name for name, _ in read_flags(own)}
+        return [*(f"--{name}={text}" for name, text in read_flags(self.flags) if name not in named), *own]
 
 
 def make_plan(
