@@ -94,9 +94,10 @@ def given_settings(arguments: Sequence[str], environ: Mapping[str, str]) -> dict
         field = field_of(name)
         refuse_retired(field, f"environment variable {name}")
         if field in field_names():
-            if field in given:
+            value = parse_value(field, _value_of(name, text), name)
+            if field in given and given[field].value != value:
                 raise ConfigError(f"{name}: {given[field].source} sets {field}, too: unset one of them")
-            given[field] = Override(field, parse_value(field, _value_of(name, text), name), f"environment {name}")
+            given[field] = Override(field, value, f"environment {name}")
         elif _looks_like_setting(name):
             raise ConfigError(
                 f"{name}: this environment variable looks like a setting, but no setting has this name{nearest(name)} "

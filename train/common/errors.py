@@ -40,8 +40,8 @@ _OWN_PACKAGES = ("benchmarks", "golf_kernels", "train")
 _EXTRAS = {"safetensors": "export", "pyarrow": "parquet", "optuna": "sweep", "submitit": "sweep", "constriction": "ans"}
 
 
-# flags of train.sweep that add to a list
-_MAY_REPEAT = ("--set", "--slurm")
+# flags of train.sweep and of tune that add to a list
+_MAY_REPEAT = ("--set", "--slurm", "--only")
 
 
 def main_guard(main: Callable[[], int | None]) -> NoReturn:
