@@ -126,6 +126,6 @@ def test_attention_has_the_same_gradients_through_it(xsa, extra, compiled, backe
         function = torch.compile(attention, backend="aot_eager", fullgraph=True) if compiled else attention
         y = function(x, rotary, extra_value=value if extra else None)
         found.append([y, *torch.autograd.grad(y, leaves, random(2, 21, 64, seed=3).float())])
-    assert attention.replacements == {"qkv_norm_rope"}
+    assert attention.replacements == {"qkv_norm_rope", "linear_residual"}
     for plain, joined in zip(*found, strict=True):
         assert (plain - joined).norm() <= 2e-6 * plain.norm()
