@@ -84,7 +84,7 @@ def judge(
     """Check the PTX of a kernel, its TTGIR (Triton only) and `log`, the output of `ptxas -v` for that kernel.
 
     If `shared_bytes` is None, the static shared memory in `log` counts. `promises` names what the PTX must contain:
-    "products" on tensor cores, "tma".
+    "products" means products on tensor cores, "tma" means TMA instructions.
     """
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:

@@ -53,7 +53,7 @@ _COLORS = (BLUE, ORANGE)
 
 
 class CodecRow(NamedTuple):
-    """A line of the codec table: an artifact packed by one codec, or its entropy.
+    """A line of the codec table: the size of an artifact packed by one codec, or the entropy of its codes.
 
     `groups` maps each group of quantized tensors to the bytes of its packed codes. `encode_s` and `read_s` are seconds
     on one thread.
@@ -182,7 +182,7 @@ def curve(
     ranks: Ranks,
     max_tokens: int = 0,
 ) -> list[CurvePoint]:
-    """Quantize a run's weights at each width, pack them with each codec, and score the model of the last artifact."""
+    """At each width, quantize a run's weights, pack them with each codec, and score the model that was packed last."""
     model, data = load_weights(folder).to(ranks.device), Dataset(config)
     text = data.validation
     points = []

@@ -58,7 +58,7 @@ def make_variant(name: str, config: Config, device: torch.device) -> common.Vari
 
 
 def make_case(config: Config, sequences: int, device: torch.device) -> common.Case:
-    """One layer's attention. A causal product needs half of all pairs; the backward pass has 5 products, the forward 2."""
+    """One layer's attention. FLOPs count 2 products forward and 5 backward, each over half of all pairs of positions."""
     shape, dtype = batch_shape(config, sequences).rsplit(" ", 1)
     pairs = sequences * config.num_heads * config.train_seq_len**2 / 2
     element = resolve_compute_dtype(config).itemsize

@@ -95,12 +95,12 @@ def measure_step(bench: Bench, sequences: int, recurrence: bool) -> bool:
 
 
 def ratio(before: Sequence[float], after: Sequence[float]) -> float:
-    """Returns the median of before / after over the turns, which other work on the machine changes little."""
+    """Returns the median of before / after over all pairs of times. Other work on the machine changes it little."""
     return statistics.median(b / a for b, a in zip(before, after, strict=True)) if before and after else math.nan
 
 
 def muons() -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
-    """Returns name → function that builds an optimizer with its own defaults, for those that are installed."""
+    """Returns name → function that builds an optimizer with its own defaults, for each installed optimizer."""
     found: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
         "torch.optim.Muon": lambda weights: torch.optim.Muon(weights, lr=0.02, weight_decay=0.0),
         "golf_kernels.Muon": lambda weights: Muon(weights, lr=0.02, weight_decay=0.0),

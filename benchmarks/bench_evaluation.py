@@ -81,7 +81,7 @@ def make_text(vocab_size: int, count: int, seed: int) -> Text:
 def published_run(
     model: GPT, config: Config, compiled: bool, batch_windows: int = PUBLISHED_BATCH
 ) -> Callable[[Text], list[Tensor]]:
-    """Returns a function that scores a text as the published scripts do. Its results are nats and bytes."""
+    """Returns a function that scores a text as the published scripts do. That function returns the sums of nats and bytes."""
     forward = model.logits
     if compiled:
         write_out(model, without_kernel(model.head_weight.device))
@@ -119,7 +119,7 @@ def published_run(
 def golf_run(
     model: GPT, config: Config, share_layer0: bool, rank: int = 0, world_size: int = 1
 ) -> Callable[[Text], list[Tensor]]:
-    """Returns a function that scores a text as this project does. Its results are nats and bytes."""
+    """Returns a function that scores a text as this project does. That function returns the sums of nats and bytes."""
 
     def run(text: Text) -> list[Tensor]:
         found = evaluate_model(

@@ -39,7 +39,7 @@ class Shape(NamedTuple):
 def kernels(shape: Shape) -> dict[str, list[Kernel]]:
     """Returns pass → kernel launches of this package's block.
 
-    The launch `extra` is not part of the floor, because the kernel of the up product could do its work.
+    The floor leaves out the launch `extra`, because the kernel of the up product could compute the norm's factors, too.
     """
     x, post = 2.0 * shape.rows * shape.d, 2.0 * shape.rows * shape.hidden
     sign, flops = post / 16, 2.0 * shape.rows * shape.d * shape.hidden

@@ -1,7 +1,7 @@
 """QK-norm, rotary embedding and query gain of one layer on 98,304 tokens, forward and backward.
 
-For the backward pass the chain saves q and k, and the operator saves one number per head and row. Both also save the
-tensors that attention saves. The variants are those of `benchmarks.measure.chains`.
+For the backward pass plain PyTorch saves q and k, and the operator saves one number per head and row. Both also save
+the tensors that attention saves. The variants are those of `benchmarks.measure.chains`.
 """
 
 from __future__ import annotations

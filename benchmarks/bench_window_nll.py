@@ -1,8 +1,8 @@
 """The loss of each scored position in sliding-window evaluation, without gradients.
 
 A batch of 32 windows scores 64 positions of each window (2,048 rows), or all 2,048 (65,536 rows) where windows do not
-overlap. `compile` is the published form under torch.compile: all logits of the rows, capped, and their cross-entropy (on a
-CPU only traced). `torch` and `triton` are the backends of `golf::window_nll`.
+overlap. `compile` is the published computation under torch.compile: all logits, softcap and cross-entropy (on a CPU it is
+only traced). `torch` and `triton` are the backends of `golf::window_nll`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """XSA (exclusive self-attention) after one layer's attention on 98,304 tokens, forward and backward.
 
-The operator and the chain read and write the same large tensors. The chain also saves two small tensors for the
+The operator and plain PyTorch read and write the same large tensors. PyTorch also saves two small tensors for the
 backward pass. The variants are those of `benchmarks.measure.chains`.
 """
 

@@ -179,7 +179,7 @@ class Tuner:
             del self.findings[name]
 
     def _read(self) -> None:
-        """Take the findings of an earlier tuning. Those of another recipe's step and attention do not count."""
+        """Take the findings of an earlier tuning, but not those of step and attention if they are for another recipe."""
         try:
             data = tuned.read(self.path)
         except FileNotFoundError:

@@ -411,7 +411,8 @@ def backward(
 def choose_tile(product: str, columns: int) -> Tile:
     """Returns the tile of a product on the current GPU; without a GPU, that of an H100.
 
-    If the n of the wide tile divides the columns of the result, the wide tile is returned, otherwise the narrow one.
+    Most GPUs have two tiles per product. The wide one is returned if its n divides the number of columns of the
+    result, otherwise the narrow one.
     """
     tiles = TILES[product]
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 12:
@@ -444,6 +445,6 @@ def _words(sign: Tensor) -> Tensor:
 
 
 def _laid_out(tensor: Tensor) -> Tensor:
-    """Returns the tensor if it is contiguous and aligned to 16 bytes, as TMA needs. Otherwise returns such a copy."""
+    """Returns the tensor if it is contiguous and aligned to 16 bytes, as TMA needs. Otherwise returns an aligned copy."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

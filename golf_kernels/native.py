@@ -34,9 +34,9 @@ def build_info() -> dict[str, Any]:
     """Reads what the installation recorded about the build.
 
     Returns:
-        `{"extension": file name or None, "cpp": {...}, "cuda": {...}}`. The record of each backend has `built`. If
-        `built` is True, it also has `compiler`, `version` and `flags`, and for `cuda` `archs` and `toolkit`. Otherwise
-        it has `reason` and `remedy`. In a source tree that was never installed, neither backend is built.
+        `{"extension": file name or None, "cpp": {...}, "cuda": {...}}`. The entry of each backend has `built`. If
+        `built` is True, the entry also has `compiler`, `version` and `flags`, and for `cuda` `archs` and `toolkit`.
+        Otherwise it has `reason` and `remedy`. In a source tree that was never installed, neither backend is built.
     """
     if BUILD_INFO_PATH.is_file():
         information: dict[str, Any] = json.loads(BUILD_INFO_PATH.read_text())

@@ -260,7 +260,7 @@ def _reference(
 
 
 def _prescale(stack: Tensor, eps: float, prescale: str) -> Tensor:
-    """Scales the stack in place."""
+    """Scales each matrix of a stack in place before the first iteration; see `CoefficientSet.prescale`."""
     # each matrix is divided by its largest entry first, so that squares neither overflow nor underflow
     largest, smallest = (extreme(stack, (-2, -1), keepdim=True) for extreme in (torch.amax, torch.amin))
     largest = torch.maximum(largest, -smallest)

@@ -83,7 +83,7 @@ def softcapped_cross_entropy(
 
 
 def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> None:
-    """Raises `ValueError` unless the three tensors fit together and the softcap is a positive number."""
+    """Raises `ValueError` unless hidden states, weight and targets fit together and the softcap is a positive number."""
     if hidden.ndim != 2:
         raise ValueError(f"hidden: expected shape (M, d), found {tuple(hidden.shape)}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
@@ -145,7 +145,7 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _scale(kept: Tensor, mean: bool, dtype: torch.dtype) -> Tensor:
-    """Returns the weight of a row that is not ignored, a scalar on the device. Sum: 1; mean: 1 / count of such rows."""
+    """Returns the weight of a row that is not ignored, a scalar on the device: 1 for `sum`, 1 / (number of rows) for `mean`."""
     count = kept.sum().clamp_min(1) if mean else kept.new_ones((), dtype=dtype)
     return count.to(dtype).reciprocal()
 

@@ -205,7 +205,7 @@ def row_nll(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, rou
 
 
 def column_span(row_tiles: int, vocabulary: int, programs: int) -> int:
-    """Returns the columns per program, in whole tiles, such that there are about `programs` programs for all rows."""
+    """Returns how many columns a program takes: whole tiles, so that about `programs` programs cover all rows."""
     tiles = triton.cdiv(vocabulary, ROW_BLOCKS["BLOCK_N"])
     parts = min(max(programs // max(row_tiles, 1), 1), tiles)
     return int(triton.cdiv(tiles, parts) * ROW_BLOCKS["BLOCK_N"])

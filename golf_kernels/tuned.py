@@ -47,7 +47,7 @@ class Tuned(NamedTuple):
     data: Mapping[str, Any]
 
     def preferences(self, use: Use) -> dict[str, Backend]:
-        """Returns operator → chosen backend. The operators have their names in `GOLF_BACKEND`."""
+        """Returns operator → chosen backend. Operators are named as in `GOLF_BACKEND`."""
         return {op: decision[use]["backend"] for op, decision in self.data["decisions"].items() if use in decision}
 
     def line(self, op: str, use: Use) -> str:
@@ -212,7 +212,7 @@ def tell() -> None:
 
 
 def forget() -> None:
-    """Forgets what was read, so that the next call reads the files again."""
+    """Forgets the tuned files that were read, so that the next call reads them again."""
     for cached in (load, of_calls, failed, tell, _log):
         cached.cache_clear()
 

@@ -37,7 +37,7 @@ class Reached(NamedTuple):
     """How far a run had come."""
 
     step: int  # number of finished steps
-    seconds: float  # time on the training clock
+    seconds: float  # training time
     first: Mapping[str, Any]  # figures of the validation before the first step
     world_size: int | None  # number of ranks; None: an earlier version wrote the checkpoint, and did not say
 

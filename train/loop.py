@@ -51,7 +51,7 @@ class TrainResult:
 
     model: GPT  # has the averaged weights, if the settings average weights
     steps: int  # number of finished steps
-    seconds: float  # time on the training clock
+    seconds: float  # training time
     recurrence: bool  # whether recurrence was on in the last step
     first: EvalResult  # validation before the first step
     last: EvalResult  # validation of `model`
@@ -336,12 +336,12 @@ class Speed:
         self.steps, self.mflop_of_steps = 0, 0.0
 
     def count(self, graph: tuple[bool, int]) -> None:
-        """Count a finished step. `graph` is whether recurrence was on, and the length of the sequences."""
+        """Count a finished step. `graph` is the pair (whether recurrence was on, length of the sequences)."""
         self.steps += 1
         self.mflop_of_steps += self.mflop[graph]
 
     def text(self, steps_per_second: float, graph: tuple[bool, int]) -> str:
-        """Describe the speed at `steps_per_second`. `graph` as for `count`."""
+        """Describe the speed at `steps_per_second`. For `graph` see `count`."""
         return self._text(steps_per_second * self.config.train_batch_tokens, self.mflop[graph])
 
     def of_run(self, seconds: float) -> str:

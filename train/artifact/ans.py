@@ -22,10 +22,11 @@ The decoder reads from the coder, in this order:
     1. if A > 0: a table of A symbols, then L·R row labels coded with this table
     2. if B > 0: a table of B symbols, then L·C column labels coded with this table, matrix by matrix
     3. if rows may be differences: a table of 2 symbols, then L·R flags coded with this table; 1: the row is a
-    difference 4. K = max(A, 1) + max(B, 1) − 1 ≤ 256 tables of n symbols, one for each class 5. the bytes, each coded
-    with its class's table. The data are divided into blocks of 2²⁰ bytes. In each block all bytes of class 0 come
-    first, in the order of their positions, then all bytes of class 1, and so on. Symbol s is the byte (lowest + s) mod
-    256.
+       difference
+    4. K = max(A, 1) + max(B, 1) − 1 ≤ 256 tables of n symbols, one for each class
+    5. the bytes, each coded with its class's table. The data are divided into blocks of 2²⁰ bytes. In each block all
+       bytes of class 0 come first, in the order of their positions, then all bytes of class 1, and so on. Symbol s is
+       the byte (lowest + s) mod 256.
 
 Then the decoder goes from top to bottom and adds to each flagged row the row above, mod 256. The row above a matrix's
 first row is the last row of the previous matrix, and zeros for the first matrix. A stream may have any labels; this

@@ -50,7 +50,7 @@ def fit_to_target(
     Every rank must call this.
 
     Args:
-        config: the settings. The loss is measured at a multiple of their k.
+        config: the settings. To measure the loss, rows are clipped at a multiple of the settings' k.
         model: its parameters change while the loss is measured; then they are restored.
         hessians: parameter name → Hessian; only the row clip `hessian_sdclip` reads them.
         quantize: function that takes parameter name → k, and returns the quantized model.

@@ -101,7 +101,7 @@ class Layout(Protocol):
 
 
 class Mixed:
-    """The layout `Mixed` of the module's docstring."""
+    """The layout `Mixed`, shown in the module's docstring."""
 
     mark = "'w' and 'm'"
 

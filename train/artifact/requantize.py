@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _settings(arguments: argparse.Namespace, folder: RunFolder) -> tuple[Config, dict[str, object]]:
-    """Return the run's settings with the changes of the command line, and these changes alone."""
+    """Return the run's settings as the command line changes them, and a dictionary of the changed settings alone."""
     config = folder.trained_config()
     given = {name: text for name in SETTINGS if (text := getattr(arguments, name)) is not None}
     values = {name: parse_value(name, text, f"--{name}") for name, text in given.items()}

@@ -320,7 +320,7 @@ def encode_section(plan: SectionPlan, content: bytes, codec: Codec) -> tuple[Sec
     """Encode a section with the method that gives the fewest bytes; of equal ones, the first.
 
     The methods are: raw; the codec, if it can encode the section's type; for floats, byte shuffle and then the codec
-    (lzma if the codec is shaped).
+    (lzma instead of a codec that needs the data's rows and columns).
     """
     choices = [("raw", 0, content)]
     if codec.max_bits == 8 or (not plan.floats and int(plan.type.removeprefix("int")) <= codec.max_bits):

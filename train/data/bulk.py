@@ -79,7 +79,7 @@ class State:
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents of one file. `place` is that of the first, `read` the number of bytes read from disk for all."""
+    """Documents of one file. `place` is the first document's, `read` the number of bytes read for the batch."""
 
     file: TextFile
     place: Place
@@ -298,7 +298,7 @@ def _texts(files: Sequence[TextFile], first: int, count: int) -> Iterator[str]:
 
 
 def _batches(files: Sequence[TextFile], place: Place, first: int, skipped: Skipped) -> Iterator[Batch]:
-    """Yield the documents from `place` on. One batch ends after the first `first` documents; 0: after any number."""
+    """Yield batches of documents from `place` on. A batch ends after the first `first` documents, if `first` is not 0."""
     for number in range(place.file, len(files)):
         file, start = files[number], place if number == place.file else Place(number)
         records: list[Record] = []

@@ -61,8 +61,8 @@ def stdlib_documents(root: str | Path | None = None) -> Iterator[Document]:
 def text_documents(paths: Sequence[str | Path], skipped: Skipped) -> Iterator[Document]:
     """Yield the documents of the user's files and count what is skipped; see `find_files`.
 
-    A line of a `.jsonl` file and a row of a `.parquet` file is a document, its string `text`. Any other file is one
-    document. Documents without a word are skipped.
+    Each line of a `.jsonl` file and each row of a `.parquet` file is a document, whose text is the string `text`. Any
+    other file is one document. Documents without a word are skipped.
 
     Raises:
         UserError: a file is missing, damaged or not UTF-8, a line is not valid JSON, or no document is left.

@@ -163,7 +163,7 @@ def load_validation_tokens(data_path: str | os.PathLike[str], seq_len: int, voca
 
 
 def read_sidecar(shards: Sequence[Path]) -> list[np.memmap]:
-    """Check and memory-map the sidecars of validation shards, each `(n,)` uint16. Empty if no shard has a sidecar.
+    """Check and memory-map the sidecars of validation shards, each `(n,)` uint16. Return [] if there are none.
 
     Raises:
         UserError: a sidecar is missing or invalid, has another length than its shard, or states bytes for a BOS.

@@ -51,7 +51,7 @@ class Format:
     Attributes:
         unit: what `Record.number` counts; empty: the file is one document.
         check: returns `empty file` or `binary file` if there is nothing to read.
-        records: yields what comes after a byte and a number, and counts what it skips.
+        records: yields the records of a file that begin at a byte and follow a record number, and counts the skipped ones.
         parse: returns a record's text; its second argument names the place in errors.
     """
 
@@ -77,7 +77,7 @@ class TextFile:
         return _FORMATS.get(_inner_suffix(self.path), _TEXT)
 
     def records(self, skipped: Skipped, byte: int = 0, number: int = 0) -> Iterator[Record]:
-        """Yield the records after the first `number`; the next begins at `byte` of the unpacked file.
+        """Yield the records after the first `number` records. They begin at byte `byte` of the unpacked file.
 
         Raises:
             UserError: the file is damaged.
@@ -99,7 +99,7 @@ class TextFile:
 
 
 def find_files(paths: Sequence[str | Path], skipped: Skipped) -> list[TextFile]:
-    """Find the files to read, in the given order; those of a folder are sorted by name. Look into each one's beginning.
+    """Find the files to read, in the given order; those of a folder are sorted by name. Check how each file begins.
 
     In folders, files of another kind and binary files are skipped. Empty files are skipped everywhere.
 

@@ -118,7 +118,7 @@ def load_tokenizer(path: str | Path, vocab_size: int = 0, *, operators: bool = F
 
 
 def is_operator(piece: str) -> bool:
-    """Whether a piece has a private-use character, as CaseOps' operators are: it stands for no byte of the text."""
+    """Whether a piece has a private-use character, as an operator of CaseOps has. Such a piece has no bytes of text."""
     return any(unicodedata.category(character) == "Co" for character in piece)
 
 
@@ -234,7 +234,7 @@ def _check(tokenizer: SentencePieceProcessor, path: str | Path, *, operators: bo
 class _Feed(Iterator[str]):
     """Iterates over sentences.
 
-    It stores an exception, because SentencePiece's trainer replaces it by a RuntimeError.
+    If the iteration fails, it stores the exception, because SentencePiece's trainer raises a RuntimeError instead.
     """
 
     def __init__(self, documents: Iterable[str]) -> None:

@@ -41,7 +41,7 @@ class EvalResult:
 
     @property
     def layer0_line(self) -> str:
-        """The log line that shows `layer0`."""
+        """Log line: whether overlapping windows reuse layer 0's queries, keys and values."""
         return f"reuse of layer 0's queries, keys and values in overlapping windows: {self.layer0}"
 
     @property
@@ -114,7 +114,7 @@ def _settings(config: Config, weights: str, max_tokens: int = 0) -> dict[str, An
 def rounding_of(config: Config, stride: int) -> str:
     """Return the rounding of the logits in an evaluation with this stride.
 
-    With stride 0, any rounding means "bf16". The published scripts score such windows with the training loss, which
+    With stride 0, every value except "none" means "bf16". The published scripts score such windows with the training loss, which
     rounds the logits only before the softcap.
     """
     return "bf16" if not stride and config.logits_rounding != "none" else config.logits_rounding

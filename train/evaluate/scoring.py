@@ -80,7 +80,7 @@ def evaluate_model(
     Args:
         model: the model. Its `overlapping_hidden` is called only if its `overlap_problem` is None.
         tokens: `(T + 1,)` uint16, the first input and the T targets.
-        target_bytes: `(T,)` uint16, the bytes of text that each target stands for.
+        target_bytes: `(T,)` uint16, number of bytes of text of each target.
         config: the settings. The arguments `stride`, `seq_len` and `rule`, if given, replace values of `config`.
         stride: new tokens per window; 0: windows do not overlap.
         seq_len: window length in tokens. Shorter windows at the end of the text are zero-padded.

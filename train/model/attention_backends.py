@@ -124,7 +124,7 @@ def _flash_attention_3(download: bool) -> Any:
 def _flash_attention_4() -> Any:
     """Import FlashAttention 4.
 
-    It replaces PyTorch's flash attention, because its functions are no PyTorch operators.
+    Its functions are no PyTorch operators, so `activate` lets PyTorch's flash attention call them.
     """
     if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
         return ImportError(f"torch {torch.__version__} cannot run FlashAttention 4 as its flash attention")

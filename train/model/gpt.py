@@ -113,7 +113,7 @@ class GPT(nn.Module):
         return self.embedding.weight.to(self.compute_dtype)
 
     def forward(self, ids: Tensor, targets: Tensor, *, recurrence: bool, longest: int = 0) -> Tensor:
-        """Compute `loss`."""
+        """Compute the loss; see the method `loss`."""
         return self.loss(ids, targets, recurrence=recurrence, longest=longest)
 
     def loss(self, ids: Tensor, targets: Tensor, *, recurrence: bool, longest: int = 0) -> Tensor:
@@ -167,7 +167,7 @@ class GPT(nn.Module):
         return self.hidden_of(shared, recurrence=recurrence, rows_from=rows_from, heads=heads)
 
     def hidden_of(self, shared: Shared, *, recurrence: bool, rows_from: int = 0, heads: Heads | None = None) -> Tensor:
-        """Compute `hidden` from `shared`, the result of `embed`.
+        """Compute the result of the method `hidden` from `shared`, the result of `embed`.
 
         `heads` is the result of `Attention.heads` for layer 0, if already computed.
         """
@@ -185,7 +185,7 @@ class GPT(nn.Module):
 
     @property
     def overlap_problem(self) -> str | None:
-        """The reason why `overlapping_hidden` would differ from `hidden`; None: they agree."""
+        """The reason why the results of `overlapping_hidden` and `hidden` would differ; None: they agree."""
         if self.smear is not None or self.bigram is not None:
             return "smear gate and bigrams read the previous token, which a window's first token lacks"
         if self.plan[0].form in ("lanes", "routed") or len(self.plan) == 1:
@@ -226,7 +226,7 @@ class GPT(nn.Module):
     def _enter(self, step: Step, lanes: Lanes, saved: dict[int, Tensor]) -> Lanes:
         """Add the U-Net skip of the step. Before the first layer in lanes, copy the residual stream to the MLP's lane.
 
-        "lanes" copies after adding the skip (#1471), "routed" before (#1530).
+        With `parallel_form` "lanes" the copy includes the skip (#1471), with "routed" it does not (#1530).
         """
         x, mlp_lane = lanes
         if step.form == "routed" and mlp_lane is None:

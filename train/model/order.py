@@ -42,9 +42,9 @@ def halves(config: Config, *, recurrence: bool) -> tuple[list[int], list[int]]:
 def make_plan(config: Config, *, recurrence: bool) -> tuple[Step, ...]:
     """List all layer runs of a forward pass, in order.
 
-    The first layer of the decoder adds the output of the last layer of the encoder, the second layer the output of the
-    last but one, and so on, as long as there are skip weights. After the first layer with `parallel_form` "lanes" there
-    are no more skips (#1471). Only encoder layers have blended repeats. A skip adds a layer's output before the layer's
+    The first layer of the decoder adds the output of the last layer of the encoder, the second layer adds
+    that of the last layer but one, and so on, as long as there are skip weights. With `parallel_form` "lanes" there are
+    no skips after the first layer in lanes (#1471). Only encoder layers have blended repeats. A skip adds a layer's output before the layer's
     blended repeat (#1392).
     """
     encoder, decoder = halves(config, recurrence=recurrence)

@@ -107,7 +107,7 @@ class ContextGrowth:
 
 
 def training_graphs(config: Config) -> list[tuple[bool, int]]:
-    """The pairs (recurrence, length of the sequences) that training passes through, each a graph of the model."""
+    """The pairs (recurrence, length of the sequences) that training passes through. The model has one graph per pair."""
     begin, pairs = 0.0, set()
     start = config.recur_start_frac
     for length, end in config.seq_lengths:

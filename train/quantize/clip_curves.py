@@ -176,7 +176,7 @@ def choose_sigmas(
 def _row_units(
     name: str, weight: Tensor, bits: int, config: Config, hessian: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each row the scale with k = 1 and no floor, the scale's floor, and the deviation: float64, CPU."""
+    """Return for each row the scale with k = 1 and no floor, the scale's floor, and the row's deviation: float64, CPU."""
     clip = clip_settings(name, config)
     scales = ROW_SCALES[clip.name]
     unit = scales(weight, bits, sigmas=_UNIT_SIGMAS, floor="none", hessian=hessian).cpu().double() / _UNIT_SIGMAS

@@ -12,7 +12,7 @@ As in the published script:
   (LOGITS_ROUNDING=bf16_each).
 
 Deviations:
-- Control tensors are float16 in the artifact. The published ones are float32.
+- Vectors and scalars are float16 in the artifact. The published ones are float32.
 - zstd compresses one code per byte. The published script packs the codes first.
 - Newton-Schulz divides by max(norm, 1e-7). The published script divides by norm + 1e-7.
 - All ranks follow one clock. In the published script the learning rate of each rank follows the rank's own clock.

@@ -3,7 +3,7 @@
 Published (8 × H100): val_bpb 1.1020 (seeds 42, 314, 999: 1.10327377, 1.10181145, 1.10101898), 5,733 to 5,945 steps of
 100.9 to 104.7 ms, 15.82 to 15.88 MB, 34,400,347 parameters.
 
-As in the published script, where the README says otherwise:
+As in the published script, whose README says otherwise:
 - Only layer 4 is repeated, because only encoder layers blend.
 - Parallel layers have the GPT-J form.
 - Only the EMA weights are quantized and scored.

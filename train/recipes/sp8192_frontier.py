@@ -1,4 +1,4 @@
-"""Submission #2014: tokens that mark capital letters (CaseOps), three passes over layers 3 to 5, routed lanes, head gates, SmearGate before the norm.
+"""Submission #2014: tokens that mark capitals (CaseOps), three passes over layers 3 to 5, routed lanes, head gates.
 
 Published (8 × H100): val_bpb 1.0576 with test-time training on each document (seeds 42, 314, 0); val_bpb 1.0686 without,
 for the quantized model and windows without overlap; 4,882 to 4,888 steps of 122 ms, 15,981,122 to

@@ -126,7 +126,7 @@ class RunFolder:
     def find_data(self, config: Config) -> Config:
         """Return `config` with absolute paths of data, if the folder in which the run was started is known.
 
-        Relative paths begin at this folder. It can be computed from a relative `runs_dir`. Otherwise return `config`
+        Relative paths begin at this folder, which can be computed from a relative `runs_dir`. Otherwise return `config`
         unchanged.
         """
         path = Path(os.path.abspath(self.path))
@@ -141,7 +141,7 @@ class RunFolder:
         write_json(self.config, config.to_dict())
 
     def drop_scores(self) -> None:
-        """Delete the stored scores of the artifact. Call this before another artifact replaces it."""
+        """Delete the stored scores of the artifact. Call this before another artifact replaces the old one."""
         for path in (self.evaluation, self.summary):
             path.unlink(missing_ok=True)
 

@@ -141,7 +141,7 @@ def name_compiled_kernels(device: str) -> str | None:
 def part_of(nodes: Iterable[fx.Node]) -> str:
     """Return the name of the model's part that a kernel computes. `nodes` are the graph nodes of the kernel.
 
-    Views count only if all nodes are views. "blocks.0" includes "blocks.0.mlp". If a kernel computes two parts, return
+    Nodes that are views are ignored unless all are views. The part "blocks.0" includes the part "blocks.0.mlp". If a kernel computes two parts, return
     both names. For more parts, return the first name and the number of other parts. For none, return "model".
     """
     nodes = list(nodes)

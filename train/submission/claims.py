@@ -35,7 +35,7 @@ _MOST_SEEDS = 50
 
 
 def number_name(field_name: str) -> str:
-    """Return the name in `_NUMBERS` for a field of submission.json; "" if no row matches."""
+    """Return the name in `_NUMBERS` for a field of submission.json; "" if the table has no such field."""
     lowered = field_name.lower()
     return next((name for name, form in _ROWS if form.search(lowered)), "")
 

@@ -43,7 +43,7 @@ def cap(record: RecordFolder) -> Finding:
 
 
 def code(record: RecordFolder) -> Finding:
-    """Find the code whose size `bytes_code` is: the script with its modules, the script alone, or the code in a log."""
+    """Find the code that has the size `bytes_code`: the script with its modules, the script alone, or the code in a log."""
     rule = "bytes_code is the size of the code"
     given = record.claims.number("bytes_code")
     logged = sorted({size for log in record.logs for name, size in log.log["sizes"].items() if name.startswith("code")})
