@@ -81,7 +81,7 @@ def make_text(vocab_size: int, count: int, seed: int) -> Text:
 def published_run(
     model: GPT, config: Config, compiled: bool, batch_windows: int = PUBLISHED_BATCH
 ) -> Callable[[Text], list[Tensor]]:
-    """Returns a function that scores a text as the published scripts do. That function returns the sums of nats and bytes."""
+    """Returns a function that scores a text as the published scripts do, and returns the sums of nats and bytes."""
     forward = model.logits
     if compiled:
         write_out(model, without_kernel(model.head_weight.device))

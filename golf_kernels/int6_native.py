@@ -114,7 +114,7 @@ def fake_quantize(weight: Tensor, scales: Tensor, result: Tensor) -> None:
 
 
 def _laid_out(tensor: Tensor) -> Tensor:
-    """Returns the tensor if it is contiguous and, on CUDA, aligned to 16 bytes. Otherwise returns a contiguous, aligned copy."""
+    """Returns the tensor, or a copy if it is not contiguous or, on CUDA, not aligned to 16 bytes."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % 16 else tensor
 

@@ -145,7 +145,7 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _scale(kept: Tensor, mean: bool, dtype: torch.dtype) -> Tensor:
-    """Returns the weight of a row that is not ignored, a scalar on the device: 1 for `sum`, 1 / (number of rows) for `mean`."""
+    """Returns the weight of each row that counts, a scalar on the device: 1 for `sum`, 1 / (number of rows) for `mean`."""
     count = kept.sum().clamp_min(1) if mean else kept.new_ones((), dtype=dtype)
     return count.to(dtype).reciprocal()
 

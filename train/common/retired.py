@@ -37,7 +37,7 @@ MODEL_RETIRED = frozenset({"norm_eps", "unet_skips"})
 
 
 def check_retired(name: str, value: Any) -> None:
-    """Warn if this version cannot reproduce the value of a removed setting. For a setting in `MODEL_RETIRED`, raise a ConfigError."""
+    """Warn if this version cannot reproduce the value of a removed setting; for one in `MODEL_RETIRED`, raise a ConfigError."""
     supported = RETIRED[name]
     if supported is None or value in supported:
         return

@@ -181,7 +181,7 @@ def _write_manifest(folder: Path, info: DatasetInfo) -> None:
 
 
 def load_given_tokenizer(path: str | Path, vocab_size: int, *, case_operators: bool) -> SentencePieceProcessor:
-    """Load the tokenizer that a dataset shall use. It must have the four operators of CaseOps if `case_operators`, else none."""
+    """Load a dataset's tokenizer. It must have the four operators of CaseOps if `case_operators`, else none."""
     tokenizer = load_tokenizer(path, vocab_size, operators=case_operators)
     if case_operators and any(tokenizer.PieceToId(operator) == tokenizer.unk_id() for operator in OPERATORS):
         raise UserError(

@@ -114,8 +114,8 @@ def _settings(config: Config, weights: str, max_tokens: int = 0) -> dict[str, An
 def rounding_of(config: Config, stride: int) -> str:
     """Return the rounding of the logits in an evaluation with this stride.
 
-    With stride 0, every value except "none" means "bf16". The published scripts score such windows with the training loss, which
-    rounds the logits only before the softcap.
+    With stride 0, every value except "none" means "bf16". The published scripts score such windows with the training
+    loss, which rounds the logits only before the softcap.
     """
     return "bf16" if not stride and config.logits_rounding != "none" else config.logits_rounding
 

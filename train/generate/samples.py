@@ -20,7 +20,7 @@ TEMPERATURE = 0.8
 
 
 def sample_texts(config: Config, model: GPT, *, recurrence: bool) -> list[str]:
-    """Generate one text per prompt. The random numbers depend on the run's seed. The model keeps its mode, training or evaluation."""
+    """Generate one text per prompt. The random numbers depend on the run's seed. The model keeps its mode."""
     path = find_tokenizer(config.data_path, config.vocab_size, config.tokenizer_path)
     tokenizer = load_tokenizer(path, config.vocab_size, operators=True)
     was_training, texts = model.training, []

@@ -127,7 +127,7 @@ class Attention(OperatorModule):
         scale: Tensor | None = None,
         gating: Tensor | None = None,
     ) -> Tensor:
-        """Rotate queries and keys, attend, and apply XSA, head gates and the output projection. Return `(B, R, d)` for R queries.
+        """Rotate queries and keys, attend, and apply XSA, head gates and the output projection. Return `(B, R, d)`.
 
         `heads` is the result of the method `heads`. `gating` `(B, R, d)` is the normed input, from which the head gates
         are computed. For the other arguments see `forward`.

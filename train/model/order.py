@@ -44,8 +44,8 @@ def make_plan(config: Config, *, recurrence: bool) -> tuple[Step, ...]:
 
     The first layer of the decoder adds the output of the last layer of the encoder, the second layer adds
     that of the last layer but one, and so on, as long as there are skip weights. With `parallel_form` "lanes" there are
-    no skips after the first layer in lanes (#1471). Only encoder layers have blended repeats. A skip adds a layer's output before the layer's
-    blended repeat (#1392).
+    no skips after the first layer in lanes (#1471). Only encoder layers have blended repeats. A skip adds a layer's
+    output before the layer's blended repeat (#1392).
     """
     encoder, decoder = halves(config, recurrence=recurrence)
     blends = recurrence and config.recur_form == "blend"

@@ -141,8 +141,9 @@ def name_compiled_kernels(device: str) -> str | None:
 def part_of(nodes: Iterable[fx.Node]) -> str:
     """Return the name of the model's part that a kernel computes. `nodes` are the graph nodes of the kernel.
 
-    Nodes that are views are ignored unless all are views. The part "blocks.0" includes the part "blocks.0.mlp". If a kernel computes two parts, return
-    both names. For more parts, return the first name and the number of other parts. For none, return "model".
+    Nodes that are views are ignored unless all are views. The part "blocks.0" includes the part "blocks.0.mlp". If a
+    kernel computes two parts, return both names. For more parts, return the first name and the number of other parts.
+    For none, return "model".
     """
     nodes = list(nodes)
     names = {module_of(node) for node in nodes if not getattr(node.target, "is_view", False)} - {""}
