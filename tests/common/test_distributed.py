@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from two_ranks import VARIABLES, free_port, torchrun_variables
 
 from train.common.distributed import Ranks, choose_device, start_ranks
-from train.common.errors import UserError
+from train.common.errors import UserError, main_guard
 from train.run.clocks import WallClock
 
 
@@ -64,6 +64,17 @@ def test_bad_variables_are_named(changes: dict[str, str | None], message: str, m
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("went on to wait for the others"))
     with pytest.raises(UserError, match=message), start_ranks("cpu"):
         pass
+
+
+def test_a_wrong_number_of_processes_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, lines in ((0, 1), (1, 0), (2, 0)):
+        for name, value in torchrun_variables(rank, 3, 1).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as ended:
+            main_guard(lambda: start_ranks("cpu").__enter__() and 0)
+        assert ended.value.code == 2 and capsys.readouterr().err.count("error: WORLD_SIZE: 3") == lines
 
 
 def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,9 @@ def start_ranks(device: str = "auto") -> Iterator[Ranks]:
     """
     world_size = _number("WORLD_SIZE", 1)
     if world_size < 1 or MICRO_BATCHES % world_size:
+        if os.environ.get("RANK", "0") != "0":
+            # rank 0 says it
+            raise SystemExit(2)
         raise UserError(
             f"WORLD_SIZE: {world_size} processes cannot split the {MICRO_BATCHES} micro-batches of a step evenly: "
             "start 1, 2, 4 or 8 (torchrun --nproc_per_node)"
