@@ -241,12 +241,16 @@ def kill(*_: object) -> None:
 @pytest.mark.parametrize(
     "place", ["train.run.folder.write_json", "train.artifact.storage.atomic_write", "train.artifact.make.load_model"]
 )
-@pytest.mark.parametrize("changes", [[], ["--target-mb", "0.01"]])
+@pytest.mark.parametrize("prunes", [False, True])
 def test_a_kill_leaves_no_old_score_beside_a_new_artifact(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, changes: list[str]
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, prunes: bool
 ) -> None:
     folder = RunFolder(shutil.copytree(finished.folder.path, tmp_path / "run"))
     before, config = folder.artifact.read_bytes(), folder.read_config()
+    # a target that leaves room for a fraction of the model
+    changes = (
+        ["--target-mb", str((json.loads(folder.summary.read_text())["bytes_code"] + 8_000) / 2**20)] if prunes else []
+    )
     with monkeypatch.context() as patched:
         patched.setattr(place, kill)
         if place == "train.run.folder.write_json" and not changes:

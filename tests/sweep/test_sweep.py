@@ -301,7 +301,7 @@ def test_a_real_run_of_two_processes_scores_as_one_outside_a_sweep(
     finished: Finished, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    settings = [flag for flag in flags(small(dataset, tmp_path)) if not flag.startswith("--run_id")]
+    settings = [flag for flag in flags(small(dataset, tmp_path)) if not flag.startswith(("--run_id", "--runs_dir"))]
     # the recipe's own value
     found = sweep(tmp_path, *settings, "--set=matrix_lr=0.04", "--processes=2")
     expected = read_json(finished.folder.summary, "")["val_bpb"]
